@@ -1,0 +1,135 @@
+"""Writing files so that a killed process or a full disk never leaves half of one, and reading them with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import PhatgooseError, StorageError
+
+JSON_LIMIT_BYTES = 64 * 2**20
+
+
+def cache_folder() -> Path:
+    """Where downloads and converted bases are kept: $PHATGOOSE_CACHE, else $XDG_CACHE_HOME/phatgoose, else ~/.cache."""
+    if explicit := os.environ.get("PHATGOOSE_CACHE"):
+        return Path(explicit).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "phatgoose"
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals to write below `path` into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"no space left to write {path}; nothing there was changed. Free some space and run it again.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"no permission to write {path}; nothing there was changed.") from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
+            raise StorageError(f"can't write {path}: {error.strerror}. Is there a file where a folder should be, or the reverse?") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` to write into; on success it takes `target`'s place in one rename, on error it goes.
+
+    An existing `target` is moved aside first and removed once the new one stands, so a reader never sees half a folder.
+    """
+    target = Path(target)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        with storage_errors(target):
+            yield work
+            for file in work.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+                os.replace(target, old / "old")
+                try:
+                    os.replace(work, target)
+                except BaseException:
+                    os.replace(old / "old", target)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(work, target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes `path` whole or not at all.
+
+    Raises:
+        StorageError: if there is no space or no permission; an existing file is left as it was.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes `data` as indented UTF-8 JSON, whole or not at all. NaN and infinity are refused."""
+    write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, error: type[PhatgooseError]) -> Any:
+    """The JSON in `path`; anything wrong with the file is raised as `error`, naming it."""
+    try:
+        size = path.stat().st_size
+        if size > JSON_LIMIT_BYTES:
+            raise error(f"{path} is {size} bytes; a file of its kind has at most {JSON_LIMIT_BYTES}.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
+        raise error(f"{path} is not readable as JSON: {cause}") from cause
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(data: Any) -> str:
+    """Hex sha256 of `data` as canonical JSON (sorted keys): the key under which finished work is found again."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    flags = os.O_RDONLY
+    with contextlib.suppress(OSError):  # some file systems refuse to sync a folder
+        handle = os.open(path, flags)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

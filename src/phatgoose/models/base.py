@@ -1,0 +1,64 @@
+"""A base model with its tokenizer and fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from phatgoose.errors import BaseModelError
+from phatgoose.records import Fingerprint
+
+
+@dataclass(eq=False)
+class Base:
+    """A model that experts are trained on and routed in, with what belongs to it.
+
+    Every function of this library that takes a model takes a `Base` or the bare `PreTrainedModel` of one.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: str
+    notes: tuple[str, ...] = field(default=())
+    """What a user should know about this copy, e.g. that it was dequantised from 4 bits."""
+
+    def __post_init__(self) -> None:
+        # On the model, not in a table: the two then live and die (and are copied) together.
+        self.model.__dict__["_phatgoose_base"] = self
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        from phatgoose.models.fingerprint import fingerprint
+
+        return fingerprint(self.model, self.spec)
+
+
+def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
+    """The `Base` that `model` is or belongs to; a bare model needs its tokenizer the first time.
+
+    Raises:
+        BaseModelError: if `model` was not loaded by `load_base` and no tokenizer is given.
+    """
+    if isinstance(model, Base):
+        return model
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None and (known := model.__dict__.get("_phatgoose_base")) is not None:
+            return known
+        if tokenizer is not None:
+            return Base(model, tokenizer, spec=model.name_or_path or type(model).__name__)
+        raise BaseModelError(
+            "this model was not loaded by load_base(), so its tokenizer is unknown: pass Base(model, tokenizer, spec=...)."
+        )
+    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got {type(model).__name__}.")

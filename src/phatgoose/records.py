@@ -1,0 +1,130 @@
+"""Frozen records that travel between the rooms. Data only: no tensors, no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task.
+
+    `input` is the whole prompt as the model sees it (instruction included, no trailing space).
+    `targets` are all acceptable answers, best first; the first is the one trained on.
+    `choices`, if given, are the answer choices in order; every target is one of them and the row is scored
+    by rank classification. Without choices the row is scored by exact match of a greedy generation.
+    Neither choices nor targets start with a space: the space between prompt and answer is added on encoding.
+    """
+
+    input: str
+    targets: tuple[str, ...]
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named set of examples in three disjoint splits.
+
+    `source` says how to load the same task again (spec, version, options) and is written into expert.json.
+    """
+
+    name: str
+    train: tuple[Example, ...] = field(repr=False)
+    validation: tuple[Example, ...] = field(repr=False)
+    test: tuple[Example, ...] = field(repr=False)
+    source: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def split(self, name: SplitName) -> tuple[Example, ...]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    @property
+    def hash(self) -> str:
+        """sha256 over every example of every split, in order: two tasks with one hash hold the same rows."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            digest.update(split.encode())
+            for e in self.split(split):
+                digest.update(json.dumps([e.input, e.targets, e.choices], ensure_ascii=False).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a base model is, independent of the dtype it was loaded in. See `phatgoose.models.fingerprint`.
+
+    `spec` is only a label for people. `architecture` must be equal for two bases to be the same;
+    `samples` are groups of weights sampled at fixed places, compared within the error of a cast.
+    """
+
+    spec: str
+    architecture: dict[str, Any]
+    samples: dict[str, tuple[float, ...]] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "spec": self.spec,
+            "architecture": self.architecture,
+            "samples": {k: list(v) for k, v in self.samples.items()},
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Fingerprint:
+        samples = {str(k): tuple(float(x) for x in v) for k, v in data["samples"].items()}
+        return Fingerprint(str(data["spec"]), dict(data["architecture"]), samples)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model answered on one example, kept so that scores can be recomputed and compared row by row.
+
+    `text` is the chosen answer or the generated text; for a generation stopped at its first deviation from
+    every target, the text up to that token, and `complete` is False. `choice_scores` are the length-normalised
+    log-likelihoods (nats per token) in the order of the example's choices.
+    """
+
+    correct: bool
+    text: str
+    complete: bool = True
+    choice_scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy on one task's split: mean, bootstrap 95 % interval, number of rows, and every prediction."""
+
+    task: str
+    split: SplitName
+    metric: str
+    mean: float
+    low: float
+    high: float
+    rows: int
+    task_hash: str = ""
+    predictions: tuple[Prediction, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of `evaluate`: one TaskScore per task, and their unweighted mean with its interval."""
+
+    tasks: tuple[TaskScore, ...]
+    mean: float
+    low: float
+    high: float
+
+    def __getitem__(self, task: str) -> TaskScore:
+        for score in self.tasks:
+            if score.task == task:
+                return score
+        raise KeyError(task)
+
+
+def by_name(items: Sequence[Any]) -> dict[str, Any]:
+    return {item.name: item for item in items}
