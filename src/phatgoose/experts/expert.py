@@ -1,0 +1,262 @@
+"""An expert: a PEFT adapter, its gates, and where both come from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from phatgoose.errors import ExpertError
+from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_tensors, to_updates
+from phatgoose.experts.update import LowRank
+from phatgoose.files import atomic_folder, read_json, sha256_file, write_bytes, write_json
+from phatgoose.records import Fingerprint
+
+GATES_FILE = "gates.safetensors"
+RECORD_FILE = "expert.json"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def slug(text: str) -> str:
+    """A valid expert name made from any text: "bigbench:tense" → "bigbench-tense"."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100]
+    return name or "expert"
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """One contributor's expert. Immutable: training a gate gives a new one.
+
+    Build it with `from_peft`, `load` or `train_expert` rather than by hand.
+
+    Raises (from every way of building one):
+        ExpertError: naming the file, the tensor or the setting, what was expected and what was found.
+    """
+
+    name: str
+    adapter_config: Mapping[str, Any] = field(repr=False)
+    """PEFT's adapter_config.json, untouched."""
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    """PEFT's tensors under PEFT's keys, untouched."""
+    gates: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """One float32 vector [d_in] per adapted module, by module path; None if nobody trained them yet."""
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """How it was made: base, task, configs, versions, validation losses, and the gate's own record under "gate"."""
+    folder: Path | None = field(default=None, repr=False)
+    """Where it was read from, if it was."""
+    updates: Mapping[str, LowRank] = field(init=False, repr=False)
+    """What it does at each adapted module, by the module's path in the base model."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ExpertError(
+                f"{self.name!r} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
+                f"for example {slug(self.name)!r}."
+            )
+        object.__setattr__(self, "updates", to_updates(self.adapter_config, self.tensors, self._where()))
+        if self.gates is not None:
+            object.__setattr__(self, "gates", _checked_gates(self.gates, self.updates, self._where()))
+
+    def __repr__(self) -> str:
+        ranks = sorted({u.rank for u in self.updates.values()})
+        return f"Expert({self.name!r}, modules={len(self.updates)}, ranks={ranks}, gates={'yes' if self.gates is not None else 'no'})"
+
+    def _where(self) -> str:
+        return f"expert {self.name!r}" + (f" ({self.folder})" if self.folder else "")
+
+    @property
+    def base(self) -> Fingerprint | None:
+        """The base it was trained on, if that was recorded (a plain PEFT folder records only a name)."""
+        found = self.provenance.get("base")
+        if not found:
+            return None
+        try:
+            return Fingerprint.from_json(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
+            raise ExpertError(
+                f"{self._where()}: the recorded base is not a fingerprint: {cause!r}"
+            ) from cause
+
+    @property
+    def parameters(self) -> int:
+        """Number of adapter parameters (gates not counted)."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    def with_gates(self, gates: Mapping[str, Tensor], provenance: Mapping[str, Any] | None = None) -> Expert:
+        """A new expert with these gates ({module path: [d_in]}); `provenance` is kept under provenance["gate"]."""
+        record = {**self.provenance, "gate": dict(provenance or {})}
+        return replace(self, gates=dict(gates), provenance=record)
+
+    def renamed(self, name: str) -> Expert:
+        return replace(self, name=name)
+
+    @staticmethod
+    def from_peft(
+        folder: str | Path, *, name: str | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> Expert:
+        """Reads any PEFT LoRA folder, without building a PEFT model; gates and records that lie beside it are not read."""
+        folder = Path(folder)
+        config, tensors = read_adapter(folder)
+        return Expert(
+            name or slug(folder.resolve().name),
+            config,
+            tensors,
+            provenance=dict(provenance or {}),
+            folder=folder,
+        )
+
+    @staticmethod
+    def load(folder: str | Path, *, name: str | None = None) -> Expert:
+        """Reads an expert folder: the PEFT adapter and, where there, gates.safetensors and expert.json, all verified."""
+        folder = Path(folder)
+        config, tensors = read_adapter(folder)
+        record = _read_record(folder)
+        adapter_hash = sha256_file(folder / WEIGHTS_FILE)
+        _same(
+            record.get("adapter_sha256", adapter_hash),
+            adapter_hash,
+            folder / WEIGHTS_FILE,
+            f"sha256 in {RECORD_FILE}",
+        )
+        gates = None
+        if (folder / GATES_FILE).exists():
+            gates = _read_gates(folder / GATES_FILE, adapter_hash)
+            if "gates_sha256" in record:
+                _same(
+                    record["gates_sha256"],
+                    sha256_file(folder / GATES_FILE),
+                    folder / GATES_FILE,
+                    f"sha256 in {RECORD_FILE}",
+                )
+        elif record.get("gates_sha256"):
+            raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
+        name = name or record.get("name") or slug(folder.resolve().name)
+        return Expert(name, config, tensors, gates, record.get("provenance", {}), folder)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the expert's folder, whole or not at all; an existing one is replaced.
+
+        Raises:
+            StorageError: no space or no permission; what was there is left as it was.
+            ExpertError: if `folder` exists and is not an expert's folder.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+            raise ExpertError(
+                f"{folder} exists and holds something else than an expert; choose another folder."
+            )
+        with atomic_folder(folder) as work:
+            self._write_adapter(work)
+            record: dict[str, Any] = {
+                "format": "phatgoose-expert",
+                "version": FORMAT_VERSION,
+                "name": self.name,
+            }
+            record["adapter_sha256"] = sha256_file(work / WEIGHTS_FILE)
+            if self.gates is not None:
+                metadata = {
+                    "format": "phatgoose-gates",
+                    "version": str(FORMAT_VERSION),
+                    "adapter_sha256": record["adapter_sha256"],
+                }
+                if self.provenance.get("base"):
+                    metadata["base"] = json.dumps(self.provenance["base"], sort_keys=True)
+                gates = {path: gate.contiguous() for path, gate in self.gates.items()}
+                write_bytes(work / GATES_FILE, safetensors.torch.save(gates, metadata))
+                record["gates_sha256"] = sha256_file(work / GATES_FILE)
+            record["provenance"] = dict(self.provenance)
+            write_json(work / RECORD_FILE, record)
+        return folder
+
+    def _write_adapter(self, work: Path) -> None:
+        """The adapter as it was read, to the byte, if its folder is still there; else the same tensors in a new file."""
+        if (
+            self.folder is not None
+            and (self.folder / WEIGHTS_FILE).is_file()
+            and (self.folder / CONFIG_FILE).is_file()
+        ):
+            found = read_tensors(self.folder / WEIGHTS_FILE)
+            config = read_json(self.folder / CONFIG_FILE, ExpertError)
+            if (
+                config == dict(self.adapter_config)
+                and found.keys() == self.tensors.keys()
+                and all(torch.equal(found[k], self.tensors[k]) for k in found)
+            ):
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(self.folder / name, work / name)
+                return
+        write_json(work / CONFIG_FILE, dict(self.adapter_config))
+        tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
+        write_bytes(work / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return {}
+    record = read_json(path, ExpertError)
+    if not isinstance(record, dict) or record.get("format") != "phatgoose-expert":
+        raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
+    if record.get("version") != FORMAT_VERSION:
+        raise ExpertError(
+            f"{path} has format version {record.get('version')!r}; this phatgoose reads {FORMAT_VERSION}. Update phatgoose."
+        )
+    if not isinstance(record.get("provenance", {}), dict):
+        raise ExpertError(f"{path}: provenance is not an object.")
+    return record
+
+
+def _read_gates(path: Path, adapter_hash: str) -> dict[str, Tensor]:
+    gates = read_tensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as cause:
+        raise ExpertError(f"{path} is not a whole safetensors file: {cause}") from cause
+    if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(FORMAT_VERSION):
+        raise ExpertError(
+            f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}; "
+            f"expected 'phatgoose-gates' version '{FORMAT_VERSION}'."
+        )
+    _same(
+        metadata.get("adapter_sha256"),
+        adapter_hash,
+        path.parent / WEIGHTS_FILE,
+        f"the adapter {GATES_FILE} was trained for",
+    )
+    return gates
+
+
+def _checked_gates(
+    gates: Mapping[str, Tensor], updates: Mapping[str, LowRank], where: str
+) -> dict[str, Tensor]:
+    for path in updates:
+        if path not in gates:
+            raise ExpertError(f"{where}: no gate for module {path}, which the expert adapts.")
+    checked = {}
+    for path, gate in gates.items():
+        if path not in updates:
+            raise ExpertError(f"{where}: there is a gate for module {path}, which the expert doesn't adapt.")
+        if gate.shape != (updates[path].d_in,):
+            raise ExpertError(
+                f"{where}: gate of {path} has shape {list(gate.shape)}, expected [{updates[path].d_in}]."
+            )
+        if not torch.isfinite(gate).all():
+            raise ExpertError(f"{where}: gate of {path} has values that are NaN or infinite.")
+        checked[path] = gate.detach().to("cpu", torch.float32)
+    return checked
+
+
+def _same(expected: Any, found: str, path: Path, what: str) -> None:
+    if expected != found:
+        raise ExpertError(f"{path} is damaged or was changed: {what} is {expected}, the file's is {found}.")
