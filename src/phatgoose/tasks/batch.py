@@ -1,0 +1,251 @@
+"""Examples → tensors, the same for training and for scoring.
+
+Decoder-only batches are padded on the left, so every target ends in the last column and a model asked for the logits
+of the last L+1 positions gives exactly those that predict the targets. Encoder–decoder batches are padded on the right.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from phatgoose.errors import TaskError
+
+IGNORED = -100
+"""Label of a position that is no target."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt with one answer, as token ids."""
+
+    prompt_ids: tuple[int, ...]
+    """Never empty. Encoder–decoder: the encoder's input with the end token the tokenizer adds."""
+    target_ids: tuple[int, ...]
+    """The answer, then the end token."""
+    cut: int = 0
+    """How many prompt tokens were cut off at the left to keep to the length limit."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.cut > 0
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, is_encoder_decoder: bool, max_length: int
+) -> Encoded:
+    """`encode_choices` for one answer."""
+    return encode_choices(
+        tokenizer, prompt, [answer], is_encoder_decoder=is_encoder_decoder, max_length=max_length
+    )[0]
+
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answers: Sequence[str],
+    *,
+    is_encoder_decoder: bool,
+    max_length: int,
+) -> list[Encoded]:
+    """One Encoded for each answer, all with the same prompt_ids (cut for the longest answer, if at all).
+
+    Decoder-only: prompt and answer are joined by a space and encoded as one text; what follows the prompt's own tokens
+    is the target. Where the tokenizer joins the two (the prompt's tokens are no prefix) the target is the encoding of
+    " " + answer alone. A BOS token stands only where the tokenizer puts one, and survives a cut; an end token that the
+    tokenizer appends to a prompt is taken off. Encoder–decoder: both sides as the tokenizer encodes them. The end token
+    closes every target exactly once.
+
+    Args:
+        max_length: decoder-only: of prompt and target together; encoder–decoder: of each of the two sequences.
+
+    Raises:
+        TaskError: an answer leaves no room for a single prompt token, a text has no tokens, there is no end token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise TaskError(
+            "the tokenizer has no end-of-sequence token, which closes every answer: set tokenizer.eos_token."
+        )
+    prompt_ids = _encode(tokenizer, prompt)
+    if is_encoder_decoder:
+        targets = [_without_end(_encode(tokenizer, answer), end, True) for answer in answers]
+    else:
+        prompt_ids = _without_end(prompt_ids, end, _appends_end(tokenizer))
+        targets = [_continuation(tokenizer, prompt, prompt_ids, answer, end) for answer in answers]
+    for answer, target in zip(answers, targets, strict=True):
+        if not target:
+            raise TaskError(f"the answer {answer!r} has no tokens.")
+    if not prompt_ids:
+        raise TaskError(f"the prompt {prompt!r} has no tokens.")
+    longest = max(len(t) for t in targets) + 1
+    room = max_length if is_encoder_decoder else max_length - longest
+    if room < 1 or longest > max_length:
+        raise TaskError(
+            f"an answer of {longest} tokens leaves no room for its prompt in max_length={max_length}: "
+            f"raise max_length or leave the row out (prompt {prompt[:60]!r}…)."
+        )
+    kept = _cut_left(tokenizer, prompt_ids, room)
+    cut = len(prompt_ids) - len(kept)
+    return [Encoded(tuple(kept), (*target, end), cut) for target in targets]
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int, *, is_encoder_decoder: bool) -> dict[str, Tensor]:
+    """Tensors of one batch, all int64. B rows; L is the longest target.
+
+    Decoder-only: `input_ids`, `attention_mask`, `position_ids` [B, T], padded on the left (T: longest prompt + target),
+    and `labels` [B, L]: the targets alone, ending in the last column, -100 before. Encoder–decoder: `input_ids`,
+    `attention_mask` [B, S] and `labels` [B, L], padded on the right.
+    """
+    if is_encoder_decoder:
+        input_ids = _pad([e.prompt_ids for e in encoded], pad_id, left=False)
+        mask = _pad([(1,) * len(e.prompt_ids) for e in encoded], 0, left=False)
+        labels = _pad([e.target_ids for e in encoded], IGNORED, left=False)
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    input_ids = _pad([e.prompt_ids + e.target_ids for e in encoded], pad_id, left=True)
+    mask = _pad([(1,) * e.length for e in encoded], 0, left=True)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        "labels": _pad([e.target_ids for e in encoded], IGNORED, left=True),
+    }
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or the end token where there is none (padding is masked: which id it is doesn't matter)."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if found is None:
+        raise TaskError("the tokenizer has neither a padding nor an end token.")
+    return int(found)
+
+
+def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits [B, L, V] in the model's dtype that predict `batch["labels"]` [B, L], from a batch that `collate` made.
+
+    Decoder-only models are asked for L+1 positions (`logits_to_keep`), so that no other logits are computed; a model
+    whose forward doesn't know that argument computes all, which are sliced here: same values, more memory. A model that
+    doesn't take `position_ids` (it derives positions from the mask, or has none) isn't given them.
+    """
+    labels = batch["labels"]
+    inner = _inner(model)
+    if inner.config.is_encoder_decoder:
+        decoder_input = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+        return model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=decoder_input,
+            use_cache=False,
+        ).logits
+    takes = _arguments(type(inner))
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if "position_ids" in takes:
+        inputs["position_ids"] = batch["position_ids"]
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
+    keep = labels.shape[1] + 1
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"] = keep
+    return model(**inputs).logits[:, -keep:-1]
+
+
+def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over target tokens, a float32 scalar, computed in float32.
+
+    Args:
+        logits: [B, L, V], any float dtype; position i predicts labels[:, i].
+        labels: [B, L] int64, -100 where there is no target. At least one must be there, or the mean is NaN.
+    """
+    chosen = labels != IGNORED
+    return torch.nn.functional.cross_entropy(logits[chosen].float(), labels[chosen])
+
+
+def length_batches(
+    lengths: Sequence[int], max_rows: int, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Indices into `lengths` in batches of similar length, the longest first: out of memory shows at once, not at the end.
+
+    A batch has at most `max_rows` rows and, padded to its longest, at most `max_tokens` tokens (a single longer row is
+    a batch of its own). Every index comes exactly once; equal lengths keep their order.
+    """
+    if max_rows < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"max_rows and max_tokens must be at least 1, got {max_rows} and {max_tokens}")
+    batch: list[int] = []
+    rows = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if len(batch) >= rows and batch:
+            yield batch
+            batch = []
+        if not batch:
+            rows = (
+                max_rows
+                if max_tokens is None
+                else max(1, min(max_rows, max_tokens // max(1, lengths[index])))
+            )
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
+    # verbose=False: the tokenizer's warning about its own model_max_length is our max_length's business.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _appends_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    probe = _encode(tokenizer, "a")
+    return (
+        probe[-1:] == [tokenizer.eos_token_id] and _encode(tokenizer, "a", special=False)[-1:] != probe[-1:]
+    )
+
+
+def _without_end(ids: list[int], end: int, appended: bool) -> list[int]:
+    return ids[:-1] if appended and ids[-1:] == [end] else ids
+
+
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, end: int
+) -> list[int]:
+    whole = _without_end(_encode(tokenizer, f"{prompt} {answer}"), end, _appends_end(tokenizer))
+    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
+        return whole[len(prompt_ids) :]
+    return _encode(tokenizer, f" {answer}", special=False)
+
+
+def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], room: int) -> list[int]:
+    if len(ids) <= room:
+        return ids
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[0] == begin and room > 1:
+        return [begin, *ids[len(ids) - room + 1 :]]
+    return ids[len(ids) - room :]
+
+
+def _pad(rows: Sequence[tuple[int, ...]], value: int, *, left: bool) -> Tensor:
+    width = max((len(row) for row in rows), default=0)
+    fill = [(value,) * (width - len(row)) for row in rows]
+    return torch.tensor([f + r if left else r + f for f, r in zip(fill, rows, strict=True)], dtype=torch.long)
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model inside wrappers: distributed data parallel's `module`, PEFT's base model."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@lru_cache(maxsize=32)
+def _arguments(kind: Any) -> frozenset[str]:
+    """Names that the forward of a model class declares; **kwargs counts for nothing."""
+    return frozenset(inspect.signature(kind.forward).parameters)

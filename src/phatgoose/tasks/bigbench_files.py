@@ -1,0 +1,150 @@
+"""Where BIG-bench's task.json files are: a folder of the user's, or those of the PyPI sdist, unpacked once.
+
+Both have the repository's layout: NAME/task.json, or NAME/SUBTASK/task.json below a NAME/task.json without examples.
+Of the sdist (358 MB, 1.9 GB unpacked) only the JSON tasks are kept, gzipped, in the cache folder; nothing else of it is
+written, imported or built.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import TaskError, UnknownName
+from phatgoose.fetch import exclusive, fetch_pypi
+from phatgoose.files import atomic_folder, cache_folder
+from phatgoose.registry import unknown
+
+REQUIREMENT = "bigbench==1.0.0"
+SDIST = "bigbench-1.0.0.tar.gz"
+SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+_MEMBER = re.compile(r"bigbench-1\.0\.0/bigbench/benchmark_tasks/(\w[\w.-]*(?:/\w[\w.-]*)?)/task\.(json|py)")
+_FILES = ("task.json", "task.json.gz")
+_PROGRAMS = "programmatic.json"
+
+
+def root(folder: Path | None) -> Path:
+    """The folder that holds the tasks: `folder`, $PHATGOOSE_BIGBENCH, or the cache (fetched on first use)."""
+    if folder is None and (named := os.environ.get("PHATGOOSE_BIGBENCH")):
+        folder = Path(named).expanduser()
+    if folder is None:
+        return _unpacked()
+    for place in (folder, folder / "benchmark_tasks", folder / "bigbench" / "benchmark_tasks"):
+        if place.is_dir() and any(place.glob("*/task.json*")):
+            return place
+    raise TaskError(
+        f"{folder} holds no BIG-bench tasks: expected NAME/task.json as in the repository's benchmark_tasks."
+    )
+
+
+def is_sdist(folder: Path) -> bool:
+    return folder.parent == cache_folder() / "bigbench"
+
+
+def names(folder: Path) -> list[str]:
+    """Every NAME and NAME/SUBTASK below `folder`, sorted."""
+    found = {
+        p.parent
+        for pattern in ("*/task.json*", "*/*/task.json*")
+        for p in folder.glob(pattern)
+        if p.name in _FILES
+    }
+    return sorted(p.relative_to(folder).as_posix() for p in found)
+
+
+def find(folder: Path, name: str) -> list[tuple[str, Path, dict[str, Any]]]:
+    """(name, file, content) of the task `name`: one, or one for each subtask.
+
+    Raises:
+        UnknownName: there is no such task or subtask.
+        TaskError: it is a programmatic task, or its file is damaged.
+    """
+    task, _, subtask = name.partition("/")
+    known = names(folder)
+    if name not in known:
+        subtasks = [n for n in known if n.startswith(f"{task}/")]
+        if subtask and subtasks:
+            raise unknown(f"subtask of {task}", name, subtasks)
+        if name in _programs(folder):
+            raise TaskError(
+                f"bigbench:{name} is a programmatic task (Python code, no rows); only JSON tasks can be loaded."
+            )
+        raise _unknown_task(name, known)
+    content = read(folder / name)
+    if "examples" in content[1]:
+        return [(name, *content)]
+    children = [n for n in known if n.startswith(f"{name}/")]
+    if not children:
+        raise TaskError(f'{content[0]}: has neither "examples" nor subtasks.')
+    return [(n, *read(folder / n)) for n in children]
+
+
+def read(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, content) of one task folder."""
+    path = next(folder / f for f in _FILES if (folder / f).exists())
+    try:
+        raw = path.read_bytes()
+        data = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
+        raise TaskError(f"{path} can't be read: {cause}.") from cause
+    if not isinstance(data, dict):
+        raise TaskError(f"{path}: expected a JSON object, got {type(data).__name__}.")
+    return path, data
+
+
+def _unknown_task(name: str, known: list[str]) -> UnknownName:
+    """Suggests whole tasks, or a subtask that has the name's last part (past_tense → linguistic_mappings/past_tense…)."""
+    last = name.rpartition("/")[2]
+    inside = [n for n in known if "/" in n and last in n.partition("/")[2]]
+    hint = f"It looks like {' or '.join(repr(n) for n in inside[:3])}." if inside else ""
+    return unknown("bigbench task", name, [n for n in known if "/" not in n], hint)
+
+
+def _programs(folder: Path) -> set[str]:
+    if (folder / _PROGRAMS).is_file():
+        return set(json.loads((folder / _PROGRAMS).read_text()))
+    return {p.parent.relative_to(folder).as_posix() for p in folder.glob("*/task.py")}
+
+
+def _unpacked() -> Path:
+    # The first letters of the hash are part of the name: another pin never meets an older pin's files.
+    target = cache_folder() / "bigbench" / f"1.0.0-{SHA256[:12]}"
+    if target.is_dir():
+        return target
+    with exclusive(target):
+        if not target.is_dir():
+            _unpack(fetch_pypi(REQUIREMENT, SHA256, SDIST), target)
+    return target
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    import rich.progress
+    from rich.console import Console
+
+    programs = set()
+    with (
+        atomic_folder(target) as work,
+        rich.progress.open(
+            archive, "rb", description="unpacking BIG-bench", console=Console(stderr=True)
+        ) as file,
+        tarfile.open(fileobj=file, mode="r|gz") as tar,
+    ):
+        for member in tar:
+            match = _MEMBER.fullmatch(member.name)
+            if not match or not member.isfile():
+                continue
+            if match[2] == "py":
+                programs.add(match[1])
+            elif (content := tar.extractfile(member)) is not None:
+                path = work / match[1] / "task.json.gz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(gzip.compress(content.read(), compresslevel=1, mtime=0))
+        if not any(work.glob("*/task.json.gz")):
+            raise TaskError(f"{archive} holds no JSON tasks.")
+        (work / _PROGRAMS).write_text(json.dumps(sorted(programs)))

@@ -1,0 +1,118 @@
+"""`jsonl:PATH`: one JSON object a line, plain or gzipped.
+
+Fields: "input" (the whole prompt), "target" (text, number or a list of acceptable answers) or "targets" (list),
+optional "choices" (list) and "answer_index" (0-based place of the right choice, may stand instead of a target),
+optional "split" (train, validation or test; in every row or in none). Other names through options, see `columns`:
+`jsonl:rte.jsonl.gz?input={premise} Question: {hypothesis}?&choices=True|False&answer_index=label&ignore=idx`.
+A field that nothing reads is refused by name, unless it starts with "_" or `ignore=a,b` (or `ignore=*`) names it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import TaskError, UnknownName
+from phatgoose.files import sha256_file
+from phatgoose.records import SPLITS, Example, SplitName, Task
+from phatgoose.tasks.columns import OPTIONS, Columns, to_example
+from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.splits import Fractions, build_task
+
+FIELDS = ("input", "target", "targets", "choices", "answer_index", "split")
+
+
+def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
+    """The task in a JSON-lines file; a relative path starts at `folder` if that is given.
+
+    Raises:
+        TaskError: the file is missing, empty or malformed; the message names the line.
+    """
+    spec.check_options((*OPTIONS, "ignore", "split"))
+    path = (folder or Path()) / Path(spec.name).expanduser()
+    own: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
+    with_split = 0
+    for number, row in read_lines(path):
+        where = f"{path}, line {number}"
+        split, example = _row(spec, row, where)
+        with_split += split is not None
+        if with_split not in (0, sum(map(len, own.values())) + 1):
+            raise TaskError(f'{where}: either every row has a "split" or none has.')
+        own[split or "train"].append(example)
+    if not any(own.values()):
+        raise TaskError(f"{path} has no examples.")
+    source = {
+        "spec": spec.text,
+        "source": "jsonl",
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "prompt_style": "as is",
+    }
+    return build_task(f"jsonl:{path.name.partition('.')[0]}", own, source, fractions)
+
+
+def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, Example]:
+    columns = _columns(spec, row, where)
+    split_column = spec.options.get("split", "split")
+    ignored = spec.options.get("ignore", "")
+    if ignored != "*":
+        read = columns.used() | {split_column} | {name.strip() for name in ignored.split(",")}
+        for name in row:
+            if name not in read and not name.startswith("_"):
+                raise TaskError(
+                    f'{where}: field "{name}" is not read by anything (fields: {", ".join(FIELDS)}). Map it with '
+                    f"options such as ?input={name}, or pass over it with ?ignore={name}."
+                )
+    split = row.get(split_column)
+    if split not in (None, *SPLITS):
+        raise TaskError(f'{where}: "{split_column}" must be train, validation or test, got {split!r}.')
+    try:
+        return split, to_example(row, columns)
+    except (ValueError, UnknownName) as cause:
+        raise TaskError(f"{where}: {cause}.") from cause
+
+
+def _columns(spec: TaskSpec, row: dict[str, Any], where: str) -> Columns:
+    """The options, with the documented fields for whatever they leave open and the row has."""
+    explicit = spec.options.keys() & {"target", "answer_index", "choices"}
+    if not explicit & {"target", "answer_index"} and "target" in row and "targets" in row:
+        raise TaskError(f'{where}: has both "target" and "targets".')
+    has = [name for name in ("target", "targets") if name in row]
+    default = Columns(
+        target=has[0] if has else None,
+        choices="choices" if "choices" in row else None,
+        answer_index="answer_index" if "answer_index" in row and "target" not in explicit else None,
+    )
+    return Columns.of(spec, default)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) for every line that isn't blank.
+
+    Raises:
+        TaskError: the file is missing, not gzip or UTF-8 as it says, or a line isn't a JSON object.
+    """
+    number = 0
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise TaskError(
+                            f"{path}, line {number}: expected a JSON object, got {type(row).__name__}."
+                        )
+                    yield number, row
+    except FileNotFoundError:
+        raise TaskError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, RecursionError) as cause:
+        raise TaskError(
+            f"{path}, line {number}: not JSON ({cause}). Expected one JSON object a line."
+        ) from cause
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as cause:
+        raise TaskError(f"{path} can't be read past line {number}: {cause}.") from cause
