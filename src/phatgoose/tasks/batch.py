@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,8 +81,9 @@ def encode_choices(
     if is_encoder_decoder:
         targets = [_without_end(_encode(tokenizer, answer), end, True) for answer in answers]
     else:
-        prompt_ids = _without_end(prompt_ids, end, _appends_end(tokenizer))
-        targets = [_continuation(tokenizer, prompt, prompt_ids, answer, end) for answer in answers]
+        appended = _appends_end(tokenizer)
+        prompt_ids = _without_end(prompt_ids, end, appended)
+        targets = [_continuation(tokenizer, prompt, prompt_ids, answer, appended) for answer in answers]
     for answer, target in zip(answers, targets, strict=True):
         if not target:
             raise TaskError(f"the answer {answer!r} has no tokens.")
@@ -215,9 +215,9 @@ def _without_end(ids: list[int], end: int, appended: bool) -> list[int]:
 
 
 def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, end: int
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, appended: bool
 ) -> list[int]:
-    whole = _without_end(_encode(tokenizer, f"{prompt} {answer}"), end, _appends_end(tokenizer))
+    whole = _without_end(_encode(tokenizer, f"{prompt} {answer}"), tokenizer.eos_token_id, appended)
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         return whole[len(prompt_ids) :]
     return _encode(tokenizer, f" {answer}", special=False)
@@ -239,13 +239,15 @@ def _pad(rows: Sequence[tuple[int, ...]], value: int, *, left: bool) -> Tensor:
 
 
 def _inner(model: Any) -> Any:
-    """The transformers model inside wrappers: distributed data parallel's `module`, PEFT's base model."""
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-        model = model.module
+    """The transformers model inside its wrappers: torch.compile, data parallel, PEFT."""
+    while not hasattr(model, "config"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    model = getattr(
+        model, "_orig_mod", model
+    )  # a compiled module passes attributes through, but not its signature
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@lru_cache(maxsize=32)
 def _arguments(kind: Any) -> frozenset[str]:
     """Names that the forward of a model class declares; **kwargs counts for nothing."""
     return frozenset(inspect.signature(kind.forward).parameters)

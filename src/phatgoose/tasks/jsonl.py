@@ -57,23 +57,34 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, Example]:
     columns = _columns(spec, row, where)
+    problem, example = None, None
+    try:
+        example = to_example(row, columns)
+    except UnknownName as cause:
+        raise TaskError(f"{where}: {cause}.") from cause
+    except ValueError as cause:
+        problem = cause
     split_column = spec.options.get("split", "split")
-    ignored = spec.options.get("ignore", "")
-    if ignored != "*":
-        read = columns.used() | {split_column} | {name.strip() for name in ignored.split(",")}
-        for name in row:
-            if name not in read and not name.startswith("_"):
-                raise TaskError(
-                    f'{where}: field "{name}" is not read by anything (fields: {", ".join(FIELDS)}). Map it with '
-                    f"options such as ?input={name}, or pass over it with ?ignore={name}."
-                )
+    _refuse_unread(spec, row, columns.used() | {split_column}, where)  # first: it may explain the problem
+    if example is None:
+        raise TaskError(f"{where}: {problem}.") from problem
     split = row.get(split_column)
     if split not in (None, *SPLITS):
         raise TaskError(f'{where}: "{split_column}" must be train, validation or test, got {split!r}.')
-    try:
-        return split, to_example(row, columns)
-    except (ValueError, UnknownName) as cause:
-        raise TaskError(f"{where}: {cause}.") from cause
+    return split, example
+
+
+def _refuse_unread(spec: TaskSpec, row: dict[str, Any], read: set[str], where: str) -> None:
+    ignored = spec.options.get("ignore", "")
+    if ignored == "*":
+        return
+    read = read | {name.strip() for name in ignored.split(",")}
+    for name in row:
+        if name not in read and not name.startswith("_"):
+            raise TaskError(
+                f'{where}: field "{name}" is not read by anything (fields: {", ".join(FIELDS)}). Map it with '
+                f"options such as ?input={name}, or pass over it with ?ignore={name}."
+            )
 
 
 def _columns(spec: TaskSpec, row: dict[str, Any], where: str) -> Columns:

@@ -1,0 +1,159 @@
+import gzip
+import json
+
+import pytest
+
+from phatgoose.errors import TaskError
+from phatgoose.records import SPLITS, Example
+from phatgoose.tasks import load_task
+
+
+def write(path, rows):
+    text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def only(path, options=""):
+    task = load_task(f"jsonl:{path}{options}")
+    (example,) = [e for name in SPLITS for e in task.split(name)]
+    return example
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_plain_and_gzipped(tmp_path, name):
+    path = write(tmp_path / name, [{"input": " Say hé \n", "target": " hé "}, "", "   "])
+    assert only(path) == Example("Say hé", ("hé",))
+    assert load_task(f"jsonl:{path}").name == "jsonl:a"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"input": "p", "target": 3}, Example("p", ("3",))),
+        ({"input": "p", "target": ["a", "b", "a"]}, Example("p", ("a", "b"))),
+        ({"input": "p", "targets": ["a", "b"]}, Example("p", ("a", "b"))),
+        ({"input": "p", "target": "b", "choices": ["a", "b"]}, Example("p", ("b",), ("a", "b"))),
+        ({"input": "p", "choices": ["a", "b"], "answer_index": 1}, Example("p", ("b",), ("a", "b"))),
+        (
+            {"input": "p", "target": "b", "choices": ["a", "b"], "answer_index": 1},
+            Example("p", ("b",), ("a", "b")),
+        ),
+        ({"input": "p", "target": "b", "choices": ["a", "b"], "_note": 7}, Example("p", ("b",), ("a", "b"))),
+        ({"input": "p", "target": "x", "choices": None}, Example("p", ("x",))),
+    ],
+)
+def test_fields(tmp_path, row, expected):
+    assert only(write(tmp_path / "a.jsonl", [row])) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"q": "p", "a": "x"}, "?input=q&target=a", Example("p", ("x",))),
+        ({"q": "p", "a": "x", "n": 1}, "?input={{{q}}} go&target=a&ignore=n", Example("{p} go", ("x",))),
+        ({"q": "p", "a": "x", "n": 1}, "?input=q&target=a&ignore=*", Example("p", ("x",))),
+        ({"s": "p", "l": 0}, "?input=s&choices=yes|no&answer_index=l", Example("p", ("yes",), ("yes", "no"))),
+        (
+            {"s": "p", "l": "2"},
+            "?input=s&choices=y|n&answer_index=l&answer_base=1",
+            Example("p", ("n",), ("y", "n")),
+        ),
+        ({"s": "p", "l": "B"}, "?input=s&choices=y|n&answer_index=l", Example("p", ("n",), ("y", "n"))),
+        (
+            {"s": "p", "o1": "u", "o2": "v", "l": 1},
+            "?input=s&choices={o1}|not {o2}&answer_index=l",
+            Example("p", ("not v",), ("u", "not v")),
+        ),
+        (
+            {"s": "p", "l": "n"},
+            "?input=s&target=l&values=y:Yes|n:No&choices=Yes|No",
+            Example("p", ("No",), ("Yes", "No")),
+        ),
+        (
+            {"s": "p", "c": {"text": ["a", "b"]}, "l": "A"},
+            "?input=s&choices=c.text&answer_index=l",
+            Example("p", ("a",), ("a", "b")),
+        ),
+        ({"s": "p", "t": "x"}, "?input=s&target=[{t}]", Example("p", ("[x]",))),
+    ],
+)
+def test_options(tmp_path, row, options, expected):
+    assert only(write(tmp_path / "a.jsonl", [row]), options) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "match"),
+    [
+        ({"target": "x"}, "", r"line 2: unknown column 'input'"),
+        ({"input": "p"}, "", r"line 2: no target"),
+        ({"input": "p", "target": "x", "label": 3}, "", r'line 2: field "label" is not read'),
+        ({"input": "p", "target": "x", "targets": ["x"]}, "", r"line 2: has both"),
+        ({"input": " ", "target": "x"}, "", r"line 2: empty input"),
+        ({"input": "p", "target": " "}, "", r"line 2: empty target"),
+        ({"input": "p", "target": []}, "", r"line 2: no answer"),
+        ({"input": "p", "target": {"a": 1}}, "", r"line 2: expected text or a number, got dict"),
+        ({"input": "p", "target": "c", "choices": ["a", "b"]}, "", r"line 2: target 'c' is not among"),
+        ({"input": "p", "target": "a", "choices": ["a", " a "]}, "", r"line 2: fewer than two"),
+        ({"input": "p", "target": "a", "choices": "ab"}, "", r"line 2: choices in 'choices' are str"),
+        (
+            {"input": "p", "choices": ["a", "b"], "answer_index": 2},
+            "",
+            r"line 2: answer_index 2 points outside",
+        ),
+        ({"input": "p", "choices": ["a", "b"], "answer_index": -1}, "", r"line 2: no answer_index"),
+        (
+            {"input": "p", "choices": ["a", "b"], "answer_index": "x"},
+            "",
+            r"line 2: answer_index 'x' is neither",
+        ),
+        (
+            {"input": "p", "target": "a", "choices": ["a", "b"], "answer_index": 1},
+            "",
+            r"line 2: answer_index says 'b'",
+        ),
+        ({"input": "p", "target": "a", "answer_index": 1}, "", r"line 2: an answer_index needs choices"),
+        ({"input": "p", "target": "e"}, "?values=x:y", r"line 2: unknown raw target value 'e'"),
+        (
+            {"input": "p", "target": "e"},
+            "?input={inptu}",
+            r"line 1: unknown column 'inptu': did you mean 'input'",
+        ),
+        ({"input": "p", "target": "e"}, "?input=a } {input}", r"line 1: unbalanced }"),
+        ({"input": "p", "target": "\ud800"}, "", r"line 2: .*Unicode"),
+        ({"input": "p", "target": "x", "split": "dev"}, "", r"line 2: .split. must be train"),
+        ({"input": "p", "target": "x", "split": "test"}, "", r"line 2: either every row"),
+        ("[1, 2]", "", r"line 2: expected a JSON object"),
+        ('{"input": ', "", r"line 2: not JSON"),
+    ],
+)
+def test_bad_rows_name_their_line(tmp_path, row, options, match):
+    path = write(tmp_path / "a.jsonl", [{"input": "fine", "target": "x"}, row])
+    with pytest.raises(TaskError, match=match):
+        load_task(f"jsonl:{path}{options}")
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(TaskError, match="does not exist"):
+        load_task(f"jsonl:{tmp_path}/none.jsonl")
+    with pytest.raises(TaskError, match="no examples"):
+        load_task(f"jsonl:{write(tmp_path / 'empty.jsonl', [''])}")
+    cut = write(tmp_path / "cut.jsonl.gz", [{"input": f"{i} {i * i}", "target": "x"} for i in range(999)])
+    cut.write_bytes(cut.read_bytes()[:-200])
+    with pytest.raises(TaskError, match="can't be read past line"):
+        load_task(f"jsonl:{cut}")
+    (tmp_path / "plain.jsonl.gz").write_text("{}")
+    with pytest.raises(TaskError, match="can't be read"):
+        load_task(f"jsonl:{tmp_path}/plain.jsonl.gz")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"input": "\xe9", "target": "x"}')
+    with pytest.raises(TaskError, match="can't be read"):
+        load_task(f"jsonl:{tmp_path}/latin.jsonl")
+    with pytest.raises(TaskError, match="values= should read"):
+        load_task(f"jsonl:{write(tmp_path / 'a.jsonl', [{'input': 'p', 'target': 'x'}])}?values=xy")
+
+
+def test_own_splits(tmp_path):
+    rows = [{"input": f"p{i}", "target": "x", "split": SPLITS[i % 3]} for i in range(30)]
+    task = load_task(f"jsonl:{write(tmp_path / 'a.jsonl', rows)}")
+    for i, name in enumerate(SPLITS):
+        assert {e.input for e in task.split(name)} == {f"p{j}" for j in range(i, 30, 3)}

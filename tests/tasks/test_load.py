@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from phatgoose.errors import TaskError, UnknownName
+from phatgoose.tasks import Fractions, list_tasks, load_task, split_spec
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"input": f"{i}+1=", "target": i + 1}) + "\n" for i in range(200)))
+    return path
+
+
+def test_spec():
+    spec = split_spec("hf:a/b/c?input={x}%26{y}%0A50%25 sure&target=z")
+    assert (spec.source, spec.name) == ("hf", "a/b/c")
+    assert spec.options == {"input": "{x}&{y}\n50% sure", "target": "z"}
+    assert split_spec("jsonl:C:/x=y+z.jsonl").name == "C:/x=y+z.jsonl"
+
+
+@pytest.mark.parametrize(
+    "bad", ["social_iqa", ":x", "bigbench:", "", "jsonl:x?input", "jsonl:x?=y", "jsonl:x?a=1&a=2"]
+)
+def test_malformed_specs(bad):
+    with pytest.raises(TaskError, match="task spec"):
+        split_spec(bad)
+
+
+def test_unknown_source_and_option_suggest():
+    with pytest.raises(UnknownName, match="did you mean 'bigbench'"):
+        load_task("bigbnech:x")
+    with pytest.raises(UnknownName, match="did you mean 'target'"):
+        load_task("jsonl:x.jsonl?tarjet=a")
+    with pytest.raises(UnknownName):
+        list_tasks("jsonl")
+
+
+def test_limit_and_fractions_and_source(file, tmp_path):
+    whole = load_task(f"jsonl:{file}")
+    few = load_task("jsonl:sums.jsonl", folder=tmp_path, limit=5)
+    assert few.train == whole.train[:5]
+    assert few.test == whole.test[:5]
+    assert few.source["limit"] == {"train": 5, "validation": 5, "test": 5}
+    assert few.source["folder"] == str(tmp_path)
+    assert few.hash != whole.hash
+    only_test = load_task(f"jsonl:{file}", limit={"test": 1})
+    assert (len(only_test.test), only_test.train) == (1, whole.train)
+    half = load_task(f"jsonl:{file}", fractions=Fractions(test=0.5, validation=0))
+    assert {e.input for e in whole.test} < {e.input for e in half.test}
+    assert not half.validation
+    json.dumps(few.source)
+    with pytest.raises(TaskError, match="limit of tset"):
+        load_task(f"jsonl:{file}", limit={"tset": 1})
+
+
+def test_same_source_same_hash(file):
+    assert load_task(f"jsonl:{file}").hash == load_task(f"jsonl:{file}").hash

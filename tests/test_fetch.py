@@ -1,0 +1,139 @@
+"""Fetching through the real pip, from an index that is a folder: no network."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from phatgoose import fetch
+from phatgoose.errors import DownloadError, StorageError
+
+NAME = "goosefeather-1.0.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / NAME, "w") as wheel:
+        meta = "goosefeather-1.0.0.dist-info"
+        wheel.writestr("goosefeather/data.bin", b"feathers")
+        wheel.writestr(f"{meta}/METADATA", "Metadata-Version: 2.1\nName: goosefeather\nVersion: 1.0.0\n")
+        wheel.writestr(
+            f"{meta}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{meta}/RECORD", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PHATGOOSE_DOWNLOADS", raising=False)
+    return folder
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def no_pip(*_: object, **__: object) -> None:
+    raise AssertionError("pip was run")
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(
+        p.name for p in (tmp_path / "cache" / "downloads").iterdir() if not p.name.endswith(".lock")
+    )
+
+
+def test_fetches_once_and_finds_it_again(index, tmp_path, monkeypatch):
+    digest = sha(index / NAME)
+    path = fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME)
+    assert path == tmp_path / "cache" / "downloads" / NAME
+    assert sha(path) == digest
+    assert left(tmp_path) == [NAME]
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    assert fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME) == path
+
+
+def test_wrong_hash_is_refused_with_both_hashes_and_nothing_is_kept(index, tmp_path):
+    with pytest.raises(DownloadError, match=f"expected {'0' * 64}, found {sha(index / NAME)}"):
+        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+    assert left(tmp_path) == []
+
+
+def test_a_damaged_cached_file_is_never_used(index, tmp_path):
+    digest = sha(index / NAME)
+    path = fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DownloadError, match="Delete it"):
+        fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME)
+
+
+def test_own_folder_comes_first_and_is_checked_too(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    monkeypatch.setenv("PHATGOOSE_DOWNLOADS", str(index))
+    assert fetch.fetch_pypi("goosefeather==1.0.0", sha(index / NAME), NAME) == index / NAME
+    with pytest.raises(DownloadError, match="PHATGOOSE_DOWNLOADS"):
+        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+
+
+def test_no_network_says_how_to_do_it_by_hand(index, tmp_path, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(DownloadError, match=r"no network.*by hand.*PHATGOOSE_DOWNLOADS") as caught:
+        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+    assert str(tmp_path / "cache" / "downloads") in str(caught.value)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "match"),
+    [
+        ("/usr/bin/python: No module named pip", DownloadError, "ensurepip"),
+        ("ERROR: Could not install: [Errno 28] No space left on device", StorageError, "no space left"),
+        ("ERROR: something odd", DownloadError, "pip failed"),
+    ],
+)
+def test_causes_are_told_apart(index, tmp_path, monkeypatch, said, error, match):
+    done = subprocess.CompletedProcess([sys.executable], 1, stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(error, match=match):
+        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+    assert left(tmp_path) == []
+
+
+def test_remains_of_a_killed_process_are_cleared(index, tmp_path):
+    old = tmp_path / "cache" / "downloads" / f".{NAME}.abc.tmp"
+    old.mkdir(parents=True)
+    (old / "half").write_bytes(b"x" * 10)
+    fetch.fetch_pypi("goosefeather==1.0.0", sha(index / NAME), NAME)
+    assert left(tmp_path) == [NAME]
+
+
+def test_the_lock_keeps_a_second_one_waiting(tmp_path):
+    order = []
+
+    def second() -> None:
+        with fetch.exclusive(tmp_path / "thing"):
+            order.append("second")
+
+    with fetch.exclusive(tmp_path / "thing"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_fetch_needs_no_torch():
+    code = "import sys, phatgoose.fetch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
