@@ -33,11 +33,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"no space left to write {path}; nothing there was changed. Free some space and run it again.") from error
+            raise StorageError(
+                f"no space left to write {path}; nothing there was changed. Free some space and run it again."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"no permission to write {path}; nothing there was changed.") from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
-            raise StorageError(f"can't write {path}: {error.strerror}. Is there a file where a folder should be, or the reverse?") from error
+            raise StorageError(
+                f"can't write {path}: {error.strerror}. Is there a file where a folder should be, or the reverse?"
+            ) from error
         raise
 
 

@@ -108,6 +108,8 @@ class TaskScore:
     rows: int
     task_hash: str = ""
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
+    truncated_rows: int = 0
+    """Rows whose prompt was cut from the left to fit the model's context (or a given limit)."""
 
 
 @dataclass(frozen=True)

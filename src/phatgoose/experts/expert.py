@@ -178,6 +178,22 @@ class Expert:
             write_json(work / RECORD_FILE, record)
         return folder
 
+    def folder_is_current(self) -> bool:
+        """Whether the folder it was read from still holds this very expert: adapter, gates, record and name."""
+        if self.folder is None:
+            return False
+        try:
+            found = Expert.load(self.folder)
+        except ExpertError:
+            return False
+        return (
+            found.name == self.name
+            and dict(found.adapter_config) == dict(self.adapter_config)
+            and dict(found.provenance) == dict(self.provenance)
+            and _equal(found.tensors, self.tensors)
+            and _equal(found.gates or {}, self.gates or {})
+        )
+
     def _write_adapter(self, work: Path) -> None:
         """The adapter as it was read, to the byte, if its folder is still there; else the same tensors in a new file."""
         if (
@@ -187,11 +203,7 @@ class Expert:
         ):
             found = read_tensors(self.folder / WEIGHTS_FILE)
             config = read_json(self.folder / CONFIG_FILE, ExpertError)
-            if (
-                config == dict(self.adapter_config)
-                and found.keys() == self.tensors.keys()
-                and all(torch.equal(found[k], self.tensors[k]) for k in found)
-            ):
+            if config == dict(self.adapter_config) and _equal(found, self.tensors):
                 for name in (CONFIG_FILE, WEIGHTS_FILE):
                     shutil.copyfile(self.folder / name, work / name)
                 return
@@ -260,3 +272,7 @@ def _checked_gates(
 def _same(expected: Any, found: str, path: Path, what: str) -> None:
     if expected != found:
         raise ExpertError(f"{path} is damaged or was changed: {what} is {expected}, the file's is {found}.")
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

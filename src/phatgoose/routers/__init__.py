@@ -1,1 +1,45 @@
+"""Who scores: from a module's input, which experts act on each token and how much."""
 
+from __future__ import annotations
+
+from phatgoose.errors import RoutingError
+from phatgoose.registry import lookup
+from phatgoose.routers.constant import Random, Single, Uniform
+from phatgoose.routers.router import Router
+from phatgoose.routers.token import PHATGOOSE
+
+ROUTERS = {
+    "phatgoose": "phatgoose.routers.token:PHATGOOSE",
+    "random": "phatgoose.routers.constant:Random",
+    "single": "phatgoose.routers.constant:Single",
+    "uniform": "phatgoose.routers.constant:Uniform",
+}
+
+
+def parse_router(text: str) -> Router:
+    """A router from its command-line form: "phatgoose", "phatgoose:top_k=3", "single:NAME", "random:seed=1".
+
+    Raises:
+        UnknownName: for an unknown router. RoutingError: for an unknown or malformed setting.
+    """
+    name, _, rest = text.partition(":")
+    kind = lookup("router", name.lower(), ROUTERS)
+    if kind is Single:
+        return Single(int(rest) if rest.isdigit() else rest)
+    settings = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in kind.__dataclass_fields__:
+            raise RoutingError(
+                f"router {name!r} has no setting {key!r}; it has: {', '.join(kind.__dataclass_fields__) or 'none'}."
+            )
+        try:
+            settings[key] = int(value)
+        except ValueError:
+            raise RoutingError(
+                f"setting {key!r} of router {name!r} is {value!r}, expected a whole number."
+            ) from None
+    return kind(**settings)
+
+
+__all__ = ["PHATGOOSE", "ROUTERS", "Random", "Router", "Single", "Uniform", "parse_router"]

@@ -1,0 +1,92 @@
+"""phatgoose: one model out of a pile of PEFT adapters, routed token by token (PHATGOOSE, arXiv 2402.05859).
+
+Everything public is here and is imported on first use, so that `import phatgoose` and `phatgoose --help` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phatgoose.analysis.page import report
+    from phatgoose.errors import PhatgooseError
+    from phatgoose.evaluation.run import EvaluationConfig, evaluate
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.merge import merged
+    from phatgoose.experts.pool import Pool
+    from phatgoose.models.base import Base
+    from phatgoose.models.load import load_base
+    from phatgoose.models.routed import route, unroute
+    from phatgoose.models.trace import trace
+    from phatgoose.records import Example, Task
+    from phatgoose.routers import PHATGOOSE, Random, Single, Uniform
+    from phatgoose.tasks import load_task
+    from phatgoose.training.expert import ExpertConfig, train_expert
+    from phatgoose.training.gate import GateConfig, train_gate
+
+__version__ = _version("phatgoose")
+
+_PUBLIC = {
+    "PHATGOOSE": "routers",
+    "Base": "models.base",
+    "EvaluationConfig": "evaluation.run",
+    "Example": "records",
+    "Expert": "experts.expert",
+    "ExpertConfig": "training.expert",
+    "GateConfig": "training.gate",
+    "PhatgooseError": "errors",
+    "Pool": "experts.pool",
+    "Random": "routers",
+    "Single": "routers",
+    "Task": "records",
+    "Uniform": "routers",
+    "evaluate": "evaluation.run",
+    "load_base": "models.load",
+    "load_task": "tasks",
+    "merged": "experts.merge",
+    "report": "analysis.page",
+    "route": "models.routed",
+    "trace": "models.trace",
+    "train_expert": "training.expert",
+    "train_gate": "training.gate",
+    "unroute": "models.routed",
+}
+__all__ = [
+    "PHATGOOSE",
+    "Base",
+    "EvaluationConfig",
+    "Example",
+    "Expert",
+    "ExpertConfig",
+    "GateConfig",
+    "PhatgooseError",
+    "Pool",
+    "Random",
+    "Single",
+    "Task",
+    "Uniform",
+    "evaluate",
+    "load_base",
+    "load_task",
+    "merged",
+    "report",
+    "route",
+    "trace",
+    "train_expert",
+    "train_gate",
+    "unroute",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(f"phatgoose.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'phatgoose' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,88 @@
+"""Which tokens a model is running over right now: seen by hooks on its encoder and decoder, asked for by routers and traces."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from phatgoose.routers.context import Sequences, positions_from
+
+# Cross-attention keys and values read the encoder's states: T5's EncDecAttention, BART's and others' encoder_attn.
+_CROSS = re.compile(
+    r"(?:^|\.)(?:EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\..*(?:key|value|c_attn))$"
+)
+
+
+class Streams:
+    """Remembers the arguments of the running pass of each stack; builds `Sequences` from them only when asked."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        if model.config.is_encoder_decoder:
+            self.stacks: dict[str, nn.Module] = {
+                "encoder": model.get_encoder(),
+                "decoder": model.get_decoder(),
+            }
+        else:
+            self.stacks = {"decoder": model.base_model}
+        self.prefixes = {
+            name: path + "."
+            for path, module in model.named_modules()
+            for name, stack in self.stacks.items()
+            if module is stack
+        }
+        self._seen: dict[str, tuple[dict[str, Any], int]] = {}
+        self._built: dict[str, Sequences] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        return [
+            stack.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True
+            )
+            for name, stack in self.stacks.items()
+        ]
+
+    def _enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        # The cache grows while the pass runs, so its length is taken now.
+        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        keep = {k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
+        if args and keep["input_ids"] is None:
+            keep["input_ids"] = args[0]
+        self._seen[name] = (keep, past)
+        self._built.pop(name, None)
+
+    def stream_of(self, path: str) -> str:
+        """ "encoder" or "decoder": whose tokens the module at `path` sees."""
+        if "encoder" not in self.stacks:
+            return "decoder"
+        if _CROSS.search(path) or path.startswith(self.prefixes["encoder"]):
+            return "encoder"
+        return "decoder"
+
+    def seen_by(self, path: str) -> Sequences | None:
+        """The tokens of the pass the module at `path` runs in, None if no pass was seen."""
+        name = self.stream_of(path)
+        if name not in self._built:
+            if name not in self._seen:
+                return None
+            self._built[name] = _sequences(*self._seen[name])
+        return self._built[name]
+
+
+def _sequences(arguments: dict[str, Any], past: int) -> Sequences:
+    ids, embeds, mask = arguments["input_ids"], arguments["inputs_embeds"], arguments["attention_mask"]
+    source = ids if ids is not None else embeds
+    batch, length = source.shape[:2]
+    positions, real = positions_from(
+        mask if isinstance(mask, Tensor) else None, batch, length, past, source.device
+    )
+    given = arguments["position_ids"]
+    if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == length:
+        positions = given.expand(batch, length).to(torch.long)
+    return Sequences(ids, positions, real)

@@ -1,0 +1,75 @@
+"""Routing at one module with batched torch operations. Same signatures and results as `phatgoose.ops.reference`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phatgoose.ops.reference import EPS
+from phatgoose.ops.stack import Stack
+
+# Measured by benchmarks/ops.py on two CPU cores (bf16, 576 → 1536): up to DENSE_ROWS stacked rows one product over all
+# experts is cheapest for any number of tokens; above it, up to GATHER_TOKENS tokens gather their own rows.
+DENSE_ROWS = 1024
+GATHER_TOKENS = 8
+
+
+def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
+    """score_e = v̄_eᵀ ū / √d in float32 (float64 if u is). u: [N, d], gates: standardised [E, d] → [N, E]."""
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    return F.layer_norm(u, u.shape[-1:], eps=EPS) @ (gates.to(u.dtype) / u.shape[-1] ** 0.5).T
+
+
+def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The k best experts of every token and the softmax over their scores. Which of two equal scores comes first is open."""
+    values, chosen = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+    return chosen, values.softmax(-1)
+
+
+def mix(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    """y + Σ_j w_j Δ_{e_j}(u), by whichever of three ways is cheapest for this many tokens and stacked rows."""
+    if stack.A.shape[0] == 0 or chosen.numel() == 0:
+        return y
+    u = u.to(stack.A.dtype)
+    if stack.A.shape[0] <= DENSE_ROWS:
+        return _dense(u, y, stack, chosen, weights)
+    if u.shape[0] <= GATHER_TOKENS and len(set(stack.ranks)) == 1:
+        return _gather(u, y, stack, chosen, weights)
+    return _grouped(u, y, stack, chosen, weights)
+
+
+def _dense(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Two products over every expert's rows, the rows of experts not chosen scaled by zero."""
+    per_expert = u.new_zeros((u.shape[0], stack.experts), dtype=weights.dtype)
+    per_expert.scatter_add_(1, chosen.clamp(min=0), torch.where(chosen >= 0, weights, 0))
+    ranks = torch.tensor(stack.ranks, device=u.device)
+    per_row = per_expert.repeat_interleave(ranks, dim=1, output_size=stack.A.shape[0]).to(u.dtype)  # [N, R]
+    return y + (((u @ stack.A.T) * per_row) @ stack.B).to(y.dtype)
+
+
+def _gather(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Each token's own rows gathered, then small batched products; for few tokens and equal ranks."""
+    rank, (n, k) = stack.ranks[0], chosen.shape
+    rows = (chosen.clamp(min=0)[..., None] * rank + torch.arange(rank, device=u.device)).view(n, k * rank)
+    per_row = torch.where(chosen >= 0, weights, 0).to(u.dtype).repeat_interleave(rank, dim=1)  # [N, k·r]
+    hidden = torch.bmm(stack.A[rows], u[:, :, None])[:, :, 0] * per_row
+    return y + torch.bmm(hidden[:, None, :], stack.B[rows])[:, 0].to(y.dtype)
+
+
+def _grouped(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Tokens sorted by expert, one pair of products per expert in use; any ranks."""
+    flat = chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    tokens = order // chosen.shape[1]
+    scale = weights.reshape(-1)[order].to(u.dtype)[:, None]
+    counts = torch.bincount(flat + 1, minlength=stack.experts + 1).tolist()  # [0] counts "nothing chosen"
+    total = torch.zeros(y.shape, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+    start = counts[0]
+    for expert, count in enumerate(counts[1:]):
+        if count:
+            mine, rows = slice(start, start + count), stack.rows(expert)
+            delta = ((u[tokens[mine]] @ stack.A[rows].T) * scale[mine]) @ stack.B[rows]
+            total.index_add_(0, tokens[mine], delta.to(total.dtype))
+            start += count
+    return y + total.to(y.dtype)

@@ -1,0 +1,74 @@
+"""What a router may know beyond a token's activation: which sequence, position and token it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The tokens one pass of an encoder or decoder runs over: B sequences of T new tokens.
+
+    ids: int64 [B, T] or None (embeddings were given). positions: int64 [B, T], counted without padding and past a cache.
+    real: bool [B, T], False at padding.
+    """
+
+    ids: Tensor | None
+    positions: Tensor
+    real: Tensor
+
+    def aligned(self, rows: int, length: int) -> Sequences:
+        """The same for a module that saw [rows, length]: sequences repeated (beams), or only the last tokens kept.
+
+        Raises:
+            RoutingError: if the module's input can't be matched to the tokens.
+        """
+        b, t = self.positions.shape
+        if rows % b or length > t:
+            raise RoutingError(
+                f"a module saw [{rows}, {length}] tokens, the model was given [{b}, {t}]: they can't be matched."
+            )
+
+        def fit(x: Tensor) -> Tensor:
+            return x[:, t - length :].repeat_interleave(rows // b, dim=0)
+
+        return Sequences(None if self.ids is None else fit(self.ids), fit(self.positions), fit(self.real))
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingContext:
+    """One call of one module: its path, the [rows, length] its tokens came in, and the sequences it sees."""
+
+    path: str
+    rows: int
+    length: int
+    sequences: Sequences | None
+
+    def tokens(self) -> Sequences:
+        """The sequences matched to the module's N = rows·length tokens.
+
+        Raises:
+            RoutingError: if the model was called in a way that hides them.
+        """
+        if self.sequences is None:
+            raise RoutingError(
+                f"module {self.path} ran outside of a call of the model, so its tokens' positions are unknown."
+            )
+        return self.sequences.aligned(self.rows, self.length)
+
+
+def positions_from(
+    mask: Tensor | None, batch: int, length: int, past: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(positions, real), both [B, T], of T new tokens after `past` cached ones; `mask` is [B, past + T] or None."""
+    if mask is not None and mask.ndim == 2 and mask.shape[1] >= length:
+        whole = mask.to(device).bool()
+        positions = (whole.long().cumsum(1) - 1).clamp(min=0)
+        return positions[:, -length:], whole[:, -length:]
+    positions = (past + torch.arange(length, device=device)).expand(batch, length)
+    return positions, torch.ones(batch, length, dtype=torch.bool, device=device)

@@ -1,0 +1,58 @@
+"""The contract of a router: settings, bound to each module of a pool, give a choice per token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from phatgoose.ops import Backend
+from phatgoose.routers.context import RoutingContext
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The experts that can act at one module, in the order of the stack.
+
+    `names` are of all experts in the pool; `members` index them: candidate i is names[members[i]], and −1 is the null
+    candidate (no update). `gates`: one float32 vector [d_in] per candidate, or None where it has none.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    members: tuple[int, ...]
+    gates: tuple[Tensor | None, ...]
+    d_in: int
+
+
+class BoundRouter(ABC):
+    """A router at one module."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        """Chosen candidates int64 [N, k] (−1: none) and their weights float32 [N, k] for inputs u [N, d]."""
+
+
+class Router(ABC):
+    """Frozen settings of a way to route. Subclasses are dataclasses, so that their repr says it all."""
+
+    offers_null = False
+    """Whether a null candidate (no update, score 0) is offered at modules that only some experts adapt."""
+
+    @abstractmethod
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        """This router at one module.
+
+        Raises:
+            RoutingError: if an expert lacks what this router needs, by name.
+        """
+
+    def check(self, names: Sequence[str]) -> None:  # noqa: B027 - most routers need no check
+        """Refuses a pool this router can't serve, before anything is attached."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings, for results."""
+        return {"router": type(self).__name__, **getattr(self, "__dict__", {})}
