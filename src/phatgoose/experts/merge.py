@@ -26,7 +26,7 @@ def merged(pool: Pool, name: str = "merged") -> Expert:
         )
         ranks[path] = sum(u.rank for u in updates)
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    special = {path: rank for path, rank in ranks.items() if rank != common}
+    special: dict[str, int] = {path: rank for path, rank in ranks.items() if rank != common}
     first = pool.experts[0].adapter_config
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -41,7 +41,7 @@ def merged(pool: Pool, name: str = "merged") -> Expert:
         "bias": "none",
         "inference_mode": True,
     }
-    provenance = {"kind": "merged", "experts": list(pool.names)}
+    provenance: dict[str, Any] = {"kind": "merged", "experts": list(pool.names)}
     if pool.base is not None:
         provenance["base"] = pool.base.to_json()
     return Expert(name, config, tensors, provenance=provenance)

@@ -49,10 +49,9 @@ class Pool:
                 )
             seen.add(expert.name)
         self._check_shapes()
-        known = [e for e in self.experts if e.base is not None]
-        for expert in known[1:]:
-            assert known[0].base is not None and expert.base is not None
-            check_same_base(known[0].base, expert.base, f"experts {known[0].name!r} and {expert.name!r}")
+        known = [(e.name, e.base) for e in self.experts if e.base is not None]
+        for name, base in known[1:]:
+            check_same_base(known[0][1], base, f"experts {known[0][0]!r} and {name!r}")
 
     def _check_shapes(self) -> None:
         owners: dict[str, Expert] = {}
@@ -276,14 +275,9 @@ def _place(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> dict[str
     taken = {e["folder"] for e in kept}
     for entry in kept:
         place = folder / entry["folder"]
-        if (
-            entry["name"] == expert.name
-            and expert.folder is not None
-            and place.exists()
-            and place.samefile(expert.folder)
-        ):
-            if expert.folder_is_current():
-                return entry
+        same_place = expert.folder is not None and place.exists() and place.samefile(expert.folder)
+        if same_place and entry["name"] == expert.name and expert.folder_is_current():
+            return entry
     relative, number = f"experts/{expert.name}", 1
     while relative in taken or (folder / relative).exists():
         number += 1

@@ -65,12 +65,10 @@ def route(
 
 
 def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
-    known = model if isinstance(model, Base) else model.__dict__.get("_phatgoose_base")
-    return (
-        known.fingerprint
-        if known is not None
-        else fingerprint(model, model.name_or_path or type(model).__name__)
-    )
+    if isinstance(model, Base):
+        return model.fingerprint
+    known = model.__dict__.get("_phatgoose_base")
+    return known.fingerprint if known is not None else fingerprint(model, model.name_or_path or type(model).__name__)
 
 
 def unroute(model: Base | PreTrainedModel) -> PreTrainedModel:
@@ -175,9 +173,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     Taken from the layer's own record of its sizes: a packed quantised weight has another shape.
     """
     for names in (("in_features", "out_features"), ("nx", "nf")):  # the second pair is transformers' Conv1D
-        found = [getattr(module, name, None) for name in names]
-        if all(isinstance(size, int) for size in found):
-            return found[0], found[1]
+        d_in, d_out = (getattr(module, name, None) for name in names)
+        if isinstance(d_in, int) and isinstance(d_out, int):
+            return d_in, d_out
     return None
 
 
