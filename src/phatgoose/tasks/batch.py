@@ -242,9 +242,8 @@ def _inner(model: Any) -> Any:
     """The transformers model inside its wrappers: torch.compile, data parallel, PEFT."""
     while not hasattr(model, "config"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    model = getattr(
-        model, "_orig_mod", model
-    )  # a compiled module passes attributes through, but not its signature
+    # A compiled module passes attributes through, but not its signature.
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
