@@ -1,0 +1,163 @@
+"""What goes wrong while a base is loaded, said in one line with what to do; transformers' own error stays attached."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from phatgoose.errors import BaseModelError, PhatgooseError
+from phatgoose.files import storage_errors
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_LOGIN = "log in with `hf auth login` (or set HF_TOKEN)"
+
+
+@contextlib.contextmanager
+def refusals(spec: str, part: str, folder: Path | None, tried: str = "") -> Iterator[None]:
+    """Turns whatever is raised while `part` ("the configuration", "the weights", …) of `spec` is read into one error.
+
+    Raises:
+        BaseModelError: whose message names the spec, the cause and what to do.
+        StorageError: no space or permission to keep a download.
+    """
+    try:
+        with storage_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+            yield
+    except PhatgooseError:
+        raise
+    except Exception as error:  # transformers and its many backends share no error type
+        raise BaseModelError(
+            f"can't load {part} of {spec!r}: {_explain(error, spec, folder, tried)}"
+        ) from error
+
+
+def _explain(error: Exception, spec: str, folder: Path | None, tried: str) -> str:
+    chain = list(_chain(error))
+    repository = spec.partition("@")[0].partition(":")[0]
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return f"the model is gated. Ask for access at https://huggingface.co/{repository}, then {_LOGIN}."
+    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+        return f"there is no such model on the Hub, or it is private: then {_LOGIN}. {tried}".strip()
+    if any(isinstance(e, RevisionNotFoundError) for e in chain):
+        return f"the model has no such revision; see https://huggingface.co/{repository}/tree/main for its branches."
+    if any(isinstance(e, HFValidationError) for e in chain):
+        return f'this is not a Hub id ("organisation/name"). {tried}'.strip()
+    if any(isinstance(e, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or _is_network(e) for e in chain):
+        return f"{_why_offline()} {tried}".strip()
+    if any(isinstance(e, SafetensorError) for e in chain):
+        return f"{_damaged(folder)}: {chain[-1]}. Delete it and download or copy it again."
+    text = _TOKEN.sub("hf_…", " ".join(str(error).split()))
+    if "bitsandbytes" in text or "accelerate" in text:
+        return f"{text[:300]} Packed bases need `pip install bitsandbytes accelerate` and hardware that they support."
+    if "trust_remote_code" in text or "contains custom code" in text:
+        return "it needs Python code from its own repository to run, which is never done here."
+    if "model.safetensors" in text and any(w in text for w in ("no file named", "not appear to have a file")):
+        return pickle_only(spec, "no *.safetensors file")
+    if any(
+        w in text
+        for w in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")
+    ):
+        return f"transformers doesn't know its architecture as a language model: {text[:300]}"
+    if any(isinstance(e, (EntryNotFoundError, FileNotFoundError)) for e in chain):
+        return f"a file is missing: {text[:300]}"
+    return f"{type(error).__name__}: {text[:500] or 'no message'}"
+
+
+def pickle_only(spec: str, found: str) -> str:
+    """The message about weights that are only there as pickles."""
+    return (
+        f"it has {found}; weights in pickle files are not read, because opening one can run code. On the Hub, look among the "
+        'model\'s pull requests for a safetensors version and load "NAME@refs/pr/NUMBER". Or, if you trust its source, '
+        f"convert it once: `python -c \"import transformers as t; s = '{spec}'; c = t.AutoConfig.from_pretrained(s); "
+        "a = t.AutoModelForSeq2SeqLM if c.is_encoder_decoder else t.AutoModelForCausalLM; "
+        "a.from_pretrained(s, use_safetensors=False).save_pretrained('converted'); "
+        't.AutoTokenizer.from_pretrained(s).save_pretrained(\'converted\')"` and load "./converted".'
+    )
+
+
+def check_folder(folder: Path, spec: str) -> None:
+    """Refuses, by what lies in it, a folder that holds no base.
+
+    Raises:
+        BaseModelError: an adapter, GGUF files only, pickles only, or no checkpoint at all.
+    """
+    names = sorted(p.name for p in folder.iterdir())
+    if "adapter_config.json" in names:
+        raise BaseModelError(
+            f"{spec} is a PEFT adapter, not a base: load the base that its adapter_config.json names."
+        )
+    if "config.json" not in names:
+        if ggufs := [n for n in names if n.lower().endswith(".gguf")]:
+            raise BaseModelError(f"{spec} holds GGUF files: say which one, as {f'{spec}:{ggufs[0]}'!r}.")
+        raise BaseModelError(
+            f"{spec} holds no model: there is no config.json in it (found {names[:8] or 'nothing'})."
+        )
+    if not any(n.endswith((".safetensors", ".safetensors.index.json")) for n in names):
+        pickles = [n for n in names if n.endswith(PICKLES)]
+        if pickles:
+            raise BaseModelError(f"can't load {spec!r}: {pickle_only(spec, f'only {pickles[0]}')}")
+        raise BaseModelError(
+            f"{spec} holds no weights: there is no *.safetensors file in it (found {names[:8]})."
+        )
+
+
+def protobuf_hint() -> str:
+    """What to install where a sentencepiece tokenizer can't be converted for want of protobuf."""
+    try:
+        missing = importlib.util.find_spec("google.protobuf") is None
+    except ModuleNotFoundError:
+        missing = True
+    return " A sentencepiece tokenizer (T5, older Llama) needs `pip install protobuf`." if missing else ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_network(error: BaseException) -> bool:
+    module = type(error).__module__.partition(".")[0]
+    named = isinstance(error, (ConnectionError, TimeoutError)) or module.startswith(
+        ("httpx", "httpcore", "requests")
+    )
+    return named and not isinstance(error, HfHubHTTPError)
+
+
+def _why_offline() -> str:
+    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") in (
+        "1",
+        "true",
+        "True",
+    ):
+        return "it isn't in the Hub cache, and HF_HUB_OFFLINE is set: unset it, or fetch the model where there is a network."
+    return "the Hub can't be reached, and the files aren't in its cache: check the network, or load a local folder."
+
+
+def _damaged(folder: Path | None) -> str:
+    """Which safetensors file can't be opened."""
+    for file in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return f"{file} is damaged"
+    return "a safetensors file is damaged"
