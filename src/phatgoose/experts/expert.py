@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,18 @@ class Expert:
             raise ExpertError(
                 f"{self._where()}: the recorded base is not a fingerprint: {cause!r}"
             ) from cause
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of what it computes: every update and gate, with names, shapes and dtypes (not of names or records)."""
+        digest = hashlib.sha256()
+        for path in sorted(self.updates):
+            update = self.updates[path]
+            digest.update(f"{path}\0{update.scale!r}".encode())
+            for tensor in (update.A, update.B, *([self.gates[path]] if self.gates is not None else [])):
+                digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def parameters(self) -> int:
@@ -178,20 +192,14 @@ class Expert:
             write_json(work / RECORD_FILE, record)
         return folder
 
-    def folder_is_current(self) -> bool:
-        """Whether the folder it was read from still holds this very expert: adapter, gates, record and name."""
-        if self.folder is None:
-            return False
-        try:
-            found = Expert.load(self.folder)
-        except ExpertError:
-            return False
+    def equals(self, other: Expert) -> bool:
+        """Whether both would be written as the same folder: name, adapter, gates and records alike."""
         return (
-            found.name == self.name
-            and dict(found.adapter_config) == dict(self.adapter_config)
-            and dict(found.provenance) == dict(self.provenance)
-            and _equal(found.tensors, self.tensors)
-            and _equal(found.gates or {}, self.gates or {})
+            other.name == self.name
+            and dict(other.adapter_config) == dict(self.adapter_config)
+            and dict(other.provenance) == dict(self.provenance)
+            and _equal(other.tensors, self.tensors)
+            and _equal(other.gates or {}, self.gates or {})
         )
 
     def _write_adapter(self, work: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from phatgoose.errors import PoolError
+from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
 from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.files import read_json, sha256_file, storage_errors, write_json
@@ -274,9 +274,7 @@ def _place(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> dict[str
     """The manifest entry of `expert`, whose folder is written unless the very same files are there already."""
     taken = {e["folder"] for e in kept}
     for entry in kept:
-        place = folder / entry["folder"]
-        same_place = expert.folder is not None and place.exists() and place.samefile(expert.folder)
-        if same_place and entry["name"] == expert.name and expert.folder_is_current():
+        if entry["name"] == expert.name and _stands(folder / entry["folder"], entry, expert):
             return entry
     relative, number = f"experts/{expert.name}", 1
     while relative in taken or (folder / relative).exists():
@@ -285,6 +283,15 @@ def _place(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> dict[str
     place = expert.save(folder / relative)
     names = [n for n in (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE) if (place / n).exists()]
     return {"name": expert.name, "folder": relative, "files": {n: sha256_file(place / n) for n in names}}
+
+
+def _stands(place: Path, entry: dict[str, Any], expert: Expert) -> bool:
+    """Whether `place` already holds this very expert, whole."""
+    try:
+        _verify_files(place, entry)
+        return Expert.load(place).equals(expert)
+    except PhatgooseError:
+        return False
 
 
 def _write_manifest(folder: Path, entries: list[dict[str, Any]], base: Fingerprint | None) -> None:

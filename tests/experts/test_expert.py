@@ -1,0 +1,251 @@
+"""Experts on disk and in memory: round trips, plain PEFT, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import struct
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from conftest import TARGETS
+from phatgoose.errors import ExpertError, StorageError
+from phatgoose.experts.expert import Expert, slug
+from phatgoose.experts.peft import to_updates
+from phatgoose.files import read_json, sha256_file, write_json
+
+
+@pytest.fixture
+def saved(make_base, make_expert, tmp_path):
+    base = make_base("llama")
+    expert = make_expert(base, "one", rank=3, alpha=5)
+    return base, expert, expert.save(tmp_path / "saved")
+
+
+def test_round_trip_keeps_everything(saved):
+    _, expert, folder = saved
+    found = Expert.load(folder)
+    assert found.name == "one"
+    assert found.hash == expert.hash
+    assert found.provenance == expert.provenance
+    assert found.base == expert.base
+    assert all(torch.equal(found.gates[p], expert.gates[p]) for p in expert.gates)
+    assert all(torch.equal(found.tensors[k], expert.tensors[k]) for k in expert.tensors)
+    assert found.equals(expert)
+    assert not found.renamed("two").equals(expert)
+    assert not found.equals(expert.with_gates({p: g + 1 for p, g in expert.gates.items()}, expert.provenance["gate"]))
+
+
+def test_adapter_files_stay_as_peft_wrote_them_to_the_byte(saved):
+    _, expert, folder = saved
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (expert.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_plain_peft_loads_the_folder(make_base, make_expert, tmp_path, family):
+    base = make_base(family)
+    expert = make_expert(base, "one", rank=3, alpha=5)
+    model = PeftModel.from_pretrained(copy.deepcopy(base.model), expert.save(tmp_path / "e"))
+    for path, update in expert.updates.items():
+        module = model.get_base_model().get_submodule(path)
+        delta = module.get_delta_weight("default")
+        expected = delta.T if family == "gpt2" else delta
+        assert torch.allclose(update.weight(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scales_follow_peft_with_patterns_and_rslora(make_base, make_expert, tmp_path, rslora):
+    base = make_base("llama")
+    expert = make_expert(
+        base,
+        rank=4,
+        alpha=6,
+        use_rslora=rslora,
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7},
+        alpha_pattern={"v_proj": 9},
+    )
+    model = PeftModel.from_pretrained(copy.deepcopy(base.model), expert.folder)
+    for path, update in expert.updates.items():
+        layer = model.get_base_model().get_submodule(path)
+        assert update.scale == pytest.approx(layer.scaling["default"])
+        assert update.rank == layer.r["default"]
+    assert {u.rank for u in expert.updates.values()} == {2, 4, 7}
+    q = expert.updates["model.layers.0.self_attn.q_proj"]
+    assert q.scale == pytest.approx(6 / (math.sqrt(2) if rslora else 2))
+
+
+def test_delta_is_the_formula_in_any_dtype(saved):
+    _, expert, _ = saved
+    update = expert.updates["model.layers.0.mlp.down_proj"]
+    u = torch.randn(2, 3, update.d_in, dtype=torch.float64)
+    expected = u @ (update.scale * update.B.double() @ update.A.double()).T
+    assert torch.allclose(update.delta(u), expected)
+    assert update.delta(u.float()).dtype == torch.float32
+
+
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def test_truncated_and_flipped_files_are_named(saved):
+    _, _, folder = saved
+    for name in ("adapter_model.safetensors", "gates.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-7])
+        with pytest.raises(ExpertError, match=f"{name} is not a whole safetensors file"):
+            Expert.load(folder)
+        (folder / name).write_bytes(whole)
+        flip(folder / name, len(whole) - 9)
+        with pytest.raises(ExpertError, match=f"{name} is damaged or was changed: sha256 in expert.json"):
+            Expert.load(folder)
+        (folder / name).write_bytes(whole)
+        flip(folder / name, 12)
+        with pytest.raises(ExpertError, match=name):
+            Expert.load(folder)
+        (folder / name).write_bytes(struct.pack("<Q", 2**60) + whole[8:])
+        with pytest.raises(ExpertError, match=name):
+            Expert.load(folder)
+        (folder / name).write_bytes(whole)
+    Expert.load(folder)
+
+
+def rewrite_gates(folder, change):
+    from safetensors import safe_open
+
+    path = folder / "gates.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    gates = load_file(path)
+    change(gates, metadata)
+    save_file(gates, path, metadata)
+    record = read_json(folder / "expert.json", ExpertError)
+    write_json(folder / "expert.json", {**record, "gates_sha256": sha256_file(path)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda g, m: g["model.layers.0.mlp.up_proj"].fill_(math.nan),
+            r"'model.layers.0.mlp.up_proj' has 32 of 32 values that are NaN",
+        ),
+        (lambda g, m: g.pop("model.layers.1.mlp.up_proj"), "no gate for module model.layers.1.mlp.up_proj"),
+        (
+            lambda g, m: g.update(extra=torch.zeros(3)),
+            "a gate for module extra, which the expert doesn't adapt",
+        ),
+        (
+            lambda g, m: g.update({"model.layers.0.mlp.up_proj": torch.zeros(31)}),
+            r"shape \[31\], expected \[32\]",
+        ),
+        (
+            lambda g, m: m.update(adapter_sha256="0" * 64),
+            "the adapter gates.safetensors was trained for is 0000",
+        ),
+        (lambda g, m: m.update(version="9"), "version '9'; expected"),
+        (lambda g, m: g.update(whole=torch.zeros(3, dtype=torch.int64)), "dtype torch.int64"),
+    ],
+)
+def test_bad_gates_are_named(saved, change, message):
+    _, _, folder = saved
+    rewrite_gates(folder, change)
+    with pytest.raises(ExpertError, match=message):
+        Expert.load(folder)
+
+
+def test_missing_parts_are_named(saved, tmp_path):
+    _, _, folder = saved
+    (folder / "gates.safetensors").unlink()
+    with pytest.raises(ExpertError, match=r"gates.safetensors is missing, although expert.json records it"):
+        Expert.load(folder)
+    (folder / "expert.json").write_text("{")
+    with pytest.raises(ExpertError, match=r"expert.json is not readable as JSON"):
+        Expert.load(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ExpertError, match=r"adapter_model.bin, a pickle, which is refused"):
+        Expert.load(folder)
+    with pytest.raises(ExpertError, match="is not a folder"):
+        Expert.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExpertError, match=r"adapter_config.json does not exist"):
+        Expert.load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"from_the_future": 3}, "unknown setting from_the_future = 3"),
+        ({"r": 0}, "rank of module .* is 0"),
+        ({"r": 5}, r"expected \[5, d_in\]"),
+        ({"lora_alpha": "x"}, "lora_alpha of module .* is 'x'"),
+        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
+    ],
+)
+def test_what_is_not_handled_is_refused_by_name(saved, setting, message):
+    _, expert, _ = saved
+    with pytest.raises(ExpertError, match=message):
+        to_updates({**expert.adapter_config, **setting}, expert.tensors, "here")
+
+
+def test_unknown_tensors_are_refused(saved):
+    _, expert, _ = saved
+    for key in ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.lora_embedding_A"):
+        with pytest.raises(ExpertError, match="is not a lora_A or lora_B weight"):
+            to_updates(expert.adapter_config, {**expert.tensors, key: torch.zeros(2, 2)}, "here")
+    one = dict(expert.tensors)
+    del one["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    with pytest.raises(ExpertError, match=r"model.layers.0.mlp.up_proj has no lora_A"):
+        to_updates(expert.adapter_config, one, "here")
+
+
+def test_names_and_foreign_folders(saved, tmp_path):
+    _, expert, _ = saved
+    for bad in ("../up", "", "a/b", ".hidden", "x" * 101, "é"):
+        with pytest.raises(ExpertError, match="can't name an expert"):
+            expert.renamed(bad)
+    assert slug("bigbench:a/b c") == "bigbench-a-b-c"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExpertError, match="something else than an expert"):
+        expert.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_full_disk_leaves_the_old_expert(saved, monkeypatch):
+    import errno
+
+    import phatgoose.experts.expert as module
+
+    _, expert, folder = saved
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_bytes", full)
+    with pytest.raises(StorageError, match="no space left"):
+        expert.with_gates({p: g + 1 for p, g in expert.gates.items()}).save(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_other_targets_give_other_modules(make_base, make_expert):
+    base = make_base("t5")
+    expert = make_expert(base, targets=TARGETS["t5"][:1])
+    assert {p.rsplit(".", 1)[1] for p in expert.updates} == {"q"}
+    assert json.dumps(expert.provenance)
