@@ -1,0 +1,169 @@
+"""The shape of results.json, and its check: a page is only made of results that say what they seem to say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from phatgoose.errors import EvaluationError
+
+NUMBER = (int, float)
+MAYBE = (int, float, type(None))
+INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
+ANY = "any name"
+
+SHAPE: dict[str, Any] = {
+    "title?": str,
+    "made?": {ANY: object},
+    "base?": {"spec": str, "notes?": [str]},
+    "recipe?": {ANY: object},
+    "experts?": [
+        {
+            "name": str,
+            "task?": str,
+            "spec?": str,
+            "rows?": int,
+            "rank?": int,
+            "parameters?": int,
+            "steps?": int,
+            "gate_steps?": int,
+            "expert_seconds?": NUMBER,
+            "gate_seconds?": NUMBER,
+            "gate_share?": NUMBER,
+            "base?": NUMBER,
+            "own?": NUMBER,
+        }
+    ],
+    "tasks": [{"name": str, "group": str, "spec?": str, "metric?": str, "rows?": int}],
+    "systems": [
+        {
+            "name": str,
+            "kind": str,
+            "note?": str,
+            "scores": {ANY: {**INTERVAL, "rows?": int}},
+            "groups?": {ANY: INTERVAL},
+        }
+    ],
+    "comparisons?": [{"group": str, "a": str, "b": str, "difference": NUMBER, "low": NUMBER, "high": NUMBER}],
+    "recovered?": {ANY: {"share": MAYBE, "low?": MAYBE, "high?": MAYBE}},
+    "shares?": {ANY: {ANY: NUMBER}},
+    "notes?": [str],
+}
+"""What `report` takes. A key with a question mark may be left out; further keys are kept in the data and not shown."""
+
+KINDS = ("base", "single", "static", "control", "router", "oracle")
+
+
+def checked(results: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain copy of `results`, as JSON would give it back.
+
+    Raises:
+        EvaluationError: if something is missing, of the wrong kind, not finite, or names a task or system that isn't
+            there; the message says where.
+    """
+    try:
+        data = json.loads(json.dumps(results, allow_nan=False, default=_plain))
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise EvaluationError(f"results can't be written as JSON: {cause}") from cause
+    _shape(data, SHAPE, "results")
+    _names(data)
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _shape(value: Any, shape: Any, where: str) -> None:
+    if isinstance(shape, list):
+        _expect(value, list, where)
+        for number, item in enumerate(value):
+            _shape(item, shape[0], f"{where}[{number}]")
+    elif isinstance(shape, dict):
+        _expect(value, dict, where)
+        if ANY in shape:
+            shape = dict.fromkeys(value, shape[ANY])
+        for key, inner in shape.items():
+            name = key.removesuffix("?") if key not in value else key
+            if name in value:
+                _shape(value[name], inner, f"{where}[{name!r}]")
+            elif not key.endswith("?"):
+                raise EvaluationError(
+                    f"{where} lacks {key!r}; it has {', '.join(map(repr, value)) or 'nothing'}."
+                )
+    else:
+        _expect(value, shape, where)
+
+
+def _expect(value: Any, kinds: Any, where: str) -> None:
+    if kinds is object:
+        return
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise EvaluationError(f"{where} should be {wanted}, got {_short(value)}.")
+
+
+def _names(data: dict[str, Any]) -> None:
+    """What one part says of another: every task, group and system that is spoken of exists, once."""
+    tasks = _unique(data["tasks"], "tasks")
+    systems = _unique(data["systems"], "systems")
+    _unique(data.get("experts", []), "experts")
+    groups = list(dict.fromkeys(t["group"] for t in data["tasks"]))
+    for system in data["systems"]:
+        where = f"results['systems'], {system['name']!r}"
+        if system["kind"] not in KINDS:
+            raise EvaluationError(f"{where} is of kind {_short(system['kind'])}; known: {', '.join(KINDS)}.")
+        for task, score in system["scores"].items():
+            _known(task, tasks, f"{where}: scores", "task")
+            _interval(score, f"{where}: score of {task!r}")
+        for group, score in system.get("groups", {}).items():
+            _known(group, groups, f"{where}: groups", "group")
+            _interval(score, f"{where}: mean of {group!r}")
+    for row in data.get("comparisons", []):
+        _known(row["group"], groups, "results['comparisons']", "group")
+        for side in ("a", "b"):
+            _known(row[side], systems, "results['comparisons']", "system")
+    for group in data.get("recovered", {}):
+        _known(group, groups, "results['recovered']", "group")
+    for task, shares in data.get("shares", {}).items():
+        _known(task, tasks, "results['shares']", "task")
+        for expert, share in shares.items():
+            if not 0 <= share <= 1.001:
+                raise EvaluationError(
+                    f"results['shares'][{task!r}][{expert!r}] should lie between 0 and 1, got {share}."
+                )
+
+
+def _unique(items: list[dict[str, Any]], part: str) -> list[str]:
+    names = [item["name"] for item in items]
+    if not names and part != "experts":
+        raise EvaluationError(f"results[{part!r}] is empty: there is nothing to show.")
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise EvaluationError(f"results[{part!r}] has {_short(twice[0])} more than once.")
+    return names
+
+
+def _known(name: str, known: list[str], where: str, kind: str) -> None:
+    if name not in known:
+        shown = ", ".join(_short(k) for k in known[:12])
+        raise EvaluationError(
+            f"{where} speak of the {kind} {_short(name)}, which isn't there; known: {shown}."
+        )
+
+
+def _interval(score: dict[str, Any], where: str) -> None:
+    slack = 1e-9  # a mean of means may miss 0 or 1 by a rounding
+    if not -slack <= score["mean"] <= 1 + slack or not -slack <= score["low"] <= score["high"] <= 1 + slack:
+        raise EvaluationError(
+            f"{where} should be a mean with 0 ≤ low ≤ high ≤ 1, got {score['mean']} ({score['low']} to {score['high']})."
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

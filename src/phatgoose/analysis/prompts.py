@@ -1,0 +1,203 @@
+"""One prompt with the experts that acted on each of its tokens, taken from a trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from phatgoose.analysis.measures import layer_and_kind
+from phatgoose.errors import EvaluationError, RoutingError
+from phatgoose.models.base import Base
+from phatgoose.models.streams import Streams
+from phatgoose.models.trace import Choices, Trace
+
+Pairs = tuple[tuple[int, float], ...]
+UNSEEN = -2
+
+
+@dataclass(frozen=True)
+class RoutedPrompt:
+    """A prompt, what was answered, and who acted where.
+
+    A token's experts act while the model reads it: those at the last prompt token wrote the first token of the answer, and
+    the answer's last token was never read, so it is not in `tokens`.
+    """
+
+    task: str
+    prompt: str
+    expected: str
+    answer: str
+    correct: bool
+    tokens: tuple[str, ...]
+    """Text of each token read, in order. For an encoder–decoder: the encoder's, then the decoder's."""
+    generated_from: int
+    """Index of the first token that the model wrote itself (for an encoder–decoder, of the decoder's first)."""
+    experts: tuple[str, ...]
+    modules: tuple[str, ...]
+    choices: tuple[tuple[Pairs, ...], ...] = field(repr=False)
+    """Per module, per token: (index in `experts`, weight), best first. Index −1: that weight went to no expert.
+    Empty: the module does not see that token."""
+
+
+def routed_prompt(
+    trace: Trace,
+    base: Base,
+    *,
+    task: str,
+    prompt: str,
+    expected: str,
+    answer: str,
+    correct: bool,
+    row: int = 0,
+    generated_from: int | None = None,
+) -> RoutedPrompt:
+    """The record of one sequence (`row` of each call) of a trace, which may be one call or a whole generate() call.
+
+    Sequences must keep their row from call to call, as greedy decoding and sampling do and beam search doesn't.
+
+    Args:
+        generated_from: index of the first token of the answer; by default the length of the first call (for an
+            encoder–decoder, of the encoder's input).
+
+    Raises:
+        RoutingError: if the trace has nothing on that row, no token ids, or tokens of several sequences.
+    """
+    streams = Streams(base.model)
+    calls = [(streams.stream_of(c.path), c) for c in trace.choices if bool((c.rows == row).any())]
+    if not calls:
+        raise RoutingError(f"the trace has no tokens of row {row}: run the model inside `with trace(model)`.")
+    ids = {name: _ids(name, [c for s, c in calls if s == name], row) for name in ("encoder", "decoder")}
+    place = {
+        (name, position): index
+        for index, (name, position) in enumerate((n, p) for n in ("encoder", "decoder") for p in ids[n])
+    }
+    if generated_from is None:
+        first = next((c for s, c in calls if s == "decoder"), None)
+        generated_from = len(ids["encoder"]) or (0 if first is None else int((first.rows == row).sum()))
+    return RoutedPrompt(
+        task=task,
+        prompt=prompt,
+        expected=expected,
+        answer=answer,
+        correct=bool(correct),
+        tokens=tuple(t for n in ("encoder", "decoder") for t in token_texts(base.tokenizer, ids[n].values())),
+        generated_from=generated_from,
+        experts=trace.experts,
+        modules=tuple(dict.fromkeys(c.path for _, c in calls)),
+        choices=_choices(calls, place, row),
+    )
+
+
+def _ids(stream: str, calls: list[Choices], row: int) -> dict[int, int]:
+    """Position → token id of one row in one stream, in order of positions."""
+    found: dict[int, int] = {}
+    for c in calls:
+        if c.ids is None:
+            raise RoutingError(
+                "the trace has no token ids (the model was given embeddings), so no text to show."
+            )
+        mine = c.rows == row
+        for position, token in zip(c.positions[mine].tolist(), c.ids[mine].tolist(), strict=True):
+            if found.setdefault(position, token) != token:
+                raise RoutingError(
+                    f"the trace has several sequences in row {row}: token {position} of the {stream} is {found[position]} "
+                    f"in one call and {token} in another. Trace one prompt at a time."
+                )
+    places = sorted(found)
+    if places and places != list(range(places[0], places[-1] + 1)):
+        raise RoutingError(f"the trace lacks tokens of row {row}: it has positions {places} of the {stream}.")
+    return {position: found[position] for position in places}
+
+
+def _choices(
+    calls: list[tuple[str, Choices]], place: dict[tuple[str, int], int], row: int
+) -> tuple[tuple[Pairs, ...], ...]:
+    table: dict[str, list[Pairs]] = {}
+    for stream, c in calls:
+        cells = table.setdefault(c.path, [()] * len(place))
+        mine = c.rows == row
+        columns = (c.positions[mine].tolist(), c.experts[mine].tolist(), c.weights[mine].double().tolist())
+        for position, experts, weights in zip(*columns, strict=True):
+            pairs = sorted(zip(experts, weights, strict=True), key=lambda pair: -pair[1])
+            cells[place[stream, position]] = tuple(pairs)
+    return tuple(tuple(cells) for cells in table.values())
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) -> list[str]:
+    """The text each token adds, so that joining them gives the decoded whole.
+
+    A token that ends inside a character adds nothing; the one that completes it adds the character. Tokens are decoded after
+    the ones before them, since some tokenizers drop a leading space.
+    """
+    ids, texts = list(ids), []
+    start = done = 0  # ids[start:done] is decoded before each new token, to find out where that starts
+
+    def decode(a: int, b: int) -> str:
+        piece = tokenizer.decode(ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(piece)  # its type allows for a list, which one sequence doesn't give
+
+    for end in range(1, len(ids) + 1):
+        before, text = decode(start, done), decode(start, end)
+        if text.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, done = done, end
+    return texts
+
+
+def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
+    """`prompt` as compact JSON data: choices and weights (in thousandths) as one flat list [tokens · k] a module.
+
+    Choice −1: no expert; −2: a filler (the module does not see the token, or made fewer than k choices).
+
+    Raises:
+        EvaluationError: if its parts don't fit together; the message starts with `where`.
+    """
+    _fits(prompt, where)
+    k = max((len(pairs) for cells in prompt.choices for pairs in cells), default=1) or 1
+    choices, weights = [], []
+    for cells in prompt.choices:
+        padded = [(*pairs, *[(UNSEEN, 0.0)] * (k - len(pairs))) for pairs in cells]
+        choices.append([expert for pairs in padded for expert, _ in pairs])
+        weights.append([round(1000 * weight) for pairs in padded for _, weight in pairs])
+    return {
+        "task": prompt.task,
+        "prompt": prompt.prompt,
+        "expected": prompt.expected,
+        "answer": prompt.answer,
+        "correct": prompt.correct,
+        "tokens": list(prompt.tokens),
+        "generated_from": prompt.generated_from,
+        "experts": list(prompt.experts),
+        "modules": list(prompt.modules),
+        "sites": [list(site) for site in layer_and_kind(prompt.modules)],
+        "k": k,
+        "choices": choices,
+        "weights": weights,
+    }
+
+
+def _fits(prompt: RoutedPrompt, where: str) -> None:
+    if not 0 <= prompt.generated_from <= len(prompt.tokens):
+        raise EvaluationError(
+            f"{where}: generated_from is {prompt.generated_from}, there are {len(prompt.tokens)} tokens."
+        )
+    if len(prompt.choices) != len(prompt.modules):
+        raise EvaluationError(
+            f"{where} has {len(prompt.modules)} modules and choices of {len(prompt.choices)}."
+        )
+    for path, cells in zip(prompt.modules, prompt.choices, strict=True):
+        if len(cells) != len(prompt.tokens):
+            raise EvaluationError(
+                f"{where}, {path}: {len(prompt.tokens)} tokens and choices at {len(cells)}."
+            )
+        for expert, weight in (pair for pairs in cells for pair in pairs):
+            if not -1 <= expert < len(prompt.experts) or not math.isfinite(weight):
+                raise EvaluationError(
+                    f"{where}, {path}: expert {expert} with weight {weight}; there are {len(prompt.experts)} experts."
+                )

@@ -1,0 +1,179 @@
+"""What the page shows, worked out of checked results: tables, plot and heat map as plain data for the template."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from phatgoose.analysis.measures import effective_number
+
+GROUPS = {"in-pool": "Tasks the pool has experts for", "held-out": "Held-out tasks, seen by no expert"}
+COLOURS = 7
+"""Okabe and Ito's colours that read on light and dark: orange, sky, green, yellow, blue, vermilion, purple."""
+EDGES = 4
+"""Kinds of underline; with the colours they tell 28 experts apart, and the letter tells any number."""
+
+
+def letters(index: int) -> str:
+    """A, B, …, Z, AA, AB, …: the mark of an expert where colour alone won't do."""
+    text = ""
+    index += 1
+    while index:
+        index, rest = divmod(index - 1, 26)
+        text = chr(65 + rest) + text
+    return text
+
+
+def legend(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Letter, colour and edge of each expert, in order of first mention."""
+    return [
+        {"name": name, "letter": letters(i), "colour": i % COLOURS, "edge": i // COLOURS % EDGES}
+        for i, name in enumerate(dict.fromkeys(names))
+    ]
+
+
+def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything the template needs beside `data` itself (checked results) and `marks` (the legend)."""
+    groups = [
+        {"key": key, "label": GROUPS.get(key, key), "tasks": [t for t in data["tasks"] if t["group"] == key]}
+        for key in dict.fromkeys(t["group"] for t in data["tasks"])
+    ]
+    return {
+        "groups": groups,
+        "headlines": [h for group in groups if (h := _headline(data, group))],
+        "systems": _table(data, groups),
+        "plots": [plot for group in groups if (plot := _plot(data, group))],
+        "comparisons": [part for group in groups if (part := _comparisons(data, group))["rows"]],
+        "heat": _heat(data, marks),
+        "marked": {mark["name"]: mark for mark in marks},
+        "mean_gate_share": _mean(e.get("gate_share") for e in data.get("experts", [])),
+        "recipe": list(_flat(data.get("recipe", {}))),
+        "made": list(_flat(data.get("made", {}))),
+    }
+
+
+def _of_kind(data: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    return next((s for s in data["systems"] if s["kind"] == kind), None)
+
+
+def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
+    """The share of the oracle's gain that routing recovered, with the means it is made of."""
+    found = {kind: _of_kind(data, kind) for kind in ("base", "router", "oracle")}
+    means = {kind: (s or {}).get("groups", {}).get(group["key"]) for kind, s in found.items()}
+    if not means["router"]:
+        return None
+    router = found["router"] or {}
+    return {
+        **means,
+        "name": router["name"],
+        "tasks": len(group["tasks"]),
+        "held_out": group["key"] == "held-out",
+        "label": group["label"],
+        "known": group["key"] in GROUPS,
+        "recovered": data.get("recovered", {}).get(group["key"]),
+    }
+
+
+def _table(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a system; cells group by group, the mean first. `best`: nothing but the oracle is higher in its column."""
+    rows = []
+    for system in data["systems"]:
+        cells: list[dict[str, Any] | None] = []
+        for group in groups:
+            cells.append(_cell(system.get("groups", {}).get(group["key"]), mean=True))
+            cells += [_cell(system["scores"].get(t["name"]), mean=False) for t in group["tasks"]]
+        rows.append({**system, "cells": cells})
+    rivals = [row for row in rows if row["kind"] != "oracle"]
+    for column in range(len(rows[0]["cells"])):
+        values = [
+            row["cells"][column]["value"] for row in rivals if row["cells"][column]["value"] is not None
+        ]
+        for row in rivals:
+            value = row["cells"][column]["value"]
+            # With one rival, or all alike, there is no best to point out.
+            row["cells"][column]["best"] = (
+                value is not None and value >= max(values) - 1e-9 and min(values) < max(values) - 1e-9
+            )
+    return rows
+
+
+def _cell(score: dict[str, Any] | None, *, mean: bool) -> dict[str, Any]:
+    s = score or {}
+    return {"value": s.get("mean"), "low": s.get("low"), "high": s.get("high"), "mean": mean, "best": False}
+
+
+def _plot(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
+    """Dots and intervals of one group's means, as percentages of the axis, which runs from 0 to a round value."""
+    scores = [(s, s["groups"][group["key"]]) for s in data["systems"] if group["key"] in s.get("groups", {})]
+    if not scores:
+        return None
+    # One axis for all groups, so that they can be compared.
+    highest = max(g["high"] for s in data["systems"] for g in s.get("groups", {}).values())
+    end = max(1, math.ceil(round(highest * 10, 6))) / 10
+    step = 0.1 if end <= 0.5 else 0.2
+    base = next((score["mean"] for s, score in scores if s["kind"] == "base"), None)
+    return {
+        "label": group["label"],
+        "key": group["key"],
+        "ticks": [(step * i, 100 * step * i / end) for i in range(int(end / step + 1e-9) + 1)],
+        "base": None if base is None else 100 * base / end,
+        "rows": [
+            {
+                "name": s["name"],
+                "kind": s["kind"],
+                **g,
+                **{f"x_{k}": 100 * g[k] / end for k in ("mean", "low", "high")},
+            }
+            for s, g in scores
+        ],
+    }
+
+
+def _comparisons(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """One group's differences, each with what its interval says: "better", "worse" or "open"."""
+    rows = [
+        {**row, "verdict": "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "open"}
+        for row in data.get("comparisons", [])
+        if row["group"] == group["key"]
+    ]
+    return {"label": group["label"], "rows": rows}
+
+
+def _heat(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Routing shares, task × expert, shaded relative to the largest of all."""
+    shares = data.get("shares") or {}
+    columns = [mark for mark in marks if any(mark["name"] in row for row in shares.values())]
+    if not columns:
+        return None
+    highest = max(share for row in shares.values() for share in row.values()) or 1.0
+    trained = {(e["name"], t) for e in data.get("experts", []) for t in (e.get("task"), e.get("spec")) if t}
+    rows = []
+    for task in data["tasks"]:
+        if (row := shares.get(task["name"])) is None:
+            continue
+        cells = [
+            {
+                "share": row.get(mark["name"]),
+                "shade": (row.get(mark["name"]) or 0) / highest,
+                "own": any((mark["name"], t) in trained for t in (task["name"], task.get("spec"))),
+            }
+            for mark in columns
+        ]
+        rows.append({"task": task, "cells": cells, "effective": effective_number(row.values())})
+    return {"columns": columns, "rows": rows, "own": any(c["own"] for r in rows for c in r["cells"])}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [v for v in values if v is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as ("gate.learning_rate", "0.005") pairs."""
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
