@@ -55,6 +55,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        work.chmod(0o755)  # mkdtemp's 0700 would keep others from reading a shared pool
     try:
         with storage_errors(target):
             yield work

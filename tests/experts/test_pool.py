@@ -76,6 +76,22 @@ def test_a_kill_before_the_manifest_leaves_the_old_pool(three, tmp_path, monkeyp
     assert Pool.load(folder).names == ("a", "b", "c")
 
 
+def test_a_kill_during_the_first_save_can_be_followed_by_another(three, tmp_path, monkeypatch):
+    import phatgoose.experts.pool as module
+
+    _, (a, b, _) = three
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Pool([a, b]).save(tmp_path / "pool")
+    monkeypatch.undo()
+    Pool([a, b]).save(tmp_path / "pool")
+    assert Pool.load(tmp_path / "pool").names == ("a", "b")
+
+
 def test_refusals_in_memory(three, make_base, make_expert):
     _, (a, b, _) = three
     with pytest.raises(PoolError, match="at least one expert"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -39,8 +40,7 @@ def _profile(base: Base, task: Task) -> dict[str, float]:
     with trace(base) as recorded, torch.no_grad():
         for text in texts:  # one by one: no padding, and memory stays small
             batch = base.tokenizer([text], return_tensors="pt").to(base.device)
-            stack = base.model.get_encoder() if base.is_encoder_decoder else base.model
-            stack(**batch)
+            (base.model.get_encoder() if base.is_encoder_decoder else base.model)(**batch)
     shares = torch.stack(list(recorded.shares().values())).mean(0)
     return {name: round(float(share), 4) for name, share in zip(recorded.experts, shares, strict=True)}
 
@@ -49,12 +49,12 @@ def _answer(base: Base, task: Task) -> RoutedPrompt:
     row = task.test[0]
     batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
     with trace(base) as recorded:
-        out = base.model.generate(
+        out = cast(Any, base.model).generate(
             **batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=base.tokenizer.pad_token_id
         )
     start = 1 if base.is_encoder_decoder else batch["input_ids"].shape[1]
-    answer = base.tokenizer.decode(out[0, start:], skip_special_tokens=True).split("\n")[0].strip()
+    answer = str(base.tokenizer.decode(out[0, start:], skip_special_tokens=True)).split("\n")[0].strip()
     return routed_prompt(
-        recorded, base.tokenizer, task=task.name, prompt=row.input, expected=" / ".join(row.targets), answer=answer,
+        recorded, base, task=task.name, prompt=row.input, expected=" / ".join(row.targets), answer=answer,
         correct=answer in row.targets,
     )  # fmt: skip

@@ -118,7 +118,7 @@ class _Run:
 
     def contribute(self, task: Task) -> Expert:
         """What one contributor does: trains an expert on their own task, then its gates; shows what the expert gained."""
-        name = slug(task.name.removeprefix("bigbench:").replace("_json", ""))
+        name = slug(show.short(task.name))
         key = sha256_json(
             [self.recipe.expert.key(), self.recipe.gate.key(), task.hash, self.base.fingerprint.to_json()]
         )

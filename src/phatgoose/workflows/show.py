@@ -78,7 +78,8 @@ class Step:
 
 
 def short(task: str) -> str:
-    return task.removeprefix("bigbench:").rsplit("/", 1)[-1].removesuffix("_json")
+    """A task's name without its source and the suffix of BIG-bench's JSON subtasks."""
+    return task.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json")
 
 
 def system(

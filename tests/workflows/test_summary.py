@@ -1,0 +1,57 @@
+"""The reported numbers against direct computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from phatgoose.records import Prediction, TaskScore
+from phatgoose.workflows.summary import comparisons, group_means, recovered
+
+
+def score(task, rights):
+    predictions = tuple(Prediction(bool(r), "x") for r in rights)
+    return TaskScore(
+        task, "test", "exact match", float(np.mean(rights)), 0.0, 1.0, len(rights), predictions=predictions
+    )
+
+
+def table(**systems):
+    return {
+        name: {task: score(task, rights) for task, rights in rows.items()} for name, rows in systems.items()
+    }
+
+
+BASE = {"a": [0] * 10, "b": [1] * 2 + [0] * 8}
+ORACLE = {"a": [1] * 8 + [0] * 2, "b": [1] * 10}
+OURS = {"a": [1] * 4 + [0] * 6, "b": [1] * 10}
+
+
+def test_share_recovered_is_the_ratio_of_mean_gains():
+    t = table(base=BASE, oracle=ORACLE, ours=OURS)
+    found = recovered(t, ["a", "b"], "ours")
+    assert found["share"] == pytest.approx(((0.4 + 1.0) - (0 + 0.2)) / ((0.8 + 1.0) - (0 + 0.2)))
+    assert found["low"] < found["share"] < found["high"]
+    assert recovered(t, ["a", "b"], "oracle")["share"] == pytest.approx(1)
+    assert recovered(t, ["a", "b"], "oracle")["low"] == pytest.approx(1)
+    assert recovered(t, ["a", "b"], "base")["share"] == 0
+
+
+def test_nothing_to_recover_is_said_not_divided():
+    t = table(base=ORACLE, oracle=ORACLE, ours=OURS)
+    assert recovered(t, ["a"], "ours") == {"share": None, "low": None, "high": None}
+    t = table(base={"a": [0, 0, 1]}, oracle={"a": [0, 1, 1]}, ours={"a": [0, 1, 1]})
+    found = recovered(t, ["a"], "ours")  # some resamples hold no gain at all
+    assert found["share"] == 1
+    assert found["low"] is None
+
+
+def test_groups_and_comparisons():
+    t = table(base=BASE, ours=OURS)
+    groups = {"in-pool": ["a", "b"], "held-out": []}
+    means = group_means(t["ours"], groups)
+    assert means.keys() == {"in-pool"}
+    assert means["in-pool"]["mean"] == pytest.approx(0.7)
+    (one,) = comparisons(t, groups, "ours", ["base"])
+    assert one["difference"] == pytest.approx(0.6)
+    assert 0 < one["low"] < 0.6 < one["high"]
