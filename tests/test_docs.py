@@ -1,0 +1,146 @@
+"""Examples in the documentation run, and its tables say what the code says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from phatgoose.experts import peft
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+RUN = [p for p in (ROOT / "docs" / "python.md", ROOT / "README.md") if p.exists()]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def example_folder(tokenizer, make_base, make_expert, tmp_path, monkeypatch):
+    """A folder to run examples in: a tiny base, and a plain PEFT adapter of it in `their-lora`."""
+    folder, base = tmp_path / "here", make_base("llama")
+    base.model.save_pretrained(folder / "tiny-llama")
+    tokenizer.save_pretrained(folder / "tiny-llama")
+    make_expert(base, gates=False).save(folder / "their-lora")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def small(code, folder):
+    """The same example with a tiny base for the default one, two steps for many, and a file for each BIG-bench task."""
+
+    def as_file(match):
+        name = match[1].rpartition("/")[2]
+        rows = []
+        for split, count in (("train", 20), ("validation", 4), ("test", 4)):
+            rows += [
+                {"input": f"{split} {i}: {name} of {i}?\nAnswer:", "target": f"red {i}", "split": split}
+                for i in range(count)
+            ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return f'"jsonl:{name}.jsonl"'
+
+    code = code.replace('"smollm2-135m-instruct-q4"', '"./tiny-llama"')
+    code = re.sub(r'"bigbench:([\w/]+)"', as_file, code)
+    return re.sub(r"\bsteps=\d+", "steps=2", code)
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda p: p.name)
+def test_examples_run_one_after_the_other(page, example_folder, capsys):
+    found = blocks(page)
+    assert found
+    names: dict = {}
+    for number, code in enumerate(found):
+        exec(compile(small(code, example_folder), f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_import_on_a_page_is_there(page):
+    for code in blocks(page):
+        compile(code, page.name, "exec")
+        for module, names in re.findall(r"^from (phatgoose[\w.]*) import (.+)$", code, re.MULTILINE):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.split(" as ")[0].strip()), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_file_of_the_package_that_a_page_names_is_there(page):
+    package = ROOT / "src" / "phatgoose"
+    for name in re.findall(r"`([\w/]+/\w+\.py)`", page.read_text(encoding="utf-8")):
+        assert (package / name).exists() or (ROOT / name).exists(), name
+
+
+def peft_table():
+    """{what happens: settings} from the table of PEFT's settings."""
+    text = (ROOT / "docs" / "experts-and-pools.md").read_text(encoding="utf-8")
+    section = text.split("## What of PEFT's config is handled")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)
+    return {rule: set(re.findall(r"`(\w+)`", settings)) for settings, rule in rows if "`" in settings}
+
+
+def test_the_table_of_peft_settings_is_what_the_code_does():
+    rules = peft_table()
+    ignored = {s for rule, settings in rules.items() if rule.startswith("ignored") for s in settings}
+    refused = {rule: settings for rule, settings in rules.items() if rule.startswith("refused")}
+    handled = (
+        {s for rule, settings in rules.items() for s in settings} - ignored - set().union(*refused.values())
+    )
+    assert handled == peft._HANDLED
+    assert ignored == peft._NO_EFFECT
+    words = {'"none"': "none", "false": False, "null": None}
+    said = {
+        setting: words[re.search(r"unless `(.+?)`", rule)[1]]
+        for rule, settings in refused.items()
+        for setting in settings
+    }
+    assert said == peft._DEFAULTS
+    inits = next(
+        settings for settings in re.findall(r"`init_lora_weights` \| (.+?) leave", _page("experts-and-pools"))
+    )
+    read = {"true": True, "false": False, "null": None}
+    assert {read.get(i, i) for i in re.findall(r"`(\w+)`", inits)} == set(peft._PLAIN_INITS)
+
+
+def test_every_setting_of_peft_has_a_row():
+    from peft import LoraConfig
+
+    rows = set().union(*peft_table().values())
+    assert {f.name for f in dataclasses.fields(LoraConfig)} <= rows
+
+
+def test_tables_of_files_and_records_are_complete(make_base, make_expert, tmp_path):
+    """Every key that is written to disk is on the page."""
+    from phatgoose import Pool
+
+    base, page = make_base("llama"), _page("experts-and-pools")
+    Pool([make_expert(base)]).save(tmp_path / "pool")
+    written = [tmp_path / "pool" / "pool.json", *tmp_path.glob("pool/experts/*/expert.json")]
+    assert len(written) == 2
+    for path in written:
+        for key in json.loads(path.read_text()):
+            assert f"`{key}`" in page, key
+    for path in (tmp_path / "pool" / "experts" / "one").iterdir():
+        assert path.name in page
+
+
+def test_every_router_and_option_has_its_word():
+    from phatgoose.routers import ROUTERS
+    from phatgoose.tasks import columns, load
+
+    for name in ROUTERS:
+        assert re.search(rf"`{name}\b", _page("method"), re.IGNORECASE), name
+    for option in columns.OPTIONS:
+        assert f"`{option}=`" in _page("tasks"), option
+    for source in load.SOURCES:
+        assert f"`{source}:" in _page("tasks"), source
+
+
+def _page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
