@@ -1,0 +1,152 @@
+"""A training's folder: what it is the training of, its checkpoints, and its finished result. See docs for the layout.
+
+WORK/KIND-training/training.json      the key: another config, task or base is refused
+WORK/KIND-training/checkpoint-N/      whole or absent; manifest.json has the sha256 of every file
+WORK/KIND-training/result.json        written last: the record, and the sha256 of the result's files
+WORK/adapter/ or WORK/gates/          the result
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from phatgoose.errors import StorageError, TrainingError
+from phatgoose.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+
+TRAINED, BEST, HISTORY, MANIFEST = "trained.safetensors", "best.safetensors", "history.json", "manifest.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class History:
+    """What happened so far; part of every checkpoint."""
+
+    losses: list[float] = field(default_factory=list)
+    """Of every step: mean over its target tokens, in nats."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Step → mean over the validation rows' target tokens, in nats."""
+    best_step: int | None = None
+    seconds: float = 0.0
+    """Of the loop alone, over all its runs; work that a kill undid isn't counted."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one training. Only the first process writes to it."""
+
+    work: Path
+    kind: str
+    key: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.work / f"{self.kind}-training"
+
+    def check(self) -> None:
+        """Refuses a folder that holds another training.
+
+        Raises:
+            TrainingError: saying which part of the key differs.
+        """
+        file = self.path / "training.json"
+        if not file.exists():
+            return
+        found = read_json(file, TrainingError)
+        if found.get("sha256") == sha256_json(self.key):
+            return
+        old = found.get("key", {})
+        parts = [part for part in self.key if sha256_json(old.get(part)) != sha256_json(self.key[part])]
+        raise TrainingError(
+            f"{self.path} holds the training of another {' and another '.join(parts) or 'key'}; it can't be continued with "
+            "what was passed. Choose another work_folder, or delete that folder to start afresh."
+        )
+
+    def claim(self) -> None:
+        """Says whose folder this is."""
+        if not (self.path / "training.json").exists():
+            write_json(self.path / "training.json", {"sha256": sha256_json(self.key), "key": dict(self.key)})
+
+    def finished(self, result: str) -> dict[str, Any] | None:
+        """The record of the finished training, if `work/result` still holds what it wrote.
+
+        Raises:
+            TrainingError: the result was changed or lost since.
+        """
+        file = self.path / "result.json"
+        if not file.exists():
+            return None
+        found = read_json(file, TrainingError)
+        for name, digest in found["files"].items():
+            path = self.work / result / name
+            if not path.is_file() or sha256_file(path) != digest:
+                raise TrainingError(
+                    f"{path} is no longer what the finished training wrote: restore it, or delete {self.path} to train again."
+                )
+        return dict(found["record"])
+
+    def finish(self, result: str, record: Mapping[str, Any]) -> None:
+        """Marks the training as finished and removes its checkpoints."""
+        files = {p.name: sha256_file(p) for p in sorted((self.work / result).iterdir())}
+        write_json(self.path / "result.json", {"files": files, "record": dict(record)})
+        for _, folder in self._checkpoints():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; one whose files are missing or damaged is passed over."""
+        return next((folder for _, folder in self._checkpoints() if _is_whole(folder)), None)
+
+    def save_checkpoint(self, step: int, files: Mapping[str, bytes]) -> None:
+        """Writes a checkpoint whole or not at all, then removes the older ones.
+
+        Raises:
+            StorageError: no space or no permission; the older checkpoints are still there.
+        """
+        with atomic_folder(self.path / f"checkpoint-{step}") as work:
+            for name, content in files.items():
+                (work / name).write_bytes(content)
+            write_json(work / MANIFEST, {name: sha256_file(work / name) for name in files})
+        for number, folder in self._checkpoints():
+            if number != step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        """Newest first."""
+        if not self.path.is_dir():
+            return []
+        found = [(_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir() if p.is_dir()]
+        return sorted(((int(match[1]), p) for match, p in found if match), reverse=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = read_json(folder / MANIFEST, StorageError)
+        return bool(manifest) and all(
+            sha256_file(folder / name) == digest for name, digest in manifest.items()
+        )
+    except (StorageError, OSError, AttributeError):
+        return False
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file."""
+    return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+
+
+def state_bytes(state: Any) -> bytes:
+    """A torch file, as Trainer reads it back (weights_only)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

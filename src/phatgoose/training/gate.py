@@ -1,0 +1,197 @@
+"""Training a gate: base and expert frozen, one vector per adapted module learns when the expert should act."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from phatgoose.errors import TrainingError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.peft import read_tensors
+from phatgoose.experts.update import LowRank
+from phatgoose.files import sha256_json
+from phatgoose.models.base import Base, as_base
+from phatgoose.records import Task
+from phatgoose.training.arguments import Logger
+from phatgoose.training.checkpoints import tensor_bytes
+from phatgoose.training.config import GateConfig
+from phatgoose.training.modules import sizes
+from phatgoose.training.progress import Report
+from phatgoose.training.run import Job, run
+from phatgoose.training.student import Student
+
+__all__ = ["GateConfig", "train_gate"]
+FILE = "gates.safetensors"
+
+
+def train_gate(
+    base: Base | PreTrainedModel,
+    expert: Expert,
+    task: Task,
+    config: GateConfig | None = None,
+    *,
+    work_folder: str | Path | None = None,
+    report: Report | None = None,
+    loggers: Sequence[Logger] = (),
+) -> Expert:
+    """Trains one vector v per module of the expert, with W u + σ(vᵀu)·Δ(u) in the module's place (PHATGOOSE, section 3).
+
+    Everything but the vectors is frozen: base and expert are bit for bit the same afterwards. Arguments as those of
+    `train_expert`; the same `work_folder` may be used for both.
+
+    Returns:
+        a new expert with gates; the one passed is untouched. provenance["gate"] says how they were made, and what they
+        cost as a share of the expert ("cost_share": seconds and tokens), where the expert's record has that.
+
+    Raises:
+        TrainingError: as `train_expert`; also an expert that doesn't fit the base's modules, or gates that never moved.
+        BaseModelError: the expert was trained on another base.
+        StorageError: a checkpoint or the result can't be written.
+    """
+    from phatgoose.fingerprints import check_same_base
+
+    base, config = as_base(base), config or GateConfig()
+    if expert.base is not None:
+        check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
+    check_fits(base.model, expert)
+    folder = Path(work_folder) if work_folder is not None else None
+
+    def read(result: Path, record: dict[str, Any]) -> Expert:
+        gates = read_tensors(result / FILE)
+        record = {**record, "cost_share": _cost_share(record, expert.provenance)}
+        return expert.with_gates(gates, provenance=record)
+
+    job = Job(
+        kind="gate",
+        result="gates",
+        base=base,
+        task=task,
+        config=config,
+        key={"expert": _digest(expert)},
+        build=lambda: GatedStudent(base.model, expert.updates, config),
+        write=_write,
+        read=read,
+    )
+    return run(job, folder, f"gate {expert.name}", report, loggers)
+
+
+class Score(torch.autograd.Function):
+    """vᵀu in float32 from u of any dtype, keeping u itself for the backward pass instead of a float32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        """u: [..., d], v: [1, d] float32 → [..., 1] float32."""
+        ctx.save_for_backward(u, v)
+        with torch.autocast(u.device.type, enabled=False):
+            return u.float() @ v.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        u, v = ctx.saved_tensors
+        (grad,) = grads
+        with torch.autocast(u.device.type, enabled=False):
+            to_u = (grad * v).to(u.dtype) if ctx.needs_input_grad[0] else None
+            return to_u, grad.reshape(1, -1) @ u.reshape(-1, u.shape[-1]).float()
+
+
+class Gate(nn.Linear):
+    """One module's v. A module of its own, so that wrappers which shard or hook leaf modules find it."""
+
+    def __init__(self, d_in: int, device: torch.device) -> None:
+        super().__init__(d_in, 1, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """σ(vᵀu): [..., d_in] any dtype → [..., 1] float32."""
+        return torch.sigmoid(Score.apply(u, self.weight))
+
+
+class GatedStudent(Student):
+    """The base with σ(vᵀu)·Δ(u) added to the output of every module of the expert, by hooks; only the gates are trained."""
+
+    def __init__(self, base: PreTrainedModel, updates: Mapping[str, LowRank], config: GateConfig) -> None:
+        base.requires_grad_(False)
+        super().__init__(base, base, config)
+        self.gates = nn.ModuleDict()
+        for path, update in updates.items():
+            module = base.get_submodule(path)
+            gate = Gate(update.d_in, base.device)
+            self.gates[encode_path(path)] = gate
+            dtype = self.autocast or torch.float32
+            a, b = (t.detach().to(base.device, dtype) for t in (update.A, update.B))
+            module.register_forward_hook(_adding(gate, LowRank(a, b, update.scale)))
+
+    def vectors(self) -> dict[str, Tensor]:
+        """v by module path: [d_in] float32, on the CPU."""
+        return {
+            decode_path(key): cast(Gate, gate).weight.detach().reshape(-1).to("cpu", torch.float32, copy=True)
+            for key, gate in self.gates.items()
+        }
+
+
+def _adding(gate: Gate, update: LowRank) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        u = args[0]
+        # A number per token: it can scale the r values between A and B instead of the d_out after.
+        dtype = torch.promote_types(u.dtype, update.A.dtype)
+        low = u.to(dtype) @ update.A.to(dtype).T
+        low = (low.float() * (gate(u) * update.scale)).to(dtype)
+        return output + (low @ update.B.to(dtype).T).to(output.dtype)
+
+    return hook
+
+
+def encode_path(path: str) -> str:
+    """A module path as a key of a ModuleDict, which may not hold dots."""
+    return path.replace("%", "%25").replace(".", "%2E")
+
+
+def decode_path(key: str) -> str:
+    return key.replace("%2E", ".").replace("%25", "%")
+
+
+def check_fits(model: PreTrainedModel, expert: Expert) -> None:
+    """Raises TrainingError, naming the module, unless every module of the expert is a linear layer of its size."""
+    modules = dict(model.named_modules())
+    for path, update in expert.updates.items():
+        if path not in modules:
+            raise TrainingError(
+                f"expert {expert.name!r} adapts {path}, which this base doesn't have: it belongs to another base."
+            )
+        found = sizes(modules[path])
+        if found != (update.d_in, update.d_out):
+            raise TrainingError(
+                f"expert {expert.name!r} at {path}: expected a linear layer of (d_in, d_out) = {(update.d_in, update.d_out)}, "
+                f"found {found or type(modules[path]).__name__}: it belongs to another base."
+            )
+
+
+def _write(student: Student, folder: Path) -> None:
+    assert isinstance(student, GatedStudent)
+    vectors = student.vectors()
+    if not any(bool(v.any()) for v in vectors.values()):
+        raise TrainingError(
+            "no gate moved from zero: the expert does nothing (is its B all zero?), or the learning rate is zero throughout."
+        )
+    (folder / FILE).write_bytes(tensor_bytes(vectors))
+
+
+def _digest(expert: Expert) -> str:
+    tensors = {
+        k: hashlib.sha256(safetensors.torch.save({"": t.contiguous()})).hexdigest()
+        for k, t in expert.tensors.items()
+    }
+    return sha256_json([dict(expert.adapter_config), tensors])
+
+
+def _cost_share(gate: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, float]:
+    """What the gate cost divided by what its expert cost, where both are known."""
+    known = [k for k in ("seconds", "tokens") if gate.get(k) and expert.get(k)]
+    return {key: round(gate[key] / expert[key], 4) for key in known}

@@ -1,0 +1,78 @@
+"""What a training shows while it runs: one record per step, and two ways to show it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is."""
+
+    label: str
+    """What is trained, e.g. "expert plural"."""
+    step: int
+    steps: int
+    loss: float | None
+    """Of the last step, nats per target token; None before the first."""
+    validation_loss: float | None
+    """The last one, nats per target token; None before the first."""
+    rows_per_second: float
+    """Over all processes, since this process began (steps done before a resume don't count)."""
+    seconds_left: float
+    """Infinite before the first step."""
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """Shows nothing."""
+
+
+@contextlib.contextmanager
+def display(label: str, steps: int) -> Iterator[Report]:
+    """A progress bar on standard error if that is a terminal, else a line every tenth of the way."""
+    if not sys.stderr.isatty():
+        yield plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(label, total=steps, text="")
+
+        def show(progress: object) -> None:
+            bar.update(task, completed=progress.step, text=_describe(progress))  # type: ignore[attr-defined, arg-type]
+
+        yield show
+
+
+def plain(progress: Progress) -> None:
+    """A line on standard error at every tenth of the way."""
+    tenth = max(1, progress.steps // 10)
+    if progress.step % tenth == 0 or progress.step == progress.steps:
+        print(f"{progress.label}: {_describe(progress)}", file=sys.stderr, flush=True)
+
+
+def _describe(progress: Progress) -> str:
+    parts = [f"{progress.step}/{progress.steps}"]
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.3f}")
+    if progress.validation_loss is not None:
+        parts.append(f"validation {progress.validation_loss:.3f}")
+    if progress.rows_per_second:
+        parts.append(f"{progress.rows_per_second:.3g} rows/s")
+    if progress.step < progress.steps and math.isfinite(progress.seconds_left):
+        parts.append(f"{_duration(progress.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d}h"
