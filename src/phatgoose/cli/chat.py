@@ -1,0 +1,159 @@
+"""`phatgoose chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli import show
+from phatgoose.cli.generate import RouterOption, SeedOption, TemperatureOption, TokensOption
+from phatgoose.cli.options import (
+    DEFAULT_BASE,
+    BackendOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    PoolOption,
+)
+from phatgoose.errors import PhatgooseError
+
+if TYPE_CHECKING:
+    from phatgoose.cli.loading import Choice
+    from phatgoose.experts.pool import Pool
+    from phatgoose.models.base import Base
+
+HELP = r"""/router R   choose who routes: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, uniform, merged, base
+/router     show who routes, and the experts' names
+/base       the base alone: the same as /router base
+/reset      forget the conversation
+/help       this
+/quit       end, as does Ctrl-D
+With --raw every line is a prompt by itself, and \n in it is a line break."""
+
+
+def command(
+    base: BaseOption = DEFAULT_BASE,
+    pool: PoolOption = None,
+    router: RouterOption = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            show_default="--chat if the model has a chat template",
+            help="Give every line to the model as it is, or as a turn of a conversation through its chat template.",
+        ),
+    ] = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Talk with a pool or a base. /help shows what can be typed."""
+    from phatgoose.cli.loading import attach, choose, load, load_pool
+
+    experts = load_pool(pool)
+    choice = choose(router, experts, backend)
+    model = load(base, dtype, device)
+    attach(model, experts, choice, backend)
+    has_template = model.tokenizer.chat_template is not None
+    if raw is False and not has_template:
+        raise PhatgooseError(f"the tokenizer of {model.spec} has no chat template: use --raw.")
+    as_is = not has_template if raw is None else raw
+    chat = Chat(model, experts, choice, backend, as_is, max_new_tokens, temperature, seed)
+    show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if as_is else 'chat'}; /help, /quit")
+    for line in lines():
+        try:
+            if chat.take(line):
+                return
+        except PhatgooseError as error:
+            show.fail(str(error))
+        except KeyboardInterrupt:
+            show.note("\n(stopped)")
+
+
+def lines() -> Iterator[str]:
+    """What is typed or piped, line by line, without blank lines, until it ends."""
+    typed = sys.stdin.isatty()
+    if typed:
+        import contextlib
+
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then has history and editing
+    while True:
+        if typed:
+            try:
+                line = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                show.say()
+                return
+        elif not (line := sys.stdin.readline()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@dataclass
+class Chat:
+    """A conversation and what answers in it."""
+
+    base: Base
+    pool: Pool | None
+    choice: Choice
+    backend: str
+    raw: bool
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def take(self, line: str) -> bool:
+        """Obeys or answers one line; True at the end."""
+        if not line.startswith("/"):
+            self.answer(line)
+            return False
+        name, _, rest = line.partition(" ")
+        if name in ("/quit", "/exit"):
+            return True
+        if name == "/help":
+            show.say(HELP)
+        elif name == "/reset":
+            self.messages.clear()
+            show.note("forgotten")
+        elif name == "/base":
+            self.switch("base")
+        elif name == "/router" and rest.strip():
+            self.switch(rest.strip())
+        elif name == "/router":
+            names = ", ".join(self.pool.names) if self.pool else "none (no --pool)"
+            show.say(f"router: {self.choice.text}; experts: {names}")
+        else:
+            from phatgoose.registry import unknown
+
+            raise unknown("command", name, ["/router", "/base", "/reset", "/help", "/quit"])
+        return False
+
+    def switch(self, text: str) -> None:
+        """Another router; the old one stays if the new one is refused."""
+        from phatgoose.cli.loading import attach, choose
+
+        choice = choose(text, self.pool, self.backend)
+        attach(self.base, self.pool, choice, self.backend)
+        self.choice = choice
+        show.note(f"router: {choice.text}")
+
+    def answer(self, line: str) -> None:
+        from phatgoose.cli.streaming import encode_chat, encode_prompt, stream
+
+        settings = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+        if self.raw:
+            stream(self.base, encode_prompt(self.base, line.replace("\\n", "\n")), **settings)  # type: ignore[arg-type]
+            return
+        turn = [*self.messages, {"role": "user", "content": line}]
+        text = stream(self.base, encode_chat(self.base, turn), **settings)  # type: ignore[arg-type]
+        self.messages = [*turn, {"role": "assistant", "content": text}]

@@ -1,0 +1,143 @@
+"""`python -m phatgoose.cli.docs [--check] [FILE]`: docs/cli.md, written from the commands themselves."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeGuard, get_args, get_origin
+
+import typer
+from typer.models import ArgumentInfo, OptionInfo
+
+KINDS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
+
+HEAD = """\
+# Command line
+
+Written by `python -m phatgoose.cli.docs` from the commands themselves: change those, not this page.
+
+A refusal is one line on standard error and exit code 1, wrong usage exit code 2, Ctrl-C exit code 130. `train`, `gate` and
+`quickstart` go on where they were stopped. `PHATGOOSE_DEBUG=1` shows tracebacks and other libraries' warnings.
+"""
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """An argument or option, as its function declares it: typer's own objects differ between its versions."""
+
+    name: str
+    kind: Any
+    info: ArgumentInfo | OptionInfo
+    default: Any
+
+    @property
+    def is_argument(self) -> bool:
+        return isinstance(self.info, ArgumentInfo)
+
+
+def markdown() -> str:
+    """The whole page."""
+    from phatgoose.cli.main import app
+
+    return "\n".join([HEAD, *_group(app, "phatgoose", 2)]).rstrip() + "\n"
+
+
+def _group(app: typer.Typer, path: str, level: int) -> Iterator[str]:
+    callback = app.registered_callback.callback if app.registered_callback else None
+    yield from _section(path, level, str(app.info.help), callback, " COMMAND …")
+    inside = [(str(c.name), c.callback) for c in app.registered_commands]
+    groups = {str(g.name): g.typer_instance for g in app.registered_groups}
+    for name, command in inside:
+        yield from _section(f"{path} {name}", level + 1, inspect.getdoc(command) or "", command)
+    for name, group in groups.items():
+        assert group is not None
+        yield from _group(group, f"{path} {name}", level + 1)
+
+
+def _section(path: str, level: int, text: str, function: Any, more: str = "") -> Iterator[str]:
+    found = list(parameters(function)) if function else []
+    arguments, options = [p for p in found if p.is_argument], [p for p in found if not p.is_argument]
+    words = [path, *map(_argument, arguments), *(["[OPTIONS]"] if options else [])]
+    yield f"{'#' * level} `{path}`\n"
+    yield f"```text\n{' '.join(words)}{more}\n```\n"
+    yield " ".join(text.split()) + "\n"
+    if found:
+        yield "| | | default |\n|---|---|---|"
+        yield "\n".join(map(_row, [*arguments, *options])) + "\n"
+
+
+def parameters(function: Any) -> Iterator[_Parameter]:
+    """What a command's function takes from the command line."""
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        kind, *infos = get_args(parameter.annotation) or (parameter.annotation,)
+        for info in infos:
+            if isinstance(info, ArgumentInfo | OptionInfo):
+                yield _Parameter(name, kind, info, parameter.default)
+
+
+def _argument(parameter: _Parameter) -> str:
+    return parameter.name.upper() + ("…" if get_origin(parameter.kind) is list else "")
+
+
+def _row(parameter: _Parameter) -> str:
+    text = " ".join((parameter.info.help or "").replace("\\[", "[").split())
+    name = _argument(parameter) if parameter.is_argument else _flags(parameter)
+    cells = (f"`{name}`", text.replace("|", "\\|").replace("<", "&lt;"), _default(parameter))
+    return f"| {' | '.join(cells)} |"
+
+
+def _flags(parameter: _Parameter) -> str:
+    flag = "--" + parameter.name.replace("_", "-")
+    # In Annotated, typer.Option's first argument is a flag, although its name says default.
+    given: list[str] = [
+        d for d in (parameter.info.default, *(parameter.info.param_decls or ())) if _is_flag(d)
+    ]
+    kind = _inner(parameter.kind)
+    if kind is bool:
+        return given[0] if given else f"{flag}/--no-{flag[2:]}"
+    values = "\\|".join(m.value for m in kind) if issubclass(kind, Enum) else KINDS[kind]
+    return f"{given[0] if given else flag} {values}"
+
+
+def _is_flag(text: Any) -> TypeGuard[str]:
+    return isinstance(text, str) and text.startswith("--")
+
+
+def _inner(kind: Any) -> Any:
+    """list[X] | None → X."""
+    inside = [k for k in get_args(kind) if k is not type(None)]
+    return _inner(inside[0]) if inside else kind
+
+
+def _default(parameter: _Parameter) -> str:
+    default: Any = parameter.default
+    shown = parameter.info.show_default
+    if default is inspect.Parameter.empty:
+        return "required"
+    if isinstance(shown, str):
+        return shown
+    if isinstance(default, bool):
+        flags = _flags(parameter).split("/")
+        return f"`{flags[0] if default else flags[1]}`" if len(flags) == 2 else ""
+    return "" if default in (None, "") else f"`{getattr(default, 'value', default)}`"
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the page; with --check only says whether it is current (exit code 1 if not)."""
+    check = "--check" in arguments
+    path = Path(next((a for a in arguments if not a.startswith("-")), "docs/cli.md"))
+    if check:
+        current = path.is_file() and path.read_text(encoding="utf-8") == markdown()
+        print(f"{path} is current" if current else f"{path} is old: run python -m phatgoose.cli.docs")
+        return 0 if current else 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""`phatgoose gate`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli import show
+from phatgoose.cli.options import BASE_HELP, DeviceOption, DtypeOption, TaskOption, with_settings
+from phatgoose.training.config import GateConfig
+
+if TYPE_CHECKING:
+    from phatgoose.experts.expert import Expert
+
+
+@with_settings(GateConfig)
+def command(
+    expert: Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")],
+    task: TaskOption,
+    config: GateConfig,
+    base: Annotated[
+        str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where the expert with its gates goes; into its own folder if not given."),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", help="Where checkpoints are kept until it is done; OUT.work if not given."),
+    ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option("--limit-train", min=1, help="Only the first rows of the training split.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace other gates that are there already.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Train an expert's gates: for each module one vector that says which tokens the expert should act on.
+
+    Base and expert stay as they are. Use the rows the expert was trained on. Stopped, the same command goes on.
+    """
+    from phatgoose.cli import folders
+    from phatgoose.cli.loading import load
+    from phatgoose.experts.expert import Expert
+    from phatgoose.tasks import load_task
+
+    target = out or expert
+    work = work or target.with_name(target.name + ".work")
+    folders.check_target(target)
+    source = Expert.load(expert)
+    there = source
+    if out is not None and out.exists() and any(out.iterdir()):
+        there = Expert.load(out)
+        if not overwrite and not _same_adapter(source, there):
+            raise _taken(out)
+    rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
+    record = there.provenance.get("gate", {})
+    if there.gates is not None and not overwrite and not folders.made_so(record, None, rows, config):
+        raise _taken(target)
+    model = load(base or _recorded(source), dtype, device)
+    if there.gates is not None and not overwrite:
+        if not folders.made_so(record, model, rows, config):
+            raise _taken(target)
+        show.say(f"{target} has these very gates, finished before.")
+        folders.clear_work(work)
+        _summary(there, target)
+        return
+    from accelerate import PartialState
+
+    from phatgoose.training.gate import train_gate
+
+    gated = train_gate(model, source, rows, config, work_folder=work)
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        gated.save(target)
+        folders.clear_work(work)
+        _summary(gated, target)
+
+
+def _same_adapter(one: Expert, other: Expert) -> bool:
+    import torch
+
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(t, other.tensors[k]) for k, t in one.tensors.items()
+    )
+
+
+def _recorded(expert: Expert) -> str:
+    from phatgoose.errors import ExpertError
+
+    if expert.base is None:
+        raise ExpertError(f"expert {expert.name!r} doesn't record its base: say which one with --base.")
+    show.note(f"base: {expert.base.spec} (recorded in the expert)")
+    return expert.base.spec
+
+
+def _summary(expert: Expert, target: Path) -> None:
+    from phatgoose.cli import folders
+
+    record = expert.provenance["gate"]
+    rows = [
+        ("gates", f"{expert.name}: {len(expert.gates or {})} modules, {record['parameters']:,} parameters"),
+        ("validation loss", folders.validation(record)),
+    ]
+    if share := record.get("cost_share", {}).get("seconds"):
+        rows.append(("cost", f"{share:.0%} of the expert's training time"))
+    rows += [
+        ("saved", str(target)),
+        ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(target), "..."])),
+    ]
+    show.facts(rows)
+
+
+def _taken(folder: Path) -> Exception:
+    from phatgoose.errors import ExpertError
+
+    return ExpertError(
+        f"{folder} holds other gates or another expert: choose another --out, or replace them with --overwrite."
+    )

@@ -1,0 +1,64 @@
+"""`phatgoose generate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from phatgoose.cli.options import (
+    DEFAULT_BASE,
+    ROUTER_HELP,
+    BackendOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    PoolOption,
+)
+
+RouterOption = Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token; above 0 draws.")
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Of the draws, where the temperature is above 0.")
+]
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    base: BaseOption = DEFAULT_BASE,
+    pool: PoolOption = None,
+    router: RouterOption = None,
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--raw", help="Put the prompt through the model's chat template, or give it as it is."
+        ),
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Answer one prompt, with a pool's experts or with the base alone.
+
+    Experts answer best to prompts like those they were trained on: see `phatgoose tasks show`.
+    """
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if not text.strip():
+        raise typer.BadParameter("it is empty.", param_hint="PROMPT")
+    from phatgoose.cli.loading import attach, choose, load, load_pool
+
+    experts = load_pool(pool)
+    choice = choose(router, experts, backend)
+    model = load(base, dtype, device)
+    attach(model, experts, choice, backend)
+    from phatgoose.cli.streaming import encode_chat, encode_prompt, stream
+
+    ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
+    stream(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

@@ -1,0 +1,97 @@
+"""Loading a base, and attaching to it what a router's name on the command line means. Imports torch: import it lazily."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from phatgoose.cli import show
+from phatgoose.errors import RoutingError
+from phatgoose.experts.merge import merged
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.load import load_base
+from phatgoose.models.routed import route, unroute
+from phatgoose.ops import backend as find_backend
+from phatgoose.registry import unknown
+from phatgoose.routers import ROUTERS, Router, Single, parse_router
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A router as the command line names it."""
+
+    text: str
+    router: Router | None
+    """None: the base alone."""
+    merged: bool = False
+    """Attach the average of the experts instead of the experts."""
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """For results."""
+        return self.router.describe() if self.router and not self.merged else {"router": self.text}
+
+
+def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
+    """`load_base` with the command line's device, telling the user what the base's notes say."""
+    transformers_logging.disable_progress_bar()
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    base = load_base(spec, dtype=dtype, device=device)
+    for text in base.notes:
+        show.note(f"note: {text}")
+    return base
+
+
+def load_pool(folder: Path | None) -> Pool | None:
+    """The pool, verified; what there is to know about it goes to standard error only from `pool verify`."""
+    return None if folder is None else Pool.load(folder)
+
+
+def choose(text: str | None, pool: Pool | None, backend: str = "auto") -> Choice:
+    """What `text` means for this pool, checked as far as that goes without a base.
+
+    Raises:
+        UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
+    """
+    find_backend(backend)
+    text = text or ("phatgoose" if pool is not None else "base")
+    name = text.partition(":")[0].lower()
+    if name in ("base", "merged") and name != text.lower():
+        raise RoutingError(f"router {name!r} has no settings, got {text!r}.")
+    if name not in (*ROUTERS, "base", "merged"):
+        raise unknown("router", name, [*ROUTERS, "base", "merged"])
+    if name == "base":
+        return Choice("base", None)
+    if pool is None:
+        raise RoutingError(f"router {text!r} needs experts: give --pool.")
+    if name == "merged":
+        return Choice("merged", Single(0), merged=True)
+    router = parse_router(text)
+    router.check(pool.names)
+    return Choice(text, router)
+
+
+def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto") -> None:
+    """Makes the base answer as `choice` says.
+
+    Raises:
+        BaseModelError: the pool is of another base. RoutingError: the router can't serve this pool.
+    """
+    if choice.router is None or pool is None:
+        unroute(base)
+        return
+    route(base, Pool([merged(pool)]) if choice.merged else pool, choice.router, backend_name=backend)
+
+
+def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice], backend: str) -> None:
+    """Attaches every choice once, so that the last one's refusal doesn't come after hours of the first one's work."""
+    for choice in choices:
+        attach(base, pool, choice, backend)
+    unroute(base)

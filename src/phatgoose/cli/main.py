@@ -1,0 +1,63 @@
+"""`phatgoose`: the app and its entry point."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Annotated
+
+import typer
+
+from phatgoose.cli import chat, eval, gate, generate, pool, quickstart, tasks, train
+from phatgoose.cli.group import Commands
+
+app = typer.Typer(
+    name="phatgoose",
+    cls=Commands,
+    help="Turn LoRA adapters of one base model into one model that routes every token to the right experts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quickstart")(quickstart.command)
+app.command("train")(train.command)
+app.command("gate")(gate.command)
+app.add_typer(pool.app, name="pool")
+app.command("eval")(eval.command)
+app.command("generate")(generate.command)
+app.command("chat")(chat.command)
+app.add_typer(tasks.app, name="tasks")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"phatgoose {version('phatgoose')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script. Settings of other libraries are made here, before any of them is imported."""
+    # OpenMP threads that spin at barriers make a machine that does anything else three times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.environ.get("PHATGOOSE_DEBUG"):
+        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        warnings.simplefilter("ignore")
+    app(prog_name="phatgoose")
+
+
+if __name__ == "__main__":
+    main()

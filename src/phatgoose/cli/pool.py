@@ -1,0 +1,159 @@
+"""`phatgoose pool`: create, add, remove, list, verify."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli import show
+from phatgoose.cli.options import BASE_HELP, DEFAULT_BASE, DeviceOption, DtypeOption
+
+if TYPE_CHECKING:
+    from phatgoose.experts.expert import Expert
+
+app = typer.Typer(
+    help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
+)
+PoolArgument = Annotated[Path, typer.Argument(help="The pool's folder.")]
+ExpertsArgument = Annotated[list[Path], typer.Argument(help="Experts' folders; plain PEFT folders will do.")]
+
+
+@app.command("create")
+def create(pool: PoolArgument, experts: ExpertsArgument) -> None:
+    """Make a pool of experts; their folders are copied into it."""
+    from phatgoose.errors import PoolError
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.pool import MANIFEST, Pool
+
+    if (pool / MANIFEST).exists():
+        raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
+    made = Pool([Expert.load(folder) for folder in experts])
+    made.save(pool)
+    show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
+    _warn(made.warnings())
+    base = ["--base", made.base.spec] if made.base and made.base.spec != DEFAULT_BASE else []
+    show.facts([("next", shlex.join(["phatgoose", "generate", "--pool", str(pool), *base]) + ' "PROMPT"')])
+
+
+@app.command("add")
+def add(
+    pool: PoolArgument,
+    experts: ExpertsArgument,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What the expert is called in the pool; for one expert only.")
+    ] = None,
+) -> None:
+    """Add experts to a pool."""
+    from phatgoose.errors import PoolError
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder
+
+    if name is not None and len(experts) != 1:
+        raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
+    if not (pool / MANIFEST).exists():
+        raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
+    new = [Expert.load(folder, name=name) for folder in experts]
+    there = Pool.load(pool).experts if _names(pool) else ()
+    whole = Pool([*there, *new])  # all of them are checked before the first is written
+    for expert in new:
+        add_to_folder(pool, expert)
+    show.say(f"{pool}: {_count(len(whole))}: {', '.join(whole.names)}")
+    _warn(w for w in whole.warnings() if any(expert.name in w for expert in new))
+
+
+@app.command("remove")
+def remove(
+    pool: PoolArgument, names: Annotated[list[str], typer.Argument(help="Names of experts in the pool.")]
+) -> None:
+    """Remove experts from a pool; damaged ones can be removed too."""
+    from phatgoose.experts.pool import remove_from_folder
+    from phatgoose.registry import unknown
+
+    known = _names(pool)
+    for name in names:
+        if name not in known:
+            raise unknown("expert", name, known)
+    for name in dict.fromkeys(names):
+        remove_from_folder(pool, name)
+    show.say(f"{pool}: {_count(len(known) - len(set(names)))}; removed {', '.join(dict.fromkeys(names))}")
+
+
+@app.command("list")
+def list_(pool: PoolArgument) -> None:
+    """Show what is in a pool."""
+    from phatgoose.experts.pool import Pool
+
+    loaded = Pool.load(pool, verify=False)
+    columns = ("name", "task", "rank", "modules", "parameters", "gates", "base", "validation loss")
+    show.table(
+        columns, [_row(e) for e in loaded.experts], numbers=("modules", "parameters", "validation loss")
+    )
+
+
+@app.command("verify")
+def verify(
+    pool: PoolArgument,
+    base: Annotated[
+        str | None, typer.Option("--base", help=f"{BASE_HELP} Given, the experts are checked against it.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Check every file of a pool: hashes, shapes, finite values, one base. Exit code 1 if anything is damaged."""
+    from phatgoose.experts.pool import Pool
+
+    loaded = Pool.load(pool)
+    if base is not None:
+        from phatgoose.cli.loading import load
+        from phatgoose.models.routed import route, unroute
+        from phatgoose.routers import Uniform
+
+        model = load(base, dtype, device)
+        route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
+        unroute(model)
+    _warn(loaded.warnings())
+    recorded = loaded.base.spec if loaded.base else "none recorded"
+    show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
+    if base is not None:
+        show.say(f"{base} has every module the experts adapt" + (" and is their base" if loaded.base else ""))
+
+
+def _row(expert: Expert) -> tuple[str, ...]:
+    from phatgoose.cli.folders import best_loss
+
+    task, loss = expert.provenance.get("task"), best_loss(expert)
+    return (
+        expert.name,
+        str(task.get("name", "-")) if isinstance(task, dict) else "-",
+        ",".join(map(str, sorted({u.rank for u in expert.updates.values()}))),
+        str(len(expert.updates)),
+        f"{expert.parameters:,}",
+        "no" if expert.gates is None else "yes",
+        expert.base.spec if expert.base else str(expert.adapter_config.get("base_model_name_or_path") or "-"),
+        "-" if loss is None else f"{loss:.4f}",
+    )
+
+
+def _names(pool: Path) -> list[str]:
+    """The manifest's names, read without the experts: one of them may be damaged."""
+    from phatgoose.errors import PoolError
+    from phatgoose.experts.pool import MANIFEST
+    from phatgoose.files import read_json
+
+    manifest = read_json(pool / MANIFEST, PoolError)
+    entries = manifest.get("experts") if isinstance(manifest, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "name" in e for e in entries):
+        raise PoolError(f"{pool / MANIFEST} is not a pool's manifest.")
+    return [str(entry["name"]) for entry in entries]
+
+
+def _warn(warnings: object) -> None:
+    for text in warnings:  # type: ignore[attr-defined]
+        show.warn(text)
+
+
+def _count(experts: int) -> str:
+    return f"{experts} expert" + ("" if experts == 1 else "s")

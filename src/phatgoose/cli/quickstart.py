@@ -1,0 +1,28 @@
+"""`phatgoose quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", help="The folder for everything it makes.")] = Path(
+        "quickstart-out"
+    ),
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Two experts and a few steps: tests the way, not the result.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")
+    ] = False,
+) -> None:
+    """Train experts on real tasks, build a pool, and compare it with the base, the experts and simple mixtures.
+
+    Fetches the default base and BIG-bench on first use. Stopped, it goes on where it was.
+    """
+    from phatgoose.workflows.quickstart import run_quickstart
+
+    run_quickstart(out, smoke=smoke, fresh=fresh)

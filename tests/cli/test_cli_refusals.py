@@ -1,0 +1,193 @@
+"""What is wrong is said in one line, with exit code 1 (2 for wrong usage), and nothing is damaged."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from cli_fixtures import SMALL
+
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+
+pytest_plugins = ["cli_fixtures"]
+
+
+@pytest.fixture
+def pool(ready, tmp_path):
+    folder, _ = ready
+    shutil.copytree(folder / "pool", tmp_path / "pool")
+    return tmp_path / "pool"
+
+
+def refused(result, *words, code=1):
+    assert result.code == code, (result.out, result.err)
+    for word in words:
+        assert word in result.err, result.err
+    assert "Traceback" not in result.err
+    if code == 1:
+        assert result.err.splitlines()[-1].startswith("error: ")
+
+
+def flip(path, at=-5):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_wrong_base(run, pool, save_base, task, tmp_path):
+    other = save_base("llama", 3)
+    for command in (
+        ["generate", "red", "--pool", pool, "--base", other],
+        ["eval", "--task", task, "--pool", pool, "--base", other, "--out", tmp_path / "s.json"],
+        ["pool", "verify", pool, "--base", other],
+        ["gate", pool.parent / "copy", "--task", task, "--base", other, *SMALL],
+    ):
+        if command[0] == "gate":
+            Pool.load(pool)["one"].save(pool.parent / "copy")
+            command += ["--overwrite"]
+        refused(run(*command), "base")
+    assert not (tmp_path / "s.json").exists()
+    assert Expert.load(pool.parent / "copy").gates is not None
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "gates.safetensors", "adapter_config.json"])
+def test_damaged_files(run, pool, base, file):
+    path = pool / "experts" / "two" / file
+    flip(path)
+    refused(run("pool", "verify", pool), str(path), "sha256")
+    refused(run("generate", "red", "--pool", pool, "--base", base), str(path))
+    fixed = run("pool", "remove", pool, "two")
+    assert fixed.code == 0, fixed.err
+    assert run("pool", "verify", pool).code == 0
+
+
+def test_truncated_adapter(run, ready, task, base, tmp_path):
+    folder, _ = ready
+    shutil.copytree(folder / "two", tmp_path / "two")
+    weights = tmp_path / "two" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused(run("gate", tmp_path / "two", "--task", task, "--base", base, *SMALL), str(weights))
+    refused(run("pool", "create", tmp_path / "pool", tmp_path / "two"), str(weights))
+    assert not (tmp_path / "pool").exists()
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ("phatgose", ["unknown router", "did you mean 'phatgoose'"]),
+        ("single:on", ["unknown expert", "did you mean 'one'"]),
+        ("phatgoose:k=3", ["no setting 'k'", "top_k"]),
+        ("random:seed=x", ["whole number"]),
+        ("merged:x=1", ["no settings"]),
+    ],
+)
+def test_routers(run, pool, base, task, router, words):
+    refused(run("generate", "red", "--base", base, "--pool", pool, "--router", router), *words)
+    refused(run("eval", "--task", task, "--base", base, "--pool", pool, "--router", router), *words)
+
+
+def test_a_router_without_a_pool(run, base):
+    refused(run("generate", "red", "--base", base, "--router", "uniform"), "--pool")
+
+
+def test_unknown_backend_and_dtype(run, pool, base):
+    refused(
+        run("generate", "red", "--base", base, "--pool", pool, "--backend", "tosch"), "did you mean 'torch'"
+    )
+    refused(run("generate", "red", "--base", base, "--dtype", "bfloat"), "did you mean 'bfloat16'")
+
+
+def test_missing_gates(run, ready, base, task, tmp_path):
+    folder, _ = ready
+    made = run("pool", "create", tmp_path / "pool", folder / "two")
+    assert made.code == 0
+    assert "no gates" in made.err
+    out = tmp_path / "s.json"
+    options = ["--base", base, "--pool", tmp_path / "pool"]
+    refused(
+        run("eval", "--task", task, *options, "--router", "base", "--router", "phatgoose", "--out", out),
+        "has no gates",
+        "phatgoose gate",
+    )
+    assert not out.exists()  # refused before the base was measured
+    assert run("generate", "red", *options, "--router", "single:two", "--max-new-tokens", 2).code == 0
+
+
+def test_tasks(run, base, tmp_path):
+    out = tmp_path / "e"
+    refused(run("train", "--task", "jsnl:x", "--out", out, "--base", base), "did you mean 'jsonl'")
+    refused(run("train", "--task", "jsonl:missing.jsonl", "--out", out, "--base", base), "missing.jsonl")
+    refused(run("eval", "--task", "nothing", "--base", base), "source:name")
+    assert not out.exists()
+
+
+def test_settings(run, base, task, tmp_path):
+    start = ["train", "--task", task, "--base", base, "--out", tmp_path / "e"]
+    refused(run(*start, "--rank", 0), "ExpertConfig.rank")
+    refused(run(*start, "--rows-per-step", 5, "--rows-per-batch", 2), "divisor")
+    refused(run(*start, "--precision", "float8"), code=2)
+    refused(run(*start, "--rank", "two"), code=2)
+    refused(run(*start, "--rnk", 2), code=2)
+    refused(run(*start[:-1]), code=2)
+
+
+def test_missing_folders(run, task, base, tmp_path):
+    missing = tmp_path / "missing"
+    refused(run("gate", missing, "--task", task, "--base", base), str(missing))
+    refused(run("pool", "list", missing), str(missing))
+    refused(run("pool", "verify", missing), str(missing))
+    refused(run("pool", "remove", missing, "one"), str(missing))
+    refused(run("pool", "create", tmp_path / "pool", missing), str(missing))
+    refused(run("generate", "red", "--base", missing), str(missing))
+    refused(run("generate", "red", "--base", base, "--pool", missing), str(missing))
+    assert not missing.exists()
+    assert not (tmp_path / "missing.work").exists()
+
+
+def test_pools(run, ready, pool):
+    folder, _ = ready
+    refused(run("pool", "create", pool, folder / "one"), "pool add")
+    refused(run("pool", "add", folder / "nowhere", folder / "one"), "pool create")
+    assert not (folder / "nowhere").exists()
+    refused(run("pool", "add", pool, folder / "one"), "'one'")
+    refused(run("pool", "add", pool, folder / "one", folder / "two", "--name", "x"), code=2)
+    refused(run("pool", "remove", pool, "one", "tow"), "did you mean 'two'")
+    refused(run("pool", "create", folder / "one", folder / "two"), "something else")
+    assert Pool.load(pool).names == ("one", "two")
+
+
+def test_an_expert_is_not_written_over_other_things(run, ready, pool, base, task, tmp_path):
+    folder, _ = ready
+    options = ["--task", task, "--base", base, *SMALL]
+    shutil.copytree(folder / "two", tmp_path / "two")
+    (tmp_path / "two" / "README.md").write_text("mine")
+    refused(run("gate", tmp_path / "two", *options), "README.md", "--out")
+    refused(run("gate", pool / "experts" / "one", *options, "--overwrite"), "pool remove")
+    (tmp_path / "file").write_text("x")
+    refused(run("train", "--out", tmp_path / "file", *options), "is a file")
+    refused(run("train", "--out", tmp_path, *options, "--overwrite"), "no expert's")
+    refused(run("gate", folder / "two", "--out", folder / "one", *options), "--overwrite")
+    refused(run("gate", folder / "one", *options, "--seed", 9), "--overwrite")
+    assert (tmp_path / "two" / "README.md").read_text() == "mine"
+
+
+def test_no_recorded_base(run, ready, task, tmp_path):
+    folder, _ = ready
+    shutil.copytree(folder / "two", tmp_path / "plain")
+    (tmp_path / "plain" / "expert.json").unlink()
+    refused(run("gate", tmp_path / "plain", "--task", task, *SMALL), "--base")
+
+
+def test_chat_template_missing(run, base):
+    refused(run("generate", "red", "--chat", "--base", base), "--raw")
+    refused(run("chat", "--chat", "--base", base, input="red\n"), "--raw")
+
+
+def test_empty_prompt(run, base):
+    refused(run("generate", "-", "--base", base, input="\n"), code=2)
+
+
+def test_limits(run, base, task):
+    refused(run("eval", "--task", task, "--base", base, "--limit", 0), code=2)
+    refused(run("eval", "--task", task, "--base", base, "--split", "tset"), code=2)
