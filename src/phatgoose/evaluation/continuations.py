@@ -1,0 +1,201 @@
+"""Prompts read once, then continued by several answers each: the engine under ranking and under exact match.
+
+`read` runs the prompts (left-padded, logits of the last position only) and keeps the key-value cache; `extend` copies
+the cache's rows, one for each answer, and runs all answers in one forward (right-padded). In an encoder–decoder the
+encoder reads the prompt, and the decoder's start token with the cross-attention's keys and values is what is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.config import EvaluationConfig
+
+OVERHEAD = 64
+"""What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
+
+_SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as tokens. Each answer ends in the end token; `truncated` if the prompt was cut to fit."""
+
+    index: int
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """Prompts that were read. logits: [rows, vocabulary], the next token's, in the model's dtype."""
+
+    logits: Tensor
+    cache: Any
+    mask: Tensor
+    lengths: tuple[int, ...]
+    encoded: Tensor | None = None
+
+
+def accepts(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the model's forward has a parameter of this name."""
+    return argument in inspect.signature(type(model).forward).parameters
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most positions the model knows; None where positions are relative without a limit (T5, ALiBi)."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token a decoder starts from.
+
+    Raises:
+        EvaluationError: if the checkpoint doesn't say.
+    """
+    for source in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(source, name, None)) is not None:
+                return int(token)
+    raise EvaluationError(
+        f"{type(model).__name__} doesn't say which token its decoder starts from: set model.config.decoder_start_token_id."
+    )
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both int64 [rows, longest], padding on the left."""
+    width = max(len(s) for s in sequences)
+    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+    return ids, mask
+
+
+def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Read:
+    """Runs `prompts` (none empty) once and keeps their cache.
+
+    Raises:
+        EvaluationError: if the model keeps no key-value cache that could be shared.
+    """
+    ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts, pad))
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.full((len(prompts), 1), decoder_start(model), device=ids.device)
+    elif accepts(model, "position_ids"):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if accepts(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = 1
+    out = model(**inputs)
+    kept = getattr(out, "past_key_values", None)
+    if (why := _refusal(kept)) is not None:
+        raise EvaluationError(
+            f"{type(model).__name__} can't be evaluated: {why}, and a prompt's answers share its key-value cache."
+        )
+    encoded = out.encoder_last_hidden_state if model.config.is_encoder_decoder else None
+    return Read(out.logits[:, -1], kept, mask, tuple(len(p) for p in prompts), encoded)
+
+
+def extend(
+    model: PreTrainedModel, before: Read, rows: Sequence[int], tokens: Sequence[Sequence[int]], pad: int
+) -> Tensor:
+    """Logits [n, longest, vocabulary] after each of `tokens[i]`, put behind prompt `rows[i]`; `before` stays usable.
+
+    Position j of row i predicts what follows tokens[i][: j + 1]; beyond len(tokens[i]) it means nothing.
+    """
+    device, width = model.device, max(len(t) for t in tokens)
+    lengths = torch.tensor([len(t) for t in tokens])
+    ids = torch.tensor([list(t) + [pad] * (width - len(t)) for t in tokens])
+    chosen = torch.tensor(rows)
+    mask = before.mask[chosen.to(before.mask.device)]
+    inputs: dict[str, Any] = {"past_key_values": _select(before.cache, chosen), "use_cache": True}
+    if before.encoded is not None:
+        inputs |= {
+            "decoder_input_ids": ids.to(device),
+            "encoder_outputs": BaseModelOutput(
+                last_hidden_state=before.encoded[chosen.to(before.encoded.device)]
+            ),
+            "attention_mask": mask,
+        }
+    else:
+        # What pads the right end is seen by no real token (attention is causal), so it needs no mask.
+        inputs |= {
+            "input_ids": ids.to(device),
+            "attention_mask": torch.cat([mask, mask.new_ones(len(rows), width)], dim=1),
+        }
+        if accepts(model, "position_ids"):
+            # The padding repeats the last real position: a table of learnt positions may end right there.
+            offsets = torch.minimum(torch.arange(width), lengths[:, None] - 1)
+            starts = torch.tensor([before.lengths[row] for row in rows])
+            inputs["position_ids"] = (starts[:, None] + offsets).to(device)
+    return model(**inputs).logits
+
+
+def groups(
+    lengths: Sequence[int], limits: Sequence[tuple[int, int]], rows: int, overhead: int = OVERHEAD
+) -> list[list[int]]:
+    """Splits items into forwards, longest first, so that little is spent on padding and on one more forward.
+
+    `limits` holds (extra, most) pairs: n items padded to length L need n·(L + extra) <= most; a single item may exceed
+    it, since it can't be split. At most `rows` items go together. `overhead` is what a forward costs beside its tokens,
+    in tokens.
+    """
+    sizes = np.asarray(lengths)
+    order = np.argsort(-sizes, kind="stable")
+    sizes = sizes[order]
+    found, start = [], 0
+    while start < len(order):
+        longest = int(sizes[start])
+        room = min(
+            [rows, *(most // (longest + extra) if longest + extra else rows for extra, most in limits)]
+        )
+        end = min(len(order), start + max(1, room))
+        saved = (longest - sizes[start + 1 : end]) * np.arange(end - start - 1, 0, -1)
+        if saved.size and saved.max() > overhead:
+            end = start + 1 + int(saved.argmax())
+        found.append(order[start:end].tolist())
+        start = end
+    return found
+
+
+def continuation_groups(
+    model: PreTrainedModel, before: Read, lengths: Sequence[int], config: EvaluationConfig
+) -> list[list[int]]:
+    """Which answers, of these lengths in tokens, go into one forward behind the prompts of `before`."""
+    tokens = min(config.tokens_for(model.device), max(1, config.logit_values // before.logits.shape[-1]))
+    return groups(lengths, [(0, tokens), (before.mask.shape[1], config.cache_tokens)], config.batch_rows)
+
+
+def _select(kept: Any, rows: Tensor) -> Any:
+    """A cache that holds rows `rows` (int64, on the CPU: that indexes layers on any device) of `kept`, left as it is."""
+    if isinstance(kept, EncoderDecoderCache):
+        parts = _select(kept.self_attention_cache, rows), _select(kept.cross_attention_cache, rows)
+        return EncoderDecoderCache(*parts)
+    # These layers replace their tensors and never write into them, so copies of the layers may share them.
+    new = copy.copy(kept)
+    new.layers = [copy.copy(layer) for layer in kept.layers]
+    new.batch_select_indices(rows)
+    return new
+
+
+def _refusal(kept: Any) -> str | None:
+    """Why the rows of this cache can't be selected exactly; None if they can."""
+    if isinstance(kept, EncoderDecoderCache):
+        return _refusal(kept.self_attention_cache) or _refusal(kept.cross_attention_cache)
+    if not isinstance(kept, DynamicCache):
+        return f"it keeps {'no key-value cache' if kept is None else f'a {type(kept).__name__}'}"
+    # A recurrent state is also kept in a DynamicCache, but its models can't go on from it by several tokens at once.
+    others = sorted({type(layer).__name__ for layer in kept.layers if type(layer) not in _SHAREABLE})
+    return f"its cache has layers of type {', '.join(others)}" if others else None

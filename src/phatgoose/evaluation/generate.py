@@ -1,0 +1,231 @@
+"""Exact match of greedy generation, mostly without generating.
+
+Greedy decoding yields a target if and only if each of its tokens is the argmax after the ones before, and an end is the
+argmax after all of them. So all targets of a row are laid behind its prompt in one forward, and the argmaxes tell the
+greedy path up to the first place where it leaves the target that it follows longest. If the path ends there, or its text
+can no longer become any target, the row is decided; if it still can (the target in other tokens, a leading space), the
+row is generated. Both judge tokens by the same `Rule`, so they agree wherever the two forwards agree on the argmax: in
+fp32 outside of near-ties of about 1e-5. In bf16 logits have 8 bits and ties are common; the first of equal logits is
+taken, and another batch or a cache may tip a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+)
+from transformers.generation import StoppingCriteriaList
+
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.answers import Rule
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.continuations import (
+    Row,
+    context_length,
+    continuation_groups,
+    decoder_start,
+    extend,
+    groups,
+    pad_left,
+    read,
+)
+from phatgoose.records import Prediction
+
+
+def end_tokens(model: PreTrainedModel, own: int | None) -> frozenset[int]:
+    """The tokens at which a generation ends: the checkpoint's, and the one that ends training targets (`own`)."""
+    listed = model.generation_config.eos_token_id
+    found = listed if isinstance(listed, list) else [listed]
+    return frozenset(int(token) for token in [*found, own] if token is not None)
+
+
+def match_exactly(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    rules: Sequence[Rule],
+    pad: int,
+    config: EvaluationConfig,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Prediction]:
+    """One prediction a row, by teacher forcing where that decides and by `generate` where it doesn't.
+
+    A row's answers are its targets as tokens, each with the end token. `done` is told how many rows are finished.
+
+    Raises:
+        EvaluationError: naming the row, if a logit that decides is not finite.
+    """
+    found: list[Prediction | None] = [None] * len(rows)
+    for batch in groups(
+        [len(row.prompt) for row in rows], [(0, config.tokens_for(model.device))], config.batch_rows
+    ):
+        paths = _greedy_paths(model, [rows[i] for i in batch], pad, config)
+        for i, path in zip(batch, paths, strict=True):
+            found[i] = rules[i].judge(path[: rules[i].limit])
+        done(sum(found[i] is not None for i in batch))
+    open_rows = [i for i, prediction in enumerate(found) if prediction is None]
+    generated = generate(
+        model, [rows[i] for i in open_rows], [rules[i] for i in open_rows], pad, config, done
+    )
+    for i, prediction in zip(open_rows, generated, strict=True):
+        found[i] = prediction
+    return [prediction for prediction in found if prediction is not None]
+
+
+def generate(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    rules: Sequence[Rule],
+    pad: int,
+    config: EvaluationConfig,
+    done: Callable[[int], None] = lambda count: None,
+    *,
+    to_the_end: bool = False,
+) -> list[Prediction]:
+    """One prediction a row, by the model's own greedy generate(); a row stops early as `Rule.judge` allows.
+
+    Nothing of the checkpoint's generation settings (sampling, penalties, suppressed tokens, lengths) is used, but its
+    end tokens and its decoder's start token.
+
+    Raises:
+        EvaluationError: naming the row, if a logit that decides is not finite.
+    """
+    found: dict[int, Prediction] = {}
+    longest = max((rule.limit for rule in rules), default=0)
+    limits = [(0, config.tokens_for(model.device)), (longest, config.cache_tokens)]
+    for together in groups([len(row.prompt) for row in rows], limits, config.batch_rows):
+        for batch in _within_context(model, together, rows, rules):
+            judge = _Judge([rows[i] for i in batch], [rules[i] for i in batch], to_the_end)
+            _run_generate(model, judge, pad)
+            found |= zip(batch, judge.verdicts(), strict=True)
+            done(len(batch))
+    return [found[i] for i in range(len(rows))]
+
+
+def _greedy_paths(
+    model: PreTrainedModel, rows: Sequence[Row], pad: int, config: EvaluationConfig
+) -> list[list[int]]:
+    """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and one more."""
+    before = read(model, [row.prompt for row in rows], pad)
+    firsts = _argmax(before.logits, rows)
+    paths = [[token] for token in firsts.tolist()]
+    # Only targets that the first token hasn't already left, and that don't end with it.
+    pairs = [
+        (place, target)
+        for place, row in enumerate(rows)
+        for target in dict.fromkeys(row.answers)
+        if len(target) > 1 and target[0] == paths[place][0]
+    ]
+    for part in continuation_groups(model, before, [len(target) - 1 for _, target in pairs], config):
+        places, targets = [pairs[n][0] for n in part], [pairs[n][1] for n in part]
+        logits = extend(model, before, places, [target[:-1] for target in targets], pad)
+        nexts = _argmax(logits, [rows[place] for place in places], [len(target) - 1 for target in targets])
+        for place, target, argmax in zip(places, targets, nexts.tolist(), strict=True):
+            same = next((j for j in range(1, len(target)) if argmax[j - 1] != target[j]), len(target) - 1)
+            path = [*target[:same], argmax[same - 1]]
+            paths[place] = max(paths[place], path, key=len)
+    return paths
+
+
+def _argmax(logits: Tensor, rows: Sequence[Row], lengths: Sequence[int] | None = None) -> Tensor:
+    """The first of the highest logits over the last dimension, on the CPU; refuses those that aren't finite."""
+    chosen = logits.argmax(-1)
+    # argmax takes a NaN for the highest, so the value it picked tells about all of them.
+    finite = logits.gather(-1, chosen[..., None]).squeeze(-1).isfinite().cpu()
+    if lengths is not None:
+        finite |= torch.arange(finite.shape[1]) >= torch.tensor(lengths)[:, None]
+    if not finite.all():
+        row = rows[int(torch.where(~finite)[0][0])]
+        raise EvaluationError(f"row {row.index}: the model's logits are not finite.")
+    return chosen.cpu()
+
+
+def _within_context(
+    model: PreTrainedModel, batch: list[int], rows: Sequence[Row], rules: Sequence[Rule]
+) -> list[list[int]]:
+    """`batch`, or its rows one by one where a row, going on for another's longer limit, would leave the context."""
+    context = context_length(model)
+    need = max(len(rows[i].prompt) for i in batch) + max(rules[i].limit for i in batch)
+    if model.config.is_encoder_decoder or context is None or need <= context:
+        return [batch]
+    return [[i] for i in batch]
+
+
+def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
+    ids, mask = (tensor.to(model.device) for tensor in pad_left([row.prompt for row in judge.rows], pad))
+    settings: dict[str, Any] = {
+        "max_new_tokens": max(rule.limit for rule in judge.rules),
+        "do_sample": False,
+        "num_beams": 1,
+        "use_cache": True,
+        "pad_token_id": pad,
+        "eos_token_id": sorted({end for rule in judge.rules for end in rule.ends}),
+    }
+    if model.config.is_encoder_decoder:
+        settings["decoder_start_token_id"] = decoder_start(model)
+    judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    own = GenerationConfig(**settings)
+    with _generation_config(model, own):
+        run: Any = model.generate
+        run(
+            inputs=ids,
+            attention_mask=mask,
+            generation_config=own,
+            stopping_criteria=StoppingCriteriaList([judge]),
+            logits_processor=LogitsProcessorList([_Finite(judge)]),
+        )
+
+
+@contextlib.contextmanager
+def _generation_config(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
+    """generate() fills what its settings leave open from the model's own; so these must be ours while it runs."""
+    kept = model.generation_config
+    model.generation_config = own
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+class _Judge(StoppingCriteria):
+    """Stops each row as soon as its rule has a verdict, and keeps the verdict."""
+
+    def __init__(self, rows: Sequence[Row], rules: Sequence[Rule], to_the_end: bool) -> None:
+        self.rows, self.rules, self.to_the_end = rows, rules, to_the_end
+        self.start = 0
+        self.found: list[Prediction | None] = [None] * len(rows)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for place, tokens in enumerate(input_ids[:, self.start :].tolist()):
+            if self.found[place] is None:
+                self.found[place] = self.rules[place].judge(tokens, to_the_end=self.to_the_end)
+        return torch.tensor([prediction is not None for prediction in self.found], device=input_ids.device)
+
+    def verdicts(self) -> list[Prediction]:
+        verdicts = [prediction for prediction in self.found if prediction is not None]
+        if len(verdicts) < len(self.found):
+            raise EvaluationError(
+                f"{len(self.found) - len(verdicts)} rows have no verdict: generate() stopped before its limit."
+            )
+        return verdicts
+
+
+class _Finite(LogitsProcessor):
+    """Changes nothing; refuses logits that aren't finite, of rows without a verdict."""
+
+    def __init__(self, judge: _Judge) -> None:
+        self.judge = judge
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        undecided = [place for place, found in enumerate(self.judge.found) if found is None]
+        _argmax(scores[undecided], [self.judge.rows[place] for place in undecided])
+        return scores

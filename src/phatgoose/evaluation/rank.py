@@ -1,0 +1,124 @@
+"""Rank classification: the answer whose tokens are the likeliest per token, end token included.
+
+    score(choice) = (1 / n) Σ_{j=1..n} log p(t_j | prompt, t_1 … t_{j−1}),   t_n the end token
+
+The highest score wins; of equal ones the first. Scores are computed from the model's logits in float32, but logits of a
+model in bf16 have 8 bits: there two choices may tie, or swap when the batch changes, where they differ by less than
+about 0.01. Choices of one row that are equal as tokens are scored once, so they always tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.continuations import (
+    Read,
+    Row,
+    continuation_groups,
+    decoder_start,
+    extend,
+    groups,
+    read,
+)
+
+_CHUNK = 2**24  # logits turned to float32 at a time
+
+
+def score_choices(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    pad: int,
+    config: EvaluationConfig,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[tuple[float, ...]]:
+    """Length-normalised log-likelihoods (nats per token) of each row's answers, in their order.
+
+    Each prompt is read once and its cache shared by its answers. `done` is told how many rows are finished.
+
+    Raises:
+        EvaluationError: naming the row, if a score is not finite.
+    """
+    scores: list[tuple[float, ...]] = [()] * len(rows)
+    limits = [(0, config.tokens_for(model.device))]
+    for batch in groups([len(row.prompt) for row in rows], limits, config.batch_rows):
+        chosen = [rows[i] for i in batch]
+        for place, row, totals in zip(batch, chosen, _totals(model, chosen, pad, config), strict=True):
+            scores[place] = tuple(totals[answer] / len(answer) for answer in row.answers)
+            if not all(abs(score) < float("inf") for score in scores[place]):
+                raise EvaluationError(
+                    f"row {row.index}: the model's log-likelihoods are not finite: {scores[place]}."
+                )
+        done(len(batch))
+    return scores
+
+
+def score_choice_plainly(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """The same score of one answer, by the definition: one forward over prompt and answer, no cache, no padding."""
+    if model.config.is_encoder_decoder:
+        decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=model.device)
+        logits = model(
+            input_ids=torch.tensor([list(prompt)], device=model.device), decoder_input_ids=decoder
+        ).logits[0]
+    else:
+        ids = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
+    log_p = logits.float().log_softmax(-1)
+    return float(log_p[torch.arange(len(answer)), torch.tensor(list(answer))].mean())
+
+
+def best(scores: Sequence[float]) -> int:
+    """The place of the highest score, the first of equal ones."""
+    return max(range(len(scores)), key=lambda place: (scores[place], -place))
+
+
+def _totals(
+    model: PreTrainedModel, rows: Sequence[Row], pad: int, config: EvaluationConfig
+) -> list[dict[tuple[int, ...], float]]:
+    """Summed log-probabilities of every distinct answer of every row."""
+    before = read(model, [row.prompt for row in rows], pad)
+    pairs = [(place, answer) for place, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
+    places, firsts = torch.tensor([p for p, _ in pairs]), torch.tensor([answer[0] for _, answer in pairs])
+    totals = _log_probabilities(before.logits, places, firsts).tolist()
+    longer = [n for n, (_, answer) in enumerate(pairs) if len(answer) > 1]
+    for part, rest in _rests(model, before, [pairs[n] for n in longer], pad, config):
+        for n, value in zip(part, rest, strict=True):
+            totals[longer[n]] += value
+    result: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
+    for (place, answer), total in zip(pairs, totals, strict=True):
+        result[place][answer] = total
+    return result
+
+
+def _rests(
+    model: PreTrainedModel,
+    before: Read,
+    pairs: Sequence[tuple[int, tuple[int, ...]]],
+    pad: int,
+    config: EvaluationConfig,
+) -> Iterator[tuple[list[int], list[float]]]:
+    """For groups of `pairs`: their places, and the summed log-probabilities of their answers' tokens but the first."""
+    for part in continuation_groups(model, before, [len(answer) - 1 for _, answer in pairs], config):
+        answers = [pairs[n][1] for n in part]
+        logits = extend(model, before, [pairs[n][0] for n in part], [answer[:-1] for answer in answers], pad)
+        lengths = torch.tensor([len(answer) - 1 for answer in answers])
+        width = logits.shape[1]
+        real = torch.cat([torch.arange(width * i, width * i + n) for i, n in enumerate(lengths.tolist())])
+        targets = torch.tensor([token for answer in answers for token in answer[1:]])
+        values = _log_probabilities(logits.flatten(0, 1), real, targets)
+        owner = torch.repeat_interleave(torch.arange(len(answers)), lengths)
+        yield part, torch.zeros(len(answers)).index_add(0, owner, values).tolist()
+
+
+def _log_probabilities(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+    """log p [n] in float32 on the CPU: of tokens[i] under logits[places[i]]; logits is [anything, vocabulary]."""
+    used, back = places.unique(return_inverse=True)
+    step = max(1, _CHUNK // logits.shape[-1])
+    sums = [logits[part.to(logits.device)].float().logsumexp(-1).cpu() for part in used.split(step)]
+    picked = logits[places.to(logits.device), tokens.to(logits.device)].float().cpu()
+    return picked - torch.cat(sums)[back]

@@ -1,0 +1,102 @@
+"""Intervals by the percentile bootstrap: what a score would have been on other rows of the same tasks.
+
+A resample draws each task's rows with replacement, task by task (stratified), and takes the unweighted mean of the
+tasks' means. The interval speaks about the choice of rows only, not about seeds, prompts or other tasks. Where all
+rows agree, one row included, it has no width: the data show no spread, which is not the same as certainty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from phatgoose.errors import EvaluationError
+
+_CHUNK = 2**22  # row numbers drawn at a time: bounds the memory of a large task
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the mean of `values` [rows], e.g. 1.0 for a right answer and 0.0 for a wrong one.
+
+    Raises:
+        EvaluationError: if there are no values, one is not finite, or a setting is out of range.
+    """
+    return suite_interval([values], level=level, resamples=resamples, seed=seed)
+
+
+def suite_interval(
+    tasks: Sequence[ArrayLike], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the unweighted mean over tasks; `tasks` holds one array [rows] for each, of any lengths.
+
+    Raises:
+        EvaluationError: if there is no task, a task has no values, or as in `bootstrap_interval`.
+    """
+    if not 0 < level < 1:
+        raise EvaluationError(f"an interval's level must lie between 0 and 1, got {level}.")
+    if resamples < 1:
+        raise EvaluationError(f"a bootstrap needs at least one resample, got {resamples}.")
+    arrays = _arrays(tasks)
+    means = np.zeros(resamples)
+    for number, values in enumerate(arrays):
+        # A stream of random numbers for each task, so that a task's draws don't depend on the ones before it.
+        means += _resampled_means(values, resamples, np.random.default_rng([seed, number]))
+    low, high = np.quantile(means / len(arrays), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(
+    a: Sequence[ArrayLike],
+    b: Sequence[ArrayLike],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """(mean, low, high) of a − b, two systems' values on the same rows: one array [rows] a task, tasks in one order.
+
+    Rows are drawn in pairs, so what makes a row hard for both cancels. `a` beats `b` by more than chance in the
+    choice of rows where low > 0.
+
+    Raises:
+        EvaluationError: if the two don't have the same tasks and rows, or as in `suite_interval`.
+    """
+    first, second = _arrays(a), _arrays(b)
+    shapes = [len(x) for x in first], [len(x) for x in second]
+    if shapes[0] != shapes[1]:
+        raise EvaluationError(
+            f"a paired difference needs the same rows on both sides, got {shapes[0]} and {shapes[1]} rows."
+        )
+    differences = [x - y for x, y in zip(first, second, strict=True)]
+    low, high = suite_interval(differences, level=level, resamples=resamples, seed=seed)
+    return float(np.mean([x.mean() for x in differences])), low, high
+
+
+def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
+    arrays = [np.asarray(values, dtype=np.float64) for values in tasks]
+    if not arrays:
+        raise EvaluationError("an interval needs at least one task, got none.")
+    for number, values in enumerate(arrays):
+        if values.ndim != 1 or not values.size:
+            raise EvaluationError(
+                f"an interval needs one value a row, got an array of shape {values.shape} (task {number})."
+            )
+        if not np.isfinite(values).all():
+            raise EvaluationError(f"an interval needs finite values, task {number} has others.")
+    return arrays
+
+
+def _resampled_means(
+    values: NDArray[np.float64], resamples: int, draws: np.random.Generator
+) -> NDArray[np.float64]:
+    rows = len(values)
+    step = max(1, _CHUNK // rows)
+    parts = [
+        values[draws.integers(0, rows, (min(step, resamples - start), rows))].mean(axis=1)
+        for start in range(0, resamples, step)
+    ]
+    return np.concatenate(parts)
