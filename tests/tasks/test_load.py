@@ -4,6 +4,7 @@ import pytest
 
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.tasks import Fractions, list_tasks, load_task, split_spec
+from phatgoose.tasks.spec import without_paths
 
 
 @pytest.fixture
@@ -57,3 +58,17 @@ def test_limit_and_fractions_and_source(file, tmp_path):
 
 def test_same_source_same_hash(file):
     assert load_task(f"jsonl:{file}").hash == load_task(f"jsonl:{file}").hash
+
+
+@pytest.mark.parametrize(
+    ("spec", "shared"),
+    [
+        ("jsonl:/home/me/secret plans/data.jsonl?input=q", "jsonl:data.jsonl?input=q"),
+        ("jsonl:data.jsonl", "jsonl:data.jsonl"),
+        ("hf:/home/me/set?target=a", "hf:set?target=a"),
+        ("hf:org/set", "hf:org/set"),
+        ("bigbench:a/b", "bigbench:a/b"),
+    ],
+)
+def test_what_is_given_away_holds_no_local_path(spec, shared):
+    assert without_paths({"spec": spec, "folder": "/home/me", "rows": 3}) == {"spec": shared, "rows": 3}

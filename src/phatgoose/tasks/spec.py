@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from phatgoose.errors import TaskError
@@ -53,3 +55,13 @@ def split_spec(spec: str) -> TaskSpec:
             raise TaskError(f"task spec {spec!r}: option {key!r} is given twice.")
         options[key] = unquote(value)
     return TaskSpec(source.strip(), name.strip(), options, spec)
+
+
+def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's `source` as it may be given away: local paths are cut to their last part, and the folder is left out."""
+    kept = {key: value for key, value in source.items() if key != "folder"}
+    kind, _, rest = str(kept.get("spec", "")).partition(":")
+    name, mark, query = rest.partition("?")
+    if kind == "jsonl" or (kind == "hf" and name.startswith(("/", ".", "~"))):
+        kept["spec"] = f"{kind}:{Path(name).name}{mark}{query}"
+    return kept

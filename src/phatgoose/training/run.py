@@ -20,6 +20,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.files import atomic_folder
 from phatgoose.models.base import Base
 from phatgoose.records import Task
+from phatgoose.tasks.spec import without_paths
 from phatgoose.training.arguments import Logger, agreed, arguments
 from phatgoose.training.checkpoints import History, RunFolder
 from phatgoose.training.config import LoopConfig
@@ -130,7 +131,7 @@ def _record(job: Job, rows: Rows, history: History, student: Student) -> dict[st
         "base": base.fingerprint.to_json(),
         "task": {
             "name": task.name,
-            "source": task.source,
+            "source": without_paths(task.source),
             "hash": task.hash,
             "rows": {
                 "train": len(task.train),
