@@ -93,10 +93,7 @@ def run(
                     report=show,
                     loggers=loggers,
                 )
-                try:
-                    loop.run()
-                finally:
-                    loop.accelerator.free_memory()
+                loop.run()
             fill(student, loop.best)
             if not all(bool(p.isfinite().all()) for p in student.trained().values()):
                 raise TrainingError(
