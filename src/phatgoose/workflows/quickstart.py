@@ -24,7 +24,7 @@ from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
 from phatgoose.records import Task, TaskScore
 from phatgoose.routers import PHATGOOSE, Random, Router, Single, Uniform
-from phatgoose.tasks import load_task
+from phatgoose.tasks import Fractions, load_task
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
 from phatgoose.workflows import show, summary
@@ -72,7 +72,7 @@ def run_quickstart(
     started = time.monotonic()
     show.plan(console, recipe, out)
     base = load_base(recipe.base, dtype=_dtype())
-    tasks = {group: _load(specs, recipe) for group, specs in _groups(recipe).items()}
+    tasks = _tasks(recipe)
     show.base(console, base, tasks)
     run = _Run(recipe, out, console, base, tasks)
     run.measure(System("base", "base", "the base model alone", None, None))
@@ -246,12 +246,11 @@ def _dtype() -> str:
     return "bfloat16" if fast else "float32"
 
 
-def _groups(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    return dict(zip(summary.GROUPS, (recipe.pool_tasks, recipe.held_out_tasks), strict=True))
-
-
-def _load(specs: tuple[str, ...], recipe: Recipe) -> list[Task]:
-    return [load_task(spec, limit={"train": recipe.train_rows}) for spec in specs]
+def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
+    trained = [load_task(spec, limit={"train": recipe.train_rows}) for spec in recipe.pool_tasks]
+    share = recipe.held_out_test_share
+    unseen = Fractions(test=share, validation=1 - share)
+    return dict(zip(summary.GROUPS, (trained, [load_task(s, fractions=unseen) for s in recipe.held_out_tasks]), strict=True))
 
 
 def _finished(folder: Path, key: str) -> Expert | None:

@@ -26,6 +26,8 @@ class Recipe:
     """At most this many rows of a task's training split."""
     test_rows: int = 100
     """Rows of each test split that all systems are measured on."""
+    held_out_test_share: float = 0.7
+    """Share of a held-out task's rows that go to its test split; the rest is validation, as nothing is trained there."""
     choice_rows: int = 32
     """Rows of each validation split on which the oracle chooses its expert."""
     seed: int = 0

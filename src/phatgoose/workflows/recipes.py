@@ -11,18 +11,18 @@ QUICKSTART = Recipe(
     base="smollm2-135m-instruct-q4",
     pool_tasks=(
         "bigbench:linguistic_mappings/past_tense_json",
+        "bigbench:linguistic_mappings/plural_json",
         "bigbench:linguistic_mappings/sentence_negation_json",
         "bigbench:linguistic_mappings/pronoun_replacement_json",
         "bigbench:linguistic_mappings/question_formation_json",
         "bigbench:qa_wikidata",
-        "bigbench:tense",
     ),
     held_out_tasks=(
+        "bigbench:sports_understanding",
+        "bigbench:disambiguation_qa",
         "bigbench:hindu_knowledge",
-        "bigbench:code_line_description",
-        "bigbench:emoji_movie",
-        "bigbench:known_unknowns",
-        "bigbench:novel_concepts",
+        "bigbench:implicatures",
+        "bigbench:metaphor_boolean",
     ),
     expert=ExpertConfig(
         rank=16, alpha=32, learning_rate=2e-3, steps=40, rows_per_step=16, rows_per_batch=16, max_length=256,
