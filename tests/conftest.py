@@ -6,7 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two test runs on one machine stall each other
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads of two test runs on one machine stall each other
 
 import pytest
 import torch
@@ -155,7 +157,9 @@ def make_expert(tmp_path):
 
     from phatgoose.experts.expert import Expert
 
-    def make(base, name="one", rank=4, alpha=8, targets=None, seed=0, gates=True, scale=0.15, **lora) -> Expert:
+    def make(
+        base, name="one", rank=4, alpha=8, targets=None, seed=0, gates=True, scale=0.15, **lora
+    ) -> Expert:
         family = base.spec.split("-")[1]
         config = LoraConfig(
             r=rank,

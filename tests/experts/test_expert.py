@@ -37,7 +37,9 @@ def test_round_trip_keeps_everything(saved):
     assert all(torch.equal(found.tensors[k], expert.tensors[k]) for k in expert.tensors)
     assert found.equals(expert)
     assert not found.renamed("two").equals(expert)
-    assert not found.equals(expert.with_gates({p: g + 1 for p, g in expert.gates.items()}, expert.provenance["gate"]))
+    assert not found.equals(
+        expert.with_gates({p: g + 1 for p, g in expert.gates.items()}, expert.provenance["gate"])
+    )
 
 
 def test_adapter_files_stay_as_peft_wrote_them_to_the_byte(saved):

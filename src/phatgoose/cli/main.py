@@ -49,8 +49,6 @@ def _options(
 
 def main() -> None:
     """The console script. Settings of other libraries are made here, before any of them is imported."""
-    # OpenMP threads that spin at barriers make a machine that does anything else three times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get("PHATGOOSE_DEBUG"):
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):

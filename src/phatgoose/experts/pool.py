@@ -212,7 +212,9 @@ def remove_from_folder(folder: str | Path, name: str) -> None:
 
 def _unfinished(folder: Path) -> bool:
     """Whether a folder without a manifest holds nothing but what a killed save() leaves."""
-    return folder.is_dir() and all(p.name in ("experts", ".lock") or p.name.startswith(f".{MANIFEST}.") for p in folder.iterdir())
+    return folder.is_dir() and all(
+        p.name in ("experts", ".lock") or p.name.startswith(f".{MANIFEST}.") for p in folder.iterdir()
+    )
 
 
 def _lock(folder: Path) -> FileLock:

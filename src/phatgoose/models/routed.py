@@ -68,7 +68,11 @@ def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
     if isinstance(model, Base):
         return model.fingerprint
     known = model.__dict__.get("_phatgoose_base")
-    return known.fingerprint if known is not None else fingerprint(model, model.name_or_path or type(model).__name__)
+    return (
+        known.fingerprint
+        if known is not None
+        else fingerprint(model, model.name_or_path or type(model).__name__)
+    )
 
 
 def unroute(model: Base | PreTrainedModel) -> PreTrainedModel:

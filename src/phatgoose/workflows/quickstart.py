@@ -250,7 +250,13 @@ def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
     trained = [load_task(spec, limit={"train": recipe.train_rows}) for spec in recipe.pool_tasks]
     share = recipe.held_out_test_share
     unseen = Fractions(test=share, validation=1 - share)
-    return dict(zip(summary.GROUPS, (trained, [load_task(s, fractions=unseen) for s in recipe.held_out_tasks]), strict=True))
+    return dict(
+        zip(
+            summary.GROUPS,
+            (trained, [load_task(s, fractions=unseen) for s in recipe.held_out_tasks]),
+            strict=True,
+        )
+    )
 
 
 def _finished(folder: Path, key: str) -> Expert | None:

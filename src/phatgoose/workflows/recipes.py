@@ -9,17 +9,19 @@ from phatgoose.workflows.recipe import Recipe
 
 QUICKSTART = Recipe(
     base="smollm2-135m-instruct-q4",
+    # Not question_formation: most of its prompts are, to the letter, those of sentence_negation with other answers, so no
+    # router without labels can serve both. Not disambiguation_qa among the unseen ones: an expert here works on pronouns.
     pool_tasks=(
         "bigbench:linguistic_mappings/past_tense_json",
         "bigbench:linguistic_mappings/plural_json",
         "bigbench:linguistic_mappings/sentence_negation_json",
         "bigbench:linguistic_mappings/pronoun_replacement_json",
-        "bigbench:linguistic_mappings/question_formation_json",
         "bigbench:qa_wikidata",
+        "bigbench:intent_recognition",
     ),
     held_out_tasks=(
         "bigbench:sports_understanding",
-        "bigbench:disambiguation_qa",
+        "bigbench:hyperbaton",
         "bigbench:hindu_knowledge",
         "bigbench:implicatures",
         "bigbench:metaphor_boolean",
@@ -29,11 +31,11 @@ QUICKSTART = Recipe(
     # from (docs/results.md, "What we have seen").
     expert=ExpertConfig(
         rank=16, alpha=1, learning_rate=1e-3, steps=60, rows_per_step=16, rows_per_batch=16, max_length=256,
-        validate_every=20, validation_rows=32, save_every=10,
+        validate_every=20, validation_rows=32, save_every=20,
     ),
     gate=GateConfig(
         learning_rate=5e-3, steps=30, rows_per_step=16, rows_per_batch=16, max_length=256,
-        validate_every=15, validation_rows=32, save_every=10,
+        validate_every=15, validation_rows=32, save_every=20,
     ),
 )  # fmt: skip
 """At most 25 minutes on two CPU cores."""
