@@ -340,3 +340,44 @@ def test_rerouting_replaces_and_refusals_leave_the_model_alone(mixed, make_base,
             PHATGOOSE(top_k=bad)
     with pytest.raises(RoutingError, match="nothing to trace"), trace(base):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_offloaded_bases_route_like_resident_ones(mixed, family, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    base, pool = mixed(family)
+    batch = batch_of(base)
+    route(base, pool)
+    expected = logits(base, batch)
+    unroute(base)
+    for offload in (lambda m: cpu_offload(m), lambda m: disk_offload(m, tmp_path / "offload")):
+        model = copy.deepcopy(base.model)
+        offload(model)
+        route(model, pool, any_base=True)
+        with torch.no_grad():
+            found = model(**batch, use_cache=False).logits
+        assert relative(found, expected) < 1e-5
+
+
+def test_hooks_of_others_stay(mixed):
+    base, pool = mixed("llama")
+    seen = []
+    base.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, a, o: seen.append(o.shape))
+    route(base, pool)
+    logits(base, batch_of(base))
+    unroute(base)
+    logits(base, batch_of(base))
+    assert len(seen) == 2
+
+
+def test_saving_a_routed_model_saves_the_base(mixed, tmp_path):
+    from safetensors.torch import load_file
+
+    base, pool = mixed("gpt2")
+    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    route(base, pool)
+    base.model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved
+    assert all(torch.equal(before[k], v) for k, v in saved.items())

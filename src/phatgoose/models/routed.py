@@ -136,7 +136,8 @@ class _Site:
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        u = args[0] if args else next(iter(kwargs.values()))
+        # With offloading the module's input may still be where the last module left it.
+        u = (args[0] if args else next(iter(kwargs.values()))).to(output.device)
         flat = u.reshape(-1, u.shape[-1])
         if self.stack.A.device != u.device:
             self.stack = self.stack.to(u.device)
