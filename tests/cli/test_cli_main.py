@@ -45,7 +45,7 @@ sys.argv = ["phatgoose", "tasks", "show", "nothing"]
 try:
     main()
 finally:
-    print(os.environ["TRANSFORMERS_VERBOSITY"])
+    print(os.environ.get("TRANSFORMERS_VERBOSITY"))
 """
     result = python(code, TRANSFORMERS_VERBOSITY="info")
     assert result.returncode == 1

@@ -83,7 +83,7 @@ def test_overwrite_replaces_and_a_work_folder_keeps_what_else_is_in_it(ready, ru
     result = run("train", "--out", tmp_path / "e", "--work", tmp_path / "w", *options, "--overwrite")
     assert result.code == 0, result.err
     expert = Expert.load(tmp_path / "e")
-    assert expert.name == "jsonl-colour"
+    assert expert.name == "e"
     assert {p.rpartition(".")[2] for p in expert.updates} == {"q_proj", "v_proj"}
     assert [p.name for p in (tmp_path / "w").iterdir()] == ["mine.txt"]
 

@@ -99,8 +99,9 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     again = finish(place, out)
     assert outcome(out) == expected
     assert "expert upper: 4/4" not in again
-    for part in ("PHATGOOSE", "oracle", "recovers", "A gate cost", "phatgoose chat --pool"):
+    for part in ("PHATGOOSE", "oracle", "A gate cost", "phatgoose chat --pool"):
         assert part in text
+    assert re.search(r"in-pool: (PHATGOOSE recovers|the oracle gains nothing)", text)
     assert re.search(r"in-pool tasks: accuracy on 6 test rows each", text)
 
 

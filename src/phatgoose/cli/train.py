@@ -33,7 +33,8 @@ def command(
     config: ExpertConfig,
     base: BaseOption = DEFAULT_BASE,
     name: Annotated[
-        str | None, typer.Option("--name", help="What the expert is called; from the task if not given.")
+        str | None,
+        typer.Option("--name", help="What the expert is called; like the folder OUT if not given."),
     ] = None,
     work: Annotated[
         Path | None,
@@ -59,7 +60,7 @@ def command(
 
     folders.check_target(out)
     rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-    wanted = name or slug(rows.name)
+    wanted = name or slug(out.name)
     there = Expert.load(out) if out.exists() and any(out.iterdir()) and not overwrite else None
     if there and not (there.name == wanted and folders.made_so(there.provenance, None, rows, config)):
         raise _taken(out)

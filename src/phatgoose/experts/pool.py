@@ -105,11 +105,7 @@ class Pool:
             PoolError: `folder` holds something else. StorageError: no space or no permission.
         """
         folder = Path(folder)
-        if (
-            folder.exists()
-            and not (folder / MANIFEST).exists()
-            and any(p.name != "experts" for p in folder.iterdir())
-        ):
+        if folder.exists() and not (folder / MANIFEST).exists() and not _unfinished(folder):
             raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
         with storage_errors(folder):
             (folder / "experts").mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def run_quickstart(
     Raises:
         PhatgooseError: with what to do; run again to go on where it stopped.
     """
-    out, console = Path(out), console or Console()
+    out, console = Path(out), console or show.screen()
     recipe = recipe or (SMOKE if smoke else QUICKSTART)
     _claim(out, fresh)
     started = time.monotonic()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import rich.box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +35,11 @@ NOTES = [
     "uniform and merged are the same function for low-rank updates, computed in two ways.",
     "Tasks, rows, prompts and settings were fixed before the test rows were looked at.",
 ]
+
+
+def screen() -> Console:
+    """Where the quickstart writes: a terminal at its width, a pipe or file without breaking lines."""
+    return Console() if sys.stdout.isatty() else Console(width=1000)
 
 
 def plan(console: Console, recipe: Recipe, out: Path) -> None:
@@ -98,26 +105,39 @@ def expert(console: Console, record: Mapping[str, Any]) -> None:
 
 
 def table(console: Console, results: Mapping[str, Any]) -> None:
-    """Systems down, tasks across, one table a group."""
+    """Systems down, tasks across, one table a group; tasks are numbered where their names don't fit."""
     for group in ("in-pool", "held-out"):
         tasks = [t for t in results["tasks"] if t["group"] == group]
         if not tasks:
             continue
-        grid = Table(
-            title=f"{group} tasks: accuracy on {tasks[0]['rows']} test rows each", title_justify="left"
-        )
-        grid.add_column("system")
-        for task in tasks:
-            grid.add_column(short(task["name"]), justify="right", max_width=14)
-        grid.add_column("mean (95 %)", justify="right", no_wrap=True)
-        for row in results["systems"]:
-            mean = row["groups"][group]
-            style = "bold" if row["name"] == "PHATGOOSE" else None
-            cells = [f"{row['scores'][t['name']]['mean']:.2f}" for t in tasks]
-            grid.add_row(
-                row["name"], *cells, f"{mean['mean']:.3f} ({mean['low']:.2f}–{mean['high']:.2f})", style=style
-            )
+        title = f"{group} tasks: accuracy on {tasks[0]['rows']} test rows each"
+        names = [short(t["name"]) for t in tasks]
+        grid = _grid(title, names, tasks, results["systems"], group)
+        if console.measure(grid, options=console.options.update(width=1000)).maximum > console.width:
+            legend = ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
+            numbers = [str(i) for i in range(1, len(names) + 1)]
+            grid = _grid(f"{title}\n{legend}", numbers, tasks, results["systems"], group)
         console.print(grid)
+
+
+def _grid(
+    title: str, heads: Sequence[str], tasks: Sequence[Any], systems: Sequence[Any], group: str
+) -> Table:
+    grid = Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    grid.add_column("system", no_wrap=True)
+    for head in heads:
+        grid.add_column(head, justify="right", no_wrap=True)
+    grid.add_column("mean (95 %)", justify="right", no_wrap=True)
+    for row in systems:
+        mean = row["groups"][group]
+        cells = [f"{row['scores'][t['name']]['mean']:.2f}" for t in tasks]
+        grid.add_row(
+            row["name"].removeprefix("single: "), *cells, f"{mean['mean']:.3f} ({mean['low']:.2f}–{mean['high']:.2f})",
+            style="bold" if row["name"] == "PHATGOOSE" else None,
+        )  # fmt: skip
+    return grid
 
 
 def verdict(console: Console, results: Mapping[str, Any]) -> None:
