@@ -34,11 +34,19 @@ def legend(names: Iterable[str]) -> list[dict[str, Any]]:
     ]
 
 
+def short_names(names: list[str]) -> list[str]:
+    """Task names for narrow columns: without source, folder and "_json", unless two would then be alike."""
+    short = [name.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json") or name for name in names]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
+
+
 def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything the template needs beside `data` itself (checked results) and `marks` (the legend)."""
-    groups = [
-        {"key": key, "label": GROUPS.get(key, key), "tasks": [t for t in data["tasks"] if t["group"] == key]}
-        for key in dict.fromkeys(t["group"] for t in data["tasks"])
+    labels = short_names([t["name"] for t in data["tasks"]])
+    tasks = [{**t, "label": label} for t, label in zip(data["tasks"], labels, strict=True)]
+    groups: list[dict[str, Any]] = [
+        {"key": key, "label": GROUPS.get(key, key), "tasks": [t for t in tasks if t["group"] == key]}
+        for key in dict.fromkeys(t["group"] for t in tasks)
     ]
     return {
         "groups": groups,
@@ -46,7 +54,7 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
         "systems": _table(data, groups),
         "plots": [plot for group in groups if (plot := _plot(data, group))],
         "comparisons": [part for group in groups if (part := _comparisons(data, group))["rows"]],
-        "heat": _heat(data, marks),
+        "heat": _heat(data, tasks, marks),
         "marked": {mark["name"]: mark for mark in marks},
         "mean_gate_share": _mean(e.get("gate_share") for e in data.get("experts", [])),
         "recipe": list(_flat(data.get("recipe", {}))),
@@ -73,6 +81,11 @@ def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | N
         "label": group["label"],
         "known": group["key"] in GROUPS,
         "recovered": data.get("recovered", {}).get(group["key"]),
+        "open": any(
+            row["verdict"] == "open"
+            and (row["a"], row["b"]) == (router["name"], (found["base"] or {}).get("name"))
+            for row in _comparisons(data, group)["rows"]
+        ),
     }
 
 
@@ -141,7 +154,9 @@ def _comparisons(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     return {"label": group["label"], "rows": rows}
 
 
-def _heat(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _heat(
+    data: dict[str, Any], tasks: list[dict[str, Any]], marks: list[dict[str, Any]]
+) -> dict[str, Any] | None:
     """Routing shares, task × expert, shaded relative to the largest of all."""
     shares = data.get("shares") or {}
     columns = [mark for mark in marks if any(mark["name"] in row for row in shares.values())]
@@ -149,8 +164,8 @@ def _heat(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any] |
         return None
     highest = max(share for row in shares.values() for share in row.values()) or 1.0
     trained = {(e["name"], t) for e in data.get("experts", []) for t in (e.get("task"), e.get("spec")) if t}
-    rows = []
-    for task in data["tasks"]:
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
         if (row := shares.get(task["name"])) is None:
             continue
         cells = [
