@@ -194,3 +194,14 @@ def test_warnings_say_what_a_user_should_know(make_base, make_expert):
     assert "lonely: the only expert at 1 modules (first: model.layers.1.mlp.up_proj)" in found
     assert "a and flat: the same adapter twice" in found
     assert Pool([a]).warnings() == []
+
+
+def test_all_damaged_experts_are_named_at_once(three, tmp_path):
+    _, experts = three
+    folder = Pool(experts).save(tmp_path / "pool")
+    for name in (experts[0].name, experts[2].name):
+        (folder / "experts" / name / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(PoolError, match="2 experts of") as caught:
+        Pool.load(folder)
+    assert all(f"experts/{e.name}/" in str(caught.value) for e in (experts[0], experts[2]))
+    assert f"experts/{experts[1].name}/" not in str(caught.value)

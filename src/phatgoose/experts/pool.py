@@ -45,7 +45,7 @@ class Pool:
         for expert in self.experts:
             if expert.name in seen:
                 raise PoolError(
-                    f"two experts are named {expert.name!r}; rename one with expert.renamed(...)."
+                    f"two experts are named {expert.name!r}; rename one (--name, or expert.renamed in Python)."
                 )
             seen.add(expert.name)
         self._check_shapes()
@@ -127,12 +127,21 @@ class Pool:
             PoolError, ExpertError: naming the file, what was expected and what was found.
         """
         folder = Path(folder)
-        experts = []
+        experts, failures = [], []
         for entry in _entries(folder):
-            place = _inside(folder, entry["folder"])
-            if verify:
-                _verify_files(place, entry)
-            experts.append(Expert.load(place, name=entry["name"]))
+            try:
+                place = _inside(folder, entry["folder"])
+                if verify:
+                    _verify_files(place, entry)
+                experts.append(Expert.load(place, name=entry["name"]))
+            except PhatgooseError as error:
+                failures.append(error)
+        if len(failures) > 1:
+            raise PoolError(
+                "\n".join([f"{len(failures)} experts of {folder} can't be loaded:", *map(str, failures)])
+            )
+        if failures:
+            raise failures[0]
         if not experts:
             raise PoolError(f"{folder} is an empty pool; add an expert with `phatgoose pool add`.")
         return Pool(experts)
