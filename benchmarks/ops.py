@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from phatgoose.experts.update import Update
 from phatgoose.ops import fast, make_stack, reference
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     print(f"{d_in} → {d_out}, rank {rank}, {options.dtype}, {torch.get_num_threads()} threads, ms")
     print("experts rows tokens distinct    base  scores  choose   dense  gather grouped  × base")
     for experts in (6, 16, 64, 166):
-        parts = [(torch.randn(rank, d_in) / 50, torch.randn(d_out, rank) / 50, 1.0) for _ in range(experts)]
+        parts = [Update(torch.randn(rank, d_in) / 50, torch.randn(d_out, rank) / 50) for _ in range(experts)]
         stack = make_stack(parts, d_in, d_out, dtype)
         gates = reference.standardise(torch.randn(experts, d_in))
         for tokens in (1, 8, 64, 512):

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.experts import peft
-
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 RUN = [p for p in (ROOT / "docs" / "python.md", ROOT / "README.md") if p.exists()]
@@ -78,42 +76,30 @@ def test_every_file_of_the_package_that_a_page_names_is_there(page):
         assert (package / name).exists() or (ROOT / name).exists(), name
 
 
-def peft_table():
-    """{what happens: settings} from the table of PEFT's settings."""
-    text = (ROOT / "docs" / "experts-and-pools.md").read_text(encoding="utf-8")
-    section = text.split("## What of PEFT's config is handled")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)
-    return {rule: set(re.findall(r"`(\w+)`", settings)) for settings, rule in rows if "`" in settings}
+def test_the_table_of_peft_settings_is_what_the_code_decides():
+    from phatgoose.experts import peft_rules
+
+    assert peft_rules.main(["--check", str(ROOT / "docs" / "experts-and-pools.md")]) == 0
 
 
-def test_the_table_of_peft_settings_is_what_the_code_does():
-    rules = peft_table()
-    ignored = {s for rule, settings in rules.items() if rule.startswith("ignored") for s in settings}
-    refused = {rule: settings for rule, settings in rules.items() if rule.startswith("refused")}
-    handled = (
-        {s for rule, settings in rules.items() for s in settings} - ignored - set().union(*refused.values())
-    )
-    assert handled == peft._HANDLED
-    assert ignored == peft._NO_EFFECT
-    words = {'"none"': "none", "false": False, "null": None}
-    said = {
-        setting: words[re.search(r"unless `(.+?)`", rule)[1]]
-        for rule, settings in refused.items()
-        for setting in settings
-    }
-    assert said == peft._DEFAULTS
-    inits = next(
-        settings for settings in re.findall(r"`init_lora_weights` \| (.+?) leave", _page("experts-and-pools"))
-    )
-    read = {"true": True, "false": False, "null": None}
-    assert {read.get(i, i) for i in re.findall(r"`(\w+)`", inits)} == set(peft._PLAIN_INITS)
+def test_every_setting_of_peft_has_a_rule_that_holds():
+    """Each field of PEFT's configs: refused settings are refused, the others pass, at values other than the default."""
+    from peft import IA3Config, LoraConfig
 
+    from phatgoose.errors import ExpertError
+    from phatgoose.experts.peft_rules import RULES, check_config
 
-def test_every_setting_of_peft_has_a_row():
-    from peft import LoraConfig
-
-    rows = set().union(*peft_table().values())
-    assert {f.name for f in dataclasses.fields(LoraConfig)} <= rows
+    for kind, config in (("LORA", LoraConfig), ("IA3", IA3Config)):
+        assert {f.name for f in dataclasses.fields(config)} <= set(RULES[kind])
+        for name, rule in RULES[kind].items():
+            settings = {"peft_type": kind, name: "another" if rule.default != "another" else "other"}
+            if name in ("peft_type", "init_lora_weights") or rule.how == "refused":
+                with pytest.raises(ExpertError, match=name):
+                    check_config(settings, "here")
+            else:
+                check_config(settings, "here")
+        with pytest.raises(ExpertError, match="unknown setting new"):
+            check_config({"peft_type": kind, "new": 1}, "here")
 
 
 def test_tables_of_files_and_records_are_complete(make_base, make_expert, tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from phatgoose.errors import UnknownName
-from phatgoose.ops import BACKENDS, backend, fast, make_stack, reference
+from phatgoose.experts.update import Bottleneck, Update
+from phatgoose.ops import BACKENDS, Layer, backend, fast, make_stack, reference
 
 OTHERS = [name for name in BACKENDS if name != "reference"]
 
@@ -20,7 +22,7 @@ def relative(found, expected):
 def problem(tokens, ranks, d_in=48, d_out=40, dtype=torch.float32, k=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     parts = [
-        (
+        Update(
             torch.randn(r, d_in, generator=g),
             torch.randn(d_out, r, generator=g),
             float(torch.rand(1, generator=g)) + 0.5,
@@ -50,9 +52,7 @@ def test_mix_equals_the_sum_in_float64(name, dtype, tokens, ranks):
     expected = y.double().clone()
     for n in range(tokens):
         for e, w in zip(chosen[n].tolist(), weights[n].double(), strict=True):
-            a, b, s = parts[e]
-            if dtype == torch.bfloat16:  # what is stored is rounded
-                a, b, s = a.to(dtype), (b * s).to(dtype), 1.0
+            a, b, s = parts[e].A.to(dtype), parts[e].B.to(dtype), parts[e].scale  # what is stored is rounded
             expected[n] += w * s * (b.double() @ (a.double() @ u[n].double()))
     found = ops.mix(u, y, stack, chosen, weights)
     assert found.dtype == y.dtype
@@ -139,3 +139,108 @@ def test_names():
     assert backend("auto").name == "torch"
     with pytest.raises(UnknownName, match="did you mean 'torch'"):
         backend("troch")
+
+
+def general(seed=0, d_in=24, d_out=20, dtype=torch.float32):
+    """One expert of every kind, all kinds in one, and the null candidate; the layer's weight and bias."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def rows(r):
+        return randn(r, d_in) * 0.3, randn(d_out, r) * 0.3
+
+    none = (torch.zeros(0, d_in), torch.zeros(d_out, 0))
+    narrow = Bottleneck(
+        randn(5, d_out), randn(d_out, 5) * 0.2, randn(5), randn(d_out), activation="gelu", scale=0.7
+    )
+    parts = [
+        Update(*rows(3), 0.5),
+        Update(*rows(2), 1.5, bias=randn(d_out)),
+        Update(torch.zeros(0, 0), torch.zeros(d_out, 0), output_scale=1 + 0.3 * randn(d_out)),
+        Update(torch.zeros(0, d_in), torch.zeros(0, 0), input_scale=1 + 0.3 * randn(d_in)),
+        None,
+        Update(*rows(4), 2.0, output_scale=1 + 0.3 * randn(d_out), covers_bias=False),
+        Update(*none, bottleneck=narrow),
+        Update(
+            *rows(1), 0.9, randn(d_out), 1 + 0.2 * randn(d_out), True, 1 + 0.2 * randn(d_in), None, narrow
+        ),
+    ]
+    return parts, randn(d_out, d_in) * 0.3, randn(d_out)
+
+
+def delta_in_float64(part, u, w, b):
+    """Δ(u) of one expert for one token, straight from the definition."""
+    if part is None:
+        return torch.zeros(w.shape[0], dtype=torch.float64)
+    y = w @ u + (0 if b is None else b)
+    out = torch.zeros_like(y)
+    if part.rank:
+        out = out + part.scale * part.B.double() @ (part.A.double() @ u)
+    if part.bias is not None:
+        out = out + part.scale * part.bias.double()
+    if part.output_scale is not None:
+        out = out + (part.output_scale.double() - 1) * (y if part.covers_bias else w @ u)
+    if part.input_scale is not None:
+        out = out + w @ ((part.input_scale.double() - 1) * u)
+    if part.bottleneck is not None:
+        n = part.bottleneck
+        hidden = torch.nn.functional.gelu(n.down.double() @ y + n.down_bias.double())
+        out = out + n.scale * (n.up.double() @ hidden + n.up_bias.double())
+    return out
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 7, 63])
+@pytest.mark.parametrize("way", ["dense", "grouped"])
+def test_every_kind_of_update_mixes_with_every_other(name, with_bias, tokens, way, monkeypatch):
+    if way == "grouped":
+        monkeypatch.setattr(fast, "DENSE_ROWS", 0)
+    parts, w, b = general()
+    b = b if with_bias else None
+    u = torch.randn(tokens, w.shape[1], generator=torch.Generator().manual_seed(3)) * 2 + 1
+    y = torch.nn.functional.linear(u, w, b)
+    stack = make_stack(parts, w.shape[1], w.shape[0], torch.float32)
+    layer = Layer(b, lambda x: x @ w.T)
+    chosen = torch.randint(-1, len(parts), (tokens, 3), generator=torch.Generator().manual_seed(4))
+    weights = torch.rand(tokens, 3, generator=torch.Generator().manual_seed(5))
+    found = backend(name).mix(u, y, stack, chosen, weights, layer)
+    bias = None if b is None else b.double()
+    for n in range(tokens):
+        wd, ud = w.double(), u[n].double()
+        expected = wd @ ud + (0 if bias is None else bias)
+        for e, weight in zip(chosen[n].tolist(), weights[n].double(), strict=True):
+            if e >= 0:
+                expected = expected + weight * delta_in_float64(parts[e], ud, wd, bias)
+        assert relative(found[n], expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_embedding_reads_columns(name):
+    parts = [Update(torch.randn(r, 11), torch.randn(6, r), 0.5, embedding=True) for r in (2, 3)]
+    stack = make_stack(parts, 11, 6, torch.float32)
+    ids, y = torch.tensor([3, 10, 0, 3]), torch.randn(4, 6)
+    chosen, weights = torch.tensor([[0, 1], [1, -1], [0, 0], [1, 0]]), torch.rand(4, 2)
+    expected = y.double().clone()
+    for n in range(4):
+        for e, weight in zip(chosen[n].tolist(), weights[n].double(), strict=True):
+            if e >= 0:
+                one_hot = torch.nn.functional.one_hot(ids[n], 11).double()
+                expected[n] += weight * 0.5 * parts[e].B.double() @ (parts[e].A.double() @ one_hot)
+    assert relative(backend(name).mix(ids, y, stack, chosen, weights), expected) < 1e-6
+
+
+def test_rows_that_nobody_owns_are_never_used():
+    _parts, u, y, stack, gates = problem(9, (3, 4, 2))
+    wider = dataclasses.replace(
+        stack,
+        A=torch.cat([stack.A[:3], torch.ones(2, 48), stack.A[3:]]),
+        B=torch.cat([stack.B[:3], torch.ones(2, 40), stack.B[3:]]),
+        starts=(0, 5, 9),
+    )
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    for name in BACKENDS:
+        expected = backend(name).mix(u, y, stack, chosen, weights)
+        assert torch.allclose(backend(name).mix(u, y, wider, chosen, weights), expected, atol=1e-5)

@@ -212,7 +212,7 @@ def test_experts_of_another_base_are_refused(make_base, make_expert, task):
     wide = make_base("llama")
     wide.model.model.layers[0].mlp.up_proj = nn.Linear(32, 50, bias=False)
     with pytest.raises(
-        TrainingError, match=r"expected a linear layer of \(d_in, d_out\) = \(32, 48\), found \(32, 50\)"
+        TrainingError, match=r"expected a layer of \(d_in, d_out\) = \(32, 48\), found \(32, 50\)"
     ):
         train_gate(Base(wide.model, make_tokenizer(), spec="wide"), unknown, task, CONFIG, report=silent)
     assert state_of(make_base("llama").model)["config"] == before

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_tensors, to_updates
-from phatgoose.experts.update import LowRank
+from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_tensors, to_contents
+from phatgoose.experts.peft_rules import check_drop
+from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import atomic_folder, read_json, sha256_file, write_bytes, write_json
 from phatgoose.records import Fingerprint
 
@@ -56,8 +57,10 @@ class Expert:
     """How it was made: base, task, configs, versions, validation losses, and the gate's own record under "gate"."""
     folder: Path | None = field(default=None, repr=False)
     """Where it was read from, if it was."""
-    updates: Mapping[str, LowRank] = field(init=False, repr=False)
+    updates: Mapping[str, Update] = field(init=False, repr=False)
     """What it does at each adapted module, by the module's path in the base model."""
+    base_copies: Mapping[str, Tensor] = field(init=False, repr=False)
+    """Weights of the base that PEFT saved along, by parameter name; `route` checks that they are the base's own."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -65,7 +68,10 @@ class Expert:
                 f"{self.name!r} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
                 f"for example {slug(self.name)!r}."
             )
-        object.__setattr__(self, "updates", to_updates(self.adapter_config, self.tensors, self._where()))
+        drop = check_drop(self.provenance.get("dropped", ()))
+        contents = to_contents(self.adapter_config, self.tensors, self._where(), drop)
+        object.__setattr__(self, "updates", contents.updates)
+        object.__setattr__(self, "base_copies", contents.base_copies)
         if self.gates is not None:
             object.__setattr__(self, "gates", _checked_gates(self.gates, self.updates, self._where()))
 
@@ -95,9 +101,10 @@ class Expert:
         digest = hashlib.sha256()
         for path in sorted(self.updates):
             update = self.updates[path]
-            digest.update(f"{path}\0{update.scale!r}".encode())
-            for tensor in (update.A, update.B, *([self.gates[path]] if self.gates is not None else [])):
-                digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+            digest.update(f"{path}\0{json.dumps(update.numbers(), sort_keys=True)}".encode())
+            parts = dict(update.parts()) | ({"gate": self.gates[path]} if self.gates is not None else {})
+            for name, tensor in parts.items():
+                digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -116,11 +123,21 @@ class Expert:
 
     @staticmethod
     def from_peft(
-        folder: str | Path, *, name: str | None = None, provenance: Mapping[str, Any] | None = None
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        drop: Collection[str] = (),
     ) -> Expert:
-        """Reads any PEFT LoRA folder, without building a PEFT model; gates and records that lie beside it are not read."""
+        """Reads any PEFT LoRA or (IA)³ folder, without building a PEFT model; gates and records beside it are not read.
+
+        `drop` names what to leave out although the adapter then computes something else ("modules_to_save",
+        "trainable_token_indices"); it is recorded in the provenance.
+        """
         folder = Path(folder)
         config, tensors = read_adapter(folder)
+        if drop:
+            provenance = {**(provenance or {}), "dropped": list(check_drop(drop))}
         return Expert(
             name or slug(folder.resolve().name),
             config,
@@ -258,7 +275,7 @@ def _read_gates(path: Path, adapter_hash: str) -> dict[str, Tensor]:
 
 
 def _checked_gates(
-    gates: Mapping[str, Tensor], updates: Mapping[str, LowRank], where: str
+    gates: Mapping[str, Tensor], updates: Mapping[str, Update], where: str
 ) -> dict[str, Tensor]:
     for path in updates:
         if path not in gates:
@@ -267,10 +284,9 @@ def _checked_gates(
     for path, gate in gates.items():
         if path not in updates:
             raise ExpertError(f"{where}: there is a gate for module {path}, which the expert doesn't adapt.")
-        if gate.shape != (updates[path].d_in,):
-            raise ExpertError(
-                f"{where}: gate of {path} has shape {list(gate.shape)}, expected [{updates[path].d_in}]."
-            )
+        expected = updates[path].gate_dim
+        if gate.ndim != 1 or not sizes_agree(gate.shape[0], expected):
+            raise ExpertError(f"{where}: gate of {path} has shape {list(gate.shape)}, expected [{expected}].")
         if not torch.isfinite(gate).all():
             raise ExpertError(f"{where}: gate of {path} has values that are NaN or infinite.")
         checked[path] = gate.detach().to("cpu", torch.float32)

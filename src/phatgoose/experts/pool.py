@@ -16,6 +16,7 @@ from filelock import FileLock
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
 from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.update import sizes_agree
 from phatgoose.files import read_json, sha256_file, storage_errors, write_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.records import Fingerprint
@@ -55,15 +56,20 @@ class Pool:
 
     def _check_shapes(self) -> None:
         owners: dict[str, Expert] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         for expert in self.experts:
             for path, update in expert.updates.items():
-                first = owners.setdefault(path, expert)
-                expected = (first.updates[path].d_in, first.updates[path].d_out)
-                if (update.d_in, update.d_out) != expected:
+                first, known = owners.setdefault(path, expert), sizes.setdefault(path, (0, 0))
+                found = (update.d_in, update.d_out)
+                if (
+                    not all(map(sizes_agree, known, found))
+                    or update.embedding != first.updates[path].embedding
+                ):
                     raise PoolError(
-                        f"experts {first.name!r} and {expert.name!r} disagree about {path}: {expected[0]} → {expected[1]} and "
+                        f"experts {first.name!r} and {expert.name!r} disagree about {path}: {known[0]} → {known[1]} and "
                         f"{update.d_in} → {update.d_out}. They can't be of one base."
                     )
+                sizes[path] = (known[0] or found[0], known[1] or found[1])
 
     def __len__(self) -> int:
         return len(self.experts)

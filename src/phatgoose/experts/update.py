@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+ACTIVATIONS = (
+    "relu",
+    "gelu",
+    "gelu_new",
+    "silu",
+    "swish",
+    "tanh",
+    "sigmoid",
+    "leakyrelu",
+    "relu6",
+    "selu",
+    "identity",
+)
+"""Nonlinearities of bottleneck adapters that are computed exactly."""
+
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
-    """Δ(u) = scale · B A u, the update of a LoRA expert at one module.
+class Bottleneck:
+    """scale · (U f(D y + d) + u₀), a bottleneck adapter without its residual (Houlsby et al. 2019; Pfeiffer et al. 2021).
 
-    A: [r, d_in], B: [d_out, r], both as trained (any float dtype).
+    down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias: u₀ [d_out]; `activation` is one of ACTIVATIONS. It reads
+    y, the module's own output.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: str = "relu"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Δ(u) of an expert at one module that computes y = W u + b. Absent parts are None, an absent low-rank part has rank 0.
+
+    Δ(u) = scale·(B A u + bias) + (c−1) ⊙ y + W((l−1) ⊙ u) + bottleneck(y)
+
+    LoRA and rsLoRA are the first term, (IA)³ one of the next two, DoRA the first two with W u in place of y, after
+    `resolved` has put the base's weight in. All tensors as trained, of any float dtype.
     """
 
     A: Tensor
+    """[r, d_in]; of an embedding [r, vocabulary]."""
     B: Tensor
-    scale: float
+    """[d_out, r]."""
+    scale: float = 1.0
+    bias: Tensor | None = None
+    """[d_out], LoRA's own bias of B."""
+    output_scale: Tensor | None = None
+    """c: [d_out]."""
+    covers_bias: bool = True
+    """Whether c scales W u + b, as in (IA)³, or W u alone, as in DoRA."""
+    input_scale: Tensor | None = None
+    """l: [d_in]."""
+    magnitude: Tensor | None = None
+    """DoRA's m: [d_out]. Must be resolved before the update can be computed."""
+    bottleneck: Bottleneck | None = None
+    embedding: bool = False
+    """Whether the module is an embedding: u are token ids, A u are columns of A."""
 
     @property
     def rank(self) -> int:
@@ -25,18 +75,82 @@ class LowRank:
 
     @property
     def d_in(self) -> int:
+        """0 if only the base knows it, as where (IA)³ scales an output."""
         return self.A.shape[1]
 
     @property
     def d_out(self) -> int:
+        """0 if only the base knows it, as where (IA)³ scales an input."""
         return self.B.shape[0]
 
-    def delta(self, u: Tensor) -> Tensor:
-        """Δ(u): [..., d_in] → [..., d_out], computed in the wider dtype of u and the weights."""
-        dtype = torch.promote_types(u.dtype, self.A.dtype)
-        a, b = (t.to(device=u.device, dtype=dtype) for t in (self.A, self.B))
-        return (u.to(dtype) @ a.T) @ b.T * self.scale
+    @property
+    def gate_dim(self) -> int:
+        """Length of the gate: of the module's input, or of an embedding's output, whose input has no direction."""
+        return self.d_out if self.embedding else self.d_in
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether Δ(u) = scale · B A u is all there is."""
+        others = (self.bias, self.output_scale, self.input_scale, self.magnitude, self.bottleneck)
+        return all(part is None for part in others) and not self.embedding
+
+    @property
+    def kind(self) -> str:
+        """What it is called where it comes from: "LoRA", "DoRA", "(IA)³", "bottleneck", or several joined by "+"."""
+        names = []
+        if self.rank:
+            names.append("DoRA" if self.magnitude is not None else "LoRA")
+        if self.input_scale is not None or (self.output_scale is not None and self.covers_bias):
+            names.append("(IA)³")
+        if self.bottleneck is not None:
+            names.append("bottleneck")
+        return "+".join(names) or "LoRA"
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of it, by name."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                yield item.name, value
+        if self.bottleneck is not None:
+            for item in fields(self.bottleneck):
+                value = getattr(self.bottleneck, item.name)
+                if isinstance(value, Tensor):
+                    yield f"bottleneck.{item.name}", value
+
+    def numbers(self) -> dict[str, object]:
+        """Everything else that decides what it computes, where it isn't the default."""
+        found: dict[str, object] = {"scale": self.scale}
+        if not self.covers_bias:
+            found["covers_bias"] = False
+        if self.embedding:
+            found["embedding"] = True
+        if self.bottleneck is not None:
+            found["bottleneck"] = [self.bottleneck.activation, self.bottleneck.scale]
+        return found
+
+    def resolved(self, weight: Tensor) -> Update:
+        """DoRA with the base's weight [d_out, d_in] put in: c = m/‖W + s B A‖ (norms of rows), Δ = (c−1) ⊙ W u + c ⊙ s B A u.
+
+        Liu et al. 2024, arXiv 2402.09353, eq. 5. Computed in float32 or wider. Other updates are returned as they are.
+        """
+        if self.magnitude is None:
+            return self
+        dtype = torch.promote_types(torch.promote_types(self.A.dtype, weight.dtype), torch.float32)
+        a, b, w, m = (t.detach().to("cpu", dtype) for t in (self.A, self.B, weight, self.magnitude))
+        c = m.reshape(-1) / torch.linalg.vector_norm(w + self.scale * (b @ a), dim=1)
+        return replace(self, A=a, B=c[:, None] * b, output_scale=c, covers_bias=False, magnitude=None)
 
     def weight(self) -> Tensor:
-        """ΔW = scale · B A: [d_out, d_in] in float32."""
+        """ΔW = scale · B A of the low-rank part: [d_out, d_in] in float32."""
         return self.scale * (self.B.float() @ self.A.float())
+
+
+def no_rows(d_in: int | None, d_out: int | None) -> tuple[Tensor, Tensor]:
+    """A and B of an update without a low-rank part; a size that only the base knows is None, and stands as 0."""
+    return torch.zeros(0, d_in or 0), torch.zeros(d_out or 0, 0)
+
+
+def sizes_agree(one: int, other: int) -> bool:
+    """Whether two sizes can be of one module: equal, or one is 0, which only the base knows."""
+    return 0 in (one, other) or one == other

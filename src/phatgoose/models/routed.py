@@ -16,9 +16,18 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
 from phatgoose.models.fingerprint import fingerprint
+from phatgoose.models.layers import (
+    compute_dtype,
+    dense_weight,
+    embedding_shape,
+    layer_of,
+    linear_shape,
+    same_weights,
+)
 from phatgoose.models.streams import Streams
 from phatgoose.ops import Backend, Stack, backend, make_stack
 from phatgoose.records import Fingerprint
@@ -39,6 +48,7 @@ def route(
     *,
     backend_name: str = "auto",
     any_base: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Attaches routing and returns the same model object; an earlier routing is replaced.
 
@@ -47,6 +57,8 @@ def route(
         pool: the experts.
         router: who chooses; PHATGOOSE(top_k=2) if None.
         backend_name: "auto", "torch" or "reference".
+        dtype: what the experts' matrices are kept and multiplied in; None: what each module computes in. With float32 on a
+            bfloat16 base the experts' own rounding is gone, as in PEFT, at twice the memory.
         any_base: skip the check that `model` is the pool's base (for bases that are knowingly a variant of it).
 
     Raises:
@@ -58,7 +70,7 @@ def route(
     if not any_base and pool.base is not None:
         check_same_base(pool.base, _fingerprint(model), "the pool's experts")
     router.check(pool.names)
-    routing = Routing(bare, pool, router, backend(backend_name))  # raises before anything is attached
+    routing = Routing(bare, pool, router, backend(backend_name), dtype)  # raises before anything is attached
     unroute(bare)
     routing.attach()
     return bare
@@ -93,12 +105,20 @@ def routing_of(model: Base | PreTrainedModel) -> Routing | None:
 class Routing:
     """A pool and a router, bound to the modules of one model."""
 
-    def __init__(self, model: PreTrainedModel, pool: Pool, router: Router, ops: Backend):
-        self.model, self.pool, self.router, self.ops = model, pool, router, ops
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: Pool,
+        router: Router,
+        ops: Backend,
+        dtype: torch.dtype | None = None,
+    ):
+        self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
         self.streams = Streams(model)
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
+        _check_copies(modules, pool)
         self.sites = [_Site(self, path, _module(modules, path, pool), pool) for path in pool.modules]
 
     def attach(self) -> None:
@@ -120,17 +140,27 @@ class _Site:
     def __init__(self, routing: Routing, path: str, module: nn.Module, pool: Pool):
         self.routing, self.path, self.module = routing, path, module
         members = [i for i, e in enumerate(pool.experts) if path in e.updates]
-        updates = [pool.experts[i].updates[path] for i in members]
-        d_in, d_out = updates[0].d_in, updates[0].d_out
-        parts = [(u.A, u.B, u.scale) for u in updates]
+        self.embedding = pool.experts[members[0]].updates[path].embedding
+        d_in, d_out = _shape(module, self.embedding)
+        parts: list[Update | None] = []
+        for i in members:
+            update = pool.experts[i].updates[path]
+            needs_weight = update.magnitude is not None
+            parts.append(update.resolved(dense_weight(module, path)) if needs_weight else update)
         gates = [(pool.experts[i].gates or {}).get(path) for i in members]
         if routing.router.offers_null and len(members) < len(pool.experts):
             members.append(-1)
-            parts.append((torch.zeros(0, d_in), torch.zeros(d_out, 0), 1.0))
+            parts.append(None)
             gates.append(None)
         self.members = tuple(members)
-        self.stack: Stack = make_stack(parts, d_in, d_out, _compute_dtype(module, routing.model))
-        candidates = Candidates(path, pool.names, self.members, tuple(gates), d_in)
+        self.stack: Stack = make_stack(
+            parts, d_in, d_out, routing.dtype or compute_dtype(module, routing.model)
+        )
+        self.layer = None if self.stack.low_rank_only else layer_of(module)
+        # An embedding's input is a token's number, which has no direction: its gates read its output.
+        candidates = Candidates(
+            path, pool.names, self.members, tuple(gates), d_out if self.embedding else d_in
+        )
         self.router: BoundRouter = routing.router.bind(candidates)
 
     def hook(
@@ -138,60 +168,62 @@ class _Site:
     ) -> Tensor:
         # With offloading the module's input may still be where the last module left it.
         u = (args[0] if args else next(iter(kwargs.values()))).to(output.device)
-        flat = u.reshape(-1, u.shape[-1])
         if self.stack.A.device != u.device:
             self.stack = self.stack.to(u.device)
-        rows, length = (u.shape[0], flat.shape[0] // max(u.shape[0], 1)) if u.ndim > 2 else (1, flat.shape[0])
+        y = output.reshape(-1, output.shape[-1])
+        flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
+        rows = output.shape[0] if output.ndim > 2 else 1
+        length = y.shape[0] // max(rows, 1)
         context = RoutingContext(self.path, rows, length, self.routing.streams.seen_by(self.path))
-        chosen, weights = self.router(flat, context, self.routing.ops)
+        chosen, weights = self.router(y if self.embedding else flat, context, self.routing.ops)
         if self.routing.recorder is not None:
             self.routing.recorder(context, self.members, chosen, weights)
-        y = output.reshape(-1, output.shape[-1])
-        return self.routing.ops.mix(flat, y, self.stack, chosen, weights).reshape(output.shape)
+        return self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer).reshape(output.shape)
+
+
+def _shape(module: nn.Module, embedding: bool) -> tuple[int, int]:
+    shape = embedding_shape(module) if embedding else linear_shape(module)
+    assert shape is not None  # _module has refused others
+    return shape
 
 
 def _module(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module:
-    """The model's module at `path`, checked against the updates of every expert that adapts it."""
-    owner = next(e.name for e in pool.experts if path in e.updates)
+    """The model's module at `path`, checked against the updates and gates of every expert that adapts it."""
+    owner = next(e for e in pool.experts if path in e.updates)
     if path not in modules:
         raise RoutingError(
-            f"expert {owner!r} adapts a module this model lacks: {unknown('module', path, modules)}"
+            f"expert {owner.name!r} adapts a module this model lacks: {unknown('module', path, modules)}"
         )
-    module = modules[path]
-    shape = linear_shape(module)
+    module, embedding = modules[path], owner.updates[path].embedding
+    shape = embedding_shape(module) if embedding else linear_shape(module)
     if shape is None:
+        wanted = "plain embeddings" if embedding else "linear layers"
         raise RoutingError(
-            f"expert {owner!r} adapts {path}, a {type(module).__name__}; only linear layers can be routed."
+            f"expert {owner.name!r} adapts {path}, a {type(module).__name__}; only {wanted} can be routed in this way."
         )
     for expert in pool.experts:
         update = expert.updates.get(path)
-        if update is not None and (update.d_in, update.d_out) != shape:
+        if update is None:
+            continue
+        if not all(map(sizes_agree, (update.d_in, update.d_out), shape)):
             raise RoutingError(
                 f"expert {expert.name!r} has an update {update.d_in} → {update.d_out} at {path}, where this model has {shape[0]} → {shape[1]}."
+            )
+        gate, wanted_length = (expert.gates or {}).get(path), shape[1] if embedding else shape[0]
+        if gate is not None and gate.shape[0] != wanted_length:
+            raise RoutingError(
+                f"expert {expert.name!r} has a gate of {gate.shape[0]} values at {path}, where this model needs {wanted_length}."
             )
     return module
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer of any kind (plain, Conv1D, quantised), None if it isn't one.
-
-    Taken from the layer's own record of its sizes: a packed quantised weight has another shape.
-    """
-    for names in (("in_features", "out_features"), ("nx", "nf")):  # the second pair is transformers' Conv1D
-        d_in, d_out = (getattr(module, name, None) for name in names)
-        if isinstance(d_in, int) and isinstance(d_out, int):
-            return d_in, d_out
-    return None
-
-
-def _compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
-    """The dtype the module computes in: its weight's, or the model's if the weight is packed."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    ):
-        return weight.dtype
-    return model.dtype
+def _check_copies(modules: dict[str, nn.Module], pool: Pool) -> None:
+    """Refuses experts that bring their own, changed copy of a base weight: it would be lost without a word."""
+    for expert in pool.experts:
+        for key, copy in expert.base_copies.items():
+            path, _, name = key.rpartition(".")
+            if path not in modules or not same_weights(modules[path], name, copy):
+                raise RoutingError(
+                    f"expert {expert.name!r} brings its own {key} {list(copy.shape)}, which is not this model's: its vocabulary was "
+                    "resized or its embeddings were retrained, and that can't be routed. If they weren't, it is of another base."
+                )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from phatgoose.ops import fast, reference
-from phatgoose.ops.stack import Stack, make_stack
+from phatgoose.ops.stack import Layer, Part, Stack, make_stack
 from phatgoose.registry import unknown
 
 
@@ -19,7 +19,7 @@ class Backend:
     name: str
     gate_scores: Callable[[Tensor, Tensor], Tensor]
     choose: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    mix: Callable[[Tensor, Tensor, Stack, Tensor, Tensor], Tensor]
+    mix: Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
 
 
 BACKENDS = {
@@ -41,4 +41,4 @@ def backend(name: str = "auto") -> Backend:
     return BACKENDS[name]
 
 
-__all__ = ["BACKENDS", "Backend", "Stack", "backend", "make_stack"]
+__all__ = ["BACKENDS", "Backend", "Layer", "Part", "Stack", "backend", "make_stack"]

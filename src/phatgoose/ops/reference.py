@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phatgoose.ops.stack import Stack
+from phatgoose.ops.stack import Layer, Stack, Vectors, narrow
 
 EPS = 1e-5
 
@@ -36,15 +36,42 @@ def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return order.indices[:, :k], order.values[:, :k].softmax(-1)
 
 
-def mix(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u). u: [N, d_in], y: [N, d_out], chosen and weights: [N, k] → [N, d_out] in y's dtype.
+def mix(
+    u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
+) -> Tensor:
+    """y + Σ_j w_j Δ_{e_j}(u). u: [N, d_in] (ids [N] at an embedding), y: [N, d_out], chosen and weights: [N, k] → y's shape and dtype.
 
-    A negative index chooses nothing.
+    A negative index chooses nothing. `layer` is needed where an expert scales W u without the bias, or u.
     """
-    dtype = torch.promote_types(torch.promote_types(u.dtype, stack.A.dtype), torch.float32)
-    total = torch.zeros(y.shape, dtype=dtype, device=y.device)
+    dtype = torch.promote_types(torch.promote_types(y.dtype, stack.A.dtype), torch.float32)
+    own, total = y.to(dtype), torch.zeros(y.shape, dtype=dtype, device=y.device)
     for expert in range(stack.experts):
         weight = torch.where(chosen == expert, weights, 0).sum(-1, keepdim=True).to(dtype)  # [N, 1]
-        rows = stack.rows(expert)
-        total = total + weight * ((u.to(dtype) @ stack.A[rows].to(dtype).T) @ stack.B[rows].to(dtype))
-    return (y.to(torch.promote_types(y.dtype, dtype)) + total).to(y.dtype)
+        total = total + weight * _delta(u, own, stack, expert, layer)
+    return (own + total).to(y.dtype)
+
+
+def _delta(u: Tensor, y: Tensor, stack: Stack, expert: int, layer: Layer | None) -> Tensor:
+    """Δ_e(u) = scale·(B A u + bias) + (c−1) ⊙ y + W((l−1) ⊙ u) + bottleneck(y), term by term: [N, d_out] in y's dtype."""
+    a, b = stack.A[stack.rows(expert)].to(y.dtype), stack.B[stack.rows(expert)].to(y.dtype)
+    delta = (a[:, u].T if stack.embedding else u.to(y.dtype) @ a.T) @ b * stack.scales[expert]
+    if (own := _vector(stack.bias, expert)) is not None:
+        delta = delta + own.to(y.dtype)
+    if (own := _vector(stack.output_scale, expert)) is not None:
+        delta = delta + own.to(y.dtype) * y
+    if (own := _vector(stack.linear_scale, expert)) is not None:
+        assert layer is not None
+        delta = delta + own.to(y.dtype) * (y if layer.bias is None else y - layer.bias.to(y.dtype))
+    if (own := _vector(stack.input_scale, expert)) is not None:
+        assert layer is not None
+        delta = delta + layer.product((own.to(y.dtype) * u.to(y.dtype)).to(u.dtype)).to(y.dtype)
+    for owner, bottleneck in stack.bottlenecks:
+        if owner == expert:
+            delta = delta + narrow(y, bottleneck).to(y.dtype)
+    return delta
+
+
+def _vector(vectors: Vectors | None, expert: int) -> Tensor | None:
+    if vectors is None or not (vectors.experts == expert).any():
+        return None
+    return vectors.values[vectors.experts == expert][0]

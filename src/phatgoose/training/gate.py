@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft import read_tensors
-from phatgoose.experts.update import LowRank
+from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import sha256_json
 from phatgoose.models.base import Base, as_base
+from phatgoose.models.layers import dense_weight, embedding_shape, layer_of, linear_shape
+from phatgoose.ops import Layer, Stack, backend, make_stack
 from phatgoose.records import Task
 from phatgoose.training.arguments import Logger
 from phatgoose.training.checkpoints import tensor_bytes
 from phatgoose.training.config import GateConfig
-from phatgoose.training.modules import sizes
 from phatgoose.training.progress import Report
 from phatgoose.training.run import Job, run
 from phatgoose.training.student import Student
@@ -116,17 +117,22 @@ class Gate(nn.Linear):
 class GatedStudent(Student):
     """The base with σ(vᵀu)·Δ(u) added to the output of every module of the expert, by hooks; only the gates are trained."""
 
-    def __init__(self, base: PreTrainedModel, updates: Mapping[str, LowRank], config: GateConfig) -> None:
+    def __init__(self, base: PreTrainedModel, updates: Mapping[str, Update], config: GateConfig) -> None:
         base.requires_grad_(False)
         super().__init__(base, base, config)
         self.gates = nn.ModuleDict()
+        dtype = self.autocast or torch.float32
         for path, update in updates.items():
             module = base.get_submodule(path)
-            gate = Gate(update.d_in, base.device)
+            d_in, d_out = _size(module, update) or (0, 0)  # check_fits has refused others
+            gate = Gate(d_out if update.embedding else d_in, base.device)
             self.gates[encode_path(path)] = gate
-            dtype = self.autocast or torch.float32
-            a, b = (t.detach().to(base.device, dtype) for t in (update.A, update.B))
-            module.register_forward_hook(_adding(gate, LowRank(a, b, update.scale)))
+            whole = update.resolved(dense_weight(module, path)) if update.magnitude is not None else update
+            stack = make_stack([whole], d_in, d_out, dtype).to(base.device)
+            if update.is_low_rank:
+                module.register_forward_hook(_adding_rows(gate, stack))
+            else:
+                module.register_forward_hook(_adding(gate, stack, layer_of(module)))
 
     def vectors(self) -> dict[str, Tensor]:
         """v by module path: [d_in] float32, on the CPU."""
@@ -136,16 +142,35 @@ class GatedStudent(Student):
         }
 
 
-def _adding(gate: Gate, update: LowRank) -> Any:
+def _adding_rows(gate: Gate, stack: Stack) -> Any:
+    """The hook for a low-rank update."""
+
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         u = args[0]
         # A number per token: it can scale the r values between A and B instead of the d_out after.
-        dtype = torch.promote_types(u.dtype, update.A.dtype)
-        low = u.to(dtype) @ update.A.to(dtype).T
-        low = (low.float() * (gate(u) * update.scale)).to(dtype)
-        return output + (low @ update.B.to(dtype).T).to(output.dtype)
+        dtype = torch.promote_types(u.dtype, stack.A.dtype)
+        low = u.to(dtype) @ stack.A.to(dtype).T
+        low = (low.float() * (gate(u) * stack.scales[0])).to(dtype)
+        return output + (low @ stack.B.to(dtype)).to(output.dtype)
 
     return hook
+
+
+def _adding(gate: Gate, stack: Stack, layer: Layer) -> Any:
+    """The hook for any update: the routing operation itself, with one expert whose weight is the gate."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        u, y = args[0], output.reshape(-1, output.shape[-1])
+        flat = u.reshape(-1) if stack.embedding else u.reshape(-1, u.shape[-1])
+        weights = gate(y if stack.embedding else flat)  # [N, 1]
+        chosen = torch.zeros(weights.shape, dtype=torch.int64, device=y.device)
+        return backend("torch").mix(flat, y, stack, chosen, weights, layer).reshape(output.shape)
+
+    return hook
+
+
+def _size(module: nn.Module, update: Update) -> tuple[int, int] | None:
+    return embedding_shape(module) if update.embedding else linear_shape(module)
 
 
 def encode_path(path: str) -> str:
@@ -165,10 +190,10 @@ def check_fits(model: PreTrainedModel, expert: Expert) -> None:
             raise TrainingError(
                 f"expert {expert.name!r} adapts {path}, which this base doesn't have: it belongs to another base."
             )
-        found = sizes(modules[path])
-        if found != (update.d_in, update.d_out):
+        found = _size(modules[path], update)
+        if found is None or not all(map(sizes_agree, (update.d_in, update.d_out), found)):
             raise TrainingError(
-                f"expert {expert.name!r} at {path}: expected a linear layer of (d_in, d_out) = {(update.d_in, update.d_out)}, "
+                f"expert {expert.name!r} at {path}: expected a layer of (d_in, d_out) = {(update.d_in, update.d_out)}, "
                 f"found {found or type(modules[path]).__name__}: it belongs to another base."
             )
 

@@ -1,0 +1,161 @@
+"""Which settings of a PEFT adapter are handled exactly, which have no effect, and which are refused: one rule a setting.
+
+The table in docs/experts-and-pools.md is written from these rules (`python -m phatgoose.experts.peft_rules`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phatgoose.errors import ExpertError
+
+DROPPABLE = {
+    "modules_to_save": "the modules it saved whole (a classification head, retrained embeddings)",
+    "trainable_token_indices": "the token embeddings it retrained",
+}
+"""What a caller may ask to leave out of an adapter, knowing that it then computes something else."""
+
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base's weights as they were; the others change the base itself."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens with one setting. A refused one passes at its default (and where it is null or empty)."""
+
+    setting: str
+    how: Literal["exact", "no effect", "refused"]
+    why: str
+    default: Any = None
+
+
+_COMMON = [
+    *(Rule(name, "no effect", "says where it comes from") for name in
+      ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")),
+    *(Rule(name, "no effect", "which modules are adapted is read off the tensors") for name in ("target_modules", "exclude_modules")),
+    Rule("peft_type", "exact", "`LORA` or `IA3`; any other kind is refused"),
+    Rule("fan_in_fan_out", "exact", "the layer's own weight says how it lies (GPT-2's Conv1D)"),
+    Rule("modules_to_save", "refused", "the adapter replaces whole modules of the base, which can't be routed token by token"),
+]  # fmt: skip
+
+_LORA = [
+    *_COMMON,
+    *(Rule(name, "exact", "each module's rank and scale, as PEFT resolves them") for name in
+      ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")),
+    Rule("lora_bias", "exact", "an output bias, scaled like B A u"),
+    Rule("use_dora", "exact", "c = m/‖W + sBA‖ from the base's weight, for linear layers"),
+    Rule("init_lora_weights", "exact", "`true`, `false`, `null`, `gaussian`, `orthogonal` and `eva` leave the base as it is; all others change it and are refused"),
+    *(Rule(name, "no effect", "which modules are adapted is read off the tensors") for name in ("layers_to_transform", "layers_pattern")),
+    *(Rule(name, "no effect", "acts in training or initialisation only") for name in
+      ("lora_dropout", "loftq_config", "eva_config", "megatron_core", "qalora_group_size", "runtime_config")),
+    Rule("ensure_weight_tying", "exact", "no effect, unless embeddings are adapted: then `true` is refused"),
+    Rule("bias", "refused", "the adapter changes the base's own biases; train it with bias='none'", "none"),
+    Rule("trainable_token_indices", "refused", "the adapter changes token embeddings, which can't be routed token by token"),
+    Rule("layer_replication", "refused", "the adapter is for a base with repeated layers, another model than the plain base"),
+    Rule("target_parameters", "refused", "the adapter changes bare parameters (of expert layers), which have no module to route at"),
+    Rule("alora_invocation_tokens", "refused", "an activated LoRA acts only after its invocation tokens, which routing doesn't know"),
+    Rule("use_qalora", "refused", "QALoRA pools the input by groups before A", False),
+    Rule("corda_config", "refused", "CorDA changes the base's weights; convert it with PEFT as for init_lora_weights"),
+    Rule("lora_ga_config", "refused", "LoRA-GA changes the base's weights; convert it with PEFT as for init_lora_weights"),
+    Rule("megatron_config", "refused", "the adapter is for Megatron's parallel layers"),
+    Rule("arrow_config", "refused", "Arrow is a router, not an adapter: add its experts to a pool and choose a router there"),
+    *(Rule(name, "refused", "a variant of LoRA that isn't computed exactly here") for name in
+      ("velora_config", "monteclora_config", "use_bdlora", "kasa_config")),
+]  # fmt: skip
+
+_IA3 = [
+    *_COMMON,
+    Rule("feedforward_modules", "exact", "scales the module's input there, its output elsewhere; read off the vectors' shapes"),
+    Rule("init_ia3_weights", "no effect", "acts in training or initialisation only"),
+]  # fmt: skip
+
+RULES: dict[str, dict[str, Rule]] = {
+    kind: {rule.setting: rule for rule in rules} for kind, rules in (("LORA", _LORA), ("IA3", _IA3))
+}
+"""PEFT type → setting → rule."""
+
+
+def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = ()) -> None:
+    """Refuses by name every PEFT setting that isn't handled exactly; `drop` names DROPPABLE ones to let pass.
+
+    Raises:
+        ExpertError: naming the setting and its value.
+    """
+    kind = config.get("peft_type")
+    if kind not in RULES:
+        raise ExpertError(
+            f"{where}: peft_type is {kind!r}; {' and '.join(map(repr, RULES))} can be routed exactly. Train it as one of these, "
+            "or merge it into a base of its own."
+        )
+    for key, value in config.items():
+        rule = RULES[kind].get(key)
+        if rule is None:
+            if value in (None, False, {}, []):
+                continue
+            raise ExpertError(
+                f"{where}: unknown setting {key} = {value!r}; it may change what the adapter computes, so it is not ignored. "
+                "If it has no effect at inference, remove it from the config."
+            )
+        empty = value in ([], {}) and rule.default is None
+        if rule.how == "refused" and value != rule.default and not empty and key not in drop:
+            advice = f"; or leave them out with drop={key!r} (--drop)" if key in DROPPABLE else ""
+            raise ExpertError(f"{where}: {key} = {value!r} (expected {rule.default!r}): {rule.why}{advice}.")
+    init = config.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
+        raise ExpertError(
+            f"{where}: init_lora_weights = {init!r} changes the base's weights, so the adapter is not an update of the plain "
+            "base. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def check_drop(drop: Collection[str]) -> tuple[str, ...]:
+    """`drop` in order, each a key of DROPPABLE.
+
+    Raises:
+        ExpertError: for anything else.
+    """
+    for name in drop:
+        if name not in DROPPABLE:
+            raise ExpertError(f"{name!r} can't be left out of an adapter; what can: {', '.join(DROPPABLE)}.")
+    return tuple(sorted(set(drop)))
+
+
+def table() -> str:
+    """The rules as a Markdown table, settings of one rule in one row."""
+    rows = ["| PEFT type | setting | what happens | why |", "|---|---|---|---|"]
+    for kind, rules in RULES.items():
+        groups: dict[tuple[str, str], list[str]] = {}
+        for rule in rules.values():
+            default = {None: "null", False: "false"}.get(rule.default, str(rule.default))
+            how = f"refused unless `{default}`" if rule.how == "refused" else rule.how
+            if rule.setting in DROPPABLE:
+                how += ", or dropped on request"
+            groups.setdefault((how, rule.why), []).append(f"`{rule.setting}`")
+        rows += [f"| {kind} | {', '.join(names)} | {how} | {why} |" for (how, why), names in groups.items()]
+        rows.append(
+            f"| {kind} | any other | refused unless `null`, `false` or empty | it may change what the adapter computes |"
+        )
+    return "\n".join(rows)  # fmt: skip
+
+
+BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the table into a page between its two marks, or with --check says whether it stands there."""
+    path = Path(next((a for a in arguments if not a.startswith("-")), "docs/experts-and-pools.md"))
+    text = path.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    wanted = f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    if "--check" in arguments:
+        return int(wanted != text)
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

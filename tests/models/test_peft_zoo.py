@@ -1,0 +1,276 @@
+"""Every kind of adapter that PEFT writes: routed as a pool of one it equals plain PEFT, or it is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+
+from conftest import TARGETS
+from phatgoose import Expert, Pool, route, unroute
+from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.routers import Single, Uniform
+
+ATTENTION = {
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "t5": ["q", "v"],
+    "qwen": ["q_proj", "v_proj"],
+}
+LAST = {"llama": "down_proj", "gpt2": "c_proj", "t5": "wo", "qwen": "down_proj"}
+LAYERS = {"llama": "layers", "qwen": "layers", "gpt2": "h", "t5": "block"}
+
+
+def lora(family, **settings):
+    defaults = {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": TARGETS[family],
+        "fan_in_fan_out": family == "gpt2",
+    }
+    return LoraConfig(**{**defaults, **settings})
+
+
+EXACT = {
+    "plain": lambda f: lora(f),
+    "rank 1": lambda f: lora(f, r=1),
+    "rank above the width": lambda f: lora(f, r=40),
+    "alpha 0.25": lambda f: lora(f, lora_alpha=0.25),
+    "rank and alpha patterns": lambda f: lora(
+        f, rank_pattern={LAST[f]: 7, rf"^.*0.*{ATTENTION[f][0]}": 2}, alpha_pattern={ATTENTION[f][0]: 11}
+    ),
+    "rslora": lambda f: lora(f, use_rslora=True),
+    "rslora with patterns": lambda f: lora(f, use_rslora=True, rank_pattern={LAST[f]: 6}),
+    "some modules": lambda f: lora(f, target_modules=ATTENTION[f]),
+    "regular expression": lambda f: lora(f, target_modules=rf".*\.0\..*({'|'.join(ATTENTION[f])})$"),
+    "all-linear": lambda f: lora(f, target_modules="all-linear"),
+    "one layer": lambda f: lora(f, layers_to_transform=[1], layers_pattern=LAYERS[f]),
+    "exclude": lambda f: lora(f, exclude_modules=[LAST[f]]),
+    "lora_bias": lambda f: lora(f, lora_bias=True),
+    "dora": lambda f: lora(f, use_dora=True),
+    "dora, rslora, patterns": lambda f: lora(f, use_dora=True, use_rslora=True, rank_pattern={LAST[f]: 5}),
+    "head": lambda f: lora(f, target_modules=[*TARGETS[f], "lm_head"]),
+    "gaussian": lambda f: lora(f, init_lora_weights="gaussian"),
+    "orthogonal": lambda f: lora(f, r=4, init_lora_weights="orthogonal"),
+    "dropout": lambda f: lora(f, lora_dropout=0.3),
+    "ia3": lambda f: IA3Config(
+        target_modules=[*ATTENTION[f], LAST[f]], feedforward_modules=[LAST[f]], fan_in_fan_out=f == "gpt2"
+    ),
+    "ia3, outputs only": lambda f: IA3Config(
+        target_modules=ATTENTION[f], feedforward_modules=[], fan_in_fan_out=f == "gpt2"
+    ),
+}
+EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "qwen": "embed_tokens"}
+
+
+def adapted(base, config, seed=0):
+    """PEFT's model with random weights wherever it would train."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tied weights and merging
+        model = get_peft_model(copy.deepcopy(base.model), config)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "ia3_l" in key or "magnitude" in key:
+                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=g).to(p.dtype))
+            elif "lora_" in key or "token_adapter" in key:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.15)
+    return model.eval()
+
+
+def saved(model, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about embeddings it saves along
+        model.save_pretrained(folder)
+    return folder
+
+
+def peft_model(base, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(copy.deepcopy(base.model), folder).eval()
+
+
+def batch(base, rows=3, length=7):
+    ids = torch.randint(
+        2, base.model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1)
+    )
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0  # padding on the left
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if base.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :5]
+    return inputs
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_pool_of_one_equals_plain_peft(kind, family, make_base, tmp_path):
+    base = make_base(family)
+    folder = saved(adapted(base, EXACT[kind](family)), tmp_path / "adapter")
+    expected = logits(peft_model(base, folder), batch(base))
+    plain = logits(base.model, batch(base))
+    pool = Pool([Expert.from_peft(folder)])
+    for backend in ("torch", "reference"):
+        found = logits(route(base, pool, Single(0), backend_name=backend), batch(base))
+        assert relative(found, expected) < 1e-5
+    assert relative(plain, expected) > 1e-3  # the adapter does something
+    assert torch.equal(logits(unroute(base), batch(base)), plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", EXACT)
+def test_in_bfloat16_it_is_as_close_as_peft_to_float32(kind, family, make_base, tmp_path):
+    base = make_base(family)
+    folder = saved(adapted(base, EXACT[kind](family)), tmp_path / "adapter")
+    exact = logits(peft_model(base, folder), batch(base))
+    half = make_base(family, dtype=torch.bfloat16)
+    peft = logits(peft_model(half, folder), batch(base))
+    ours = logits(route(half, Pool([Expert.from_peft(folder)]), Single(0)), batch(base))
+    assert relative(ours, exact) < 2 * relative(peft, exact) + 1e-3  # our rows are rounded, PEFT's are not
+    route(half, Pool([Expert.from_peft(folder)]), Single(0), dtype=torch.float32)
+    assert relative(logits(half.model, batch(base)), exact) < 1.2 * relative(peft, exact) + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_adapters_of_any_float_dtype(dtype, make_base, tmp_path):
+    base = make_base("llama")
+    model = adapted(base, lora("llama", lora_bias=True))
+    for key, p in model.named_parameters():
+        if "lora_" in key:
+            p.data = p.data.to(dtype)
+    folder = saved(model, tmp_path / "adapter")
+    expert = Expert.from_peft(folder)
+    assert {u.A.dtype for u in expert.updates.values()} == {dtype}
+    plain = peft_model(base, folder)
+    for p in plain.parameters():
+        p.data = p.data.float()
+    found = logits(route(base, Pool([expert]), Single(0)), batch(base))
+    assert relative(found, logits(plain, batch(base))) < 1e-5
+
+
+@pytest.mark.parametrize("family", list(EMBEDDINGS))
+def test_embeddings_and_the_copies_peft_saves_of_them(family, make_base, tmp_path):
+    """Qwen's head is tied to its embedding: only the embedding is adapted, the head stays the base's."""
+    base = make_base(family)
+    config = lora(family, target_modules=[EMBEDDINGS[family], *ATTENTION[family]])
+    folder = saved(adapted(base, config), tmp_path / "adapter")
+    expert = Expert.from_peft(folder)
+    assert any(u.embedding for u in expert.updates.values())
+    assert bool(expert.base_copies) == (family != "gpt2")  # PEFT doesn't save GPT-2's along
+    expected = logits(peft_model(base, folder), batch(base))
+    for backend in ("torch", "reference"):
+        found = logits(route(base, Pool([expert]), Single(0), backend_name=backend), batch(base))
+        assert relative(found, expected) < 1e-5
+    if not expert.base_copies:
+        return
+    other = make_base(family, seed=1)
+    with pytest.raises(RoutingError, match=r"brings its own .*which is not this model's"):
+        route(other, Pool([expert]), Single(0))
+
+
+def test_a_tied_head(make_base, tmp_path):
+    base = make_base("qwen")
+    folder = saved(adapted(base, lora("qwen", target_modules=["lm_head", "q_proj"])), tmp_path / "adapter")
+    expected = logits(peft_model(base, folder), batch(base))
+    found = logits(route(base, Pool([Expert.from_peft(folder)]), Single(0)), batch(base))
+    assert relative(found, expected) < 1e-5
+
+
+REFUSED = {
+    "bias": (lambda f: lora(f, bias="lora_only"), "bias = 'lora_only'"),
+    "modules_to_save": (lambda f: lora(f, target_modules=ATTENTION[f], modules_to_save=["lm_head"]), "modules_to_save = "),
+    "trainable tokens": (lambda f: lora(f, trainable_token_indices=[3, 5]), "trainable_token_indices"),
+    "pissa": (lambda f: lora(f, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
+    "olora": (lambda f: lora(f, init_lora_weights="olora"), "init_lora_weights = 'olora'"),
+    "activated LoRA": (lambda f: lora(f, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),
+    "layer replication": (lambda f: lora(f, layer_replication=[(0, 2), (1, 2)]), "layer_replication"),
+    "DoRA of an embedding": (lambda f: lora(f, use_dora=True, target_modules=["embed_tokens"]), "DoRA of an embedding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_name(kind, make_base, tmp_path):
+    base = make_base("llama")
+    build, message = REFUSED[kind]
+    folder = saved(adapted(base, build("llama")), tmp_path / "adapter")
+    with pytest.raises(ExpertError, match=message):
+        Expert.from_peft(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [3, 5]}, "trainable_token_indices"),
+    ],
+)
+def test_what_the_caller_drops_is_left_out_and_recorded(config, name, make_base, tmp_path):
+    base = make_base("llama")
+    model = adapted(base, lora("llama", target_modules=ATTENTION["llama"], **config))
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "modules_to_save" in key or "trainable_tokens_delta" in key:
+                p.add_(1.0)
+    expert = Expert.from_peft(saved(model, tmp_path / "adapter"), drop=[name])
+    assert expert.provenance["dropped"] == [name]
+    again = Expert.load(expert.save(tmp_path / "again"))
+    assert again.provenance["dropped"] == [name]
+    rest = copy.deepcopy(base.model)
+    plain = adapted(base, lora("llama", target_modules=ATTENTION["llama"]))
+    with torch.no_grad():
+        for key, p in plain.named_parameters():
+            if "lora_" in key:
+                p.copy_(dict(model.named_parameters())[key])
+    expected = logits(plain, batch(base))
+    assert relative(logits(route(rest, Pool([again]), Single(0)), batch(base)), expected) < 1e-5
+    with pytest.raises(ExpertError, match="can't be left out"):
+        Expert.from_peft(tmp_path / "adapter", drop=["lora_A"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_mixed_pools_equal_the_sum_of_single_runs_at_one_module(family, make_base, tmp_path):
+    """Σ w_e Δ_e with each Δ_e taken from PEFT's own module: all kinds in one pool, at every module they adapt."""
+    base = make_base(family)
+    kinds = ("plain", "rslora with patterns", "lora_bias", "dora", "ia3", "some modules")
+    models, experts = [], []
+    for seed, kind in enumerate(kinds):
+        models.append(adapted(base, EXACT[kind](family), seed))
+        experts.append(Expert.from_peft(saved(models[-1], tmp_path / f"a{seed}"), name=f"e{seed}"))
+    pool = Pool(experts)
+    for backend in ("torch", "reference"):
+        route(base, pool, Uniform(), backend_name=backend)
+        for path in pool.modules:
+            module = base.model.get_submodule(path)
+            u = torch.randn(2, 3, experts[0].updates[path].d_in, generator=torch.Generator().manual_seed(3))
+            with torch.no_grad():
+                routed = module(u)
+                plain = module.forward(u)
+                total = torch.zeros_like(plain)
+                for model, expert in zip(models, experts, strict=True):
+                    if path in expert.updates:
+                        total += model.get_base_model().get_submodule(path)(u) - plain
+            assert relative(routed, plain + total / len(experts)) < 1e-5, path
+
+
+def test_every_pair_of_kinds_routes_together(make_base, tmp_path):
+    base = make_base("llama")
+    experts = [
+        Expert.from_peft(saved(adapted(base, make("llama"), seed), tmp_path / f"a{seed}"), name=f"e{seed}")
+        for seed, make in enumerate(EXACT.values())
+    ]
+    for one, other in itertools.combinations(experts, 2):
+        assert torch.isfinite(logits(route(base, Pool([one, other]), Uniform()), batch(base))).all()
