@@ -14,7 +14,7 @@ import phatgoose
 ROOT = Path(phatgoose.__file__).parent
 ORDER = [
     {"errors", "records", "registry"},
-    {"files", "fetch", "fingerprints"},
+    {"files", "fetch", "fingerprints", "hub_errors"},
     {"tasks", "experts", "ops"},
     {"routers"},
     {"models"},

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from phatgoose.errors import BaseModelError, PhatgooseError
 from phatgoose.files import storage_errors
+from phatgoose.hub_errors import chain, explain, hide_tokens
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
-_LOGIN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 
 @contextlib.contextmanager
@@ -51,21 +39,12 @@ def refusals(spec: str, part: str, folder: Path | None, tried: str = "") -> Iter
 
 
 def _explain(error: Exception, spec: str, folder: Path | None, tried: str) -> str:
-    chain = list(_chain(error))
-    repository = spec.partition("@")[0].partition(":")[0]
-    if any(isinstance(e, GatedRepoError) for e in chain):
-        return f"the model is gated. Ask for access at https://huggingface.co/{repository}, then {_LOGIN}."
-    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        return f"there is no such model on the Hub, or it is private: then {_LOGIN}. {tried}".strip()
-    if any(isinstance(e, RevisionNotFoundError) for e in chain):
-        return f"the model has no such revision; see https://huggingface.co/{repository}/tree/main for its branches."
-    if any(isinstance(e, HFValidationError) for e in chain):
-        return f'this is not a Hub id ("organisation/name"). {tried}'.strip()
-    if any(isinstance(e, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or _is_network(e) for e in chain):
-        return f"{_why_offline()} {tried}".strip()
-    if any(isinstance(e, SafetensorError) for e in chain):
-        return f"{_damaged(folder)}: {chain[-1]}. Delete it and download or copy it again."
-    text = _TOKEN.sub("hf_…", " ".join(str(error).split()))
+    if said := explain(error, spec.partition("@")[0].partition(":")[0], tried=tried):
+        return said
+    causes = list(chain(error))
+    if any(isinstance(e, SafetensorError) for e in causes):
+        return f"{_damaged(folder)}: {causes[-1]}. Delete it and download or copy it again."
+    text = hide_tokens(str(error))
     if "bitsandbytes" in text or "accelerate" in text:
         return f"{text[:300]} Packed bases need `pip install bitsandbytes accelerate` and hardware that they support."
     if "trust_remote_code" in text or "contains custom code" in text:
@@ -77,7 +56,7 @@ def _explain(error: Exception, spec: str, folder: Path | None, tried: str) -> st
         for w in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")
     ):
         return f"transformers doesn't know its architecture as a language model: {text[:300]}"
-    if any(isinstance(e, (EntryNotFoundError, FileNotFoundError)) for e in chain):
+    if any(isinstance(e, (EntryNotFoundError, FileNotFoundError)) for e in causes):
         return f"a file is missing: {text[:300]}"
     return f"{type(error).__name__}: {text[:500] or 'no message'}"
 
@@ -130,31 +109,6 @@ def protobuf_hint() -> str:
     except ModuleNotFoundError:
         missing = True
     return " A sentencepiece tokenizer (T5, older Llama) needs `pip install protobuf`." if missing else ""
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and its stated causes; not its context, where an optional file that wasn't found may linger."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _is_network(error: BaseException) -> bool:
-    module = type(error).__module__.partition(".")[0]
-    named = isinstance(error, (ConnectionError, TimeoutError)) or module.startswith(
-        ("httpx", "httpcore", "requests")
-    )
-    return named and not isinstance(error, HfHubHTTPError)
-
-
-def _why_offline() -> str:
-    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") in (
-        "1",
-        "true",
-        "True",
-    ):
-        return "it isn't in the Hub cache, and HF_HUB_OFFLINE is set: unset it, or fetch the model where there is a network."
-    return "the Hub can't be reached, and the files aren't in its cache: check the network, or load a local folder."
 
 
 def _damaged(folder: Path | None) -> str:
