@@ -7,6 +7,7 @@ dict stay as they are, so generate(), save_pretrained(), device_map and quantise
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from phatgoose.models.layers import (
     linear_shape,
     same_weights,
 )
+from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
 from phatgoose.ops import Backend, Stack, backend, make_stack
 from phatgoose.records import Fingerprint
@@ -71,9 +73,34 @@ def route(
         check_same_base(pool.base, _fingerprint(model), "the pool's experts")
     router.check(pool.names)
     routing = Routing(bare, pool, router, backend(backend_name), dtype)  # raises before anything is attached
+    _calibrate(model, routing)
     unroute(bare)
     routing.attach()
     return bare
+
+
+def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
+    """Shows the reference text to the sites whose routers need it, on the base alone."""
+    sites = [site for site in routing.sites if site.router.needs_reference]
+    if not sites:
+        return
+    bare, earlier = routing.model, routing_of(model)
+    base = model if isinstance(model, Base) else bare.__dict__.get("_phatgoose_base")
+    if base is None:
+        raise RoutingError(
+            f"{type(routing.router).__name__} compares scores on reference text, for which it needs the tokenizer: pass the Base."
+        )
+    if earlier is not None:
+        earlier.detach()
+    try:
+        show_reference(
+            bare,
+            base.tokenizer,
+            [(s.module, s.embedding, partial(s.router.observe, ops=routing.ops)) for s in sites],
+        )
+    finally:
+        if earlier is not None:
+            earlier.attach()
 
 
 def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
@@ -158,9 +185,8 @@ class _Site:
         )
         self.layer = None if self.stack.low_rank_only else layer_of(module)
         # An embedding's input is a token's number, which has no direction: its gates read its output.
-        candidates = Candidates(
-            path, pool.names, self.members, tuple(gates), d_out if self.embedding else d_in
-        )
+        length = d_out if self.embedding else d_in
+        candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
         self.router: BoundRouter = routing.router.bind(candidates)
 
     def hook(

@@ -7,17 +7,22 @@ from phatgoose.registry import lookup
 from phatgoose.routers.constant import Random, Single, Uniform
 from phatgoose.routers.router import Router
 from phatgoose.routers.token import PHATGOOSE
+from phatgoose.routers.weights import LAG, Arrow, SpectR, WeightOnly
 
 ROUTERS = {
+    "arrow": "phatgoose.routers.weights:Arrow",
+    "lag": "phatgoose.routers.weights:LAG",
     "phatgoose": "phatgoose.routers.token:PHATGOOSE",
     "random": "phatgoose.routers.constant:Random",
     "single": "phatgoose.routers.constant:Single",
+    "spectr": "phatgoose.routers.weights:SpectR",
     "uniform": "phatgoose.routers.constant:Uniform",
+    "weight-only": "phatgoose.routers.weights:WeightOnly",
 }
 
 
 def parse_router(text: str) -> Router:
-    """A router from its command-line form: "phatgoose", "phatgoose:top_k=3", "single:NAME", "random:seed=1".
+    """A router from its command-line form: "phatgoose", "phatgoose:top_k=3,ungated=weights", "single:NAME", "random:seed=1".
 
     Raises:
         UnknownName: for an unknown router. RoutingError: for an unknown or malformed setting.
@@ -26,13 +31,16 @@ def parse_router(text: str) -> Router:
     kind = lookup("router", name.lower(), ROUTERS)
     if kind is Single:
         return Single(int(rest) if rest.isdigit() else rest)
-    settings = {}
+    settings: dict[str, int | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         if key not in kind.__dataclass_fields__:
             raise RoutingError(
                 f"router {name!r} has no setting {key!r}; it has: {', '.join(kind.__dataclass_fields__) or 'none'}."
             )
+        if isinstance(kind.__dataclass_fields__[key].default, str):
+            settings[key] = value  # the router itself checks it
+            continue
         try:
             settings[key] = int(value)
         except ValueError:
@@ -42,4 +50,16 @@ def parse_router(text: str) -> Router:
     return kind(**settings)
 
 
-__all__ = ["PHATGOOSE", "ROUTERS", "Random", "Router", "Single", "Uniform", "parse_router"]
+__all__ = [
+    "LAG",
+    "PHATGOOSE",
+    "ROUTERS",
+    "Arrow",
+    "Random",
+    "Router",
+    "Single",
+    "SpectR",
+    "Uniform",
+    "WeightOnly",
+    "parse_router",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from phatgoose.experts.update import Update
 from phatgoose.ops import Backend
 from phatgoose.routers.context import RoutingContext
 
@@ -18,7 +19,8 @@ class Candidates:
     """The experts that can act at one module, in the order of the stack.
 
     `names` are of all experts in the pool; `members` index them: candidate i is names[members[i]], and −1 is the null
-    candidate (no update). `gates`: one float32 vector [d_in] per candidate, or None where it has none.
+    candidate (no update). `gates`: one float32 vector [d_in] per candidate, or None where it has none. `updates`: what each
+    candidate does here, None for the null candidate; nothing of them is read or copied unless a router does.
     """
 
     path: str
@@ -26,10 +28,17 @@ class Candidates:
     members: tuple[int, ...]
     gates: tuple[Tensor | None, ...]
     d_in: int
+    updates: tuple[Update | None, ...] = ()
 
 
 class BoundRouter(ABC):
     """A router at one module."""
+
+    needs_reference = False
+    """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
+
+    def observe(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
+        """Takes in inputs [N, d] of the module on reference text; called before routing, if `needs_reference`."""
 
     @abstractmethod
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from phatgoose.ops import Backend
 from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates, Router
+from phatgoose.routers.weights import Comparable, at_least_one
+
+UNGATED = ("refuse", "weights")
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,16 @@ class PHATGOOSE(Router):
 
     top_k: int = 2
     """How many experts act on each token; the paper's value is 2. More than the pool has means all of them."""
+    ungated: Literal["refuse", "weights"] = "refuse"
+    """What to do about experts without gates: "refuse" them by name, or let their "weights" score them. Then all scores at a
+    module with such an expert are standardised on reference text (docs/method.md, "Experts without gates")."""
 
     offers_null = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
-            raise RoutingError(f"top_k is {self.top_k!r}, expected a whole number of at least 1.")
+        at_least_one(self, "top_k")
+        if self.ungated not in UNGATED:
+            raise RoutingError(f"ungated is {self.ungated!r}, expected one of: {', '.join(UNGATED)}.")
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         missing = [
@@ -37,14 +45,23 @@ class PHATGOOSE(Router):
             for m, g in zip(candidates.members, candidates.gates, strict=True)
             if m >= 0 and g is None
         ]
-        if missing:
+        if missing and self.ungated == "refuse":
             raise RoutingError(
-                f"expert {missing[0]!r} has no gates, which PHATGOOSE needs: train them with `phatgoose gate` (or train_gate), "
-                "or choose a router that needs none."
+                f"expert {missing[0]!r} has no gates, which PHATGOOSE needs: train them with `phatgoose gate` (or train_gate); "
+                "`phatgoose gate --generated` needs no data. Or score it by its weights with ungated=weights, or choose a router "
+                "that needs no gates."
             )
-        vectors = [torch.zeros(candidates.d_in) if g is None else g for g in candidates.gates]
         # In float64 until the very end: the mean of v̄ must be zero to the last bit that float32 has.
-        return _ByVectors(standardise(torch.stack(vectors).double()).float(), self.top_k)
+        bars = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
+        if missing:
+            return Comparable(candidates, bars, self.top_k, 'PHATGOOSE(ungated="weights")')
+        nothing = torch.zeros(candidates.d_in)
+        return _ByVectors(torch.stack([nothing if g is None else g for g in bars]), self.top_k)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings; `ungated` only where it may matter, so that results of pools with gates keep their description."""
+        whole = super().describe()
+        return whole if self.ungated != "refuse" else {k: v for k, v in whole.items() if k != "ungated"}
 
 
 class _ByVectors(BoundRouter):

@@ -1,0 +1,224 @@
+"""Routers that score every token by what an expert's weights say (`experts/signatures.py`): no data, no training.
+
+V is the matrix of right-singular vectors of an expert's ΔW, S its singular values, u a token's input of the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.signatures import Signature, signature, why_no_signature
+from phatgoose.ops import Backend
+from phatgoose.ops.reference import standardise
+from phatgoose.routers.context import RoutingContext
+from phatgoose.routers.router import BoundRouter, Candidates, Router
+
+
+@dataclass(frozen=True)
+class Arrow(Router):
+    """Top-k by |v₁ᵀu|, v₁ the direction that ΔW stretches most; softmax over the top k (Ostapenko et al. 2024, arXiv 2405.11157).
+
+    Needs LoRA weights, nothing else. Every token at every module chooses for itself.
+    """
+
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "top_k")
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        arrows = torch.stack([s.arrow for s in signatures(candidates, type(self).__name__)])
+        return _ByNorms(Projections([a[None] for a in arrows]), self.top_k)
+
+
+@dataclass(frozen=True)
+class SpectR(Router):
+    """Top-k by ‖S Vᵀu‖ = ‖ΔW u‖, how much the update does to u; softmax over the top k (Fleshman & Van Durme, arXiv 2504.03454).
+
+    Needs LoRA weights, nothing else. Every token at every module chooses for itself. ΔW includes LoRA's scale.
+    """
+
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "top_k")
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        found = signatures(candidates, type(self).__name__)
+        return _ByNorms(Projections([s.values[:, None] * s.vectors for s in found]), self.top_k)
+
+
+@dataclass(frozen=True)
+class LAG(Router):
+    """Arrow's first 20 by |v₁ᵀu|, of these the best by ‖Vᵀu‖, its equations 6 and 7 (Fleshman & Van Durme, arXiv 2507.05346).
+
+    Needs LoRA weights, nothing else. Every token at every module chooses for itself. The paper's two stages save time on a
+    thousand experts; here both scores of all experts are computed.
+    """
+
+    first: int = 20
+    """How many experts Arrow leaves to choose among."""
+    top_k: int = 1
+    """How many experts act on each token; the paper's method applies one."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "first")
+        at_least_one(self, "top_k")
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        found = signatures(candidates, type(self).__name__)
+        return _Lag(
+            Projections([s.arrow[None] for s in found]), Projections([s.vectors for s in found]), self
+        )
+
+
+@dataclass(frozen=True)
+class WeightOnly(Router):
+    """Top-k by ‖Vᵀū‖, standardised on reference text (docs/method.md, "Experts without gates"); softmax over the top k.
+
+    What PHATGOOSE(ungated="weights") does for experts without gates, for all experts: gates are not used. Needs LoRA weights
+    and, when it is attached, one pass of the base over a built-in text. Every token at every module chooses for itself.
+    """
+
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    offers_null = True
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "top_k")
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        return Comparable(candidates, (None,) * len(candidates.members), self.top_k, type(self).__name__)
+
+
+def at_least_one(router: Router, setting: str) -> None:
+    """Refuses a setting that isn't a whole number of at least 1."""
+    value = getattr(router, setting)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RoutingError(f"{setting} is {value!r}, expected a whole number of at least 1.")
+
+
+def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | None = None) -> list[Signature]:
+    """The signatures of these candidates (all, if not given); the null candidate's is empty.
+
+    Raises:
+        RoutingError: naming an expert whose update has none.
+    """
+    found = []
+    for place in range(len(candidates.members)) if which is None else which:
+        update, member = candidates.updates[place], candidates.members[place]
+        if update is None:
+            nothing = torch.zeros(0, candidates.d_in, dtype=torch.float64)
+            found.append(Signature(nothing.new_zeros(0), nothing))
+        elif (reason := why_no_signature(update)) is not None:
+            raise RoutingError(
+                f"expert {candidates.names[member]!r} has no signature in its weights at {candidates.path}, which {needed_by} "
+                f"needs: {reason}. Give it gates with `phatgoose gate` (--generated needs no data), or choose another router."
+            )
+        else:
+            found.append(signature(update))
+    return found
+
+
+class Projections:
+    """‖P_e u‖ for each of E experts, P_e: [q_e, d] of any q_e; 0 where there are no rows."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.rows = torch.cat(list(parts)).float()
+        self.owners = torch.repeat_interleave(
+            torch.eye(len(parts)), torch.tensor([len(p) for p in parts]), dim=0
+        )
+
+    def norms(self, u: Tensor) -> Tensor:
+        """[N, d] → [N, E] in float32, or float64 if u is."""
+        if self.rows.device != u.device:
+            self.rows, self.owners = self.rows.to(u.device), self.owners.to(u.device)
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        return ((u.to(dtype) @ self.rows.to(dtype).T).square() @ self.owners.to(dtype)).sqrt()
+
+
+class _ByNorms(BoundRouter):
+    def __init__(self, projections: Projections, top_k: int):
+        self.projections, self.top_k = projections, top_k
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        return ops.choose(self.projections.norms(u), self.top_k)
+
+
+class _Lag(BoundRouter):
+    def __init__(self, arrows: Projections, spaces: Projections, settings: LAG):
+        self.arrows, self.spaces, self.settings = arrows, spaces, settings
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        first = ops.choose(self.arrows.norms(u), self.settings.first)[0]
+        scores = self.spaces.norms(u)
+        kept = torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
+        return ops.choose(kept, min(self.settings.top_k, self.settings.first))
+
+
+class Comparable(BoundRouter):
+    """Scores of gates, and of weights where there is no gate, each standardised on reference text, then the top k.
+
+    t_e(u) = v̄_eᵀū/√d with a gate, ‖V_eᵀū‖^⅔ without; score_e = (t_e − mean of t_e)/(its standard deviation), both over the
+    reference tokens. The null candidate's score is 0. Derived in docs/method.md.
+    """
+
+    needs_reference = True
+
+    def __init__(
+        self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str
+    ) -> None:
+        """`gates`: one standardised v̄ [d] per candidate, None where weights (or, for the null candidate, nothing) score it."""
+        self.path, self.top_k = candidates.path, top_k
+        self.gated = [i for i, gate in enumerate(gates) if gate is not None]
+        self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
+        self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
+        found = signatures(candidates, needed_by, self.by_weights)
+        self.spaces = Projections([s.vectors for s in found]) if found else None
+        self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)  # of 1, t and t²
+
+    def observe(self, u: Tensor, ops: Backend) -> None:
+        t = self.raw(u, ops).double().cpu()
+        self.sums += torch.stack([torch.ones_like(t), t, t.square()]).sum(1)
+
+    def raw(self, u: Tensor, ops: Backend) -> Tensor:
+        """t_e(u): [N, d] → [N, candidates], 0 for the null candidate."""
+        wide = torch.promote_types(u.dtype, torch.float32)
+        t = u.new_zeros((u.shape[0], self.sums.shape[1]), dtype=wide)
+        if self.gates is not None:
+            if self.gates.device != u.device:
+                self.gates = self.gates.to(u.device)
+            t[:, self.gated] = ops.gate_scores(u, self.gates)
+        if self.spaces is not None:
+            t[:, self.by_weights] = self.spaces.norms(standardise(u)).pow(2 / 3)
+        return t
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """(mean, 1/standard deviation) of each candidate's t on the reference text, float64 [candidates].
+
+        A t that never varied says nothing about a token; its score is 0, as the null candidate's.
+        """
+        count, total, squares = self.sums
+        if not bool((count > 1).all()):
+            raise RoutingError(
+                f"the router of {self.path} was not shown the reference text: attach it with route()."
+            )
+        mean = total / count
+        spread = (squares / count - mean.square()).clamp(min=0).sqrt()
+        varies = spread > 1e-6 * mean.abs().clamp(min=1e-6)
+        return mean, torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        known = self.__dict__.get("_known")
+        if known is None or known[0].device != u.device:
+            mean, inverse = (x.float().to(u.device) for x in self.statistics())
+            known = self.__dict__["_known"] = (mean, inverse)
+        return ops.choose((self.raw(u, ops) - known[0]) * known[1], self.top_k)
