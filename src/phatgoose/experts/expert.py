@@ -147,8 +147,11 @@ class Expert:
         )
 
     @staticmethod
-    def load(folder: str | Path, *, name: str | None = None) -> Expert:
-        """Reads an expert folder: the PEFT adapter and, where there, gates.safetensors and expert.json, all verified."""
+    def load(folder: str | Path, *, name: str | None = None, drop: Collection[str] = ()) -> Expert:
+        """Reads an expert folder: the PEFT adapter and, where there, gates.safetensors and expert.json, all verified.
+
+        `drop` as in `from_peft`.
+        """
         folder = Path(folder)
         config, tensors = read_adapter(folder)
         record = _read_record(folder)
@@ -172,7 +175,13 @@ class Expert:
         elif record.get("gates_sha256"):
             raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
         name = name or record.get("name") or slug(folder.resolve().name)
-        return Expert(name, config, tensors, gates, record.get("provenance", {}), folder)
+        provenance = record.get("provenance", {})
+        if drop:
+            provenance = {
+                **provenance,
+                "dropped": sorted({*provenance.get("dropped", ()), *check_drop(drop)}),
+            }
+        return Expert(name, config, tensors, gates, provenance, folder)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the expert's folder, whole or not at all; an existing one is replaced.

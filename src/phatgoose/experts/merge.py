@@ -2,43 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from phatgoose.errors import PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft import PREFIX
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.update import Update
 
 
 def merged(pool: Pool, name: str = "merged") -> Expert:
-    """The average of the experts' updates, ΔW = (1/E) Σ_e s_e B_e A_e, exactly, as one LoRA expert.
+    """The average of the experts' updates, Δ = (1/E) Σ_e Δ_e, exactly, as one PEFT expert; absent updates count as zero.
 
-    Rows are concatenated: A = [A_1; …; A_E], B = [s_1 B_1, …, s_E B_E]/E, of rank Σ r_e, in float32. An expert that has nothing
-    at a module counts there as zero. (Averaging the A and the B apart, PEFT's "linear", is another function.)
+    LoRA rows are concatenated: A = [A_1; …; A_E], B = [s_1 B_1, …, s_E B_E]/E, of rank Σ r_e, in float32, and biases averaged.
+    (Averaging the A and the B apart, PEFT's "linear", is another function.) (IA)³ vectors are averaged.
+
+    Raises:
+        PoolError: the average is no single PEFT adapter: kinds are mixed, or DoRA or bottleneck adapters are among them. The
+            router Uniform computes the same function without merging.
     """
-    tensors, ranks = {}, {}
+    kinds = {u.kind for e in pool.experts for u in e.updates.values()}
+    if kinds == {"(IA)³"}:
+        return _expert(pool, name, *_scales(pool))
+    if kinds == {"LoRA"}:
+        return _expert(pool, name, *_rows(pool))
+    raise PoolError(
+        f"experts of the kinds {', '.join(sorted(kinds))} don't average to one PEFT adapter; route with Uniform() instead, which "
+        "is the same function."
+    )
+
+
+def _members(pool: Pool, path: str) -> list[Update]:
+    return [e.updates[path] for e in pool.experts if path in e.updates]
+
+
+def _rows(pool: Pool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of the average of LoRA experts."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    biased = any(u.bias is not None for e in pool.experts for u in e.updates.values())
     for path in pool.modules:
-        updates = [e.updates[path] for e in pool.experts if path in e.updates]
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([u.A.float() for u in updates])
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat(
-            [u.B.float() * (u.scale / len(pool.experts)) for u in updates], dim=1
+        updates = _members(pool, path)
+        share = 1 / len(pool.experts)
+        names = ("embedding_A", "embedding_B") if updates[0].embedding else ("A.weight", "B.weight")
+        tensors[f"{PREFIX}{path}.lora_{names[0]}"] = torch.cat([u.A.float() for u in updates])
+        tensors[f"{PREFIX}{path}.lora_{names[1]}"] = torch.cat(
+            [u.B.float() * (u.scale * share) for u in updates], dim=1
         )
+        if biased and not updates[0].embedding:
+            zero = torch.zeros(updates[0].d_out)
+            total = sum((u.bias.float() * (u.scale * share) for u in updates if u.bias is not None), zero)
+            tensors[f"{PREFIX}{path}.lora_B.bias"] = total
         ranks[path] = sum(u.rank for u in updates)
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     special: dict[str, int] = {path: rank for path, rank in ranks.items() if rank != common}
-    first = pool.experts[0].adapter_config
-    config: dict[str, Any] = {
+    config = {
         "peft_type": "LORA",
-        "task_type": first.get("task_type"),
-        "base_model_name_or_path": first.get("base_model_name_or_path"),
-        "fan_in_fan_out": first.get("fan_in_fan_out", False),
-        "target_modules": sorted(ranks),
         "r": common,
         "lora_alpha": common,
         "rank_pattern": special,
         "alpha_pattern": dict(special),
         "bias": "none",
+        "lora_bias": biased,
+    }
+    return config, tensors
+
+
+def _scales(pool: Pool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of the average of (IA)³ experts."""
+    tensors: dict[str, Tensor] = {}
+    inputs: list[str] = []
+    for path in pool.modules:
+        updates = _members(pool, path)
+        of_input = {u.input_scale is not None for u in updates}
+        if len(of_input) > 1:
+            raise PoolError(
+                f"some (IA)³ experts scale the input of {path} and some its output, which don't average to one adapter; route "
+                "with Uniform() instead, which is the same function."
+            )
+        vectors = [u.input_scale if u.input_scale is not None else u.output_scale for u in updates]
+        mean = 1 + _total([v.float() - 1 for v in vectors if v is not None]) / len(pool.experts)
+        inputs += [path] if of_input == {True} else []
+        tensors[f"{PREFIX}{path}.ia3_l"] = mean[None, :] if of_input == {True} else mean[:, None]
+    return {"peft_type": "IA3", "feedforward_modules": sorted(inputs)}, tensors
+
+
+def _total(vectors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(vectors)).sum(0)
+
+
+def _expert(pool: Pool, name: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Expert:
+    first = pool.experts[0].adapter_config
+    config = {
+        **settings,
+        "task_type": first.get("task_type"),
+        "base_model_name_or_path": first.get("base_model_name_or_path"),
+        "fan_in_fan_out": first.get("fan_in_fan_out", False),
+        "target_modules": sorted(pool.modules),
         "inference_mode": True,
     }
     provenance: dict[str, Any] = {"kind": "merged", "experts": list(pool.names)}
