@@ -11,8 +11,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from conftest import TARGETS
-from phatgoose import Expert, Pool, route, unroute
+from phatgoose import PHATGOOSE, Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.records import Example
 from phatgoose.routers import Single, Uniform
 
 ATTENTION = {
@@ -274,3 +275,56 @@ def test_every_pair_of_kinds_routes_together(make_base, tmp_path):
     ]
     for one, other in itertools.combinations(experts, 2):
         assert torch.isfinite(logits(route(base, Pool([one, other]), Uniform()), batch(base))).all()
+
+
+def standardised(x):
+    x = x.double()
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+
+def test_gates_of_embeddings_read_the_embeddings_output(make_base, tmp_path):
+    base = make_base("llama")
+    experts, g = [], torch.Generator().manual_seed(7)
+    for seed in range(3):
+        folder = saved(
+            adapted(base, lora("llama", target_modules=["embed_tokens"]), seed), tmp_path / f"a{seed}"
+        )
+        expert = Expert.from_peft(folder, name=f"e{seed}")
+        gates = {p: torch.randn(u.gate_dim, generator=g) for p, u in expert.updates.items()}
+        experts.append(expert.with_gates(gates))
+    route(base, Pool(experts), PHATGOOSE(top_k=2))
+    module, path = base.model.get_input_embeddings(), "model.embed_tokens"
+    ids = torch.tensor([[5, 9, 5], [300, 2, 17]])
+    with torch.no_grad():
+        found = module(ids)
+    vectors = standardised(torch.stack([e.gates[path] for e in experts]))
+    for place in ids.new_tensor([[0, 0], [0, 1], [1, 2]]).tolist():
+        token = ids[tuple(place)]
+        w = module.weight[token].detach().double()
+        scores = vectors @ standardised(w) / w.numel() ** 0.5
+        top = scores.topk(2)
+        for e, share in zip(top.indices, top.values.softmax(-1), strict=True):
+            u = experts[e].updates[path]
+            w = w + share * u.scale * u.B.double() @ u.A[:, token].double()
+        assert relative(found[tuple(place)], w) < 1e-6
+    unroute(base)
+
+
+def test_gates_of_every_kind_train_and_nothing_else_moves(make_base, tmp_path):
+    base = make_base("llama")
+    rows = tuple(Example(f"say {i}", (("yes", "no")[i % 2],)) for i in range(24))
+    task = Task("t", rows[:16], rows[16:20], rows[20:])
+    config = GateConfig(steps=3, rows_per_step=4, rows_per_batch=4, learning_rate=0.05, validate_every=0)
+    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    for number, kind in enumerate(("dora", "lora_bias", "ia3", "head")):
+        folder = saved(adapted(base, EXACT[kind]("llama"), number), tmp_path / f"a{number}")
+        expert = Expert.from_peft(folder, name=f"e{number}")
+        gated = train_gate(base, expert, task, config)
+        assert gated.gates.keys() == expert.updates.keys()
+        assert sum(bool(v.any()) for v in gated.gates.values()) > len(gated.gates) / 2
+        assert all(torch.equal(gated.tensors[k], t) for k, t in expert.tensors.items())
+    expert = Expert.from_peft(
+        saved(adapted(base, lora("llama", target_modules=["embed_tokens"])), tmp_path / "embedding")
+    )
+    assert bool(train_gate(base, expert, task, config).gates["model.embed_tokens"].any())
+    assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())
