@@ -51,7 +51,7 @@ def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
         for path in sorted(matches):
             if modules[path] is head:
                 raise TrainingError(
-                    f"target_modules: {path} is the output head, which can't be adapted and routed."
+                    f"target_modules: {path} is the output head, which isn't trained here (adapters of it that were trained elsewhere can be routed)."
                 )
             if path not in linear:
                 raise TrainingError(
