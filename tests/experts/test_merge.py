@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from phatgoose import Expert, Pool, route
 from phatgoose.errors import PoolError
-from phatgoose.experts.merge import merged
+from phatgoose.experts.merge import dare, merged, ties
 from phatgoose.routers import Single, Uniform
 
 
@@ -79,3 +79,67 @@ def test_what_is_no_single_adapter_is_refused(configs, message, make_base, tmp_p
     pool = Pool([written(base, c, tmp_path / f"e{i}", i) for i, c in enumerate(configs)])
     with pytest.raises(PoolError, match=message):
         merged(pool)
+
+
+def three_loras(make_base, make_expert):
+    base = make_base("gpt2")
+    return [make_expert(base, f"e{i}", rank=2 + i, alpha=3 + i, seed=i, targets=t) for i, t in enumerate(
+        (["c_attn", "c_fc"], ["c_attn"], ["c_attn", "c_fc"]))]  # fmt: skip
+
+
+def deltas(experts, path):
+    shapes = [u.weight().shape for e in experts if (u := e.updates.get(path))]
+    return torch.stack(
+        [
+            e.updates[path].weight().double() if path in e.updates else torch.zeros(shapes[0]).double()
+            for e in experts
+        ]
+    )
+
+
+def ties_by_hand(stack, density):
+    """Entry by entry, as the paper says it, for one matrix."""
+    kept = torch.zeros_like(stack)
+    for e, delta in enumerate(stack):
+        order = delta.abs().flatten().argsort(descending=True)[: int(density * delta.numel())]
+        kept[e].view(-1)[order] = delta.flatten()[order]
+    out = torch.zeros_like(stack[0])
+    for place in torch.cartesian_prod(torch.arange(out.shape[0]), torch.arange(out.shape[1])).tolist():
+        values = kept[:, place[0], place[1]]
+        sign = 1.0 if values.sum() >= 0 else -1.0
+        agreeing = [float(v) for v in values if v * sign > 0]
+        out[tuple(place)] = sum(agreeing) / len(agreeing) if agreeing else 0.0
+    return out
+
+
+def test_ties_is_the_papers(make_base, make_expert):
+    experts = three_loras(make_base, make_expert)
+    one = ties(Pool(experts), density=0.3)
+    assert one.provenance["experts"] == ["e0", "e1", "e2"]
+    for path, update in one.updates.items():
+        expected = ties_by_hand(deltas(experts, path), 0.3)
+        assert torch.allclose(update.weight().double(), expected, atol=1e-6), path
+
+
+def test_dare_keeps_a_share_and_is_right_on_average(make_base, make_expert):
+    experts = three_loras(make_base, make_expert)
+    pool, path = Pool(experts), "transformer.h.0.attn.c_attn"
+    expected = deltas(experts, path).mean(0)
+    many = torch.stack([dare(pool, 0.5, seed).updates[path].weight().double() for seed in range(400)])
+    assert float((many.mean(0) - expected).norm() / expected.norm()) < 0.15
+    assert torch.equal(dare(pool, 0.5, 3).updates[path].weight(), dare(pool, 0.5, 3).updates[path].weight())
+    assert not torch.equal(many[0], many[1])
+    alone = dare(Pool(experts[:1]), 0.25).updates[path].weight()
+    kept = alone != 0
+    assert 0.2 < float(kept.double().mean()) < 0.3
+    assert torch.allclose(alone[kept], experts[0].updates[path].weight()[kept] * 4, atol=1e-5)
+    assert torch.allclose(dare(pool, 1.0).updates[path].weight().double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", [ties, dare])
+def test_dense_merges_refuse_what_they_are_not_defined_for(merge, make_base, make_expert, tmp_path):
+    base = make_base("gpt2")
+    with pytest.raises(PoolError, match="more than A and B"):
+        merge(Pool([written(base, lora(["c_attn"], use_dora=True), tmp_path / "e", 0)]))
+    with pytest.raises(PoolError, match="density"):
+        merge(Pool([make_expert(base)]), density=0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,75 @@ def merged(pool: Pool, name: str = "merged") -> Expert:
     )
 
 
+def ties(pool: Pool, density: float = 0.2, name: str = "ties") -> Expert:
+    """TIES (Yadav et al. 2023, arXiv 2306.01708): trim, elect signs, average what agrees; λ = 1.
+
+    Of each expert's ΔW the `density` share of the largest magnitudes is kept, the sign with the larger total is elected for
+    each entry, and the entries of that sign are averaged over the experts that have one. Computed by PEFT's own function, module
+    by module (the paper trims over all modules at once). The result is one LoRA expert of full rank.
+
+    Raises:
+        PoolError: experts that aren't plain LoRA, or a density outside (0, 1].
+    """
+    from peft.utils.merge_utils import ties as of_tensors
+
+    def combine(path: str, deltas: list[Tensor]) -> Tensor:
+        return of_tensors(deltas, torch.ones(len(deltas)), density)
+
+    return _dense(pool, name, {"kind": "ties", "density": density}, density, combine)
+
+
+def dare(pool: Pool, density: float = 0.1, seed: int = 0, name: str = "dare") -> Expert:
+    """DARE (Yu et al. 2024, arXiv 2311.03099) before averaging: each entry of each ΔW is kept with probability `density`, divided
+    by it, and the average over experts taken. The result is one LoRA expert of full rank.
+
+    The draw of an entry depends on the seed, the module and the expert's place alone.
+
+    Raises:
+        PoolError: experts that aren't plain LoRA, or a density outside (0, 1].
+    """
+    from peft.utils.merge_utils import prune
+
+    def combine(path: str, deltas: list[Tensor]) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{seed}\0{path}".encode()))
+            kept = [prune(delta, density, method="random", rescale=True) for delta in deltas]
+        return torch.stack(kept).mean(0)
+
+    return _dense(pool, name, {"kind": "dare", "density": density, "seed": seed}, density, combine)
+
+
+def _dense(
+    pool: Pool, name: str, how: dict[str, Any], density: float, combine: Callable[[str, list[Tensor]], Tensor]
+) -> Expert:
+    """Combines the ΔW of all experts module by module; one that has nothing at a module counts there as zero."""
+    if not 0 < density <= 1:
+        raise PoolError(f"density is {density!r}, expected a share above 0 and at most 1.")
+    for expert in pool.experts:
+        for path, update in expert.updates.items():
+            if not update.is_low_rank:
+                raise PoolError(
+                    f"expert {expert.name!r} has a {update.kind} update with more than A and B at {path}, which {how['kind']} isn't "
+                    "defined for."
+                )
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for path in pool.modules:
+        first = _members(pool, path)[0]
+        nothing = torch.zeros(first.d_out, first.d_in)
+        parts = [e.updates[path].weight() if path in e.updates else nothing for e in pool.experts]
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "The density 1", UserWarning
+            )  # keeping everything is a fine wish
+            delta = combine(path, parts)
+        wide = first.d_in >= first.d_out
+        a, b = (delta, torch.eye(first.d_out)) if wide else (torch.eye(first.d_in), delta)
+        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b
+        ranks[path] = min(first.d_in, first.d_out)
+    return _expert(pool, name, _lora_config(ranks), tensors, how)
+
+
 def _members(pool: Pool, path: str) -> list[Update]:
     return [e.updates[path] for e in pool.experts if path in e.updates]
 
@@ -58,18 +129,21 @@ def _rows(pool: Pool) -> tuple[dict[str, Any], dict[str, Tensor]]:
             total = sum((u.bias.float() * (u.scale * share) for u in updates if u.bias is not None), zero)
             tensors[f"{PREFIX}{path}.lora_B.bias"] = total
         ranks[path] = sum(u.rank for u in updates)
+    return {**_lora_config(ranks), "lora_bias": biased}, tensors
+
+
+def _lora_config(ranks: dict[str, int]) -> dict[str, Any]:
+    """PEFT's settings for modules of these ranks whose scale is 1."""
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     special: dict[str, int] = {path: rank for path, rank in ranks.items() if rank != common}
-    config = {
+    return {
         "peft_type": "LORA",
         "r": common,
         "lora_alpha": common,
         "rank_pattern": special,
         "alpha_pattern": dict(special),
         "bias": "none",
-        "lora_bias": biased,
     }
-    return config, tensors
 
 
 def _scales(pool: Pool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,7 +169,13 @@ def _total(vectors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(vectors)).sum(0)
 
 
-def _expert(pool: Pool, name: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Expert:
+def _expert(
+    pool: Pool,
+    name: str,
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    how: dict[str, Any] | None = None,
+) -> Expert:
     first = pool.experts[0].adapter_config
     config = {
         **settings,
@@ -105,7 +185,7 @@ def _expert(pool: Pool, name: str, settings: dict[str, Any], tensors: dict[str, 
         "target_modules": sorted(pool.modules),
         "inference_mode": True,
     }
-    provenance: dict[str, Any] = {"kind": "merged", "experts": list(pool.names)}
+    provenance: dict[str, Any] = {**(how or {"kind": "merged"}), "experts": list(pool.names)}
     if pool.base is not None:
         provenance["base"] = pool.base.to_json()
     return Expert(name, config, tensors, provenance=provenance)
