@@ -5,15 +5,18 @@ from __future__ import annotations
 from phatgoose.errors import RoutingError
 from phatgoose.registry import lookup
 from phatgoose.routers.constant import Random, Single, Uniform
+from phatgoose.routers.controls import FixedRandom, ShuffledGates
 from phatgoose.routers.router import Router
 from phatgoose.routers.token import PHATGOOSE
 from phatgoose.routers.weights import LAG, Arrow, SpectR, WeightOnly
 
 ROUTERS = {
     "arrow": "phatgoose.routers.weights:Arrow",
+    "fixed-random": "phatgoose.routers.controls:FixedRandom",
     "lag": "phatgoose.routers.weights:LAG",
     "phatgoose": "phatgoose.routers.token:PHATGOOSE",
     "random": "phatgoose.routers.constant:Random",
+    "shuffled-gates": "phatgoose.routers.controls:ShuffledGates",
     "single": "phatgoose.routers.constant:Single",
     "spectr": "phatgoose.routers.weights:SpectR",
     "uniform": "phatgoose.routers.constant:Uniform",
@@ -55,8 +58,10 @@ __all__ = [
     "PHATGOOSE",
     "ROUTERS",
     "Arrow",
+    "FixedRandom",
     "Random",
     "Router",
+    "ShuffledGates",
     "Single",
     "SpectR",
     "Uniform",

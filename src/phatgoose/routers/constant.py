@@ -34,7 +34,7 @@ class Single(Router):
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         wanted = self.expert if isinstance(self.expert, int) else candidates.names.index(self.expert)
-        return _Fixed((candidates.members.index(wanted),) if wanted in candidates.members else (), 1.0)
+        return Fixed((candidates.members.index(wanted),) if wanted in candidates.members else (), 1.0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Uniform(Router):
     """
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        return _Fixed(tuple(range(len(candidates.members))), 1.0 / len(candidates.names))
+        return Fixed(tuple(range(len(candidates.members))), 1.0 / len(candidates.names))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Random(Router):
         return _Random(self.seed, min(self.top_k, len(candidates.names)), candidates)
 
 
-class _Fixed(BoundRouter):
+class Fixed(BoundRouter):
+    """The same candidates on every token, each with the same weight."""
+
     def __init__(self, chosen: tuple[int, ...], weight: float):
         self.chosen, self.weight = chosen, weight
 
