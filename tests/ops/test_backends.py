@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from phatgoose.errors import UnknownName
+from phatgoose.errors import RoutingError, UnknownName
+from phatgoose.experts import update
 from phatgoose.experts.update import Bottleneck, Update
-from phatgoose.ops import BACKENDS, Layer, backend, fast, make_stack, reference
+from phatgoose.ops import BACKENDS, Layer, backend, bottleneck, fast, make_stack, reference
 
 OTHERS = [name for name in BACKENDS if name != "reference"]
 
@@ -155,6 +156,9 @@ def general(seed=0, d_in=24, d_out=20, dtype=torch.float32):
     narrow = Bottleneck(
         randn(5, d_out), randn(d_out, 5) * 0.2, randn(5), randn(d_out), activation="gelu", scale=0.7
     )
+    norm = (1 + 0.2 * randn(d_out), randn(d_out))
+    stream = dataclasses.replace(narrow, residual="norm", norm_weight=norm[0], norm_bias=norm[1])
+    parallel = dataclasses.replace(narrow, residual="norm", reads_output=False, scale=-1.3)
     parts = [
         Update(*rows(3), 0.5),
         Update(*rows(2), 1.5, bias=randn(d_out)),
@@ -163,6 +167,8 @@ def general(seed=0, d_in=24, d_out=20, dtype=torch.float32):
         None,
         Update(*rows(4), 2.0, output_scale=1 + 0.3 * randn(d_out), covers_bias=False),
         Update(*none, bottleneck=narrow),
+        Update(*none, bottleneck=stream),
+        Update(*none, bottleneck=parallel),
         Update(
             *rows(1), 0.9, randn(d_out), 1 + 0.2 * randn(d_out), True, 1 + 0.2 * randn(d_in), None, narrow
         ),
@@ -170,8 +176,8 @@ def general(seed=0, d_in=24, d_out=20, dtype=torch.float32):
     return parts, randn(d_out, d_in) * 0.3, randn(d_out)
 
 
-def delta_in_float64(part, u, w, b):
-    """Δ(u) of one expert for one token, straight from the definition."""
+def delta_in_float64(part, u, w, b, h):
+    """Δ(u) of one expert for one token, straight from the definition; h is the residual stream."""
     if part is None:
         return torch.zeros(w.shape[0], dtype=torch.float64)
     y = w @ u + (0 if b is None else b)
@@ -186,7 +192,12 @@ def delta_in_float64(part, u, w, b):
         out = out + w @ ((part.input_scale.double() - 1) * u)
     if part.bottleneck is not None:
         n = part.bottleneck
-        hidden = torch.nn.functional.gelu(n.down.double() @ y + n.down_bias.double())
+        x = y * n.reads_output + (0 if n.residual is None else h)
+        if n.norm_weight is not None:
+            x = (x - x.mean()) / (
+                x.var(correction=0) + 1e-5
+            ).sqrt() * n.norm_weight.double() + n.norm_bias.double()
+        hidden = torch.nn.functional.gelu(n.down.double() @ x + n.down_bias.double())
         out = out + n.scale * (n.up.double() @ hidden + n.up_bias.double())
     return out
 
@@ -204,6 +215,8 @@ def test_every_kind_of_update_mixes_with_every_other(name, with_bias, tokens, wa
     y = torch.nn.functional.linear(u, w, b)
     stack = make_stack(parts, w.shape[1], w.shape[0], torch.float32)
     layer = Layer(b, lambda x: x @ w.T)
+    h = torch.randn(tokens, w.shape[0], generator=torch.Generator().manual_seed(6))
+    stack.residual.value = h[None]  # as it flows through a model: [rows, tokens, d]
     chosen = torch.randint(-1, len(parts), (tokens, 3), generator=torch.Generator().manual_seed(4))
     weights = torch.rand(tokens, 3, generator=torch.Generator().manual_seed(5))
     found = backend(name).mix(u, y, stack, chosen, weights, layer)
@@ -213,8 +226,26 @@ def test_every_kind_of_update_mixes_with_every_other(name, with_bias, tokens, wa
         expected = wd @ ud + (0 if bias is None else bias)
         for e, weight in zip(chosen[n].tolist(), weights[n].double(), strict=True):
             if e >= 0:
-                expected = expected + weight * delta_in_float64(parts[e], ud, wd, bias)
+                expected = expected + weight * delta_in_float64(parts[e], ud, wd, bias, h[n].double())
         assert relative(found[n], expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_module_run_by_itself_has_no_residual_stream(name):
+    narrow = Bottleneck(torch.randn(2, 6), torch.randn(6, 2), residual="norm")
+    stack = make_stack([Update(torch.zeros(0, 4), torch.zeros(6, 0), bottleneck=narrow)], 4, 6, torch.float32)
+    with pytest.raises(RoutingError, match="run by itself"):
+        backend(name).mix(
+            torch.randn(3, 4),
+            torch.randn(3, 6),
+            stack,
+            torch.zeros(3, 1, dtype=torch.int64),
+            torch.ones(3, 1),
+        )
+
+
+def test_the_experts_and_the_operation_know_the_same_nonlinearities():
+    assert set(bottleneck.ACTIVATIONS) == set(update.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

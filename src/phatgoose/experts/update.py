@@ -12,13 +12,15 @@ ACTIVATIONS = (
     "relu",
     "gelu",
     "gelu_new",
+    "quick_gelu",
     "silu",
-    "swish",
+    "mish",
+    "hardswish",
     "tanh",
     "sigmoid",
     "leakyrelu",
     "relu6",
-    "selu",
+    "relu2",
     "identity",
 )
 """Nonlinearities of bottleneck adapters that are computed exactly."""
@@ -26,10 +28,10 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True, eq=False)
 class Bottleneck:
-    """scale · (U f(D y + d) + u₀), a bottleneck adapter without its residual (Houlsby et al. 2019; Pfeiffer et al. 2021).
+    """scale · (U f(D x + d) + u₀), a bottleneck adapter without its residual (Houlsby et al. 2019; Pfeiffer et al. 2021).
 
-    down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias: u₀ [d_out]; `activation` is one of ACTIVATIONS. It reads
-    y, the module's own output.
+    down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias: u₀ [d_out]; `activation` is one of ACTIVATIONS. x is the
+    module's own output y, or what `residual` and `reads_output` say.
     """
 
     down: Tensor
@@ -38,6 +40,13 @@ class Bottleneck:
     up_bias: Tensor | None = None
     activation: str = "relu"
     scale: float = 1.0
+    norm_weight: Tensor | None = None
+    """[d_out], with norm_bias: x goes through this layer norm first (eps 1e-5)."""
+    norm_bias: Tensor | None = None
+    residual: str | None = None
+    """Path of the module whose input is h, the residual stream that y is added to; x is then y + h, or h."""
+    reads_output: bool = True
+    """Whether y is part of x; False only with a residual (parallel adapters, He et al. 2021)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +135,10 @@ class Update:
         if self.embedding:
             found["embedding"] = True
         if self.bottleneck is not None:
-            found["bottleneck"] = [self.bottleneck.activation, self.bottleneck.scale]
+            b = self.bottleneck
+            found["bottleneck"] = [b.activation, b.scale]
+            if b.residual is not None:
+                found["bottleneck_reads"] = [b.residual, b.reads_output]
         return found
 
     def resolved(self, weight: Tensor) -> Update:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phatgoose.ops.stack import Layer, Stack, Vectors, narrow
+from phatgoose.ops.bottleneck import narrow
+from phatgoose.ops.stack import Layer, Stack, Vectors
 
 EPS = 1e-5
 

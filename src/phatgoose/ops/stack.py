@@ -5,42 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leakyrelu": F.leaky_relu,
-    "relu6": F.relu6,
-    "selu": F.selu,
-    "identity": lambda x: x,
-}
-
-
-class Narrow(Protocol):
-    """A bottleneck adapter: scale · (up f(down y + down_bias) + up_bias), y the module's own output."""
-
-    @property
-    def down(self) -> Tensor: ...
-    @property
-    def up(self) -> Tensor: ...
-    @property
-    def down_bias(self) -> Tensor | None: ...
-    @property
-    def up_bias(self) -> Tensor | None: ...
-    @property
-    def activation(self) -> str: ...
-    @property
-    def scale(self) -> float: ...
+from phatgoose.ops.bottleneck import Branch, Narrow, Residual, branch
+from phatgoose.ops.bottleneck import narrow as narrow  # backends have it from here
 
 
 class Part(Protocol):
@@ -108,8 +79,10 @@ class Stack:
     """c − 1, times W u."""
     input_scale: Vectors | None = None
     """l − 1, times u, before W."""
-    bottlenecks: tuple[tuple[int, Any], ...] = ()
+    bottlenecks: tuple[tuple[int, Branch], ...] = ()
     """(expert, its bottleneck adapter)."""
+    residual: Residual | None = None
+    """Where bottleneck adapters look for h; None if none reads it. Whoever runs the module fills it."""
     embedding: bool = False
     """Whether u are token ids, int64 [N], and A u are columns of A."""
 
@@ -166,7 +139,7 @@ class Stack:
             output_scale=moved(self.output_scale),
             linear_scale=moved(self.linear_scale),
             input_scale=moved(self.input_scale),
-            bottlenecks=tuple((e, _moved(b, device)) for e, b in self.bottlenecks),
+            bottlenecks=tuple((e, b.to(device)) for e, b in self.bottlenecks),
         )
 
 
@@ -186,6 +159,8 @@ def make_stack(parts: Sequence[Part | None], d_in: int, d_out: int, dtype: torch
         rows = torch.stack([v.detach().to("cpu", wide).reshape(-1) for _, v in found])
         return Vectors(torch.tensor([e for e, _ in found]), rows)
 
+    narrows = [(e, p.bottleneck) for e, p in present if p.bottleneck is not None]
+    residual = Residual() if any(b.residual is not None for _, b in narrows) else None
     scaled = [(e, p.output_scale.to(wide) - 1, p) for e, p in present if p.output_scale is not None]
     return Stack(
         A=torch.cat([torch.empty(0, d_in, dtype=dtype), *(p.A.detach().to(dtype) for p in low)]),
@@ -197,24 +172,7 @@ def make_stack(parts: Sequence[Part | None], d_in: int, d_out: int, dtype: torch
         output_scale=vectors([(e, c) for e, c, p in scaled if p.covers_bias]),
         linear_scale=vectors([(e, c) for e, c, p in scaled if not p.covers_bias]),
         input_scale=vectors([(e, p.input_scale.to(wide) - 1) for e, p in present if p.input_scale is not None]),
-        bottlenecks=tuple((e, _cast(p.bottleneck, dtype)) for e, p in present if p.bottleneck is not None),
+        bottlenecks=tuple((e, branch(b, residual, dtype)) for e, b in narrows),
+        residual=residual,
         embedding=any(p.embedding for _, p in present),
     )  # fmt: skip
-
-
-def narrow(y: Tensor, b: Narrow) -> Tensor:
-    """scale · (up f(down y + down_bias) + up_bias) in the dtype of its weights: [N, d_out] → [N, d_out]."""
-    hidden = ACTIVATIONS[b.activation](F.linear(y.to(b.down.dtype), b.down, b.down_bias))
-    return F.linear(hidden, b.up, b.up_bias) * b.scale
-
-
-_TENSORS = ("down", "up", "down_bias", "up_bias")
-
-
-def _cast(b: Any, dtype: torch.dtype) -> Any:
-    changed = {n: getattr(b, n).detach().to(dtype) for n in _TENSORS if getattr(b, n) is not None}
-    return replace(b, **changed)
-
-
-def _moved(b: Any, device: torch.device) -> Any:
-    return replace(b, **{n: getattr(b, n).to(device) for n in _TENSORS if getattr(b, n) is not None})
