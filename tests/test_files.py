@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 
 import pytest
 
 from phatgoose import files
 from phatgoose.errors import ExpertError, StorageError, UnknownName
-from phatgoose.files import atomic_folder, read_json, sha256_json, write_bytes, write_json
+from phatgoose.files import atomic_folder, read_json, sha256_file, sha256_json, write_bytes, write_json
 from phatgoose.registry import lookup, unknown
 
 
@@ -74,3 +75,38 @@ def test_unknown_names_come_with_suggestions():
     with pytest.raises(UnknownName, match="unknown router 'x'"):
         lookup("router", "x", {"phatgoose": "phatgoose.routers:PHATGOOSE"})
     assert lookup("router", "phatgoose", {"phatgoose": "phatgoose.routers:PHATGOOSE"}).__name__ == "PHATGOOSE"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "socket", "loop", "zero byte", "proc"])
+def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "x.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # opening one waits for a writer
+    elif kind == "device":
+        path.symlink_to("/dev/zero")  # says it has 0 bytes, and never ends
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "zero byte":
+        path = tmp_path / "x\0.json"
+    else:
+        path = tmp_path / "nothing" / "x.json"
+    for read in (read_json, sha256_file):
+        with pytest.raises(ExpertError, match=r"x.*\.json (is not a file|can't be read|does not exist)"):
+            read(path, ExpertError)
+
+
+def test_sizes_are_checked_before_reading(tmp_path):
+    path = tmp_path / "x.json"
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # a sparse file: a terabyte that takes no room on disk
+    with pytest.raises(ExpertError, match=r"x.json is 1099511627776 bytes; a file of its kind has at most"):
+        read_json(path, ExpertError)
+    path.write_text('"twelve bytes"')
+    assert read_json(path, ExpertError, limit_bytes=14) == "twelve bytes"
+    with pytest.raises(ExpertError, match="is 14 bytes; a file of its kind has at most 13"):
+        read_json(path, ExpertError, limit_bytes=13)

@@ -47,4 +47,10 @@ class DownloadError(PhatgooseError):
 
 
 class StorageError(PhatgooseError):
-    """A file can't be written (no space, no permission); nothing that existed was damaged."""
+    """A file can't be written (no space, no permission) or read; nothing that existed was damaged."""
+
+
+def brief(value: object, limit: int = 200) -> str:
+    """A value as it stands in a message: its repr, cut to `limit` characters. Files of strangers may hold anything."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

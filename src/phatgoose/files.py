@@ -8,12 +8,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import PhatgooseError, StorageError
+from phatgoose.strict_json import parse_json
 
 JSON_LIMIT_BYTES = 64 * 2**20
 
@@ -106,22 +109,49 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, error: type[PhatgooseError]) -> Any:
-    """The JSON in `path`; anything wrong with the file is raised as `error`, naming it."""
+@contextlib.contextmanager
+def open_regular(path: Path, error: type[PhatgooseError]) -> Iterator[tuple[BufferedReader, int]]:
+    """An ordinary file opened for reading, and its size in bytes; all else is refused without waiting for it.
+
+    Raises:
+        PhatgooseError: of the type `error`: no such file, no permission, or a folder, a pipe, a socket or a device, which may
+            never end. What fails while the file is being read is raised so as well.
+    """
     try:
-        size = path.stat().st_size
-        if size > JSON_LIMIT_BYTES:
-            raise error(f"{path} is {size} bytes; a file of its kind has at most {JSON_LIMIT_BYTES}.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
-        raise error(f"{path} is not readable as JSON: {cause}") from cause
+    except (OSError, ValueError) as cause:  # ValueError: a zero byte in the path
+        raise error(f"{path} can't be read: {cause}") from cause
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path} is not a file that can be read (a folder, pipe or device).")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            yield file, status.st_size
+    except OSError as cause:
+        raise error(f"{path} can't be read: {cause}") from cause
+    finally:
+        os.close(handle)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+def read_json(path: Path, error: type[PhatgooseError], limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
+    """The JSON in `path`, as strict as `parse_json`; anything wrong with the file is raised as `error`, naming it."""
+    with open_regular(Path(path), error) as (file, size):
+        if size <= limit_bytes:
+            raw = file.read(limit_bytes + 1)  # the size may be another by now
+            size = len(raw)
+        if size > limit_bytes:
+            raise error(f"{path} is {size} bytes; a file of its kind has at most {limit_bytes}.")
+        try:
+            return parse_json(raw)
+        except (ValueError, RecursionError) as cause:
+            raise error(f"{path} is not readable as JSON: {cause}") from cause
+
+
+def sha256_file(path: Path, error: type[PhatgooseError] = StorageError) -> str:
+    """Hex sha256 of a file's bytes; if it can't be read, `error` says why."""
+    with open_regular(Path(path), error) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,0 +1,80 @@
+"""JSON from strangers: what Python's reader lets pass, or fails on in its own way, is one error here, and memory is bounded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+MAX_VALUES = 4_000_000
+"""Of commas, colons and opening brackets: bounds what a text can grow to in memory."""
+MAX_DEPTH = 64
+MAX_INTEGER = 2**64
+"""Whole numbers are smaller in size, as a seed or the number of a file's bytes is."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of UTF-8 JSON.
+
+    Raises:
+        ValueError: what is wrong with it: not UTF-8, no JSON, a key twice in one object, NaN or infinity (1e999 too), a
+            whole number of 2^64 or more, half a surrogate pair, nesting deeper than 64, more than four million values.
+    """
+    if (count := sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"it has about {count} values, expected at most {MAX_VALUES}")
+    _check_depth(raw)
+    text = raw.decode("utf-8")
+    data = _DECODER.decode(text)
+    if _SURROGATE.search(text):
+        json.dumps(
+            data, ensure_ascii=False
+        ).encode()  # fails on half a pair, which no file or terminal can hold
+    return data
+
+
+def _check_depth(raw: bytes) -> None:
+    """Before it is parsed, since parsing is what deep nesting would break. Brackets in strings don't count."""
+    depth = 0
+    for token in _NESTING.finditer(raw):
+        mark = token[0]
+        if mark in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
+        elif mark in b"]}":
+            depth -= 1
+
+
+_NESTING = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > 21 or abs(value := int(text)) >= MAX_INTEGER:
+        raise ValueError(f"the number {text[:24]}{'…' if len(text) > 24 else ''} is too large")
+    return value
+
+
+def _number(text: str) -> float:
+    if len(text) > 1000 or not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:24]} is too large")
+    return value
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant
+)
