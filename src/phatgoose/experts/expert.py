@@ -36,6 +36,14 @@ def slug(text: str) -> str:
     return name or "expert"
 
 
+def check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ExpertError(
+            f"{name!r} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
+            f"for example {slug(name)!r}."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Expert:
     """One contributor's expert. Immutable: training a gate gives a new one.
@@ -63,17 +71,13 @@ class Expert:
     """Weights of the base that PEFT saved along, by parameter name; `route` checks that they are the base's own."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ExpertError(
-                f"{self.name!r} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
-                f"for example {slug(self.name)!r}."
-            )
+        check_name(self.name)
         drop = check_drop(self.provenance.get("dropped", ()))
         contents = to_contents(self.adapter_config, self.tensors, self._where(), drop)
         object.__setattr__(self, "updates", contents.updates)
         object.__setattr__(self, "base_copies", contents.base_copies)
         if self.gates is not None:
-            object.__setattr__(self, "gates", _checked_gates(self.gates, self.updates, self._where()))
+            object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.updates.values()})
@@ -94,6 +98,11 @@ class Expert:
             raise ExpertError(
                 f"{self._where()}: the recorded base is not a fingerprint: {cause!r}"
             ) from cause
+
+    @cached_property
+    def sizes(self) -> Mapping[str, tuple[int, int, bool]]:
+        """Module path → d_in, d_out (0: only the base knows), whether it is an embedding; no tensor is touched."""
+        return {path: (u.d_in, u.d_out, u.embedding) for path, u in self.updates.items()}
 
     @cached_property
     def hash(self) -> str:
@@ -154,7 +163,7 @@ class Expert:
         """
         folder = Path(folder)
         config, tensors = read_adapter(folder)
-        record = _read_record(folder)
+        record = read_record(folder)
         adapter_hash = sha256_file(folder / WEIGHTS_FILE)
         _same(
             record.get("adapter_sha256", adapter_hash),
@@ -246,7 +255,7 @@ class Expert:
         write_bytes(work / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     if not path.exists():
         return {}
@@ -269,6 +278,12 @@ def _read_gates(path: Path, adapter_hash: str) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
     except SafetensorError as cause:
         raise ExpertError(f"{path} is not a whole safetensors file: {cause}") from cause
+    check_gates_metadata(metadata, path, adapter_hash)
+    return gates
+
+
+def check_gates_metadata(metadata: Mapping[str, str], path: Path, adapter_hash: str) -> None:
+    """Refuses gates of another format, or of another adapter than the one with this sha256."""
     if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(FORMAT_VERSION):
         raise ExpertError(
             f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}; "
@@ -280,10 +295,9 @@ def _read_gates(path: Path, adapter_hash: str) -> dict[str, Tensor]:
         path.parent / WEIGHTS_FILE,
         f"the adapter {GATES_FILE} was trained for",
     )
-    return gates
 
 
-def _checked_gates(
+def checked_gates(
     gates: Mapping[str, Tensor], updates: Mapping[str, Update], where: str
 ) -> dict[str, Tensor]:
     for path in updates:
