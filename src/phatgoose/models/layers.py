@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
+from phatgoose.experts.update import Update
 from phatgoose.ops import Layer
+from phatgoose.ops.bottleneck import Residual
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -58,6 +64,38 @@ def layer_of(module: nn.Module) -> Layer:
         return y if bias is None else y - bias.to(y.device, y.dtype)
 
     return Layer(bias if isinstance(bias, Tensor) else None, product)
+
+
+def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Module | None:
+    """The module whose input is the residual stream that one of these updates of one module reads; None if none does.
+
+    Raises:
+        RoutingError: the model has no such module.
+    """
+    found = (p.bottleneck.residual for p in parts if p is not None and p.bottleneck is not None)
+    if (path := next((path for path in found if path is not None), None)) is None:
+        return None
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise RoutingError(
+            f"a bottleneck adapter reads the input of {path}, which this model lacks: it is of another architecture."
+        ) from None
+
+
+def follow_residual(source: nn.Module, module: nn.Module, residual: Residual) -> list[RemovableHandle]:
+    """Hooks that fill `residual` with what `source` is given, and empty it after `module`, whose own hooks stand already."""
+
+    def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        residual.value = args[0] if args else next(iter(kwargs.values()))
+
+    def empty(*_: Any) -> None:
+        residual.value = None
+
+    return [
+        source.register_forward_pre_hook(fill, with_kwargs=True),
+        module.register_forward_hook(empty),
+    ]
 
 
 def dense_weight(module: nn.Module, path: str) -> Tensor:

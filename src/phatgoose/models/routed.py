@@ -25,8 +25,10 @@ from phatgoose.models.layers import (
     compute_dtype,
     dense_weight,
     embedding_shape,
+    follow_residual,
     layer_of,
     linear_shape,
+    residual_source,
     same_weights,
 )
 from phatgoose.models.reference import show_reference
@@ -154,6 +156,9 @@ class Routing:
         self._handles += [
             site.module.register_forward_hook(site.hook, with_kwargs=True) for site in self.sites
         ]
+        for site in self.sites:
+            if site.source is not None and site.stack.residual is not None:
+                self._handles += follow_residual(site.source, site.module, site.stack.residual)
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -184,6 +189,7 @@ class _Site:
             parts, d_in, d_out, routing.dtype or compute_dtype(module, routing.model)
         )
         self.layer = None if self.stack.low_rank_only else layer_of(module)
+        self.source = residual_source(routing.model, parts)
         # An embedding's input is a token's number, which has no direction: its gates read its output.
         length = d_out if self.embedding else d_in
         candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))

@@ -18,7 +18,14 @@ from phatgoose.experts.peft import read_tensors
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import sha256_json
 from phatgoose.models.base import Base, as_base
-from phatgoose.models.layers import dense_weight, embedding_shape, layer_of, linear_shape
+from phatgoose.models.layers import (
+    dense_weight,
+    embedding_shape,
+    follow_residual,
+    layer_of,
+    linear_shape,
+    residual_source,
+)
 from phatgoose.ops import Layer, Stack, backend, make_stack
 from phatgoose.records import Task
 from phatgoose.training.arguments import Logger
@@ -133,6 +140,9 @@ class GatedStudent(Student):
                 module.register_forward_hook(_adding_rows(gate, stack))
             else:
                 module.register_forward_hook(_adding(gate, stack, layer_of(module)))
+            source = residual_source(base, [whole])
+            if source is not None and stack.residual is not None:
+                follow_residual(source, module, stack.residual)
 
     def vectors(self) -> dict[str, Tensor]:
         """v by module path: [d_in] float32, on the CPU."""
