@@ -9,10 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from phatgoose.analysis.measures import layer_and_kind
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.models.base import Base
-from phatgoose.models.streams import Streams
+from phatgoose.models.paths import layer_and_kind
 from phatgoose.models.trace import Choices, Trace
 
 Pairs = tuple[tuple[int, float], ...]
@@ -60,14 +59,22 @@ def routed_prompt(
     Sequences must keep their row from call to call, as greedy decoding and sampling do and beam search doesn't.
 
     Args:
-        generated_from: index of the first token of the answer; by default the length of the first call (for an
-            encoder–decoder, of the encoder's input).
+        generated_from: index of the first token of the answer; by default the first that was read behind a cache (for an
+            encoder–decoder, the decoder's first).
 
     Raises:
-        RoutingError: if the trace has nothing on that row, no token ids, or tokens of several sequences.
+        RoutingError: if the trace has nothing on that row, no token ids, a sample of the tokens only, or tokens of several
+            sequences, as a beam search's rows have.
     """
-    streams = Streams(base.model)
-    calls = [(streams.stream_of(c.path), c) for c in trace.choices if bool((c.rows == row).any())]
+    if trace.sums_only or trace.share < 1:
+        raise RoutingError(
+            "this trace doesn't hold every token: record without histogram=True or sample, with more max_bytes or fewer tokens."
+        )
+    if trace.reordered:
+        raise RoutingError(
+            "beam search moved sequences between rows, so a row is no prompt: trace with num_beams=1."
+        )
+    calls = [(trace.places[c.path].reads, c) for c in trace.choices if bool((c.rows == row).any())]
     if not calls:
         raise RoutingError(f"the trace has no tokens of row {row}: run the model inside `with trace(model)`.")
     ids = {name: _ids(name, [c for s, c in calls if s == name], row) for name in ("encoder", "decoder")}
@@ -76,8 +83,8 @@ def routed_prompt(
         for index, (name, position) in enumerate((n, p) for n in ("encoder", "decoder") for p in ids[n])
     }
     if generated_from is None:
-        first = next((c for s, c in calls if s == "decoder"), None)
-        generated_from = len(ids["encoder"]) or (0 if first is None else int((first.rows == row).sum()))
+        prompt_ids = [c.positions[(c.rows == row) & ~c.tokens.generated] for s, c in calls if s == "decoder"]
+        generated_from = len(ids["encoder"]) or (len(prompt_ids[0].unique()) if prompt_ids else 0)
     return RoutedPrompt(
         task=task,
         prompt=prompt,
@@ -96,7 +103,7 @@ def _ids(stream: str, calls: list[Choices], row: int) -> dict[int, int]:
     """Position → token id of one row in one stream, in order of positions."""
     found: dict[int, int] = {}
     for c in calls:
-        if c.ids is None:
+        if bool((c.ids[c.rows == row] < 0).any()):
             raise RoutingError(
                 "the trace has no token ids (the model was given embeddings), so no text to show."
             )

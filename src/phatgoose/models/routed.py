@@ -6,7 +6,6 @@ dict stay as they are, so generate(), save_pretrained(), device_map and quantise
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from phatgoose.models.layers import (
     residual_source,
     same_weights,
 )
+from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
 from phatgoose.ops import Backend, Stack, backend, make_stack
@@ -41,8 +41,6 @@ from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates
 
 ATTRIBUTE = "_phatgoose_routing"
-Recorder = Callable[[RoutingContext, tuple[int, ...], Tensor, Tensor], None]
-"""Called with a module's context, its candidates' indices in the pool, chosen candidates [N, k] and weights [N, k]."""
 
 
 def route(
@@ -208,8 +206,11 @@ class _Site:
         length = y.shape[0] // max(rows, 1)
         context = RoutingContext(self.path, rows, length, self.routing.streams.seen_by(self.path))
         chosen, weights = self.router(y if self.embedding else flat, context, self.routing.ops)
-        if self.routing.recorder is not None:
-            self.routing.recorder(context, self.members, chosen, weights)
+        if (recorder := self.routing.recorder) is not None:
+            scores = None
+            if recorder.wants_scores:
+                scores = self.router.scores(y if self.embedding else flat, context, self.routing.ops)
+            recorder.record(context, self.members, chosen, weights, scores)
         return self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer).reshape(output.shape)
 
 

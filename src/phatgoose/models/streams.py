@@ -85,4 +85,4 @@ def _sequences(arguments: dict[str, Any], past: int) -> Sequences:
     given = arguments["position_ids"]
     if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == length:
         positions = given.expand(batch, length).to(torch.long)
-    return Sequences(ids, positions, real)
+    return Sequences(ids, positions, real, past)

@@ -1,10 +1,12 @@
-"""Record which experts act on which tokens."""
+"""Record which experts act on which tokens, at every routed module."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,80 +14,262 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.base import Base
+from phatgoose.models.choices import Choices, Load, load_of, merged
+from phatgoose.models.paths import Place, places
+from phatgoose.models.recorder import TOKEN_FIELDS, Recorder, Tokens
 from phatgoose.models.routed import routing_of
-from phatgoose.routers.context import RoutingContext
+from phatgoose.registry import unknown
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True, eq=False)
-class Choices:
-    """The choices of one module in one call, padding left out; N real tokens, k choices.
-
-    experts: int16 [N, k], indices into Trace.experts (−1: none). weights: float16 [N, k].
-    rows and positions: int64 [N], the sequence of the batch and the place in it. ids: int64 [N] or None.
-    """
-
-    path: str
-    experts: Tensor
-    weights: Tensor
-    rows: Tensor
-    positions: Tensor
-    ids: Tensor | None
+MAX_BYTES = 2**29
+__all__ = ["Choices", "Load", "Place", "Tokens", "Trace", "trace"]
 
 
 @dataclass(eq=False)
 class Trace:
-    """Everything recorded, in order of the calls."""
+    """Everything recorded. While recording goes on, `choices` and `loads` hold what came so far."""
 
     experts: tuple[str, ...]
-    choices: list[Choices] = field(default_factory=list)
+    places: dict[str, Place] = field(default_factory=dict)
+    """Every routed module, in the pool's order."""
+    encoder_decoder: bool = False
+    share: float = 1.0
+    """Share of the tokens that were kept; below 1 they are a random sample, the same tokens at all modules."""
+    sums_only: bool = False
+    """Recorded with histogram=True: `loads` is there, `choices` is empty."""
+    reordered: bool = False
+    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do)."""
+    _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False)
+    _loads: dict[str, Load] = field(default_factory=dict, repr=False)
+    _flush: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    @property
+    def choices(self) -> list[Choices]:
+        """One entry a module, in the order in which they first ran; its tokens in the order they were read."""
+        self._flush()
+        whole: dict[tuple[int, ...], Tokens] = {}  # modules that read the same tokens go on sharing them
+        for path, parts in self._choices.items():
+            if len(parts) > 1:
+                key = tuple(id(part.tokens) for part in parts)
+                one = merged(parts, whole.get(key))
+                whole[key], self._choices[path] = one.tokens, [one]
+        return [parts[0] for parts in self._choices.values()]
+
+    def __getitem__(self, path: str) -> Choices:
+        """The choices of one module.
+
+        Raises:
+            UnknownName: nothing was recorded there.
+        """
+        found = {c.path: c for c in self.choices}
+        if path not in found:
+            raise unknown("traced module", path, found)
+        return found[path]
+
+    @property
+    def loads(self) -> dict[str, Load]:
+        """Sums of every module that ran."""
+        self._flush()
+        if self.sums_only:
+            return self._loads
+        return {c.path: load_of(c, len(self.experts)) for c in self.choices}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the recorded choices; tokens that modules share count once."""
+        parts = [part for members in self._choices.values() for part in members]
+        tensors = [t for p in parts for t in (p.experts, p.weights, p.margins) if t is not None]
+        tokens = {id(p.tokens): p.tokens for p in parts}.values()
+        tensors += [getattr(one, name) for one in tokens for name in TOKEN_FIELDS]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def shares(self) -> dict[str, Tensor]:
         """Share of the routing weight each expert got, per module: float64 [experts] summing to at most 1."""
-        sums: dict[str, Tensor] = {}
-        tokens: dict[str, int] = {}
-        for c in self.choices:
-            total = sums.setdefault(c.path, torch.zeros(len(self.experts), dtype=torch.float64))
-            index, weight = c.experts.long().reshape(-1), c.weights.double().reshape(-1)
-            total.index_add_(0, index[index >= 0], weight[index >= 0])
-            tokens[c.path] = tokens.get(c.path, 0) + len(c.rows)
-        return {path: total / max(tokens[path], 1) for path, total in sums.items()}
+        return {p: load.weight.sum(0)[:-1] / load.tokens.sum().clamp(min=1) for p, load in self.loads.items()}
 
-    def record(
-        self, context: RoutingContext, members: tuple[int, ...], chosen: Tensor, weights: Tensor
-    ) -> None:
-        tokens = context.tokens()
-        real = tokens.real.reshape(-1)
-        index = torch.tensor((*members, -1), device=chosen.device)  # a choice of −1 reads the last entry
-        rows = (
-            torch.arange(context.rows, device=chosen.device)[:, None].expand(-1, context.length).reshape(-1)
-        )
-        self.choices.append(
-            Choices(
-                context.path,
-                index[chosen][real].to("cpu", torch.int16),
-                weights[real].to("cpu", torch.float16),
-                rows[real].cpu(),
-                tokens.positions.reshape(-1)[real].cpu(),
-                None if tokens.ids is None else tokens.ids.reshape(-1)[real].cpu(),
+    def take(
+        self, path: str, tokens: Tokens, experts: Tensor, weights: Tensor, margins: Tensor | None, *, sums_only: bool
+    ) -> None:  # fmt: skip
+        """Adds choices (shapes as in `Choices`) of a module, or with `sums_only` what they add up to."""
+        new = Choices(path, experts, weights, tokens, margins)
+        if not sums_only:
+            self._choices.setdefault(path, []).append(new)
+            return
+        load = load_of(new, len(self.experts))
+        self._loads[path] = self._loads[path] + load if path in self._loads else load
+
+    def thin(self, share: float) -> None:
+        """Keeps only this share of all tokens read, drawn at random; what is read later is thinned as well."""
+        self.share = share
+        kept: dict[int, tuple[Tokens, Tensor]] = {}
+        for path, parts in self._choices.items():
+            for part in parts:
+                if id(part.tokens) not in kept:
+                    keep = part.tokens.draws < share
+                    kept[id(part.tokens)] = part.tokens[keep], keep
+            self._choices[path] = [
+                replace(part[kept[id(part.tokens)][1]], tokens=kept[id(part.tokens)][0]) for part in parts
+            ]
+
+    def filter(
+        self,
+        *,
+        experts: Collection[str] | None = None,
+        modules: Collection[str] | None = None,
+        layers: Collection[int] | None = None,
+        kinds: Collection[str] | None = None,
+        parts: Collection[str] | None = None,
+        rows: Collection[int] | None = None,
+        inputs: Collection[int] | None = None,
+        ids: Collection[int] | None = None,
+        generated: bool | None = None,
+    ) -> Trace:
+        """Only the decisions that fit everything given; modules that are left without any go.
+
+        Args:
+            experts: names; a decision fits if one of them was among the chosen.
+            modules: paths. layers, kinds, parts: of `places`, e.g. 3, "mlp.up_proj", "cross-attention".
+            rows, inputs, ids: of the tokens. generated: True: only tokens read behind a cache, False: only the others.
+
+        Raises:
+            UnknownName: an expert, module, kind or part that isn't in the trace. RoutingError: the trace has sums only.
+        """
+        if self.sums_only:
+            raise RoutingError(
+                "this trace holds sums, not single choices: record without histogram=True to filter it."
             )
-        )
+        for word, asked, known in (
+            ("expert", experts, self.experts),
+            ("module", modules, tuple(self.places)),
+            ("kind of module", kinds, tuple(p.kind for p in self.places.values())),
+            ("part", parts, tuple(p.part for p in self.places.values())),
+        ):
+            for name in asked or ():
+                if name not in known:
+                    raise unknown(word, name, dict.fromkeys(known))
+        found: dict[str, list[Choices]] = {}
+        kept: dict[int, tuple[Tensor, Tokens]] = {}
+        for c in self.choices:
+            place = self.places[c.path]
+            wanted = ((c.path, modules), (place.layer, layers), (place.kind, kinds), (place.part, parts))
+            if any(only is not None and value not in only for value, only in wanted):
+                continue
+            if id(c.tokens) not in kept:
+                keep = _fitting(c.tokens, rows, inputs, ids, generated)
+                kept[id(c.tokens)] = keep, c.tokens[keep]
+            keep, tokens = kept[id(c.tokens)]
+            fits = replace(c[keep], tokens=tokens)
+            if experts is not None:
+                those = torch.tensor([self.experts.index(e) for e in experts], dtype=torch.int16)
+                fits = fits[torch.isin(fits.experts, those).any(1)]
+            if len(fits.tokens):
+                found[c.path] = [fits]
+        return replace(self, _choices=found, _flush=lambda: None)
+
+    def save(self, path: Path | str) -> Path:
+        """Writes one safetensors file, whole or not at all; `Trace.load` reads it."""
+        from phatgoose.models.trace_files import save
+
+        return save(self, Path(path))
+
+    @staticmethod
+    def load(path: Path | str) -> Trace:
+        """Reads what `save` wrote, checked.
+
+        Raises:
+            RoutingError: it is no such file, damaged, or inconsistent; the message says where.
+        """
+        from phatgoose.models.trace_files import load
+
+        return load(Path(path))
+
+    def to_pandas(self) -> DataFrame:
+        """A table with one row per token, module and choice (columns: see docs/tracing.md).
+
+        Raises:
+            RoutingError: pandas isn't installed, or the trace has sums only.
+        """
+        from phatgoose.models.trace_files import to_pandas
+
+        return to_pandas(self)
+
+
+def _fitting(
+    tokens: Tokens,
+    rows: Collection[int] | None,
+    inputs: Collection[int] | None,
+    ids: Collection[int] | None,
+    generated: bool | None,
+) -> Tensor:
+    keep = torch.ones(len(tokens), dtype=torch.bool)
+    for values, asked in ((tokens.rows, rows), (tokens.inputs, inputs), (tokens.ids, ids)):
+        if asked is not None:
+            keep &= torch.isin(values, torch.tensor(sorted(asked), dtype=torch.int64))
+    return keep if generated is None else keep & (tokens.generated == generated)
 
 
 @contextlib.contextmanager
-def trace(model: Base | PreTrainedModel) -> Iterator[Trace]:
-    """Records the routing of every call of `model` inside the with block.
+def trace(
+    model: Base | PreTrainedModel,
+    *,
+    histogram: bool = False,
+    margins: bool = True,
+    sample: float = 1.0,
+    max_bytes: int = MAX_BYTES,
+) -> Iterator[Trace]:
+    """Records the routing of every call of `model` inside the with block. Outside of one, tracing costs nothing.
+
+    Args:
+        histogram: keep only sums per module and expert (`Trace.loads`): memory doesn't grow, and it costs least.
+        margins: also record how far the last chosen expert was ahead of the next; computes every module's scores once more.
+        sample: share of the tokens to keep, drawn at random.
+        max_bytes: memory for choices, beside about 10 MB of what is pending. When it is full, every second token is let go and
+            `Trace.share` is halved, as often as needed: what is left is a random sample of the whole run.
 
     Raises:
-        RoutingError: if no routing is attached, or a trace is already running.
+        RoutingError: if no routing is attached, a trace is already running, or an argument is out of its range.
     """
     routing = routing_of(model)
     if routing is None:
         raise RoutingError("there is nothing to trace: attach routing first, with route(model, pool).")
     if routing.recorder is not None:
         raise RoutingError("a trace of this model is already running.")
-    recorded = Trace(routing.pool.names)
-    routing.recorder = recorded.record
+    if not 0 < sample <= 1:
+        raise RoutingError(f"sample is {sample!r}, expected a share above 0 and at most 1.")
+    if max_bytes < 2**20:
+        raise RoutingError(f"max_bytes is {max_bytes!r}, expected at least {2**20} (1 MiB).")
+    paths = [site.path for site in routing.sites]
+    where = places(paths, [routing.streams.stream_of(path) for path in paths])
+    recorded = Trace(routing.pool.names, where, "encoder" in routing.streams.stacks, sums_only=histogram)
+    recorder = Recorder(recorded, histogram=histogram, margins=margins, sample=sample, max_bytes=max_bytes)
+    recorded._flush = recorder.flush
+    routing.recorder = recorder
     try:
-        yield recorded
+        with _beams_watched(routing.model, recorded):
+            yield recorded
     finally:
         routing.recorder = None
+        recorder.flush()
+        recorded._flush = lambda: None
+
+
+@contextlib.contextmanager
+def _beams_watched(model: Any, recorded: Trace) -> Iterator[None]:
+    """Notes when generate() moves sequences to other rows of its cache: it asks the model's `_reorder_cache`, if there is one."""
+    own = getattr(model, "_reorder_cache", None)
+
+    def reorder(kept: Any, beams: Tensor) -> Any:
+        if not torch.equal(beams.cpu(), torch.arange(len(beams))):
+            recorded.reordered = True
+        if own is not None:
+            return own(kept, beams)
+        kept.reorder_cache(beams)
+        return kept
+
+    model.__dict__["_reorder_cache"] = reorder
+    try:
+        yield
+    finally:
+        del model.__dict__["_reorder_cache"]

@@ -15,12 +15,13 @@ class Sequences:
     """The tokens one pass of an encoder or decoder runs over: B sequences of T new tokens.
 
     ids: int64 [B, T] or None (embeddings were given). positions: int64 [B, T], counted without padding and past a cache.
-    real: bool [B, T], False at padding.
+    real: bool [B, T], False at padding. past: how many tokens a key-value cache holds before these.
     """
 
     ids: Tensor | None
     positions: Tensor
     real: Tensor
+    past: int = 0
 
     def aligned(self, rows: int, length: int) -> Sequences:
         """The same for a module that saw [rows, length]: sequences repeated (beams), or only the last tokens kept.
@@ -37,7 +38,8 @@ class Sequences:
         def fit(x: Tensor) -> Tensor:
             return x[:, t - length :].repeat_interleave(rows // b, dim=0)
 
-        return Sequences(None if self.ids is None else fit(self.ids), fit(self.positions), fit(self.real))
+        ids = None if self.ids is None else fit(self.ids)
+        return Sequences(ids, fit(self.positions), fit(self.real), self.past)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,11 @@ class BoundRouter(ABC):
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         """Chosen candidates int64 [N, k] (−1: none) and their weights float32 [N, k] for inputs u [N, d]."""
 
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
+        """What the choice goes by, [N, candidates]; None if this router compares nothing. Asked for only by a trace with margins,
+        beside the call above, so that nothing is kept or handed over where nobody looks."""
+        return None
+
 
 class Router(ABC):
     """Frozen settings of a way to route. Subclasses are dataclasses, so that their repr says it all."""

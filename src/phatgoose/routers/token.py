@@ -69,6 +69,9 @@ class _ByVectors(BoundRouter):
         self.gates, self.top_k = gates, top_k
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        return ops.choose(self.scores(u, context, ops), self.top_k)
+
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         if self.gates.device != u.device:
             self.gates = self.gates.to(u.device)
-        return ops.choose(ops.gate_scores(u, self.gates), self.top_k)
+        return ops.gate_scores(u, self.gates)

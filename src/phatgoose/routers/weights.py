@@ -150,7 +150,10 @@ class _ByNorms(BoundRouter):
         self.projections, self.top_k = projections, top_k
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        return ops.choose(self.projections.norms(u), self.top_k)
+        return ops.choose(self.scores(u, context, ops), self.top_k)
+
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
+        return self.projections.norms(u)
 
 
 class _Lag(BoundRouter):
@@ -158,10 +161,12 @@ class _Lag(BoundRouter):
         self.arrows, self.spaces, self.settings = arrows, spaces, settings
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        return ops.choose(self.scores(u, context, ops), min(self.settings.top_k, self.settings.first))
+
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         first = ops.choose(self.arrows.norms(u), self.settings.first)[0]
         scores = self.spaces.norms(u)
-        kept = torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
-        return ops.choose(kept, min(self.settings.top_k, self.settings.first))
+        return torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
 
 
 class Comparable(BoundRouter):
@@ -217,8 +222,11 @@ class Comparable(BoundRouter):
         return mean, torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        return ops.choose(self.scores(u, context, ops), self.top_k)
+
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         known = self.__dict__.get("_known")
         if known is None or known[0].device != u.device:
             mean, inverse = (x.float().to(u.device) for x in self.statistics())
             known = self.__dict__["_known"] = (mean, inverse)
-        return ops.choose((self.raw(u, ops) - known[0]) * known[1], self.top_k)
+        return (self.raw(u, ops) - known[0]) * known[1]

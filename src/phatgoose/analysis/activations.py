@@ -1,0 +1,91 @@
+"""Mean inputs of the routed modules, and the gates that lie along them.
+
+A gate whose direction is nearly that of the mean activation scores high on every token: it wins everywhere, whatever it was
+trained for. Measured here on given texts; nothing of them is kept but the means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.ops.reference import standardise
+
+
+def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
+    """ū_m = (1/T) Σ_t (u_t − mean)/std, each module's standardised input averaged over all tokens: float32 [d_in] a module (of
+    an embedding its output, which is what gates read there).
+
+    Runs `base` as it is (with routing, if attached) over the texts one by one, so there is no padding. For an encoder–decoder the
+    decoder reads its start token behind each text.
+
+    Raises:
+        RoutingError: a module isn't there or never ran, or there are no texts.
+    """
+    found = dict(base.model.named_modules())
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook(path: str, u: Tensor) -> None:
+        flat = standardise(u.detach().reshape(-1, u.shape[-1])).double().sum(0).cpu()
+        sums[path] = sums.get(path, 0) + flat
+        counts[path] = counts.get(path, 0) + u.numel() // u.shape[-1]
+
+    for path in modules:
+        if path not in found:
+            raise RoutingError(f"this model has no module {path}: its inputs can't be averaged.")
+    handles = [found[path].register_forward_hook(partial(_read, path, hook)) for path in modules]
+    try:
+        with torch.no_grad():
+            for text in texts:
+                batch = dict(base.tokenizer([text], return_tensors="pt").to(base.device))
+                batch.pop("token_type_ids", None)
+                if base.is_encoder_decoder:
+                    start = base.model.generation_config.decoder_start_token_id
+                    batch["decoder_input_ids"] = torch.full((1, 1), int(start or 0), device=base.device)
+                base.model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path in modules:
+        if path not in sums:
+            raise RoutingError(
+                f"{path} never ran on the {len(texts)} texts given: its inputs can't be averaged."
+            )
+    return {path: (total / counts[path]).float() for path, total in sums.items()}
+
+
+def _read(
+    path: str,
+    hook: Callable[[str, Tensor], None],
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+) -> None:
+    hook(path, output if isinstance(module, nn.Embedding) else args[0])
+
+
+def parallel_gates(
+    pool: Pool, means: dict[str, Tensor], *, above: float = 0.5
+) -> list[tuple[str, str, float]]:
+    """(expert, module, cosine) of every gate with cos(v̄_e, ū) > `above`, the largest first.
+
+    v̄_e is the standardised gate, ū from `mean_inputs`. Since score_e = v̄_eᵀū_t/√d, such a gate's mean score is
+    cos·‖ū‖, high on every token. Modules that `means` lacks and experts without gates are left out.
+    """
+    found = []
+    for expert in pool.experts:
+        for path, gate in (expert.gates or {}).items():
+            if path in means and means[path].shape == gate.shape:
+                bar, mean = standardise(gate.double()), means[path].double()
+                cosine = float(bar @ mean / (bar.norm() * mean.norm()).clamp(min=1e-30))
+                if math.isfinite(cosine) and cosine > above:
+                    found.append((expert.name, path, cosine))
+    return sorted(found, key=lambda entry: -entry[2])

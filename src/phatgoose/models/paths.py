@@ -1,0 +1,53 @@
+"""Where in a model a module sits, told from its path: which block, what kind, whose tokens it reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_CROSS = re.compile(r"(?:^|\.)(?:EncDecAttention|encoder_attn|crossattention)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module. reads: whose tokens it sees, "encoder" or "decoder". part: "encoder", "decoder" or "cross-attention" (whose
+    keys and values read the encoder's tokens). layer: number of its block or None. kind: what it is there, e.g. "mlp.up_proj".
+    """
+
+    path: str
+    reads: str = "decoder"
+    part: str = "decoder"
+    layer: int | None = None
+    kind: str = ""
+
+
+def places(paths: Sequence[str], reads: Sequence[str]) -> dict[str, Place]:
+    """The place of each module; `reads[i]` says whose tokens the i-th sees."""
+    sites = layer_and_kind(paths)
+    return {
+        path: Place(path, stream, "cross-attention" if _CROSS.search(path) else stream, layer, kind)
+        for path, stream, (layer, kind) in zip(paths, reads, sites, strict=True)
+    }
+
+
+def layer_and_kind(modules: Sequence[str]) -> list[tuple[int | None, str]]:
+    """(number of the block, what is after it) for each module path, e.g. (3, "self_attn.q_proj").
+
+    Where blocks of several stacks are in `modules`, the kind starts with its stack ("decoder SelfAttention.q"). A path
+    without a number has no block and is its own kind.
+    """
+    split = [_split(path) for path in modules]
+    several = len({stack for stack, layer, _ in split if layer is not None}) > 1
+    return [
+        (layer, f"{stack.split('.')[0]} {rest}" if several and layer is not None else rest)
+        for stack, layer, rest in split
+    ]
+
+
+def _split(path: str) -> tuple[str, int | None, str]:
+    parts = path.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal() and place + 1 < len(parts):
+            return ".".join(parts[:place]), int(part), ".".join(parts[place + 1 :])
+    return "", None, path
