@@ -1,0 +1,180 @@
+"""Gates without the contributor's data: the base with the expert attached writes the text that the gate is trained on.
+
+For experts whose contributor trained no gate. What such gates are worth is measured in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from phatgoose.errors import TrainingError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.files import read_json, sha256_json, write_json
+from phatgoose.models.base import Base, as_base
+from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.records import Example, Task
+from phatgoose.routers import Single
+from phatgoose.training.arguments import Logger
+from phatgoose.training.config import GateConfig
+from phatgoose.training.gate import train_gate
+from phatgoose.training.progress import Progress, Report, display
+from phatgoose.training.writing import Text, WritingConfig, sorted_out, write
+
+__all__ = ["WritingConfig", "train_generated_gate", "write_task"]
+FOLDER, FILE = "generated", "texts.json"
+ATTEMPTS = 4
+"""Texts written for each one wanted, at most; an expert most of whose texts are useless ends there."""
+LEAST = 4
+"""With fewer than 1/LEAST of the wanted rows it is refused."""
+
+
+def train_generated_gate(
+    base: Base | PreTrainedModel,
+    expert: Expert,
+    config: GateConfig | None = None,
+    writing: WritingConfig | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    work_folder: str | Path | None = None,
+    report: Report | None = None,
+    loggers: Sequence[Logger] = (),
+) -> Expert:
+    """`train_gate` on what the base with this expert writes by itself (`write_task`): nobody's data are needed.
+
+    provenance["gate"]["task"]["source"] says that the rows were generated, how, how many, and how many were useless.
+
+    Raises:
+        TrainingError, BaseModelError, StorageError: as `write_task` and `train_gate`.
+    """
+    task = write_task(base, expert, writing, prompts=prompts, work_folder=work_folder, report=report)
+    return train_gate(base, expert, task, config, work_folder=work_folder, report=report, loggers=loggers)
+
+
+def write_task(
+    base: Base | PreTrainedModel,
+    expert: Expert,
+    config: WritingConfig | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    work_folder: str | Path | None = None,
+    report: Report | None = None,
+) -> Task:
+    """A task of texts that the base with `expert` on every token writes, sampled with a seed.
+
+    Without prompts, texts are written from the beginning-of-text token (or the end token, where a tokenizer has no other):
+    the first half of a text's words is a row's input, the rest its target. With prompts, which are used in turn, a prompt is
+    the input and the whole text the target. Texts that are empty, too short to halve, said before, or going round in
+    circles are left out and counted (`source["texts"]`); those cut off at `max_new_tokens` are kept and counted.
+
+    Args:
+        work_folder: keeps finished batches, from which the same call goes on.
+
+    Raises:
+        TrainingError: an encoder–decoder without prompts, routing attached to the base, logits that aren't finite, less than a
+            quarter of the wanted rows, or a work folder with other texts.
+        RoutingError, BaseModelError: the expert doesn't fit the base.
+    """
+    base, config = as_base(base), config or WritingConfig()
+    prompts = tuple(p.strip() for p in prompts)
+    if any(not p for p in prompts):
+        raise TrainingError("a prompt is empty.")
+    if base.is_encoder_decoder and not prompts:
+        raise TrainingError(
+            "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one a line)."
+        )
+    if routing_of(base) is not None:
+        raise TrainingError("routing is attached to the base: call unroute(base) first.")
+    key = {
+        "config": asdict(config),
+        "prompts": list(prompts),
+        "expert": replace(expert, gates=None).hash,
+        "base": {**base.fingerprint.to_json(), "spec": None, "dtype": str(base.model.dtype)},
+    }
+    with _folder(work_folder) as folder:
+        found, counts = _write_all(base, expert, config, prompts, folder / FOLDER / FILE, key, report)
+    if len(found) * LEAST < config.rows:
+        raise TrainingError(
+            f"the base with expert {expert.name!r} wrote {len(found)} usable texts, {config.rows} were wanted "
+            f"({_said(counts)}): give prompts of the kind it is for, or change temperature or max_new_tokens."
+        )
+    kept = max(1, len(found) // 10) if len(found) > 1 else 0
+    source = {
+        "spec": f"generated:{expert.name}",
+        "source": "generated",
+        "written_by": "the base with the expert on every token",
+        "prompts": {"number": len(prompts), "sha256": sha256_json(list(prompts))} if prompts else None,
+        "config": asdict(config),
+        "texts": counts,
+        "rows": {"train": len(found) - kept, "validation": kept, "test": 0},
+    }
+    return Task(f"generated:{expert.name}", tuple(found[kept:]), tuple(found[:kept]), (), source)
+
+
+def _write_all(
+    base: Base,
+    expert: Expert,
+    config: WritingConfig,
+    prompts: Sequence[str],
+    file: Path,
+    key: dict[str, Any],
+    report: Report | None,
+) -> tuple[list[Example], dict[str, int]]:
+    """Usable rows, at most config.rows, and what became of all texts. Every batch is kept in `file` before the next begins."""
+    batches = _kept(file, key)
+    with _attached(base, expert), display(f"texts {expert.name}", config.rows) as bar:
+        show = report or bar
+        while True:
+            rows, counts = sorted_out(batches, prompts, config)
+            label = f"texts {expert.name}"
+            show(Progress(label, min(len(rows), config.rows), config.rows, None, None, 0.0, math.inf))
+            if len(rows) >= config.rows or len(batches) * config.rows_per_batch >= ATTEMPTS * config.rows:
+                return rows[: config.rows], counts
+            batches.append(write(base, config, prompts, len(batches)))
+            write_json(file, {"key": key, "batches": batches})
+
+
+@contextlib.contextmanager
+def _attached(base: Base, expert: Expert) -> Iterator[None]:
+    model = base.model
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        route(base, Pool([expert]), Single(0))
+        yield
+    finally:
+        unroute(base)
+        for module in training:
+            module.training = True
+
+
+def _kept(file: Path, key: dict[str, Any]) -> list[list[Text]]:
+    if not file.exists():
+        return []
+    found = read_json(file, TrainingError)
+    if not isinstance(found, dict) or sha256_json(found.get("key")) != sha256_json(key):
+        raise TrainingError(
+            f"{file} holds texts of another expert, base or settings: choose another work_folder, or delete it to start afresh."
+        )
+    return [[(str(text), bool(cut)) for text, cut in batch] for batch in found["batches"]]
+
+
+@contextlib.contextmanager
+def _folder(work_folder: str | Path | None) -> Iterator[Path]:
+    if work_folder is not None:
+        yield Path(work_folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
+        yield Path(folder)
+
+
+def _said(counts: dict[str, int]) -> str:
+    return ", ".join(f"{kind.replace('_', ' ')} {number}" for kind, number in counts.items())

@@ -1,0 +1,177 @@
+"""The base with an expert writes: texts sampled in batches, and which of them can be rows of a task."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from phatgoose.errors import TrainingError
+from phatgoose.models.base import Base
+from phatgoose.records import Example
+from phatgoose.tasks.batch import pad_id
+from phatgoose.training.preserve import preserved_random_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingConfig:
+    """How the base with an expert writes the rows of a task.
+
+    Raises (when built):
+        TrainingError: naming the setting that is out of range.
+    """
+
+    rows: int = 512
+    """Usable texts wanted. Of them a tenth are for validation."""
+    max_new_tokens: int = 64
+    """Most tokens of a text; longer ones are cut off there and counted."""
+    temperature: float = 1.0
+    """Of the sampling; 1 is the model's own distribution, nothing else (top-k, top-p, penalties) changes it."""
+    seed: int = 0
+    """Of the sampling."""
+    rows_per_batch: int = 64
+    """Texts written at once. Another number draws other texts."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "max_new_tokens", "rows_per_batch"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"WritingConfig.{name} = {getattr(self, name)!r}: expected at least 1.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise TrainingError(
+                f"WritingConfig.temperature = {self.temperature!r}: expected a positive number."
+            )
+        if self.seed < 0:
+            raise TrainingError(f"WritingConfig.seed = {self.seed!r}: expected at least 0.")
+
+
+Text = tuple[str, bool]
+"""A text, and whether it was cut off."""
+
+
+def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int) -> list[Text]:
+    """Batch `number`: its texts depend on nothing but the settings and this number."""
+    model, tokenizer, size = base.model, base.tokenizer, config.rows_per_batch
+    ends = _ends(base)
+    if prompts:
+        texts = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
+        inputs = [_encoded(base, text) for text in texts]
+    else:
+        inputs = [[_begin(base)]] * size
+    width, pad = max(map(len, inputs)), pad_id(tokenizer)
+    # Padded on the left for encoders too: whatever reads it masks it.
+    ids = torch.tensor([[pad] * (width - len(x)) + x for x in inputs], device=model.device)
+    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in inputs], device=model.device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )
+    with preserved_random_state(), _settings(model, settings), torch.no_grad():
+        torch.manual_seed(
+            int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7], "big")
+        )
+        try:
+            out: Tensor = model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+        except RuntimeError as cause:
+            if "probability tensor" not in str(cause):
+                raise
+            raise TrainingError(
+                "the base with this expert computes logits that aren't finite, from which nothing can be sampled."
+            ) from cause
+    return [_text(tokenizer, row, ends) for row in out[:, 1 if base.is_encoder_decoder else width :].tolist()]
+
+
+def _text(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> Text:
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is None
+
+
+def sorted_out(
+    batches: Sequence[Sequence[Text]], prompts: Sequence[str], config: WritingConfig
+) -> tuple[list[Example], dict[str, int]]:
+    """The usable rows, each once, and how many texts there were of each kind."""
+    rows: dict[Example, None] = {}
+    counts: Counter[str] = Counter()
+    for place, (text, cut) in enumerate(text for batch in batches for text in batch):
+        prompt, target = (prompts[place % len(prompts)], text) if prompts else _halves(text)
+        if not text:
+            kind = "empty"
+        elif not prompt or not target:
+            kind = "too_short"
+        elif _circles(text.split()):
+            kind = "circular"
+        elif (row := Example(prompt, (target,))) in rows:
+            kind = "repeated"
+        else:
+            rows[row] = None
+            kind = "usable"
+            counts["cut_off"] += cut
+        counts[kind] += 1
+    kinds = ("usable", "cut_off", "empty", "too_short", "circular", "repeated")
+    written = sum(map(len, batches))
+    return list(rows), {"written": written, **{kind: counts[kind] for kind in kinds}}
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """The text cut at the space nearest to its middle, which encoding puts back; ("", "") if it has none inside."""
+    spaces = [
+        i
+        for i in range(1, len(text) - 1)
+        if text[i] == " " and not text[i - 1].isspace() and not text[i + 1].isspace()
+    ]
+    if not spaces:
+        return "", ""
+    middle = min(spaces, key=lambda i: abs(2 * i - len(text)))
+    return text[:middle], text[middle + 1 :]
+
+
+def _circles(words: Sequence[str]) -> bool:
+    """Whether more than half of all runs of three words were there before."""
+    runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return len(runs) > 5 and len(set(runs)) * 2 < len(runs)
+
+
+def _begin(base: Base) -> int:
+    tokenizer = base.tokenizer
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if found is None:
+        raise TrainingError("the tokenizer has no token to begin a text with: give prompts.")
+    return int(found)
+
+
+def _encoded(base: Base, prompt: str) -> list[int]:
+    ids = list(base.tokenizer(prompt, verbose=False)["input_ids"])
+    if not base.is_encoder_decoder and len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
+        return ids[:-1]
+    return ids
+
+
+def _ends(base: Base) -> frozenset[int]:
+    """The tokens that end a text: the checkpoint's, and the one that ends training targets."""
+    listed = base.model.generation_config.eos_token_id
+    found = [*(listed if isinstance(listed, list) else [listed]), base.tokenizer.eos_token_id]
+    return frozenset(int(token) for token in found if token is not None)
+
+
+@contextlib.contextmanager
+def _settings(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
+    """generate() fills what its settings leave open from the model's own; so these must be ours while it runs."""
+    kept = model.generation_config
+    model.generation_config = own
+    try:
+        yield
+    finally:
+        model.generation_config = kept
