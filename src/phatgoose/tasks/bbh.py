@@ -2,7 +2,8 @@
 
 Files are NAME.json or NAME.json.gz holding {"canary", "examples": [{"input", "target"}]}, in `folder`, in
 $PHATGOOSE_BBH, or else the Hub's copy (`lukaemon/bbh`). The prompt is the input, then "\\nAnswer:". Where the input
-ends in an "Options:" block and the target is one of its labels ("(A)", or "Yes" of "- Yes"), the labels are choices.
+ends in an "Options:" block and the target is one of its labels ("(A)", or "Yes" of "- Yes"), the labels are choices;
+`bbh:NAME?choices=True|False` gives them where the input doesn't.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: the file is malformed.
         DownloadError: the Hub can't be reached.
     """
-    spec.check_options(())
+    spec.check_options(("choices",))
+    fixed = tuple(spec.options["choices"].split("|")) if "choices" in spec.options else None
     files = _files(folder)
     known = NAMES if files is None else tuple(files)
     if spec.name not in known:
@@ -61,7 +63,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         ):
             raise TaskError(f'{where}, example {i}: expected {{"input": text, "target": text}}.')
         try:
-            examples.append(to_example(row["input"], row["target"]))
+            examples.append(to_example(row["input"], row["target"], fixed))
         except ValueError as cause:
             raise TaskError(f"{where}, example {i}: {cause}.") from cause
     source = {"spec": spec.text, "source": "bbh", "from": HUB if files is None else "folder"}
@@ -75,10 +77,9 @@ def names(folder: Path | None) -> list[str]:
     return sorted(NAMES if files is None else files)
 
 
-def to_example(text: str, target: str) -> Example:
-    """The Example of one row. Raises ValueError if input or target is empty."""
-    choices = None
-    if parts := list(_OPTIONS.finditer(text)):
+def to_example(text: str, target: str, choices: tuple[str, ...] | None = None) -> Example:
+    """The Example of one row. Raises ValueError if input or target is empty, or the target none of the given choices."""
+    if choices is None and (parts := list(_OPTIONS.finditer(text))):
         block = text[parts[-1].end() :]
         found = tuple(_LETTER.findall(block)) or tuple(_DASH.findall(block))
         if target.strip() in found and len(set(found)) > 1:

@@ -18,6 +18,8 @@ SOURCES = {
     "jsonl": "phatgoose.tasks.jsonl:load",
     "hf": "phatgoose.tasks.hf:load",
     "p3": "phatgoose.tasks.p3:load",
+    "prompted": "phatgoose.tasks.prompted:load",
+    "flan": "phatgoose.tasks.flan:load",
 }
 LISTS = {
     "bigbench": "phatgoose.tasks.bigbench:names",
@@ -32,10 +34,11 @@ def load_task(
     fractions: Fractions | None = None,
     limit: int | Mapping[SplitName, int] | None = None,
 ) -> Task:
-    """The task that `spec` names: `bigbench:NAME[/SUBTASK]`, `bbh:NAME`, `jsonl:PATH`, `hf:DATASET[/CONFIG]`, `p3:CONFIG`.
+    """The task that `spec` names: `bigbench:NAME[/SUBTASK]`, `bbh:NAME`, `jsonl:PATH`, `hf:DATASET[/CONFIG]`, `p3:CONFIG`,
+    `prompted:DATASET[/SUBSET]`, `flan:NAME`.
 
     Args:
-        folder: where a source finds its data instead of fetching it (bigbench, bbh, p3), or what a relative path
+        folder: where a source finds its data instead of fetching it (bigbench, bbh, p3, prompted, flan), or what a relative path
             starts from (jsonl, hf).
         fractions: how much is kept for test and validation where the source has no splits of its own; see `splits`.
         limit: at most this many rows in each split, or in the splits named. The first n rows are a random sample.

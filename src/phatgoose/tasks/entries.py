@@ -1,0 +1,131 @@
+"""An entry: one task of a named pool or suite, with what it holds, so that a pool and a suite can be told to be apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phatgoose.errors import TaskError
+from phatgoose.records import SPLITS, Example, SplitName, Task
+from phatgoose.tasks.load import load_task
+from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.splits import Fractions, build_task
+
+Folders = Mapping[str, str | Path]
+"""Where data is read from instead of being fetched: by suite or pool name, or by source (bigbench, prompted, …)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task under a name of its own."""
+
+    name: str
+    """Of the expert, or of the column in a table."""
+    specs: tuple[str, ...]
+    """Specs whose rows together are the task."""
+    holds: frozenset[str] = frozenset()
+    """Datasets inside it, by common names ("super_glue/rte", "bigbench/hyperbaton")."""
+    metric: str | None = None
+    """How rows without choices are scored, if not by exact match: "rougeL"."""
+    note: str = ""
+    """Where it differs from what it is named after."""
+
+    @property
+    def datasets(self) -> frozenset[str]:
+        """`holds`, and what the specs themselves name."""
+        return self.holds | {dataset_of(spec) for spec in self.specs}
+
+
+def entry(spec: str, name: str | None = None) -> Entry:
+    """The entry of one plain spec."""
+    return Entry(name or dataset_of(spec).rpartition("/")[2].removesuffix("_json"), (spec,))
+
+
+def dataset_of(spec: str) -> str:
+    """The dataset a spec names: `bigbench:x` → bigbench/x, also for the published rows of BIG-bench Hard."""
+    parsed = split_spec(spec)
+    source = {"bbh": "bigbench"}.get(parsed.source, parsed.source)
+    return parsed.name if parsed.source in ("prompted", "p3", "hf") else f"{source}/{parsed.name}"
+
+
+def load_entry(
+    entry: Entry,
+    *,
+    group: str = "",
+    folders: Folders | None = None,
+    fractions: Fractions | None = None,
+    limit: int | Mapping[SplitName, int] | None = None,
+) -> Task:
+    """The entry as one Task, named after the entry; several specs' rows are put together, a prompt in one split only.
+
+    Args:
+        group: the pool or suite it is of; a folder given for that goes before a folder of the source.
+
+    Raises:
+        TaskError, UnknownName, DownloadError: as `load_task`.
+    """
+    fractions, parts = fractions or Fractions(), []
+    for spec in entry.specs:
+        source = split_spec(spec).source
+        folder = (folders or {}).get(group) or (folders or {}).get(source)
+        parts.append(load_task(_capped(spec, limit), folder=folder, fractions=fractions, limit=limit))
+    if len(parts) == 1:
+        source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
+    else:
+        union = _union(entry, parts, fractions)
+        source_record, rows = union.source, {name: union.split(name) for name in SPLITS}
+    if entry.metric:
+        source_record = source_record | {"metric": entry.metric}
+    return Task(entry.name, rows["train"], rows["validation"], rows["test"], source_record)
+
+
+def check_apart(
+    pool: Sequence[Entry], held_out: Sequence[Entry], refused: frozenset[str], suite: str
+) -> None:
+    """Refuses a suite for a pool that was trained on its data.
+
+    Args:
+        refused: further datasets that the suite isn't measured with, since they contain its own.
+
+    Raises:
+        TaskError: naming the experts and the datasets.
+    """
+    wanted = refused | frozenset(d for e in held_out for d in e.datasets)
+    found = {e.name: sorted(e.datasets & wanted) for e in pool if e.datasets & wanted}
+    if found:
+        listed = "; ".join(f"{name} ({', '.join(d)})" for name, d in list(found.items())[:6])
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise TaskError(
+            f"suite {suite!r} is for models that never saw its data, and {len(found)} of the pool's experts were trained on it: "
+            f"{listed}{more}. Leave out the suite or those experts."
+        )
+
+
+def with_validation(task: Task, test_rows: int) -> Task:
+    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows, at least 3 of 10.
+
+    Test rows are in random order. Where a row is shown under several prompts, its other prompts may be on the other side.
+    """
+    if task.validation or len(task.test) < 2:
+        return task
+    kept = min(test_rows, max(1, len(task.test) * 7 // 10))
+    source = task.source | {"validation": "rows behind the test rows"}
+    return replace(task, test=task.test[:kept], validation=task.test[kept:], source=source)
+
+
+def _capped(spec: str, limit: int | Mapping[SplitName, int] | None) -> str:
+    """Rendering every row under every prompt is slow: sources that can are told how many rows are wanted at most."""
+    parsed = split_spec(spec)
+    most = limit if isinstance(limit, int) else max((limit or {}).values(), default=0)
+    if parsed.source not in ("prompted", "flan") or "rows" in parsed.options or not most:
+        return spec
+    # Ten times as many, since duplicates go and splits are carved out of these.
+    return f"{spec}{'&' if '?' in spec else '?'}rows={10 * most}"
+
+
+def _union(entry: Entry, parts: Sequence[Task], fractions: Fractions) -> Task:
+    own: dict[SplitName, list[Example]] = {name: [e for t in parts for e in t.split(name)] for name in SPLITS}
+    source = {"spec": " + ".join(entry.specs), "source": "union", "parts": [t.source for t in parts]}
+    source["prompt_style"] = "each part's own"
+    return build_task(entry.name, own, source, fractions)

@@ -1,0 +1,61 @@
+"""Which tasks a tokenizer can't write: answers with unknown tokens, or choices that become the same tokens.
+
+T5's vocabulary has no emoji, no Cyrillic and no curly brackets: a model with it can't give such an answer, and its rank
+classification compares unknowns with unknowns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from phatgoose.records import Example, Task
+
+ROWS = 200
+ANSWERS_LOST = 0.1
+"""A task is out if more than this share of its rows has an answer that the tokenizer loses."""
+PROMPT_LOST = 0.1
+"""A task is out if more than this share of its prompts' tokens is unknown."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much of a task a tokenizer loses, on its first test rows (a random sample)."""
+
+    answers: float
+    """Share of rows with an unknown token in a choice or target, or two choices of the same tokens."""
+    prompt: float
+    """Share of unknown tokens in the prompts."""
+
+    @property
+    def too_much(self) -> bool:
+        return self.answers > ANSWERS_LOST or self.prompt > PROMPT_LOST
+
+    def __str__(self) -> str:
+        return f"{self.answers:.0%} of its rows have answers that the tokenizer can't write, {self.prompt:.0%} of the prompts' tokens are unknown"
+
+
+def loss(tokenizer: PreTrainedTokenizerBase, task: Task, rows: int = ROWS) -> Loss:
+    """The Loss on the first `rows` test rows, or those of another split if there are none."""
+    examples = next((split for split in (task.test, task.validation, task.train) if split), ())[:rows]
+    unknown = tokenizer.unk_token_id
+    tokens = [_ids(tokenizer, e.input) for e in examples]
+    total = sum(map(len, tokens))
+    return Loss(
+        answers=sum(_answers_lost(tokenizer, e) for e in examples) / max(1, len(examples)),
+        prompt=0.0 if unknown is None else sum(ids.count(unknown) for ids in tokens) / max(1, total),
+    )
+
+
+def _answers_lost(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
+    answers = [_ids(tokenizer, text) for text in example.choices or example.targets]
+    if any(
+        not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids) for ids in answers
+    ):
+        return True
+    return example.choices is not None and len({tuple(ids) for ids in answers}) < len(answers)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

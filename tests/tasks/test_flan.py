@@ -1,0 +1,37 @@
+"""`flan:` from a folder: zero-shot rows only, names as files, clear refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from phatgoose.errors import TaskError
+from phatgoose.tasks import load_task
+
+
+def test_zero_shot_rows_of_a_local_file(tmp_path):
+    rows = [
+        {"inputs": f"q {i}", "targets": f"a {i}", "_template_type": ("zs_opt", "fs_opt")[i % 2]}
+        for i in range(100)
+    ]
+    (tmp_path / "flan2021_ai2_arc_ARC-Easy_1.0.0.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
+    task = load_task("flan:flan2021/ai2_arc/ARC-Easy:1.0.0", folder=tmp_path)
+    kept = [*task.train, *task.validation, *task.test]
+    assert len(kept) == 50
+    assert all(int(e.input.split()[1]) % 2 == 0 and e.choices is None for e in kept)
+    assert task.source["dropped"] == {"few_shot": 50}
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(TaskError, match=r"no niv2_Pos_Tagging.jsonl"):
+        load_task("flan:niv2/Pos Tagging", folder=tmp_path)
+    with pytest.raises(TaskError, match="a category of Natural Instructions"):
+        load_task("flan:niv2/Translation")
+    with pytest.raises(TaskError, match="flan:COLLECTION/TASK"):
+        load_task("flan:translation", folder=tmp_path)
+    (tmp_path / "dialog_qrecc.jsonl").write_text('{"input": "x"}\n')
+    with pytest.raises(TaskError, match='expected texts in "inputs"'):
+        load_task("flan:dialog/qrecc", folder=tmp_path)

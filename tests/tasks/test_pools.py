@@ -1,0 +1,189 @@
+"""Pools and suites under names: complete, unambiguous, apart from each other, and true to promptsource where that is at hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from phatgoose.errors import TaskError, UnknownName
+from phatgoose.files import cache_folder
+from phatgoose.tasks import pools_bigbench, pools_flan, suites
+from phatgoose.tasks.bbh import NAMES
+from phatgoose.tasks.entries import Entry, check_apart, dataset_of, entry, load_entry, with_validation
+from phatgoose.tasks.load import SOURCES
+from phatgoose.tasks.pools import POOLS, pool_entries
+from phatgoose.tasks.prompted import choose
+from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.suites import SUITES, suite
+from phatgoose.tasks.templates import SHA256
+
+
+@pytest.mark.parametrize(("name", "count"), [("t0-held-in", 36), ("flan", 166), ("bigbench", 73)])
+def test_pools_are_complete_and_their_specs_parse(name, count):
+    entries = pool_entries(name)
+    assert len(entries) == len({e.name for e in entries}) == count
+    for one in entries:
+        assert one.specs
+        for spec in one.specs:
+            assert split_spec(spec).source in SOURCES
+
+
+def test_flan_is_put_together_as_the_paper_says():
+    kinds = [
+        split_spec(e.specs[0]).name.partition("/")[0]
+        for e in pool_entries("flan")
+        if e.specs[0].startswith("flan:")
+    ]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"flan2021": 44, "dialog": 4, "niv2": 75}
+    assert pool_entries("flan")[:36] == pool_entries("t0-held-in")
+    names = {spec.partition(":")[2] for e in pool_entries("flan") for spec in e.specs}
+    assert {"niv2/Pos Tagging", "niv2/Misc.", "dialog/wiki_dialog_ii", "flan2021/squad/v2.0:3.0.0"} <= names
+    assert len(set(pools_flan.FLAN2021)) == 44
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("t0ho", 11), ("bbh", 23), ("bbl", 24), ("bbh-cot-repo", 27), ("quickstart", 5)]
+)
+def test_suites_are_complete(name, count):
+    found = suite(name)
+    assert len({e.name for e in found.entries}) == len(found.entries) == count
+    assert set(found.own_copy) <= {e.name for e in found.entries}
+
+
+def test_unknown_names_are_refused_with_a_suggestion():
+    with pytest.raises(UnknownName, match="did you mean 't0ho'"):
+        suite("t0h")
+    with pytest.raises(UnknownName, match="pool 't0held-in'"):
+        pool_entries("t0held-in")
+    assert len(POOLS) == 3
+    assert len(SUITES) == 5
+
+
+def test_bbl_measures_one_translation_by_rouge():
+    assert [e.name for e in suite("bbl").entries if e.metric] == ["conlang_translation"]
+
+
+def test_which_pools_and_suites_are_apart():
+    def apart(pool, name):
+        found = suite(name)
+        check_apart(pool_entries(pool), found.entries, found.refuses, name)
+
+    for name in ("t0ho", "bbh", "bbl", "bbh-cot-repo", "quickstart"):
+        apart("t0-held-in", name)
+    for name in ("t0ho", "bbh", "bbl", "bbh-cot-repo"):
+        apart("bigbench", name)
+    with pytest.raises(
+        TaskError, match=r"'t0ho' is for models that never saw.*wsc \(super_glue/wsc.fixed\).*copa"
+    ):
+        apart("flan", "t0ho")
+    with pytest.raises(TaskError, match="metaphor_boolean"):
+        apart("bigbench", "quickstart")
+    with pytest.raises(TaskError, match=r"causal_judgment \(bigbench/causal_judgment\)"):
+        found = suite("bbh-cot-repo")
+        check_apart([entry("bigbench:causal_judgment")], found.entries, found.refuses, found.name)
+
+
+def test_natural_instructions_alone_refuse_t0ho():
+    one = next(e for e in pool_entries("flan") if e.name == "niv2_textual_entailment")
+    with pytest.raises(TaskError, match="natural-instructions"):
+        check_apart([one], suite("t0ho").entries, suite("t0ho").refuses, "t0ho")
+
+
+def test_bigbench_pool_keeps_away_from_hard_lite_and_what_is_near_them():
+    held_out = {*suites.BBH_BIGBENCH, *suites.BBH_ROWS, *suites.BBL}
+    trained = {s.removeprefix("bigbench:") for e in pool_entries("bigbench") for s in e.specs}
+    assert not {t.partition("/")[0] for t in trained} & held_out
+    assert not trained & set(pools_bigbench.EXCLUDED)
+    assert set(suites._SAME) <= set(NAMES)
+
+
+def test_bigbench_names_exist():
+    """Where BIG-bench is in the cache already: nothing is fetched for this."""
+    from phatgoose.tasks import bigbench_files, list_tasks
+
+    if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.SHA256[:12]}").is_dir():
+        pytest.skip("BIG-bench is not in the cache (`phatgoose tasks list bigbench` fetches it)")
+    known = set(list_tasks("bigbench"))
+    entries = [
+        *pool_entries("bigbench"),
+        *suite("bbh").entries,
+        *suite("bbl").entries,
+        *suite("quickstart").entries,
+    ]
+    asked = {s.removeprefix("bigbench:") for e in entries for s in e.specs if s.startswith("bigbench:")}
+    assert asked <= known
+    assert set(pools_bigbench.EXCLUDED) <= known
+
+
+PROMPTED = [
+    *(e.specs[0] for e in pool_entries("flan") if e.specs[0].startswith("prompted:")),
+    *(e.specs[0] for e in suite("t0ho").entries),
+]
+ORIGINAL = {
+    "rte": 10,
+    "cb": 15,
+    "anli_r1": 15,
+    "copa": 8,
+    "hellaswag": 4,
+    "story_cloze": 5,
+    "wic": 10,
+    "winogrande": 5,
+    "wsc": 10,
+}
+
+
+def test_every_prompted_dataset_has_its_templates():
+    """The paper's prompt counts, against promptsource's own files where they are in the cache."""
+    if not (cache_folder() / "promptsource" / f"0.2.3-{SHA256[:12]}").is_dir():
+        pytest.skip("promptsource's prompts are not in the cache (any `prompted:` task fetches them)")
+    assert len(PROMPTED) == 42 + 11
+    counts = {spec: len(choose(split_spec(spec))) for spec in PROMPTED}
+    for one in suite("t0ho").entries:
+        if one.name in ORIGINAL:
+            assert counts[one.specs[0]] == ORIGINAL[one.name], one.name
+    by_name = {e.name: counts[e.specs[0]] for e in pool_entries("t0-held-in") if e.specs[0] in counts}
+    assert (by_name["wiki_qa"], by_name["paws"], by_name["adversarial_qa"], by_name["imdb"]) == (5, 11, 5, 11)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dataset"),
+    [
+        ("bigbench:hyperbaton", "bigbench/hyperbaton"),
+        ("bbh:snarks", "bigbench/snarks"),
+        ("prompted:super_glue/rte?templates=original", "super_glue/rte"),
+        ("jsonl:a/b.jsonl", "jsonl/a/b.jsonl"),
+    ],
+)
+def test_specs_name_their_dataset(spec, dataset):
+    assert dataset_of(spec) == dataset
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_entry_of_several_specs_is_one_task(tmp_path):
+    write(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x"} for i in range(40)])
+    write(tmp_path / "b.jsonl", [{"input": f"b {i}", "target": "y"} for i in range(40)])
+    both = Entry("both", ("jsonl:a.jsonl", "jsonl:b.jsonl"), metric="rougeL")
+    task = load_entry(both, folders={"jsonl": tmp_path})
+    rows = [*task.train, *task.validation, *task.test]
+    assert task.name == "both"
+    assert len(rows) == len({r.input for r in rows}) == 80
+    assert task.source["metric"] == "rougeL"
+    parts = [load_entry(Entry(s, (s,)), folders={"jsonl": tmp_path}) for s in both.specs]
+    assert {e.input for e in task.test} == {e.input for t in parts for e in t.test}
+    limited = load_entry(both, folders={"jsonl": tmp_path}, limit=3)
+    assert len(limited.test) <= 6
+
+
+def test_validation_is_taken_behind_the_test_rows(tmp_path):
+    write(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x", "split": "test"} for i in range(50)])
+    task = load_entry(entry("jsonl:a.jsonl"), folders={"jsonl": tmp_path})
+    assert not task.validation
+    short, long = with_validation(task, 20), with_validation(task, 100)
+    assert (len(short.test), len(short.validation)) == (20, 30)
+    assert (len(long.test), len(long.validation)) == (35, 15)
+    assert short.test == task.test[:20]
+    assert with_validation(short, 5) == short
