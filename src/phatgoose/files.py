@@ -135,6 +135,27 @@ def open_regular(path: Path, error: type[PhatgooseError]) -> Iterator[tuple[Buff
         os.close(handle)
 
 
+def inside(folder: Path, name: str, error: type[PhatgooseError]) -> Path:
+    """`folder`/`name`, which may be missing; if it is a link it must stay in the folder.
+
+    A download in the Hub's cache may also lead to that cache's own blobs (…/snapshots/REVISION/… → …/blobs/…).
+
+    Raises:
+        PhatgooseError: of the type `error`, for a link that leads elsewhere.
+    """
+    path = folder / name
+    try:
+        place, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as cause:  # links in a circle, a name too long, a zero byte
+        raise error(f"{path} can't be read: {cause}") from cause
+    blobs = next((p.parent / "blobs" for p in root.parents if p.name == "snapshots"), None)
+    if place.is_relative_to(root) or (blobs is not None and place.is_relative_to(blobs)):
+        return path
+    raise error(
+        f"{path} is a link that leads out of its folder; it is not followed. Put the file itself there."
+    )
+
+
 def read_json(path: Path, error: type[PhatgooseError], limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
     """The JSON in `path`, as strict as `parse_json`; anything wrong with the file is raised as `error`, naming it."""
     with open_regular(Path(path), error) as (file, size):

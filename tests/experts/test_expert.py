@@ -140,10 +140,13 @@ def rewrite_gates(folder, change):
         ),
         (
             lambda g, m: m.update(adapter_sha256="0" * 64),
-            "the adapter gates.safetensors was trained for is 0000",
+            "the adapter gates.safetensors was trained for is '0000",
         ),
         (lambda g, m: m.update(version="9"), "version '9'; expected"),
-        (lambda g, m: g.update(whole=torch.zeros(3, dtype=torch.int64)), "dtype torch.int64"),
+        (
+            lambda g, m: g.update(whole=torch.zeros(3, dtype=torch.int64)),
+            "dtype 'I64', expected a floating point one",
+        ),
     ],
 )
 def test_bad_gates_are_named(saved, change, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -14,19 +15,27 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phatgoose.errors import ExpertError
-from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_tensors, to_contents
+from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_adapter,
+    read_adapter_files,
+    read_tensors,
+    to_contents,
+)
 from phatgoose.experts.peft_rules import check_drop
+from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.experts.update import Update, sizes_agree
-from phatgoose.files import atomic_folder, read_json, sha256_file, write_bytes, write_json
+from phatgoose.files import atomic_folder, inside, read_json, sha256_file, write_bytes, write_json
 from phatgoose.records import Fingerprint
 
 GATES_FILE = "gates.safetensors"
 RECORD_FILE = "expert.json"
 FORMAT_VERSION = 1
+RECORD_LIMIT_BYTES = 16 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -37,10 +46,10 @@ def slug(text: str) -> str:
 
 
 def check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ExpertError(
-            f"{name!r} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
-            f"for example {slug(name)!r}."
+            f"{brief(name)} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
+            f"for example {slug(str(name)[:100])!r}."
         )
 
 
@@ -162,25 +171,15 @@ class Expert:
         `drop` as in `from_peft`.
         """
         folder = Path(folder)
-        config, tensors = read_adapter(folder)
-        record = read_record(folder)
-        adapter_hash = sha256_file(folder / WEIGHTS_FILE)
-        _same(
-            record.get("adapter_sha256", adapter_hash),
-            adapter_hash,
-            folder / WEIGHTS_FILE,
-            f"sha256 in {RECORD_FILE}",
-        )
+        config, adapter = read_adapter_files(folder)
+        record, weights, there = read_record(folder), folder / WEIGHTS_FILE, f"sha256 in {RECORD_FILE}"
+        _same(record.get("adapter_sha256", adapter.sha256), adapter.sha256, weights, there)
         gates = None
-        if (folder / GATES_FILE).exists():
-            gates = _read_gates(folder / GATES_FILE, adapter_hash)
-            if "gates_sha256" in record:
-                _same(
-                    record["gates_sha256"],
-                    sha256_file(folder / GATES_FILE),
-                    folder / GATES_FILE,
-                    f"sha256 in {RECORD_FILE}",
-                )
+        if os.path.lexists(folder / GATES_FILE):
+            found = read_tensor_file(inside(folder, GATES_FILE, ExpertError))
+            check_gates_metadata(found.metadata, folder / GATES_FILE, adapter.sha256)
+            _same(record.get("gates_sha256", found.sha256), found.sha256, folder / GATES_FILE, there)
+            gates = found.tensors
         elif record.get("gates_sha256"):
             raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
         name = name or record.get("name") or slug(folder.resolve().name)
@@ -188,9 +187,9 @@ class Expert:
         if drop:
             provenance = {
                 **provenance,
-                "dropped": sorted({*provenance.get("dropped", ()), *check_drop(drop)}),
+                "dropped": sorted({*check_drop(provenance.get("dropped", ())), *check_drop(drop)}),
             }
-        return Expert(name, config, tensors, gates, provenance, folder)
+        return Expert(name, config, adapter.tensors, gates, provenance, folder)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the expert's folder, whole or not at all; an existing one is replaced.
@@ -256,37 +255,26 @@ class Expert:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD_FILE
-    if not path.exists():
+    path = inside(folder, RECORD_FILE, ExpertError)
+    if not os.path.lexists(path):
         return {}
-    record = read_json(path, ExpertError)
+    record = read_json(path, ExpertError, RECORD_LIMIT_BYTES)
     if not isinstance(record, dict) or record.get("format") != "phatgoose-expert":
         raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
     if record.get("version") != FORMAT_VERSION:
         raise ExpertError(
-            f"{path} has format version {record.get('version')!r}; this phatgoose reads {FORMAT_VERSION}. Update phatgoose."
+            f"{path} has format version {brief(record.get('version'))}; this phatgoose reads {FORMAT_VERSION}. Update phatgoose."
         )
     if not isinstance(record.get("provenance", {}), dict):
         raise ExpertError(f"{path}: provenance is not an object.")
     return record
 
 
-def _read_gates(path: Path, adapter_hash: str) -> dict[str, Tensor]:
-    gates = read_tensors(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as cause:
-        raise ExpertError(f"{path} is not a whole safetensors file: {cause}") from cause
-    check_gates_metadata(metadata, path, adapter_hash)
-    return gates
-
-
 def check_gates_metadata(metadata: Mapping[str, str], path: Path, adapter_hash: str) -> None:
     """Refuses gates of another format, or of another adapter than the one with this sha256."""
     if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(FORMAT_VERSION):
         raise ExpertError(
-            f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}; "
+            f"{path} has format {brief(metadata.get('format'))} version {brief(metadata.get('version'))}; "
             f"expected 'phatgoose-gates' version '{FORMAT_VERSION}'."
         )
     _same(
@@ -318,7 +306,9 @@ def checked_gates(
 
 def _same(expected: Any, found: str, path: Path, what: str) -> None:
     if expected != found:
-        raise ExpertError(f"{path} is damaged or was changed: {what} is {expected}, the file's is {found}.")
+        raise ExpertError(
+            f"{path} is damaged or was changed: {what} is {brief(expected)}, the file's is {found}."
+        )
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -6,16 +6,17 @@ The table in docs/experts-and-pools.md is written from these rules (`python -m p
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from phatgoose.errors import ExpertError
+from phatgoose.errors import ExpertError, brief
 
 DROPPABLE = {
     "modules_to_save": "the modules it saved whole (a classification head, retrained embeddings)",
     "trainable_token_indices": "the token embeddings it retrained",
+    "prediction_head": "the prediction head that AdapterHub saved along",
 }
 """What a caller may ask to leave out of an adapter, knowing that it then computes something else."""
 
@@ -118,9 +119,13 @@ def check_drop(drop: Collection[str]) -> tuple[str, ...]:
     Raises:
         ExpertError: for anything else.
     """
+    if isinstance(drop, str) or not isinstance(drop, Collection):
+        raise ExpertError(f"what to leave out of an adapter is {brief(drop)}, expected a list of names.")
     for name in drop:
-        if name not in DROPPABLE:
-            raise ExpertError(f"{name!r} can't be left out of an adapter; what can: {', '.join(DROPPABLE)}.")
+        if not isinstance(name, str) or name not in DROPPABLE:
+            raise ExpertError(
+                f"{brief(name)} can't be left out of an adapter; what can: {', '.join(DROPPABLE)}."
+            )
     return tuple(sorted(set(drop)))
 
 
@@ -128,18 +133,24 @@ def table() -> str:
     """The rules as a Markdown table, settings of one rule in one row."""
     rows = ["| PEFT type | setting | what happens | why |", "|---|---|---|---|"]
     for kind, rules in RULES.items():
-        groups: dict[tuple[str, str], list[str]] = {}
-        for rule in rules.values():
-            default = {None: "null", False: "false"}.get(rule.default, str(rule.default))
-            how = f"refused unless `{default}`" if rule.how == "refused" else rule.how
-            if rule.setting in DROPPABLE:
-                how += ", or dropped on request"
-            groups.setdefault((how, rule.why), []).append(f"`{rule.setting}`")
-        rows += [f"| {kind} | {', '.join(names)} | {how} | {why} |" for (how, why), names in groups.items()]
-        rows.append(
-            f"| {kind} | any other | refused unless `null`, `false` or empty | it may change what the adapter computes |"
-        )
-    return "\n".join(rows)  # fmt: skip
+        rows += [f"| {kind} {row}" for row in rows_of(rules.values())]
+    return "\n".join(rows)
+
+
+def rows_of(rules: Iterable[Rule]) -> list[str]:
+    """One row of a table for each rule: | setting, … | what happens | why |."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for rule in rules:
+        default = {None: "null", False: "false"}.get(rule.default, str(rule.default))
+        how = f"refused unless `{default}`" if rule.how == "refused" else rule.how
+        if rule.setting in DROPPABLE:
+            how += ", or dropped on request"
+        groups.setdefault((how, rule.why), []).append(f"`{rule.setting}`")
+    rows = [f"| {', '.join(names)} | {how} | {why} |" for (how, why), names in groups.items()]
+    return [
+        *rows,
+        "| any other | refused unless `null`, `false` or empty | it may change what the adapter computes |",
+    ]
 
 
 BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
@@ -147,12 +158,17 @@ BEGIN, END = "<!-- rules: begin -->", "<!-- rules: end -->"
 
 def main(arguments: list[str]) -> int:
     """Writes the table into a page between its two marks, or with --check says whether it stands there."""
+    return write_table(arguments, BEGIN, END, table())
+
+
+def write_table(arguments: list[str], begin: str, end: str, text: str) -> int:
+    """What `main` does, for any two marks and text."""
     path = Path(next((a for a in arguments if not a.startswith("-")), "docs/experts-and-pools.md"))
-    text = path.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    wanted = f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    page = path.read_text(encoding="utf-8")
+    head, rest = page.split(begin)
+    wanted = f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
     if "--check" in arguments:
-        return int(wanted != text)
+        return int(wanted != page)
     path.write_text(wanted, encoding="utf-8")
     return 0
 
