@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from filelock import FileLock
 
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
-from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.manifest import (
+    MANIFEST,
+    inside,
+    lock,
+    new_manifest,
+    place_expert,
+    read_manifest,
+    sweep,
+    unfinished,
+    verify_files,
+)
+from phatgoose.experts.opening import PackedFolder
+from phatgoose.experts.packed import PackedExpert, Rows, gate_stack, rows_in_place
 from phatgoose.experts.update import sizes_agree
-from phatgoose.files import read_json, sha256_file, storage_errors, write_json
+from phatgoose.files import storage_errors, write_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.records import Fingerprint
 from phatgoose.registry import unknown
 
-MANIFEST = "pool.json"
-FORMAT_VERSION = 1
-_FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]*")
+__all__ = ["MANIFEST", "Pool", "add_to_folder", "remove_from_folder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +63,17 @@ class Pool:
     def _check_shapes(self) -> None:
         owners: dict[str, Expert] = {}
         sizes: dict[str, tuple[int, int]] = {}
+        seen: set[int] = set()
         for expert in self.experts:
-            for path, update in expert.updates.items():
+            if id(expert.sizes) in seen:  # of packed experts that look alike
+                continue
+            seen.add(id(expert.sizes))
+            for path, (*found, embedding) in expert.sizes.items():
                 first, known = owners.setdefault(path, expert), sizes.setdefault(path, (0, 0))
-                found = (update.d_in, update.d_out)
-                if (
-                    not all(map(sizes_agree, known, found))
-                    or update.embedding != first.updates[path].embedding
-                ):
+                if not all(map(sizes_agree, known, found)) or embedding != first.sizes[path][2]:
                     raise PoolError(
                         f"experts {first.name!r} and {expert.name!r} disagree about {path}: {known[0]} → {known[1]} and "
-                        f"{update.d_in} → {update.d_out}. They can't be of one base."
+                        f"{found[0]} → {found[1]}. They can't be of one base."
                     )
                 sizes[path] = (known[0] or found[0], known[1] or found[1])
 
@@ -101,44 +107,68 @@ class Pool:
         self[name]
         return Pool([e for e in self.experts if e.name != name])
 
+    def rows(self, path: str, dtype: torch.dtype) -> tuple[Rows | None, str]:
+        """All low-rank rows at a module as they stand in a packed pool's file; or None, and why they must be copied together."""
+        return rows_in_place([e for e in self.experts if path in e.sizes], path, dtype)
+
+    def let_go_of_gates(self) -> None:
+        """Gives back the memory of packed gates that were read; they are read again where somebody asks for them."""
+        sources = [e.source for e in self.experts if isinstance(e, PackedExpert)]
+        for file in {id(s.file): s.file for s in sources}.values():
+            stacks = {gate_stack(path) for s in sources if s.file is file for path in s.gate_rows}
+            file.let_go(stacks)
+
     def save(self, folder: str | Path) -> Path:
-        """Writes the pool; an existing pool folder becomes this one.
+        """Writes the pool; an existing pool folder becomes this one. Experts of a packed pool are written unpacked.
 
         Each expert's folder is written before the manifest that names it, and unused ones are deleted after, so that a
         killed process leaves either the old pool or the new one. Experts that are there already are not written again.
 
         Raises:
-            PoolError: `folder` holds something else. StorageError: no space or no permission.
+            PoolError: `folder` holds something else, or a packed pool. StorageError: no space or no permission.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / MANIFEST).exists() and not _unfinished(folder):
+        if folder.exists() and not (folder / MANIFEST).exists() and not unfinished(folder):
             raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
         with storage_errors(folder):
             (folder / "experts").mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
-            kept = _entries(folder) if (folder / MANIFEST).exists() else []
-            entries = [_place(folder, expert, kept) for expert in self.experts]
-            _write_manifest(folder, entries, self.base)
-            _sweep(folder, entries)
+        with lock(folder):
+            manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {"experts": []}
+            if "packed" in manifest:
+                raise PoolError(
+                    f"{folder} is packed and can't be written as a whole: change it by `phatgoose pool add` and `pool remove` "
+                    "(add_to_folder, remove_from_folder), unpack it first, or choose another folder."
+                )
+            entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
+            manifest = new_manifest(entries, self.base)
+            write_json(folder / MANIFEST, manifest)
+            sweep(folder, manifest)
         return folder
 
     @staticmethod
     def load(folder: str | Path, *, verify: bool = True) -> Pool:
-        """Reads a pool folder.
+        """Reads a pool folder. A packed pool is mapped into memory: its values are read when they are used.
 
         Args:
-            verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always checked.
+            verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always checked. Of a
+                packed pool only what isn't mapped is compared; `packing.verify_folder` reads all.
 
         Raises:
             PoolError, ExpertError: naming the file, what was expected and what was found.
         """
         folder = Path(folder)
-        experts, failures = [], []
-        for entry in _entries(folder):
+        experts: list[Expert] = []
+        failures = []
+        manifest = read_manifest(folder)
+        packed = PackedFolder(folder, manifest, verify=verify) if "packed" in manifest else None
+        for entry in manifest["experts"]:
             try:
-                place = _inside(folder, entry["folder"])
+                place = inside(folder, entry["folder"])
+                if packed is not None and "packed" in entry:
+                    experts.append(packed.expert(place, entry))
+                    continue
                 if verify:
-                    _verify_files(place, entry)
+                    verify_files(place, entry)
                 experts.append(Expert.load(place, name=entry["name"]))
             except PhatgooseError as error:
                 failures.append(error)
@@ -150,6 +180,8 @@ class Pool:
             raise failures[0]
         if not experts:
             raise PoolError(f"{folder} is an empty pool; add an expert with `phatgoose pool add`.")
+        if packed is not None:
+            packed.check_overlaps()
         return Pool(experts)
 
     def warnings(self) -> list[str]:
@@ -192,7 +224,8 @@ class Pool:
 
 
 def add_to_folder(folder: str | Path, expert: Expert) -> None:
-    """Adds one expert to a pool on disk (a new pool if there is none), writing nothing but it and the manifest.
+    """Adds one expert to a pool on disk (a new pool if there is none), writing nothing but it and the manifest. A packed pool
+    stays packed, and is packed again with more room where it is full.
 
     Raises:
         PoolError: its name is taken, or its modules disagree. BaseModelError: it is of another base.
@@ -201,130 +234,28 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
     if not (folder / MANIFEST).exists():
         Pool([expert]).save(folder)
         return
-    with _lock(folder):
-        entries = _entries(folder)
+    with lock(folder):
+        manifest = read_manifest(folder)
+        entries = manifest["experts"]
         pool = Pool.load(folder, verify=False).add(expert) if entries else Pool([expert])
-        entries = [*entries, _place(folder, expert, entries)]
-        _write_manifest(folder, entries, pool.base)
+        entry = place_expert(folder, expert, entries)
+        base = pool.base.to_json() if pool.base else None
+        if "packed" in manifest:
+            from phatgoose.experts.packing import append  # which packs pools, so it imports this file
+
+            append(folder, {**manifest, "base": base}, entry)
+        else:
+            write_json(folder / MANIFEST, {**manifest, "base": base, "experts": [*entries, entry]})
 
 
 def remove_from_folder(folder: str | Path, name: str) -> None:
     """Removes one expert from a pool on disk; the others need not be readable."""
     folder = Path(folder)
-    with _lock(folder):
-        entries = _entries(folder)
+    with lock(folder):
+        manifest = read_manifest(folder)
+        entries = manifest["experts"]
         if name not in [e["name"] for e in entries]:
             raise unknown("expert", name, [e["name"] for e in entries])
-        kept = [e for e in entries if e["name"] != name]
-        manifest = read_json(folder / MANIFEST, PoolError)
-        write_json(folder / MANIFEST, {**manifest, "experts": kept})
-        _sweep(folder, kept)
-
-
-def _unfinished(folder: Path) -> bool:
-    """Whether a folder without a manifest holds nothing but what a killed save() leaves."""
-    return folder.is_dir() and all(
-        p.name in ("experts", ".lock") or p.name.startswith(f".{MANIFEST}.") for p in folder.iterdir()
-    )
-
-
-def _lock(folder: Path) -> FileLock:
-    return FileLock(folder / ".lock", timeout=600)
-
-
-def _entries(folder: Path) -> list[dict[str, Any]]:
-    """The manifest's experts, checked to be well formed."""
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
-    manifest = read_json(path, PoolError)
-    if not isinstance(manifest, dict) or manifest.get("format") != "phatgoose-pool":
-        raise PoolError(f'{path} is not a pool\'s manifest (no "format": "phatgoose-pool").')
-    if manifest.get("version") != FORMAT_VERSION:
-        raise PoolError(
-            f"{path} has format version {manifest.get('version')!r}; this phatgoose reads {FORMAT_VERSION}. Update phatgoose."
-        )
-    entries = manifest.get("experts")
-    if not isinstance(entries, list):
-        raise PoolError(f"{path}: experts is not a list.")
-    for i, entry in enumerate(entries):
-        valid = isinstance(entry, dict) and all(
-            isinstance(entry.get(k), t) for k, t in (("name", str), ("folder", str), ("files", dict))
-        )
-        if not valid:
-            raise PoolError(f"{path}: expert {i} lacks a name, a folder or its files' hashes.")
-        if not _FOLDER.fullmatch(entry["folder"]):
-            raise PoolError(
-                f"{path}: expert {entry['name']!r} lies in {entry['folder']!r}, expected experts/NAME inside the pool."
-            )
-    return entries
-
-
-def _inside(folder: Path, relative: str) -> Path:
-    place = folder / relative
-    root = folder.resolve()
-    for path in (place, *(place / n for n in (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE))):
-        if path.exists() and not path.resolve().is_relative_to(root):
-            raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
-    return place
-
-
-def _verify_files(place: Path, entry: dict[str, Any]) -> None:
-    allowed = {CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE}
-    for name, expected in entry["files"].items():
-        if name not in allowed:
-            raise PoolError(f"{place}: the manifest lists a file {name!r}, which no expert has.")
-        if not (place / name).is_file():
-            raise PoolError(f"{place / name} is missing, although the pool's manifest lists it.")
-        found = sha256_file(place / name)
-        if found != expected:
-            raise PoolError(
-                f"{place / name} is damaged or was changed: expected sha256 {expected}, found {found}."
-            )
-    for name in allowed - entry["files"].keys():
-        if (place / name).exists():
-            raise PoolError(
-                f"{place / name} is not listed in the pool's manifest; was it added by hand? Use `phatgoose pool add`."
-            )
-
-
-def _place(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest entry of `expert`, whose folder is written unless the very same files are there already."""
-    taken = {e["folder"] for e in kept}
-    for entry in kept:
-        if entry["name"] == expert.name and _stands(folder / entry["folder"], entry, expert):
-            return entry
-    relative, number = f"experts/{expert.name}", 1
-    while relative in taken or (folder / relative).exists():
-        number += 1
-        relative = f"experts/{expert.name}.{number}"
-    place = expert.save(folder / relative)
-    names = [n for n in (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE) if (place / n).exists()]
-    return {"name": expert.name, "folder": relative, "files": {n: sha256_file(place / n) for n in names}}
-
-
-def _stands(place: Path, entry: dict[str, Any], expert: Expert) -> bool:
-    """Whether `place` already holds this very expert, whole."""
-    try:
-        _verify_files(place, entry)
-        return Expert.load(place).equals(expert)
-    except PhatgooseError:
-        return False
-
-
-def _write_manifest(folder: Path, entries: list[dict[str, Any]], base: Fingerprint | None) -> None:
-    manifest = {
-        "format": "phatgoose-pool",
-        "version": FORMAT_VERSION,
-        "base": base.to_json() if base else None,
-        "experts": entries,
-    }
-    write_json(folder / MANIFEST, manifest)
-
-
-def _sweep(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Deletes folders below experts/ that the manifest doesn't name: removed experts, and what a killed process left."""
-    named = {e["folder"] for e in entries}
-    for path in (folder / "experts").iterdir():
-        if f"experts/{path.name}" not in named and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        manifest = {**manifest, "experts": [e for e in entries if e["name"] != name]}
+        write_json(folder / MANIFEST, manifest)
+        sweep(folder, manifest)
