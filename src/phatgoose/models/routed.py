@@ -147,6 +147,12 @@ class Routing:
         modules = dict(model.named_modules(remove_duplicate=False))
         _check_copies(modules, pool)
         self.sites = [_Site(self, path, _module(modules, path, pool), pool) for path in pool.modules]
+        pool.let_go_of_gates()
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """Modules whose rows were copied together for routing, and why; a packed pool's are used where they stand if they can be."""
+        return {site.path: site.copied for site in self.sites if site.copied}
 
     def attach(self) -> None:
         self.model.__dict__[ATTRIBUTE] = self
@@ -183,9 +189,11 @@ class _Site:
             parts.append(None)
             gates.append(None)
         self.members = tuple(members)
-        self.stack: Stack = make_stack(
-            parts, d_in, d_out, routing.dtype or compute_dtype(module, routing.model)
-        )
+        dtype = routing.dtype or compute_dtype(module, routing.model)
+        rows, self.copied = pool.rows(path, dtype)
+        null = (0,) * (len(parts) - len(rows.starts)) if rows is not None else ()
+        there = None if rows is None else (rows.A, rows.B, rows.starts + null)
+        self.stack: Stack = make_stack(parts, d_in, d_out, dtype, there)
         self.layer = None if self.stack.low_rank_only else layer_of(module)
         self.source = residual_source(routing.model, parts)
         # An embedding's input is a token's number, which has no direction: its gates read its output.
@@ -222,12 +230,12 @@ def _shape(module: nn.Module, embedding: bool) -> tuple[int, int]:
 
 def _module(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module:
     """The model's module at `path`, checked against the updates and gates of every expert that adapts it."""
-    owner = next(e for e in pool.experts if path in e.updates)
+    owner = next(e for e in pool.experts if path in e.sizes)
     if path not in modules:
         raise RoutingError(
             f"expert {owner.name!r} adapts a module this model lacks: {unknown('module', path, modules)}"
         )
-    module, embedding = modules[path], owner.updates[path].embedding
+    module, embedding = modules[path], owner.sizes[path][2]
     shape = embedding_shape(module) if embedding else linear_shape(module)
     if shape is None:
         wanted = "plain embeddings" if embedding else "linear layers"
@@ -235,12 +243,12 @@ def _module(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module:
             f"expert {owner.name!r} adapts {path}, a {type(module).__name__}; only {wanted} can be routed in this way."
         )
     for expert in pool.experts:
-        update = expert.updates.get(path)
-        if update is None:
+        size = expert.sizes.get(path)
+        if size is None:
             continue
-        if not all(map(sizes_agree, (update.d_in, update.d_out), shape)):
+        if not all(map(sizes_agree, size[:2], shape)):
             raise RoutingError(
-                f"expert {expert.name!r} has an update {update.d_in} → {update.d_out} at {path}, where this model has {shape[0]} → {shape[1]}."
+                f"expert {expert.name!r} has an update {size[0]} → {size[1]} at {path}, where this model has {shape[0]} → {shape[1]}."
             )
         gate, wanted_length = (expert.gates or {}).get(path), shape[1] if embedding else shape[0]
         if gate is not None and gate.shape[0] != wanted_length:

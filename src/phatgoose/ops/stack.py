@@ -143,10 +143,18 @@ class Stack:
         )
 
 
-def make_stack(parts: Sequence[Part | None], d_in: int, d_out: int, dtype: torch.dtype) -> Stack:
+def make_stack(
+    parts: Sequence[Part | None],
+    d_in: int,
+    d_out: int,
+    dtype: torch.dtype,
+    rows: tuple[Tensor, Tensor, Sequence[int]] | None = None,
+) -> Stack:
     """Stacks one update per expert, in order; None is the null candidate.
 
     `dtype` is that of A and B: the dtype the module computes in. Vectors are kept in float32 or wider, whatever it is.
+    `rows`: A [R, d_in] and B transposed [R, d_out] of all parts in this dtype and where each part begins, if they stand side by
+    side already: then nothing of them is copied.
     """
     wide = torch.promote_types(dtype, torch.float32)
     present = [(e, p) for e, p in enumerate(parts) if p is not None]
@@ -161,11 +169,15 @@ def make_stack(parts: Sequence[Part | None], d_in: int, d_out: int, dtype: torch
 
     narrows = [(e, p.bottleneck) for e, p in present if p.bottleneck is not None]
     residual = Residual() if any(b.residual is not None for _, b in narrows) else None
+    if rows is None:
+        a = torch.cat([torch.empty(0, d_in, dtype=dtype), *(p.A.detach().to(dtype) for p in low)])
+        b = torch.cat([torch.empty(0, d_out, dtype=dtype), *(p.B.detach().T.to(dtype) for p in low)])
+        rows = a, b, tuple(accumulate(ranks, initial=0))[:-1]
     scaled = [(e, p.output_scale.to(wide) - 1, p) for e, p in present if p.output_scale is not None]
     return Stack(
-        A=torch.cat([torch.empty(0, d_in, dtype=dtype), *(p.A.detach().to(dtype) for p in low)]),
-        B=torch.cat([torch.empty(0, d_out, dtype=dtype), *(p.B.detach().T.to(dtype) for p in low)]),
-        starts=tuple(accumulate(ranks, initial=0))[:-1],
+        A=rows[0],
+        B=rows[1],
+        starts=tuple(rows[2]),
         ranks=ranks,
         scales=tuple(1.0 if p is None else float(p.scale) for p in parts),
         bias=vectors([(e, p.bias.to(wide) * p.scale) for e, p in present if p.bias is not None]),
