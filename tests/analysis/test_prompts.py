@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from phatgoose.analysis.prompts import UNSEEN, RoutedPrompt, encoded, routed_prompt, token_texts
+from phatgoose.analysis.prompts import (
+    UNSEEN,
+    RoutedPrompt,
+    Written,
+    encoded,
+    routed_prompt,
+    token_texts,
+    written,
+)
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.routed import route
@@ -169,3 +177,32 @@ def test_uniform_routing_has_all_experts_as_choices(routed):
 def test_a_prompt_whose_parts_dont_fit_is_refused(changes, message):
     with pytest.raises(EvaluationError, match=r"prompts\[1\].*" + message):
         encoded(small(**changes), "prompts[1]")
+
+
+def test_written_names_who_decided_each_part():
+    a, b, none = ((0, 0.75), (1, 0.25)), ((1, 0.6), (0, 0.4)), ((-1, 1.0),)
+    cells = (none, a, a, b, none)
+    p = small(tokens=("p", "q", "x", "y", "z"), generated_from=2, choices=(cells, cells))
+    assert written(p) == [Written("xy", "a", 0.75), Written("z", "b", 0.6), Written("…", "no expert", 1.0)]
+    read, unread = (a, a, (), ()), ((), (), b, a)
+    p = small(tokens=("p", "q", "<s>", "x"), generated_from=2, choices=(read, unread))
+    assert written(p) == [Written("x", "b", 0.6), Written("…", "a", 0.75)]
+
+
+def test_beams_and_samples_are_refused(routed):
+    base = routed("llama")
+    with torch.no_grad(), trace(base) as t:
+        base.model.generate(
+            torch.tensor([[5, 6, 7]]),
+            num_beams=3,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            attention_mask=torch.ones(1, 3),
+        )
+    with pytest.raises(RoutingError, match="num_beams=1"):
+        routed_prompt(t, base, **FACTS)
+    for settings in ({"histogram": True}, {"sample": 0.5}):
+        with torch.no_grad(), trace(base, **settings) as t:
+            base.model(input_ids=torch.tensor([[5, 6, 7]]))
+        with pytest.raises(RoutingError, match="doesn't hold every token"):
+            routed_prompt(t, base, **FACTS)

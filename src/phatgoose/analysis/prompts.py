@@ -134,6 +134,38 @@ def _choices(
     return tuple(tuple(cells) for cells in table.values())
 
 
+@dataclass(frozen=True)
+class Written:
+    """A stretch of the answer that one expert led: its text, and that expert's share of the routing weight over it."""
+
+    text: str
+    expert: str
+    share: float
+
+
+def written(prompt: RoutedPrompt) -> list[Written]:
+    """The answer in stretches with one leading expert each: the one with most weight over all modules at the token before, where
+    the next one is decided. The answer's last token is "…": its text isn't in the trace. "no expert" where the base led."""
+    names = (*prompt.experts, "no expert")
+    decoder_only = not any(() in cells for cells in prompt.choices)
+    first = max(prompt.generated_from - 1, 0) if decoder_only else prompt.generated_from
+    found: list[tuple[str, str, float, int]] = []
+    for t in range(first, len(prompt.tokens)):
+        sums = [0.0] * len(names)
+        for cells in prompt.choices:
+            for expert, weight in cells[t]:
+                sums[expert] += weight  # −1 is the last name
+        lead = max(range(len(names)), key=sums.__getitem__)
+        share = sums[lead] / (math.fsum(sums) or 1.0)
+        text = prompt.tokens[t + 1] if t + 1 < len(prompt.tokens) else "…"
+        if found and found[-1][1] == names[lead]:
+            before, name, mean, count = found[-1]
+            found[-1] = (before + text, name, (mean * count + share) / (count + 1), count + 1)
+        else:
+            found.append((text, names[lead], share, 1))
+    return [Written(text, name, share) for text, name, share, _ in found]
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) -> list[str]:
     """The text each token adds, so that joining them gives the decoded whole.
 

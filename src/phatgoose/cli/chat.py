@@ -22,6 +22,9 @@ from phatgoose.cli.options import (
 from phatgoose.errors import PhatgooseError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phatgoose.analysis.prompts import RoutedPrompt
     from phatgoose.cli.loading import Choice
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base import Base
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 HELP = r"""/router R   choose who routes: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, uniform, merged, base
 /router     show who routes, and the experts' names
 /base       the base alone: the same as /router base
+/trace      show or hide which experts lead each part of an answer
 /reset      forget the conversation
 /help       this
 /quit       end, as does Ctrl-D
@@ -47,6 +51,10 @@ def command(
             help="Give every line to the model as it is, or as a turn of a conversation through its chat template.",
         ),
     ] = None,
+    show_trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Show beside each answer which experts led it; /trace switches it."),
+    ] = False,
     max_new_tokens: TokensOption = 256,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
@@ -65,7 +73,7 @@ def command(
     if raw is False and not has_template:
         raise PhatgooseError(f"the tokenizer of {model.spec} has no chat template: use --raw.")
     as_is = not has_template if raw is None else raw
-    chat = Chat(model, experts, choice, backend, as_is, max_new_tokens, temperature, seed)
+    chat = Chat(model, experts, choice, backend, as_is, max_new_tokens, temperature, seed, show_trace)
     show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if as_is else 'chat'}; /help, /quit")
     for line in lines():
         try:
@@ -110,6 +118,7 @@ class Chat:
     max_new_tokens: int
     temperature: float
     seed: int
+    trace: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def take(self, line: str) -> bool:
@@ -125,6 +134,9 @@ class Chat:
         elif name == "/reset":
             self.messages.clear()
             show.note("forgotten")
+        elif name == "/trace":
+            self.trace = not self.trace
+            show.note("experts are shown" if self.trace else "experts are hidden")
         elif name == "/base":
             self.switch("base")
         elif name == "/router" and rest.strip():
@@ -135,7 +147,7 @@ class Chat:
         else:
             from phatgoose.registry import unknown
 
-            raise unknown("command", name, ["/router", "/base", "/reset", "/help", "/quit"])
+            raise unknown("command", name, ["/router", "/base", "/trace", "/reset", "/help", "/quit"])
         return False
 
     def switch(self, text: str) -> None:
@@ -148,12 +160,42 @@ class Chat:
         show.note(f"router: {choice.text}")
 
     def answer(self, line: str) -> None:
-        from phatgoose.cli.streaming import encode_chat, encode_prompt, stream
+        from phatgoose.cli.streaming import encode_chat, encode_prompt
 
-        settings = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
         if self.raw:
-            stream(self.base, encode_prompt(self.base, line.replace("\\n", "\n")), **settings)  # type: ignore[arg-type]
+            self.generate(encode_prompt(self.base, line.replace("\\n", "\n")))
             return
         turn = [*self.messages, {"role": "user", "content": line}]
-        text = stream(self.base, encode_chat(self.base, turn), **settings)  # type: ignore[arg-type]
+        text = self.generate(encode_chat(self.base, turn))
         self.messages = [*turn, {"role": "assistant", "content": text}]
+
+    def generate(self, ids: Tensor) -> str:
+        """Streams what follows the prompt, and then, if asked for, who led it."""
+        from phatgoose.cli.streaming import stream
+
+        settings = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+        if not self.trace or self.choice.router is None:
+            return stream(self.base, ids, **settings)  # type: ignore[arg-type]
+        from phatgoose.analysis.prompts import routed_prompt
+        from phatgoose.models.trace import trace
+
+        with trace(self.base, margins=False) as recorded:
+            text = stream(self.base, ids, **settings)  # type: ignore[arg-type]
+        routed = routed_prompt(
+            recorded, self.base, task="", prompt="", expected="", answer=text, correct=False
+        )
+        show_leaders(routed)
+        return text
+
+
+def show_leaders(routed: RoutedPrompt) -> None:
+    """The answer's stretches with their leading experts, on standard error, so that a piped answer stays alone."""
+    from phatgoose.analysis.prompts import written
+
+    stretches = written(routed)
+    width = min(max((len(repr(w.text)) for w in stretches), default=0), 60)
+    for w in stretches:
+        text = repr(w.text)
+        show.note(
+            f"  {text if len(text) <= 60 else text[:58] + '…' + text[-1]:<{width}}  {w.expert} {100 * w.share:.0f} %"
+        )

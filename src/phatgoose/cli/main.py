@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli import chat, eval, gate, generate, pool, quickstart, tasks, train
+from phatgoose.cli import chat, eval, explain, gate, generate, pool, quickstart, tasks, train
 from phatgoose.cli.group import Commands
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(pool.app, name="pool")
 app.command("eval")(eval.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
+app.command("explain")(explain.command)
 app.add_typer(tasks.app, name="tasks")
 
 

@@ -61,8 +61,8 @@ def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:
     return ids
 
 
-def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text.
+def room_for(base: Base, ids: Tensor, max_new_tokens: int) -> int:
+    """How many tokens may follow ids [1, T]: `max_new_tokens`, or what fits, which is then noted.
 
     Raises:
         PhatgooseError: the prompt leaves no room in the model's context.
@@ -75,6 +75,16 @@ def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, 
         )
     if room < max_new_tokens:
         show.note(f"note: at most {room} tokens fit into the model's context of {context}")
+    return min(room, max_new_tokens)
+
+
+def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text.
+
+    Raises:
+        PhatgooseError: the prompt leaves no room in the model's context.
+    """
+    room = room_for(base, ids, max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         torch.manual_seed(seed)
@@ -86,7 +96,7 @@ def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, 
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             streamer=printer,
-            max_new_tokens=min(room, max_new_tokens),
+            max_new_tokens=room,
             eos_token_id=sorted(end_tokens(base.model, base.tokenizer.eos_token_id)),
             pad_token_id=pad_id(base.tokenizer),
             **sampling,

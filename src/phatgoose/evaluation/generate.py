@@ -174,7 +174,7 @@ def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
         settings["decoder_start_token_id"] = decoder_start(model)
     judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
     own = GenerationConfig(**settings)
-    with _generation_config(model, own):
+    with settings_are_own(model, own):
         run: Any = model.generate
         run(
             inputs=ids,
@@ -186,7 +186,7 @@ def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
 
 
 @contextlib.contextmanager
-def _generation_config(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
+def settings_are_own(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
     """generate() fills what its settings leave open from the model's own; so these must be ours while it runs."""
     kept = model.generation_config
     model.generation_config = own

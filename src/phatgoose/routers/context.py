@@ -44,12 +44,17 @@ class Sequences:
 
 @dataclass(frozen=True, eq=False)
 class RoutingContext:
-    """One call of one module: its path, the [rows, length] its tokens came in, and the sequences it sees."""
+    """One call of one module: its path, the [rows, length] its tokens came in, and the sequences it sees.
+
+    allowed: bool [N, candidates], which of them may be chosen; None: all. A router that narrows its choice down in steps must heed
+    it in the first; what may not be chosen is struck out of its scores anyway.
+    """
 
     path: str
     rows: int
     length: int
     sequences: Sequences | None
+    allowed: Tensor | None = None
 
     def tokens(self) -> Sequences:
         """The sequences matched to the module's N = rows·length tokens.

@@ -159,12 +159,16 @@ class _ByNorms(BoundRouter):
 class _Lag(BoundRouter):
     def __init__(self, arrows: Projections, spaces: Projections, settings: LAG):
         self.arrows, self.spaces, self.settings = arrows, spaces, settings
+        self.top_k = min(settings.top_k, settings.first)
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        return ops.choose(self.scores(u, context, ops), min(self.settings.top_k, self.settings.first))
+        return ops.choose(self.scores(u, context, ops), self.top_k)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        first = ops.choose(self.arrows.norms(u), self.settings.first)[0]
+        arrows = self.arrows.norms(u)
+        if context.allowed is not None:
+            arrows = arrows.masked_fill(~context.allowed, -torch.inf)
+        first = ops.choose(arrows, self.settings.first)[0]
         scores = self.spaces.norms(u)
         return torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
 

@@ -1,0 +1,238 @@
+"""Why this answer: what each expert contributed to it, found by leaving experts out and by letting each act alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from phatgoose.analysis.measures import expert_shares
+from phatgoose.analysis.prompts import RoutedPrompt, routed_prompt
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.continuations import decoder_start
+from phatgoose.evaluation.generate import end_tokens, settings_are_own
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.routed import route, unroute
+from phatgoose.models.trace import trace
+from phatgoose.routers import PHATGOOSE, Router
+from phatgoose.routers.masked import Masked, Switches
+from phatgoose.tasks.batch import IGNORED, pad_id, target_logits
+
+MATTERS = 0.1
+"""An expert mattered if leaving it out changes the answer's log-likelihood by at least this many nats (a tenth of its
+probability), or changes what a greedy answer would be."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one expert does to the answer. Log-likelihoods are of the whole answer given the prompt, in nats."""
+
+    expert: str
+    share: float
+    """Its share of the routing weight over all tokens read and all modules."""
+    without: float
+    """The answer's log-likelihood with this expert left out of the pool."""
+    change: float
+    """What leaving it out does: `without` minus the log-likelihood of the whole pool. Negative: it made the answer likelier."""
+    keeps_answer: bool
+    """Whether the greedy answer stays the same token by token without it."""
+    alone: float
+    """The answer's log-likelihood with this expert on every token it has something for, and no other."""
+
+    @property
+    def mattered(self) -> bool:
+        return abs(self.change) >= MATTERS or not self.keeps_answer
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An answer and what it rests on; experts in order of what leaving them out does, the largest loss first."""
+
+    prompt: str
+    answer: str
+    tokens: tuple[str, ...]
+    router: dict[str, Any]
+    log_likelihood: float
+    base_log_likelihood: float
+    base_keeps_answer: bool
+    effects: tuple[Effect, ...]
+    left_out: int
+    """Active experts that were not looked at, those with the least weight, because of `most`."""
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        for record, effect in zip(data["effects"], self.effects, strict=True):
+            record["mattered"] = effect.mattered
+        return {"format": "phatgoose-explanation/1", **data}
+
+
+def explain(
+    base: Base,
+    pool: Pool,
+    ids: Tensor,
+    router: Router | None = None,
+    *,
+    prompt: str,
+    max_new_tokens: int = 64,
+    most: int | None = None,
+    batch_rows: int = 8,
+    backend: str = "auto",
+) -> tuple[Explanation, RoutedPrompt]:
+    """Answers greedily and says which experts the answer rests on; also gives the answer's routing, token by token.
+
+    The answer's tokens are laid behind the prompt once for the whole pool, once for the base, and twice for each active expert
+    (without it, it alone), several variants in one forward, one a row.
+
+    Args:
+        ids: the prompt's tokens, int64 [1, T]; `prompt` is its text.
+        router: one that chooses by scores; PHATGOOSE() if None.
+        most: look only at this many experts, those with the most routing weight; None: at all that acted.
+        batch_rows: variants in one forward.
+
+    Raises:
+        RoutingError: the router can't switch experts off. EvaluationError: the answer is empty.
+    """
+    router = PHATGOOSE() if router is None else router
+    switches = Switches()
+    route(base, pool, Masked(router, switches), backend_name=backend)
+    try:
+        ids = ids.to(base.device)
+        with trace(base, margins=False) as recorded:
+            out = _answered(base, ids, max_new_tokens)
+        answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
+        if not len(answer):
+            raise EvaluationError("the model answered nothing, so there is nothing to explain.")
+        text = str(base.tokenizer.decode(answer, skip_special_tokens=True))
+        shares = expert_shares(recorded)
+        active = sorted((name for name in pool.names if shares[name] > 0), key=lambda name: -shares[name])
+        chosen = active if most is None else active[:most]
+        rows = _variants(pool.names, chosen)
+        likelihoods, kept = _scored(base, switches, ids, answer, rows, batch_rows)
+    finally:
+        unroute(base)
+    whole, alone_base = likelihoods[0], likelihoods[1]
+    effects = [
+        Effect(
+            name, shares[name], likelihoods[2 + 2 * i], likelihoods[2 + 2 * i] - whole, kept[2 + 2 * i], likelihoods[3 + 2 * i]
+        )
+        for i, name in enumerate(chosen)
+    ]  # fmt: skip
+    routed = routed_prompt(
+        recorded, base, task="", prompt=prompt, expected="", answer=text.strip(), correct=False
+    )
+    pieces = tuple(str(base.tokenizer.decode([token])) for token in answer.tolist())
+    found = Explanation(
+        prompt, text, pieces, router.describe(), whole, alone_base, kept[1],
+        tuple(sorted(effects, key=lambda e: e.change)), len(active) - len(chosen),
+    )  # fmt: skip
+    return found, routed
+
+
+def _answered(base: Base, ids: Tensor, max_new_tokens: int) -> Tensor:
+    """A plain greedy answer behind ids [1, T], without the checkpoint's own penalties and suppressions."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "use_cache": True,
+        "pad_token_id": pad_id(base.tokenizer),
+        "eos_token_id": sorted(end_tokens(base.model, base.tokenizer.eos_token_id)),
+    }
+    if base.is_encoder_decoder:
+        settings["decoder_start_token_id"] = decoder_start(base.model)
+    own = GenerationConfig(**settings)
+    with settings_are_own(base.model, own), torch.no_grad():
+        run: Any = base.model.generate
+        return cast(Tensor, run(inputs=ids, attention_mask=torch.ones_like(ids), generation_config=own))
+
+
+def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
+    """Who is on: the whole pool, nobody, then for each chosen expert all but it and it alone. bool [2 + 2·chosen, experts]."""
+    rows = [torch.ones(len(names), dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)]
+    for name in chosen:
+        alone = torch.tensor([other == name for other in names])
+        rows += [~alone, alone]
+    return torch.stack(rows)
+
+
+def _scored(
+    base: Base, switches: Switches, prompt: Tensor, answer: Tensor, rows: Tensor, batch_rows: int
+) -> tuple[list[float], list[bool]]:
+    """For each variant the answer's log-likelihood in nats, and whether it has the likeliest tokens of the first variant."""
+    likelihoods: list[float] = []
+    kept: list[bool] = []
+    greedy: Tensor | None = None  # the same as the answer, but for ties that another batch or a cache may tip
+    try:
+        for part in rows.split(batch_rows):
+            switches.allowed = part
+            logits = _logits(base, prompt, answer, len(part)).float()
+            scores = logits.log_softmax(-1).gather(-1, answer.expand(len(part), -1)[..., None])[..., 0]
+            likelihoods += scores.sum(1).tolist()
+            likeliest = logits.argmax(-1)
+            greedy = likeliest[0] if greedy is None else greedy
+            kept += (likeliest == greedy).all(1).tolist()
+    finally:
+        switches.allowed = None
+    if not all(math.isfinite(value) for value in likelihoods):
+        raise EvaluationError(
+            "a log-likelihood of the answer is not finite: the model's outputs are damaged."
+        )
+    return likelihoods, kept
+
+
+def _logits(base: Base, prompt: Tensor, answer: Tensor, rows: int) -> Tensor:
+    """What predicts each token of the answer: [rows, answer, vocabulary]."""
+    whole = prompt if base.is_encoder_decoder else torch.cat([prompt, answer[None]], dim=1)
+    whole = whole.expand(rows, -1)
+    batch = {
+        "input_ids": whole,
+        "attention_mask": torch.ones_like(whole),
+        "position_ids": torch.arange(whole.shape[1], device=whole.device).expand(rows, -1),
+        "labels": answer.expand(rows, -1),
+    }
+    assert IGNORED not in answer
+    with torch.no_grad():
+        return target_logits(base.model, batch)
+
+
+def words(found: Explanation) -> list[str]:
+    """The explanation in sentences."""
+    lines = []
+    gain = found.log_likelihood - found.base_log_likelihood
+    same = "gives the same greedy answer" if found.base_keeps_answer else "would answer differently"
+    lines.append(
+        f"The base alone {same}; the experts make this answer {_times(gain)} ({found.base_log_likelihood:.2f} → "
+        f"{found.log_likelihood:.2f} nats)."
+    )
+    mattered = [e for e in found.effects if e.mattered]
+    if not mattered:
+        lines.append(
+            "No expert mattered by itself: without any one of them the answer stays the same, and about as likely."
+        )
+    for e in mattered:
+        line = f"{e.expert} mattered: without it the answer is {_times(e.change)} ({e.change:+.2f} nats)"
+        line += "" if e.keeps_answer else " and the greedy answer is another"
+        alone = "on its own it " + ("does better than" if e.alone > found.log_likelihood + MATTERS else "does as well as" if e.alone > found.log_likelihood - MATTERS else "falls short of")  # fmt: skip
+        lines.append(f"{line}; {alone} the pool ({e.alone:.2f} nats).")
+    others = [e.expert for e in found.effects if not e.mattered]
+    if mattered and others:
+        lines.append(f"{', '.join(others)} acted, but leaving any one of them out hardly changes the answer.")
+    if found.left_out:
+        lines.append(f"{found.left_out} more experts acted, with less weight, and were not looked at.")
+    return lines
+
+
+def _times(nats: float) -> str:
+    """A difference of log-likelihoods as how many times likelier or less likely."""
+    if abs(nats) < math.log(1.05):
+        return "about as likely"
+    factor = math.exp(min(abs(nats), 700.0))
+    text = f"{factor:.1f}" if factor < 100 else f"{factor:,.0f}" if factor < 1e6 else f"{factor:.0e}"
+    return f"{text} times {'likelier' if nats > 0 else 'less likely'}"

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from phatgoose.errors import EvaluationError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.routers import PHATGOOSE, Random, Single
+from phatgoose.tasks.batch import pad_id
+from phatgoose.workflows import explain as module
+from phatgoose.workflows.explain import Effect, Explanation, explain, words
+
+PROMPT = "What is the past tense of walk?"
+
+
+@pytest.fixture
+def pooled(make_base, make_expert):
+    def make(family):
+        base = make_base(family)
+        some = {"llama": ["q_proj", "v_proj"], "t5": ["q", "k"]}[family]
+        return base, [
+            make_expert(base, "a", seed=1),
+            make_expert(base, "b", seed=2, rank=3),
+            make_expert(base, "c", seed=3, targets=some),
+        ]
+
+    return make
+
+
+def likelihood(base, prompt, answer):
+    """Token by token from plain forwards: (log-likelihood, whether each token is the likeliest)."""
+    total, greedy = 0.0, True
+    for i, token in enumerate(answer):
+        with torch.no_grad():
+            if base.is_encoder_decoder:
+                logits = base.model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *answer[:i]]])).logits  # fmt: skip
+            else:
+                logits = base.model(input_ids=torch.tensor([[*prompt, *answer[:i]]])).logits
+        scores = logits[0, -1].log_softmax(-1)
+        total += float(scores[token])
+        greedy &= int(scores.argmax()) == token
+    return total, greedy
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_every_number_agrees_with_pools_made_for_it(pooled, family):
+    base, experts = pooled(family)
+    ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
+    found, routed = explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=6, batch_rows=3)
+    assert routing_of(base) is None
+
+    route(base, Pool(experts), PHATGOOSE())
+    out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=pad_id(base.tokenizer))  # fmt: skip
+    answer = out[0, 1 if family == "t5" else ids.shape[1] :].tolist()
+    assert found.answer == base.tokenizer.decode(answer, skip_special_tokens=True)
+    assert len(found.tokens) == len(answer)
+    prompt = ids[0].tolist()
+    whole, greedy = likelihood(base, prompt, answer)
+    assert greedy
+    assert found.log_likelihood == pytest.approx(whole, abs=1e-5 * len(answer))
+    unroute(base)
+    alone, same = likelihood(base, prompt, answer)
+    assert found.base_log_likelihood == pytest.approx(alone, abs=1e-5 * len(answer))
+    assert found.base_keeps_answer == same
+    assert {e.expert for e in found.effects} == {"a", "b", "c"}
+    assert sum(e.share for e in found.effects) <= 1
+    assert [e.change for e in found.effects] == sorted(e.change for e in found.effects)
+    for i, expert in enumerate(experts):
+        effect = next(e for e in found.effects if e.expert == expert.name)
+        route(base, Pool([e for e in experts if e is not expert]), PHATGOOSE())
+        value, same = likelihood(base, prompt, answer)
+        assert effect.without == pytest.approx(value, abs=1e-5 * len(answer))
+        assert effect.change == pytest.approx(value - whole, abs=2e-5 * len(answer))
+        assert effect.keeps_answer == same
+        route(base, Pool(experts), Single(i))
+        assert effect.alone == pytest.approx(likelihood(base, prompt, answer)[0], abs=1e-5 * len(answer))
+    assert routed.answer == found.answer.strip()
+    assert json.loads(json.dumps(found.to_json()))["effects"][0]["mattered"] in (True, False)
+
+
+def test_most_looks_at_the_heaviest_and_counts_the_rest(pooled):
+    base, experts = pooled("llama")
+    ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
+    every, _ = explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3)
+    one, _ = explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3, most=1)
+    heaviest = max(every.effects, key=lambda e: e.share)
+    assert [e.expert for e in one.effects] == [heaviest.expert]
+    assert one.effects[0].without == pytest.approx(heaviest.without, abs=1e-5)
+    assert one.left_out == 2
+    assert "2 more experts acted" in words(one)[-1]
+
+
+def test_few_forwards(pooled, monkeypatch):
+    base, experts = pooled("llama")
+    ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
+    rows = []
+    logits = module._logits
+    monkeypatch.setattr(module, "_logits", lambda b, p, a, n: rows.append(n) or logits(b, p, a, n))
+    explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3, batch_rows=5)
+    assert rows == [5, 3]
+
+
+def test_refusals_leave_the_base_alone(pooled, monkeypatch):
+    base, experts = pooled("llama")
+    ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
+    with pytest.raises(RoutingError, match="can't be switched off"):
+        explain(base, Pool(experts), ids, Random(), prompt=PROMPT)
+    assert routing_of(base) is None
+    monkeypatch.setattr(module, "_answered", lambda base, ids, n: ids)
+    with pytest.raises(EvaluationError, match="answered nothing"):
+        explain(base, Pool(experts), ids, prompt=PROMPT)
+    assert routing_of(base) is None
+
+
+def test_in_words():
+    def effect(name, change, keeps=True, alone=-3.0):
+        return Effect(name, 0.3, -2.0 + change, change, keeps, alone)
+
+    found = Explanation("p", "a", ("a",), {}, -2.0, -5.0, False, (effect("x", -2.3, False), effect("y", -0.01), effect("z", 0.5, alone=-1.0)), 0)  # fmt: skip
+    text = words(found)
+    assert text[0] == "The base alone would answer differently; the experts make this answer 20.1 times likelier (-5.00 → -2.00 nats)."  # fmt: skip
+    assert text[1] == "x mattered: without it the answer is 10.0 times less likely (-2.30 nats) and the greedy answer is another; on its own it falls short of the pool (-3.00 nats)."  # fmt: skip
+    assert text[2] == "z mattered: without it the answer is 1.6 times likelier (+0.50 nats); on its own it does better than the pool (-1.00 nats)."  # fmt: skip
+    assert text[3] == "y acted, but leaving any one of them out hardly changes the answer."
+    none = Explanation("p", "a", ("a",), {}, -2.0, -2.0, True, (effect("x", 0.0),), 0)
+    assert words(none)[1].startswith("No expert mattered by itself")
