@@ -46,6 +46,10 @@ class DownloadError(PhatgooseError):
     """A file can't be fetched, or isn't the file that was pinned."""
 
 
+class UploadError(PhatgooseError):
+    """Something can't be published, or shouldn't be as it is."""
+
+
 class StorageError(PhatgooseError):
     """A file can't be written (no space, no permission) or read; nothing that existed was damaged."""
 

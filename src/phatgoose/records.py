@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,6 +79,34 @@ class Fingerprint:
     def from_json(data: dict[str, Any]) -> Fingerprint:
         samples = {str(k): tuple(float(x) for x in v) for k, v in data["samples"].items()}
         return Fingerprint(str(data["spec"]), dict(data["architecture"]), samples)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where on the Hub an expert was fetched from: a repository, one of its commits, and a folder in it.
+
+    As text "org/name@commit" or "org/name@commit:folder", which can be fetched again.
+    """
+
+    repo: str
+    revision: str
+    """The commit's sha, 40 hex digits."""
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" + (f":{self.subfolder}" if self.subfolder else "")
+
+    def to_json(self) -> dict[str, str]:
+        return {"repo": self.repo, "revision": self.revision, "subfolder": self.subfolder}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> HubSource:
+        """Raises ValueError or KeyError if `data` is no such record."""
+        source = HubSource(*(str(data[key]) for key in ("repo", "revision", "subfolder")))
+        valid = re.fullmatch(r"[\w.-]+/[\w.-]+", source.repo, re.ASCII) and source.subfolder.isprintable()
+        if not valid or not re.fullmatch("[0-9a-f]{40}", source.revision):
+            raise ValueError('expected a repo "org/name", a revision of 40 hex digits and a subfolder')
+        return source
 
 
 @dataclass(frozen=True)

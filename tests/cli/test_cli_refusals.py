@@ -161,14 +161,18 @@ def test_an_expert_is_not_written_over_other_things(run, ready, pool, base, task
     folder, _ = ready
     options = ["--task", task, "--base", base, *SMALL]
     shutil.copytree(folder / "two", tmp_path / "two")
-    (tmp_path / "two" / "README.md").write_text("mine")
-    refused(run("gate", tmp_path / "two", *options), "README.md", "--out")
+    (tmp_path / "two" / "notes.txt").write_text("mine")
+    refused(run("gate", tmp_path / "two", *options), "notes.txt", "--out")
     refused(run("gate", pool / "experts" / "one", *options, "--overwrite"), "pool remove")
     (tmp_path / "file").write_text("x")
     refused(run("train", "--out", tmp_path / "file", *options), "is a file")
     refused(run("train", "--out", tmp_path, *options, "--overwrite"), "no expert's")
     refused(run("gate", folder / "two", "--out", folder / "one", *options), "--overwrite")
     refused(run("gate", folder / "one", *options, "--seed", 9), "--overwrite")
+    assert (tmp_path / "two" / "notes.txt").read_text() == "mine"
+    (tmp_path / "two" / "notes.txt").rename(tmp_path / "two" / "README.md")
+    refused(run("train", "--out", tmp_path / "two", *options, "--overwrite"), "README.md", "--out")
+    assert run("gate", tmp_path / "two", *options).code == 0
     assert (tmp_path / "two" / "README.md").read_text() == "mine"
 
 

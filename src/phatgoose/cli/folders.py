@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ExpertError
+from phatgoose.experts.card import CARD_FILE, own_card
+from phatgoose.experts.card_facts import lowest_loss
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
 from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.experts.pool import MANIFEST
@@ -22,8 +24,10 @@ from phatgoose.training.student import autocast_dtype
 OWN_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE})
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Path, keeps_card: bool = False) -> None:
     """Refuses to write an expert over anything that isn't one: replacing a folder deletes whatever else is in it.
+
+    A README.md that somebody wrote may be there only if it `keeps_card`: if the expert was read from this very folder.
 
     Raises:
         ExpertError: a file, a folder with other files, or a folder that belongs to a pool.
@@ -36,7 +40,8 @@ def check_target(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ExpertError(f"{folder} is a file; give a folder.")
-    others = sorted(p.name for p in folder.iterdir() if p.name not in OWN_FILES) if folder.exists() else []
+    own = OWN_FILES | ({CARD_FILE} if keeps_card or own_card(folder) is None else set())
+    others = sorted(p.name for p in folder.iterdir() if p.name not in own) if folder.exists() else []
     if others:
         raise ExpertError(
             f"{folder} holds files that are no expert's ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
@@ -68,20 +73,12 @@ def clear_work(work: Path) -> None:
 
 def best_loss(expert: Expert) -> float | None:
     """The lowest validation loss in an expert's record, nats per target token."""
-    return lowest(expert.provenance)
-
-
-def lowest(record: Mapping[str, Any]) -> float | None:
-    losses = record.get("validation_losses")
-    if not isinstance(losses, list):
-        return None
-    found = [point[1] for point in losses if isinstance(point, list) and len(point) == 2]
-    return min((x for x in found if isinstance(x, int | float)), default=None)
+    return lowest_loss(expert.provenance)
 
 
 def validation(record: Mapping[str, Any]) -> str:
     """The validation losses of a training in a few words."""
-    best = lowest(record)
+    best = lowest_loss(record)
     if best is None:
         return "none (validate_every is 0)"
     first, last = record["validation_losses"][0], record["validation_losses"][-1]

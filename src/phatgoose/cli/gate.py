@@ -52,7 +52,7 @@ def command(
 
     target = out or expert
     work = work or target.with_name(target.name + ".work")
-    folders.check_target(target)
+    folders.check_target(target, keeps_card=out is None or out == expert)
     source = Expert.load(expert)
     there = source
     if out is not None and out.exists() and any(out.iterdir()):

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
+<<<<<<< HEAD
 from phatgoose.cli import chat, eval, explain, gate, generate, pool, quickstart, tasks, train
+=======
+from phatgoose.cli import chat, eval, gate, generate, pool, push, quickstart, tasks, train
+>>>>>>> fd41348 (hub)
 from phatgoose.cli.group import Commands
 
 app = typer.Typer(
@@ -24,6 +28,7 @@ app.command("quickstart")(quickstart.command)
 app.command("train")(train.command)
 app.command("gate")(gate.command)
 app.add_typer(pool.app, name="pool")
+app.command("push")(push.command)
 app.command("eval")(eval.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)

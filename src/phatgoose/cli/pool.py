@@ -1,4 +1,4 @@
-"""`phatgoose pool`: create, add, remove, list, verify."""
+"""`phatgoose pool`: create, add, remove, list, verify, push, pull."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phatgoose.cli import show
+from phatgoose.cli.hub_options import (
+    MAX_GB,
+    BranchOption,
+    MaxOption,
+    MessageOption,
+    PathsOption,
+    PrivateOption,
+    RepoArgument,
+    in_bytes,
+)
 from phatgoose.cli.options import BASE_HELP, DEFAULT_BASE, DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
@@ -18,19 +28,23 @@ app = typer.Typer(
     help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
 )
 PoolArgument = Annotated[Path, typer.Argument(help="The pool's folder.")]
-ExpertsArgument = Annotated[list[Path], typer.Argument(help="Experts' folders; plain PEFT folders will do.")]
+ExpertsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Experts: folders, or on the Hub org/name, org/name@revision, org/name@revision:folder. Plain PEFT adapters will do."
+    ),
+]
 
 
 @app.command("create")
-def create(pool: PoolArgument, experts: ExpertsArgument) -> None:
-    """Make a pool of experts; their folders are copied into it."""
+def create(pool: PoolArgument, experts: ExpertsArgument, max_gb: MaxOption = MAX_GB) -> None:
+    """Make a pool of experts; their folders are copied into it, with the commits of those that come from the Hub."""
     from phatgoose.errors import PoolError
-    from phatgoose.experts.expert import Expert
     from phatgoose.experts.pool import MANIFEST, Pool
 
     if (pool / MANIFEST).exists():
         raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
-    made = Pool([Expert.load(folder) for folder in experts])
+    made = Pool([_read(text, None, max_gb) for text in experts])
     made.save(pool)
     show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
     _warn(made.warnings())
@@ -45,17 +59,17 @@ def add(
     name: Annotated[
         str | None, typer.Option("--name", help="What the expert is called in the pool; for one expert only.")
     ] = None,
+    max_gb: MaxOption = MAX_GB,
 ) -> None:
     """Add experts to a pool."""
     from phatgoose.errors import PoolError
-    from phatgoose.experts.expert import Expert
     from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder
 
     if name is not None and len(experts) != 1:
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
     if not (pool / MANIFEST).exists():
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
-    new = [Expert.load(folder, name=name) for folder in experts]
+    new = [_read(text, name, max_gb) for text in experts]
     there = Pool.load(pool).experts if _names(pool) else ()
     whole = Pool([*there, *new])  # all of them are checked before the first is written
     for expert in new:
@@ -87,10 +101,12 @@ def list_(pool: PoolArgument) -> None:
     from phatgoose.experts.pool import Pool
 
     loaded = Pool.load(pool, verify=False)
-    columns = ("name", "task", "rank", "modules", "parameters", "gates", "base", "validation loss")
-    show.table(
-        columns, [_row(e) for e in loaded.experts], numbers=("modules", "parameters", "validation loss")
-    )
+    columns = ["name", "task", "rank", "modules", "parameters", "gates", "base", "validation loss"]
+    rows = [_row(e) for e in loaded.experts]
+    if any(e.origin for e in loaded.experts):
+        columns.append("from the Hub")
+        rows = [(*row, str(e.origin or "-")) for row, e in zip(rows, loaded.experts, strict=True)]
+    show.table(columns, rows, numbers=("modules", "parameters", "validation loss"))
 
 
 @app.command("verify")
@@ -119,6 +135,62 @@ def verify(
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
     if base is not None:
         show.say(f"{base} has every module the experts adapt" + (" and is their base" if loaded.base else ""))
+
+
+@app.command("push")
+def push(
+    pool: PoolArgument,
+    repo: RepoArgument,
+    private: PrivateOption = False,
+    branch: BranchOption = None,
+    message: MessageOption = None,
+    allow_paths: PathsOption = False,
+) -> None:
+    """Publish a pool on the Hub, in one commit; a pool that is there already becomes this one. Log in with `hf auth login`."""
+    from phatgoose.experts.hub_push import push_folder
+    from phatgoose.experts.pool import Pool
+
+    loaded = Pool.load(pool)  # nothing damaged is published
+    done = push_folder(pool, repo, private or None, branch, None, message, allow_paths)
+    show.say(f"{done}: {_count(len(loaded))}: {', '.join(loaded.names)}")
+    _warn(loaded.warnings())
+    show.facts([("next", shlex.join(["phatgoose", "pool", "pull", str(done), "POOL"]))])
+
+
+@app.command("pull")
+def pull(
+    repo: Annotated[
+        str,
+        typer.Argument(help="A pool on the Hub: org/name, org/name@revision or org/name@revision:folder."),
+    ],
+    pool: Annotated[Path, typer.Argument(help="The folder to make.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another pool that is there already.")
+    ] = False,
+    max_gb: MaxOption = MAX_GB,
+) -> None:
+    """Fetch a pool from the Hub: the same files, verified. What was fetched before needs no network."""
+    from phatgoose.experts.hub import pull_pool
+    from phatgoose.experts.hub_place import Place
+
+    loaded = pull_pool(Place.parse(repo), pool, overwrite=overwrite, max_bytes=in_bytes(max_gb))
+    show.say(f"{pool}: {_count(len(loaded))}: {', '.join(loaded.names)}")
+    _warn(loaded.warnings())
+
+
+def _read(text: str, name: str | None, max_gb: float) -> Expert:
+    """An expert from a folder here or, where there is none, from the Hub."""
+    from phatgoose.errors import DownloadError
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.hub_place import is_place
+
+    if Path(text).exists() or not is_place(text):
+        return Expert.load(Path(text), name=name)
+    show.note(f"there is no folder {text} here: fetching it from the Hub")
+    try:
+        return Expert.from_hub(text, name=name, max_bytes=in_bytes(max_gb))
+    except DownloadError as error:
+        raise DownloadError(f"{error} There is also no folder {text} here.") from error
 
 
 def _row(expert: Expert) -> tuple[str, ...]:

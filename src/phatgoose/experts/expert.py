@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.card import write_card
 from phatgoose.experts.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -30,7 +32,7 @@ from phatgoose.experts.peft_rules import check_drop
 from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import atomic_folder, inside, read_json, sha256_file, write_bytes, write_json
-from phatgoose.records import Fingerprint
+from phatgoose.records import Fingerprint, HubSource
 
 GATES_FILE = "gates.safetensors"
 RECORD_FILE = "expert.json"
@@ -74,6 +76,8 @@ class Expert:
     """How it was made: base, task, configs, versions, validation losses, and the gate's own record under "gate"."""
     folder: Path | None = field(default=None, repr=False)
     """Where it was read from, if it was."""
+    origin: HubSource | None = None
+    """Where on the Hub its adapter was fetched from, if it was; a pool keeps this in its manifest."""
     updates: Mapping[str, Update] = field(init=False, repr=False)
     """What it does at each adapted module, by the module's path in the base model."""
     base_copies: Mapping[str, Tensor] = field(init=False, repr=False)
@@ -165,10 +169,68 @@ class Expert:
         )
 
     @staticmethod
-    def load(folder: str | Path, *, name: str | None = None, drop: Collection[str] = ()) -> Expert:
+    def from_hub(
+        repo: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        name: str | None = None,
+        drop: Collection[str] = (),
+        max_bytes: int | None = None,
+    ) -> Expert:
+        """Fetches an expert, or any PEFT adapter, from the Hub. A commit that was fetched before needs no network.
+
+        Args:
+            repo: "org/name"; "org/name@revision:subfolder" says it all in one.
+            revision: a branch, tag or commit; the main branch if None. The commit found is kept in `origin`.
+            subfolder: of the repository, such as "experts/NAME" of a pool.
+            token: an access token; if None, the one of `hf auth login` or HF_TOKEN.
+            drop: as in `from_peft`.
+            max_bytes: refuse larger files, by the size that the Hub lists; 4 GiB if None.
+
+        Raises:
+            DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
+        """
+        from phatgoose.experts import hub
+
+        place = hub.Place.parse(repo, revision, subfolder)
+        limit = hub.MAX_BYTES if max_bytes is None else max_bytes
+        return hub.pull_expert(place, name=name, drop=drop, token=token, max_bytes=limit)
+
+    def push(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        message: str | None = None,
+        allow_paths: bool = False,
+    ) -> HubSource:
+        """Publishes the expert on the Hub, in one commit: to a new repository, or in place of the expert that is there.
+
+        Args as of `Pool.push`. Returns: the repository, the new commit, and the subfolder.
+
+        Raises:
+            UploadError: it can't be published, its records hold local paths, or the repository holds something else.
+        """
+        from phatgoose.experts import hub_push
+
+        return hub_push.push_expert(self, repo, private, revision, subfolder, token, message, allow_paths)
+
+    @staticmethod
+    def load(
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        drop: Collection[str] = (),
+        origin: HubSource | None = None,
+    ) -> Expert:
         """Reads an expert folder: the PEFT adapter and, where there, gates.safetensors and expert.json, all verified.
 
-        `drop` as in `from_peft`.
+        `drop` as in `from_peft`; `origin` says where on the Hub the folder was fetched from.
         """
         folder = Path(folder)
         config, adapter = read_adapter_files(folder)
@@ -189,7 +251,7 @@ class Expert:
                 **provenance,
                 "dropped": sorted({*check_drop(provenance.get("dropped", ())), *check_drop(drop)}),
             }
-        return Expert(name, config, adapter.tensors, gates, provenance, folder)
+        return Expert(name, config, adapter.tensors, gates, provenance, folder, origin)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the expert's folder, whole or not at all; an existing one is replaced.
@@ -219,11 +281,11 @@ class Expert:
                 }
                 if self.provenance.get("base"):
                     metadata["base"] = json.dumps(self.provenance["base"], sort_keys=True)
-                gates = {path: gate.contiguous() for path, gate in self.gates.items()}
-                write_bytes(work / GATES_FILE, safetensors.torch.save(gates, metadata))
+                self._write_gates(work / GATES_FILE, metadata)
                 record["gates_sha256"] = sha256_file(work / GATES_FILE)
             record["provenance"] = dict(self.provenance)
             write_json(work / RECORD_FILE, record)
+            write_card(work, self)
         return folder
 
     def equals(self, other: Expert) -> bool:
@@ -252,6 +314,19 @@ class Expert:
         write_json(work / CONFIG_FILE, dict(self.adapter_config))
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
         write_bytes(work / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
+
+    def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
+        """The gates as they were read, to the byte, if their file is still there (safetensors orders metadata at random)."""
+        assert self.gates is not None
+        there = self.folder / GATES_FILE if self.folder is not None else None
+        if there is not None and there.is_file():
+            with contextlib.suppress(ExpertError):
+                found = read_tensor_file(there)
+                if found.metadata == metadata and _equal(found.tensors, self.gates):
+                    shutil.copyfile(there, target)
+                    return
+        gates = {path: gate.contiguous() for path, gate in self.gates.items()}
+        write_bytes(target, safetensors.torch.save(gates, metadata))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from phatgoose.errors import PhatgooseError, PoolError
+from phatgoose.errors import PhatgooseError, PoolError, brief
+from phatgoose.experts.card import write_pool_card
+from phatgoose.experts.card_facts import Facts, read_object
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
 from phatgoose.experts.packed import HEADERS, REST_FILE
 from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.files import read_json, sha256_file
-from phatgoose.records import Fingerprint
+from phatgoose.records import Fingerprint, HubSource
 
 MANIFEST = "pool.json"
 FORMAT_VERSION, PACKED_VERSION = 1, 2
@@ -63,7 +65,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise PoolError(
                 f"{path}: expert {entry['name']!r} lies in {entry['folder']!r}, expected experts/NAME inside the pool."
             )
+        try:
+            origin_of(entry)
+        except (KeyError, TypeError, ValueError) as cause:
+            raise PoolError(
+                f"{path}: the source of expert {entry['name']!r} is {brief(entry['source'])}: {cause}."
+            ) from cause
     return manifest
+
+
+def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
+    """Where on the Hub the expert of a manifest's entry was fetched from."""
+    return HubSource.from_json(entry["source"]) if entry.get("source") is not None else None
 
 
 def inside(folder: Path, relative: str) -> Path:
@@ -99,14 +112,19 @@ def place_expert(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> di
     taken = {e["folder"] for e in kept}
     for entry in kept:
         if entry["name"] == expert.name and _stands(folder / entry["folder"], entry, expert):
-            return entry
+            return _entry(expert, entry["folder"], entry["files"])
     relative, number = f"experts/{expert.name}", 1
     while relative in taken or (folder / relative).exists():
         number += 1
         relative = f"experts/{expert.name}.{number}"
     place = expert.save(folder / relative)
     names = [n for n in _FILES if (place / n).exists()]
-    return {"name": expert.name, "folder": relative, "files": {n: sha256_file(place / n) for n in names}}
+    return _entry(expert, relative, {n: sha256_file(place / n) for n in names})
+
+
+def _entry(expert: Expert, relative: str, files: dict[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": expert.name, "folder": relative, "files": files}
+    return entry if expert.origin is None else {**entry, "source": expert.origin.to_json()}
 
 
 def _stands(place: Path, entry: dict[str, Any], expert: Expert) -> bool:
@@ -125,6 +143,24 @@ def new_manifest(entries: list[dict[str, Any]], base: Fingerprint | None) -> dic
         "base": base.to_json() if base else None,
         "experts": entries,
     }
+
+
+def describe(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the pool's README.md, from the manifest and the experts' small files; what can't be read is left out."""
+    facts = [
+        Facts(
+            entry["name"],
+            read_object(folder / entry["folder"] / CONFIG_FILE),
+            read_object(folder / entry["folder"] / RECORD_FILE).get("provenance"),
+            GATES_FILE in entry["files"],
+            origin=str(origin_of(entry) or ""),
+        )
+        for entry in manifest["experts"]
+    ]
+    base = manifest.get("base")
+    spec = base.get("spec") if isinstance(base, dict) else None
+    places = [entry["folder"] for entry in manifest["experts"]]
+    write_pool_card(folder, list(zip(facts, places, strict=True)), spec if isinstance(spec, str) else None)
 
 
 def sweep(folder: Path, manifest: Mapping[str, Any]) -> None:

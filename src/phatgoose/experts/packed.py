@@ -169,6 +169,13 @@ class PackedExpert(Expert):
         write_bytes(work / CONFIG_FILE, (self.source.folder / CONFIG_FILE).read_bytes())
         self.source.write(WEIGHTS_FILE, work)
 
+    def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
+        header = self.source.gates
+        if isinstance(self.gates, Views) and header is not None and dict(header.metadata) == metadata:
+            self.source.write(GATES_FILE, target.parent)
+        else:
+            super()._write_gates(target, metadata)
+
 
 def packed_expert(name: str, source: Source, provenance: Mapping[str, Any]) -> PackedExpert:
     gates = None if source.gates is None else Views(source, source.gates.items, source.gate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import (
     MANIFEST,
+    describe,
     inside,
     lock,
     new_manifest,
+    origin_of,
     place_expert,
     read_manifest,
     sweep,
@@ -27,7 +29,7 @@ from phatgoose.experts.packed import PackedExpert, Rows, gate_stack, rows_in_pla
 from phatgoose.experts.update import sizes_agree
 from phatgoose.files import storage_errors, write_json
 from phatgoose.fingerprints import check_same_base
-from phatgoose.records import Fingerprint
+from phatgoose.records import Fingerprint, HubSource
 from phatgoose.registry import unknown
 
 __all__ = ["MANIFEST", "Pool", "add_to_folder", "remove_from_folder"]
@@ -143,6 +145,7 @@ class Pool:
             manifest = new_manifest(entries, self.base)
             write_json(folder / MANIFEST, manifest)
             sweep(folder, manifest)
+            describe(folder, manifest)
         return folder
 
     @staticmethod
@@ -165,11 +168,11 @@ class Pool:
             try:
                 place = inside(folder, entry["folder"])
                 if packed is not None and "packed" in entry:
-                    experts.append(packed.expert(place, entry))
+                    experts.append(replace(packed.expert(place, entry), origin=origin_of(entry)))
                     continue
                 if verify:
                     verify_files(place, entry)
-                experts.append(Expert.load(place, name=entry["name"]))
+                experts.append(Expert.load(place, name=entry["name"], origin=origin_of(entry)))
             except PhatgooseError as error:
                 failures.append(error)
         if len(failures) > 1:
@@ -183,6 +186,68 @@ class Pool:
         if packed is not None:
             packed.check_overlaps()
         return Pool(experts)
+
+    @staticmethod
+    def pull(
+        repo: str,
+        folder: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        overwrite: bool = False,
+        max_bytes: int | None = None,
+    ) -> Pool:
+        """Fetches a pool from the Hub; a commit that was fetched before needs no network, nor does HF_HUB_OFFLINE=1.
+
+        Args:
+            repo: "org/name"; "org/name@revision:subfolder" says it all in one.
+            folder: where to put a copy, to change it or to keep it; without, it is read from the Hub's cache.
+            revision: a branch, tag or commit; the main branch if None.
+            token: an access token; if None, the one of `hf auth login` or HF_TOKEN.
+            overwrite: replace another pool in `folder`.
+            max_bytes: refuse larger files, by the size that the Hub lists; 4 GiB if None.
+
+        Raises:
+            DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
+            PoolError, ExpertError: as `load` does, or `folder` holds something else.
+        """
+        from phatgoose.experts import hub
+
+        return hub.pull_pool(
+            hub.Place.parse(repo, revision, subfolder),
+            None if folder is None else Path(folder),
+            overwrite=overwrite,
+            token=token,
+            max_bytes=hub.MAX_BYTES if max_bytes is None else max_bytes,
+        )
+
+    def push(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        message: str | None = None,
+        allow_paths: bool = False,
+    ) -> HubSource:
+        """Publishes the pool as a repository on the Hub, in one commit; one that is there already becomes this pool.
+
+        Args:
+            private: whether a new repository is private; if None, as the account's settings say, usually public.
+            revision: the branch, made if it isn't there; the main branch if None.
+            message: of the commit.
+            allow_paths: publish records that hold paths of local folders.
+
+        Returns: the repository and the new commit.
+
+        Raises:
+            UploadError: it can't be published, its records hold local paths, or the repository holds something else.
+        """
+        from phatgoose.experts import hub_push
+
+        return hub_push.push_pool(self, repo, private, revision, token, message, allow_paths)
 
     def warnings(self) -> list[str]:
         """What a user should know about this pool although it is valid."""
@@ -246,6 +311,7 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
             append(folder, {**manifest, "base": base}, entry)
         else:
             write_json(folder / MANIFEST, {**manifest, "base": base, "experts": [*entries, entry]})
+        describe(folder, read_manifest(folder))
 
 
 def remove_from_folder(folder: str | Path, name: str) -> None:
@@ -259,3 +325,4 @@ def remove_from_folder(folder: str | Path, name: str) -> None:
         manifest = {**manifest, "experts": [e for e in entries if e["name"] != name]}
         write_json(folder / MANIFEST, manifest)
         sweep(folder, manifest)
+        describe(folder, manifest)

@@ -1,0 +1,51 @@
+"""Other people's text on a model card: literal whatever is in it, and without local paths."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# A path that starts at a root, a home or a drive, to its last part. It may hold spaces, so it ends with the text or at a "?".
+_PATH = re.compile(
+    r"(?:(?<![\w/])/(?!/)|~\w*/|\b[A-Za-z]:[\\/](?!/)|\\\\)(?:[^?]*[\\/](?=[^?]))?([^?\\/]*)[\\/]?"
+)
+_RELATIVE = re.compile(r"\.{1,2}[\\/](?:.*[\\/])?([^\\/]+)[\\/]?", re.DOTALL)
+
+
+def hub_id(spec: str | None) -> str | None:
+    """The repository that a base's spec names ("org/name@revision" → "org/name"); None if it names none, or a folder here."""
+    name = (spec or "").partition("@")[0]
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def public(text: str | None) -> str:
+    """`text` with local paths cut to their last part: the folders above say who somebody is and where they work.
+
+    What could also be the rest of the sentence is cut as well: rather too much than too little.
+    """
+    if not text:
+        return ""
+    relative = _RELATIVE.fullmatch(text)
+    return relative[1] if relative else _PATH.sub(r"\1", text)
+
+
+def code(text: str | None, limit: int = 200) -> str:
+    """Any text as a Markdown code span, also within a table: one line, printable, at most `limit` characters."""
+    kept = "".join(c if unicodedata.category(c)[0] not in "CZ" else " " for c in text or "")
+    kept = " ".join(kept.replace("`", "'").split())
+    if not kept:
+        return "–"
+    return "`" + (kept if len(kept) <= limit else kept[: limit - 1] + "…").replace("|", "\\|") + "`"
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; its cells are Markdown already."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def python(lines: Iterable[str]) -> str:
+    """A code block. Its lines are our own."""
+    return "\n".join(["```python", *lines, "```"])
