@@ -8,11 +8,7 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
-from phatgoose.cli import chat, eval, explain, gate, generate, pool, quickstart, tasks, train
-=======
-from phatgoose.cli import chat, eval, gate, generate, pool, push, quickstart, tasks, train
->>>>>>> fd41348 (hub)
+from phatgoose.cli import chat, eval, explain, gate, generate, pool, push, quickstart, tasks, train
 from phatgoose.cli.group import Commands
 
 app = typer.Typer(
