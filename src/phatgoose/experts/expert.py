@@ -1,4 +1,4 @@
-"""An expert: a PEFT adapter, its gates, and where both come from."""
+"""An expert: an adapter, its gates, and where both come from."""
 
 from __future__ import annotations
 
@@ -20,14 +20,9 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.card import write_card
-from phatgoose.experts.peft import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    read_adapter,
-    read_adapter_files,
-    read_tensors,
-    to_contents,
-)
+from phatgoose.experts.formats import format_of, read_adapter, to_contents, weights_file
+from phatgoose.experts.peft import CONFIG_FILE, read_tensors
+from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.peft_rules import check_drop
 from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.experts.update import Update, sizes_agree
@@ -67,9 +62,9 @@ class Expert:
 
     name: str
     adapter_config: Mapping[str, Any] = field(repr=False)
-    """PEFT's adapter_config.json, untouched."""
+    """adapter_config.json, untouched: PEFT's or AdapterHub's."""
     tensors: Mapping[str, Tensor] = field(repr=False)
-    """PEFT's tensors under PEFT's keys, untouched."""
+    """The adapter's tensors under its format's keys, untouched."""
     gates: Mapping[str, Tensor] | None = field(default=None, repr=False)
     """One float32 vector [d_in] per adapted module, by module path; None if nobody trained them yet."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -156,17 +151,21 @@ class Expert:
         `drop` names what to leave out although the adapter then computes something else ("modules_to_save",
         "trainable_token_indices"); it is recorded in the provenance.
         """
-        folder = Path(folder)
-        config, tensors = read_adapter(folder)
-        if drop:
-            provenance = {**(provenance or {}), "dropped": list(check_drop(drop))}
-        return Expert(
-            name or slug(folder.resolve().name),
-            config,
-            tensors,
-            provenance=dict(provenance or {}),
-            folder=folder,
-        )
+        return _plain(folder, "PEFT", name, provenance, drop)
+
+    @staticmethod
+    def from_adapterhub(
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        drop: Collection[str] = (),
+    ) -> Expert:
+        """Reads a bottleneck adapter that the `adapters` library saved (with use_safetensors=True), without the library.
+
+        `drop` as in `from_peft`; here it may name "prediction_head".
+        """
+        return _plain(folder, "AdapterHub", name, provenance, drop)
 
     @staticmethod
     def from_hub(
@@ -228,18 +227,22 @@ class Expert:
         drop: Collection[str] = (),
         origin: HubSource | None = None,
     ) -> Expert:
-        """Reads an expert folder: the PEFT adapter and, where there, gates.safetensors and expert.json, all verified.
+        """Reads an expert folder: the adapter, of either format, and, where there, gates.safetensors and expert.json, all verified.
 
         `drop` as in `from_peft`; `origin` says where on the Hub the folder was fetched from.
         """
         folder = Path(folder)
-        config, adapter = read_adapter_files(folder)
-        record, weights, there = read_record(folder), folder / WEIGHTS_FILE, f"sha256 in {RECORD_FILE}"
+        config, adapter = read_adapter(folder, drop)
+        record, weights, there = (
+            read_record(folder),
+            folder / weights_file(config),
+            f"sha256 in {RECORD_FILE}",
+        )
         _same(record.get("adapter_sha256", adapter.sha256), adapter.sha256, weights, there)
         gates = None
         if os.path.lexists(folder / GATES_FILE):
             found = read_tensor_file(inside(folder, GATES_FILE, ExpertError))
-            check_gates_metadata(found.metadata, folder / GATES_FILE, adapter.sha256)
+            check_gates_metadata(found.metadata, folder / GATES_FILE, adapter.sha256, weights.name)
             _same(record.get("gates_sha256", found.sha256), found.sha256, folder / GATES_FILE, there)
             gates = found.tensors
         elif record.get("gates_sha256"):
@@ -272,7 +275,7 @@ class Expert:
                 "version": FORMAT_VERSION,
                 "name": self.name,
             }
-            record["adapter_sha256"] = sha256_file(work / WEIGHTS_FILE)
+            record["adapter_sha256"] = sha256_file(work / weights_file(self.adapter_config))
             if self.gates is not None:
                 metadata = {
                     "format": "phatgoose-gates",
@@ -300,20 +303,46 @@ class Expert:
 
     def _write_adapter(self, work: Path) -> None:
         """The adapter as it was read, to the byte, if its folder is still there; else the same tensors in a new file."""
+        weights = weights_file(self.adapter_config)
         if (
             self.folder is not None
-            and (self.folder / WEIGHTS_FILE).is_file()
+            and (self.folder / weights).is_file()
             and (self.folder / CONFIG_FILE).is_file()
         ):
-            found = read_tensors(self.folder / WEIGHTS_FILE)
+            found = read_tensors(self.folder / weights)
             config = read_json(self.folder / CONFIG_FILE, ExpertError)
             if config == dict(self.adapter_config) and _equal(found, self.tensors):
-                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                for name in (CONFIG_FILE, weights):
                     shutil.copyfile(self.folder / name, work / name)
                 return
         write_json(work / CONFIG_FILE, dict(self.adapter_config))
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
-        write_bytes(work / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
+        write_bytes(work / weights, safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def _plain(
+    folder: str | Path,
+    wanted: str,
+    name: str | None,
+    provenance: Mapping[str, Any] | None,
+    drop: Collection[str],
+) -> Expert:
+    """The adapter in a folder, without what we write beside it."""
+    folder = Path(folder)
+    config, adapter = read_adapter(folder, drop)
+    if (found := format_of(config)) != wanted:
+        raise ExpertError(
+            f"{folder} holds an adapter in {found}'s format, expected {wanted}'s: use Expert.load, which reads both."
+        )
+    if drop:
+        provenance = {**(provenance or {}), "dropped": list(check_drop(drop))}
+    return Expert(
+        name or slug(folder.resolve().name),
+        config,
+        adapter.tensors,
+        provenance=dict(provenance or {}),
+        folder=folder,
+    )
 
     def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
         """The gates as they were read, to the byte, if their file is still there (safetensors orders metadata at random)."""
@@ -345,7 +374,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_gates_metadata(metadata: Mapping[str, str], path: Path, adapter_hash: str) -> None:
+def check_gates_metadata(
+    metadata: Mapping[str, str], path: Path, adapter_hash: str, weights: str = PEFT_WEIGHTS
+) -> None:
     """Refuses gates of another format, or of another adapter than the one with this sha256."""
     if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(FORMAT_VERSION):
         raise ExpertError(
@@ -355,7 +386,7 @@ def check_gates_metadata(metadata: Mapping[str, str], path: Path, adapter_hash: 
     _same(
         metadata.get("adapter_sha256"),
         adapter_hash,
-        path.parent / WEIGHTS_FILE,
+        path.parent / weights,
         f"the adapter {GATES_FILE} was trained for",
     )
 

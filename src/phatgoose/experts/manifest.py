@@ -14,14 +14,15 @@ from phatgoose.errors import PhatgooseError, PoolError, brief
 from phatgoose.experts.card import write_pool_card
 from phatgoose.experts.card_facts import Facts, read_object
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
+from phatgoose.experts.formats import WEIGHTS_FILES
 from phatgoose.experts.packed import HEADERS, REST_FILE
-from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.files import read_json, sha256_file
 from phatgoose.records import Fingerprint, HubSource
 
 MANIFEST = "pool.json"
 FORMAT_VERSION, PACKED_VERSION = 1, 2
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE)
+_FILES = (CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, RECORD_FILE)
 _PACKED_FILES = (*HEADERS.values(), REST_FILE)
 _FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]*")
 

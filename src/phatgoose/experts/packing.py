@@ -158,6 +158,10 @@ def _parts(place: Path, entry: Mapping[str, Any], opened: PackedFolder | None) -
             source.layout, source.gates, paths, source.tensor, source.raw_gate, {}, entry["packed"]["files"]
         )
     drop = check_drop(read_record(place).get("provenance", {}).get("dropped", ()))
+    if WEIGHTS_FILE not in entry["files"]:
+        raise PoolError(
+            f"expert {entry['name']!r} is an adapter in AdapterHub's format, which a packed pool can't hold: leave the pool as it is."
+        )
     raw, header = read_header(place / WEIGHTS_FILE)
     layout = layout_of(read_json(place / CONFIG_FILE, ExpertError), header, None, str(place), drop)
     headers, gates, paths = {WEIGHTS_FILE: raw}, None, list[str]()

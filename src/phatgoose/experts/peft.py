@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,56 +13,12 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.peft_rules import check_config
-from phatgoose.experts.tensor_files import TensorFile, read_tensor_file
+from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.experts.update import Update, no_rows
-from phatgoose.files import inside, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_LIMIT_BYTES = 16 * 2**20
 PREFIX = "base_model.model."
-
-
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a PEFT adapter folder, as they stand on disk.
-
-    Raises:
-        ExpertError: naming the file, and the tensor, that is missing, damaged, non-finite or not floating point.
-    """
-    config, file = read_adapter_files(folder)
-    return config, file.tensors
-
-
-def read_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFile]:
-    """As `read_adapter`, with all that the file of weights says of itself."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ExpertError(
-            f"{folder} is not a folder; expected a PEFT adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}."
-        )
-    config = read_json(inside(folder, CONFIG_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
-    if not isinstance(config, dict):
-        raise ExpertError(f"{folder / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
-    weights = inside(folder, WEIGHTS_FILE, ExpertError)
-    if not os.path.lexists(weights):
-        _refuse_other_weights(folder)
-        raise ExpertError(f"{weights} does not exist.")
-    return config, read_tensor_file(weights)
-
-
-def _refuse_other_weights(folder: Path) -> None:
-    for name in ("adapter_model.bin", "adapter_model.pt"):
-        if os.path.lexists(folder / name):
-            raise ExpertError(
-                f"{folder} has its weights in {name}, a pickle, which is refused because loading it can run code. "
-                f"Load it with PEFT where you trust it and save it again with safe_serialization=True."
-            )
-    for name in (f"{WEIGHTS_FILE}.index.json", "adapter_model.bin.index.json"):
-        if os.path.lexists(folder / name):
-            raise ExpertError(
-                f"{folder} has its weights in several files ({name}), which is refused: an index can name any file. "
-                f"Load it with PEFT and save it again as one {WEIGHTS_FILE}."
-            )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

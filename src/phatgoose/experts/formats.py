@@ -1,0 +1,100 @@
+"""The two formats of adapters that are read, PEFT's and AdapterHub's, told apart by their adapter_config.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phatgoose.errors import ExpertError
+from phatgoose.experts import adapterhub, peft
+from phatgoose.experts.adapterhub_places import INTERFACE_FILE, check_interface
+from phatgoose.experts.peft import CONFIG_FILE, Contents
+from phatgoose.experts.tensor_files import TensorFile, read_tensor_file
+from phatgoose.files import inside, read_json
+
+WEIGHTS_FILES = (peft.WEIGHTS_FILE, adapterhub.WEIGHTS_FILE)
+"""What an adapter's tensors are called, one name a format."""
+CONFIG_LIMIT_BYTES = 16 * 2**20
+_PICKLES = {
+    "adapter_model.bin": "PEFT where you trust it and save it again with safe_serialization=True",
+    "adapter_model.pt": "PEFT where you trust it and save it again with safe_serialization=True",
+    "pytorch_adapter.bin": "the adapters library where you trust it and save it again with save_adapter(…, use_safetensors=True)",
+}
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """ "PEFT" or "AdapterHub"."""
+    return "AdapterHub" if "peft_type" not in config and "config" in config else "PEFT"
+
+
+def weights_file(config: Mapping[str, Any]) -> str:
+    """The name of the file that holds the tensors of an adapter with this config."""
+    return adapterhub.WEIGHTS_FILE if format_of(config) == "AdapterHub" else peft.WEIGHTS_FILE
+
+
+def to_contents(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, drop: Collection[str] = ()
+) -> Contents:
+    """The update of every adapted module, in either format.
+
+    Raises:
+        ExpertError: for a setting that isn't handled, or a tensor that is unknown, missing or of the wrong shape.
+    """
+    if format_of(config) == "AdapterHub":
+        return adapterhub.to_contents(config, tensors, where)
+    return peft.to_contents(config, tensors, where, drop)
+
+
+def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, Any], TensorFile]:
+    """The config and the tensors of an adapter's folder, as they stand on disk.
+
+    Raises:
+        ExpertError: naming the file, and the tensor, that is missing, damaged, non-finite or not floating point.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ExpertError(
+            f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and {' or '.join(WEIGHTS_FILES)}."
+        )
+    config = read_json(inside(folder, CONFIG_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
+    if not isinstance(config, dict):
+        raise ExpertError(f"{folder / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
+    weights = inside(folder, weights_file(config), ExpertError)
+    if not os.path.lexists(weights):
+        _refuse_other_weights(folder)
+        raise ExpertError(f"{weights} does not exist.")
+    if format_of(config) == "AdapterHub":
+        _check_beside(folder, config, drop)
+    return config, read_tensor_file(weights)
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    for name, advice in _PICKLES.items():
+        if os.path.lexists(folder / name):
+            raise ExpertError(
+                f"{folder} has its weights in {name}, a pickle, which is refused because loading it can run code. "
+                f"Load it with {advice}."
+            )
+    for name in (f"{peft.WEIGHTS_FILE}.index.json", "adapter_model.bin.index.json"):
+        if os.path.lexists(folder / name):
+            raise ExpertError(
+                f"{folder} has its weights in several files ({name}), which is refused: an index can name any file. "
+                f"Load it with PEFT and save it again as one {peft.WEIGHTS_FILE}."
+            )
+
+
+def _check_beside(folder: Path, config: Mapping[str, Any], drop: Collection[str]) -> None:
+    """What the library keeps in files of its own, and what would be lost without them."""
+    for name in adapterhub.HEAD_FILES:
+        if os.path.lexists(folder / name) and "prediction_head" not in drop:
+            raise ExpertError(
+                f"{folder} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "
+                "base's own, leave it out with drop='prediction_head' (--drop). A head that was trained can't be routed."
+            )
+    if os.path.lexists(folder / INTERFACE_FILE):
+        interface = read_json(inside(folder, INTERFACE_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
+        check_interface(interface, config, str(folder))
