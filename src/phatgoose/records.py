@@ -122,11 +122,18 @@ class Prediction:
     text: str
     complete: bool = True
     choice_scores: tuple[float, ...] | None = None
+    value: float | None = None
+    """A graded score in [0, 1] where the task's metric has one (ROUGE); then `correct` means value = 1."""
+
+    @property
+    def points(self) -> float:
+        """What the row adds to a task's mean."""
+        return float(self.correct) if self.value is None else self.value
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy on one task's split: mean, bootstrap 95 % interval, number of rows, and every prediction."""
+    """Accuracy, or the mean of a graded metric, on one task's split: mean, bootstrap 95 % interval, number of rows, and every prediction."""
 
     task: str
     split: SplitName

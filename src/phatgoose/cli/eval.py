@@ -171,7 +171,7 @@ def _show_differences(scores: dict[str, Scores]) -> None:
     from phatgoose.evaluation.statistics import paired_difference
 
     values = {
-        name: [[float(p.correct) for p in task.predictions] for task in found.tasks]
+        name: [[p.points for p in task.predictions] for task in found.tasks]
         for name, found in scores.items()
     }
     (first, base), *others = values.items()

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.generate import match_exactly
+from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.rank import best, score_choices
+from phatgoose.evaluation.rouge import graded
 from phatgoose.evaluation.rows import encode
 from phatgoose.evaluation.statistics import bootstrap_interval, suite_interval
 from phatgoose.models.base import Base, as_base
@@ -98,12 +99,13 @@ def _task_score(
 
     tell(task.name, 0, len(examples))
     try:
-        predictions, truncated = predict(base, examples, config, done)
+        metric = task.source.get("metric")
+        predictions, truncated = predict(base, examples, config, done, metric)
     except EvaluationError as error:
         raise EvaluationError(f"task {task.name!r}, {split} split, {error}") from error
     hits = _hits(predictions)
     low, high = bootstrap_interval(hits, **_bootstrap(config))
-    kinds = {MATCH if example.choices is None else RANK for example in examples}
+    kinds = {(metric or MATCH) if example.choices is None else RANK for example in examples}
     return TaskScore(
         task=task.name, split=split, metric=" / ".join(sorted(kinds)), mean=sum(hits) / len(hits), low=low, high=high,
         rows=len(hits), task_hash=task.hash, predictions=tuple(predictions), truncated_rows=truncated,
@@ -115,8 +117,12 @@ def predict(
     examples: Sequence[Example],
     config: EvaluationConfig,
     done: Callable[[int], None] = lambda count: None,
+    metric: str | None = None,
 ) -> tuple[list[Prediction], int]:
-    """One prediction an example, in order, and how many prompts were cut to fit. The model must be in eval mode."""
+    """One prediction an example, in order, and how many prompts were cut to fit. The model must be in eval mode.
+
+    `metric` scores generated answers, if it isn't exact match: "rougeL".
+    """
     encoded = [encode(base, example, index, config) for index, example in enumerate(examples)]
     pad, found = pad_id(base.tokenizer), {}
     ranked = [row for row, rule in encoded if rule is None]
@@ -126,14 +132,17 @@ def predict(
         found[row.index] = Prediction(answer in example.targets, answer, choice_scores=scores)
     asked = [(row, rule) for row, rule in encoded if rule is not None]
     rows, rules = [row for row, _ in asked], [rule for _, rule in asked]
-    found |= zip(
-        [row.index for row in rows], match_exactly(base.model, rows, rules, pad, config, done), strict=True
-    )
+    if metric is None:
+        answers = match_exactly(base.model, rows, rules, pad, config, done)
+    else:
+        made = generate(base.model, rows, rules, pad, config, done, to_the_end=True)
+        answers = graded(metric, made, [examples[row.index].targets for row in rows])
+    found |= zip([row.index for row in rows], answers, strict=True)
     return [found[index] for index in range(len(examples))], sum(row.truncated for row, _ in encoded)
 
 
 def _hits(predictions: Sequence[Prediction]) -> list[float]:
-    return [float(prediction.correct) for prediction in predictions]
+    return [prediction.points for prediction in predictions]
 
 
 def _bootstrap(config: EvaluationConfig) -> dict[str, Any]:

@@ -76,6 +76,40 @@ def paired_difference(
     return float(np.mean([x.mean() for x in differences])), low, high
 
 
+def paired_p_value(
+    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, resamples: int = 2000, seed: int = 0
+) -> float:
+    """Two-sided bootstrap p-value of "a and b are equal on rows like these", from the draws of `paired_difference`.
+
+    Twice the smaller share of resampled differences at or beyond zero on either side, (count + 1) / (resamples + 1), at most 1.
+    So it is below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples + 1).
+
+    Raises:
+        EvaluationError: as `paired_difference`.
+    """
+    first, second = _arrays(a), _arrays(b)
+    if [len(x) for x in first] != [len(x) for x in second]:
+        raise EvaluationError("a paired comparison needs the same rows on both sides.")
+    means = np.zeros(resamples)
+    for number, (x, y) in enumerate(zip(first, second, strict=True)):
+        means += _resampled_means(x - y, resamples, np.random.default_rng([seed, number]))
+    rounding = 1e-12 * len(first)  # sums of differences that cancel aren't exactly zero
+    below, above = int((means <= rounding).sum()), int((means >= -rounding).sum())
+    return min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: comparing each with α keeps the chance of any false discovery among them below α.
+
+    adjusted_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)), with p_(1) ≤ … ≤ p_(m); in the order given.
+    """
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = running
+    return adjusted
+
+
 def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
     arrays = [np.asarray(values, dtype=np.float64) for values in tasks]
     if not arrays:

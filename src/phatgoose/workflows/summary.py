@@ -18,8 +18,8 @@ Table = Mapping[str, Mapping[str, TaskScore]]
 
 
 def hits(scores: Mapping[str, TaskScore], tasks: Sequence[str]) -> list[list[float]]:
-    """Right (1.0) or wrong (0.0) per row, one list a task."""
-    return [[float(p.correct) for p in scores[task].predictions] for task in tasks]
+    """Right (1.0) or wrong (0.0) per row, or its graded score, one list a task."""
+    return [[p.points for p in scores[task].predictions] for task in tasks]
 
 
 def group_means(scores: Mapping[str, TaskScore], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
