@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from phatgoose.models.routed import route, unroute
     from phatgoose.models.trace import trace
     from phatgoose.records import Example, Task
-    from phatgoose.routers import PHATGOOSE, Random, Single, Uniform
+    from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, Single, SpectR, Uniform, WeightOnly
     from phatgoose.tasks import load_task
     from phatgoose.training.expert import ExpertConfig, train_expert
     from phatgoose.training.gate import GateConfig, train_gate
+    from phatgoose.training.generated import WritingConfig, train_generated_gate
 
 __version__ = _version("phatgoose")
 
 _PUBLIC = {
+    "LAG": "routers",
     "PHATGOOSE": "routers",
+    "Arrow": "routers",
     "Base": "models.base",
     "EvaluationConfig": "evaluation.run",
     "Example": "records",
@@ -40,8 +43,11 @@ _PUBLIC = {
     "Pool": "experts.pool",
     "Random": "routers",
     "Single": "routers",
+    "SpectR": "routers",
     "Task": "records",
     "Uniform": "routers",
+    "WeightOnly": "routers",
+    "WritingConfig": "training.generated",
     "evaluate": "evaluation.run",
     "load_base": "models.load",
     "load_task": "tasks",
@@ -51,10 +57,13 @@ _PUBLIC = {
     "trace": "models.trace",
     "train_expert": "training.expert",
     "train_gate": "training.gate",
+    "train_generated_gate": "training.generated",
     "unroute": "models.routed",
 }
 __all__ = [
+    "LAG",
     "PHATGOOSE",
+    "Arrow",
     "Base",
     "EvaluationConfig",
     "Example",
@@ -65,8 +74,11 @@ __all__ = [
     "Pool",
     "Random",
     "Single",
+    "SpectR",
     "Task",
     "Uniform",
+    "WeightOnly",
+    "WritingConfig",
     "evaluate",
     "load_base",
     "load_task",
@@ -76,6 +88,7 @@ __all__ = [
     "trace",
     "train_expert",
     "train_gate",
+    "train_generated_gate",
     "unroute",
 ]
 

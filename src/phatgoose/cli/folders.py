@@ -49,11 +49,13 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
         )
 
 
-def made_so(record: Mapping[str, Any], base: Base | None, task: Task, config: LoopConfig) -> bool:
-    """Whether a training's record says that it was this training; without a base, as far as that can be said."""
+def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:
+    """Whether a training's record says that it was this training; without a base or task, as far as that can be said."""
     try:
         settings = type(config)(**record["config"]).key()
-        same = _json(settings) == _json(config.key()) and record["task"]["hash"] == task.hash
+        same = _json(settings) == _json(config.key())
+        if task is not None:
+            same = same and record["task"]["hash"] == task.hash
         if not same or base is None:
             return same
         precision = str(autocast_dtype(base.model, config) or "torch.float32").removeprefix("torch.")
@@ -65,7 +67,7 @@ def made_so(record: Mapping[str, Any], base: Base | None, task: Task, config: Lo
 
 def clear_work(work: Path) -> None:
     """Removes what trainings left in a work folder, and the folder if that was all."""
-    for name in ("expert-training", "adapter", "gate-training", "gates"):
+    for name in ("expert-training", "adapter", "gate-training", "gates", "generated"):
         shutil.rmtree(work / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         work.rmdir()

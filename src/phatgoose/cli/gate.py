@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phatgoose.cli import show
-from phatgoose.cli.options import BASE_HELP, DeviceOption, DtypeOption, TaskOption, with_settings
+from phatgoose.cli.options import BASE_HELP, TASK_HELP, DeviceOption, DtypeOption, with_settings
 from phatgoose.training.config import GateConfig
 
 if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
 
+WRITING = "Without the contributor's data (--generated)"
+
 
 @with_settings(GateConfig)
 def command(
     expert: Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")],
-    task: TaskOption,
     config: GateConfig,
+    task: Annotated[str | None, typer.Option("--task", help=f"{TASK_HELP} Not with --generated.")] = None,
     base: Annotated[
         str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
     ] = None,
@@ -33,19 +35,49 @@ def command(
         typer.Option("--work", help="Where checkpoints are kept until it is done; OUT.work if not given."),
     ] = None,
     limit_train: Annotated[
-        int | None, typer.Option("--limit-train", min=1, help="Only the first rows of the training split.")
+        int | None,
+        typer.Option("--limit-train", min=1, help="Only the first rows of the task's training split."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace other gates that are there already.")
     ] = False,
+    generated: Annotated[
+        bool,
+        typer.Option(
+            "--generated",
+            rich_help_panel=WRITING,
+            help="Instead of a task: train on text that the base writes with this expert. Gates from the expert's own data are "
+            "better.",
+        ),
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            rich_help_panel=WRITING,
+            help="A file of prompts, one a line, that the texts answer; without one they begin from nothing. "
+            "Encoder–decoders need it.",
+        ),
+    ] = None,
+    texts: Annotated[
+        int, typer.Option("--texts", min=2, rich_help_panel=WRITING, help="Usable texts wanted.")
+    ] = 512,
+    text_tokens: Annotated[
+        int, typer.Option("--text-tokens", min=1, rich_help_panel=WRITING, help="Most tokens of a text.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", rich_help_panel=WRITING, help="Of the sampling.")
+    ] = 1.0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
     """Train an expert's gates: for each module one vector that says which tokens the expert should act on.
 
-    Base and expert stay as they are. Use the rows the expert was trained on. Stopped, the same command goes on.
+    Base and expert stay as they are. Use the rows the expert was trained on; for an expert that came without gates or data
+    there is --generated (texts are sampled with --seed). Stopped, the same command goes on.
     """
     from phatgoose.cli import folders
+    from phatgoose.cli.generated import wanted
     from phatgoose.cli.loading import load
     from phatgoose.experts.expert import Expert
     from phatgoose.tasks import load_task
@@ -59,9 +91,19 @@ def command(
         there = Expert.load(out)
         if not overwrite and not _same_adapter(source, there):
             raise _taken(out)
-    rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
+    given = {"rows": texts, "max_new_tokens": text_tokens, "temperature": temperature}
+    writing = wanted(generated, task, prompts, given, config.seed)
+    if writing is not None and limit_train is not None:
+        raise typer.BadParameter("--limit-train is for a task's rows; with --generated, say --texts.")
+    rows = None
+    if task is not None:
+        rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
     record = there.provenance.get("gate", {})
-    if there.gates is not None and not overwrite and not folders.made_so(record, None, rows, config):
+    if (
+        there.gates is not None
+        and not overwrite
+        and not (folders.made_so(record, None, rows, config) and (writing is None or writing.made(record)))
+    ):
         raise _taken(target)
     model = load(base or _recorded(source), dtype, device)
     if there.gates is not None and not overwrite:
@@ -75,6 +117,9 @@ def command(
 
     from phatgoose.training.gate import train_gate
 
+    if rows is None:
+        assert writing is not None
+        rows = writing.task(model, source, work)
     gated = train_gate(model, source, rows, config, work_folder=work)
     processes = PartialState()
     processes.wait_for_everyone()

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from phatgoose.errors import TrainingError
@@ -91,6 +92,8 @@ def write_task(
         raise TrainingError(
             "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one a line)."
         )
+    if PartialState().num_processes > 1:
+        raise TrainingError("texts are written by one process: start it without torchrun or accelerate launch.")
     if routing_of(base) is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     key = {
