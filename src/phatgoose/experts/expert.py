@@ -319,6 +319,19 @@ class Expert:
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
         write_bytes(work / weights, safetensors.torch.save(tensors, {"format": "pt"}))
 
+    def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
+        """The gates as they were read, to the byte, if their file is still there (safetensors orders metadata at random)."""
+        assert self.gates is not None
+        there = self.folder / GATES_FILE if self.folder is not None else None
+        if there is not None and there.is_file():
+            with contextlib.suppress(ExpertError):
+                found = read_tensor_file(there)
+                if found.metadata == metadata and _equal(found.tensors, self.gates):
+                    shutil.copyfile(there, target)
+                    return
+        gates = {path: gate.contiguous() for path, gate in self.gates.items()}
+        write_bytes(target, safetensors.torch.save(gates, metadata))
+
 
 def _plain(
     folder: str | Path,
@@ -343,19 +356,6 @@ def _plain(
         provenance=dict(provenance or {}),
         folder=folder,
     )
-
-    def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
-        """The gates as they were read, to the byte, if their file is still there (safetensors orders metadata at random)."""
-        assert self.gates is not None
-        there = self.folder / GATES_FILE if self.folder is not None else None
-        if there is not None and there.is_file():
-            with contextlib.suppress(ExpertError):
-                found = read_tensor_file(there)
-                if found.metadata == metadata and _equal(found.tensors, self.gates):
-                    shutil.copyfile(there, target)
-                    return
-        gates = {path: gate.contiguous() for path, gate in self.gates.items()}
-        write_bytes(target, safetensors.torch.save(gates, metadata))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
