@@ -23,6 +23,9 @@ quickstart: $(STAMP) ## the main job: train experts and gates, route, compare (2
 smoke: $(STAMP) ## the quickstart with two experts and a few steps
 	$(BIN)/phatgoose quickstart --smoke --out build/smoke
 
+ungated: $(STAMP) ## what experts without gates are worth, on the quickstart's pool (an hour on two cores)
+	$(BIN)/python benchmarks/ungated.py --pool quickstart-out/pool --out build/ungated
+
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest
 
@@ -34,4 +37,4 @@ lint: $(STAMP) ## ruff and mypy
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test lint docs
+.PHONY: help setup quickstart smoke test lint docs ungated
