@@ -74,9 +74,7 @@ def check_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(settings.get(key), bool):
             raise ExpertError(f"{where}: {key} is {brief(settings.get(key))}, expected true or false.")
     scaling = settings["scaling"]
-    number = (
-        isinstance(scaling, int | float) and not isinstance(scaling, bool) and abs(scaling) < float("inf")
-    )
+    number = isinstance(scaling, int | float) and not isinstance(scaling, bool) and abs(scaling) < 1e30
     if not number and scaling not in ("learned", "channel"):
         raise ExpertError(f"{where}: scaling is {brief(scaling)}, expected a number, 'learned' or 'channel'.")
     _check_sum(settings, where)
