@@ -204,7 +204,10 @@ def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> t
     file: StackFile | None = None
     for expert in experts:
         if not isinstance(expert, PackedExpert):
-            return None, f"expert {expert.name!r} is not packed"
+            if expert.updates[path].rank:
+                return None, f"expert {expert.name!r} is not packed"
+            starts.append(0)
+            continue
         source = expert.source
         template, pair = source.layout.updates[path], source.layout.pairs.get(path)
         if template.rank == 0:
