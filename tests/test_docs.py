@@ -98,7 +98,7 @@ def test_every_setting_of_peft_has_a_rule_that_holds():
                     check_config(settings, "here")
             else:
                 check_config(settings, "here")
-        with pytest.raises(ExpertError, match="unknown setting new"):
+        with pytest.raises(ExpertError, match="unknown setting 'new'"):
             check_config({"peft_type": kind, "new": 1}, "here")
 
 

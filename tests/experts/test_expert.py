@@ -185,10 +185,31 @@ def test_missing_parts_are_named(saved, tmp_path):
         ({"init_lora_weights": "pissa"}, "changes the base's weights"),
         ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"from_the_future": 3}, "unknown setting from_the_future = 3"),
+        ({"from_the_future": 3}, "unknown setting 'from_the_future' = 3"),
+        ({"from_the_future": 0}, "unknown setting 'from_the_future' = 0"),
+        ({"x" * 10**6: "y" * 10**6}, r"unknown setting 'x{199}… \(1000002 characters\)"),
+        ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+        ({"use_dora": 1}, "use_dora is 1, expected true or false"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save = 'lm_head'"),
         ({"r": 0}, "rank of module .* is 0"),
         ({"r": 5}, r"expected \[5, d_in\]"),
+        ({"r": 2**40}, r"expected \[1099511627776, d_in\]"),
+        ({"r": 1e300}, r"expected \[1\d{300}, d_in\]"),
+        ({"r": True}, "r of module .* is True, expected a finite number"),
+        ({"r": 2.5}, "rank of module .* is 2.5"),
         ({"lora_alpha": "x"}, "lora_alpha of module .* is 'x'"),
+        ({"lora_alpha": 1e308}, "so its scale is 3.3+e.307, which no float32 holds"),
+        (
+            {"lora_alpha": 10**400},
+            "lora_alpha of module .* is 10+… .401 characters., expected a finite number",
+        ),
+        ({"lora_alpha": math.nan}, "lora_alpha of module .* is nan, expected a finite number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*expected an object"),
+        (
+            {"alpha_pattern": {"q_proj": None}},
+            "lora_alpha of module .*q_proj is None, expected a finite number",
+        ),
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
     ],
 )
@@ -208,6 +229,10 @@ def test_unknown_tensors_are_refused(saved):
     ):
         with pytest.raises(ExpertError, match=message):
             to_contents(expert.adapter_config, {**expert.tensors, key: torch.zeros(2, 2)}, "here")
+    up = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
+    twice = {**expert.tensors, up: torch.ones(48), f"{up}.weight": torch.ones(48)}
+    with pytest.raises(ExpertError, match="stands there twice, under two names"):
+        to_contents(expert.adapter_config, twice, "here")
     one = dict(expert.tensors)
     del one["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
     with pytest.raises(ExpertError, match=r"model.layers.0.mlp.up_proj has no lora_A"):

@@ -106,7 +106,7 @@ def test_headers_that_lie_are_refused_before_reading(tmp_path, monkeypatch, head
 
 @pytest.mark.parametrize("length", [1, 10**6, 2**31, 2**60, 2**63, 2**64 - 1])
 def test_a_header_that_is_longer_than_its_file(tmp_path, length):
-    with pytest.raises(ExpertError, match="is not a whole safetensors file|refused"):
+    with pytest.raises(ExpertError, match=r"is not a whole safetensors file|refused"):
         read_tensor_file(write(tmp_path / "x", {"a": entry()}, bytes(8), length))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from phatgoose.errors import ExpertError
+from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.patterns import Patterns
 from phatgoose.experts.peft_rules import check_config
 from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.experts.update import Update, no_rows
@@ -60,19 +61,26 @@ def to_contents(
             continue
         for part, pattern in _PARTS.items():
             if match := pattern.fullmatch(key, len(PREFIX)):
-                found.setdefault(match[1], {})[part] = tensor
+                _put(found.setdefault(match[1], {}), part, tensor, key, where)
                 break
         else:
-            if match := _COPY.fullmatch(key, len(PREFIX)):
-                copies[f"{match[1]}.{match[2]}"] = tensor
-                continue
-            raise ExpertError(
-                f"{where}: tensor {key!r} is no part of a LoRA or (IA)³ adapter; it can't be routed."
-            )
+            if (name := _copied(key.removeprefix(PREFIX))) is None:
+                raise ExpertError(
+                    f"{where}: tensor {key!r} is no part of a LoRA or (IA)³ adapter; it can't be routed."
+                )
+            _put(copies, name, tensor, key, where)
     if not found:
         raise ExpertError(f"{where}: there is no tensor of an adapter in it.")
-    build = _ia3 if config["peft_type"] == "IA3" else _lora
-    return Contents({path: build(config, path, parts, where) for path, parts in found.items()}, copies)
+    if config["peft_type"] == "IA3":
+        return Contents({path: _ia3(path, parts, where) for path, parts in found.items()}, copies)
+    settings = _Settings(config, where)
+    return Contents({path: _lora(settings, path, parts, where) for path, parts in found.items()}, copies)
+
+
+def _put(into: dict[str, Tensor], name: str, tensor: Tensor, key: str, where: str) -> None:
+    if name in into:
+        raise ExpertError(f"{where}: tensor {key!r} stands there twice, under two names.")
+    into[name] = tensor
 
 
 _PARTS = {
@@ -87,21 +95,85 @@ _PARTS = {
         "ia3": r"(.+)\.ia3_l",
     }.items()
 }
-# PEFT saves embeddings and heads along: under base_layer where they are adapted, bare where the vocabulary was resized.
-_COPY = re.compile(r"(.*?(?:embed|wte|shared|lm_head|embed_out|output)\w*)(?:\.base_layer)?\.(weight|bias)")
+_COPIED = ("embed", "wte", "shared", "lm_head", "output")
+
+
+def _copied(name: str) -> str | None:
+    """The base's parameter that is saved along under this name, if it is one.
+
+    PEFT does so with embeddings and heads: under base_layer where they are adapted, bare where the vocabulary was resized.
+    """
+    path, _, kind = name.rpartition(".")
+    path = path.removesuffix(".base_layer")
+    last = re.split(r"\W", path)[-1]
+    return f"{path}.{kind}" if kind in ("weight", "bias") and any(word in last for word in _COPIED) else None
 
 
 def _dropped(key: str, config: Mapping[str, Any], drop: Collection[str]) -> bool:
     """Whether a tensor belongs to what the caller asked to leave out."""
     if "trainable_token_indices" in drop and "token_adapter." in key:
         return True
+    if "modules_to_save" not in drop:
+        return False
     saved = config.get("modules_to_save") or ()
-    return "modules_to_save" in drop and any(
-        re.fullmatch(rf"(?:.*\.)?{re.escape(n)}\..+", key) for n in saved
-    )
+    # Below a module of that name: ".NAME." in ".KEY", and not at its end.
+    return any(0 <= f".{key}".find(f".{name}.") < len(key) - len(name) - 1 for name in saved)
 
 
-def _lora(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], where: str) -> Update:
+class _Settings:
+    """The settings of a LoRA adapter, as PEFT resolves them for a module.
+
+    Raises:
+        ExpertError: one isn't what PEFT takes.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self._where = where
+        self._config = config
+        self._patterns = {
+            name: Patterns(config.get(name), name, where) for name in ("rank_pattern", "alpha_pattern")
+        }
+
+    def rank(self, path: str) -> int:
+        value = self._number("rank_pattern", "r", path)
+        if value != int(value) or value < 1:
+            raise ExpertError(
+                f"{self._where}: rank of module {path} is {value!r}, expected a positive whole number."
+            )
+        return int(value)
+
+    def scale(self, path: str, rank: int) -> float:
+        alpha = self._number("alpha_pattern", "lora_alpha", path)
+        scale = alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
+        if abs(scale) > _LARGEST:
+            raise ExpertError(
+                f"{self._where}: lora_alpha of module {path} is {alpha!r}, so its scale is {scale!r}, which no float32 holds."
+            )
+        return float(scale)
+
+    def flag(self, name: str) -> bool:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ExpertError(f"{self._where}: {name} is {brief(value)}, expected true or false.")
+        return bool(value)
+
+    def _number(self, patterns: str, name: str, path: str) -> float:
+        value = self._patterns[patterns].find(path, self._config.get(name, 8))
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _HUGE
+        if not finite:  # NaN as well
+            raise ExpertError(
+                f"{self._where}: {name} of module {path} is {brief(value)}, expected a finite number."
+            )
+        return value
+
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32."""
+_HUGE = 1.7976931348623157e308
+"""The largest float."""
+
+
+def _lora(settings: _Settings, path: str, parts: Mapping[str, Tensor], where: str) -> Update:
     embedding = "embedding_A" in parts or "embedding_B" in parts
     names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     allowed = {*names} if embedding else {*names, "bias", "magnitude"}
@@ -115,12 +187,11 @@ def _lora(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], whe
     for name in names:
         if name not in parts:
             raise ExpertError(f"{where}: module {path} has no lora_{name} weight.")
-    if embedding and config.get("ensure_weight_tying"):
+    if embedding and settings.flag("ensure_weight_tying"):
         raise ExpertError(
             f"{where}: ensure_weight_tying ties the update of {path} to another module's; train it without."
         )
-    rank = int(_setting(config, "rank_pattern", "r", path, where))
-    alpha = _setting(config, "alpha_pattern", "lora_alpha", path, where)
+    rank = settings.rank(path)
     a, b = (parts[name] for name in names)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise ExpertError(
@@ -134,19 +205,20 @@ def _lora(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], whe
                 f"{where}: module {path} has a {name} of shape {list(vector.shape)}, expected [{b.shape[0]}]."
             )
     for setting, name in (("lora_bias", "bias"), ("use_dora", "magnitude")):
-        if not embedding and bool(config.get(setting)) != (vectors[name] is not None):
+        if not embedding and settings.flag(setting) != (vectors[name] is not None):
             raise ExpertError(
-                f"{where}: {setting} is {bool(config.get(setting))}, and module {path} has {'a' if vectors[name] is not None else 'no'} {name}."
+                f"{where}: {setting} is {settings.flag(setting)}, and module {path} has {'a' if vectors[name] is not None else 'no'} {name}."
             )
     if vectors["bias"] is not None and vectors["magnitude"] is not None:
         raise ExpertError(
             f"{where}: module {path} has both a bias and a DoRA magnitude, which PEFT doesn't define."
         )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Update(a, b, float(scale), vectors["bias"], magnitude=vectors["magnitude"], embedding=embedding)
+    return Update(
+        a, b, settings.scale(path, rank), vectors["bias"], magnitude=vectors["magnitude"], embedding=embedding
+    )
 
 
-def _ia3(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], where: str) -> Update:
+def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
     """PEFT keeps l as [d_out, 1] where it scales the output, bias included, and as [1, d_in] where it scales the input."""
     if parts.keys() != {"ia3"}:
         raise ExpertError(
@@ -164,23 +236,3 @@ def _ia3(config: Mapping[str, Any], path: str, parts: Mapping[str, Tensor], wher
             f"{where}: module {path} has an ia3_l of one value, which may scale its input or its output."
         )
     return Update(*no_rows(None, vector.shape[0]), output_scale=vector.reshape(-1))
-
-
-def _setting(config: Mapping[str, Any], pattern_key: str, default_key: str, path: str, where: str) -> float:
-    """A per-module setting as PEFT resolves it: the first pattern that matches the end of the path, else the default."""
-    value = config.get(default_key, 8)
-    for pattern, special in (config.get(pattern_key) or {}).items():
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", path)
-        except re.error as cause:
-            raise ExpertError(
-                f"{where}: {pattern_key} has {pattern!r}, which is not a regular expression: {cause}"
-            ) from cause
-        if matched:
-            value = special
-            break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ExpertError(f"{where}: {default_key} of module {path} is {value!r}, expected a finite number.")
-    if default_key == "r" and (value != int(value) or value < 1):
-        raise ExpertError(f"{where}: rank of module {path} is {value!r}, expected a positive whole number.")
-    return value

@@ -87,28 +87,33 @@ def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = 
         ExpertError: naming the setting and its value.
     """
     kind = config.get("peft_type")
-    if kind not in RULES:
+    if not isinstance(kind, str) or kind not in RULES:
         raise ExpertError(
-            f"{where}: peft_type is {kind!r}; {' and '.join(map(repr, RULES))} can be routed exactly. Train it as one of these, "
+            f"{where}: peft_type is {brief(kind)}; {' and '.join(map(repr, RULES))} can be routed exactly. Train it as one of these, "
             "or merge it into a base of its own."
         )
     for key, value in config.items():
         rule = RULES[kind].get(key)
         if rule is None:
-            if value in (None, False, {}, []):
+            if value is None or value is False or value in ({}, []):
                 continue
             raise ExpertError(
-                f"{where}: unknown setting {key} = {value!r}; it may change what the adapter computes, so it is not ignored. "
+                f"{where}: unknown setting {brief(key)} = {brief(value)}; it may change what the adapter computes, so it is not ignored. "
                 "If it has no effect at inference, remove it from the config."
             )
         empty = value in ([], {}) and rule.default is None
         if rule.how == "refused" and value != rule.default and not empty and key not in drop:
             advice = f"; or leave them out with drop={key!r} (--drop)" if key in DROPPABLE else ""
-            raise ExpertError(f"{where}: {key} = {value!r} (expected {rule.default!r}): {rule.why}{advice}.")
+            raise ExpertError(
+                f"{where}: {key} = {brief(value)} (expected {rule.default!r}): {rule.why}{advice}."
+            )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or len(saved) > 100 or not all(isinstance(name, str) for name in saved):
+        raise ExpertError(f"{where}: modules_to_save = {brief(saved)}, expected a list of at most 100 names.")
     init = config.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise ExpertError(
-            f"{where}: init_lora_weights = {init!r} changes the base's weights, so the adapter is not an update of the plain "
+            f"{where}: init_lora_weights = {brief(init)} changes the base's weights, so the adapter is not an update of the plain "
             "base. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
 

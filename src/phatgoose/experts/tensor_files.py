@@ -70,7 +70,7 @@ def _read(
         tensor = torch.empty(item.shape, dtype=item.dtype)
     except (RuntimeError, MemoryError) as cause:
         raise error(f"{where}: no memory for its {item.end - item.begin} bytes.") from cause
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
     if file.readinto(view) != len(view):
         raise error(f"{where} ends early; the file was cut short while it was read.")
     digest.update(view)

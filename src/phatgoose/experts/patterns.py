@@ -1,0 +1,114 @@
+"""rank_pattern and alpha_pattern: regular expressions that strangers wrote, matched as PEFT does, in bounded time."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import regex
+
+from phatgoose.errors import ExpertError, brief
+
+SECONDS = 2.0
+"""Of processor time, for one setting at all of an adapter's modules; ordinary ones take thousandths."""
+_PLAIN = re.compile(r"[\w.-]*")
+# What means the same to `re` and to `regex`, which alone can stop in the middle of a match: characters, classes, groups.
+_SIMPLE = re.compile(
+    r"""(?:
+        (?: \\[.\-/_dDwWsS]                             # an escaped character, a class of them
+          | \[\^?(?:[\w./] | -(?!-) | \\[.\-dDwWsS])+\]
+          | \((?:\?:|(?!\?)) | [)|^$]
+          | [^\\\[\](){}?*+|^$]
+        )
+        (?: (?: [*+?] | \{\d{1,2}\} | \{\d{1,2},\d{0,2}\} ) \?? (?![*+?{]) )?
+    )*+""",
+    re.VERBOSE,
+)
+_LENGTH, _GROUPS = 1000, 20
+
+
+class Patterns:
+    """A setting by patterns of module paths. PEFT takes the first key for which re.match(rf"(.*\\.)?({key})$", path) finds one.
+
+    Raises:
+        ExpertError: it is no object of values by pattern, or a pattern isn't valid, or isn't of the simple kind that can be
+            matched safely (no look-around, back-references, flags, named groups).
+    """
+
+    def __init__(self, patterns: Any, setting: str, where: str):
+        self._setting, self._where, self._seconds = setting, where, SECONDS
+        if not isinstance(patterns, dict | None):
+            raise ExpertError(
+                f"{where}: {setting} is {brief(patterns)}, expected an object of numbers by pattern."
+            )
+        self._values = list((patterns or {}).values())
+        # Plain ones, by length and by where their dots are, which match any character: {length: {dots: {text: number}}}.
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._others: list[tuple[int, str, Any]] = []
+        for number, pattern in enumerate(patterns or {}):
+            if _PLAIN.fullmatch(pattern):
+                dots = tuple(m.start() for m in re.finditer(r"\.", pattern))
+                self._plain.setdefault(len(pattern), {}).setdefault(dots, {}).setdefault(pattern, number)
+            else:
+                self._others.append((number, pattern, self._compiled(pattern)))
+
+    def _compiled(self, pattern: str) -> Any:
+        simple = len(pattern) <= _LENGTH and pattern.count("(") <= _GROUPS and _SIMPLE.fullmatch(pattern)
+        try:
+            if not simple:
+                raise ExpertError(
+                    f"{self._where}: {self._setting} has {brief(pattern)}, a regular expression of a kind that isn't matched "
+                    "here, since it may never end; write module names, or characters, classes and groups without look-around."
+                )
+            re.compile(rf"(.*\.)?({pattern})$")
+            return regex.compile(rf"(.*\.)?({pattern})$", regex.VERSION0)
+        except (re.error, regex.error, OverflowError, RecursionError) as cause:
+            raise ExpertError(
+                f"{self._where}: {self._setting} has {brief(pattern)}, which is not a regular expression: {cause}"
+            ) from cause
+
+    def find(self, path: str, default: Any) -> Any:
+        """The value for a module path, or `default` if no pattern is its.
+
+        Raises:
+            ExpertError: matching takes too long.
+        """
+        start = time.process_time()
+        first = self._first_plain(path)
+        for number, pattern, compiled in self._others:
+            if first is not None and first < number:
+                break
+            left = self._seconds - (time.process_time() - start)
+            try:
+                if left <= 0:
+                    raise TimeoutError
+                if compiled.match(path, timeout=left):
+                    first = number
+                    break
+            except TimeoutError:
+                raise self._too_slow(pattern) from None
+        self._seconds -= time.process_time() - start
+        if self._seconds <= 0:
+            raise self._too_slow(None)
+        return default if first is None else self._values[first]
+
+    def _first_plain(self, path: str) -> int | None:
+        """The first plain pattern that matches the end of the path: all of it, or what follows a dot."""
+        found = []
+        for length in {len(path)} | {len(path) - m.end() for m in re.finditer(r"\.", path)}:
+            for dots, numbers in self._plain.get(length, {}).items():
+                text = list(path[len(path) - length :])
+                for place in dots:
+                    text[place] = "."
+                if (number := numbers.get("".join(text))) is not None:
+                    found.append(number)
+        return min(found, default=None)
+
+    def _too_slow(self, pattern: str | None) -> ExpertError:
+        self._seconds = 0.0
+        which = "" if pattern is None else f" ({brief(pattern)})"
+        return ExpertError(
+            f"{self._where}: {self._setting} takes longer than {SECONDS:g} seconds to match with the adapter's modules{which}; "
+            "write module names instead of regular expressions."
+        )
