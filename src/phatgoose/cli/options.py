@@ -122,6 +122,6 @@ def _typer_type(name: str, hint: Any) -> Any:
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    if name == "target_modules" and value != "all-linear":
+    if name == "target_modules" and value not in ("auto", "all-linear"):
         return tuple(part.strip() for part in value.split(","))
     return value

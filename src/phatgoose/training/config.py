@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from phatgoose.errors import TrainingError
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Kind = Literal["lora", "ia3", "bottleneck"]
+Placement = Literal["pfeiffer", "houlsby", "parallel"]
+Activation = Literal["relu", "gelu", "gelu_new", "swish", "tanh", "leakyrelu"]
+LEARNING_RATES: dict[str, float] = {"lora": 5e-3, "ia3": 3e-3, "bottleneck": 1e-3}
+"""PHATGOOSE's for LoRA, T-Few's (Liu et al. 2022) for (IA)³."""
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rank", "alpha", "rslora", "dora", "lora_bias"), ("lora",)),
+    **dict.fromkeys(("placement", "reduction", "activation"), ("bottleneck",)),
+    **dict.fromkeys(("init_std", "dropout"), ("lora", "bottleneck")),
+    "target_modules": ("lora", "ia3"),
+}
+"""Setting → kinds of adapter it belongs to."""
 _NO_EFFECT_ON_RESULT = ("save_every",)
 
 
@@ -105,34 +117,74 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig(LoopConfig):
-    """How an expert is trained: 1000 steps of 1024 rows, LoRA of rank 16 and scale 1/16 on every linear layer."""
+    """How an expert is trained: 1000 steps of 1024 rows, LoRA of rank 16 and scale 1/16 on every linear layer.
 
+    Settings that don't belong to the kind of adapter must keep their defaults.
+    """
+
+    kind: Kind = "lora"
+    """The kind of adapter: "lora", "ia3" (vectors that scale keys, values and the inputs of the second feed-forward layer; Liu et
+    al. 2022) or "bottleneck" (a small network after a layer; Houlsby et al. 2019, Pfeiffer et al. 2021)."""
+    learning_rate: float | None = None  # type: ignore[assignment]  # a number once it is built
+    """AdamW's step size after warm-up. None: the kind's own: 5e-3 for lora, 3e-3 for ia3, 1e-3 for bottleneck."""
+    target_modules: str | tuple[str, ...] = "auto"
+    """Which linear layers a lora or ia3 adapts. "auto": with lora the same as "all-linear", with ia3 those that PEFT names for the
+    base's architecture. "all-linear": every linear layer of attention and feed-forward, not the output head. Or names, each the
+    whole path or the end of the path of linear layers: ("q_proj", "v_proj")."""
     rank: int = 16
-    """r: columns of B and rows of A."""
+    """lora: r, columns of B and rows of A."""
     alpha: float = 1.0
-    """LoRA's scale is alpha / rank (alpha / √rank with rslora)."""
-    init_std: float = 0.01
-    """A starts as N(0, init_std²), B as zero. (PEFT's own "gaussian" would have 1 / rank.)"""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear": every linear layer of attention and feed-forward, not the output head. Or names, each the whole path or
-    the end of the path of linear layers: ("q_proj", "v_proj")."""
-    dropout: float = 0.0
-    """Dropout on the input of A while training."""
+    """lora: its scale is alpha / rank (alpha / √rank with rslora)."""
     rslora: bool = False
-    """Scale by alpha / √rank."""
-    peft_type: str = "LORA"
-    """The kind of adapter; only "LORA" can be trained at present."""
+    """lora: scale by alpha / √rank."""
+    dora: bool = False
+    """lora: weight-decomposed (DoRA, Liu et al. 2024), which also learns the norm of every row of W + scale·B A."""
+    lora_bias: bool = False
+    """lora: also an output bias, scaled like B A u. Not with dora."""
+    placement: Placement = "pfeiffer"
+    """bottleneck: "pfeiffer", one a layer, after the feed-forward block, which reads the residual stream; "houlsby", two a layer,
+    after attention and after feed-forward, which read the block's output; "parallel", one beside the feed-forward block with scale
+    4 (He et al. 2021)."""
+    reduction: int = 16
+    """bottleneck: its size is the base's hidden size ÷ this, rounded down, at least 1."""
+    activation: Activation = "relu"
+    """bottleneck: its nonlinearity."""
+    init_std: float = 0.01
+    """lora and bottleneck: A (the down-projection) starts as N(0, init_std²), B (the up-projection) as zero. (PEFT's own "gaussian"
+    would have 1 / rank.)"""
+    dropout: float = 0.0
+    """lora and bottleneck: dropout while training, on the input of A, or on the bottleneck's output."""
 
     def __post_init__(self) -> None:
+        _check(self, "kind", self.kind in LEARNING_RATES, " or ".join(f'"{k}"' for k in LEARNING_RATES))
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.kind])
         super().__post_init__()
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", _names(self.target_modules))
+        _check(self, "target_modules", bool(self.target_modules), '"auto", "all-linear" or at least one name')
+        self._check_kind()
         _check(self, "rank", self.rank >= 1, "at least 1")
         _check(self, "alpha", math.isfinite(self.alpha) and self.alpha != 0, "a number other than 0")
+        _check(
+            self,
+            "lora_bias",
+            not (self.lora_bias and self.dora),
+            "False with dora, for which PEFT doesn't define it",
+        )
+        _check(self, "placement", self.placement in get_args(Placement), " or ".join(get_args(Placement)))
+        _check(self, "reduction", self.reduction >= 1, "at least 1")
+        _check(self, "activation", self.activation in get_args(Activation), " or ".join(get_args(Activation)))
         _check(self, "init_std", math.isfinite(self.init_std) and self.init_std > 0, "a positive number")
         _check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        _check(self, "target_modules", bool(self.target_modules), '"all-linear" or at least one name')
-        _check(self, "peft_type", self.peft_type == "LORA", '"LORA", the only kind trained at present')
+        if self.kind == "lora" and self.target_modules == "auto":
+            object.__setattr__(self, "target_modules", "all-linear")
+
+    def _check_kind(self) -> None:
+        for field in fields(self):
+            kinds = _ONLY_FOR.get(field.name, (self.kind,))
+            unused = self.kind not in kinds and getattr(self, field.name) != field.default
+            _check(self, field.name, not unused, f"its default, as it has no effect with kind={self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,19 @@
-"""Training an expert: a LoRA adapter on one task, by PEFT and transformers' Trainer."""
+"""Training an expert on one task, by transformers' Trainer: LoRA and (IA)³ of PEFT's, bottleneck adapters of our own."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -20,9 +23,10 @@ from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.files import read_json, write_json
 from phatgoose.models.base import Base, as_base
 from phatgoose.records import Task
+from phatgoose.training import bottleneck
 from phatgoose.training.arguments import Logger
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.modules import is_conv1d, target_paths
+from phatgoose.training.modules import is_conv1d, normal, target_paths
 from phatgoose.training.progress import Report
 from phatgoose.training.run import Job, run
 from phatgoose.training.student import Student
@@ -48,13 +52,14 @@ def train_expert(
     Args:
         config: the paper's settings if None.
         name: of the expert; from the task's name if None.
-        work_folder: keeps checkpoints, from which the same call continues after a kill, and the result: a PEFT folder
+        work_folder: keeps checkpoints, from which the same call continues after a kill, and the result: the adapter's folder
             `adapter/`. A finished one is read, not trained again. None: a temporary folder, nothing is kept.
         report: called with a Progress after every step; None: a progress bar (or lines) on standard error.
         loggers: names that Trainer's report_to knows ("tensorboard", "wandb"), or TrainerCallbacks.
 
     Returns:
-        the expert without gates; its provenance says how it was made.
+        the expert without gates; its provenance says how it was made. A LoRA or (IA)³ is in PEFT's format, a bottleneck adapter in
+        AdapterHub's.
 
     Raises:
         TrainingError: settings, rows or the base can't be trained with, or a loss isn't finite; the message says what to do.
@@ -62,11 +67,13 @@ def train_expert(
         StorageError: a checkpoint or the result can't be written.
     """
     base, config = as_base(base), config or ExpertConfig()
-    paths = target_paths(base.model, config.target_modules)
+    name = name or slug(task.name)
+    build, write = _recipe(base, config, name)
     folder = Path(work_folder) if work_folder is not None else None
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
-        expert = Expert.from_peft(result, name=name or slug(task.name), provenance=record)
+        source = Expert.from_adapterhub if config.kind == "bottleneck" else Expert.from_peft
+        expert = source(result, name=name, provenance=record)
         return (
             expert if folder is not None and result.is_relative_to(folder) else replace(expert, folder=None)
         )
@@ -78,49 +85,95 @@ def train_expert(
         task=task,
         config=config,
         key={},
-        build=lambda: Student(adapted(base, paths, config), base.model, config),
-        write=_write,
+        build=build,
+        write=write,
         read=read,
     )
-    return run(job, folder, f"expert {name or slug(task.name)}", report, loggers)
+    return run(job, folder, f"expert {name}", report, loggers)
+
+
+def _recipe(
+    base: Base, config: ExpertConfig, name: str
+) -> tuple[Callable[[], Student], Callable[[Student, Path], None]]:
+    """What makes the student, and what writes its result. Settings that don't fit the base are refused here."""
+    if config.kind == "bottleneck":
+        places = bottleneck.places(base, config)
+        return lambda: bottleneck.BottleneckStudent(base, places, config, name), bottleneck.write
+    paths = adapted_paths(base, config)
+    return lambda: Student(adapted(base, paths, config), base.model, config), _write
+
+
+def adapted_paths(base: Base, config: ExpertConfig) -> list[str]:
+    """The layers that a LoRA or (IA)³ with these settings adapts."""
+    if config.target_modules != "auto":
+        return target_paths(base.model, config.target_modules)
+    return target_paths(base.model, _ia3_names(base, TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING))
+
+
+def _ia3_names(base: Base, known: Mapping[str, list[str]]) -> list[str]:
+    family = base.model.config.model_type
+    if family not in known:
+        raise TrainingError(
+            f"kind='ia3': PEFT doesn't say which layers of a {family} an (IA)³ scales; it does for {', '.join(known)}."
+        )
+    return known[family]
 
 
 def adapted(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftModel:
-    """PEFT's model around the base, with new LoRA weights in float32 at `paths`."""
+    """PEFT's model around the base, with new weights in float32 at `paths`."""
     conv1d = {is_conv1d(base.model.get_submodule(path)) for path in paths}
     if len(conv1d) > 1:
         raise TrainingError(
             "target_modules has both nn.Linear and Conv1D layers, which one PEFT adapter can't describe."
         )
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        target_modules=_shortest(base.model, paths),
-        fan_in_fan_out=conv1d == {True},
-        task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
-    )
+    common: dict[str, Any] = {
+        "fan_in_fan_out": conv1d == {True},
+        "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
+    }
+    settings = _ia3(base, paths, common) if config.kind == "ia3" else _lora(base, paths, config, common)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            model = get_peft_model(base.model, lora)
+            warnings.filterwarnings(
+                "ignore", ".lora_bias=True. was passed but", UserWarning
+            )  # merging isn't meant
+            model = get_peft_model(base.model, settings)
     except (ValueError, TypeError, NotImplementedError) as cause:
         raise TrainingError(f"PEFT can't adapt this base: {cause}") from cause
-    lora.base_model_name_or_path = base.spec  # get_peft_model puts the model's own path there
+    settings.base_model_name_or_path = base.spec  # get_peft_model puts the model's own path there
     initialise(model, config)
     return model
 
 
+def _lora(base: Base, paths: Sequence[str], config: ExpertConfig, common: dict[str, Any]) -> PeftConfig:
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        lora_bias=config.lora_bias,
+        target_modules=_shortest(base.model, paths),
+        **common,
+    )
+
+
+def _ia3(base: Base, paths: Sequence[str], common: dict[str, Any]) -> PeftConfig:
+    """Scales the inputs of those layers that PEFT calls feed-forward, the outputs of the others."""
+    ends = _ia3_names(base, TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING)
+    inputs = [path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)]
+    targets, feedforward = _shortest(base.model, paths), _shortest(base.model, inputs)
+    if not set(feedforward) <= set(targets):  # PEFT compares the names
+        targets, feedforward = sorted(paths), sorted(inputs)
+    return IA3Config(target_modules=targets, feedforward_modules=feedforward, **common)
+
+
 @torch.no_grad()
 def initialise(model: PeftModel, config: ExpertConfig) -> None:
-    """A ~ N(0, init_std²), B = 0, from the seed and the tensor's own name: whatever else is adapted, on any device."""
+    """LoRA's A ~ N(0, init_std²), B and its bias zero; (IA)³'s vectors are PEFT's ones, DoRA's norms those of W."""
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{config.seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(values * config.init_std)
+            parameter.copy_(normal(config.seed, name, parameter.shape) * config.init_std)
         elif ".lora_B." in name:
             parameter.zero_()
 
@@ -137,12 +190,15 @@ def _write(student: Student, folder: Path) -> None:
     assert isinstance(model, PeftModel)
     # The embeddings aren't trained; PEFT would look up the base's config on the Hub to find that out.
     try:
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        with warnings.catch_warnings():
+            # What PEFT takes for a shard that wasn't gathered is lora_bias' vector; sharded training is refused elsewhere.
+            warnings.filterwarnings("ignore", "Adapter .* have invalid shape", UserWarning)
+            model.save_pretrained(str(folder), save_embedding_layers=False)
     except SafetensorError as cause:  # how it reports a full disk
         raise StorageError(f"can't write the adapter in {folder}: {cause}. Is there space left?") from cause
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form to fill in
     settings = read_json(folder / CONFIG_FILE, TrainingError)
-    settings["target_modules"] = sorted(
-        settings["target_modules"]
-    )  # a set in PEFT: its order changes from run to run
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(settings.get(key), list):  # a set in PEFT: its order changes from run to run
+            settings[key] = sorted(settings[key])
     write_json(folder / CONFIG_FILE, settings)

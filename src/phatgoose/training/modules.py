@@ -1,10 +1,12 @@
-"""Which modules an expert adapts, and the sizes of a linear layer whatever its kind."""
+"""Which modules an expert adapts, the sizes of a linear layer whatever its kind, and first values."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +17,13 @@ from phatgoose.registry import unknown
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is [d_in, d_out]."""
     return isinstance(module, Conv1D)
+
+
+def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
+    """N(0, 1) in float32 on the CPU, from the seed and a parameter's name alone: whatever else is trained, on any device."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:

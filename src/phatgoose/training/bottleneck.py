@@ -1,0 +1,161 @@
+"""Training bottleneck adapters, which PEFT doesn't have: hooks on the base, and AdapterHub's format for the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.errors import TrainingError
+from phatgoose.experts import adapterhub, adapterhub_places
+from phatgoose.experts.peft import CONFIG_FILE
+from phatgoose.experts.update import Bottleneck, Update, no_rows
+from phatgoose.files import write_json
+from phatgoose.models.base import Base
+from phatgoose.models.layers import follow_residual, linear_shape
+from phatgoose.ops.bottleneck import Branch, Residual, narrow
+from phatgoose.training.checkpoints import tensor_bytes
+from phatgoose.training.config import ExpertConfig
+from phatgoose.training.gate import decode_path, encode_path
+from phatgoose.training.modules import normal
+from phatgoose.training.student import Student
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pfeiffer": {"mh_adapter": False, "original_ln_before": True, "is_parallel": False, "scaling": 1.0},
+    "houlsby": {"mh_adapter": True, "original_ln_before": False, "is_parallel": False, "scaling": 1.0},
+    "parallel": {"mh_adapter": False, "original_ln_before": False, "is_parallel": True, "scaling": 4.0},
+}
+"""Our placements in AdapterHub's settings: its SeqBnConfig, DoubleSeqBnConfig and ParBnConfig."""
+
+
+def settings_of(config: ExpertConfig) -> dict[str, Any]:
+    """AdapterHub's settings of such an adapter."""
+    return {
+        **SETTINGS[config.placement],
+        "output_adapter": True,
+        "cross_adapter": False,
+        "reduction_factor": config.reduction,
+        "non_linearity": config.activation,
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "init_weights": "mam_adapter",  # the library's name for an up-projection that starts as zero
+        "dropout": config.dropout,
+    }
+
+
+def places(base: Base, config: ExpertConfig) -> dict[str, str]:
+    """Paths of the layers that get an adapter → path of the module whose input is the residual stream there.
+
+    Raises:
+        TrainingError: where adapters go in this base isn't known.
+    """
+    family = base.model.config.model_type
+    if family not in adapterhub_places.FAMILIES:
+        raise TrainingError(
+            f"kind='bottleneck': where adapters go in a {family} isn't known, only in {', '.join(adapterhub_places.FAMILIES)}."
+        )
+    paths = [path for path, _ in base.model.named_modules()]
+    return adapterhub_places.places(family, settings_of(config), paths)
+
+
+class Adapter(nn.Module):
+    """scale · (U f(D x + d) + u₀) of one module, in float32; starts as zero."""
+
+    def __init__(self, size: int, config: ExpertConfig, path: str, device: torch.device) -> None:
+        super().__init__()
+        r = max(1, size // config.reduction)
+        self.down = nn.Linear(size, r, device=device, dtype=torch.float32)
+        self.up = nn.Linear(r, size, device=device, dtype=torch.float32)
+        self.dropout = nn.Dropout(config.dropout)
+        settings = SETTINGS[config.placement]
+        self.scale, self.activation = float(settings["scaling"]), adapterhub.ACTIVATIONS[config.activation]
+        self.reads_output = not settings["is_parallel"]
+        with torch.no_grad():
+            self.down.weight.copy_(normal(config.seed, path, self.down.weight.shape) * config.init_std)
+            for parameter in (self.down.bias, self.up.weight, self.up.bias):
+                parameter.zero_()
+
+    def forward(self, y: Tensor, residual: Residual | None) -> Tensor:
+        """What is added to y: [..., d] → [..., d] in y's dtype."""
+        down, up = self.down, self.up
+        branch = Branch(
+            down.weight, up.weight, down.bias, up.bias, self.activation, self.scale, residual=residual,
+            reads_output=self.reads_output,
+        )  # fmt: skip
+        return self.dropout(narrow(y, branch)).to(y.dtype)
+
+    def update(self, residual: str | None) -> Update:
+        """What it is, on the CPU."""
+        down, d, up, u0 = (
+            p.detach().to("cpu", copy=True)
+            for p in (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        )
+        bottleneck = Bottleneck(
+            down, up, d, u0, self.activation, self.scale, residual=residual, reads_output=self.reads_output
+        )
+        return Update(*no_rows(None, up.shape[0]), bottleneck=bottleneck)
+
+
+class BottleneckStudent(Student):
+    """The base with an adapter's output added to that of every layer of `places`, by hooks; only the adapters are trained."""
+
+    def __init__(self, base: Base, places: Mapping[str, str], config: ExpertConfig, name: str) -> None:
+        model = base.model
+        model.requires_grad_(False)
+        super().__init__(model, model, config)
+        self.adapters = nn.ModuleDict()
+        settings = settings_of(config)
+        reads_residual = settings["is_parallel"] or settings["original_ln_before"]
+        self.sources = {path: source if reads_residual else None for path, source in places.items()}
+        self.size = 0
+        for path, source in self.sources.items():
+            module = model.get_submodule(path)
+            _, self.size = linear_shape(module) or (0, 0)
+            adapter = Adapter(self.size, config, path, next(module.parameters()).device)
+            self.adapters[encode_path(path)] = adapter
+            residual = Residual() if source is not None else None
+            module.register_forward_hook(_adding(adapter, residual))
+            if source is not None and residual is not None:
+                follow_residual(model.get_submodule(source), module, residual)
+        self.record: dict[str, Any] = {
+            "config": settings,
+            "hidden_size": self.size,
+            "model_class": type(model).__name__,
+            "model_name": base.spec,
+            "model_type": model.config.model_type,
+            "name": _library_name(name),
+            "version": "phatgoose",
+        }
+
+    def updates(self) -> dict[str, Update]:
+        """What was trained, by module path."""
+        found = {}
+        for key, adapter in self.adapters.items():
+            assert isinstance(adapter, Adapter)
+            path = decode_path(key)
+            found[path] = adapter.update(self.sources[path])
+        return found
+
+
+def _adding(adapter: Adapter, residual: Residual | None) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + adapter(output, residual)
+
+    return hook
+
+
+def _library_name(name: str) -> str:
+    """A name under which the library can keep an adapter: a key of a ModuleDict, without dots and none of its methods."""
+    key = name.replace(".", "-")
+    return f"{key}-adapter" if hasattr(nn.ModuleDict(), key) else key
+
+
+def write(student: Student, folder: Path) -> None:
+    """The adapter in AdapterHub's format."""
+    assert isinstance(student, BottleneckStudent)
+    tensors = adapterhub.to_tensors(student.updates(), student.record["model_type"], student.record["name"])
+    (folder / adapterhub.WEIGHTS_FILE).write_bytes(tensor_bytes(tensors))
+    write_json(folder / CONFIG_FILE, student.record)
