@@ -122,7 +122,8 @@ class Expert:
             parts = dict(update.parts()) | ({"gate": self.gates[path]} if self.gates is not None else {})
             for name, tensor in parts.items():
                 digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @property

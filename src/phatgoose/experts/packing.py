@@ -147,7 +147,8 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
     opened = PackedFolder(folder, manifest) if "packed" in manifest else None
     fit = [e for e in manifest["experts"] if not _why_not(e)]
     if not fit:
-        raise PoolError(f"{folder} has no expert that can be packed.")
+        named = "".join(f": {e['name']!r} {_why_not(e)}" for e in manifest["experts"][:1])
+        raise PoolError(f"{folder} has no expert that can be packed{named}.")
     places = {e["name"]: inside(folder, e["folder"]) for e in fit}
     path = folder / "packed" / f"stacks-{_next_number(folder)}.safetensors"
     try:
@@ -179,7 +180,7 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
 
 def _why_not(entry: Mapping[str, Any]) -> str:
     """Why an expert can't be packed, or ""."""
-    return "" if WEIGHTS_FILE in entry["files"] else "it is in AdapterHub's format and has no low-rank rows"
+    return "" if WEIGHTS_FILE in entry["files"] else "is an adapter in AdapterHub's format, which has no low-rank rows"
 
 
 def _next_number(folder: Path) -> int:

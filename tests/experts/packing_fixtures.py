@@ -1,0 +1,77 @@
+"""Pools of every kind of adapter, and what their folders hold."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+
+from phatgoose import Expert, Pool
+
+FILES = {"adapter_config.json", "adapter_model.safetensors", "gates.safetensors", "expert.json", "pool.json"}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora(**settings):
+    return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": TARGETS, **settings})
+
+
+KINDS = {
+    "plain": lambda: lora(),
+    "wide": lambda: lora(r=5, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    "patterns": lambda: lora(rank_pattern={"down_proj": 7, "q_proj": 1}, alpha_pattern={"v_proj": 9}),
+    "bias": lambda: lora(lora_bias=True),
+    "dora": lambda: lora(use_dora=True, target_modules=["v_proj", "up_proj"]),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "embedding": lambda: lora(target_modules=["embed_tokens", "lm_head", "o_proj"]),
+}
+
+
+def adapter(base, kind, folder, dtype=torch.float32, seed=0, gates=True):
+    """One expert of this kind, written by PEFT and read from there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(base.model), KINDS[kind]())
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if "lora_" in key and "magnitude" not in key:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.15)
+                elif p.requires_grad:
+                    p.mul_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+        model.to(dtype).save_pretrained(folder)
+    expert = Expert.from_peft(folder, name=folder.name, provenance={"base": base.fingerprint.to_json()})
+    if not gates:
+        return expert
+    lengths = {p: d_out if embedding else d_in for p, (d_in, d_out, embedding) in expert.sizes.items()}
+    sizes = {p: n or dict(base.model.named_modules())[p].in_features for p, n in lengths.items()}
+    return expert.with_gates({p: torch.randn(n, generator=generator) for p, n in sizes.items()})
+
+
+def make_zoo(base, folder):
+    """One expert of every kind, one of them in bfloat16 and one without gates."""
+    made = [adapter(base, kind, folder / kind, seed=i) for i, kind in enumerate(KINDS)]
+    made.append(adapter(base, "plain", folder / "half", torch.bfloat16, seed=20))
+    made.append(adapter(base, "plain", folder / "ungated", seed=21, gates=False))
+    return made
+
+
+def make_plain(base, folder):
+    """Four LoRA experts of ranks 3, 3, 5 (at some modules) and by pattern."""
+    kinds = ("plain", "plain", "wide", "patterns")
+    return [adapter(base, k, folder / f"{k}-{i}", seed=i) for i, k in enumerate(kinds)]
+
+
+def contents(folder):
+    """Every file below a pool's folder, by path, but the lock."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def pool_of(experts, folder):
+    return Pool(experts).save(folder)
