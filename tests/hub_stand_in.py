@@ -84,10 +84,14 @@ class Hub:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return server
 
-    def close(self):
+    def stop(self):
+        """No connection is accepted any more."""
+        import huggingface_hub
+
         for server in self.servers:
             server.shutdown()
             server.server_close()
+        huggingface_hub.close_session()  # it would keep its open connections
 
     def add(self, name, folder=None, files=(), **settings):
         """A repository with the files of a folder."""
@@ -400,7 +404,7 @@ def hub(tmp_path, monkeypatch):
         "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
         "HF_HUB_DISABLE_XET": True,
         "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-        "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
     }.items():
         monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -410,10 +414,30 @@ def hub(tmp_path, monkeypatch):
     )  # what is waited for isn't ours to test
     for module in (file_download, _http, hub_files):
         monkeypatch.setattr(module, "time", quick)
-    monkeypatch.setattr(hub_files, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(hub_files, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "phatgoose-cache"))
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.5)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.3)
     huggingface_hub.close_session()
     yield stand_in
-    huggingface_hub.close_session()
-    stand_in.close()
+    stand_in.stop()
+
+
+MADE: dict = {}
+
+
+@pytest.fixture
+def made(request, tmp_path):
+    """made(name, build) → a folder with the files of the folder that build(make_base, make_expert) returned, built once."""
+
+    def make(name, build):
+        if name not in MADE:
+            folder = build(*map(request.getfixturevalue, ("make_base", "make_expert")))
+            files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
+            MADE[name] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+        for path, data in MADE[name].items():
+            target = tmp_path / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        return tmp_path / name
+
+    return make

@@ -40,6 +40,7 @@ def http_error(kind, code=None):
         (HFValidationError("x"), ["not a Hub id", "Or a folder?"]),
         (http_error(HfHubHTTPError, 401), ["doesn't accept the access token (401)"]),
         (http_error(HfHubHTTPError, 403), ["no permission for this (403)"]),
+        (http_error(HfHubHTTPError, 412), ["was changed meanwhile"]),
         (http_error(HfHubHTTPError, 429), ["too often (429)"]),
         (http_error(HfHubHTTPError, 502), ["the Hub failed (502)"]),
         (OfflineModeIsEnabled("x"), ["isn't in the Hub cache", "HF_HUB_OFFLINE"]),
@@ -61,6 +62,15 @@ def test_what_the_hub_answered_goes_before_that_it_is_not_in_the_cache():
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), http_error(RemoteEntryNotFoundError, 404)])
 def test_other_errors_are_left_to_the_caller(error):
+    assert explain(error, "org/name") is None
+
+
+def test_an_answer_is_not_taken_for_a_lack_of_network():
+    """huggingface_hub raises its errors from its HTTP library's."""
+    raw = type("HTTPStatusError", (Exception,), {"__module__": "httpx"})("404")
+    raw.response = types.SimpleNamespace(status_code=404)
+    error = http_error(RemoteEntryNotFoundError, 404)
+    error.__cause__ = raw
     assert explain(error, "org/name") is None
 
 

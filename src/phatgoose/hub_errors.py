@@ -61,7 +61,9 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_network(error: BaseException) -> bool:
-    """Whether it says that the Hub couldn't be reached, or stopped answering."""
+    """Whether it says that the Hub couldn't be reached, or stopped answering; an answer is none of these."""
+    if getattr(error, "response", None) is not None:
+        return False
     module = type(error).__module__.partition(".")[0]
     named = isinstance(error, (ConnectionError, TimeoutError)) or module.startswith(
         ("httpx", "httpcore", "requests")
@@ -84,7 +86,7 @@ def is_offline() -> bool:
 def why_offline(what: str = "model") -> str:
     if is_offline():
         return f"it isn't in the Hub cache, and HF_HUB_OFFLINE is set: unset it, or fetch the {what} where there is a network."
-    return "the Hub can't be reached, and the files aren't in its cache: check the network, or load a local folder."
+    return "the Hub can't be reached, or a transfer broke off, and the files aren't in its cache: check the network, or load a local folder."
 
 
 def _answer(errors: list[BaseException]) -> str | None:
@@ -96,6 +98,8 @@ def _answer(errors: list[BaseException]) -> str | None:
         return (
             f"the account that is logged in has no permission for this (403): {_LOGIN} with a token that has."
         )
+    if code == 412:
+        return "the repository was changed meanwhile: look at what is there now, and try again."
     if code == 429:
         return "the Hub was asked too often (429): wait a few minutes and try again."
     if code is not None and code >= 500:

@@ -29,6 +29,8 @@ TEXT_BYTES = 64 * 2**20
 TIMEOUT_SECONDS = 10.0
 RETRY_SECONDS = (1.0, 3.0)
 """How long to wait before the Hub is asked again for a listing; then it is given up."""
+SLACK_BYTES = 2**20
+"""How much more than three times a file's size may come before a transfer is ended."""
 THREADS = 8
 Result = TypeVar("Result")
 
@@ -170,7 +172,7 @@ class _Session:
 
 def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
     """A progress bar that ends a transfer of much more than `size` bytes, which huggingface_hub would go on with."""
-    limit = 3 * size + 2**20
+    limit = 3 * size + SLACK_BYTES
 
     class Meter(tqdm):
         def __init__(self, *args: Any, **settings: Any) -> None:
