@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AXE := 4.14.1
 
 .DEFAULT_GOAL := help
 
@@ -34,7 +35,16 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+axe: build/axe/axe.min.js ## fetch axe-core (with npm), with which the tests look for what keeps people out of the page
+
+build/axe/axe.min.js:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent axe-core@$(AXE) && tar xzf axe-core-$(AXE).tgz --strip-components=1 package/axe.min.js package/LICENSE && rm axe-core-$(AXE).tgz
+
+picture: $(STAMP) ## the README's picture, from the page of a finished quickstart
+	$(BIN)/python docs/images/picture.py quickstart-out/quickstart.html docs/images/page.png
+
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test lint docs ungated
+.PHONY: help setup quickstart smoke test lint axe picture docs ungated

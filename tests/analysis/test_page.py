@@ -12,6 +12,7 @@ from types import MappingProxyType
 import pytest
 
 from phatgoose.analysis.page import FORMAT, RoutedPrompt, breakable, percent, points, report, seconds
+from phatgoose.analysis.prompts import unpacked
 from phatgoose.analysis.view import letters
 from phatgoose.errors import EvaluationError, StorageError
 
@@ -218,7 +219,7 @@ def test_the_data_is_in_the_page_unchanged(page):
     assert data["results"] == results
     assert [e["name"] for e in data["experts"]] == ["walk", "plural"]
     assert data["prompts"][0]["tokens"] == ["a", "walk", "\n"]
-    assert data["prompts"][0]["weights"][0] == [750, 250, 600, 400, 1000, 0]
+    assert unpacked(data["prompts"][0]["weights"][0]) == [750, 250, 600, 400, 1000, 0]
 
 
 def test_hostile_names_and_prompts_stay_text(page):
@@ -293,6 +294,36 @@ def test_a_bare_table_is_enough(page):
     assert json.loads(p.scripts[0])["results"] == results
 
 
+def test_nothing_to_show_is_refused_but_prompts_alone_are_enough(page, tmp_path):
+    for nothing in (
+        None,
+        {"tasks": [], "systems": []},
+        {"tasks": [{"name": "t", "group": "g"}], "systems": []},
+    ):
+        with pytest.raises(EvaluationError, match=r"results\['(tasks|systems)'\] is empty"):
+            report(nothing, out=tmp_path / "page.html")
+    _, p = page(None, [make_prompt()])
+    assert "Token by token" in p.text
+    assert "Differences" not in p.text
+
+
+def test_layers_that_dont_fit_are_refused(tmp_path):
+    good = {"layers": ["0"], "experts": ["walk", "plural"], "shares": [[0.5, 0.5]]}
+    for change, message in (
+        ({"shares": [[0.5]]}, "1 rows of 2 shares"),
+        ({"shares": [[0.5, 1.5]]}, "between 0 and 1, got 1.5"),
+        ({"layers": [0]}, "should be str"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            report({**make_results(), "layers": {"held": {**good, **change}}}, out=tmp_path / "page.html")
+    with pytest.raises(EvaluationError, match="the task 'mystery'"):
+        report({**make_results(), "layers": {"mystery": good}}, out=tmp_path / "page.html")
+    results = make_results()
+    results["experts"][0]["health"] = [{"level": "fine", "text": ""}]
+    with pytest.raises(EvaluationError, match="health is 'fine'; known: good, look"):
+        report(results, out=tmp_path / "page.html")
+
+
 def test_in_pool_only_and_groups_of_other_names(page):
     results = make_results()
     results["tasks"] = results["tasks"][:1]
@@ -323,7 +354,6 @@ def change(path, value):
     ("path", "value", "message"),
     [
         (("systems",), KeyError, "results lacks 'systems'"),
-        (("systems",), [], r"results\['systems'\] is empty"),
         (("tasks",), {}, r"results\['tasks'\] should be list, got \{\}"),
         (("tasks", 0, "group"), KeyError, r"results\['tasks'\]\[0\] lacks 'group'"),
         (("tasks", 1, "name"), "past_tense", "has 'past_tense' more than once"),

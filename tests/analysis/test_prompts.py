@@ -12,6 +12,7 @@ from phatgoose.analysis.prompts import (
     encoded,
     routed_prompt,
     token_texts,
+    unpacked,
     written,
 )
 from phatgoose.errors import EvaluationError, RoutingError
@@ -103,7 +104,7 @@ def test_an_encoder_decoder_shows_both_its_streams(routed):
         assert all(pairs == () for pairs in others)
         assert all(same(a, b) for a, b in zip(mine, expected[path], strict=True))
     data = encoded(p, "p")
-    assert UNSEEN in data["choices"][p.modules.index("encoder.block.0.layer.0.SelfAttention.q")]
+    assert UNSEEN in unpacked(data["choices"][p.modules.index("encoder.block.0.layer.0.SelfAttention.q")])
 
 
 def test_refusals_of_a_trace_that_isnt_one_sequence(routed):
@@ -148,8 +149,8 @@ def small(**changes) -> RoutedPrompt:
 def test_encoded_is_flat_and_says_who_acted():
     data = encoded(small(), "p")
     assert data["k"] == 2
-    assert data["choices"] == [[0, 1, -2, -2, -1, -2]] * 2
-    assert data["weights"] == [[750, 250, 0, 0, 1000, 0]] * 2
+    assert [unpacked(c) for c in data["choices"]] == [[0, 1, -2, -2, -1, -2]] * 2
+    assert [unpacked(w) for w in data["weights"]] == [[750, 250, 0, 0, 1000, 0]] * 2
     assert data["sites"] == [[0, "q"], [1, "q"]]
 
 
@@ -160,7 +161,7 @@ def test_uniform_routing_has_all_experts_as_choices(routed):
     data = encoded(routed_prompt(t, base, **FACTS), "p")
     assert data["k"] >= 3
     assert data["generated_from"] == 3
-    sizes = {len(c) for c in data["choices"]}
+    sizes = {len(unpacked(c)) for c in data["choices"]}
     assert sizes == {3 * data["k"]}
 
 

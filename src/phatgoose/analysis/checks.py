@@ -33,6 +33,12 @@ SHAPE: dict[str, Any] = {
             "gate_share?": NUMBER,
             "base?": NUMBER,
             "own?": NUMBER,
+            "kind?": str,
+            "base_model?": str,
+            "modules?": int,
+            "made?": {ANY: object},
+            "health?": [{"level": str, "text": str}],
+            "nearest?": [{"name": str, "similarity": NUMBER}],
         }
     ],
     "tasks": [{"name": str, "group": str, "spec?": str, "metric?": str, "rows?": int}],
@@ -48,15 +54,17 @@ SHAPE: dict[str, Any] = {
     "comparisons?": [{"group": str, "a": str, "b": str, "difference": NUMBER, "low": NUMBER, "high": NUMBER}],
     "recovered?": {ANY: {"share": MAYBE, "low?": MAYBE, "high?": MAYBE}},
     "shares?": {ANY: {ANY: NUMBER}},
+    "layers?": {ANY: {"layers": [str], "experts": [str], "shares": [[NUMBER]]}},
     "notes?": [str],
 }
 """What `report` takes. A key with a question mark may be left out; further keys are kept in the data and not shown."""
 
+LEVELS = ("good", "look")
 KINDS = ("base", "single", "static", "control", "router", "oracle")
 
 
-def checked(results: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain copy of `results`, as JSON would give it back.
+def checked(results: Mapping[str, Any], *, empty: bool = False) -> dict[str, Any]:
+    """A plain copy of `results`, as JSON would give it back. `empty`: tasks and systems may be empty lists.
 
     Raises:
         EvaluationError: if something is missing, of the wrong kind, not finite, or names a task or system that isn't
@@ -67,7 +75,7 @@ def checked(results: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as cause:
         raise EvaluationError(f"results can't be written as JSON: {cause}") from cause
     _shape(data, SHAPE, "results")
-    _names(data)
+    _names(data, empty)
     return data
 
 
@@ -107,11 +115,11 @@ def _expect(value: Any, kinds: Any, where: str) -> None:
         raise EvaluationError(f"{where} should be {wanted}, got {_short(value)}.")
 
 
-def _names(data: dict[str, Any]) -> None:
+def _names(data: dict[str, Any], empty: bool) -> None:
     """What one part says of another: every task, group and system that is spoken of exists, once."""
-    tasks = _unique(data["tasks"], "tasks")
-    systems = _unique(data["systems"], "systems")
-    _unique(data.get("experts", []), "experts")
+    tasks = _unique(data["tasks"], "tasks", empty)
+    systems = _unique(data["systems"], "systems", empty)
+    _unique(data.get("experts", []), "experts", True)
     groups = list(dict.fromkeys(t["group"] for t in data["tasks"]))
     for system in data["systems"]:
         where = f"results['systems'], {system['name']!r}"
@@ -129,6 +137,15 @@ def _names(data: dict[str, Any]) -> None:
             _known(row[side], systems, "results['comparisons']", "system")
     for group in data.get("recovered", {}):
         _known(group, groups, "results['recovered']", "group")
+    for expert in data.get("experts", []):
+        for line in expert.get("health", []):
+            if line["level"] not in LEVELS:
+                where = f"results['experts'], {expert['name']!r}"
+                raise EvaluationError(
+                    f"{where}: health is {_short(line['level'])}; known: {', '.join(LEVELS)}."
+                )
+    for task, profile in data.get("layers", {}).items():
+        _profile(task, profile, tasks)
     for task, shares in data.get("shares", {}).items():
         _known(task, tasks, "results['shares']", "task")
         for expert, share in shares.items():
@@ -138,9 +155,23 @@ def _names(data: dict[str, Any]) -> None:
                 )
 
 
-def _unique(items: list[dict[str, Any]], part: str) -> list[str]:
+def _profile(task: str, profile: dict[str, Any], tasks: list[str]) -> None:
+    where = f"results['layers'][{task!r}]"
+    _known(task, tasks, "results['layers']", "task")
+    layers, experts, rows = profile["layers"], profile["experts"], profile["shares"]
+    if len(rows) != len(layers) or any(len(row) != len(experts) for row in rows):
+        raise EvaluationError(
+            f"{where} should have {len(layers)} rows of {len(experts)} shares, one row a layer, one share an expert."
+        )
+    for row in rows:
+        for share in row:
+            if not 0 <= share <= 1.001:
+                raise EvaluationError(f"{where}: shares should lie between 0 and 1, got {share}.")
+
+
+def _unique(items: list[dict[str, Any]], part: str, empty: bool) -> list[str]:
     names = [item["name"] for item in items]
-    if not names and part != "experts":
+    if not names and not empty:
         raise EvaluationError(f"results[{part!r}] is empty: there is nothing to show.")
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

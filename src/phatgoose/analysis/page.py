@@ -25,26 +25,30 @@ from phatgoose.files import write_bytes
 
 __all__ = ["FORMAT", "RoutedPrompt", "report", "routed_prompt"]
 
-FORMAT = "phatgoose-report/1"
+FORMAT = "phatgoose-report/2"
 """Of the embedded data, which the page offers for download: {"format", "results", "experts" (legend), "prompts"}."""
 
 
-def report(results: Mapping[str, Any], prompts: Sequence[RoutedPrompt] = (), *, out: Path | str) -> Path:
+def report(
+    results: Mapping[str, Any] | None, prompts: Sequence[RoutedPrompt] = (), *, out: Path | str
+) -> Path:
     """Writes the page to `out`, whole or not at all, and returns its path.
 
     Args:
         results: what the quickstart writes as results.json; `phatgoose.analysis.checks.SHAPE` says what it must hold.
-            Parts that are left out are left out of the page.
+            Parts that are left out are left out of the page. Tasks and systems may be empty if there are prompts or experts.
         prompts: shown in this order, tokens coloured by expert.
 
     Raises:
         EvaluationError: `results` or a prompt is malformed; the message says where.
         StorageError: the file can't be written; an existing one is left as it was.
     """
-    data = checked(results)
+    results = {"tasks": [], "systems": []} if results is None else results
+    data = checked(results, empty=bool(prompts or results.get("experts")))
     shown = [encoded(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     names = [e["name"] for e in data.get("experts", [])]
     names += [name for row in data.get("shares", {}).values() for name in row]
+    names += [name for profile in data.get("layers", {}).values() for name in profile["experts"]]
     names += [name for prompt in shown for name in prompt["experts"]]
     marks = legend(names)
     environment = _environment()
@@ -54,6 +58,7 @@ def report(results: Mapping[str, Any], prompts: Sequence[RoutedPrompt] = (), *, 
         prompts=shown,
         marks=marks,
         title=data.get("title") or "PHATGOOSE: which expert for which token",
+        measured=bool(data["systems"]),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=Markup(environment.get_template("page.css.j2").render()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +32,8 @@ class RoutedPrompt:
     prompt: str
     expected: str
     answer: str
-    correct: bool
+    correct: bool | None
+    """None: there is no right answer to compare with."""
     tokens: tuple[str, ...]
     """Text of each token read, in order. For an encoder–decoder: the encoder's, then the decoder's."""
     generated_from: int
@@ -50,7 +53,7 @@ def routed_prompt(
     prompt: str,
     expected: str,
     answer: str,
-    correct: bool,
+    correct: bool | None,
     row: int = 0,
     generated_from: int | None = None,
 ) -> RoutedPrompt:
@@ -90,7 +93,7 @@ def routed_prompt(
         prompt=prompt,
         expected=expected,
         answer=answer,
-        correct=bool(correct),
+        correct=None if correct is None else bool(correct),
         tokens=tuple(t for n in ("encoder", "decoder") for t in token_texts(base.tokenizer, ids[n].values())),
         generated_from=generated_from,
         experts=trace.experts,
@@ -190,7 +193,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) ->
 
 
 def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
-    """`prompt` as compact JSON data: choices and weights (in thousandths) as one flat list [tokens · k] a module.
+    """`prompt` as compact JSON data. `choices` and `weights` (in thousandths) are, for each module, [tokens · k] whole numbers as
+    little-endian int16 in base64, so that 2,000 tokens × 210 modules stay below 5 MB and are read at once.
 
     Choice −1: no expert; −2: a filler (the module does not see the token, or made fewer than k choices).
 
@@ -202,8 +206,8 @@ def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
     choices, weights = [], []
     for cells in prompt.choices:
         padded = [(*pairs, *[(UNSEEN, 0.0)] * (k - len(pairs))) for pairs in cells]
-        choices.append([expert for pairs in padded for expert, _ in pairs])
-        weights.append([round(1000 * weight) for pairs in padded for _, weight in pairs])
+        choices.append(packed([expert for pairs in padded for expert, _ in pairs]))
+        weights.append(packed([round(1000 * weight) for pairs in padded for _, weight in pairs]))
     return {
         "task": prompt.task,
         "prompt": prompt.prompt,
@@ -221,6 +225,17 @@ def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
     }
 
 
+def packed(values: list[int]) -> str:
+    """Whole numbers between −32768 and 32767 as little-endian int16 in base64."""
+    return base64.b64encode(struct.pack(f"<{len(values)}h", *values)).decode()
+
+
+def unpacked(text: str) -> list[int]:
+    """What `packed` packed."""
+    raw = base64.b64decode(text)
+    return list(struct.unpack(f"<{len(raw) // 2}h", raw))
+
+
 def _fits(prompt: RoutedPrompt, where: str) -> None:
     if not 0 <= prompt.generated_from <= len(prompt.tokens):
         raise EvaluationError(
@@ -236,7 +251,7 @@ def _fits(prompt: RoutedPrompt, where: str) -> None:
                 f"{where}, {path}: {len(prompt.tokens)} tokens and choices at {len(cells)}."
             )
         for expert, weight in (pair for pairs in cells for pair in pairs):
-            if not -1 <= expert < len(prompt.experts) or not math.isfinite(weight):
+            if not -1 <= expert < len(prompt.experts) or not abs(weight) <= 30:
                 raise EvaluationError(
                     f"{where}, {path}: expert {expert} with weight {weight}; there are {len(prompt.experts)} experts."
                 )

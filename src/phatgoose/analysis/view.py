@@ -56,6 +56,10 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
         "comparisons": [part for group in groups if (part := _comparisons(data, group))["rows"]],
         "heat": _heat(data, tasks, marks),
         "marked": {mark["name"]: mark for mark in marks},
+        "layered": [task for task in tasks if task["name"] in data.get("layers", {})],
+        "trained": any({"base", "own", "steps", "expert_seconds"} & set(e) for e in data.get("experts", [])),
+        "carded": any({"health", "made", "nearest"} & set(e) for e in data.get("experts", [])),
+        "numbered": {e["name"]: i for i, e in enumerate(data.get("experts", []), 1)},
         "mean_gate_share": _mean(e.get("gate_share") for e in data.get("experts", [])),
         "recipe": list(_flat(data.get("recipe", {}))),
         "made": list(_flat(data.get("made", {}))),
@@ -99,7 +103,7 @@ def _table(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str,
             cells += [_cell(system["scores"].get(t["name"]), mean=False) for t in group["tasks"]]
         rows.append({**system, "cells": cells})
     rivals = [row for row in rows if row["kind"] != "oracle"]
-    for column in range(len(rows[0]["cells"])):
+    for column in range(len(rows[0]["cells"]) if rows else 0):
         values = [
             row["cells"][column]["value"] for row in rivals if row["cells"][column]["value"] is not None
         ]

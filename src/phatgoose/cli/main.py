@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli import chat, eval, explain, gate, generate, pool, push, quickstart, tasks, train
+from phatgoose.cli import chat, eval, explain, gate, generate, pool, push, quickstart, report, tasks, train
 from phatgoose.cli.group import Commands
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("eval")(eval.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("explain")(explain.command)
+app.command("report")(report.command)
 app.add_typer(tasks.app, name="tasks")
 
 

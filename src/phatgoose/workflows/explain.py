@@ -6,24 +6,22 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from phatgoose.analysis.measures import expert_shares
 from phatgoose.analysis.prompts import RoutedPrompt, routed_prompt
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.continuations import decoder_start
-from phatgoose.evaluation.generate import end_tokens, settings_are_own
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches
-from phatgoose.tasks.batch import IGNORED, pad_id, target_logits
+from phatgoose.tasks.batch import IGNORED, target_logits
+from phatgoose.workflows.greedy import greedy_answer
 
 MATTERS = 0.1
 """An expert mattered if leaving it out changes the answer's log-likelihood by at least this many nats (a tenth of its
@@ -105,7 +103,7 @@ def explain(
     try:
         ids = ids.to(base.device)
         with trace(base, margins=False) as recorded:
-            out = _answered(base, ids, max_new_tokens)
+            out = greedy_answer(base, ids, max_new_tokens)
         answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
         if not len(answer):
             raise EvaluationError("the model answered nothing, so there is nothing to explain.")
@@ -133,24 +131,6 @@ def explain(
         tuple(sorted(effects, key=lambda e: e.change)), len(active) - len(chosen),
     )  # fmt: skip
     return found, routed
-
-
-def _answered(base: Base, ids: Tensor, max_new_tokens: int) -> Tensor:
-    """A plain greedy answer behind ids [1, T], without the checkpoint's own penalties and suppressions."""
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "use_cache": True,
-        "pad_token_id": pad_id(base.tokenizer),
-        "eos_token_id": sorted(end_tokens(base.model, base.tokenizer.eos_token_id)),
-    }
-    if base.is_encoder_decoder:
-        settings["decoder_start_token_id"] = decoder_start(base.model)
-    own = GenerationConfig(**settings)
-    with settings_are_own(base.model, own), torch.no_grad():
-        run: Any = base.model.generate
-        return cast(Tensor, run(inputs=ids, attention_mask=torch.ones_like(ids), generation_config=own))
 
 
 def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:

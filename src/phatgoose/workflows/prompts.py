@@ -1,60 +1,133 @@
-"""Which experts acted where: routed prompts for the page, and every task's routing profile."""
+"""Which experts acted where: routed prompts for the page, every task's routing profile, and what there is to say of each expert."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from phatgoose.analysis.activations import mean_inputs
+from phatgoose.analysis.cards import cards
+from phatgoose.analysis.measures import expert_shares, load
 from phatgoose.analysis.page import RoutedPrompt, routed_prompt
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.trace import Trace, trace
 from phatgoose.records import Task
 from phatgoose.routers import Router
-from phatgoose.workflows.recipe import Recipe
+from phatgoose.tasks.batch import encode_pair
+from phatgoose.workflows.greedy import greedy_answer
 
 PROFILE_ROWS = 16
+MEAN_ROWS = 2
 NEW_TOKENS = 24
+_UNLIMITED = 2**31
 
 
-def traced_prompts(
-    base: Base, pool: Pool, router: Router, tasks: Mapping[str, Sequence[Task]], recipe: Recipe
-) -> tuple[list[RoutedPrompt], dict[str, dict[str, float]]]:
-    """(routed prompts, profiles): a greedy answer to the first test row of some tasks with every choice, and for each task
-    the share of the routing weight that each expert gets on the prompts of its first test rows, averaged over modules."""
-    route(base, pool, router)
+@dataclass(frozen=True)
+class Seen:
+    """What tracing a pool on some tasks showed, in the forms that results.json and `report` take."""
+
+    prompts: list[RoutedPrompt]
+    """A greedy answer to the first test row of some tasks (and to given texts), with every choice."""
+    shares: dict[str, dict[str, float]]
+    """For each task, the share of the routing weight that each expert gets on the prompts of its first test rows."""
+    layers: dict[str, dict[str, Any]]
+    """The same for each layer."""
+    cards: list[dict[str, Any]]
+    """One for each expert."""
+
+
+def traced(
+    base: Base,
+    pool: Pool,
+    router: Router,
+    tasks: Sequence[Task],
+    *,
+    shown: int = 6,
+    texts: Sequence[str] = (),
+    new_tokens: int = NEW_TOKENS,
+    backend: str = "auto",
+) -> Seen:
+    """Traces a pool; the base is left without routing.
+
+    Args:
+        tasks: all of them get a profile, from their first 16 test rows.
+        shown: of how many tasks the first test row is answered.
+        texts: prompts that are answered as well, after those of the tasks.
+    """
+    unroute(base)
+    samples = [*texts, *(e.input for task in tasks for e in task.test[:MEAN_ROWS])]
+    means = mean_inputs(base, pool.modules, samples) if samples else None
+    route(base, pool, router, backend_name=backend)
     try:
-        every = [task for members in tasks.values() for task in members]
-        profiles = {task.name: _profile(base, task) for task in every}
-        prompts = [_answer(base, task) for task in every[: recipe.shown_prompts]]
+        profiles = {task.name: _profile(base, task) for task in tasks}
+        prompts = [
+            _answer(base, task.name, task.test[0].input, task.test[0].targets, new_tokens)
+            for task in tasks[:shown]
+        ]
+        prompts += [_answer(base, "", text, (), new_tokens) for text in texts]
     finally:
         unroute(base)
-    return prompts, profiles
+    shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
+    total = {n: sum(s[n] for s in shares.values()) / len(shares) for n in pool.names} if shares else None
+    layers = {name: layer_shares(t) for name, t in profiles.items()}
+    return Seen(prompts, shares, layers, cards(pool, means=means, shares=total))
 
 
-def _profile(base: Base, task: Task) -> dict[str, float]:
-    texts = [e.input for e in task.test[:PROFILE_ROWS]]
-    with trace(base) as recorded, torch.no_grad():
-        for text in texts:  # one by one: no padding, and memory stays small
-            batch = base.tokenizer([text], return_tensors="pt").to(base.device)
+def with_cards(
+    records: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records of results.json's experts, with what their cards add; what was measured stands."""
+    known = {card["name"]: card for card in found}
+    return [{**known.get(record["name"], {}), **record} for record in records]
+
+
+def layer_shares(t: Trace) -> dict[str, Any]:
+    """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their load."""
+    groups: dict[tuple[str, int], list[torch.Tensor]] = {}
+    outside: list[torch.Tensor] = []
+    for path, values in load(t).items():
+        place = t.places[path]
+        part = place.part if place.part == "encoder" else "decoder"
+        (outside if place.layer is None else groups.setdefault((part, place.layer), [])).append(values)
+    parts = sorted(groups, key=lambda key: (key[0] != "encoder", key[1]))
+    labels = [f"{part[:3]} {layer}" if t.encoder_decoder else str(layer) for part, layer in parts]
+    rows = [torch.stack(groups[key]).mean(0).tolist() for key in parts]
+    if outside:
+        labels, rows = [*labels, "other"], [*rows, torch.stack(outside).mean(0).tolist()]
+    return {
+        "layers": labels,
+        "experts": list(t.experts),
+        "shares": [[round(s, 4) for s in row] for row in rows],
+    }
+
+
+def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(share, 4) for name, share in shares.items()}
+
+
+def _profile(base: Base, task: Task) -> Trace:
+    with trace(base, histogram=True) as recorded, torch.no_grad():
+        for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, and memory stays small
+            batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
             (base.model.get_encoder() if base.is_encoder_decoder else base.model)(**batch)
-    shares = torch.stack(list(recorded.shares().values())).mean(0)
-    return {name: round(float(share), 4) for name, share in zip(recorded.experts, shares, strict=True)}
+    return recorded
 
 
-def _answer(base: Base, task: Task) -> RoutedPrompt:
-    row = task.test[0]
-    batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
-    with trace(base) as recorded:
-        out = cast(Any, base.model).generate(
-            **batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=base.tokenizer.pad_token_id
-        )
-    start = 1 if base.is_encoder_decoder else batch["input_ids"].shape[1]
+def _answer(base: Base, task: str, text: str, targets: Sequence[str], new_tokens: int) -> RoutedPrompt:
+    pair = encode_pair(
+        base.tokenizer, text, "a", is_encoder_decoder=base.is_encoder_decoder, max_length=_UNLIMITED
+    )
+    ids = torch.tensor([pair.prompt_ids], device=base.device)
+    with trace(base, margins=False) as recorded:
+        out = greedy_answer(base, ids, new_tokens)
+    start = 1 if base.is_encoder_decoder else ids.shape[1]
     answer = str(base.tokenizer.decode(out[0, start:], skip_special_tokens=True)).split("\n")[0].strip()
     return routed_prompt(
-        recorded, base, task=task.name, prompt=row.input, expected=" / ".join(row.targets), answer=answer,
-        correct=answer in row.targets,
+        recorded, base, task=task, prompt=text, expected=" / ".join(targets), answer=answer,
+        correct=answer in targets if targets else None,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
 from phatgoose.workflows import show, summary
 from phatgoose.workflows.measured import Measurements
-from phatgoose.workflows.prompts import traced_prompts
+from phatgoose.workflows.prompts import traced, with_cards
 from phatgoose.workflows.recipe import Recipe
 from phatgoose.workflows.recipes import QUICKSTART, SMOKE
 
@@ -83,9 +83,12 @@ def run_quickstart(
         run.measure(system)
     run.add_oracle(pool)
     results = run.results(pool, seconds=time.monotonic() - started)
-    prompts, results["shares"] = traced_prompts(base, pool, PHATGOOSE(recipe.top_k), tasks, recipe)
+    every = [task for members in tasks.values() for task in members]
+    seen = traced(base, pool, PHATGOOSE(recipe.top_k), every, shown=recipe.shown_prompts)
+    results |= {"shares": seen.shares, "layers": seen.layers}
+    results["experts"] = with_cards(results["experts"], seen.cards)
     write_json(out / "results.json", results)
-    page = report(results, prompts, out=out / "quickstart.html")
+    page = report(results, seen.prompts, out=out / "quickstart.html")
     show.table(console, results)
     show.verdict(console, results)
     show.next_steps(console, out, recipe, page, pool)
