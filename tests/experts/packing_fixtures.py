@@ -21,6 +21,7 @@ def lora(**settings):
 KINDS = {
     "plain": lambda: lora(),
     "wide": lambda: lora(r=5, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    "tall": lambda: lora(r=24),
     "patterns": lambda: lora(rank_pattern={"down_proj": 7, "q_proj": 1}, alpha_pattern={"v_proj": 9}),
     "bias": lambda: lora(lora_bias=True),
     "dora": lambda: lora(use_dora=True, target_modules=["v_proj", "up_proj"]),

@@ -267,8 +267,8 @@ def test_rows_that_nobody_owns_are_never_used():
     _parts, u, y, stack, gates = problem(9, (3, 4, 2))
     wider = dataclasses.replace(
         stack,
-        A=torch.cat([stack.A[:3], torch.ones(2, 48), stack.A[3:]]),
-        B=torch.cat([stack.B[:3], torch.ones(2, 40), stack.B[3:]]),
+        A=torch.cat([stack.A[:3], torch.full((2, 48), torch.nan), stack.A[3:]]),
+        B=torch.cat([stack.B[:3], torch.full((2, 40), torch.nan), stack.B[3:]]),
         starts=(0, 5, 9),
     )
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)

@@ -40,7 +40,9 @@ def mix(
 
 
 def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
-    if stack.A.shape[0] <= DENSE_ROWS:
+    if (
+        stack.A.shape[0] <= DENSE_ROWS and not stack.has_gaps
+    ):  # rows that nobody owns may hold anything, NaN too
         return _dense(u, y, stack, chosen, weights)
     if u.shape[0] <= GATHER_TOKENS and len(set(stack.ranks)) == 1 and not stack.embedding:
         return _gather(u, y, stack, chosen, weights)

@@ -96,6 +96,11 @@ class Stack:
         vectors = (self.bias, self.output_scale, self.linear_scale, self.input_scale)
         return not self.bottlenecks and all(v is None for v in vectors)
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there are rows that nobody owns."""
+        return sum(self.ranks) < self.A.shape[0]
+
     def rows(self, expert: int) -> slice:
         return slice(self.starts[expert], self.starts[expert] + self.ranks[expert])
 
