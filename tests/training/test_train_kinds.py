@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -13,9 +14,11 @@ from test_student import batch_of, plain_loss
 from test_train_expert import equal
 from training_helpers import SMALL, make_task, state_of
 
+from conftest import make_model
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.routers import Single
 from phatgoose.training.config import ExpertConfig, GateConfig
@@ -36,8 +39,8 @@ KINDS = {
 }
 PEFT_KINDS = [kind for kind, settings in KINDS.items() if settings.get("kind") != "bottleneck"]
 PAIRS = [(kind, "llama") for kind in KINDS] + [
-    ("dora", "gpt2"), ("lora_bias", "gpt2"), ("lora_bias", "t5"), ("ia3", "gpt2"), ("ia3", "t5"), ("ia3", "qwen"),
-    ("ia3 everywhere", "gpt2"), ("pfeiffer", "gpt2"), ("pfeiffer", "t5"), ("houlsby", "t5"), ("houlsby", "qwen"), ("parallel", "gpt2"),
+    ("dora", "gpt2"), ("lora_bias", "t5"), ("ia3", "t5"), ("ia3", "qwen"), ("ia3 everywhere", "gpt2"), ("pfeiffer", "gpt2"),
+    ("houlsby", "t5"),
 ]  # fmt: skip
 
 
@@ -48,6 +51,20 @@ def config_of(kind, **settings):
 @pytest.fixture
 def task():
     return make_task()
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer, tmp_path_factory):
+    """trained(kind, family) → the base, its state before, the expert, and the work folder; each is trained once."""
+
+    @functools.cache
+    def train(kind, family="llama"):
+        base = Base(make_model(family), tokenizer, spec=f"tiny-{family}-0")
+        before, folder = state_of(base.model), tmp_path_factory.mktemp("work")
+        expert = train_expert(base, make_task(), config_of(kind), work_folder=folder, report=silent)
+        return base, before, expert, folder
+
+    return train
 
 
 def losses(base, expert, task, rows=21):
@@ -62,10 +79,8 @@ def losses(base, expert, task, rows=21):
 
 
 @pytest.mark.parametrize(("kind", "family"), PAIRS)
-def test_it_learns_and_the_base_is_untouched(make_base, kind, family, task, tmp_path, capsys):
-    base = make_base(family)
-    before = state_of(base.model)
-    expert = train_expert(base, task, config_of(kind), work_folder=tmp_path, report=silent)
+def test_it_learns_and_the_base_is_untouched(trained, kind, family, task, tmp_path, capsys):
+    base, before, expert, _ = trained(kind, family)
     assert state_of(base.model) == before
     assert capsys.readouterr() == ("", "")
     plain, routed = losses(base, expert, task)
@@ -81,52 +96,48 @@ def test_it_learns_and_the_base_is_untouched(make_base, kind, family, task, tmp_
     assert Expert.load(expert.save(tmp_path / "saved")).hash == expert.hash
 
 
-@pytest.mark.parametrize("kind", PEFT_KINDS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_plain_peft_computes_the_same(make_base, kind, family, task, tmp_path):
-    base = make_base(family)
-    config = config_of(kind, steps=3, validate_every=0)
-    expert = train_expert(base, task, config, work_folder=tmp_path, report=silent)
-    assert sorted(expert.updates) == adapted_paths(base, config)
+@pytest.mark.parametrize(("kind", "family"), [pair for pair in PAIRS if pair[0] in PEFT_KINDS])
+def test_plain_peft_computes_the_same(trained, kind, family):
+    base, _, expert, folder = trained(kind, family)
+    assert sorted(expert.updates) == adapted_paths(base, config_of(kind))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".lora_bias=True. was passed but", UserWarning)
-        model = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / "adapter")
+        model = PeftModel.from_pretrained(copy.deepcopy(base.model), folder / "adapter")
     model.eval()
     encoded, _ = batch_of(base)
     with torch.no_grad():
         wanted = plain_loss(model, base, encoded)
         found = plain_loss(route(base, Pool([expert]), Single(0)), base, encoded)
+    unroute(base)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_ia3_scales_what_the_paper_scales(make_base, task):
+def test_ia3_scales_what_the_paper_scales(trained):
     for family, inputs, outputs in (
-        ("llama", ("down_proj",), ("k_proj", "v_proj")), ("t5", ("wo",), ("k", "v")), ("gpt2", ("mlp.c_proj",), ("c_attn",)),
+        ("llama", ("down_proj",), ("k_proj", "v_proj")), ("t5", ("wo",), ("k", "v")), ("qwen", ("down_proj",), ("q_proj", "v_proj")),
     ):  # fmt: skip
-        base = make_base(family)
-        expert = train_expert(base, task, config_of("ia3", steps=2, validate_every=0), report=silent)
+        expert = trained("ia3", family)[2]
         for path, update in expert.updates.items():
             assert path.endswith(inputs if update.input_scale is not None else outputs)
             assert (update.input_scale is None) != (update.output_scale is None)
 
 
-def test_a_gpt2_scaled_everywhere_keeps_its_two_c_proj_apart(make_base, task):
-    base = make_base("gpt2")
-    expert = train_expert(base, task, config_of("ia3 everywhere", steps=2, validate_every=0), report=silent)
+def test_a_gpt2_scaled_everywhere_keeps_its_two_c_proj_apart(trained):
+    expert = trained("ia3 everywhere", "gpt2")[2]
     by_input = {path for path, update in expert.updates.items() if update.input_scale is not None}
     assert by_input == {f"transformer.h.{i}.mlp.c_proj" for i in range(2)}
     assert "transformer.h.0.attn.c_proj" in expert.updates
 
 
 def test_first_values_change_nothing(make_base, task):
-    for kind in KINDS:
-        base = make_base("llama")
+    for kind in ("dora", "ia3", "parallel"):
+        base = make_base("llama", layers=1)
         config = config_of(kind, steps=1, learning_rate=1e-12, warmup_share=0.0, validate_every=0)
         plain, routed = losses(base, train_expert(base, task, config, report=silent), task)
         assert routed == pytest.approx(plain, abs=1e-5), kind
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora_bias", "ia3", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("kind", ["ia3", "pfeiffer"])
 def test_interrupted_it_ends_in_the_same_bits(make_base, kind, task, tmp_path):
     config = config_of(kind, **({} if kind == "ia3" else {"dropout": 0.2}))
     whole = train_expert(make_base("llama"), task, config, report=silent)
@@ -161,10 +172,9 @@ def test_its_gates_train_and_nothing_else_moves(make_base, kind, task):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gate_that_is_open_is_the_expert_itself(make_base, kind, task):
-    """σ(0) = ½ halves every Δ; a gate far above zero leaves all of it. Against routing, by one that shares no code with it."""
-    base = make_base("llama")
-    expert = train_expert(base, task, config_of(kind), report=silent)
+def test_a_gate_that_is_open_is_the_expert_itself(trained, kind):
+    base, _, expert, _ = trained(kind)
+    base = copy.deepcopy(base)  # a student's hooks stay
     encoded, batch = batch_of(base)
     with torch.no_grad():
         wanted = plain_loss(route(base, Pool([expert]), Single(0)), base, encoded)
@@ -176,7 +186,7 @@ def test_a_gate_that_is_open_is_the_expert_itself(make_base, kind, task):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "houlsby", "pfeiffer"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "pfeiffer"])
 def test_on_a_bfloat16_base_it_is_trained_in_float32(make_base, kind, task):
     base = make_base("llama", dtype=torch.bfloat16)
     expert = train_expert(base, task, config_of(kind), report=silent)
@@ -186,11 +196,11 @@ def test_on_a_bfloat16_base_it_is_trained_in_float32(make_base, kind, task):
     assert routed < plain
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("kind", ["dora", "parallel"])
 def test_recomputing_activations_changes_nothing(make_base, kind, task):
     experts = [
         train_expert(
-            make_base("llama"), task, config_of(kind, steps=3, gradient_checkpointing=again), report=silent
+            make_base("llama"), task, config_of(kind, steps=2, gradient_checkpointing=again), report=silent
         )
         for again in (False, True)
     ]
