@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.statistics import bootstrap_interval, paired_difference, suite_interval
+from phatgoose.evaluation.statistics import (
+    bootstrap_interval,
+    holm,
+    paired_difference,
+    paired_p_value,
+    suite_interval,
+)
 
 
 def test_interval_is_the_percentiles_of_resampled_means():
@@ -81,3 +87,30 @@ def test_seed_decides():
 def test_bad_input(call, what):
     with pytest.raises(EvaluationError, match=what):
         call()
+
+
+def test_p_values_agree_with_the_intervals_and_with_all_signs():
+    """Against the exact bootstrap of three rows, and against the interval: p < 0.05 where it excludes zero."""
+    a, b = (
+        [[1.0, 1.0, 0.0]],
+        [[0.0, 1.0, 0.0]],
+    )  # differences 1, 0, 0: a resample's mean is 0 with probability (2/3)³
+    assert paired_p_value(a, b, resamples=20000) == pytest.approx(2 * (2 / 3) ** 3, abs=0.02)
+    draws = np.random.default_rng(5)
+    for shift in (0.0, 0.1, 0.2, 0.5):
+        x = [list((draws.random(60) < 0.5 + shift).astype(float))]
+        y = [list((draws.random(60) < 0.5).astype(float))]
+        _, low, high = paired_difference(x, y)
+        assert (paired_p_value(x, y) < 0.05) == (low > 0 or high < 0) or min(abs(low), abs(high)) < 0.02
+        assert paired_p_value(x, y) == pytest.approx(paired_p_value(y, x))
+    assert paired_p_value(x, x) == 1.0
+    assert paired_p_value([[1.0] * 30], [[0.0] * 30], resamples=999) == pytest.approx(2 / 1000)
+    with pytest.raises(EvaluationError, match="same rows"):
+        paired_p_value([[1.0]], [[1.0, 0.0]])
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+    assert holm([0.02]) == [0.02]

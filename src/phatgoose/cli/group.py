@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from phatgoose.cli import show
 from phatgoose.errors import PhatgooseError
 
-RESUMABLE = frozenset({"train", "gate", "quickstart"})
+RESUMABLE = frozenset({"train", "gate", "quickstart", "experiment"})
 """Commands that go on where they were stopped."""
 
 

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli import chat, eval, explain, gate, generate, pool, push, quickstart, report, tasks, train
+from phatgoose.cli import (
+    chat,
+    eval,
+    experiment,
+    explain,
+    gate,
+    generate,
+    pool,
+    push,
+    quickstart,
+    report,
+    tasks,
+    train,
+)
 from phatgoose.cli.group import Commands
 
 app = typer.Typer(
@@ -26,6 +39,7 @@ app.command("gate")(gate.command)
 app.add_typer(pool.app, name="pool")
 app.command("push")(push.command)
 app.command("eval")(eval.command)
+app.command("experiment")(experiment.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("explain")(explain.command)

@@ -23,8 +23,10 @@ Progress = Callable[[str, int, int], None]
 class Measurements:
     """Scores of one base with different pools and routers, in one folder; a killed run repeats at most one evaluation."""
 
-    def __init__(self, base: Base, folder: Path, config: EvaluationConfig | None = None):
-        self.base, self.folder = base, folder
+    def __init__(
+        self, base: Base, folder: Path, config: EvaluationConfig | None = None, backend: str = "auto"
+    ):
+        self.base, self.folder, self.backend = base, folder, backend
         self.config = config or EvaluationConfig()
 
     def score(
@@ -37,7 +39,20 @@ class Measurements:
         limit: int,
         progress: Progress | bool = False,
     ) -> TaskScore:
-        """The score of `router` over `pool` (of the bare base if they are None) on the first `limit` rows of a split."""
+        """The score, as `measure` puts it into a file."""
+        return self.read(self.measure(task, pool, router, split=split, limit=limit, progress=progress))
+
+    def measure(
+        self,
+        task: Task,
+        pool: Pool | None,
+        router: Router | None,
+        *,
+        split: SplitName = "test",
+        limit: int,
+        progress: Progress | bool = False,
+    ) -> Path:
+        """The file with the score of `router` over `pool` (of the bare base if they are None) on the first `limit` rows of a split."""
         experts = [] if pool is None else [[e.name, e.hash] for e in pool.experts]
         key = {
             "base": self.base.fingerprint.to_json(),
@@ -49,22 +64,32 @@ class Measurements:
             "limit": limit,
             "evaluation": [self.config.level, self.config.resamples, self.config.seed],
         }
+        # Only where they say something, so that measurements from before they existed are found again.
+        if metric := task.source.get("metric"):
+            key["metric"] = metric
+        if self.backend != "auto":
+            key["backend"] = self.backend
         path = self.folder / f"{sha256_json(key)[:24]}.json"
         if path.exists():
-            return self._read(path)
+            return path
         try:
             if pool is not None:
-                route(self.base, pool, router)
+                route(self.base, pool, router, backend_name=self.backend)
             scores = evaluate(
                 self.base, task, split=split, limit=limit, config=self.config, progress=progress
             )
         finally:
             unroute(self.base)
         write_json(path, {"key": key, "scores": scores_to_json(scores)})
-        return scores.tasks[0]
+        return path
 
     @staticmethod
-    def _read(path: Path) -> TaskScore:
+    def read(path: Path) -> TaskScore:
+        """The score in a file that `measure` wrote.
+
+        Raises:
+            EvaluationError: it is damaged.
+        """
         data: Any = read_json(path, EvaluationError)
         if not isinstance(data, dict):
             raise EvaluationError(f"{path} is not a measurement; delete it to measure again.")

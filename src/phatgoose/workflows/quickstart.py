@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,14 @@ from phatgoose.analysis.page import report
 from phatgoose.experts.expert import Expert, slug
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
-from phatgoose.files import sha256_json, write_json
+from phatgoose.files import write_json
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
 from phatgoose.records import Task, TaskScore
 from phatgoose.routers import PHATGOOSE, Random, Router, Single, Uniform
 from phatgoose.tasks import Fractions, load_task
-from phatgoose.training.expert import train_expert
-from phatgoose.training.gate import train_gate
 from phatgoose.workflows import show, summary
+from phatgoose.workflows.contribute import contribute, record
 from phatgoose.workflows.measured import Measurements
 from phatgoose.workflows.prompts import traced, with_cards
 from phatgoose.workflows.recipe import Recipe
@@ -122,25 +121,21 @@ class _Run:
     def contribute(self, task: Task) -> Expert:
         """What one contributor does: trains an expert on their own task, then its gates; shows what the expert gained."""
         name = slug(show.short(task.name))
-        key = sha256_json(
-            [self.recipe.expert.key(), self.recipe.gate.key(), task.hash, self.base.fingerprint.to_json()]
+        expert = contribute(
+            self.base,
+            task,
+            self.recipe.expert,
+            self.recipe.gate,
+            name=name,
+            folder=self.out / "experts" / name,
+            work=self.out / "work" / name,
         )
-        folder, work = self.out / "experts" / name, self.out / "work" / name
-        expert = _finished(folder, key)
-        if expert is None:
-            trained = train_expert(
-                self.base, task, self.recipe.expert, name=name, work_folder=work / "expert"
-            )
-            gated = train_gate(self.base, trained, task, self.recipe.gate, work_folder=work / "gate")
-            replace(gated, provenance={**gated.provenance, "quickstart_key": key}).save(folder)
-            expert = Expert.load(folder)
-        shutil.rmtree(work, ignore_errors=True)
         own = self.measurements.score(
             task, Pool([expert]), Single(0), limit=self.recipe.test_rows, progress=False
         )
-        record = _expert_record(expert, task, self.table["base"][task.name].mean, own.mean)
-        self.experts.append(record)
-        show.expert(self.console, record)
+        scores = {"base": self.table["base"][task.name].mean, "own": own.mean}
+        self.experts.append({**record(expert, task), **scores})
+        show.expert(self.console, self.experts[-1])
         return expert
 
     def systems(self, pool: Pool) -> list[System]:
@@ -260,34 +255,6 @@ def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
             strict=True,
         )
     )
-
-
-def _finished(folder: Path, key: str) -> Expert | None:
-    """The expert in `folder` if it is whole and was made by this very recipe, task and base."""
-    if not folder.exists():
-        return None
-    expert = Expert.load(folder)
-    return expert if expert.provenance.get("quickstart_key") == key else None
-
-
-def _expert_record(expert: Expert, task: Task, base_score: float, own_score: float) -> dict[str, Any]:
-    made, gate = expert.provenance, expert.provenance["gate"]
-    return {
-        "name": expert.name,
-        "task": task.name,
-        "spec": task.source.get("spec", task.name),
-        "rows": len(task.train),
-        "rank": max(u.rank for u in expert.updates.values()),
-        "parameters": expert.parameters,
-        "gate_parameters": sum(g.numel() for g in (expert.gates or {}).values()),
-        "steps": made["config"]["steps"],
-        "gate_steps": gate["config"]["steps"],
-        "expert_seconds": made["seconds"],
-        "gate_seconds": gate["seconds"],
-        "gate_share": gate["seconds"] / made["seconds"],
-        "base": base_score,
-        "own": own_score,
-    }
 
 
 def _claim(out: Path, fresh: bool) -> None:

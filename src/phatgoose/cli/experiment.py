@@ -1,0 +1,128 @@
+"""`phatgoose experiment`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli import show
+
+if TYPE_CHECKING:
+    from phatgoose.workflows.executors import Executor
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder for everything; RECIPE's name with -out if not given."),
+    ] = None,
+    folder: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--folder",
+            help="NAME=FOLDER: read a suite's, a pool's or a source's data from there (t0ho=data/t0ho, bbh=…, bigbench=…).",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check the recipe; nothing is loaded or fetched.")
+    ] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Processes on this machine; 0: everything in this one.")
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help="Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."
+        ),
+    ] = None,
+    cpus: Annotated[float, typer.Option("--cpus", help="With --ray: CPUs that a step asks for.")] = 1,
+    gpus: Annotated[
+        float,
+        typer.Option(
+            "--gpus", help="GPUs that a step asks for (with --ray, parts of one too); else how many to share."
+        ),
+    ] = 0,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often a step is run again whose worker died.")
+    ] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")
+    ] = False,
+) -> None:
+    """Train a pool's experts and gates, measure every router and baseline on the same rows, and compare them.
+
+    Writes results.json, results.md and plot.svg. Stopped or killed, the same command goes on where it was. A step that fails costs
+    only itself; the exit code is then 1, and the same command runs it again.
+    """
+    from phatgoose.workflows.experiment import forget, run_experiment
+    from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+
+    found = ExperimentRecipe.read(recipe, _folders(folder or []))
+    if check:
+        _say(found)
+        return
+    target = out or Path(f"{recipe.stem}-out")
+    if fresh:
+        forget(target)
+    executor = _executor(workers, ray, cpus, gpus, retries)
+    try:
+        results = run_experiment(found, target, executor=executor)
+    finally:
+        executor.close()
+    for name, suite in results["suites"].items():
+        ranked = sorted(
+            ((s, v) for s, v in suite["systems"].items() if "mean" in v), key=lambda item: -item[1]["mean"]
+        )
+        show.say(f"{name}, mean of {len(suite['common_tasks'])} tasks")
+        show.table(
+            ("system", "mean", "95 %"),
+            [(s, f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}") for s, v in ranked],
+        )
+        show.say()
+    show.note(f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}")
+    if results["failed"]:
+        for what, why in results["failed"].items():
+            show.warn(f"{what}: {why}")
+        raise typer.Exit(1)
+
+
+def _folders(given: list[str]) -> dict[str, str]:
+    from phatgoose.errors import TaskError
+
+    found = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise TaskError(f"--folder {text!r} should read NAME=FOLDER.")
+        found[name] = path
+    return found
+
+
+def _executor(workers: int, ray: str | None, cpus: float, gpus: float, retries: int) -> Executor:
+    from phatgoose.workflows.executors import Inline, Processes
+
+    if ray is not None:
+        from phatgoose.workflows.ray_executor import RayExecutor
+
+        return RayExecutor(None if ray == "local" else ray, cpus=cpus, gpus=gpus, retries=retries)
+    if workers == 0:
+        return Inline(retries)
+    return Processes(workers, gpus=int(gpus), retries=retries)
+
+
+def _say(recipe: object) -> None:
+    """What a recipe comes to."""
+    from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+
+    assert isinstance(recipe, ExperimentRecipe)
+    show.facts(
+        [
+            ("base", recipe.base),
+            ("experts", str(len(recipe.pool_entries))),
+            ("systems", ", ".join(recipe.all_systems)),
+            *((f"suite {s.name}", f"{len(s.entries)} tasks") for s in recipe.suites),
+        ]
+    )

@@ -1,0 +1,220 @@
+"""Running independent steps in parallel, so that a worker that dies or a step that fails costs that step only.
+
+A step is a function's name and plain arguments: any process that can import phatgoose can run it. What a step makes lies on disk;
+what it returns is small. `Processes` is the embedded default, `ray_executor.RayExecutor` spreads steps over a cluster.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing as mp
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal, Protocol
+
+from phatgoose.errors import PhatgooseError
+
+State = Literal["running", "done", "retry", "failed"]
+Tell = Callable[["Step", State, str], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work."""
+
+    name: str
+    """For people; unique among the steps run together."""
+    function: str
+    """module:function, called with `arguments`."""
+    arguments: Mapping[str, Any]
+    """Plain data: it is pickled."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended."""
+
+    value: Any = None
+    error: str | None = None
+    attempts: int = 1
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+class Executor(Protocol):
+    """Something that runs steps."""
+
+    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
+        """Runs all steps, in any order; step name → outcome. `tell` hears of every change; nothing is raised for a failed step."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+        ...
+
+
+def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """("ok", value), ("refused", why) for an error that would come again, or ("error", why) for one that may not."""
+    module, _, name = function.partition(":")
+    try:
+        return "ok", getattr(importlib.import_module(module), name)(**arguments)
+    except PhatgooseError as error:
+        return "refused", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "error", f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+
+
+class Inline:
+    """One step after the other in this process."""
+
+    def __init__(self, retries: int = 0):
+        self.retries = retries
+
+    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
+        return {step.name: self._run(step, tell) for step in steps}
+
+    def _run(self, step: Step, tell: Tell) -> Outcome:
+        for number in range(1, self.retries + 2):
+            tell(step, "running", "")
+            kind, value = attempt(step.function, step.arguments)
+            if kind == "ok":
+                tell(step, "done", "")
+                return Outcome(value, attempts=number)
+            if kind == "refused" or number > self.retries:
+                tell(step, "failed", value)
+                return Outcome(error=value, attempts=number)
+            tell(step, "retry", value)
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        pass
+
+
+class Processes:
+    """Worker processes on this machine, each taking one step at a time and keeping what it loaded for the next."""
+
+    def __init__(
+        self, workers: int, *, gpus: int = 0, retries: int = 1, environment: Mapping[str, str] | None = None
+    ):
+        if workers < 1 or retries < 0:
+            raise PhatgooseError(f"{workers} workers and {retries} retries: expected at least 1 and 0.")
+        # The number of threads decides the order of sums, so the last bits: whoever sets it gets the same numbers anywhere.
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+        own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+        visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+        visible = visible or [str(g) for g in range(gpus)]
+        self.retries = retries
+        self.settings = [
+            own | ({"CUDA_VISIBLE_DEVICES": visible[n % min(gpus, len(visible))]} if gpus else {})
+            for n in range(workers)
+        ]
+        self._workers: list[_Worker | None] = [None] * workers
+
+    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
+        waiting = [(step, 1) for step in steps][::-1]
+        busy: dict[int, tuple[Step, int]] = {}
+        found: dict[str, Outcome] = {}
+        while waiting or busy:
+            for place in range(len(self._workers)):
+                if waiting and place not in busy:
+                    busy[place] = waiting.pop()
+                    self._worker(place).send(busy[place][0])
+                    tell(busy[place][0], "running", f"worker {place + 1}")
+            for place, kind, value in self._finished(busy):
+                step, number = busy.pop(place)
+                if kind == "ok":
+                    found[step.name] = Outcome(value, attempts=number)
+                    tell(step, "done", "")
+                elif kind == "refused" or number > self.retries:
+                    found[step.name] = Outcome(error=value, attempts=number)
+                    tell(step, "failed", value)
+                else:
+                    waiting.append((step, number + 1))
+                    tell(step, "retry", value)
+        return found
+
+    def close(self) -> None:
+        for worker in self._workers:
+            if worker is not None:
+                worker.stop()
+        self._workers = [None] * len(self._workers)
+
+    def _worker(self, place: int) -> _Worker:
+        worker = self._workers[place]
+        if worker is None or not worker.process.is_alive():
+            worker = self._workers[place] = _Worker(self.settings[place])
+        return worker
+
+    def _finished(self, busy: Mapping[int, Any]) -> list[tuple[int, str, Any]]:
+        """(place, kind, value) of workers that answered or died, waiting until one has."""
+        workers = {place: self._worker_at(place) for place in busy}
+        ready = set(wait([x for w in workers.values() for x in (w.connection, w.process.sentinel)]))
+        results = []
+        for place, worker in workers.items():
+            if worker.connection in ready or worker.process.sentinel in ready:
+                results.append((place, *worker.receive()))
+                if not worker.process.is_alive():
+                    worker.stop()
+                    self._workers[place] = None
+        return results
+
+    def _worker_at(self, place: int) -> _Worker:
+        worker = self._workers[place]
+        assert worker is not None
+        return worker
+
+
+class _Worker:
+    def __init__(self, environment: Mapping[str, str]):
+        # Spawned, not forked: torch's threads and CUDA don't survive a fork.
+        context = mp.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        kept = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)  # the child reads it before its first import
+        try:
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        theirs.close()
+
+    def send(self, step: Step) -> None:
+        self.connection.send((step.function, dict(step.arguments)))
+
+    def receive(self) -> tuple[str, Any]:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            code = self.process.exitcode
+            killed = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            return "died", f"the worker process died ({killed}); out of memory, if nobody killed it"
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.terminate()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.process.close()
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's life: steps in, outcomes out, until the other end closes."""
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+        try:
+            connection.send(attempt(function, arguments))
+        except KeyboardInterrupt:
+            return

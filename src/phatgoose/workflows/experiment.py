@@ -1,0 +1,217 @@
+"""An experiment from its recipe: check → train → pool → choose → measure → compare, each step found again by a second run.
+
+Everything lies under one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg; work/ holds what an
+interrupted training needs. Steps run through an executor; the driver itself loads no base.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from phatgoose.errors import StorageError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.files import sha256_json, storage_errors, write_bytes, write_json
+from phatgoose.tasks.overlap import WORDS
+from phatgoose.workflows.executors import Executor, Inline, Outcome, Step
+from phatgoose.workflows.experiment_board import Board
+from phatgoose.workflows.experiment_plot import plot
+from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
+from phatgoose.workflows.experiment_results import results_of
+from phatgoose.workflows.experiment_text import markdown
+from phatgoose.workflows.systems import CHOSEN
+
+MARKER = ".phatgoose-experiment"
+_STEPS = "phatgoose.workflows.experiment_steps"
+
+
+def run_experiment(
+    recipe: ExperimentRecipe,
+    out: str | Path,
+    *,
+    executor: Executor | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Runs the recipe, or what is left of it, and returns what results.json holds.
+
+    A failed step doesn't stop the others: an expert that can't be trained is left out of the pool, a task that some system can't
+    be measured on is left out of the comparison, a system that fails everywhere goes; results["failed"] says which and why.
+
+    Args:
+        out: the folder for everything; with several machines, one that all of them see under this name.
+        executor: what runs the steps; None: this process, one after the other.
+
+    Raises:
+        StorageError: `out` is another's folder. RecipeError: no expert could be trained, or nothing measured.
+    """
+    run = _Run(recipe, Path(out), executor or Inline(), console or Console(stderr=True))
+    with run.board:
+        return run.all()
+
+
+class _Run:
+    def __init__(self, recipe: ExperimentRecipe, out: Path, executor: Executor, console: Console):
+        self.recipe, self.out, self.executor = recipe, out, executor
+        self.board = Board(console)
+        self.failed: dict[str, str] = {}
+        self.json = recipe.to_json()
+        self.common = {"recipe": self.json, "out": str(out.absolute())}
+
+    def all(self) -> dict[str, Any]:
+        _claim(self.out)
+        started = time.monotonic()
+        write_json(self.out / "recipe.json", self.json)
+        tasks, left_out = self.check()
+        records = self.train(tasks)
+        pool = self.gather(records)
+        key = sha256_json([e.hash for e in pool.experts])
+        chosen = self.choose(pool, key, tasks)
+        files = self.measure(key, tasks, chosen)
+        seen = self.contaminated(pool, tasks)
+        results = results_of(
+            self.recipe, self.out, tasks, left_out, [records[n] for n in pool.names], files, chosen, seen, self.failed,
+            seconds=time.monotonic() - started,
+        )  # fmt: skip
+        write_json(self.out / "results.json", results)
+        write_bytes(self.out / "results.md", markdown(results).encode())
+        write_bytes(self.out / "plot.svg", plot(results).encode())
+        return results
+
+    def run(self, stage: str, steps: Sequence[Step]) -> dict[str, Outcome]:
+        found = self.executor.run(steps, self.board.stage(stage, steps)) if steps else {}
+        self.failed |= {name: o.error for name, o in found.items() if o.error is not None}
+        return found
+
+    def step(self, label: str, function: str, **arguments: Any) -> Step:
+        return Step(label, f"{_STEPS}:{function}", self.common | arguments)
+
+    def check(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+        """(suite → task → what is known of it, suite → task → why it is left out)."""
+        wanted: dict[str, list[str]] = {}
+        left_out: dict[str, dict[str, str]] = {}
+        for one in self.recipe.suites:
+            kept, missing = without_own_copies(self.recipe, one)
+            left_out[one.name] = dict.fromkeys(missing, "needs your own copy of its data: give a folder")
+            wanted[one.name] = [e.name for e in kept.entries]
+        found = self.run("check", [self.step(f"check {s}", "check_tasks", suite=s) for s in wanted])
+        tasks: dict[str, dict[str, Any]] = {}
+        for suite in wanted:
+            outcome = found[f"check {suite}"]
+            rows = outcome.value if outcome.ok else {}
+            tasks[suite] = {}
+            for name, info in ((n, rows[n]) for n in wanted[suite] if n in rows):
+                if "error" in info:
+                    self.failed[f"{suite}: {name}"] = left_out[suite][name] = info["error"]
+                elif info["lost"]["left_out"] and suite != IN_POOL:
+                    share = max(info["lost"]["answers"], info["lost"]["prompt"])
+                    left_out[suite][name] = (
+                        f"the base's tokenizer can't write it ({share:.0%} of its answers or prompts are lost)"
+                    )
+                else:
+                    tasks[suite][name] = info
+        return tasks, left_out
+
+    def train(self, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        names = [e.name for e in self.recipe.pool_entries]
+        if IN_POOL in tasks:  # a task that couldn't be loaded has failed already
+            names = [n for n in names if n in tasks[IN_POOL]]
+        found = self.run("train", [self.step(f"train {n}", "train", name=n) for n in names])
+        return {n: found[f"train {n}"].value for n in names if found[f"train {n}"].ok}
+
+    def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
+        if not records:
+            why = next(iter(self.failed.values()), "there are no tasks")
+            raise RecipeError(f"no expert could be trained, so there is no pool. The first reason: {why}")
+        pool = Pool([Expert.load(self.out / "experts" / r["folder"], name=n) for n, r in records.items()])
+        pool.save(self.out / "pool")
+        return pool
+
+    def choose(
+        self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, dict[str, str]]]:
+        """system → suite → task → the expert it takes; ties go to the first of the pool."""
+        wanted = [s for s in self.recipe.all_systems if s in CHOSEN]
+        rows = {s: [n for n, info in found.items() if info["choice_rows"]] for s, found in tasks.items()}
+        steps = [
+            self.step(f"choose {e} on {s}", "choose", pool=key, expert=e, suite=s, tasks=names)
+            for s, names in rows.items() for e in pool.names if names and wanted
+        ]  # fmt: skip
+        found = self.run("choose", steps)
+        chosen: dict[str, dict[str, dict[str, str]]] = {system: {} for system in wanted}
+        for suite, names in rows.items():
+            means = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
+            if not means:
+                continue
+            best = max(means, key=lambda e: sum(means[e].values()))
+            picks = {"oracle": {t: max(means, key=lambda e: means[e][t]) for t in names}}
+            picks["best-single"] = dict.fromkeys(tasks[suite], best)
+            for system in wanted:
+                chosen[system][suite] = picks[system]
+        return chosen
+
+    def measure(
+        self,
+        key: str,
+        tasks: Mapping[str, Mapping[str, Any]],
+        chosen: Mapping[str, Mapping[str, Mapping[str, str]]],
+    ) -> dict[str, dict[str, dict[str, str]]]:
+        """system → suite → task → file of the score."""
+        steps, asked = [], {}
+        for system in self.recipe.all_systems:
+            for suite, found in tasks.items():
+                experts = dict(chosen.get(system, {}).get(suite, {}))
+                names = [n for n in found if system not in CHOSEN or n in experts]
+                if names:
+                    name = f"measure {system} on {suite}"
+                    asked[name] = (system, suite)
+                    steps.append(
+                        self.step(
+                            name,
+                            "measure",
+                            pool=key,
+                            system=system,
+                            suite=suite,
+                            tasks=names,
+                            experts=experts,
+                        )
+                    )
+        files: dict[str, dict[str, dict[str, str]]] = {s: {} for s in self.recipe.all_systems}
+        for name, outcome in self.run("measure", steps).items():
+            system, suite = asked[name]
+            if outcome.ok:
+                files[system][suite] = outcome.value["scores"]
+                self.failed |= {
+                    f"{system} on {suite}: {t}": why for t, why in outcome.value["failed"].items()
+                }
+        return files
+
+    def contaminated(self, pool: Pool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        suites = {s: list(found) for s, found in tasks.items() if found}
+        step = self.step(
+            "contamination", "contamination", words=WORDS, suites=suites, trained=list(pool.names)
+        )
+        outcome = self.run("contamination", [step])["contamination"]
+        return outcome.value if outcome.ok else {}
+
+
+def _claim(out: Path) -> None:
+    """Makes `out` ours; a folder that holds other people's files is left alone."""
+    marker = out / MARKER
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.exists())):
+        raise StorageError(f"{out} exists and is not an experiment's folder; choose another one with --out.")
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+
+
+def forget(out: Path, what: Sequence[str] = ("experts", "pool", "scores", "work")) -> None:
+    """Removes what an experiment made, if `out` is an experiment's folder."""
+    if (out / MARKER).exists():
+        for name in what:
+            shutil.rmtree(out / name, ignore_errors=True)

@@ -1,0 +1,241 @@
+"""A recipe: one readable TOML file that says everything about an experiment.
+
+base = "smollm2-135m-instruct-q4"
+systems = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
+seeds = [0, 1]
+
+[pool]
+names = ["bigbench"]                # named pools, tasks' specs under names of their own, or both
+tasks = { colours = "jsonl:colours.jsonl" }
+leave_out = ["cryptonite"]
+
+[measure]
+suites = ["in-pool", "bbh", "bbl"]
+test_rows = 100
+
+[expert]                            # settings of ExpertConfig and GateConfig
+steps = 300
+[gate]
+steps = 100
+
+[folders]                           # by suite or pool name, or by source; everything else is fetched
+bbh = "data/bbh"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import PhatgooseError, TaskError
+from phatgoose.registry import unknown
+from phatgoose.tasks.entries import Entry, check_apart, entry
+from phatgoose.tasks.pools import pool_entries
+from phatgoose.tasks.suites import Suite, suite
+from phatgoose.training.config import ExpertConfig, GateConfig
+from phatgoose.workflows.systems import check_system, expanded
+
+IN_POOL, UNSEEN = "in-pool", "unseen"
+
+
+class RecipeError(PhatgooseError):
+    """A recipe that can't be read or contradicts itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolPart:
+    """Which experts are trained."""
+
+    names: tuple[str, ...] = ()
+    """Named pools (`tasks/pools.py`)."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Further tasks: expert's name → spec."""
+    only: tuple[str, ...] = ()
+    """Keep only the experts of these names; empty: all."""
+    leave_out: tuple[str, ...] = ()
+    """Leave out the experts of these names."""
+    train_rows: int = 2000
+    """At most this many rows of a task's training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurePart:
+    """What the pool is measured on."""
+
+    suites: tuple[str, ...] = (IN_POOL,)
+    """Named suites (`tasks/suites.py`), "in-pool" (the experts' own tasks), "unseen" (`tasks` below)."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Tasks of the suite "unseen": name → spec."""
+    test_rows: int = 100
+    """At most this many test rows of each task, a fixed random part, the same for all systems."""
+    choice_rows: int = 32
+    """Validation rows of each task on which oracle and best-single choose."""
+    backend: str = "auto"
+    """The backend that routes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentRecipe:
+    """One experiment."""
+
+    base: str
+    """Spec of the base model."""
+    dtype: str = "auto"
+    """What it is computed in: auto, float32, bfloat16, float16."""
+    systems: tuple[str, ...] = (
+        "base",
+        "phatgoose",
+        "uniform",
+        "merged",
+        "random:seed={seed}",
+        "best-single",
+        "oracle",
+    )
+    """What is compared (`workflows/systems.py`); one with {seed} in it is run for every seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Of systems that draw."""
+    pool: PoolPart = field(default_factory=PoolPart)
+    measure: MeasurePart = field(default_factory=MeasurePart)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Where data is read from instead of being fetched."""
+
+    def __post_init__(self) -> None:
+        for name in self.all_systems:
+            check_system(name)
+        entries = self.pool_entries
+        if not entries:
+            raise RecipeError("the recipe's pool has no tasks: name pools or tasks under [pool].")
+        for found in self.suites:
+            if found.name != IN_POOL:
+                check_apart(entries, found.entries, found.refuses, found.name)
+
+    @property
+    def all_systems(self) -> tuple[str, ...]:
+        return expanded(self.systems, self.seeds)
+
+    @property
+    def pool_entries(self) -> tuple[Entry, ...]:
+        """The entries that experts are trained on, names unique."""
+        found = [e for name in self.pool.names for e in pool_entries(name)]
+        found += [entry(spec, name) for name, spec in self.pool.tasks.items()]
+        names = [e.name for e in found]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise RecipeError(
+                f"two of the pool's tasks are named {', '.join(twice)}: leave one out by another name."
+            )
+        for name in (*self.pool.only, *self.pool.leave_out):
+            if name not in names:
+                raise unknown("task of the pool", name, names)
+        only = set(self.pool.only) or set(names)
+        return tuple(e for e in found if e.name in only and e.name not in self.pool.leave_out)
+
+    @property
+    def suites(self) -> tuple[Suite, ...]:
+        """What is measured; a suite's own-copy tasks are left out where no folder has been given for them."""
+        found = []
+        for name in self.measure.suites:
+            if name == IN_POOL:
+                found.append(Suite(IN_POOL, self.pool_entries))
+            elif name == UNSEEN:
+                found.append(Suite(UNSEEN, tuple(entry(s, n) for n, s in self.measure.tasks.items())))
+            else:
+                found.append(suite(name))
+            if not found[-1].entries:
+                raise RecipeError(f"the suite {name!r} has no tasks.")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], where: str = "the recipe") -> ExperimentRecipe:
+        """The recipe that `to_json` or a TOML file describes.
+
+        Raises:
+            UnknownName: a setting that doesn't exist. RecipeError: one of the wrong type.
+        """
+        parts = {"pool": PoolPart, "measure": MeasurePart, "expert": ExpertConfig, "gate": GateConfig}
+        values = {k: _part(parts[k], v, f"{where}, [{k}]") if k in parts else v for k, v in data.items()}
+        made = _part(ExperimentRecipe, values, where)
+        assert isinstance(made, ExperimentRecipe)
+        return made
+
+    @staticmethod
+    def read(path: str | Path, folders: Mapping[str, str] | None = None) -> ExperimentRecipe:
+        """The recipe in a TOML file; `folders` go before its own. Relative folders of the file start where the file is.
+
+        Raises:
+            RecipeError: the file is missing or no TOML; others as `from_json`.
+        """
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
+            raise RecipeError(f"{path} can't be read as a recipe: {cause}") from cause
+        own = data.get("folders", {})
+        if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
+            raise RecipeError(f'{path}, [folders]: expected name = "folder".')
+        placed = {k: str(path.parent / Path(v).expanduser()) for k, v in own.items()}
+        data["folders"] = placed | {k: str(Path(v).expanduser()) for k, v in (folders or {}).items()}
+        for name, folder in data["folders"].items():
+            if not Path(folder).is_dir():
+                raise TaskError(f"the folder for {name!r} is {folder}, which is not a folder.")
+        return ExperimentRecipe.from_json(data, str(path))
+
+
+def _part(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where}: expected settings, got {type(data).__name__}.")
+    known = {f.name for f in fields(kind)}
+    for name in data:
+        if name not in known:
+            raise unknown(f"setting in {where}", name, known)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    for f in fields(kind):
+        value = values.get(f.name)
+        wrong = f.name in values and _wrong_type(value, str(f.type))
+        if wrong:
+            raise RecipeError(f"{where}: {f.name} is {value!r}, expected {wrong}.")
+    try:
+        return kind(**values)
+    except TypeError as cause:
+        raise RecipeError(f"{where}: {str(cause).partition('() ')[2] or cause}.") from cause
+
+
+def _wrong_type(value: Any, expected: str) -> str | None:
+    """What was expected, if `value` is something else."""
+    if expected == "tuple[str, ...]":
+        return (
+            None if isinstance(value, tuple) and all(isinstance(v, str) for v in value) else "a list of texts"
+        )
+    if expected == "tuple[int, ...]":
+        numbers = isinstance(value, tuple) and value and all(isinstance(v, int) for v in value)
+        return None if numbers else "a list of whole numbers"
+    if expected == "str":
+        return None if isinstance(value, str) else "a text"
+    if expected == "int":
+        return (
+            None
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            else "a whole number"
+        )
+    if expected == "float":
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if expected == "Mapping[str, str]":
+        good = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+        return None if good else "names and texts"
+    return None
+
+
+def without_own_copies(recipe: ExperimentRecipe, found: Suite) -> tuple[Suite, tuple[str, ...]]:
+    """The suite without those of its own-copy tasks for which there is no file, and their names."""
+    folder = recipe.folders.get(found.name) or recipe.folders.get("prompted")
+    missing = tuple(
+        name for name in found.own_copy if folder is None or not any(Path(folder).glob(f"{name}.*"))
+    )
+    return replace(found, entries=tuple(e for e in found.entries if e.name not in missing)), missing

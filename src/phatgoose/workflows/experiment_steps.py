@@ -1,0 +1,221 @@
+"""The steps of an experiment as functions of plain data, to be run in any process: train one expert, choose, measure.
+
+Each finds what it made before and does only what is missing, so a step may be killed and run again at any time. A process keeps its
+base, tasks and pool between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.experts.pool import Pool
+from phatgoose.files import sha256_json
+from phatgoose.models.base import Base
+from phatgoose.models.load import load_base
+from phatgoose.records import Task
+from phatgoose.routers import Router, Single
+from phatgoose.tasks.entries import Entry, load_entry, with_validation
+from phatgoose.tasks.overlap import Seen
+from phatgoose.tasks.representable import loss
+from phatgoose.tasks.spec import without_paths
+from phatgoose.tasks.splits import Fractions
+from phatgoose.workflows.contribute import contribute, contribution_key, record
+from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, without_own_copies
+from phatgoose.workflows.measured import Measurements
+from phatgoose.workflows.systems import build
+
+UNSEEN_FRACTIONS = Fractions(test=0.7, validation=0.3)
+"""Nothing is trained on a suite's tasks: what has no splits is all test and validation."""
+
+
+class Lab:
+    """One process's view of an experiment."""
+
+    def __init__(self, recipe: ExperimentRecipe, out: Path):
+        self.recipe, self.out = recipe, out
+        self.suites = {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
+        self._tasks: dict[tuple[str, str], Task] = {}
+        self._systems: dict[Any, tuple[Pool | None, Router | None]] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        return load_base(self.recipe.base, dtype=self.recipe.dtype, device=device)
+
+    @cached_property
+    def measurements(self) -> Measurements:
+        return Measurements(self.base, self.out / "scores", backend=self.recipe.measure.backend)
+
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool.load(self.out / "pool")
+
+    def task(self, suite: str, name: str) -> Task:
+        """A task of a suite, as it is measured; one of "in-pool" also as it is trained on."""
+        if (suite, name) not in self._tasks:
+            entry = next(e for e in self.suites[suite].entries if e.name == name)
+            loaded = self._in_pool(entry) if suite == IN_POOL else self._unseen(suite, entry)
+            self._tasks[suite, name] = loaded
+        return self._tasks[suite, name]
+
+    def _in_pool(self, entry: Entry) -> Task:
+        pool = self.recipe.pool
+        group = next((g for g in pool.names if g in self.recipe.folders), "")
+        rows = {"train": pool.train_rows}
+        return load_entry(entry, group=group, folders=self.recipe.folders, limit=rows)  # type: ignore[arg-type]
+
+    def _unseen(self, suite: str, entry: Entry) -> Task:
+        measure = self.recipe.measure
+        most = measure.test_rows + measure.choice_rows
+        limit = {"train": 0, "validation": measure.choice_rows, "test": most}
+        task = load_entry(
+            entry, group=suite, folders=self.recipe.folders, fractions=UNSEEN_FRACTIONS, limit=limit  # type: ignore[arg-type]
+        )  # fmt: skip
+        return with_validation(task, measure.test_rows)
+
+    def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
+        if (name, expert) not in self._systems:
+            if len(self._systems) > 4:  # a merged pool is as large as the pool
+                self._systems.clear()
+            self._systems[name, expert] = build(name, self.pool, expert) if name != "base" else (None, None)
+        return self._systems[name, expert]
+
+
+@lru_cache(maxsize=1)
+def _lab(recipe: str, out: str, pool: str) -> Lab:
+    """`pool` is what the pool holds: a process that knew another one must not go on with it."""
+    import json
+
+    return Lab(ExperimentRecipe.from_json(json.loads(recipe)), Path(out))
+
+
+def lab(recipe: Mapping[str, Any], out: str, pool: str = "") -> Lab:
+    """This process's Lab for a recipe (as JSON) and folder."""
+    import json
+
+    _quiet()
+    return _lab(json.dumps(recipe), out, pool)  # unsorted: tasks keep their order
+
+
+@cache
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def folder_of(recipe: ExperimentRecipe, out: Path, entry: Entry) -> Path:
+    """Where an expert is made: named after it and what it is asked to be, so that another recipe's is never overwritten."""
+    asked = [
+        recipe.base,
+        recipe.dtype,
+        recipe.expert.key(),
+        recipe.gate.key(),
+        list(entry.specs),
+        recipe.pool.train_rows,
+    ]
+    return out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
+
+
+def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, Any]:
+    """Loads every task of a suite: {task: {spec, hash, rows, …}} or {task: {"error"}}; what the tokenizer can't write is said."""
+    here = lab(recipe, out)
+    found: dict[str, Any] = {}
+    for entry in here.suites[suite].entries:
+        try:
+            task = here.task(suite, entry.name)
+            if not task.test or (suite == IN_POOL and not task.train):
+                raise PhatgooseError(f"it has {len(task.test)} test and {len(task.train)} training rows.")
+            lost = loss(here.base.tokenizer, task)
+            found[entry.name] = {
+                "spec": " + ".join(entry.specs), "hash": task.hash, "train_rows": len(task.train),
+                "test_rows": min(len(task.test), here.recipe.measure.test_rows), "metric": entry.metric, "note": entry.note,
+                "choice_rows": min(len(task.validation), here.recipe.measure.choice_rows), "source": without_paths(task.source),
+                "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
+            }  # fmt: skip
+        except PhatgooseError as error:
+            found[entry.name] = {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
+def train(recipe: Mapping[str, Any], out: str, name: str) -> dict[str, Any]:
+    """One contributor's work: an expert and its gates. Returns what they cost."""
+    here = lab(recipe, out)
+    entry = next(e for e in here.recipe.pool_entries if e.name == name)
+    if IN_POOL not in here.suites:
+        here.suites[IN_POOL] = type(next(iter(here.suites.values())))(IN_POOL, here.recipe.pool_entries)
+    task = here.task(IN_POOL, name)
+    folder = folder_of(here.recipe, here.out, entry)
+    expert = contribute(
+        here.base, task, here.recipe.expert, here.recipe.gate, name=name, folder=folder,
+        work=here.out / "work" / folder.name, report=lambda progress: None,
+    )  # fmt: skip
+    key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
+    return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
+
+
+def choose(
+    recipe: Mapping[str, Any], out: str, pool: str, expert: str, suite: str, tasks: list[str]
+) -> dict[str, float]:
+    """One expert's score on the validation rows of a suite's tasks."""
+    here = lab(recipe, out, pool)
+    alone, found = Pool([here.pool[expert]]), {}
+    for name in tasks:
+        task = here.task(suite, name)
+        rows = here.recipe.measure.choice_rows
+        found[name] = here.measurements.score(task, alone, Single(0), split="validation", limit=rows).mean
+    return found
+
+
+def measure(
+    recipe: Mapping[str, Any],
+    out: str,
+    pool: str,
+    system: str,
+    suite: str,
+    tasks: list[str],
+    experts: Mapping[str, str],
+) -> dict[str, dict[str, str]]:
+    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: which one was chosen for a task."""
+    here = lab(recipe, out, pool)
+    scores: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name in tasks:
+        try:
+            attached, router = here.system(system, experts.get(name))
+            task = here.task(suite, name)
+            path = here.measurements.measure(task, attached, router, limit=here.recipe.measure.test_rows)
+            scores[name] = path.name
+        except PhatgooseError as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    return {"scores": scores, "failed": failed}
+
+
+def contamination(
+    recipe: Mapping[str, Any], out: str, words: int, suites: Mapping[str, list[str]], trained: list[str]
+) -> dict[str, Any]:
+    """{suite: {task: {rows, flagged, trained}}}: which measured rows share a run of words with a row experts were trained on."""
+    here = lab(recipe, out)
+    seen = Seen(words)
+    if IN_POOL not in here.suites:
+        here.suites[IN_POOL] = type(next(iter(here.suites.values())))(IN_POOL, here.recipe.pool_entries)
+    for name in trained:
+        seen.add(name, here.task(IN_POOL, name).train)
+    found: dict[str, Any] = {}
+    for suite, tasks in suites.items():
+        found[suite] = {}
+        for name in tasks:
+            task = here.task(suite, name)
+            overlap = seen.overlap(task, task.test[: here.recipe.measure.test_rows])
+            found[suite][name] = {
+                "rows": overlap.rows,
+                "flagged": list(overlap.flagged),
+                "trained": list(overlap.trained),
+            }
+    return found

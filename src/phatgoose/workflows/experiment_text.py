@@ -1,0 +1,118 @@
+"""An experiment's results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phatgoose.workflows.systems import BASE, MAIN
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables: per suite the systems, then the tasks; contamination; what failed; how it was made."""
+    recipe, made = results["recipe"], results["made"]
+    lines = [f"# Experiment on {recipe['base']}", ""]
+    lines += [
+        f"{len(results['experts'])} experts, made {made['when']} with phatgoose {made['phatgoose']}, torch {made['torch']}, "
+        f"transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are unweighted over tasks, intervals "
+        "are 95 % by bootstrap over rows, differences are paired by row, p-values are adjusted by Holm over the systems of a suite.",
+        "",
+    ]
+    for name, suite in results["suites"].items():
+        lines += _suite(name, suite)
+    lines += _failed(results)
+    lines += ["## Recipe", "", "```json", _json(recipe), "```", ""]
+    return "\n".join(lines)
+
+
+def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
+    lines = [f"## {name}", ""]
+    if not suite["common_tasks"]:
+        return [*lines, "No task was measured with every system.", ""]
+    lines += [f"{len(suite['common_tasks'])} tasks.", ""]
+    lines += _table(
+        ["system", "mean", "− base", "p", "− PHATGOOSE", "p", "of the oracle's gain"],
+        [_system(s, suite) for s in _ranked(suite)],
+    )
+    systems = _ranked(suite)
+    rows = [
+        [task, str(suite["systems"][systems[0]]["tasks"][task]["rows"])]
+        + [f"{suite['systems'][s]['tasks'][task]['mean']:.3f}" for s in systems]
+        for task in suite["common_tasks"]
+    ]
+    lines += _table(["task", "rows", *systems], rows)
+    lines += _notes(suite)
+    return lines
+
+
+def _system(system: str, suite: Mapping[str, Any]) -> list[str]:
+    mine = suite["systems"][system]
+    cells = [system, f"{mine['mean']:.3f} ({mine['low']:.3f}–{mine['high']:.3f})"]
+    for other in (BASE, MAIN):
+        found = suite["against"].get(other, {}).get(system)
+        if found is None:
+            cells += ["", ""]
+        else:
+            cells += [
+                f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})",
+                f"{found['p_holm']:.3f}",
+            ]
+    share = suite["oracle_gain_share"].get(system, {})
+    text = ""
+    if share.get("share") is not None:
+        interval = f" ({share['low']:.0%} to {share['high']:.0%})" if share["low"] is not None else ""
+        text = f"{share['share']:.0%}{interval}"
+    return [*cells, text]
+
+
+def _notes(suite: Mapping[str, Any]) -> list[str]:
+    lines = [f"- Left out: {task}: {why}" for task, why in suite["left_out"].items()]
+    seen = {t: c for t, c in suite["contamination"].items() if c["flagged"]}
+    looked = sum(c["rows"] for c in suite["contamination"].values())
+    if seen:
+        for task, c in seen.items():
+            lines.append(
+                f"- Contamination: {len(c['flagged'])} of {c['rows']} rows of {task} share text with training rows of "
+                f"{', '.join(c['trained'])}."
+            )
+    elif looked:
+        lines.append(
+            f"- Contamination: none of {looked} rows shares 13 words in a row, or all of its words, with a training row."
+        )
+    notes = {t: info["note"] for t, info in suite["tasks"].items() if info.get("note")}
+    lines += [f"- {task}: {note}" for task, note in notes.items()]
+    cut = {
+        t: max(s["tasks"][t]["cut"] for s in suite["systems"].values() if t in s["tasks"]) for t in suite["common_tasks"]
+    }  # fmt: skip
+    lines += [
+        f"- {task}: {n} prompts were cut at the left to fit the model's context."
+        for task, n in cut.items()
+        if n
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _failed(results: Mapping[str, Any]) -> list[str]:
+    if not results["failed"]:
+        return []
+    lines = [f"- {what}: {why}" for what, why in results["failed"].items()]
+    return ["## What failed", "", "The same command runs these again.", "", *lines, ""]
+
+
+def _ranked(suite: Mapping[str, Any]) -> list[str]:
+    """Systems by their mean, the best first."""
+    return sorted(
+        (s for s, v in suite["systems"].items() if "mean" in v), key=lambda s: -suite["systems"][s]["mean"]
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    marks = ["---"] + ["---:"] * (len(head) - 1)
+    return [*("| " + " | ".join(row) + " |" for row in (escaped[0], marks, *escaped[1:])), ""]
+
+
+def _json(data: Any) -> str:
+    import json
+
+    return json.dumps(data, indent=2, ensure_ascii=False)

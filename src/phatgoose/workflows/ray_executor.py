@@ -1,0 +1,93 @@
+"""Steps as Ray tasks: on this machine or a cluster. Folders must be where every node can read and write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.workflows.executors import Outcome, Step, Tell, attempt
+
+
+class RayExecutor:
+    """Runs every step as a Ray task with its own request for CPUs and GPUs.
+
+    Ray starts a task again whose worker process died, `retries` times; a step that raised something that may not come again is
+    submitted again here. Worker processes are reused, so what one loaded serves its next step.
+
+    Args:
+        address: of a running cluster ("auto", "ray://host:10001"); None starts Ray on this machine for the time of the run.
+        cpus, gpus: what one step asks for; fractions of a GPU let several steps share it.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        cpus: float = 1,
+        gpus: float = 0,
+        retries: int = 1,
+        total_cpus: int | None = None,
+    ):
+        try:
+            import ray
+        except ImportError as cause:
+            raise PhatgooseError('--ray needs Ray: pip install "phatgoose[ray]".') from cause
+        self.ray, self.retries = ray, retries
+        self._started = not ray.is_initialized()
+        if self._started:
+            settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+            if address is None:
+                settings |= {"include_dashboard": False, "num_cpus": total_cpus}
+            try:
+                ray.init(address=address, **settings)
+            except (ConnectionError, RuntimeError, ValueError) as cause:
+                raise PhatgooseError(
+                    f"can't reach Ray{f' at {address}' if address else ''}: {cause}"
+                ) from cause
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "max_calls": 0}
+        self._attempt = ray.remote(**options)(attempt)
+
+    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
+        found: dict[str, Outcome] = {}
+        pending: dict[Any, tuple[Step, int]] = {}
+
+        def submit(step: Step, number: int) -> None:
+            pending[self._attempt.options(name=step.name).remote(step.function, dict(step.arguments))] = (
+                step,
+                number,
+            )
+            tell(step, "running", "with Ray")
+
+        for step in steps:
+            submit(step, 1)
+        while pending:
+            ready, _ = self.ray.wait(list(pending), num_returns=1)
+            for reference in ready:
+                step, number = pending.pop(reference)
+                kind, value = self._result(reference)
+                if kind == "ok":
+                    found[step.name] = Outcome(value, attempts=number)
+                    tell(step, "done", "")
+                elif kind == "error" and number <= self.retries:
+                    tell(step, "retry", value)
+                    submit(step, number + 1)
+                else:
+                    found[step.name] = Outcome(error=value, attempts=number)
+                    tell(step, "failed", value)
+        return found
+
+    def close(self) -> None:
+        if self._started:
+            self.ray.shutdown()
+
+    def _result(self, reference: Any) -> tuple[str, Any]:
+        try:
+            return self.ray.get(reference)
+        except (
+            self.ray.exceptions.RayError
+        ) as error:  # the worker or its node died, more often than `retries` allows
+            return (
+                "died",
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'the worker died'}",
+            )

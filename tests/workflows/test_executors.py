@@ -1,0 +1,107 @@
+"""Executors: every step's outcome, whatever happened to its neighbours; killed workers cost one attempt."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.workflows.executors import Inline, Processes, Step
+
+HERE = Path(__file__).parent
+
+
+def step(name, function, **arguments):
+    return Step(name, f"step_functions:{function}", arguments)
+
+
+def steps(tmp_path):
+    """(steps, expected): every way for a step to end."""
+    return [
+        *(step(f"double {i}", "double", x=i) for i in range(4)),
+        step("refuses", "refuse", folder=str(tmp_path / "refuse")),
+        step("fails once", "fail_once", folder=str(tmp_path / "fail")),
+        step("dies once", "die", folder=str(tmp_path / "die"), times=1),
+        step("dies always", "die", folder=str(tmp_path / "always"), times=99),
+    ]
+
+
+def check(found, tmp_path, deaths):
+    assert [found[f"double {i}"].value for i in range(4)] == [0, 2, 4, 6]
+    assert found["refuses"].error == "PhatgooseError: this can't be done: try another way"
+    assert len(list((tmp_path / "refuse").iterdir())) == 1  # what is refused would be refused again
+    assert found["fails once"].value == "second time"
+    assert found["dies once"].value == "survived"
+    assert not found["dies always"].ok
+    assert deaths in found["dies always"].error
+    assert len(list((tmp_path / "always").iterdir())) == 2
+
+
+def test_processes_outlive_their_workers(tmp_path):
+    told = []
+    executor = Processes(2, retries=1)
+    try:
+        found = executor.run(steps(tmp_path), lambda s, state, why: told.append((s.name, state)))
+        check(found, tmp_path, "the worker process died (signal 9)")
+        assert found["dies once"].attempts == 2
+        assert ("dies once", "retry") in told
+        assert ("dies always", "failed") in told
+        # Workers are kept, and there is one thread's worth of cores for each.
+        pids = executor.run([step(f"p{i}", "process_number") for i in range(6)], lambda *_: None)
+        assert len({o.value for o in pids.values()}) <= 2
+        threads = executor.run([step("t", "threads")], lambda *_: None)["t"].value
+        assert threads == (os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // 2)))
+        assert os.getpid() not in {o.value for o in pids.values()}
+    finally:
+        executor.close()
+
+
+def test_inline_runs_here_and_keeps_going(tmp_path):
+    found = Inline(retries=1).run(steps(tmp_path)[:6], lambda *_: None)
+    assert found["double 3"].value == 6
+    assert found["fails once"].attempts == 2
+    assert "try another way" in found["refuses"].error
+    assert not Inline().run([step("f", "fail_once", folder=str(tmp_path / "again"))], lambda *_: None)["f"].ok
+
+
+def test_settings_are_checked():
+    with pytest.raises(PhatgooseError, match="0 workers"):
+        Processes(0)
+
+
+RAY = """
+import json, sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_executors import steps
+from phatgoose.workflows.ray_executor import RayExecutor
+executor = RayExecutor(cpus=1, retries=1, total_cpus=2)
+told = []
+found = executor.run(steps(Path({folder!r})), lambda s, state, why: told.append([s.name, state]))
+executor.close()
+print("RESULT" + json.dumps([{{n: [o.value, o.error, o.attempts] for n, o in found.items()}}, told]))
+"""
+
+
+def test_ray_outlives_its_workers(tmp_path):
+    """A real local cluster in a process of its own: Ray leaves threads and sockets behind, which are errors in this one."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'phatgoose[ray]'")
+    from phatgoose.workflows.executors import Outcome
+
+    environment = os.environ | {"PYTHONPATH": str(HERE), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", RAY.format(here=str(HERE), folder=str(tmp_path))],
+        capture_output=True, text=True, timeout=240, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    found, told = json.loads(line.removeprefix("RESULT"))
+    outcomes = {name: Outcome(*values) for name, values in found.items()}
+    check(outcomes, tmp_path, "WorkerCrashedError")
+    assert outcomes["fails once"].attempts == 2
+    assert ["dies always", "failed"] in told

@@ -1,0 +1,294 @@
+"""Experiments on tiny bases: whole, killed at any moment, with failing tasks and systems; the T0 recipe from local rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from phatgoose.errors import StorageError, TaskError
+from phatgoose.tasks.pools import pool_entries
+from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.templates import config_name, templates
+from phatgoose.workflows.executors import Processes
+from phatgoose.workflows.experiment import run_experiment
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
+
+COMMON = {
+    "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2, "save_every": 1,
+    "learning_rate": 1e-2,
+}  # fmt: skip
+SYSTEMS = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
+
+
+@pytest.fixture
+def place(tmp_path, make_base):
+    base = make_base("llama")
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    rows = {
+        "upper": [{"input": f"upper of {i}:", "target": "yes"} for i in range(60)],
+        "choice": [
+            {"input": f"is {i} even?", "target": ("no", "yes")[i % 2 == 0], "choices": ["yes", "no"]} for i in range(60)
+        ],
+        "held": [{"input": f"what is {i}?", "target": str(i), "choices": [str(i), "none"]} for i in range(60)],
+    }  # fmt: skip
+    for name, lines in rows.items():
+        write(tmp_path / f"{name}.jsonl", lines)
+    return tmp_path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe(place, **changes):
+    data = {
+        "base": str(place / "base"),
+        "dtype": "float32",
+        "systems": SYSTEMS,
+        "seeds": [0, 1],
+        "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
+        "measure": {
+            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6, "choice_rows": 3,
+        },
+        "expert": {"rank": 2, "alpha": 4, "steps": 4, **COMMON},
+        "gate": {"steps": 3, **COMMON},
+    }  # fmt: skip
+    return ExperimentRecipe.from_json({**data, **changes})
+
+
+def outcome(out):
+    """results.json without times."""
+    results = json.loads((out / "results.json").read_text())
+    del results["made"]
+    for expert in results["experts"]:
+        for key in ("expert_seconds", "gate_seconds", "gate_share"):
+            del expert[key]
+    return results
+
+
+RUN = """
+import json, sys
+from phatgoose.workflows.experiment import run_experiment
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+from phatgoose.workflows.executors import Processes
+if __name__ == "__main__":
+    executor = Processes(1)
+    run_experiment(ExperimentRecipe.from_json(json.loads(sys.argv[1])), sys.argv[2], executor=executor)
+    executor.close()
+"""
+
+
+def start(place, out):
+    script = place / "run.py"
+    script.write_text(RUN)
+    return subprocess.Popen(
+        [sys.executable, str(script), json.dumps(recipe(place).to_json()), str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(place, out):
+    process = start(place, out)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_result(place):
+    finish(place, place / "whole")
+    expected = outcome(place / "whole")
+    out = place / "killed"
+    for wait in ("work", "experts", "pool", "scores"):
+        process = start(place, out)
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline and not (out / wait).exists():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)  # driver and workers
+        process.communicate()
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "experts").glob("*/adapter_model.safetensors")}
+    scores = {p: p.stat().st_mtime_ns for p in (out / "scores").glob("*.json")}
+    finish(place, out)
+    assert outcome(out) == expected
+    assert all(p.stat().st_mtime_ns == t for p, t in (stamps | scores).items())
+
+
+def test_results_hold_together(place):
+    executor = Processes(1)
+    try:
+        results = run_experiment(recipe(place), place / "out", executor=executor)
+    finally:
+        executor.close()
+    assert results["complete"]
+    assert not results["failed"]
+    assert [e["name"] for e in results["experts"]] == ["upper", "choice"]
+    systems = [
+        "base",
+        "phatgoose",
+        "uniform",
+        "merged",
+        "random:seed=0",
+        "random:seed=1",
+        "best-single",
+        "oracle",
+    ]
+    for name, tasks in (("in-pool", ["upper", "choice"]), ("unseen", ["held"])):
+        suite = results["suites"][name]
+        assert list(suite["systems"]) == systems
+        assert suite["common_tasks"] == tasks
+        assert suite["systems"]["merged"]["mean"] == suite["systems"]["uniform"]["mean"]
+        for other in ("base", "phatgoose"):
+            assert set(suite["against"][other]) == set(systems) - {other}
+            for system, found in suite["against"][other].items():
+                means = [suite["systems"][s]["mean"] for s in (system, other)]
+                assert found["difference"] == pytest.approx(means[0] - means[1])
+                assert found["low"] <= found["difference"] <= found["high"]
+                assert found["p"] <= found["p_holm"] <= 1
+        assert set(results["chosen"]["oracle"][name]) == set(tasks)
+        assert len(set(results["chosen"]["best-single"][name].values())) == 1
+    text = (place / "out/results.md").read_text()
+    for part in ("| system | mean |", "| phatgoose |", "## unseen", "Contamination: ", '"train_rows": 20'):
+        assert part in text
+    svg = ET.fromstring((place / "out/plot.svg").read_text())
+    assert len(svg.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * len(systems)
+
+
+def test_what_fails_costs_only_itself(place):
+    write(place / "broken.jsonl", [{"input": "x", "target": "y", "choices": ["a", "b"]}])
+    write(place / "long.jsonl", [{"input": f"q {i}", "target": "yes " * 200} for i in range(60)])
+    tasks = {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "broken", "long", "choice")}
+    measure = {
+        "suites": ["in-pool", "unseen"], "test_rows": 6, "choice_rows": 3,
+        "tasks": {"held": f"jsonl:{place}/held.jsonl", "gone": f"jsonl:{place}/gone.jsonl"},
+    }  # fmt: skip
+    made = recipe(
+        place,
+        systems=["base", "phatgoose", "single:nobody"],
+        measure=measure,
+        pool={"tasks": tasks, "train_rows": 20},
+    )
+    results = run_experiment(made, place / "out")
+    assert not results["complete"]
+    assert [e["name"] for e in results["experts"]] == ["upper", "choice"]
+    failed = results["failed"]
+    assert "is not among the choices" in failed["in-pool: broken"]
+    assert "leaves no room" in failed["train long"]
+    assert "does not exist" in failed["unseen: gone"]
+    assert "unknown expert 'nobody'" in failed["single:nobody on unseen: held"]
+    assert list(results["suites"]["unseen"]["systems"]) == ["base", "phatgoose"]
+    assert results["suites"]["unseen"]["common_tasks"] == ["held"]
+    assert "leaves no room" in (place / "out/results.md").read_text()
+    # Once the data is mended, the same folder goes on.
+    write(
+        place / "gone.jsonl",
+        [{"input": f"gone {i}", "target": "yes", "choices": ["yes", "no"]} for i in range(30)],
+    )
+    again = run_experiment(made, place / "out")
+    assert again["suites"]["unseen"]["common_tasks"] == ["held", "gone"]
+
+
+def test_contamination_is_reported(place):
+    words = "a long enough row of very common words that stands on both sides number"
+    write(place / "upper.jsonl", [{"input": f"{words} {i} {'x' * i}", "target": "yes", "split": "train"} for i in range(40)]
+        + [{"input": f"t {i}", "target": "yes", "split": s} for s in ("validation", "test") for i in range(8)])  # fmt: skip
+    seen = [
+        {"input": f"something else {i}", "target": "no", "choices": ["yes", "no"], "split": "test"}
+        for i in range(39)
+    ]
+    write(place / "held.jsonl", [*seen, {**seen[0], "input": f"{words} 7 {'x' * 7}"}])
+    measure = {
+        "suites": ["unseen"],
+        "tasks": {"held": f"jsonl:{place}/held.jsonl"},
+        "test_rows": 40,
+        "choice_rows": 0,
+    }
+    results = run_experiment(recipe(place, systems=["base", "phatgoose"], measure=measure), place / "out")
+    found = results["suites"]["unseen"]["contamination"]["held"]
+    if results["suites"]["unseen"]["tasks"]["held"]["test_rows"] == 40:
+        assert len(found["flagged"]) == 1
+        assert found["trained"] == ["upper"]
+    assert "Contamination: " in (place / "out/results.md").read_text()
+
+
+def test_other_peoples_folders_and_impossible_recipes_are_refused(place, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(StorageError, match="is not an experiment's folder"):
+        run_experiment(recipe(place), tmp_path / "mine")
+    only_broken = {"tasks": {"gone": f"jsonl:{place}/gone.jsonl"}}
+    with pytest.raises(RecipeError, match=r"no expert could be trained.*does not exist"):
+        run_experiment(recipe(place, pool=only_broken), place / "out")
+    with pytest.raises(TaskError, match="'t0ho' is for models that never saw"):
+        recipe(place, pool={"names": ["flan"]}, measure={"suites": ["t0ho"]})
+
+
+TEMPLATE = """
+dataset: {name}
+templates:
+  one: !Template
+    answer_choices: null
+    id: one
+    jinja: 'Say what goes with {{{{a}}}} in {name}. ||| {{{{b}}}}'
+    metadata: !TemplateMetadata {{original_task: true}}
+    name: {template}
+    reference: ''
+"""
+
+
+@pytest.fixture
+def local_t0(tmp_path, monkeypatch):
+    """Made-up prompts and rows for every dataset of the T0 Held-In pool, as raw and as rendered rows by turns."""
+    (tmp_path / "rows").mkdir()
+    for number, one in enumerate(pool_entries("t0-held-in")):
+        spec = split_spec(one.specs[0])
+        if spec.source != "prompted":
+            continue
+        folder = tmp_path / "prompts" / spec.name
+        folder.mkdir(parents=True)
+        (folder / "templates.yaml").write_text(TEMPLATE.format(name=one.name, template="that one"))
+        for name in filter(None, spec.options.get("without", "").split("|")):
+            with (folder / "templates.yaml").open("a") as file:
+                file.write(
+                    TEMPLATE.format(name=one.name, template=f"'{name}'")
+                    .split("templates:\n")[1]
+                    .replace("one:", f"{hash(name)}:", 1)
+                )
+        stem = spec.options.get("files", config_name(spec.name))
+        rows = [{"a": f"{one.name} {i}", "b": f"word {i % 5}"} for i in range(30)]
+        if number % 2:
+            rows = [
+                {"template": "that_one", "i": i, "prompt": f"{r['a']}?", "completion": r["b"]}
+                for i, r in enumerate(rows)
+            ]
+        write(tmp_path / f"rows/{stem}.train.jsonl", rows)
+    monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "prompts"))
+    templates.cache_clear()
+    yield tmp_path / "rows"
+    templates.cache_clear()
+
+
+def test_the_t0_held_in_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
+    base = make_base("t5", layers=1)
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    steps = {**COMMON, "steps": 1, "validate_every": 1, "save_every": 0}
+    made = ExperimentRecipe.from_json(
+        {
+            "base": str(tmp_path / "base"), "dtype": "float32", "systems": ["base", "phatgoose", "merged"],
+            "pool": {"names": ["t0-held-in"], "train_rows": 8, "leave_out": ["trec"]},
+            "measure": {"suites": ["in-pool"], "test_rows": 2, "choice_rows": 1},
+            "expert": {"rank": 1, **steps}, "gate": steps, "folders": {"t0-held-in": str(local_t0)},
+        }
+    )  # fmt: skip
+    results = run_experiment(made, tmp_path / "out")
+    assert results["failed"] == {}
+    assert len(results["experts"]) == 35
+    assert len(results["suites"]["in-pool"]["common_tasks"]) == 35
+    assert results["suites"]["in-pool"]["systems"]["phatgoose"]["tasks"]["wiki_qa"]["rows"] == 2

@@ -1,0 +1,97 @@
+"""Recipes: every setting checked by name and type, the shipped ones whole, the paper's T0 recipe in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phatgoose.errors import RoutingError, TaskError, UnknownName
+from phatgoose.tasks.spec import split_spec
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError, without_own_copies
+from phatgoose.workflows.recipes import QUICKSTART
+from phatgoose.workflows.systems import expanded
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+SMALL = {"base": "b", "pool": {"tasks": {"a": "jsonl:a.jsonl"}}}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid_and_survive_json(path):
+    recipe = ExperimentRecipe.read(path)
+    assert recipe.pool_entries
+    assert ExperimentRecipe.from_json(recipe.to_json()) == recipe
+
+
+def test_the_papers_recipe_is_complete():
+    recipe = ExperimentRecipe.read(next(p for p in RECIPES if p.stem == "paper-t0-held-in"))
+    assert len(recipe.pool_entries) == 36
+    assert [(s.name, len(s.entries)) for s in recipe.suites] == [("t0ho", 11), ("bbh", 23), ("bbl", 24)]
+    assert (recipe.expert.steps, recipe.expert.rows_per_step, recipe.expert.rank, recipe.expert.alpha) == (
+        1000,
+        1024,
+        16,
+        1,
+    )
+    assert (recipe.gate.steps, recipe.gate.learning_rate, recipe.expert.learning_rate) == (100, 5e-3, 5e-3)
+    named = {split_spec(e.specs[0]).options.get("test") for e in recipe.pool_entries}
+    assert named == {"validation", "test", "val", None}
+    t0ho = without_own_copies(recipe, recipe.suites[0])
+    assert t0ho[1] == ("story_cloze",)
+    assert len(t0ho[0].entries) == 10
+
+
+def test_story_cloze_is_measured_where_its_owners_copy_is(tmp_path):
+    (tmp_path / "story_cloze.test.jsonl").write_text("")
+    recipe = ExperimentRecipe.from_json(
+        {**SMALL, "measure": {"suites": ["t0ho"]}, "folders": {"t0ho": str(tmp_path)}}
+    )
+    assert without_own_copies(recipe, recipe.suites[0])[1] == ()
+
+
+def test_the_quickstart_suite_is_the_quickstarts():
+    recipe = ExperimentRecipe.from_json({**SMALL, "measure": {"suites": ["quickstart"]}})
+    assert tuple(e.specs[0] for e in recipe.suites[0].entries) == QUICKSTART.held_out_tasks
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"bas": "x"}, UnknownName, "setting in the recipe 'bas': did you mean 'base'"),
+        ({"expert": {"step": 3}}, UnknownName, r"setting in the recipe, \[expert\] 'step': did you mean 'steps'"),
+        ({"measure": {"test_rows": "ten"}}, RecipeError, "test_rows is 'ten', expected a whole number"),
+        ({"seeds": 3}, RecipeError, "seeds is 3, expected a list of whole numbers"),
+        ({"pool": {"tasks": ["a"]}}, RecipeError, "expected names and texts"),
+        ({"pool": []}, RecipeError, "expected settings, got list"),
+        ({"pool": {}}, RecipeError, "pool has no tasks"),
+        ({"pool": {"names": ["bigbench"], "leave_out": ["nothing"]}}, UnknownName, "task of the pool 'nothing'"),
+        ({"pool": {"names": ["t0-held-in", "flan"]}}, RecipeError, "two of the pool's tasks are named"),
+        ({"measure": {"suites": ["bbhard"]}}, UnknownName, "suite 'bbhard'"),
+        ({"measure": {"suites": ["unseen"]}}, RecipeError, "'unseen' has no tasks"),
+        ({"systems": ["phatgose"]}, UnknownName, "did you mean 'phatgoose'"),
+        ({"systems": ["phatgoose:top_k=none"]}, RoutingError, "top_k"),
+        ({"systems": ["padded:x"]}, RoutingError, "padded:N"),
+        ({"base": None}, RecipeError, "base is None, expected a text"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(change, error, says):
+    with pytest.raises(error, match=says):
+        ExperimentRecipe.from_json({**SMALL, **change})
+
+
+def test_files_and_folders_are_checked(tmp_path):
+    with pytest.raises(RecipeError, match="can't be read as a recipe"):
+        ExperimentRecipe.read(tmp_path / "none.toml")
+    (tmp_path / "r.toml").write_text(
+        'base = "b"\n[pool]\ntasks = { a = "jsonl:a.jsonl" }\n[folders]\nbbh = "here"\n'
+    )
+    with pytest.raises(TaskError, match="the folder for 'bbh' is"):
+        ExperimentRecipe.read(tmp_path / "r.toml")
+    (tmp_path / "here").mkdir()
+    assert ExperimentRecipe.read(tmp_path / "r.toml").folders == {"bbh": str(tmp_path / "here")}
+    other = ExperimentRecipe.read(tmp_path / "r.toml", {"bbh": str(tmp_path)})
+    assert other.folders == {"bbh": str(tmp_path)}
+
+
+def test_seeds_multiply_only_what_draws():
+    assert expanded(["base", "random:seed={seed}"], [3, 5]) == ("base", "random:seed=3", "random:seed=5")
