@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 from phatgoose import PHATGOOSE, Pool, route, unroute
 from phatgoose.experts.packing import pack
 from phatgoose.experts.pool import remove_from_folder
 from phatgoose.experts.stacks import writing
 from phatgoose.models.routed import routing_of
 from phatgoose.routers import Single, Uniform
-
-sys.path.append(str(Path(__file__).parent.parent / "experts"))
-from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 
 
 def batch(base):

@@ -11,12 +11,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from phatgoose.cli import show
+from phatgoose.cli.packing import show_copied
 from phatgoose.errors import RoutingError
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.ops import backend as find_backend
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Router, Single, parse_router
@@ -88,6 +89,7 @@ def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto")
         unroute(base)
         return
     route(base, Pool([merged(pool)]) if choice.merged else pool, choice.router, backend_name=backend)
+    show_copied(routing_of(base))
 
 
 def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice], backend: str) -> None:

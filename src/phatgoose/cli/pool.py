@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phatgoose.cli import show
+from phatgoose.cli import packing, show
 from phatgoose.cli.hub_options import (
     MAX_GB,
     BranchOption,
@@ -20,6 +20,7 @@ from phatgoose.cli.hub_options import (
     in_bytes,
 )
 from phatgoose.cli.options import BASE_HELP, DEFAULT_BASE, DeviceOption, DtypeOption
+from phatgoose.cli.packing import show_copied
 
 if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
@@ -119,22 +120,27 @@ def verify(
     device: DeviceOption = "auto",
 ) -> None:
     """Check every file of a pool: hashes, shapes, finite values, one base. Exit code 1 if anything is damaged."""
-    from phatgoose.experts.pool import Pool
+    from phatgoose.experts.packing import verify_folder
 
-    loaded = Pool.load(pool)
+    loaded = verify_folder(pool)
     if base is not None:
         from phatgoose.cli.loading import load
-        from phatgoose.models.routed import route, unroute
+        from phatgoose.models.routed import route, routing_of, unroute
         from phatgoose.routers import Uniform
 
         model = load(base, dtype, device)
         route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
+        show_copied(routing_of(model))
         unroute(model)
     _warn(loaded.warnings())
     recorded = loaded.base.spec if loaded.base else "none recorded"
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
     if base is not None:
         show.say(f"{base} has every module the experts adapt" + (" and is their base" if loaded.base else ""))
+
+
+app.command("pack")(packing.pack)
+app.command("unpack")(packing.unpack)
 
 
 @app.command("push")

@@ -1,0 +1,63 @@
+"""`phatgoose pool pack` and `unpack`, and the other commands on a packed pool."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from packing_fixtures import contents
+
+pytest_plugins = ["cli_fixtures"]
+
+
+@pytest.fixture
+def pool(ready, tmp_path):
+    folder, _ = ready
+    shutil.copytree(folder / "pool", tmp_path / "pool")
+    return tmp_path / "pool"
+
+
+def test_pack_use_and_unpack(run, pool, ready, base):
+    folder, _ = ready
+    before = contents(pool)
+    expected = run("generate", "red", "--pool", pool, "--base", base)
+    listed = run("pool", "list", pool)
+    packed = run("pool", "pack", pool)
+    assert packed.code == 0, packed.err
+    assert "2 experts in stacks-1.safetensors" in packed.out
+    assert not (pool / "experts/one/adapter_model.safetensors").exists()
+    verified = run("pool", "verify", pool, "--base", base)
+    assert verified.code == 0, verified.err
+    assert "2 experts, every file as the manifest says" in verified.out
+    assert "copied" not in verified.err
+    assert run("generate", "red", "--pool", pool, "--base", base).out == expected.out
+    assert run("pool", "list", pool).out == listed.out
+    narrow = run("generate", "red", "--pool", pool, "--base", base, "--dtype", "bfloat16")
+    assert narrow.code == 0, narrow.err
+    assert "at 14 of 14 modules the packed rows are copied into memory" in narrow.err
+    added = run("pool", "add", pool, folder / "one", "--name", "three")
+    assert added.code == 0, added.err
+    assert run("pool", "remove", pool, "three").code == 0
+    assert run("pool", "pack", pool, "--spare", "0").code == 0
+    unpacked = run("pool", "unpack", pool)
+    assert unpacked.code == 0, unpacked.err
+    assert "2 experts, each in its folder" in unpacked.out
+    after = contents(pool)
+    assert {k: v for k, v in after.items() if k != "README.md"} == {
+        k: v for k, v in before.items() if k != "README.md"
+    }
+
+
+def test_refusals(run, pool):
+    again = run("pool", "unpack", pool)
+    assert (again.code, "is not packed" in again.err) == (1, True)
+    assert run("pool", "pack", pool, "--spare", "-1").code == 1
+    assert run("pool", "pack", pool).code == 0
+    (stacks,) = (pool / "packed").iterdir()
+    data = bytearray(stacks.read_bytes())
+    data[int.from_bytes(data[:8], "little") + 8] ^= 1
+    stacks.write_bytes(data)
+    for command in ("verify", "unpack", "pack"):
+        result = run("pool", command, pool)
+        assert (result.code, "the rows of one are damaged" in result.err) == (1, True), result.err
