@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -139,6 +140,30 @@ def test_only_an_experts_own_files_are_fetched(hub, one):
     assert fetched <= {"adapter_config.json", WEIGHTS, "gates.safetensors", "expert.json", "README.md"}
     assert len(fetched) == 5
     assert not hub.asked("xet")
+
+
+def test_an_adapterhub_adapter(hub, tmp_path, monkeypatch):
+    """Its weights have a name of their own, and a head that lies beside them is neither fetched nor passed over."""
+    folder = tmp_path / "bottleneck"
+    folder.mkdir()
+    source = Path(__file__).parents[1] / "data" / "adapterhub"
+    found = sorted(p.parent for p in source.rglob("adapter_config.json"))
+    if not found:
+        pytest.skip("no fixture in AdapterHub's format")
+    shutil.copytree(found[0], folder, dirs_exist_ok=True)
+    expected = Expert.load(folder)
+    files = files_of(folder)
+    hub.add("org/bottleneck", files=files)
+    assert Expert.from_hub("org/bottleneck", name=expected.name).hash == expected.hash
+    head = hub.repos["org/bottleneck"].head
+    offline(monkeypatch)
+    assert Expert.from_hub("org/bottleneck", revision=head).hash == expected.hash
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.add("org/bottleneck", files={**files, "pytorch_model_head.bin": b"\x80\x04."})
+    refused("prediction head", "--drop", call=lambda: Expert.from_hub("org/bottleneck"), kind=ExpertError)
+    dropped = Expert.from_hub("org/bottleneck", drop=("prediction_head",))
+    assert dropped.tensors.keys() == expected.tensors.keys()
+    assert not hub.asked("^GET .*pytorch_model_head.bin")
 
 
 def test_credentials_do_not_go_to_the_cdn(hub, one):
@@ -305,7 +330,8 @@ def test_sizes_are_checked_before_anything_is_fetched(hub, one, name):
 
     hub.answers["listing"] = lie
     refused(name, f"{size:,} bytes", "max_bytes")
-    assert not hub.asked("/resolve/")
+    assert not hub.asked(f"/resolve/.*/{name}")
+    assert not hub.asked("/lfs/")
 
 
 def test_a_limit_of_ones_own(hub, one):
@@ -322,7 +348,7 @@ def test_a_limit_of_ones_own(hub, one):
         f"at most {limit - 1:,} are",
         call=lambda: Expert.from_hub("org/adapter", max_bytes=limit - 1),
     )
-    assert not hub.asked("/resolve/")
+    assert not hub.asked("/lfs/")
     assert Expert.from_hub("org/adapter", max_bytes=limit).name == "one"
 
 

@@ -13,7 +13,8 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.card import CARD_FILE, own_card
 from phatgoose.experts.card_facts import lowest_loss
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
-from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.formats import WEIGHTS_FILES
+from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.experts.pool import MANIFEST
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base import Base
@@ -21,7 +22,7 @@ from phatgoose.records import Fingerprint, Task
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import autocast_dtype
 
-OWN_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, RECORD_FILE})
+OWN_FILES = frozenset({CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, RECORD_FILE})
 
 
 def check_target(folder: Path, keeps_card: bool = False) -> None:

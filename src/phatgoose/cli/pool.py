@@ -36,16 +36,27 @@ ExpertsArgument = Annotated[
     ),
 ]
 
+DropOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drop",
+        help="Leave this out of the adapters, which then compute something else: modules_to_save, trainable_token_indices or "
+        "prediction_head.",
+    ),
+]
+
 
 @app.command("create")
-def create(pool: PoolArgument, experts: ExpertsArgument, max_gb: MaxOption = MAX_GB) -> None:
+def create(
+    pool: PoolArgument, experts: ExpertsArgument, drop: DropOption = None, max_gb: MaxOption = MAX_GB
+) -> None:
     """Make a pool of experts; their folders are copied into it, with the commits of those that come from the Hub."""
     from phatgoose.errors import PoolError
     from phatgoose.experts.pool import MANIFEST, Pool
 
     if (pool / MANIFEST).exists():
         raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
-    made = Pool([_read(text, None, max_gb) for text in experts])
+    made = Pool([_read(text, None, drop, max_gb) for text in experts])
     made.save(pool)
     show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
     _warn(made.warnings())
@@ -60,6 +71,7 @@ def add(
     name: Annotated[
         str | None, typer.Option("--name", help="What the expert is called in the pool; for one expert only.")
     ] = None,
+    drop: DropOption = None,
     max_gb: MaxOption = MAX_GB,
 ) -> None:
     """Add experts to a pool."""
@@ -70,7 +82,7 @@ def add(
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
     if not (pool / MANIFEST).exists():
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
-    new = [_read(text, name, max_gb) for text in experts]
+    new = [_read(text, name, drop, max_gb) for text in experts]
     there = Pool.load(pool).experts if _names(pool) else ()
     whole = Pool([*there, *new])  # all of them are checked before the first is written
     for expert in new:
@@ -184,17 +196,17 @@ def pull(
     _warn(loaded.warnings())
 
 
-def _read(text: str, name: str | None, max_gb: float) -> Expert:
+def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) -> Expert:
     """An expert from a folder here or, where there is none, from the Hub."""
     from phatgoose.errors import DownloadError
     from phatgoose.experts.expert import Expert
     from phatgoose.experts.hub_place import is_place
 
     if Path(text).exists() or not is_place(text):
-        return Expert.load(Path(text), name=name)
+        return Expert.load(Path(text), name=name, drop=drop or ())
     show.note(f"there is no folder {text} here: fetching it from the Hub")
     try:
-        return Expert.from_hub(text, name=name, max_bytes=in_bytes(max_gb))
+        return Expert.from_hub(text, name=name, drop=drop or (), max_bytes=in_bytes(max_gb))
     except DownloadError as error:
         raise DownloadError(f"{error} There is also no folder {text} here.") from error
 

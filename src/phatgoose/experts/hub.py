@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import huggingface_hub
 import huggingface_hub.constants
 
-from phatgoose.errors import DownloadError, PhatgooseError, PoolError
+from phatgoose.errors import DownloadError, ExpertError, PoolError
+from phatgoose.experts.adapterhub import HEAD_FILES
+from phatgoose.experts.adapterhub_places import INTERFACE_FILE
 from phatgoose.experts.card import CARD_FILE
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert, slug
+from phatgoose.experts.formats import WEIGHTS_FILES, format_of, weights_file
 from phatgoose.experts.hub_files import MAX_BYTES, Fetched, Listing, fetch, from_cache, list_files
 from phatgoose.experts.hub_place import Place
+from phatgoose.experts.hub_refusals import refused
 from phatgoose.experts.manifest import MANIFEST, read_manifest
-from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.peft import CONFIG_FILE
+from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files import atomic_folder, cache_folder, storage_errors
-from phatgoose.hub_errors import explain, hide_tokens, is_offline
+from phatgoose.files import atomic_folder, cache_folder, read_json, storage_errors
+from phatgoose.hub_errors import is_offline
 from phatgoose.records import HubSource
 
-REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
 OPTIONAL = (GATES_FILE, RECORD_FILE, CARD_FILE)
 
 
@@ -42,7 +44,18 @@ def pull_expert(
         DownloadError: it can't be fetched, is too large, or isn't what the Hub lists. ExpertError: it can't be used.
     """
     with refused(f"fetch {place}", place.repo, token):
-        fetched = _fetch(place, REQUIRED, OPTIONAL, token, max_bytes, _check_is_expert)
+        remote = _Remote(place, token, max_bytes, _check_is_expert)
+        config = read_json(_lay_out(place, remote.get((CONFIG_FILE,), ())) / CONFIG_FILE, ExpertError)
+        others: tuple[str, ...] = OPTIONAL
+        if isinstance(config, dict) and format_of(config) == "AdapterHub":
+            others = (*OPTIONAL, INTERFACE_FILE)
+            if "prediction_head" not in drop and (heads := remote.find(HEAD_FILES)):
+                raise ExpertError(
+                    f"{place} has a prediction head of its own ({heads[0]}). If it is the base's own, which the library saves "
+                    "along, leave it out with drop=('prediction_head',) (--drop). A head that was trained can't be routed."
+                )
+        weights = weights_file(config) if isinstance(config, dict) else PEFT_WEIGHTS
+        fetched = remote.get((weights,), others)
         folder = _lay_out(place, fetched)
     if name is None and place.path(RECORD_FILE) not in fetched.paths:
         name = slug(
@@ -69,7 +82,8 @@ def pull_pool(
     if folder is not None:
         _check_free(folder, overwrite)
     with refused(f"fetch {place}", place.repo, token):
-        first = _fetch(place, (MANIFEST,), (CARD_FILE,), token, max_bytes, _check_is_pool)
+        remote = _Remote(place, token, max_bytes, _check_is_pool)
+        first = remote.get((MANIFEST,), (CARD_FILE,))
         manifest = read_manifest(_lay_out(place, first))
         if "packed" in manifest:
             raise DownloadError(
@@ -77,9 +91,7 @@ def pull_pool(
             )
         entries = manifest["experts"]
         files = [f"{entry['folder']}/{name}" for entry in entries for name in entry["files"]]
-        cards = [f"{entry['folder']}/{CARD_FILE}" for entry in entries]
-        pinned = Place(place.repo, first.revision, place.subfolder)
-        rest = _fetch(pinned, files, cards, token, max_bytes, _check_is_pool)
+        rest = remote.get(files, [f"{entry['folder']}/{CARD_FILE}" for entry in entries])
         laid_out = _lay_out(place, rest)
     pool = Pool.load(laid_out)
     if folder is not None:
@@ -113,28 +125,58 @@ def _lay_out(place: Place, fetched: Fetched) -> Path:
     return root / place.subfolder
 
 
-def _fetch(
-    place: Place,
-    required: Sequence[str],
-    optional: Sequence[str],
-    token: str | bool | None,
-    max_bytes: int,
-    check: Callable[[Place, Listing], None],
-) -> Fetched:
-    """From the cache if the user forbids the network, or if a commit is asked for that lies there whole; else from the Hub."""
-    needed, extra = ([place.path(name) for name in names] for names in (required, optional))
-    if place.commit or is_offline():
+class _Remote:
+    """One commit of a repository: that which the place's revision stands for when the first file is asked for.
+
+    From the cache if the user forbids the network, or if a commit is asked for and all of it lies there; else from the Hub.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        token: str | bool | None,
+        max_bytes: int,
+        check: Callable[[Place, Listing], None],
+    ) -> None:
+        self.place, self.token, self.max_bytes, self.check = place, token, max_bytes, check
+        self.listing: Listing | None = None
+
+    def get(self, required: Sequence[str], optional: Sequence[str]) -> Fetched:
+        """Files of the place's folder."""
+        needed, extra = ([self.place.path(name) for name in names] for names in (required, optional))
+        fetched = self._cached(needed, extra)
+        if fetched is None:
+            fetched = fetch(self.place, self._listed(), needed, extra, self.token, self.max_bytes)
+        self.place = Place(self.place.repo, fetched.revision, self.place.subfolder)
+        return fetched
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        """Which of these files there are; they aren't fetched."""
+        paths = [self.place.path(name) for name in names]
+        if (known := self._cached([], paths)) is not None:
+            return list(known.paths)
+        listing = self._listed()
+        fetch(self.place, listing, [], [p for p in paths if p not in listing.files], self.token)
+        return [path for path in paths if path in listing.files]
+
+    def _cached(self, needed: Sequence[str], extra: Sequence[str]) -> Fetched | None:
+        if self.listing is not None or not (self.place.commit or is_offline()):
+            return None
         try:
-            return from_cache(place, needed, extra)
+            return from_cache(self.place, needed, extra)
         except LookupError as lacking:
             if is_offline():
                 raise DownloadError(
-                    f"can't fetch {place}: {lacking} isn't in the Hub cache ({huggingface_hub.constants.HF_HUB_CACHE}), and "
-                    "HF_HUB_OFFLINE is set: unset it, or fetch it once where there is a network."
+                    f"can't fetch {self.place}: {lacking} isn't in the Hub cache ({huggingface_hub.constants.HF_HUB_CACHE}), "
+                    "and HF_HUB_OFFLINE is set: unset it, or fetch it once where there is a network."
                 ) from None
-    listing = list_files(place.repo, place.revision, token)
-    check(place, listing)
-    return fetch(place, listing, needed, extra, token, max_bytes)
+        return None
+
+    def _listed(self) -> Listing:
+        if self.listing is None:
+            self.listing = list_files(self.place.repo, self.place.revision, self.token)
+            self.check(self.place, self.listing)
+        return self.listing
 
 
 def _check_is_expert(place: Place, listing: Listing) -> None:
@@ -153,10 +195,11 @@ def _check_is_expert(place: Place, listing: Listing) -> None:
         raise DownloadError(
             f"{place} is {what}: it has no {CONFIG_FILE} (found {sorted(inside)[:8] or 'nothing'})."
         )
-    if WEIGHTS_FILE not in inside and (pickles := sorted(n for n in inside if n.endswith((".bin", ".pt")))):
+    pickles = sorted(n for n in inside if n.endswith((".bin", ".pt")) and "/" not in n)
+    if pickles and not inside & {*WEIGHTS_FILES}:
         raise DownloadError(
             f"{place} has its weights in {pickles[0]}, a pickle, which is refused, because opening one can run code. If you trust "
-            f"its author, load it with PEFT and save it again: save_pretrained writes {WEIGHTS_FILE}."
+            f"its author, load it with the library that made it and save it again as {' or '.join(WEIGHTS_FILES)}."
         )
 
 
@@ -186,43 +229,3 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise PoolError(
             f"{folder} is a pool already: choose another folder, or replace it (overwrite, --overwrite)."
         )
-
-
-@contextlib.contextmanager
-def refused(
-    doing: str, repo: str, token: str | bool | None, kind: type[PhatgooseError] = DownloadError
-) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into one error that says what to do, and has no access token in it.
-
-    Raises:
-        `kind`; StorageError: no space or permission to keep what is fetched.
-    """
-    try:
-        with storage_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
-            yield
-    except PhatgooseError:
-        raise
-    except (
-        Exception
-    ) as error:  # its own errors, its HTTP library's, ValueError, RuntimeError: they have no common type
-        secrets = [s for s in (token, huggingface_hub.get_token()) if isinstance(s, str) and s]
-        said = explain(error, repo, "repository") or f"{type(error).__name__}: {error}"
-        text = hide_tokens(f"can't {doing}: {said}", secrets)
-        # What the Hub answered stays attached for whoever wants it, unless a token is in there.
-        raise kind(text[:1000]) from (None if _leaks(error, secrets) else error)
-
-
-def _leaks(error: BaseException | None, secrets: Sequence[str]) -> bool:
-    """Whether a token is in an error, or in one that would be printed with it."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        if _leaks_itself(error, secrets):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _leaks_itself(error: BaseException, secrets: Sequence[str]) -> bool:
-    text = " ".join(str(error).split())
-    return hide_tokens(text, secrets) != text

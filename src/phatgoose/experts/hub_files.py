@@ -66,28 +66,24 @@ class Fetched:
 
 def fetch(
     place: Place,
-    listing: Listing | None,
+    listing: Listing,
     required: Sequence[str],
     optional: Sequence[str],
     token: str | bool | None,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
-    """The files `required` and `optional` (paths in the repository) of the place's revision.
-
-    Without a listing they come from the cache, and only if it knows about each of them, present or absent.
+    """The files `required` and `optional` (paths in the repository) of the commit that is listed.
 
     Raises:
         DownloadError: a file is missing, too large, or not what the Hub's listing says. Others from huggingface_hub.
     """
-    if listing is None:
-        return from_cache(place, required, optional)
     wanted = [*required, *(name for name in optional if name in listing.files)]
     for name in wanted:
         _check_size(place, name, listing, max_bytes)
     session = _Session(place.repo, listing, token)
     # The first by the revision's name, so that huggingface_hub notes which commit it stands for, for use without a network.
-    first = session.get(wanted[0], place.revision)
-    paths = [first, *_in_threads(session.get, wanted[1:])]
+    paths = [session.get(name, place.revision) for name in wanted[:1]]
+    paths += _in_threads(session.get, wanted[1:])
     _in_threads(session.note_absence, [name for name in optional if name not in listing.files])
     return Fetched(listing.revision, dict(zip(wanted, paths, strict=True)))
 
@@ -121,7 +117,7 @@ def from_cache(place: Place, required: Sequence[str], optional: Sequence[str]) -
         DownloadError: a file is damaged.
     """
     found: dict[str, Path] = {}
-    revision = ""
+    revision = place.commit or ""
     for name in (*required, *optional):
         path = try_to_load_from_cache(place.repo, name, revision=place.revision)
         if isinstance(path, str):
@@ -205,7 +201,7 @@ def _check_size(place: Place, name: str, listing: Listing, max_bytes: int) -> No
     limit = max_bytes if name.endswith(".safetensors") else min(TEXT_BYTES, max_bytes)
     if (size := listing.files[name].size) > limit:
         raise DownloadError(
-            f"{place.repo}: {name} is {size:,} bytes, and at most {limit:,} are fetched; nothing was. If that is right, allow more "
+            f"{place.repo}: {name} is {size:,} bytes, and at most {limit:,} are fetched; it was not. If that is right, allow more "
             "with max_bytes (--max-gb on the command line)."
         )
 

@@ -11,18 +11,21 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
 from phatgoose.errors import PoolError, UploadError
+from phatgoose.experts.adapterhub_places import INTERFACE_FILE
 from phatgoose.experts.card import CARD_FILE, CARD_LIMIT_BYTES, is_made
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.hub import OPTIONAL, REQUIRED, refused
+from phatgoose.experts.formats import WEIGHTS_FILES
+from phatgoose.experts.hub import OPTIONAL
 from phatgoose.experts.hub_files import Listing, fetch, list_files
 from phatgoose.experts.hub_place import Place
+from phatgoose.experts.hub_refusals import refused
 from phatgoose.experts.manifest import MANIFEST, read_manifest
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, storage_errors
 from phatgoose.records import HubSource
 
-_EXPERT_FILES = (*REQUIRED, *OPTIONAL)
+_EXPERT_FILES = (CONFIG_FILE, *WEIGHTS_FILES, INTERFACE_FILE, *OPTIONAL)
 _OURS = re.compile(rf"(?:experts/[^/]+/)?(?:{'|'.join(map(re.escape, (*_EXPERT_FILES, MANIFEST)))})")
 # An absolute path, perhaps behind a task's source: "/home/…", "~/…", "C:\…", "jsonl:/home/…"; not "https://…".
 _PATH = re.compile(r"(?:\w+:)?(?:/(?!/)|~\w*[\\/]|\\\\).+|[A-Za-z]:[\\/](?!/).+|file:.+", re.DOTALL)
