@@ -67,14 +67,14 @@ def _facts(expert: Expert) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": expert.name,
         "kind": ", ".join(sorted({u.kind for u in expert.updates.values()})),
-        "rank": max((u.rank for u in expert.updates.values()), default=0),
+        "rank": max((u.width for u in expert.updates.values()), default=0),
         "parameters": expert.parameters,
         "modules": len(expert.updates),
     }
     if expert.base is not None:
         found["base_model"] = expert.base.spec
-    elif name := expert.adapter_config.get("base_model_name_or_path"):
-        found["base_model"] = str(name)
+    elif name := expert.base_name:
+        found["base_model"] = name
     if isinstance(task, dict) and isinstance(task.get("name"), str):
         found["task"] = task["name"]
     facts: dict[str, Any] = {}

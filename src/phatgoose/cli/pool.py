@@ -218,11 +218,11 @@ def _row(expert: Expert) -> tuple[str, ...]:
     return (
         expert.name,
         str(task.get("name", "-")) if isinstance(task, dict) else "-",
-        ",".join(map(str, sorted({u.rank for u in expert.updates.values()}))),
+        ",".join(str(w or "-") for w in sorted({u.width for u in expert.updates.values()})),
         str(len(expert.updates)),
         f"{expert.parameters:,}",
         "no" if expert.gates is None else "yes",
-        expert.base.spec if expert.base else str(expert.adapter_config.get("base_model_name_or_path") or "-"),
+        expert.base.spec if expert.base else expert.base_name or "-",
         "-" if loss is None else f"{loss:.4f}",
     )
 

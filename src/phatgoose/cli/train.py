@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 @with_settings(ExpertConfig)
 def command(
     task: TaskOption,
-    out: Annotated[Path, typer.Option("--out", help="The expert's folder, which plain PEFT can load too.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The expert's folder, which PEFT (or AdapterHub's library) can load too."),
+    ],
     config: ExpertConfig,
     base: BaseOption = DEFAULT_BASE,
     name: Annotated[
@@ -49,7 +52,7 @@ def command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Train an expert: a LoRA adapter of the base on one task.
+    """Train an expert on one task: a LoRA, (IA)³ or bottleneck adapter of the base.
 
     The defaults are the paper's, which suit a GPU cluster. Stopped, the same command goes on from the last checkpoint.
     """
@@ -97,11 +100,13 @@ def _train(
 def _summary(expert: Expert, out: Path, next_command: str) -> None:
     from phatgoose.cli import folders
 
-    ranks = ", ".join(map(str, sorted({u.rank for u in expert.updates.values()})))
+    kinds = ", ".join(sorted({u.kind for u in expert.updates.values()}))
+    widths = ", ".join(map(str, sorted({u.width for u in expert.updates.values()} - {0})))
     rows = [
         (
             "expert",
-            f"{expert.name}: rank {ranks}, {len(expert.updates)} modules, {expert.parameters:,} parameters",
+            f"{expert.name}: {kinds}{' of rank ' + widths if widths else ''}, {len(expert.updates)} modules, "
+            f"{expert.parameters:,} parameters",
         ),
         ("validation loss", folders.validation(expert.provenance)),
         ("saved", str(out)),

@@ -36,9 +36,8 @@ class Facts:
     @property
     def base(self) -> str | None:
         """The base's name as recorded, by us or else by PEFT; it may be a path."""
-        recorded = _dict(self.provenance.get("base")).get("spec") or self.config.get(
-            "base_model_name_or_path"
-        )
+        own = self.config.get("base_model_name_or_path") or self.config.get("model_name")
+        recorded = _dict(self.provenance.get("base")).get("spec") or own
         return recorded if isinstance(recorded, str) else None
 
     @property

@@ -107,6 +107,12 @@ class Expert:
                 f"{self._where()}: the recorded base is not a fingerprint: {cause!r}"
             ) from cause
 
+    @property
+    def base_name(self) -> str | None:
+        """What the adapter's own config calls its base; it may be a path."""
+        name = self.adapter_config.get("base_model_name_or_path") or self.adapter_config.get("model_name")
+        return name if isinstance(name, str) and name else None
+
     @cached_property
     def sizes(self) -> Mapping[str, tuple[int, int, bool]]:
         """Module path → d_in, d_out (0: only the base knows), whether it is an embedding; no tensor is touched."""

@@ -83,6 +83,11 @@ class Update:
         return self.A.shape[0]
 
     @property
+    def width(self) -> int:
+        """r of the low-rank part or of the bottleneck; 0 if there is neither."""
+        return self.rank if self.bottleneck is None else max(self.rank, self.bottleneck.down.shape[0])
+
+    @property
     def d_in(self) -> int:
         """0 if only the base knows it, as where (IA)³ scales an output."""
         return self.A.shape[1]

@@ -71,7 +71,7 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
         "task": task.name,
         "spec": task.source.get("spec", task.name),
         "rows": len(task.train),
-        "rank": max(u.rank for u in expert.updates.values()),
+        "rank": max(u.width for u in expert.updates.values()),
         "parameters": expert.parameters,
         "gate_parameters": sum(g.numel() for g in (expert.gates or {}).values()),
         "steps": made["config"]["steps"],
