@@ -1,0 +1,214 @@
+"""Experts without gates: how much of the true gates' quality weights and generated gates recover, on the quickstart's pool.
+
+    python benchmarks/ungated.py --pool quickstart-out/pool --out build/ungated
+
+Tasks, rows and gate settings are the quickstart's. What is fixed here was chosen on validation rows, before any test row was
+measured. Stopped, the same command goes on. docs/results.md, "Experts without gates", has what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.files import write_json
+from phatgoose.models.base import Base
+from phatgoose.models.load import load_base
+from phatgoose.models.routed import route, unroute
+from phatgoose.models.trace import trace
+from phatgoose.ops.reference import standardise
+from phatgoose.records import Task, TaskScore
+from phatgoose.routers import LAG, PHATGOOSE, Arrow, Router, SpectR, Uniform, WeightOnly
+from phatgoose.routers.router import BoundRouter, Candidates
+from phatgoose.routers.weights import Comparable
+from phatgoose.tasks import Fractions, load_task
+from phatgoose.training.generated import train_generated_gate
+from phatgoose.training.writing import WritingConfig
+from phatgoose.workflows import show, summary
+from phatgoose.workflows.measured import Measurements
+from phatgoose.workflows.recipes import QUICKSTART
+
+WRITING = WritingConfig(rows=256, temperature=1.0, max_new_tokens=48)
+HALVES = ((0, 2, 4), (1, 3, 5))
+"""Experts whose gates are left out of the mixed pools: each expert is once with its gate and once without."""
+PROFILE_ROWS = 16
+"""Validation rows a task on which the experts' shares of the weight are read off."""
+TRUE = "true gates"
+
+
+@dataclass(frozen=True)
+class StandardisedGates(PHATGOOSE):
+    """True gates with the scores that mixed pools have: tells what the standardising does from what the weights do."""
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        bars = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
+        return Comparable(candidates, bars, self.top_k, type(self).__name__)
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table."""
+
+    name: str
+    note: str
+    pool: Pool | None
+    router: Router | None
+
+
+def systems(pool: Pool) -> list[System]:
+    k, mixed = QUICKSTART.top_k, PHATGOOSE(QUICKSTART.top_k, "weights")
+    return [
+        System("base", "the base model alone", None, None),
+        System(TRUE, "PHATGOOSE, gates from the contributors' data", pool, PHATGOOSE(k)),
+        System("weights", "‖Vᵀū‖ standardised on the reference text, two experts: a pool without gates", pool, WeightOnly(k)),
+        System("mixed, half A", "every other expert by its gate, the others by weights", without(pool, HALVES[0]), mixed),
+        System("mixed, half B", "the other way round", without(pool, HALVES[1]), mixed),
+        System("Arrow", "|v₁ᵀu|, two experts", pool, Arrow(k)),
+        System("SpectR", "‖S Vᵀu‖, two experts", pool, SpectR(k)),
+        System("LAG", "‖Vᵀu‖, one expert", pool, LAG()),
+        System("uniform", "all experts with equal weights", pool, Uniform()),
+        System("true gates, standardised", "the true gates, scores standardised on the reference text", pool, StandardisedGates(k)),
+    ]  # fmt: skip
+
+
+def generated_systems(pool: Pool) -> list[System]:
+    """Of the pool whose gates were trained without data."""
+    k = QUICKSTART.top_k
+    return [
+        System("generated gates", "PHATGOOSE, gates from text that the base writes with the expert", pool, PHATGOOSE(k)),
+        System("generated gates, standardised", "the same gates, scores standardised on the reference text", pool, StandardisedGates(k)),
+    ]  # fmt: skip
+
+
+def without(pool: Pool, places: tuple[int, ...]) -> Pool:
+    """The pool with these experts' gates left out."""
+    return Pool([replace(e, gates=None) if i in places else e for i, e in enumerate(pool.experts)])
+
+
+def generated_pool(base: Base, pool: Pool, out: Path) -> Pool:
+    """The experts with gates trained without their data; finished ones are read."""
+    experts = []
+    for expert in pool.experts:
+        folder = out / "generated" / expert.name
+        if not folder.exists():
+            bare = replace(expert, gates=None)
+            work = out / "work" / expert.name
+            train_generated_gate(base, bare, QUICKSTART.gate, WRITING, work_folder=work).save(folder)
+        experts.append(Expert.load(folder))
+    return Pool(experts)
+
+
+def load_tasks() -> dict[str, list[Task]]:
+    """As the quickstart loads them."""
+    share = QUICKSTART.held_out_test_share
+    unseen = Fractions(test=share, validation=1 - share)
+    pooled = [load_task(s, limit={"train": QUICKSTART.train_rows}) for s in QUICKSTART.pool_tasks]
+    return {
+        "in-pool": pooled,
+        "held-out": [load_task(s, fractions=unseen) for s in QUICKSTART.held_out_tasks],
+    }
+
+
+def own_shares(base: Base, system: System, tasks: list[Task]) -> dict[str, float]:
+    """Share of the routing weight that each task's own expert gets on prompts of its validation rows, over modules and tokens."""
+    assert system.pool is not None
+    route(base, system.pool, system.router)
+    found = {}
+    try:
+        for place, task in enumerate(tasks):  # the pool's experts are in the order of the tasks
+            with trace(base) as recorded, torch.no_grad():
+                for row in task.validation[:PROFILE_ROWS]:
+                    base.model(**base.tokenizer([row.input], return_tensors="pt").to(base.device))
+            shares = torch.stack(list(recorded.shares().values())).mean(0)
+            found[task.name] = round(float(shares[place]), 4)
+    finally:
+        unroute(base)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"))
+    parser.add_argument("--out", type=Path, default=Path("build/ungated"))
+    parser.add_argument("--dtype", default="bfloat16", help="the quickstart's, where it was measured")
+    options = parser.parse_args()
+    base, pool, tasks = load_base(QUICKSTART.base, dtype=options.dtype), Pool.load(options.pool), load_tasks()
+    measurements = Measurements(base, options.out / "scores")
+    every = [task for group in tasks.values() for task in group]
+    table: dict[str, dict[str, TaskScore]] = {}
+    shares: dict[str, dict[str, float]] = {}
+
+    def measure(system: System) -> None:
+        table[system.name] = {
+            t.name: measurements.score(t, system.pool, system.router, limit=QUICKSTART.test_rows)
+            for t in every
+        }
+        if system.router is not None:
+            shares[system.name] = own_shares(base, system, tasks["in-pool"])
+        means = {g: sum(table[system.name][t.name].mean for t in ts) / len(ts) for g, ts in tasks.items()}
+        print(system.name, {g: round(m, 3) for g, m in means.items()}, shares.get(system.name), flush=True)
+
+    listed = systems(pool)
+    for system in listed:
+        measure(system)
+    generated = generated_pool(base, pool, options.out)
+    for system in generated_systems(generated):
+        measure(system)
+        listed.append(system)
+    write_json(options.out / "results.json", results(base, generated, tasks, listed, table, shares))
+
+
+def results(
+    base: Base,
+    generated: Pool,
+    tasks: dict[str, list[Task]],
+    listed: list[System],
+    table: dict[str, dict[str, TaskScore]],
+    shares: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    groups = {group: [t.name for t in ts] for group, ts in tasks.items()}
+    names = [s.name for s in listed]
+    return {
+        "format": "phatgoose-ungated",
+        "version": 1,
+        "made": show.made(0.0),
+        "base": {"spec": base.spec, "dtype": str(base.model.dtype), "fingerprint": base.fingerprint.to_json()},
+        "settings": {
+            "writing": asdict(WRITING),
+            "gate": asdict(QUICKSTART.gate),
+            "halves": HALVES,
+            "test_rows": QUICKSTART.test_rows,
+            "top_k": QUICKSTART.top_k,
+        },
+        "tasks": {t.name: t.hash for ts in tasks.values() for t in ts},
+        "systems": [
+            {
+                "name": s.name,
+                "note": s.note,
+                "router": None if s.router is None else s.router.describe(),
+                "scores": {t: {"mean": x.mean, "low": x.low, "high": x.high} for t, x in table[s.name].items()},
+                "groups": summary.group_means(table[s.name], groups),
+                "own_shares": shares.get(s.name),
+            }
+            for s in listed
+        ],
+        "minus_true_gates": {n: summary.comparisons(table, groups, n, [TRUE]) for n in names if n != TRUE},
+        "minus_base": {n: summary.comparisons(table, groups, n, ["base"]) for n in names if n != "base"},
+        # The share of the true gates' gain over the base: `recovered` with the true gates in the oracle's place.
+        "recovered": {
+            n: summary.recovered({**table, "oracle": table[TRUE]}, groups["in-pool"], n) for n in names
+        },
+        "generated": {e.name: {k: e.provenance["gate"][k] for k in ("task", "seconds", "losses", "validation_losses")} for e in generated.experts},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
