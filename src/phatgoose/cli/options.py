@@ -41,8 +41,8 @@ PoolOption = Annotated[
     Path | None, typer.Option("--pool", help="A pool's folder; without one, the base alone answers.")
 ]
 ROUTER_HELP = (
-    "Who chooses the experts: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, uniform, merged, "
-    "or base for none. The default is phatgoose with a pool and base without."
+    "Who chooses the experts: phatgoose, phatgoose:top_k=3, phatgoose:ungated=weights (for pools without all gates), weight-only, "
+    "arrow, spectr, lag, single:NAME, random:seed=1, uniform, merged, or base for none. The default is phatgoose with a pool and base without."
 )
 
 
