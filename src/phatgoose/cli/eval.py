@@ -36,7 +36,9 @@ class Split(StrEnum):
 
 
 def command(
-    task: Annotated[list[str], typer.Option("--task", help=f"{TASK_HELP} Give it again for more tasks.")],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help=f"{TASK_HELP} Give it again for more tasks.")
+    ] = None,
     base: BaseOption = DEFAULT_BASE,
     pool: PoolOption = None,
     router: Annotated[
@@ -52,6 +54,17 @@ def command(
         typer.Option("--out", help="A JSON file for the scores, every prediction, and how they were made."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --out.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            "--harness",
+            help="Instead of --task: tasks of lm-evaluation-harness, separated by commas, scored by it.",
+        ),
+    ] = None,
+    harness_folder: Annotated[
+        Path | None,
+        typer.Option("--harness-folder", help="With --harness: a folder with further task files."),
+    ] = None,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -68,18 +81,28 @@ def command(
     Intervals are 95 %, by bootstrap over rows.
     """
     from phatgoose.cli.loading import check_all, choose, load, load_pool
-    from phatgoose.errors import StorageError
+    from phatgoose.errors import EvaluationError, StorageError
     from phatgoose.evaluation.config import EvaluationConfig
     from phatgoose.tasks import load_task
 
+    if (task is None) == (harness is None):
+        raise EvaluationError("give either --task or --harness.")
     if out is not None and out.exists() and not overwrite:
         raise StorageError(f"{out} exists: choose another file, or replace it with --overwrite.")
     experts = load_pool(pool)
     names = list(dict.fromkeys(router or [""]))
     choices = [choose(name or None, experts, backend) for name in names]
-    tasks = [load_task(spec) for spec in dict.fromkeys(task)]
+    tasks = [load_task(spec) for spec in dict.fromkeys(task or ())]
     model = load(base, dtype, device)
     check_all(model, experts, choices, backend)
+    if harness is not None:
+        from phatgoose.cli.harness import measure_by_harness
+
+        recipe = _recipe(model, experts, pool, tasks, backend, limit)
+        measure_by_harness(
+            model, experts, choices, harness.split(","), harness_folder, limit, backend, recipe, out
+        )
+        return
     config = EvaluationConfig(batch_tokens=batch_tokens)
     recipe = _recipe(model, experts, pool, tasks, backend, limit)
     scores = _measure(model, experts, choices, tasks, split.value, limit, config, backend, recipe, out)
@@ -171,8 +194,7 @@ def _show_differences(scores: dict[str, Scores]) -> None:
     from phatgoose.evaluation.statistics import paired_difference
 
     values = {
-        name: [[p.points for p in task.predictions] for task in found.tasks]
-        for name, found in scores.items()
+        name: [[p.points for p in task.predictions] for task in found.tasks] for name, found in scores.items()
     }
     (first, base), *others = values.items()
     for name, other in others:

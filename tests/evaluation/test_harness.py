@@ -1,0 +1,96 @@
+"""The harness on a routed model: its predictions are ours under its rules, row by row, and its scores say so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.harness import harness_choices, harness_task
+from phatgoose.experts.pool import Pool
+from phatgoose.models.routed import route
+from phatgoose.records import Example, Task
+from phatgoose.routers import PHATGOOSE
+
+pytest.importorskip(
+    "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'phatgoose[harness]'"
+)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WORDS = ["red", "blue and green", "the quick fox", "no", "entailment of the dog", "x"]
+ROWS = tuple(
+    Example(
+        f"row {i}: which of them is it" + " lazy" * (i % 4) + "?",
+        (WORDS[i % 3],),
+        (*WORDS[i % 3 :], *WORDS[: i % 3]),
+    )
+    for i in range(23)
+)
+TASK = Task("toy/one", (), (), ROWS)
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
+
+
+@pytest.fixture(params=["llama", "t5"])
+def routed(request, make_base, make_expert):
+    base = make_base(request.param)
+    pool = Pool([make_expert(base, name, seed=seed, scale=0.6) for name, seed in (("one", 1), ("two", 2))])
+    return base, pool
+
+
+def test_predictions_agree_row_by_row(routed, tmp_path):
+    from phatgoose.evaluation.harness import run_harness
+
+    base, pool = routed
+    config = harness_task(TASK, tmp_path / "rows", delimiter="" if base.is_encoder_decoder else " ")
+    plain = harness_choices(base, ROWS)
+    route(base, pool, PHATGOOSE())
+    ours = harness_choices(base, ROWS)
+    assert [c.acc for c in ours] != [c.acc for c in plain]  # routing changes answers, so it must be on below
+    found = run_harness(base, [config])
+    samples = sorted(found["samples"]["phatgoose_toy_one"], key=lambda s: s["doc_id"])
+    assert len(samples) == len(ROWS)
+    for sample, example, mine in zip(samples, ROWS, ours, strict=True):
+        totals = [float(r[0][0]) if isinstance(r[0], list | tuple) else float(r[0]) for r in sample["resps"]]
+        norms = [t / len(c) for t, c in zip(totals, example.choices, strict=True)]
+        assert totals.index(max(totals)) == mine.acc
+        assert norms.index(max(norms)) == mine.acc_norm
+        gold = example.choices.index(example.targets[0])
+        assert sample["acc"] == (mine.acc == gold)
+        assert sample["acc_norm"] == (mine.acc_norm == gold)
+    scores = found["results"]["phatgoose_toy_one"]
+    gold = [e.choices.index(e.targets[0]) for e in ROWS]
+    assert scores["acc,none"] == pytest.approx(sum(c.acc == g for c, g in zip(ours, gold, strict=True)) / 23)
+
+
+def test_sums_are_log_probabilities_of_the_choice(make_base):
+    base = make_base("llama")
+    example = ROWS[1]
+    tokens = base.tokenizer
+    sums = []
+    for choice in example.choices:
+        prompt, whole = (
+            tokens(t, return_tensors="pt").input_ids for t in (example.input, f"{example.input} {choice}")
+        )
+        with torch.no_grad():
+            log_p = base.model(whole).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+        sums.append(float(log_p.gather(1, whole[0, prompt.shape[1] :, None]).sum()))
+    found = harness_choices(base, [example])[0]
+    assert found.acc == sums.index(max(sums))
+    norms = [s / len(c) for s, c in zip(sums, example.choices, strict=True)]
+    assert found.acc_norm == norms.index(max(norms))
+
+
+def test_what_the_harness_cannot_rank_is_refused(make_base, tmp_path):
+    from phatgoose.evaluation.harness import run_harness
+
+    with pytest.raises(EvaluationError, match="row 0 of 't': the harness needs choices"):
+        harness_task(Task("t", (), (), (Example("a", ("b",)),)), tmp_path)
+    with pytest.raises(EvaluationError, match="row 0 has no choices"):
+        harness_choices(make_base("llama"), [Example("a", ("b",))])
+    with pytest.raises(EvaluationError, match="knows no task no_such_task"):
+        run_harness(make_base("llama"), ["no_such_task"])
