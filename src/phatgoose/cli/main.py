@@ -15,6 +15,7 @@ from phatgoose.cli import (
     explain,
     gate,
     generate,
+    import_reference,
     pool,
     push,
     quickstart,
@@ -38,6 +39,7 @@ app.command("train")(train.command)
 app.command("gate")(gate.command)
 app.add_typer(pool.app, name="pool")
 app.command("push")(push.command)
+app.command("import-reference")(import_reference.command)
 app.command("eval")(eval.command)
 app.command("experiment")(experiment.command)
 app.command("generate")(generate.command)

@@ -1,0 +1,70 @@
+"""A base's modules and their sizes from its configuration alone; its fingerprint if its weights are on this machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
+from phatgoose.models.layers import linear_shape, same_weights
+from phatgoose.models.load import _config, _find, _quiet, _Source, load_base
+from phatgoose.models.refusals import refusals
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
+    """What importing a reference checkpoint must know of a base. Of a Hub model only the configuration is fetched; weights that
+    are here already are read for the fingerprint, and let go of again.
+
+    Raises:
+        BaseModelError: as `load_base` does, for a base that isn't there or whose configuration or weights can't be used.
+    """
+    folder = Path(spec).expanduser()
+    there = (folder / "config.json").is_file()  # which is enough, where load_base wants weights beside it
+    source = _Source(os.fspath(spec), str(folder), folder=folder) if there else _find(os.fspath(spec), None)
+    model = _empty(source)
+    modules = model.named_modules(remove_duplicate=False)
+    linears = {path: shape for path, m in modules if (shape := linear_shape(m)) is not None}
+    parameters = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    both = bool(model.config.is_encoder_decoder)
+    if not _weights_are_here(source):
+        return BaseShape(source.spec, linears, parameters, both)
+    base = load_base(spec)
+    own = {
+        path: m
+        for path, m in base.model.named_modules(remove_duplicate=False)
+        if any(name.rpartition(".")[0] == path for name in COPIES)
+    }
+    fingerprint = base.fingerprint
+    del base  # but for the embeddings
+    gc.collect()
+
+    def is_own(name: str, tensor: Tensor) -> bool:
+        path, _, kind = name.rpartition(".")
+        return path in own and same_weights(own[path], kind, tensor)
+
+    return BaseShape(source.spec, linears, parameters, both, fingerprint, is_own)
+
+
+def _empty(source: _Source) -> PreTrainedModel:
+    """The model without values, on the meta device."""
+    with _quiet(source.copy):
+        config = _config(source)
+        family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with refusals(source.spec, "the modules", source.folder), torch.device("meta"):
+            return family.from_config(config, trust_remote_code=False)
+
+
+def _weights_are_here(source: _Source) -> bool:
+    """Whether `load_base` would find safetensors without a download."""
+    if source.folder is not None:
+        return any((Path(source.folder) / name).is_file() for name in _WEIGHTS)
+    found = (try_to_load_from_cache(source.place, name, revision=source.revision) for name in _WEIGHTS)
+    return any(isinstance(path, str) for path in found)
