@@ -404,7 +404,6 @@ def hub(tmp_path, monkeypatch):
         "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
         "HF_HUB_DISABLE_XET": True,
         "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-        "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
     }.items():
         monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -414,9 +413,15 @@ def hub(tmp_path, monkeypatch):
     )  # what is waited for isn't ours to test
     for module in (file_download, _http, hub_files):
         monkeypatch.setattr(module, "time", quick)
-    monkeypatch.setattr(hub_files, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "phatgoose-cache"))
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.3)
+
+    def hurry():
+        """Waits for no answer longer than 0.3 s."""
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+        monkeypatch.setattr(hub_files, "TIMEOUT_SECONDS", 0.3)
+        monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.3)
+
+    stand_in.hurry = hurry
     huggingface_hub.close_session()
     yield stand_in
     stand_in.stop()

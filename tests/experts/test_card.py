@@ -64,6 +64,7 @@ def test_an_experts_card_says_what_is_recorded():
         'AutoModel.from_pretrained("org/base")',
         'PeftModel.from_pretrained(base, "REPOSITORY")',
         'Expert.from_hub("REPOSITORY")',
+        'load_base("org/base@v1")',
         MARK,
     ):
         assert words in text, words
@@ -96,6 +97,7 @@ def test_kinds(config, kind, tag):
     assert kind in text
     assert front(text)["tags"] == ["phatgoose", *([tag] if tag else [])]
     assert ("## With plain PEFT" in text) == ("peft_type" in config)
+    assert front(text)["library_name"] == ("peft" if "peft_type" in config else "adapter-transformers")
 
 
 def test_a_plain_adapter_has_a_card_too():
@@ -146,9 +148,7 @@ def test_text_of_others_stands_there_literally(text):
         ):
             assert set(front(card)) <= {"base_model", "library_name", "tags"}
             _, _, body = card.removeprefix("---\n").partition("\n---\n")
-            assert (
-                yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])["library_name"] == "peft"
-            )
+            assert yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])["library_name"]
             outside = re.sub(r"```python\n.*?\n```", "", body, flags=re.DOTALL)
             outside = re.sub(r"`[^`\n]*`", "", outside)
             assert "`" not in outside
@@ -229,6 +229,18 @@ def test_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "llama").mkdir(parents=True)
     assert hub_id("models/llama") is None
+
+
+def test_a_base_that_others_can_load_is_in_the_example():
+    for spec, shown in (
+        ("smollm2-135m-instruct-q4", True),
+        ("org/b@refs/pr/1", True),
+        ("/home/x", False),
+        ('a")', False),
+    ):
+        text = expert_card(facts({"base": {"spec": spec}}))
+        assert (f'load_base("{spec}")' in text) == shown
+        assert ('load_base("BASE")' in text) != shown
 
 
 def test_code_spans():

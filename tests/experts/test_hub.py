@@ -421,6 +421,7 @@ def test_a_hub_that_fails_always(hub, one, pattern, tmp_path):
 def test_a_hub_that_does_not_answer(hub, one, pattern, kind, value):
     hub.add("org/adapter", one[1])
     hub.fault(pattern, kind, value)
+    hub.hurry()
     refused("can't fetch org/adapter", "the Hub can't be reached")
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card_facts import Facts
-from phatgoose.experts.card_text import code, grid, hub_id, public, python
+from phatgoose.experts.card_text import code, grid, hub_id, loadable, public, python
 from phatgoose.files import write_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ MARK = "<!-- Written by phatgoose. Remove this line and the file is yours: it is
 _PAPER = "https://arxiv.org/abs/2402.05859"
 _METRICS = (
     "Validation losses are in nats per target token, as the contributor's training recorded them on rows of the expert's own "
-    "task; nobody else has checked them."
+    "task; nobody else has checked them.\n\nIn the examples REPOSITORY stands for the id of this repository on the Hub, "
+    "organisation/name."
 )
 
 
@@ -95,7 +96,7 @@ def expert_card(facts: Facts) -> str:
         "alone, and in a pool of experts, where every token is routed to those that suit it."
     )
     parts = [
-        _head(base, tags),
+        _head(base, facts.is_peft, tags),
         MARK,
         f"# {code(facts.name)}",
         opening,
@@ -104,7 +105,7 @@ def expert_card(facts: Facts) -> str:
     ]
     if facts.is_peft:
         parts += ["## With plain PEFT", python(_peft(base, "REPOSITORY"))]
-    parts += ["## With phatgoose", python(_expert(base))]
+    parts += ["## With phatgoose", python(_expert(facts.base))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,15 +118,18 @@ def pool_card(experts: Sequence[tuple[Facts, str]], base: str | None) -> str:
     )
     columns = ("expert", "task", "kind", "gates", "validation loss", "from")
     rows = [(code(f.name), code(f.task), code(f.kind), f.gates, f.loss, code(f.origin)) for f, _ in experts]
-    parts = [_head(known, ["phatgoose", "mixture-of-experts"]), MARK, "# A pool of experts", opening]
-    parts += [grid(columns, rows), _METRICS, "## With phatgoose", python(_pool(known))]
-    if place := next((place for facts, place in experts if facts.is_peft), None):
+    place = next((place for facts, place in experts if facts.is_peft), None)
+    head = _head(known, place is not None or not experts, ["phatgoose", "mixture-of-experts"])
+    parts = [head, MARK, "# A pool of experts", opening]
+    parts += [grid(columns, rows), _METRICS, "## With phatgoose", python(_pool(base))]
+    if place:
         parts += ["## One expert with plain PEFT", python(_peft(known, "REPOSITORY", place))]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(base: str | None, tags: Iterable[str]) -> str:
-    return f"---\n{ModelCardData(base_model=base, library_name='peft', tags=list(tags)).to_yaml()}\n---"
+def _head(base: str | None, peft: bool, tags: Iterable[str]) -> str:
+    library = "peft" if peft else "adapter-transformers"  # the Hub's word for AdapterHub's library
+    return f"---\n{ModelCardData(base_model=base, library_name=library, tags=list(tags)).to_yaml()}\n---"
 
 
 def _peft(base: str | None, place: str, subfolder: str = "") -> list[str]:
@@ -158,4 +162,5 @@ def _pool(base: str | None) -> list[str]:
 
 
 def _load(base: str | None) -> str:
-    return f'base = load_base("{base}")' if base else 'base = load_base("BASE")  # the base model named above'
+    spec = loadable(base)
+    return f'base = load_base("{spec}")' if spec else 'base = load_base("BASE")  # the base model named above'

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SPEC = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
 # A path that starts at a root, a home or a drive, to its last part. It may hold spaces, so it ends with the text or at a "?".
 _PATH = re.compile(
     r"(?:(?<![\w/])/(?!/)|~\w*/|\b[A-Za-z]:[\\/](?!/)|\\\\)(?:[^?]*[\\/](?=[^?]))?([^?\\/]*)[\\/]?"
@@ -19,6 +20,12 @@ def hub_id(spec: str | None) -> str | None:
     """The repository that a base's spec names ("org/name@revision" → "org/name"); None if it names none, or a folder here."""
     name = (spec or "").partition("@")[0]
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def loadable(spec: str | None) -> str | None:
+    """A base's spec if it may mean the same elsewhere: an alias or something on the Hub, in characters that need no quoting."""
+    name = (spec or "").partition("@")[0]
+    return spec if spec and _SPEC.fullmatch(spec) and not Path(name).exists() else None
 
 
 def public(text: str | None) -> str:

@@ -32,6 +32,7 @@ RETRY_SECONDS = (1.0, 3.0)
 SLACK_BYTES = 2**20
 """How much more than three times a file's size may come before a transfer is ended."""
 THREADS = 8
+LIBRARY = "phatgoose"
 Result = TypeVar("Result")
 
 
@@ -92,7 +93,7 @@ def list_files(repo: str, revision: str | None, token: str | bool | None) -> Lis
     """Every file of a revision, with sizes and hashes, in one call. Asks again after a failure of the Hub or the network."""
     for wait in (*RETRY_SECONDS, None):
         try:
-            info = HfApi(token=token).model_info(
+            info = HfApi(token=token, library_name=LIBRARY).model_info(
                 repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
             )
             break
@@ -161,6 +162,7 @@ class _Session:
             name,
             revision=revision,
             token=self.token,
+            library_name=LIBRARY,
             etag_timeout=TIMEOUT_SECONDS,
             tqdm_class=_meter(f"{self.repo}: {name}", size, shown=len(self.listing.files) < 20),
         )

@@ -16,7 +16,7 @@ from phatgoose.experts.card import CARD_FILE, CARD_LIMIT_BYTES, is_made
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.formats import WEIGHTS_FILES
 from phatgoose.experts.hub import OPTIONAL
-from phatgoose.experts.hub_files import Listing, fetch, list_files
+from phatgoose.experts.hub_files import LIBRARY, Listing, fetch, list_files
 from phatgoose.experts.hub_place import Place
 from phatgoose.experts.hub_refusals import refused
 from phatgoose.experts.manifest import MANIFEST, read_manifest
@@ -113,7 +113,7 @@ def _push(
     """`files` (by their paths in the place's folder) become what is there; files that aren't ours stay."""
     if not allow_paths:
         _refuse_paths(files)
-    api = HfApi(token=token, library_name="phatgoose")
+    api = HfApi(token=token, library_name=LIBRARY)
     with refused(f"publish {place}", place.repo, token, UploadError):
         api.create_repo(place.repo, private=private, exist_ok=True)
         if place.revision is not None:
