@@ -77,9 +77,10 @@ def test_every_file_of_the_package_that_a_page_names_is_there(page):
 
 
 def test_the_table_of_peft_settings_is_what_the_code_decides():
-    from phatgoose.experts import peft_rules
+    from phatgoose.experts import adapterhub_rules, peft_rules
 
-    assert peft_rules.main(["--check", str(ROOT / "docs" / "experts-and-pools.md")]) == 0
+    for rules in (peft_rules, adapterhub_rules):
+        assert rules.main(["--check", str(ROOT / "docs" / "experts-and-pools.md")]) == 0
 
 
 def test_every_setting_of_peft_has_a_rule_that_holds():

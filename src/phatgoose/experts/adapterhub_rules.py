@@ -20,9 +20,9 @@ _SUM = (
 RULES = {
     rule.setting: rule
     for rule in [
-        *(Rule(name, "exact", "in which places of a layer adapters are") for name in ("mh_adapter", "output_adapter", "cross_adapter")),
+        *(Rule(name, "exact", "in which places of a layer there are adapters") for name in ("mh_adapter", "output_adapter", "cross_adapter")),
         *(Rule(name, "no effect", _WHERE) for name in ("reduction_factor", "leave_out")),
-        Rule("non_linearity", "exact", "by the library's names; those with parameters of their own are refused"),
+        Rule("non_linearity", "exact", "by the library's names, but for `gelu_10`, `laplace`, `sqrtsoftplus`, `prelu` and `xielu`"),
         *(Rule(name, "exact", _READS) for name in ("original_ln_before", "is_parallel")),
         *(Rule(name, "exact", _SUM) for name in ("residual_before_ln", "original_ln_after")),
         Rule("scaling", "exact", "a number, `learned` or `channel`"),
