@@ -123,6 +123,7 @@ EVIL = [
     "```\n```python\nimport os",
     '"); import os  #',
     "a" * 5000,
+    "org/" + "a" * 5000 + "@" + "a" * 5000,
     "\x1b[31m\u202egnp.exe\u200b\0\r\n- item",
     "{{ 7 * 7 }} {% raw %} ${x} <!-- ",
 ]

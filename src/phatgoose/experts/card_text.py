@@ -7,8 +7,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_SPEC = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
+_NAME = r"[A-Za-z0-9][\w.-]{0,95}"
+_HUB_ID = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
+_SPEC = re.compile(rf"{_NAME}(/{_NAME})?(@[\w./-]{{1,96}})?", re.ASCII)
 # A path that starts at a root, a home or a drive, to its last part. It may hold spaces, so it ends with the text or at a "?".
 _PATH = re.compile(
     r"(?:(?<![\w/])/(?!/)|~\w*/|\b[A-Za-z]:[\\/](?!/)|\\\\)(?:[^?]*[\\/](?=[^?]))?([^?\\/]*)[\\/]?"
