@@ -199,7 +199,7 @@ def test_pickles_are_refused_with_what_to_do(folder):
 
 
 def test_a_prediction_head_is_refused_or_dropped_and_recorded(tmp_path):
-    with pytest.raises(ExpertError, match=r"model_head.safetensors.*drop='prediction_head'"):
+    with pytest.raises(ExpertError, match=r"model_head.safetensors.*drop=\['prediction_head'\]"):
         Expert.load(DATA / "llama" / "pfeiffer")
     expert = Expert.load(DATA / "llama" / "pfeiffer", drop=["prediction_head"])
     assert expert.provenance["dropped"] == ["prediction_head"]

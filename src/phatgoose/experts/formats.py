@@ -93,7 +93,7 @@ def _check_beside(folder: Path, config: Mapping[str, Any], drop: Collection[str]
         if os.path.lexists(folder / name) and "prediction_head" not in drop:
             raise ExpertError(
                 f"{folder} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "
-                "base's own, leave it out with drop='prediction_head' (--drop). A head that was trained can't be routed."
+                "base's own, leave it out with drop=['prediction_head'] (--drop). A head that was trained can't be routed."
             )
     if os.path.lexists(folder / INTERFACE_FILE):
         interface = read_json(inside(folder, INTERFACE_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
