@@ -100,11 +100,12 @@ def parse_header(
         data = parse_json(body)
         if not isinstance(data, dict):
             raise ValueError("it is no object")
-        found = data.pop("__metadata__", None)
-        metadata = _checked_metadata(found) if metadata is None else metadata
+        if metadata is not None and "__metadata__" in data:
+            raise ValueError("its metadata stands there twice")
+        inside = _checked_metadata(data.pop("__metadata__", None))
         items = {name: _item(name, entry) for name, entry in data.items()}
         end = 0
-        header = Header(items, metadata, max((item.end for item in items.values()), default=0))
+        header = Header(items, inside, max((item.end for item in items.values()), default=0))
         for name, item in header.in_order():
             if item.begin != end:
                 raise ValueError(f"tensor {name!r} begins at {item.begin}, expected {end}")
@@ -113,7 +114,7 @@ def parse_header(
         raise error(f"{where}: the safetensors header is refused: {cause}.") from cause
     if known is not None:
         known[body] = header
-    return header
+    return header if metadata is None else Header(items, metadata, header.data_bytes)
 
 
 def write_header(items: Mapping[str, Item], metadata: Mapping[str, str], align: int = 8) -> bytes:
