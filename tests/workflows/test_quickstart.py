@@ -76,6 +76,7 @@ def outcome(out):
     for expert in results["experts"]:
         for key in ("expert_seconds", "gate_seconds", "gate_share"):
             del expert[key]
+        del expert["made"]["finished"]
     return results
 
 
