@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
@@ -33,7 +35,7 @@ from phatgoose.models.layers import (
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
-from phatgoose.ops import Backend, Stack, backend, make_stack
+from phatgoose.ops import Backend, Fused, Stack, backend, make_stack
 from phatgoose.records import Fingerprint
 from phatgoose.registry import unknown
 from phatgoose.routers import PHATGOOSE, Router
@@ -58,7 +60,7 @@ def route(
         model: the base the pool's experts were trained on.
         pool: the experts.
         router: who chooses; PHATGOOSE(top_k=2) if None.
-        backend_name: "auto", "torch" or "reference".
+        backend_name: "auto", "cpu" (a compiled kernel, inference only), "torch" or "reference".
         dtype: what the experts' matrices are kept and multiplied in; None: what each module computes in. With float32 on a
             bfloat16 base the experts' own rounding is gone, as in PEFT, at twice the memory.
         any_base: skip the check that `model` is the pool's base (for bases that are knowingly a variant of it).
@@ -72,7 +74,8 @@ def route(
     if not any_base and pool.base is not None:
         check_same_base(pool.base, _fingerprint(model), "the pool's experts")
     router.check(pool.names)
-    routing = Routing(bare, pool, router, backend(backend_name), dtype)  # raises before anything is attached
+    ops = backend(backend_name, bare.device.type)
+    routing = Routing(bare, pool, router, ops, dtype)  # raises before anything is attached
     _calibrate(model, routing)
     unroute(bare)
     routing.attach()
@@ -200,12 +203,24 @@ class _Site:
         length = d_out if self.embedding else d_in
         candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
         self.router: BoundRouter = routing.router.bind(candidates)
+        self.fused: Fused | None = None
+        if routing.ops.fuse is not None and self.router.by_gates is not None and not self.embedding:
+            self.fused = routing.ops.fuse(*self.router.by_gates, self.stack, self.layer)
+        self.fresh = type(module) in (nn.Linear, Conv1D)
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
+        u = args[0] if args else next(iter(kwargs.values()))
+        fused = None if self.router.by_gates is None else self.fused
+        if fused is not None and self.routing.recorder is None:
+            # A new tensor that nobody has seen yet may be written into.
+            unseen = self.fresh and len(module._forward_hooks) == 1 and not _global_forward_hooks
+            done = fused(u, output, unseen)
+            if done is not None:
+                return done
         # With offloading the module's input may still be where the last module left it.
-        u = (args[0] if args else next(iter(kwargs.values()))).to(output.device)
+        u = u.to(output.device)
         if self.stack.A.device != u.device:
             self.stack = self.stack.to(u.device)
         y = output.reshape(-1, output.shape[-1])
@@ -213,13 +228,19 @@ class _Site:
         rows = output.shape[0] if output.ndim > 2 else 1
         length = y.shape[0] // max(rows, 1)
         context = RoutingContext(self.path, rows, length, self.routing.streams.seen_by(self.path))
-        chosen, weights = self.router(y if self.embedding else flat, context, self.routing.ops)
+        mixed = None
+        if fused is not None and fused.can(flat, y):  # so that recording changes nothing
+            mixed, chosen, weights = fused.with_choice(flat, y)
+        else:
+            chosen, weights = self.router(y if self.embedding else flat, context, self.routing.ops)
         if (recorder := self.routing.recorder) is not None:
             scores = None
             if recorder.wants_scores:
                 scores = self.router.scores(y if self.embedding else flat, context, self.routing.ops)
             recorder.record(context, self.members, chosen, weights, scores)
-        return self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer).reshape(output.shape)
+        if mixed is None:
+            mixed = self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer)
+        return mixed.reshape(output.shape)
 
 
 def _shape(module: nn.Module, embedding: bool) -> tuple[int, int]:

@@ -66,6 +66,10 @@ class _Masked(BoundRouter):
         absent = set(range(len(candidates.names))) - set(candidates.members)
         self.absent = torch.tensor(sorted(absent), dtype=torch.long)
 
+    @property
+    def by_gates(self) -> tuple[Tensor, int] | None:  # type: ignore[override]  # it changes with the switches
+        return self.inner.by_gates if self.settings.switches.allowed is None else None
+
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.inner.observe(u, ops)
 

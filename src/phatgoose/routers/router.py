@@ -37,6 +37,9 @@ class BoundRouter(ABC):
     needs_reference = False
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
 
+    by_gates: tuple[Tensor, int] | None = None
+    """(gates v̄ [candidates, d], top_k) where calling this router is gate_scores, then choose: a backend may fuse that with mix."""
+
     def observe(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
         """Takes in inputs [N, d] of the module on reference text; called before routing, if `needs_reference`."""
 

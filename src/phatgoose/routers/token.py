@@ -67,6 +67,7 @@ class PHATGOOSE(Router):
 class _ByVectors(BoundRouter):
     def __init__(self, gates: Tensor, top_k: int):
         self.gates, self.top_k = gates, top_k
+        self.by_gates = (gates, top_k)
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         return ops.choose(self.scores(u, context, ops), self.top_k)

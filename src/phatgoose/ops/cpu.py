@@ -1,0 +1,234 @@
+"""Routing at one module by a compiled kernel (kernel/update.cpp): float32 and bfloat16 on a CPU, inference only.
+
+Same signatures and results as `phatgoose.ops.reference`; and `Fused`, which is scores, choice and mix in one call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.ops import fast
+from phatgoose.ops.build import library
+from phatgoose.ops.scan import scan
+from phatgoose.ops.stack import Layer, Stack
+
+DTYPES = (torch.float32, torch.bfloat16)
+_KINDS = {(u, y): i | j << 1 for i, u in enumerate(DTYPES) for j, y in enumerate(DTYPES)}
+_CPU = torch.device("cpu")
+
+# Scores of every expert, as other routers want them, are one product, which torch does well.
+gate_scores, choose = fast.gate_scores, fast.choose
+
+
+class _Site(ctypes.Structure):
+    """kernel/interface.h's Site."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("d_in", "d_out", "experts", "top_k")),
+        *((name, ctypes.c_void_p) for name in ("gates", "codes", "step", "sum", "lost")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "starts", "ranks", "scales")),
+        ("kind", ctypes.c_int64),
+    )
+
+
+def _site(a: Tensor, b: Tensor, owners: Tensor, scales: Tensor, top_k: int, *by_gates: Tensor) -> _Site:
+    """The struct, which points into these tensors: they must be contiguous, and live as long as it."""
+    site = _Site(a.shape[1], b.shape[1], owners.shape[1], top_k, kind=DTYPES.index(a.dtype))
+    site.a, site.b, site.scales = a.data_ptr(), b.data_ptr(), scales.data_ptr()
+    site.starts, site.ranks = owners[0].data_ptr(), owners[1].data_ptr()
+    if by_gates:
+        gates, codes, facts = by_gates
+        site.gates, site.codes = gates.data_ptr(), codes.data_ptr()
+        site.step, site.sum, site.lost = (row.data_ptr() for row in facts)
+    return site
+
+
+def _tensors(stack: Stack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel reads of a stack: A, B, int32 [2, E] of starts and ranks, float32 [E] of scales. Kept with the stack."""
+    if (known := stack.__dict__.get("_known_tensors")) is None:
+        owners = torch.tensor([stack.starts, stack.ranks], dtype=torch.int32)
+        known = (stack.A.contiguous(), stack.B.contiguous(), owners, stack.scale_vector(_CPU))
+        stack.__dict__["_known_tensors"] = known
+    return known
+
+
+def _run(
+    site: int, u: Tensor, y: Tensor, out: Tensor, chosen: Tensor | None, weights: Tensor | None, n: int
+) -> None:
+    code = library().run(
+        0, site, u.data_ptr(), y.data_ptr(), out.data_ptr(), n,
+        None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
+        _KINDS[u.dtype, y.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if code:
+        raise MemoryError(f"the CPU kernel found no memory for {n} tokens.")
+
+
+def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
+    """Why the kernel can't do this call, and what to do; None if it can."""
+    if not (u.is_cpu and y.is_cpu and stack.A.is_cpu):
+        return 'it runs on CPUs only. Use backend "auto" or "torch".'
+    if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
+        return (
+            "it has no backward pass, and a gradient is asked for. Run the model under torch.no_grad() or "
+            'torch.inference_mode(), or use backend "auto" or "torch".'
+        )
+    if not stack.embedding and (
+        u.dtype not in DTYPES or y.dtype not in DTYPES or stack.A.dtype not in DTYPES
+    ):
+        return f'it computes in float32 and bfloat16, not in {stack.A.dtype} on {u.dtype}. Use backend "auto" or "torch".'
+    return None
+
+
+def _check(u: Tensor, y: Tensor, stack: Stack) -> None:
+    if (why := obstacle(u, y, stack)) is not None:
+        raise RoutingError(f'the "cpu" backend can\'t do this: {why}')
+
+
+def mix(
+    u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
+) -> Tensor:
+    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernel, other parts by torch.
+
+    Raises:
+        RoutingError: a gradient is asked for, or the tensors are of another device or dtype.
+    """
+    _check(u, y, stack)
+    if chosen.numel() == 0:
+        return y
+    if (
+        stack.embedding or torch.compiler.is_compiling()
+    ):  # columns of A, not rows; and what a compiler can look into
+        return fast.mix(u, y, stack, chosen, weights, layer)
+    added = y
+    if any(stack.ranks):
+        added = torch.empty_like(y, memory_format=torch.contiguous_format)
+        chosen, weights = chosen.contiguous(), weights.float().contiguous()
+        site = _site(*_tensors(stack), chosen.shape[1])
+        _run(ctypes.addressof(site), u.contiguous(), y.contiguous(), added, chosen, weights, u.shape[0])
+    if stack.low_rank_only:
+        return added
+    return (added + fast._others(u, y, stack, chosen, weights, layer)).to(y.dtype)
+
+
+class Fused:
+    """gate_scores, choose and mix of one module in one call, for a router that is just these. Made once, called often.
+
+    gates: standardised, float32 [E, d_in].
+
+    Raises:
+        RoutingError: the stack isn't in float32 or bfloat16, or not on a CPU.
+    """
+
+    def __init__(
+        self, gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True
+    ):
+        _check(stack.A, stack.B, stack)
+        self.gates, self.stack, self.top_k, self.layer, self.strict = (
+            gates.contiguous(),
+            stack,
+            top_k,
+            layer,
+            strict,
+        )
+        self.plain = stack.low_rank_only
+        self.tensors = (*_tensors(stack), top_k)
+        scanned = scan(self.gates)
+        self.by_gates = (self.gates, scanned.codes, scanned.facts)
+        self._struct = _site(*self.tensors, *self.by_gates)
+        self._at, self._d_in = ctypes.addressof(self._struct), stack.A.shape[1]
+        self._library_run = library().run
+
+    def __reduce__(self) -> Any:  # copies of a model copy its routing; pointers are made anew
+        return Fused, (self.gates, self.top_k, self.stack, self.layer, self.strict)
+
+    def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
+        """y + Σ w Δ(u); u: [..., d_in], y: [..., d_out]. With `into_y`, y may be written into and returned.
+
+        None where only another backend can do it and `strict` is off.
+
+        Raises:
+            RoutingError: as `mix`, if `strict`.
+        """
+        kinds = _KINDS.get((u.dtype, y.dtype))
+        if (
+            kinds is None
+            or not (u.is_cpu and y.is_cpu)
+            or torch.compiler.is_compiling()
+            or type(u) is not Tensor
+            or type(y) is not Tensor
+            or (torch.is_grad_enabled() and (u.requires_grad or y.requires_grad))
+        ):
+            return self._rare(u, y)
+        if not self.plain:
+            return self.with_choice(u, y)[0]
+        u = u.contiguous()
+        if not y.is_contiguous():
+            y, into_y = y.contiguous(), True
+        out = y if into_y else torch.empty_like(y)
+        code = self._library_run(
+            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), u.numel() // self._d_in, None, None, kinds,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if code:
+            raise MemoryError(f"the CPU kernel found no memory for {u.numel() // self._d_in} tokens.")
+        return out
+
+    def _rare(self, u: Tensor, y: Tensor) -> Tensor | None:
+        """While compiling, or where the kernel can't do it."""
+        if obstacle(u, y, self.stack) is not None:
+            if self.strict:
+                _check(u, y, self.stack)
+            return None
+        if not self.plain:
+            return None
+        flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
+        a, b, owners, scales, top_k = self.tensors
+        return routed_update(flat_u, flat_y, *self.by_gates, a, b, owners, scales, top_k).reshape(y.shape)
+
+    def can(self, u: Tensor, y: Tensor) -> bool:
+        """Whether this call is one for the kernel and for `with_choice`; always, or an error, if `strict`."""
+        if self.strict:
+            _check(u, y, self.stack)
+        return (
+            obstacle(u, y, self.stack) is None
+            and not torch.compiler.is_compiling()
+            and type(u) is type(y) is Tensor
+        )
+
+    def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Also who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
+        n, k = u.numel() // self._d_in, min(self.top_k, self.stack.experts)
+        chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k)
+        flat_u, flat_y = u.reshape(n, -1).contiguous(), y.reshape(n, -1).contiguous()
+        out = torch.empty_like(flat_y)
+        _run(self._at, flat_u, flat_y, out, chosen, weights, n)
+        if not self.plain:
+            out = (out + fast._others(flat_u, flat_y, self.stack, chosen, weights, self.layer)).to(y.dtype)
+        return out.reshape(y.shape), chosen, weights
+
+
+@torch.library.custom_op("phatgoose::routed_update", mutates_args=(), device_types="cpu")
+def routed_update(
+    u: Tensor, y: Tensor, gates: Tensor, codes: Tensor, facts: Tensor, a: Tensor, b: Tensor, owners: Tensor, scales: Tensor,
+    top_k: int,
+) -> Tensor:  # fmt: skip
+    """`Fused` as an operator that compilers can carry: u [N, d_in], y [N, d_out] → y + Σ w Δ(u), a new tensor."""
+    site = _site(a, b, owners, scales, top_k, gates, codes, facts)
+    y = y.contiguous()
+    out = torch.empty_like(y)
+    _run(ctypes.addressof(site), u.contiguous(), y, out, None, None, u.shape[0])
+    return out
+
+
+@routed_update.register_fake
+def _(
+    u: Tensor, y: Tensor, gates: Tensor, codes: Tensor, facts: Tensor, a: Tensor, b: Tensor, owners: Tensor, scales: Tensor,
+    top_k: int,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(y, memory_format=torch.contiguous_format)

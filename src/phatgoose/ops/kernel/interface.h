@@ -1,0 +1,30 @@
+// What the compiled library and phatgoose/ops/cpu.py agree on. Row-major, rows without gaps.
+#pragma once
+
+#include <cstdint>
+
+// One module, prepared once.
+struct Site {
+    int64_t d_in, d_out, experts, top_k;
+    const float* gates;   // [E, d_in] standardised; null: choices are given
+    const int8_t* codes;  // [⌈E/16⌉, d_in, 16], blocks of 16 gates side by side
+    const float* step;    // [E]
+    const float* sum;     // [E] Σ codes
+    const float* lost;    // [E] ‖gate − step · codes‖
+    const void* a;        // [R, d_in]
+    const void* b;        // [R, d_out]
+    const int32_t* starts;  // [E] an expert's first row
+    const int32_t* ranks;   // [E]
+    const float* scales;    // [E]
+    int64_t kind;           // of a and b: 0 float32, 1 bfloat16
+};
+
+struct Call {
+    const void* u;  // [N, d_in]
+    const void* y;  // [N, d_out]
+    void* out;      // [N, d_out], may be y; null: only choose
+    int64_t tokens;
+    int64_t* chosen;  // [N, k] given, or written where there are gates; null: not asked for
+    float* weights;   // [N, k] likewise
+    int64_t u_kind, y_kind, threads;
+};

@@ -1,0 +1,210 @@
+// Routing at one module in one parallel region: scores, choice, A of the chosen, B of the chosen, sum. Knows neither torch nor
+// Python. Compiled once per instruction set, which VARIANT names.
+//
+// Scores are found in two steps. Every gate is scanned in 8 bits (step · codes). As the standardised input has at most the
+// norm √d, a scanned score is within `lost`, the 2-norm of what rounding took from that gate, of the true one (Cauchy-Schwarz).
+// The experts that can still be among the top k are then scored in float32. So the choice is the one of float32 gates, for a
+// quarter of the bytes.
+
+#include <atomic>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+
+#include "interface.h"
+#include "products.h"
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+
+#ifndef SMALL_TOKENS
+#define SMALL_TOKENS 12
+#endif
+
+namespace {
+
+constexpr int64_t SMALL = SMALL_TOKENS;  // up to here every token reads its own rows; above, tokens are sorted by expert
+constexpr int64_t CHUNK = 1024;          // tokens sorted at once
+constexpr int64_t TILE = 128;            // tokens scored at once by a thread, at most
+constexpr int64_t BLOCK = 64;            // rows taken at once
+constexpr int64_t UNIT = 32;             // pairs of one expert shrunk at once by a thread
+constexpr int64_t SUMS = 96 * 1024;        // floats a thread sums into, which should stay in its L2 cache
+
+// Memory for one call, kept by the calling thread for its next one. First measured, then taken.
+class Space {
+    std::vector<char> bytes;
+    size_t used = 0;
+
+  public:
+    void begin(size_t floats, size_t pieces) {
+        used = 0;
+        const size_t need = floats * sizeof(float) + (pieces + 1) * 64;
+        if (bytes.size() < need) bytes.resize(need);
+    }
+    template <class T>
+    T* take(size_t n) {
+        const size_t start = (reinterpret_cast<size_t>(bytes.data()) + used + 63) & ~size_t(63);
+        used = start + n * sizeof(T) - reinterpret_cast<size_t>(bytes.data());
+        return reinterpret_cast<T*>(start);
+    }
+};
+
+struct Moments {
+    float mean, inverse, slack;
+};
+
+// Mean, 1/√(var + 1e-5), and how far the scan's own rounding can carry a score: d/W sums, each wrong by half a last bit.
+template <class X>
+Moments moments(const X* u, int64_t d) {
+    const auto sum = [&](auto term, auto rest) {
+        vf acc[4] = {};
+        int64_t i = 0;
+        for (; i + 4 * W <= d; i += 4 * W)
+            for (int j = 0; j < 4; j++) acc[j] += term(load(u + i + j * W));
+        float s = total((acc[0] + acc[1]) + (acc[2] + acc[3]));
+        for (; i < d; i++) s += rest(widen(u[i]));
+        return s;
+    };
+    const float mean = sum([](vf x) { return x; }, [](float x) { return x; }) / float(d);
+    const float square = sum([=](vf x) { return (x - mean) * (x - mean); },
+                             [=](float x) { return (x - mean) * (x - mean); });
+    const float inverse = 1 / std::sqrt(square / float(d) + 1e-5f), offset = mean * inverse;
+    return {mean, inverse, 1.2e-7f * float(d / W + 8) * std::sqrt(float(d) * (1 + offset * offset))};
+}
+
+// v̄ᵀū/√d in float32, the mean taken off first, as the formula has it.
+template <class X>
+float exact(const X* u, const float* gate, int64_t d, const Moments& m) {
+    vf acc[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= d; i += 2 * W)
+        for (int j = 0; j < 2; j++) acc[j] += (load(u + i + j * W) - m.mean) * load(gate + i + j * W);
+    float s = total(acc[0] + acc[1]);
+    for (; i < d; i++) s += (widen(u[i]) - m.mean) * gate[i];
+    return s * m.inverse / std::sqrt(float(d));
+}
+
+struct Ranked {
+    float score;
+    int32_t expert;
+};
+
+// Keeps the k best of those offered, best first; of equal scores the lower index, if offered in order.
+struct Best {
+    Ranked* list;
+    int64_t k, held = 0;
+    void offer(float score, int64_t expert) {
+        if (held == k && !(score > list[k - 1].score)) return;
+        int64_t i = held < k ? held++ : k - 1;
+        for (; i > 0 && score > list[i - 1].score; i--) list[i] = list[i - 1];
+        list[i] = {score, int32_t(expert)};
+    }
+};
+
+template <class X, class T>
+struct Module {
+    const Site& s;
+    const Call& c;
+    const X* u;
+    const T *a, *b;
+    const int64_t d, d_out, e, k;
+
+    Module(const Site& site, const Call& call)
+        : s(site), c(call), u(static_cast<const X*>(call.u)), a(static_cast<const T*>(site.a)),
+          b(static_cast<const T*>(site.b)), d(site.d_in), d_out(site.d_out), e(site.experts),
+          k(site.gates ? std::min(site.top_k, site.experts) : site.top_k) {}
+
+    bool scans() const { return e > 2 * k + 2; }
+    bool valid(int64_t expert) const { return expert >= 0 && expert < e; }
+
+    // A token in float32: itself, or a copy in `room`.
+    const float* in_float(const X* x, float* room) const {
+        if constexpr (std::is_same_v<X, float>) return x;
+        int64_t i = 0;
+        for (; i + W <= d; i += W) store(room + i, load(x + i));
+        for (; i < d; i++) room[i] = widen(x[i]);
+        return room;
+    }
+
+    int64_t lanes_of_all() const { return (e + LANES - 1) / LANES * LANES; }
+
+    // The k best experts of a token and the softmax of their scores, from scanned products Σ code · u [E, padded to 16].
+    void choose(const X* x, const float* scanned, float* upper, Ranked* list, int64_t* chosen, float* weights) const {
+        const Moments m = moments(x, d);
+        Best best{list, k};
+        if (scans()) {
+            const float least = bounds(m, scanned, upper, list) - 2 * m.slack;
+            for (int64_t i = 0; i < e; i += W)
+                for (unsigned bits = at_least(load(upper + i), least); bits; bits &= bits - 1) {
+                    const int64_t expert = i + __builtin_ctz(bits);
+                    if (expert < e) best.offer(exact(x, s.gates + expert * d, d, m), expert);
+                }
+        } else {
+            for (int64_t i = 0; i < e; i++) best.offer(exact(x, s.gates + i * d, d, m), i);
+        }
+        float sum = 0;
+        for (int64_t j = 0; j < k; j++) sum += std::exp(list[j].score - list[0].score);
+        for (int64_t j = 0; j < k; j++) {
+            chosen[j] = list[j].expert;
+            weights[j] = std::exp(list[j].score - list[0].score) / sum;
+        }
+    }
+
+    // Upper bounds of every score, and a number that k scores reach for sure: the k-th largest of lower bounds, or, where that is
+    // quicker, of the largest lower bound in each lane.
+    float bounds(const Moments& m, const float* scanned, float* upper, Ranked* list) const {
+        const float unit = m.inverse / std::sqrt(float(d));
+        vf most = vf{} - INFINITY;
+        Best best{list, k};
+        for (int64_t i = 0; i < lanes_of_all(); i += W) {
+            const vf score = (load(scanned + i) - m.mean * load(s.sum + i)) * load(s.step + i) * unit, lost = load(s.lost + i);
+            store(upper + i, score + lost);
+            const vf lower = score - lost;
+            if (k <= W / 2) most = larger(most, lower);
+            else
+                for (int j = 0; j < W; j++) best.offer(lower[j], i + j);
+        }
+        for (int j = 0; j < W && k <= W / 2; j++) best.offer(most[j], j);
+        return list[k - 1].score;
+    }
+
+    // out = y + sums at columns [from, to) of token n.
+    void add(int64_t n, const float* sums, int64_t from, int64_t to) const {
+        if (c.y_kind) add_to<bf16>(n, sums, from, to);
+        else add_to<float>(n, sums, from, to);
+    }
+    template <class Y>
+    void add_to(int64_t n, const float* sums, int64_t from, int64_t to) const {
+        const Y* y = static_cast<const Y*>(c.y) + n * d_out;
+        Y* out = static_cast<Y*>(c.out) + n * d_out;
+        int64_t i = from;
+        for (; i + W <= to; i += W) store(out + i, load(y + i) + load(sums + i - from));
+        for (; i < to; i++) store(out + i, widen(y[i]) + sums[i - from]);
+    }
+
+#include "few.inc"
+#include "many.inc"
+};
+
+template <class X, class T>
+int run(const Site& site, const Call& call) {
+    thread_local Space space;
+    try {
+        const Module<X, T> module(site, call);
+        if (call.tokens <= SMALL) module.few(space);
+        else
+            for (int64_t n = 0; n < call.tokens; n += CHUNK) module.many(space, n, std::min(CHUNK, call.tokens - n));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace
+
+int JOIN(run_, VARIANT)(const Site& site, const Call& call) {
+    if (call.u_kind) return site.kind ? run<bf16, bf16>(site, call) : run<bf16, float>(site, call);
+    return site.kind ? run<float, bf16>(site, call) : run<float, float>(site, call);
+}

@@ -1,0 +1,139 @@
+"""Compiling the CPU kernel: once, whole or not at all, and every way it can fail says why."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from phatgoose.errors import RoutingError, StorageError
+from phatgoose.ops import BACKENDS, auto_is, backend, build
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing remembered by this process, now or afterwards."""
+    compiled = build.library().path.read_bytes()
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path))
+    build.library.cache_clear()
+    build.reason.cache_clear()
+    yield compiled
+    build.library.cache_clear()
+    build.reason.cache_clear()
+
+
+def compiler(folder, text):
+    """A C++ compiler of our own."""
+    path = folder / "cxx"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_it_is_compiled_once_and_then_found(fresh, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(build, "_compiled", lambda: calls.append(1) or fresh)
+    first = build.library()
+    assert first.path.parent == tmp_path / "kernels"
+    assert first.variants[-1] == "portable"
+    build.library.cache_clear()
+    monkeypatch.setenv("CXX", "/nonexistent")  # not needed any more
+    assert build.library().path == first.path
+    assert calls == [1]
+    assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]
+
+
+def test_the_name_depends_on_source_flags_and_torch(monkeypatch, tmp_path):
+    names = {build._key()}
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+        names.add(build._key())
+    with monkeypatch.context() as patch:
+        patch.setattr(build.torch, "__version__", "9.9")
+        names.add(build._key())
+    with monkeypatch.context() as patch:
+        for source in build.SOURCES.iterdir():
+            if source.is_file():
+                (tmp_path / source.name).write_text(source.read_text() + "\n")
+        patch.setattr(build, "SOURCES", tmp_path)
+        names.add(build._key())
+    assert len(names) == 4
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+
+
+def test_without_a_compiler_auto_is_torch_and_cpu_is_refused(fresh, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backend("auto") is BACKENDS["torch"]
+    kind, why = auto_is()
+    assert kind == "torch"
+    assert "no C++ compiler was found (looked for $CXX, g++, c++, clang++)" in why
+    with pytest.raises(RoutingError, match="no C\\+\\+ compiler"):
+        backend("cpu")
+    assert backend("torch").name == "torch"
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'echo "update.cpp:1: something is wrong" >&2; exit 1'))
+    with pytest.raises(RoutingError, match=r"cxx failed: update\.cpp:1: something is wrong"):
+        build.library()
+    assert not (tmp_path / "kernels").exists()
+    assert auto_is()[0] == "torch"
+
+
+def test_variants_that_the_compiler_doesn_t_know_are_left_out(fresh, monkeypatch, tmp_path):
+    real = build.compiler()
+    picky = 'for a in "$@"; do case "$a" in -mavx*) echo unknown option >&2; exit 1;; esac; done\n'
+    monkeypatch.setenv("CXX", compiler(tmp_path, picky + f'exec {real} "$@"'))
+    monkeypatch.setattr(build, "FLAGS", tuple(f for f in build.FLAGS if f != "-O3"))
+    assert build.library().variants == ("portable",)
+
+
+def test_a_file_that_is_no_library_is_an_error(fresh, monkeypatch):
+    monkeypatch.setattr(build, "_compiled", lambda: b"not a library")
+    with pytest.raises(RoutingError, match="can't be used"):
+        build.library()
+
+
+def test_a_cache_that_can_t_be_written(fresh, monkeypatch):
+    def full(path, data):
+        raise StorageError("no space left to write it.")
+
+    monkeypatch.setattr(build, "_compiled", lambda: fresh)
+    monkeypatch.setattr(build, "write_bytes", full)
+    with pytest.raises(RoutingError, match="no space left"):
+        build.library()
+
+
+def test_it_shares_torchs_threads():
+    """A second OpenMP library would bring threads of its own, which fight torch's for the same cores."""
+    code = (
+        "import os, torch\nfrom phatgoose.ops import build\nbuild.library()\ntorch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
+        "files = {l.split(maxsplit=5)[5].strip() for l in open('/proc/self/maps') if 'omp' in l and '/' in l}\n"
+        "print(*{os.path.realpath(f) for f in files if os.path.basename(f).startswith(('libgomp', 'libiomp', 'libomp'))})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ.copy()
+    )
+    assert len(done.stdout.split()) == 1
+
+
+def test_processes_may_compile_at_once(fresh, tmp_path):
+    """Each writes the whole file and puts it in place in one step."""
+    (tmp_path / "compiled").write_bytes(fresh)
+    code = (
+        "import pathlib\nfrom phatgoose.ops import build\n"
+        f"build._compiled = lambda: pathlib.Path({str(tmp_path / 'compiled')!r}).read_bytes()\n"
+        "print(build.library().path)"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    paths = {process.communicate()[0] for process in running}
+    assert [process.returncode for process in running] == [0] * 2
+    assert len(paths) == 1
+    assert len(list((tmp_path / "kernels").iterdir())) == 1

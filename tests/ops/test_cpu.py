@@ -1,0 +1,338 @@
+"""The compiled kernel: every instruction set this processor has, fused calls, what it refuses, and compilers carrying it."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.update import Update
+from phatgoose.ops import BACKENDS, Fused, Layer, auto_is, backend, build, cpu, fast, make_stack, reference
+from phatgoose.ops.scan import scan
+
+VARIANTS = build.library().variants
+BOTH = [torch.float32, torch.bfloat16]
+
+
+def relative(found, expected, without=0.0):
+    """Error of the change, not of the whole: a missing update must not hide behind y."""
+    found, expected = found.double() - without, expected.double() - without
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def problem(tokens, ranks, d_in=48, d_out=40, dtype=torch.float32, weights=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    parts = [
+        Update(torch.randn(r, d_in, generator=g), torch.randn(d_out, r, generator=g), 0.5 + i % 3)
+        for i, r in enumerate(ranks)
+    ]
+    u = (torch.randn(tokens, d_in, generator=g) * 3 + 1).to(dtype)
+    y = torch.randn(tokens, d_out, generator=g).to(dtype)
+    gates = reference.standardise(torch.randn(len(ranks), d_in, generator=g).double()).float()
+    return u, y, make_stack(parts, d_in, d_out, weights or dtype), gates
+
+
+def by_variant(index, fused, u, y, chosen=None, weights=None):
+    """`fused` run with one instruction set, on outputs poisoned with NaN."""
+    out = torch.full_like(y, torch.nan)
+    n, k = len(u), min(fused.top_k, fused.stack.experts)
+    chosen = torch.full((n, k), -7) if chosen is None else chosen
+    weights = torch.full((n, k), torch.nan) if weights is None else weights
+    pointers = [t.data_ptr() for t in (u, y, out)]
+    kinds = cpu._KINDS[u.dtype, y.dtype]
+    code = build.library().run(
+        index, fused._at, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds, torch.get_num_threads()
+    )
+    assert code == 0
+    return out, chosen, weights
+
+
+SHAPES = [
+    (1, (4,), 48, 40), (1, (16,) * 40, 577, 33), (5, tuple(range(1, 40)), 31, 130), (12, (16,) * 33, 96, 64), (13, (16,) * 33, 96, 64),
+    (63, (2, 9, 0, 1), 33, 31), (100, tuple(range(60)), 65, 130), (300, (16,) * 3, 64, 200), (1100, (3,) * 20, 40, 17),
+    (40, (200, 16, 70), 96, 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=VARIANTS)
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize(("tokens", "ranks", "d_in", "d_out"), SHAPES)
+def test_every_instruction_set_chooses_and_mixes_like_the_reference(index, dtype, tokens, ranks, d_in, d_out):
+    u, y, stack, gates = problem(tokens, ranks, d_in, d_out, dtype)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    expected = reference.mix(u, y, stack, chosen, weights)
+    found = by_variant(index, Fused(gates, 2, stack), u, y)
+    assert torch.equal(found[1], chosen)
+    assert torch.allclose(found[2], weights, atol=2e-6)
+    limit = 2e-6 if dtype == torch.float32 else 1e-2
+    assert relative(found[0], expected, y.double()) < limit
+
+
+@pytest.mark.parametrize("u_dtype", BOTH, ids=str)
+@pytest.mark.parametrize("w_dtype", BOTH, ids=str)
+@pytest.mark.parametrize("y_dtype", BOTH, ids=str)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_dtypes_mix(u_dtype, w_dtype, y_dtype, tokens):
+    u, y, stack, gates = problem(tokens, (4,) * 20, dtype=u_dtype, weights=w_dtype)
+    y = y.to(y_dtype)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 3)
+    expected = reference.mix(u, y, stack, chosen, weights)
+    found = Fused(gates, 3, stack)(u, y)
+    assert found.dtype == y_dtype
+    assert relative(found, expected, y.double()) < (
+        1e-2 if torch.bfloat16 in (u_dtype, w_dtype, y_dtype) else 2e-6
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 8, 9, 19, 40, 64, 70])
+@pytest.mark.parametrize("tokens", [4, 90])
+def test_any_number_of_choices(k, tokens):
+    u, y, stack, gates = problem(tokens, (2,) * 64)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), k)
+    _, found, found_weights = Fused(gates, k, stack).with_choice(u, y)
+    assert torch.equal(found, chosen)
+    assert torch.allclose(found_weights, weights, atol=2e-6)
+
+
+def hard_gates(experts, d, seed=0):
+    """Gates that 8 bits can't tell apart, gates with outliers, and a candidate of zeros."""
+    g = torch.Generator().manual_seed(seed)
+    raw = torch.randn(1, d, generator=g) + 1e-4 * torch.randn(experts, d, generator=g)
+    raw[: experts // 3] = torch.randn(experts // 3, d, generator=g)
+    raw[experts // 3 : experts // 2, 5] = 100.0
+    gates = reference.standardise(raw.double()).float()
+    gates[-1] = 0
+    return gates
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=VARIANTS)
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_the_choice_is_that_of_float32_gates_however_near_they_are(index, dtype, offset):
+    gates = hard_gates(50, 64)
+    u = (torch.randn(200, 64, generator=torch.Generator().manual_seed(1)) + offset).to(dtype)
+    exact = reference.gate_scores(u.double(), gates.double())
+    stack = problem(1, (1,) * 50, 64, 8, dtype)[2]
+    for rows in (u, u[:9]):
+        _, chosen, weights = by_variant(
+            index, Fused(gates, 2, stack), rows, torch.zeros(len(rows), 8, dtype=dtype)
+        )
+        true = exact[: len(rows)]
+        best = true.topk(2).values
+        assert (best - true.gather(1, chosen)).abs().max() < 2e-5 * (1 + offset)
+        assert torch.allclose(weights.double(), best.softmax(-1), atol=1e-5 * (1 + offset))
+        assert (chosen[:, 0] != chosen[:, 1]).all()
+
+
+def test_scores_all_negative_don_t_choose_what_fills_up_a_block():
+    u, y, stack, _ = problem(30, (2,) * 17, d_in=64)
+    up = reference.standardise(u[:1])
+    gates = reference.standardise(-up + 0.3 * torch.randn(17, 64))
+    rows = (u[:1] + 0.1 * torch.randn(30, 64)).contiguous()
+    assert reference.gate_scores(rows, gates).max() < 0
+    chosen = reference.choose(reference.gate_scores(rows, gates), 2)[0]
+    for n in (2, 30):
+        assert torch.equal(Fused(gates, 2, stack).with_choice(rows[:n], y[:n])[1], chosen[:n])
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_nan_and_infinity_stay_where_they_are(tokens):
+    u, y, stack, gates = problem(tokens, (4,) * 40)
+    clean = Fused(gates, 2, stack)(u, y)
+    u[1, 3], u[2, 0] = torch.nan, torch.inf
+    found, chosen, _ = Fused(gates, 2, stack).with_choice(u, y)
+    assert not found[1:3].isfinite().all(1).any()
+    rest = [n for n in range(tokens) if n not in (1, 2)]
+    assert torch.equal(found[rest], clean[rest])
+    assert ((chosen >= 0) & (chosen < 40)).all()
+
+
+@pytest.mark.parametrize("tokens", [4, 50])
+def test_constant_inputs_and_equal_scores_choose_the_lower_index(tokens):
+    _, y, stack, gates = problem(tokens, (4,) * 40)
+    _, chosen, weights = Fused(gates, 3, stack).with_choice(torch.zeros(tokens, 48), y)
+    assert torch.equal(chosen, torch.arange(3).expand(tokens, 3))
+    assert torch.allclose(weights, torch.tensor(1 / 3))
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("tokens", [2, 77])
+def test_mix_takes_choices_made_elsewhere(dtype, tokens):
+    u, y, stack, _ = problem(tokens, (3, 0, 70, 16, 1), dtype=dtype)
+    g = torch.Generator().manual_seed(2)
+    chosen = torch.randint(-1, 5, (tokens, 4), generator=g)
+    chosen[0] = torch.tensor([2, 2, 2, -1])  # chosen thrice: weights add up
+    weights = torch.randn(tokens, 4, generator=g, dtype=torch.float64)
+    expected = reference.mix(u, y, stack, chosen, weights)
+    found = backend("cpu").mix(u, y, stack, chosen.T.contiguous().T, weights)
+    assert relative(found, expected, y.double()) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_layouts_and_writing_in_place():
+    u, y, stack, gates = problem(6, (4,) * 20)
+    fused = Fused(gates, 2, stack)
+    before, expected = y.clone(), fused(u, y)
+    assert torch.equal(y, before)
+    assert torch.equal(fused(u.T.contiguous().T, y.T.contiguous().T), expected)
+    assert torch.equal(fused(u.view(2, 3, 48), y.view(2, 3, 40)), expected.view(2, 3, 40))
+    assert fused(u, y, into_y=True) is y
+    assert torch.equal(y, expected)
+
+
+def test_rows_that_nobody_owns_may_hold_anything():
+    u, y, stack, gates = problem(40, (3, 4, 2))
+    expected = Fused(gates, 2, stack)(u, y)
+    nan = torch.full((2, 48), torch.nan), torch.full((2, 40), torch.nan)
+    wider = dataclasses.replace(
+        stack,
+        A=torch.cat([nan[0], stack.A[:3], nan[0], stack.A[3:], nan[0]]),
+        B=torch.cat([nan[1], stack.B[:3], nan[1], stack.B[3:], nan[1]]),
+        starts=(2, 7, 11),
+    )
+    assert torch.equal(Fused(gates, 2, wider)(u, y), expected)
+    assert torch.equal(Fused(gates, 2, wider)(u[:3], y[:3]), Fused(gates, 2, stack)(u[:3], y[:3]))
+
+
+def test_other_parts_of_an_update_are_added():
+    torch.manual_seed(0)
+    w, b = torch.randn(20, 24), torch.randn(20)
+    parts = [
+        Update(torch.randn(3, 24), torch.randn(20, 3), 0.5, bias=torch.randn(20)),
+        None,
+        Update(torch.zeros(0, 24), torch.zeros(20, 0), input_scale=torch.rand(24)),
+        Update(torch.randn(2, 24), torch.randn(20, 2), 2.0, output_scale=torch.rand(20), covers_bias=False),
+    ]
+    stack, layer = make_stack(parts, 24, 20, torch.float32), Layer(b, lambda x: x @ w.T)
+    u = torch.randn(9, 24)
+    y, gates = u @ w.T + b, reference.standardise(torch.randn(4, 24))
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    expected = reference.mix(u, y, stack, chosen, weights, layer)
+    assert relative(Fused(gates, 2, stack, layer)(u, y), expected, y.double()) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 9, 200])
+def test_threads_don_t_change_the_result(threads, tokens):
+    u, y, stack, gates = problem(tokens, (16,) * 50, 256, 300)
+    fused, before = Fused(gates, 2, stack), torch.get_num_threads()
+    expected = fused(u, y)
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(fused(u, y), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_of_python_may_share_it():
+    fused = []
+    for seed in range(4):
+        u, y, stack, gates = problem(20, (4,) * 20, seed=seed)
+        fused.append((Fused(gates, 2, stack), u, y))
+    expected = [f(u, y) for f, u, y in fused]
+    wrong = []
+
+    def work(shift):
+        for i in range(200):
+            f, u, y = fused[(i + shift) % 4]
+            if not torch.equal(f(u, y), expected[(i + shift) % 4]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
+    u, y, stack, gates = problem(6, (3, 2, 4))
+    x = u.clone().requires_grad_()
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    strict, auto = BACKENDS["cpu"], backend("auto")
+    for call in (lambda: Fused(gates, 2, stack)(x, y), lambda: strict.mix(x, y, stack, chosen, weights)):
+        with pytest.raises(RoutingError, match=r"no backward pass.*torch.no_grad"):
+            call()
+        with torch.no_grad():
+            assert relative(call(), reference.mix(u, y, stack, chosen, weights)) < 1e-6
+    assert auto.fuse(gates, 2, stack, None)(x, y) is None
+    assert auto.mix(x, y, stack, chosen, weights).requires_grad
+    assert auto.routed_update(x, y, gates, stack, 2).requires_grad
+    half = make_stack([Update(torch.randn(2, 48), torch.randn(40, 2))] * 3, 48, 40, torch.float16)
+    with pytest.raises(RoutingError, match=r"float32 and bfloat16, not in torch.float16"):
+        strict.mix(u.half(), y.half(), half, chosen, weights)
+    assert auto.mix(u.half(), y.half(), half, chosen, weights).dtype == torch.float16
+    meta = u.to("meta")
+    with pytest.raises(RoutingError, match="CPUs only"):
+        Fused(gates, 2, stack)(meta, y)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_routed_update_is_score_choose_mix(name):
+    u, y, stack, gates = problem(9, (3, 2, 4, 1))
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    expected = reference.mix(u, y, stack, chosen, weights)
+    assert relative(backend(name).routed_update(u, y, gates, stack, 2), expected) < 1e-6
+
+
+def test_copies_work_on_their_own():
+    u, y, stack, gates = problem(5, (3, 2, 4, 1))
+    fused = Fused(gates, 2, stack)
+    copied = copy.deepcopy(fused)
+    expected = fused(u, y)
+    del fused, stack, gates
+    assert torch.equal(copied(u, y), expected)
+
+
+def test_compilers_carry_it_as_one_operator():
+    u, y, stack, gates = problem(5, (3, 2, 4, 1))
+    fused = Fused(gates, 2, stack)
+
+    def function(u, y):
+        return fused(u * 2, y) + 1
+
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(function, fullgraph=True, backend=keep)(u, y)
+    assert torch.equal(compiled, function(u, y))
+    assert sum("routed_update" in str(node.target) for node in graphs[0].graph.nodes) == 1
+    tensors = cpu._tensors(stack)
+    torch.library.opcheck(
+        torch.ops.phatgoose.routed_update.default, (u, y, *fused.by_gates, *tensors, 2), test_utils=("test_schema", "test_faketensor")
+    )  # fmt: skip
+
+
+def test_the_scan_holds_what_it_promises():
+    gates = hard_gates(37, 65)
+    found = scan(gates)
+    step, sums, lost = found.facts
+    assert found.codes.shape == (3, 65, 16)
+    codes = found.codes.transpose(1, 2).reshape(48, 65).double()
+    assert torch.equal(codes.sum(1).float(), sums)
+    rest = gates.double() - step[:37, None].double() * codes[:37]
+    assert (rest.norm(dim=1) <= lost[:37]).all()
+    assert (lost[:37] < 0.2 * 65**0.5).all()
+    assert lost[36] == 0
+    assert (lost[37:] == torch.inf).all()
+    assert not codes[37:].any()
+
+
+def test_a_struct_is_as_long_as_the_kernels():
+    assert ctypes.sizeof(cpu._Site) == 15 * 8
+
+
+def test_auto_says_what_it_is():
+    kind, why = auto_is()
+    assert kind == "cpu"
+    assert VARIANTS[0] in why
+    assert fast.choose is backend("auto").choose
