@@ -14,7 +14,7 @@ Kind = Literal["lora", "ia3", "bottleneck"]
 Placement = Literal["pfeiffer", "houlsby", "parallel"]
 Activation = Literal["relu", "gelu", "gelu_new", "swish", "tanh", "leakyrelu"]
 LEARNING_RATES: dict[str, float] = {"lora": 5e-3, "ia3": 3e-3, "bottleneck": 1e-3}
-"""PHATGOOSE's for LoRA, T-Few's (Liu et al. 2022) for (IA)³."""
+"""PHATGOOSE's for LoRA, T-Few's (Liu et al. 2022) for (IA)³, one from the range that Houlsby et al. (2019) swept for bottlenecks."""
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rank", "alpha", "rslora", "dora", "lora_bias"), ("lora",)),
     **dict.fromkeys(("placement", "reduction", "activation"), ("bottleneck",)),
