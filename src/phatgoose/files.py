@@ -170,9 +170,13 @@ def read_json(path: Path, error: type[PhatgooseError], limit_bytes: int = JSON_L
             raise error(f"{path} is not readable as JSON: {cause}") from cause
 
 
-def sha256_file(path: Path, error: type[PhatgooseError] = StorageError) -> str:
-    """Hex sha256 of a file's bytes; if it can't be read, `error` says why."""
-    with open_regular(Path(path), error) as (file, _):
+def sha256_file(
+    path: Path, error: type[PhatgooseError] = StorageError, limit_bytes: int | None = None
+) -> str:
+    """Hex sha256 of a file's bytes; if it can't be read, or is larger than `limit_bytes`, `error` says so."""
+    with open_regular(Path(path), error) as (file, size):
+        if limit_bytes is not None and size > limit_bytes:
+            raise error(f"{path} is {size} bytes; at most {limit_bytes} can be read here.")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from phatgoose.errors import BaseModelError
+from phatgoose.errors import BaseModelError, brief
 from phatgoose.records import Fingerprint
 
 RELATIVE = 2.0**-7
@@ -47,7 +47,7 @@ def same_base(a: Fingerprint, b: Fingerprint) -> Verdict:
     for group in shared:
         if len(a.samples[group]) != len(b.samples[group]):
             sizes = f"{len(a.samples[group])} and {len(b.samples[group])}"
-            return Verdict("different", f"samples of {group!r} have {sizes} values", kinds)
+            return Verdict("different", f"samples of {brief(group)} have {sizes} values", kinds)
     if a.samples == b.samples:
         return Verdict("same", f"equal samples of {', '.join(kinds)}", kinds)
     excess, worst = max((_excess(a.samples[g], b.samples[g]), g) for g in shared)
@@ -76,7 +76,7 @@ def check_same_base(
     if verdict.level == "same" or (verdict.level == "close" and allow_close):
         return verdict
     message = (
-        f"{what}: expected the base {expected.spec!r}, found {found.spec!r}, and they are "
+        f"{what}: expected the base {brief(expected.spec)}, found {brief(found.spec)}, and they are "
         f"{'not the same model' if verdict.level == 'different' else 'close, but not the same'}: {verdict.reason}. "
     )
     if verdict.level == "close":
@@ -84,7 +84,7 @@ def check_same_base(
             "That is what a dequantised (GGUF) copy or a fine-tuned sibling looks like; the two can't be told apart, so "
             "neither is accepted unasked. "
         )
-    raise BaseModelError(message + f"Load the expected base: load_base({expected.spec!r}).")
+    raise BaseModelError(message + f"Load the expected base: load_base({brief(expected.spec)}).")
 
 
 def kind_of(group: str) -> str:
@@ -95,7 +95,9 @@ def kind_of(group: str) -> str:
 def _architecture_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
     for field in [*a, *(f for f in b if f not in a)]:
         if a.get(field) != b.get(field):
-            return f"architecture: {field} is {a.get(field)!r} expected, {b.get(field)!r} found"
+            return (
+                f"architecture: {field[:100]} is {brief(a.get(field))} expected, {brief(b.get(field))} found"
+            )
     return None
 
 
@@ -124,6 +126,6 @@ def _describe(group: str, a: Sequence[float], b: Sequence[float], cosines: dict[
     at = max(range(len(a)), key=lambda i: _difference(a[i], b[i]))
     listed = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in cosines.items())
     return (
-        f"weights differ by more than a cast explains, most in {group!r}, sample {at}: {a[at]:.6g} expected, "
+        f"weights differ by more than a cast explains, most in {brief(group)}, sample {at}: {a[at]:.6g} expected, "
         f"{b[at]:.6g} found (cosine of the samples: {listed})"
     )

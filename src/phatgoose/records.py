@@ -77,8 +77,17 @@ class Fingerprint:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Fingerprint:
-        samples = {str(k): tuple(float(x) for x in v) for k, v in data["samples"].items()}
-        return Fingerprint(str(data["spec"]), dict(data["architecture"]), samples)
+        """Raises ValueError or KeyError if `data` is no such record."""
+        spec, architecture, samples = data["spec"], data["architecture"], data["samples"]
+        if not isinstance(spec, str) or not isinstance(architecture, dict) or not isinstance(samples, dict):
+            raise ValueError("expected a spec, an architecture and samples")
+        for group, values in samples.items():
+            for x in values if isinstance(values, list | tuple) else [None]:
+                if (
+                    isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) <= 3.5e38
+                ):  # NaN as well
+                    raise ValueError(f"samples of {group[:100]!r} are not finite numbers")
+        return Fingerprint(spec, architecture, {k: tuple(map(float, v)) for k, v in samples.items()})
 
 
 @dataclass(frozen=True)

@@ -229,15 +229,9 @@ def _row(expert: Expert) -> tuple[str, ...]:
 
 def _names(pool: Path) -> list[str]:
     """The manifest's names, read without the experts: one of them may be damaged."""
-    from phatgoose.errors import PoolError
-    from phatgoose.experts.pool import MANIFEST
-    from phatgoose.files import read_json
+    from phatgoose.experts.manifest import read_manifest
 
-    manifest = read_json(pool / MANIFEST, PoolError)
-    entries = manifest.get("experts") if isinstance(manifest, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and "name" in e for e in entries):
-        raise PoolError(f"{pool / MANIFEST} is not a pool's manifest.")
-    return [str(entry["name"]) for entry in entries]
+    return [entry["name"] for entry in read_manifest(pool)["experts"]]
 
 
 def _warn(warnings: object) -> None:

@@ -10,6 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 
+def visible(text: str) -> str:
+    """Text of strangers' files for a terminal: what isn't printable, as an escape sequence of Python's, not of the terminal's."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str = "") -> None:
     """A line of the answer, on standard output."""
     print(text, flush=True)
@@ -20,27 +25,28 @@ def facts(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     console = Console()
     for name, value in rows:
-        console.print(Text.assemble((f"{name:<{width}}  ", "bold"), value), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}}  ", "bold"), visible(value)), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Something about the answer, on standard error."""
-    Console(stderr=True).print(Text(text, style="dim"), soft_wrap=True)
+    Console(stderr=True).print(Text(visible(text), style="dim"), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Something to look at, on standard error."""
-    Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("warning: ", "bold yellow"), visible(text)), soft_wrap=True)
 
 
 def fail(text: str) -> None:
     """Why a command stopped, on standard error."""
     sys.stdout.flush()
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), visible(text)), soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> None:
     """Rows of text under `columns`; the columns named in `numbers` are set to the right."""
+    rows = [[visible(cell.replace("\n", " ")) for cell in row] for row in rows]
     console = Console()
     if console.is_terminal:
         grid = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))

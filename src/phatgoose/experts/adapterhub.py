@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.adapterhub_places import FAMILIES, Family, Location
 from phatgoose.experts.adapterhub_rules import check_settings
 from phatgoose.experts.peft import Contents
+from phatgoose.experts.tensor_files import identical
 from phatgoose.experts.update import Bottleneck, Update, no_rows
 
 WEIGHTS_FILE = "adapter.safetensors"
@@ -110,7 +110,7 @@ def _grouped(
                 f"{where}: there is a tensor {brief(key)}, but {location.setting} is false in its config."
             )
         # The adapter's own layer norm stands twice in the library's state dict.
-        if not torch.equal(found.setdefault((location, layer), {}).setdefault(part, tensor), tensor):
+        if not identical(found.setdefault((location, layer), {}).setdefault(part, tensor), tensor):
             raise ExpertError(
                 f"{where}: tensor {brief(key)} and another of its layer are the same part and differ."
             )

@@ -24,7 +24,7 @@ from phatgoose.experts.formats import format_of, read_adapter, to_contents, weig
 from phatgoose.experts.peft import CONFIG_FILE, read_tensors
 from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.peft_rules import check_drop
-from phatgoose.experts.tensor_files import read_tensor_file
+from phatgoose.experts.tensor_files import identical, read_tensor_file
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import atomic_folder, inside, read_json, sha256_file, write_bytes, write_json
 from phatgoose.records import Fingerprint, HubSource
@@ -86,6 +86,7 @@ class Expert:
         object.__setattr__(self, "base_copies", contents.base_copies)
         if self.gates is not None:
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
+        _ = self.base  # refused here if it isn't one, not later
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.updates.values()})
@@ -411,9 +412,9 @@ def checked_gates(
         expected = updates[path].gate_dim
         if gate.ndim != 1 or not sizes_agree(gate.shape[0], expected):
             raise ExpertError(f"{where}: gate of {path} has shape {list(gate.shape)}, expected [{expected}].")
-        if not torch.isfinite(gate).all():
-            raise ExpertError(f"{where}: gate of {path} has values that are NaN or infinite.")
         checked[path] = gate.detach().to("cpu", torch.float32)
+        if not torch.isfinite(checked[path]).all():
+            raise ExpertError(f"{where}: gate of {path} has values that are NaN or infinite.")
     return checked
 
 
@@ -425,4 +426,4 @@ def _same(expected: Any, found: str, path: Path, what: str) -> None:
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,21 +11,24 @@ from typing import Any
 
 from filelock import FileLock
 
-from phatgoose.errors import PhatgooseError, PoolError, brief
+from phatgoose.errors import ExpertError, PhatgooseError, PoolError, brief
 from phatgoose.experts.card import write_pool_card
 from phatgoose.experts.card_facts import Facts, read_object
-from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
+from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert, check_name
 from phatgoose.experts.formats import WEIGHTS_FILES
 from phatgoose.experts.packed import HEADERS, REST_FILE
 from phatgoose.experts.peft import CONFIG_FILE
+from phatgoose.files import inside as in_folder
 from phatgoose.files import read_json, sha256_file
+from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
 
 MANIFEST = "pool.json"
 FORMAT_VERSION, PACKED_VERSION = 1, 2
 _FILES = (CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, RECORD_FILE)
 _PACKED_FILES = (*HEADERS.values(), REST_FILE)
-_FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]*")
+_FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def unfinished(folder: Path) -> bool:
@@ -36,43 +40,74 @@ def unfinished(folder: Path) -> bool:
 
 def lock(folder: Path) -> FileLock:
     """Held while the pool is written."""
+    _check_own(folder)
     return FileLock(folder / ".lock", timeout=600)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A pool's manifest, its list of experts checked to be well formed."""
+    """A pool's manifest, its list of experts checked to be well formed and to name nothing outside the pool.
+
+    Raises:
+        PoolError: what is wrong with it.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
-    manifest = read_json(path, PoolError)
+    _check_own(folder)
+    manifest = read_json(in_folder(folder, MANIFEST, PoolError), PoolError)
     if not isinstance(manifest, dict) or manifest.get("format") != "phatgoose-pool":
         raise PoolError(f'{path} is not a pool\'s manifest (no "format": "phatgoose-pool").')
     expected = PACKED_VERSION if "packed" in manifest else FORMAT_VERSION
     if manifest.get("version") != expected:
         raise PoolError(
-            f"{path} has format version {manifest.get('version')!r}; this phatgoose reads {FORMAT_VERSION} and, of packed pools, "
+            f"{path} has format version {brief(manifest.get('version'))}; this phatgoose reads {FORMAT_VERSION} and, of packed pools, "
             f"{PACKED_VERSION}. Update phatgoose."
         )
     entries = manifest.get("experts")
     if not isinstance(entries, list):
         raise PoolError(f"{path}: experts is not a list.")
+    seen: set[str] = set()
     for i, entry in enumerate(entries):
-        valid = isinstance(entry, dict) and all(
-            isinstance(entry.get(k), t) for k, t in (("name", str), ("folder", str), ("files", dict))
-        )
-        if not valid:
-            raise PoolError(f"{path}: expert {i} lacks a name, a folder or its files' hashes.")
-        if not _FOLDER.fullmatch(entry["folder"]):
-            raise PoolError(
-                f"{path}: expert {entry['name']!r} lies in {entry['folder']!r}, expected experts/NAME inside the pool."
-            )
-        try:
-            origin_of(entry)
-        except (KeyError, TypeError, ValueError) as cause:
-            raise PoolError(
-                f"{path}: the source of expert {entry['name']!r} is {brief(entry['source'])}: {cause}."
-            ) from cause
+        _check_entry(entry, f"{path}: expert {i}")
+        if twice := seen & {entry["name"], entry["folder"]}:
+            raise PoolError(f"{path}: two experts are at {twice.pop()!r}.")
+        seen |= {entry["name"], entry["folder"]}
     return manifest
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    valid = isinstance(entry, dict) and all(
+        isinstance(entry.get(k), t) for k, t in (("name", str), ("folder", str), ("files", dict))
+    )
+    if not valid:
+        raise PoolError(f"{where} lacks a name, a folder or its files' hashes.")
+    try:
+        check_name(entry["name"])
+    except ExpertError as cause:
+        raise PoolError(f"{where}: {cause}") from cause
+    where += f" ({entry['name']})"
+    if not _FOLDER.fullmatch(entry["folder"]):
+        raise PoolError(f"{where} lies in {brief(entry['folder'])}, expected experts/NAME inside the pool.")
+    packed = entry.get("packed")
+    more = packed.get("files") if isinstance(packed, dict) else None
+    for name, digest in (*entry["files"].items(), *(more.items() if isinstance(more, dict) else ())):
+        if name not in (*_FILES, *_PACKED_FILES):
+            raise PoolError(f"{where}: the manifest lists a file {brief(name)}, which no expert has.")
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise PoolError(f"{where}: the sha256 of {name} is {brief(digest)}, expected 64 hex digits.")
+    try:
+        origin_of(entry)
+    except (KeyError, TypeError, ValueError) as cause:
+        raise PoolError(f"{where}: its source is {brief(entry['source'])}: {cause}.") from cause
+
+
+def _check_own(folder: Path) -> None:
+    """Refuses a pool whose own parts are links: what they lead to would be read, written and swept as if it were the pool's."""
+    for name in ("experts", "packed", ".lock"):
+        if (folder / name).is_symlink():
+            raise PoolError(
+                f"{folder / name} is a link, which is not followed: it could lead out of the pool's folder. Put the folder itself there."
+            )
 
 
 def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
@@ -83,26 +118,34 @@ def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
 def inside(folder: Path, relative: str) -> Path:
     place = folder / relative
     root = folder.resolve()
-    for path in (place, *(place / n for n in (*_FILES, *_PACKED_FILES))):
-        if path.exists() and not path.resolve().is_relative_to(root):
-            raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
+    try:
+        for path in (place, *(place / n for n in (*_FILES, *_PACKED_FILES))):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
+    except (OSError, RuntimeError) as cause:  # links in a circle
+        raise PoolError(f"{place} can't be read: {cause}") from cause
     return place
 
 
 def verify_files(place: Path, entry: dict[str, Any]) -> None:
+    """Compares every file of an expert with its sha256 in the manifest.
+
+    Raises:
+        PoolError: one is damaged, missing, not listed, or larger than this machine's free memory.
+    """
     allowed = set(_FILES)
     for name, expected in entry["files"].items():
         if name not in allowed:
             raise PoolError(f"{place}: the manifest lists a file {name!r}, which no expert has.")
-        if not (place / name).is_file():
+        if not os.path.lexists(place / name):
             raise PoolError(f"{place / name} is missing, although the pool's manifest lists it.")
-        found = sha256_file(place / name)
+        found = sha256_file(place / name, PoolError, available_bytes())
         if found != expected:
             raise PoolError(
                 f"{place / name} is damaged or was changed: expected sha256 {expected}, found {found}."
             )
     for name in allowed - entry["files"].keys():
-        if (place / name).exists():
+        if os.path.lexists(place / name):
             raise PoolError(
                 f"{place / name} is not listed in the pool's manifest; was it added by hand? Use `phatgoose pool add`."
             )
@@ -151,8 +194,8 @@ def describe(folder: Path, manifest: Mapping[str, Any]) -> None:
     facts = [
         Facts(
             entry["name"],
-            read_object(folder / entry["folder"] / CONFIG_FILE),
-            read_object(folder / entry["folder"] / RECORD_FILE).get("provenance"),
+            _object(folder, entry, CONFIG_FILE),
+            _object(folder, entry, RECORD_FILE).get("provenance"),
             GATES_FILE in entry["files"],
             origin=str(origin_of(entry) or ""),
         )
@@ -164,6 +207,13 @@ def describe(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_pool_card(folder, list(zip(facts, places, strict=True)), spec if isinstance(spec, str) else None)
 
 
+def _object(folder: Path, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    try:
+        return read_object(inside(folder, entry["folder"]) / name)
+    except PoolError:  # a link out of the pool
+        return {}
+
+
 def sweep(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Deletes what the manifest doesn't name: removed experts, the other form of packed and unpacked ones, and what a killed
     process left."""
@@ -172,12 +222,14 @@ def sweep(folder: Path, manifest: Mapping[str, Any]) -> None:
         entry = entries.get(f"experts/{path.name}")
         if entry is None and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif entry is not None:
+        elif entry is not None and not path.is_symlink():
             for name in HEADERS if "packed" in entry else _PACKED_FILES:
                 (path / name).unlink(missing_ok=True)
+    packed = manifest.get("packed")
+    kept = packed.get("file") if isinstance(packed, dict) else None
     if (folder / "packed").is_dir() and not (folder / "packed").is_symlink():
         for path in (folder / "packed").iterdir():
-            if f"packed/{path.name}" != manifest.get("packed", {}).get("file"):
+            if f"packed/{path.name}" != kept:
                 path.unlink(missing_ok=True)
         if "packed" not in manifest:
             (folder / "packed").rmdir()

@@ -180,7 +180,11 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
 
 def _why_not(entry: Mapping[str, Any]) -> str:
     """Why an expert can't be packed, or ""."""
-    return "" if WEIGHTS_FILE in entry["files"] else "is an adapter in AdapterHub's format, which has no low-rank rows"
+    return (
+        ""
+        if WEIGHTS_FILE in entry["files"]
+        else "is an adapter in AdapterHub's format, which has no low-rank rows"
+    )
 
 
 def _next_number(folder: Path) -> int:

@@ -26,6 +26,7 @@ from phatgoose.experts.manifest import (
 )
 from phatgoose.experts.opening import PackedFolder
 from phatgoose.experts.packed import PackedExpert, Rows, gate_stack, rows_in_place
+from phatgoose.experts.tensor_files import identical
 from phatgoose.experts.update import sizes_agree
 from phatgoose.files import storage_errors, write_json
 from phatgoose.fingerprints import check_same_base
@@ -280,7 +281,7 @@ class Pool:
         for i, one in enumerate(self.experts):
             for other in self.experts[:i]:
                 if one.tensors.keys() == other.tensors.keys() and all(
-                    torch.equal(t, other.tensors[k]) for k, t in one.tensors.items()
+                    identical(t, other.tensors[k]) for k, t in one.tensors.items()
                 ):
                     found.append(
                         f"{other.name} and {one.name}: the same adapter twice; together they take both places of a top-2."

@@ -77,6 +77,14 @@ def _read(
     return tensor
 
 
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors would be written as the same bytes: dtype, shape, every bit. (torch.equal knows no float8.)"""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(a, b)
+
+
 def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = ExpertError) -> None:
     """Refuses NaN and infinity, in pieces: the check of a large tensor needs little memory of its own.
 
