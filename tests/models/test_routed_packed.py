@@ -41,7 +41,7 @@ def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("router", [PHATGOOSE(2), PHATGOOSE(9), Uniform(), Single(1)], ids=repr)
 def test_it_equals_the_unpacked_pool(make_base, tmp_path, router, backend):
     base = make_base("llama")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from phatgoose.experts.headers import Header
-from phatgoose.experts.peft import PREFIX, to_contents
+from phatgoose.experts.headers import Header, Item
+from phatgoose.experts.peft import PREFIX, WEIGHTS_FILE, to_contents
 from phatgoose.experts.update import Update
 
 
@@ -44,6 +44,8 @@ class Layout:
     """By module path, sorted."""
     spots: Mapping[str, tuple[Pair, bool]]
     """Key → the pair it belongs to, and whether it is B."""
+    apart: Mapping[str, Item]
+    """What stands in no stack, under its name in the rest."""
     keys: Mapping[str, tuple[str, ...]]
     """All keys of one module, by its path."""
     sizes: Mapping[str, tuple[int, int, bool]]
@@ -84,7 +86,8 @@ def layout_of(
     spots = {p.key_a: (p, False) for p in pairs.values()} | {p.key_b: (p, True) for p in pairs.values()}
     copies = {name: named[id(tensor)] for name, tensor in contents.base_copies.items()}
     sizes = {path: (u.d_in, u.d_out, u.embedding) for path, u in contents.updates.items()}
-    return Layout(header, contents.updates, copies, pairs, spots, _by_module(header, sizes), sizes)
+    beside = {f"{WEIGHTS_FILE}/{key}": item for key, item in header.items.items() if key not in spots}
+    return Layout(header, contents.updates, copies, pairs, spots, beside, _by_module(header, sizes), sizes)
 
 
 def _by_module(header: Header, paths: Collection[str]) -> dict[str, tuple[str, ...]]:

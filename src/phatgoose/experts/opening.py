@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phatgoose.errors import ExpertError, PoolError
+import torch
+
+from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, check_gates_metadata, read_record
-from phatgoose.experts.headers import Header, parse_header, read_header
+from phatgoose.experts.headers import Header, Item, parse_header, read_header
 from phatgoose.experts.layout import Layout, layout_of
 from phatgoose.experts.packed import HEADERS, REST_FILE, PackedExpert, Source, gate_stack, packed_expert
 from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE
@@ -54,10 +55,9 @@ class PackedFolder:
                     f"{self._where}: {rows!r} rows of {name!r} are in use, of {self.file.capacity(name)}."
                 )
             self.used[name] = rows
-        self._owned: dict[str, list[tuple[int, int]]] = {}
         self._headers: dict[bytes, Header] = {}
-        self._layouts: dict[Any, tuple[Mapping[str, Any], Layout]] = {}
-        self._gates_fit: set[tuple[int, int]] = set()
+        self._layouts: dict[Any, tuple[Mapping[str, Any], Layout, list[int]]] = {}
+        self._gate_layouts: dict[Any, tuple[dict[str, int], list[int], dict[str, Item]]] = {}
 
     def expert(self, place: Path, entry: Mapping[str, Any]) -> PackedExpert:
         """The expert of one of the manifest's entries, whose folder is `place`.
@@ -70,44 +70,24 @@ class PackedFolder:
             raise PoolError(f"{self._where}: expert {entry['name']!r} lacks its rows or its files' hashes.")
         files = {**entry["files"], **spots["files"]}
         record = _record(place, files, self._small(place, RECORD_FILE, files))
-        drop = check_drop(record.get("provenance", {}).get("dropped", ()))
+        provenance = record.get("provenance", {})
+        drop = check_drop(provenance.get("dropped", ()))
         rest = read_header(place / REST_FILE, PoolError)[1] if REST_FILE in files else None
-        config, layout = self._layout(place, files, rest, drop)
-        starts = expand(
-            spots.get("rows"), len(layout.pairs), f"{self._where}: expert {entry['name']!r}: rows"
-        )
-        for start, pair in zip(starts, layout.pairs.values(), strict=True):
-            self._claim(pair.down, start, pair.rank)
-            for name, width in zip((pair.down, pair.up), pair.widths, strict=True):
-                stack = self.file.stacks.get(name)
-                if (
-                    stack is None
-                    or stack.shape[1] != width
-                    or stack.dtype != pair.dtype
-                    or start + pair.rank > len(stack)
-                ):
-                    raise PoolError(
-                        f"{self.file.path}: {entry['name']!r} needs rows {start} to {start + pair.rank} of {name!r}, "
-                        f"{width} wide in {pair.dtype}; found {'none' if stack is None else [*stack.shape]}."
-                    )
-        gates, gate_rows = self._gates(place, entry, files, layout, rest)
-        _check_rest(place, layout, gates, gate_rows, rest)
+        config, layout, last = self._layout(place, files, rest, drop)
+        name = f"{self._where}: expert {entry['name']!r}"
+        starts = expand(spots.get("rows"), last, f"{name}: rows")
+        gates, gate_index, gate_last, gates_apart = self._gates(place, files, layout, rest)
+        gate_rows = expand(spots.get("gates", []), gate_last, f"{name}: gates")
+        _check_rest(place, {**layout.apart, **gates_apart} if gates_apart else layout.apart, rest)
         source = Source(
-            self.file, place, config, layout, starts, gates, gate_rows, dict(entry["files"]), drop
+            self.file, place, config, layout, starts, gates, gate_index, gate_rows, dict(entry["files"]), drop
         )
-        return packed_expert(entry["name"], source, record.get("provenance", {}))
-
-    def check_overlaps(self) -> None:
-        """Refuses a pool in which two of the experts opened so far claim the same rows."""
-        for name, owned in self._owned.items():
-            owned.sort()
-            for (start, rows), (following, _) in pairwise(owned):
-                if start + rows > following:
-                    raise PoolError(f"{self._where}: two experts claim row {following} of {name!r}.")
+        return packed_expert(entry["name"], source, provenance)
 
     def _layout(
         self, place: Path, files: Mapping[str, str], rest: Header | None, drop: tuple[str, ...]
-    ) -> tuple[Mapping[str, Any], Layout]:
+    ) -> tuple[Mapping[str, Any], Layout, list[int]]:
+        """The config, the layout, and the last row at which each of its pairs may begin."""
         raw_config = self._small(place, CONFIG_FILE, files)
         raw = self._small(place, HEADERS[WEIGHTS_FILE], files)
         apart = _of_file(rest, WEIGHTS_FILE)
@@ -120,61 +100,46 @@ class PackedFolder:
             if not isinstance(config, dict):
                 raise ExpertError(f"{place / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
             header = parse_header(raw, str(place / HEADERS[WEIGHTS_FILE]), known=self._headers)
-            self._layouts[key] = config, layout_of(config, header, apart, str(place), drop)
+            layout = layout_of(config, header, apart, str(place), drop)
+            last = []
+            for pair in layout.pairs.values():
+                last.append(self._last_row(pair.down, pair.widths[0], pair.dtype, pair.rank))
+                self._last_row(pair.up, pair.widths[1], pair.dtype, 0)
+                if self.file.capacity(pair.up) != self.file.capacity(pair.down):
+                    raise PoolError(f"{self.file.path}: {pair.up!r} and {pair.down!r} differ in rows.")
+            self._layouts[key] = config, layout, last
         return self._layouts[key]
 
     def _gates(
-        self,
-        place: Path,
-        entry: Mapping[str, Any],
-        files: Mapping[str, str],
-        layout: Layout,
-        rest: Header | None,
-    ) -> tuple[Header | None, dict[str, int]]:
+        self, place: Path, files: Mapping[str, str], layout: Layout, rest: Header | None
+    ) -> tuple[Header | None, dict[str, int], list[int], dict[str, Item]]:
+        """The gates' header; of those in stacks, path → number and the last row each may have; and those apart."""
         if GATES_FILE not in files:
-            return None, {}
+            return None, {}, [], {}
         path = place / HEADERS[GATES_FILE]
         header = parse_header(self._small(place, HEADERS[GATES_FILE], files), str(path), known=self._headers)
         check_gates_metadata(header.metadata, place / GATES_FILE, files.get(WEIGHTS_FILE, ""))
-        if (pair := (id(header.items), id(layout))) not in self._gates_fit:
-            if header.items.keys() != layout.sizes.keys():
-                odd = sorted(header.items.keys() ^ layout.sizes.keys())[0]
-                raise ExpertError(
-                    f"{path}: there must be a gate for every adapted module and none else; {odd} differs."
-                )
-            for name, item in header.items.items():
-                d_in, d_out, embedding = layout.sizes[name]
-                if len(item.shape) != 1 or not sizes_agree(item.shape[0], d_out if embedding else d_in):
-                    raise ExpertError(
-                        f"{path}: gate of {name} has shape {list(item.shape)}, expected [{d_out if embedding else d_in}]."
-                    )
-            self._gates_fit.add(pair)
         apart = _of_file(rest, GATES_FILE)
-        stacked = sorted(name for name in header.items if name not in apart)
-        rows = expand(
-            entry["packed"].get("gates"), len(stacked), f"{self._where}: expert {entry['name']!r}: gates"
-        )
-        for name, row in zip(stacked, rows, strict=True):
-            stack, item = self.file.stacks.get(gate_stack(name)), header.items[name]
-            self._claim(gate_stack(name), row, 1)
-            if (
-                stack is None
-                or stack.shape[1:] != item.shape
-                or stack.dtype != item.dtype
-                or row >= len(stack)
-            ):
-                raise PoolError(
-                    f"{self.file.path}: {entry['name']!r} needs row {row} of {gate_stack(name)!r}, {item.shape[0]} wide in "
-                    f"{item.dtype}; found {'none' if stack is None else [*stack.shape]}."
-                )
-        return header, dict(zip(stacked, rows, strict=True))
+        key = (id(header.items), id(layout), apart)
+        if key not in self._gate_layouts:
+            check_gate_shapes(path, header, layout)
+            stacked = sorted(name for name in header.items if name not in apart)
+            last = [
+                self._last_row(gate_stack(n), header.items[n].shape[0], torch.float32, 1) for n in stacked
+            ]
+            beside = {f"{GATES_FILE}/{n}": item for n, item in header.items.items() if n in apart}
+            self._gate_layouts[key] = {n: i for i, n in enumerate(stacked)}, last, beside
+        return header, *self._gate_layouts[key]
 
-    def _claim(self, stack: str, start: int, rows: int) -> None:
-        if start + rows > self.used.get(stack, 0):
+    def _last_row(self, name: str, width: int, dtype: torch.dtype, rows: int) -> int:
+        """The last row of a stack at which `rows` rows in use may begin, once it is there in this width and dtype."""
+        stack = self.file.stacks.get(name)
+        if stack is None or stack.shape[1] != width or stack.dtype != dtype:
             raise PoolError(
-                f"{self._where}: rows {start} to {start + rows} of {stack!r} are claimed, and {self.used.get(stack, 0)} are in use."
+                f"{self.file.path}: expected a stack {name!r}, {width} wide in {dtype}; found "
+                f"{'none' if stack is None else f'one {stack.shape[1]} wide in {stack.dtype}'}."
             )
-        self._owned.setdefault(stack, []).append((start, rows))
+        return self.used.get(name, 0) - rows
 
     def _small(self, place: Path, name: str, files: Mapping[str, str]) -> bytes:
         """A file that is read whole; b"" if none is listed. Its sha256 is compared unless the caller said not to."""
@@ -195,17 +160,20 @@ class PackedFolder:
         return data
 
 
-def expand(runs: Any, count: int, where: str) -> list[int]:
-    """[[start, n], …] → n times start, …: `count` row numbers in all."""
+def expand(runs: Any, last: Sequence[int], where: str) -> list[int]:
+    """[[row, n], …] → n times row, …: a row number for each of `last`, and none beyond it."""
     found: list[int] = []
     listed: list[Any] = runs if isinstance(runs, list) else [runs]
     for run in listed:
         fits = isinstance(run, list) and len(run) == 2 and all(type(n) is int and n >= 0 for n in run)
-        if not fits or len(found) + run[1] > count:
-            raise PoolError(f"{where} are {runs!r:.200}, expected [[row, times], …] for {count} stacks.")
+        if not fits or len(found) + run[1] > len(last):
+            raise PoolError(f"{where} are {brief(runs)}, expected [[row, times], …] for {len(last)} stacks.")
         found += [run[0]] * run[1]
-    if len(found) != count:
-        raise PoolError(f"{where} are {len(found)}, expected {count}.")
+    if len(found) != len(last):
+        raise PoolError(f"{where} are {len(found)}, expected {len(last)}.")
+    for row, most in zip(found, last, strict=True):
+        if row > most:
+            raise PoolError(f"{where} begin at {row}, where the last possible row in use is {most}.")
     return found
 
 
@@ -239,13 +207,22 @@ def _of_file(rest: Header | None, name: str) -> frozenset[str]:
     return frozenset(k.removeprefix(f"{name}/") for k in keys if k.startswith(f"{name}/"))
 
 
-def _check_rest(
-    place: Path, layout: Layout, gates: Header | None, gate_rows: Mapping[str, int], rest: Header | None
-) -> None:
+def check_gate_shapes(path: Path, header: Header, layout: Layout) -> None:
+    """Refuses gates that aren't one vector for each adapted module, of its size."""
+    if header.items.keys() != layout.sizes.keys():
+        odd = sorted(header.items.keys() ^ layout.sizes.keys())[0]
+        raise ExpertError(
+            f"{path}: there must be a gate for every adapted module and none else; {odd} differs."
+        )
+    for name, item in header.items.items():
+        d_in, d_out, embedding = layout.sizes[name]
+        expected = d_out if embedding else d_in
+        if len(item.shape) != 1 or not sizes_agree(item.shape[0], expected):
+            raise ExpertError(f"{path}: gate of {name} has shape {list(item.shape)}, expected [{expected}].")
+
+
+def _check_rest(place: Path, expected: Mapping[str, Item], rest: Header | None) -> None:
     """What stands in no stack stands in the rest, as it was; and nothing else does."""
-    expected = {f"{WEIGHTS_FILE}/{k}": i for k, i in layout.header.items.items() if k not in layout.spots}
-    if gates is not None:
-        expected |= {f"{GATES_FILE}/{p}": i for p, i in gates.items.items() if p not in gate_rows}
     found = {} if rest is None else rest.items
     for key in expected.keys() | found.keys():
         one, other = expected.get(key), found.get(key)

@@ -51,8 +51,10 @@ class Source:
     """The first row of each of its pairs."""
     gates: Header | None
     """What gates.safetensors had in it."""
-    gate_rows: Mapping[str, int]
-    """Module path → the gate's row in its stack; gates that aren't here stand in the rest."""
+    gate_index: Mapping[str, int]
+    """Module path → number of its gate; gates that aren't here stand in the rest."""
+    gate_rows: Sequence[int]
+    """The row of each gate in its stack."""
     hashes: Mapping[str, str]
     """sha256 of every file of the expert as it was before packing."""
     drop: tuple[str, ...] = ()
@@ -71,9 +73,9 @@ class Source:
 
     def raw_gate(self, path: str) -> Tensor:
         """A gate as gates.safetensors had it, of whatever dtype."""
-        if path not in self.gate_rows:
+        if (index := self.gate_index.get(path)) is None:
             return self._rest.get_tensor(f"{GATES_FILE}/{path}")
-        return self.file.stacks[gate_stack(path)][self.gate_rows[path]]
+        return self.file.stacks[gate_stack(path)][self.gate_rows[index]]
 
     def gate(self, path: str) -> Tensor:
         return self.raw_gate(path).to(torch.float32)

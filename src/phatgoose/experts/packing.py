@@ -169,7 +169,6 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
         experts = [check.expert(places[name], entry) for name, entry in entries.items()]
         for expert in experts:
             _check_bytes(expert.source)
-        check.check_overlaps()
         Pool(experts)
     except BaseException:
         sweep(folder, manifest)

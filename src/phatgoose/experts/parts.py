@@ -44,7 +44,7 @@ class Parts:
 def parts_of(place: Path, entry: Mapping[str, Any], opened: PackedFolder | None) -> Parts:
     if opened is not None and "packed" in entry:
         source = opened.expert(place, entry).source
-        paths = sorted(source.gate_rows)
+        paths = sorted(source.gate_index)
         return Parts(
             source.layout, source.gates, paths, source.tensor, source.raw_gate, {}, entry["packed"]["files"]
         )
@@ -105,11 +105,7 @@ def keep_beside(place: Path, parts: Parts) -> dict[str, str]:
         return dict(parts.packed_files)
     for name, raw in parts.headers.items():
         write_bytes(place / HEADERS[name], raw)
-    rest = {
-        f"{WEIGHTS_FILE}/{k}": parts.tensor(k)
-        for k in parts.layout.header.items
-        if k not in parts.layout.spots
-    }
+    rest = {name: parts.tensor(name.removeprefix(f"{WEIGHTS_FILE}/")) for name in parts.layout.apart}
     if parts.gates is not None:
         stacked = set(parts.gate_paths)
         rest |= {f"{GATES_FILE}/{p}": parts.gate(p) for p in parts.gates.items if p not in stacked}

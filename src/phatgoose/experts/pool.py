@@ -118,7 +118,7 @@ class Pool:
         """Gives back the memory of packed gates that were read; they are read again where somebody asks for them."""
         sources = [e.source for e in self.experts if isinstance(e, PackedExpert)]
         for file in {id(s.file): s.file for s in sources}.values():
-            stacks = {gate_stack(path) for s in sources if s.file is file for path in s.gate_rows}
+            stacks = {gate_stack(path) for s in sources if s.file is file for path in s.gate_index}
             file.let_go(stacks)
 
     def save(self, folder: str | Path) -> Path:
@@ -184,8 +184,6 @@ class Pool:
             raise failures[0]
         if not experts:
             raise PoolError(f"{folder} is an empty pool; add an expert with `phatgoose pool add`.")
-        if packed is not None:
-            packed.check_overlaps()
         return Pool(experts)
 
     @staticmethod
