@@ -10,6 +10,7 @@ import typer
 
 from phatgoose.cli import (
     chat,
+    doctor,
     eval,
     experiment,
     explain,
@@ -47,6 +48,7 @@ app.command("chat")(chat.command)
 app.command("explain")(explain.command)
 app.command("report")(report.command)
 app.add_typer(tasks.app, name="tasks")
+app.command("doctor")(doctor.command)
 
 
 def _version(wanted: bool) -> None:

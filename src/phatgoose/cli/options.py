@@ -35,7 +35,11 @@ DeviceOption = Annotated[
 ]
 BackendOption = Annotated[
     str,
-    typer.Option("--backend", help="What computes the routing: auto, torch, or reference (plain and slow)."),
+    typer.Option(
+        "--backend",
+        help="What computes the routing: auto, cpu (a compiled kernel), torch, or reference (plain and slow). "
+        "See `phatgoose doctor`.",
+    ),
 ]
 PoolOption = Annotated[
     Path | None, typer.Option("--pool", help="A pool's folder; without one, the base alone answers.")

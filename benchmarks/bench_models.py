@@ -1,0 +1,227 @@
+"""Whole models: a random base of SmolLM2-135M's shape, random experts at every linear layer, and the ways to route them.
+
+All ways share one base and one set of stacks; each round attaches a way, times one step, and takes it off again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from bench_machine import medians
+from peft import ArrowConfig
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.models.routed import Routing
+from phatgoose.models.trace import trace
+from phatgoose.ops import backend, fast
+from phatgoose.routers import PHATGOOSE
+
+PAST = 64
+"""Tokens in the key-value cache before a decode step."""
+
+
+def base_model(layers: int = 30) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def random_pool(model: LlamaForCausalLM, experts: int, rank: int) -> Pool:
+    """Experts of random values with random gates at every linear layer; one expert's tensors are slices of a module's."""
+    generator = torch.Generator().manual_seed(1)
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    tensors: list[dict[str, Tensor]] = [{} for _ in range(experts)]
+    gates: list[dict[str, Tensor]] = [{} for _ in range(experts)]
+    for path, module in modules.items():
+        d_in, d_out = module.in_features, module.out_features
+        a = torch.empty(experts, rank, d_in, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        b = torch.empty(experts, d_out, rank, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        v = torch.randn(experts, d_in, generator=generator)
+        for e in range(experts):
+            tensors[e][f"base_model.model.{path}.lora_A.weight"] = a[e]
+            tensors[e][f"base_model.model.{path}.lora_B.weight"] = b[e]
+            gates[e][path] = v[e]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none",
+        "target_modules": sorted({n.rpartition(".")[2] for n in modules}),
+    }  # fmt: skip
+    return Pool([Expert(f"e{e:04}", config, tensors[e], gates[e]) for e in range(experts)])
+
+
+@dataclass(eq=False)
+class Ways:
+    """How to attach and take off each contestant."""
+
+    model: LlamaForCausalLM
+    pool: Pool
+    names: list[str]
+    routings: dict[str, Routing] = field(default_factory=dict)
+    arrows: list[ArrowLoraLinearLayer] = field(default_factory=list)
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        first = Routing(self.model, self.pool, PHATGOOSE(2), backend("auto"))
+        for name in self.names:
+            if name in ("cpu", "torch", "reference"):
+                self.routings[name] = _sharing(first, name)
+        self.sites = first.sites
+        if "arrow" in self.names:
+            self.deltas = [_arrow(site) for site in self.sites]
+
+    def attach(self, name: str) -> None:
+        self.detach()
+        if name in self.routings:
+            self.routings[name].attach()
+        elif name == "dense":
+            self.handles = [s.module.register_forward_hook(_dense(s)) for s in self.sites]
+        elif name == "arrow":
+            for site, delta in zip(self.sites, self.deltas, strict=True):
+                self.handles.append(site.module.register_forward_hook(delta))
+
+    def detach(self) -> None:
+        for routing in self.routings.values():
+            routing.detach()
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+def _sharing(first: Routing, name: str) -> Routing:
+    """A routing with the same stacks and another backend."""
+    other = copy.copy(first)
+    other.ops, other._handles = backend(name), []
+    other.sites = [copy.copy(site) for site in first.sites]
+    for site in other.sites:
+        site.routing = other
+        if other.ops.fuse is None:
+            site.fused = None
+    return other
+
+
+def _dense(site: object) -> Callable[..., Tensor]:
+    """The formula as one would write it first: every expert on every token, weights of zero for those not chosen."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        u, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
+        chosen, weights = fast.choose(fast.gate_scores(u, site.router.gates), 2)
+        return fast._dense(u, y, site.stack, chosen, weights).reshape(output.shape)
+
+    return hook
+
+
+def _arrow(site: object) -> Callable[..., Tensor]:
+    """PEFT's own Arrow layer, without PEFT's wrapper around it, which favours it. Prototypes are given, not computed."""
+    stack, names = site.stack, [f"task_{e}" for e in range(site.stack.experts)]
+    config = ArrowConfig(top_k=2)
+    config.task_adapter_names = names
+    layer = ArrowLoraLinearLayer(stack.A.shape[1], config)
+    layer.register_buffer("prototypes", site.router.gates.to(stack.A.dtype), persistent=False)
+    layer._protos_ready = True
+    a = {n: SimpleNamespace(weight=stack.A[stack.rows(e)]) for e, n in enumerate(names)}
+    b = {n: SimpleNamespace(weight=stack.B[stack.rows(e)].T.contiguous()) for e, n in enumerate(names)}
+    scaling = dict.fromkeys(names, 1.0)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + layer(args[0], a, b, nn.Identity(), scaling)
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing a model does: `batch` rows of `length` new tokens, behind a cache if it is a decode step."""
+
+    name: str
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+DECODE_1, DECODE_8, PREFILL = (
+    Step("decode, batch 1", 1, 1),
+    Step("decode, batch 8", 8, 1),
+    Step("prefill 512", 1, 512),
+)
+
+
+def runner(model: LlamaForCausalLM, step: Step) -> Callable[[int], Tensor]:
+    """A function of the round's number, which decides the tokens."""
+    ids = torch.randint(0, 49152, (64, step.batch, step.length), generator=torch.Generator().manual_seed(2))
+    if step.length > 1:
+        return lambda number: model(ids[number % 64], use_cache=False, logits_to_keep=1).logits
+    cache = DynamicCache(config=model.config)
+    past = torch.randint(0, 49152, (step.batch, PAST), generator=torch.Generator().manual_seed(3))
+    model(past, past_key_values=cache, use_cache=True)
+
+    def decode(number: int) -> Tensor:
+        logits = model(ids[number % 64], past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return logits
+
+    return decode
+
+
+def measure(ways: Ways, step: Step, rounds: int) -> dict[str, object]:
+    """Medians in milliseconds, ratios to the base, what was chosen and what has to be read for it."""
+    with torch.inference_mode():
+        run = runner(ways.model, step)
+        found = medians(
+            dict.fromkeys(ways.names, run), rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names}
+        )
+        distinct = _distinct(ways, run)
+    ways.detach()
+    base = found["base"]
+    return {
+        "step": step.name, "tokens": step.tokens, "experts": len(ways.pool.experts), "rounds": rounds,
+        "milliseconds": {n: 1e3 * t for n, t in found.items()},
+        "ratio": {n: t / base for n, t in found.items() if n != "base"},
+        **cost(ways, step, distinct),
+    }  # fmt: skip
+
+
+def _distinct(ways: Ways, run: Callable[[int], Tensor]) -> list[int]:
+    """How many experts each module really used in one step."""
+    ways.detach()
+    routing = next(iter(ways.routings.values()))
+    routing.attach()
+    with trace(ways.model) as seen:
+        run(1)
+    routing.detach()
+    ways.model.__dict__.pop("_phatgoose_routing", None)
+    return [int(c.experts[c.experts >= 0].unique().numel()) for c in seen.choices]
+
+
+def cost(ways: Ways, step: Step, distinct: list[int]) -> dict[str, object]:
+    """Bytes and multiplications of the base and of what routing adds, at this step, and their ratio: the floors.
+
+    Bytes at decode: every weight of the base once, every gate once (in bfloat16, as in the issue; the kernel reads 8 bits), the
+    chosen experts' rows once a module. Multiplications at prefill: linear layers, gates and two experts a token.
+    """
+    model = ways.model
+    base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in ways.sites)
+    gates = sum(s.stack.experts * s.stack.A.shape[1] for s in ways.sites)
+    rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in ways.sites]
+    chosen = 2 * sum(n * r for n, r in zip(distinct, rows, strict=True))
+    return {
+        "distinct_experts": sum(distinct) / len(distinct),
+        "base_bytes": base_bytes,
+        "gate_bytes": {"bfloat16": 2 * gates, "8 bits": gates},
+        "expert_bytes": chosen,
+        "byte_floor": 1 + (2 * gates + chosen) / base_bytes,
+        "flop_floor": 1 + (gates + 2 * sum(rows)) / linear,
+    }

@@ -1,0 +1,56 @@
+"""`phatgoose doctor`: what this machine has, and what is used of it."""
+
+from __future__ import annotations
+
+from phatgoose.cli import show
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def command() -> None:
+    """Say which versions, processor and cache folder are in use, and what computes the routing and why.
+
+    Compiles the CPU kernel if that wasn't done yet (a C++ compiler is used if there is one, and never required).
+    """
+    import platform
+    import sys
+    from importlib.metadata import version
+
+    import torch
+
+    from phatgoose.ops import auto_is, build
+
+    rows = [
+        ("phatgoose", version("phatgoose")),
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+    ]
+    rows += [(name, version(name)) for name in LIBRARIES]
+    rows += [
+        ("processor", f"{platform.machine()}, torch uses {torch.get_num_threads()} threads"),
+        ("GPU", _gpus()),
+        ("cache", _cache()),
+        ("compiler", build.compiler() or "none"),
+    ]
+    kind, why = auto_is()
+    rows.append(("routing", f"on CPUs, auto is {kind}: {why}"))
+    if torch.cuda.is_available():
+        rows.append(("", "on GPUs, auto is torch"))
+    show.facts(rows)
+
+
+def _gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _cache() -> str:
+    import shutil
+
+    from phatgoose.files import cache_folder
+
+    folder = cache_folder()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return f"{folder}, {shutil.disk_usage(there).free / 1e9:.1f} GB free"
