@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 
+from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError
 from phatgoose.experts.packed import rows_in_place
@@ -68,6 +68,12 @@ def test_what_is_made_from_a_packed_expert(plain, tmp_path):
     assert replace(packed, provenance={}).hash == packed.hash
     assert copy.deepcopy(packed).hash == packed.hash
     assert repr(packed) == repr(experts[0])
+
+
+def test_its_folder_alone_is_no_expert(plain):
+    _, _, folder = plain
+    with pytest.raises(ExpertError, match="belongs to a packed pool"):
+        Expert.load(folder / "experts" / "plain-0")
 
 
 def test_views_behave_like_dictionaries(plain):

@@ -73,6 +73,10 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
 
 
 def _refuse_other_weights(folder: Path) -> None:
+    if os.path.lexists(folder / "adapter_model.header"):
+        raise ExpertError(
+            f"{folder} belongs to a packed pool, whose file holds its tensors: unpack the pool (`phatgoose pool unpack`)."
+        )
     for name, advice in _PICKLES.items():
         if os.path.lexists(folder / name):
             raise ExpertError(
