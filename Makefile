@@ -30,6 +30,10 @@ ungated: $(STAMP) ## what experts without gates are worth, on the quickstart's p
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest
 
+N ?= 1000000
+fuzz: $(STAMP) ## N (a million) changed files for every reader of files that others made (an hour on one core)
+	$(BIN)/python tests/fuzz/fuzz_run.py --count $(N)
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +51,4 @@ picture: $(STAMP) ## the README's picture, from the page of a finished quickstar
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test lint axe picture docs ungated
+.PHONY: help setup quickstart smoke test fuzz lint axe picture docs ungated
