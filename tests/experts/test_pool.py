@@ -189,7 +189,7 @@ def test_warnings_say_what_a_user_should_know(make_base, make_expert):
     flat = a.with_gates({p: torch.ones_like(g) for p, g in a.gates.items()}).renamed("flat")
     lonely = make_expert(base, "lonely", targets=["layers.1.mlp.up_proj"], gates=False, seed=2)
     found = "\n".join(Pool([a, flat, lonely]).warnings())
-    assert "flat: the gates of 4 modules are constant" in found
+    assert "flat: its gate is constant, so it says nothing, at 4 modules" in found
     assert "lonely: has no gates" in found
     assert "lonely: the only expert at 1 modules (first: model.layers.1.mlp.up_proj)" in found
     assert "a and flat: the same adapter twice" in found

@@ -110,7 +110,9 @@ def remove(
 
 @app.command("list")
 def list_(pool: PoolArgument) -> None:
-    """Show what is in a pool."""
+    """Show what is in a pool, and which experts are wildly off the others'."""
+    from phatgoose.experts.health import wildly_off
+    from phatgoose.experts.packed import PackedExpert
     from phatgoose.experts.pool import Pool
 
     loaded = Pool.load(pool, verify=False)
@@ -120,6 +122,12 @@ def list_(pool: PoolArgument) -> None:
         columns.append("from the Hub")
         rows = [(*row, str(e.origin or "-")) for row, e in zip(rows, loaded.experts, strict=True)]
     show.table(columns, rows, numbers=("modules", "parameters", "validation loss"))
+    if any(isinstance(e, PackedExpert) for e in loaded.experts):
+        show.note(
+            "the experts' values, mapped into memory, were not read: `phatgoose pool verify` checks them"
+        )
+    else:
+        _warn(wildly_off(loaded.experts))
 
 
 @app.command("verify")
@@ -131,12 +139,14 @@ def verify(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Check every file of a pool: hashes, shapes, finite values, one base. Exit code 1 if anything is damaged."""
+    """Check every file of a pool: hashes, shapes, finite values, one base; warn of experts that are wildly off the others'. Exit code
+    1 if anything is damaged."""
     from phatgoose.experts.packing import verify_folder
 
-    loaded = verify_folder(pool)
+    loaded, norms = verify_folder(pool), None
     if base is not None:
         from phatgoose.cli.loading import load
+        from phatgoose.models.layers import weight_norms
         from phatgoose.models.routed import route, routing_of, unroute
         from phatgoose.routers import Uniform
 
@@ -144,7 +154,8 @@ def verify(
         route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
         show_copied(routing_of(model))
         unroute(model)
-    _warn(loaded.warnings())
+        norms = weight_norms(model.model, loaded.modules)
+    _warn(loaded.warnings(norms))
     recorded = loaded.base.spec if loaded.base else "none recorded"
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
     if base is not None:

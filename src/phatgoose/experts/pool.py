@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from phatgoose.errors import PhatgooseError, PoolError
+from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import (
     MANIFEST,
@@ -26,7 +27,6 @@ from phatgoose.experts.manifest import (
 )
 from phatgoose.experts.opening import PackedFolder
 from phatgoose.experts.packed import PackedExpert, Rows, gate_stack, rows_in_place
-from phatgoose.experts.tensor_files import identical
 from phatgoose.experts.update import sizes_agree
 from phatgoose.files import storage_errors, write_json
 from phatgoose.fingerprints import check_same_base
@@ -248,43 +248,14 @@ class Pool:
 
         return hub_push.push_pool(self, repo, private, revision, token, message, allow_paths)
 
-    def warnings(self) -> list[str]:
-        """What a user should know about this pool although it is valid."""
-        found = []
-        for expert in self.experts:
-            if expert.base is None:
-                found.append(
-                    f"{expert.name}: records no base, so it can't be checked that it was trained on this one."
-                )
-            if expert.gates is None:
-                found.append(
-                    f"{expert.name}: has no gates; PHATGOOSE can't route to it until they are trained (`phatgoose gate`)."
-                )
-            else:
-                flat = [path for path, gate in expert.gates.items() if float(gate.std(correction=0)) < 1e-6]
-                if flat:
-                    found.append(
-                        f"{expert.name}: the gates of {len(flat)} modules are constant (first: {flat[0]}), so they say nothing."
-                    )
-        alone: dict[str, list[str]] = {}
-        if len(self.experts) > 1:
-            for path in self.modules:
-                owners = [e.name for e in self.experts if path in e.updates]
-                if len(owners) == 1:
-                    alone.setdefault(owners[0], []).append(path)
-        for name, paths in alone.items():
-            found.append(
-                f"{name}: the only expert at {len(paths)} modules (first: {paths[0]}); there it competes only with the null candidate."
-            )
-        for i, one in enumerate(self.experts):
-            for other in self.experts[:i]:
-                if one.tensors.keys() == other.tensors.keys() and all(
-                    identical(t, other.tensors[k]) for k, t in one.tensors.items()
-                ):
-                    found.append(
-                        f"{other.name} and {one.name}: the same adapter twice; together they take both places of a top-2."
-                    )
-        return found
+    def warnings(self, weight_norms: Mapping[str, float] | None = None) -> list[str]:
+        """What a user should know about this pool although it is valid (docs/experts-and-pools.md lists it). Reads every value.
+
+        Args:
+            weight_norms: Frobenius norms of the base's weights by module path (`models.layers.weight_norms`): then updates that
+                are larger than the weights they change are named too.
+        """
+        return health.warnings(self.experts, weight_norms)
 
 
 def add_to_folder(folder: str | Path, expert: Expert) -> None:
