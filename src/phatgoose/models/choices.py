@@ -60,17 +60,28 @@ class Load:
 
 def load_of(c: Choices, experts: int) -> Load:
     """What the choices of one module add up to."""
-    part, size = c.tokens.generated.long(), experts + 1
-    index = torch.where(c.experts >= 0, c.experts.long(), experts) + part[:, None] * size
-    acted, weight = torch.zeros(2 * size, dtype=torch.int64), torch.zeros(2 * size, dtype=torch.float64)
-    weight.index_add_(0, index.reshape(-1), c.weights.double().reshape(-1))
+    return loads_of(c.tokens, c.experts[None], c.weights[None], experts)[0]
+
+
+def loads_of(tokens: Tokens, chosen: Tensor, weights: Tensor, experts: int) -> list[Load]:
+    """What the choices of M modules on the same tokens add up to; chosen (−1: none) and weights: [M, N, k]."""
+    m, _, k = chosen.shape
+    part, size = tokens.generated.long(), experts + 1
+    index = torch.where(chosen >= 0, chosen.long(), experts) + part[:, None] * size
+    index += (torch.arange(m) * 2 * size)[:, None, None]
+    acted, weight = (
+        torch.zeros(m * 2 * size, dtype=torch.int64),
+        torch.zeros(m * 2 * size, dtype=torch.float64),
+    )
+    weight.index_add_(0, index.reshape(-1), weights.double().reshape(-1))
     acted.index_add_(0, index.reshape(-1), torch.ones_like(index).reshape(-1))
     first = torch.zeros_like(acted)
-    if index.shape[1]:
-        best = index.gather(1, c.weights.argmax(1, keepdim=True))[:, 0]
+    if k:
+        best = index.gather(2, weights.argmax(2, keepdim=True)).reshape(-1)
         first.index_add_(0, best, torch.ones_like(best))
-    tokens = torch.bincount(part, minlength=2)
-    return Load(weight.view(2, size), acted.view(2, size), first.view(2, size), tokens)
+    counts = torch.bincount(part, minlength=2)
+    sums = (x.view(m, 2, size) for x in (weight, acted, first))
+    return [Load(w, a, f, counts) for w, a, f in zip(*sums, strict=True)]
 
 
 def merged(parts: list[Choices], tokens: Tokens | None = None) -> Choices:

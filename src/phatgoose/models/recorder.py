@@ -1,7 +1,7 @@
 """What runs inside a traced model: takes in every module's choices at little cost, and sums them up now and then.
 
-A call of `record` copies the choices and their weights to int16 and half precision and returns; nothing is looked at, moved
-between devices or waited for. Every FLUSH decisions, between two passes (and at the end), what is pending is brought to the CPU in large pieces:
+A call of `record` notes the choices and returns; nothing is looked at, moved between devices or waited for. When a pass is over,
+the choices of all its modules are packed as int16 and half precision. Every FLUSH decisions, between two passes (and at the end), what is pending is brought to the CPU in large pieces:
 padding is left out, candidates become indices of the pool's experts, and either choices or only sums are kept.
 """
 
@@ -69,7 +69,30 @@ class _Pass:
     real: Tensor | None = None
 
 
-_Pending = tuple[_Pass, tuple[int, ...], Tensor, Tensor, Tensor | None]
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of one module, as it was handed over."""
+
+    path: str
+    seen: _Pass
+    chosen: Tensor
+    weights: Tensor
+    margin: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The calls of M modules in one pass: chosen int16 and weights [M, N, k], margins [M, N] or None."""
+
+    paths: tuple[str, ...]
+    seen: _Pass
+    chosen: Tensor
+    weights: Tensor
+    margins: Tensor | None
+
+    @property
+    def kind(self) -> tuple[tuple[str, ...], int, bool]:
+        return self.paths, self.chosen.shape[2], self.margins is not None
 
 
 class Recorder:
@@ -79,7 +102,9 @@ class Recorder:
         self.trace, self.histogram, self.max_bytes = trace, histogram, max_bytes
         self.wants_scores = margins and not histogram
         self.trace.share = sample
-        self._pending: dict[str, list[_Pending]] = {}
+        self._calls: list[_Call] = []  # of the pass that runs
+        self._blocks: list[_Block] = []  # of passes that are over
+        self._members: dict[str, tuple[int, ...]] = {}
         self._decisions = 0
         self._passes: dict[tuple[str, int, int], _Pass] = {}
         self._inputs = self._rows = 0  # sequences of earlier sessions, and of this one
@@ -93,17 +118,14 @@ class Recorder:
         weights: Tensor,
         scores: Tensor | None,
     ) -> None:
-        """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates] or None."""
+        """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates] or None.
+
+        They are kept until the pass is over, so nobody may write into them.
+        """
         margin = None if scores is None else _margins(scores.detach(), chosen)
-        half = torch.float32 if self.histogram else torch.float16
-        entry = (
-            self._pass(context),
-            members,
-            chosen.to(torch.int16),
-            weights.detach().to(half, copy=True),
-            margin,
-        )
-        self._pending.setdefault(context.path, []).append(entry)
+        seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
+        self._members[context.path] = members
+        self._calls.append(_Call(context.path, seen, chosen, weights.detach(), margin))
         self._decisions += chosen.shape[0]
 
     def _pass(self, context: RoutingContext) -> _Pass:
@@ -123,6 +145,7 @@ class Recorder:
 
     def _new_sequences(self, reads: str, sequences: Sequences) -> None:
         """A stack runs over new tokens: of new inputs, unless it goes on behind a cache or is the decoder of an encoder's."""
+        self._pack()
         if (
             self._decisions >= FLUSH
         ):  # only between passes, so that all modules of a pass are summed up together
@@ -133,29 +156,75 @@ class Recorder:
         if begins or self._rows == 0 or rows % self._rows:
             self._inputs, self._rows = self._inputs + self._rows, rows
 
+    def _pack(self) -> None:
+        """Makes blocks of the calls so far: a few copies for all modules of a pass, instead of a few for each."""
+        calls, self._calls = self._calls, []
+        groups: dict[tuple[object, ...], list[_Call]] = {}
+        times: dict[tuple[str, int], int] = {}  # a module may run twice in a pass
+        for call in calls:
+            which = (call.path, id(call.seen))
+            times[which] = times.get(which, 0) + 1
+            key = (id(call.seen), call.chosen.shape[1], call.margin is None, call.chosen.device, times[which])
+            groups.setdefault(key, []).append(call)
+        half = torch.float32 if self.histogram else torch.float16
+        for group in groups.values():
+            margins = [call.margin for call in group if call.margin is not None]
+            self._blocks.append(
+                _Block(
+                    tuple(call.path for call in group),
+                    group[0].seen,
+                    torch.stack([call.chosen for call in group]).to(torch.int16),
+                    torch.stack([call.weights for call in group]).to(half),
+                    torch.stack(margins) if margins else None,
+                )
+            )
+
     def flush(self) -> None:
         """Sums up what is pending."""
-        pending, self._pending, self._decisions = self._pending, {}, 0
-        groups: dict[tuple[int, ...], tuple[Tokens, Tensor | None]] = {}
-        for path, calls in pending.items():
-            key = tuple(id(call[0]) for call in calls)
-            if key not in groups:
-                groups[key] = self._tokens([call[0] for call in calls])
-            tokens, keep = groups[key]
-            members = torch.tensor(
-                (*calls[0][1], -1), dtype=torch.int16
-            )  # a choice of −1 reads the last entry
-            k = max(call[2].shape[1] for call in calls)
-            experts = members[torch.cat([_widened(call[2], k, -1) for call in calls]).cpu().long()]
-            weights = torch.cat([_widened(call[3], k, 0) for call in calls]).cpu()
-            scored = [call[4] for call in calls if call[4] is not None]
-            margins = torch.cat(scored).cpu() if len(scored) == len(calls) else None
-            if keep is not None:
-                experts, weights = experts[keep], weights[keep]
-                margins = None if margins is None else margins[keep]
-            self.trace.take(path, tokens, experts, weights, margins, sums_only=self.histogram)
+        self._pack()
+        blocks, self._blocks, self._decisions = self._blocks, [], 0
+        chains: dict[object, list[_Block]] = {}
+        owner: dict[str, object] = {}
+        for block in blocks:
+            kind = block.kind
+            if any(
+                owner.get(path, kind) != kind for path in block.paths
+            ):  # keeps every module's tokens in order
+                self._take(chains)
+                chains, owner = {}, {}
+            chains.setdefault(kind, []).append(block)
+            owner.update(dict.fromkeys(block.paths, kind))
+        self._take(chains)
+        self.trace.arrange(self._members)
         while not self.histogram and self.trace.bytes > self.max_bytes:
             self.trace.thin(self.trace.share / 2)
+
+    def _take(self, chains: dict[object, list[_Block]]) -> None:
+        known: dict[tuple[int, ...], tuple[Tokens, Tensor | None]] = {}
+        for chain in chains.values():
+            paths, key = chain[0].paths, tuple(id(block.seen) for block in chain)
+            if key not in known:
+                known[key] = self._tokens([block.seen for block in chain])
+            tokens, keep = known[key]
+            chosen = torch.cat([block.chosen for block in chain], dim=1).cpu()
+            weights = torch.cat([block.weights for block in chain], dim=1).cpu()
+            scored = [block.margins for block in chain if block.margins is not None]
+            margins = torch.cat(scored, dim=1).cpu() if scored else None
+            if keep is not None:
+                chosen, weights = chosen[:, keep], weights[:, keep]
+                margins = None if margins is None else margins[:, keep]
+            experts = self._owners(paths, chosen)
+            self.trace.take(paths, tokens, experts, weights, margins, sums_only=self.histogram)
+
+    def _owners(self, paths: tuple[str, ...], chosen: Tensor) -> Tensor:
+        """Candidates → indices of the pool's experts, −1 for none: int16 [M, N, k]."""
+        members = [self._members[path] for path in paths]
+        width = max(map(len, members)) + 1
+        table = torch.full((len(paths), width), -1, dtype=torch.int16)
+        for row, of_module in zip(table, members, strict=True):
+            row[: len(of_module)] = torch.tensor(of_module, dtype=torch.int16)
+        index = torch.where(chosen < 0, width - 1, chosen.long())
+        return table[:, None].expand(-1, chosen.shape[1], -1).gather(2, index)
 
     def _tokens(self, passes: list[_Pass]) -> tuple[Tokens, Tensor | None]:
         """The tokens of these passes that are kept, and which of all they are (None: all)."""
@@ -179,12 +248,6 @@ class Recorder:
                 torch.rand(len(rows), generator=self._random),
             )
         return one.tokens, one.real
-
-
-def _widened(values: Tensor, k: int, fill: int) -> Tensor:
-    """[N, fewer] → [N, k]."""
-    missing = k - values.shape[1]
-    return values if not missing else torch.nn.functional.pad(values, (0, missing), value=fill)
 
 
 def _margins(scores: Tensor, chosen: Tensor) -> Tensor:

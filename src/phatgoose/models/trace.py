@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.base import Base
-from phatgoose.models.choices import Choices, Load, load_of, merged
+from phatgoose.models.choices import Choices, Load, load_of, loads_of, merged
 from phatgoose.models.paths import Place, places
 from phatgoose.models.recorder import TOKEN_FIELDS, Recorder, Tokens
 from phatgoose.models.routed import routing_of
@@ -90,15 +90,29 @@ class Trace:
         return {p: load.weight.sum(0)[:-1] / load.tokens.sum().clamp(min=1) for p, load in self.loads.items()}
 
     def take(
-        self, path: str, tokens: Tokens, experts: Tensor, weights: Tensor, margins: Tensor | None, *, sums_only: bool
-    ) -> None:  # fmt: skip
-        """Adds choices (shapes as in `Choices`) of a module, or with `sums_only` what they add up to."""
-        new = Choices(path, experts, weights, tokens, margins)
-        if not sums_only:
-            self._choices.setdefault(path, []).append(new)
+        self,
+        paths: Sequence[str],
+        tokens: Tokens,
+        experts: Tensor,
+        weights: Tensor,
+        margins: Tensor | None,
+        *,
+        sums_only: bool,
+    ) -> None:
+        """Adds choices of M modules on the same tokens ([M, N, k], margins [M, N]), or with `sums_only` what they add up to."""
+        if sums_only:
+            for path, load in zip(paths, loads_of(tokens, experts, weights, len(self.experts)), strict=True):
+                self._loads[path] = self._loads[path] + load if path in self._loads else load
             return
-        load = load_of(new, len(self.experts))
-        self._loads[path] = self._loads[path] + load if path in self._loads else load
+        for i, path in enumerate(paths):
+            margin = None if margins is None else margins[i]
+            self._choices.setdefault(path, []).append(Choices(path, experts[i], weights[i], tokens, margin))
+
+    def arrange(self, order: Iterable[str]) -> None:
+        """Puts modules into this order."""
+        order = list(order)
+        self._choices = {path: self._choices[path] for path in order if path in self._choices}
+        self._loads = {path: self._loads[path] for path in order if path in self._loads}
 
     def thin(self, share: float) -> None:
         """Keeps only this share of all tokens read, drawn at random; what is read later is thinned as well."""

@@ -58,7 +58,10 @@ def save(trace: Trace, path: Path) -> Path:
         **{name: getattr(trace, name) for name in ("encoder_decoder", "share", "sums_only", "reordered")},
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
-    write_bytes(path, to_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata))
+    copies = {
+        name: tensor.clone() for name, tensor in tensors.items()
+    }  # modules' choices are views of one tensor
+    write_bytes(path, to_bytes(copies, metadata))
     return path
 
 
