@@ -33,6 +33,12 @@ def test_reads_what_python_writes(data, ascii_only):
         (b'"\xff"', "can't decode byte 0xff"),
         (b"[" * 100_000, f"nested deeper than {MAX_DEPTH}"),
         (b'{"a":' * 100_000, f"nested deeper than {MAX_DEPTH}"),
+        (b"[" * 65 + b"]" * 65, f"nested deeper than {MAX_DEPTH}"),
+        (b"[" + b'[{"a": ' * 33 + b"1" + b"}]" * 33 + b"]", f"nested deeper than {MAX_DEPTH}"),
+        (b"[" + b"[1], " * 100 + b"[" * 65 + b"]" * 66, f"nested deeper than {MAX_DEPTH}"),
+        (b"[" + b"[1], " * 100 + b"[" * 64, f"nested deeper than {MAX_DEPTH}"),
+        (b"[" + b"[1], " * 100 + b"[" * 60, "Expecting value"),
+        (b"]" * 300_000 + b"[" * 300_000, "Expecting value"),
         (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice in one object"),
         (b"[NaN]", "NaN is no JSON"),
         (b"[-Infinity]", "-Infinity is no JSON"),
@@ -55,6 +61,7 @@ def test_refusals(raw, message):
 
 def test_pairs_of_surrogates_and_brackets_in_strings_are_fine():
     assert parse_json(b'["\\ud83d\\ude00", "' + b"[" * 1000 + b'"]') == ["😀", "[" * 1000]
+    assert len(parse_json(b"[" + b"[1], " * 100 + b"[2]]")) == 101
     deepest = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
     assert json.dumps(parse_json(deepest)).encode() == deepest
 

@@ -36,18 +36,23 @@ def parse_json(raw: bytes) -> Any:
 
 def _check_depth(raw: bytes) -> None:
     """Before it is parsed, since parsing is what deep nesting would break. Brackets in strings don't count."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
+        return
+    brackets = left = _STRING.sub(b"", raw).translate(_BRACKETS, _OTHERS)
+    for _ in range(MAX_DEPTH):  # each time the innermost level goes
+        left = left.replace(b"()", b"")
     depth = 0
-    for token in _NESTING.finditer(raw):
-        mark = token[0]
-        if mark in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
-        elif mark in b"]}":
-            depth -= 1
+    for mark in brackets if left else b"":
+        depth += 1 if mark == ord("(") else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
+        if depth < 0:
+            return  # where parsing stops
 
 
-_NESTING = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"[{]}", b"(())")
+_OTHERS = bytes(set(range(256)) - set(b"[{]}"))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -69,11 +69,19 @@ def parsed(raw: bytes) -> Any:
     return json.loads(raw, object_pairs_hook=Pairs)
 
 
+_quoted = json.encoder.encode_basestring_ascii
+
+
 def written(node: Any) -> bytes:
     return _text(node).encode("utf-8", "surrogatepass")
 
 
 def _text(node: Any) -> str:
+    kind = type(node)
+    if kind is str:
+        return _quoted(node)
+    if kind is int:
+        return repr(node)
     if isinstance(node, Raw):
         return str(node)
     if isinstance(node, Pairs):

@@ -26,6 +26,7 @@ _SIMPLE = re.compile(
     re.VERBOSE,
 )
 _LENGTH, _GROUPS = 1000, 20
+_FEW = 1000
 
 
 class Patterns:
@@ -74,6 +75,9 @@ class Patterns:
         Raises:
             ExpertError: matching takes too long.
         """
+        if not self._others and len(self._values) < _FEW:  # asking for the time takes longer than this
+            first = self._first_plain(path) if self._values else None
+            return default if first is None else self._values[first]
         start = time.process_time()
         first = self._first_plain(path)
         for number, pattern, compiled in self._others:
