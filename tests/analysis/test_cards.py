@@ -49,6 +49,10 @@ def test_cards_say_what_should_be_looked_at(make_base, make_expert, tmp_path):
         "1 of 14 gates lie along the mean activation (cosine above 0.5): they win on every text",
         "2.0 % of the routing weight here: it hardly acts",
     ]
+    loud = plain.with_gates({path: 1000 * gate for path, gate in plain.gates.items()}, {"kind": "test"})
+    loud = Pool([loud, *(make_expert(base, f"e{i}", seed=10 + i) for i in range(5))])
+    (line,) = [x["text"] for x in cards(loud)[0]["health"] if "norm" in x["text"]]
+    assert line.startswith("its gate's norm is ")
     assert found["plain"]["nearest"][0] == {"name": "twin", "similarity": 1.0}
     assert found["ungated"]["nearest"] == []
     assert found["plain"]["base_model"] == base.spec

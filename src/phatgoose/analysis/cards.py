@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phatgoose.analysis.activations import parallel_gates
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.health import wildly_off
 from phatgoose.experts.pool import Pool
 from phatgoose.ops.reference import standardise
 
@@ -30,13 +31,17 @@ def cards(
         shares: each expert's share of all routing weight, if it was traced; with them, dead experts are pointed out.
     """
     alike = gate_similarity(pool.experts)
+    off = wildly_off(pool.experts)
     along: dict[str, int] = {}
     for name, _, _ in parallel_gates(pool, dict(means or {}), above=ALONG):
         along[name] = along.get(name, 0) + 1
     return [
         {
             **_facts(expert),
-            "health": _health(expert, pool, alike[i], means is not None, along.get(expert.name, 0), shares),
+            "health": [
+                *_health(expert, pool, alike[i], means is not None, along.get(expert.name, 0), shares),
+                *_off(expert.name, off),
+            ],
             "nearest": [
                 {"name": pool.names[j], "similarity": round(float(alike[i, j]), 4)}
                 for j in alike[i].argsort(descending=True).tolist()
@@ -91,6 +96,12 @@ def _facts(expert: Expert) -> dict[str, Any]:
     ):
         facts["validation loss"] = round(min(float(loss) for _, loss in losses), 4)
     return {**found, "made": facts}
+
+
+def _off(name: str, texts: Sequence[str]) -> list[dict[str, str]]:
+    """What `wildly_off` says of this expert alone; constant gates are told of anyway."""
+    mine = [text.removeprefix(f"{name}: ") for text in texts if text.startswith(f"{name}: ")]
+    return [{"level": "look", "text": text.rstrip(".")} for text in mine if "gate is constant" not in text]
 
 
 def _health(
