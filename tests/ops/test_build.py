@@ -137,3 +137,21 @@ def test_processes_may_compile_at_once(fresh, tmp_path):
     assert [process.returncode for process in running] == [0] * 2
     assert len(paths) == 1
     assert len(list((tmp_path / "kernels").iterdir())) == 1
+
+
+def test_the_openmp_library_is_torchs_whoever_else_brings_one(monkeypatch, tmp_path):
+    root = os.path.dirname(build.torch.__file__)
+    others = ["/a/scikit_learn.libs/libgomp-e9.so.1.0.0", "/z/libiomp5.so", "/a/sentencepiece.libs/libgomp-6a.so.1"]
+
+    def loaded(*files):
+        maps = tmp_path / "maps"
+        maps.write_text("".join(f"7f00-7f01 r-xp 00000000 fe:00 12 {f}\n" for f in files))
+        monkeypatch.setattr("builtins.open", lambda *_, **__: maps.open(encoding="utf-8"))
+        found = build._openmp()
+        monkeypatch.undo()
+        return found
+
+    assert loaded(*others, f"{root}/lib/libgomp.so.1") == f"{root}/lib/libgomp.so.1"
+    assert loaded(*others) == "/z/libiomp5.so"
+    assert loaded(others[0]) == others[0]
+    assert loaded("/lib/libc.so.6") is None

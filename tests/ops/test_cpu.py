@@ -45,9 +45,7 @@ def by_variant(index, fused, u, y, chosen=None, weights=None):
     weights = torch.full((n, k), torch.nan) if weights is None else weights
     pointers = [t.data_ptr() for t in (u, y, out)]
     kinds = cpu._KINDS[u.dtype, y.dtype]
-    code = build.library().run(
-        index, fused._at, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds, torch.get_num_threads()
-    )
+    code = build.library().run(index, fused._at, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds)
     assert code == 0
     return out, chosen, weights
 

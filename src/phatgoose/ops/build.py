@@ -106,7 +106,9 @@ def _openmp() -> str | None:
     except OSError:
         return None
     known = [f for f in sorted(files) if os.path.basename(f).startswith(("libgomp", "libiomp5", "libomp"))]
-    return known[0] if known else None
+    # Other packages (scikit-learn, sentencepiece) bring their own, in folders named NAME.libs, and may be loaded as well.
+    torchs = os.path.dirname(torch.__file__) + os.sep
+    return min(known, key=lambda f: (not f.startswith(torchs), ".libs/" in f, f), default=None)
 
 
 def _compiled() -> bytes:
@@ -164,6 +166,6 @@ def _loaded(path: Path) -> Library:
         *[ctypes.c_void_p] * 4,
         ctypes.c_int64,
         *[ctypes.c_void_p] * 2,
-        *[ctypes.c_int64] * 2,
+        ctypes.c_int64,
     ]
     return Library(path, tuple(found), run)

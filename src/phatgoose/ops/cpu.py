@@ -63,7 +63,7 @@ def _run(
     code = library().run(
         0, site, u.data_ptr(), y.data_ptr(), out.data_ptr(), n,
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
-        _KINDS[u.dtype, y.dtype], torch.get_num_threads(),
+        _KINDS[u.dtype, y.dtype],
     )  # fmt: skip
     if code:
         raise MemoryError(f"the CPU kernel found no memory for {n} tokens.")
@@ -172,8 +172,7 @@ class Fused:
             y, into_y = y.contiguous(), True
         out = y if into_y else torch.empty_like(y)
         code = self._library_run(
-            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), u.numel() // self._d_in, None, None, kinds,
-            torch.get_num_threads(),
+            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), u.numel() // self._d_in, None, None, kinds
         )  # fmt: skip
         if code:
             raise MemoryError(f"the CPU kernel found no memory for {u.numel() // self._d_in} tokens.")

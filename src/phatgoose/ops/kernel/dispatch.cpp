@@ -51,8 +51,8 @@ extern "C" const char* phatgoose_variant(int i) {
 
 // kinds: bit 0 says that u, bit 1 that y is bfloat16. Returns 0; 1: out of memory; 2: no such variant.
 extern "C" int phatgoose_run(int variant, const Site* site, const void* u, const void* y, void* out, int64_t tokens,
-                             int64_t* chosen, float* weights, int64_t kinds, int64_t threads) {
+                             int64_t* chosen, float* weights, int64_t kinds) {
     if (!phatgoose_variant(variant)) return 2;
-    const Call call{u, y, out, tokens, chosen, weights, kinds & 1, (kinds >> 1) & 1, threads};
+    const Call call{u, y, out, tokens, chosen, weights, kinds & 1, (kinds >> 1) & 1};
     return variants().list[variant].run(*site, call);
 }

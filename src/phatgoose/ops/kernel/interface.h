@@ -26,5 +26,5 @@ struct Call {
     int64_t tokens;
     int64_t* chosen;  // [N, k] given, or written where there are gates; null: not asked for
     float* weights;   // [N, k] likewise
-    int64_t u_kind, y_kind, threads;
+    int64_t u_kind, y_kind;  // 0 float32, 1 bfloat16
 };

@@ -1,5 +1,5 @@
 // Routing at one module in one parallel region: scores, choice, A of the chosen, B of the chosen, sum. Knows neither torch nor
-// Python. Compiled once per instruction set, which VARIANT names.
+// Python, but runs on torch's OpenMP threads. Compiled once per instruction set, which VARIANT names.
 //
 // Scores are found in two steps. Every gate is scanned in 8 bits (step · codes). As the standardised input has at most the
 // norm √d, a scanned score is within `lost`, the 2-norm of what rounding took from that gate, of the true one (Cauchy-Schwarz).
@@ -136,11 +136,16 @@ struct Module {
         Best best{list, k};
         if (scans()) {
             const float least = bounds(m, scanned, upper, list) - 2 * m.slack;
+            int64_t waiting = -1;  // the gate asked for from memory while the one before it is scored
             for (int64_t i = 0; i < e; i += W)
                 for (unsigned bits = at_least(load(upper + i), least); bits; bits &= bits - 1) {
                     const int64_t expert = i + __builtin_ctz(bits);
-                    if (expert < e) best.offer(exact(x, s.gates + expert * d, d, m), expert);
+                    if (expert >= e) break;
+                    for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(s.gates + expert * d + j, 0, 2);
+                    if (waiting >= 0) best.offer(exact(x, s.gates + waiting * d, d, m), waiting);
+                    waiting = expert;
                 }
+            if (waiting >= 0) best.offer(exact(x, s.gates + waiting * d, d, m), waiting);
         } else {
             for (int64_t i = 0; i < e; i++) best.offer(exact(x, s.gates + i * d, d, m), i);
         }
