@@ -585,9 +585,9 @@ def test_a_pool_that_is_not_what_its_manifest_says(hub, three, tmp_path):
             DownloadError,
             "has no file experts/nowhere/",
         ),
-        (lambda m: m["experts"][0]["files"].update({"../../../x": "0"}), DownloadError, "has no file"),
+        (lambda m: m["experts"][0]["files"].update({"../../../x": "0"}), PoolError, "../../../x"),
         (lambda m: m["experts"][0]["files"].update({"evil.py": "0"}), PoolError, "which no expert has"),
-        (lambda m: m["experts"][0].update(source={"repo": "a/b"}), PoolError, "the source of expert 'a'"),
+        (lambda m: m["experts"][0].update(source={"repo": "a/b"}), PoolError, "expert 0 (a): its source is"),
         (lambda m: m.update(version=2, packed={}), DownloadError, "packed"),
         (lambda m: m.update(version=9), PoolError, "format version 9"),
     ],
@@ -665,4 +665,4 @@ def test_a_source_that_is_none(three, source):
     manifest = read_json(three / "pool.json", PoolError)
     manifest["experts"][1]["source"] = source
     write_json(three / "pool.json", manifest)
-    refused("the source of expert 'b'", call=lambda: Pool.load(three), kind=PoolError)
+    refused("expert 1 (b): its source is", call=lambda: Pool.load(three), kind=PoolError)

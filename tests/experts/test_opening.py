@@ -8,8 +8,8 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from packing_fixtures import adapter, make_plain, pool_of
 
+from packing_fixtures import adapter, make_plain, pool_of
 from phatgoose import Pool
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.opening import expand, runs

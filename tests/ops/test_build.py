@@ -141,7 +141,11 @@ def test_processes_may_compile_at_once(fresh, tmp_path):
 
 def test_the_openmp_library_is_torchs_whoever_else_brings_one(monkeypatch, tmp_path):
     root = os.path.dirname(build.torch.__file__)
-    others = ["/a/scikit_learn.libs/libgomp-e9.so.1.0.0", "/z/libiomp5.so", "/a/sentencepiece.libs/libgomp-6a.so.1"]
+    others = [
+        "/a/scikit_learn.libs/libgomp-e9.so.1.0.0",
+        "/z/libiomp5.so",
+        "/a/sentencepiece.libs/libgomp-6a.so.1",
+    ]
 
     def loaded(*files):
         maps = tmp_path / "maps"

@@ -93,7 +93,9 @@ def write_task(
             "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one a line)."
         )
     if PartialState().num_processes > 1:
-        raise TrainingError("texts are written by one process: start it without torchrun or accelerate launch.")
+        raise TrainingError(
+            "texts are written by one process: start it without torchrun or accelerate launch."
+        )
     if routing_of(base) is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     key = {
