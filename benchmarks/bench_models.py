@@ -34,7 +34,10 @@ def base_model(layers: int = 30) -> LlamaForCausalLM:
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    # Or attention averages random tokens into one another, and all of them choose the same few experts.
+    model.get_input_embeddings().weight.mul_(100)
+    return model
 
 
 def random_pool(model: LlamaForCausalLM, experts: int, rank: int) -> Pool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -55,6 +56,19 @@ def _tensors(stack: Stack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         known = (stack.A.contiguous(), stack.B.contiguous(), owners, stack.scale_vector(_CPU))
         stack.__dict__["_known_tensors"] = known
     return known
+
+
+_SITES: WeakKeyDictionary[Stack, dict[int, _Site]] = (
+    WeakKeyDictionary()
+)  # not kept in the stack: pointers can't be copied
+
+
+def _mixing(stack: Stack, k: int) -> int:
+    """Where the struct of this stack lies that takes k choices made elsewhere."""
+    known = _SITES.setdefault(stack, {})
+    if k not in known:
+        known[k] = _site(*_tensors(stack), k)
+    return ctypes.addressof(known[k])
 
 
 def _run(
@@ -109,8 +123,8 @@ def mix(
     if any(stack.ranks):
         added = torch.empty_like(y, memory_format=torch.contiguous_format)
         chosen, weights = chosen.contiguous(), weights.float().contiguous()
-        site = _site(*_tensors(stack), chosen.shape[1])
-        _run(ctypes.addressof(site), u.contiguous(), y.contiguous(), added, chosen, weights, u.shape[0])
+        site = _mixing(stack, chosen.shape[1])
+        _run(site, u.contiguous(), y.contiguous(), added, chosen, weights, u.shape[0])
     if stack.low_rank_only:
         return added
     return (added + fast._others(u, y, stack, chosen, weights, layer)).to(y.dtype)

@@ -20,7 +20,7 @@
 #define JOIN(a, b) JOIN2(a, b)
 
 #ifndef SMALL_TOKENS
-#define SMALL_TOKENS 12
+#define SMALL_TOKENS 16
 #endif
 
 namespace {
