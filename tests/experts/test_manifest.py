@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
+from phatgoose.experts import manifest
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
@@ -42,6 +43,10 @@ ENTRIES = [
     (lambda e: e["files"].update({"../expert.json": "0" * 64}), "lists a file '../expert.json', which no"),
     (lambda e: e["files"].update({"expert.json": 5}), "sha256 of expert.json is 5, expected 64 hex digits"),
     (lambda e: e["files"].update({"expert.json": "0" * 63}), "expected 64 hex digits"),
+    (
+        lambda e: e.update(packed={"files": {"rest.safetensors": ["0"] * 9999}}),
+        "rest.safetensors is .* expected 64 hex",
+    ),
 ]
 
 
@@ -220,3 +225,25 @@ def test_records_of_another_kind(saved, change, message):
     with pytest.raises(ExpertError, match=message) as caught:
         Expert.load(path.parent)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_pool_of_nothing_but_damage_gives_a_short_list(saved):
+    _, folder = saved
+    changed(
+        folder,
+        lambda m: m.update(
+            experts=[{"name": f"e{i}", "folder": f"experts/e{i}", "files": {}} for i in range(9999)]
+        ),
+    )
+    with pytest.raises(PoolError, match="50 or more experts") as caught:
+        Pool.load(folder)
+    assert len(str(caught.value)) < 50_000
+
+
+def test_a_pool_that_another_process_holds(saved, monkeypatch):
+    (a, _), folder = saved
+    monkeypatch.setattr(manifest, "LOCK_SECONDS", 0.2)
+    with manifest.lock(folder), pytest.raises(PoolError, match=r"held by another process for 0.2 seconds"):
+        add_to_folder(folder, a.renamed("c"))
+    add_to_folder(folder, a.renamed("c"))
+    assert Pool.load(folder).names == ("a", "b", "c")

@@ -266,3 +266,14 @@ def test_too_little_in_common_is_not_the_same():
         same_base(one, replace(one, samples={"embedding": (1.0, float("nan")), "norm:n": (1.0,)})).level
         == "different"
     )
+
+
+def test_a_record_of_any_size_gives_a_short_message():
+    wild = {"model_type": ["llama"] * 10_000, "x" * 10_000: 1}
+    one, other = (
+        Fingerprint(spec * 10_000, a, {"embedding": (1.0,)})
+        for spec, a in (("a", wild), ("b", {"model_type": "llama"}))
+    )
+    with pytest.raises(BaseModelError) as caught:
+        check_same_base(one, other, "it")
+    assert len(str(caught.value)) < 2000

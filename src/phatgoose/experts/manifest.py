@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, brief
 from phatgoose.experts.card import write_pool_card
@@ -19,11 +20,12 @@ from phatgoose.experts.formats import WEIGHTS_FILES
 from phatgoose.experts.packed import HEADERS, REST_FILE
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.files import inside as in_folder
-from phatgoose.files import read_json, sha256_file
+from phatgoose.files import read_json, sha256_file, storage_errors
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
 
 MANIFEST = "pool.json"
+LOCK_SECONDS = 600.0
 FORMAT_VERSION, PACKED_VERSION = 1, 2
 _FILES = (CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, RECORD_FILE)
 _PACKED_FILES = (*HEADERS.values(), REST_FILE)
@@ -38,10 +40,26 @@ def unfinished(folder: Path) -> bool:
     )
 
 
-def lock(folder: Path) -> FileLock:
-    """Held while the pool is written."""
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Held while the pool is written.
+
+    Raises:
+        PoolError: another process holds it for ten minutes, or it is a link. StorageError: the folder can't be written.
+    """
     _check_own(folder)
-    return FileLock(folder / ".lock", timeout=600)
+    held = FileLock(folder / ".lock", timeout=LOCK_SECONDS)
+    try:
+        with storage_errors(folder / ".lock"):
+            held.acquire()
+    except Timeout as cause:
+        raise PoolError(
+            f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
+        ) from cause
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

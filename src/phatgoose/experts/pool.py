@@ -33,6 +33,8 @@ from phatgoose.fingerprints import check_same_base
 from phatgoose.records import Fingerprint, HubSource
 from phatgoose.registry import unknown
 
+MANY = 50
+"""Damaged experts, after which the others aren't looked at."""
 __all__ = ["MANIFEST", "Pool", "add_to_folder", "remove_from_folder"]
 
 
@@ -176,9 +178,14 @@ class Pool:
                 experts.append(Expert.load(place, name=entry["name"], origin=origin_of(entry)))
             except PhatgooseError as error:
                 failures.append(error)
+                if len(failures) == MANY:
+                    break
         if len(failures) > 1:
+            more = " or more" if len(failures) == MANY else ""
             raise PoolError(
-                "\n".join([f"{len(failures)} experts of {folder} can't be loaded:", *map(str, failures)])
+                "\n".join(
+                    [f"{len(failures)}{more} experts of {folder} can't be loaded:", *map(str, failures)]
+                )
             )
         if failures:
             raise failures[0]
