@@ -32,8 +32,8 @@ from phatgoose.records import Fingerprint
 
 RANK = 16
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-AT_ONCE_BYTES = 2**30
-"""The file is mapped anew after so much of it was used: pages that were read count as this process' memory until then."""
+AT_ONCE_BYTES = 4 * 2**30
+"""The file is mapped anew after so much of it was used: until then, pages that were read count as this process' memory."""
 _KEY = re.compile(
     r"(?P<module>[^\s]+)\._addons\.(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)__(?P<i>0|[1-9][0-9]{0,5})"
 )
