@@ -41,6 +41,8 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 STUCK_SECONDS = 120.0
 """Of waiting, for one input."""
 MESSAGE_LENGTH = 4000
+TALLY = 1000
+"""After so many inputs a process says how they ended: what it said is kept when it dies."""
 
 
 def main() -> int:
@@ -64,7 +66,7 @@ def drive(options: argparse.Namespace) -> int:
     names = [n for n in options.targets.split(",") if n] or list(TARGETS)
     weights = {name: (TARGETS | BROKEN)[name].weight for name in names}
     findings: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    began, done = time.monotonic(), 0
+    began, done, told = time.monotonic(), 0, set[str]()
     with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
         for name in names:
             count = -(-options.count * weights[name] // sum(weights.values()))
@@ -72,6 +74,9 @@ def drive(options: argparse.Namespace) -> int:
             tally = _run_target(options, name, count, Path(folder), findings)
             seconds, done = time.monotonic() - start, done + count
             print(f"{name:12} {count:8} inputs  {count / seconds:7.0f}/s  {dict(tally)}", flush=True)
+            for kind in [k for k in findings if k not in told]:
+                told.add(kind)
+                print(f"  ! {kind}", flush=True)
     seconds = time.monotonic() - began
     print(f"{done} inputs in {seconds:.0f} s, {done / seconds:.0f}/s; {len(findings)} kinds of finding")
     for kind, found in sorted(findings.items()):
@@ -168,11 +173,16 @@ def _watch(child: int, progress: Path) -> str | None:
 
 def work(seed: str, name: str, start: int, end: int, progress: Path) -> None:
     """In a process of its own: inputs `start` to `end`, findings and a tally on standard output."""
-    reader = Reader(seed, name)
+    reader, parent = Reader(seed, name), os.getppid()
     tally: collections.Counter[str] = collections.Counter()
     with progress.open("r+b") as file, mmap.mmap(file.fileno(), 8) as place:
         _bound_memory()
         for number in range(start, end):
+            if number % TALLY == 0:
+                print(json.dumps({"tally": tally}), flush=True)
+                tally.clear()
+                if os.getppid() != parent:  # whoever watched this is gone
+                    return
             place[:] = (number + 1).to_bytes(8, "little")
             began, before = time.process_time(), _peak_bytes()
             kind, what = reader.outcome(number)
