@@ -1,33 +1,23 @@
-"""Routing at one linear layer: each way of mixing against the layer itself, for more and more experts and tokens.
+"""The ways the torch backend chooses between, at one linear layer, for more and more experts and tokens.
 
-    python benchmarks/ops.py
+    python benchmarks/ops.py [--dtype float32] [--threads 1]
 
-Median milliseconds of interleaved runs; "× base" is (layer + scores + choice + mix) over the layer alone. The switches in
-phatgoose/ops/fast.py (DENSE_ROWS, GATHER_TOKENS) were set by this.
+Median microseconds of interleaved runs, layers taking turns so that weights come from memory. The switches in phatgoose/ops/fast.py
+(DENSE_ROWS, DENSE_SHARE, GATHER_TOKENS, LOOP_TOKENS) were set by this; * marks the way taken.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from bench_layers import Case, layers_of
+from bench_machine import medians
 
-from phatgoose.experts.update import Update
-from phatgoose.ops import fast, make_stack, reference
+from phatgoose.ops import fast
 
-
-def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each function, the functions taking turns so that a busy moment hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(t[1:]) for name, t in times.items()}
+WAYS = ("_dense", "_gather", "_grouped", "_loop")
 
 
 def main() -> None:
@@ -38,39 +28,60 @@ def main() -> None:
     parser.add_argument("--d-out", type=int, default=1536)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    dtype, d_in, d_out, rank = getattr(torch, options.dtype), options.d_in, options.d_out, options.rank
-    torch.manual_seed(0)
-    weight = torch.randn(d_out, d_in, dtype=dtype)
-    print(f"{d_in} → {d_out}, rank {rank}, {options.dtype}, {torch.get_num_threads()} threads, ms")
-    print("experts rows tokens distinct    base  scores  choose   dense  gather grouped  × base")
-    for experts in (6, 16, 64, 166):
-        parts = [Update(torch.randn(rank, d_in) / 50, torch.randn(d_out, rank) / 50) for _ in range(experts)]
-        stack = make_stack(parts, d_in, d_out, dtype)
-        gates = reference.standardise(torch.randn(experts, d_in))
-        for tokens in (1, 8, 64, 512):
-            u = torch.randn(tokens, d_in, dtype=dtype)
-            y = u @ weight.T
-            scores = fast.gate_scores(u, gates)
-            chosen, weights = fast.choose(scores, 2)
-            ways: dict[str, Callable[[], object]] = {
-                "base": lambda u=u: u @ weight.T,
-                "scores": lambda u=u, gates=gates: fast.gate_scores(u, gates),
-                "choose": lambda scores=scores: fast.choose(scores, 2),
-                "mix": lambda u=u, y=y, s=stack, c=chosen, w=weights: fast.mix(u, y, s, c, w),
-            }
-            for name in ("dense", "gather", "grouped"):
-                if name != "gather" or tokens <= 64:
-                    way = getattr(fast, f"_{name}")
-                    ways[name] = lambda way=way, u=u, y=y, s=stack, c=chosen, w=weights: way(u, y, s, c, w)
-            found = medians(ways, options.rounds)
-            ratio = (found["base"] + found["scores"] + found["choose"] + found["mix"]) / found["base"]
-            cells = "".join(
-                f"{found.get(n, float('nan')):8.3f}"
-                for n in ("base", "scores", "choose", "dense", "gather", "grouped")
-            )
-            print(f"{experts:7} {experts * rank:4} {tokens:6} {chosen.unique().numel():8}{cells}{ratio:8.2f}")
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    print(
+        f"{options.d_in} → {options.d_out}, rank {options.rank}, {options.dtype}, {options.threads} threads, µs"
+    )
+    print("experts  rows tokens     base   scores   choose " + "".join(f"{w[1:]:>9}" for w in WAYS))
+    for experts in (4, 8, 16, 32, 64, 166):
+        case = Case(options.d_in, options.d_out, experts, options.rank, dtype)
+        layers = layers_of(case)[:4]
+        for tokens in (1, 2, 4, 8, 16, 64, 128, 512):
+            with torch.inference_mode():
+                print(_row(case, layers, tokens), flush=True)
+
+
+def _row(case: Case, layers: list, tokens: int) -> str:
+    u = torch.randn(tokens, case.d_in).to(case.dtype)
+    y = torch.randn(tokens, case.d_out).to(case.dtype)
+    scores = [fast.gate_scores(u, one.gates) for one in layers]
+    choices = [fast.choose(s, 2) for s in scores]
+    each: dict[str, Callable[[int], object]] = {
+        "base": lambda i: u @ layers[i].weight.T,
+        "scores": lambda i: fast.gate_scores(u, layers[i].gates),
+        "choose": lambda i: fast.choose(scores[i], 2),
+    }
+    for name in WAYS:
+        slow = (name == "_gather" and tokens > 128) or (
+            name == "_dense" and tokens * experts_rows(case) > 1e6
+        )
+        if not slow:
+            way = getattr(fast, name)
+            each[name] = lambda i, way=way: way(u, y, layers[i].stack, *choices[i])
+    ways = {n: (lambda _, f=f: [f(i) for i in range(len(layers))]) for n, f in each.items()}
+    found = {n: 1e6 * t / len(layers) for n, t in medians(ways, max(5, min(20, 600 // tokens))).items()}
+    taken = _taken(u, y, layers[0], choices[0])
+    cells = "".join(f"{found.get(n, float('nan')):9.0f}" for n in ("base", "scores", "choose"))
+    cells += "".join(f"{found.get(n, float('nan')):8.0f}{'*' if n == taken else ' '}" for n in WAYS)
+    return f"{case.experts:7} {experts_rows(case):5} {tokens:6}{cells}"
+
+
+def experts_rows(case: Case) -> int:
+    return case.experts * case.rank
+
+
+def _taken(u: torch.Tensor, y: torch.Tensor, layer: object, choice: tuple[torch.Tensor, torch.Tensor]) -> str:
+    """Which way `mix` goes."""
+    kept, taken = {name: getattr(fast, name) for name in WAYS}, []
+    for name, way in kept.items():
+        setattr(fast, name, lambda *args, name=name, way=way: taken.append(name) or way(*args))
+    fast.mix(u, y, layer.stack, *choice)
+    for name, way in kept.items():
+        setattr(fast, name, way)
+    return taken[0]
 
 
 if __name__ == "__main__":

@@ -61,14 +61,60 @@ def test_mix_equals_the_sum_in_float64(name, dtype, tokens, ranks):
     assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("way", [fast._dense, fast._gather, fast._grouped])
+WAYS = [fast._dense, fast._gather, fast._grouped, fast._loop]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_three_ways_agree_with_the_reference(way, dtype):
-    _, u, y, stack, gates = problem(17, (6,) * 7, dtype=dtype)
+def test_every_way_agrees_with_the_reference(way, dtype):
+    _, u, y, stack, gates = problem(17, (8,) * 7, dtype=dtype)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 3)
     chosen[4, 1] = -1  # nothing chosen there
     expected = reference.mix(u, y, stack, chosen, weights)
     assert relative(way(u, y, stack, chosen, weights), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_has_the_references_gradient(way):
+    _, u, y, stack, gates = problem(9, (8,) * 5)
+    found = []
+    for mix in (reference.mix, way):
+        x = u.clone().requires_grad_()
+        chosen, weights = reference.choose(reference.gate_scores(x, gates), 2)
+        mix(x, y, stack, chosen, weights).square().sum().backward()
+        found.append(x.grad)
+    assert relative(found[1], found[0]) < 1e-5
+
+
+def chosen_way(monkeypatch, tokens, ranks, dtype, gaps=False):
+    _, u, y, stack, _ = problem(tokens, ranks, dtype=dtype)
+    if gaps:
+        stack = dataclasses.replace(stack, A=stack.A.repeat(2, 1), B=stack.B.repeat(2, 1))
+    taken = []
+    for way in WAYS:
+        monkeypatch.setattr(fast, way.__name__, lambda *args, way=way: taken.append(way) or way(*args))
+    fast.mix(u, y, stack, torch.zeros(tokens, 2, dtype=torch.long), torch.ones(tokens, 2))
+    return taken[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "dtype", "gaps", "way"),
+    [
+        (1, (8,) * 100, torch.bfloat16, False, fast._gather),
+        (50, (8,) * 100, torch.bfloat16, False, fast._dense),
+        (50, (8,) * 100, torch.bfloat16, True, fast._gather),
+        (50, (8,) * 200, torch.bfloat16, False, fast._gather),
+        (70, (8,) * 200, torch.bfloat16, False, fast._grouped),
+        (70, (8,) * 200, torch.bfloat16, True, fast._loop),
+        (70, (3,) * 600, torch.bfloat16, False, fast._loop),
+        (70, (8, 16) * 70, torch.bfloat16, False, fast._loop),
+        (50, (8,) * 10, torch.float32, False, fast._grouped),
+        (3, (8,) * 10, torch.float32, False, fast._loop),
+        (50, (3, 4), torch.float32, False, fast._loop),
+    ],
+)
+def test_the_way_taken(monkeypatch, tokens, ranks, dtype, gaps, way):
+    assert chosen_way(monkeypatch, tokens, ranks, dtype, gaps) is way
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -205,10 +251,10 @@ def delta_in_float64(part, u, w, b, h):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 7, 63])
-@pytest.mark.parametrize("way", ["dense", "grouped"])
+@pytest.mark.parametrize("way", ["dense", "loop"])
 def test_every_kind_of_update_mixes_with_every_other(name, with_bias, tokens, way, monkeypatch):
-    if way == "grouped":
-        monkeypatch.setattr(fast, "DENSE_ROWS", 0)
+    if way == "dense":
+        monkeypatch.setattr(fast, "_loop", fast._dense)
     parts, w, b = general()
     b = b if with_bias else None
     u = torch.randn(tokens, w.shape[1], generator=torch.Generator().manual_seed(3)) * 2 + 1

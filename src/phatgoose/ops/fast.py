@@ -9,16 +9,19 @@ from torch import Tensor
 from phatgoose.ops.reference import EPS
 from phatgoose.ops.stack import Layer, Stack, narrow
 
-# Measured by benchmarks/ops.py on two CPU cores (bf16, 576 → 1536): up to DENSE_ROWS stacked rows one product over all
-# experts is cheapest for any number of tokens; above it, up to GATHER_TOKENS tokens gather their own rows.
+# Measured by benchmarks/ops.py on a CPU (576 → 1536, rank 16, k = 2). In 16 bits, up to DENSE_ROWS stacked rows one product over
+# all experts is cheapest, unless fewer than one row in DENSE_SHARE is wanted; above, up to GATHER_TOKENS tokens gather their own rows.
+# In float32 copying rows costs more than it saves, and so does multiplying rows that nobody wants.
 DENSE_ROWS = 1024
-GATHER_TOKENS = 8
+DENSE_SHARE = 4
+GATHER_TOKENS = 64
+LOOP_TOKENS = 4
 
 
 def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
     """score_e = v̄_eᵀ ū / √d in float32 (float64 if u is). u: [N, d], gates: standardised [E, d] → [N, E]."""
     u = u.to(torch.promote_types(u.dtype, torch.float32))
-    return F.layer_norm(u, u.shape[-1:], eps=EPS) @ (gates.to(u.dtype) / u.shape[-1] ** 0.5).T
+    return F.layer_norm(u, u.shape[-1:], eps=EPS) @ gates.to(u.dtype).T * u.shape[-1] ** -0.5
 
 
 def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -40,13 +43,17 @@ def mix(
 
 
 def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
-    if (
-        stack.A.shape[0] <= DENSE_ROWS and not stack.has_gaps
-    ):  # rows that nobody owns may hold anything, NaN too
+    """By whichever way was measured to be cheapest. Rows that nobody owns may hold anything, NaN too: no dense product there."""
+    rows, wanted = stack.A.shape[0], chosen.numel() * max(stack.ranks)
+    narrow = stack.A.dtype.itemsize == 2
+    if narrow and rows <= min(DENSE_ROWS, DENSE_SHARE * wanted) and not stack.has_gaps:
         return _dense(u, y, stack, chosen, weights)
-    if u.shape[0] <= GATHER_TOKENS and len(set(stack.ranks)) == 1 and not stack.embedding:
+    equal = len(set(stack.ranks)) == 1 and not stack.embedding
+    if equal and narrow and u.shape[0] <= GATHER_TOKENS:
         return _gather(u, y, stack, chosen, weights)
-    return _grouped(u, y, stack, chosen, weights)
+    if equal and u.shape[0] > LOOP_TOKENS and _can_group(stack):
+        return _grouped(u, y, stack, chosen, weights)
+    return _loop(u, y, stack, chosen, weights)
 
 
 def _others(
@@ -98,7 +105,7 @@ def _dense(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) 
 def _gather(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """Each token's own rows gathered, then small batched products; for few tokens and equal ranks."""
     rank, (n, k) = stack.ranks[0], chosen.shape
-    starts = torch.tensor(stack.starts, device=u.device)[chosen.clamp(min=0)]
+    starts = stack.start_vector(u.device)[chosen.clamp(min=0)]
     rows = (starts[..., None] + torch.arange(rank, device=u.device)).view(n, k * rank)
     u = u.to(stack.A.dtype)
     per_row = _scaled(stack, chosen, weights).to(u.dtype).repeat_interleave(rank, dim=1)  # [N, k·r]
@@ -106,8 +113,38 @@ def _gather(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor)
     return (y + torch.bmm(hidden[:, None, :], stack.B[rows])[:, 0]).to(y.dtype)
 
 
+def _can_group(stack: Stack) -> bool:
+    """Whether torch's grouped product takes these matrices: one after the other, every row a multiple of 16 bytes."""
+    size, rank = stack.A.dtype.itemsize, stack.ranks[0]
+    widths = (rank, stack.A.shape[1], stack.B.shape[1])
+    return (
+        hasattr(F, "grouped_mm")
+        and not stack.has_gaps
+        and stack.starts == tuple(range(0, rank * stack.experts, rank))
+        and all(width and width * size % 16 == 0 for width in widths)
+        and stack.A.dtype in (torch.bfloat16, torch.float32)
+        and stack.A.is_contiguous()
+        and stack.B.is_contiguous()
+    )
+
+
 def _grouped(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Tokens sorted by expert, one pair of products per expert in use; any ranks."""
+    """Tokens sorted by expert, two grouped products; for equal ranks."""
+    rank, k = stack.ranks[0], chosen.shape[1]
+    flat = chosen.reshape(-1).clamp(min=0)  # where nothing is chosen, expert 0 with weight 0
+    order = flat.argsort(stable=True)
+    tokens = order // k
+    scale = _scaled(stack, chosen, weights).reshape(-1)[order].to(stack.A.dtype)[:, None]
+    ends = torch.bincount(flat, minlength=stack.experts).cumsum(0).to(torch.int32)
+    a, b = (m.view(stack.experts, rank, -1) for m in (stack.A, stack.B))
+    hidden = F.grouped_mm(u[tokens].to(a.dtype), a.transpose(1, 2), offs=ends) * scale
+    delta = F.grouped_mm(hidden, b, offs=ends)
+    total = torch.zeros(y.shape, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+    return (y + total.index_add(0, tokens, delta.to(total.dtype))).to(y.dtype)
+
+
+def _loop(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Tokens sorted by expert, one pair of products per expert in use; any ranks and any rows."""
     flat = chosen.reshape(-1)
     order = flat.argsort(stable=True)
     tokens = order // chosen.shape[1]

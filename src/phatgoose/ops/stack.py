@@ -132,6 +132,13 @@ class Stack:
             self.__dict__["_known_scales"] = known
         return known
 
+    def start_vector(self, device: torch.device) -> Tensor:
+        """starts as an int64 tensor [E]."""
+        if (known := self.__dict__.get("_known_starts")) is None or known.device != device:
+            known = torch.tensor(self.starts, device=device)
+            self.__dict__["_known_starts"] = known
+        return known
+
     def to(self, device: torch.device) -> Stack:
         def moved(v: Vectors | None) -> Vectors | None:
             return None if v is None else Vectors(v.experts.to(device), v.values.to(device))
