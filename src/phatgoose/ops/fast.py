@@ -13,7 +13,7 @@ from phatgoose.ops.stack import Layer, Stack, narrow
 # all experts is cheapest, unless fewer than one row in DENSE_SHARE is wanted; above, up to GATHER_TOKENS tokens gather their own rows.
 # In float32 copying rows costs more than it saves, and so does multiplying rows that nobody wants.
 DENSE_ROWS = 1024
-DENSE_SHARE = 4
+DENSE_SHARE = 3
 GATHER_TOKENS = 64
 LOOP_TOKENS = 4
 
