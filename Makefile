@@ -35,8 +35,8 @@ fuzz: $(STAMP) ## N (a million) changed files for every reader of files that oth
 	$(BIN)/python tests/fuzz/fuzz_run.py --count $(N)
 
 lint: $(STAMP) ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 
 axe: build/axe/axe.min.js ## fetch axe-core (with npm), with which the tests look for what keeps people out of the page
@@ -48,7 +48,10 @@ build/axe/axe.min.js:
 picture: $(STAMP) ## the README's picture, from the page of a finished quickstart
 	$(BIN)/python docs/images/picture.py quickstart-out/quickstart.html docs/images/page.png
 
+bench: $(STAMP) ## routing against its base on this machine, into benchmarks/results
+	$(BIN)/python benchmarks/bench.py --arrow
+
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test fuzz lint axe picture docs ungated
+.PHONY: help setup quickstart smoke test fuzz lint axe picture bench docs ungated

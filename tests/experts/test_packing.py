@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from packing_fixtures import adapter, contents, make_plain, make_zoo, pool_of
 from safetensors.torch import load_file, save_file
 
+from packing_fixtures import adapter, contents, make_plain, make_zoo, pool_of
 from phatgoose import Expert, Pool
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts import packing
