@@ -54,6 +54,28 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         write_bytes(tmp_path / "file" / "below", b"")
 
 
+def test_nothing_but_a_folder_is_replaced_by_a_folder(tmp_path):
+    file, pipe, loose = tmp_path / "file", tmp_path / "pipe", tmp_path / "loose"
+    file.write_text("x")
+    os.mkfifo(pipe)
+    loose.symlink_to(tmp_path / "gone")
+    for target in (file, pipe, loose):
+        with (
+            pytest.raises(StorageError, match=rf"{target.name}: something that isn't a folder is there"),
+            atomic_folder(target),
+        ):
+            raise AssertionError("must not begin")
+    for target in (pipe, tmp_path):
+        with pytest.raises(
+            StorageError, match=rf"{target.name}: something that isn't an ordinary file is there"
+        ):
+            write_bytes(target, b"")
+    assert file.read_text() == "x"
+    assert pipe.is_fifo()
+    assert loose.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["file", "loose", "pipe"]
+
+
 def test_unreadable_json_is_named(tmp_path):
     path = tmp_path / "x.json"
     for content in (b"{", b"\xff\xfe", b"[" * 100_000):

@@ -53,8 +53,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` to write into; on success it takes `target`'s place in one rename, on error it goes.
 
     An existing `target` is moved aside first and removed once the new one stands, so a reader never sees half a folder.
+
+    Raises:
+        StorageError: if there is no space or no permission, or `target` is there and is no folder: nothing but a folder is replaced.
     """
     target = Path(target)
+    if os.path.lexists(target) and not target.is_dir():
+        raise StorageError(
+            f"can't write a folder to {target}: something that isn't a folder is there. Choose another name."
+        )
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -85,9 +92,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes `path` whole or not at all.
 
     Raises:
-        StorageError: if there is no space or no permission; an existing file is left as it was.
+        StorageError: if there is no space or no permission, or `path` is no ordinary file (a folder, a device, a pipe), which a
+            rename would do away with; what exists is left as it was.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise StorageError(
+            f"can't write {path}: something that isn't an ordinary file is there. Choose another name."
+        )
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -22,6 +22,7 @@ from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
 from phatgoose.models.fingerprint import fingerprint
+from phatgoose.models.fits import check_finite_stack
 from phatgoose.models.layers import (
     compute_dtype,
     dense_weight,
@@ -197,6 +198,8 @@ class _Site:
         null = (0,) * (len(parts) - len(rows.starts)) if rows is not None else ()
         there = None if rows is None else (rows.A, rows.B, rows.starts + null)
         self.stack: Stack = make_stack(parts, d_in, d_out, dtype, there)
+        names = [pool.experts[i].name for i in members if i >= 0]
+        check_finite_stack(self.stack, names, path, mapped=there is not None)
         self.layer = None if self.stack.low_rank_only else layer_of(module)
         self.source = residual_source(routing.model, parts)
         # An embedding's input is a token's number, which has no direction: its gates read its output.
