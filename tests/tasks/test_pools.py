@@ -10,7 +10,15 @@ from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import cache_folder
 from phatgoose.tasks import pools_bigbench, pools_flan, suites
 from phatgoose.tasks.bbh import NAMES
-from phatgoose.tasks.entries import Entry, check_apart, dataset_of, entry, load_entry, with_validation
+from phatgoose.tasks.entries import (
+    Entry,
+    check_apart,
+    dataset_of,
+    entry,
+    folder_for,
+    load_entry,
+    with_validation,
+)
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.pools import POOLS, pool_entries
 from phatgoose.tasks.prompted import choose
@@ -182,8 +190,21 @@ def test_validation_is_taken_behind_the_test_rows(tmp_path):
     write(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x", "split": "test"} for i in range(50)])
     task = load_entry(entry("jsonl:a.jsonl"), folders={"jsonl": tmp_path})
     assert not task.validation
-    short, long = with_validation(task, 20), with_validation(task, 100)
-    assert (len(short.test), len(short.validation)) == (20, 30)
-    assert (len(long.test), len(long.validation)) == (35, 15)
-    assert short.test == task.test[:20]
-    assert with_validation(short, 5) == short
+    for test_rows, validation_rows, left in [
+        (20, 8, (20, 30)),
+        (40, 8, (40, 10)),
+        (40, 20, (35, 15)),
+        (100, 8, (42, 8)),
+    ]:
+        found = with_validation(task, test_rows, validation_rows)
+        assert (len(found.test), len(found.validation)) == left
+        assert found.test + found.validation == task.test
+        assert with_validation(found, 5, 5) == found
+
+
+def test_a_folder_under_a_sources_name_is_that_sources_also_for_a_suite_of_the_name():
+    given = {"bbh": "rows", "t0ho": "raw", "prompted": "rendered"}
+    assert folder_for("bbh:web_of_lies", "bbh", given) == "rows"
+    assert folder_for("bigbench:navigate", "bbh", given) is None
+    assert folder_for("prompted:wic", "t0ho", given) == "raw"
+    assert folder_for("prompted:paws", "t0-held-in", given) == "rendered"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task
-from phatgoose.tasks.load import load_task
+from phatgoose.tasks.load import SOURCES, load_task
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -60,15 +60,14 @@ def load_entry(
     """The entry as one Task, named after the entry; several specs' rows are put together, a prompt in one split only.
 
     Args:
-        group: the pool or suite it is of; a folder given for that goes before a folder of the source.
+        group: the pool or suite it is of; a folder given for that goes before a folder of the source (`folder_for`).
 
     Raises:
         TaskError, UnknownName, DownloadError: as `load_task`.
     """
     fractions, parts = fractions or Fractions(), []
     for spec in entry.specs:
-        source = split_spec(spec).source
-        folder = (folders or {}).get(group) or (folders or {}).get(source)
+        folder = folder_for(spec, group, folders or {})
         parts.append(load_task(_capped(spec, limit), folder=folder, fractions=fractions, limit=limit))
     if len(parts) == 1:
         source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
@@ -78,6 +77,16 @@ def load_entry(
     if entry.metric:
         source_record = source_record | {"metric": entry.metric}
     return Task(entry.name, rows["train"], rows["validation"], rows["test"], source_record)
+
+
+def folder_for(spec: str, group: str, folders: Folders) -> str | Path | None:
+    """Where the data of a spec of the pool or suite `group` is read from; None: it is fetched.
+
+    A folder under a name that is a suite's or pool's as well as a source's ("bbh", "bigbench", "flan") is the source's: such a suite
+    also has tasks of other sources, whose data doesn't lie there.
+    """
+    source = split_spec(spec).source
+    return (None if group in SOURCES else folders.get(group)) or folders.get(source)
 
 
 def check_apart(
@@ -102,14 +111,16 @@ def check_apart(
         )
 
 
-def with_validation(task: Task, test_rows: int) -> Task:
-    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows, at least 3 of 10.
+def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
+    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows.
 
-    Test rows are in random order. Where a row is shown under several prompts, its other prompts may be on the other side.
+    Where that is less than `validation_rows`, up to 3 of 10 rows. Test rows are in random order; where a row is shown under several
+    prompts, its other prompts may be on the other side.
     """
     if task.validation or len(task.test) < 2:
         return task
-    kept = min(test_rows, max(1, len(task.test) * 7 // 10))
+    rows = len(task.test)
+    kept = min(test_rows, max(1, rows * 7 // 10, rows - max(1, validation_rows)))
     source = task.source | {"validation": "rows behind the test rows"}
     return replace(task, test=task.test[:kept], validation=task.test[kept:], source=source)
 

@@ -134,6 +134,10 @@ class ExperimentRecipe:
         only = set(self.pool.only) or set(names)
         return tuple(e for e in found if e.name in only and e.name not in self.pool.leave_out)
 
+    def group_of(self, name: str) -> str:
+        """The named pool that the expert `name` is of; "" if it is one of the recipe's own tasks."""
+        return next((g for g in self.pool.names if any(e.name == name for e in pool_entries(g))), "")
+
     @property
     def suites(self) -> tuple[Suite, ...]:
         """What is measured; a suite's own-copy tasks are left out where no folder has been given for them."""

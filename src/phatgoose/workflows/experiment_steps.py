@@ -65,9 +65,7 @@ class Lab:
         return self._tasks[suite, name]
 
     def _in_pool(self, entry: Entry) -> Task:
-        pool = self.recipe.pool
-        group = next((g for g in pool.names if g in self.recipe.folders), "")
-        rows = {"train": pool.train_rows}
+        group, rows = self.recipe.group_of(entry.name), {"train": self.recipe.pool.train_rows}
         return load_entry(entry, group=group, folders=self.recipe.folders, limit=rows)  # type: ignore[arg-type]
 
     def _unseen(self, suite: str, entry: Entry) -> Task:
@@ -77,7 +75,7 @@ class Lab:
         task = load_entry(
             entry, group=suite, folders=self.recipe.folders, fractions=UNSEEN_FRACTIONS, limit=limit  # type: ignore[arg-type]
         )  # fmt: skip
-        return with_validation(task, measure.test_rows)
+        return with_validation(task, measure.test_rows, measure.choice_rows)
 
     def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
         if (name, expert) not in self._systems:
