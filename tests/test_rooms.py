@@ -20,6 +20,7 @@ ORDER = [
     {"models"},
     {"training", "evaluation", "analysis", "serving"},
     {"workflows"},
+    {"ui"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

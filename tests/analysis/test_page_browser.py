@@ -6,11 +6,12 @@ import json
 import random
 
 import pytest
-from browser import chromium, until, violations, visit  # noqa: F401 - fixtures
 from test_page import HOSTILE, make_prompt, make_results
 
+from browser import until, violations
 from phatgoose.analysis.page import RoutedPrompt, report
 
+pytest_plugins = ["browser_fixtures"]
 LAYERS, KINDS = 30, 7
 
 
@@ -49,11 +50,11 @@ def token(page, text):
     return page.locator("article").first.locator(".token", has_text=text).first
 
 
-def test_a_layer_can_be_picked_and_a_token_asked(small, visit):  # noqa: F811
+def test_a_layer_can_be_picked_and_a_token_asked(small, visit):
     page = visit(small)
     first = page.locator("article").first
     first.scroll_into_view_if_needed()
-    assert token(page, "walk").get_attribute("aria-label") == "walk: plural 60 %"
+    assert token(page, "walk").get_attribute("aria-label") == "walk B: plural 60 %"
     token(page, "walk").hover()
     assert "2 modules" in first.locator(".detail").text_content()
     page.locator("#layer").select_option(label="1")
@@ -65,7 +66,7 @@ def test_a_layer_can_be_picked_and_a_token_asked(small, visit):  # noqa: F811
     assert "not seen" in token(page, "walk").get_attribute("aria-label")
 
 
-def test_tokens_by_keyboard(small, visit):  # noqa: F811
+def test_tokens_by_keyboard(small, visit):
     page = visit(small)
     page.locator("article").first.scroll_into_view_if_needed()
     token(page, "a").focus()
@@ -77,7 +78,7 @@ def test_tokens_by_keyboard(small, visit):  # noqa: F811
     assert page.locator("article").first.locator(".token[tabindex='0']").count() == 1
 
 
-def test_an_expert_can_be_picked_out_in_the_legend(small, visit):  # noqa: F811
+def test_an_expert_can_be_picked_out_in_the_legend(small, visit):
     page = visit(small)
     page.locator("article").first.scroll_into_view_if_needed()
     page.locator("#legend button", has_text="plural").click()
@@ -90,7 +91,7 @@ def test_an_expert_can_be_picked_out_in_the_legend(small, visit):  # noqa: F811
     assert "plural" in page.evaluate("document.activeElement.textContent")
 
 
-def test_the_search_filters_cards_layers_and_legend(small, visit):  # noqa: F811
+def test_the_search_filters_cards_layers_and_legend(small, visit):
     page = visit(small)
     page.get_by_label("Find experts").fill("PLUR")
     until(page, "document.getElementById('found').textContent === '1 of 2 experts'")
@@ -104,7 +105,7 @@ def test_the_search_filters_cards_layers_and_legend(small, visit):  # noqa: F811
     assert "No expert fits" in page.locator("#layers-cell").text_content()
 
 
-def test_the_layers_of_a_task_by_keyboard(small, visit):  # noqa: F811
+def test_the_layers_of_a_task_by_keyboard(small, visit):
     page = visit(small)
     rows = page.locator("#layers-table tbody tr")
     assert rows.count() == 2
@@ -118,7 +119,7 @@ def test_the_layers_of_a_task_by_keyboard(small, visit):  # noqa: F811
     assert page.locator("#layers-cell").text_content() == "B plural, layer 1: 75 %, number 1 of 2 there"
 
 
-def test_cards_link_to_their_nearest(small, visit):  # noqa: F811
+def test_cards_link_to_their_nearest(small, visit):
     page = visit(small)
     card = page.locator(".card").first
     card.scroll_into_view_if_needed()
@@ -127,7 +128,7 @@ def test_cards_link_to_their_nearest(small, visit):  # noqa: F811
     assert page.evaluate("location.hash") == "#expert-2"
 
 
-def test_the_data_can_be_downloaded(small, visit):  # noqa: F811
+def test_the_data_can_be_downloaded(small, visit):
     page = visit(small)
     with page.expect_download() as started:
         page.get_by_role("link", name="Download the data").click()
@@ -138,7 +139,7 @@ def test_the_data_can_be_downloaded(small, visit):  # noqa: F811
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 375])
-def test_it_fits_and_is_accessible(small, visit, width, dark):  # noqa: F811
+def test_it_fits_and_is_accessible(small, visit, width, dark):
     page = visit(small, width=width, dark=dark)
     for article in page.locator("article").all():
         article.scroll_into_view_if_needed()
@@ -148,14 +149,14 @@ def test_it_fits_and_is_accessible(small, visit, width, dark):  # noqa: F811
     assert violations(page) == []
 
 
-def test_without_scripts_the_prompts_and_tables_are_there(small, visit):  # noqa: F811
+def test_without_scripts_the_prompts_and_tables_are_there(small, visit):
     page = visit(small, script=False)
     assert page.locator(".plain").first.text_content() == "walk"
     assert page.locator(".card").count() == 2
     assert page.locator("#filters").is_hidden()
 
 
-def test_hostile_names_run_nothing(tmp_path, visit):  # noqa: F811
+def test_hostile_names_run_nothing(tmp_path, visit):
     results = with_everything((HOSTILE, HOSTILE + "b"))
     for expert in results["experts"]:
         expert["made"] = {HOSTILE: HOSTILE}
@@ -198,7 +199,7 @@ def large(tmp_path_factory):
     return report(results, [prompt], out=tmp_path_factory.mktemp("large") / "page.html")
 
 
-def test_a_large_page_is_small_and_quick(large, visit):  # noqa: F811
+def test_a_large_page_is_small_and_quick(large, visit):
     assert large.stat().st_size < 10e6
     paints = []
     for _ in range(3):  # the machine may be busy

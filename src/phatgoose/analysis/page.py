@@ -51,28 +51,56 @@ def report(
     names += [name for profile in data.get("layers", {}).values() for name in profile["experts"]]
     names += [name for prompt in shown for name in prompt["experts"]]
     marks = legend(names)
-    environment = _environment()
-    script = environment.get_template("page.js.j2").render()
-    html = environment.get_template("page.html.j2").render(
+    html, _ = rendered(
+        "page",
+        {"format": FORMAT, "results": data, "experts": marks, "prompts": shown},
         data=data,
         prompts=shown,
         marks=marks,
         title=data.get("title") or "PHATGOOSE: which expert for which token",
         measured=bool(data["systems"]),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup(environment.get_template("page.css.j2").render()),
-        embedded=htmlsafe_json_dumps(
-            {"format": FORMAT, "results": data, "experts": marks, "prompts": shown},
-            dumps=json.dumps,
-            allow_nan=False,
-            separators=(",", ":"),
-        ),
+        # A share is told by a style attribute.
+        style_sources="'unsafe-inline'",
         **view(data, marks),
     )
-    # A lone surrogate in someone's text can't be written as UTF-8; the embedded JSON keeps it, escaped.
-    write_bytes(Path(out), html.encode("utf-8", "replace"))
+    write_bytes(Path(out), html)
     return Path(out)
+
+
+def rendered(
+    name: str, embedded: Mapping[str, Any], *, style_sources: str | None = None, **context: Any
+) -> tuple[bytes, str]:
+    """The page of the templates `name`.html.j2, .js.j2 and, beside page.css.j2, .css.j2, in UTF-8, and its content policy.
+
+    Args:
+        embedded: what the page's script reads, as JSON.
+        style_sources: where style may come from; None: only the page's own style sheet.
+        context: what the template reads.
+    """
+    environment = _environment()
+    script = environment.get_template(f"{name}.js.j2").render()
+    styles = [environment.get_template(f"{part}.css.j2").render() for part in dict.fromkeys(("page", name))]
+    style = "\n".join(styles)
+    policy = (
+        f"default-src 'none'; style-src {style_sources or _hash(style)}; script-src {_hash(script)}; "
+        f"img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    if context.get("live"):
+        policy += "; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+    html = environment.get_template(f"{name}.html.j2").render(
+        script=Markup(script),
+        style=Markup(style),
+        policy=policy,
+        embedded=htmlsafe_json_dumps(embedded, dumps=json.dumps, allow_nan=False, separators=(",", ":")),
+        **context,
+    )
+    # A lone surrogate in someone's text can't be written as UTF-8; the embedded JSON keeps it, escaped.
+    return html.encode("utf-8", "replace"), policy
+
+
+def _hash(text: str) -> str:
+    """`text` as a source of a content policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _environment() -> Environment:

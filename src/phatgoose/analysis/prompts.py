@@ -169,27 +169,39 @@ def written(prompt: RoutedPrompt) -> list[Written]:
     return [Written(text, name, share) for text, name, share, _ in found]
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) -> list[str]:
-    """The text each token adds, so that joining them gives the decoded whole.
+class TokenTexts:
+    """The text each token adds to those before it, asked for one by one, so that joining them gives the decoded whole.
 
     A token that ends inside a character adds nothing; the one that completes it adds the character. Tokens are decoded after
     the ones before them, since some tokenizers drop a leading space.
     """
-    ids, texts = list(ids), []
-    start = done = 0  # ids[start:done] is decoded before each new token, to find out where that starts
 
-    def decode(a: int, b: int) -> str:
-        piece = tokenizer.decode(ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._start = self._done = (
+            0  # ids[start:done] is decoded before each new token, to find out where that starts
+        )
+
+    def add(self, token: int, *, last: bool = False) -> str:
+        """What `token` adds. `last`: none follows, so half a character is told as it is."""
+        self.ids.append(token)
+        before, text = self._decode(self._done), self._decode(len(self.ids))
+        if text.endswith("\ufffd") and not last:
+            return ""
+        self._start, self._done = self._done, len(self.ids)
+        return text[len(before) :]
+
+    def _decode(self, end: int) -> str:
+        ids = self.ids[self._start : end]
+        piece = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(piece)  # its type allows for a list, which one sequence doesn't give
 
-    for end in range(1, len(ids) + 1):
-        before, text = decode(start, done), decode(start, end)
-        if text.endswith("\ufffd") and end < len(ids):
-            texts.append("")
-            continue
-        texts.append(text[len(before) :])
-        start, done = done, end
-    return texts
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) -> list[str]:
+    """The text each token of a whole sequence adds."""
+    ids, texts = list(ids), TokenTexts(tokenizer)
+    return [texts.add(token, last=i == len(ids) - 1) for i, token in enumerate(ids)]
 
 
 def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Chat:
         show.note(f"router: {choice.text}")
 
     def answer(self, line: str) -> None:
-        from phatgoose.cli.streaming import encode_chat, encode_prompt
+        from phatgoose.workflows.encoding import encode_chat, encode_prompt
 
         if self.raw:
             self.generate(encode_prompt(self.base, line.replace("\\n", "\n")))

@@ -62,7 +62,8 @@ def command(
     if experts is None or choice.router is None or choice.merged:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
     model = load(base, dtype, device)
-    from phatgoose.cli.streaming import encode_chat, encode_prompt, room_for
+    from phatgoose.cli.streaming import room_for
+    from phatgoose.workflows.encoding import encode_chat, encode_prompt
 
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
     found, _ = explain(

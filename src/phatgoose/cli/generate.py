@@ -58,7 +58,8 @@ def command(
     choice = choose(router, experts, backend)
     model = load(base, dtype, device)
     attach(model, experts, choice, backend)
-    from phatgoose.cli.streaming import encode_chat, encode_prompt, stream
+    from phatgoose.cli.streaming import stream
+    from phatgoose.workflows.encoding import encode_chat, encode_prompt
 
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
     stream(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

@@ -23,6 +23,7 @@ from phatgoose.cli import (
     report,
     tasks,
     train,
+    ui,
 )
 from phatgoose.cli.group import Commands
 
@@ -47,6 +48,7 @@ app.command("generate")(generate.command)
 app.command("chat")(chat.command)
 app.command("explain")(explain.command)
 app.command("report")(report.command)
+app.command("ui")(ui.command)
 app.add_typer(tasks.app, name="tasks")
 app.command("doctor")(doctor.command)
 

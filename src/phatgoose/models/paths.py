@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _CROSS = re.compile(r"(?:^|\.)(?:EncDecAttention|encoder_attn|crossattention)(?:\.|$)")
@@ -29,6 +29,23 @@ def places(paths: Sequence[str], reads: Sequence[str]) -> dict[str, Place]:
         path: Place(path, stream, "cross-attention" if _CROSS.search(path) else stream, layer, kind)
         for path, stream, (layer, kind) in zip(paths, reads, sites, strict=True)
     }
+
+
+def layer_labels(where: Mapping[str, Place]) -> dict[str, str]:
+    """Each module's layer in words ("3"; "enc 3" and "dec 3" where there is an encoder; "other" outside of the layers), in the
+    order in which layers are shown: the encoder's first."""
+    several = any(place.reads == "encoder" for place in where.values())
+
+    def label(place: Place) -> str:
+        if place.layer is None:
+            return "other"
+        return f"{'enc' if place.part == 'encoder' else 'dec'} {place.layer}" if several else str(place.layer)
+
+    def order(path: str) -> tuple[bool, bool, int]:
+        place = where[path]
+        return place.layer is None, place.part != "encoder", place.layer or 0
+
+    return {path: label(where[path]) for path in sorted(where, key=order)}
 
 
 def layer_and_kind(modules: Sequence[str]) -> list[tuple[int | None, str]]:

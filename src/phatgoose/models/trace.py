@@ -57,6 +57,11 @@ class Trace:
                 whole[key], self._choices[path] = one.tokens, [one]
         return [parts[0] for parts in self._choices.values()]
 
+    def drain(self) -> list[Choices]:
+        """`choices` since the last call of this. They are let go of here, so that a long run can be followed in little memory."""
+        found, self._choices = self.choices, {}
+        return found
+
     def __getitem__(self, path: str) -> Choices:
         """The choices of one module.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
 
 from phatgoose.evaluation.continuations import decoder_start
 from phatgoose.evaluation.generate import end_tokens, settings_are_own
@@ -14,10 +16,15 @@ from phatgoose.models.base import Base
 from phatgoose.tasks.batch import pad_id
 
 
-def greedy_answer(base: Base, ids: Tensor, max_new_tokens: int) -> Tensor:
+def greedy_answer(
+    base: Base, ids: Tensor, max_new_tokens: int, after_each: Callable[[Tensor], bool] | None = None
+) -> Tensor:
     """A plain greedy answer behind ids [1, T], without the checkpoint's own penalties and suppressions: int64 [1, …].
 
     Behind a prompt (of an encoder–decoder: behind its decoder's start token) stands the answer, with its end token if it ended.
+
+    Args:
+        after_each: called after each token with all that is there, as it will be returned; True ends the answer there.
     """
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -32,4 +39,15 @@ def greedy_answer(base: Base, ids: Tensor, max_new_tokens: int) -> Tensor:
     own = GenerationConfig(**settings)
     with settings_are_own(base.model, own), torch.no_grad():
         run: Any = base.model.generate
-        return cast(Tensor, run(inputs=ids, attention_mask=torch.ones_like(ids), generation_config=own))
+        watched = StoppingCriteriaList([] if after_each is None else [_Watch(after_each)])
+        mask = torch.ones_like(ids)
+        out = run(inputs=ids, attention_mask=mask, generation_config=own, stopping_criteria=watched)
+        return cast(Tensor, out)
+
+
+class _Watch(StoppingCriteria):
+    def __init__(self, after_each: Callable[[Tensor], bool]) -> None:
+        self.after_each = after_each
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.after_each(input_ids), device=input_ids.device)

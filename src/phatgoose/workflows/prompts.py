@@ -14,6 +14,7 @@ from phatgoose.analysis.measures import expert_shares, load
 from phatgoose.analysis.page import RoutedPrompt, routed_prompt
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.paths import layer_labels
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import Trace, trace
 from phatgoose.records import Task
@@ -88,21 +89,15 @@ def with_cards(
 
 def layer_shares(t: Trace) -> dict[str, Any]:
     """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their load."""
-    groups: dict[tuple[str, int], list[torch.Tensor]] = {}
-    outside: list[torch.Tensor] = []
-    for path, values in load(t).items():
-        place = t.places[path]
-        part = place.part if place.part == "encoder" else "decoder"
-        (outside if place.layer is None else groups.setdefault((part, place.layer), [])).append(values)
-    parts = sorted(groups, key=lambda key: (key[0] != "encoder", key[1]))
-    labels = [f"{part[:3]} {layer}" if t.encoder_decoder else str(layer) for part, layer in parts]
-    rows = [torch.stack(groups[key]).mean(0).tolist() for key in parts]
-    if outside:
-        labels, rows = [*labels, "other"], [*rows, torch.stack(outside).mean(0).tolist()]
+    loads = load(t)
+    groups: dict[str, list[torch.Tensor]] = {}
+    for path, label in layer_labels(t.places).items():
+        if path in loads:
+            groups.setdefault(label, []).append(loads[path])
     return {
-        "layers": labels,
+        "layers": list(groups),
         "experts": list(t.experts),
-        "shares": [[round(s, 4) for s in row] for row in rows],
+        "shares": [[round(s, 4) for s in torch.stack(of).mean(0).tolist()] for of in groups.values()],
     }
 
 

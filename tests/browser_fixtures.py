@@ -1,19 +1,18 @@
-"""A real Chromium for the tests of pages: Debian's, driven by Playwright; without either, tests are skipped and say why."""
+"""A real Chromium for the tests of pages: Debian's, driven by Playwright; without either, tests are skipped and say why.
+
+Fixtures of one browser for all tests: `pytest_plugins = ["browser_fixtures"]`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import time
-from pathlib import Path
 
 import pytest
 
 CHROMIUM = (
     os.environ.get("PHATGOOSE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 )
-AXE = Path(os.environ.get("PHATGOOSE_AXE", Path(__file__).parents[2] / "build" / "axe" / "axe.min.js"))
 
 
 @pytest.fixture(scope="session")
@@ -54,24 +53,3 @@ def visit(chromium):
     for context in pages:
         context.close()
     assert wrong == []
-
-
-def until(page, condition: str, seconds: float = 8) -> None:
-    """Waits for a condition in JavaScript. (Playwright's own waiting evaluates strings in the page, which its policy forbids.)"""
-    end = time.monotonic() + seconds
-    while not page.evaluate(condition):
-        assert time.monotonic() < end, f"never true: {condition}"
-        page.wait_for_timeout(20)
-
-
-def violations(page) -> list[str]:
-    """What axe-core finds serious or critical, as "rule: first place"."""
-    if not AXE.exists():
-        pytest.skip(f"there is no axe-core at {AXE}: make axe")
-    page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-    return [
-        f"{v['id']}: {json.dumps(v['nodes'][0]['target'])} {v['nodes'][0].get('failureSummary', '')[:300]}"
-        for v in found["violations"]
-        if v["impact"] in ("serious", "critical")
-    ]

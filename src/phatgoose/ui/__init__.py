@@ -1,0 +1,1 @@
+"""`phatgoose ui`: a page on this machine that shows an answer's routing while it is written."""

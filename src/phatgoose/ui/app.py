@@ -1,0 +1,120 @@
+"""The server: the page, and answers as lines of JSON while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import TypeAdapter, ValidationError
+from starlette.exceptions import HTTPException
+
+from phatgoose.analysis.live import live_page
+from phatgoose.errors import PhatgooseError
+from phatgoose.ui.guard import Guard
+from phatgoose.ui.session import Ask, Session
+from phatgoose.ui.turns import Busy, Job, Turns
+
+_ASK = TypeAdapter(Ask)
+
+
+def make_app(session: Session) -> FastAPI:
+    """The page of this session at /, and POST /answer, which takes an `Ask` and gives the events of `Session.answer`, one a line."""
+    html, policy = live_page(
+        base=session.base.spec,
+        pool=session.pool,
+        places=session.places,
+        routers=list(session.routers.values()),
+        chat=session.base.tokenizer.chat_template is not None,
+        most_new_tokens=session.limits.new_tokens,
+    )
+    turns = Turns(session.limits.waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        turns.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.add_middleware(Guard, body_bytes=session.limits.body_bytes)
+
+    @app.get("/")
+    async def page() -> Response:
+        headers = {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"}
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+    @app.post("/answer")
+    async def answer(request: Request) -> Response:
+        ask = _ASK.validate_json(await request.body())
+        session.check(ask)
+        return _Lines(turns, turns.submit(partial(session.answer, ask)))
+
+    @app.exception_handler(PhatgooseError)
+    async def refused(request: Request, error: PhatgooseError) -> Response:
+        if isinstance(error, Busy):
+            return JSONResponse({"error": str(error)}, 429, {"Retry-After": "5"})
+        return JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(ValidationError)
+    async def malformed(request: Request, error: ValidationError) -> Response:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))[:200]
+        return JSONResponse({"error": f"{where or 'the request'}: {first['msg'][:300]}"}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def failed(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+    return app
+
+
+class _Lines(StreamingResponse):
+    """A job's events; when nobody reads them any more, however that came, nobody waits for it either."""
+
+    def __init__(self, turns: Turns, job: Job) -> None:
+        self.turns, self.job = turns, job
+        super().__init__(self._lines(), media_type="application/x-ndjson")
+
+    async def _lines(self) -> AsyncIterator[bytes]:
+        async for event in self.turns.events(self.job):
+            yield json.dumps(event, separators=(",", ":")).encode() + b"\n"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.turns.leave(self.job)
+
+
+def listen(port: int) -> socket.socket:
+    """A socket of this machine's own address, which other machines can't reach; port 0: any that is free.
+
+    Raises:
+        PhatgooseError: the port is taken, or may not be used.
+    """
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(("127.0.0.1", port))
+    except OSError as error:
+        found.close()
+        raise PhatgooseError(
+            f"can't listen on port {port}: {error.strerror}. Give another with --port."
+        ) from error
+    return found
+
+
+def server(app: FastAPI) -> uvicorn.Server:
+    """What runs the application on a socket: `server(app).run(sockets=[listen(port)])`."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+            limit_concurrency=64, timeout_graceful_shutdown=3,
+        )
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""What the model read and whom it chose, step by step, as the page takes it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from phatgoose.analysis.prompts import UNSEEN, TokenTexts
+from phatgoose.errors import RoutingError
+from phatgoose.models.choices import Choices
+from phatgoose.models.paths import Place
+
+
+class Pieces:
+    """Turns an answer that grows into events {"event": "tokens", …}, each with the tokens that were read since the last one.
+
+    `texts`: what each of these tokens adds. `choices` and `weights` (in thousandths): of each module, `k` for each of these
+    tokens, in the pool's order of modules, as little-endian int16 in base64; −1: no expert; −2: a filler. `next`: what the newest
+    token adds to the answer; it is read in the next step, or never if it is the last.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        where: Mapping[str, Place],
+        ids: Tensor,
+        encoder_decoder: bool,
+    ):
+        """`where`: the routed modules, none where the base answers alone. `ids`: the prompt's tokens, int64 [1, T]."""
+        self.where, self.rows = where, {path: m for m, path in enumerate(where)}
+        self.encoder = ids[0].tolist() if encoder_decoder else []
+        self._encoder_texts, self._texts = TokenTexts(tokenizer), TokenTexts(tokenizer)
+        self._unread: list[str] = []  # texts of the decoder's tokens that are there and weren't read
+        self._read = 0  # how many of the decoder's tokens were
+
+    def event(self, ids: Tensor, choices: Sequence[Choices]) -> dict[str, Any]:
+        """The next event.
+
+        Args:
+            ids: all tokens of the decoder so far, int64 [1, n]; all but the last one were read.
+            choices: what was recorded since the last event.
+        """
+        own = ids[0].tolist()
+        for token in own[len(self._texts.ids) :]:
+            self._unread.append(self._texts.add(token))
+        encoder = self.encoder if self._read == 0 else []
+        texts = [self._encoder_texts.add(token) for token in encoder] + self._unread[:-1]
+        self._unread = self._unread[-1:]
+        starts = {"encoder": 0, "decoder": len(encoder) - self._read}
+        k, chosen, weights = self._table(choices, starts, len(texts))
+        self._read = len(own) - 1
+        return {
+            "event": "tokens", "texts": texts, "k": k, "choices": _packed(chosen), "weights": _packed(weights),
+            "next": self._unread[-1],
+        }  # fmt: skip
+
+    def _table(
+        self, choices: Sequence[Choices], starts: Mapping[str, int], n: int
+    ) -> tuple[int, Tensor, Tensor]:
+        """k, and the choices and weights of all modules, int16 [M, n, k]."""
+        k = max((c.experts.shape[1] for c in choices), default=0)
+        chosen = torch.full((len(self.where), n, k), UNSEEN, dtype=torch.int16)
+        weights = torch.zeros_like(chosen)
+        for c in choices:
+            place = starts[self.where[c.path].reads] + c.positions
+            if bool((place < 0).any()) or bool((place >= n).any()):
+                raise RoutingError(f"{c.path} chose for tokens that aren't the ones just read.")
+            row, width = self.rows[c.path], c.experts.shape[1]
+            chosen[row, place, :width] = c.experts
+            weights[row, place, :width] = (1000 * c.weights.float()).round().to(torch.int16)
+        return k, chosen, weights
+
+
+def _packed(values: Tensor) -> str:
+    return base64.b64encode(values.numpy().astype("<i2").tobytes()).decode()

@@ -1,0 +1,197 @@
+"""The model behind the page: what may be asked of it, and answering, one question at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import PhatgooseError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.paths import Place, places
+from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.models.trace import trace
+from phatgoose.registry import lookup, unknown
+from phatgoose.routers import ROUTERS, Router, parse_router
+from phatgoose.routers.masked import Masked, Switches
+from phatgoose.ui.pieces import Pieces
+from phatgoose.ui.turns import Job
+from phatgoose.workflows.encoding import encode_chat, encode_prompt, room_behind
+from phatgoose.workflows.greedy import greedy_answer
+
+BASE_ALONE = "base"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one question may cost. Whatever is above is refused, but for tokens that don't fit into the model's context."""
+
+    body_bytes: int = 2**18
+    """Of a request."""
+    prompt_tokens: int = 2048
+    """Of a prompt, with its chat template."""
+    new_tokens: int = 512
+    """Of an answer."""
+    choices: int = 2**22
+    """Tokens × modules × choices of one answer: about six bytes each on their way to the page."""
+    waiting: int = 4
+    """Questions that may wait behind the one that is answered."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question, as the page sends it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    prompt: str
+    router: str = "phatgoose"
+    """A router's name, or "base" for the base alone."""
+    top_k: int | None = None
+    """Its top-k; None: its own. Routers that have none take none."""
+    off: list[int] = field(default_factory=list)
+    """Experts that are switched off, by their place in the pool."""
+    chat: bool = False
+    """Whether the prompt goes through the model's chat template."""
+    max_new_tokens: int = 64
+
+
+def offered_routers() -> list[dict[str, Any]]:
+    """{"name", "top_k"} of every router that needs nothing but a pool, PHATGOOSE first, and the base; top_k is None where it has none."""
+    found = []
+    for name in sorted(ROUTERS, key=lambda name: (name != "phatgoose", name)):
+        fields = lookup("router", name, ROUTERS).__dataclass_fields__
+        # One expert alone is what is left when the others are switched off.
+        if name != "single":
+            found.append({"name": name, "top_k": fields["top_k"].default if "top_k" in fields else None})
+    return [*found, {"name": BASE_ALONE, "top_k": None}]
+
+
+class Session:
+    """A base and a pool. `answer` is called by one thread at a time."""
+
+    def __init__(
+        self, base: Base, pool: Pool, *, backend: str = "auto", limits: Limits | None = None
+    ) -> None:
+        self.base, self.pool, self.backend = base, pool, backend
+        self.limits = Limits() if limits is None else limits
+        self.routers = {router["name"]: router for router in offered_routers()}
+        self._attached: tuple[str, Switches | None] | None = None  # what is routed now
+        route(base, pool, parse_router("uniform"), backend_name=backend)  # refuses a pool of another base
+        self.places = self._places()
+        unroute(base)
+
+    def _places(self) -> dict[str, Place]:
+        routing = routing_of(self.base)
+        assert routing is not None
+        return places(self.pool.modules, [routing.streams.stream_of(path) for path in self.pool.modules])
+
+    def check(self, ask: Ask) -> None:
+        """Refuses what can be refused before the model is asked.
+
+        Raises:
+            PhatgooseError: a setting is unknown or out of its range; says what is expected.
+        """
+        if not ask.prompt.strip():
+            raise PhatgooseError("the prompt is empty.")
+        if any("\ud800" <= c <= "\udfff" for c in ask.prompt):
+            raise PhatgooseError("the prompt holds half a character (a lone surrogate), which is no text.")
+        if ask.router not in self.routers:
+            raise unknown("router", ask.router[:100], self.routers)
+        if ask.top_k is not None and (
+            self.routers[ask.router]["top_k"] is None or not 1 <= ask.top_k <= len(self.pool)
+        ):
+            raise RoutingError(
+                f"top_k is {ask.top_k} for router {ask.router!r}: expected 1 to {len(self.pool)}, and only for routers that have one."
+            )
+        if len(set(ask.off)) < len(ask.off) or not all(0 <= i < len(self.pool) for i in ask.off):
+            raise RoutingError(f"off should name experts of the pool, 0 to {len(self.pool) - 1}, each once.")
+        if not 1 <= ask.max_new_tokens <= self.limits.new_tokens:
+            raise PhatgooseError(
+                f"max_new_tokens is {ask.max_new_tokens}, expected 1 to {self.limits.new_tokens}."
+            )
+
+    def answer(self, ask: Ask, job: Job) -> None:
+        """Answers greedily, telling `job` {"event": "turn", "read", "generated_from", "room"} (how many tokens are read, which is the
+        answer's first, how many there may be), then what `Pieces` says of each step, then {"event": "end", "answer", "why" (end, length
+        or stopped), "tokens", "seconds"}.
+
+        Raises:
+            PhatgooseError: the router refuses, or the prompt is too long.
+        """
+        began = time.monotonic()
+        ids = self._encoded(ask)
+        count = ids.shape[1]
+        room = room_behind(self.base, count, ask.max_new_tokens)
+        self._bounded(ask, count + room)
+        self._attach(ask)
+        start = 1 if self.base.is_encoder_decoder else count
+        job.tell({"event": "turn", "read": count, "generated_from": count, "room": room})
+        out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE_ALONE)
+        answer = out[0, start:]
+        why = "stopped" if job.stopped.is_set() else "length" if len(answer) >= room else "end"
+        text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))
+        seconds = round(time.monotonic() - began, 3)
+        job.tell(
+            {"event": "end", "answer": text.strip(), "why": why, "tokens": len(answer), "seconds": seconds}
+        )
+
+    def _encoded(self, ask: Ask) -> Tensor:
+        turn = [{"role": "user", "content": ask.prompt}]
+        ids = encode_chat(self.base, turn) if ask.chat else encode_prompt(self.base, ask.prompt)
+        if ids.shape[1] > self.limits.prompt_tokens:
+            raise PhatgooseError(
+                f"the prompt has {ids.shape[1]} tokens, at most {self.limits.prompt_tokens} are taken: shorten it."
+            )
+        return ids
+
+    def _bounded(self, ask: Ask, tokens: int) -> None:
+        if ask.router == BASE_ALONE:
+            return
+        own = self.routers[ask.router]["top_k"]
+        k = (
+            min(len(self.pool), ask.top_k or own or len(self.pool)) + 1
+        )  # a null candidate may be chosen as well
+        if (need := tokens * len(self.places) * k) > self.limits.choices:
+            raise PhatgooseError(
+                f"{tokens} tokens at {len(self.places)} modules with up to {k} choices are {need:,} choices to show, at most "
+                f"{self.limits.choices:,} are taken: shorten the prompt or the answer, or take a smaller top-k."
+            )
+
+    def _attach(self, ask: Ask) -> None:
+        if ask.router == BASE_ALONE:
+            unroute(self.base)
+            self._attached = None
+            return
+        text = ask.router if ask.top_k is None else f"{ask.router}:top_k={ask.top_k}"
+        known, switches = self._attached or ("", None)
+        if known != text or (ask.off and switches is None):
+            router: Router = parse_router(text)
+            switches = Switches() if ask.off else None
+            # Not every router's experts can be switched off one by one, so that is asked for only when somebody does.
+            routed = router if switches is None else Masked(router, switches)
+            route(self.base, self.pool, routed, backend_name=self.backend)
+            self._attached = text, switches
+        if switches is not None:
+            allowed = torch.ones(1, len(self.pool), dtype=torch.bool)
+            allowed[0, ask.off] = False
+            switches.allowed = allowed if ask.off else None
+
+    def _generate(self, ids: Tensor, room: int, job: Job, *, alone: bool) -> Tensor:
+        where = {} if alone else self.places
+        pieces = Pieces(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
+        if alone:
+            return greedy_answer(self.base, ids, room, lambda so_far: _told(job, pieces.event(so_far, ())))
+        with trace(self.base, margins=False) as recorded:
+            return greedy_answer(
+                self.base, ids, room, lambda so_far: _told(job, pieces.event(so_far, recorded.drain()))
+            )
+
+
+def _told(job: Job, event: dict[str, Any]) -> bool:
+    job.tell(event)
+    return job.stopped.is_set()

@@ -1,0 +1,58 @@
+"""A prompt or a conversation → tokens, and how many may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.evaluation.continuations import context_length
+from phatgoose.models.base import Base
+from phatgoose.tasks.batch import encode_pair
+
+_UNLIMITED = 2**31
+
+
+def encode_prompt(base: Base, prompt: str) -> Tensor:
+    """`prompt` as the trainings and the evaluation encode it: int64 [1, T].
+
+    Raises:
+        TaskError: it has no tokens.
+    """
+    pair = encode_pair(
+        base.tokenizer, prompt, "a", is_encoder_decoder=base.is_encoder_decoder, max_length=_UNLIMITED
+    )
+    return torch.tensor([pair.prompt_ids])
+
+
+def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:
+    """A conversation through the tokenizer's chat template, up to where the model is to answer: int64 [1, T].
+
+    Raises:
+        PhatgooseError: the tokenizer has no chat template.
+    """
+    if base.tokenizer.chat_template is None:
+        raise PhatgooseError(f"the tokenizer of {base.spec} has no chat template: use --raw.")
+    found = base.tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = found["input_ids"]  # type: ignore[index, call-overload]
+    assert isinstance(ids, Tensor)
+    return ids
+
+
+def room_behind(base: Base, tokens: int, max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt of `tokens`: `max_new_tokens`, or what fits into the model's context.
+
+    Raises:
+        PhatgooseError: the prompt leaves no room.
+    """
+    context = None if base.is_encoder_decoder else context_length(base.model)
+    room = max_new_tokens if context is None else context - tokens
+    if room < 1:
+        raise PhatgooseError(
+            f"the prompt has {tokens} tokens and the model's context {context}: nothing can be added. Shorten it."
+        )
+    return min(room, max_new_tokens)

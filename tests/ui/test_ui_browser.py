@@ -1,0 +1,212 @@
+"""The live page in a real browser: ask, watch, pick, switch off, compare."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from ui_tools import PROMPT
+
+from browser import until, violations
+from phatgoose.experts.pool import Pool
+from phatgoose.ui import session as session_module
+from phatgoose.ui.session import Session
+
+pytest_plugins = ["browser_fixtures", "ui_fixtures"]
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}{% x %}\u2028]]>"
+DONE = "!document.getElementById('answer').disabled"
+
+
+@pytest.fixture
+def opened(make_session, served, visit):
+    """opened(**how) → the page of a fresh server."""
+
+    def open(session=None, **how):
+        page = visit(served(make_session() if session is None else session) + "/", **how)
+        page.get_by_label("Most tokens").fill("6")
+        return page
+
+    return open
+
+
+def answer(page, text=PROMPT):
+    page.locator("#prompt").fill(text)
+    page.get_by_role("button", name="Answer", exact=True).click()
+    until(page, DONE, 60)
+
+
+def marks(page, side="A"):
+    """What the tokens of one answer look like: texts with letters."""
+    return page.locator(f"#side-{side} .token").all_text_contents()
+
+
+def test_a_prompt_is_answered_token_by_token(opened, monkeypatch):
+    told = session_module._told
+    monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.15))[0])
+    page = opened()
+    page.locator("#prompt").fill(PROMPT)
+    page.keyboard.press("Control+Enter")
+    until(page, "document.querySelectorAll('.token').length > 0", 30)
+    early = len(marks(page))
+    assert page.get_by_role("button", name="Stop").is_enabled()
+    until(page, DONE, 60)
+    assert early < len(marks(page))
+    assert "6 tokens in" in page.locator("#side-A .state").text_content()
+    assert page.locator("#side-A .token.written").count() == 5
+    assert page.locator("#side-A .said").text_content()
+    assert page.locator("#side-A .told").text_content().startswith("Settings A answered: ")
+
+
+def test_a_layer_is_picked_and_a_token_asked(opened):
+    page = opened()
+    answer(page)
+    token = page.locator("#side-A .token").nth(2)
+    token.hover()
+    detail = page.locator("#side-A .detail")
+    assert "14 modules" in detail.text_content()
+    page.locator("#layer").select_option(label="1")
+    page.locator("#kind").select_option(label="self_attn.q_proj")
+    token.focus()
+    assert "one module" in detail.text_content()
+    page.keyboard.press("ArrowRight")
+    assert "token 4 of" in detail.text_content()
+    page.locator("#legend button", has_text="b").first.click()
+    assert 0 < page.locator("#side-A .token.dim").count() < page.locator("#side-A .token").count()
+
+
+def test_an_expert_is_switched_off_and_the_answer_changes(opened):
+    page = opened()
+    answer(page)
+    before, table = marks(page), page.locator("#layers-table tbody tr", has_text="A a")
+    said = page.locator("#side-A .said").text_content()
+    assert any(text.endswith("A") for text in before)
+    assert table.locator("td.mean").text_content() != "0.0 %"
+    page.locator("#side-A .switch input").first.uncheck()
+    assert page.locator("#side-A .on-count").text_content() == "2 of 3 experts on"
+    assert "changed since" in page.locator("#side-A .state").text_content()
+    answer(page)
+    assert marks(page) != before
+    assert page.locator("#side-A .said").text_content() != said
+    assert not any(text.endswith("A") for text in marks(page))
+    assert table.locator("td.mean").text_content() == "0.0 %"
+    page.get_by_label("Find experts").fill("a")
+    until(page, "document.getElementById('found').textContent.startsWith('1 of 3')")
+    page.locator("#side-A .all-on").click()
+    answer(page)
+    assert marks(page) == before
+
+
+def test_two_settings_side_by_side(opened):
+    page = opened()
+    page.get_by_label("Compare two settings").check()
+    answer(page)
+    assert "part at token" in page.locator("#compared").text_content()
+    assert page.locator(".cut", has_text="parts here").count() == 2
+    assert page.locator("#side-B .token.unseen").count() == len(marks(page, "B"))
+    page.locator("#side-B .router").select_option("phatgoose")
+    assert page.locator("#side-B .top-k").input_value() == "2"
+    answer(page)
+    assert page.locator("#compared").text_content() == "Both settings give the same answer."
+    assert marks(page) == marks(page, "B")
+    page.locator("#side-B .top-k").fill("1")
+    answer(page)
+    assert marks(page) != marks(page, "B")
+    page.locator("#layers-task").select_option(label="settings B")
+    a = page.locator("#layers-table td").all_text_contents()
+    page.locator("#layers-task").select_option(label="settings A")
+    assert page.locator("#layers-table td").all_text_contents() != a
+    page.locator("#side-B .router").select_option("random")
+    page.locator("#side-B .switch input").first.uncheck()
+    answer(page)
+    assert "can't be switched off" in page.locator("#side-B .trouble").text_content()
+    assert page.locator("#compared").is_hidden()
+
+
+def test_stopping(opened, monkeypatch):
+    told = session_module._told
+    monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.1))[0])
+    page = opened()
+    page.get_by_label("Most tokens").fill("300")
+    page.locator("#prompt").fill(PROMPT)
+    page.get_by_role("button", name="Answer", exact=True).click()
+    until(page, "document.querySelectorAll('.token.written').length > 0", 30)
+    page.get_by_role("button", name="Stop").click()
+    until(page, DONE)
+    assert page.locator("#side-A .state").text_content() == "Stopped."
+    page.get_by_label("Most tokens").fill("2")
+    answer(page)
+    assert "2 tokens in" in page.locator("#side-A .state").text_content()
+
+
+def test_by_keyboard_alone(opened):
+    page = opened()
+    page.locator("#prompt").focus()
+    page.keyboard.type("yes no")
+    for _ in range(3):  # answer, (stop is off), most tokens, compare
+        page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert page.locator("#compare").is_checked()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")  # in a field of the form
+    until(page, DONE, 60)
+    assert marks(page)
+    page.locator("#side-A .switch input").first.focus()
+    page.keyboard.press("Space")
+    assert "2 of 3" in page.locator("#side-A .on-count").text_content()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_it_fits_and_is_accessible(opened, width, dark):
+    page = opened(width=width, dark=dark)
+    page.get_by_label("Compare two settings").check()
+    answer(page, PROMPT + " " + "long" * 60)
+    page.locator("#side-A .token").nth(3).focus()
+    page.locator("#side-A .switch input").nth(1).uncheck()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert violations(page) == []
+
+
+def test_hostile_names_and_prompts_run_nothing(make_base, pool_of, opened):
+    base = make_base("llama")
+    experts = list(pool_of(base).experts)
+    for i, expert in enumerate(
+        experts
+    ):  # names are checked when experts are read; the page doesn't rely on that
+        expert.provenance.update({"task": {"name": HOSTILE}, "author": HOSTILE, "seed": HOSTILE})
+        object.__setattr__(expert, "name", HOSTILE + str(i))
+    base.spec = f"tiny-llama-{HOSTILE}"
+    page = opened(Session(base, Pool(experts)))
+    answer(page, HOSTILE)
+    page.locator("#side-A .token").nth(3).hover()
+    page.locator("#side-A .switch").nth(0).click()
+    page.locator("#layers-table td").first.hover()
+    page.get_by_label("Find experts").fill("script")
+    answer(page, HOSTILE)
+    page.wait_for_timeout(200)
+    assert page.locator("img").count() == 0
+    assert page.evaluate("document.scripts.length") == 2
+    plain = HOSTILE.replace("\u2028", "")
+    assert plain in page.locator(".card h4").first.text_content().replace("\u2028", "")
+    assert plain in page.locator(".switch").first.text_content().replace("\u2028", "")
+    assert plain in page.locator("header").text_content().replace("\u2028", "")
+    read = "".join(page.locator("#side-A .token:not(.written) b").all_text_contents()).replace("\u2028", "")
+    assert read.replace("·", "").startswith("</script><script>alert(1)</script><img src=x onerror=alert(2)>")
+
+
+def test_the_policy_lets_nothing_else_run(make_session, served, chromium):
+    context = chromium.new_context()
+    page = context.new_page()
+    page.goto(served(make_session()) + "/")
+    # Later, since what a test evaluates itself is exempt from the policy.
+    page.evaluate(
+        """() => { window.tried = [];
+        const trials = { code: () => window["ev" + "al"]("1"), maker: () => new Function("return 1")(),
+          markup: () => { document.body.innerHTML = "<b></b>"; },
+          elsewhere: () => { document.head.append(Object.assign(document.createElement("script"), { src: "/x.js" })); } };
+        setTimeout(() => { for (const [name, trial] of Object.entries(trials)) {
+          try { trial(); window.tried.push(name + " ran"); } catch (error) { window.tried.push(error.name); } } }, 0); }"""
+    )
+    until(page, "window.tried.length === 4")
+    assert page.evaluate("window.tried") == ["EvalError", "EvalError", "TypeError", "TypeError"]
+    context.close()

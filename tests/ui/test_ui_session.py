@@ -1,0 +1,239 @@
+"""What the live page is told is what the model does: the same answers, the same choices, the same switches."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ui_tools import PROMPT
+
+from phatgoose.analysis.prompts import encoded as page_data
+from phatgoose.analysis.prompts import routed_prompt, unpacked
+from phatgoose.errors import BaseModelError, PhatgooseError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.models.trace import trace
+from phatgoose.routers import PHATGOOSE, Arrow
+from phatgoose.ui.session import Ask, Limits, Session, offered_routers
+from phatgoose.workflows.encoding import encode_prompt
+from phatgoose.workflows.greedy import greedy_answer
+
+pytest_plugins = ["ui_fixtures"]
+
+
+class Job:
+    """Takes what a client would be told."""
+
+    def __init__(self, stop_after=None):
+        self.events, self.stopped, self.stop_after = [], threading.Event(), stop_after
+
+    def tell(self, event):
+        self.events.append(event)
+        if self.stop_after is not None and len(self.of("tokens")) == self.stop_after:
+            self.stopped.set()
+
+    def of(self, kind):
+        return [event for event in self.events if event["event"] == kind]
+
+
+def answered(session, job=None, **question):
+    job = Job() if job is None else job
+    asked = Ask(PROMPT, **{"max_new_tokens": 9, **question})
+    session.check(asked)
+    session.answer(asked, job)
+    return job
+
+
+def choices_of(job, modules):
+    """All events' choices and weights: two arrays [modules, tokens, k], and the tokens' texts."""
+    texts, parts = [], []
+    for event in job.of("tokens"):
+        shape = (modules, len(event["texts"]), event["k"])
+        both = [
+            np.frombuffer(base64.b64decode(event[key]), "<i2").reshape(shape)
+            for key in ("choices", "weights")
+        ]
+        parts.append(both)
+        texts += event["texts"]
+    return *(np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1)), texts
+
+
+def same_texts(told, page):
+    """The page knows which token is the last, and shows its half character."""
+    assert told[:-1] == page[:-1]
+    assert told[-1] == page[-1].rstrip("\ufffd")
+
+
+def expected(base, pool, router, new_tokens=9):
+    """The same answer by the pieces that the report is made of."""
+    ids = encode_prompt(base, PROMPT)
+    route(base, pool, router)
+    with trace(base, margins=False) as recorded:
+        out = greedy_answer(base, ids, new_tokens)
+    unroute(base)
+    answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
+    routed = routed_prompt(recorded, base, task="", prompt="", expected="", answer="", correct=None)
+    return answer, page_data(routed, "test")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(("router", "own"), [("phatgoose", PHATGOOSE()), ("arrow", Arrow(1))])
+def test_the_events_are_the_answer_and_its_routing(make_session, pool_of, family, router, own):
+    session = make_session(family)
+    job = answered(session, router=router, top_k=1 if router == "arrow" else None)
+    answer, page = expected(session.base, session.pool, own)
+    end, turn = job.events[-1], job.events[0]
+    assert end["event"] == "end"
+    assert end["tokens"] == len(answer) == 9
+    assert end["why"] == "length"
+    assert end["answer"] == session.base.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert (turn["event"], turn["generated_from"], turn["room"]) == ("turn", page["generated_from"], 9)
+    modules = list(session.places)
+    chosen, weights, texts = choices_of(job, len(modules))
+    same_texts(texts, page["tokens"])
+    assert len(job.of("tokens")) == 9
+    assert sorted(modules) == sorted(page["modules"])
+    for i, path in enumerate(page["modules"]):
+        theirs = np.array(unpacked(page["choices"][i])).reshape(len(texts), page["k"])
+        row = modules.index(path)
+        assert (chosen[row] == theirs).all() or page["k"] > 1
+        by_weight = np.array(unpacked(page["weights"][i])).reshape(theirs.shape)
+        for t in range(len(texts)):  # in any order, which the page doesn't go by
+            mine = dict(zip(chosen[row, t].tolist(), weights[row, t].tolist(), strict=True))
+            assert mine == dict(zip(theirs[t].tolist(), by_weight[t].tolist(), strict=True))
+    written = "".join(texts[turn["generated_from"] :]) + job.of("tokens")[-1]["next"]
+    whole = session.base.tokenizer.decode(answer, skip_special_tokens=False)
+    whole, written = whole.rstrip("\ufffd"), written.rstrip("\ufffd")
+    assert whole in (written, written.removeprefix("<pad>"))  # a T5 decoder's start token is read as well
+
+
+def test_experts_off_is_a_pool_without_them_and_back(make_session):
+    session = make_session()
+    whole = answered(session)
+    without = answered(session, off=[0])
+    pool = Pool([e for e in session.pool.experts if e.name != "a"])
+    again = answered(session)
+    alone = answered(session, router="base")
+    assert routing_of(session.base) is None
+    nobody = answered(session, off=[0, 1, 2])
+    answer, page = expected(session.base, pool, PHATGOOSE())
+    assert (
+        without.events[-1]["answer"]
+        == session.base.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    )
+    chosen, _, texts = choices_of(without, len(session.places))
+    same_texts(texts, page["tokens"])
+    assert set(np.unique(chosen)) <= {-2, -1, 1, 2}
+    assert not set(np.unique(choices_of(nobody, len(session.places))[0])) - {-2, -1}
+    assert [e for e in again.events if e["event"] == "tokens"] == whole.of("tokens")
+    assert nobody.events[-1]["answer"] == alone.events[-1]["answer"]
+    assert {e["k"] for e in alone.of("tokens")} == {0}
+    assert whole.events[-1]["answer"] != without.events[-1]["answer"] != alone.events[-1]["answer"]
+
+
+def test_top_k_and_routers_can_be_changed_from_answer_to_answer(make_session):
+    session = make_session()
+    seen = {}
+    for router, top_k in (
+        ("phatgoose", 1),
+        ("phatgoose", 3),
+        ("uniform", None),
+        ("spectr", 2),
+        ("random", 1),
+        ("phatgoose", 1),
+    ):
+        job = answered(session, router=router, top_k=top_k)
+        events = job.of("tokens")
+        assert events
+        if (router, top_k) in seen:
+            assert events == seen[router, top_k]
+        seen[router, top_k] = events
+    assert {e["k"] for e in seen["phatgoose", 1]} == {1}
+    assert seen["phatgoose", 3] != seen["spectr", 2]
+
+
+def test_a_stopped_answer_ends_at_its_next_token(make_session):
+    job = answered(make_session(), Job(stop_after=2))
+    assert len(job.of("tokens")) == 2
+    assert (job.events[-1]["why"], job.events[-1]["tokens"]) == ("stopped", 2)
+
+
+def test_a_refused_router_leaves_what_was_there(make_session):
+    session = make_session()
+    first = answered(session)
+    with pytest.raises(PhatgooseError, match="can't be switched off"):
+        answered(session, router="random", off=[1])
+    assert answered(session).of("tokens") == first.of("tokens")
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ({"prompt": " \n"}, "is empty"),
+        ({"prompt": "a\ud800"}, "half a character"),
+        ({"router": "fhatgoose"}, "phatgoose"),
+        ({"router": "single"}, "router"),
+        ({"top_k": 0}, "1 to 3"),
+        ({"top_k": 4}, "1 to 3"),
+        ({"router": "base", "top_k": 1}, "only for routers that have one"),
+        ({"off": [3]}, "0 to 2"),
+        ({"off": [-1]}, "0 to 2"),
+        ({"off": [1, 1]}, "each once"),
+        ({"max_new_tokens": 0}, "1 to 40"),
+        ({"max_new_tokens": 41}, "1 to 40"),
+    ],
+)
+def test_what_is_refused_at_once(make_session, question, words):
+    session = make_session(limits=Limits(new_tokens=40))
+    with pytest.raises(PhatgooseError, match=words):
+        session.check(Ask(**{"prompt": PROMPT, **question}))
+
+
+def test_what_is_refused_in_its_turn(make_session):
+    session = make_session(limits=Limits(prompt_tokens=5))
+    with pytest.raises(PhatgooseError, match="at most 5 are taken"):
+        answered(session)
+    session.limits = Limits(choices=1000)
+    with pytest.raises(PhatgooseError, match="at most 1,000 are taken"):
+        answered(session)
+    with pytest.raises(PhatgooseError, match="no chat template"):
+        answered(session, chat=True)
+    session.limits = Limits(prompt_tokens=5000)
+    with pytest.raises(PhatgooseError, match="context 512: nothing can be added"):
+        session.answer(Ask("word " * 600), Job())
+    long = Ask("yes " * 200, max_new_tokens=500)
+    taken = encode_prompt(session.base, long.prompt).shape[1]
+    job = Job(stop_after=1)
+    session.answer(long, job)
+    assert job.events[0]["room"] == 512 - taken < 500
+
+
+def test_a_pool_of_another_base_is_refused_before_anything_is_served(make_base, pool_of):
+    pool = pool_of(make_base("llama", seed=1))
+    with pytest.raises(BaseModelError):
+        Session(make_base("llama"), pool)
+
+
+def test_all_routers_but_single_are_offered_and_phatgoose_first():
+    offered = offered_routers()
+    assert offered[0] == {"name": "phatgoose", "top_k": 2}
+    assert offered[-1] == {"name": "base", "top_k": None}
+    names = [r["name"] for r in offered]
+    assert "uniform" in names
+    assert "single" not in names
+    assert len(set(names)) == len(names)
+
+
+def test_characters_of_several_tokens_are_told_when_they_are_whole(make_session):
+    session = make_session()
+    job = Job()
+    session.answer(replace(Ask("né → 日本"), max_new_tokens=3), job)
+    _, _, texts = choices_of(job, len(session.places))
+    ids = encode_prompt(session.base, "né → 日本")
+    assert "".join(texts[: ids.shape[1]]) == session.base.tokenizer.decode(ids[0])
+    assert "" in texts
+    assert torch.is_grad_enabled()
