@@ -6,11 +6,13 @@ import json
 import re
 import shlex
 import shutil
+import urllib.request
 from pathlib import Path
 
 from typer.testing import CliRunner
 
 from phatgoose.cli.main import app
+from ui_command import running
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,10 +70,14 @@ def test_every_command_runs(make_base, make_expert, tmp_path, monkeypatch):
                 words[words.index(option) + 1] = few
         if words[0] in ("train", "gate"):
             words += ["--rows-per-batch", "4"]
-        if words[0] in ("train", "eval", "generate", "chat"):
+        if words[0] in ("train", "eval", "generate", "chat", "ui"):
             words += ["--base", "./tiny-llama"]
         if words[0] == "generate":
             words += ["--max-new-tokens", "3"]
+        if words[0] == "ui":
+            with running(*words) as address, urllib.request.urlopen(address, timeout=60) as page:
+                assert page.status == 200
+            continue
         result = CliRunner().invoke(app, words, input="")
         assert result.exit_code == 0, (words, result.output, result.exception)
     assert {p.name for p in Path("pool/experts").iterdir()} == {"past-tense", "plural"}

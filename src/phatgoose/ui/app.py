@@ -102,6 +102,7 @@ def listen(port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(("127.0.0.1", port))
+        found.listen()  # whoever comes before the server runs waits
     except OSError as error:
         found.close()
         raise PhatgooseError(
