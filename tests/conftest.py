@@ -25,6 +25,10 @@ from transformers import (
 
 from phatgoose.models.base import Base
 
+pytest.register_assert_rewrite(
+    "cli_fixtures"
+)  # before a test file imports it, or a file run alone warns, which is an error
+
 VOCABULARY = 320
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
