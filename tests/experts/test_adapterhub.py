@@ -126,6 +126,13 @@ def test_settings_that_are_not_exact_are_refused_by_name(settings, message):
         to_contents(changed(config, **settings), tensors, "here")
 
 
+def test_a_nonlinearity_that_is_missing_is_not_guessed():
+    config, tensors = adapter()
+    del config["config"]["non_linearity"]
+    with pytest.raises(ExpertError, match=r"non_linearity is None; computed exactly: "):
+        to_contents(config, tensors, "here")
+
+
 def test_every_setting_of_the_library_has_a_rule():
     assert set(adapter()[0]["config"]) <= set(RULES)
 

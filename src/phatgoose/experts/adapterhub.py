@@ -181,7 +181,7 @@ def _bottleneck(
 
 
 def _activation(settings: Mapping[str, Any], config: Mapping[str, Any], where: str) -> str:
-    name = settings["non_linearity"]
+    name = settings.get("non_linearity")  # the library has no default for it
     if isinstance(name, str) and "version" not in config:
         name = _BEFORE_VERSIONS.get(name, name)
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:

@@ -196,7 +196,7 @@ def _record(place: Path, files: Mapping[str, str], raw: bytes) -> dict[str, Any]
     for key, name in (("adapter_sha256", WEIGHTS_FILE), ("gates_sha256", GATES_FILE)):
         if key in record and record[key] != files.get(name):
             raise PoolError(
-                f"{place / RECORD_FILE}: {key} is {record[key]}, and the pool's manifest has {files.get(name)}."
+                f"{place / RECORD_FILE}: {key} is {brief(record[key])}, and the pool's manifest has {brief(files.get(name))}."
             )
     return record
 
