@@ -74,7 +74,16 @@ def of_safetensors(rng: random.Random, raw: bytes) -> bytes:
     """A change to the header, its length, its tensors or both; half of them leave a file that is consistent."""
     try:
         return _of_safetensors(rng, raw)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, struct.error):
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        struct.error,
+    ):
         return of_bytes(rng, raw, [raw])  # an earlier change has left no header
 
 

@@ -60,7 +60,8 @@ def _use(expert: Expert, folder: Path, rng: random.Random, finite: bool = True) 
     for update in expert.updates.values():
         for _, tensor in update.parts():
             assert tensor.is_floating_point()
-            assert not finite or bool(torch.isfinite(tensor.double()).all())  # whether it fits is asked when it is routed
+            # Whether it fits the dtype that a module computes in is asked when it is routed.
+            assert not finite or bool(torch.isfinite(tensor.double()).all())
         assert abs(update.scale) < 3.5e38
         assert update.kind
     for path, gate in (expert.gates or {}).items():
