@@ -42,7 +42,7 @@ class PackedFolder:
             raise PoolError(f"{self._where} lacks its file or the rows in use.")
         if not isinstance(index.get("file"), str) or not STACKS_FILE.fullmatch(index["file"]):
             raise PoolError(
-                f"{self._where}: the file is {index.get('file')!r}, expected packed/stacks-N.safetensors."
+                f"{self._where}: the file is {brief(index.get('file'))}, expected packed/stacks-N.safetensors."
             )
         path = folder / index["file"]
         if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
@@ -52,7 +52,7 @@ class PackedFolder:
         for name, rows in index["used"].items():
             if type(rows) is not int or not 0 <= rows <= self.file.capacity(name):
                 raise PoolError(
-                    f"{self._where}: {rows!r} rows of {name!r} are in use, of {self.file.capacity(name)}."
+                    f"{self._where}: {brief(rows)} rows of {brief(name)} are in use, of {self.file.capacity(name)}."
                 )
             self.used[name] = rows
         self._headers: dict[bytes, Header] = {}

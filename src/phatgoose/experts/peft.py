@@ -138,7 +138,7 @@ class _Settings:
         value = self._number("rank_pattern", "r", path)
         if value != int(value) or value < 1:
             raise ExpertError(
-                f"{self._where}: rank of module {path} is {value!r}, expected a positive whole number."
+                f"{self._where}: rank of module {path} is {brief(value)}, expected a positive whole number."
             )
         return int(value)
 
@@ -147,7 +147,7 @@ class _Settings:
         scale = alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
         if abs(scale) > _LARGEST:
             raise ExpertError(
-                f"{self._where}: lora_alpha of module {path} is {alpha!r}, so its scale is {scale!r}, which no float32 holds."
+                f"{self._where}: lora_alpha of module {path} is {brief(alpha)}, so its scale is {scale!r}, which no float32 holds."
             )
         return float(scale)
 
