@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 
@@ -113,7 +114,11 @@ def expert(folder: Path, kind: str, name: str) -> Expert:
     write_adapter(folder, config, tensors)
     found = Expert.from_peft(folder, name=name, provenance=PROVENANCE)
     gates = {path: _random(update.gate_dim or 4) for path, update in found.updates.items()}
-    return found.with_gates(gates, {"kind": "gate", "seconds": 1.5})
+    texts = torch.nn.functional.normalize(_random(3, 5), dim=1)
+    signature = DataSignature(gates, texts, "encoder", "e" * 64)
+    return found.with_gates(gates, {"kind": "gate", "seconds": 1.5}).with_signature(
+        signature, {"rows": 3, "texts": 3}
+    )
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -128,7 +133,7 @@ def expert_folders(folder: Path) -> list[Path]:
     for kind in adapters():
         place = expert(folder / "plain" / kind, kind, kind).save(folder / kind)
         record = json.loads((place / "expert.json").read_text())
-        for key in ("adapter_sha256", "gates_sha256"):
+        for key in ("adapter_sha256", "gates_sha256", "signature_sha256"):
             del record[key]
         (place / "expert.json").write_text(json.dumps(record))
         found.append(place)

@@ -20,6 +20,7 @@ import fuzz_seeds
 import torch
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.headers import parse_header, read_header
 from phatgoose.experts.hub_place import Place
@@ -67,11 +68,25 @@ def _use(expert: Expert, folder: Path, rng: random.Random, finite: bool = True) 
     for path, gate in (expert.gates or {}).items():
         assert gate.dtype == torch.float32
         assert path in expert.updates
+    if expert.signature is not None:
+        _use_signature(expert.signature, expert)
     if rng.random() < 0.05:
         Pool([expert, expert.renamed("other")]).warnings()
         copy = folder.parent / "copy"
         assert Expert.load(expert.save(copy)).equals(expert)
         shutil.rmtree(copy)
+
+
+def _use_signature(signature: DataSignature, expert: Expert) -> None:
+    assert signature.hash
+    for path, mean in (signature.activations or {}).items():
+        assert path in expert.updates
+        assert mean.dtype == torch.float32
+        assert bool(mean.isfinite().all())
+    if signature.texts is not None:
+        assert len(signature.texts) <= 1000
+        assert len(signature.encoder or "") in range(1, 201)
+        assert float((signature.texts.norm(dim=1) - 1).abs().max()) < 0.01
 
 
 def _pool(folder: Path, rng: random.Random) -> None:
@@ -188,6 +203,7 @@ TARGETS: dict[str, Target] = {
     "config": Target(fuzz_seeds.adapter_folders, _adapter, ("adapter_config.json",), 4),
     "weights": Target(fuzz_seeds.adapter_folders, _adapter, ("adapter_model.safetensors",), 4),
     "gates": Target(fuzz_seeds.expert_folders, _expert, ("gates.safetensors",), 2),
+    "signature": Target(fuzz_seeds.expert_folders, _expert, ("signature.safetensors",), 2),
     "record": Target(fuzz_seeds.expert_folders, _expert, ("expert.json",), 3),
     "expert": Target(fuzz_seeds.expert_folders, _expert, ("",), 2),
     "pool": Target(fuzz_seeds.pool_folders, _pool, ("pool.json",), 2),

@@ -12,6 +12,7 @@ from typing import Any
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card import CARD_FILE, own_card
 from phatgoose.experts.card_facts import lowest_loss
+from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
 from phatgoose.experts.formats import WEIGHTS_FILES
 from phatgoose.experts.peft import CONFIG_FILE
@@ -22,7 +23,7 @@ from phatgoose.records import Fingerprint, Task
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import autocast_dtype
 
-OWN_FILES = frozenset({CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, RECORD_FILE})
+OWN_FILES = frozenset({CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, SIGNATURE_FILE, RECORD_FILE})
 
 
 def check_target(folder: Path, keeps_card: bool = False) -> None:
@@ -68,7 +69,7 @@ def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, con
 
 def clear_work(work: Path) -> None:
     """Removes what trainings left in a work folder, and the folder if that was all."""
-    for name in ("expert-training", "adapter", "gate-training", "gates", "generated"):
+    for name in ("expert-training", "adapter", "gate-training", "gates", "generated", "signature"):
         shutil.rmtree(work / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         work.rmdir()

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from phatgoose.cli import show
 from phatgoose.errors import PhatgooseError
 
-RESUMABLE = frozenset({"train", "gate", "quickstart", "experiment"})
+RESUMABLE = frozenset({"train", "gate", "signature", "quickstart", "experiment"})
 """Commands that go on where they were stopped."""
 
 

@@ -21,6 +21,7 @@ from phatgoose.cli import (
     push,
     quickstart,
     report,
+    signature,
     tasks,
     train,
     ui,
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.command)
 app.command("train")(train.command)
 app.command("gate")(gate.command)
+app.command("signature")(signature.command)
 app.add_typer(pool.app, name="pool")
 app.command("push")(push.command)
 app.command("import-reference")(import_reference.command)

@@ -10,6 +10,7 @@ from typing import Any
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card_text import code, public
+from phatgoose.experts.data_signature import describe
 from phatgoose.files import read_json
 
 _KINDS = {"LORA": "LoRA", "IA3": "(IA)³"}
@@ -93,6 +94,7 @@ class Facts:
             ("base model", code(public(self.base))),
             ("task", _task(_dict(self.provenance.get("task")), self.task)),
             ("gates", _gates(self.has_gates, gate)),
+            ("data signature", code(said) if (said := describe(self.provenance.get("signature"))) else ""),
             ("validation loss", "" if self.loss == "–" else self.loss),
             ("training", _training(self.provenance)),
             ("training of the gates", _training(gate)),

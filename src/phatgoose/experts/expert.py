@@ -20,7 +20,9 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.card import write_card
+from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, StoredSignature
 from phatgoose.experts.formats import format_of, read_adapter, to_contents, weights_file
+from phatgoose.experts.headers import read_header
 from phatgoose.experts.peft import CONFIG_FILE, read_tensors
 from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.peft_rules import check_drop
@@ -73,6 +75,8 @@ class Expert:
     """Where it was read from, if it was."""
     origin: HubSource | None = None
     """Where on the Hub its adapter was fetched from, if it was; a pool keeps this in its manifest."""
+    signature: DataSignature | None = field(default=None, repr=False)
+    """What its contributor says about its data: mean activations, text embeddings; None if nothing."""
     updates: Mapping[str, Update] = field(init=False, repr=False)
     """What it does at each adapted module, by the module's path in the base model."""
     base_copies: Mapping[str, Tensor] = field(init=False, repr=False)
@@ -86,6 +90,8 @@ class Expert:
         object.__setattr__(self, "base_copies", contents.base_copies)
         if self.gates is not None:
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
+        if self.signature is not None:
+            self.signature.fits(self.updates, self._where())
         _ = self.base  # refused here if it isn't one, not later
 
     def __repr__(self) -> str:
@@ -142,6 +148,11 @@ class Expert:
         """A new expert with these gates ({module path: [d_in]}); `provenance` is kept under provenance["gate"]."""
         record = {**self.provenance, "gate": dict(provenance or {})}
         return replace(self, gates=dict(gates), provenance=record)
+
+    def with_signature(self, signature: DataSignature, provenance: Mapping[str, Any] | None = None) -> Expert:
+        """A new expert with this data signature; `provenance` is kept under provenance["signature"]."""
+        record = {**self.provenance, "signature": dict(provenance or {})}
+        return replace(self, signature=signature, provenance=record)
 
     def renamed(self, name: str) -> Expert:
         return replace(self, name=name)
@@ -255,6 +266,7 @@ class Expert:
             gates = found.tensors
         elif record.get("gates_sha256"):
             raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
+        signature = _read_signature(folder, record.get("signature_sha256"), adapter.sha256)
         name = name or record.get("name") or slug(folder.resolve().name)
         provenance = record.get("provenance", {})
         if drop:
@@ -262,7 +274,7 @@ class Expert:
                 **provenance,
                 "dropped": sorted({*check_drop(provenance.get("dropped", ())), *check_drop(drop)}),
             }
-        return Expert(name, config, adapter.tensors, gates, provenance, folder, origin)
+        return Expert(name, config, adapter.tensors, gates, provenance, folder, origin, signature)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the expert's folder, whole or not at all; an existing one is replaced.
@@ -294,19 +306,25 @@ class Expert:
                     metadata["base"] = json.dumps(self.provenance["base"], sort_keys=True)
                 self._write_gates(work / GATES_FILE, metadata)
                 record["gates_sha256"] = sha256_file(work / GATES_FILE)
+            if self.signature is not None:
+                self.signature.write(work / SIGNATURE_FILE, record["adapter_sha256"])
+                record["signature_sha256"] = sha256_file(work / SIGNATURE_FILE)
             record["provenance"] = dict(self.provenance)
             write_json(work / RECORD_FILE, record)
             write_card(work, self)
         return folder
 
     def equals(self, other: Expert) -> bool:
-        """Whether both would be written as the same folder: name, adapter, gates and records alike."""
+        """Whether both would be written as the same folder: name, adapter, gates, data signature and records alike."""
         return (
             other.name == self.name
             and dict(other.adapter_config) == dict(self.adapter_config)
             and dict(other.provenance) == dict(self.provenance)
             and _equal(other.tensors, self.tensors)
             and _equal(other.gates or {}, self.gates or {})
+            and (
+                other.signature is None if self.signature is None else self.signature.equals(other.signature)
+            )
         )
 
     def _write_adapter(self, work: Path) -> None:
@@ -364,6 +382,20 @@ def _plain(
         provenance=dict(provenance or {}),
         folder=folder,
     )
+
+
+def _read_signature(folder: Path, expected: Any, adapter_sha256: str) -> DataSignature | None:
+    """The data signature beside an adapter with this sha256, if there is one: all of it, checked."""
+    if not os.path.lexists(folder / SIGNATURE_FILE):
+        if expected:
+            raise ExpertError(f"{folder / SIGNATURE_FILE} is missing, although {RECORD_FILE} records it.")
+        return None
+    path = inside(folder, SIGNATURE_FILE, ExpertError)
+    digest = sha256_file(path, ExpertError)
+    _same(expected or digest, digest, path, f"sha256 in {RECORD_FILE}")
+    found = StoredSignature(path, read_header(path)[1], adapter_sha256, digest)
+    _ = found.texts  # a damaged one is refused here, not later
+    return found
 
 
 def read_record(folder: Path) -> dict[str, Any]:

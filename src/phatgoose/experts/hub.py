@@ -14,6 +14,7 @@ from phatgoose.errors import DownloadError, ExpertError, PoolError
 from phatgoose.experts.adapterhub import HEAD_FILES
 from phatgoose.experts.adapterhub_places import INTERFACE_FILE
 from phatgoose.experts.card import CARD_FILE
+from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert, slug
 from phatgoose.experts.formats import WEIGHTS_FILES, format_of, weights_file
 from phatgoose.experts.hub_files import MAX_BYTES, Fetched, Listing, fetch, from_cache, list_files
@@ -27,7 +28,7 @@ from phatgoose.files import atomic_folder, cache_folder, read_json, storage_erro
 from phatgoose.hub_errors import is_offline
 from phatgoose.records import HubSource
 
-OPTIONAL = (GATES_FILE, RECORD_FILE, CARD_FILE)
+OPTIONAL = (GATES_FILE, SIGNATURE_FILE, RECORD_FILE, CARD_FILE)
 
 
 def pull_expert(

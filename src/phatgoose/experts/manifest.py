@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, brief
 from phatgoose.experts.card import write_pool_card
 from phatgoose.experts.card_facts import Facts, read_object
+from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert, check_name
 from phatgoose.experts.formats import WEIGHTS_FILES
 from phatgoose.experts.packed import HEADERS, REST_FILE
@@ -27,7 +28,7 @@ from phatgoose.records import Fingerprint, HubSource
 MANIFEST = "pool.json"
 LOCK_SECONDS = 600.0
 FORMAT_VERSION, PACKED_VERSION = 1, 2
-_FILES = (CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, RECORD_FILE)
+_FILES = (CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, SIGNATURE_FILE, RECORD_FILE)
 _PACKED_FILES = (*HEADERS.values(), REST_FILE)
 _FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from phatgoose.errors import ExpertError, PoolError, brief
+from phatgoose.experts.data_signature import SIGNATURE_FILE, StoredSignature
 from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, check_gates_metadata, read_record
 from phatgoose.experts.headers import Header, Item, parse_header, read_header
 from phatgoose.experts.layout import Layout, layout_of
@@ -82,7 +83,12 @@ class PackedFolder:
         source = Source(
             self.file, place, config, layout, starts, gates, gate_index, gate_rows, dict(entry["files"]), drop
         )
-        return packed_expert(entry["name"], source, provenance)
+        signature = None
+        if SIGNATURE_FILE in files:
+            path = place / SIGNATURE_FILE
+            header = read_header(path)[1]
+            signature = StoredSignature(path, header, files.get(WEIGHTS_FILE, ""), files[SIGNATURE_FILE])
+        return packed_expert(entry["name"], source, provenance, signature)
 
     def _layout(
         self, place: Path, files: Mapping[str, str], rest: Header | None, drop: tuple[str, ...]
@@ -193,7 +199,12 @@ def _record(place: Path, files: Mapping[str, str], raw: bytes) -> dict[str, Any]
     if not raw:
         return {}
     record = read_record(place)
-    for key, name in (("adapter_sha256", WEIGHTS_FILE), ("gates_sha256", GATES_FILE)):
+    written = (
+        ("adapter_sha256", WEIGHTS_FILE),
+        ("gates_sha256", GATES_FILE),
+        ("signature_sha256", SIGNATURE_FILE),
+    )
+    for key, name in written:
         if key in record and record[key] != files.get(name):
             raise PoolError(
                 f"{place / RECORD_FILE}: {key} is {brief(record[key])}, and the pool's manifest has {brief(files.get(name))}."

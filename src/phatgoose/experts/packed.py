@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from phatgoose.errors import PoolError
+from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import GATES_FILE, Expert, check_name, checked_gates
 from phatgoose.experts.headers import Header
 from phatgoose.experts.layout import Layout, Pair
@@ -162,6 +163,8 @@ class PackedExpert(Expert):
         object.__setattr__(self, "base_copies", Views(source, source.layout.copies, source.base_copy))
         if self.gates is not None and not isinstance(self.gates, Views):
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
+        if self.signature is not None:
+            self.signature.fits(source.layout.updates, self._where())
 
     @property
     def sizes(self) -> Mapping[str, tuple[int, int, bool]]:
@@ -179,10 +182,12 @@ class PackedExpert(Expert):
             super()._write_gates(target, metadata)
 
 
-def packed_expert(name: str, source: Source, provenance: Mapping[str, Any]) -> PackedExpert:
+def packed_expert(
+    name: str, source: Source, provenance: Mapping[str, Any], signature: DataSignature | None = None
+) -> PackedExpert:
     gates = None if source.gates is None else Views(source, source.gates.items, source.gate)
     tensors = Views(source, source.layout.header.items, source.tensor)
-    return PackedExpert(name, source.config, tensors, gates, provenance, source.folder)
+    return PackedExpert(name, source.config, tensors, gates, provenance, source.folder, signature=signature)
 
 
 @dataclass(frozen=True, eq=False)

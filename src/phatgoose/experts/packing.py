@@ -209,6 +209,8 @@ def _check_bytes(source: Source) -> None:
 
 
 def _check_finite(expert: PackedExpert) -> None:
+    if expert.signature is not None:
+        _ = expert.signature.texts  # reads and checks all of it
     for values in (expert.tensors, expert.gates or {}):
         for key, tensor in values.items():
             check_finite(tensor, f"expert {expert.name!r} ({expert.folder}): {key}")

@@ -1,0 +1,144 @@
+"""The data signature of an expert, made by its contributor: mean activations and embedded texts of the expert's own training rows."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.errors import TaskError, TrainingError
+from phatgoose.experts.data_signature import DataSignature
+from phatgoose.experts.expert import Expert
+from phatgoose.files import sha256_json
+from phatgoose.fingerprints import check_same_base
+from phatgoose.models.base import Base, as_base
+from phatgoose.models.encoder import SentenceEncoder, load_encoder
+from phatgoose.models.routed import routing_of
+from phatgoose.records import Task
+from phatgoose.tasks.batch import Encoded, encode_pair
+from phatgoose.tasks.spec import without_paths
+from phatgoose.training.activations import mean_activations
+from phatgoose.training.gate import check_fits
+from phatgoose.training.progress import Report
+from phatgoose.training.rows import draw
+from phatgoose.training.signature_config import SignatureConfig
+
+__all__ = ["SignatureConfig", "make_signature"]
+FOLDER, FILE = "signature", "sums.safetensors"
+_UNLIMITED = 2**31
+
+
+def make_signature(
+    base: Base | PreTrainedModel,
+    expert: Expert,
+    task: Task,
+    config: SignatureConfig | None = None,
+    *,
+    work_folder: str | Path | None = None,
+    report: Report | None = None,
+) -> Expert:
+    """The expert with a data signature of its own task's training rows.
+
+    Activations: ā = mean over all tokens of all rows (prompt and target, as in training) of each adapted module's input, in the base
+    with this expert on every token; of an embedding, its output. Summed in float64. Texts: the prompts, as the base's tokenizer gives
+    them back, embedded.
+
+    Args:
+        work_folder: keeps the sums so far, from which the same call goes on after a kill and ends in the same numbers.
+
+    Returns:
+        a new expert; provenance["signature"] says how it was made.
+
+    Raises:
+        TrainingError: no training rows, routing attached to the base, values that aren't finite, or the expert doesn't fit the base.
+        BaseModelError: the expert is of another base, or the encoder can't be loaded.
+    """
+    base, config = as_base(base), config or SignatureConfig()
+    if expert.base is not None:
+        check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
+    check_fits(base.model, expert)
+    if routing_of(base) is not None:
+        raise TrainingError("routing is attached to the base: call unroute(base) first.")
+    if not task.train:
+        raise TrainingError(f"task {task.name!r} has no training rows to make a signature of.")
+    started = time.monotonic()
+    encoder = load_encoder(config.encoder) if config.texts else None
+    key = signature_key(base, expert, task, config, encoder)
+    with _folder(work_folder) as folder:
+        rows = _encoded(base, task, config)
+        size, (activations, tokens) = config.rows_per_batch, (None, 0)
+        if rows:
+            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+            file, whole_key = folder / FOLDER / FILE, f"{key}/{size}"
+            activations, tokens = mean_activations(base, expert, batches, file, whole_key, report)
+    texts, cut = (None, 0) if encoder is None else _texts(base, task, config, encoder)
+    made = DataSignature(
+        activations, texts, encoder.name if encoder else None, encoder.sha256 if encoder else None
+    )
+    record = {
+        "kind": "signature", "key": key, "config": {**asdict(config), "encoder": encoder.name if encoder else None},
+        "task": {"name": task.name, "source": without_paths(task.source), "hash": task.hash},
+        "rows": len(rows), "tokens": tokens, "texts": 0 if texts is None else len(texts), "texts_cut": cut,
+        "encoder": encoder.name if encoder else None, "seconds": round(time.monotonic() - started, 3),
+        "versions": {**{n: version(n) for n in ("phatgoose", "torch", "transformers")}, "python": platform.python_version()},
+    }  # fmt: skip
+    return expert.with_signature(made, record)
+
+
+def signature_key(
+    base: Base, expert: Expert, task: Task, config: SignatureConfig, encoder: SentenceEncoder | None
+) -> str:
+    """sha256 of everything a signature depends on."""
+    known = {**base.fingerprint.to_json(), "spec": None, "dtype": str(base.model.dtype)}
+    adapter = replace(expert, gates=None).hash
+    return sha256_json([config.key(), task.hash, adapter, known, encoder.sha256 if encoder else None])
+
+
+def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
+    """The rows as training encodes them, the longest first, so that batches hold rows of like lengths."""
+    found = []
+    for index in sorted(draw(len(task.train), min(config.rows, len(task.train)), config.seed)):
+        example = task.train[index]
+        try:
+            found.append(
+                encode_pair(
+                    base.tokenizer, example.input, example.targets[0],
+                    is_encoder_decoder=base.is_encoder_decoder, max_length=config.max_length,
+                )
+            )  # fmt: skip
+        except TaskError as cause:
+            raise TrainingError(f"task {task.name!r}, training row {index}: {cause}") from cause
+    return sorted(found, key=lambda row: -row.length)
+
+
+def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder) -> tuple[Tensor, int]:
+    """Embeddings of training prompts, and how many of these were longer than the encoder reads."""
+    chosen = sorted(draw(len(task.train), min(config.texts, len(task.train)), config.seed))
+    prompts = [as_read(base, task.train[index].input) for index in chosen]
+    return encoder(prompts), encoder.cut(prompts)
+
+
+def as_read(base: Base, prompt: str) -> str:
+    """A prompt as a router finds it again from its tokens: T5's tokenizer, for one, drops line breaks."""
+    pair = encode_pair(
+        base.tokenizer, prompt, "a", is_encoder_decoder=base.is_encoder_decoder, max_length=_UNLIMITED
+    )
+    ids = list(pair.prompt_ids)
+    return str(base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextlib.contextmanager
+def _folder(work_folder: str | Path | None) -> Iterator[Path]:
+    if work_folder is not None:
+        yield Path(work_folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
+        yield Path(folder)

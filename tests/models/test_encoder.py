@@ -1,0 +1,72 @@
+"""The sentence encoder against its formula, one text at a time, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from encoder_fixtures import make_encoder, texts
+from phatgoose.errors import BaseModelError
+from phatgoose.models.encoder import DEFAULT_ENCODER, SentenceEncoder, load_encoder
+
+
+def formula(folder, text, most):
+    """Mean over a text's tokens of the last hidden state, over its length; no batch, no padding."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    ids = torch.tensor([tokenizer(text)["input_ids"][:most]])
+    with torch.no_grad():
+        mean = model(input_ids=ids).last_hidden_state[0].double().mean(0)
+    return mean / mean.norm()
+
+
+def test_equals_the_formula_in_every_batch(tmp_path):
+    folder = make_encoder(tmp_path / "tiny")
+    encoder = load_encoder(str(folder))
+    rows = [*texts(3, 70), "yes", "fox " * 40]
+    found = encoder(rows)
+    assert found.shape == (72, 16)
+    assert found.dtype == torch.float32
+    for vector, text in zip(found, rows, strict=True):
+        torch.testing.assert_close(vector.double(), formula(folder, text, 24), rtol=1e-4, atol=1e-5)
+    assert encoder.cut(rows) == 1
+    assert torch.equal(encoder(rows[3:5]), found[3:5])  # remembered
+    assert encoder([]).shape == (0, 16)
+    assert encoder.name == "tiny"
+
+
+def test_fingerprints_tell_weights_and_rules_apart(tmp_path):
+    one, same, other, short = (
+        SentenceEncoder(make_encoder(tmp_path / n, seed, most), n)
+        for n, seed, most in (("a", 0, 24), ("b", 0, 24), ("c", 1, 24), ("d", 0, 9))
+    )
+    assert one.sha256 == same.sha256
+    assert len({one.sha256, other.sha256, short.sha256}) == 3
+
+
+def test_what_is_no_mean_pooling_encoder_is_refused(tmp_path):
+    with pytest.raises(BaseModelError, match="pools by pooling_mode_cls_token; only the mean"):
+        load_encoder(str(make_encoder(tmp_path / "cls", pooling="cls_token")))
+    broken = make_encoder(tmp_path / "broken")
+    (broken / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "all"}))
+    with pytest.raises(BaseModelError, match="max_seq_length is 'all'"):
+        load_encoder(str(broken))
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"model\.safetensors is missing"):
+        load_encoder(str(broken))
+    with pytest.raises(BaseModelError, match=f"no such folder, and it is neither '{DEFAULT_ENCODER}'"):
+        load_encoder("nowhere")
+    with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set"):
+        load_encoder("organisation/encoder")
+
+
+@pytest.mark.network
+def test_the_default_encoder_is_the_literatures():
+    """The similarities that its model card shows."""
+    encoder = load_encoder()
+    found = encoder(["That is a happy person", "That is a happy dog", "Today is a sunny day"])
+    torch.testing.assert_close((found @ found[0])[1:], torch.tensor([0.695, 0.257]), rtol=0, atol=2e-3)
+    assert encoder.max_tokens == 256
+    assert load_encoder() is encoder
