@@ -18,14 +18,29 @@ if TYPE_CHECKING:
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base import Base
     from phatgoose.models.load import load_base
+    from phatgoose.models.prompted import prompted
     from phatgoose.models.routed import route, unroute
     from phatgoose.models.trace import trace
     from phatgoose.records import Example, Task
-    from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, Single, SpectR, Uniform, WeightOnly
+    from phatgoose.routers import (
+        LAG,
+        PHATGOOSE,
+        Arrow,
+        AverageActivation,
+        Centroid,
+        Random,
+        Retrieval,
+        Single,
+        SoftCentroid,
+        SpectR,
+        Uniform,
+        WeightOnly,
+    )
     from phatgoose.tasks import load_task
     from phatgoose.training.expert import ExpertConfig, train_expert
     from phatgoose.training.gate import GateConfig, train_gate
     from phatgoose.training.generated import WritingConfig, train_generated_gate
+    from phatgoose.training.signature import SignatureConfig, make_signature
 
 __version__ = _version("phatgoose")
 
@@ -33,7 +48,9 @@ _PUBLIC = {
     "LAG": "routers",
     "PHATGOOSE": "routers",
     "Arrow": "routers",
+    "AverageActivation": "routers",
     "Base": "models.base",
+    "Centroid": "routers",
     "EvaluationConfig": "evaluation.run",
     "Example": "records",
     "Expert": "experts.expert",
@@ -42,7 +59,10 @@ _PUBLIC = {
     "PhatgooseError": "errors",
     "Pool": "experts.pool",
     "Random": "routers",
+    "Retrieval": "routers",
+    "SignatureConfig": "training.signature",
     "Single": "routers",
+    "SoftCentroid": "routers",
     "SpectR": "routers",
     "Task": "records",
     "Uniform": "routers",
@@ -51,7 +71,9 @@ _PUBLIC = {
     "evaluate": "evaluation.run",
     "load_base": "models.load",
     "load_task": "tasks",
+    "make_signature": "training.signature",
     "merged": "experts.merge",
+    "prompted": "models.prompted",
     "report": "analysis.page",
     "route": "models.routed",
     "trace": "models.trace",
@@ -64,7 +86,9 @@ __all__ = [
     "LAG",
     "PHATGOOSE",
     "Arrow",
+    "AverageActivation",
     "Base",
+    "Centroid",
     "EvaluationConfig",
     "Example",
     "Expert",
@@ -73,7 +97,10 @@ __all__ = [
     "PhatgooseError",
     "Pool",
     "Random",
+    "Retrieval",
+    "SignatureConfig",
     "Single",
+    "SoftCentroid",
     "SpectR",
     "Task",
     "Uniform",
@@ -82,7 +109,9 @@ __all__ = [
     "evaluate",
     "load_base",
     "load_task",
+    "make_signature",
     "merged",
+    "prompted",
     "report",
     "route",
     "trace",

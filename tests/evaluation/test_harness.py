@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
 from phatgoose.models.routed import route
 from phatgoose.records import Example, Task
-from phatgoose.routers import PHATGOOSE
+from phatgoose.routers import PHATGOOSE, Retrieval, SoftCentroid
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'phatgoose[harness]'"
@@ -94,3 +95,25 @@ def test_what_the_harness_cannot_rank_is_refused(make_base, tmp_path):
         harness_choices(make_base("llama"), [Example("a", ("b",))])
     with pytest.raises(EvaluationError, match="knows no task no_such_task"):
         run_harness(make_base("llama"), ["no_such_task"])
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_router_that_reads_text_is_told_where_prompts_end(make_base, make_expert, tmp_path, family):
+    """Laid behind its prompt, a choice would else be part of the text that is looked up."""
+    from phatgoose.evaluation.harness import run_harness
+
+    base = make_base(family)
+    encoder = make_encoder(tmp_path / "encoder", max_tokens=60)
+    pool = Pool([signed(make_expert(base, f"e{i}", seed=i, scale=0.6), encoder, seed=i) for i in range(3)])
+    config = harness_task(TASK, tmp_path / "rows", delimiter="" if base.is_encoder_decoder else " ")
+    for router in (Retrieval(str(encoder)), SoftCentroid(str(encoder))):
+        route(base, pool, router)
+        ours = harness_choices(base, ROWS)
+        found = run_harness(base, [config])
+        samples = sorted(found["samples"]["phatgoose_toy_one"], key=lambda s: s["doc_id"])
+        for sample, mine in zip(samples, ours, strict=True):
+            totals = [
+                float(r[0][0]) if isinstance(r[0], list | tuple) else float(r[0]) for r in sample["resps"]
+            ]
+            assert totals.index(max(totals)) == mine.acc
+    assert len({c.acc for c in ours}) > 1

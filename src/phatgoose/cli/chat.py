@@ -166,7 +166,11 @@ class Chat:
             self.generate(encode_prompt(self.base, line.replace("\\n", "\n")))
             return
         turn = [*self.messages, {"role": "user", "content": line}]
-        text = self.generate(encode_chat(self.base, turn))
+        from phatgoose.models.prompted import prompted
+
+        # Routers that read text look at the turn, not at the template around all of them.
+        with prompted(self.base, [line]):
+            text = self.generate(encode_chat(self.base, turn))
         self.messages = [*turn, {"role": "assistant", "content": text}]
 
     def generate(self, ids: Tensor) -> str:

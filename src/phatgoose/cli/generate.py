@@ -59,7 +59,9 @@ def command(
     model = load(base, dtype, device)
     attach(model, experts, choice, backend)
     from phatgoose.cli.streaming import stream
+    from phatgoose.models.prompted import prompted
     from phatgoose.workflows.encoding import encode_chat, encode_prompt
 
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
-    stream(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    with prompted(model, [text] if chat else []):  # not the chat template around it
+        stream(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.models.prompted import prompted
 
 OVERHEAD = 64
 """What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
@@ -46,7 +47,7 @@ class Read:
     logits: Tensor
     cache: Any
     mask: Tensor
-    lengths: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
     encoded: Tensor | None = None
 
 
@@ -105,7 +106,7 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> 
             f"{type(model).__name__} can't be evaluated: {why}, and a prompt's answers share its key-value cache."
         )
     encoded = out.encoder_last_hidden_state if model.config.is_encoder_decoder else None
-    return Read(out.logits[:, -1], kept, mask, tuple(len(p) for p in prompts), encoded)
+    return Read(out.logits[:, -1], kept, mask, tuple(map(tuple, prompts)), encoded)
 
 
 def extend(
@@ -138,9 +139,12 @@ def extend(
         if accepts(model, "position_ids"):
             # The padding repeats the last real position: a table of learnt positions may end right there.
             offsets = torch.minimum(torch.arange(width), lengths[:, None] - 1)
-            starts = torch.tensor([before.lengths[row] for row in rows])
+            starts = torch.tensor([len(before.prompts[row]) for row in rows])
             inputs["position_ids"] = (starts[:, None] + offsets).to(device)
-    return model(**inputs).logits
+    # An encoder–decoder's cache holds the decoder's start token.
+    start = [] if before.encoded is None else [decoder_start(model)]
+    with prompted(model, [before.prompts[row] for row in rows], [start] * len(rows)):
+        return model(**inputs).logits
 
 
 def groups(

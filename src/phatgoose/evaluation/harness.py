@@ -49,12 +49,12 @@ def harness_model(model: Base | PreTrainedModel, **settings: Any) -> Any:
     """
     base = as_base(model)
     try:
-        from lm_eval.models.huggingface import HFLM
+        from phatgoose.evaluation.harness_model import RoutedLM
     except ImportError as cause:
         raise EvaluationError(INSTALL) from cause
     backend = "seq2seq" if base.is_encoder_decoder else "causal"
     own = {"backend": backend, "softmax_dtype": "float32", "device": str(base.device), "batch_size": 8}
-    return HFLM(pretrained=base.model, tokenizer=base.tokenizer, **{**own, **settings})
+    return RoutedLM(pretrained=base.model, tokenizer=base.tokenizer, **{**own, **settings})
 
 
 def run_harness(

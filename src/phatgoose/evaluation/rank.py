@@ -27,6 +27,7 @@ from phatgoose.evaluation.continuations import (
     groups,
     read,
 )
+from phatgoose.models.prompted import prompted
 
 _CHUNK = 2**24  # logits turned to float32 at a time
 
@@ -61,16 +62,20 @@ def score_choices(
 
 def score_choice_plainly(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """The same score of one answer, by the definition: one forward over prompt and answer, no cache, no padding."""
-    if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=model.device)
-        logits = model(
-            input_ids=torch.tensor([list(prompt)], device=model.device), decoder_input_ids=decoder
-        ).logits[0]
-    else:
-        ids = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
+    with prompted(model, [prompt]):
+        logits = _plain_logits(model, prompt, answer)
     log_p = logits.float().log_softmax(-1)
     return float(log_p[torch.arange(len(answer)), torch.tensor(list(answer))].mean())
+
+
+def _plain_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Logits [len(answer), vocabulary] that predict the answer's tokens."""
+    if model.config.is_encoder_decoder:
+        decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=model.device)
+        ids = torch.tensor([list(prompt)], device=model.device)
+        return model(input_ids=ids, decoder_input_ids=decoder).logits[0]
+    ids = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
+    return model(input_ids=ids).logits[0, len(prompt) - 1 :]
 
 
 def best(scores: Sequence[float]) -> int:

@@ -33,6 +33,7 @@ from phatgoose.models.layers import (
     residual_source,
     same_weights,
 )
+from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
@@ -42,8 +43,6 @@ from phatgoose.registry import unknown
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates
-
-ATTRIBUTE = "_phatgoose_routing"
 
 
 def route(
@@ -145,7 +144,8 @@ class Routing:
         dtype: torch.dtype | None = None,
     ):
         self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
-        self.streams = Streams(model)
+        self.ready = router.prepared(setup_of(model, pool))
+        self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -188,7 +188,7 @@ class _Site:
             needs_weight = update.magnitude is not None
             parts.append(update.resolved(dense_weight(module, path)) if needs_weight else update)
         gates = [(pool.experts[i].gates or {}).get(path) for i in members]
-        if routing.router.offers_null and len(members) < len(pool.experts):
+        if routing.ready.offers_null and len(members) < len(pool.experts):
             members.append(-1)
             parts.append(None)
             gates.append(None)
@@ -205,7 +205,7 @@ class _Site:
         # An embedding's input is a token's number, which has no direction: its gates read its output.
         length = d_out if self.embedding else d_in
         candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
-        self.router: BoundRouter = routing.router.bind(candidates)
+        self.router: BoundRouter = routing.ready.bind(candidates)
         self.fused: Fused | None = None
         if routing.ops.fuse is not None and self.router.by_gates is not None and not self.embedding:
             self.fused = routing.ops.fuse(*self.router.by_gates, self.stack, self.layer)
@@ -230,7 +230,8 @@ class _Site:
         flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         rows = output.shape[0] if output.ndim > 2 else 1
         length = y.shape[0] // max(rows, 1)
-        context = RoutingContext(self.path, rows, length, self.routing.streams.seen_by(self.path))
+        streams = self.routing.streams
+        context = RoutingContext(self.path, rows, length, streams.seen_by(self.path), None, streams.texts_of)
         mixed = None
         if fused is not None and fused.can(flat, y):  # so that recording changes nothing
             mixed, chosen, weights = fused.with_choice(flat, y)

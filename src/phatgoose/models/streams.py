@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from phatgoose.routers.context import Sequences, positions_from
+from phatgoose.errors import RoutingError
+from phatgoose.models.readings import Pass, Readings, Told
+from phatgoose.routers.context import Sequences, Texts, positions_from
 
 # Cross-attention keys and values read the encoder's states: T5's EncDecAttention, BART's and others' encoder_attn.
 _CROSS = re.compile(
@@ -19,10 +21,15 @@ _CROSS = re.compile(
 
 
 class Streams:
-    """Remembers the arguments of the running pass of each stack; builds `Sequences` from them only when asked."""
+    """Remembers the arguments of the running pass of each stack; builds `Sequences` from them only when asked.
 
-    def __init__(self, model: PreTrainedModel):
+    Where a router reads text, it also follows which key-value cache continues which prompt (`readings.py`).
+    """
+
+    def __init__(self, model: PreTrainedModel, reads_text: bool = False):
         self.model = model
+        encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.readings = Readings(encoder_decoder, self._sequences_of) if reads_text else None
         if model.config.is_encoder_decoder:
             self.stacks: dict[str, nn.Module] = {
                 "encoder": model.get_encoder(),
@@ -40,12 +47,39 @@ class Streams:
         self._built: dict[str, Sequences] = {}
 
     def attach(self) -> list[RemovableHandle]:
-        return [
+        handles = [
             stack.register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True
             )
             for name, stack in self.stacks.items()
         ]
+        if self.readings is not None:
+            handles += [
+                stack.register_forward_hook(lambda module, args, output, name=name: self._leave(name, output))
+                for name, stack in self.stacks.items()
+            ]
+        return handles
+
+    def texts_of(self, path: str) -> Texts:
+        """What the sequences of the pass that the module at `path` runs in were given to read.
+
+        Raises:
+            RoutingError: it can't be known.
+        """
+        if self.readings is None:
+            raise RoutingError("this routing doesn't follow texts: attach the router with route().")
+        return self.readings.of(self.stream_of(path))
+
+    def tell(self, told: Told | None) -> Told | None:
+        """Says what the rows of the passes to come were given to read, instead of finding out; returns what was said before."""
+        if self.readings is None:
+            return None
+        before, self.readings.told_all = self.readings.told_all, told
+        return before
+
+    def _leave(self, name: str, output: Any) -> None:
+        if self.readings is not None:
+            self.readings.leave(name, output)
 
     def _enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -56,6 +90,9 @@ class Streams:
             keep["input_ids"] = args[0]
         self._seen[name] = (keep, past)
         self._built.pop(name, None)
+        if self.readings is not None:
+            encoded = kwargs.get("encoder_hidden_states")
+            self.readings.enter(name, Pass(cache, kwargs.get("attention_mask"), encoded))
 
     def stream_of(self, path: str) -> str:
         """ "encoder" or "decoder": whose tokens the module at `path` sees."""
@@ -67,7 +104,9 @@ class Streams:
 
     def seen_by(self, path: str) -> Sequences | None:
         """The tokens of the pass the module at `path` runs in, None if no pass was seen."""
-        name = self.stream_of(path)
+        return self._sequences_of(self.stream_of(path))
+
+    def _sequences_of(self, name: str) -> Sequences | None:
         if name not in self._built:
             if name not in self._seen:
                 return None

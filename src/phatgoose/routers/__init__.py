@@ -6,18 +6,23 @@ from phatgoose.errors import RoutingError
 from phatgoose.registry import lookup
 from phatgoose.routers.constant import Random, Single, Uniform
 from phatgoose.routers.controls import FixedRandom, ShuffledGates
+from phatgoose.routers.example import Centroid, Retrieval, SoftCentroid
 from phatgoose.routers.router import Router
-from phatgoose.routers.token import PHATGOOSE
+from phatgoose.routers.token import PHATGOOSE, AverageActivation
 from phatgoose.routers.weights import LAG, Arrow, SpectR, WeightOnly
 
 ROUTERS = {
     "arrow": "phatgoose.routers.weights:Arrow",
+    "average-activation": "phatgoose.routers.token:AverageActivation",
+    "centroid": "phatgoose.routers.example:Centroid",
     "fixed-random": "phatgoose.routers.controls:FixedRandom",
     "lag": "phatgoose.routers.weights:LAG",
     "phatgoose": "phatgoose.routers.token:PHATGOOSE",
     "random": "phatgoose.routers.constant:Random",
+    "retrieval": "phatgoose.routers.example:Retrieval",
     "shuffled-gates": "phatgoose.routers.controls:ShuffledGates",
     "single": "phatgoose.routers.constant:Single",
+    "soft-centroid": "phatgoose.routers.example:SoftCentroid",
     "spectr": "phatgoose.routers.weights:SpectR",
     "uniform": "phatgoose.routers.constant:Uniform",
     "weight-only": "phatgoose.routers.weights:WeightOnly",
@@ -58,11 +63,15 @@ __all__ = [
     "PHATGOOSE",
     "ROUTERS",
     "Arrow",
+    "AverageActivation",
+    "Centroid",
     "FixedRandom",
     "Random",
+    "Retrieval",
     "Router",
     "ShuffledGates",
     "Single",
+    "SoftCentroid",
     "SpectR",
     "Uniform",
     "WeightOnly",

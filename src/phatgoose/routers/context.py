@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,17 +30,46 @@ class Sequences:
         Raises:
             RoutingError: if the module's input can't be matched to the tokens.
         """
-        b, t = self.positions.shape
-        if rows % b or length > t:
-            raise RoutingError(
-                f"a module saw [{rows}, {length}] tokens, the model was given [{b}, {t}]: they can't be matched."
-            )
 
         def fit(x: Tensor) -> Tensor:
-            return x[:, t - length :].repeat_interleave(rows // b, dim=0)
+            return spread(x, rows, length)
 
         ids = None if self.ids is None else fit(self.ids)
         return Sequences(ids, fit(self.positions), fit(self.real), self.past)
+
+
+def spread(x: Tensor, rows: int, length: int) -> Tensor:
+    """x [B, T, …] of a pass → [rows, length, …] for a module: sequences repeated (beams), or only the last tokens kept.
+
+    Raises:
+        RoutingError: if the module's input can't be matched to the tokens.
+    """
+    b, t = x.shape[:2]
+    if rows % b or length > t:
+        raise RoutingError(
+            f"a module saw [{rows}, {length}] tokens, the model was given [{b}, {t}]: they can't be matched."
+        )
+    return x[:, t - length :].repeat_interleave(rows // b, dim=0)
+
+
+Prompt = str | tuple[int, ...]
+"""What a sequence was given to read: its text, or its token ids."""
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What each of a pass's B sequences was given to read, and what stands behind it so far.
+
+    prompts: one a sequence. fresh: bool [B, T] on the CPU, which of the pass's tokens stand behind the prompt. ids: int64 [B, T] on the
+    CPU, or None. written: what stood behind the prompt before this pass, or why that isn't known. apart: whether what is written is a
+    sequence of its own (an encoder–decoder's), not the prompt's continuation.
+    """
+
+    prompts: tuple[Prompt, ...]
+    fresh: Tensor
+    ids: Tensor | None
+    written: tuple[tuple[int, ...] | str, ...]
+    apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +85,20 @@ class RoutingContext:
     length: int
     sequences: Sequences | None
     allowed: Tensor | None = None
+    reader: Callable[[str], Texts] | None = None
+    """Finds the texts of the pass a module runs in."""
+
+    def texts(self) -> Texts:
+        """What the sequences of this pass were given to read; the same object for every module that sees the pass.
+
+        Raises:
+            RoutingError: it can't be known; the message says why and what to do.
+        """
+        if self.reader is None:
+            raise RoutingError(
+                f"the text that module {self.path} works on is unknown: attach the router with route()."
+            )
+        return self.reader(self.path)
 
     def tokens(self) -> Sequences:
         """The sequences matched to the module's N = rows·length tokens.

@@ -12,7 +12,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
 from phatgoose.routers.constant import Single, Uniform
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Router
+from phatgoose.routers.router import BoundRouter, Candidates, Router, Setup
 
 
 @dataclass(eq=False)
@@ -41,8 +41,15 @@ class Masked(Router):
     def offers_null(self) -> bool:  # type: ignore[override]
         return self.router.offers_null
 
+    @property
+    def reads(self) -> str:  # type: ignore[override]
+        return self.router.reads
+
     def check(self, names: Any) -> None:
         self.router.check(names)
+
+    def prepared(self, setup: Setup) -> Router:
+        return replace(self, router=self.router.prepared(setup))
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         inner = self.router.bind(candidates)

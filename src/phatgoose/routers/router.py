@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.update import Update
 from phatgoose.ops import Backend
 from phatgoose.routers.context import RoutingContext
@@ -29,6 +30,27 @@ class Candidates:
     gates: tuple[Tensor | None, ...]
     d_in: int
     updates: tuple[Update | None, ...] = ()
+
+
+class Encoder(Protocol):
+    """A sentence encoder: texts → float32 [n, width], rows of length 1."""
+
+    name: str
+    sha256: str
+
+    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a router may look at once, before it is bound to any module."""
+
+    experts: tuple[Expert, ...]
+    """The pool's, in its order."""
+    decode: Callable[[Sequence[int]], str] | None
+    """Token ids → text, without special tokens; None where the base's tokenizer is unknown."""
+    encoder: Callable[[str], Encoder]
+    """Loads a sentence encoder by name."""
 
 
 class BoundRouter(ABC):
@@ -59,6 +81,17 @@ class Router(ABC):
     offers_null = False
     """Whether a null candidate (no update, score 0) is offered at modules that only some experts adapt."""
 
+    reads: str = ""
+    """What of the experts' data signatures it needs: "activations", "texts", or nothing."""
+
+    def prepared(self, setup: Setup) -> Router:
+        """The router that is bound to the modules: this one, unless it must look at the pool as a whole first.
+
+        Raises:
+            RoutingError: an expert lacks what this router needs, by name.
+        """
+        return self
+
     @abstractmethod
     def bind(self, candidates: Candidates) -> BoundRouter:
         """This router at one module.
@@ -73,3 +106,21 @@ class Router(ABC):
     def describe(self) -> dict[str, Any]:
         """Name and settings, for results."""
         return {"router": type(self).__name__, **getattr(self, "__dict__", {})}
+
+
+class Prepared(Router):
+    """A router that has looked at its pool; in all else it is `settings`."""
+
+    def __init__(self, settings: Router):
+        self.settings = settings
+
+    @property
+    def offers_null(self) -> bool:  # type: ignore[override]
+        return self.settings.offers_null
+
+    @property
+    def reads(self) -> str:  # type: ignore[override]
+        return self.settings.reads
+
+    def describe(self) -> dict[str, Any]:
+        return self.settings.describe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
 from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Router
+from phatgoose.routers.router import BoundRouter, Candidates, Prepared, Router, Setup
 from phatgoose.routers.weights import Comparable, at_least_one
 
 UNGATED = ("refuse", "weights")
@@ -62,6 +63,53 @@ class PHATGOOSE(Router):
         """Name and settings; `ungated` only where it may matter, so that results of pools with gates keep their description."""
         whole = super().describe()
         return whole if self.ungated != "refuse" else {k: v for k, v in whole.items() if k != "ungated"}
+
+
+@dataclass(frozen=True)
+class AverageActivation(Router):
+    """PHATGOOSE with the mean input of an expert's own data at each module in its gate's place: the paper's baseline of that name.
+
+    v is the raw mean over tokens, standardised once; score_e = v̄_eᵀū/√d, softmax over the top k. Needs each expert's data signature
+    (`phatgoose signature`), no gates. Every token at every module chooses for itself.
+    """
+
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    offers_null = True
+    reads = "activations"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "top_k")
+
+    def prepared(self, setup: Setup) -> Router:
+        vectors = []
+        for expert in setup.experts:
+            found = expert.signature.activations if expert.signature is not None else None
+            if found is None:
+                raise RoutingError(
+                    f"expert {expert.name!r} has no mean activations of its data, which {type(self).__name__} needs: its "
+                    "contributor makes them with `phatgoose signature`. Or choose another router."
+                )
+            vectors.append(found)
+        return _Averaged(self, vectors)
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        raise RoutingError(f"{type(self).__name__} reads data signatures: attach it with route().")
+
+
+class _Averaged(Prepared):
+    def __init__(self, settings: AverageActivation, vectors: list[Mapping[str, Tensor]]):
+        super().__init__(settings)
+        self.vectors, self.top_k = vectors, settings.top_k
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        nothing = torch.zeros(candidates.d_in)
+        bars = [
+            nothing if m < 0 else standardise(self.vectors[m][candidates.path].double()).float()
+            for m in candidates.members
+        ]
+        return _ByVectors(torch.stack(bars), self.top_k)
 
 
 class _ByVectors(BoundRouter):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError, RoutingError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.paths import Place, places
+from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.models.trace import trace
 from phatgoose.registry import lookup, unknown
@@ -60,15 +62,26 @@ class Ask:
     max_new_tokens: int = 64
 
 
-def offered_routers() -> list[dict[str, Any]]:
-    """{"name", "top_k"} of every router that needs nothing but a pool, PHATGOOSE first, and the base; top_k is None where it has none."""
+def offered_routers(pool: Pool | None = None) -> list[dict[str, Any]]:
+    """{"name", "top_k"} of every router that needs nothing but a pool, PHATGOOSE first, and the base; top_k is None where it has none.
+
+    Without those that read data signatures which this pool's experts lack.
+    """
     found = []
     for name in sorted(ROUTERS, key=lambda name: (name != "phatgoose", name)):
-        fields = lookup("router", name, ROUTERS).__dataclass_fields__
+        kind = lookup("router", name, ROUTERS)
+        fields = kind.__dataclass_fields__
+        if kind.reads and not (pool and all(_has(expert, kind.reads) for expert in pool.experts)):
+            continue
         # One expert alone is what is left when the others are switched off.
         if name != "single":
             found.append({"name": name, "top_k": fields["top_k"].default if "top_k" in fields else None})
     return [*found, {"name": BASE_ALONE, "top_k": None}]
+
+
+def _has(expert: Expert, what: str) -> bool:
+    signature = expert.signature
+    return signature is not None and (signature.has_texts if what == "texts" else signature.has_activations)
 
 
 class Session:
@@ -79,7 +92,7 @@ class Session:
     ) -> None:
         self.base, self.pool, self.backend = base, pool, backend
         self.limits = Limits() if limits is None else limits
-        self.routers = {router["name"]: router for router in offered_routers()}
+        self.routers = {router["name"]: router for router in offered_routers(pool)}
         self._attached: tuple[str, Switches | None] | None = None  # what is routed now
         route(base, pool, parse_router("uniform"), backend_name=backend)  # refuses a pool of another base
         self.places = self._places()
@@ -131,7 +144,9 @@ class Session:
         self._attach(ask)
         start = 1 if self.base.is_encoder_decoder else count
         job.tell({"event": "turn", "read": count, "generated_from": count, "room": room})
-        out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE_ALONE)
+        told = [ask.prompt] if ask.chat else []  # not the chat template around it
+        with prompted(self.base, told):
+            out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE_ALONE)
         answer = out[0, start:]
         why = "stopped" if job.stopped.is_set() else "length" if len(answer) >= room else "end"
         text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))

@@ -16,6 +16,7 @@ from phatgoose.analysis.prompts import RoutedPrompt, routed_prompt
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.routers import PHATGOOSE, Router
@@ -178,7 +179,7 @@ def _logits(base: Base, prompt: Tensor, answer: Tensor, rows: int) -> Tensor:
         "labels": answer.expand(rows, -1),
     }
     assert IGNORED not in answer
-    with torch.no_grad():
+    with prompted(base, [prompt[0].tolist()]), torch.no_grad():
         return target_logits(base.model, batch)
 
 

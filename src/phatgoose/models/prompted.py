@@ -1,0 +1,61 @@
+"""What routers that read text need of a model: its tokenizer, a sentence encoder, and to be told prompts where they can't be seen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedModel
+
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.routers.router import Encoder, Setup
+
+ATTRIBUTE = "_phatgoose_routing"
+"""Where a model keeps the routing that is attached to it."""
+
+
+@contextlib.contextmanager
+def prompted(
+    model: Base | PreTrainedModel,
+    prompts: Sequence[str | Sequence[int]],
+    written: Sequence[Sequence[int]] | None = None,
+) -> Iterator[None]:
+    """Inside, the rows of every call of the model work on these prompts, one each (beams repeat them).
+
+    Only for routers that read text (Retrieval, Centroid, SoftCentroid), which else take what a call without a cache is given to read:
+    where that isn't the prompt alone, as a prompt with its answer behind it, or isn't what should be compared, as a chat's template.
+
+    Args:
+        prompts: texts, or token ids; given as ids, what follows them in a row counts as written.
+        written: where a key-value cache that this routing didn't see made is gone on with: what stands in it behind each prompt.
+    """
+    bare = model.model if isinstance(model, Base) else model
+    routing = bare.__dict__.get(ATTRIBUTE)
+    if routing is None or not prompts:
+        yield
+        return
+    told = tuple(p if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts)
+    behind = None if written is None else tuple(tuple(int(i) for i in w) for w in written)
+    before = routing.streams.tell((told, behind))
+    try:
+        yield
+    finally:
+        routing.streams.tell(before)
+
+
+def setup_of(model: PreTrainedModel, pool: Pool) -> Setup:
+    """What a router is shown of a model and a pool before it is bound."""
+    base: Base | None = model.__dict__.get("_phatgoose_base")
+
+    def decode(ids: Sequence[int]) -> str:
+        assert base is not None
+        text = base.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def encoder(name: str) -> Encoder:
+        from phatgoose.models.encoder import load_encoder
+
+        return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu")
+
+    return Setup(pool.experts, decode if base is not None else None, encoder)
