@@ -12,10 +12,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from encoder_fixtures import make_encoder
 from phatgoose.errors import StorageError, TaskError
 from phatgoose.tasks.pools import pool_entries
+from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.templates import config_name, templates
+from phatgoose.workflows import experiment_steps
 from phatgoose.workflows.executors import Processes
 from phatgoose.workflows.experiment import run_experiment
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
@@ -118,6 +121,65 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     finish(place, out)
     assert outcome(out) == expected
     assert all(p.stat().st_mtime_ns == t for p, t in (stamps | scores).items())
+
+
+def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(place, make_base):
+    other = make_base("t5", seed=3)
+    other.model.save_pretrained(place / "other")
+    other.tokenizer.save_pretrained(place / "other")
+    encoder = make_encoder(place / "encoder", max_tokens=60)
+    systems = [
+        "base", "phatgoose", "average-activation", "retrieval", "centroid", "soft-centroid", "soft-centroid:every=0", "multitask",
+        f"model:{place / 'other'}",
+    ]  # fmt: skip
+    changes = {
+        "systems": systems, "signature": {"rows": 9, "texts": 8, "encoder": str(encoder)},
+        "multitask": {"rank": 2, "steps": 6, **COMMON},
+    }  # fmt: skip
+    plain = run_experiment(recipe(place, systems=["base", "phatgoose"]), place / "out")
+    before = {p: p.stat().st_mtime_ns for p in (place / "out/scores").glob("*.json")}
+    made = recipe(place, **changes)
+    assert ExperimentRecipe.from_json(json.loads(json.dumps(made.to_json()))) == made
+    results = run_experiment(made, place / "out")
+    assert results["failed"] == {}
+    assert all(
+        p.stat().st_mtime_ns == t for p, t in before.items()
+    )  # what was measured without signatures is found again
+    assert [e["hash"] for e in results["experts"]] == [e["hash"] for e in plain["experts"]]
+    assert [(e["signature_rows"], e["signature_texts"]) for e in results["experts"]] == [(9, 8), (9, 8)]
+    together = results["multitask"]
+    assert (together["steps"], together["rows"]) == (6, sum(e["rows"] for e in results["experts"]))
+    assert "gate_seconds" not in together
+    for suite in results["suites"].values():
+        assert list(suite["systems"]) == systems
+        assert len(suite["common_tasks"]) == len(suite["tasks"])
+    upper = {s: v["tasks"]["upper"]["rows"] for s, v in results["suites"]["in-pool"]["systems"].items()}
+    assert set(upper.values()) == {6}
+    stamps = {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.safetensors")}
+    assert run_experiment(made, place / "out")["suites"] == results["suites"]
+    assert {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.safetensors")} == stamps
+
+
+def test_a_model_whose_tokenizer_loses_a_task_is_not_measured_on_it(place, make_base, monkeypatch):
+    made = recipe(place, systems=["base", f"model:{place / 'base'}"])
+    monkeypatch.setattr(
+        experiment_steps, "loss", lambda tokenizer, task: Loss(0.5 if task.name == "held" else 0.0, 0.0)
+    )
+    monkeypatch.setattr(experiment_steps, "check_tasks", check_without_loss)
+    results = run_experiment(made, place / "out")
+    (why,) = results["failed"].values()
+    assert "tokenizer can't write it: 50% of its rows" in why
+    same = results["suites"]["in-pool"]["systems"]
+    assert same["base"]["tasks"] == same[f"model:{place / 'base'}"]["tasks"]
+
+
+def check_without_loss(**given):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment_steps, "loss", lambda tokenizer, task: Loss(0.0, 0.0))
+        return CHECK(**given)
+
+
+CHECK = experiment_steps.check_tasks
 
 
 def test_results_hold_together(place):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.errors import RoutingError, TaskError, UnknownName
+from phatgoose.errors import RoutingError, TaskError, TrainingError, UnknownName
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.recipes import QUICKSTART
@@ -79,6 +79,9 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ({"systems": ["phatgose"]}, UnknownName, "did you mean 'phatgoose'"),
         ({"systems": ["phatgoose:top_k=none"]}, RoutingError, "top_k"),
         ({"systems": ["padded:x"]}, RoutingError, "padded:N"),
+        ({"systems": ["model:"]}, RoutingError, "model:SPEC"),
+        ({"signature": {"texts": 5000}}, TrainingError, "expected at most 1000"),
+        ({"multitask": {"step": 3}}, UnknownName, r"\[multitask\] 'step'"),
         ({"base": None}, RecipeError, "base is None, expected a text"),
     ],
 )  # fmt: skip

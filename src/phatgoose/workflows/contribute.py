@@ -1,4 +1,4 @@
-"""What one contributor does: trains an expert on their own task, then its gates, once."""
+"""What one contributor does: trains an expert on their own task, then its gates, and says what its data look like; each once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
 from phatgoose.training.progress import Report
+from phatgoose.training.signature import SignatureConfig, load_encoder, make_signature, signature_key
 
 KEY = "contribution_key"
 
 
-def contribution_key(base: Base, task: Task, expert: ExpertConfig, gate: GateConfig) -> str:
+def contribution_key(base: Base, task: Task, expert: ExpertConfig, gate: GateConfig | None) -> str:
     """sha256 of everything the result depends on."""
-    return sha256_json([expert.key(), gate.key(), task.hash, base.fingerprint.to_json()])
+    return sha256_json([expert.key(), gate and gate.key(), task.hash, base.fingerprint.to_json()])
 
 
 def contribute(
     base: Base,
     task: Task,
     expert: ExpertConfig,
-    gate: GateConfig,
+    gate: GateConfig | None,
     *,
     name: str,
     folder: Path,
@@ -38,6 +39,7 @@ def contribute(
     """The expert with gates in `folder`: found there if it is whole and of this very base, task and settings, else trained.
 
     Args:
+        gate: None: without gates.
         work: what an interrupted training needs to go on; removed at the end.
 
     Raises:
@@ -48,11 +50,34 @@ def contribute(
     found = finished(folder, key)
     if found is None:
         trained = train_expert(base, task, expert, name=name, work_folder=work / "expert", report=report)
-        gated = train_gate(base, trained, task, gate, work_folder=work / "gate", report=report)
-        replace(gated, provenance={**gated.provenance, KEY: key}).save(folder)
+        if gate is not None:
+            trained = train_gate(base, trained, task, gate, work_folder=work / "gate", report=report)
+        replace(trained, provenance={**trained.provenance, KEY: key}).save(folder)
         found = Expert.load(folder)
     shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def sign(
+    base: Base, task: Task, config: SignatureConfig, *, folder: Path, work: Path, report: Report | None = None
+) -> Expert:
+    """The expert in `folder` with its data signature: found there if it is of these very rows and settings, else made.
+
+    Args:
+        work: what an interrupted one needs to go on; removed at the end.
+
+    Raises:
+        ExpertError: what is in `folder` is damaged. TrainingError, BaseModelError: as `make_signature`.
+    """
+    expert = Expert.load(folder)
+    encoder = load_encoder(config.encoder) if config.texts else None
+    made = expert.provenance.get("signature")
+    key = signature_key(base, expert, task, config, encoder)
+    if expert.signature is None or not isinstance(made, dict) or made.get("key") != key:
+        make_signature(base, expert, task, config, work_folder=work, report=report).save(folder)
+        expert = Expert.load(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return expert
 
 
 def finished(folder: Path, key: str) -> Expert | None:
@@ -65,8 +90,8 @@ def finished(folder: Path, key: str) -> Expert | None:
 
 def record(expert: Expert, task: Task) -> dict[str, Any]:
     """What the training cost, for results."""
-    made, gate = expert.provenance, expert.provenance["gate"]
-    return {
+    made, gate = expert.provenance, expert.provenance.get("gate")
+    found = {
         "name": expert.name,
         "task": task.name,
         "spec": task.source.get("spec", task.name),
@@ -75,8 +100,13 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
         "parameters": expert.parameters,
         "gate_parameters": sum(g.numel() for g in (expert.gates or {}).values()),
         "steps": made["config"]["steps"],
-        "gate_steps": gate["config"]["steps"],
         "expert_seconds": made["seconds"],
+    }
+    if gate is None:
+        return found
+    return {
+        **found,
+        "gate_steps": gate["config"]["steps"],
         "gate_seconds": gate["seconds"],
         "gate_share": gate["seconds"] / made["seconds"],
     }

@@ -1,4 +1,4 @@
-"""An experiment from its recipe: check → train → pool → choose → measure → compare, each step found again by a second run.
+"""An experiment from its recipe: check → train → sign → pool → choose → measure → compare, each step found again by a second run.
 
 Everything lies under one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg; work/ holds what an
 interrupted training needs. Steps run through an executor; the driver itself loads no base.
@@ -25,7 +25,7 @@ from phatgoose.workflows.experiment_plot import plot
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment_results import results_of
 from phatgoose.workflows.experiment_text import markdown
-from phatgoose.workflows.systems import CHOSEN
+from phatgoose.workflows.systems import CHOSEN, MULTITASK
 
 MARKER = ".phatgoose-experiment"
 _STEPS = "phatgoose.workflows.experiment_steps"
@@ -69,14 +69,17 @@ class _Run:
         write_json(self.out / "recipe.json", self.json)
         tasks, left_out = self.check()
         records = self.train(tasks)
+        self.sign(records)
         pool = self.gather(records)
-        key = sha256_json([e.hash for e in pool.experts])
+        signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
+        key = sha256_json([*(e.hash for e in pool.experts), *signatures])
+        together = self.multitask(pool)
         chosen = self.choose(pool, key, tasks)
         files = self.measure(key, tasks, chosen)
         seen = self.contaminated(pool, tasks)
         results = results_of(
             self.recipe, self.out, tasks, left_out, [records[n] for n in pool.names], files, chosen, seen, self.failed,
-            seconds=time.monotonic() - started,
+            together=together, seconds=time.monotonic() - started,
         )  # fmt: skip
         write_json(self.out / "results.json", results)
         write_bytes(self.out / "results.md", markdown(results).encode())
@@ -123,6 +126,23 @@ class _Run:
             names = [n for n in names if n in tasks[IN_POOL]]
         found = self.run("train", [self.step(f"train {n}", "train", name=n) for n in names])
         return {n: found[f"train {n}"].value for n in names if found[f"train {n}"].ok}
+
+    def sign(self, records: dict[str, dict[str, Any]]) -> None:
+        """Data signatures, where a system reads them. An expert without one stays; the systems that need it say so."""
+        wanted = records if self.recipe.needs_signatures else {}
+        steps = [self.step(f"sign {n}", "signature", name=n, folder=r["folder"]) for n, r in wanted.items()]
+        found = self.run("sign", steps)
+        for name in wanted:
+            if found[f"sign {name}"].ok:
+                records[name] = records[name] | found[f"sign {name}"].value
+
+    def multitask(self, pool: Pool) -> dict[str, Any] | None:
+        """The record of the one expert on everybody's data, if it is compared."""
+        if MULTITASK not in self.recipe.all_systems:
+            return None
+        step = self.step("train multitask", "multitask", names=list(pool.names))
+        outcome = self.run("train together", [step])[step.name]
+        return outcome.value if outcome.ok else None
 
     def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
         if not records:

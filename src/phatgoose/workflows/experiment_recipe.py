@@ -17,6 +17,10 @@ test_rows = 100
 steps = 300
 [gate]
 steps = 100
+[signature]                         # of SignatureConfig, for systems that need data signatures
+rows = 500
+[multitask]                         # of ExpertConfig, for the system "multitask"; as [expert] if left out
+steps = 3000
 
 [folders]                           # by suite or pool name, or by source; everything else is fetched
 bbh = "data/bbh"
@@ -36,7 +40,8 @@ from phatgoose.tasks.entries import Entry, check_apart, entry
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.suites import Suite, suite
 from phatgoose.training.config import ExpertConfig, GateConfig
-from phatgoose.workflows.systems import check_system, expanded
+from phatgoose.training.signature_config import SignatureConfig
+from phatgoose.workflows.systems import check_system, expanded, reads
 
 IN_POOL, UNSEEN = "in-pool", "unseen"
 
@@ -101,6 +106,9 @@ class ExperimentRecipe:
     measure: MeasurePart = field(default_factory=MeasurePart)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    signature: SignatureConfig = field(default_factory=SignatureConfig)
+    multitask: ExpertConfig | None = None
+    """How the system "multitask" is trained; None: as the experts."""
     folders: Mapping[str, str] = field(default_factory=dict)
     """Where data is read from instead of being fetched."""
 
@@ -113,6 +121,11 @@ class ExperimentRecipe:
         for found in self.suites:
             if found.name != IN_POOL:
                 check_apart(entries, found.entries, found.refuses, found.name)
+
+    @property
+    def needs_signatures(self) -> bool:
+        """Whether any system reads the experts' data signatures."""
+        return any(reads(name) for name in self.all_systems)
 
     @property
     def all_systems(self) -> tuple[str, ...]:
@@ -163,8 +176,12 @@ class ExperimentRecipe:
         Raises:
             UnknownName: a setting that doesn't exist. RecipeError: one of the wrong type.
         """
-        parts = {"pool": PoolPart, "measure": MeasurePart, "expert": ExpertConfig, "gate": GateConfig}
-        values = {k: _part(parts[k], v, f"{where}, [{k}]") if k in parts else v for k, v in data.items()}
+        parts = {
+            "pool": PoolPart, "measure": MeasurePart, "expert": ExpertConfig, "gate": GateConfig, "signature": SignatureConfig,
+            "multitask": ExpertConfig,
+        }  # fmt: skip
+        given = {k: v for k, v in data.items() if k != "multitask" or v is not None}
+        values = {k: _part(parts[k], v, f"{where}, [{k}]") if k in parts else v for k, v in given.items()}
         made = _part(ExperimentRecipe, values, where)
         assert isinstance(made, ExperimentRecipe)
         return made

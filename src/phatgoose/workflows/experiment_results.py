@@ -36,6 +36,7 @@ def results_of(
     contamination: Mapping[str, Any],
     failed: Mapping[str, str],
     *,
+    together: Mapping[str, Any] | None = None,
     seconds: float,
 ) -> dict[str, Any]:
     """What results.json holds. Nothing in it but "made" and the experts' seconds differs between two runs of a recipe."""
@@ -54,6 +55,7 @@ def results_of(
         "recipe": recipe.to_json(),
         "evaluation": asdict(EvaluationConfig()),
         "experts": [dict(e) for e in experts],
+        "multitask": None if together is None else dict(together),
         "suites": suites,
         "chosen": chosen,
         "complete": not failed,

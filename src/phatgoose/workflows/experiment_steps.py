@@ -6,7 +6,8 @@ base, tasks and pool between steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,23 @@ from typing import Any
 import torch
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
 from phatgoose.records import Task
 from phatgoose.routers import Router, Single
+from phatgoose.routers.example import AUTO, ByText
 from phatgoose.tasks.entries import Entry, load_entry, with_validation
 from phatgoose.tasks.overlap import Seen
 from phatgoose.tasks.representable import loss
 from phatgoose.tasks.spec import without_paths
 from phatgoose.tasks.splits import Fractions
-from phatgoose.workflows.contribute import contribute, contribution_key, record
+from phatgoose.workflows.contribute import contribute, contribution_key, record, sign
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.measured import Measurements
-from phatgoose.workflows.systems import build
+from phatgoose.workflows.systems import MULTITASK, OTHER, build
 
 UNSEEN_FRACTIONS = Fractions(test=0.7, validation=0.3)
 """Nothing is trained on a suite's tasks: what has no splits is all test and validation."""
@@ -42,6 +45,7 @@ class Lab:
         self.suites = {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
         self._tasks: dict[tuple[str, str], Task] = {}
         self._systems: dict[Any, tuple[Pool | None, Router | None]] = {}
+        self._other: tuple[str, Measurements] | None = None
 
     @cached_property
     def base(self) -> Base:
@@ -55,6 +59,14 @@ class Lab:
     @cached_property
     def pool(self) -> Pool:
         return Pool.load(self.out / "pool")
+
+    def other(self, spec: str) -> Measurements:
+        """Another model, measured by itself; the last one is kept."""
+        if self._other is None or self._other[0] != spec:
+            self._other = None  # two don't fit everywhere
+            base = load_base(spec, dtype=self.recipe.dtype, device=str(self.base.device))
+            self._other = spec, Measurements(base, self.out / "scores")
+        return self._other[1]
 
     def task(self, suite: str, name: str) -> Task:
         """A task of a suite, as it is measured; one of "in-pool" also as it is trained on."""
@@ -78,10 +90,15 @@ class Lab:
         return with_validation(task, measure.test_rows, measure.choice_rows)
 
     def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
+        if name == MULTITASK:
+            return Pool([Expert.load(multitask_folder(self.recipe, self.out, self.pool.names))]), Single(0)
         if (name, expert) not in self._systems:
             if len(self._systems) > 4:  # a merged pool is as large as the pool
                 self._systems.clear()
-            self._systems[name, expert] = build(name, self.pool, expert) if name != "base" else (None, None)
+            pool, router = build(name, self.pool, expert) if name != "base" else (None, None)
+            if isinstance(router, ByText) and router.encoder == AUTO:
+                router = replace(router, encoder=self.recipe.signature.encoder)
+            self._systems[name, expert] = pool, router
         return self._systems[name, expert]
 
 
@@ -142,13 +159,18 @@ def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, An
     return found
 
 
+def trained_on(here: Lab, name: str) -> Task:
+    """The task that an expert of the pool is trained on."""
+    if IN_POOL not in here.suites:
+        here.suites[IN_POOL] = type(next(iter(here.suites.values())))(IN_POOL, here.recipe.pool_entries)
+    return here.task(IN_POOL, name)
+
+
 def train(recipe: Mapping[str, Any], out: str, name: str) -> dict[str, Any]:
     """One contributor's work: an expert and its gates. Returns what they cost."""
     here = lab(recipe, out)
     entry = next(e for e in here.recipe.pool_entries if e.name == name)
-    if IN_POOL not in here.suites:
-        here.suites[IN_POOL] = type(next(iter(here.suites.values())))(IN_POOL, here.recipe.pool_entries)
-    task = here.task(IN_POOL, name)
+    task = trained_on(here, name)
     folder = folder_of(here.recipe, here.out, entry)
     expert = contribute(
         here.base, task, here.recipe.expert, here.recipe.gate, name=name, folder=folder,
@@ -156,6 +178,46 @@ def train(recipe: Mapping[str, Any], out: str, name: str) -> dict[str, Any]:
     )  # fmt: skip
     key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
+
+
+def signature(recipe: Mapping[str, Any], out: str, name: str, folder: str) -> dict[str, Any]:
+    """A contributor's data signature, beside the expert. Returns what it cost."""
+    here = lab(recipe, out)
+    place = here.out / "experts" / folder
+    work = here.out / "work" / f"{folder}.signature"
+    signed = sign(
+        here.base, trained_on(here, name), here.recipe.signature, folder=place, work=work, report=lambda progress: None
+    )  # fmt: skip
+    assert signed.signature is not None
+    made = signed.provenance["signature"]
+    return {"signature": signed.signature.hash} | {
+        f"signature_{k}": made[k] for k in ("seconds", "rows", "texts")
+    }
+
+
+def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) -> Path:
+    """Where the one expert on the data of all of these is made."""
+    specs = {e.name: list(e.specs) for e in recipe.pool_entries}
+    asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
+    return out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
+
+
+def multitask(recipe: Mapping[str, Any], out: str, names: list[str]) -> dict[str, Any]:
+    """What pooling all contributors' data would give: one expert on the union of their rows. Returns what it cost."""
+    here = lab(recipe, out)
+    tasks = [trained_on(here, n) for n in names]
+    train, validation = (
+        tuple(e for t in tasks for e in rows(t)) for rows in (lambda t: t.train, lambda t: t.validation)
+    )
+    parts = [{"name": t.name, "hash": t.hash} for t in tasks]
+    union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
+    config = here.recipe.multitask or here.recipe.expert
+    folder = multitask_folder(here.recipe, here.out, names)
+    expert = contribute(
+        here.base, union, config, None, name=MULTITASK, folder=folder, work=here.out / "work" / folder.name,
+        report=lambda progress: None,
+    )  # fmt: skip
+    return {**record(expert, union), "folder": folder.name, "hash": expert.hash}
 
 
 def choose(
@@ -186,9 +248,15 @@ def measure(
     failed: dict[str, str] = {}
     for name in tasks:
         try:
-            attached, router = here.system(system, experts.get(name))
             task = here.task(suite, name)
-            path = here.measurements.measure(task, attached, router, limit=here.recipe.measure.test_rows)
+            kind, _, spec = system.partition(":")
+            if kind == OTHER:
+                by, attached, router = here.other(spec), None, None
+                if (lost := loss(by.base.tokenizer, task)).too_much:
+                    raise PhatgooseError(f"{spec}'s tokenizer can't write it: {lost}.")
+            else:
+                by, (attached, router) = here.measurements, here.system(system, experts.get(name))
+            path = by.measure(task, attached, router, limit=here.recipe.measure.test_rows)
             scores[name] = path.name
         except PhatgooseError as error:
             failed[name] = f"{type(error).__name__}: {error}"
@@ -201,10 +269,8 @@ def contamination(
     """{suite: {task: {rows, flagged, trained}}}: which measured rows share a run of words with a row experts were trained on."""
     here = lab(recipe, out)
     seen = Seen(words)
-    if IN_POOL not in here.suites:
-        here.suites[IN_POOL] = type(next(iter(here.suites.values())))(IN_POOL, here.recipe.pool_entries)
     for name in trained:
-        seen.add(name, here.task(IN_POOL, name).train)
+        seen.add(name, trained_on(here, name).train)
     found: dict[str, Any] = {}
     for suite, tasks in suites.items():
         found[suite] = {}

@@ -54,7 +54,7 @@ class Measurements:
     ) -> Path:
         """The file with the score of `router` over `pool` (of the bare base if they are None) on the first `limit` rows of a split."""
         experts = [] if pool is None else [[e.name, e.hash] for e in pool.experts]
-        key = {
+        key: dict[str, Any] = {
             "base": self.base.fingerprint.to_json(),
             "dtype": str(self.base.model.dtype),
             "experts": experts,
@@ -69,6 +69,8 @@ class Measurements:
             key["metric"] = metric
         if self.backend != "auto":
             key["backend"] = self.backend
+        if pool is not None and router is not None and router.reads:
+            key["signatures"] = [e.signature.hash if e.signature else None for e in pool.experts]
         path = self.folder / f"{sha256_json(key)[:24]}.json"
         if path.exists():
             return path

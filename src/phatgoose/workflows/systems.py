@@ -4,7 +4,9 @@ Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"), with 
 
     base          the base alone                          merged, ties, dare   one expert made of all
     best-single   one expert for a whole suite            oracle               one expert for each task
+    multitask     one expert trained on all the pool's data together: what pooling the data would give
     padded:N      PHATGOOSE, N experts that know nothing among the pool's
+    model:SPEC    another model by itself on the same rows, such as a released multitask one (model:bigscience/T0_3B)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from phatgoose.registry import unknown
 from phatgoose.routers import PHATGOOSE, ROUTERS, Router, Single, parse_router
 
 BASE, MAIN = "base", "phatgoose"
+MULTITASK, OTHER = "multitask", "model"
 CHOSEN = ("best-single", "oracle")
 """Systems that choose an expert by labels, on validation rows: no router has that."""
 STATIC: dict[str, Callable[[Pool], Expert]] = {"merged": merged, "ties": ties, "dare": dare}
@@ -40,15 +43,26 @@ def check_system(name: str) -> None:
         UnknownName: there is no such system or router. RoutingError: a setting is wrong.
     """
     kind, _, rest = name.partition(":")
-    if name in (BASE, *CHOSEN, *STATIC):
+    if name in (BASE, MULTITASK, *CHOSEN, *STATIC):
+        return
+    if kind == OTHER:
+        if not rest.strip():
+            raise RoutingError(
+                f"system {name!r} should read model:SPEC, SPEC being a model as `--base` takes it."
+            )
         return
     if kind == "padded":
         if not rest.isdigit() or int(rest) < 1:
             raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
         return
     if kind not in ROUTERS:
-        raise unknown("system", name, (BASE, *CHOSEN, *STATIC, "padded", *ROUTERS))
+        raise unknown("system", name, (BASE, MULTITASK, *CHOSEN, *STATIC, "padded", OTHER, *ROUTERS))
     parse_router(name)
+
+
+def reads(name: str) -> str:
+    """What of the experts' data signatures a system needs: "activations", "texts", or nothing."""
+    return parse_router(name).reads if name.partition(":")[0] in ROUTERS else ""
 
 
 def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None, Router | None]:
