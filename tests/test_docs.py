@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from encoder_fixtures import make_encoder
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 RUN = [p for p in (ROOT / "docs" / "python.md", ROOT / "README.md") if p.exists()]
@@ -28,6 +30,7 @@ def example_folder(tokenizer, make_base, make_expert, tmp_path, monkeypatch):
     base.model.save_pretrained(folder / "tiny-llama")
     tokenizer.save_pretrained(folder / "tiny-llama")
     make_expert(base, gates=False).save(folder / "their-lora")
+    make_encoder(folder / "encoder", max_tokens=60)
     monkeypatch.chdir(folder)
     return folder
 
@@ -46,7 +49,9 @@ def small(code, folder):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return f'"jsonl:{name}.jsonl"'
 
-    code = code.replace('"smollm2-135m-instruct-q4"', '"./tiny-llama"')
+    code = code.replace('"smollm2-135m-instruct-q4"', '"./tiny-llama"').replace(
+        '"all-minilm-l6-v2"', '"encoder"'
+    )
     code = re.sub(r'"bigbench:([\w/]+)"', as_file, code)
     return re.sub(r"\bsteps=\d+", "steps=2", code)
 
