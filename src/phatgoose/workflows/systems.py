@@ -6,7 +6,7 @@ Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"), with 
     best-single   one expert for a whole suite            oracle               one expert for each task
     multitask     one expert trained on all the pool's data together: what pooling the data would give
     padded:N      PHATGOOSE, N experts that know nothing among the pool's
-    model:SPEC    another model by itself on the same rows, such as a released multitask one (model:bigscience/T0_3B)
+    model:SPEC    another model by itself on the same rows, such as a released multitask one (model:google/flan-t5-xl)
 """
 
 from __future__ import annotations
