@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,6 @@ def command(
         app = make_app(Session(load(base, dtype, device), experts, backend=backend))
         show.say(f"http://127.0.0.1:{socket.getsockname()[1]}/")
         show.note("Ctrl-C ends it")
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and says how it came
             server(app).run(sockets=[socket])
-        except KeyboardInterrupt:  # uvicorn has ended in order, and says how it came
-            show.note("ended")
+        show.note("ended")  # also where the shell that started this ignores Ctrl-C, and uvicorn doesn't
