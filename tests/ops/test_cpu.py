@@ -270,7 +270,7 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
         Fused(gates, 2, stack)(meta, y)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "triton"])
 def test_routed_update_is_score_choose_mix(name):
     u, y, stack, gates = problem(9, (3, 2, 4, 1))
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
@@ -306,7 +306,7 @@ def test_compilers_carry_it_as_one_operator():
     assert sum("routed_update" in str(node.target) for node in graphs[0].graph.nodes) == 1
     tensors = cpu._tensors(stack)
     torch.library.opcheck(
-        torch.ops.phatgoose.routed_update.default, (u, y, *fused.by_gates, *tensors, 2), test_utils=("test_schema", "test_faketensor")
+        torch.ops.phatgoose.routed_update.default, (u, y, *fused.by_gates, *tensors, 2, 4), test_utils=("test_schema", "test_faketensor")
     )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def command() -> None:
     ]
     kind, why = auto_is()
     rows.append(("routing", f"on CPUs, auto is {kind}: {why}"))
-    if torch.cuda.is_available():
-        rows.append(("", "on GPUs, auto is torch"))
+    kind, why = auto_is("cuda")
+    rows.append(("", f"on GPUs, auto is {kind}: {why}"))
     show.facts(rows)
 
 

@@ -37,7 +37,7 @@ BackendOption = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="What computes the routing: auto, cpu (a compiled kernel), torch, or reference (plain and slow). "
+        help="What computes the routing: auto, cpu (a compiled kernel), triton (GPUs), torch, or reference (plain and slow). "
         "See `phatgoose doctor`.",
     ),
 ]

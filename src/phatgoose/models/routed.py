@@ -37,7 +37,7 @@ from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
-from phatgoose.ops import Backend, Fused, Stack, backend, make_stack
+from phatgoose.ops import Backend, Prepared, Stack, backend, make_stack
 from phatgoose.records import Fingerprint
 from phatgoose.registry import unknown
 from phatgoose.routers import PHATGOOSE, Router
@@ -60,7 +60,7 @@ def route(
         model: the base the pool's experts were trained on.
         pool: the experts.
         router: who chooses; PHATGOOSE(top_k=2) if None.
-        backend_name: "auto", "cpu" (a compiled kernel, inference only), "torch" or "reference".
+        backend_name: "auto", "cpu" (a compiled kernel) and "triton" (GPUs), both inference only, "torch" or "reference".
         dtype: what the experts' matrices are kept and multiplied in; None: what each module computes in. With float32 on a
             bfloat16 base the experts' own rounding is gone, as in PEFT, at twice the memory.
         any_base: skip the check that `model` is the pool's base (for bases that are knowingly a variant of it).
@@ -206,15 +206,22 @@ class _Site:
         length = d_out if self.embedding else d_in
         candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
         self.router: BoundRouter = routing.ready.bind(candidates)
-        self.fused: Fused | None = None
-        if routing.ops.fuse is not None and self.router.by_gates is not None and not self.embedding:
-            self.fused = routing.ops.fuse(*self.router.by_gates, self.stack, self.layer)
+        self._by_gates = self.router.by_gates
+        self._prepare()
         self.fresh = type(module) in (nn.Linear, Conv1D)
+
+    def _prepare(self) -> None:
+        self.fused: Prepared | None = None
+        if self.routing.ops.fuse is not None and self._by_gates is not None and not self.embedding:
+            self.fused = self.routing.ops.fuse(*self._by_gates, self.stack, self.layer)
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         u = args[0] if args else next(iter(kwargs.values()))
+        if self.stack.A.device != output.device:
+            self.stack = self.stack.to(output.device)
+            self._prepare()
         fused = None if self.router.by_gates is None else self.fused
         if fused is not None and self.routing.recorder is None:
             # A new tensor that nobody has seen yet may be written into.
@@ -224,8 +231,6 @@ class _Site:
                 return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
-        if self.stack.A.device != u.device:
-            self.stack = self.stack.to(u.device)
         y = output.reshape(-1, output.shape[-1])
         flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         rows = output.shape[0] if output.ndim > 2 else 1

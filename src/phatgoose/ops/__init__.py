@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from phatgoose.ops import build, cpu, fast, reference
+from phatgoose.ops import build, cpu, fast, reference, triton_backend
 from phatgoose.ops.cpu import Fused
 from phatgoose.ops.stack import Layer, Part, Stack, make_stack
 from phatgoose.registry import unknown
+
+
+class Prepared(Protocol):
+    """The three steps of one module in one call, made once and called often."""
+
+    def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
+        """y + Σ w Δ(u); u: [..., d_in], y: [..., d_out]. With `into_y`, y may be written into and returned.
+
+        None where only score, choose and mix can do it, and the backend may let them.
+        """
+
+    def can(self, u: Tensor, y: Tensor) -> bool:
+        """Whether `with_choice` can do this call."""
+
+    def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Also who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,7 @@ class Backend:
     gate_scores: Callable[[Tensor, Tensor], Tensor]
     choose: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     mix: Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
-    fuse: Callable[[Tensor, int, Stack, Layer | None], Fused | None] | None = None
+    fuse: Callable[[Tensor, int, Stack, Layer | None], Prepared | None] | None = None
     """(gates, top_k, stack, layer) → the three steps in one call, where the backend has that for such a stack."""
 
     def routed_update(
@@ -45,47 +63,77 @@ def _auto_mix(
     return way.mix(u, y, stack, chosen, weights, layer)
 
 
-def _fuse(gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None) -> Fused | None:
+def _auto_gpu_mix(
+    u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
+) -> Tensor:
+    way = fast if triton_backend.obstacle(u, y, stack) else triton_backend
+    return way.mix(u, y, stack, chosen, weights, layer)
+
+
+def _fuse(gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None) -> Prepared | None:
     return None if stack.embedding else Fused(gates, top_k, stack, layer)
 
 
-def _auto_fuse(gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None) -> Fused | None:
+def _auto_fuse(gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None) -> Prepared | None:
     fits = stack.A.is_cpu and stack.A.dtype in cpu.DTYPES and not stack.embedding
     return Fused(gates, top_k, stack, layer, strict=False) if fits else None
+
+
+def _triton_fuse(
+    gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True
+) -> Prepared | None:
+    if stack.embedding or min(top_k, stack.experts) > triton_backend.MOST_FUSED:
+        return None
+    return triton_backend.Fused(gates, top_k, stack, layer, strict)
 
 
 BACKENDS = {
     "reference": Backend("reference", reference.gate_scores, reference.choose, reference.mix),
     "torch": Backend("torch", fast.gate_scores, fast.choose, fast.mix),
     "cpu": Backend("cpu", cpu.gate_scores, cpu.choose, cpu.mix, _fuse),
+    "triton": Backend(
+        "triton", triton_backend.gate_scores, triton_backend.choose, triton_backend.mix, _triton_fuse
+    ),
 }
 _AUTO = Backend("auto", fast.gate_scores, fast.choose, _auto_mix, _auto_fuse)
+_AUTO_GPU = Backend(
+    "auto", fast.gate_scores, fast.choose, _auto_gpu_mix, partial(_triton_fuse, strict=False)
+)
 
 
 def backend(name: str = "auto", device: str = "cpu") -> Backend:
     """The backend of this name, for models on this type of device.
 
-    "auto" is "cpu" for whatever that can do, if its kernel can be compiled here, and "torch" for the rest (other devices and
-    dtypes, gradients); `auto_is` says which. Any other name is that backend and no other.
+    "auto" is "cpu" on CPUs and "triton" on GPUs for whatever these can do, if they can be used here, and "torch" for the rest (other
+    devices and dtypes, gradients); `auto_is` says which. Any other name is that backend and no other.
 
     Raises:
-        UnknownName: with the known names. RoutingError: "cpu" was asked for, and there is no kernel here; says why.
+        UnknownName: with the known names. RoutingError: "cpu" or "triton" was asked for, and there is no kernel here; says why.
     """
     if name == "auto":
-        return BACKENDS["torch"] if device != "cpu" or build.reason() else _AUTO
+        kind = auto_is(device)[0]
+        return {"cpu": _AUTO, "triton": _AUTO_GPU}.get(kind, BACKENDS["torch"])
     if name not in BACKENDS:
         raise unknown("backend", name, [*BACKENDS, "auto"])
     if name == "cpu":
         build.library()
+    if name == "triton":
+        triton_backend.require()
     return BACKENDS[name]
 
 
-def auto_is() -> tuple[str, str]:
-    """What "auto" is on CPUs here, "cpu" or "torch", and why."""
+def auto_is(device: str = "cpu") -> tuple[str, str]:
+    """What "auto" is here on this type of device, "cpu", "triton" or "torch", and why."""
+    if device == "cuda":
+        if (why := triton_backend.reason()) is not None:
+            return "torch", why
+        return "triton", triton_backend.version()
+    if device != "cpu":
+        return "torch", f"there is no kernel for devices of type {device}"
     if (why := build.reason()) is not None:
         return "torch", why
     found = build.library()
     return "cpu", f"compiled kernel, {found.variants[0]} instructions ({found.path})"
 
 
-__all__ = ["BACKENDS", "Backend", "Fused", "Layer", "Part", "Stack", "auto_is", "backend", "make_stack"]
+__all__ = ["BACKENDS", "Backend", "Fused", "Layer", "Part", "Prepared", "Stack", "auto_is", "backend", "make_stack"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from phatgoose.errors import RoutingError
 from phatgoose.ops import fast
 from phatgoose.ops.build import library
+from phatgoose.ops.operators import routed_update
 from phatgoose.ops.scan import scan
 from phatgoose.ops.stack import Layer, Stack
 
@@ -202,7 +203,10 @@ class Fused:
             return None
         flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
         a, b, owners, scales, top_k = self.tensors
-        return routed_update(flat_u, flat_y, *self.by_gates, a, b, owners, scales, top_k).reshape(y.shape)
+        done = routed_update(
+            flat_u, flat_y, *self.by_gates, a, b, owners, scales, top_k, max(self.stack.ranks)
+        )
+        return done.reshape(y.shape)
 
     def can(self, u: Tensor, y: Tensor) -> bool:
         """Whether this call is one for the kernel and for `with_choice`; always, or an error, if `strict`."""
@@ -226,22 +230,12 @@ class Fused:
         return out.reshape(y.shape), chosen, weights
 
 
-@torch.library.custom_op("phatgoose::routed_update", mutates_args=(), device_types="cpu")
-def routed_update(
-    u: Tensor, y: Tensor, gates: Tensor, codes: Tensor, facts: Tensor, a: Tensor, b: Tensor, owners: Tensor, scales: Tensor,
-    top_k: int,
-) -> Tensor:  # fmt: skip
-    """`Fused` as an operator that compilers can carry: u [N, d_in], y [N, d_out] → y + Σ w Δ(u), a new tensor."""
-    site = _site(a, b, owners, scales, top_k, gates, codes, facts)
+def scanned_update(
+    u: Tensor, y: Tensor, by_gates: tuple[Tensor, ...], rows: tuple[Tensor, Tensor, Tensor, Tensor], top_k: int
+) -> Tensor:
+    """What the operator phatgoose::routed_update does on CPUs."""
+    site = _site(*rows, top_k, *by_gates)
     y = y.contiguous()
     out = torch.empty_like(y)
     _run(ctypes.addressof(site), u.contiguous(), y, out, None, None, u.shape[0])
     return out
-
-
-@routed_update.register_fake
-def _(
-    u: Tensor, y: Tensor, gates: Tensor, codes: Tensor, facts: Tensor, a: Tensor, b: Tensor, owners: Tensor, scales: Tensor,
-    top_k: int,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(y, memory_format=torch.contiguous_format)

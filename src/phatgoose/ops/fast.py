@@ -77,8 +77,9 @@ def _others(
         total = total + layer.product(scaled).to(own.dtype)
     for expert, bottleneck in stack.bottlenecks:
         weight = per_expert[:, expert, None].to(own.dtype)
-        if bool((weight != 0).any()):
-            total = total + weight * narrow(y, bottleneck).to(own.dtype)
+        if weight.is_cuda or bool((weight != 0).any()):  # to ask a GPU is to wait for it
+            delta = weight * narrow(y, bottleneck).to(own.dtype)
+            total = total + torch.where(weight != 0, delta, 0)
     return total
 
 
