@@ -4,7 +4,7 @@
 
 Prints medians and their ratios to the base of the same run, beside the floor that reading (or multiplying) what is needed sets.
 Keeps everything in benchmarks/results/bench-<date>.json, and a plot beside it. PEFT's Arrow needs patience: --arrow turns it on
-(it takes half a minute a step at 166 experts).
+(it takes half a minute a step at 166 experts). Where torch finds a GPU, a model of Llama-3-8B's shape is measured on it as well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 from datetime import date
 from pathlib import Path
 
+import bench_gpu
 import bench_layers
 import bench_models as models
 import torch
@@ -51,6 +52,8 @@ def main() -> None:
         for experts in options.experts:
             arrow = ["arrow"] if options.arrow and experts == max(options.experts) else []
             record["models"] += whole_models(experts, [*options.ways, *arrow], options, bandwidth)
+    if torch.cuda.is_available() and not options.layers_only:
+        record["gpu"] = bench_gpu.measure(max(options.experts), options.rank, quick=options.quick)
     if not options.models_only:
         record["layers"] = bench_layers.measure(options.quick)
     record["load_average_after"] = list(os.getloadavg())

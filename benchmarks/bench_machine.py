@@ -31,10 +31,17 @@ def medians(
         for name, run in ways.items():
             if before is not None:
                 before[name]()
+            _wait()
             start = time.perf_counter()
             run(number)
+            _wait()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def read_bandwidth(megabytes: int = 1024) -> float:
@@ -62,6 +69,8 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()),
         "auto": f"{kind}: {why.partition(' (')[0]}",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "auto on GPUs": ": ".join(auto_is("cuda")),
         "versions": {name: version(name) for name in ("phatgoose", "torch", "transformers", "peft")},
         "python": platform.python_version(),
     }

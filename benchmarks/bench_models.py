@@ -28,13 +28,28 @@ PAST = 64
 """Tokens in the key-value cache before a decode step."""
 
 
-def base_model(layers: int = 30) -> LlamaForCausalLM:
+SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def base_model(layers: int = 30, shape: str = "smollm2-135m", device: str = "cpu") -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=8192, **SHAPES[shape])
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).eval().requires_grad_(False)
     # Or attention averages random tokens into one another, and all of them choose the same few experts.
     model.get_input_embeddings().weight.mul_(100)
     return model
@@ -74,9 +89,12 @@ class Ways:
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        first = Routing(self.model, self.pool, PHATGOOSE(2), backend("auto"))
+        device = self.model.device
+        first = Routing(self.model, self.pool, PHATGOOSE(2), backend("auto", device.type))
+        for site in first.sites:
+            site.stack = site.stack.to(device)
         for name in self.names:
-            if name in ("cpu", "torch", "reference"):
+            if name in ("cpu", "triton", "torch", "reference"):
                 self.routings[name] = _sharing(first, name)
         self.sites = first.sites
         if "arrow" in self.names:
@@ -107,8 +125,7 @@ def _sharing(first: Routing, name: str) -> Routing:
     other.sites = [copy.copy(site) for site in first.sites]
     for site in other.sites:
         site.routing = other
-        if other.ops.fuse is None:
-            site.fused = None
+        site.prepare()
     return other
 
 
@@ -216,6 +233,9 @@ def cost(ways: Ways, step: Step, distinct: list[int]) -> dict[str, object]:
     """
     model = ways.model
     base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not model.config.tie_word_embeddings:  # of which a step reads a row a token
+        embeddings = model.get_input_embeddings().weight
+        base_bytes -= embeddings.numel() * embeddings.element_size()
     linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in ways.sites)
     gates = sum(s.stack.experts * s.stack.A.shape[1] for s in ways.sites)
     rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in ways.sites]

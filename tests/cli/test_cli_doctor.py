@@ -13,6 +13,7 @@ def test_it_says_what_routes_and_why(run, monkeypatch):
     result = run("doctor")
     assert result.code == 0
     assert re.search(r"routing +on CPUs, auto is cpu: compiled kernel, \w+ instructions", result.out)
+    assert re.search(r"on GPUs, auto is (triton: Triton 3|torch: )", result.out)
     assert re.search(r"torch +\d+\.\d+", result.out)
     assert str(build.library().path) in result.out
 

@@ -17,7 +17,13 @@ from triton.compiler import ASTSource
 
 from phatgoose.ops import Stack, triton_launch
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 TARGET = GPUTarget("cuda", 90, 32)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 done: set[str] = set()
@@ -29,7 +35,9 @@ def compiled(kernel, grid, *arguments, **constants):
     types, fixed, facts = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values.pop(parameter.name)
-        whole = isinstance(value, torch.Tensor) or (not parameter.do_not_specialize and value and value % 16 == 0)
+        whole = isinstance(value, torch.Tensor) or (
+            not parameter.do_not_specialize and value and value % 16 == 0
+        )
         if isinstance(value, torch.Tensor):
             types[parameter.name] = f"*{TYPES[value.dtype]}"
         elif parameter.is_constexpr or value is None:

@@ -207,10 +207,11 @@ class _Site:
         candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
         self.router: BoundRouter = routing.ready.bind(candidates)
         self._by_gates = self.router.by_gates
-        self._prepare()
+        self.prepare()
         self.fresh = type(module) in (nn.Linear, Conv1D)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """What the backend makes once of the stack, where the stack is."""
         self.fused: Prepared | None = None
         if self.routing.ops.fuse is not None and self._by_gates is not None and not self.embedding:
             self.fused = self.routing.ops.fuse(*self._by_gates, self.stack, self.layer)
@@ -221,7 +222,7 @@ class _Site:
         u = args[0] if args else next(iter(kwargs.values()))
         if self.stack.A.device != output.device:
             self.stack = self.stack.to(output.device)
-            self._prepare()
+            self.prepare()
         fused = None if self.router.by_gates is None else self.fused
         if fused is not None and self.routing.recorder is None:
             # A new tensor that nobody has seen yet may be written into.

@@ -96,9 +96,7 @@ BACKENDS = {
     ),
 }
 _AUTO = Backend("auto", fast.gate_scores, fast.choose, _auto_mix, _auto_fuse)
-_AUTO_GPU = Backend(
-    "auto", fast.gate_scores, fast.choose, _auto_gpu_mix, partial(_triton_fuse, strict=False)
-)
+_AUTO_GPU = Backend("auto", fast.gate_scores, fast.choose, _auto_gpu_mix, partial(_triton_fuse, strict=False))
 
 
 def backend(name: str = "auto", device: str = "cpu") -> Backend:
@@ -136,4 +134,15 @@ def auto_is(device: str = "cpu") -> tuple[str, str]:
     return "cpu", f"compiled kernel, {found.variants[0]} instructions ({found.path})"
 
 
-__all__ = ["BACKENDS", "Backend", "Fused", "Layer", "Part", "Prepared", "Stack", "auto_is", "backend", "make_stack"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Fused",
+    "Layer",
+    "Part",
+    "Prepared",
+    "Stack",
+    "auto_is",
+    "backend",
+    "make_stack",
+]

@@ -231,7 +231,11 @@ class Fused:
 
 
 def scanned_update(
-    u: Tensor, y: Tensor, by_gates: tuple[Tensor, ...], rows: tuple[Tensor, Tensor, Tensor, Tensor], top_k: int
+    u: Tensor,
+    y: Tensor,
+    by_gates: tuple[Tensor, ...],
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    top_k: int,
 ) -> Tensor:
     """What the operator phatgoose::routed_update does on CPUs."""
     site = _site(*rows, top_k, *by_gates)

@@ -44,7 +44,9 @@ def routed_mix(
     from phatgoose.ops import triton_launch as triton
 
     rows = triton.Rows(a, b, owners, scales, widest)
-    return triton.mixed(rows, u, y, chosen.contiguous(), weights.contiguous()) if chosen.numel() else y.clone()
+    return (
+        triton.mixed(rows, u, y, chosen.contiguous(), weights.contiguous()) if chosen.numel() else y.clone()
+    )
 
 
 @routed_mix.register_fake

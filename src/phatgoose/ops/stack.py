@@ -140,6 +140,10 @@ class Stack:
         return known
 
     def to(self, device: torch.device) -> Stack:
+        """Itself, if it is there."""
+        if self.A.device == device:
+            return self
+
         def moved(v: Vectors | None) -> Vectors | None:
             return None if v is None else Vectors(v.experts.to(device), v.values.to(device))
 

@@ -6,8 +6,6 @@ waits for the GPU or asks it for a number, so all of it may be captured in a CUD
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -25,24 +23,39 @@ MOST_FUSED = 64
 gate_scores, choose = fast.gate_scores, fast.choose
 
 
-@cache
+_known: dict[str, tuple[str | None, str]] = {}
+
+
 def reason() -> str | None:
     """Why there are no Triton kernels here; None if there are."""
-    try:
-        interpreted = kernels().INTERPRETED
-    except ImportError as error:
-        return f"Triton can't be imported ({error}); on Linux, pip install triton"
-    if not interpreted and not torch.cuda.is_available():
-        return "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels without one, to test them)"
-    return None
+    return _here()[0]
 
 
-@cache
 def version() -> str:
     """Triton's version, and whether it interprets."""
     import triton
 
     return f"Triton {triton.__version__}" + (", interpreted" if kernels().INTERPRETED else "")
+
+
+def _here() -> tuple[str | None, str]:
+    """Why there are none, and the type of device that they run on. Looked up once, in a way that torch.compile can look into."""
+    if "here" not in _known:
+        _known["here"] = _look()
+    return _known["here"]
+
+
+def _look() -> tuple[str | None, str]:
+    try:
+        interpreted = bool(kernels().INTERPRETED)
+    except ImportError as error:
+        return f"Triton can't be imported ({error}); on Linux, pip install triton", "cuda"
+    if interpreted:
+        return None, "cpu"
+    if not torch.cuda.is_available():
+        why = "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels without one, to test them)"
+        return why, "cuda"
+    return None, "cuda"
 
 
 def require() -> None:
@@ -53,9 +66,9 @@ def require() -> None:
 
 def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
     """Why the kernels can't do this call, and what to do; None if they can."""
-    if (why := reason()) is not None:
+    why, device = _here()
+    if why is not None:
         return f'{why}. Use backend "auto" or "torch".'
-    device = "cpu" if kernels().INTERPRETED else "cuda"
     for tensor in (u, y, stack.A):
         if tensor.device.type != device:
             where = "is interpreted here, on CPUs" if device == "cpu" else "runs on GPUs"

@@ -178,7 +178,10 @@ def shrink_few(
             column = i + tl.arange(0, BD)
             x = tl.load(u + token * d + column, mask=column < d, other=0).to(tl.float32)
             inside = (row < rank)[:, None] & (column < d)[None, :]
-            acc += tl.load(a + own[:, None] * d + column[None, :], mask=inside, other=0).to(tl.float32) * x[None, :]
+            acc += (
+                tl.load(a + own[:, None] * d + column[None, :], mask=inside, other=0).to(tl.float32)
+                * x[None, :]
+            )
         tl.store(h + pair * widest + row, tl.sum(acc, axis=1) * weight, mask=row < rank)
 
 
@@ -277,14 +280,18 @@ def shrink_grouped(
         first = tl.program_id(1) * BR
         if first < rank:
             m = tl.arange(0, BM)
-            token = tl.load(slots + j.to(tl.int64) * n + tl.load(table + tiles) + m, mask=m < size, other=0).to(tl.int64)
+            token = tl.load(
+                slots + j.to(tl.int64) * n + tl.load(table + tiles) + m, mask=m < size, other=0
+            ).to(tl.int64)
             row = first + tl.arange(0, BR)
             own = (tl.load(starts + expert) + row).to(tl.int64)
             acc = tl.zeros([BM, BR], tl.float32)
             for i in range(0, d, BD):
                 column = i + tl.arange(0, BD)[None, :]
                 x = tl.load(u + token[:, None] * d + column, mask=(m < size)[:, None] & (column < d), other=0)
-                rows = tl.load(a + own[:, None] * d + column, mask=(row < rank)[:, None] & (column < d), other=0)
+                rows = tl.load(
+                    a + own[:, None] * d + column, mask=(row < rank)[:, None] & (column < d), other=0
+                )
                 if (x.dtype != rows.dtype) or (x.dtype == tl.float32):
                     x, rows = x.to(tl.float32), rows.to(tl.float32)
                 acc = _dot(x, tl.trans(rows), acc)
@@ -307,7 +314,9 @@ def expand_grouped(
     expert, size = tl.load(table), tl.load(table + 2 * tiles)
     if size > 0:
         m = tl.arange(0, BM)
-        token = tl.load(slots + j.to(tl.int64) * n + tl.load(table + tiles) + m, mask=m < size, other=0).to(tl.int64)
+        token = tl.load(slots + j.to(tl.int64) * n + tl.load(table + tiles) + m, mask=m < size, other=0).to(
+            tl.int64
+        )
         column = tl.program_id(1) * BO + tl.arange(0, BO)
         rank = tl.load(ranks + expert, mask=expert < experts, other=0)
         start = tl.load(starts + expert, mask=expert < experts, other=0).to(tl.int64)

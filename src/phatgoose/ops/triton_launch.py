@@ -192,7 +192,8 @@ def _score(u: Tensor, gates: Tensor, sums: Tensor, k: int) -> Tensor:
     with _there(u.device):
         launch(
             kernels().score, (-(-n // tokens), splits), u, gates, sums, leaders, n, experts, d, each,
-            K=k, K2=k2, BN=tokens, BE=block, BD=min(max(16, _power(d)), 2048 if few else 128 if tokens == 16 else 64), num_warps=8 if few else 4,
+            K=k, K2=k2, BN=tokens, BE=block, BD=min(max(16, _power(d)), 2048 if few else 128 if tokens == 16 else 64),
+            num_warps=8 if few else 4, num_stages=4 if tokens == 16 else 3,
         )  # fmt: skip
     return leaders
 

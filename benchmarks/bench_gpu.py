@@ -1,0 +1,150 @@
+"""Whole models on a GPU: a base of Llama-3-8B's shape, eagerly and in CUDA graphs, routed and not.
+
+Called by bench.py where torch finds a GPU. Every way is captured by itself; a way that can't be captured, as it waits for the GPU,
+says so in the results and is measured eagerly only.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import bench_models as models
+import torch
+from bench_machine import medians
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from phatgoose.models.trace import trace
+
+STEPS = (
+    models.DECODE_1,
+    models.DECODE_8,
+    models.Step("decode, batch 64", 64, 1),
+    models.Step("prefill 4096", 1, 4096),
+)
+WAYS = ("triton", "torch")
+
+
+def measure(
+    experts: int, rank: int, ways: tuple[str, ...] = WAYS, quick: bool = False, device: str = "cuda"
+) -> list[dict[str, object]]:
+    """One row a step: medians in milliseconds, eagerly and in graphs, ratios to the base, and the floors."""
+    model = models.base_model(2 if quick else 32, "tiny" if quick else "llama-3-8b", device)
+    contestants = models.Ways(model, models.random_pool(model, experts, rank), ["base", *ways])
+    found = []
+    for step in STEPS[:2] if quick else STEPS:
+        row = _row(contestants, step, 2 if quick else 30 if step.length == 1 else 10)
+        found.append(row)
+        floor = row["byte_floor"] if step.length == 1 else row["flop_floor"]
+        for kind in ("eager", "graph"):
+            ratios = "  ".join(f"{n} {r:.2f}" for n, r in row[kind]["ratio"].items())
+            base = row[kind]["milliseconds"].get("base", float("nan"))
+            print(
+                f"{experts:5} experts  {step.name:16} {kind:5} base {base:8.2f} ms  × base: {ratios}  floor {floor:.2f}"
+                f"  distinct {row['distinct_experts']:.0f}",
+                flush=True,
+            )
+    return found
+
+
+class Forward:
+    """One step of the model on tokens that lie at one place, as a graph needs them."""
+
+    def __init__(self, model: nn.Module, step: models.Step, device: str):
+        generator = torch.Generator().manual_seed(2)
+        size = model.config.vocab_size
+        self.model, self.step = model, step
+        self.all = torch.randint(0, size, (16, step.batch, step.length), generator=generator).to(device)
+        self.ids = self.all[0].clone()
+        self.cache = None
+        if step.length == 1:
+            self.cache = DynamicCache(config=model.config)
+            past = torch.randint(0, size, (step.batch, models.PAST), generator=generator).to(device)
+            model(past, past_key_values=self.cache, use_cache=True)
+
+    def choose(self, number: int) -> None:
+        self.ids.copy_(self.all[number % 16])
+
+    def __call__(self) -> Tensor:
+        if self.cache is None:
+            return self.model(self.ids, use_cache=False, logits_to_keep=1).logits
+        logits = self.model(self.ids, past_key_values=self.cache, use_cache=True).logits
+        self.cache.crop(-1)
+        return logits
+
+
+def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]:
+    device = next(ways.model.parameters()).device
+    with torch.inference_mode():
+        ways.detach()
+        forward = Forward(ways.model, step, device)
+
+        def run(number: int) -> None:
+            forward.choose(number)
+            forward()
+
+        eager = medians(
+            dict.fromkeys(ways.names, run), rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names}
+        )
+        captured, refused = {}, {}
+        for name in ways.names:
+            ways.attach(name)
+            try:
+                captured[name] = _graph(forward)
+            except RuntimeError as error:  # torch's, about what may not happen in a capture
+                refused[name] = str(error).splitlines()[0]
+            ways.detach()
+        graph = medians(captured, rounds)
+        distinct = _distinct(ways, run)
+    del captured
+    gc.collect()
+    return {
+        "step": step.name,
+        "tokens": step.tokens,
+        "experts": len(ways.pool.experts),
+        "rounds": rounds,
+        "eager": _times(eager),
+        "graph": {**_times(graph), "refused": refused},
+        **models.cost(ways, step, distinct),
+    }
+
+
+def _graph(forward: Forward) -> Callable[[int], None]:
+    """The step as a CUDA graph. What Triton and cuBLAS do on their first call is done before."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("there are no CUDA graphs without a GPU")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+
+    def replay(number: int) -> None:
+        forward.choose(number)
+        graph.replay()
+
+    return replay
+
+
+def _times(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    base = seconds.get("base", float("nan"))
+    return {
+        "milliseconds": {n: 1e3 * t for n, t in seconds.items()},
+        "ratio": {n: t / base for n, t in seconds.items() if n != "base"},
+    }
+
+
+def _distinct(ways: models.Ways, run: Callable[[int], None]) -> list[int]:
+    """How many experts each module really used in one step."""
+    routing = next(iter(ways.routings.values()))
+    routing.attach()
+    with trace(ways.model) as seen:
+        run(1)
+    routing.detach()
+    ways.model.__dict__.pop("_phatgoose_routing", None)
+    return [int(c.experts[c.experts >= 0].unique().numel()) for c in seen.choices]
