@@ -68,7 +68,7 @@ def update(tokens, experts, rank, d_in, d_out, dtype, top_k=2):
     stack = Stack(a, b, tuple(range(0, rows, rank)), (rank,) * experts, (1.0,) * experts)
     u, y = torch.zeros(tokens, d_in, dtype=dtype), torch.zeros(tokens, d_out, dtype=dtype)
     of_stack = triton_launch.rows_of(stack)
-    triton_launch.updated(of_stack, u, y, torch.zeros(experts, d_in), torch.zeros(experts), top_k)
+    triton_launch.updated(of_stack, u, y, torch.zeros(experts, d_in), top_k)
     if top_k == 2:
         chosen, weights = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2)
         triton_launch.mixed(of_stack, u, y, chosen, weights)

@@ -13,8 +13,8 @@ def routed_update(
 ) -> Tensor:  # fmt: skip
     """y + Σ w Δ(u), a new tensor, the top_k experts chosen by their gates: u [N, d_in], y [N, d_out].
 
-    gates: standardised, float32 [E, d_in]. codes, facts: their scan, for the CPU kernel; without codes facts are the gates' sums,
-    float32 [1, E], and it is Triton's. a [R, d_in], b [R, d_out], owners int32 [2, E] (starts, ranks), scales float32 [E]: the
+    gates: standardised, float32 [E, d_in]. codes, facts: their scan, for the CPU kernel; empty for
+    Triton's. a [R, d_in], b [R, d_out], owners int32 [2, E] (starts, ranks), scales float32 [E]: the
     stack, whose highest rank is `widest`.
     """
     if codes.numel():
@@ -24,7 +24,7 @@ def routed_update(
     from phatgoose.ops import triton_launch as triton
 
     rows = triton.Rows(a, b, owners, scales, widest)
-    out = triton.updated(rows, u, y, gates, facts[0], top_k)[0]
+    out = triton.updated(rows, u, y, gates, top_k)[0]
     return out.clone() if out is y else out
 
 

@@ -128,8 +128,6 @@ class Fused:
     ):
         self.stack, self.layer, self.strict, self.top_k = stack, layer, strict, min(top_k, stack.experts)
         self.gates = gates.to(stack.A.device).contiguous()
-        # Σ v̄ is zero but for its rounding, which counts where the input's mean is far from zero.
-        self.sums = self.gates.double().sum(-1).float()
 
     def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
         """y + Σ w Δ(u); u: [..., d_in], y: [..., d_out]. With `into_y`, y may be written into and returned.
@@ -146,7 +144,7 @@ class Fused:
             return self._as_operator(u, y) if self.stack.low_rank_only else None
         if not self.stack.low_rank_only:
             return self.with_choice(u, y)[0]
-        return updated(rows_of(self.stack), u, y, self.gates, self.sums, self.top_k, into_y)[0]
+        return updated(rows_of(self.stack), u, y, self.gates, self.top_k, into_y)[0]
 
     def _fits(self, u: Tensor, y: Tensor) -> bool:
         if self.strict:
@@ -154,10 +152,10 @@ class Fused:
         return obstacle(u, y, self.stack) is None
 
     def _as_operator(self, u: Tensor, y: Tensor) -> Tensor:
-        r, none = rows_of(self.stack), self.gates.new_empty(0, dtype=torch.int8)
+        r, none = rows_of(self.stack), self.gates.new_empty(0)
         flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
         return routed_update(
-            flat_u, flat_y, self.gates, none, self.sums[None], r.a, r.b, r.owners, r.scales, self.top_k, r.widest
+            flat_u, flat_y, self.gates, none, none, r.a, r.b, r.owners, r.scales, self.top_k, r.widest
         ).reshape(y.shape)  # fmt: skip
 
     def can(self, u: Tensor, y: Tensor) -> bool:
@@ -166,7 +164,7 @@ class Fused:
 
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Also who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
-        out, chosen, weights = updated(rows_of(self.stack), u, y, self.gates, self.sums, self.top_k)
+        out, chosen, weights = updated(rows_of(self.stack), u, y, self.gates, self.top_k)
         if not self.stack.low_rank_only:
             flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
             others = fast._others(flat_u, flat_y, self.stack, chosen, weights, self.layer)

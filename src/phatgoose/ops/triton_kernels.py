@@ -90,8 +90,13 @@ def _statistics(u, rows, there, d, BN: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _score_products(u, gates, rows, there, experts, known, d, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """v̄ᵀu in float32's precision: [BN, BE]. 16-bit inputs go to tensor cores, gates as three bfloat16 terms, which are all of them."""
+def _score_products(
+    u, gates, rows, there, experts, known, mean, d, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr
+):
+    """v̄ᵀu in float32's precision: [BN, BE]. bfloat16 inputs go to tensor cores, gates as three bfloat16 terms, which are all of them.
+
+    v̄ᵀ(u − mean) is the same, and more precise where the mean is far from zero; but u − mean isn't bfloat16 any more.
+    """
     if BN == 1:
         wide = tl.zeros([BE, BD], tl.float32)
     acc = tl.zeros([BN, BE], tl.float32)
@@ -100,7 +105,7 @@ def _score_products(u, gates, rows, there, experts, known, d, BN: tl.constexpr, 
         x = tl.load(u + rows[:, None] * d + columns, mask=there[:, None] & (columns < d), other=0)
         v = tl.load(gates + experts[:, None] * d + columns, mask=known[:, None] & (columns < d), other=0)
         if BN == 1:
-            wide += v * x.to(tl.float32)
+            wide += v * (x.to(tl.float32) - mean[:, None])
         elif x.dtype == tl.bfloat16:
             high = v.to(tl.bfloat16)
             rest = v - high.to(tl.float32)
@@ -110,7 +115,7 @@ def _score_products(u, gates, rows, there, experts, known, d, BN: tl.constexpr, 
             acc = _dot(x, tl.trans(middle), acc)
             acc = _dot(x, tl.trans(high), acc)
         else:
-            acc = _dot(x.to(tl.float32), tl.trans(v), acc)
+            acc = _dot(x.to(tl.float32) - mean[:, None], tl.trans(v), acc)
     if BN == 1:
         acc = tl.sum(wide, axis=1)[None, :]
     return acc
@@ -118,12 +123,12 @@ def _score_products(u, gates, rows, there, experts, known, d, BN: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["n"])
 def score(
-    u, gates, sums, leaders, n, experts, d, each,
+    u, gates, leaders, n, experts, d, each,
     K: tl.constexpr, K2: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The K leaders of `each` experts for BN tokens, as keys [n, splits, K2]: a running top-k, the scores stay in registers.
 
-    u [n, d]; gates float32 [experts, d], standardised, and the `sums` of each. score_e = v̄_eᵀ (u − mean) / (std √d).
+    u [n, d]; gates float32 [experts, d], standardised, so that their mean is zero. score_e = v̄_eᵀ u / (std √d).
     Grid: (blocks of tokens, splits).
     """
     rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -136,9 +141,8 @@ def score(
     for start in range(first, last, BE):
         expert = start + tl.arange(0, BE)
         known = expert < last
-        acc = _score_products(u, gates, rows, there, expert.to(tl.int64), known, d, BN, BE, BD)
-        total = tl.load(sums + expert, mask=known, other=0)
-        keys = _key((acc - mean[:, None] * total[None, :]) * scale[:, None], expert[None, :])
+        acc = _score_products(u, gates, rows, there, expert.to(tl.int64), known, mean, d, BN, BE, BD)
+        keys = _key(acc * scale[:, None], expert[None, :])
         best = _leaders_of_both(best, tl.where(known[None, :], keys, _LOWEST), K, K2)
     place = (rows * tl.num_programs(1) + tl.program_id(1))[:, None] * K2 + tl.arange(0, K2)[None, :]
     tl.store(leaders + place, best, mask=there[:, None])

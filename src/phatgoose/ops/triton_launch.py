@@ -67,7 +67,7 @@ def rows_of(stack: Stack) -> Rows:
 
 
 def updated(
-    rows: Rows, u: Tensor, y: Tensor, gates: Tensor, sums: Tensor, k: int, into_y: bool = False
+    rows: Rows, u: Tensor, y: Tensor, gates: Tensor, k: int, into_y: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and float32 [N, k]."""
     flat = u.reshape(-1, u.shape[-1]).contiguous()
@@ -75,7 +75,7 @@ def updated(
     weights = torch.empty(flat.shape[0], k, dtype=torch.float32, device=u.device)
     if not flat.shape[0]:
         return y, chosen, weights
-    leaders = _score(flat, gates, sums, k)
+    leaders = _score(flat, gates, k)
     return _run(rows, flat, y, into_y, chosen, weights, leaders), chosen, weights
 
 
@@ -178,7 +178,7 @@ def _grouped(call: _Call) -> None:
         )  # fmt: skip
 
 
-def _score(u: Tensor, gates: Tensor, sums: Tensor, k: int) -> Tensor:
+def _score(u: Tensor, gates: Tensor, k: int) -> Tensor:
     """The leaders of each split of the experts. Tokens alone would leave most of a GPU idle; so experts are dealt out too."""
     (n, d), experts, k2 = u.shape, gates.shape[0], _power(k)
     few = n <= 2  # a product of so few rows is a sum, not one for tensor cores
@@ -191,9 +191,9 @@ def _score(u: Tensor, gates: Tensor, sums: Tensor, k: int) -> Tensor:
     leaders = torch.empty(n, splits, k2, dtype=torch.int64, device=u.device)
     with _there(u.device):
         launch(
-            kernels().score, (-(-n // tokens), splits), u, gates, sums, leaders, n, experts, d, each,
-            K=k, K2=k2, BN=tokens, BE=block, BD=min(max(16, _power(d)), 2048 if few else 128 if tokens == 16 else 64),
-            num_warps=8 if few else 4, num_stages=4 if tokens == 16 else 3,
+            kernels().score, (-(-n // tokens), splits), u, gates, leaders, n, experts, d, each,
+            K=k, K2=k2, BN=tokens, BE=block, BD=min(max(16, _power(d)), 2048 if few else 64),
+            num_warps=8 if few else 4, num_stages=6 if tokens == 16 else 3,
         )  # fmt: skip
     return leaders
 
