@@ -13,9 +13,8 @@ def routed_update(
 ) -> Tensor:  # fmt: skip
     """y + Σ w Δ(u), a new tensor, the top_k experts chosen by their gates: u [N, d_in], y [N, d_out].
 
-    gates: standardised, float32 [E, d_in]. codes, facts: their scan, for the CPU kernel; empty for
-    Triton's. a [R, d_in], b [R, d_out], owners int32 [2, E] (starts, ranks), scales float32 [E]: the
-    stack, whose highest rank is `widest`.
+    gates: standardised, float32 [E, d_in]. codes, facts: their scan, for the CPU kernel; without codes it is Triton's call. a [R, d_in],
+    b [R, d_out], owners int32 [2, E] (starts, ranks), scales float32 [E]: the stack, whose highest rank is `widest`.
     """
     if codes.numel():
         from phatgoose.ops import cpu
