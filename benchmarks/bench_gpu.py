@@ -15,8 +15,6 @@ from bench_machine import medians
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from phatgoose.models.trace import trace
-
 STEPS = (
     models.DECODE_1,
     models.DECODE_8,
@@ -96,7 +94,7 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
                 refused[name] = str(error).splitlines()[0]
             ways.detach()
         graph = medians(captured, rounds)
-        distinct = _distinct(ways, run)
+        distinct = models.distinct_experts(ways, run)
     del captured
     gc.collect()
     return {
@@ -104,8 +102,8 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
         "tokens": step.tokens,
         "experts": len(ways.pool.experts),
         "rounds": rounds,
-        "eager": _times(eager),
-        "graph": {**_times(graph), "refused": refused},
+        "eager": models.beside_base(eager),
+        "graph": {**models.beside_base(graph), "refused": refused},
         **models.cost(ways, step, distinct),
     }
 
@@ -129,22 +127,3 @@ def _graph(forward: Forward) -> Callable[[int], None]:
         graph.replay()
 
     return replay
-
-
-def _times(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
-    base = seconds.get("base", float("nan"))
-    return {
-        "milliseconds": {n: 1e3 * t for n, t in seconds.items()},
-        "ratio": {n: t / base for n, t in seconds.items() if n != "base"},
-    }
-
-
-def _distinct(ways: models.Ways, run: Callable[[int], None]) -> list[int]:
-    """How many experts each module really used in one step."""
-    routing = next(iter(ways.routings.values()))
-    routing.attach()
-    with trace(ways.model) as seen:
-        run(1)
-    routing.detach()
-    ways.model.__dict__.pop("_phatgoose_routing", None)
-    return [int(c.experts[c.experts >= 0].unique().numel()) for c in seen.choices]

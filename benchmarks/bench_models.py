@@ -202,18 +202,24 @@ def measure(ways: Ways, step: Step, rounds: int) -> dict[str, object]:
         found = medians(
             dict.fromkeys(ways.names, run), rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names}
         )
-        distinct = _distinct(ways, run)
+        distinct = distinct_experts(ways, run)
     ways.detach()
-    base = found["base"]
     return {
         "step": step.name, "tokens": step.tokens, "experts": len(ways.pool.experts), "rounds": rounds,
-        "milliseconds": {n: 1e3 * t for n, t in found.items()},
-        "ratio": {n: t / base for n, t in found.items() if n != "base"},
-        **cost(ways, step, distinct),
+        **beside_base(found), **cost(ways, step, distinct),
     }  # fmt: skip
 
 
-def _distinct(ways: Ways, run: Callable[[int], Tensor]) -> list[int]:
+def beside_base(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Milliseconds, and ratios to the base, which may be missing."""
+    base = seconds.get("base", float("nan"))
+    return {
+        "milliseconds": {n: 1e3 * t for n, t in seconds.items()},
+        "ratio": {n: t / base for n, t in seconds.items() if n != "base"},
+    }
+
+
+def distinct_experts(ways: Ways, run: Callable[[int], Tensor]) -> list[int]:
     """How many experts each module really used in one step."""
     ways.detach()
     routing = next(iter(ways.routings.values()))

@@ -1,6 +1,6 @@
 """Pools larger than memory: thousands of random experts of SmolLM2-135M's shape, packed, mapped and routed.
 
-    python benchmarks/large.py --experts 2000 --work FOLDER [--rank 16] [--modules all] [--out RESULT.json]
+    python benchmarks/large.py --experts 2000 --work FOLDER [--rank 16] [--modules NAME …] [--out RESULT.json]
     python benchmarks/large.py --experts 10000 --rank 4 --modules q_proj v_proj --work FOLDER
 
 Writes the experts to FOLDER (2,000 of rank 16 at all linear layers take 21 GB, twice that for a moment), packs them, opens and routes
@@ -18,43 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bench_models as models
 import torch
 from bench_machine import machine, medians
-from packed import SHAPES, memory, model_of
+from packed import memory, model_of, random_expert
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
 
 STEPS = ((models.DECODE_1, 40), (models.DECODE_8, 20), (models.Step("prefill 128", 1, 128), 5))
 CHECKED_MODULES = 6
-
-
-def random_expert(number: int, rank: int, modules: Collection[str], base: dict[str, object]) -> Expert:
-    """One expert of random values, with gates, at these linear layers of all 30 blocks."""
-    from phatgoose.experts.expert import Expert
-
-    generator = torch.Generator().manual_seed(number)
-    tensors, gates = {}, {}
-    for layer in range(30):
-        for name, (d_in, d_out) in SHAPES.items():
-            path = f"model.layers.{layer}.{name}"
-            if name.rpartition(".")[2] not in modules:
-                continue
-            for part, shape in (("lora_A", (rank, d_in)), ("lora_B", (d_out, rank))):
-                values = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-                tensors[f"base_model.model.{path}.{part}.weight"] = values
-            gates[path] = torch.randn(d_in, generator=generator)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none", "inference_mode": True,
-        "target_modules": sorted(modules),
-    }  # fmt: skip
-    return Expert(f"expert-{number:05}", config, tensors, gates, {"kind": "random", "base": base})
 
 
 def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +42,7 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     base = fingerprint(model_of(30), "random-smollm2")
     start, entries = time.perf_counter(), []
     for number in range(options.experts):
-        expert = random_expert(number, options.rank, options.modules, base.to_json())
+        expert = random_expert(number, 30, base.to_json(), options.rank, options.modules)
         entries.append(place_expert(folder, expert, []))
         if number % 100 == 0:
             print(
@@ -93,10 +68,7 @@ def measure(folder: Path) -> dict[str, Any]:
     from phatgoose.ops import backend
     from phatgoose.routers import PHATGOOSE
 
-    model = model_of(30)
-    model.get_input_embeddings().weight.data.mul_(
-        100
-    )  # or all tokens choose the same experts (bench_models.base_model)
+    model = models.base_model(30)
     found: dict[str, Any] = {"machine": machine()}
     with torch.inference_mode():
         model(torch.arange(16)[None])
@@ -125,8 +97,7 @@ def measure(folder: Path) -> dict[str, Any]:
             routing.detach()
             found["steps"].append(
                 {
-                    "step": step.name, "rounds": rounds, "ratio": {n: t / times["base"] for n, t in times.items() if n != "base"}, "first_seconds": firsts[0],
-                    "milliseconds": {n: 1e3 * t for n, t in times.items()}, **held(),
+                    "step": step.name, "rounds": rounds, "first_seconds": firsts[0], **models.beside_base(times), **held(),
                 }
             )  # fmt: skip
         found["agrees"] = agrees(model, pool, routing)
@@ -145,6 +116,8 @@ def _noting_first(run: Callable[[int], Tensor], firsts: list[float]) -> Callable
 
 def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:
     """The routed modules' choices and outputs against the formulas in float64, for 8 tokens at some modules."""
+    from phatgoose.ops.reference import choose, gate_scores, standardise
+
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     routing.attach()
     sites = routing.sites[:: max(1, len(routing.sites) // CHECKED_MODULES)]
@@ -161,17 +134,14 @@ def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:
     worst, ties = 0.0, 0
     for site in sites:
         u, got = (t.reshape(-1, t.shape[-1]) for t in seen[site.path])
-        gates = torch.stack([e.gates[site.path] for e in pool.experts]).double()
-        gates = (gates - gates.mean(1, keepdim=True)) / gates.std(1, unbiased=False, keepdim=True)
-        x = u.double()
-        x = (x - x.mean(1, keepdim=True)) / x.std(1, unbiased=False, keepdim=True)
-        scores = x @ gates.T / u.shape[1] ** 0.5
-        top, chosen = scores.topk(3, 1)
-        ties += int((top[:, 1] - top[:, 2] < 1e-4).sum())
-        weights = top[:, :2].softmax(1)
+        gates = standardise(torch.stack([e.gates[site.path] for e in pool.experts]).double())
+        scores = gate_scores(u.double(), gates)
+        leaders = scores.topk(3, 1).values
+        ties += int((leaders[:, 1] - leaders[:, 2] < 1e-4).sum())
+        chosen, weights = choose(scores, 2)
         wanted = torch.nn.functional.linear(u.double(), site.module.weight.double())
         for t in range(u.shape[0]):
-            for w, e in zip(weights[t], chosen[t, :2].tolist(), strict=True):
+            for w, e in zip(weights[t], chosen[t].tolist(), strict=True):
                 a, b = (
                     pool.experts[e].tensors[f"base_model.model.{site.path}.{p}.weight"].double()
                     for p in ("lora_A", "lora_B")
@@ -187,7 +157,7 @@ def main() -> None:
     )
     parser.add_argument("--experts", type=int, default=2000)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--modules", nargs="+", default=["all"], help="names of linear layers, or all")
+    parser.add_argument("--modules", nargs="*", default=[], help="names of linear layers; all if not given")
     parser.add_argument("--work", type=Path, required=True, help="a folder with room for twice the pool")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -195,14 +165,12 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
-    if options.modules == ["all"]:
-        options.modules = sorted(n.rpartition(".")[2] for n in SHAPES)
     work = Path(tempfile.mkdtemp(prefix="large-", dir=options.work))
     try:
         result = {
             "experts": options.experts,
             "rank": options.rank,
-            "modules": options.modules,
+            "modules": options.modules or "all",
             **write(work / "pool", options),
         }
         command = [sys.executable, __file__, "--measure", str(work / "pool"), "--work", str(work)]

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,25 +55,28 @@ def model_of(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def random_expert(number: int, layers: int, base: dict[str, object]) -> Expert:
-    """One expert of random values, with gates."""
+def random_expert(
+    number: int, layers: int, base: dict[str, object], rank: int = 16, modules: Collection[str] = ()
+) -> Expert:
+    """One expert of random values, with gates, at the linear layers of these names (all if there are none) of every block."""
     from phatgoose.experts.expert import Expert
 
     generator = torch.Generator().manual_seed(number)
+    wanted = {n: s for n, s in SHAPES.items() if not modules or n.rpartition(".")[2] in modules}
     tensors, gates = {}, {}
     for layer in range(layers):
-        for name, (d_in, d_out) in SHAPES.items():
+        for name, (d_in, d_out) in wanted.items():
             path = f"model.layers.{layer}.{name}"
-            for part, shape in (("lora_A", (16, d_in)), ("lora_B", (d_out, 16))):
+            for part, shape in (("lora_A", (rank, d_in)), ("lora_B", (d_out, rank))):
                 key = f"base_model.model.{path}.{part}.weight"
                 tensors[key] = torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
             gates[path] = torch.randn(d_in, generator=generator)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": 16,
-        "lora_alpha": 16,
-        "target_modules": sorted({n.rpartition(".")[2] for n in SHAPES}),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({n.rpartition(".")[2] for n in wanted}),
         "bias": "none",
         "inference_mode": True,
     }

@@ -10,12 +10,12 @@ one step's end to the next's, without set-up, the first step and validation.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
     def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+        """Seconds from each step's end to the next's, but the last one, whose end waits for validation."""
+        return [b - a for a, b in itertools.pairwise(self.ends)][:-1]
 
 
 def ours(base: Base, task: Task, steps: int) -> tuple[list[float], Expert]:
@@ -62,7 +63,8 @@ def ours(base: Base, task: Task, steps: int) -> tuple[list[float], Expert]:
         validate_every=steps,
         validation_rows=ROWS,
     )
-    return clock_of(clock, lambda: train_expert(base, task, config, report=quiet, loggers=[clock]))
+    expert = train_expert(base, task, config, report=quiet, loggers=[clock])
+    return clock.gaps(), expert
 
 
 def gate(base: Base, task: Task, expert: Expert, steps: int) -> list[float]:
@@ -70,15 +72,11 @@ def gate(base: Base, task: Task, expert: Expert, steps: int) -> list[float]:
     config = GateConfig(
         steps=steps, rows_per_step=ROWS, rows_per_batch=ROWS, validate_every=steps, validation_rows=ROWS
     )
-    return clock_of(clock, lambda: train_gate(base, expert, task, config, report=quiet, loggers=[clock]))[0]
+    train_gate(base, expert, task, config, report=quiet, loggers=[clock])
+    return clock.gaps()
 
 
 def quiet(_: object) -> None: ...
-
-
-def clock_of(clock: Clock, train: Callable[[], Expert]) -> tuple[list[float], Expert]:
-    expert = train()
-    return clock.gaps()[:-1], expert  # the last step's end waits for validation
 
 
 def peft_and_trainer(base: Base, task: Task, steps: int) -> list[float]:
@@ -105,7 +103,7 @@ def peft_and_trainer(base: Base, task: Task, steps: int) -> list[float]:
             Trainer(model, arguments, data_collator=collator, train_dataset=rows, callbacks=[clock]).train()
         finally:
             model.unload()
-    return clock.gaps()[:-1]
+    return clock.gaps()
 
 
 def measure(base: Base, task: Task, steps: int, repeats: int) -> dict[str, Any]:

@@ -88,6 +88,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def work_place(folder: str | Path | None) -> Iterator[Path]:
+    """Where unfinished work is kept: `folder`, or without one a temporary folder that is gone in the end."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="phatgoose-") as temporary:
+        yield Path(temporary)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes `path` whole or not at all.
 

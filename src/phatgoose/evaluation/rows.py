@@ -11,9 +11,7 @@ from phatgoose.evaluation.continuations import Row, context_length
 from phatgoose.evaluation.generate import end_tokens
 from phatgoose.models.base import Base
 from phatgoose.records import Example
-from phatgoose.tasks.batch import Encoded, encode_choices
-
-_UNLIMITED = 2**31
+from phatgoose.tasks.batch import UNLIMITED, Encoded, encode_choices
 
 
 def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -> tuple[Row, Rule | None]:
@@ -29,7 +27,7 @@ def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -
         raise EvaluationError(
             f"row {index}: it has no {'targets' if example.choices is None else 'choices'}."
         )
-    whole = _encode(base, example, answers, index, _UNLIMITED)
+    whole = _encode(base, example, answers, index, UNLIMITED)
     tokens = tuple(e.target_ids for e in whole)
     longest = max(len(t) for t in tokens)
     rule = None if example.choices is not None else _rule(base, example, longest, config)
@@ -58,7 +56,7 @@ def _rule(base: Base, example: Example, longest: int, config: EvaluationConfig) 
 
 def _room(base: Base, answer: int, index: int, config: EvaluationConfig) -> int:
     """Most tokens of a prompt beside an answer of `answer` tokens."""
-    context = context_length(base.model) or _UNLIMITED
+    context = context_length(base.model) or UNLIMITED
     room = context if base.is_encoder_decoder else context - answer
     if room < 1 or answer > context:
         raise EvaluationError(

@@ -44,6 +44,10 @@ class Base:
 
         return fingerprint(self.model, self.spec)
 
+    def facts(self) -> dict[str, Any]:
+        """What results computed with it depend on: its fingerprint, under whatever name it was loaded, and its dtype."""
+        return {**self.fingerprint.to_json(), "spec": None, "dtype": str(self.model.dtype)}
+
 
 def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
     """The `Base` that `model` is or belongs to; a bare model needs its tokenizer the first time.

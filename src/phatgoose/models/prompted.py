@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.routers.router import Encoder, Setup
+from phatgoose.tasks.batch import decoded
 
 ATTRIBUTE = "_phatgoose_routing"
 """Where a model keeps the routing that is attached to it."""
@@ -50,8 +51,7 @@ def setup_of(model: PreTrainedModel, pool: Pool) -> Setup:
 
     def decode(ids: Sequence[int]) -> str:
         assert base is not None
-        text = base.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return decoded(base.tokenizer, ids)
 
     def encoder(name: str) -> Encoder:
         from phatgoose.models.encoder import load_encoder

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from phatgoose.errors import TaskError
 
+UNLIMITED = 2**31
+"""A limit on tokens that no text reaches."""
 IGNORED = -100
 """Label of a position that is no target."""
 
@@ -99,6 +101,22 @@ def encode_choices(
     kept = _cut_left(tokenizer, prompt_ids, room)
     cut = len(prompt_ids) - len(kept)
     return [Encoded(tuple(kept), (*target, end), cut) for target in targets]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, is_encoder_decoder: bool) -> tuple[int, ...]:
+    """A prompt's own tokens as `encode_pair` has them, uncut.
+
+    Raises:
+        TaskError: it has none, or the tokenizer no end token.
+    """
+    return encode_pair(
+        tokenizer, prompt, "a", is_encoder_decoder=is_encoder_decoder, max_length=UNLIMITED
+    ).prompt_ids
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Token ids → text, without special tokens, and spaces as they are."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int, *, is_encoder_decoder: bool) -> dict[str, Tensor]:

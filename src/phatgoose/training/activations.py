@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.pool import Pool
 from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.files import write_bytes
 from phatgoose.models.base import Base
-from phatgoose.models.routed import Routing, route, routing_of, unroute
-from phatgoose.routers import Single
+from phatgoose.models.routed import Routing, routing_of
 from phatgoose.tasks.batch import Encoded, collate, pad_id, target_logits
+from phatgoose.training.preserve import alone
 from phatgoose.training.progress import Progress, Report, display
 
 SAVE_SECONDS = 20.0
@@ -86,21 +85,17 @@ def _forward(base: Base, rows: Sequence[Encoded]) -> None:
 @contextlib.contextmanager
 def _watched(base: Base, expert: Expert, sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
     """The base with the expert on every token, its modules' inputs summed up over real tokens."""
-    training, handles = [module for module in base.model.modules() if module.training], []
-    base.model.eval()
+    handles = []
     try:
         for path, update in expert.updates.items():
             # Before the routing's own hook, so that an embedding's output is seen as its gate sees it.
             hook = _adding(path, update.embedding, base.model, sums, counts)
             handles.append(base.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-        route(base, Pool([expert]), Single(0))
-        yield
+        with alone(base, expert):
+            yield
     finally:
-        unroute(base)
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
 
 
 def _adding(

@@ -5,10 +5,8 @@ For experts whose contributor trained no gate. What such gates are worth is meas
 
 from __future__ import annotations
 
-import contextlib
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,14 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.pool import Pool
-from phatgoose.files import read_json, sha256_json, write_json
+from phatgoose.files import read_json, sha256_json, work_place, write_json
 from phatgoose.models.base import Base, as_base
-from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.models.routed import routing_of
 from phatgoose.records import Example, Task
-from phatgoose.routers import Single
 from phatgoose.training.arguments import Logger
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
+from phatgoose.training.preserve import alone
 from phatgoose.training.progress import Progress, Report, display
 from phatgoose.training.writing import Text, WritingConfig, sorted_out, write
 
@@ -102,9 +99,9 @@ def write_task(
         "config": asdict(config),
         "prompts": list(prompts),
         "expert": replace(expert, gates=None).hash,
-        "base": {**base.fingerprint.to_json(), "spec": None, "dtype": str(base.model.dtype)},
+        "base": base.facts(),
     }
-    with _folder(work_folder) as folder:
+    with work_place(work_folder) as folder:
         found, counts = _write_all(base, expert, config, prompts, folder / FOLDER / FILE, key, report)
     if len(found) * LEAST < config.rows:
         raise TrainingError(
@@ -135,7 +132,7 @@ def _write_all(
 ) -> tuple[list[Example], dict[str, int]]:
     """Usable rows, at most config.rows, and what became of all texts. Every batch is kept in `file` before the next begins."""
     batches = _kept(file, key)
-    with _attached(base, expert), display(f"texts {expert.name}", config.rows) as bar:
+    with alone(base, expert), display(f"texts {expert.name}", config.rows) as bar:
         show = report or bar
         while True:
             rows, counts = sorted_out(batches, prompts, config)
@@ -147,20 +144,6 @@ def _write_all(
             write_json(file, {"key": key, "batches": batches})
 
 
-@contextlib.contextmanager
-def _attached(base: Base, expert: Expert) -> Iterator[None]:
-    model = base.model
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        route(base, Pool([expert]), Single(0))
-        yield
-    finally:
-        unroute(base)
-        for module in training:
-            module.training = True
-
-
 def _kept(file: Path, key: dict[str, Any]) -> list[list[Text]]:
     if not file.exists():
         return []
@@ -170,15 +153,6 @@ def _kept(file: Path, key: dict[str, Any]) -> list[list[Text]]:
             f"{file} holds texts of another expert, base or settings: choose another work_folder, or delete it to start afresh."
         )
     return [[(str(text), bool(cut)) for text, cut in batch] for batch in found["batches"]]
-
-
-@contextlib.contextmanager
-def _folder(work_folder: str | Path | None) -> Iterator[Path]:
-    if work_folder is not None:
-        yield Path(work_folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        yield Path(folder)
 
 
 def _said(counts: dict[str, int]) -> str:

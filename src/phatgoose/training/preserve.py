@@ -11,6 +11,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.routed import route, unroute
+from phatgoose.routers import Single
+
 
 @contextlib.contextmanager
 def preserved(model: PreTrainedModel) -> Iterator[None]:
@@ -39,6 +45,24 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
         for config, values in settings:
             vars(config).clear()
             vars(config).update(values)
+
+
+@contextlib.contextmanager
+def alone(base: Base, expert: Expert) -> Iterator[None]:
+    """Inside, the base has this expert on every token, and no dropout; the base is unrouted before and after.
+
+    Raises:
+        RoutingError, BaseModelError: the expert doesn't fit the base.
+    """
+    training = [module for module in base.model.modules() if module.training]
+    base.model.eval()
+    try:
+        route(base, Pool([expert]), Single(0))
+        yield
+    finally:
+        unroute(base)
+        for module in training:
+            module.training = True
 
 
 def _state(module: torch.nn.Module) -> tuple[dict[str, Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]:

@@ -67,7 +67,7 @@ def rows_of(base: Base, task: Task, config: LoopConfig) -> Rows:
             "set validate_every=0 to take the last one, or give the task a validation split."
         )
     order = draw(len(task.train), config.steps * config.rows_per_step, config.seed)
-    train = _encode(base, task.name, "training", task.train, sorted(set(order)), config.max_length)
+    train = encode_rows(base, task.name, "training", task.train, sorted(set(order)), config.max_length)
     lengths = {index: row.length for index, row in train.items()}
     size = config.rows_per_step
     for start in range(0, len(order), size):
@@ -77,7 +77,7 @@ def rows_of(base: Base, task: Task, config: LoopConfig) -> Rows:
     if config.validate_every:
         count = min(config.validation_rows, len(task.validation))
         chosen = sorted(draw(len(task.validation), len(task.validation), seed=0)[:count])
-    validation = _encode(base, task.name, "validation", task.validation, chosen, config.max_length)
+    validation = encode_rows(base, task.name, "validation", task.validation, chosen, config.max_length)
     truncated = sum(row.truncated for row in [*train.values(), *validation.values()])
     return Rows(OrderedRows(train, order), list(validation.values()), truncated)
 
@@ -91,9 +91,14 @@ def draw(rows: int, count: int, seed: int) -> list[int]:
     return drawn[:count]
 
 
-def _encode(
+def encode_rows(
     base: Base, name: str, split: str, examples: Sequence[Example], which: Sequence[int], max_length: int
 ) -> dict[int, Encoded]:
+    """Rows number `which` of a task's split, with their first target, by their number.
+
+    Raises:
+        TrainingError: naming the row, if it can't be encoded.
+    """
     encoded = {}
     for index in which:
         example = examples[index]

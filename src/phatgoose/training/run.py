@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from accelerate import PartialState
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
-from phatgoose.files import atomic_folder
+from phatgoose.files import atomic_folder, work_place
 from phatgoose.models.base import Base
 from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
@@ -57,7 +56,7 @@ class Job:
         return {
             "config": self.config.key(),
             "task": self.task.hash,
-            "base": {**self.base.fingerprint.to_json(), "spec": None, "dtype": str(self.base.model.dtype)},
+            "base": self.base.facts(),
             **self.key,
         }
 
@@ -71,7 +70,7 @@ def run(
         raise TrainingError("routing is attached to the base: call unroute(base) before training on it.")
     autocast_dtype(base.model, config)
     rows = rows_of(base, job.task, config)
-    with preserved_random_state(), _folder(work_folder) as folder:
+    with preserved_random_state(), work_place(work_folder) as folder:
         args = arguments(base, config, folder, loggers)
         keep = RunFolder(folder, job.kind, job.full_key())
         keep.check()
@@ -112,9 +111,9 @@ def _finish(job: Job, student: Student, keep: RunFolder, record: dict[str, Any])
         expert = job.read(keep.work / job.result, record)
         keep.finish(job.result, record)
     else:
-        with tempfile.TemporaryDirectory() as own:
-            job.write(student, Path(own))
-            expert = job.read(Path(own), record)
+        with work_place(None) as own:
+            job.write(student, own)
+            expert = job.read(own, record)
     state.wait_for_everyone()
     return expert
 
@@ -168,15 +167,6 @@ def curve(losses: Sequence[float]) -> list[list[float]]:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-@contextlib.contextmanager
-def _folder(work_folder: Path | None) -> Iterator[Path]:
-    if work_folder is not None:
-        yield Path(work_folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        yield Path(folder)
 
 
 @contextlib.contextmanager

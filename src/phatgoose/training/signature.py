@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,26 +11,25 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from phatgoose.errors import TaskError, TrainingError
+from phatgoose.errors import TrainingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
-from phatgoose.files import sha256_json
+from phatgoose.files import sha256_json, work_place
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base, as_base
 from phatgoose.models.encoder import SentenceEncoder, load_encoder
 from phatgoose.models.routed import routing_of
 from phatgoose.records import Task
-from phatgoose.tasks.batch import Encoded, encode_pair
+from phatgoose.tasks.batch import Encoded, decoded, prompt_ids
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.activations import mean_activations
 from phatgoose.training.gate import check_fits
 from phatgoose.training.progress import Report
-from phatgoose.training.rows import draw
+from phatgoose.training.rows import draw, encode_rows
 from phatgoose.training.signature_config import SignatureConfig
 
 __all__ = ["SignatureConfig", "make_signature"]
 FOLDER, FILE = "signature", "sums.safetensors"
-_UNLIMITED = 2**31
 
 
 def make_signature(
@@ -72,7 +68,7 @@ def make_signature(
     started = time.monotonic()
     encoder = load_encoder(config.encoder) if config.texts else None
     key = signature_key(base, expert, task, config, encoder)
-    with _folder(work_folder) as folder:
+    with work_place(work_folder) as folder:
         rows = _encoded(base, task, config)
         size, (activations, tokens) = config.rows_per_batch, (None, 0)
         if rows:
@@ -97,26 +93,15 @@ def signature_key(
     base: Base, expert: Expert, task: Task, config: SignatureConfig, encoder: SentenceEncoder | None
 ) -> str:
     """sha256 of everything a signature depends on."""
-    known = {**base.fingerprint.to_json(), "spec": None, "dtype": str(base.model.dtype)}
-    adapter = replace(expert, gates=None).hash
-    return sha256_json([config.key(), task.hash, adapter, known, encoder.sha256 if encoder else None])
+    adapter, sha256 = replace(expert, gates=None).hash, encoder.sha256 if encoder else None
+    return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256])
 
 
 def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
     """The rows as training encodes them, the longest first, so that batches hold rows of like lengths."""
-    found = []
-    for index in sorted(draw(len(task.train), min(config.rows, len(task.train)), config.seed)):
-        example = task.train[index]
-        try:
-            found.append(
-                encode_pair(
-                    base.tokenizer, example.input, example.targets[0],
-                    is_encoder_decoder=base.is_encoder_decoder, max_length=config.max_length,
-                )
-            )  # fmt: skip
-        except TaskError as cause:
-            raise TrainingError(f"task {task.name!r}, training row {index}: {cause}") from cause
-    return sorted(found, key=lambda row: -row.length)
+    which = sorted(draw(len(task.train), min(config.rows, len(task.train)), config.seed))
+    found = encode_rows(base, task.name, "training", task.train, which, config.max_length)
+    return sorted(found.values(), key=lambda row: -row.length)
 
 
 def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder) -> tuple[Tensor, int]:
@@ -128,17 +113,4 @@ def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEnc
 
 def as_read(base: Base, prompt: str) -> str:
     """A prompt as a router finds it again from its tokens: T5's tokenizer, for one, drops line breaks."""
-    pair = encode_pair(
-        base.tokenizer, prompt, "a", is_encoder_decoder=base.is_encoder_decoder, max_length=_UNLIMITED
-    )
-    ids = list(pair.prompt_ids)
-    return str(base.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-@contextlib.contextmanager
-def _folder(work_folder: str | Path | None) -> Iterator[Path]:
-    if work_folder is not None:
-        yield Path(work_folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        yield Path(folder)
+    return decoded(base.tokenizer, prompt_ids(base.tokenizer, prompt, base.is_encoder_decoder))

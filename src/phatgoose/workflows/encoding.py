@@ -10,9 +10,7 @@ from torch import Tensor
 from phatgoose.errors import PhatgooseError
 from phatgoose.evaluation.continuations import context_length
 from phatgoose.models.base import Base
-from phatgoose.tasks.batch import encode_pair
-
-_UNLIMITED = 2**31
+from phatgoose.tasks.batch import prompt_ids
 
 
 def encode_prompt(base: Base, prompt: str) -> Tensor:
@@ -21,10 +19,7 @@ def encode_prompt(base: Base, prompt: str) -> Tensor:
     Raises:
         TaskError: it has no tokens.
     """
-    pair = encode_pair(
-        base.tokenizer, prompt, "a", is_encoder_decoder=base.is_encoder_decoder, max_length=_UNLIMITED
-    )
-    return torch.tensor([pair.prompt_ids])
+    return torch.tensor([prompt_ids(base.tokenizer, prompt, base.is_encoder_decoder)])
 
 
 def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:

@@ -19,13 +19,12 @@ from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import Trace, trace
 from phatgoose.records import Task
 from phatgoose.routers import Router
-from phatgoose.tasks.batch import encode_pair
+from phatgoose.workflows.encoding import encode_prompt
 from phatgoose.workflows.greedy import greedy_answer
 
 PROFILE_ROWS = 16
 MEAN_ROWS = 2
 NEW_TOKENS = 24
-_UNLIMITED = 2**31
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,7 @@ def _profile(base: Base, task: Task) -> Trace:
 
 
 def _answer(base: Base, task: str, text: str, targets: Sequence[str], new_tokens: int) -> RoutedPrompt:
-    pair = encode_pair(
-        base.tokenizer, text, "a", is_encoder_decoder=base.is_encoder_decoder, max_length=_UNLIMITED
-    )
-    ids = torch.tensor([pair.prompt_ids], device=base.device)
+    ids = encode_prompt(base, text).to(base.device)
     with trace(base, margins=False) as recorded:
         out = greedy_answer(base, ids, new_tokens)
     start = 1 if base.is_encoder_decoder else ids.shape[1]
