@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,45 @@ def test_processes_outlive_their_workers(tmp_path):
         assert os.getpid() not in {o.value for o in pids.values()}
     finally:
         executor.close()
+
+
+def gone(process):
+    """Whether it ended; one that nobody has waited for yet counts as ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_started_them(tmp_path, end):
+    run = (
+        "import sys; from phatgoose.workflows.executors import Processes, Step\n"
+        "if __name__ == '__main__':\n"
+        "    step = Step('linger', 'step_functions:linger', {'folder': sys.argv[1]})\n"
+        "    Processes(1).run([step], lambda *said: None)\n"
+    )
+    (tmp_path / "run.py").write_text(run)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    parent = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    )
+    try:
+        until(lambda: (tmp_path / "pid").exists(), 60)
+        worker = int((tmp_path / "pid").read_text())
+        assert not gone(worker)
+    finally:
+        parent.send_signal(end)
+        parent.wait()
+    until(lambda: gone(worker), 20)
+
+
+def until(true, seconds):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_inline_runs_here_and_keeps_going(tmp_path):

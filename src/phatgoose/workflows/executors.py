@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing as mp
 import os
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,6 +210,7 @@ class _Worker:
 
 def _serve(connection: Connection) -> None:
     """A worker's life: steps in, outcomes out, until the other end closes."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             function, arguments = connection.recv()
@@ -218,3 +220,11 @@ def _serve(connection: Connection) -> None:
             connection.send(attempt(function, arguments))
         except KeyboardInterrupt:
             return
+
+
+def _end_with_parent() -> None:
+    """Or the step of a killed run would go on for its hour, beside the next run's workers."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
