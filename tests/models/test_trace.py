@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import StoppingCriteria
+from transformers.generation import StoppingCriteriaList
 
 from phatgoose.errors import RoutingError, StorageError, UnknownName
 from phatgoose.experts.pool import Pool
 from phatgoose.models import recorder
 from phatgoose.models.choices import load_of
+from phatgoose.models.paths import layer_labels, places
 from phatgoose.models.routed import route, routing_of
 from phatgoose.models.trace import Trace, trace
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, SpectR, Uniform, WeightOnly
@@ -278,6 +281,46 @@ def test_filters(routed):
             t.filter(**bad)
     with pytest.raises(UnknownName, match="traced module"):
         t["nowhere"]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_drained_is_all_of_it_once(routed, family):
+    base = routed(family)
+    batch = {k: v for k, v in batch_of(base).items() if k in ("input_ids", "attention_mask")}
+    whole, parts = [], []
+
+    class Drain(StoppingCriteria):
+        def __call__(self, input_ids, scores, **more):
+            parts.append(t.drain())
+            assert t.choices == []
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        with trace(base) as t:
+            base.model.generate(**batch, **settings)
+        whole = t.choices
+        with trace(base) as t:
+            base.model.generate(**batch, **settings, stopping_criteria=StoppingCriteriaList([Drain()]))
+    assert len(parts) == 4
+    assert t.choices == []
+    for c in whole:
+        mine = [one for part in parts for one in part if one.path == c.path]
+        assert torch.equal(torch.cat([one.experts for one in mine]), c.experts)
+        assert torch.equal(torch.cat([one.weights for one in mine]), c.weights)
+        assert torch.equal(torch.cat([one.ids for one in mine]), c.ids)
+        assert torch.equal(torch.cat([one.tokens.inputs for one in mine]), c.tokens.inputs)
+        assert torch.equal(torch.cat([one.tokens.generated for one in mine]), c.tokens.generated)
+    assert sum(map(len, parts)) > len(whole)
+
+
+def test_layers_are_labelled_in_the_order_they_are_shown():
+    paths = ["head", "decoder.block.0.layer.1.EncDecAttention.k", "decoder.block.1.layer.0.SelfAttention.q", "encoder.block.0.layer.0.SelfAttention.q"]  # fmt: skip
+    found = layer_labels(places(paths, ["decoder", "encoder", "decoder", "encoder"]))
+    assert list(found.values()) == ["enc 0", "dec 0", "dec 1", "other"]
+    assert list(found) == [paths[3], paths[1], paths[2], paths[0]]
+    one = layer_labels(places(["layers.10.q", "layers.9.q", "layers.9.v"], ["decoder"] * 3))
+    assert list(one.items()) == [("layers.9.q", "9"), ("layers.9.v", "9"), ("layers.10.q", "10")]
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

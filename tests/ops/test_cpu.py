@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import math
 import threading
 
 import pytest
@@ -93,6 +94,23 @@ def test_any_number_of_choices(k, tokens):
     u, y, stack, gates = problem(tokens, (2,) * 64)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), k)
     _, found, found_weights = Fused(gates, k, stack).with_choice(u, y)
+    assert torch.equal(found, chosen)
+    assert torch.allclose(found_weights, weights, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 6, 1), (0,), (3, 0), (2, 3, 1)])
+def test_a_call_that_tells_its_choice_is_the_same_call(shape, dtype):
+    tokens = math.prod(shape)
+    u, y, stack, gates = problem(tokens, (4,) * 20, dtype=dtype)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    fused = Fused(gates, 2, stack)
+    wide_u = torch.stack([u, u], -1)[..., 0].view(*shape, 48)  # not contiguous
+    kept = y.clone().view(*shape, 40)
+    done, found, found_weights = fused.with_choice(wide_u, kept)
+    assert done.shape == kept.shape
+    assert torch.equal(done, fused(wide_u, kept))
+    assert torch.equal(kept, y.view(kept.shape))
     assert torch.equal(found, chosen)
     assert torch.allclose(found_weights, weights, atol=2e-6)
 
@@ -210,7 +228,9 @@ def test_other_parts_of_an_update_are_added():
     y, gates = u @ w.T + b, reference.standardise(torch.randn(4, 24))
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = reference.mix(u, y, stack, chosen, weights, layer)
-    assert relative(Fused(gates, 2, stack, layer)(u, y), expected, y.double()) < 1e-5
+    fused = Fused(gates, 2, stack, layer)
+    assert relative(fused(u, y), expected, y.double()) < 1e-5
+    assert relative(fused(u.view(3, 3, 24), y.view(3, 3, 20)).view(9, 20), expected, y.double()) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

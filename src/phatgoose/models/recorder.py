@@ -8,7 +8,7 @@ padding is left out, candidates become indices of the pool's experts, and either
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,8 +69,7 @@ class _Pass:
     real: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
+class _Call(NamedTuple):  # made for every module and token: a dataclass would take thrice as long
     """One call of one module, as it was handed over."""
 
     path: str
@@ -125,7 +124,8 @@ class Recorder:
         margin = None if scores is None else _margins(scores.detach(), chosen)
         seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
         self._members[context.path] = members
-        self._calls.append(_Call(context.path, seen, chosen, weights.detach(), margin))
+        weights = weights.detach() if weights.requires_grad else weights
+        self._calls.append(_Call(context.path, seen, chosen, weights, margin))
         self._decisions += chosen.shape[0]
 
     def _pass(self, context: RoutingContext) -> _Pass:

@@ -232,25 +232,29 @@ class _Site:
                 return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
-        y = output.reshape(-1, output.shape[-1])
-        flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         rows = output.shape[0] if output.ndim > 2 else 1
-        length = y.shape[0] // max(rows, 1)
+        length = output.shape[:-1].numel() // max(rows, 1)
         streams = self.routing.streams
         context = RoutingContext(self.path, rows, length, streams.seen_by(self.path), None, streams.texts_of)
-        mixed = None
-        if fused is not None and fused.can(flat, y):  # so that recording changes nothing
-            mixed, chosen, weights = fused.with_choice(flat, y)
-        else:
-            chosen, weights = self.router(y if self.embedding else flat, context, self.routing.ops)
-        if (recorder := self.routing.recorder) is not None:
-            scores = None
-            if recorder.wants_scores:
-                scores = self.router.scores(y if self.embedding else flat, context, self.routing.ops)
-            recorder.record(context, self.members, chosen, weights, scores)
-        if mixed is None:
-            mixed = self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer)
+        if fused is not None and fused.can(u, output):  # so that recording changes nothing
+            done, chosen, weights = fused.with_choice(u, output)
+            self._record(context, u, chosen, weights)
+            return done
+        y = output.reshape(-1, output.shape[-1])
+        flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
+        read = y if self.embedding else flat
+        chosen, weights = self.router(read, context, self.routing.ops)
+        self._record(context, read, chosen, weights)
+        mixed = self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer)
         return mixed.reshape(output.shape)
+
+    def _record(self, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor) -> None:
+        if (recorder := self.routing.recorder) is None:
+            return
+        scores = None
+        if recorder.wants_scores:
+            scores = self.router.scores(read.reshape(-1, read.shape[-1]), context, self.routing.ops)
+        recorder.record(context, self.members, chosen, weights, scores)
 
 
 def _shape(module: nn.Module, embedding: bool) -> tuple[int, int]:

@@ -157,7 +157,7 @@ class Fused:
         self.by_gates = (self.gates, scanned.codes, scanned.facts)
         self._struct = _site(*self.tensors, *self.by_gates)
         self._at, self._d_in = ctypes.addressof(self._struct), stack.A.shape[1]
-        self._library_run = library().run
+        self._k, self._library_run = min(top_k, stack.experts), library().run
 
     def __reduce__(self) -> Any:  # copies of a model copy its routing; pointers are made anew
         return Fused, (self.gates, self.top_k, self.stack, self.layer, self.strict)
@@ -210,24 +210,24 @@ class Fused:
 
     def can(self, u: Tensor, y: Tensor) -> bool:
         """Whether this call is one for the kernel and for `with_choice`; always, or an error, if `strict`."""
-        if self.strict:
-            _check(u, y, self.stack)
-        return (
-            obstacle(u, y, self.stack) is None
-            and not torch.compiler.is_compiling()
-            and type(u) is type(y) is Tensor
-        )
+        if obstacle(u, y, self.stack) is not None:
+            if self.strict:
+                _check(u, y, self.stack)
+            return False
+        return not torch.compiler.is_compiling() and type(u) is type(y) is Tensor
 
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Also who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
-        n, k = u.numel() // self._d_in, min(self.top_k, self.stack.experts)
+        """The same for `u` and `y` of any shape, and who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
+        n, k = u.numel() // self._d_in, self._k
         chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k)
-        flat_u, flat_y = u.reshape(n, -1).contiguous(), y.reshape(n, -1).contiguous()
-        out = torch.empty_like(flat_y)
-        _run(self._at, flat_u, flat_y, out, chosen, weights, n)
+        u, y = u.contiguous(), y.contiguous()
+        out = torch.empty_like(y)
+        _run(self._at, u, y, out, chosen, weights, n)
         if not self.plain:
-            out = (out + fast._others(flat_u, flat_y, self.stack, chosen, weights, self.layer)).to(y.dtype)
-        return out.reshape(y.shape), chosen, weights
+            flat_u, flat_y = u.view(n, u.shape[-1]), y.view(n, y.shape[-1])
+            more = fast._others(flat_u, flat_y, self.stack, chosen, weights, self.layer)
+            out = (out + more.reshape(y.shape)).to(y.dtype)
+        return out, chosen, weights
 
 
 def scanned_update(
