@@ -73,8 +73,7 @@ class _Run:
         pool = self.gather(records)
         signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
-        together = self.multitask(pool)
-        chosen = self.choose(pool, key, tasks)
+        together, chosen = self.choose(pool, key, tasks)
         files = self.measure(key, tasks, chosen)
         seen = self.contaminated(pool, tasks)
         results = results_of(
@@ -136,14 +135,6 @@ class _Run:
             if found[f"sign {name}"].ok:
                 records[name] = records[name] | found[f"sign {name}"].value
 
-    def multitask(self, pool: Pool) -> dict[str, Any] | None:
-        """The record of the one expert on everybody's data, if it is compared."""
-        if MULTITASK not in self.recipe.all_systems:
-            return None
-        step = self.step("train multitask", "multitask", names=list(pool.names))
-        outcome = self.run("train together", [step])[step.name]
-        return outcome.value if outcome.ok else None
-
     def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
         if not records:
             why = next(iter(self.failed.values()), "there are no tasks")
@@ -154,15 +145,21 @@ class _Run:
 
     def choose(
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, dict[str, dict[str, str]]]:
-        """system → suite → task → the expert it takes; ties go to the first of the pool."""
+    ) -> tuple[dict[str, Any] | None, dict[str, dict[str, dict[str, str]]]]:
+        """What routers are held against: (the record of the one expert on everybody's data, if it is compared; system → suite → task →
+        the expert it takes, ties going to the first of the pool). One stage: a training alone would keep one worker busy, and no other.
+        """
         wanted = [s for s in self.recipe.all_systems if s in CHOSEN]
         rows = {s: [n for n, info in found.items() if info["choice_rows"]] for s, found in tasks.items()}
         steps = [
             self.step(f"choose {e} on {s}", "choose", pool=key, expert=e, suite=s, tasks=names)
             for s, names in rows.items() for e in pool.names if names and wanted
         ]  # fmt: skip
+        if MULTITASK in self.recipe.all_systems:
+            steps.insert(0, self.step("train multitask", "multitask", names=list(pool.names)))
         found = self.run("choose", steps)
+        trained = found.get("train multitask")
+        together = trained.value if trained is not None and trained.ok else None
         chosen: dict[str, dict[str, dict[str, str]]] = {system: {} for system in wanted}
         for suite, names in rows.items():
             means = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
@@ -173,7 +170,7 @@ class _Run:
             picks["best-single"] = dict.fromkeys(tasks[suite], best)
             for system in wanted:
                 chosen[system][suite] = picks[system]
-        return chosen
+        return together, chosen
 
     def measure(
         self,
