@@ -13,8 +13,10 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.card import CARD_FILE, own_card
 from phatgoose.experts.card_facts import lowest_loss
 from phatgoose.experts.data_signature import SIGNATURE_FILE
-from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.expert_folder import RECORD_FILE
 from phatgoose.experts.formats import WEIGHTS_FILES
+from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.experts.pool import MANIFEST
 from phatgoose.fingerprints import same_base

@@ -80,6 +80,7 @@ def command(
     from phatgoose.cli.generated import wanted
     from phatgoose.cli.loading import load
     from phatgoose.experts.expert import Expert
+    from phatgoose.experts.tensor_files import all_identical
     from phatgoose.tasks import load_task
 
     target = out or expert
@@ -89,7 +90,7 @@ def command(
     there = source
     if out is not None and out.exists() and any(out.iterdir()):
         there = Expert.load(out)
-        if not overwrite and not _same_adapter(source, there):
+        if not overwrite and not all_identical(source.tensors, there.tensors):
             raise _taken(out)
     given = {"rows": texts, "max_new_tokens": text_tokens, "temperature": temperature}
     writing = wanted(generated, task, prompts, given, config.seed)
@@ -127,14 +128,6 @@ def command(
         gated.save(target)
         folders.clear_work(work)
         _summary(gated, target)
-
-
-def _same_adapter(one: Expert, other: Expert) -> bool:
-    import torch
-
-    return one.tensors.keys() == other.tensors.keys() and all(
-        torch.equal(t, other.tensors[k]) for k, t in one.tensors.items()
-    )
 
 
 def _recorded(expert: Expert) -> str:

@@ -58,7 +58,8 @@ def command(
     """
     from phatgoose.cli import folders
     from phatgoose.cli.loading import load
-    from phatgoose.experts.expert import Expert, slug
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.names import slug
     from phatgoose.tasks import load_task
 
     folders.check_target(out)

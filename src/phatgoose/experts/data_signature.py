@@ -22,7 +22,7 @@ from torch import Tensor
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.headers import Header, Item, write_header
 from phatgoose.experts.peft import WEIGHTS_FILE
-from phatgoose.experts.tensor_files import check_finite, read_tensor_file
+from phatgoose.experts.tensor_files import all_identical, check_finite, read_tensor_file
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import write_bytes
 
@@ -108,7 +108,7 @@ class DataSignature:
             metadata |= {"encoder": self.encoder, "encoder_sha256": str(self.encoder_sha256)}
         if self.path is not None and self.path.is_file():
             found = read_tensor_file(self.path)
-            if found.metadata == metadata and _same(found.tensors, self._tensors()):
+            if found.metadata == metadata and all_identical(found.tensors, self._tensors()):
                 shutil.copyfile(self.path, target)
                 return
         items, end, tensors = {}, 0, self._tensors()
@@ -122,7 +122,7 @@ class DataSignature:
         return (
             other is not None
             and (self.encoder, self.encoder_sha256) == (other.encoder, other.encoder_sha256)
-            and _same(self._tensors(), other._tensors())
+            and all_identical(self._tensors(), other._tensors())
         )
 
     def _widths(self) -> dict[str, int]:
@@ -235,10 +235,6 @@ def _checked(
             odd = int((lengths - 1).abs().argmax())
             raise ExpertError(f"{where}: text {odd} has length {lengths[odd]:.4g}, expected 1.")
     return found, texts
-
-
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def describe(record: Any) -> str:

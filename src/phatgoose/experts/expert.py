@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,38 +16,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.card import write_card
-from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, StoredSignature
-from phatgoose.experts.formats import format_of, read_adapter, to_contents, weights_file
-from phatgoose.experts.headers import read_header
+from phatgoose.errors import ExpertError
+from phatgoose.experts.data_signature import DataSignature
+from phatgoose.experts.expert_folder import read_folder, read_plain, write_folder
+from phatgoose.experts.formats import to_contents, weights_file
+from phatgoose.experts.gates import GATES_FILE, checked_gates
+from phatgoose.experts.names import check_name
 from phatgoose.experts.peft import CONFIG_FILE, read_tensors
-from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.peft_rules import check_drop
-from phatgoose.experts.tensor_files import identical, read_tensor_file
-from phatgoose.experts.update import Update, sizes_agree
-from phatgoose.files import atomic_folder, inside, read_json, sha256_file, write_bytes, write_json
+from phatgoose.experts.tensor_files import all_identical, read_tensor_file
+from phatgoose.experts.update import Update
+from phatgoose.files import atomic_folder, read_json, write_bytes, write_json
 from phatgoose.records import Fingerprint, HubSource
-
-GATES_FILE = "gates.safetensors"
-RECORD_FILE = "expert.json"
-FORMAT_VERSION = 1
-RECORD_LIMIT_BYTES = 16 * 2**20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def slug(text: str) -> str:
-    """A valid expert name made from any text: "bigbench:tense" → "bigbench-tense"."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100]
-    return name or "expert"
-
-
-def check_name(name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ExpertError(
-            f"{brief(name)} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a letter or digit); "
-            f"for example {slug(str(name)[:100])!r}."
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +148,7 @@ class Expert:
         `drop` names what to leave out although the adapter then computes something else ("modules_to_save",
         "trainable_token_indices"); it is recorded in the provenance.
         """
-        return _plain(folder, "PEFT", name, provenance, drop)
+        return Expert(**read_plain(Path(folder), "PEFT", name, provenance, drop))
 
     @staticmethod
     def from_adapterhub(
@@ -184,7 +162,7 @@ class Expert:
 
         `drop` as in `from_peft`; here it may name "prediction_head".
         """
-        return _plain(folder, "AdapterHub", name, provenance, drop)
+        return Expert(**read_plain(Path(folder), "AdapterHub", name, provenance, drop))
 
     @staticmethod
     def from_hub(
@@ -250,31 +228,7 @@ class Expert:
 
         `drop` as in `from_peft`; `origin` says where on the Hub the folder was fetched from.
         """
-        folder = Path(folder)
-        config, adapter = read_adapter(folder, drop)
-        record, weights, there = (
-            read_record(folder),
-            folder / weights_file(config),
-            f"sha256 in {RECORD_FILE}",
-        )
-        _same(record.get("adapter_sha256", adapter.sha256), adapter.sha256, weights, there)
-        gates = None
-        if os.path.lexists(folder / GATES_FILE):
-            found = read_tensor_file(inside(folder, GATES_FILE, ExpertError))
-            check_gates_metadata(found.metadata, folder / GATES_FILE, adapter.sha256, weights.name)
-            _same(record.get("gates_sha256", found.sha256), found.sha256, folder / GATES_FILE, there)
-            gates = found.tensors
-        elif record.get("gates_sha256"):
-            raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
-        signature = _read_signature(folder, record.get("signature_sha256"), adapter.sha256)
-        name = name or record.get("name") or slug(folder.resolve().name)
-        provenance = record.get("provenance", {})
-        if drop:
-            provenance = {
-                **provenance,
-                "dropped": sorted({*check_drop(provenance.get("dropped", ())), *check_drop(drop)}),
-            }
-        return Expert(name, config, adapter.tensors, gates, provenance, folder, origin, signature)
+        return Expert(**read_folder(Path(folder), name, drop), origin=origin)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the expert's folder, whole or not at all; an existing one is replaced.
@@ -289,29 +243,7 @@ class Expert:
                 f"{folder} exists and holds something else than an expert; choose another folder."
             )
         with atomic_folder(folder) as work:
-            self._write_adapter(work)
-            record: dict[str, Any] = {
-                "format": "phatgoose-expert",
-                "version": FORMAT_VERSION,
-                "name": self.name,
-            }
-            record["adapter_sha256"] = sha256_file(work / weights_file(self.adapter_config))
-            if self.gates is not None:
-                metadata = {
-                    "format": "phatgoose-gates",
-                    "version": str(FORMAT_VERSION),
-                    "adapter_sha256": record["adapter_sha256"],
-                }
-                if self.provenance.get("base"):
-                    metadata["base"] = json.dumps(self.provenance["base"], sort_keys=True)
-                self._write_gates(work / GATES_FILE, metadata)
-                record["gates_sha256"] = sha256_file(work / GATES_FILE)
-            if self.signature is not None:
-                self.signature.write(work / SIGNATURE_FILE, record["adapter_sha256"])
-                record["signature_sha256"] = sha256_file(work / SIGNATURE_FILE)
-            record["provenance"] = dict(self.provenance)
-            write_json(work / RECORD_FILE, record)
-            write_card(work, self)
+            write_folder(self, work)
         return folder
 
     def equals(self, other: Expert) -> bool:
@@ -320,8 +252,8 @@ class Expert:
             other.name == self.name
             and dict(other.adapter_config) == dict(self.adapter_config)
             and dict(other.provenance) == dict(self.provenance)
-            and _equal(other.tensors, self.tensors)
-            and _equal(other.gates or {}, self.gates or {})
+            and all_identical(other.tensors, self.tensors)
+            and all_identical(other.gates or {}, self.gates or {})
             and (
                 other.signature is None if self.signature is None else self.signature.equals(other.signature)
             )
@@ -337,7 +269,7 @@ class Expert:
         ):
             found = read_tensors(self.folder / weights)
             config = read_json(self.folder / CONFIG_FILE, ExpertError)
-            if config == dict(self.adapter_config) and _equal(found, self.tensors):
+            if config == dict(self.adapter_config) and all_identical(found, self.tensors):
                 for name in (CONFIG_FILE, weights):
                     shutil.copyfile(self.folder / name, work / name)
                 return
@@ -352,110 +284,8 @@ class Expert:
         if there is not None and there.is_file():
             with contextlib.suppress(ExpertError):
                 found = read_tensor_file(there)
-                if found.metadata == metadata and _equal(found.tensors, self.gates):
+                if found.metadata == metadata and all_identical(found.tensors, self.gates):
                     shutil.copyfile(there, target)
                     return
         gates = {path: gate.contiguous() for path, gate in self.gates.items()}
         write_bytes(target, safetensors.torch.save(gates, metadata))
-
-
-def _plain(
-    folder: str | Path,
-    wanted: str,
-    name: str | None,
-    provenance: Mapping[str, Any] | None,
-    drop: Collection[str],
-) -> Expert:
-    """The adapter in a folder, without what we write beside it."""
-    folder = Path(folder)
-    config, adapter = read_adapter(folder, drop)
-    if (found := format_of(config)) != wanted:
-        raise ExpertError(
-            f"{folder} holds an adapter in {found}'s format, expected {wanted}'s: use Expert.load, which reads both."
-        )
-    if drop:
-        provenance = {**(provenance or {}), "dropped": list(check_drop(drop))}
-    return Expert(
-        name or slug(folder.resolve().name),
-        config,
-        adapter.tensors,
-        provenance=dict(provenance or {}),
-        folder=folder,
-    )
-
-
-def _read_signature(folder: Path, expected: Any, adapter_sha256: str) -> DataSignature | None:
-    """The data signature beside an adapter with this sha256, if there is one: all of it, checked."""
-    if not os.path.lexists(folder / SIGNATURE_FILE):
-        if expected:
-            raise ExpertError(f"{folder / SIGNATURE_FILE} is missing, although {RECORD_FILE} records it.")
-        return None
-    path = inside(folder, SIGNATURE_FILE, ExpertError)
-    digest = sha256_file(path, ExpertError)
-    _same(expected or digest, digest, path, f"sha256 in {RECORD_FILE}")
-    found = StoredSignature(path, read_header(path)[1], adapter_sha256, digest)
-    _ = found.texts  # a damaged one is refused here, not later
-    return found
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    path = inside(folder, RECORD_FILE, ExpertError)
-    if not os.path.lexists(path):
-        return {}
-    record = read_json(path, ExpertError, RECORD_LIMIT_BYTES)
-    if not isinstance(record, dict) or record.get("format") != "phatgoose-expert":
-        raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
-    if record.get("version") != FORMAT_VERSION:
-        raise ExpertError(
-            f"{path} has format version {brief(record.get('version'))}; this phatgoose reads {FORMAT_VERSION}. Update phatgoose."
-        )
-    if not isinstance(record.get("provenance", {}), dict):
-        raise ExpertError(f"{path}: provenance is not an object.")
-    return record
-
-
-def check_gates_metadata(
-    metadata: Mapping[str, str], path: Path, adapter_hash: str, weights: str = PEFT_WEIGHTS
-) -> None:
-    """Refuses gates of another format, or of another adapter than the one with this sha256."""
-    if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(FORMAT_VERSION):
-        raise ExpertError(
-            f"{path} has format {brief(metadata.get('format'))} version {brief(metadata.get('version'))}; "
-            f"expected 'phatgoose-gates' version '{FORMAT_VERSION}'."
-        )
-    _same(
-        metadata.get("adapter_sha256"),
-        adapter_hash,
-        path.parent / weights,
-        f"the adapter {GATES_FILE} was trained for",
-    )
-
-
-def checked_gates(
-    gates: Mapping[str, Tensor], updates: Mapping[str, Update], where: str
-) -> dict[str, Tensor]:
-    for path in updates:
-        if path not in gates:
-            raise ExpertError(f"{where}: no gate for module {path}, which the expert adapts.")
-    checked = {}
-    for path, gate in gates.items():
-        if path not in updates:
-            raise ExpertError(f"{where}: there is a gate for module {path}, which the expert doesn't adapt.")
-        expected = updates[path].gate_dim
-        if gate.ndim != 1 or not sizes_agree(gate.shape[0], expected):
-            raise ExpertError(f"{where}: gate of {path} has shape {list(gate.shape)}, expected [{expected}].")
-        checked[path] = gate.detach().to("cpu", torch.float32)
-        if not torch.isfinite(checked[path]).all():
-            raise ExpertError(f"{where}: gate of {path} has values that are NaN or infinite.")
-    return checked
-
-
-def _same(expected: Any, found: str, path: Path, what: str) -> None:
-    if expected != found:
-        raise ExpertError(
-            f"{path} is damaged or was changed: {what} is {brief(expected)}, the file's is {found}."
-        )
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)

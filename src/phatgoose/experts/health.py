@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.tensor_files import identical
+from phatgoose.experts.tensor_files import all_identical
 from phatgoose.experts.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
@@ -221,7 +221,7 @@ def _twice(experts: Sequence[Expert]) -> Iterator[str]:
     for group in alike.values():
         for i, one in enumerate(group):
             for other in group[:i]:
-                if all(identical(tensor, other.tensors[key]) for key, tensor in one.tensors.items()):
+                if all_identical(one.tensors, other.tensors):
                     yield f"{other.name} and {one.name}: the same adapter twice; together they take both places of a top-2."
 
 

@@ -15,12 +15,15 @@ from phatgoose.experts.adapterhub import HEAD_FILES
 from phatgoose.experts.adapterhub_places import INTERFACE_FILE
 from phatgoose.experts.card import CARD_FILE
 from phatgoose.experts.data_signature import SIGNATURE_FILE
-from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert, slug
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.expert_folder import RECORD_FILE
 from phatgoose.experts.formats import WEIGHTS_FILES, format_of, weights_file
+from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.hub_files import MAX_BYTES, Fetched, Listing, fetch, from_cache, list_files
 from phatgoose.experts.hub_place import Place
 from phatgoose.experts.hub_refusals import refused
 from phatgoose.experts.manifest import MANIFEST, read_manifest
+from phatgoose.experts.names import slug
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.pool import Pool

@@ -16,8 +16,11 @@ from phatgoose.errors import ExpertError, PhatgooseError, PoolError, brief
 from phatgoose.experts.card import write_pool_card
 from phatgoose.experts.card_facts import Facts, read_object
 from phatgoose.experts.data_signature import SIGNATURE_FILE
-from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, Expert, check_name
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.expert_folder import RECORD_FILE
 from phatgoose.experts.formats import WEIGHTS_FILES
+from phatgoose.experts.gates import GATES_FILE
+from phatgoose.experts.names import check_name
 from phatgoose.experts.packed import HEADERS, REST_FILE
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.files import inside as in_folder

@@ -12,7 +12,8 @@ import torch
 
 from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.data_signature import SIGNATURE_FILE, StoredSignature
-from phatgoose.experts.expert import GATES_FILE, RECORD_FILE, check_gates_metadata, read_record
+from phatgoose.experts.expert_folder import RECORD_FILE, read_record
+from phatgoose.experts.gates import GATES_FILE, check_gates_metadata
 from phatgoose.experts.headers import Header, Item, parse_header, read_header
 from phatgoose.experts.layout import Layout, layout_of
 from phatgoose.experts.packed import HEADERS, REST_FILE, PackedExpert, Source, gate_stack, packed_expert

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from phatgoose.errors import PoolError
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.expert import GATES_FILE, Expert, check_name, checked_gates
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.gates import GATES_FILE, checked_gates
 from phatgoose.experts.headers import Header
 from phatgoose.experts.layout import Layout, Pair
+from phatgoose.experts.names import check_name
 from phatgoose.experts.peft import CONFIG_FILE, WEIGHTS_FILE, to_contents
 from phatgoose.experts.stacks import StackFile, bytes_of
 from phatgoose.experts.update import Update

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import GATES_FILE, read_record
+from phatgoose.experts.expert_folder import read_record
+from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.headers import Header, read_header
 from phatgoose.experts.layout import Layout, layout_of
 from phatgoose.experts.opening import PackedFolder, runs

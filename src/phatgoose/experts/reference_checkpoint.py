@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, PoolError, brief
-from phatgoose.experts.expert import Expert, check_name
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import MANIFEST, describe, new_manifest, place_expert
+from phatgoose.experts.names import check_name
 from phatgoose.experts.peft import PREFIX
 from phatgoose.experts.tensor_files import check_finite
 from phatgoose.experts.torch_file import map_torch_file

@@ -7,14 +7,16 @@ later changes tensors that were checked.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from phatgoose.errors import ExpertError, PhatgooseError
+from phatgoose.errors import ExpertError, PhatgooseError, brief
 from phatgoose.experts.headers import Item, header_of
 from phatgoose.files import open_regular
 from phatgoose.memory import available_bytes
@@ -83,6 +85,19 @@ def identical(one: Tensor, other: Tensor) -> bool:
         return False
     a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
     return torch.equal(a, b)
+
+
+def all_identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors have the same names, and `identical` tensors under each."""
+    return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
+
+
+def check_sha256(expected: Any, found: str, path: Path, what: str) -> None:
+    """Raises ExpertError unless `path` has the sha256 that `what` recorded."""
+    if expected != found:
+        raise ExpertError(
+            f"{path} is damaged or was changed: {what} is {brief(expected)}, the file's is {found}."
+        )
 
 
 def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = ExpertError) -> None:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from phatgoose.errors import StorageError, TrainingError
-from phatgoose.experts.expert import Expert, slug
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.names import slug
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.files import read_json, write_json
 from phatgoose.models.base import Base, as_base

@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 from phatgoose.analysis.page import report
-from phatgoose.experts.expert import Expert, slug
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.merge import merged
+from phatgoose.experts.names import slug
 from phatgoose.experts.pool import Pool
 from phatgoose.files import write_json
 from phatgoose.models.base import Base
