@@ -8,9 +8,11 @@ import traceback
 import pytest
 import torch
 
+from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import PoolError, UploadError
 from phatgoose.experts.card import MARK
+from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.hub_push import push_folder
 from phatgoose.experts.pool import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
@@ -91,6 +93,19 @@ def test_an_expert_is_pushed_and_fetched(login, pool):
     assert found.equals(expert)
     assert found.hash == expert.hash
     assert found.origin == done
+
+
+def test_a_data_signature_goes_along(login, make_base, make_expert, tmp_path):
+    encoder = make_encoder(tmp_path / "encoder")
+    base = make_base("llama")
+    experts = [signed(make_expert(base, n, seed=i), encoder, seed=i) for i, n in enumerate("ab")]
+    experts[0].push("org/expert")
+    assert SIGNATURE_FILE in there(login, "org/expert")
+    assert Expert.from_hub("org/expert").equals(experts[0])
+    Pool(experts).push("org/pool")
+    found = Pool.pull("org/pool")
+    assert [e.signature.hash for e in found.experts] == [e.signature.hash for e in experts]
+    assert torch.equal(found["b"].signature.texts, experts[1].signature.texts)
 
 
 def test_an_expert_goes_into_a_folder_of_a_repository(login, pool):
