@@ -204,8 +204,8 @@ class _Site:
         self.source = residual_source(routing.model, parts)
         # An embedding's input is a token's number, which has no direction: its gates read its output.
         length = d_out if self.embedding else d_in
-        candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
-        self.router: BoundRouter = routing.ready.bind(candidates)
+        self.candidates = Candidates(path, pool.names, self.members, tuple(gates), length, tuple(parts))
+        self.router: BoundRouter = routing.ready.bind(self.candidates)
         self._by_gates = self.router.by_gates
         self.prepare()
         self.fresh = type(module) in (nn.Linear, Conv1D)

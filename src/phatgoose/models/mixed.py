@@ -1,0 +1,165 @@
+"""Several pools and routers on one model at once: every token of a pass goes its own way.
+
+Who runs the model says by a `Plan` around each pass which way each of its sequences goes. What goes by the base alone is not
+touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from phatgoose.errors import RoutingError
+from phatgoose.models.layers import follow_residual
+from phatgoose.models.plan import Group, Part, Plan
+from phatgoose.models.routed import routing_of
+from phatgoose.models.streams import Streams
+from phatgoose.models.ways import Version
+from phatgoose.ops.bottleneck import Residual
+from phatgoose.routers.context import RoutingContext
+
+
+class Mixed:
+    """What is attached to a model so that its tokens can go different ways.
+
+    Versions are attached and taken off, and plans are set, by whoever runs the model, while no pass is running.
+
+    Raises:
+        RoutingError: the model is routed already.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if routing_of(model) is not None:
+            raise RoutingError("this model is routed already: unroute it first.")
+        self.model = model
+        self.plan: Plan | None = None
+        self.streams = Streams(model)
+        self._versions: dict[int, tuple[Version, list[RemovableHandle]]] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._streams: list[RemovableHandle] = []
+
+    def attach(self, version: Version) -> None:
+        """Makes a version's ways possible. Without a plan that uses them, nothing changes."""
+        if not self._versions:
+            self._streams = self.streams.attach()
+        handles: list[RemovableHandle] = []
+        for path, site in version.sites.items():
+            if path not in self._hooks:
+                hook = partial(self._hook, path, type(site.module) in (nn.Linear, Conv1D))
+                self._hooks[path] = site.module.register_forward_hook(hook, with_kwargs=True)
+            if site.source is not None and site.stack.residual is not None:
+                handles += follow_residual(site.source, site.module, site.stack.residual)
+        self._versions[id(version)] = (version, handles)
+
+    def detach(self, version: Version) -> None:
+        """Takes a version off; its ways must not be used any more."""
+        _, handles = self._versions.pop(id(version))
+        for handle in handles:
+            handle.remove()
+        used = {path for other, _ in self._versions.values() for path in other.sites}
+        for path in set(self._hooks) - used:
+            self._hooks.pop(path).remove()
+        if not self._versions:
+            for handle in self._streams:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def following(self, plan: Plan) -> Iterator[None]:
+        """Passes inside go by this plan."""
+        self.plan = plan
+        try:
+            yield
+        finally:
+            self.plan = None
+
+    def _hook(
+        self,
+        path: str,
+        fresh: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> Tensor | None:
+        plan = self.plan
+        if plan is None or plan.idle:
+            return None
+        u = args[0] if args else next(iter(kwargs.values()))
+        # A new tensor that nobody has seen yet may be written into.
+        unseen = fresh and len(module._forward_hooks) == 1 and not _global_forward_hooks
+        tokens = output.numel() // output.shape[-1]
+        groups = plan.groups(tokens)
+        if len(groups) == 1 and groups[0].index is None and not plan.watch:
+            fused = groups[0].way.fused.get(path)
+            if fused is not None and (done := fused(u, output, unseen)) is not None:
+                return done
+        return self._by_groups(path, plan, groups, u, output, unseen)
+
+    def _by_groups(
+        self, path: str, plan: Plan, groups: list[Group], u: Tensor, output: Tensor, unseen: bool
+    ) -> Tensor | None:
+        u = u.to(output.device)
+        y = output.reshape(-1, output.shape[-1])
+        rows = output.shape[0] if output.ndim > 2 else 1
+        changed = None
+        for group in groups:
+            site, index = group.version.sites.get(path), group.index
+            if site is None:
+                continue
+            flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
+            whole = (rows, len(y) // max(rows, 1))
+            context = Part(path, 1, len(group.items), None, None, plan, index, whole, self.streams)
+            if index is None:
+                changed = _act(path, plan, group, flat, y, context)
+                continue
+            if changed is None:
+                changed = y if unseen else y.clone()
+            with _of_residual(site.stack.residual, index):
+                changed[index] = _act(path, plan, group, flat[index], y[index], context)
+        return None if changed is None else changed.reshape(output.shape)
+
+
+def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: RoutingContext) -> Tensor:
+    """y + Σ w Δ(u) for a group's tokens."""
+    way, site = group.way, group.version.sites[path]
+    if site.stack.A.device != u.device:
+        site.stack = site.stack.to(u.device)
+    fused = None if group.experts is not None else way.fused.get(path)
+    mixed = None
+    if fused is not None and not plan.watch:
+        mixed = fused(u, y)
+    if mixed is None:
+        if fused is not None and fused.can(u, y):
+            mixed, chosen, weights = fused.with_choice(u, y)
+        elif group.experts is not None:
+            chosen = group.version.slots[path].to(u.device)[group.experts][:, None]
+            weights = (chosen >= 0).float()
+            mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
+        else:
+            chosen, weights = way.choose(path, u, y, context)
+            mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
+        if plan.watch:
+            plan.note(group, site.members, context, chosen, weights)
+    return mixed
+
+
+@contextlib.contextmanager
+def _of_residual(residual: Residual | None, index: Tensor) -> Iterator[None]:
+    """The residual stream as it belongs to these tokens alone."""
+    if residual is None or residual.value is None:
+        yield
+        return
+    whole = residual.value
+    residual.value = whole.reshape(-1, whole.shape[-1])[index.to(whole.device)]
+    try:
+        yield
+    finally:
+        residual.value = whole
