@@ -71,6 +71,11 @@ class Mixed:
             for handle in self._streams:
                 handle.remove()
 
+    def close(self) -> None:
+        """Takes everything off: the model is as it was."""
+        for version, _ in list(self._versions.values()):
+            self.detach(version)
+
     @contextlib.contextmanager
     def following(self, plan: Plan) -> Iterator[None]:
         """Passes inside go by this plan."""
@@ -95,7 +100,8 @@ class Mixed:
         u = args[0] if args else next(iter(kwargs.values()))
         # A new tensor that nobody has seen yet may be written into.
         unseen = fresh and len(module._forward_hooks) == 1 and not _global_forward_hooks
-        tokens = output.numel() // output.shape[-1]
+        if not (tokens := output.numel() // output.shape[-1]):
+            return None
         groups = plan.groups(tokens)
         if len(groups) == 1 and groups[0].index is None and not plan.watch:
             fused = groups[0].way.fused.get(path)

@@ -115,7 +115,7 @@ class Plan:
     def note(
         self, group: Group, members: tuple[int, ...], context: RoutingContext, chosen: Tensor, weights: Tensor
     ) -> None:
-        """Puts one module's choice for a group's tokens into the loads."""
+        """Puts one module's choice for a group's tokens into the loads; padding isn't counted."""
         assert isinstance(context, Part)
         items, tokens = group.items, context.whole[0] * context.whole[1]
         if self.skip is not None and self.lengths is not None and any(self.skip):
@@ -126,6 +126,8 @@ class Plan:
                 place = place[group.index.cpu()]
             new = place >= torch.tensor(self.skip)[items]
             items, chosen, weights = items[new], chosen[new], weights[new]
+        elif self.lengths is None and not (real := context.tokens().real[0].cpu()).all():
+            items, chosen, weights = items[real], chosen[real], weights[real]
         self.loads.note(id(group.version), members, items, chosen, weights)
 
 

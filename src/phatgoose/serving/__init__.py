@@ -1,0 +1,1 @@
+"""A pool behind OpenAI's HTTP interface. Needs the extra `phatgoose[serve]`."""

@@ -1,0 +1,150 @@
+"""One call of generate() for many jobs, each with its own way, sampling and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
+
+from phatgoose.models.base import Base
+from phatgoose.models.mixed import Mixed
+from phatgoose.models.plan import Plan
+from phatgoose.serving.job import Job, News, ServingError
+from phatgoose.serving.sampling import choose
+from phatgoose.tasks.batch import pad_id
+
+
+class Owner(Protocol):
+    """What a batch needs of the engine that runs it."""
+
+    base: Base
+    mixed: Mixed
+
+    def step(self) -> None: ...
+    def alive(self, job: Job) -> bool: ...
+    def tell(self, job: Job, news: News) -> None: ...
+    def watched(self, jobs: Sequence[Job]) -> bool: ...
+    def take_loads(self, plan: Plan, jobs: Sequence[Job], phases: Sequence[str]) -> None: ...
+
+
+class Batch:
+    """Rows end one by one: at an end token, at their own length, or when their client has left."""
+
+    def __init__(self, owner: Owner, jobs: list[Job]):
+        self.owner, self.jobs = owner, jobs
+        self.open = [True] * len(jobs)
+        self._written = [0] * len(jobs)
+        self.plan = self._plan()
+        self.first = True
+
+    def run(self) -> None:
+        """Writes all answers; runs in the engine's thread."""
+        base = self.owner.base
+        own = GenerationConfig(**self._settings())
+        ids, mask = self._inputs()
+        # generate() fills what its settings leave open from the model's own, so these are ours while it runs.
+        kept, base.model.generation_config = base.model.generation_config, own
+        call: Any = base.model.generate
+        try:
+            with self.owner.mixed.following(self.plan):
+                call(
+                    inputs=ids,
+                    attention_mask=mask,
+                    generation_config=own,
+                    logits_processor=LogitsProcessorList([_Choosing(self)]),
+                    stopping_criteria=StoppingCriteriaList([_Ending(self)]),
+                )
+        finally:
+            base.model.generation_config = kept
+
+    def settle(self, scores: Tensor) -> Tensor:
+        """After a pass: the next token of every open row from scores [B, V], passed on at once; scores that leave no other choice."""
+        self._take_loads()
+        self.owner.step()
+        self.open = [o and self.owner.alive(job) for o, job in zip(self.open, self.jobs, strict=True)]
+        rows = [i for i, is_open in enumerate(self.open) if is_open]
+        tokens, failed = choose(scores[rows].float(), [self.jobs[i].draw for i in rows])
+        chosen = torch.zeros(len(self.jobs), 1, dtype=torch.long)
+        for place, (i, token) in enumerate(zip(rows, tokens, strict=True)):
+            chosen[i] = token
+            self._pass_on(i, token, failed.get(place))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
+
+    def _pass_on(self, row: int, token: int, failure: Exception | None) -> None:
+        job = self.jobs[row]
+        self._written[row] += 1
+        over = token in job.ends or self._written[row] >= job.max_new_tokens
+        self.open[row] = failure is None and not over
+        if failure is not None:
+            self.owner.tell(job, News(finished=True, error=str(failure)))
+        else:
+            self.owner.tell(job, News((token,), over))
+
+    def _plan(self) -> Plan:
+        return Plan([job.way for job in self.jobs], watch=self.owner.watched(self.jobs))
+
+    def _take_loads(self) -> None:
+        if self.plan.watch:
+            phase = "prompt" if self.first else "answer"
+            self.owner.take_loads(self.plan, self.jobs, [phase if o else "" for o in self.open])
+        self.first = False
+        self.plan = self.owner.mixed.plan = self._plan()
+
+    def _settings(self) -> dict[str, Any]:
+        base = self.owner.base
+        settings: dict[str, Any] = {
+            "max_new_tokens": max(job.max_new_tokens for job in self.jobs),
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
+            "pad_token_id": pad_id(base.tokenizer),
+        }
+        if base.is_encoder_decoder:
+            settings["decoder_start_token_id"] = decoder_start(base)
+        return settings
+
+    def _inputs(self) -> tuple[Tensor, Tensor]:
+        """The prompts int64 [B, T], padded on the left (encoder–decoders: on the right), and which tokens are real."""
+        base, width = self.owner.base, max(len(job.prompt) for job in self.jobs)
+        ids = torch.full((len(self.jobs), width), pad_id(base.tokenizer))
+        mask = torch.zeros_like(ids)
+        for row, job in enumerate(self.jobs):
+            first = 0 if base.is_encoder_decoder else width - len(job.prompt)
+            place = slice(first, first + len(job.prompt))
+            ids[row, place], mask[row, place] = torch.tensor(list(job.prompt)), 1
+        return ids.to(base.device), mask.to(base.device)
+
+
+class _Choosing(LogitsProcessor):
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.batch.settle(scores)
+
+
+class _Ending(StoppingCriteria):
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return ~torch.tensor(self.batch.open, device=input_ids.device)
+
+
+def decoder_start(base: Base) -> int:
+    """The token a decoder starts from.
+
+    Raises:
+        ServingError: the checkpoint doesn't say.
+    """
+    for source in (base.model.generation_config, base.model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(source, name, None)) is not None:
+                return int(token)
+    raise ServingError(
+        f"{base.spec} doesn't say from which token its decoder starts: set decoder_start_token_id."
+    )

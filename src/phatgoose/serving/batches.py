@@ -1,0 +1,156 @@
+"""The engine on generate(): one batch after the other, for models that continuous batching can't run.
+
+Whoever waits when a batch is over makes up the next one, first come, first served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from phatgoose.models.base import Base
+from phatgoose.models.plan import Plan
+from phatgoose.serving.batch import Batch
+from phatgoose.serving.engine import Engine, context_length
+from phatgoose.serving.job import Job, News, ServingError
+from phatgoose.serving.sampling import likelihoods
+from phatgoose.serving.settings import ServeSettings
+
+GATHER_SECONDS = 0.01
+"""How long the first that comes waits for others."""
+
+
+class BatchEngine(Engine):
+    """A cancelled job leaves its row at the next token; the batch is over when no row is left."""
+
+    def __init__(self, base: Base, settings: ServeSettings):
+        super().__init__(base, settings)
+        self.limit = None if base.is_encoder_decoder else context_length(base)
+        self._wakeups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: list[Job] = []
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._fatal: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name="phatgoose-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self.jobs[job.id] = job
+        with self._lock:
+            self._waiting.append(job)
+        self._wakeups.put(None)
+
+    def cancel(self, job: Job) -> None:
+        self.jobs.pop(job.id, None)
+        with self._lock:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def between(self, do: Callable[[], Any]) -> Any:
+        if self._thread is None or not self._thread.is_alive():
+            return do()
+        done: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(do())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._wakeups.put(run)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return done.result(timeout=1)
+            if not self._thread.is_alive():
+                raise ServingError(f"{self.trouble}.")
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wakeups.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+        for job in list(self.jobs.values()):
+            job.tell_from_thread(News(finished=True, error="the server ends."))
+
+    @property
+    def trouble(self) -> str | None:
+        if self._fatal is not None:
+            return f"the engine died: {type(self._fatal).__name__}: {self._fatal}"
+        return None if self._thread is not None and self._thread.is_alive() else "the engine isn't running"
+
+    def step(self) -> None:
+        """What others want done between two passes."""
+        while not self._wakeups.empty():
+            if (do := self._wakeups.get()) is not None:
+                do()
+
+    def alive(self, job: Job) -> bool:
+        return job.id in self.jobs and not self._stopping
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                with self._lock:
+                    idle = not self._waiting
+                if idle:
+                    if (do := self._wakeups.get()) is not None:
+                        do()
+                    time.sleep(GATHER_SECONDS)  # those that come together go together
+                self.step()
+                batch = self._next()
+                if batch and not self._stopping:
+                    self._run(batch)
+        except BaseException as error:
+            self._fatal = error
+            for job in list(self.jobs.values()):
+                job.tell_from_thread(News(finished=True, error="the engine died."))
+            raise
+
+    def _next(self) -> list[Job]:
+        """The first of those that wait, as many as may run and fit into the model's context side by side."""
+        with self._lock:
+            count, longest, most = 0, 0, 0
+            for job in self._waiting[: self.settings.max_running]:
+                longest, most = max(longest, len(job.prompt)), max(most, job.max_new_tokens)
+                if count and self.limit is not None and longest + most > self.limit:
+                    break
+                count += 1
+            batch = self._waiting[:count]
+            del self._waiting[:count]
+        return batch
+
+    def _run(self, jobs: list[Job]) -> None:
+        try:
+            with torch.no_grad():
+                for job in jobs:
+                    job.started = True
+                    if job.score is not None:
+                        self._score(job)
+                Batch(self, jobs).run()
+        except Exception as error:  # of the model or a router: the next batch may fare better
+            for job in jobs:
+                self.tell(job, News(finished=True, error=f"{type(error).__name__}: {error}"))
+
+    def tell(self, job: Job, news: News) -> None:
+        if job.id in self.jobs:
+            if news.finished:
+                self.jobs.pop(job.id, None)
+            job.tell_from_thread(news)
+
+    def _score(self, job: Job) -> None:
+        assert job.score is not None
+        ids = torch.tensor([list(job.prompt)], device=self.base.device)
+        plan = Plan([job.way])
+        with self.mixed.following(plan):
+            logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        job.prompt_likelihoods += likelihoods(logits.cpu(), list(job.prompt[1:]), job.score)

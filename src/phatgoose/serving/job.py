@@ -1,0 +1,99 @@
+"""One sequence to be written: what is asked of the engine, and what it tells while it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.models.ways import Way
+from phatgoose.serving.sampling import Draw, Likelihood
+
+_numbers = itertools.count()
+
+
+class ServingError(PhatgooseError):
+    """The server can't be started as asked, or its engine can't do something."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What happened since the last one: tokens written, and how it ended, if it did."""
+
+    tokens: tuple[int, ...] = ()
+    finished: bool = False
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """Made on the event loop; an engine reads it in its own thread and calls `tell` on the loop.
+
+    `load` is the engine's: by phase ("prompt", "answer") the weights that each expert of the way's pool had, summed over modules and
+    tokens, float64 [experts], and over how many choices.
+    """
+
+    prompt: Sequence[int]
+    way: Way | None
+    """None: the base alone."""
+    draw: Draw
+    max_new_tokens: int
+    ends: frozenset[int]
+    """Tokens that end the answer; they belong to it."""
+    watch: bool = False
+    """Whether `load` is wanted."""
+    score: int | None = None
+    """How many likeliest tokens to report in place of each token of the prompt; None: the prompt isn't scored."""
+    id: str = field(default_factory=lambda: f"job-{next(_numbers)}")
+    written: list[int] = field(default_factory=list)
+    prompt_likelihoods: list[Likelihood] = field(default_factory=list)
+    """Of the prompt's second token and those after it, if it is scored."""
+    load: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    counted: int = 0
+    """How many of its tokens are in the load."""
+    started: bool = False
+    """Whether a pass has run over some of it."""
+    failure: str | None = None
+    """Set by the engine where the sampling of this one failed."""
+    created: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _news: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
+
+    def __deepcopy__(self, memo: object) -> Job:
+        return self  # transformers copies a request's settings when it starts one again
+
+    def tell(self, news: News) -> None:
+        """Called on the event loop."""
+        if news.tokens and self.first_token is None:
+            self.first_token = time.perf_counter()
+        self.written += news.tokens
+        self._news.put_nowait(news)
+
+    def tell_from_thread(self, news: News) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.tell, news)
+
+    async def news(self, deadline: float | None = None) -> AsyncIterator[News]:
+        """What happens until it is finished.
+
+        Raises:
+            TimeoutError: nothing more had come at `deadline`, a time of the loop's clock.
+        """
+        while True:
+            async with asyncio.timeout_at(deadline):
+                one = await self._news.get()
+            yield one
+            if one.finished:
+                return
+
+    def add_load(self, phase: str, weights: Tensor, choices: int) -> None:
+        before = self.load.get(phase)
+        self.load[phase] = (
+            (weights, choices) if before is None else (before[0] + weights, before[1] + choices)
+        )

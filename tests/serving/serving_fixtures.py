@@ -1,0 +1,135 @@
+"""A server on a tiny model, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import time
+
+import httpx2
+import openai
+import torch
+import uvicorn
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from conftest import TARGETS, make_tokenizer
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.serving.app import make_app
+from phatgoose.serving.guard import Keys
+from phatgoose.serving.service import Service
+from phatgoose.serving.settings import ServeSettings
+
+PROMPTS = [
+    "the quick brown fox", "What is the past tense of walk? Answer:", "0 1 2 3 4", "yes no maybe", "true", "plus minus times",
+    "lazy dog jumps over the quick brown fox and then some more words follow here", "entailment neutral",
+]  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def greedy(base: Base, prompt: str | list[int], new: int = 12) -> list[int]:
+    """generate()'s own greedy tokens behind a prompt, as the model is routed now."""
+    ids = base.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=1, pad_token_id=0)
+    kept, base.model.generation_config = base.model.generation_config, config
+    try:
+        if base.is_encoder_decoder:
+            config.decoder_start_token_id = 0
+        found = base.model.generate(torch.tensor([ids]), generation_config=config)[0].tolist()
+    finally:
+        base.model.generation_config = kept
+    return found[1:] if base.is_encoder_decoder else found[len(ids) :]
+
+
+def text(base: Base, tokens: list[int]) -> str:
+    return base.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def make_pool(base: Base, make_expert, names: str = "abc") -> Pool:
+    # Strong experts, so that each model writes something else.
+    return Pool([make_expert(base, n, rank=2 + i, seed=i, scale=0.3) for i, n in enumerate(names)])
+
+
+def random_expert(base: Base, folder, name: str, rank: int = 3, seed: int = 0, gated: bool = True) -> Expert:
+    """A random LoRA that PEFT wrote, with random gates."""
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=TARGETS["llama"])
+    model, generator = get_peft_model(copy.deepcopy(base.model), config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder / f"peft-{name}")
+    expert = Expert.from_peft(
+        folder / f"peft-{name}", name=name, provenance={"base": base.fingerprint.to_json()}
+    )
+    if not gated:
+        return expert
+    gates = {path: torch.randn(u.d_in, generator=generator) for path, u in expert.updates.items()}
+    return expert.with_gates(gates, {"kind": "random"})
+
+
+def random_pool(base: Base, folder, names: str = "abc") -> Pool:
+    return Pool([random_expert(base, folder, n, rank=2 + i, seed=i) for i, n in enumerate(names)])
+
+
+def settings(**changes) -> ServeSettings:
+    return ServeSettings(
+        **({"max_running": 8, "batch_tokens": 24, "cache_tokens": 4096, "watch_every": 1} | changes)
+    )
+
+
+class Running:
+    """A server that was started: where it is, and clients for it."""
+
+    def __init__(self, service: Service, port: int):
+        self.service, self.base, self.port = service, service.base, port
+        self.url, self._open = f"http://127.0.0.1:{port}", contextlib.ExitStack()
+
+    def client(self, key: str = "nothing") -> openai.OpenAI:
+        return self._open.enter_context(openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0))
+
+    def http(self) -> httpx2.Client:
+        client = httpx2.Client(base_url=self.url, timeout=60)
+        self._open.callback(client.close)
+        return client
+
+    def close(self) -> None:
+        self._open.close()
+
+    def until(self, what, seconds: float = 20) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, "it didn't come to that"
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(service: Service, keys: Keys | None = None, hosts=None):
+    config = uvicorn.Config(
+        make_app(service, keys, hosts), port=0, access_log=False, log_config=None, timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server didn't start"
+            time.sleep(0.01)
+        found = Running(service, server.servers[0].sockets[0].getsockname()[1])
+        with contextlib.closing(found):
+            yield found
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def with_template(base: Base) -> Base:
+    base.tokenizer = make_tokenizer()
+    base.tokenizer.chat_template = TEMPLATE
+    return base

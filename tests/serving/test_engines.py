@@ -1,0 +1,244 @@
+"""Served tokens are those of route(...).generate(), alone and among many others that go other ways."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import pytest
+import torch
+from serving_fixtures import PROMPTS, greedy, make_pool, settings
+
+from phatgoose.models.routed import route, unroute
+from phatgoose.models.trace import trace
+from phatgoose.routers import PHATGOOSE, Single, Uniform
+from phatgoose.serving import attention
+from phatgoose.serving.batches import BatchEngine
+from phatgoose.serving.continuous import ContinuousEngine, obstacle
+from phatgoose.serving.job import Job, ServingError
+from phatgoose.serving.sampling import Draw, Sampling
+from phatgoose.serving.service import Service
+
+GREEDY = Sampling(temperature=0)
+ROUTERS = {
+    "phatgoose": PHATGOOSE(), "base": None, "a": Single("a"), "c": Single("c"), "phatgoose:top_k=1": PHATGOOSE(top_k=1),
+    "uniform": Uniform(),
+}  # fmt: skip
+ENGINES = [
+    ("llama", "continuous"),
+    ("qwen", "continuous"),
+    ("gpt2", "continuous"),
+    ("llama", "batches"),
+    ("t5", "batches"),
+]
+
+
+async def finish(engine, job):
+    engine.submit(job)
+    async for news in job.news():
+        assert news.error is None, news.error
+    return job.written
+
+
+async def served(service, asked, new=12, **more):
+    """The tokens of each (prompt, model) asked, all at once."""
+
+    async def one(prompt, model):
+        async with service.catalogue.found(model) as found:
+            ids = await service.prompts.of_text(prompt)
+            job = Job(ids, found.way, Draw(GREEDY), new, service.ends, **more)
+            return await finish(service.engine, job)
+
+    return await asyncio.gather(*(one(*pair) for pair in asked))
+
+
+def with_service(base, pool, do, **changes):
+    async def run():
+        service = Service(base, settings(**changes), pool=pool)
+        await service.start()
+        try:
+            return await do(service)
+        finally:
+            await service.stop()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(("family", "engine"), ENGINES)
+def test_tokens_are_generates_alone_and_among_others(make_base, make_expert, family, engine):
+    base = make_base(family)
+    pool = make_pool(base, make_expert)
+    asked = [(prompt, model) for prompt in PROMPTS for model in ROUTERS]
+
+    async def do(service):
+        alone = [await served(service, [pair]) for pair in asked[:6]]
+        return alone, await served(service, asked)
+
+    alone, together = with_service(base, pool, do, engine=engine)
+    wanted = {}
+    for model, router in ROUTERS.items():
+        unroute(base) if router is None else route(base, pool, router)
+        for prompt in PROMPTS:
+            wanted[prompt, model] = greedy(base, prompt)
+    assert [one[0] for one in alone] == [wanted[pair] for pair in asked[:6]]
+    assert together == [wanted[pair] for pair in asked]
+    assert len({tuple(wanted[PROMPTS[0], model]) for model in ROUTERS}) > 3  # they do differ
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_cancelled_jobs_free_their_place(make_base, make_expert, engine):
+    base = make_base("llama")
+
+    async def do(service):
+        jobs = [Job([5 + i], None, Draw(GREEDY), 400, frozenset()) for i in range(20)]
+        for job in jobs:
+            service.engine.submit(job)
+        async for _ in jobs[0].news():
+            break
+        assert service.engine.running > 0
+        assert service.engine.waiting > 0
+        for job in jobs:
+            service.engine.cancel(job)
+            service.engine.cancel(job)  # once more does nothing
+        assert service.engine.waiting == service.engine.running == 0
+        (after,) = await served(service, [(PROMPTS[0], "base")])
+        if engine == "continuous":
+            manager = service.engine.manager
+            assert not manager.output_router.result_handlers
+            assert not manager.batch_processor.scheduler.active_requests
+            await asyncio.to_thread(service.engine.between, lambda: None)
+            assert not manager.batch_processor.cache.cache_allocators["full_attention"].block_table
+        return after
+
+    assert with_service(base, None, do, engine=engine) == greedy(base, PROMPTS[0])
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_one_job_that_fails_leaves_the_others_alone(make_base, engine):
+    base = make_base("llama")
+
+    class Broken(Draw):
+        def next(self, logits):
+            raise ArithmeticError("broken")
+
+    async def do(service):
+        broken = Job([5, 6], None, Broken(Sampling()), 9, frozenset())
+        good = Job([7, 8], None, Draw(GREEDY), 9, frozenset())
+        service.engine.submit(broken)
+        written = asyncio.ensure_future(finish(service.engine, good))
+        news = [one async for one in broken.news()]
+        assert news[-1].error == "broken"
+        assert await written == greedy(base, [7, 8], 9) or 1 in good.written
+        assert service.engine.trouble is None
+
+    with_service(base, None, do, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"), [("llama", "continuous"), ("gpt2", "continuous"), ("llama", "batches")]
+)
+def test_prompts_are_scored_as_one_pass_scores_them(make_base, make_expert, family, engine):
+    base = make_base(family)
+    pool = make_pool(base, make_expert)
+    prompts = [[5] * 1, list(range(10, 70)), list(range(100, 130)), [9, 8]]  # longer than a pass, and shorter
+
+    async def do(service):
+        async with service.catalogue.found("phatgoose") as way:
+            jobs = [
+                Job(p, w, Draw(GREEDY), 3, service.ends, score=2) for p in prompts for w in (way.way, None)
+            ]
+            await asyncio.gather(*(finish(service.engine, job) for job in jobs))
+            return [(job.prompt, job.way is not None, job.prompt_likelihoods) for job in jobs]
+
+    for prompt, routed, scored in with_service(base, pool, do, engine=engine):
+        route(base, pool) if routed else unroute(base)
+        with torch.no_grad():
+            wanted = torch.log_softmax(base.model(torch.tensor([prompt])).logits[0].double(), -1)
+        assert [one.token for one in scored] == prompt[1:]
+        for i, one in enumerate(scored):
+            assert one.logprob == pytest.approx(float(wanted[i, prompt[i + 1]]), abs=1e-4)
+            assert [lp for _, lp in one.top] == pytest.approx(wanted[i].topk(2).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"), [("llama", "continuous"), ("llama", "batches"), ("t5", "batches")]
+)
+def test_who_acted_is_what_a_trace_records(make_base, make_expert, family, engine):
+    base = make_base(family)
+    pool = make_pool(base, make_expert)
+
+    async def do(service):
+        found = {}
+        async with service.catalogue.found("phatgoose") as way:
+            jobs = [
+                Job(await service.prompts.of_text(p), way.way, Draw(GREEDY), 5, frozenset(), watch=True)
+                for p in PROMPTS
+            ]
+            await asyncio.gather(*(finish(service.engine, job) for job in jobs))
+            found = {tuple(job.prompt): (job.load, job.written) for job in jobs}
+        return found, service.metrics.text().decode()
+
+    found, metrics = with_service(base, pool, do, engine=engine)
+    modules = len(pool.modules)
+    for prompt, (load, written) in found.items():
+        route(base, pool)
+        with trace(base, histogram=True) as recorded:
+            greedy(base, list(prompt), 5)
+        total = sum(load_.weight[:, :3] for load_ in recorded.loads.values())  # [prompt and answer, experts]
+        mine = sum(load[phase][0] for phase in ("prompt", "answer"))
+        torch.testing.assert_close(mine, total.sum(0), atol=1e-3, rtol=1e-3)
+        if family != "t5":
+            assert load["prompt"][1] == len(prompt) * modules
+            assert load["answer"][1] == (len(written) - 1) * modules
+    assert 'phatgoose_expert_weight_total{expert="a"}' in metrics
+
+
+def test_attention_of_packed_sequences_is_sdpas(make_base):
+    base = make_base("llama")
+    assert attention.fits(base.model)
+    asked = [(prompt, "base") for prompt in PROMPTS]
+    own = with_service(base, None, lambda s: served(s, asked))
+    attention_of, attention.fits = attention.fits, lambda model: False
+    try:
+        assert with_service(base, None, lambda s: served(s, asked)) == own
+    finally:
+        attention.fits = attention_of
+    ids = torch.randint(2, 300, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        wanted = base.model(ids, attention_mask=mask).logits
+        base.model.set_attn_implementation(attention.register())
+        torch.testing.assert_close(base.model(ids, attention_mask=mask).logits[1], wanted[1])
+        torch.testing.assert_close(base.model(ids, attention_mask=mask).logits[0, 3:], wanted[0, 3:])
+
+
+def test_bfloat16_serves(make_base, make_expert):
+    base = make_base("llama", dtype=torch.bfloat16)
+    pool = make_pool(base, make_expert)
+    found = with_service(
+        base, pool, lambda s: served(s, [(p, m) for p in PROMPTS for m in ("phatgoose", "base", "a")])
+    )
+    assert all(found)
+
+
+def test_what_cannot_run_is_said(make_base):
+    base = make_base("t5")
+    assert "encoder–decoder" in obstacle(base)
+    with pytest.raises(ServingError, match=r"encoder–decoders\. Use engine"):
+        ContinuousEngine(base, settings(engine="continuous"))
+    assert isinstance(Service(base, settings()).engine, BatchEngine)
+    with pytest.raises(ServingError, match="too small"):
+        ContinuousEngine(make_base("llama"), settings(cache_tokens=8))
+    nameless = copy.copy(make_base("llama"))
+    nameless.tokenizer = copy.deepcopy(nameless.tokenizer)
+    nameless.tokenizer.eos_token = None
+    with pytest.raises(ServingError, match="no end-of-sequence token"):
+        Service(nameless, settings())
+
+
+def test_a_cache_that_is_too_small_for_all_makes_them_wait(make_base):
+    base = make_base("llama")
+    asked = [(prompt, "base") for prompt in PROMPTS] * 3
+    found = with_service(base, None, lambda s: served(s, asked, 40), cache_tokens=160)
+    assert found == [greedy(base, p, 40) for p, _ in asked]

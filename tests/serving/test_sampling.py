@@ -1,0 +1,103 @@
+"""Draws against the formulas, written plainly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from phatgoose.serving.sampling import HEAD, Draw, Sampling, choose, likelihoods
+
+
+def logits_of(size=50, seed=0, scale=2.0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def drawn(settings, logits, times, branch=0):
+    draw = Draw(settings, branch)
+    found = []
+    for _ in range(times):
+        draw._written.clear()  # each as the first token
+        found.append(draw.next(logits))
+    return found
+
+
+def shares(tokens, size):
+    return torch.bincount(torch.tensor(tokens), minlength=size).double() / len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.3), (1.0, 1e-9)]
+)
+def test_draws_have_the_probabilities_that_were_asked_for(temperature, top_p):
+    logits = logits_of()
+    wanted = torch.softmax(logits.double() / temperature, -1)
+    order = wanted.argsort(descending=True)
+    kept, mass = [], 0.0
+    for token in order.tolist():
+        if mass >= top_p and kept:
+            break
+        kept.append(token)
+        mass += float(wanted[token])
+    only = torch.zeros_like(wanted)
+    only[kept] = wanted[kept] / wanted[kept].sum()
+    n = 4000
+    found = shares(drawn(Sampling(temperature, top_p, seed=7), logits, n), 50)
+    assert set(found.nonzero().squeeze(1).tolist()) <= set(kept)
+    assert (found - only).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_a_flat_distribution_needs_more_than_the_head():
+    logits = torch.zeros(3 * HEAD)
+    found = drawn(Sampling(1.0, 0.9, seed=1), logits, 6000)
+    assert HEAD * 2 < len(set(found)) <= math.ceil(0.9 * 3 * HEAD)
+
+
+def test_seeds():
+    logits = logits_of()
+    one = drawn(Sampling(seed=3), logits, 20)
+    assert one == drawn(Sampling(seed=3), logits, 20)
+    assert one != drawn(Sampling(seed=4), logits, 20)
+    assert one != drawn(Sampling(seed=3), logits, 20, branch=1)
+    assert drawn(Sampling(), logits, 20) != drawn(Sampling(), logits, 20)
+    assert drawn(Sampling(seed=-(2**63)), logits, 3) == drawn(Sampling(seed=-(2**63)), logits, 3)
+
+
+def test_penalties_and_bias_are_openais():
+    logits = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    draw = Draw(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=1.0))
+    # 3 at 4; then at 2.5, so 2 at 3; then 3 at 2.5; then 3 at 1.5, 2 at 1.5, so 1 at 2; then 3 and 2 are equal: the first.
+    assert [draw.next(logits) for _ in range(5)] == [3, 2, 3, 1, 2]
+    assert Draw(Sampling(temperature=0, logit_bias={0: 100})).next(logits) == 0
+    assert Draw(Sampling(temperature=0, logit_bias={3: -100})).next(logits) == 2
+    assert logits.tolist() == [1, 2, 3, 4]
+
+
+def test_log_probabilities_are_the_models_own():
+    logits = logits_of(30)
+    wanted = torch.log_softmax(logits.double(), -1)
+    draw = Draw(Sampling(temperature=2, top_p=0.5, seed=1, logit_bias={4: 50}, logprobs=3))
+    assert draw.next(logits) == 4
+    (one,) = draw.likelihoods
+    assert one.token == 4
+    assert one.logprob == pytest.approx(float(wanted[4]), abs=1e-5)
+    assert [t for t, _ in one.top] == wanted.topk(3).indices.tolist()
+    assert [lp for _, lp in one.top] == pytest.approx(wanted.topk(3).values.tolist(), abs=1e-5)
+    rows = torch.stack([logits, -logits]).bfloat16()
+    first, second = likelihoods(rows, [1, 2], 0)
+    assert first.top == ()
+    assert second.logprob == pytest.approx(float(torch.log_softmax(rows[1].double(), -1)[2]), abs=1e-5)
+
+
+def test_many_at_once_don_t_disturb_each_other():
+    rows = torch.stack([logits_of(seed=i) for i in range(4)])
+    rows[1, 7] = math.nan
+    rows[2, :] = -math.inf
+    settings = [Sampling(temperature=0), Sampling(temperature=0), Sampling(seed=1), Sampling(seed=5)]
+    tokens, failed = choose(rows, [Draw(s) for s in settings])
+    assert tokens[0] == int(rows[0].argmax())
+    assert tokens[3] == Draw(settings[3]).next(rows[3])
+    assert sorted(failed) == [1, 2]
+    assert all("not finite" in str(e) for e in failed.values())
+    assert choose(rows[:0], []) == ([], {})
