@@ -6,12 +6,14 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import urllib.request
 from pathlib import Path
 
 from typer.testing import CliRunner
 
 from phatgoose.cli.main import app
+from serve_command import serving
 from ui_command import running
 
 ROOT = Path(__file__).parent.parent
@@ -70,13 +72,24 @@ def test_every_command_runs(make_base, make_expert, tmp_path, monkeypatch):
                 words[words.index(option) + 1] = few
         if words[0] in ("train", "gate"):
             words += ["--rows-per-batch", "4"]
-        if words[0] in ("train", "eval", "generate", "chat", "ui"):
+        if words[0] in ("train", "eval", "generate", "chat", "ui", "serve"):
             words += ["--base", "./tiny-llama"]
         if words[0] == "generate":
             words += ["--max-new-tokens", "3"]
         if words[0] == "ui":
             with running(*words) as address, urllib.request.urlopen(address, timeout=60) as page:
                 assert page.status == 200
+            continue
+        if words[0] == "serve":
+            with serving(*words) as address:
+                for curl in (c for c in commands() if c[0] == "curl"):
+                    assert "http://127.0.0.1:8000/" in " ".join(curl)
+                    said = [w.replace("http://127.0.0.1:8000", address) for w in curl]
+                    done = subprocess.run(
+                        [*said, "--silent", "--fail-with-body"], capture_output=True, text=True
+                    )
+                    assert done.returncode == 0, done.stdout
+                    assert json.loads(done.stdout)["choices"][0]["text"] is not None
             continue
         result = CliRunner().invoke(app, words, input="")
         assert result.exit_code == 0, (words, result.output, result.exception)

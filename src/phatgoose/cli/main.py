@@ -22,6 +22,7 @@ from phatgoose.cli import (
     quickstart,
     report,
     signature,
+    serve,
     tasks,
     train,
     ui,
@@ -48,6 +49,7 @@ app.command("eval")(eval.command)
 app.command("experiment")(experiment.command)
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
+app.command("serve")(serve.command)
 app.command("explain")(explain.command)
 app.command("report")(report.command)
 app.command("ui")(ui.command)

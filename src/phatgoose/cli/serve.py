@@ -1,0 +1,78 @@
+"""`phatgoose serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phatgoose.cli import show
+from phatgoose.cli.options import (
+    DEFAULT_BASE,
+    ROUTER_HELP,
+    BackendOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    PoolOption,
+    with_settings,
+)
+from phatgoose.errors import PhatgooseError
+from phatgoose.serving.settings import ServeSettings
+
+
+@with_settings(ServeSettings)
+def command(
+    config: ServeSettings,
+    base: BaseOption = DEFAULT_BASE,
+    pool: PoolOption = None,
+    router: Annotated[
+        str, typer.Option("--router", help=ROUTER_HELP.partition(", uniform")[0] + " or uniform.")
+    ] = "phatgoose",
+    name: Annotated[
+        str, typer.Option("--name", help="The routed pool's name among the models.")
+    ] = "phatgoose",
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen. Any place but this machine needs --api-keys.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes a free one.")
+    ] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys",
+            help="A file with a key a line, one of which a request must bring. Or set PHATGOOSE_API_KEY.",
+        ),
+    ] = None,
+    admin_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--admin-key",
+            help="A file with the key that changes experts while the server runs. Or set PHATGOOSE_ADMIN_KEY.",
+        ),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Answer over HTTP as OpenAI's interface does: a pool, its base, single experts and other routers, as models of one server."""
+    try:
+        from phatgoose.serving.run import check_host, read_keys, serve
+        from phatgoose.serving.service import Service
+    except ModuleNotFoundError as cause:
+        raise PhatgooseError(f"the server needs {cause.name}: pip install 'phatgoose[serve]'.") from None
+    from phatgoose.cli.loading import load, load_pool
+
+    keys = read_keys(api_keys, admin_key)
+    check_host(host, keys)
+    experts = load_pool(pool)
+    model = load(base, dtype, device)
+    serve(
+        Service(model, config, pool=experts, folder=pool, router=router, name=name, backend_name=backend),
+        host,
+        port,
+        keys,
+        ready=show.say,
+    )

@@ -1,0 +1,203 @@
+"""/v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from phatgoose.errors import PhatgooseError, UnknownName
+from phatgoose.serving.formats import Form, usage
+from phatgoose.serving.refusals import Refusal
+from phatgoose.serving.schema import ChatRequest, CompletionRequest
+from phatgoose.serving.service import Ask, Service
+from phatgoose.serving.writer import EngineFailure, Piece, all_pieces, whole
+
+Body = ChatRequest | CompletionRequest
+
+
+async def answer(service: Service, request: Request, body: Body) -> Response:
+    """An answer, whole or as a stream.
+
+    Raises:
+        Refusal: the request can't be answered.
+    """
+    service.check_room(1)
+    stack = AsyncExitStack()
+    try:
+        ask = await _begin(service, body, stack)
+        form = _form(service, body, ask)
+        _note(request, ask, body)
+        deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
+        if body.stream:
+            return _Stream(_events(service, request, body, ask, form, deadline), stack)
+    except BaseException:
+        await stack.aclose()
+        raise
+    async with stack:
+        return await _until_gone(service, request, _at_once(service, request, body, ask, form, deadline))
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; whatever happens to them, what they needed is given back."""
+
+    def __init__(self, events: AsyncGenerator[str, None], stack: AsyncExitStack):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.events, self.stack = events, stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.stack, aclosing(self.events):
+            await super().__call__(scope, receive, send)
+
+
+async def _begin(service: Service, body: Body, stack: AsyncExitStack) -> Ask:
+    """Finds the model and hands over the jobs; leaving the stack takes off what isn't finished."""
+    try:
+        found = await stack.enter_async_context(service.catalogue.found(body.model))
+    except UnknownName as error:
+        raise Refusal(404, str(error)[:500], param="model", code="model_not_found") from None
+    except PhatgooseError as error:
+        raise Refusal(400, str(error)[:500], param="model") from None
+    ask = await service.ask(found, body)
+
+    def take_off() -> None:
+        for writer in ask.writers:
+            service.engine.cancel(writer.job)
+
+    stack.callback(take_off)
+    return ask
+
+
+def _form(service: Service, body: Body, ask: Ask) -> Form:
+    chat, tokenizer = isinstance(body, ChatRequest), service.base.tokenizer
+    echo: list[str] = []
+    if isinstance(body, CompletionRequest) and body.echo:
+        given = body.prompts
+        texts = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in given]
+        echo = [text for text in texts for _ in range(body.n or 1)]
+    name = body.model or (service.catalogue.name if ask.found.way is not None else "base")
+    kind = "chatcmpl" if chat else "cmpl"
+    return Form(f"{kind}-{uuid.uuid4().hex}", name, int(time.time()), chat, tokenizer, echo)
+
+
+async def _at_once(
+    service: Service, request: Request, body: Body, ask: Ask, form: Form, deadline: float
+) -> Response:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(whole(writer, deadline)) for writer in ask.writers]
+    except BaseExceptionGroup as errors:
+        raise _refused(errors.exceptions[0]) from None
+    shown = bool(body.logprobs) if isinstance(body, ChatRequest) else body.logprobs is not None
+    pieces = [_cut(body, task.result()) for task in tasks]
+    choices = [
+        form.choice(i, piece, writer, shown=shown)
+        for i, (piece, writer) in enumerate(zip(pieces, ask.writers, strict=True))
+    ]
+    _done(service, request, ask)
+    return JSONResponse({**form.head(), "choices": choices, "usage": usage(ask)})
+
+
+def _cut(body: Body, piece: Piece) -> Piece:
+    """Nothing of the token that was written because something must be, where only the prompt was asked for."""
+    empty = isinstance(body, CompletionRequest) and body.max_tokens == 0
+    return Piece("", (), "length") if empty else piece
+
+
+async def _events(
+    service: Service, request: Request, body: Body, ask: Ask, form: Form, deadline: float
+) -> AsyncGenerator[str, None]:
+    """Server-sent events."""
+    shown = bool(body.logprobs) if isinstance(body, ChatRequest) else body.logprobs is not None
+    counted = bool(body.stream_options and body.stream_options.include_usage)
+    begun: set[int] = set()
+    try:
+        async with aclosing(all_pieces(ask.writers, deadline)) as pieces:
+            async for index, piece in pieces:
+                choice = form.chunk(
+                    index, _cut(body, piece), ask.writers[index], shown=shown, first=index not in begun
+                )
+                begun.add(index)
+                yield _event(
+                    {**form.head(chunk=True), "choices": [choice], **({"usage": None} if counted else {})}
+                )
+        if counted:
+            yield _event({**form.head(chunk=True), "choices": [], "usage": usage(ask)})
+        _done(service, request, ask)
+    except (EngineFailure, TimeoutError) as error:
+        request.state.facts["failed"] = type(error).__name__
+        yield _event(_refused(error).body())
+    except (asyncio.CancelledError, GeneratorExit):
+        _left(service, request)
+        raise
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _until_gone(service: Service, request: Request, work: Any) -> Response:
+    """What `work` gives; broken off when the client leaves."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        _left(service, request)
+        return Response(status_code=499)
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refused(error: BaseException) -> Refusal:
+    if isinstance(error, TimeoutError):
+        return Refusal(504, "the answer wasn't finished in time.", code="timeout")
+    if isinstance(error, EngineFailure):
+        return Refusal(500, f"{error}.".replace("..", "."), code="engine_failure")
+    raise error
+
+
+def _note(request: Request, ask: Ask, body: Body) -> None:
+    """Facts for the log: nothing of what was said."""
+    request.state.facts |= {
+        "kind": ask.found.kind,
+        "answers": len(ask.writers),
+        "prompt_tokens": sum(map(len, ask.prompts)),
+        "stream": bool(body.stream),
+    }
+
+
+def _done(service: Service, request: Request, ask: Ask) -> None:
+    metrics, now = service.metrics, time.perf_counter()
+    metrics.tokens.labels("prompt", ask.found.kind).inc(sum(map(len, ask.prompts)))
+    metrics.tokens.labels("answer", ask.found.kind).inc(sum(writer.tokens for writer in ask.writers))
+    firsts = [w.job.first_token - ask.began for w in ask.writers if w.job.first_token is not None]
+    for first in firsts:
+        metrics.first.observe(first)
+    metrics.seconds.observe(now - ask.began)
+    request.state.facts |= {
+        "answer_tokens": sum(writer.tokens for writer in ask.writers),
+        "first_token_seconds": round(min(firsts, default=0.0), 4),
+    }
+
+
+def _left(service: Service, request: Request) -> None:
+    service.metrics.left.inc()
+    request.state.facts["left"] = True

@@ -1,0 +1,161 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from phatgoose import __version__
+from phatgoose.errors import PhatgooseError, UnknownName
+from phatgoose.serving import refusals
+from phatgoose.serving.answers import answer
+from phatgoose.serving.guard import Guard, Keys
+from phatgoose.serving.refusals import Refusal
+from phatgoose.serving.schema import AddExpert, ChatRequest, CompletionRequest
+from phatgoose.serving.service import Service
+
+_ERROR = {"description": "Refused; `error.message` says why."}
+REFUSED: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504), _ERROR
+)
+
+
+def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] | None = None) -> FastAPI:
+    """The whole interface, as an ASGI application whose lifespan starts and ends the service.
+
+    Args:
+        keys: who may ask and who may change things; None: everybody asks, nobody changes.
+        hosts: names under which the server may be asked for (Guard); None: any.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(
+        title="phatgoose",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=REFUSED,
+    )
+    app.add_middleware(Guard, service=service, keys=keys, hosts=hosts)
+    _errors(app)
+    _answers(app, service)
+    _operation(app, service)
+    _admin(app, service)
+    return app
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, error: Refusal) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return refusals.of_validation(list(error.errors())).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        message = "the request's body is not JSON." if error.status_code == 400 else str(error.detail)
+        return Refusal(error.status_code, message, headers=error.headers).response()
+
+
+def _answers(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_class=JSONResponse)
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        return await answer(service, request, body)
+
+    @app.post("/v1/completions", response_class=JSONResponse)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await answer(service, request, body)
+
+    def model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "phatgoose"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model(name) for name in service.catalogue.models()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name not in service.catalogue.models():
+            raise Refusal(404, f"there is no model {name!r}.", param="model", code="model_not_found")
+        return model(name)
+
+
+def _operation(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process works; if not, it is to be restarted."""
+        trouble = service.engine.trouble if service.started and not service.draining else None
+        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        why = service.obstacle
+        return JSONResponse({"status": why or "ready"}, 503 if why else 200)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _admin(app: FastAPI, service: Service) -> None:
+    @contextlib.contextmanager
+    def said() -> Any:
+        try:
+            yield
+        except UnknownName as error:
+            raise Refusal(404, str(error)[:500]) from None
+        except PhatgooseError as error:
+            raise Refusal(409, str(error)[:1000]) from None
+
+    def listed() -> dict[str, Any]:
+        return {"experts": service.changes.listed()}
+
+    @app.get("/admin/experts")
+    async def experts() -> dict[str, Any]:
+        return listed()
+
+    @app.post("/admin/experts", responses={409: _ERROR})
+    async def add(body: AddExpert) -> dict[str, Any]:
+        with said():
+            added = await asyncio.shield(service.changes.add(Path(body.folder), body.name))
+        return {"added": added, **listed()}
+
+    @app.delete("/admin/experts/{name}", responses={409: _ERROR})
+    async def remove(name: str) -> dict[str, Any]:
+        with said():
+            await asyncio.shield(service.changes.remove(name))
+        return listed()
+
+    @app.post("/admin/experts/{name}/{state}", responses={409: _ERROR})
+    async def switch(name: str, state: str) -> dict[str, Any]:
+        if state not in ("on", "off"):
+            raise Refusal(404, f"there is no {state!r}: an expert is switched on or off.")
+        with said():
+            await asyncio.shield(service.changes.switch(name, on=state == "on"))
+        return listed()
+
+    @app.post("/admin/reload", responses={409: _ERROR})
+    async def reload() -> dict[str, Any]:
+        with said():
+            await asyncio.shield(service.changes.reload())
+        return listed()

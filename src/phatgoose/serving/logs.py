@@ -1,0 +1,47 @@
+"""One line of JSON for each thing that happens. Nothing of prompts or answers is ever in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+
+log = logging.getLogger("phatgoose.serve")
+
+
+class Lines(logging.Formatter):
+    """time, level, event, what is known about it, and where an error came from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            # The places only: an exception's message may repeat what a client said.
+            line["error"] = record.exc_info[0].__name__
+            line["at"] = self._places(record.exc_info[2])
+        return json.dumps(line, ensure_ascii=False)
+
+    @staticmethod
+    def _places(traceback: object) -> list[str]:
+        found = []
+        while traceback is not None:
+            code = traceback.tb_frame.f_code  # type: ignore[attr-defined]
+            found.append(f"{code.co_filename}:{traceback.tb_lineno} {code.co_name}")  # type: ignore[attr-defined]
+            traceback = traceback.tb_next  # type: ignore[attr-defined]
+        return found[-12:]
+
+
+def set_up(stream: TextIO | None = None) -> None:
+    """Writes the server's log, and uvicorn's warnings, to standard error."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(Lines())
+    for name, level in (("phatgoose.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

@@ -1,0 +1,193 @@
+"""Experts come, go, and are switched off, while answers are written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+
+import openai
+import pytest
+from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, running, settings, text
+
+from conftest import make_model, make_tokenizer
+from phatgoose.experts.packing import pack
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.routed import route, unroute
+from phatgoose.routers import PHATGOOSE
+from phatgoose.serving.guard import Keys
+from phatgoose.serving.service import Service
+
+KEYS = Keys.of(admin=["the-admin-key"])
+HEADERS = {"authorization": "Bearer the-admin-key"}
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Base(make_model("llama"), make_tokenizer(), spec="tiny-llama-0")
+
+
+@pytest.fixture(scope="module")
+def pool(base, tmp_path_factory):
+    return random_pool(base, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def fourth(base, tmp_path_factory):
+    return random_expert(base, tmp_path_factory.mktemp("fourth"), "d", seed=9)
+
+
+@pytest.fixture(scope="module")
+def wanted(base, pool, fourth):
+    """names of a pool → {prompt: text}."""
+    found = {}
+    whole = pool.add(fourth)
+    for names in ("abc", "ab", "bc", "abcd", "abd", "a"):
+        route(base, Pool([whole[n] for n in names]), PHATGOOSE())
+        found[names] = {p: text(base, greedy(base, p, NEW)) for p in PROMPTS}
+    unroute(base)
+    assert len({v[PROMPTS[0]] for v in found.values()}) == len(found)
+    return found
+
+
+def answer(server, prompt=PROMPTS[0], model="phatgoose"):
+    found = server.client().completions.create(model=model, prompt=prompt, max_tokens=NEW, temperature=0)
+    return found.choices[0].text
+
+
+@pytest.mark.parametrize("kind", ["folder", "packed", "memory"])
+def test_experts_come_and_go(base, pool, fourth, wanted, tmp_path, kind):
+    folder = None
+    if kind != "memory":
+        folder = pool.save(tmp_path / "pool")
+        if kind == "packed":
+            pack(folder)
+        pool = Pool.load(folder)
+    fourth.save(tmp_path / "d")
+
+    def names():
+        return [e["name"] for e in http.get("/admin/experts", headers=HEADERS).json()["experts"]]
+
+    with running(Service(base, settings(), pool=pool, folder=folder), KEYS) as server, server.http() as http:
+        http.headers.update(HEADERS)
+        assert answer(server) == wanted["abc"][PROMPTS[0]]
+        found = http.post("/admin/experts", json={"folder": str(tmp_path / "d")})
+        assert found.status_code == 200, found.text
+        assert found.json()["added"] == "d"
+        assert names() == ["a", "b", "c", "d"]
+        assert answer(server) == wanted["abcd"][PROMPTS[0]]
+        assert "d" in [m.id for m in server.client().models.list()]
+        assert http.post("/admin/experts/c/off").json()["experts"][2]["on"] is False
+        assert answer(server) == wanted["abd"][PROMPTS[0]]
+        with pytest.raises(openai.BadRequestError, match="'c' is switched off"):
+            answer(server, model="c")
+        assert http.post("/admin/experts/c/on").status_code == 200
+        assert http.delete("/admin/experts/d").status_code == 200
+        assert answer(server) == wanted["abc"][PROMPTS[0]]
+        with pytest.raises(openai.NotFoundError):
+            answer(server, model="d")
+        if folder is not None:
+            assert Pool.load(folder).names == ("a", "b", "c")
+        server.until(lambda: len(server.service.engine.mixed._versions) == 1)
+        for name in "abc":
+            assert http.delete(f"/admin/experts/{name}").status_code == 200
+        assert [m.id for m in server.client().models.list()] == ["base"]
+        assert (
+            http.post("/admin/experts", json={"folder": str(tmp_path / "d"), "name": "z"}).status_code == 200
+        )
+        assert [m.id for m in server.client().models.list()] == ["phatgoose", "base", "z"]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+
+
+def test_refused_changes_change_nothing(base, pool, fourth, wanted, tmp_path):
+    folder = pool.save(tmp_path / "pool")
+    fourth.save(tmp_path / "d")
+    other = Base(make_model("llama", seed=5), make_tokenizer(), spec="tiny-llama-5")
+    random_expert(other, tmp_path, "other").save(tmp_path / "other")
+    random_expert(base, tmp_path, "ungated", gated=False).save(tmp_path / "ungated")
+    before = sorted(p.name for p in folder.rglob("*"))
+    with running(Service(base, settings(), pool=pool, folder=folder), KEYS) as server, server.http() as http:
+        http.headers.update(HEADERS)
+        for body, status, says in (
+            ({"folder": str(tmp_path / "missing")}, 409, "missing"),
+            ({"folder": str(tmp_path / "d"), "name": "a"}, 409, "two experts are named 'a'"),
+            ({"folder": str(tmp_path / "other")}, 409, "base"),
+            ({"folder": str(tmp_path / "ungated")}, 409, "has no gates"),
+            ({"folder": str(tmp_path / "d"), "name": "../up"}, 409, "name"),
+            ({"folder": 3}, 400, "folder"),
+            ({}, 400, "folder"),
+        ):
+            found = http.post("/admin/experts", json=body)
+            assert found.status_code == status, found.text
+            assert says in found.json()["error"]["message"]
+        for method, path in (("DELETE", "z"), ("POST", "z/on"), ("POST", "z/off"), ("POST", "a/up")):
+            assert http.request(method, f"/admin/experts/{path}").status_code == 404
+        assert answer(server) == wanted["abc"][PROMPTS[0]]
+    assert sorted(p.name for p in folder.rglob("*")) == before
+
+
+def test_what_was_changed_is_there_after_a_restart(base, pool, fourth, wanted, tmp_path):
+    folder = pool.save(tmp_path / "pool")
+    fourth.save(tmp_path / "d")
+    with running(Service(base, settings(), pool=pool, folder=folder), KEYS) as server, server.http() as http:
+        http.headers.update(HEADERS)
+        http.post("/admin/experts", json={"folder": str(tmp_path / "d")})
+        http.post("/admin/experts/c/off")
+    with (
+        running(Service(base, settings(), pool=Pool.load(folder), folder=folder), KEYS) as server,
+        server.http() as http,
+    ):
+        http.headers.update(HEADERS)
+        assert [e["on"] for e in http.get("/admin/experts").json()["experts"]] == [True, True, False, True]
+        assert answer(server) == wanted["abd"][PROMPTS[0]]
+        shutil.rmtree(folder)
+        Pool([pool["a"], pool["b"]]).save(folder)
+        assert http.post("/admin/reload").status_code == 200
+        assert answer(server) == wanted["ab"][PROMPTS[0]]
+        (folder / "pool.json").write_text("{")
+        assert http.post("/admin/reload").status_code == 409
+        assert answer(server) == wanted["ab"][PROMPTS[0]]
+    (folder / "serving.json").write_text('{"off": 3}')
+    service = Service(base, settings(), pool=pool, folder=folder)
+    with pytest.raises(Exception, match="is damaged"):
+        asyncio.run(service.start())
+
+
+def test_switching_under_load_never_mixes_two_pools(base, pool, fourth, wanted, tmp_path):
+    """Every answer is one that one of the pools gives as a whole, and every request is answered."""
+    fourth.save(tmp_path / "d")
+
+    async def ask(client, prompt, found):
+        while len(found) < 120:
+            made = await client.completions.create(
+                model="phatgoose", prompt=prompt, max_tokens=NEW, temperature=0
+            )
+            found.append((prompt, made.choices[0].text))
+
+    async def all_of_it(server):
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            found = []
+            asking = [asyncio.ensure_future(ask(client, prompt, found)) for prompt in PROMPTS]
+            with server.http() as http:
+                http.headers.update(HEADERS)
+                for method, path, body in [
+                    ("POST", "experts/a/off", None), ("POST", "experts/a/on", None), ("POST", "experts", {"folder": str(tmp_path / "d")}),
+                    ("DELETE", "experts/d", None), ("POST", "experts/c/off", None), ("POST", "experts/c/on", None),
+                ] * 2:  # fmt: skip
+                    done = await asyncio.to_thread(http.request, method, f"/admin/{path}", json=body)
+                    assert done.status_code == 200, done.text
+            await asyncio.gather(*asking)
+            return found
+
+    with running(Service(base, settings(), pool=pool), KEYS) as server:
+        found = asyncio.run(all_of_it(server))
+        server.until(lambda: len(server.service.engine.mixed._versions) == 1)
+    assert len(found) >= 120
+    seen = set()
+    for prompt, made in found:
+        names = [n for n, texts in wanted.items() if texts[prompt] == made]
+        assert names, json.dumps([prompt, made])
+        seen |= set(names)
+    assert len(seen & {"abc", "bc", "ab", "abcd"}) > 1

@@ -1,0 +1,243 @@
+"""Keys, sizes, names, and what is logged."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import openai
+import pytest
+from serving_fixtures import running, settings
+
+from phatgoose.serving.guard import Keys
+from phatgoose.serving.job import ServingError
+from phatgoose.serving.logs import Lines, log
+from phatgoose.serving.run import LOCAL_NAMES, check_host, is_local, read_keys
+from phatgoose.serving.service import Service
+
+ASK = {"prompt": "the", "max_tokens": 2}
+
+
+@pytest.fixture
+def base(make_base):
+    return make_base("llama")
+
+
+def test_keys(base):
+    keys = Keys.of(["one-api-key", "another-key"], ["the-admin-key"])
+    with running(Service(base, settings()), keys) as server, server.http() as http:
+        for key in ("one-api-key", "another-key"):
+            assert server.client(key).completions.create(model="base", **ASK).usage.completion_tokens >= 1
+        with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
+            server.client("wrong").completions.create(model="base", **ASK)
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+            assert http.get(path).status_code == 401
+        for given in (
+            "",
+            "Bearer",
+            "Basic one-api-key",
+            "one-api-key",
+            "Bearer the-admin-key",
+            "Bearer ö",
+        ):
+            assert http.get("/v1/models", headers=[(b"authorization", given.encode())]).status_code == 401, (
+                given
+            )
+        assert http.get("/v1/models", headers={"authorization": "bearer one-api-key"}).status_code == 200
+        for path in ("/health", "/ready"):
+            assert http.get(path).status_code == 200
+        assert http.get("/admin/experts", headers={"authorization": "Bearer one-api-key"}).status_code == 401
+        assert (
+            http.get("/admin/experts", headers={"authorization": "Bearer the-admin-key"}).status_code == 200
+        )
+
+
+def test_without_an_admin_key_nothing_can_be_changed(base):
+    with running(Service(base, settings())) as server, server.http() as http:
+        for method, path in (
+            ("GET", "experts"),
+            ("POST", "experts"),
+            ("DELETE", "experts/a"),
+            ("POST", "reload"),
+        ):
+            found = http.request(method, f"/admin/{path}")
+            assert found.status_code == 403
+            assert "without an admin key" in found.json()["error"]["message"]
+
+
+def test_keys_come_from_files_or_the_environment(tmp_path, monkeypatch):
+    api, admin = tmp_path / "api", tmp_path / "admin"
+    api.write_text("first-key\n\n second-key \n")
+    admin.write_text("admin-key\n")
+    assert read_keys(api, admin) == Keys.of(["first-key", "second-key"], ["admin-key"])
+    assert read_keys(None, None) == Keys()
+    monkeypatch.setenv("PHATGOOSE_API_KEY", "from-outside")
+    assert read_keys(None, admin) == Keys.of(["from-outside"], ["admin-key"])
+    api.write_text("short\n")
+    with pytest.raises(ServingError, match="shorter than 8"):
+        read_keys(api, None)
+    api.write_text("\n")
+    with pytest.raises(ServingError, match="holds no key"):
+        read_keys(api, None)
+    with pytest.raises(ServingError, match="no keys can be read"):
+        read_keys(tmp_path / "missing", None)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.8.8.8", True), ("0.0.0.0", False), ("::", False), ("example.org", False)],
+)  # fmt: skip
+def test_other_machines_need_a_key(host, local):
+    assert is_local(host) == local
+    check_host(host, Keys.of(["some-api-key"]))
+    if not local:
+        with pytest.raises(ServingError, match="there is no key"):
+            check_host(host, Keys.of(admin=["some-admin-key"]))
+
+
+def test_names_of_other_places_are_refused_where_there_is_no_key(base):
+    with running(Service(base, settings()), hosts=LOCAL_NAMES) as server, server.http() as http:
+        for host in ("localhost", "127.0.0.1:99", "LOCALHOST", "[::1]:8000", "[::1]"):
+            assert http.get("/ready", headers={"host": host}).status_code == 200, host
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "[::1].evil"):
+            assert http.get("/ready", headers={"host": host}).status_code in (400, 403), host
+
+
+def test_large_slow_and_strange_bodies(base):
+    with (
+        running(Service(base, settings(max_body_bytes=1000, body_seconds=1))) as server,
+        server.http() as http,
+    ):
+        large = {"prompt": "a" * 2000}
+        assert http.post("/v1/completions", json=large).status_code == 413
+        parts = (b'{"prompt": "' + b"a" * 100 for _ in range(50))
+        assert (
+            http.post(
+                "/v1/completions", content=parts, headers={"content-type": "application/json"}
+            ).status_code
+            == 413
+        )
+        for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+            found = http.post("/v1/completions", content=json.dumps(ASK), headers={"content-type": kind})
+            assert found.status_code == 415
+        for body in (b"", b"{", b"[" * 900, b"\xff", b"nul", b'{"prompt": "a"}}', b'"a"', b"3", b"[]"):
+            found = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+            assert found.status_code == 400, body
+            assert found.json()["error"]["type"] == "invalid_request_error"
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            )
+            assert b" 408 " in slow.recv(1000)
+        assert http.get("/v1/completions").status_code == 405
+        assert http.get("/nothing").json()["error"]["type"] == "not_found_error"
+        assert http.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_the_log_has_no_prompts(base):
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(Lines())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with running(Service(base, settings())) as server, server.http() as http:
+            asked = http.post(
+                "/v1/completions",
+                json={"prompt": "secret words", "max_tokens": 3},
+                headers={"x-request-id": "abc-1"},
+            )
+            assert asked.headers["x-request-id"] == "abc-1"
+            http.post("/v1/completions", json={"prompt": 7, "secret": "secret"})
+            http.get("/secret/path")
+            other = http.get("/ready", headers={"x-request-id": "not fit for a log\t{}"}).headers[
+                "x-request-id"
+            ]
+            assert len(other) == 32
+            server.service.check_room = None  # so that the server fails
+            assert http.post("/v1/completions", json={"prompt": "secret"}).status_code == 500
+    finally:
+        log.removeHandler(handler)
+    assert "secret" not in written.getvalue()
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    first = lines[0]
+    assert first["event"] == "request"
+    assert first["id"] == "abc-1"
+    assert first["path"] == "/v1/completions"
+    assert (first["status"], first["kind"], first["answers"]) == (200, "base", 1)
+    assert first["answer_tokens"] >= 1
+    assert {line["path"] for line in lines if "path" in line} == {"/v1/completions", "other", "/ready"}
+    failed = next(line for line in lines if line["event"] == "failed")
+    assert failed["error"] == "TypeError"
+    assert any("answers.py" in place for place in failed["at"])
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from conftest import make_model, make_tokenizer
+from serving_fixtures import settings
+from phatgoose.models.base import Base
+from phatgoose.serving.run import serve
+from phatgoose.serving.service import Service
+serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(drain_seconds={drain})), port=0)
+"""
+
+
+def test_sigterm_lets_what_was_begun_finish(tmp_path):
+    here = os.path.dirname(__file__)
+    script = SCRIPT.format(paths=[here, os.path.dirname(here)], drain=60)
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    try:
+        port = next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        ask = {
+            "model": "base",
+            "prompt": "the",
+            "max_tokens": 300,
+            "temperature": 0,
+            "logit_bias": {"1": -100},
+        }
+        stream = client.completions.create(**ask, stream=True)
+        next(stream)
+        process.terminate()
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert process.wait(timeout=60) in (0, -15)
+        with pytest.raises(openai.APIConnectionError):
+            client.completions.create(**ask)
+        events = [json.loads(line)["event"] for line in process.stderr]
+        assert "ending" in events
+        assert events[-1] == "request"
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_sigterm_ends_what_takes_too_long(tmp_path):
+    here = os.path.dirname(__file__)
+    script = SCRIPT.format(paths=[here, os.path.dirname(here)], drain=1)
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    try:
+        port = next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        streams = [
+            client.completions.create(
+                model="base", prompt="the", max_tokens=400, n=8, logit_bias={"1": -100}, stream=True
+            )
+            for _ in range(6)
+        ]
+        next(streams[0])
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(timeout=60) in (0, -15)
+        assert time.monotonic() - began < 40
+    finally:
+        process.kill()
+        process.stderr.close()

@@ -1,0 +1,200 @@
+"""Limits, metrics, clients that leave, and engines that die."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+
+import httpx2
+import openai
+import pytest
+from serving_fixtures import PROMPTS, make_pool, running, settings
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.serving.service import Service
+from phatgoose.serving.settings import ServeSettings
+
+LONG = {"model": "base", "prompt": "the", "max_tokens": 400, "temperature": 0, "logit_bias": {"1": -100}}
+
+
+def value(metrics: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name))
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_more_than_can_wait_are_turned_away(make_base, engine):
+    limits = settings(engine=engine, max_running=2, max_waiting=2)
+    with running(Service(make_base("llama"), limits)) as server, server.client() as client:
+        begun = [client.completions.create(**LONG, stream=True) for _ in range(4)]
+        with pytest.raises(openai.RateLimitError, match="busy") as refused:
+            client.completions.create(**LONG)
+        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+        with server.http() as http:
+            metrics = http.get("/metrics").text
+        assert value(metrics, "phatgoose_running") + value(metrics, "phatgoose_waiting") == 4
+        assert value(metrics, "phatgoose_running") in (1, 2)  # a batch begins with who is there
+        for stream in begun:
+            stream.close()
+        server.until(lambda: not server.service.engine.jobs)
+        assert client.completions.create(**LONG | {"max_tokens": 2}).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(make_base, engine, stream):
+    with running(Service(make_base("llama"), settings(engine=engine, max_running=1))) as server:
+        body = httpx2.Request("POST", server.url, json={**LONG, "stream": stream}).read()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as gone:
+            gone.sendall(head.encode() + body)
+            server.until(lambda: server.service.engine.running == 1)
+            if stream:
+                assert gone.recv(1000)
+        server.until(lambda: not server.service.engine.jobs)
+        with server.client() as client:
+            assert client.completions.create(**LONG | {"max_tokens": 2}).usage.completion_tokens == 2
+        with server.http() as http:
+            assert value(http.get("/metrics").text, "phatgoose_left_total") == 1
+
+
+def test_what_takes_too_long_is_broken_off(make_base):
+    with (
+        running(Service(make_base("llama"), settings(timeout_seconds=1))) as server,
+        server.client() as client,
+    ):
+        server.service.settings.__dict__["timeout_seconds"] = 0.05
+        with pytest.raises(openai.InternalServerError, match="in time") as refused:
+            client.completions.create(**LONG)
+        assert refused.value.status_code == 504
+        with pytest.raises(openai.APIError, match="in time"):
+            list(client.completions.create(**LONG, stream=True, n=2))
+        server.until(lambda: not server.service.engine.jobs)
+
+
+def test_metrics_count_what_was_done(make_base, make_expert):
+    base = make_base("llama")
+    pool = make_pool(base, make_expert)
+    with (
+        running(Service(base, settings(), pool=pool)) as server,
+        server.client() as client,
+        server.http() as http,
+    ):
+        read = wrote = 0
+        for model in ("phatgoose", "b", "base"):
+            for prompt in PROMPTS[:2]:
+                found = client.completions.create(model=model, prompt=prompt, max_tokens=5)
+                read, wrote = read + found.usage.prompt_tokens, wrote + found.usage.completion_tokens
+        http.get("/nothing")
+        metrics = http.get("/metrics").text
+        assert value(metrics, 'phatgoose_tokens_total{kind="pool",phase="prompt"}') == read / 3
+        assert value(metrics, 'phatgoose_tokens_total{kind="') == read + wrote
+        assert value(metrics, 'phatgoose_requests_total{path="/v1/completions",status="200"}') == 6
+        assert value(metrics, 'phatgoose_requests_total{path="other",status="404"}') == 1
+        assert value(metrics, "phatgoose_first_token_seconds_count") == 6
+        assert value(metrics, "phatgoose_answer_seconds_count") == 6
+        assert value(metrics, "phatgoose_running") == value(metrics, "phatgoose_waiting") == 0
+        assert value(metrics, "phatgoose_up") == 1
+        assert value(metrics, "phatgoose_passes") > 10
+        weights, choices = (
+            value(metrics, "phatgoose_expert_weight_total"),
+            value(metrics, "phatgoose_choices_total"),
+        )
+        assert weights == pytest.approx(
+            choices, rel=1e-3
+        )  # every expert has every module, so the weights add up to 1
+        assert value(metrics, 'phatgoose_expert_weight_total{expert="b"}') > choices / 2
+
+
+def test_health_and_readiness(make_base):
+    service = Service(make_base("llama"), settings())
+    assert service.obstacle == "the server is starting"
+    with running(service) as server, server.http() as http:
+        for path in ("/health", "/ready"):
+            assert http.get(path).status_code == 200
+        service.draining = True
+        assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 503
+        assert http.post("/v1/completions", json=LONG).status_code == 503
+        service.draining = False
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_is_seen(make_base, engine):
+    service = Service(make_base("llama"), settings(engine=engine))
+    with running(service) as server, server.client() as client, server.http() as http:
+        stream = client.completions.create(**LONG, stream=True)
+        next(stream)
+
+        def die(*_):
+            raise SystemExit("dead") if engine == "batches" else RuntimeError("dead")
+
+        service.engine.watched = die
+        with pytest.raises(openai.APIError):
+            list(stream)
+        server.until(lambda: service.engine.trouble is not None)
+        found = http.get("/health")
+        assert found.status_code == 503
+        assert "died" in found.json()["status"]
+        assert http.get("/ready").status_code == 503
+        with pytest.raises(openai.InternalServerError, match="died"):
+            client.completions.create(**LONG)
+        assert value(http.get("/metrics").text, "phatgoose_up") == 0
+
+
+def test_others_go_on_while_a_long_prompt_is_read(make_base):
+    """A pass has room for 24 tokens; a prompt of 400 takes many, and a stream gets a token in each."""
+    with running(Service(make_base("llama"), settings())) as server, server.client() as client:
+        stream = client.completions.create(**LONG, stream=True)
+        next(stream)
+        came = []
+        done = threading.Event()
+
+        def follow():
+            for _ in stream:
+                came.append(time.monotonic())
+                if done.is_set():
+                    return
+
+        follower = threading.Thread(target=follow)
+        follower.start()
+        began = time.monotonic()
+        client.completions.create(model="base", prompt=[5] * 400, max_tokens=1)
+        ended = time.monotonic()
+        done.set()
+        follower.join()
+        stream.close()
+        assert sum(began < at < ended for at in came) > 5
+
+
+def test_settings_are_checked():
+    for bad in ({"max_running": 0}, {"timeout_seconds": 0.0}, {"cache_tokens": 0}):
+        with pytest.raises(PhatgooseError, match="expected at least 1"):
+            ServeSettings(**bad)
+
+
+def test_nothing_is_kept_of_finished_requests(make_base, make_expert):
+    base = make_base("llama")
+    pool = make_pool(base, make_expert)
+
+    async def many(server):
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            await asyncio.gather(
+                *(
+                    client.completions.create(model=m, prompt="the", max_tokens=3)
+                    for m in ("phatgoose", "a", "base") * 20
+                )
+            )
+
+    with running(Service(base, settings(), pool=pool)) as server:
+        asyncio.run(many(server))
+        engine = server.service.engine
+        server.until(lambda: not engine.jobs)
+        assert not engine._reserved
+        assert not engine._waiting
+        assert not engine.manager.output_router.result_handlers
+        assert engine.manager.output_router.output_queue.empty()
+        assert not server.service.experts._users
+        assert len(server.service.experts._ways) == 1
