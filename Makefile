@@ -34,6 +34,14 @@ N ?= 1000000
 fuzz: $(STAMP) ## N (a million) changed files for every reader of files that others made (an hour on one core)
 	$(BIN)/python tests/fuzz/fuzz_run.py --count $(N)
 
+REQUESTS ?= 10000
+fuzz-serve: $(STAMP) ## REQUESTS (ten thousand) changed requests for a server (minutes)
+	PHATGOOSE_MUTATED_REQUESTS=$(REQUESTS) $(BIN)/python -m pytest tests/serving/test_malformed.py
+
+MINUTES ?= 5
+bench-serve: $(STAMP) ## a pool's server against its base's under load, MINUTES (five) of each, into benchmarks/results
+	$(BIN)/python benchmarks/serving.py --minutes $(MINUTES)
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
@@ -54,4 +62,4 @@ bench: $(STAMP) ## routing against its base on this machine, into benchmarks/res
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test fuzz lint axe picture bench docs ungated
+.PHONY: help setup quickstart smoke test fuzz fuzz-serve bench-serve lint axe picture bench docs ungated
