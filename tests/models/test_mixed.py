@@ -10,16 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import make_tokenizer
+from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.mixed import Mixed
 from phatgoose.models.plan import Plan
+from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.models.ways import Version, Way
-from phatgoose.routers import PHATGOOSE, Random, Single, Uniform, WeightOnly
+from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single, SoftCentroid, Uniform, WeightOnly
 
 
 def pools(base, make_expert, targets=None):
@@ -171,6 +173,48 @@ def test_packed_sequences_go_their_own_ways_also_where_few_logits_are_asked(make
         model = unroute(base) if router is None else route(base, pool, router)
         with torch.no_grad():
             assert_rows(found[i], model(row[None]).logits[0, -1], torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_routers_that_read_text_are_told_it(make_base, make_expert, tmp_path, family):
+    folder = make_encoder(tmp_path / "encoder", max_tokens=60)
+    base = make_base(family)
+    experts = [signed(make_expert(base, f"e{i}", seed=i, scale=0.4), folder, seed=i) for i in range(3)]
+    pool = Pool(experts)
+    routers = [Retrieval(str(folder)), None, SoftCentroid(str(folder)), Single("e1"), Retrieval(str(folder))]
+    batch = inputs(base, rows=5)
+    prompts = [
+        tuple(row[mask.bool()].tolist())
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    version, mixed = Version(base, pool), Mixed(base.model)
+    mixed.attach(version)
+    made = {r: Way(version, r) for r in routers if r is not None}
+    ways = [None if r is None else made[r] for r in routers]
+    cut = 0 if base.is_encoder_decoder else 3  # the last tokens count as written
+    told = [(p[: len(p) - cut], ()) for p in prompts]
+    with mixed.following(Plan(ways, told=told)):
+        found = base.model(**batch).logits
+    if family == "llama":  # the same, packed, and with what was read before
+        rows = [torch.tensor(p) for p in prompts]
+        lengths = [len(r) for r in rows]
+        with mixed.following(Plan(ways, lengths, told=told)):
+            flat = base.model(**packed(base, rows)).logits[0].split(lengths)
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            torch.testing.assert_close(found[row][mask], flat[row], rtol=1e-4, atol=1e-4)
+    with mixed.following(Plan(ways)), pytest.raises(RoutingError, match="is unknown"):
+        base.model(**batch)
+    mixed.detach(version)
+    for row, router in enumerate(routers):
+        if router is None:
+            continue
+        route(base, pool, router)
+        with prompted(base, [p for p, _ in told]):
+            wanted = base.model(**batch).logits[row]
+        unroute(base)
+        real = slice(None) if base.is_encoder_decoder else batch["attention_mask"][row].bool()
+        assert_rows(found[row][real], wanted[real], torch.float32)
 
 
 @pytest.mark.parametrize("skip", [None, [2, 0, 0, 3, 0, 0, 0, 0]])

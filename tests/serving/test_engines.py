@@ -9,9 +9,12 @@ import pytest
 import torch
 from serving_fixtures import PROMPTS, greedy, make_pool, settings
 
+from encoder_fixtures import make_encoder, signed
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
-from phatgoose.routers import PHATGOOSE, Single, Uniform
+from phatgoose.routers import PHATGOOSE, Retrieval, Single, SoftCentroid, Uniform
 from phatgoose.serving import attention
 from phatgoose.serving.batches import BatchEngine
 from phatgoose.serving.continuous import ContinuousEngine, obstacle
@@ -52,9 +55,9 @@ async def served(service, asked, new=12, **more):
     return await asyncio.gather(*(one(*pair) for pair in asked))
 
 
-def with_service(base, pool, do, **changes):
+def with_service(base, pool, do, router="phatgoose", **changes):
     async def run():
-        service = Service(base, settings(**changes), pool=pool)
+        service = Service(base, settings(**changes), pool=pool, router=router)
         await service.start()
         try:
             return await do(service)
@@ -191,6 +194,37 @@ def test_who_acted_is_what_a_trace_records(make_base, make_expert, family, engin
             assert load["prompt"][1] == len(prompt) * modules
             assert load["answer"][1] == (len(written) - 1) * modules
     assert 'phatgoose_expert_weight_total{expert="a"}' in metrics
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"), [("llama", "continuous"), ("llama", "batches"), ("t5", "batches")]
+)
+def test_routers_that_read_text_follow_prompt_and_answer(make_base, make_expert, tmp_path, family, engine):
+    folder = make_encoder(tmp_path / "encoder", max_tokens=60)
+    base = make_base(family)
+    pool = Pool([signed(make_expert(base, f"e{i}", seed=i, scale=0.4), folder, seed=i) for i in range(3)])
+    names = {
+        f"retrieval:encoder={folder}": Retrieval(str(folder)),
+        f"soft-centroid:encoder={folder}": SoftCentroid(str(folder)),
+    }
+
+    async def do(service):
+        with pytest.raises(RoutingError, match="can't name an encoder"):
+            await served(service, [(PROMPTS[0], next(iter(names)))])
+        state = service.experts.state
+        found = {}
+        for name in names:
+            way = await service.experts.way(state, name)
+            jobs = [
+                Job(await service.prompts.of_text(p), way, Draw(GREEDY), 8, service.ends) for p in PROMPTS
+            ]
+            found[name] = await asyncio.gather(*(finish(service.engine, job) for job in jobs))
+        return found
+
+    found = with_service(base, pool, do, engine=engine, router="uniform")
+    for name, router in names.items():
+        route(base, pool, router)
+        assert found[name] == [greedy(base, p, 8) for p in PROMPTS]
 
 
 def test_attention_of_packed_sequences_is_sdpas(make_base):

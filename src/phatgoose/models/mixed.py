@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.layers import follow_residual
-from phatgoose.models.plan import Group, Part, Plan
+from phatgoose.models.part import Part
+from phatgoose.models.plan import Group, Plan
 from phatgoose.models.routed import routing_of
 from phatgoose.models.streams import Streams
 from phatgoose.models.ways import Version
 from phatgoose.ops.bottleneck import Residual
-from phatgoose.routers.context import RoutingContext
 
 
 class Mixed:
@@ -121,8 +121,7 @@ class Mixed:
             if site is None:
                 continue
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
-            whole = (rows, len(y) // max(rows, 1))
-            context = Part(path, 1, len(group.items), None, None, plan, index, whole, self.streams)
+            context = Part.of(path, plan, group, (rows, len(y) // rows), self.streams)
             if index is None:
                 changed = _act(path, plan, group, flat, y, context)
                 continue
@@ -133,11 +132,12 @@ class Mixed:
         return None if changed is None else changed.reshape(output.shape)
 
 
-def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: RoutingContext) -> Tensor:
+def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: Part) -> Tensor:
     """y + Σ w Δ(u) for a group's tokens."""
     way, site = group.way, group.version.sites[path]
     if site.stack.A.device != u.device:
         site.stack = site.stack.to(u.device)
+        way.fused.pop(path, None)  # it was made of the other
     fused = None if group.experts is not None else way.fused.get(path)
     mixed = None
     if fused is not None and not plan.watch:
@@ -153,7 +153,7 @@ def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: Rou
             chosen, weights = way.choose(path, u, y, context)
             mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
         if plan.watch:
-            plan.note(group, site.members, context, chosen, weights)
+            context.note(chosen, weights)
     return mixed
 
 

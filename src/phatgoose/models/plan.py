@@ -14,24 +14,31 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.loads import Loads
-from phatgoose.models.streams import Streams
 from phatgoose.models.ways import Version, Way
-from phatgoose.routers.context import RoutingContext, Sequences
+from phatgoose.routers.context import Texts
+
+Told = tuple[tuple[int, ...], tuple[int, ...]]
+"""What an item was given to read, and what stood behind that before this pass."""
 
 
 @dataclass(eq=False)
 class Group:
     """Tokens of one pass that go one way, or the ways of single experts of one version.
 
-    index: int64 [n], which of the pass's tokens; None: all. items: int64 [n], whose tokens they are. experts: int64 [n], the
-    single expert of each token, None if `way` chooses.
+    members: the items. rows: into how many rows of equal length the tokens fit; 1 if they can't be told apart so. index: int64 [n], which of the
+    pass's tokens; None: all. items: int64 [n], whose tokens they are. experts: int64 [n], the single expert of each token, None if
+    `way` chooses.
     """
 
     version: Version
     way: Way
+    members: tuple[int, ...]
+    rows: int
     index: Tensor | None
     items: Tensor
     experts: Tensor | None
+    texts: dict[tuple[str, int], Texts] = field(default_factory=dict, repr=False)
+    """What the items were given to read, by stream and the number of tokens that a module saw."""
 
 
 @dataclass(eq=False)
@@ -41,13 +48,15 @@ class Plan:
     ways: Sequence[Way | None]
     """Of each item; None: the base alone."""
     lengths: Sequence[int] | None = None
-    """Packed: how many tokens each item has, one after the other in one row. None: each item is a row (or several, repeated)."""
+    """Packed: how many tokens each item has, one after the other in one row. None: each item is a row."""
     kept: Tensor | None = None
     """Packed: int64, the places of the tokens that the last layers are asked for (logits_to_keep), if not of all."""
     watch: bool = False
     """Whether `loads` are summed up."""
     skip: Sequence[int] | None = None
     """How many of each item's first tokens are left out of the loads: those that were counted before."""
+    told: Sequence[Told] | None = None
+    """Of each item, for ways that read text."""
     loads: Loads = field(default_factory=Loads)
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
@@ -90,72 +99,41 @@ class Plan:
         return self._groups[tokens]
 
     def _grouped(self, tokens: int) -> list[Group]:
-        members: dict[tuple[int, int | None], list[int]] = {}
+        owners = self.items(tokens)
+        counts = owners.bincount(minlength=len(self.ways)).tolist()
+        members: dict[tuple[object, ...], list[int]] = {}
         for item, way in enumerate(self.ways):
-            if way is not None:
-                single = way.single is not None
-                members.setdefault((id(way.version), None if single else id(way)), []).append(item)
-        owners, found = self.items(tokens), []
-        for (_, key), items in members.items():
-            way = self.ways[items[0]]
-            assert way is not None
-            index = None
-            if len(items) < len(self.ways):
-                index = torch.isin(owners, torch.tensor(items)).nonzero().squeeze(1)
-            own = owners if index is None else owners[index]
-            experts = None
-            if key is None:
-                table = torch.tensor([-1 if w is None or w.single is None else w.single for w in self.ways])
-                experts = table[own]
-            device = way.version.base.device
-            index = None if index is None else index.to(device)
-            found.append(Group(way.version, way, index, own, None if experts is None else experts.to(device)))
-        return found
+            if way is not None and counts[item]:
+                members.setdefault(self._key(item, way, counts[item]), []).append(item)
+        return [self._group(items, owners, counts) for items in members.values()]
 
-    def note(
-        self, group: Group, members: tuple[int, ...], context: RoutingContext, chosen: Tensor, weights: Tensor
-    ) -> None:
-        """Puts one module's choice for a group's tokens into the loads; padding isn't counted."""
-        assert isinstance(context, Part)
-        items, tokens = group.items, context.whole[0] * context.whole[1]
-        if self.skip is not None and self.lengths is not None and any(self.skip):
-            place = torch.cat([torch.arange(length) for length in self.lengths])
-            if self.kept is not None and tokens == len(self.kept) != len(place):
-                place = place[self.kept.cpu()]
-            if group.index is not None:
-                place = place[group.index.cpu()]
-            new = place >= torch.tensor(self.skip)[items]
-            items, chosen, weights = items[new], chosen[new], weights[new]
-        elif self.lengths is None and not (real := context.tokens().real[0].cpu()).all():
-            items, chosen, weights = items[real], chosen[real], weights[real]
-        self.loads.note(id(group.version), members, items, chosen, weights)
+    def _key(self, item: int, way: Way, count: int) -> tuple[object, ...]:
+        """Items with the same key run together."""
+        if way.single is not None:
+            return (id(way.version),)
+        if way.reads_text and self.lengths is not None:  # its texts are rows of one length
+            return id(way.version), id(way), self.lengths[item], count
+        return id(way.version), id(way)
 
+    def _group(self, members: list[int], owners: Tensor, counts: list[int]) -> Group:
+        way = self.ways[members[0]]
+        assert way is not None
+        index, device = None, way.version.base.device
+        if sum(counts[i] for i in members) < len(owners):
+            index = torch.isin(owners, torch.tensor(members)).nonzero().squeeze(1)
+        own = owners if index is None else owners[index]
+        experts = None
+        if way.single is not None:
+            table = torch.tensor([-1 if w is None or w.single is None else w.single for w in self.ways])
+            experts = table[own].to(device)
+        even = self.lengths is None or way.reads_text
+        index = None if index is None else index.to(device)
+        return Group(way.version, way, tuple(members), len(members) if even else 1, index, own, experts)
 
-@dataclass(frozen=True, eq=False)
-class Part(RoutingContext):
-    """A call of a module as a router is shown it that decides about some of its tokens only: as one row of these."""
-
-    plan: Plan | None = None
-    index: Tensor | None = None
-    whole: tuple[int, int] = (0, 0)
-    streams: Streams | None = None
-
-    def tokens(self) -> Sequences:
-        assert self.plan is not None
-        assert self.streams is not None
-        rows, length = self.whole
-        if (seen := self.streams.seen_by(self.path)) is None:
-            return super().tokens()  # raises, saying why
-        kept = self.plan.kept
-        few = self.plan.lengths is not None and kept is not None and rows * length == len(kept)
-        if few and rows * length != seen.positions.numel():
-            places = kept
-        else:
-            seen, places = seen.aligned(rows, length), None
-
-        def part(x: Tensor) -> Tensor:
-            flat = x.reshape(-1) if places is None else x.reshape(-1)[places]
-            return (flat if self.index is None else flat[self.index])[None]
-
-        ids = None if seen.ids is None else part(seen.ids)
-        return Sequences(ids, part(seen.positions), part(seen.real), seen.past)
+    def places(self, group: Group, tokens: int) -> Tensor:
+        """Packed: int64 [n], which token of its item each of a group's tokens is."""
+        assert self.lengths is not None
+        place = torch.cat([torch.arange(length) for length in self.lengths])
+        if self.kept is not None and tokens == len(self.kept) != len(place):
+            place = place[self.kept.cpu()]
+        return place if group.index is None else place[group.index.cpu()]

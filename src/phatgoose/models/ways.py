@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,15 +14,19 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
+from phatgoose.models.prompted import setup_of
 from phatgoose.models.reference import show_reference
 from phatgoose.models.routed import Routing
-from phatgoose.ops import Backend, Fused, backend
+from phatgoose.ops import Backend, Prepared, backend
 from phatgoose.registry import unknown
 from phatgoose.routers import Router, Single
 from phatgoose.routers.constant import Fixed
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.masked import Masked, Switches
-from phatgoose.routers.router import BoundRouter, Candidates
+from phatgoose.routers.router import BoundRouter, Candidates, Encoder
+
+REMEMBERED = 1024
+"""Texts whose embeddings are kept."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Version:
         self.ops: Backend = backend(backend_name, base.device.type)
         self.routing = Routing(base.model, pool, _Open(), self.ops, dtype)
         self.sites = {site.path: site for site in self.routing.sites}
+        for site in self.sites.values():  # where its module is, before anything is made of it
+            weight = getattr(site.module, "weight", None)
+            device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else base.device
+            if site.stack.A.device != device:
+                site.stack = site.stack.to(device)
         # The candidate that an expert is at a module; −1 where it has nothing there.
         self.slots: dict[str, Tensor] = {}
         for path, site in self.sites.items():
@@ -89,10 +99,11 @@ class Way:
         if len(self.off) == len(names):
             raise RoutingError("every expert is switched off: switch one on, or ask for the base.")
         router.check(names)
+        self.reads_text = router.reads == "texts"
         self.single: int | None = None
         """The one expert that acts, with weight 1; None if a router chooses."""
         self.bound: dict[str, BoundRouter] = {}
-        self.fused: dict[str, Fused] = {}
+        self.fused: dict[str, Prepared] = {}
         if isinstance(router, Single):
             self.single = names.index(router.expert) if isinstance(router.expert, str) else router.expert
             if names[self.single] in self.off:
@@ -101,6 +112,8 @@ class Way:
         if self.off:
             on = torch.tensor([[name not in self.off for name in names]])
             router = Masked(router, Switches(on))
+        setup = setup_of(version.base.model, version.pool)
+        router = router.prepared(replace(setup, encoder=lambda name: _Remembering(setup.encoder(name))))
         for path, site in version.sites.items():
             self.bound[path] = router.bind(_seen(site.candidates, router.offers_null))
         self._fuse()
@@ -137,6 +150,25 @@ class Way:
                 continue
             if (fused := fuse(*by_gates, site.stack, site.layer)) is not None:
                 self.fused[path] = fused
+
+
+class _Remembering:
+    """An encoder that keeps what it made of the last texts: a sequence's prompt is asked for at every pass."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.name, self.sha256 = encoder, encoder.name, encoder.sha256
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self.encoder(new), strict=True))
+        found = [self._known[text] for text in texts]
+        for text in texts:
+            self._known.move_to_end(text)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return torch.stack(found) if found else self.encoder([])
 
 
 def _seen(candidates: Candidates, null: bool) -> Candidates:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -90,16 +91,16 @@ class SoftCentroid(ByText):
 
 
 class _PerPass:
-    """Two tensors computed once a pass, whichever of its modules asks first."""
+    """Two tensors computed once for the texts of a pass, whichever of its modules asks first."""
 
     def __init__(self, compute: Callable[[Texts], tuple[Tensor, Tensor]]) -> None:
         self.compute = compute
-        self.texts: Texts | None = None
+        self.known: WeakKeyDictionary[Texts, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def __call__(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        if self.texts is not texts:
-            self.value, self.texts = self.compute(texts), texts
-        return self.value
+        if texts not in self.known:
+            self.known[texts] = self.compute(texts)
+        return self.known[texts]
 
 
 class _Chosen(Prepared):

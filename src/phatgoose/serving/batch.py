@@ -37,7 +37,7 @@ class Batch:
     def __init__(self, owner: Owner, jobs: list[Job]):
         self.owner, self.jobs = owner, jobs
         self.open = [True] * len(jobs)
-        self._written = [0] * len(jobs)
+        self._written: list[list[int]] = [[] for _ in jobs]
         self.plan = self._plan()
         self.first = True
 
@@ -72,12 +72,13 @@ class Batch:
         for place, (i, token) in enumerate(zip(rows, tokens, strict=True)):
             chosen[i] = token
             self._pass_on(i, token, failed.get(place))
+        self.plan = self.owner.mixed.plan = self._plan()  # of the pass to come
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
 
     def _pass_on(self, row: int, token: int, failure: Exception | None) -> None:
         job = self.jobs[row]
-        self._written[row] += 1
-        over = token in job.ends or self._written[row] >= job.max_new_tokens
+        self._written[row].append(token)
+        over = token in job.ends or len(self._written[row]) >= job.max_new_tokens
         self.open[row] = failure is None and not over
         if failure is not None:
             self.owner.tell(job, News(finished=True, error=str(failure)))
@@ -85,14 +86,21 @@ class Batch:
             self.owner.tell(job, News((token,), over))
 
     def _plan(self) -> Plan:
-        return Plan([job.way for job in self.jobs], watch=self.owner.watched(self.jobs))
+        told = None
+        if any(job.way is not None and job.way.reads_text for job in self.jobs):
+            told = [(tuple(job.prompt), self._before(i)) for i, job in enumerate(self.jobs)]
+        return Plan([job.way for job in self.jobs], watch=self.owner.watched(self.jobs), told=told)
+
+    def _before(self, row: int) -> tuple[int, ...]:
+        """What was read behind a row's prompt before the pass to come; the last token written is read in it."""
+        start = (decoder_start(self.owner.base),) if self.owner.base.is_encoder_decoder else ()
+        return (*start, *self._written[row][:-1]) if self._written[row] else ()
 
     def _take_loads(self) -> None:
         if self.plan.watch:
             phase = "prompt" if self.first else "answer"
             self.owner.take_loads(self.plan, self.jobs, [phase if o else "" for o in self.open])
         self.first = False
-        self.plan = self.owner.mixed.plan = self._plan()
 
     def _settings(self) -> dict[str, Any]:
         base = self.owner.base

@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from phatgoose.errors import RoutingError
 from phatgoose.models.ways import Way
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Single, parse_router
+from phatgoose.routers.example import AUTO
 from phatgoose.serving.experts import Experts, State
 
 BASE = "base"
@@ -71,6 +73,10 @@ class Catalogue:
             return Found("pool", await self.experts.way(state, self.experts.router))
         if name.partition(":")[0].lower() in ROUTERS:
             router = parse_router(name)
+            if getattr(router, "encoder", AUTO) != AUTO:
+                raise RoutingError(
+                    "a request can't name an encoder, which is a file of the server's: start it with --router."
+                )
             kind = "expert" if isinstance(router, Single) else "router"
             return Found(kind, await self.experts.way(state, name))
         if name in names:

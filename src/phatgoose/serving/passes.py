@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from phatgoose.models.plan import Plan
+from phatgoose.models.plan import Plan, Told
 from phatgoose.serving import attention
 from phatgoose.serving.engine import Engine
 from phatgoose.serving.job import Job
@@ -54,7 +55,13 @@ class Passes:
         skip = [
             max(job.counted - start, 0) if job.watch else 0 for job, start in zip(jobs, starts, strict=True)
         ]
-        plan = Plan([job.way for job in jobs], lengths, kept, self.engine.watched(jobs), skip)
+        told = None
+        if any(job.way is not None and job.way.reads_text for job in jobs):
+            told = [
+                _told(job, one.state.generated_tokens, s)
+                for job, one, s in zip(jobs, batch, starts, strict=True)
+            ]
+        plan = Plan([job.way for job in jobs], lengths, kept, self.engine.watched(jobs), skip, told)
         self._running, self.engine.mixed.plan = (plan, jobs, batch, rows), plan
         if self.engine.base.model.config._attn_implementation == attention.NAME:
             kwargs["attention_mask"] = _NO_MASK  # or one would be made, to be ignored
@@ -110,6 +117,11 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             return scores  # transformers takes the highest, too
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def _told(job: Job, written: Sequence[int], start: int) -> Told:
+    """A job's prompt, and what of its answer was read before the token at `start`."""
+    return tuple(job.prompt), tuple(written[: max(start - len(job.prompt), 0)])
 
 
 def _score(job: Job, start: int, logits: Tensor) -> None:

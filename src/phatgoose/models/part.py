@@ -1,0 +1,116 @@
+"""A call of a module as a router is shown it that decides about some of its tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.models.plan import Group, Plan
+from phatgoose.models.streams import Streams
+from phatgoose.routers.context import RoutingContext, Sequences, Texts
+
+
+@dataclass(frozen=True, eq=False)
+class Part(RoutingContext):
+    """A group's tokens, as rows of one length where they are, else as one row."""
+
+    plan: Plan | None = None
+    group: Group | None = None
+    whole: tuple[int, int] = (0, 0)
+    """[rows, length] of what the module saw."""
+    streams: Streams | None = None
+
+    @staticmethod
+    def of(path: str, plan: Plan, group: Group, whole: tuple[int, int], streams: Streams) -> Part:
+        n = len(group.items)
+        return Part(
+            path, group.rows, n // group.rows, None, plan=plan, group=group, whole=whole, streams=streams
+        )
+
+    def tokens(self) -> Sequences:
+        """The sequences matched to the group's tokens, [1, n].
+
+        Raises:
+            RoutingError: if the model was called in a way that hides them.
+        """
+        plan, group, streams = self._known()
+        rows, length = self.whole
+        if (seen := streams.seen_by(self.path)) is None:
+            return super().tokens()  # raises, saying why
+        few = plan.lengths is not None and plan.kept is not None and rows * length == len(plan.kept)
+        places: Tensor | None = None
+        if few and rows * length != seen.positions.numel():
+            places = plan.kept
+        else:
+            seen = seen.aligned(rows, length)
+
+        def part(x: Tensor) -> Tensor:
+            flat = x.reshape(-1) if places is None else x.reshape(-1)[places]
+            return (flat if group.index is None else flat[group.index])[None]
+
+        ids = None if seen.ids is None else part(seen.ids)
+        return Sequences(ids, part(seen.positions), part(seen.real), seen.past)
+
+    def texts(self) -> Texts:
+        """What the group's items were given to read; the same object for every module that sees the pass.
+
+        Raises:
+            RoutingError: nobody has said it.
+        """
+        plan, group, streams = self._known()
+        stream = streams.stream_of(self.path)
+        key = (stream, self.whole[0] * self.whole[1])
+        if key not in group.texts:
+            seen = streams.seen_by(self.path)
+            if plan.told is None or seen is None:
+                raise RoutingError(f"the text that module {self.path} works on is unknown.")
+            group.texts[key] = _texts(plan, group, seen, stream, "encoder" in streams.stacks)
+        return group.texts[key]
+
+    def note(self, chosen: Tensor, weights: Tensor) -> None:
+        """Puts the group's choice at this module into the plan's loads; padding isn't counted."""
+        plan, group, _ = self._known()
+        items = group.items
+        if plan.skip is not None and plan.lengths is not None and any(plan.skip):
+            new = plan.places(group, self.whole[0] * self.whole[1]) >= torch.tensor(plan.skip)[items]
+            items, chosen, weights = items[new], chosen[new], weights[new]
+        elif plan.lengths is None and not (real := self.tokens().real[0].cpu()).all():
+            items, chosen, weights = items[real], chosen[real], weights[real]
+        members = group.version.sites[self.path].members
+        plan.loads.note(id(group.version), members, items, chosen, weights)
+
+    def _known(self) -> tuple[Plan, Group, Streams]:
+        assert self.plan is not None
+        assert self.group is not None
+        assert self.streams is not None
+        return self.plan, self.group, self.streams
+
+
+def _texts(plan: Plan, group: Group, seen: Sequences, stream: str, encoder_decoder: bool) -> Texts:
+    """As `Texts` describes them, of a group's items, one a row."""
+    assert plan.told is not None
+    if plan.lengths is None:
+        rows = torch.tensor(group.members)
+
+        def take(x: Tensor) -> Tensor:
+            return x.cpu()[rows]
+    else:
+        starts = torch.tensor([0, *plan.lengths]).cumsum(0)
+        places = starts[list(group.members)][:, None] + torch.arange(plan.lengths[group.members[0]])
+
+        def take(x: Tensor) -> Tensor:
+            return x.cpu()[0][places]
+
+    told = [plan.told[item] for item in group.members]
+    prompts = tuple(prompt for prompt, _ in told)
+    written: tuple[tuple[int, ...] | str, ...] = tuple(before for _, before in told)
+    ids, real = None if seen.ids is None else take(seen.ids), take(seen.real)
+    if stream == "encoder":
+        return Texts(prompts, torch.zeros_like(real), ids, ((),) * len(told))
+    if encoder_decoder:
+        return Texts(prompts, real, ids, written, apart=True)
+    read = torch.tensor([len(prompt) for prompt in prompts])
+    return Texts(prompts, real & (take(seen.positions) >= read[:, None]), ids, written)
