@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Server:
             *(() if pool is None else ("--pool", str(pool))),
         ]  # fmt: skip
         with log.open("w") as sink:
-            process = subprocess.Popen(command, stderr=sink, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sink, text=True)
         while True:
             for line in log.read_text().splitlines():
                 if line.startswith("{") and (found := json.loads(line)).get("event") == "ready":
@@ -207,7 +207,16 @@ def summary(turns: dict[str, list[Turn]]) -> dict[str, Any]:
     pairs = zip(turns["routed"], turns["base"], strict=True)
     found["ratio"] = statistics.median(r.speed / b.speed for r, b in pairs)
     found["turns"] = {
-        name: [asdict(t) | {"first_token_seconds": None} for t in own] for name, own in turns.items()
+        name: [
+            {
+                "tokens_per_second": t.speed,
+                "requests": t.requests,
+                "statuses": dict(t.statuses),
+                "resident_mb": round(t.resident_mb),
+            }
+            for t in own
+        ]
+        for name, own in turns.items()
     }
     return found
 

@@ -53,6 +53,7 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
         redoc_url=None,
         responses=REFUSED,
     )
+    app.state.service = service
     app.add_middleware(Guard, service=service, keys=keys, hosts=hosts)
     _errors(app)
     _answers(app, service)

@@ -1,0 +1,110 @@
+"""Two replicas on a local Ray cluster, one of which is killed under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+
+import openai
+import psutil
+import pytest
+from serving_fixtures import PROMPTS, greedy, random_pool, text
+
+from conftest import make_model, make_tokenizer
+from phatgoose.models.base import Base
+from phatgoose.models.routed import route, unroute
+
+ray = pytest.importorskip("ray")
+serve = pytest.importorskip(
+    "ray.serve", reason="Ray Serve is not installed: pip install 'phatgoose[replicas]'"
+)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    from phatgoose.serving.replicas import ReplicaSettings, app
+
+    base = Base(make_model("llama"), make_tokenizer(), spec="tiny")
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    pool = random_pool(base, tmp_path)
+    pool.save(tmp_path / "pool")
+    route(base, pool)
+    wanted = {prompt: text(base, greedy(base, prompt)) for prompt in PROMPTS}
+    unroute(base)
+    port = free_port()
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        settings = ReplicaSettings(
+            base=str(tmp_path / "base"),
+            pool=str(tmp_path / "pool"),
+            settings={"max_running": 4, "cache_tokens": 2048},
+        )
+        serve.run(app(settings))
+        yield f"http://127.0.0.1:{port}/v1", wanted
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def replicas() -> set[int]:
+    """The processes of the replicas that run: Ray gives them their actor's name."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "".join(process.cmdline()).startswith("ray::ServeReplica"):
+                found.add(process.pid)
+    return found
+
+
+def test_one_of_two_replicas_is_killed_under_load(cluster):
+    url, wanted = cluster
+    assert len(replicas()) == 2
+    failed: list[str] = []
+
+    async def ask(client, prompt, times):
+        found = []
+        for _ in range(times):
+            try:
+                made = await client.completions.create(
+                    model="phatgoose", prompt=prompt, max_tokens=12, temperature=0
+                )
+                found.append(made.choices[0].text == wanted[prompt])
+            except openai.APIError as error:
+                failed.append(str(error))
+        return found
+
+    async def under_load():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+            asking = [asyncio.ensure_future(ask(client, prompt, 12)) for prompt in PROMPTS]
+            await asyncio.sleep(0.5)
+            killed = min(replicas())
+            os.kill(killed, signal.SIGKILL)
+            return killed, [one for found in await asyncio.gather(*asking) for one in found]
+
+    killed, answers = asyncio.run(under_load())
+    print(len(failed), len(answers))
+    assert all(answers)
+    assert len(failed) <= len(PROMPTS)  # at most what the killed one was writing
+    assert len(answers) >= 11 * len(PROMPTS)
+
+    async def until_there_are_two():
+        for _ in range(600):
+            now = replicas()
+            if len(now) == 2 and killed not in now:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(replicas())
+
+    asyncio.run(until_there_are_two())
