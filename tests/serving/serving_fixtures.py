@@ -18,8 +18,8 @@ from conftest import TARGETS, make_tokenizer
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
-from phatgoose.serving.app import make_app
 from phatgoose.serving.guard import Keys
+from phatgoose.serving.run import uvicorn_config
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 
@@ -80,7 +80,10 @@ def random_pool(base: Base, folder, names: str = "abc") -> Pool:
 
 def settings(**changes) -> ServeSettings:
     return ServeSettings(
-        **({"max_running": 8, "batch_tokens": 24, "cache_tokens": 4096, "watch_every": 1} | changes)
+        **(
+            {"max_running": 8, "batch_tokens": 24, "cache_tokens": 4096, "watch_every": 1, "drain_seconds": 5}
+            | changes
+        )
     )
 
 
@@ -111,10 +114,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(service: Service, keys: Keys | None = None, hosts=None):
-    config = uvicorn.Config(
-        make_app(service, keys, hosts), port=0, access_log=False, log_config=None, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(service, keys, hosts))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

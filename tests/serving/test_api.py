@@ -205,6 +205,10 @@ def test_log_probabilities(server, client):
     assert only.text == PROMPTS[0]
     assert only.logprobs.tokens == echoed.logprobs.tokens[:-1]
     assert only.logprobs.token_logprobs == pytest.approx(echoed.logprobs.token_logprobs[:-1], nan_ok=True)
+    both = client.completions.create(**settings, prompt=PROMPTS[0], max_tokens=0, logprobs=1, echo=True, n=2)
+    assert both.usage.completion_tokens == 0
+    assert [c.logprobs.tokens for c in both.choices] == [only.logprobs.tokens] * 2
+    assert both.choices[1].logprobs.token_logprobs == pytest.approx(only.logprobs.token_logprobs, nan_ok=True)
     parts = list(
         client.completions.create(**settings, prompt=PROMPTS[0], max_tokens=4, logprobs=3, stream=True)
     )

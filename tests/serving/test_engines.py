@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 
 import pytest
 import torch
 from serving_fixtures import PROMPTS, greedy, make_pool, settings
 
 from encoder_fixtures import make_encoder, signed
-from phatgoose.errors import RoutingError
+from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.routers import PHATGOOSE, Retrieval, Single, SoftCentroid, Uniform
+from phatgoose.routers import ROUTERS as NAMES
 from phatgoose.serving import attention
 from phatgoose.serving.batches import BatchEngine
 from phatgoose.serving.continuous import ContinuousEngine, obstacle
@@ -225,6 +227,65 @@ def test_routers_that_read_text_follow_prompt_and_answer(make_base, make_expert,
     for name, router in names.items():
         route(base, pool, router)
         assert found[name] == [greedy(base, p, 8) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_experts_may_be_taken_off_as_soon_as_nobody_wants_their_answer(
+    make_base, make_expert, tmp_path, engine
+):
+    """The engine hears of the client that left only after the experts are gone; its neighbour must notice nothing."""
+    folder = make_encoder(tmp_path / "encoder", max_tokens=60)
+    base = make_base("llama")
+    pool = Pool([signed(make_expert(base, f"e{i}", seed=i, scale=0.4), folder, seed=i) for i in range(2)])
+
+    async def do(service):
+        engine, loop = service.engine, asyncio.get_running_loop()
+        way = await service.experts.way(service.experts.state, f"retrieval:encoder={folder}")
+        gone = Job([5, 6], way, Draw(GREEDY), 60, frozenset())
+        stays = Job([7, 8], None, Draw(GREEDY), 60, frozenset())
+        engine.submit(gone)
+        written = asyncio.ensure_future(finish(engine, stays))
+        async for _ in gone.news():
+            break
+
+        def take_off():
+            heard = threading.Event()
+            loop.call_soon_threadsafe(lambda: (engine.cancel(gone), heard.set()))
+            assert heard.wait(30)
+            engine.mixed.detach(way.version)
+
+        await asyncio.to_thread(engine.between, take_off)
+        assert engine.trouble is None
+        return await written
+
+    found = with_service(base, pool, do, engine=engine, router="uniform")
+    config = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0}
+    assert found == base.model.generate(torch.tensor([[7, 8]]), **config)[0, 2:].tolist()
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_every_router_writes_or_is_refused_and_none_ends_the_engine(make_base, make_expert, engine):
+    base = make_base("llama")
+    pool = make_pool(base, make_expert)
+
+    async def do(service):
+        done = set()
+        for name in NAMES:
+            try:
+                (tokens,) = await served(
+                    service, [(PROMPTS[0], f"{name}:a" if name == "single" else name)], 3
+                )
+                assert tokens
+                done.add(name)
+            except PhatgooseError as refused:
+                said = str(refused)
+                assert "needs" in said, said
+            assert service.engine.trouble is None
+        return done
+
+    assert {"phatgoose", "uniform", "random", "single", "arrow"} <= with_service(
+        base, pool, do, engine=engine
+    )
 
 
 def test_attention_of_packed_sequences_is_sdpas(make_base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ import openai
 import pytest
 from serving_fixtures import running, settings
 
+from phatgoose.serving.app import make_app
 from phatgoose.serving.guard import Keys
 from phatgoose.serving.job import ServingError
 from phatgoose.serving.logs import Lines, log
@@ -69,6 +71,32 @@ def test_without_an_admin_key_nothing_can_be_changed(base):
             found = http.request(method, f"/admin/{path}")
             assert found.status_code == 403
             assert "without an admin key" in found.json()["error"]["message"]
+
+
+def test_a_server_below_a_path_of_its_own_keeps_its_admin_key(base):
+    keys = Keys.of(["one-api-key"], ["the-admin-key"])
+
+    def status(path, key, root):
+        found = []
+
+        async def receive():
+            return {"type": "http.request", "body": b""}
+
+        async def send(message):
+            found.append(message.get("status"))
+
+        scope = {
+            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "root_path": root, "query_string": b"",
+            "http_version": "1.1", "headers": [(b"authorization", f"Bearer {key}".encode())],
+        }  # fmt: skip
+        asyncio.run(make_app(Service(base, settings()), keys)(scope, receive, send))
+        return found[0]
+
+    for root in ("", "/below", "/a", "/admin"):
+        assert status(f"{root}/admin/experts", "the-admin-key", root) == 200
+        assert status(f"{root}/admin/experts", "one-api-key", root) == 401
+        assert status(f"{root}/v1/models", "one-api-key", root) == 200
+    assert status("/admin/experts", "one-api-key", "/a") == 401
 
 
 def test_keys_come_from_files_or_the_environment(tmp_path, monkeypatch):
@@ -176,6 +204,22 @@ def test_the_log_has_no_prompts(base):
     failed = next(line for line in lines if line["event"] == "failed")
     assert failed["error"] == "TypeError"
     assert any("answers.py" in place for place in failed["at"])
+
+
+def test_errors_of_libraries_are_logged_without_what_they_say():
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(Lines())
+    library = logging.Logger("library")
+    library.addHandler(handler)
+    try:
+        raise RuntimeError("secret words")
+    except RuntimeError as error:
+        library.error(f"Error in generation loop: {error}", exc_info=True)
+    line = json.loads(written.getvalue())
+    assert line["event"] == "Error in generation loop: RuntimeError"
+    assert line["error"] == "RuntimeError"
+    assert "secret" not in written.getvalue()
 
 
 SCRIPT = """

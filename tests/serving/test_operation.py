@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
 
-import httpx2
 import openai
 import pytest
 from serving_fixtures import PROMPTS, make_pool, running, settings
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.serving import answers
+from phatgoose.serving.app import make_app
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 
@@ -23,11 +25,20 @@ def value(metrics: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name))
 
 
+def begun(server, body, cut=0) -> socket.socket:
+    """A connection on which a request was sent, but for its last `cut` bytes."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection.sendall(head.encode() + data[: len(data) - cut])
+    return connection
+
+
 @pytest.mark.parametrize("engine", ["continuous", "batches"])
 def test_more_than_can_wait_are_turned_away(make_base, engine):
     limits = settings(engine=engine, max_running=2, max_waiting=2)
     with running(Service(make_base("llama"), limits)) as server, server.client() as client:
-        begun = [client.completions.create(**LONG, stream=True) for _ in range(4)]
+        streams = [client.completions.create(**LONG, stream=True) for _ in range(4)]
         with pytest.raises(openai.RateLimitError, match="busy") as refused:
             client.completions.create(**LONG)
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
@@ -35,7 +46,7 @@ def test_more_than_can_wait_are_turned_away(make_base, engine):
             metrics = http.get("/metrics").text
         assert value(metrics, "phatgoose_running") + value(metrics, "phatgoose_waiting") == 4
         assert value(metrics, "phatgoose_running") in (1, 2)  # a batch begins with who is there
-        for stream in begun:
+        for stream in streams:
             stream.close()
         server.until(lambda: not server.service.engine.jobs)
         assert client.completions.create(**LONG | {"max_tokens": 2}).usage.completion_tokens == 2
@@ -45,10 +56,7 @@ def test_more_than_can_wait_are_turned_away(make_base, engine):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(make_base, engine, stream):
     with running(Service(make_base("llama"), settings(engine=engine, max_running=1))) as server:
-        body = httpx2.Request("POST", server.url, json={**LONG, "stream": stream}).read()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as gone:
-            gone.sendall(head.encode() + body)
+        with begun(server, {**LONG, "stream": stream}) as gone:
             server.until(lambda: server.service.engine.running == 1)
             if stream:
                 assert gone.recv(1000)
@@ -56,7 +64,73 @@ def test_a_client_that_leaves_frees_its_place(make_base, engine, stream):
         with server.client() as client:
             assert client.completions.create(**LONG | {"max_tokens": 2}).usage.completion_tokens == 2
         with server.http() as http:
-            assert value(http.get("/metrics").text, "phatgoose_left_total") == 1
+            metrics = http.get("/metrics").text
+            assert value(metrics, "phatgoose_left_total") == 1
+            assert value(metrics, 'phatgoose_tokens_total{kind="base",phase="answer"}') >= stream
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_it_waits_leaves_the_queue(make_base, engine, stream):
+    with (
+        running(Service(make_base("llama"), settings(engine=engine, max_running=1))) as server,
+        server.client() as client,
+    ):
+        first = client.completions.create(**LONG, stream=True)
+        next(first)
+        with begun(server, {**LONG, "stream": stream}):
+            server.until(lambda: len(server.service.engine.jobs) == 2)
+            assert server.service.engine.waiting == 1
+        server.until(lambda: server.service.engine.waiting == 0)
+        assert server.service.engine.running == 1
+        first.close()
+        server.until(lambda: not server.service.engine.jobs)
+
+
+def test_bodies_of_more_requests_than_there_are_places_for_are_not_read(make_base):
+    limits = settings(max_running=1, max_waiting=2, body_seconds=3)
+    with running(Service(make_base("llama"), limits)) as server, server.http() as http:
+        slow = [begun(server, LONG, cut=1) for _ in range(3)]
+        server.until(lambda: http.post("/v1/completions", json=LONG).status_code == 429)
+        assert http.get("/v1/models").status_code == 200
+        for one in slow:
+            assert b" 408 " in one.recv(1000)
+            one.close()
+        assert http.post("/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+
+
+def test_a_client_that_does_not_read_its_stream_lets_go_of_the_pool(make_base, make_expert, monkeypatch):
+    monkeypatch.setattr(answers, "UNREAD_SECONDS", 0.1)
+    base = make_base("llama")
+    service = Service(base, settings(timeout_seconds=1), pool=make_pool(base, make_expert))
+    body = json.dumps({**LONG, "model": "phatgoose", "max_tokens": 5, "stream": True}).encode()
+    came = iter([{"type": "http.request", "body": body}])
+    sent = []
+
+    async def receive():
+        return next(came, None) or await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # nobody reads
+
+    async def all_of_it():
+        await service.start()
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "http_version": "1.1",
+            "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }  # fmt: skip
+        try:
+            await asyncio.wait_for(make_app(service)(scope, receive, send), 30)
+            assert not service.experts._users
+            assert not service.engine.jobs
+        finally:
+            await service.stop()
+
+    asyncio.run(all_of_it())
+    assert sent == ["http.response.start", "http.response.body"]
+    assert value(service.metrics.text().decode(), "phatgoose_left_total") == 1
 
 
 def test_what_takes_too_long_is_broken_off(make_base):

@@ -7,15 +7,18 @@ import contextlib
 import os
 import signal
 import socket
+from pathlib import Path
 
 import openai
 import psutil
 import pytest
+import yaml
 from serving_fixtures import PROMPTS, greedy, random_pool, text
 
 from conftest import make_model, make_tokenizer
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
+from phatgoose.serving.settings import ServeSettings
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip(
@@ -68,6 +71,19 @@ def replicas() -> set[int]:
     return found
 
 
+def test_the_deployment_file_fits():
+    from phatgoose.serving.replicas import ReplicaSettings, app
+
+    found = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "replicas.yaml").read_text())
+    (application,) = found["applications"]
+    assert application["import_path"] == f"{app.__module__}:{app.__name__}"
+    settings = ReplicaSettings(**application["args"])
+    assert settings.replicas == 2
+    assert ServeSettings(**settings.settings).max_running == 32
+    with pytest.raises(ValueError, match="pools"):
+        ReplicaSettings(base="x", pools="y")
+
+
 def test_one_of_two_replicas_is_killed_under_load(cluster):
     url, wanted = cluster
     assert len(replicas()) == 2
@@ -94,7 +110,6 @@ def test_one_of_two_replicas_is_killed_under_load(cluster):
             return killed, [one for found in await asyncio.gather(*asking) for one in found]
 
     killed, answers = asyncio.run(under_load())
-    print(len(failed), len(answers))
     assert all(answers)
     assert len(failed) <= len(PROMPTS)  # at most what the killed one was writing
     assert len(answers) >= 11 * len(PROMPTS)

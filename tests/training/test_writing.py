@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from phatgoose.errors import TrainingError
+from phatgoose.models.limits import end_tokens
 from phatgoose.records import Example
-from phatgoose.training.writing import WritingConfig, _begin, _circles, _ends, _halves, sorted_out, write
+from phatgoose.training.writing import WritingConfig, _begin, _circles, _halves, sorted_out, write
 
 CONFIG = WritingConfig(rows=8, rows_per_batch=5, max_new_tokens=7)
 
@@ -96,7 +97,7 @@ def test_sampling_is_the_models_own_distribution(make_base):
         for token, share in enumerate(expected.tolist()):
             text = (
                 ""
-                if token in _ends(base)
+                if token in end_tokens(base.model, base.tokenizer.eos_token_id)
                 else base.tokenizer.decode([token], skip_special_tokens=True).strip()
             )
             by_text[text] = by_text.get(text, 0) + share

@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from phatgoose.cli import show
-from phatgoose.evaluation.continuations import context_length
-from phatgoose.evaluation.generate import end_tokens
 from phatgoose.models.base import Base
+from phatgoose.models.limits import context_length, end_tokens
 from phatgoose.tasks.batch import pad_id
 from phatgoose.workflows.encoding import room_behind
 

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import prompted
 
 OVERHEAD = 64
@@ -54,27 +55,6 @@ class Read:
 def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether the model's forward has a parameter of this name."""
     return argument in inspect.signature(type(model).forward).parameters
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most positions the model knows; None where positions are relative without a limit (T5, ALiBi)."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
-
-
-def decoder_start(model: PreTrainedModel) -> int:
-    """The token a decoder starts from.
-
-    Raises:
-        EvaluationError: if the checkpoint doesn't say.
-    """
-    for source in (model.generation_config, model.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            if (token := getattr(source, name, None)) is not None:
-                return int(token)
-    raise EvaluationError(
-        f"{type(model).__name__} doesn't say which token its decoder starts from: set model.config.decoder_start_token_id."
-    )
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

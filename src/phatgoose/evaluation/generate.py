@@ -31,22 +31,14 @@ from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import (
     Row,
-    context_length,
     continuation_groups,
-    decoder_start,
     extend,
     groups,
     pad_left,
     read,
 )
+from phatgoose.models.limits import context_length, decoder_start
 from phatgoose.records import Prediction
-
-
-def end_tokens(model: PreTrainedModel, own: int | None) -> frozenset[int]:
-    """The tokens at which a generation ends: the checkpoint's, and the one that ends training targets (`own`)."""
-    listed = model.generation_config.eos_token_id
-    found = listed if isinstance(listed, list) else [listed]
-    return frozenset(int(token) for token in [*found, own] if token is not None)
 
 
 def match_exactly(

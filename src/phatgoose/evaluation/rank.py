@@ -22,11 +22,11 @@ from phatgoose.evaluation.continuations import (
     Read,
     Row,
     continuation_groups,
-    decoder_start,
     extend,
     groups,
     read,
 )
+from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import prompted
 
 _CHUNK = 2**24  # logits turned to float32 at a time

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from phatgoose.errors import EvaluationError, TaskError
 from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import Row, context_length
-from phatgoose.evaluation.generate import end_tokens
+from phatgoose.evaluation.continuations import Row
 from phatgoose.models.base import Base
+from phatgoose.models.limits import context_length, end_tokens
 from phatgoose.records import Example
 from phatgoose.tasks.batch import UNLIMITED, Encoded, encode_choices
 

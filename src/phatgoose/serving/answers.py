@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -19,9 +20,11 @@ from phatgoose.serving.formats import Form, usage
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Ask, Service
-from phatgoose.serving.writer import EngineFailure, Piece, all_pieces, whole
+from phatgoose.serving.writer import EngineFailure, Piece, Writer, all_pieces, whole
 
 Body = ChatRequest | CompletionRequest
+UNREAD_SECONDS = 30.0
+"""How long after a request's time is up its client may take to read what was written."""
 
 
 async def answer(service: Service, request: Request, body: Body) -> Response:
@@ -31,14 +34,15 @@ async def answer(service: Service, request: Request, body: Body) -> Response:
         Refusal: the request can't be answered.
     """
     service.check_room(1)
+    began = time.perf_counter()
+    deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
     stack = AsyncExitStack()
     try:
-        ask = await _begin(service, body, stack)
+        ask = await _begin(service, body, stack, began, deadline)
         form = _form(service, body, ask)
-        _note(request, ask, body)
-        deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
+        stack.callback(_note, request, ask, body)
         if body.stream:
-            return _Stream(_events(service, request, body, ask, form, deadline), stack)
+            return _Stream(_events(service, request, body, ask, form, deadline), stack, deadline)
     except BaseException:
         await stack.aclose()
         raise
@@ -47,26 +51,31 @@ async def answer(service: Service, request: Request, body: Body) -> Response:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; whatever happens to them, what they needed is given back."""
+    """Server-sent events; whatever happens to them, what they needed is given back, also if the client doesn't read them."""
 
-    def __init__(self, events: AsyncGenerator[str, None], stack: AsyncExitStack):
+    def __init__(self, events: AsyncGenerator[str, None], stack: AsyncExitStack, deadline: float):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.events, self.stack = events, stack
+        self.events, self.stack, self.deadline = events, stack, deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.stack, aclosing(self.events):
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(TimeoutError):  # uvicorn closes a connection whose answer ends like this
+                async with asyncio.timeout_at(self.deadline + UNREAD_SECONDS):
+                    await super().__call__(scope, receive, send)
 
 
-async def _begin(service: Service, body: Body, stack: AsyncExitStack) -> Ask:
+async def _begin(service: Service, body: Body, stack: AsyncExitStack, began: float, deadline: float) -> Ask:
     """Finds the model and hands over the jobs; leaving the stack takes off what isn't finished."""
     try:
-        found = await stack.enter_async_context(service.catalogue.found(body.model))
+        async with asyncio.timeout_at(deadline):
+            found = await stack.enter_async_context(service.catalogue.found(body.model))
+            ask = await service.ask(found, body, began)
     except UnknownName as error:
         raise Refusal(404, str(error)[:500], param="model", code="model_not_found") from None
     except PhatgooseError as error:
         raise Refusal(400, str(error)[:500], param="model") from None
-    ask = await service.ask(found, body)
+    except TimeoutError as error:
+        raise _refused(error) from None
 
     def take_off() -> None:
         for writer in ask.writers:
@@ -97,19 +106,21 @@ async def _at_once(
     except BaseExceptionGroup as errors:
         raise _refused(errors.exceptions[0]) from None
     shown = bool(body.logprobs) if isinstance(body, ChatRequest) else body.logprobs is not None
-    pieces = [_cut(body, task.result()) for task in tasks]
+    pieces = [_cut(body, task.result(), writer) for task, writer in zip(tasks, ask.writers, strict=True)]
     choices = [
         form.choice(i, piece, writer, shown=shown)
         for i, (piece, writer) in enumerate(zip(pieces, ask.writers, strict=True))
     ]
-    _done(service, request, ask)
+    service.metrics.seconds.observe(time.perf_counter() - ask.began)
     return JSONResponse({**form.head(), "choices": choices, "usage": usage(ask)})
 
 
-def _cut(body: Body, piece: Piece) -> Piece:
+def _cut(body: Body, piece: Piece, writer: Writer) -> Piece:
     """Nothing of the token that was written because something must be, where only the prompt was asked for."""
-    empty = isinstance(body, CompletionRequest) and body.max_tokens == 0
-    return Piece("", (), "length") if empty else piece
+    if not isinstance(body, CompletionRequest) or body.max_tokens != 0:
+        return piece
+    writer.tokens = 0
+    return Piece("", (), "length")
 
 
 async def _events(
@@ -123,7 +134,11 @@ async def _events(
         async with aclosing(all_pieces(ask.writers, deadline)) as pieces:
             async for index, piece in pieces:
                 choice = form.chunk(
-                    index, _cut(body, piece), ask.writers[index], shown=shown, first=index not in begun
+                    index,
+                    _cut(body, piece, ask.writers[index]),
+                    ask.writers[index],
+                    shown=shown,
+                    first=index not in begun,
                 )
                 begun.add(index)
                 yield _event(
@@ -131,7 +146,7 @@ async def _events(
                 )
         if counted:
             yield _event({**form.head(chunk=True), "choices": [], "usage": usage(ask)})
-        _done(service, request, ask)
+        service.metrics.seconds.observe(time.perf_counter() - ask.began)
     except (EngineFailure, TimeoutError) as error:
         request.state.facts["failed"] = type(error).__name__
         yield _event(_refused(error).body())
@@ -176,25 +191,14 @@ def _refused(error: BaseException) -> Refusal:
 
 def _note(request: Request, ask: Ask, body: Body) -> None:
     """Facts for the log: nothing of what was said."""
+    firsts = [w.job.first_token - w.job.began for w in ask.writers if w.job.first_token is not None]
     request.state.facts |= {
         "kind": ask.found.kind,
         "answers": len(ask.writers),
         "prompt_tokens": sum(map(len, ask.prompts)),
-        "stream": bool(body.stream),
-    }
-
-
-def _done(service: Service, request: Request, ask: Ask) -> None:
-    metrics, now = service.metrics, time.perf_counter()
-    metrics.tokens.labels("prompt", ask.found.kind).inc(sum(map(len, ask.prompts)))
-    metrics.tokens.labels("answer", ask.found.kind).inc(sum(writer.tokens for writer in ask.writers))
-    firsts = [w.job.first_token - ask.began for w in ask.writers if w.job.first_token is not None]
-    for first in firsts:
-        metrics.first.observe(first)
-    metrics.seconds.observe(now - ask.began)
-    request.state.facts |= {
         "answer_tokens": sum(writer.tokens for writer in ask.writers),
-        "first_token_seconds": round(min(firsts, default=0.0), 4),
+        "first_token_seconds": round(min(firsts), 4) if firsts else None,
+        "stream": bool(body.stream),
     }
 
 

@@ -11,9 +11,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.models.base import Base
+from phatgoose.models.limits import decoder_start
 from phatgoose.models.mixed import Mixed
 from phatgoose.models.plan import Plan
-from phatgoose.serving.job import Job, News, ServingError
+from phatgoose.serving.job import Job, News
 from phatgoose.serving.sampling import choose
 from phatgoose.tasks.batch import pad_id
 
@@ -89,11 +90,13 @@ class Batch:
         told = None
         if any(job.way is not None and job.way.reads_text for job in self.jobs):
             told = [(tuple(job.prompt), self._before(i)) for i, job in enumerate(self.jobs)]
-        return Plan([job.way for job in self.jobs], watch=self.owner.watched(self.jobs), told=told)
+        # A row that is over goes by the base: what its way was made of may be taken off the model by now.
+        ways = [job.way if o else None for o, job in zip(self.open, self.jobs, strict=True)]
+        return Plan(ways, watch=self.owner.watched(self.jobs), told=told)
 
     def _before(self, row: int) -> tuple[int, ...]:
         """What was read behind a row's prompt before the pass to come; the last token written is read in it."""
-        start = (decoder_start(self.owner.base),) if self.owner.base.is_encoder_decoder else ()
+        start = (decoder_start(self.owner.base.model),) if self.owner.base.is_encoder_decoder else ()
         return (*start, *self._written[row][:-1]) if self._written[row] else ()
 
     def _take_loads(self) -> None:
@@ -112,7 +115,7 @@ class Batch:
             "pad_token_id": pad_id(base.tokenizer),
         }
         if base.is_encoder_decoder:
-            settings["decoder_start_token_id"] = decoder_start(base)
+            settings["decoder_start_token_id"] = decoder_start(base.model)
         return settings
 
     def _inputs(self) -> tuple[Tensor, Tensor]:
@@ -141,18 +144,3 @@ class _Ending(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return ~torch.tensor(self.batch.open, device=input_ids.device)
-
-
-def decoder_start(base: Base) -> int:
-    """The token a decoder starts from.
-
-    Raises:
-        ServingError: the checkpoint doesn't say.
-    """
-    for source in (base.model.generation_config, base.model.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            if (token := getattr(source, name, None)) is not None:
-                return int(token)
-    raise ServingError(
-        f"{base.spec} doesn't say from which token its decoder starts: set decoder_start_token_id."
-    )

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from phatgoose.models.base import Base
+from phatgoose.models.limits import context_length
 from phatgoose.models.plan import Plan
 from phatgoose.serving.batch import Batch
-from phatgoose.serving.engine import Engine, context_length
-from phatgoose.serving.job import Job, News, ServingError
+from phatgoose.serving.engine import Engine
+from phatgoose.serving.job import Job, News, ServingError, told
+from phatgoose.serving.logs import log
 from phatgoose.serving.sampling import likelihoods
 from phatgoose.serving.settings import ServeSettings
 
@@ -32,7 +34,7 @@ class BatchEngine(Engine):
 
     def __init__(self, base: Base, settings: ServeSettings):
         super().__init__(base, settings)
-        self.limit = None if base.is_encoder_decoder else context_length(base)
+        self.limit = None if base.is_encoder_decoder else context_length(base.model)
         self._wakeups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
         self._lock = threading.Lock()
@@ -80,12 +82,12 @@ class BatchEngine(Engine):
         if self._thread is not None:
             self._thread.join(timeout=30)
         for job in list(self.jobs.values()):
-            job.tell_from_thread(News(finished=True, error="the server ends."))
+            self.tell(job, News(finished=True, error="the server ends"))
 
     @property
     def trouble(self) -> str | None:
         if self._fatal is not None:
-            return f"the engine died: {type(self._fatal).__name__}: {self._fatal}"
+            return f"the engine died: {told(self._fatal)}"
         return None if self._thread is not None and self._thread.is_alive() else "the engine isn't running"
 
     def step(self) -> None:
@@ -113,7 +115,7 @@ class BatchEngine(Engine):
         except BaseException as error:
             self._fatal = error
             for job in list(self.jobs.values()):
-                job.tell_from_thread(News(finished=True, error="the engine died."))
+                self.tell(job, News(finished=True, error="the engine died"))
             raise
 
     def _next(self) -> list[Job]:
@@ -138,14 +140,20 @@ class BatchEngine(Engine):
                         self._score(job)
                 Batch(self, jobs).run()
         except Exception as error:  # of the model or a router: the next batch may fare better
+            log.exception("a batch failed", extra={"facts": {"answers": len(jobs)}})
             for job in jobs:
-                self.tell(job, News(finished=True, error=f"{type(error).__name__}: {error}"))
+                self.tell(job, News(finished=True, error=told(error)))
 
     def tell(self, job: Job, news: News) -> None:
+        """From the engine's thread; the jobs are the event loop's."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            job.loop.call_soon_threadsafe(self._hear, job, news)
+
+    def _hear(self, job: Job, news: News) -> None:
         if job.id in self.jobs:
             if news.finished:
-                self.jobs.pop(job.id, None)
-            job.tell_from_thread(news)
+                del self.jobs[job.id]
+            job.tell(news)
 
     def _score(self, job: Job) -> None:
         assert job.score is not None

@@ -22,9 +22,10 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.utils.logging import disable_progress_bar
 
 from phatgoose.models.base import Base
+from phatgoose.models.limits import context_length
 from phatgoose.serving import attention
-from phatgoose.serving.engine import Engine, cache_bytes_per_token, context_length
-from phatgoose.serving.job import Job, News, ServingError
+from phatgoose.serving.engine import Engine, cache_bytes_per_token
+from phatgoose.serving.job import Job, News, ServingError, told
 from phatgoose.serving.passes import Passes, Sampler
 from phatgoose.serving.settings import ServeSettings
 from phatgoose.tasks.batch import pad_id
@@ -55,7 +56,7 @@ class ContinuousEngine(Engine):
         if (why := obstacle(base)) is not None:
             raise ServingError(f'continuous batching can\'t run {base.spec}: {why}. Use engine "batches".')
         self.pages = _pages(base, settings)
-        context = context_length(base)
+        context = context_length(base.model)
         room = (self.pages - SPARE) * PAGE
         self.limit = room if context is None else min(context, room)
         self._attention = base.model.config._attn_implementation
@@ -132,7 +133,7 @@ class ContinuousEngine(Engine):
         """On the event loop: what transformers delivers after each pass."""
         if job.id not in self.jobs:
             return
-        error = job.failure or output.error
+        error = job.failure or ("the engine failed" if output.error else None)
         new = tuple(output.generated_tokens[len(job.written) :]) if error is None else ()
         finished = error is not None or output.is_finished()
         job.tell(News(new, finished, error))
@@ -184,13 +185,13 @@ class ContinuousEngine(Engine):
             return "the engine isn't running"
         error = self.manager.background_thread_status.fatal_error
         if error is not None:
-            return f"the engine died: {type(error).__name__}: {error}"
+            return f"the engine died: {told(error)}"
         return None if self.manager.is_running() else "the engine isn't running"
 
 
 def _pages(base: Base, settings: ServeSettings) -> int:
     """How many pages the cache has."""
-    context = context_length(base) or 2**15
+    context = context_length(base.model) or 2**15
     if settings.cache_tokens is not None:
         tokens = settings.cache_tokens
     else:

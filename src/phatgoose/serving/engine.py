@@ -84,19 +84,6 @@ class Engine(ABC):
                 job.add_load(phases[i], weights[i], n)
 
 
-def end_tokens(base: Base) -> frozenset[int]:
-    """The tokens at which an answer ends: the checkpoint's, and the tokenizer's own."""
-    listed = base.model.generation_config.eos_token_id
-    found = listed if isinstance(listed, list) else [listed]
-    return frozenset(int(t) for t in [*found, base.tokenizer.eos_token_id] if t is not None)
-
-
-def context_length(base: Base) -> int | None:
-    """The most positions the model knows; None where positions are relative without a limit (T5, ALiBi)."""
-    length = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
-
-
 def cache_bytes_per_token(base: Base) -> int:
     """Bytes of keys and values that one token leaves in the cache."""
     config = base.model.config.get_text_config()

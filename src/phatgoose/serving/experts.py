@@ -106,6 +106,8 @@ class Experts:
 
     def _let_go(self, key: int) -> None:
         version = self._retired.pop(key)
+        for stale in [k for k in self._ways if k[0] == key]:
+            del self._ways[stale]
         take_off = partial(self.engine.between, lambda: self.engine.mixed.detach(version))
         task = asyncio.ensure_future(asyncio.to_thread(take_off))
         self._tasks.add(task)
@@ -130,7 +132,5 @@ class Experts:
         if old is not None:
             key = id(old)
             self._retired[key] = old
-            for stale in [k for k in self._ways if k[0] == key]:
-                del self._ways[stale]
             if key not in self._users:
                 self._let_go(key)

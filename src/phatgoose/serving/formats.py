@@ -104,7 +104,7 @@ class Form:
         return {**entry(one.token, one.logprob), "top_logprobs": [entry(t, lp) for t, lp in one.top]}
 
     def text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def finite(logprob: float) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phatgoose.serving.logs import log
@@ -20,6 +22,7 @@ from phatgoose.serving.service import Service
 
 OPEN = ("/health", "/ready")
 """Paths that need no key."""
+ANSWERS = ("/v1/completions", "/v1/chat/completions")
 PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions"})  # fmt: skip
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]+)?")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -75,6 +78,7 @@ class Guard:
     ):
         self.app, self.service, self.keys = app, service, keys or Keys()
         self.hosts = None if hosts is None else frozenset(hosts)
+        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,8 +87,9 @@ class Guard:
         call = _Call(scope, receive, send, self.service)
         try:
             self._check(call)
-            await call.read()
-            await self.app(scope, call.replay, call.send)
+            with self._place(call):
+                await call.read()
+                await self.app(scope, call.replay, call.send)
         except Refusal as refusal:
             await call.refuse(refusal)
         except Exception as error:
@@ -93,6 +98,20 @@ class Guard:
             await call.refuse(Refusal(500, "the server failed.", code="internal_error"))
         finally:
             call.finish()
+
+    @contextlib.contextmanager
+    def _place(self, call: _Call) -> Iterator[None]:
+        """A request for answers has one at least, so more of them than there are places for answers needn't be read."""
+        if call.path not in ANSWERS:
+            yield
+            return
+        if self._inside >= self.service.places:
+            raise self.service.busy()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
 
     def _check(self, call: _Call) -> None:
         if self.hosts is not None:
@@ -115,7 +134,9 @@ class _Call:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service):
         self.scope, self._receive, self._send, self.service = scope, receive, send, service
-        self.path = scope["path"]
+        self.path = get_route_path(
+            scope
+        )  # as the routes see it, also where the server is below a path of its own
         self.headers = dict(scope["headers"])
         asked = self.header(b"x-request-id") or ""
         self.id = asked if _ID.fullmatch(asked) else uuid.uuid4().hex

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,6 +19,11 @@ _numbers = itertools.count()
 
 class ServingError(PhatgooseError):
     """The server can't be started as asked, or its engine can't do something."""
+
+
+def told(error: BaseException) -> str:
+    """What clients may hear of an error. Ours say what is wrong; others' messages might repeat what somebody else asked."""
+    return str(error) if isinstance(error, PhatgooseError) else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,11 @@ class Job:
     """Whether a pass has run over some of it."""
     failure: str | None = None
     """Set by the engine where the sampling of this one failed."""
-    created: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=time.perf_counter)
+    """When the request came, by time.perf_counter()."""
     first_token: float | None = None
+    heard: Callable[[Job, int], None] = lambda job, tokens: None
+    """Told of new tokens as they come, before they are in `written`."""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _news: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
 
@@ -72,12 +80,10 @@ class Job:
         """Called on the event loop."""
         if news.tokens and self.first_token is None:
             self.first_token = time.perf_counter()
+        if news.tokens:
+            self.heard(self, len(news.tokens))
         self.written += news.tokens
         self._news.put_nowait(news)
-
-    def tell_from_thread(self, news: News) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.tell, news)
 
     async def news(self, deadline: float | None = None) -> AsyncIterator[News]:
         """What happens until it is finished.

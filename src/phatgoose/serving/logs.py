@@ -18,12 +18,14 @@ class Lines(logging.Formatter):
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": record.getMessage().strip(),
             **getattr(record, "facts", {}),
         }
         if record.exc_info and record.exc_info[0] is not None:
-            # The places only: an exception's message may repeat what a client said.
-            line["error"] = record.exc_info[0].__name__
+            # The kind and the places only: an exception's message may repeat what a client said.
+            kind, message = record.exc_info[0].__name__, str(record.exc_info[1])
+            line["event"] = line["event"].replace(message, kind) if message else line["event"]
+            line["error"] = kind
             line["at"] = self._places(record.exc_info[2])
         return json.dumps(line, ensure_ascii=False)
 
@@ -38,10 +40,14 @@ class Lines(logging.Formatter):
 
 
 def set_up(stream: TextIO | None = None) -> None:
-    """Writes the server's log, and uvicorn's warnings, to standard error."""
+    """Writes the server's log, uvicorn's warnings, and what ends transformers' loop, to standard error."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(Lines())
-    for name, level in (("phatgoose.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+    for name, level in (
+        ("phatgoose.serve", logging.INFO),
+        ("uvicorn.error", logging.WARNING),
+        ("ContinuousBatchingLogger", logging.ERROR),
+    ):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

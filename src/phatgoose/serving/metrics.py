@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class Metrics:
         )
         self.first = Histogram(
             "phatgoose_first_token_seconds",
-            "From a request to its first token.",
+            "From a request to the first token of each answer.",
             buckets=SECONDS,
             registry=self.registry,
         )
@@ -64,6 +66,13 @@ class Metrics:
         ):
             Gauge(name, what, registry=self.registry).set_function(value)
         engine.on_load = self.take_load
+
+    def heard(self, kind: str, job: Job, tokens: int) -> None:
+        """New tokens of an answer; with the first, that its prompt was read."""
+        if not job.written:
+            self.first.observe(time.perf_counter() - job.began)
+            self.tokens.labels("prompt", kind).inc(len(job.prompt))
+        self.tokens.labels("answer", kind).inc(tokens)
 
     def take_load(self, job: Job, weights: Tensor, choices: int) -> None:
         """One job's part in a watched pass."""

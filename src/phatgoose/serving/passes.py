@@ -61,7 +61,9 @@ class Passes:
                 _told(job, one.state.generated_tokens, s)
                 for job, one, s in zip(jobs, batch, starts, strict=True)
             ]
-        plan = Plan([job.way for job in jobs], lengths, kept, self.engine.watched(jobs), skip, told)
+        # One that was cancelled just now goes by the base: what its way was made of may be taken off the model by now.
+        ways = [job.way if job.id in self.engine.jobs else None for job in jobs]
+        plan = Plan(ways, lengths, kept, self.engine.watched(jobs), skip, told)
         self._running, self.engine.mixed.plan = (plan, jobs, batch, rows), plan
         if self.engine.base.model.config._attn_implementation == attention.NAME:
             kwargs["attention_mask"] = _NO_MASK  # or one would be made, to be ignored

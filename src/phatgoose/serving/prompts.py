@@ -13,10 +13,9 @@ from phatgoose.errors import TaskError
 from phatgoose.models.base import Base
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.schema import Message
-from phatgoose.tasks.batch import encode_pair
+from phatgoose.tasks.batch import prompt_ids
 
 T = TypeVar("T")
-_UNLIMITED = 2**31
 
 
 class Prompts:
@@ -64,16 +63,9 @@ class Prompts:
 
     def _encode(self, text: str) -> list[int]:
         try:
-            found = encode_pair(
-                self.base.tokenizer,
-                text,
-                "a",
-                is_encoder_decoder=self.base.is_encoder_decoder,
-                max_length=_UNLIMITED,
-            )
+            return list(prompt_ids(self.base.tokenizer, text, self.base.is_encoder_decoder))
         except TaskError:
             raise Refusal(400, "prompt: it has no tokens.", param="prompt") from None
-        return list(found.prompt_ids)
 
     def _render(self, turns: list[dict[str, Any]]) -> list[int]:
         apply: Any = self.base.tokenizer.apply_chat_template

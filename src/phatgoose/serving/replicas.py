@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from phatgoose.serving.app import make_app
+from phatgoose.serving.logs import set_up
 from phatgoose.serving.run import read_keys
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
@@ -57,6 +58,7 @@ def app(args: ReplicaSettings) -> serve.Application:
     limits = ServeSettings(**args.settings)
 
     def build() -> Any:
+        set_up()
         return make_app(make_service(args), read_keys(None, None))
 
     class Replica:

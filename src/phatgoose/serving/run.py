@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from socket import socket
 from types import FrameType
@@ -93,6 +93,26 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def uvicorn_config(
+    service: Service,
+    keys: Keys | None = None,
+    hosts: Collection[str] | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> uvicorn.Config:
+    """How uvicorn is to run the service's interface."""
+    return uvicorn.Config(
+        make_app(service, keys, hosts),
+        host=host,
+        port=port,
+        http="h11",  # which bounds a request's head, and is always there
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=int(service.settings.drain_seconds),
+    )
+
+
 def serve(
     service: Service,
     host: str = "127.0.0.1",
@@ -113,16 +133,7 @@ def serve(
     check_host(host, keys)
     hosts = LOCAL_NAMES if is_local(host) and not keys.api else None
     set_up()
-    config = uvicorn.Config(
-        make_app(service, keys, hosts),
-        host=host,
-        port=port,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=int(service.settings.drain_seconds),
-    )
-    server = Server(config, service, ready)
+    server = Server(uvicorn_config(service, keys, hosts, host, port), service, ready)
     log.info(
         "starting", extra={"facts": {"host": host, "port": port, "engine": type(service.engine).__name__}}
     )

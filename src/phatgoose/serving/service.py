@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.limits import end_tokens
 from phatgoose.serving import batches, continuous
 from phatgoose.serving.catalogue import Catalogue, Found
 from phatgoose.serving.changes import Changes
-from phatgoose.serving.engine import Engine, end_tokens
+from phatgoose.serving.engine import Engine
 from phatgoose.serving.experts import Experts
 from phatgoose.serving.job import Job, ServingError
 from phatgoose.serving.metrics import Metrics
@@ -33,7 +35,8 @@ class Ask:
     found: Found
     prompts: list[list[int]]
     writers: list[Writer]
-    began: float = field(default_factory=time.perf_counter)
+    began: float
+    """When the request came, by time.perf_counter()."""
 
 
 class Service:
@@ -65,7 +68,7 @@ class Service:
             max_routers=self.settings.max_routers,
         )
         self.changes, self.catalogue = Changes(self.experts, folder), Catalogue(self.experts, name)
-        self.prompts, self.ends = Prompts(base), end_tokens(base)
+        self.prompts, self.ends = Prompts(base), end_tokens(base.model, base.tokenizer.eos_token_id)
         self.created = int(time.time())
         self.draining = self.started = False
         self.failure: PhatgooseError | None = None
@@ -109,18 +112,25 @@ class Service:
             raise Refusal(
                 400, f"{answers} answers are asked for, and at most {self.settings.max_answers} are given to a request.", param="n"
             )  # fmt: skip
-        room = self.settings.max_running + self.settings.max_waiting
-        if len(self.engine.jobs) + answers > room:
-            raise Refusal(
-                429, "the server is busy: too many answers are waiting.", code="busy", headers={"Retry-After": str(self.wait())}
-            )  # fmt: skip
+        if len(self.engine.jobs) + answers > self.places:
+            raise self.busy()
 
-    def wait(self) -> int:
+    @property
+    def places(self) -> int:
+        """How many answers may be written or wait."""
+        return self.settings.max_running + self.settings.max_waiting
+
+    def busy(self) -> Refusal:
+        return Refusal(
+            429, "the server is busy: too many answers are waiting.", code="busy", headers={"Retry-After": str(self._wait())}
+        )  # fmt: skip
+
+    def _wait(self) -> int:
         """Seconds after which it makes sense to come again: about as long as a place takes to become free."""
-        ages = [time.perf_counter() - job.created for job in self.engine.jobs.values() if job.started]
+        ages = [time.perf_counter() - job.began for job in self.engine.jobs.values() if job.started]
         return max(1, min(60, round(max(ages, default=1) / max(len(ages), 1))))
 
-    async def ask(self, found: Found, request: Common, branch_seed: int | None = None) -> Ask:
+    async def ask(self, found: Found, request: Common, began: float) -> Ask:
         """The jobs of a request, handed to the engine.
 
         Raises:
@@ -152,12 +162,14 @@ class Service:
                     max(limit, 1),
                     self.ends,
                     watch=bool(request.phatgoose and request.phatgoose.experts),
-                    score=score if not i else None,
+                    score=score,
+                    began=began,
+                    heard=partial(self.metrics.heard, found.kind),
                 )
                 writers.append(Writer(self.engine, self.base.tokenizer, job, request.stops))
         for writer in writers:
             self.engine.submit(writer.job)
-        return Ask(found, prompts, writers)
+        return Ask(found, prompts, writers, began)
 
     def room(self, request: Common, prompt: Sequence[int], chat: bool) -> int:
         """How many tokens an answer may have.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phatgoose.tasks.batch import decoded
+
 UNFINISHED = "\ufffd"
 """What a decoder writes for bytes of a character whose other bytes are still to come."""
 
@@ -40,7 +42,7 @@ class Decoder:
         return whole[len(known) :]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return decoded(self.tokenizer, ids)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.models.base import Base
+from phatgoose.models.limits import end_tokens
 from phatgoose.records import Example
 from phatgoose.tasks.batch import pad_id
 from phatgoose.training.preserve import preserved_random_state
@@ -59,7 +60,7 @@ Text = tuple[str, bool]
 def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int) -> list[Text]:
     """Batch `number`: its texts depend on nothing but the settings and this number."""
     model, tokenizer, size = base.model, base.tokenizer, config.rows_per_batch
-    ends = _ends(base)
+    ends = end_tokens(base.model, base.tokenizer.eos_token_id)
     if prompts:
         texts = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
         inputs = [_encoded(base, text) for text in texts]
@@ -157,13 +158,6 @@ def _encoded(base: Base, prompt: str) -> list[int]:
     if not base.is_encoder_decoder and len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
         return ids[:-1]
     return ids
-
-
-def _ends(base: Base) -> frozenset[int]:
-    """The tokens that end a text: the checkpoint's, and the one that ends training targets."""
-    listed = base.model.generation_config.eos_token_id
-    found = [*(listed if isinstance(listed, list) else [listed]), base.tokenizer.eos_token_id]
-    return frozenset(int(token) for token in found if token is not None)
 
 
 @contextlib.contextmanager

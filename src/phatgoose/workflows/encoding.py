@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.evaluation.continuations import context_length
 from phatgoose.models.base import Base
+from phatgoose.models.limits import context_length
 from phatgoose.tasks.batch import prompt_ids
 
 

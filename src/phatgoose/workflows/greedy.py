@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-from phatgoose.evaluation.continuations import decoder_start
-from phatgoose.evaluation.generate import end_tokens, settings_are_own
+from phatgoose.evaluation.generate import settings_are_own
 from phatgoose.models.base import Base
+from phatgoose.models.limits import decoder_start, end_tokens
 from phatgoose.tasks.batch import pad_id
 
 
