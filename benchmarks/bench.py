@@ -40,11 +40,23 @@ def main() -> None:
     parser.add_argument("--models-only", action="store_true", help="whole models, no single layers")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
+        "--shape", choices=list(models.SHAPES), default="smollm2-135m", help="whose sizes the base has"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=30, help="how many blocks; of an encoder–decoder, on either side"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a few rounds of a small model, to see that it runs"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    record: dict[str, object] = {"machine": machine(), "models": [], "layers": []}
+    record: dict[str, object] = {
+        "machine": machine(),
+        "shape": options.shape,
+        "blocks": options.blocks,
+        "models": [],
+        "layers": [],
+    }
     if not options.layers_only:
         bandwidth = read_bandwidth(64 if options.quick else 1024)
         record["read_bandwidth_gb_s"] = bandwidth / 1e9
@@ -69,7 +81,7 @@ def whole_models(
     experts: int, names: list[str], options: argparse.Namespace, bandwidth: float
 ) -> list[dict[str, object]]:
     """Every step of one pool size."""
-    model = models.base_model(2 if options.quick else 30)
+    model = models.base_model(2 if options.quick else options.blocks, options.shape)
     ways = models.Ways(model, models.random_pool(model, experts, options.rank), ["base", *names])
     found = []
     for step, rounds in ((models.DECODE_1, 30), (models.DECODE_8, 20), (models.PREFILL, 5)):

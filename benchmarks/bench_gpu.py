@@ -95,6 +95,7 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
             ways.detach()
         graph = medians(captured, rounds)
         distinct = models.distinct_experts(ways, run)
+        read = models.weights_read(ways.model, run)
     del captured
     gc.collect()
     return {
@@ -104,7 +105,7 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
         "rounds": rounds,
         "eager": models.beside_base(eager),
         "graph": {**models.beside_base(graph), "refused": refused},
-        **models.cost(ways, step, distinct),
+        **models.cost(ways, distinct, read),
     }
 
 

@@ -1,4 +1,4 @@
-"""Whole models: a random base of SmolLM2-135M's shape, random experts at every linear layer, and the ways to route them.
+"""Whole models: a random base of some model's shape, random experts at every linear layer, and the ways to route them.
 
 All ways share one base and one set of stacks; each round attaches a way, times one step, and takes it off again.
 """
@@ -15,7 +15,15 @@ from bench_machine import medians
 from peft import ArrowConfig
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -41,21 +49,30 @@ SHAPES = {
         "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
         "tie_word_embeddings": False,
     },
+    "t5-xl": {
+        "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
-def base_model(layers: int = 30, shape: str = "smollm2-135m", device: str = "cpu") -> LlamaForCausalLM:
+def base_model(layers: int = 30, shape: str = "smollm2-135m", device: str = "cpu") -> PreTrainedModel:
+    """A random model of this shape, in bfloat16; an encoder–decoder has `layers` blocks on either side."""
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=8192, **SHAPES[shape])
     with torch.device(device):
-        model = LlamaForCausalLM(config)
+        if "d_model" in SHAPES[shape]:
+            model = T5ForConditionalGeneration(T5Config(num_layers=layers, **SHAPES[shape]))
+        else:
+            model = LlamaForCausalLM(
+                LlamaConfig(num_hidden_layers=layers, max_position_embeddings=8192, **SHAPES[shape])
+            )
     model = model.to(torch.bfloat16).eval().requires_grad_(False)
     # Or attention averages random tokens into one another, and all of them choose the same few experts.
     model.get_input_embeddings().weight.mul_(100)
     return model
 
 
-def random_pool(model: LlamaForCausalLM, experts: int, rank: int) -> Pool:
+def random_pool(model: PreTrainedModel, experts: int, rank: int) -> Pool:
     """Experts of random values with random gates at every linear layer; one expert's tensors are slices of a module's."""
     generator = torch.Generator().manual_seed(1)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
@@ -81,7 +98,7 @@ def random_pool(model: LlamaForCausalLM, experts: int, rank: int) -> Pool:
 class Ways:
     """How to attach and take off each contestant."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     pool: Pool
     names: list[str]
     routings: dict[str, Routing] = field(default_factory=dict)
@@ -178,18 +195,30 @@ DECODE_1, DECODE_8, PREFILL = (
 )
 
 
-def runner(model: LlamaForCausalLM, step: Step) -> Callable[[int], Tensor]:
-    """A function of the round's number, which decides the tokens."""
-    ids = torch.randint(0, 49152, (64, step.batch, step.length), generator=torch.Generator().manual_seed(2))
+def runner(model: PreTrainedModel, step: Step) -> Callable[[int], Tensor]:
+    """A function of the round's number, which decides the tokens. An encoder–decoder's prefill is its encoder and one token of its
+    decoder; its decode step is the decoder's, behind PAST tokens and as many encoded ones.
+    """
+    size = model.config.vocab_size
+    ids = torch.randint(0, size, (64, step.batch, step.length), generator=torch.Generator().manual_seed(2))
+    past = torch.randint(0, size, (step.batch, PAST), generator=torch.Generator().manual_seed(3))
+    start = torch.zeros(step.batch, 1, dtype=torch.long)
+    two = model.config.is_encoder_decoder
     if step.length > 1:
+        if two:
+            return lambda number: model(ids[number % 64], decoder_input_ids=start, use_cache=False).logits
         return lambda number: model(ids[number % 64], use_cache=False, logits_to_keep=1).logits
-    cache = DynamicCache(config=model.config)
-    past = torch.randint(0, 49152, (step.batch, PAST), generator=torch.Generator().manual_seed(3))
-    model(past, past_key_values=cache, use_cache=True)
+    cache: EncoderDecoderCache | DynamicCache = DynamicCache(config=model.config)
+    given: dict[str, object] = {"past_key_values": cache, "use_cache": True}
+    if two:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        given |= {"past_key_values": cache, "encoder_outputs": model.encoder(past)}
+    name = "decoder_input_ids" if two else "input_ids"
+    model(**{name: past}, **given)
 
     def decode(number: int) -> Tensor:
-        logits = model(ids[number % 64], past_key_values=cache, use_cache=True).logits
-        cache.crop(-1)
+        logits = model(**{name: ids[number % 64]}, **given).logits
+        (cache.self_attention_cache if two else cache).crop(-1)
         return logits
 
     return decode
@@ -203,10 +232,10 @@ def measure(ways: Ways, step: Step, rounds: int) -> dict[str, object]:
             dict.fromkeys(ways.names, run), rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names}
         )
         distinct = distinct_experts(ways, run)
-    ways.detach()
+        read = weights_read(ways.model, run)
     return {
         "step": step.name, "tokens": step.tokens, "experts": len(ways.pool.experts), "rounds": rounds,
-        **beside_base(found), **cost(ways, step, distinct),
+        **beside_base(found), **cost(ways, distinct, read),
     }  # fmt: skip
 
 
@@ -219,8 +248,8 @@ def beside_base(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
     }
 
 
-def distinct_experts(ways: Ways, run: Callable[[int], Tensor]) -> list[int]:
-    """How many experts each module really used in one step."""
+def distinct_experts(ways: Ways, run: Callable[[int], object]) -> dict[str, int]:
+    """How many experts each module really used in one step, by the paths of those that ran."""
     ways.detach()
     routing = next(iter(ways.routings.values()))
     routing.attach()
@@ -228,26 +257,37 @@ def distinct_experts(ways: Ways, run: Callable[[int], Tensor]) -> list[int]:
         run(1)
     routing.detach()
     ways.model.__dict__.pop("_phatgoose_routing", None)
-    return [int(c.experts[c.experts >= 0].unique().numel()) for c in seen.choices]
+    return {c.path: int(c.experts[c.experts >= 0].unique().numel()) for c in seen.choices}
 
 
-def cost(ways: Ways, step: Step, distinct: list[int]) -> dict[str, object]:
-    """Bytes and multiplications of the base and of what routing adds, at this step, and their ratio: the floors.
+def weights_read(model: PreTrainedModel, run: Callable[[int], object]) -> int:
+    """Bytes of the base's weights that one step reads: those of the modules that ran, without tables of which it reads a few rows."""
+    read: dict[int, int] = {}
 
-    Bytes at decode: every weight of the base once, every gate once (in bfloat16, as in the issue; the kernel reads 8 bits), the
-    chosen experts' rows once a module. Multiplications at prefill: linear layers, gates and two experts a token.
+    def note(module: nn.Module, *_: object) -> None:
+        if not isinstance(module, nn.Embedding):
+            read.update({id(p): p.numel() * p.element_size() for p in module.parameters(recurse=False)})
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    run(1)
+    for handle in handles:
+        handle.remove()
+    return sum(read.values())
+
+
+def cost(ways: Ways, distinct: dict[str, int], base_bytes: int) -> dict[str, object]:
+    """Bytes and multiplications of the base and of what routing adds, at a step, and their ratio: the floors.
+
+    Bytes at decode: every weight of the base that the step reads once, every gate once (in bfloat16, as in the issue; the kernel reads
+    8 bits), the chosen experts' rows once a module. Multiplications at prefill: linear layers, gates and two experts a token.
     """
-    model = ways.model
-    base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not model.config.tie_word_embeddings:  # of which a step reads a row a token
-        embeddings = model.get_input_embeddings().weight
-        base_bytes -= embeddings.numel() * embeddings.element_size()
-    linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in ways.sites)
-    gates = sum(s.stack.experts * s.stack.A.shape[1] for s in ways.sites)
-    rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in ways.sites]
-    chosen = 2 * sum(n * r for n, r in zip(distinct, rows, strict=True))
+    sites = [s for s in ways.sites if s.path in distinct]
+    linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in sites)
+    gates = sum(s.stack.experts * s.stack.A.shape[1] for s in sites)
+    rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in sites]
+    chosen = 2 * sum(distinct[s.path] * r for s, r in zip(sites, rows, strict=True))
     return {
-        "distinct_experts": sum(distinct) / len(distinct),
+        "distinct_experts": sum(distinct.values()) / len(distinct),
         "base_bytes": base_bytes,
         "gate_bytes": {"bfloat16": 2 * gates, "8 bits": gates},
         "expert_bytes": chosen,
