@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phatgoose.cli import show
-from phatgoose.cli.options import BASE_HELP, TASK_HELP, DeviceOption, DtypeOption, with_settings
+from phatgoose.cli.options import (
+    TASK_HELP,
+    DeviceOption,
+    DtypeOption,
+    LimitTrainOption,
+    RecordedBaseOption,
+    with_settings,
+)
 from phatgoose.training.config import GateConfig
 
 if TYPE_CHECKING:
@@ -23,9 +30,7 @@ def command(
     expert: Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")],
     config: GateConfig,
     task: Annotated[str | None, typer.Option("--task", help=f"{TASK_HELP} Not with --generated.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
-    ] = None,
+    base: RecordedBaseOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Where the expert with its gates goes; into its own folder if not given."),
@@ -34,10 +39,7 @@ def command(
         Path | None,
         typer.Option("--work", help="Where checkpoints are kept until it is done; OUT.work if not given."),
     ] = None,
-    limit_train: Annotated[
-        int | None,
-        typer.Option("--limit-train", min=1, help="Only the first rows of the task's training split."),
-    ] = None,
+    limit_train: LimitTrainOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace other gates that are there already.")
     ] = False,
@@ -78,7 +80,7 @@ def command(
     """
     from phatgoose.cli import folders
     from phatgoose.cli.generated import wanted
-    from phatgoose.cli.loading import load
+    from phatgoose.cli.loading import load_recorded
     from phatgoose.experts.expert import Expert
     from phatgoose.experts.tensor_files import all_identical
     from phatgoose.tasks import load_task
@@ -106,7 +108,7 @@ def command(
         and not (folders.made_so(record, None, rows, config) and (writing is None or writing.made(record)))
     ):
         raise _taken(target)
-    model = load(base or _recorded(source), dtype, device)
+    model = load_recorded(source, base, dtype, device)
     if there.gates is not None and not overwrite:
         if not folders.made_so(record, model, rows, config):
             raise _taken(target)
@@ -128,15 +130,6 @@ def command(
         gated.save(target)
         folders.clear_work(work)
         _summary(gated, target)
-
-
-def _recorded(expert: Expert) -> str:
-    from phatgoose.errors import ExpertError
-
-    if expert.base is None:
-        raise ExpertError(f"expert {expert.name!r} doesn't record its base: say which one with --base.")
-    show.note(f"base: {expert.base.spec} (recorded in the expert)")
-    return expert.base.spec
 
 
 def _summary(expert: Expert, target: Path) -> None:

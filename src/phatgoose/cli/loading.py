@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.cli import show
 from phatgoose.cli.packing import show_copied
-from phatgoose.errors import RoutingError
+from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
@@ -48,6 +49,20 @@ def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
     for text in base.notes:
         show.note(f"note: {text}")
     return base
+
+
+def load_recorded(expert: Expert, spec: str | None, dtype: str, device: str) -> Base:
+    """`load` of the base that is asked for, or else of the one that the expert records, which is said.
+
+    Raises:
+        ExpertError: it records none.
+    """
+    if spec is None:
+        if expert.base is None:
+            raise ExpertError(f"expert {expert.name!r} doesn't record its base: say which one with --base.")
+        spec = expert.base.spec
+        show.note(f"base: {spec} (recorded in the expert)")
+    return load(spec, dtype, device)
 
 
 def load_pool(folder: Path | None) -> Pool | None:

@@ -23,6 +23,12 @@ TASK_HELP = (
     "The task: bigbench:NAME, bbh:NAME, jsonl:PATH, hf:DATASET or p3:CONFIG (see `phatgoose tasks --help`)."
 )
 BaseOption = Annotated[str, typer.Option("--base", help=BASE_HELP)]
+RecordedBaseOption = Annotated[
+    str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
+]
+LimitTrainOption = Annotated[
+    int | None, typer.Option("--limit-train", min=1, help="Only the first rows of the task's training split.")
+]
 TaskOption = Annotated[str, typer.Option("--task", help=TASK_HELP)]
 DtypeOption = Annotated[
     str,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phatgoose.cli import show
-from phatgoose.cli.options import BASE_HELP, DeviceOption, DtypeOption, TaskOption, with_settings
+from phatgoose.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    LimitTrainOption,
+    RecordedBaseOption,
+    TaskOption,
+    with_settings,
+)
 from phatgoose.training.signature_config import SignatureConfig
 
 if TYPE_CHECKING:
@@ -21,9 +28,7 @@ def command(
     expert: Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")],
     config: SignatureConfig,
     task: TaskOption,
-    base: Annotated[
-        str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
-    ] = None,
+    base: RecordedBaseOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -36,10 +41,7 @@ def command(
             "--work", help="Where the sums so far are kept until it is done; OUT.work if not given."
         ),
     ] = None,
-    limit_train: Annotated[
-        int | None,
-        typer.Option("--limit-train", min=1, help="Only the first rows of the task's training split."),
-    ] = None,
+    limit_train: LimitTrainOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another signature that is there already.")
     ] = False,
@@ -52,7 +54,7 @@ def command(
     soft-centroid). Nothing is trained. Use the rows the expert was trained on. Stopped, the same command goes on.
     """
     from phatgoose.cli import folders
-    from phatgoose.cli.loading import load
+    from phatgoose.cli.loading import load_recorded
     from phatgoose.errors import ExpertError
     from phatgoose.experts.expert import Expert
     from phatgoose.tasks import load_task
@@ -62,9 +64,7 @@ def command(
     folders.check_target(target, keeps_card=out is None or out == expert)
     source = Expert.load(expert)
     rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-    if base is None and source.base is None:
-        raise ExpertError(f"expert {source.name!r} doesn't record its base: say which one with --base.")
-    model = load(base or source.base.spec, dtype, device)  # type: ignore[union-attr]
+    model = load_recorded(source, base, dtype, device)
     from phatgoose.models.encoder import load_encoder
     from phatgoose.training.signature import make_signature, signature_key
 

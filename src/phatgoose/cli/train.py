@@ -15,6 +15,7 @@ from phatgoose.cli.options import (
     BaseOption,
     DeviceOption,
     DtypeOption,
+    LimitTrainOption,
     TaskOption,
     with_settings,
 )
@@ -43,9 +44,7 @@ def command(
         Path | None,
         typer.Option("--work", help="Where checkpoints are kept until it is done; OUT.work if not given."),
     ] = None,
-    limit_train: Annotated[
-        int | None, typer.Option("--limit-train", min=1, help="Only the first rows of the training split.")
-    ] = None,
+    limit_train: LimitTrainOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another expert that is in OUT already.")
     ] = False,
