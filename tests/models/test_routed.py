@@ -360,6 +360,19 @@ def test_offloaded_bases_route_like_resident_ones(mixed, family, tmp_path):
         assert relative(found, expected) < 1e-5
 
 
+def test_attaching_twice_is_attaching_once(mixed):
+    base, pool = mixed("llama")
+    plain, batch = logits(base, batch_of(base)), batch_of(base)
+    route(base, pool)
+    expected, routing = logits(base, batch), routing_of(base)
+    routing.attach()
+    assert torch.equal(logits(base, batch), expected)
+    routing.detach()
+    assert torch.equal(logits(base, batch), plain)
+    routing.attach()
+    assert torch.equal(logits(base, batch), expected)
+
+
 def test_hooks_of_others_stay(mixed):
     base, pool = mixed("llama")
     seen = []

@@ -159,6 +159,9 @@ class Routing:
         return {site.path: site.copied for site in self.sites if site.copied}
 
     def attach(self) -> None:
+        """Does nothing if it is attached: hooks that stand twice would add every update twice."""
+        if self._handles:
+            return
         self.model.__dict__[ATTRIBUTE] = self
         self._handles = self.streams.attach()
         self._handles += [

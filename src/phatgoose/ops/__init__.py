@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
@@ -57,16 +58,17 @@ class Backend:
 
 
 def _auto_mix(
-    u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
+    kernels: str,
+    u: Tensor,
+    y: Tensor,
+    stack: Stack,
+    chosen: Tensor,
+    weights: Tensor,
+    layer: Layer | None = None,
 ) -> Tensor:
-    way = fast if cpu.obstacle(u, y, stack) else cpu
-    return way.mix(u, y, stack, chosen, weights, layer)
-
-
-def _auto_gpu_mix(
-    u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
-) -> Tensor:
-    way = fast if triton_backend.obstacle(u, y, stack) else triton_backend
+    """By these kernels where they can, else by torch."""
+    own: ModuleType = {"cpu": cpu, "triton": triton_backend}[kernels]
+    way = fast if own.obstacle(u, y, stack) else own
     return way.mix(u, y, stack, chosen, weights, layer)
 
 
@@ -95,8 +97,14 @@ BACKENDS = {
         "triton", triton_backend.gate_scores, triton_backend.choose, triton_backend.mix, _triton_fuse
     ),
 }
-_AUTO = Backend("auto", fast.gate_scores, fast.choose, _auto_mix, _auto_fuse)
-_AUTO_GPU = Backend("auto", fast.gate_scores, fast.choose, _auto_gpu_mix, partial(_triton_fuse, strict=False))
+_AUTO = Backend("auto", fast.gate_scores, fast.choose, partial(_auto_mix, "cpu"), _auto_fuse)
+_AUTO_GPU = Backend(
+    "auto",
+    fast.gate_scores,
+    fast.choose,
+    partial(_auto_mix, "triton"),
+    partial(_triton_fuse, strict=False),
+)
 
 
 def backend(name: str = "auto", device: str = "cpu") -> Backend:

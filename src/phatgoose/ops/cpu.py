@@ -88,11 +88,8 @@ def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
     """Why the kernel can't do this call, and what to do; None if it can."""
     if not (u.is_cpu and y.is_cpu and stack.A.is_cpu):
         return 'it runs on CPUs only. Use backend "auto" or "torch".'
-    if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
-        return (
-            "it has no backward pass, and a gradient is asked for. Run the model under torch.no_grad() or "
-            'torch.inference_mode(), or use backend "auto" or "torch".'
-        )
+    if (why := fast.gradient_refused(u, y)) is not None:
+        return why
     if not stack.embedding and (
         u.dtype not in DTYPES or y.dtype not in DTYPES or stack.A.dtype not in DTYPES
     ):
@@ -126,9 +123,7 @@ def mix(
         chosen, weights = chosen.contiguous(), weights.float().contiguous()
         site = _mixing(stack, chosen.shape[1])
         _run(site, u.contiguous(), y.contiguous(), added, chosen, weights, u.shape[0])
-    if stack.low_rank_only:
-        return added
-    return (added + fast._others(u, y, stack, chosen, weights, layer)).to(y.dtype)
+    return fast.with_others(added, u, y, stack, chosen, weights, layer)
 
 
 class Fused:
@@ -223,11 +218,7 @@ class Fused:
         u, y = u.contiguous(), y.contiguous()
         out = torch.empty_like(y)
         _run(self._at, u, y, out, chosen, weights, n)
-        if not self.plain:
-            flat_u, flat_y = u.view(n, u.shape[-1]), y.view(n, y.shape[-1])
-            more = fast._others(flat_u, flat_y, self.stack, chosen, weights, self.layer)
-            out = (out + more.reshape(y.shape)).to(y.dtype)
-        return out, chosen, weights
+        return fast.with_others(out, u, y, self.stack, chosen, weights, self.layer), chosen, weights
 
 
 def scanned_update(

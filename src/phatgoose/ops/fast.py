@@ -37,9 +37,28 @@ def mix(
     if chosen.numel() == 0:
         return y
     added = y if stack.A.shape[0] == 0 else _low_rank(u, y, stack, chosen, weights)
+    return with_others(added, u, y, stack, chosen, weights, layer)
+
+
+def with_others(
+    added: Tensor, u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None
+) -> Tensor:
+    """`added`, which is y + the low-rank parts, with all other parts; u: [..., d_in], y: [..., d_out], chosen and weights: [N, k]."""
     if stack.low_rank_only:
         return added
-    return (added + _others(u, y, stack, chosen, weights, layer)).to(y.dtype)
+    flat = u.reshape(-1) if stack.embedding else u.reshape(-1, u.shape[-1])
+    others = _others(flat, y.reshape(-1, y.shape[-1]), stack, chosen, weights, layer)
+    return (added + others.reshape(y.shape)).to(y.dtype)
+
+
+def gradient_refused(u: Tensor, y: Tensor) -> str | None:
+    """Why a way that is for inference only can't do this call, and what to do; None where no gradient is asked for."""
+    if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
+        return (
+            "it has no backward pass, and a gradient is asked for. Run the model under torch.no_grad() or "
+            'torch.inference_mode(), or use backend "auto" or "torch".'
+        )
+    return None
 
 
 def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -73,11 +73,8 @@ def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
         if tensor.device.type != device:
             where = "is interpreted here, on CPUs" if device == "cpu" else "runs on GPUs"
             return f'it {where}, and this is on {tensor.device}. Use backend "auto" or "torch".'
-    if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
-        return (
-            "it has no backward pass, and a gradient is asked for. Run the model under torch.no_grad() or "
-            'torch.inference_mode(), or use backend "auto" or "torch".'
-        )
+    if (why := fast.gradient_refused(u, y)) is not None:
+        return why
     if not stack.embedding and not (u.dtype in DTYPES and y.dtype in DTYPES and stack.A.dtype in DTYPES):
         return (
             f"it computes in float32, bfloat16 and float16, not in {stack.A.dtype} on {u.dtype}. "
@@ -112,9 +109,7 @@ def mix(
             added = routed_mix(u, y, chosen, weights, r.a, r.b, r.owners, r.scales, r.widest)
         else:
             added = mixed(r, u, y, chosen, weights)
-    if stack.low_rank_only:
-        return added
-    return (added + fast._others(u, y, stack, chosen, weights, layer)).to(y.dtype)
+    return fast.with_others(added, u, y, stack, chosen, weights, layer)
 
 
 class Fused:
@@ -165,8 +160,4 @@ class Fused:
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Also who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
         out, chosen, weights = updated(rows_of(self.stack), u, y, self.gates, self.top_k)
-        if not self.stack.low_rank_only:
-            flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
-            others = fast._others(flat_u, flat_y, self.stack, chosen, weights, self.layer)
-            out = (out + others.reshape(y.shape)).to(y.dtype)
-        return out, chosen, weights
+        return fast.with_others(out, u, y, self.stack, chosen, weights, self.layer), chosen, weights
