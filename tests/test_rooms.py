@@ -18,7 +18,7 @@ ORDER = [
     {"tasks", "experts", "ops"},
     {"routers"},
     {"models"},
-    {"training", "evaluation", "analysis", "serving"},
+    {"training", "evaluation", "analysis", "serving", "vllm"},
     {"workflows"},
     {"ui"},
     {"cli"},

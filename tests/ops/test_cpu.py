@@ -330,6 +330,24 @@ def test_compilers_carry_it_as_one_operator():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_choices_made_elsewhere_are_mixed_by_an_operator(dtype, tokens):
+    u, y, stack, gates = problem(tokens, (3, 2, 0, 1), dtype=dtype)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 3)
+    chosen[::2, 1] = -1
+    expected = reference.mix(u, y, stack, chosen, weights)
+    arguments = (u, y, chosen, weights, *cpu._tensors(stack), 0)
+    before = y.clone()
+    found = torch.ops.phatgoose.routed_mix.default(*arguments)
+    assert torch.equal(y, before)
+    if tokens:
+        assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 5e-3)
+    torch.library.opcheck(
+        torch.ops.phatgoose.routed_mix.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
 def test_the_scan_holds_what_it_promises():
     gates = hard_gates(37, 65)
     found = scan(gates)

@@ -234,3 +234,15 @@ def scanned_update(
     out = torch.empty_like(y)
     _run(ctypes.addressof(site), u.contiguous(), y, out, None, None, u.shape[0])
     return out
+
+
+def chosen_update(
+    u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> Tensor:
+    """What the operator phatgoose::routed_mix does on CPUs."""
+    site = _site(*rows, chosen.shape[1])
+    y = y.contiguous()
+    out = torch.empty_like(y)
+    chosen, weights = chosen.contiguous(), weights.float().contiguous()
+    _run(ctypes.addressof(site), u.contiguous(), y, out, chosen, weights, u.shape[0])
+    return out

@@ -39,7 +39,14 @@ def _(
 def routed_mix(
     u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, a: Tensor, b: Tensor, owners: Tensor, scales: Tensor, widest: int
 ) -> Tensor:  # fmt: skip
-    """y + Σ w Δ(u) by Triton, a new tensor, of experts chosen elsewhere: chosen int64 and weights float32 [N, k], −1 is nothing."""
+    """y + Σ w Δ(u), a new tensor, of experts chosen elsewhere: chosen int64 and weights float32 [N, k], −1 is nothing.
+
+    `widest` is for Triton; 0 makes it the CPU kernel's call.
+    """
+    if not widest:
+        from phatgoose.ops import cpu
+
+        return cpu.chosen_update(u, y, chosen, weights, (a, b, owners, scales))
     from phatgoose.ops import triton_launch as triton
 
     rows = triton.Rows(a, b, owners, scales, widest)

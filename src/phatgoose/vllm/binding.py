@@ -1,0 +1,110 @@
+"""A pool and a router at one module, in the form that the operator carries: gates and low-rank rows. All else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.update import Update
+from phatgoose.models.fits import check_finite_stack
+from phatgoose.ops import Stack, make_stack
+from phatgoose.routers import Router, parse_router
+from phatgoose.routers.router import Candidates, Encoder, Setup
+
+
+def prepared(text: str, pool: Pool) -> Router:
+    """The router that `text` names, having looked at the pool.
+
+    Raises:
+        RoutingError, UnknownName: there is no such router, or it can't serve this pool, or it reads text.
+    """
+    router = parse_router(text)
+    router.check(pool.names)
+    if router.reads == "texts":
+        raise _no_gates(router)
+
+    def encoder(name: str) -> Encoder:
+        raise _no_gates(router)
+
+    return router.prepared(Setup(pool.experts, None, encoder))
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The experts at one module, with the null candidate where the router offers it."""
+
+    path: str
+    names: tuple[str, ...]
+    parts: tuple[Update | None, ...]
+    gates: Tensor
+    """Standardised, float32 [candidates, d_in]."""
+    top_k: int
+    pool: Pool
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """d_in and d_out."""
+        part = next(p for p in self.parts if p is not None)
+        return part.d_in, part.d_out
+
+    def stack(self, d_in: int, d_out: int, dtype: torch.dtype) -> Stack:
+        """The whole module's stack; of a packed pool in this dtype, views of its file.
+
+        Raises:
+            RoutingError: values that aren't finite in this dtype.
+        """
+        rows, _ = self.pool.rows(self.path, dtype)
+        null = (0,) * (len(self.parts) - len(rows.starts)) if rows is not None else ()
+        there = None if rows is None else (rows.A, rows.B, rows.starts + null)
+        stack = make_stack(self.parts, d_in, d_out, dtype, there)
+        check_finite_stack(stack, self.names, self.path, mapped=there is not None)
+        return stack
+
+
+def bind(pool: Pool, router: Router, path: str) -> Bound:
+    """The router at the module `path`.
+
+    Raises:
+        RoutingError: an expert here isn't LoRA alone, or lacks what the router needs, or the router doesn't choose by gates.
+    """
+    experts = [e for e in pool.experts if path in e.sizes]
+    parts: list[Update | None] = [e.updates[path] for e in experts]
+    for expert, update in zip(experts, parts, strict=True):
+        assert update is not None
+        if not update.is_low_rank:
+            kind = "an embedding's LoRA" if update.embedding else update.kind
+            raise RoutingError(
+                f"expert {expert.name!r} is {kind}{' with a bias' * (update.bias is not None)} at {path}; in vLLM only plain LoRA of "
+                "linear layers is routed. Serve a pool without it (`phatgoose pool remove`), or route it in transformers."
+            )
+    members = [pool.names.index(e.name) for e in experts]
+    gates = [(e.gates or {}).get(path) for e in experts]
+    if router.offers_null and len(experts) < len(pool):
+        members, parts, gates = [*members, -1], [*parts, None], [*gates, None]
+    d_in = experts[0].sizes[path][0]
+    bound = router.bind(Candidates(path, pool.names, tuple(members), tuple(gates), d_in, tuple(parts)))
+    if bound.by_gates is None:
+        raise _no_gates(router)
+    names = tuple(e.name for e in experts)
+    return Bound(path, names, tuple(parts), *bound.by_gates, pool)
+
+
+def held(stack: Stack, columns: range, rows: Sequence[range], d_in: int, d_out: int) -> Stack:
+    """What a rank holds of a stack: these inputs and these outputs; the stack itself where that is all of them."""
+    a = stack.A if len(columns) == d_in else stack.A[:, columns.start : columns.stop].clone()
+    whole = len(rows) == 1 and len(rows[0]) == d_out
+    b = stack.B if whole else torch.cat([stack.B[:, r.start : r.stop] for r in rows], 1)
+    return replace(stack, A=a, B=b)
+
+
+def _no_gates(router: Router) -> RoutingError:
+    name = type(getattr(router, "settings", router)).__name__
+    return RoutingError(
+        f"{name} can't be served by vLLM, where a router must choose by gates, one vector per expert and module: phatgoose, "
+        "average-activation or shuffled-gates. PHATGOOSE needs every expert to have gates (`phatgoose gate`)."
+    )

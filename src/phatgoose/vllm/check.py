@@ -1,0 +1,63 @@
+"""What is checked before vLLM serves a pool, against the base as transformers knows it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from phatgoose.errors import BaseModelError
+from phatgoose.experts.pool import Pool
+from phatgoose.fingerprints import check_same_base
+from phatgoose.models.fingerprint import fingerprint
+from phatgoose.models.mapped import mapped_base
+from phatgoose.models.routed import _check_copies, _module
+from phatgoose.vllm.binding import bind, prepared
+from phatgoose.vllm.samples import sample
+from phatgoose.vllm.settings import Settings
+
+
+def check(settings: Settings, base: str, revision: str | None = None) -> dict[str, tuple[float, ...]]:
+    """Refuses what can't be served, before anything is loaded for good.
+
+    Args:
+        base: the folder or Hub id that vLLM serves.
+
+    Returns: by the path of each module that the pool adapts, a few of the base's weights.
+
+    Raises:
+        PoolError, ExpertError: the pool is missing or damaged. BaseModelError: it is of another base, or the base can't be read.
+        RoutingError: a module, an expert or the router that can't be routed in vLLM.
+    """
+    with _one_thread():
+        pool = Pool.load(settings.pool)
+        router = prepared(settings.router, pool)
+        model = mapped_base(base, revision)
+        if (packing := getattr(model.config, "quantization_config", None)) is not None:
+            raise BaseModelError(
+                f"{base} is packed ({getattr(packing, 'quant_method', 'quantized')}), and vLLM takes one method of packing or this "
+                "plugin, not both. Serve the base unpacked."
+            )
+        if pool.base is not None and not settings.any_base:
+            check_same_base(pool.base, fingerprint(model, base), "the pool's experts")
+        modules = dict(model.named_modules(remove_duplicate=False))
+        _check_copies(modules, pool)
+        samples = {}
+        for path in pool.modules:
+            module = _module(modules, path, pool)
+            bind(pool, router, path)
+            samples[path] = sample(module, path)
+        pool.let_go_of_gates()
+        return samples
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """vLLM may fork this process, and the threads of torch's products would not be there in the child, which then waits for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

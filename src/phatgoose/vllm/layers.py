@@ -1,0 +1,98 @@
+"""A pool in one process of vLLM: which of its modules the model's layers have taken, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.vllm.binding import bind, held, prepared
+from phatgoose.vllm.samples import differing
+from phatgoose.vllm.settings import Settings
+from phatgoose.vllm.site import AllReduce, RoutedLinear, RoutedSlice, Shard
+from phatgoose.vllm.slices import Linear, Slice, columns, slices
+
+
+class Layers:
+    """Makes the routing of one layer after the other, and lets the pool go after the last.
+
+    Args:
+        samples: weights of the base at each module that the pool adapts.
+        renamed: a module's path in the base → its path in vLLM's model, were it not merged.
+    """
+
+    def __init__(
+        self, settings: Settings, samples: Mapping[str, tuple[float, ...]], renamed: Callable[[str], str]
+    ):
+        self._pool: Pool | None = Pool.load(settings.pool, verify=False)  # it was, before this process began
+        self._router = prepared(settings.router, self._pool)
+        self._samples = samples
+        self.paths = {renamed(path): path for path in self._pool.modules}
+        """vLLM's name → the pool's."""
+        self._taken: set[str] = set()
+        self._waiting = len(self.paths)
+
+    def take(self, linear: Linear, merged: Mapping[str, list[str]]) -> list[Slice]:
+        """The adapted modules within a layer, under the pool's names. Every layer of the model asks, before any is made."""
+        if not any(name in self.paths for name in _names(linear, merged)):
+            return []
+        found = [s for s in slices(linear, merged) if s.path in self.paths]
+        for part in found:
+            if part.path in self._taken:
+                raise RoutingError(
+                    f"two layers of vLLM's model are {part.path}: this architecture can't be routed."
+                )
+            self._taken.add(part.path)
+        return found
+
+    def check_taken(self) -> None:
+        """Raises RoutingError: a module that the pool adapts is in no linear layer of vLLM's model."""
+        if left := [path for name, path in self.paths.items() if name not in self._taken]:
+            raise RoutingError(
+                f"{len(left)} modules that the pool adapts are no linear layers of vLLM's model that a plugin can reach, {left[0]} among "
+                "them; without them the experts would compute something else. Serve a pool that doesn't adapt them, or route it in "
+                "transformers."
+            )
+
+    def make(self, linear: Linear, parts: list[Slice], weight: Tensor, all_reduce: AllReduce) -> RoutedLinear:
+        """The routing of a layer, on the device and in the dtype of its weight [this rank's outputs, this rank's inputs].
+
+        Raises:
+            RoutingError: the layer isn't the modules that it should be.
+        """
+        self.check_taken()
+        made = [(p.begin, p.end, self._part(linear, p, weight, all_reduce)) for p in parts]
+        self._waiting -= len(parts)
+        if not self._waiting:
+            self._pool = None
+        return RoutedLinear(made)
+
+    def _part(self, linear: Linear, part: Slice, weight: Tensor, all_reduce: AllReduce) -> RoutedSlice:
+        assert self._pool is not None
+        path, d_in, had = self.paths[part.path], linear.d_in, columns(linear)
+        bound = bind(self._pool, self._router, path)
+        expected = bound.sizes
+        if expected != (d_in, part.d_out):
+            raise RoutingError(
+                f"{path} is {expected[0]} → {expected[1]} in the pool and {d_in} → {part.d_out} in vLLM. This architecture can't be routed."
+            )
+        begin = part.begin
+        for rows in part.rows:
+            own = weight[begin : begin + len(rows)]
+            if why := differing(own, path, self._samples[path], rows, had, (part.d_out, d_in)):
+                raise RoutingError(
+                    f"vLLM's {linear.path} isn't the base's {path}, row by row: {why}. Its weights were changed or reordered as they "
+                    "were loaded, and experts would act on the wrong rows. This architecture can't be routed."
+                )
+            begin += len(rows)
+        stack = held(bound.stack(d_in, part.d_out, weight.dtype), had, part.rows, d_in, part.d_out)
+        shard = Shard(linear.rank, linear.ranks, had, d_in, all_reduce) if linear.splits_input else None
+        return RoutedSlice(bound.gates, bound.top_k, stack, torch.device(weight.device), shard)
+
+
+def _names(linear: Linear, merged: Mapping[str, list[str]]) -> list[str]:
+    before, dot, last = linear.path.rpartition(".")
+    return [f"{before}{dot}{name}" for name in merged.get(last, [last])]

@@ -1,0 +1,39 @@
+"""A few weights of each routed module, by which it is known that a layer of vLLM is that module, row by row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from phatgoose.fingerprints import ABSOLUTE, RELATIVE
+from phatgoose.models.fingerprint import places
+
+SAMPLES = 32
+
+
+def sample(module: nn.Module, path: str) -> tuple[float, ...]:
+    """SAMPLES of the weight [d_out, d_in] of a linear module, from places that depend on its path and shape alone."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    flat = torch.tensor(places(path, weight.shape, SAMPLES))
+    return tuple(weight[torch.unravel_index(flat, weight.shape)].float().tolist())
+
+
+def differing(
+    part: Tensor, path: str, expected: tuple[float, ...], rows: range, columns: range, size: tuple[int, int]
+) -> str:
+    """How `part`, these rows and columns of a module's weight, differs from what was sampled; "" where it doesn't by more than a cast.
+
+    Args:
+        size: d_out and d_in of the whole module.
+    """
+    for flat, value in zip(places(path, size, SAMPLES), expected, strict=True):
+        row, column = divmod(flat, size[1])
+        if row not in rows or column not in columns:
+            continue
+        found = float(part[row - rows.start, column - columns.start])
+        if not abs(found - value) <= RELATIVE * max(abs(found), abs(value)) + ABSOLUTE:
+            return f"the weight at row {row}, column {column} is {found:.6g}, expected {value:.6g}"
+    return ""

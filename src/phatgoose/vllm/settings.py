@@ -1,0 +1,50 @@
+"""What a user of vLLM says: which pool, which router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import RoutingError
+from phatgoose.registry import unknown
+
+METHOD = "phatgoose"
+"""vLLM's quant_method, by which its options name this plugin."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The entries of vLLM's `quantization_config`, beside "quant_method": "phatgoose"."""
+
+    pool: str
+    """The pool's folder."""
+    router: str = "phatgoose:top_k=2"
+    """As on phatgoose's command line; a router that chooses by gates."""
+    any_base: bool = False
+    """Serve a base that the pool's experts were not trained on, as `route(any_base=True)`."""
+
+    @staticmethod
+    def parse(given: Mapping[str, Any]) -> Settings:
+        """Raises:
+        RoutingError: no pool, or an entry of the wrong type. UnknownName: an entry that there isn't.
+        """
+        entries = {k: v for k, v in given.items() if k != "quant_method"}
+        kinds = {f.name: {"str": str, "bool": bool}[str(f.type)] for f in fields(Settings)}
+        for name, value in entries.items():
+            if name not in kinds:
+                raise unknown(f"entry of the {METHOD} quantization_config", name, kinds)
+            if type(value) is not kinds[name]:
+                raise RoutingError(
+                    f"quantization_config: {name} is {value!r}, expected {'true or false' if kinds[name] is bool else 'a text'}."
+                )
+        if not entries.get("pool"):
+            raise RoutingError(
+                'quantization_config names no pool: pass --hf-overrides \'{"quantization_config": {"quant_method": "phatgoose", '
+                '"pool": "FOLDER"}}\'.'
+            )
+        return Settings(**{**entries, "pool": str(Path(entries["pool"]).expanduser().resolve())})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

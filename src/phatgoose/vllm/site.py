@@ -1,0 +1,106 @@
+"""Routing at one linear layer of a running engine, as a module of buffers that torch.compile can look through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from phatgoose.ops.fast import choose
+from phatgoose.ops.operators import routed_mix, routed_update
+from phatgoose.ops.scan import scan
+from phatgoose.ops.sharded import partial_scores, scores
+from phatgoose.ops.stack import Stack
+
+AllReduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a module's input this rank gets, where tensor parallelism splits it."""
+
+    rank: int
+    ranks: int
+    columns: range
+    d_in: int
+    """Of the whole module."""
+    all_reduce: AllReduce
+    """A tensor → its sum over all ranks."""
+
+
+class RoutedSlice(nn.Module):
+    """Σ w Δ(u) of one module of the pool, added to what a rank holds of its output.
+
+    Args:
+        gates: standardised, float32 [E, d_in], of the whole input.
+        stack: as the rank holds it: A [R, inputs it gets], B [R, outputs it has].
+        shard: None where the rank gets the whole input.
+    """
+
+    gates: Tensor
+    sums: Tensor
+    codes: Tensor
+    facts: Tensor
+    a: Tensor
+    b: Tensor
+    owners: Tensor
+    scales: Tensor
+
+    def __init__(self, gates: Tensor, top_k: int, stack: Stack, device: torch.device, shard: Shard | None):
+        super().__init__()
+        self.top_k, self.shard = min(top_k, stack.experts), shard
+        # 0 asks for the CPU kernel, which has no use for it.
+        self.widest = 0 if device.type == "cpu" else max(stack.ranks)
+        own, sums, scanned = gates, gates.new_empty(0), None
+        if shard is not None:
+            sums = gates.double().reshape(len(gates), shard.ranks, -1).sum(-1).T.float()
+            own = gates[:, shard.columns.start : shard.columns.stop]
+        elif device.type == "cpu":
+            scanned = scan(gates.contiguous())
+        empty = gates.new_empty(0)
+        for name, value in {
+            "gates": own,
+            "sums": sums,
+            "codes": empty if scanned is None else scanned.codes,
+            "facts": empty if scanned is None else scanned.facts,
+            "a": stack.A,
+            "b": stack.B,
+            "owners": torch.tensor([stack.starts, stack.ranks], dtype=torch.int32),
+            "scales": torch.tensor(stack.scales, dtype=torch.float32),
+        }.items():
+            self.register_buffer(name, value.detach().contiguous().to(device), persistent=False)
+
+    def forward(self, u: Tensor, y: Tensor) -> Tensor:
+        """y + Σ w Δ(u), a new tensor. u: [N, inputs this rank gets], y: [N, outputs it has]; where the input is split, y is the rank's
+        part of a sum over ranks, and so is what is added to it."""
+        rows = (self.a, self.b, self.owners, self.scales)
+        if self.shard is None:
+            return routed_update(u, y, self.gates, self.codes, self.facts, *rows, self.top_k, self.widest)
+        shard = self.shard
+        total = shard.all_reduce(partial_scores(u, self.gates, shard.rank, shard.ranks))
+        chosen, weights = choose(scores(total, self.sums, shard.d_in), self.top_k)
+        return routed_mix(u, y, chosen, weights.float(), *rows, self.widest)
+
+
+class RoutedLinear(nn.Module):
+    """The routed modules within one layer, each with the columns of the layer's output that are its own."""
+
+    def __init__(self, parts: Sequence[tuple[int, int, RoutedSlice]]):
+        super().__init__()
+        self.places = tuple((begin, end) for begin, end, _ in parts)
+        self.parts = nn.ModuleList(part for _, _, part in parts)
+
+    def forward(self, u: Tensor, y: Tensor) -> Tensor:
+        """u: [..., inputs], y: [..., outputs] of the layer on this rank → y with every part's update; the rest as it is."""
+        flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
+        pieces, done = [], 0
+        for (begin, end), part in zip(self.places, self.parts, strict=True):
+            if done < begin:
+                pieces.append(flat_y[:, done:begin])
+            pieces.append(part(flat_u, flat_y[:, begin:end]))
+            done = end
+        if done < flat_y.shape[-1]:
+            pieces.append(flat_y[:, done:])
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)).reshape(y.shape)

@@ -1,0 +1,234 @@
+"""vLLM itself, with the plugin, against `route` in transformers. `make vllm` runs this; elsewhere there is no vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+
+import pytest
+import torch
+from engine import SECONDS, ask, compare, environment, options, ours
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from phatgoose.errors import BaseModelError, PoolError, RoutingError, UnknownName
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.load import DEFAULT_BASE, load_base
+
+found = importlib.util.find_spec("vllm")
+if found is None or found.origin is None:  # this folder, which is called the same
+    pytest.skip("vLLM isn't installed; `make vllm` makes an environment with it", allow_module_level=True)
+
+TOKENS = 24
+PROMPTS = [
+    "The capital of France is",
+    "walk ->",
+    "Q: What is the past tense of go?\nA:",
+    "Negate the sentence: The cat sleeps.",
+    "The plural of mouse is",
+    "Who wrote Hamlet?",
+    "I want to book a table for two tonight. What is the intent?",
+    "Mary gave John her book because",
+    "def add(a, b):\n    return",
+    "Once upon a time",
+]
+
+
+@pytest.fixture(scope="module")
+def default_base(tmp_path_factory):
+    """The default base in a folder, and the prompts' tokens."""
+    folder, base = tmp_path_factory.mktemp("engine") / "base", load_base(DEFAULT_BASE)
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder, [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+@pytest.fixture
+def default_pool(default_base, make_expert, tmp_path):
+    """The pool that PHATGOOSE_VLLM_POOL names, or six random experts that differ in rank and modules."""
+    if named := os.environ.get("PHATGOOSE_VLLM_POOL"):
+        return named
+    base = load_base(default_base[0])
+    base.spec = "base-llama"
+    some = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    experts = [
+        make_expert(base, f"e{i}", rank=4 + 4 * (i % 2), targets=some if i == 5 else None, seed=i, scale=0.04)
+        for i in range(6)
+    ]
+    return Pool(experts).save(tmp_path / "pool")
+
+
+@pytest.fixture
+def tiny(tokenizer, make_expert, tmp_path):
+    """A Llama that vLLM's attention on CPUs takes, with one key for two heads' worth of ranks, and a pool; (folder, pool, base)."""
+
+    def make(**others):
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "head_dim": 32,
+        }
+        config = LlamaConfig(vocab_size=320, **sizes, num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1, pad_token_id=0, eos_token_id=1, bos_token_id=None, **others)  # fmt: skip
+        base = Base(LlamaForCausalLM(config).eval(), tokenizer, spec="tiny-llama")
+        base.model.save_pretrained(tmp_path / "tiny")
+        tokenizer.save_pretrained(tmp_path / "tiny")
+        experts = [make_expert(base, f"e{i}", rank=2 + i, seed=i) for i in range(3)]
+        experts.append(make_expert(base, "some", targets=["k_proj", "o_proj", "down_proj"], seed=9))
+        return tmp_path / "tiny", Pool(experts).save(tmp_path / "pool"), base
+
+    return make
+
+
+def say(capsys, line):
+    with capsys.disabled():
+        print(f"\n  {line}")
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_answers_as_route_does(default_base, default_pool, tmp_path, capsys, dtype, eager):
+    (model, prompts), router = default_base, "phatgoose:top_k=2"
+    answers = ask(tmp_path, prompts, TOKENS, model, options(default_pool, router), dtype=dtype, eager=eager)
+    assert isinstance(answers, list), answers[-3000:]
+    written = [p + a["ids"] for p, a in zip(prompts, answers, strict=True)]
+    exact = ours(model, default_pool, router, written)
+    error, worst, gaps = compare(answers, prompts, exact)
+    base_error, _, _ = compare(answers, prompts, ours(model, None, router, written))
+    own = 0.0
+    if dtype == "bfloat16":
+        rounded = ours(model, default_pool, router, written, dtype)
+        last = [slice(len(p) - 1, len(w) - 1) for p, w in zip(prompts, written, strict=True)]
+        a, b = (torch.cat([x[s] for x, s in zip(rows, last, strict=True)]) for rows in (rounded, exact))
+        own = float((a - b).norm() / b.norm())
+    many = TOKENS * len(prompts)
+    say(capsys, f"{dtype} {'eager' if eager else 'compiled'}: relative error of logits {error:.1e} (route's own in this dtype {own:.1e}, "
+        f"the bare base {base_error:.1e}), largest {worst:.1e}; {many - len(gaps)} of {many} tokens are route's, the others' gaps "
+        f"{[round(g, 4) for g in gaps]}")  # fmt: skip
+    assert base_error > 0.02  # the experts do something
+    assert error < (2 * own if dtype == "bfloat16" else 1e-4)
+    assert all(
+        gap <= 2 * worst for gap in gaps
+    )  # ties within the error; one of them is followed by the text that it led to
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_two_ranks_answer_as_one_model(tiny, tmp_path, capsys, eager):
+    model, pool, _ = tiny()
+    prompts = [[5, 9, 31, 7], [40], [100, 101, 102, 103, 104, 105, 106]]
+    answers = ask(tmp_path, prompts, 16, model, options(pool), ranks=2, eager=eager)
+    assert isinstance(answers, list), answers[-3000:]
+    written = [p + a["ids"] for p, a in zip(prompts, answers, strict=True)]
+    error, worst, gaps = compare(answers, prompts, ours(model, pool, "phatgoose:top_k=2", written))
+    base_error, _, _ = compare(answers, prompts, ours(model, None, "", written))
+    say(capsys, f"tensor parallel 2, {'eager' if eager else 'compiled'}: relative error {error:.1e} (the bare base {base_error:.1e}), gaps {gaps}")  # fmt: skip
+    assert base_error > 0.02
+    assert error < 1e-4
+    assert all(gap <= 2 * worst for gap in gaps)
+
+
+def test_a_changed_pool_is_compiled_anew(tiny, tmp_path, make_expert):
+    model, pool, base = tiny()
+    prompts = [[5, 9, 31, 7]]
+    for top_k in (1, 3):
+        router = f"phatgoose:top_k={top_k}"
+        answers = ask(tmp_path, prompts, 8, model, options(pool, router), eager=False)
+        assert isinstance(answers, list), answers[-3000:]
+        written = [prompts[0] + answers[0]["ids"]]
+        assert compare(answers, prompts, ours(model, pool, router, written))[0] < 1e-4
+        Pool([*Pool.load(pool).experts, make_expert(base, "more", rank=5, seed=11)]).save(pool)
+
+
+def engine_config(model, overrides, **others):
+    """What vLLM's front process makes of its options before it starts anything."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return EngineArgs(model=str(model), hf_overrides=overrides, **others).create_engine_config()
+
+
+def test_what_the_front_process_refuses(tiny, tmp_path):
+    model, pool, base = tiny()
+    assert engine_config(model, options(pool)).quant_config.get_name() == "phatgoose"
+    with pytest.raises(PoolError, match="nowhere"):
+        engine_config(model, options(tmp_path / "nowhere"))
+    with pytest.raises(RoutingError, match="can't be served by vLLM"):
+        engine_config(model, options(pool, "uniform"))
+    with pytest.raises(UnknownName, match="did you mean"):
+        engine_config(model, options(pool, "phatgose"))
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight.mul_(1.1)
+    base.model.save_pretrained(model)
+    with pytest.raises(BaseModelError, match=r"not the same model|close, but not the same"):
+        engine_config(model, options(pool))
+    with pytest.raises(ValueError, match=r"float16 is not supported for quantization method phatgoose"):
+        engine_config(model, options(pool), dtype="float16")
+
+
+def test_a_head_that_vllm_does_not_route_is_refused(tiny, tmp_path, make_expert):
+    model, _, base = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT saves a copy of the head's base weight
+        head = make_expert(base, "head", targets=["q_proj", "lm_head"])
+    pool = Pool([head]).save(tmp_path / "heads")
+    said = ask(tmp_path, [[5]], 1, model, options(pool))
+    assert "the pool adapts lm_head, which is a ParallelLMHead in vLLM" in said
+
+
+def test_the_documented_command(tiny, tmp_path):
+    model, pool, _ = tiny()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "serve.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [os.path.join(os.path.dirname(sys.executable), "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port),
+             "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--served-model-name", "routed",
+             "--hf-overrides", json.dumps(options(pool))],
+            env=environment(), stdout=out, stderr=out,
+        )  # fmt: skip
+    try:
+        body = {
+            "model": "routed",
+            "prompt": [5, 9, 31, 7],
+            "max_tokens": 6,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        said = _post(f"http://127.0.0.1:{port}/v1/completions", body, server)
+        assert said is not None, log.read_text()[-3000:]
+        ids = said["choices"][0]["token_ids"]
+        rows = ours(model, pool, "phatgoose:top_k=2", [[5, 9, 31, 7, *ids]])[0]
+        assert ids == rows[3:-1].argmax(-1).tolist()
+        assert re.search("quantization=phatgoose", log.read_text())
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _post(url, body, server):
+    """The answer, once the server is up; None if it ends instead."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(SECONDS):
+        if server.poll() is not None:
+            return None
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                return json.load(answer)
+        except OSError:
+            time.sleep(1)
+    return None
