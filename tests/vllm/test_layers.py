@@ -124,6 +124,30 @@ def test_the_operator_is_all_that_a_compiler_sees(saved, pool_of):
     assert sum("routed_update" in t for t in targets) == 3
 
 
+def test_more_choices_than_are_fused(saved, pool_of):
+    base, folder = saved()
+    settings = Settings(str(pool_of(base)))
+    layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
+    linear, weight, _, parts = found[0]
+    made = layers.make(linear, parts, weight.data, torch.clone)
+    u = torch.randn(5, linear.d_in)
+    y = F.linear(u, weight).detach()
+    with torch.no_grad():
+        expected = made(u, y)
+        for part in made.parts:
+            part.fused = False
+        torch.testing.assert_close(made(u, y), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pool_that_changes_meanwhile(saved, pool_of):
+    base, folder = saved()
+    settings = Settings(str(pool_of(base)))
+    samples = check(settings, folder)
+    del samples["model.layers.1.mlp.up_proj"]
+    with pytest.raises(RoutingError, match=r"changed while vLLM started: model.layers.1.mlp.up_proj is new"):
+        Layers(settings, samples, lambda path: path)
+
+
 def test_a_pool_is_let_go_after_the_last_layer(saved, pool_of):
     base, folder = saved()
     settings = Settings(str(pool_of(base)))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from phatgoose.errors import BaseModelError
 from phatgoose.models.load import _find, _quiet, load_base
 from phatgoose.models.refusals import refusals
 from phatgoose.models.skeleton import _empty
@@ -22,10 +23,14 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     loaded as `load_base` does, and is in memory as a whole.
 
     Raises:
-        BaseModelError: as `load_base`.
+        BaseModelError: as `load_base`, or its weights are packed (AWQ, GPTQ, FP8, …), so that the files hold no values of it.
     """
     source = _find(spec, revision)
     model = _empty(source)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise BaseModelError(
+            f"{source.spec} is packed in 8 bits or fewer, where its own weights are needed. Take the unpacked base."
+        )
     folder = source.folder
     if folder is None:
         with refusals(source.spec, "the weights", None, source.tried):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.fingerprint import fingerprint
@@ -34,11 +33,6 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
         pool = Pool.load(settings.pool)
         router = prepared(settings.router, pool)
         model = mapped_base(base, revision)
-        if (packing := getattr(model.config, "quantization_config", None)) is not None:
-            raise BaseModelError(
-                f"{base} is packed ({getattr(packing, 'quant_method', 'quantized')}), and vLLM takes one method of packing or this "
-                "plugin, not both. Serve the base unpacked."
-            )
         if pool.base is not None and not settings.any_base:
             check_same_base(pool.base, fingerprint(model, base), "the pool's experts")
         modules = dict(model.named_modules(remove_duplicate=False))

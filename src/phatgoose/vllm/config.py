@@ -28,9 +28,9 @@ from phatgoose.vllm.settings import METHOD, Settings
 class PhatgooseConfig(QuantizationConfig):
     """Routes every adapted linear layer of the base; weights stay as they are."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings | None = None):
         super().__init__()
-        self.settings = settings
+        self.settings = Settings.parse({}) if settings is None else settings  # --quantization alone: no pool
         self.samples: dict[str, tuple[float, ...]] | None = None
         self._mappers: list[Any] = []
         self._layers: Layers | None = None

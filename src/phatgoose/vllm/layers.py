@@ -29,6 +29,10 @@ class Layers:
     ):
         self._pool: Pool | None = Pool.load(settings.pool, verify=False)  # it was, before this process began
         self._router = prepared(settings.router, self._pool)
+        if lacking := [path for path in self._pool.modules if path not in samples]:
+            raise RoutingError(
+                f"{settings.pool} was changed while vLLM started: {lacking[0]} is new. Start it again."
+            )
         self._samples = samples
         self.paths = {renamed(path): path for path in self._pool.modules}
         """vLLM's name → the pool's."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from phatgoose.ops.fast import choose
+from phatgoose.ops.fast import choose, gate_scores
 from phatgoose.ops.operators import routed_mix, routed_update
 from phatgoose.ops.scan import scan
 from phatgoose.ops.sharded import partial_scores, scores
 from phatgoose.ops.stack import Stack
+from phatgoose.ops.triton_backend import MOST_FUSED
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -53,6 +54,7 @@ class RoutedSlice(nn.Module):
         self.top_k, self.shard = min(top_k, stack.experts), shard
         # 0 asks for the CPU kernel, which has no use for it.
         self.widest = 0 if device.type == "cpu" else max(stack.ranks)
+        self.fused = shard is None and (device.type == "cpu" or self.top_k <= MOST_FUSED)
         own, sums, scanned = gates, gates.new_empty(0), None
         if shard is not None:
             sums = gates.double().reshape(len(gates), shard.ranks, -1).sum(-1).T.float()
@@ -76,12 +78,17 @@ class RoutedSlice(nn.Module):
         """y + Σ w Δ(u), a new tensor. u: [N, inputs this rank gets], y: [N, outputs it has]; where the input is split, y is the rank's
         part of a sum over ranks, and so is what is added to it."""
         rows = (self.a, self.b, self.owners, self.scales)
-        if self.shard is None:
+        if self.fused:
             return routed_update(u, y, self.gates, self.codes, self.facts, *rows, self.top_k, self.widest)
-        shard = self.shard
+        chosen, weights = choose(self._scores(u), self.top_k)
+        return routed_mix(u, y, chosen, weights, *rows, self.widest)
+
+    def _scores(self, u: Tensor) -> Tensor:
+        """Of the whole input, the same on every rank: float32 [N, E]."""
+        if (shard := self.shard) is None:
+            return gate_scores(u, self.gates)
         total = shard.all_reduce(partial_scores(u, self.gates, shard.rank, shard.ranks))
-        chosen, weights = choose(scores(total, self.sums, shard.d_in), self.top_k)
-        return routed_mix(u, y, chosen, weights.float(), *rows, self.widest)
+        return scores(total, self.sums, shard.d_in)
 
 
 class RoutedLinear(nn.Module):
