@@ -249,6 +249,7 @@ def options_of(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> None:
     options = options_of(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the servers would outlive us
     record: dict[str, Any] = {
         "machine": machine(),
         "options": {k: str(v) for k, v in vars(options).items()},

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
+from filelock import FileLock
 from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, running, settings, text
 
 from conftest import make_model, make_tokenizer
@@ -21,6 +22,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.routers import PHATGOOSE
+from phatgoose.serving import changes
 from phatgoose.serving.guard import Keys
 from phatgoose.serving.service import Service
 
@@ -112,7 +114,7 @@ def test_refused_changes_change_nothing(base, pool, fourth, wanted, tmp_path):
     other = Base(make_model("llama", seed=5), make_tokenizer(), spec="tiny-llama-5")
     random_expert(other, tmp_path, "other").save(tmp_path / "other")
     random_expert(base, tmp_path, "ungated", gated=False).save(tmp_path / "ungated")
-    before = sorted(p.name for p in folder.rglob("*"))
+    before = sorted(p.name for p in folder.rglob("[!.]*"))
     with running(Service(base, settings(), pool=pool, folder=folder), KEYS) as server, server.http() as http:
         http.headers.update(HEADERS)
         for body, status, says in (
@@ -130,7 +132,7 @@ def test_refused_changes_change_nothing(base, pool, fourth, wanted, tmp_path):
         for method, path in (("DELETE", "z"), ("POST", "z/on"), ("POST", "z/off"), ("POST", "a/up")):
             assert http.request(method, f"/admin/experts/{path}").status_code == 404
         assert answer(server) == wanted["abc"][PROMPTS[0]]
-    assert sorted(p.name for p in folder.rglob("*")) == before
+    assert sorted(p.name for p in folder.rglob("[!.]*")) == before
 
 
 def test_what_was_changed_is_there_after_a_restart(base, pool, fourth, wanted, tmp_path):
@@ -212,6 +214,50 @@ def test_what_was_answered_before_a_kill_is_there_after_it(pool, fourth, wanted,
         assert [e["on"] for e in http.get("/admin/experts").json()["experts"]] == [True, True, False, True]
         found = client.completions.create(**ask, max_tokens=NEW)
         assert found.choices[0].text == wanted["abd"][PROMPTS[0]]
+
+
+def test_servers_that_share_a_folder_follow_each_other(base, pool, fourth, wanted, tmp_path):
+    folder = pool.save(tmp_path / "pool")
+    fourth.save(tmp_path / "d")
+    follows = Service(Base(make_model("llama"), make_tokenizer(), "tiny-llama-0"), settings(), folder=folder)
+    follows.settings.__dict__["follow_seconds"] = 0.05
+    leads = Service(base, settings(), pool=pool, folder=folder)
+    with running(leads, KEYS) as one, running(follows, KEYS) as two, one.http() as http, two.http() as other:
+        http.headers.update(HEADERS)
+        other.headers.update(HEADERS)
+        built = follows.experts.state.version
+        assert answer(two) == wanted["abc"][PROMPTS[0]]
+        assert http.post("/admin/experts/c/off").status_code == 200
+        two.until(lambda: answer(two) == wanted["ab"][PROMPTS[0]])
+        assert follows.experts.state.version is built  # nothing was read again but who is off
+        assert http.post("/admin/experts", json={"folder": str(tmp_path / "d")}).status_code == 200
+        two.until(lambda: answer(two) == wanted["abd"][PROMPTS[0]])
+        # The first, which doesn't follow, begins its next change with what the other did.
+        assert other.post("/admin/experts/c/on").status_code == 200
+        assert answer(one) == wanted["abd"][PROMPTS[0]]
+        assert http.delete("/admin/experts/d").status_code == 200
+        assert answer(one) == wanted["abc"][PROMPTS[0]]
+        two.until(lambda: answer(two) == wanted["abc"][PROMPTS[0]])
+        (folder / "serving.json").write_text(
+            "{"
+        )  # what can't be read changes nothing, and is refused where it would be lost
+        assert http.post("/admin/experts/a/off").status_code == 409
+        assert answer(two) == wanted["abc"][PROMPTS[0]]
+        (folder / "serving.json").unlink()
+        assert other.post("/admin/experts/a/off").status_code == 200
+        assert answer(two) == wanted["bc"][PROMPTS[0]]
+
+
+def test_a_folder_that_another_server_is_changing_is_waited_for(base, pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "LOCK_SECONDS", 0.3)
+    folder = pool.save(tmp_path / "pool")
+    with running(Service(base, settings(), pool=pool, folder=folder), KEYS) as server, server.http() as http:
+        http.headers.update(HEADERS)
+        with FileLock(folder / changes.LOCK):
+            refused = http.post("/admin/experts/a/off")
+        assert refused.status_code == 409
+        assert "by another server" in refused.json()["error"]["message"]
+        assert http.post("/admin/experts/a/off").status_code == 200
 
 
 def test_switching_under_load_never_mixes_two_pools(base, pool, fourth, wanted, tmp_path):

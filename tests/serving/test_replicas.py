@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import openai
@@ -16,6 +17,7 @@ import yaml
 from serving_fixtures import PROMPTS, greedy, random_pool, text
 
 from conftest import make_model, make_tokenizer
+from phatgoose.experts.pool import remove_from_folder
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.serving.settings import ServeSettings
@@ -34,7 +36,11 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path, monkeypatch):
+    # Beside other work Ray would give up early, or kill what is small because something else is large.
+    for patience in ("PROXY_READY_CHECK", "PROXY_HEALTH_CHECK"):
+        monkeypatch.setenv(f"RAY_SERVE_{patience}_TIMEOUT_S", "120")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     from phatgoose.serving.replicas import ReplicaSettings, app
 
     base = Base(make_model("llama"), make_tokenizer(), spec="tiny")
@@ -55,7 +61,7 @@ def cluster(tmp_path):
             settings={"max_running": 4, "cache_tokens": 2048},
         )
         serve.run(app(settings))
-        yield f"http://127.0.0.1:{port}/v1", wanted
+        yield f"http://127.0.0.1:{port}/v1", wanted, tmp_path / "pool"
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -85,7 +91,7 @@ def test_the_deployment_file_fits():
 
 
 def test_one_of_two_replicas_is_killed_under_load(cluster):
-    url, wanted = cluster
+    url, wanted, folder = cluster
     assert len(replicas()) == 2
     failed: list[str] = []
 
@@ -123,3 +129,8 @@ def test_one_of_two_replicas_is_killed_under_load(cluster):
         raise AssertionError(replicas())
 
     asyncio.run(until_there_are_two())
+    remove_from_folder(folder, "c")  # which both replicas come to know
+    end = time.monotonic() + 60
+    with openai.OpenAI(base_url=url, api_key="none", timeout=120) as client:
+        while any("c" in [m.id for m in client.models.list()] for _ in range(12)):
+            assert time.monotonic() < end

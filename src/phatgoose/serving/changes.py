@@ -1,23 +1,30 @@
-"""Experts added, removed and switched while the server runs, and kept in the pool's folder."""
+"""Experts added, removed and switched while the server runs, and kept in the pool's folder, which several servers may share."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phatgoose.errors import UnknownName
+from filelock import FileLock, Timeout
+
+from phatgoose.errors import PhatgooseError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.packed import PackedExpert
 from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder, remove_from_folder
-from phatgoose.files import read_json, write_json
+from phatgoose.files import read_json, storage_errors, write_json
 from phatgoose.serving.experts import Experts, State
 from phatgoose.serving.job import ServingError
+from phatgoose.serving.logs import log
 
 STATE = "serving.json"
 """In a pool's folder: which experts are switched off."""
+LOCK, LOCK_SECONDS = ".serving.lock", 60.0
+"""Held by the server that changes a folder."""
 
 
 class Changes:
@@ -30,24 +37,33 @@ class Changes:
     def __init__(self, experts: Experts, folder: Path | None = None):
         self.experts, self.folder = experts, folder
         self._changing = asyncio.Lock()
+        self._seen = self._stamp()
 
     async def load(self, pool: Pool | None) -> None:
-        """The first experts, of which those are off that were when the server ended.
+        """The first experts, of which those are off that were when the server ended; without a pool those of the folder.
 
         Raises:
-            PhatgooseError: the pool isn't of this base, or the default router can't serve it.
+            PhatgooseError: the pool can't be read, isn't of this base, or the default router can't serve it.
         """
-        off: frozenset[str] = frozenset()
-        if self.folder is not None and (self.folder / STATE).exists():
-            found = read_json(self.folder / STATE, ServingError)
-            names = found.get("off") if isinstance(found, dict) else None
-            if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-                raise ServingError(
-                    f'{self.folder / STATE} is damaged: expected {{"off": [names]}}. Repair or delete it.'
-                )
-            off = frozenset(names) & frozenset(pool.names if pool else ())
         if pool is not None:
-            await self.experts.activate(await self.experts.prepared(pool, off))
+            await self.experts.activate(await self.experts.prepared(pool, self._off(pool)))
+        elif self.folder is not None:
+            await self._read()
+
+    async def follow(self, seconds: float) -> None:
+        """Takes over what others change in the folder, which is looked at every so many seconds."""
+        tried = self._seen
+        while True:
+            await asyncio.sleep(seconds)
+            if (now := self._stamp()) in (self._seen, tried):
+                continue
+            tried = now
+            try:
+                async with self._changing:
+                    if self._stamp() != self._seen:
+                        await self._read()
+            except PhatgooseError:
+                log.exception("the pool's folder was changed and can't be read; the experts stay")
 
     async def add(self, folder: Path, name: str | None = None) -> str:
         """Adds the expert in this folder; its name.
@@ -55,7 +71,7 @@ class Changes:
         Raises:
             PhatgooseError: it can't be read, its name is taken, or it doesn't fit the base or the router. Nothing is changed then.
         """
-        async with self._changing:
+        async with self._change():
             expert = await asyncio.to_thread(Expert.load, folder, name=name)
             now = self.experts.state
             pool, off = (now.version.pool if now.version else None), now.off
@@ -87,7 +103,7 @@ class Changes:
         Raises:
             UnknownName: there is none of this name.
         """
-        async with self._changing:
+        async with self._change():
             pool = self._pool()
             pool[name]
             left, off = (pool.remove(name) if len(pool) > 1 else None), self.experts.state.off - {name}
@@ -103,13 +119,11 @@ class Changes:
         Raises:
             UnknownName: there is none of this name. RoutingError: the default router can't do without single experts.
         """
-        async with self._changing:
+        async with self._change():
             pool = self._pool()
             pool[name]
             off = self.experts.state.off - {name} if on else self.experts.state.off | {name}
-            state = replace(self.experts.state, off=off)
-            if off != frozenset(pool.names):
-                await self.experts.way(state, self.experts.router)
+            state = await self._switched(off)
             self._keep(off)
             self.experts.state = state
 
@@ -124,12 +138,7 @@ class Changes:
                 "there is no pool's folder to read again: the server was started without --pool."
             )
         async with self._changing:
-            there = (self.folder / MANIFEST).exists() and read_manifest(self.folder)["experts"]
-            pool = await asyncio.to_thread(Pool.load, self.folder) if there else None
-            off = self.experts.state.off & frozenset(pool.names if pool else ())
-            state = await self.experts.prepared(pool, off)
-            self._keep(off)
-            await self.experts.activate(state)
+            await self._read(whole=True)
 
     def listed(self) -> list[dict[str, Any]]:
         """Every expert of the pool, with whether it is on."""
@@ -144,6 +153,62 @@ class Changes:
             for expert in (state.version.pool.experts if state.version else ())
         ]
 
+    @contextlib.asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """One change at a time, also among servers that share the folder; each begins with what is there."""
+        async with self._changing:
+            if self.folder is None:
+                yield
+                return
+            held = FileLock(self.folder / LOCK, timeout=LOCK_SECONDS, thread_local=False)
+            try:
+                with storage_errors(self.folder / LOCK):
+                    await asyncio.to_thread(held.acquire)
+            except Timeout:
+                raise ServingError(f"{self.folder} is being changed by another server: try again.") from None
+            try:
+                if self._stamp() != self._seen:
+                    await self._read()
+                yield
+                self._seen = self._stamp()
+            finally:
+                held.release()
+
+    async def _read(self, *, whole: bool = False) -> None:
+        """Makes the experts those of the folder; only what changed, unless the whole is asked for."""
+        assert self.folder is not None
+        stamp, version = self._stamp(), self.experts.state.version
+        if version is not None and stamp[0] == self._seen[0] and not whole:
+            self.experts.state = await self._switched(self._off(version.pool))
+        else:
+            there = read_manifest(self.folder)["experts"]
+            pool = await asyncio.to_thread(Pool.load, self.folder) if there else None
+            await self.experts.activate(await self.experts.prepared(pool, self._off(pool)))
+        self._seen = stamp
+
+    async def _switched(self, off: frozenset[str]) -> State:
+        """The experts as they are but for those that are off, ready to answer."""
+        state = replace(self.experts.state, off=off)
+        if state.version is not None and off != frozenset(state.version.pool.names):
+            await self.experts.way(state, self.experts.router)
+        return state
+
+    def _off(self, pool: Pool | None) -> frozenset[str]:
+        """Which of a pool's experts are off by the folder."""
+        if self.folder is None or not (self.folder / STATE).exists():
+            return frozenset()
+        found = read_json(self.folder / STATE, ServingError)
+        names = found.get("off") if isinstance(found, dict) else None
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ServingError(
+                f'{self.folder / STATE} is damaged: expected {{"off": [names]}}. Repair or delete it.'
+            )
+        return frozenset(names) & frozenset(pool.names if pool else ())
+
+    def _stamp(self) -> tuple[tuple[int, ...] | None, ...]:
+        """What tells that the folder's list of experts, or of those that are off, was written."""
+        return tuple(map(_written, (self.folder / MANIFEST, self.folder / STATE))) if self.folder else ()
+
     def _pool(self) -> Pool:
         if self.experts.state.version is None:
             raise UnknownName("there are no experts.")
@@ -152,3 +217,11 @@ class Changes:
     def _keep(self, off: frozenset[str]) -> None:
         if self.folder is not None:
             write_json(self.folder / STATE, {"off": sorted(off)})
+
+
+def _written(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -37,25 +37,24 @@ class ReplicaSettings(BaseModel):
     """Cores that Ray reserves for a replica."""
     gpus: float = Field(0.0, ge=0)
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Of each replica's server: fields of ServeSettings."""
+    """Of each replica's server: fields of ServeSettings. They follow each other's changes of the folder within `follow_seconds`, 2."""
+
+    def limits(self) -> ServeSettings:
+        return ServeSettings(**{"follow_seconds": 2.0, **self.settings})
 
 
 def make_service(args: ReplicaSettings) -> Service:
     """One replica's server."""
-    from phatgoose.experts.pool import Pool
     from phatgoose.models.load import load_base
 
-    folder = None if args.pool is None else Path(args.pool)
-    pool = None if folder is None else Pool.load(folder)
     base = load_base(args.base, dtype=args.dtype, device=args.device)
-    return Service(
-        base, ServeSettings(**args.settings), pool=pool, folder=folder, router=args.router, name=args.name
-    )
+    folder = None if args.pool is None else Path(args.pool)
+    return Service(base, args.limits(), folder=folder, router=args.router, name=args.name)
 
 
 def app(args: ReplicaSettings) -> serve.Application:
     """The application that `serve run` and `serve.run` start."""
-    limits = ServeSettings(**args.settings)
+    limits = args.limits()
 
     def build() -> Any:
         set_up()

@@ -40,7 +40,12 @@ class Ask:
 
 
 class Service:
-    """Lives on one event loop; `start` and `stop` are its lifespan."""
+    """Lives on one event loop; `start` and `stop` are its lifespan.
+
+    Args:
+        pool: the first experts; None: those of the folder, if there is one.
+        folder: where changes are kept.
+    """
 
     def __init__(
         self,
@@ -74,6 +79,7 @@ class Service:
         self.failure: PhatgooseError | None = None
         """Why it couldn't start."""
         self._pool = pool
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Ready when it returns.
@@ -88,10 +94,15 @@ class Service:
             raise
         self._pool = None
         self.engine.start()
+        if self.settings.follow_seconds is not None:
+            self._following = asyncio.create_task(self.changes.follow(self.settings.follow_seconds))
         self.started = True
 
     async def stop(self) -> None:
         self.draining = True
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
         await asyncio.to_thread(self.engine.stop)
         self.engine.mixed.close()
 

@@ -37,6 +37,8 @@ class ServeSettings:
     """Larger requests are refused with status 413."""
     max_routers: int = 8
     """Routers that are kept ready beside the default one; each costs about what the pool's gates do."""
+    follow_seconds: float | None = None
+    """Every so many seconds, the pool's folder is looked at, and read again if others changed it; none: at /admin/reload only."""
     watch_every: int = 16
     """Every so many passes, what each expert did is added to the metrics."""
 
