@@ -13,11 +13,12 @@ from serving_fixtures import PROMPTS, greedy, make_pool, settings
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.models.plan import Plan
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.routers import PHATGOOSE, Retrieval, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
-from phatgoose.serving import attention
+from phatgoose.serving import attention, batch, passes
 from phatgoose.serving.batches import BatchEngine
 from phatgoose.serving.continuous import ContinuousEngine, obstacle
 from phatgoose.serving.job import Job, ServingError
@@ -230,35 +231,43 @@ def test_routers_that_read_text_follow_prompt_and_answer(make_base, make_expert,
 
 
 @pytest.mark.parametrize("engine", ["continuous", "batches"])
-def test_experts_may_be_taken_off_as_soon_as_nobody_wants_their_answer(
-    make_base, make_expert, tmp_path, engine
-):
-    """The engine hears of the client that left only after the experts are gone; its neighbour must notice nothing."""
-    folder = make_encoder(tmp_path / "encoder", max_tokens=60)
+def test_no_pass_goes_by_experts_that_were_taken_off(make_base, make_expert, monkeypatch, engine):
+    """The engine hears of a client that left only after the experts are gone, whom nobody else wanted."""
     base = make_base("llama")
-    pool = Pool([signed(make_expert(base, f"e{i}", seed=i, scale=0.4), folder, seed=i) for i in range(2)])
+    plans = []
+
+    def planned(ways, *args, **more):
+        plans.append(list(ways))
+        return Plan(ways, *args, **more)
+
+    for module in (passes, batch):
+        monkeypatch.setattr(module, "Plan", planned)
 
     async def do(service):
         engine, loop = service.engine, asyncio.get_running_loop()
-        way = await service.experts.way(service.experts.state, f"retrieval:encoder={folder}")
+        way = await service.experts.way(service.experts.state, "uniform")
         gone = Job([5, 6], way, Draw(GREEDY), 60, frozenset())
         stays = Job([7, 8], None, Draw(GREEDY), 60, frozenset())
         engine.submit(gone)
         written = asyncio.ensure_future(finish(engine, stays))
         async for _ in gone.news():
             break
+        assert any(way in ways for ways in plans)
 
         def take_off():
             heard = threading.Event()
             loop.call_soon_threadsafe(lambda: (engine.cancel(gone), heard.set()))
             assert heard.wait(30)
             engine.mixed.detach(way.version)
+            plans.clear()
 
         await asyncio.to_thread(engine.between, take_off)
-        assert engine.trouble is None
-        return await written
+        found = await written
+        assert len(plans) > 1
+        assert not any(way in ways for ways in plans)
+        return found
 
-    found = with_service(base, pool, do, engine=engine, router="uniform")
+    found = with_service(base, make_pool(base, make_expert), do, engine=engine)
     config = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0}
     assert found == base.model.generate(torch.tensor([[7, 8]]), **config)[0, 2:].tolist()
 

@@ -134,9 +134,8 @@ class _Call:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service):
         self.scope, self._receive, self._send, self.service = scope, receive, send, service
-        self.path = get_route_path(
-            scope
-        )  # as the routes see it, also where the server is below a path of its own
+        # As the routes see it, also where the server is below a path of its own.
+        self.path = get_route_path(scope)
         self.headers = dict(scope["headers"])
         asked = self.header(b"x-request-id") or ""
         self.id = asked if _ID.fullmatch(asked) else uuid.uuid4().hex
