@@ -21,6 +21,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
+from phatgoose.models.device_memory import Budget, cacheable, parse_bytes
 from phatgoose.models.fingerprint import fingerprint
 from phatgoose.models.fits import check_finite_stack
 from phatgoose.models.layers import (
@@ -38,6 +39,7 @@ from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
 from phatgoose.ops import Backend, Prepared, Stack, backend, make_stack
+from phatgoose.ops.cached import Cached
 from phatgoose.records import Fingerprint
 from phatgoose.registry import unknown
 from phatgoose.routers import PHATGOOSE, Router
@@ -53,6 +55,7 @@ def route(
     backend_name: str = "auto",
     any_base: bool = False,
     dtype: torch.dtype | None = None,
+    device_memory: int | str | None = None,
 ) -> PreTrainedModel:
     """Attaches routing and returns the same model object; an earlier routing is replaced.
 
@@ -64,10 +67,12 @@ def route(
         dtype: what the experts' matrices are kept and multiplied in; None: what each module computes in. With float32 on a
             bfloat16 base the experts' own rounding is gone, as in PEFT, at twice the memory.
         any_base: skip the check that `model` is the pool's base (for bases that are knowingly a variant of it).
+        device_memory: bytes, or "8GB": the pool may take that much of the model's devices. Coarse gates stand there, experts are
+            brought there when they are needed, the rest stays on the host (`cache_use` counts). Choices are the same. None: all of it.
 
     Raises:
         BaseModelError: `model` is not the base the pool records.
-        RoutingError: a module is missing or of another shape, or the router can't serve this pool.
+        RoutingError: a module is missing or of another shape, the router can't serve this pool, or not with so little memory.
     """
     bare = model.model if isinstance(model, Base) else model
     router = PHATGOOSE() if router is None else router
@@ -75,7 +80,8 @@ def route(
         check_same_base(pool.base, _fingerprint(model), "the pool's experts")
     router.check(pool.names)
     ops = backend(backend_name, bare.device.type)
-    routing = Routing(bare, pool, router, ops, dtype)  # raises before anything is attached
+    budget = None if device_memory is None else parse_bytes(device_memory)
+    routing = Routing(bare, pool, router, ops, dtype, budget)  # raises before anything is attached
     _calibrate(model, routing)
     unroute(bare)
     routing.attach()
@@ -142,8 +148,10 @@ class Routing:
         router: Router,
         ops: Backend,
         dtype: torch.dtype | None = None,
+        device_memory: int | None = None,
     ):
         self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
+        self.device_memory = device_memory
         self.ready = router.prepared(setup_of(model, pool))
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
@@ -151,6 +159,7 @@ class Routing:
         modules = dict(model.named_modules(remove_duplicate=False))
         _check_copies(modules, pool)
         self.sites = [_Site(self, path, _module(modules, path, pool), pool) for path in pool.modules]
+        self.budget = None if device_memory is None else Budget(self.sites, device_memory)
         pool.let_go_of_gates()
 
     @property
@@ -216,17 +225,29 @@ class _Site:
     def prepare(self) -> None:
         """What the backend makes once of the stack, where the stack is."""
         self.fused: Prepared | None = None
-        if self.routing.ops.fuse is not None and self._by_gates is not None and not self.embedding:
+        if self.routing.device_memory is not None and self._by_gates is None:
+            raise RoutingError(
+                f"{type(self.routing.router).__name__} doesn't choose by gates, and with device_memory only gates are looked at: "
+                "leave device_memory out, or use PHATGOOSE."
+            )
+        if self.routing.device_memory is not None and self._by_gates is not None and cacheable(self.stack):
+            self.fused = Cached(*self._by_gates, self.stack, self.layer, self.routing.ops.mix, self.path)
+        elif self.routing.ops.fuse is not None and self._by_gates is not None and not self.embedding:
             self.fused = self.routing.ops.fuse(*self._by_gates, self.stack, self.layer)
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         u = args[0] if args else next(iter(kwargs.values()))
-        if self.stack.A.device != output.device:
+        cached = isinstance(self.fused, Cached)
+        if self.stack.A.device != output.device and not cached:
             self.stack = self.stack.to(output.device)
             self.prepare()
         fused = None if self.router.by_gates is None else self.fused
+        if cached and fused is None:
+            raise RoutingError(
+                f"{self.path}: experts can't be switched off with device_memory. Leave it out."
+            )
         if fused is not None and self.routing.recorder is None:
             # A new tensor that nobody has seen yet may be written into.
             unseen = self.fresh and len(module._forward_hooks) == 1 and not _global_forward_hooks
@@ -256,7 +277,11 @@ class _Site:
             return
         scores = None
         if recorder.wants_scores:
-            scores = self.router.scores(read.reshape(-1, read.shape[-1]), context, self.routing.ops)
+            flat = read.reshape(-1, read.shape[-1])
+            if isinstance(self.fused, Cached):  # all gates are on the host
+                flat = flat.to(self.stack.A.device)
+            scores = self.router.scores(flat, context, self.routing.ops)
+            scores = None if scores is None else scores.to(read.device)
         recorder.record(context, self.members, chosen, weights, scores)
 
 
