@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from phatgoose.experts.merge import merged
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base import Base
+    from phatgoose.models.device_memory import cache_use
     from phatgoose.models.load import load_base
     from phatgoose.models.prompted import prompted
     from phatgoose.models.routed import route, unroute
@@ -68,6 +69,7 @@ _PUBLIC = {
     "Uniform": "routers",
     "WeightOnly": "routers",
     "WritingConfig": "training.generated",
+    "cache_use": "models.device_memory",
     "evaluate": "evaluation.run",
     "load_base": "models.load",
     "load_task": "tasks",
@@ -106,6 +108,7 @@ __all__ = [
     "Uniform",
     "WeightOnly",
     "WritingConfig",
+    "cache_use",
     "evaluate",
     "load_base",
     "load_task",

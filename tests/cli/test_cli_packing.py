@@ -61,3 +61,29 @@ def test_refusals(run, pool):
     for command in ("verify", "unpack", "pack"):
         result = run("pool", command, pool)
         assert (result.code, "the rows of one are damaged" in result.err) == (1, True), result.err
+
+
+def test_device_memory(run, pool, base, task, tmp_path):
+    import json
+
+    settings = ("--pool", pool, "--base", base)
+    expected = run("generate", "red", *settings)
+    found = run("generate", "red", *settings, "--device-memory", "60kB")
+    assert found.code == 0, found.err
+    assert found.out == expected.out
+    assert "MB for experts used last" in found.err
+    scores = ("eval", "--task", task, *settings, "--limit", "3", "--router", "phatgoose", "--router", "base")
+    assert run(*scores, "--device-memory", "1GB", "--out", tmp_path / "scores.json").code == 0
+    results = json.loads((tmp_path / "scores.json").read_text())["results"]
+    assert results["phatgoose"]["device_memory"]["budget_bytes"] == 10**9
+    assert results["phatgoose"]["device_memory"]["experts"]["misses"] > 0
+    assert "device_memory" not in results["base"]
+    for given, message in (
+        (("--device-memory", "lots"), "device_memory is 'lots'"),
+        (("--device-memory", "5"), "at least"),
+        (("--device-memory", "1GB", "--router", "uniform"), "Uniform doesn't choose by gates"),
+    ):
+        refused = run("generate", "red", *settings, *given)
+        assert (refused.code, message in refused.err) == (1, True), refused.err
+    alone = run("generate", "red", "--base", base, "--device-memory", "1GB")
+    assert (alone.code, "give --pool" in alone.err) == (1, True)

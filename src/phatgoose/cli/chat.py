@@ -15,6 +15,7 @@ from phatgoose.cli.options import (
     DEFAULT_BASE,
     BackendOption,
     BaseOption,
+    DeviceMemoryOption,
     DeviceOption,
     DtypeOption,
     PoolOption,
@@ -61,12 +62,13 @@ def command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
+    device_memory: DeviceMemoryOption = None,
 ) -> None:
     """Talk with a pool or a base. /help shows what can be typed."""
     from phatgoose.cli.loading import attach, choose, load, load_pool
 
     experts = load_pool(pool)
-    choice = choose(router, experts, backend)
+    choice = choose(router, experts, backend, device_memory)
     model = load(base, dtype, device)
     attach(model, experts, choice, backend)
     has_template = model.tokenizer.chat_template is not None
@@ -154,7 +156,7 @@ class Chat:
         """Another router; the old one stays if the new one is refused."""
         from phatgoose.cli.loading import attach, choose
 
-        choice = choose(text, self.pool, self.backend)
+        choice = choose(text, self.pool, self.backend, self.choice.device_memory)
         attach(self.base, self.pool, choice, self.backend)
         self.choice = choice
         show.note(f"router: {choice.text}")

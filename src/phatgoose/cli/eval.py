@@ -15,6 +15,7 @@ from phatgoose.cli.options import (
     TASK_HELP,
     BackendOption,
     BaseOption,
+    DeviceMemoryOption,
     DeviceOption,
     DtypeOption,
     PoolOption,
@@ -74,6 +75,7 @@ def command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
+    device_memory: DeviceMemoryOption = None,
 ) -> None:
     """Measure accuracy on tasks, of the base or of a pool under one router or several.
 
@@ -91,7 +93,7 @@ def command(
         raise StorageError(f"{out} exists: choose another file, or replace it with --overwrite.")
     experts = load_pool(pool)
     names = list(dict.fromkeys(router or [""]))
-    choices = [choose(name or None, experts, backend) for name in names]
+    choices = [choose(name or None, experts, backend, device_memory) for name in names]
     tasks = [load_task(spec) for spec in dict.fromkeys(task or ())]
     model = load(base, dtype, device)
     check_all(model, experts, choices, backend)
@@ -126,7 +128,7 @@ def _measure(
     """Scores by router, written to `out` after each of them."""
     from dataclasses import asdict
 
-    from phatgoose.cli.loading import attach
+    from phatgoose.cli.loading import attach, show_cache_use
     from phatgoose.evaluation.results import scores_to_json
     from phatgoose.evaluation.run import evaluate
     from phatgoose.files import write_json
@@ -139,7 +141,8 @@ def _measure(
         attach(base, pool, choice, backend)
         found = evaluate(base, tasks, split=split, limit=limit, config=config, progress=True)
         scores[choice.text] = found
-        results[choice.text] = {"router": choice.settings, "scores": scores_to_json(found)}
+        used = show_cache_use(base)
+        results[choice.text] = {"router": choice.settings, "scores": scores_to_json(found), **used}
         if out is not None:
             done = len(results) == len(choices)
             write_json(out, {**recipe, "config": asdict(config), "complete": done, "results": results})

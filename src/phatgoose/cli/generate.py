@@ -12,6 +12,7 @@ from phatgoose.cli.options import (
     ROUTER_HELP,
     BackendOption,
     BaseOption,
+    DeviceMemoryOption,
     DeviceOption,
     DtypeOption,
     PoolOption,
@@ -44,6 +45,7 @@ def command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
+    device_memory: DeviceMemoryOption = None,
 ) -> None:
     """Answer one prompt, with a pool's experts or with the base alone.
 
@@ -52,10 +54,10 @@ def command(
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("it is empty.", param_hint="PROMPT")
-    from phatgoose.cli.loading import attach, choose, load, load_pool
+    from phatgoose.cli.loading import attach, choose, load, load_pool, show_cache_use
 
     experts = load_pool(pool)
-    choice = choose(router, experts, backend)
+    choice = choose(router, experts, backend, device_memory)
     model = load(base, dtype, device)
     attach(model, experts, choice, backend)
     from phatgoose.cli.streaming import stream
@@ -65,3 +67,4 @@ def command(
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
     with prompted(model, [text] if chat else []):  # not the chat template around it
         stream(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    show_cache_use(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.cli import show
-from phatgoose.cli.loading import Choice, attach
+from phatgoose.cli.loading import Choice, attach, show_cache_use
 from phatgoose.evaluation.harness import run_harness
 from phatgoose.experts.pool import Pool
 from phatgoose.files import write_json
@@ -34,7 +34,8 @@ def measure_by_harness(
             for key in ("results", "versions", "configs", "n-samples", "samples")
             if key in found
         }
-        results[choice.text] = {"router": choice.settings, "harness": _plain(kept)}
+        used = show_cache_use(base)
+        results[choice.text] = {"router": choice.settings, "harness": _plain(kept), **used}
         if out is not None:
             write_json(out, {**recipe, "format": "phatgoose-harness", "results": results})
     names = list(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.device_memory import cache_use, parse_bytes
 from phatgoose.models.load import load_base
 from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.ops import backend as find_backend
@@ -33,6 +34,8 @@ class Choice:
     """None: the base alone."""
     merged: bool = False
     """Attach the average of the experts instead of the experts."""
+    device_memory: str | None = None
+    """What the pool may take of the device, as the command line has it; None: all that it needs."""
 
     @property
     def settings(self) -> dict[str, object]:
@@ -70,13 +73,19 @@ def load_pool(folder: Path | None) -> Pool | None:
     return None if folder is None else Pool.load(folder)
 
 
-def choose(text: str | None, pool: Pool | None, backend: str = "auto") -> Choice:
+def choose(
+    text: str | None, pool: Pool | None, backend: str = "auto", device_memory: str | None = None
+) -> Choice:
     """What `text` means for this pool, checked as far as that goes without a base.
 
     Raises:
         UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
     """
     find_backend(backend)
+    if device_memory is not None:
+        parse_bytes(device_memory)
+        if pool is None:
+            raise RoutingError("--device-memory is for a pool's experts: give --pool.")
     text = text or ("phatgoose" if pool is not None else "base")
     name = text.partition(":")[0].lower()
     if name in ("base", "merged") and name != text.lower():
@@ -84,14 +93,14 @@ def choose(text: str | None, pool: Pool | None, backend: str = "auto") -> Choice
     if name not in (*ROUTERS, "base", "merged"):
         raise unknown("router", name, [*ROUTERS, "base", "merged"])
     if name == "base":
-        return Choice("base", None)
+        return Choice("base", None, device_memory=device_memory)
     if pool is None:
         raise RoutingError(f"router {text!r} needs experts: give --pool.")
     if name == "merged":
-        return Choice("merged", Single(0), merged=True)
+        return Choice("merged", Single(0), merged=True, device_memory=device_memory)
     router = parse_router(text)
     router.check(pool.names)
-    return Choice(text, router)
+    return Choice(text, router, device_memory=device_memory)
 
 
 def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto") -> None:
@@ -103,8 +112,28 @@ def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto")
     if choice.router is None or pool is None:
         unroute(base)
         return
-    route(base, Pool([merged(pool)]) if choice.merged else pool, choice.router, backend_name=backend)
+    route(
+        base,
+        Pool([merged(pool)]) if choice.merged else pool,
+        choice.router,
+        backend_name=backend,
+        device_memory=choice.device_memory,
+    )
     show_copied(routing_of(base))
+
+
+def show_cache_use(base: Base) -> dict[str, object]:
+    """Says how well the experts fitted into --device-memory, if that was given; the same for results."""
+    if (use := cache_use(base)) is None:
+        return {}
+    experts = use.experts
+    asked = max(1, experts.hits + experts.misses)
+    show.note(
+        f"device memory: {use.resident_bytes / 1e6:.1f} MB always, {use.cache_bytes / 1e6:.1f} MB for experts used last, of "
+        f"{use.pool_bytes / 1e6:.1f} MB that all would take; {100 * experts.hits / asked:.1f} % of {asked:,} needed experts were there, "
+        f"{(experts.bytes_copied + use.gates.bytes_copied) / 1e6:.1f} MB were copied."
+    )
+    return {"device_memory": asdict(use)}
 
 
 def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice], backend: str) -> None:

@@ -47,6 +47,14 @@ BackendOption = Annotated[
         "See `phatgoose doctor`.",
     ),
 ]
+DeviceMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory",
+        help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when they are needed. "
+        "Without it, all must fit. For routers that choose by gates.",
+    ),
+]
 PoolOption = Annotated[
     Path | None, typer.Option("--pool", help="A pool's folder; without one, the base alone answers.")
 ]
