@@ -40,7 +40,8 @@ class Student(nn.Module):
                 raise TrainingError(
                     f"{type(base).__name__} can't recompute activations: set gradient_checkpointing=False."
                 )
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            new = getattr(base, "activation_checkpointing_enable", None)  # its name since transformers 5.20
+            (new or base.gradient_checkpointing_enable)({"use_reentrant": False})
         if (head := base.get_output_embeddings()) is not None:
             # A model asked for its last logits hands its head a slice, for which torch copies the whole head once for each
             # row: 5 of 11 seconds of a step of SmolLM2-135M.
