@@ -4,21 +4,24 @@
     python benchmarks/large.py --experts 10000 --rank 4 --modules q_proj v_proj --work FOLDER
 
 Writes the experts to FOLDER (2,000 of rank 16 at all linear layers take 21 GB, twice that for a moment), packs them, opens and routes
-them in a process of its own, and removes them. Decode and prefill are medians of steps that take turns with the base's: with new tokens in every
-round, which need experts that nobody has used yet, so their pages come from the disk, and again with the same tokens, whose pages are
-in memory. At some modules the choice and the output are held to the formulas in float64.
+them in a process of its own, and removes them. Decode and prefill are medians of steps that take turns with the base's: with no page of the
+pool's file in memory, rows asked for ahead of time ("cold") or read as they are touched ("cold, by faults"), and again with the same tokens,
+whose pages are in memory, both ways. At some modules the choice and the output are held to the formulas in float64.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,16 @@ from bench_machine import machine, medians
 from packed import memory, model_of, random_expert
 from torch import Tensor
 
+from phatgoose.ops import cpu
+
 STEPS = ((models.DECODE_1, 40), (models.DECODE_8, 20), (models.Step("prefill 128", 1, 128), 5))
+WAYS = (
+    ("cold", True, True),
+    ("again", False, True),
+    ("cold, by faults", True, False),
+    ("again, by faults", False, False),
+)
+"""(name, whether no page is in memory, whether rows are asked for)."""
 CHECKED_MODULES = 6
 
 
@@ -39,10 +51,10 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from phatgoose.files import write_json
     from phatgoose.models.fingerprint import fingerprint
 
-    base = fingerprint(model_of(30), "random-smollm2")
+    base = fingerprint(model_of(options.layers), "random-smollm2")
     start, entries = time.perf_counter(), []
     for number in range(options.experts):
-        expert = random_expert(number, 30, base.to_json(), options.rank, options.modules)
+        expert = random_expert(number, options.layers, base.to_json(), options.rank, options.modules)
         entries.append(place_expert(folder, expert, []))
         if number % 100 == 0:
             print(
@@ -61,14 +73,14 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, layers: int) -> dict[str, Any]:
     """Opening, routing and running, in this fresh process."""
     from phatgoose.experts.pool import Pool
     from phatgoose.models.routed import Routing
     from phatgoose.ops import backend
     from phatgoose.routers import PHATGOOSE
 
-    model = models.base_model(30)
+    model = models.base_model(layers)
     found: dict[str, Any] = {"machine": machine()}
     with torch.inference_mode():
         model(torch.arange(16)[None])
@@ -84,34 +96,46 @@ def measure(folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         routing = Routing(model, pool, PHATGOOSE(2), backend("auto"))
         found["route"] = {"seconds": time.perf_counter() - start, "copied_at": len(routing.copied), **held()}
-        found["steps"] = []
+        found["steps"], pages = [], Pages(routing)
         for step, rounds in STEPS:
-            run, firsts = models.runner(model, step), []
-            ways = {"base": run, "new tokens": _noting_first(run, firsts), "again": run}
-            ready: dict[str, Callable[[], object]] = {
-                "base": routing.detach,
-                "new tokens": routing.attach,
-                "again": lambda: None,  # still attached
-            }
-            times = medians(ways, rounds, ready)
+            run = models.runner(model, step)
+            ready: dict[str, Callable[[], object]] = {"base": routing.detach}
+            for name, cold, ahead in WAYS:
+                ready[name] = lambda cold=cold, ahead=ahead: pages.prepare(cold, ahead)
+            times = medians(dict.fromkeys(ready, run), rounds, ready)
             routing.detach()
             found["steps"].append(
-                {
-                    "step": step.name, "rounds": rounds, "first_seconds": firsts[0], **models.beside_base(times), **held(),
-                }
-            )  # fmt: skip
+                {"step": step.name, "rounds": rounds, **models.beside_base(times), **held()}
+            )
         found["agrees"] = agrees(model, pool, routing)
     return found
 
 
-def _noting_first(run: Callable[[int], Tensor], firsts: list[float]) -> Callable[[int], Tensor]:
-    def timed(number: int) -> Tensor:
-        start = time.perf_counter()
-        out = run(number)
-        firsts.append(time.perf_counter() - start)
-        return out
+@dataclass(eq=False)
+class Pages:
+    """The pool's file in memory, and whether its rows are asked for ahead of time."""
 
-    return timed
+    routing: Any
+
+    def __post_init__(self) -> None:
+        self.file = self.routing.pool.experts[0].source.file
+        for site in self.routing.sites:
+            if not site.stack.ahead:  # a file that memory can hold
+                site.stack = replace(site.stack, ahead=True)
+                site.prepare()
+        self.asking = [(site.fused._struct, site.fused._struct.ahead) for site in self.routing.sites]
+
+    def prepare(self, cold: bool, ahead: bool) -> None:
+        """Attaches the routing, with nothing of the file in memory if `cold`."""
+        self.routing.attach()
+        for struct, place in self.asking:
+            struct.ahead = place if ahead else None
+        if cold:
+            self.file._map.madvise(mmap.MADV_DONTNEED)  # or its pages couldn't be dropped
+            handle = os.open(self.file.path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+            cpu._ahead().epoch += 1  # what was asked for is gone
 
 
 def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:
@@ -157,23 +181,26 @@ def main() -> None:
     )
     parser.add_argument("--experts", type=int, default=2000)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--modules", nargs="*", default=[], help="names of linear layers; all if not given")
     parser.add_argument("--work", type=Path, required=True, help="a folder with room for twice the pool")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure)))
+        print(json.dumps(measure(options.measure, options.layers)))
         return
     work = Path(tempfile.mkdtemp(prefix="large-", dir=options.work))
     try:
         result = {
             "experts": options.experts,
             "rank": options.rank,
+            "layers": options.layers,
             "modules": options.modules or "all",
             **write(work / "pool", options),
         }
         command = [sys.executable, __file__, "--measure", str(work / "pool"), "--work", str(work)]
+        command += ["--layers", str(options.layers)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         result |= json.loads(done.stdout.splitlines()[-1])
     finally:

@@ -12,6 +12,7 @@ from phatgoose import PHATGOOSE, Pool, route, unroute
 from phatgoose.experts.packing import pack
 from phatgoose.experts.pool import remove_from_folder
 from phatgoose.experts.stacks import writing
+from phatgoose.models import routed
 from phatgoose.models.routed import routing_of
 from phatgoose.routers import Single, Uniform
 
@@ -107,6 +108,21 @@ def test_in_bfloat16_on_a_bfloat16_base_nothing_is_copied(make_base, tmp_path):
     assert routing_of(base).copied == {}
     route(base, Pool.load(folder), dtype=torch.float32)
     assert len(routing_of(base).copied) == 14
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_file_that_memory_may_not_hold_is_read_ahead(make_base, tmp_path, backend, monkeypatch):
+    base = make_base("llama")
+    folder = pool_of(make_plain(base, tmp_path / "made"), tmp_path / "pool")
+    pack(folder)
+    expected = logits(route(base, Pool.load(folder), backend_name=backend), batch(base))
+    assert not any(site.stack.ahead for site in routing_of(base).sites)
+    size = Pool.load(folder).experts[0].source.file.bytes
+    monkeypatch.setattr(routed, "available_bytes", lambda: 2 * size - 2)
+    assert torch.equal(logits(route(base, Pool.load(folder), backend_name=backend), batch(base)), expected)
+    assert all(site.stack.ahead for site in routing_of(base).sites)
+    route(base, Pool(Pool.load(folder).experts), dtype=torch.bfloat16)  # copied rows are in memory
+    assert not any(site.stack.ahead for site in routing_of(base).sites)
 
 
 def test_a_routed_model_can_be_copied(make_base, tmp_path):

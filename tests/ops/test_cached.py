@@ -12,6 +12,7 @@ from test_backends import NAMES, general, problem, relative
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops import Layer, backend, cached, coarse, make_stack, reference
+from phatgoose.ops import slots as slots_module
 from phatgoose.ops.cached import Cached, Room
 from phatgoose.ops.slots import Slots
 
@@ -133,6 +134,22 @@ def test_a_copy_that_fails_leaves_the_room_free(monkeypatch):
             list(slots.visit([2]))
     slots.matrices = (torch.randn(4, 2),)
     assert [part for part, _ in slots.visit([2])] == [[2]]
+
+
+def test_mapped_rows_are_asked_for_before_they_are_copied(tmp_path, monkeypatch):
+    a, asked = torch.randn(3000, 3), []
+    (tmp_path / "a").write_bytes(a.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "a"), shared=False, size=9000).view(3000, 3)
+    real = slots_module.will_need
+    monkeypatch.setattr(slots_module, "will_need", lambda rows: (asked.append(len(rows)), real(rows)))
+    for ahead in (True, False):
+        some = Slots([mapped], (0, 7, 2000), (7, 0, 900), 1000, CPU, ahead)
+        for _ in range(2):
+            [(_, rows)] = some.visit([0, 1, 2])
+            assert torch.equal(some.there[0][rows[2] : rows[2] + 900], a[2000:2900])
+        assert asked == [7, 0, 900]
+    monkeypatch.setattr(slots_module, "_madvise", lambda: None)
+    real(mapped)
 
 
 RANKS = [(4,) * 40, tuple(1 + e * 7 % 11 for e in range(40)), (0, 3, 0, 5, 2), (6,)]

@@ -364,7 +364,60 @@ def test_the_scan_holds_what_it_promises():
 
 
 def test_a_struct_is_as_long_as_the_kernels():
-    assert ctypes.sizeof(cpu._Site) == 15 * 8
+    assert ctypes.sizeof(cpu._Site) == 17 * 8
+    assert ctypes.sizeof(cpu._Ahead) == 3 * 8
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """What was asked for, of a memory that holds 100,000 bytes."""
+    one = cpu._Ahead(100_000, 0, 1)
+    monkeypatch.setattr(cpu, "_ahead", lambda: one)
+    return one
+
+
+def in_a_file(stack, folder):
+    """The same stack, its rows mapped, beginning in the middle of a page."""
+    matrices = []
+    for name in ("A", "B"):
+        matrix = getattr(stack, name)
+        (folder / name).write_bytes(bytes(100) + matrix.view(torch.uint8).numpy().tobytes() + bytes(36))
+        flat = torch.from_file(
+            str(folder / name), shared=False, size=matrix.numel() + 136 // matrix.itemsize, dtype=matrix.dtype
+        )
+        matrices.append(flat[100 // matrix.itemsize :][: matrix.numel()].view(matrix.shape))
+    return dataclasses.replace(stack, A=matrices[0], B=matrices[1], ahead=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_file_are_asked_for_once(tokens, dtype, tmp_path, ahead):
+    u, y, stack, gates = problem(tokens, (3, 0, 5, 2, 70), dtype=dtype)
+    mapped = in_a_file(stack, tmp_path)
+    fused = cpu.Fused(gates, 2, mapped)
+    expected, chosen, _ = cpu.Fused(gates, 2, stack).with_choice(u, y)
+    for _ in range(2):
+        assert torch.equal(fused(u, y), expected)
+        who = set(chosen.flatten().tolist())
+        assert ahead.bytes == sum(stack.ranks[e] for e in who) * (48 + 40) * dtype.itemsize
+    everyone = torch.arange(5).repeat(tokens, 1)
+    assert torch.equal(*(cpu.mix(u, y, s, everyone, torch.ones(tokens, 5)) for s in (mapped, stack)))
+    assert ahead.bytes == 80 * (48 + 40) * dtype.itemsize  # shared with what only mixes
+    assert ahead.epoch == 1
+
+
+def test_what_was_read_long_ago_is_asked_for_again(tmp_path, ahead):
+    u, y, stack, gates = problem(1, (30, 30))
+    fused = cpu.Fused(gates, 2, in_a_file(stack, tmp_path))
+    ahead.limit = 2 * 30 * 88 * 4
+    fused(u, y)
+    assert (ahead.bytes, ahead.epoch) == (ahead.limit, 1)
+    ahead.limit -= 1  # and so it doesn't fit any more
+    ahead.epoch += 1
+    ahead.bytes = 0
+    fused(u, y)
+    assert (ahead.bytes, ahead.epoch) == (0, 3)
+    copy.deepcopy(fused)(u, y)  # of rows in memory: asking for those does nothing
 
 
 def test_auto_says_what_it_is():

@@ -200,6 +200,8 @@ class Rows:
     A: Tensor
     B: Tensor
     starts: tuple[int, ...]
+    file_bytes: int
+    """The size of the file that they stand in, with all other modules'."""
 
 
 def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> tuple[Rows | None, str]:
@@ -235,4 +237,4 @@ def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> t
         end = max(end, starts[-1] + pair.rank)
     if file is None or found is None:
         return None, ""
-    return Rows(file.stacks[found.down][:end], file.stacks[found.up][:end], tuple(starts)), ""
+    return Rows(file.stacks[found.down][:end], file.stacks[found.up][:end], tuple(starts), file.bytes), ""

@@ -6,6 +6,7 @@ dict stay as they are, so generate(), save_pretrained(), device_map and quantise
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.fingerprints import check_same_base
+from phatgoose.memory import available_bytes
 from phatgoose.models.base import Base
 from phatgoose.models.device_memory import Budget, cacheable, parse_bytes
 from phatgoose.models.fingerprint import fingerprint
@@ -151,7 +153,7 @@ class Routing:
         device_memory: int | None = None,
     ):
         self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
-        self.device_memory = device_memory
+        self.device_memory, self.memory = device_memory, available_bytes()
         self.ready = router.prepared(setup_of(model, pool))
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
@@ -210,6 +212,8 @@ class _Site:
         null = (0,) * (len(parts) - len(rows.starts)) if rows is not None else ()
         there = None if rows is None else (rows.A, rows.B, rows.starts + null)
         self.stack: Stack = make_stack(parts, d_in, d_out, dtype, there)
+        if rows is not None and rows.file_bytes > routing.memory // 2:
+            self.stack = replace(self.stack, ahead=True)
         names = [pool.experts[i].name for i in members if i >= 0]
         check_finite_stack(self.stack, names, path, mapped=there is not None)
         self.layer = None if self.stack.low_rank_only else layer_of(module)

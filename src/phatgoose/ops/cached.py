@@ -162,7 +162,7 @@ class Cached:
                     device,
                     self.coarse.to(device),
                     Slots([self.gates], range(stack.experts), [1] * stack.experts, self.room.gates, device),
-                    Slots([stack.A, stack.B], stack.starts, stack.ranks, self.room.rows, device),
+                    Slots([stack.A, stack.B], stack.starts, stack.ranks, self.room.rows, device, stack.ahead),
                     rest,
                 )
         return self._there

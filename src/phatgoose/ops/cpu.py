@@ -6,6 +6,7 @@ Same signatures and results as `phatgoose.ops.reference`; and `Fused`, which is 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.memory import available_bytes
 from phatgoose.ops import fast
 from phatgoose.ops.build import library
 from phatgoose.ops.operators import routed_update
@@ -27,6 +29,18 @@ _CPU = torch.device("cpu")
 gate_scores, choose = fast.gate_scores, fast.choose
 
 
+class _Ahead(ctypes.Structure):
+    """kernel/interface.h's Ahead."""
+
+    _fields_ = (("limit", ctypes.c_int64), ("bytes", ctypes.c_int64), ("epoch", ctypes.c_uint32))
+
+
+@cache
+def _ahead() -> _Ahead:
+    """One for all sites: they share the memory. Half of what is free now holds the base and whatever else comes."""
+    return _Ahead(available_bytes() // 2, 0, 1)
+
+
 class _Site(ctypes.Structure):
     """kernel/interface.h's Site."""
 
@@ -35,6 +49,7 @@ class _Site(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gates", "codes", "step", "sum", "lost")),
         *((name, ctypes.c_void_p) for name in ("a", "b", "starts", "ranks", "scales")),
         ("kind", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("ahead", "asked")),
     )
 
 
@@ -48,6 +63,13 @@ def _site(a: Tensor, b: Tensor, owners: Tensor, scales: Tensor, top_k: int, *by_
         site.gates, site.codes = gates.data_ptr(), codes.data_ptr()
         site.step, site.sum, site.lost = (row.data_ptr() for row in facts)
     return site
+
+
+def _ask_ahead(site: _Site, stack: Stack) -> None:
+    """Has the kernel ask for rows before it reads them, where they stand in a file that memory may not hold."""
+    if stack.ahead:
+        asked = stack.__dict__.setdefault("_known_asked", torch.zeros(stack.experts, dtype=torch.int32))
+        site.ahead, site.asked = ctypes.addressof(_ahead()), asked.data_ptr()
 
 
 def _tensors(stack: Stack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,6 +91,7 @@ def _mixing(stack: Stack, k: int) -> int:
     known = _SITES.setdefault(stack, {})
     if k not in known:
         known[k] = _site(*_tensors(stack), k)
+        _ask_ahead(known[k], stack)
     return ctypes.addressof(known[k])
 
 
@@ -151,6 +174,7 @@ class Fused:
         scanned = scan(self.gates)
         self.by_gates = (self.gates, scanned.codes, scanned.facts)
         self._struct = _site(*self.tensors, *self.by_gates)
+        _ask_ahead(self._struct, stack)
         self._at, self._d_in = ctypes.addressof(self._struct), stack.A.shape[1]
         self._k, self._library_run = min(top_k, stack.experts), library().run
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,14 +47,16 @@ class Slots:
         counts: Sequence[int],
         capacity: int,
         device: torch.device,
+        ahead: bool = False,
     ):
+        """`ahead`: the matrices stand in a file that memory may not hold."""
         assert capacity >= max(counts, default=0)
         self.matrices, self.starts, self.sizes = tuple(matrices), starts, counts
         with torch.inference_mode(False):  # or nobody could write into them outside of it
             empty = [torch.empty(capacity, m.shape[1], dtype=m.dtype, device=device) for m in matrices]
         self.there = tuple(empty)
         """[capacity, d] of each matrix, on the device; rows that no expert owns hold anything."""
-        self.counts = Counts()
+        self.counts, self.ahead = Counts(), ahead
         self._row_bytes = sum(m.shape[1] * m.element_size() for m in matrices)
         self._at: OrderedDict[int, int] = (
             OrderedDict()
@@ -61,6 +67,10 @@ class Slots:
         """All of these (different, in order), in as few parts as there is room for: the experts of a part, in order, and their first
         rows in `there`. They stay there until the next part is asked for."""
         waiting = list(experts)
+        for expert in waiting if self.ahead else ():
+            if expert not in self._at:
+                for matrix in self.matrices:
+                    will_need(matrix[self.starts[expert] : self.starts[expert] + self.sizes[expert]])
         while waiting:
             here = [e for e in waiting if e in self._at]  # first, so that the others can't take their places
             for expert in here:
@@ -95,6 +105,22 @@ class Slots:
         self.counts.misses += 1
         self.counts.bytes_copied += size * self._row_bytes
         return True
+
+
+def will_need(rows: Tensor) -> None:
+    """Has mapped rows read, without waiting for them; copied page by page, they would be waited for one after the other."""
+    if rows.numel() and (madvise := _madvise()) is not None:
+        start = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(start, rows.data_ptr() + rows.nbytes - start, mmap.MADV_WILLNEED)
+
+
+@cache
+def _madvise() -> Any:
+    """The C library's, as Python's own wants the mapping and not an address; None where there is none."""
+    found = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_WILLNEED") else None
+    if found is not None:
+        found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return found
 
 
 class _Runs:

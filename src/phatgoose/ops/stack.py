@@ -85,6 +85,8 @@ class Stack:
     """Where bottleneck adapters look for h; None if none reads it. Whoever runs the module fills it."""
     embedding: bool = False
     """Whether u are token ids, int64 [N], and A u are columns of A."""
+    ahead: bool = False
+    """Whether A and B stand in a file that memory may not hold, so that rows are best asked for before they are read."""
 
     @property
     def experts(self) -> int:
@@ -156,6 +158,7 @@ class Stack:
             linear_scale=moved(self.linear_scale),
             input_scale=moved(self.input_scale),
             bottlenecks=tuple((e, b.to(device)) for e, b in self.bottlenecks),
+            ahead=False,
         )
 
 

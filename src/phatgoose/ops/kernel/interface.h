@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// What has been asked of the disk ahead of time, by all sites of a process.
+struct Ahead {
+    int64_t limit;   // bytes that surely stay in memory once they were read
+    int64_t bytes;   // asked for in this epoch
+    uint32_t epoch;  // begins anew after `limit` bytes: what was read in an earlier one may be gone again
+};
+
 // One module, prepared once.
 struct Site {
     int64_t d_in, d_out, experts, top_k;
@@ -17,6 +24,8 @@ struct Site {
     const int32_t* ranks;   // [E]
     const float* scales;    // [E]
     int64_t kind;           // of a and b: 0 float32, 1 bfloat16
+    Ahead* ahead;           // null: a and b are in memory
+    uint32_t* asked;        // [E] the epoch in which an expert's rows were asked for last
 };
 
 struct Call {

@@ -12,6 +12,8 @@
 #include <vector>
 
 #include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "interface.h"
 #include "products.h"
@@ -30,6 +32,7 @@ constexpr int64_t CHUNK = 1024;          // tokens sorted at once
 constexpr int64_t TILE = 128;            // tokens scored at once by a thread, at most
 constexpr int64_t BLOCK = 64;            // rows taken at once
 constexpr int64_t UNIT = 32;             // pairs of one expert shrunk at once by a thread
+constexpr uintptr_t NEAR = 128 * 1024;   // bytes that are sooner read than skipped
 constexpr int64_t SUMS = 96 * 1024;        // floats a thread sums into, which should stay in its L2 cache
 
 // Memory for one call, kept by the calling thread for its next one. First measured, then taken.
@@ -91,6 +94,27 @@ struct Ranked {
     int32_t expert;
 };
 
+// Has bytes of a mapped file read, without waiting for them. Page by page, as they are touched, the disk would do one thing at a
+// time, and read around each what nobody wants. Pieces that are asked for in order and lie near one another are read as one.
+class Reading {
+    uintptr_t from = 0, to = 0;
+
+  public:
+    void add(const void* start, int64_t bytes) {
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(start);
+        if (begin < from || begin > to + NEAR) {
+            ask();
+            from = begin;
+        }
+        to = begin + uintptr_t(bytes);
+    }
+    void ask() const {
+        static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+        const uintptr_t start = from & ~(page - 1);
+        if (to) madvise(reinterpret_cast<void*>(start), to - start, MADV_WILLNEED);
+    }
+};
+
 // Keeps the k best of those offered, best first; of equal scores the lower index, if offered in order.
 struct Best {
     Ranked* list;
@@ -126,6 +150,28 @@ struct Module {
         for (; i + W <= d; i += W) store(room + i, load(x + i));
         for (; i < d; i++) room[i] = widen(x[i]);
         return room;
+    }
+
+    // Asks for an expert's rows, if they may have to be read: once an epoch, as asking takes a microsecond even where they needn't.
+    void ask(int64_t expert, Reading& of_a, Reading& of_b) const {
+        if (!valid(expert) || !s.ranks[expert]) return;
+        const uint32_t now = __atomic_load_n(&s.ahead->epoch, __ATOMIC_RELAXED);
+        if (__atomic_exchange_n(&s.asked[expert], now, __ATOMIC_RELAXED) == now) return;
+        const int64_t in = s.ranks[expert] * d * int64_t(sizeof(T)), out = s.ranks[expert] * d_out * int64_t(sizeof(T));
+        of_a.add(a + s.starts[expert] * d, in);
+        of_b.add(b + s.starts[expert] * d_out, out);
+        if (__atomic_add_fetch(&s.ahead->bytes, in + out, __ATOMIC_RELAXED) > s.ahead->limit) {
+            __atomic_store_n(&s.ahead->bytes, 0, __ATOMIC_RELAXED);
+            __atomic_fetch_add(&s.ahead->epoch, 1, __ATOMIC_RELAXED);
+        }
+    }
+    template <class Experts>
+    void ask_ahead(int64_t n, Experts expert) const {
+        if (!s.ahead) return;
+        Reading of_a, of_b;
+        for (int64_t i = 0; i < n; i++) ask(expert(i), of_a, of_b);
+        of_a.ask();
+        of_b.ask();
     }
 
     int64_t lanes_of_all() const { return (e + LANES - 1) / LANES * LANES; }
