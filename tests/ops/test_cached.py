@@ -238,7 +238,7 @@ def test_padding_of_zeros_fetches_nothing_more():
 def test_long_inputs_are_chosen_for_in_pieces(monkeypatch):
     _, u, y, stack, gates = problem(50, (4,) * 20)
     whole = Cached(gates, 2, stack, None, reference.mix, "here", Room(5, 20)).with_choice(u, y)
-    monkeypatch.setattr(cached, "AT_ONCE", 20 * 7)
+    monkeypatch.setattr(cached, "AT_ONCE", 48 * 7)
     pieces = Cached(gates, 2, stack, None, reference.mix, "here", Room(5, 20)).with_choice(u, y)
     assert torch.equal(whole[1], pieces[1])
     assert torch.allclose(whole[0], pieces[0], atol=1e-5)

@@ -168,8 +168,8 @@ class Cached:
         return self._there
 
     def _choose(self, there: _There, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A few thousand tokens at once, so that what is needed beside the budget is bounded."""
-        each = max(1, AT_ONCE // self.stack.experts)
+        """Some hundreds or thousands of tokens at once, so that what is needed beside the budget is bounded."""
+        each = max(1, AT_ONCE // max(self.gates.shape))
         parts = [self._choose_some(there, u[i : i + each]) for i in range(0, u.shape[0], each)]
         chosen, weights = zip(*parts, strict=True)
         return torch.cat(chosen), torch.cat(weights)
@@ -184,14 +184,13 @@ class Cached:
                 f"{self.path}: its input isn't finite. Routing with device_memory can't tell then who is chosen."
             )
         experts = leading.nonzero()[:, 0].tolist()
-        scores = x.new_empty(x.shape[0], len(experts), dtype=dtype)
         place = {expert: i for i, expert in enumerate(experts)}
+        scores = x.new_empty(x.shape[0], len(experts), dtype=dtype)
+        each = max(1, AT_ONCE // x.shape[1])
         for some, rows in there.gates.visit(experts):
-            found = exact_scores(x, there.gates.there[0][torch.tensor(rows, device=u.device)], dtype)
-            if len(some) == len(experts):
-                scores = found
-            else:
-                scores[:, [place[e] for e in some]] = found
+            for i in range(0, len(some), each):
+                gates = there.gates.there[0][torch.tensor(rows[i : i + each], device=u.device)]
+                scores[:, [place[e] for e in some[i : i + each]]] = exact_scores(x, gates, dtype)
         # Of equal scores the lower index, as everywhere: the leaders are in the experts' order.
         best, weights = reference.choose(scores, self.top_k)
         return torch.tensor(experts, device=u.device)[best], weights
