@@ -1,6 +1,6 @@
 """A real Chromium for the tests of pages: Debian's, driven by Playwright; without either, tests are skipped and say why.
 
-Fixtures of one browser for all tests: `pytest_plugins = ["browser_fixtures"]`.
+Fixtures of one browser for a file of tests: `pytest_plugins = ["browser_fixtures"]`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ CHROMIUM = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
+    # Not for the whole session: Playwright keeps an event loop running in this thread while it is open, and nobody else can run one.
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: make setup")
     if CHROMIUM is None:
         pytest.skip("there is no chromium: install Debian's, or set PHATGOOSE_CHROMIUM")
