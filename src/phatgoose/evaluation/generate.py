@@ -11,8 +11,7 @@ taken, and another batch or a cache may tip a row.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from phatgoose.evaluation.continuations import (
     pad_left,
     read,
 )
-from phatgoose.models.limits import context_length, decoder_start
+from phatgoose.models.limits import context_length, decoder_start, settings_are_own
 from phatgoose.records import Prediction
 
 
@@ -175,17 +174,6 @@ def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
             stopping_criteria=StoppingCriteriaList([judge]),
             logits_processor=LogitsProcessorList([_Finite(judge)]),
         )
-
-
-@contextlib.contextmanager
-def settings_are_own(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
-    """generate() fills what its settings leave open from the model's own; so these must be ours while it runs."""
-    kept = model.generation_config
-    model.generation_config = own
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 class _Judge(StoppingCriteria):

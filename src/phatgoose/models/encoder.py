@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from phatgoose.errors import BaseModelError
 from phatgoose.files import atomic_folder, cache_folder, read_json, sha256_file, sha256_json
-from phatgoose.models.load import _quiet
+from phatgoose.models.load import quiet
 from phatgoose.models.refusals import refusals
 from phatgoose.tasks.batch import length_batches
 
@@ -65,7 +65,7 @@ class SentenceEncoder:
         files = {n: sha256_file(folder / n, BaseModelError) for n in (_WEIGHTS, _TOKENIZER)}
         self.sha256 = sha256_json({**files, "max_tokens": self.max_tokens, "pooling": "mean"})
         self._known: OrderedDict[str, Tensor] = OrderedDict()
-        with refusals(name, "the sentence encoder", folder), _quiet(True):
+        with refusals(name, "the sentence encoder", folder), quiet(True):
             place: dict[str, Any] = {
                 "pretrained_model_name_or_path": str(folder),
                 "trust_remote_code": False,

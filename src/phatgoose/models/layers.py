@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -53,7 +54,7 @@ def layer_of(module: nn.Module) -> Layer:
     An offloaded or packed module is asked to run, and its bias taken off again, which costs the bias' rounding.
     """
     bias = getattr(module, "bias", None)
-    plain = not hasattr(module, "_hf_hook") and type(module) in (nn.Linear, Conv1D)
+    plain = not hasattr(module, "_hf_hook") and is_plain(module)
 
     def product(x: Tensor) -> Tensor:
         if plain and type(module) is nn.Linear:
@@ -64,6 +65,21 @@ def layer_of(module: nn.Module) -> Layer:
         return y if bias is None else y - bias.to(y.device, y.dtype)
 
     return Layer(bias if isinstance(bias, Tensor) else None, product)
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module was called with, however it was passed: its first argument."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is torch's or transformers' own linear layer, which makes a new tensor in every call."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def unseen(module: nn.Module) -> bool:
+    """Whether nobody but the hook that asks has seen the output of a plain module: then it may be written into."""
+    return len(module._forward_hooks) == 1 and not _global_forward_hooks
 
 
 def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Module | None:
@@ -87,7 +103,7 @@ def follow_residual(source: nn.Module, module: nn.Module, residual: Residual) ->
     """Hooks that fill `residual` with what `source` is given, and empty it after `module`, whose own hooks stand already."""
 
     def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        residual.value = args[0] if args else next(iter(kwargs.values()))
+        residual.value = given(args, kwargs)
 
     def empty(*_: Any) -> None:
         residual.value = None

@@ -1,8 +1,11 @@
-"""Where a model's sequences begin and end, as its checkpoint says."""
+"""Where a model's sequences begin and end, as its checkpoint says; and generating by other settings than the checkpoint's."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+import contextlib
+from collections.abc import Iterator
+
+from transformers import GenerationConfig, PreTrainedModel
 
 from phatgoose.errors import BaseModelError
 
@@ -33,3 +36,14 @@ def end_tokens(model: PreTrainedModel, own: int | None) -> frozenset[int]:
     listed = model.generation_config.eos_token_id
     found = listed if isinstance(listed, list) else [listed]
     return frozenset(int(token) for token in [*found, own] if token is not None)
+
+
+@contextlib.contextmanager
+def settings_are_own(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
+    """generate() fills what its settings leave open from the model's own; so these must be ours while it runs."""
+    kept = model.generation_config
+    model.generation_config = own
+    try:
+        yield
+    finally:
+        model.generation_config = kept

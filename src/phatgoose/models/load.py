@@ -47,7 +47,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<rev
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where a base's files are: a folder here, or a repository on the Hub (then `folder` is None)."""
 
     spec: str
@@ -98,9 +98,9 @@ def load_base(
         StorageError: no space or permission to keep what was downloaded or converted.
     """
     options = load_options(dtype, device, device_map, quantization)
-    source = _find(os.fspath(spec), revision)
-    with _quiet(source.copy):
-        config = _config(source)
+    source = find(os.fspath(spec), revision)
+    with quiet(source.copy):
+        config = read_config(source)
         tokenizer = _tokenizer(source)  # before the weights: a missing one shouldn't cost a long download
         model = _model(source, config, options)
     _agree(source, model, tokenizer)
@@ -112,17 +112,17 @@ def load_base(
     return Base(model, tokenizer, spec=source.spec, notes=source.notes)
 
 
-def _find(spec: str, revision: str | None) -> _Source:
+def find(spec: str, revision: str | None) -> Source:
     path = Path(spec).expanduser()
     if spec in ALIASES:
         _no_revision(spec, revision, "an alias")
-        return _Source(
+        return Source(
             spec, "", folder=copy_of_wheel(spec, ALIASES[spec]), notes=(ALIASES[spec].note,), copy=True
         )
     if spec and path.is_dir():
         _no_revision(spec, revision, "a folder")
         check_folder(path, spec)
-        return _Source(spec, str(path), folder=path)
+        return Source(spec, str(path), folder=path)
     if path.is_file():
         _no_revision(spec, revision, "a file")
         if path.suffix.lower() != ".gguf":
@@ -133,7 +133,7 @@ def _find(spec: str, revision: str | None) -> _Source:
     place, colon, file = spec.rpartition(":")
     if colon and file.lower().endswith(".gguf"):
         if Path(place).expanduser().is_dir():
-            return _find(str(Path(place).expanduser() / file), revision)
+            return find(str(Path(place).expanduser() / file), revision)
         hub = _hub(place, revision)
         if hub is not None:
             return _gguf(spec, _download(hub, file))
@@ -150,34 +150,34 @@ def _find(spec: str, revision: str | None) -> _Source:
     )
 
 
-def _hub(spec: str, revision: str | None) -> _Source | None:
+def _hub(spec: str, revision: str | None) -> Source | None:
     if (match := _HUB_ID.fullmatch(spec)) is None:
         return None
     inside = match["revision"]
     if inside and revision and inside != revision:
         raise BaseModelError(f"two revisions: {inside!r} in {spec!r}, and revision={revision!r}. Give one.")
     chosen = inside or revision
-    return _Source(f"{match['id']}@{chosen}" if chosen else match["id"], match["id"], chosen)
+    return Source(f"{match['id']}@{chosen}" if chosen else match["id"], match["id"], chosen)
 
 
-def _gguf(spec: str, file: Path) -> _Source:
+def _gguf(spec: str, file: Path) -> Source:
     note = f"converted from {file.name}: if that file is quantised, this is a dequantised copy, not the original model."
-    return _Source(spec, "", folder=copy_of_file(file), notes=(note,), copy=True)
+    return Source(spec, "", folder=copy_of_file(file), notes=(note,), copy=True)
 
 
-def _download(hub: _Source, file: str) -> Path:
+def _download(hub: Source, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with refusals(hub.spec, file, None, hub.tried):
         return Path(hf_hub_download(hub.place, file, revision=hub.revision))
 
 
-def _config(source: _Source) -> PreTrainedConfig:
+def read_config(source: Source) -> PreTrainedConfig:
     with refusals(source.spec, "the configuration", source.folder, source.tried):
         return AutoConfig.from_pretrained(**_from(source))
 
 
-def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     with refusals(source.spec, "the tokenizer", source.folder, protobuf_hint()):
         tokenizer = AutoTokenizer.from_pretrained(**_from(source))
         if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes up an empty one
@@ -187,7 +187,7 @@ def _tokenizer(source: _Source) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def _model(source: _Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with refusals(source.spec, "the weights", source.folder, source.tried):
         loaded: Any = family.from_pretrained(
@@ -206,12 +206,12 @@ def _model(source: _Source, config: PreTrainedConfig, options: dict[str, Any]) -
     return model
 
 
-def _from(source: _Source) -> dict[str, Any]:
+def _from(source: Source) -> dict[str, Any]:
     place = str(source.folder) if source.folder is not None else source.place
     return {"pretrained_model_name_or_path": place, "revision": source.revision, "trust_remote_code": False}
 
 
-def _agree(source: _Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _agree(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Settles padding, and refuses a tokenizer that isn't this model's."""
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
@@ -238,7 +238,7 @@ def _no_revision(spec: str, revision: str | None, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(really: bool) -> Iterator[None]:
+def quiet(really: bool) -> Iterator[None]:
     """No progress bars while a cached copy is read: it takes less than a second."""
     if not really or not transformers_logging.is_progress_bar_enabled():
         yield

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError
-from phatgoose.models.load import _find, _quiet, load_base
+from phatgoose.models.load import find, load_base, quiet
 from phatgoose.models.refusals import refusals
-from phatgoose.models.skeleton import _empty
+from phatgoose.models.skeleton import empty_model
 
 
 def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
@@ -25,8 +25,8 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     Raises:
         BaseModelError: as `load_base`, or its weights are packed (AWQ, GPTQ, FP8, …), so that the files hold no values of it.
     """
-    source = _find(spec, revision)
-    model = _empty(source)
+    source = find(spec, revision)
+    model = empty_model(source)
     if getattr(model.config, "quantization_config", None) is not None:
         raise BaseModelError(
             f"{source.spec} is packed in 8 bits or fewer, where its own weights are needed. Take the unpacked base."
@@ -39,7 +39,7 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     with refusals(source.spec, "the weights", folder):
         found = _tensors(folder)
     if not _fits(model, found):
-        with _quiet(True):
+        with quiet(True):
             return load_base(spec, revision=revision).model
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()

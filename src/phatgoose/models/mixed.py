@@ -12,13 +12,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.layers import follow_residual
+from phatgoose.models.layers import follow_residual, given, is_plain, unseen
 from phatgoose.models.part import Part
 from phatgoose.models.plan import Group, Plan
 from phatgoose.models.routed import routing_of
@@ -53,7 +51,7 @@ class Mixed:
         handles: list[RemovableHandle] = []
         for path, site in version.sites.items():
             if path not in self._hooks:
-                hook = partial(self._hook, path, type(site.module) in (nn.Linear, Conv1D))
+                hook = partial(self._hook, path, is_plain(site.module))
                 self._hooks[path] = site.module.register_forward_hook(hook, with_kwargs=True)
             if site.source is not None and site.stack.residual is not None:
                 handles += follow_residual(site.source, site.module, site.stack.residual)
@@ -97,20 +95,18 @@ class Mixed:
         plan = self.plan
         if plan is None or plan.idle:
             return None
-        u = args[0] if args else next(iter(kwargs.values()))
-        # A new tensor that nobody has seen yet may be written into.
-        unseen = fresh and len(module._forward_hooks) == 1 and not _global_forward_hooks
+        u, writable = given(args, kwargs), fresh and unseen(module)
         if not (tokens := output.numel() // output.shape[-1]):
             return None
         groups = plan.groups(tokens)
         if len(groups) == 1 and groups[0].index is None and not plan.watch:
             fused = groups[0].way.fused.get(path)
-            if fused is not None and (done := fused(u, output, unseen)) is not None:
+            if fused is not None and (done := fused(u, output, writable)) is not None:
                 return done
-        return self._by_groups(path, plan, groups, u, output, unseen)
+        return self._by_groups(path, plan, groups, u, output, writable)
 
     def _by_groups(
-        self, path: str, plan: Plan, groups: list[Group], u: Tensor, output: Tensor, unseen: bool
+        self, path: str, plan: Plan, groups: list[Group], u: Tensor, output: Tensor, writable: bool
     ) -> Tensor | None:
         u = u.to(output.device)
         y = output.reshape(-1, output.shape[-1])
@@ -126,7 +122,7 @@ class Mixed:
                 changed = _act(path, plan, group, flat, y, context)
                 continue
             if changed is None:
-                changed = y if unseen else y.clone()
+                changed = y if writable else y.clone()
             with _of_residual(site.stack.residual, index):
                 changed[index] = _act(path, plan, group, flat[index], y[index], context)
         return None if changed is None else changed.reshape(output.shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.layers import given
 
 PIECE = 64
 """Tokens of a piece: the text is read in pieces of equal length, so that none needs padding and every context has room."""
@@ -113,9 +114,7 @@ def _watched(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[
 
 def _handing(wants_output: bool, observe: Observer) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen = (
-            output if wants_output else (args[0] if args else next(iter(kwargs.values()))).to(output.device)
-        )
+        seen = output if wants_output else given(args, kwargs).to(output.device)
         if not seen.isfinite().all():
             raise RoutingError(
                 "the base computes values that aren't finite on the reference text; load it in another dtype."

@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.update import Update, sizes_agree
+from phatgoose.experts.update import Update
 from phatgoose.fingerprints import check_same_base
 from phatgoose.memory import available_bytes
 from phatgoose.models.base import Base
@@ -29,13 +27,14 @@ from phatgoose.models.fits import check_finite_stack
 from phatgoose.models.layers import (
     compute_dtype,
     dense_weight,
-    embedding_shape,
     follow_residual,
+    given,
+    is_plain,
     layer_of,
-    linear_shape,
     residual_source,
-    same_weights,
+    unseen,
 )
+from phatgoose.models.modules import check_copies, module_at, shape_of
 from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
@@ -43,7 +42,6 @@ from phatgoose.models.streams import Streams
 from phatgoose.ops import Backend, Prepared, Stack, backend, make_stack
 from phatgoose.ops.cached import Cached
 from phatgoose.records import Fingerprint
-from phatgoose.registry import unknown
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates
@@ -159,8 +157,8 @@ class Routing:
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules(remove_duplicate=False))
-        _check_copies(modules, pool)
-        self.sites = [_Site(self, path, _module(modules, path, pool), pool) for path in pool.modules]
+        check_copies(modules, pool)
+        self.sites = [_Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
         self.budget = None if device_memory is None else Budget(self.sites, device_memory)
         pool.let_go_of_gates()
 
@@ -195,7 +193,7 @@ class _Site:
         self.routing, self.path, self.module = routing, path, module
         members = [i for i, e in enumerate(pool.experts) if path in e.updates]
         self.embedding = pool.experts[members[0]].updates[path].embedding
-        d_in, d_out = _shape(module, self.embedding)
+        d_in, d_out = shape_of(module, self.embedding)
         parts: list[Update | None] = []
         for i in members:
             update = pool.experts[i].updates[path]
@@ -224,7 +222,7 @@ class _Site:
         self.router: BoundRouter = routing.ready.bind(self.candidates)
         self._by_gates = self.router.by_gates
         self.prepare()
-        self.fresh = type(module) in (nn.Linear, Conv1D)
+        self.fresh = is_plain(module)
 
     def prepare(self) -> None:
         """What the backend makes once of the stack, where the stack is."""
@@ -242,7 +240,7 @@ class _Site:
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        u = args[0] if args else next(iter(kwargs.values()))
+        u = given(args, kwargs)
         cached = isinstance(self.fused, Cached)
         if self.stack.A.device != output.device and not cached:
             self.stack = self.stack.to(output.device)
@@ -253,9 +251,7 @@ class _Site:
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
         if fused is not None and self.routing.recorder is None:
-            # A new tensor that nobody has seen yet may be written into.
-            unseen = self.fresh and len(module._forward_hooks) == 1 and not _global_forward_hooks
-            done = fused(u, output, unseen)
+            done = fused(u, output, self.fresh and unseen(module))
             if done is not None:
                 return done
         # With offloading the module's input may still be where the last module left it.
@@ -287,51 +283,3 @@ class _Site:
             scores = self.router.scores(flat, context, self.routing.ops)
             scores = None if scores is None else scores.to(read.device)
         recorder.record(context, self.members, chosen, weights, scores)
-
-
-def _shape(module: nn.Module, embedding: bool) -> tuple[int, int]:
-    shape = embedding_shape(module) if embedding else linear_shape(module)
-    assert shape is not None  # _module has refused others
-    return shape
-
-
-def _module(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module:
-    """The model's module at `path`, checked against the updates and gates of every expert that adapts it."""
-    owner = next(e for e in pool.experts if path in e.sizes)
-    if path not in modules:
-        raise RoutingError(
-            f"expert {owner.name!r} adapts a module this model lacks: {unknown('module', path, modules)}"
-        )
-    module, embedding = modules[path], owner.sizes[path][2]
-    shape = embedding_shape(module) if embedding else linear_shape(module)
-    if shape is None:
-        wanted = "plain embeddings" if embedding else "linear layers"
-        raise RoutingError(
-            f"expert {owner.name!r} adapts {path}, a {type(module).__name__}; only {wanted} can be routed in this way."
-        )
-    for expert in pool.experts:
-        size = expert.sizes.get(path)
-        if size is None:
-            continue
-        if not all(map(sizes_agree, size[:2], shape)):
-            raise RoutingError(
-                f"expert {expert.name!r} has an update {size[0]} → {size[1]} at {path}, where this model has {shape[0]} → {shape[1]}."
-            )
-        gate, wanted_length = (expert.gates or {}).get(path), shape[1] if embedding else shape[0]
-        if gate is not None and gate.shape[0] != wanted_length:
-            raise RoutingError(
-                f"expert {expert.name!r} has a gate of {gate.shape[0]} values at {path}, where this model needs {wanted_length}."
-            )
-    return module
-
-
-def _check_copies(modules: dict[str, nn.Module], pool: Pool) -> None:
-    """Refuses experts that bring their own, changed copy of a base weight: it would be lost without a word."""
-    for expert in pool.experts:
-        for key, copy in expert.base_copies.items():
-            path, _, name = key.rpartition(".")
-            if path not in modules or not same_weights(modules[path], name, copy):
-                raise RoutingError(
-                    f"expert {expert.name!r} brings its own {key} {list(copy.shape)}, which is not this model's: its vocabulary was "
-                    "resized or its embeddings were retrained, and that can't be routed. If they weren't, it is of another base."
-                )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
 from phatgoose.models.layers import linear_shape, same_weights
-from phatgoose.models.load import _config, _find, _quiet, _Source, load_base
+from phatgoose.models.load import Source, find, load_base, quiet, read_config
 from phatgoose.models.refusals import refusals
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -28,8 +28,8 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     """
     folder = Path(spec).expanduser()
     there = (folder / "config.json").is_file()  # which is enough, where load_base wants weights beside it
-    source = _Source(os.fspath(spec), str(folder), folder=folder) if there else _find(os.fspath(spec), None)
-    model = _empty(source)
+    source = Source(os.fspath(spec), str(folder), folder=folder) if there else find(os.fspath(spec), None)
+    model = empty_model(source)
     modules = model.named_modules(remove_duplicate=False)
     linears = {path: shape for path, m in modules if (shape := linear_shape(m)) is not None}
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
@@ -53,16 +53,16 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     return BaseShape(source.spec, linears, parameters, both, fingerprint, is_own)
 
 
-def _empty(source: _Source) -> PreTrainedModel:
+def empty_model(source: Source) -> PreTrainedModel:
     """The model without values, on the meta device."""
-    with _quiet(source.copy):
-        config = _config(source)
+    with quiet(source.copy):
+        config = read_config(source)
         family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with refusals(source.spec, "the modules", source.folder), torch.device("meta"):
             return family.from_config(config, trust_remote_code=False)
 
 
-def _weights_are_here(source: _Source) -> bool:
+def _weights_are_here(source: Source) -> bool:
     """Whether `load_base` would find safetensors without a download."""
     if source.folder is not None:
         return any((Path(source.folder) / name).is_file() for name in _WEIGHTS)

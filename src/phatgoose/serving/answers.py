@@ -105,10 +105,9 @@ async def _at_once(
             tasks = [group.create_task(whole(writer, deadline)) for writer in ask.writers]
     except BaseExceptionGroup as errors:
         raise _refused(errors.exceptions[0]) from None
-    shown = bool(body.logprobs) if isinstance(body, ChatRequest) else body.logprobs is not None
     pieces = [_cut(body, task.result(), writer) for task, writer in zip(tasks, ask.writers, strict=True)]
     choices = [
-        form.choice(i, piece, writer, shown=shown)
+        form.choice(i, piece, writer)
         for i, (piece, writer) in enumerate(zip(pieces, ask.writers, strict=True))
     ]
     service.metrics.seconds.observe(time.perf_counter() - ask.began)
@@ -127,7 +126,6 @@ async def _events(
     service: Service, request: Request, body: Body, ask: Ask, form: Form, deadline: float
 ) -> AsyncGenerator[str, None]:
     """Server-sent events."""
-    shown = bool(body.logprobs) if isinstance(body, ChatRequest) else body.logprobs is not None
     counted = bool(body.stream_options and body.stream_options.include_usage)
     begun: set[int] = set()
     try:
@@ -137,7 +135,6 @@ async def _events(
                     index,
                     _cut(body, piece, ask.writers[index]),
                     ask.writers[index],
-                    shown=shown,
                     first=index not in begun,
                 )
                 begun.add(index)

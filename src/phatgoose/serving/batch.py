@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-from phatgoose.models.base import Base
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.mixed import Mixed
+from phatgoose.models.limits import decoder_start, settings_are_own
 from phatgoose.models.plan import Plan
 from phatgoose.serving.job import Job, News
 from phatgoose.serving.sampling import choose
 from phatgoose.tasks.batch import pad_id
 
-
-class Owner(Protocol):
-    """What a batch needs of the engine that runs it."""
-
-    base: Base
-    mixed: Mixed
-
-    def step(self) -> None: ...
-    def alive(self, job: Job) -> bool: ...
-    def tell(self, job: Job, news: News) -> None: ...
-    def watched(self, jobs: Sequence[Job]) -> bool: ...
-    def take_loads(self, plan: Plan, jobs: Sequence[Job], phases: Sequence[str]) -> None: ...
+if TYPE_CHECKING:
+    from phatgoose.serving.batches import BatchEngine
 
 
 class Batch:
     """Rows end one by one: at an end token, at their own length, or when their client has left."""
 
-    def __init__(self, owner: Owner, jobs: list[Job]):
+    def __init__(self, owner: BatchEngine, jobs: list[Job]):
         self.owner, self.jobs = owner, jobs
         self.open = [True] * len(jobs)
         self._written: list[list[int]] = [[] for _ in jobs]
@@ -47,20 +34,15 @@ class Batch:
         base = self.owner.base
         own = GenerationConfig(**self._settings())
         ids, mask = self._inputs()
-        # generate() fills what its settings leave open from the model's own, so these are ours while it runs.
-        kept, base.model.generation_config = base.model.generation_config, own
         call: Any = base.model.generate
-        try:
-            with self.owner.mixed.following(self.plan):
-                call(
-                    inputs=ids,
-                    attention_mask=mask,
-                    generation_config=own,
-                    logits_processor=LogitsProcessorList([_Choosing(self)]),
-                    stopping_criteria=StoppingCriteriaList([_Ending(self)]),
-                )
-        finally:
-            base.model.generation_config = kept
+        with settings_are_own(base.model, own), self.owner.mixed.following(self.plan):
+            call(
+                inputs=ids,
+                attention_mask=mask,
+                generation_config=own,
+                logits_processor=LogitsProcessorList([_Choosing(self)]),
+                stopping_criteria=StoppingCriteriaList([_Ending(self)]),
+            )
 
     def settle(self, scores: Tensor) -> Tensor:
         """After a pass: the next token of every open row from scores [B, V], passed on at once; scores that leave no other choice."""

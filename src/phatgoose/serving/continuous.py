@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from phatgoose.models.base import Base
 from phatgoose.models.limits import context_length
 from phatgoose.serving import attention
-from phatgoose.serving.engine import Engine, cache_bytes_per_token
+from phatgoose.serving.engine import Engine
 from phatgoose.serving.job import Job, News, ServingError, told
 from phatgoose.serving.passes import Passes, Sampler
 from phatgoose.serving.settings import ServeSettings
@@ -199,8 +199,16 @@ def _pages(base: Base, settings: ServeSettings) -> int:
         with contextlib.suppress(RuntimeError):
             if base.device.type == "cuda":
                 free = torch.cuda.mem_get_info(base.device)[0]
-        tokens = min(settings.max_running * context, free // 4 // cache_bytes_per_token(base))
+        tokens = min(settings.max_running * context, free // 4 // _bytes_per_token(base))
     pages = tokens // PAGE + SPARE
     if pages < SPARE + 2:
         raise ServingError(f"a cache of {tokens} tokens is too small: raise cache_tokens, or free memory.")
     return int(pages)
+
+
+def _bytes_per_token(base: Base) -> int:
+    """Bytes of keys and values that one token leaves in the cache."""
+    config = base.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head * torch.empty(0, dtype=base.model.dtype).element_size()

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from phatgoose.models.base import Base
@@ -82,11 +81,3 @@ class Engine(ABC):
             self.on_load(job, weights[i], n)
             if job.watch:
                 job.add_load(phases[i], weights[i], n)
-
-
-def cache_bytes_per_token(base: Base) -> int:
-    """Bytes of keys and values that one token leaves in the cache."""
-    config = base.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head * torch.empty(0, dtype=base.model.dtype).element_size()

@@ -33,18 +33,18 @@ class Form:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def choice(self, index: int, piece: Piece, writer: Writer, *, shown: bool) -> dict[str, Any]:
-        """A whole choice. shown: whether log-probabilities were asked for."""
+    def choice(self, index: int, piece: Piece, writer: Writer) -> dict[str, Any]:
+        """A whole choice."""
         if self.chat:
             text = {"role": "assistant", "content": piece.text, "refusal": None}
             found: dict[str, Any] = {"index": index, "message": text}
         else:
             found = {"index": index, "text": self.echoed(index, writer) + piece.text}
         found["finish_reason"] = piece.finish
-        found["logprobs"] = self.logprobs(index, piece, writer) if shown else None
+        found["logprobs"] = self.logprobs(index, piece, writer) if shown(writer) else None
         return found | acted(writer)
 
-    def chunk(self, index: int, piece: Piece, writer: Writer, *, shown: bool, first: bool) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece, writer: Writer, *, first: bool) -> dict[str, Any]:
         """A piece of a choice as the server sends it while it writes."""
         if self.chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
@@ -55,7 +55,7 @@ class Form:
             found = {"index": index, "text": (self.echoed(index, writer) if first else "") + piece.text}
         found["finish_reason"] = piece.finish
         found["logprobs"] = None
-        if shown and (piece.likelihoods or (first and self.echo)):
+        if shown(writer) and (piece.likelihoods or (first and self.echo)):
             found["logprobs"] = self.logprobs(index, piece, writer, first=first)
         return found | (acted(writer) if piece.finish else {})
 
@@ -105,6 +105,11 @@ class Form:
 
     def text(self, token: int) -> str:
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def shown(writer: Writer) -> bool:
+    """Whether log-probabilities were asked for."""
+    return writer.job.draw.settings.logprobs is not None
 
 
 def finite(logprob: float) -> float:

@@ -19,6 +19,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.files import write_bytes
 from phatgoose.models.base import Base
+from phatgoose.models.layers import given
 from phatgoose.models.routed import Routing, routing_of
 from phatgoose.tasks.batch import Encoded, collate, pad_id, target_logits
 from phatgoose.training.preserve import alone
@@ -102,7 +103,7 @@ def _adding(
     path: str, embedding: bool, model: PreTrainedModel, sums: dict[str, Tensor], counts: dict[str, int]
 ) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        u = output if embedding else (args[0] if args else next(iter(kwargs.values())))
+        u = output if embedding else given(args, kwargs)
         routing: Routing | None = routing_of(model)
         tokens = routing.streams.seen_by(path) if routing is not None else None
         assert tokens is not None

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from phatgoose.errors import TrainingError
 from phatgoose.models.base import Base
-from phatgoose.models.limits import end_tokens
+from phatgoose.models.limits import end_tokens, settings_are_own
 from phatgoose.records import Example
 from phatgoose.tasks.batch import pad_id
 from phatgoose.training.preserve import preserved_random_state
@@ -80,7 +79,7 @@ def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int
         eos_token_id=sorted(ends),
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
-    with preserved_random_state(), _settings(model, settings), torch.no_grad():
+    with preserved_random_state(), settings_are_own(model, settings), torch.no_grad():
         torch.manual_seed(
             int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7], "big")
         )
@@ -158,14 +157,3 @@ def _encoded(base: Base, prompt: str) -> list[int]:
     if not base.is_encoder_decoder and len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
         return ids[:-1]
     return ids
-
-
-@contextlib.contextmanager
-def _settings(model: PreTrainedModel, own: GenerationConfig) -> Iterator[None]:
-    """generate() fills what its settings leave open from the model's own; so these must be ours while it runs."""
-    kept = model.generation_config
-    model.generation_config = own
-    try:
-        yield
-    finally:
-        model.generation_config = kept

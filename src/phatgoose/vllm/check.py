@@ -11,7 +11,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.fingerprint import fingerprint
 from phatgoose.models.mapped import mapped_base
-from phatgoose.models.routed import _check_copies, _module
+from phatgoose.models.modules import check_copies, module_at
 from phatgoose.vllm.binding import bind, prepared
 from phatgoose.vllm.samples import sample
 from phatgoose.vllm.settings import Settings
@@ -36,10 +36,10 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
         if pool.base is not None and not settings.any_base:
             check_same_base(pool.base, fingerprint(model, base), "the pool's experts")
         modules = dict(model.named_modules(remove_duplicate=False))
-        _check_copies(modules, pool)
+        check_copies(modules, pool)
         samples = {}
         for path in pool.modules:
-            module = _module(modules, path, pool)
+            module = module_at(modules, path, pool)
             bind(pool, router, path)
             samples[path] = sample(module, path)
         pool.let_go_of_gates()

@@ -13,7 +13,7 @@ from phatgoose.vllm.binding import bind, held, prepared
 from phatgoose.vllm.samples import differing
 from phatgoose.vllm.settings import Settings
 from phatgoose.vllm.site import AllReduce, RoutedLinear, RoutedSlice, Shard
-from phatgoose.vllm.slices import Linear, Slice, columns, slices
+from phatgoose.vllm.slices import Linear, Slice, columns, modules_in, slices
 
 
 class Layers:
@@ -41,7 +41,7 @@ class Layers:
 
     def take(self, linear: Linear, merged: Mapping[str, list[str]]) -> list[Slice]:
         """The adapted modules within a layer, under the pool's names. Every layer of the model asks, before any is made."""
-        if not any(name in self.paths for name in _names(linear, merged)):
+        if not any(name in self.paths for name in modules_in(linear, merged)):
             return []
         found = [s for s in slices(linear, merged) if s.path in self.paths]
         for part in found:
@@ -95,8 +95,3 @@ class Layers:
         stack = held(bound.stack(d_in, part.d_out, weight.dtype), had, part.rows, d_in, part.d_out)
         shard = Shard(linear.rank, linear.ranks, had, d_in, all_reduce) if linear.splits_input else None
         return RoutedSlice(bound.gates, bound.top_k, stack, torch.device(weight.device), shard)
-
-
-def _names(linear: Linear, merged: Mapping[str, list[str]]) -> list[str]:
-    before, dot, last = linear.path.rpartition(".")
-    return [f"{before}{dot}{name}" for name in merged.get(last, [last])]

@@ -54,6 +54,12 @@ def columns(linear: Linear) -> range:
     return range(start, start + linear.held_in)
 
 
+def modules_in(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[str]:
+    """The paths, in vLLM's model were it not merged, of the modules that a layer holds; `merged` as for `slices`."""
+    before, dot, last = linear.path.rpartition(".")
+    return [f"{before}{dot}{name}" for name in merged.get(last, [last])]
+
+
 def slices(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[Slice]:
     """The modules that a layer holds, in the order of its output.
 
@@ -63,8 +69,7 @@ def slices(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[Slice]:
     Raises:
         RoutingError: a layer says that it holds so many matrices, and is said to be merged of another number of modules.
     """
-    before, _, last = linear.path.rpartition(".")
-    names = [f"{before}.{name}" if before else name for name in merged.get(last, [last])]
+    names = modules_in(linear, merged)
     parts = [
         _held(linear, size, copies) for size, copies in zip(linear.held_out, linear.replicas, strict=True)
     ]
@@ -76,7 +81,7 @@ def slices(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[Slice]:
         return [Slice(names[0], 0, sum(linear.held_out), tuple(rows), d_out)]
     if len(names) != len(parts):
         raise RoutingError(
-            f"vLLM's {linear.path} is merged of {', '.join(merged[last])}, but in {len(parts)} parts, so that it isn't known which "
+            f"vLLM's {linear.path} is merged of {', '.join(name.rpartition('.')[2] for name in names)}, but in {len(parts)} parts, so that it isn't known which "
             "part is whose. This architecture can't be routed."
         )
     found, begin = [], 0

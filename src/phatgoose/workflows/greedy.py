@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-from phatgoose.evaluation.generate import settings_are_own
 from phatgoose.models.base import Base
-from phatgoose.models.limits import decoder_start, end_tokens
+from phatgoose.models.limits import decoder_start, end_tokens, settings_are_own
 from phatgoose.tasks.batch import pad_id
 
 
