@@ -13,8 +13,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from phatgoose.cli.main import app
-from serve_command import serving
-from ui_command import running
+from server_command import running
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,11 +76,14 @@ def test_every_command_runs(make_base, make_expert, tmp_path, monkeypatch):
         if words[0] == "generate":
             words += ["--max-new-tokens", "3"]
         if words[0] == "ui":
-            with running(*words) as address, urllib.request.urlopen(address, timeout=60) as page:
+            with (
+                running(*words, last="ended") as address,
+                urllib.request.urlopen(address, timeout=60) as page,
+            ):
                 assert page.status == 200
             continue
         if words[0] == "serve":
-            with serving(*words) as address:
+            with running(*words) as address:
                 for curl in (c for c in commands() if c[0] == "curl"):
                     assert "http://127.0.0.1:8000/" in " ".join(curl)
                     said = [w.replace("http://127.0.0.1:8000", address) for w in curl]

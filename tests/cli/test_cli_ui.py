@@ -7,14 +7,14 @@ import socket
 import sys
 import urllib.request
 
-from ui_command import running
+from server_command import running
 
 pytest_plugins = ["cli_fixtures"]
 
 
 def test_the_command_serves_the_page_and_answers(ready, base):
     folder, _ = ready
-    with running("ui", "--pool", folder / "pool", "--base", base) as address:
+    with running("ui", "--pool", folder / "pool", "--base", base, last="ended") as address:
         with urllib.request.urlopen(address, timeout=60) as page:
             assert "live" in page.read().decode()
         question = json.dumps({"prompt": "what is the colour of red?", "max_new_tokens": 2}).encode()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from encoder_fixtures import make_encoder, signed
+from harness_fixtures import ROWS
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
@@ -18,15 +19,6 @@ pytest.importorskip(
 )
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WORDS = ["red", "blue and green", "the quick fox", "no", "entailment of the dog", "x"]
-ROWS = tuple(
-    Example(
-        f"row {i}: which of them is it" + " lazy" * (i % 4) + "?",
-        (WORDS[i % 3],),
-        (*WORDS[i % 3 :], *WORDS[: i % 3]),
-    )
-    for i in range(23)
-)
 TASK = Task("toy/one", (), (), ROWS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
@@ -234,13 +235,22 @@ serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(drai
 """
 
 
-def test_sigterm_lets_what_was_begun_finish(tmp_path):
+@contextlib.contextmanager
+def server_process(drain):
+    """A server as a process of its own, and a client of it."""
     here = os.path.dirname(__file__)
-    script = SCRIPT.format(paths=[here, os.path.dirname(here)], drain=60)
+    script = SCRIPT.format(paths=[here, os.path.dirname(here)], drain=drain)
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     try:
         port = next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        yield process, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_sigterm_lets_what_was_begun_finish():
+    with server_process(drain=60) as (process, client):
         ask = {
             "model": "base",
             "prompt": "the",
@@ -259,18 +269,10 @@ def test_sigterm_lets_what_was_begun_finish(tmp_path):
         events = [json.loads(line)["event"] for line in process.stderr]
         assert "ending" in events
         assert events[-1] == "request"
-    finally:
-        process.kill()
-        process.stderr.close()
 
 
-def test_sigterm_ends_what_takes_too_long(tmp_path):
-    here = os.path.dirname(__file__)
-    script = SCRIPT.format(paths=[here, os.path.dirname(here)], drain=1)
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    try:
-        port = next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+def test_sigterm_ends_what_takes_too_long():
+    with server_process(drain=1) as (process, client):
         streams = [
             client.completions.create(
                 model="base", prompt="the", max_tokens=400, n=8, logit_bias={"1": -100}, stream=True
@@ -282,6 +284,3 @@ def test_sigterm_ends_what_takes_too_long(tmp_path):
         process.terminate()
         assert process.wait(timeout=60) in (0, -15)
         assert time.monotonic() - began < 40
-    finally:
-        process.kill()
-        process.stderr.close()

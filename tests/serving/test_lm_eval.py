@@ -5,26 +5,17 @@ from __future__ import annotations
 import pytest
 from serving_fixtures import PROMPTS, greedy, running, settings, text
 
+from harness_fixtures import ROWS
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
 from phatgoose.models.routed import route, unroute
-from phatgoose.records import Example, Task
+from phatgoose.records import Task
 from phatgoose.serving.service import Service
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'phatgoose[harness]'"
 )
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-WORDS = ["red", "blue and green", "the quick fox", "no", "entailment of the dog", "x"]
-ROWS = tuple(
-    Example(
-        f"row {i}: which of them is it" + " lazy" * (i % 4) + "?",
-        (WORDS[i % 3],),
-        (*WORDS[i % 3 :], *WORDS[: i % 3]),
-    )
-    for i in range(23)
-)
 
 
 @pytest.mark.parametrize("as_tokens", [True, False])

@@ -104,14 +104,19 @@ def test_merged_and_split_layers_compute_what_route_does(saved, pool_of, router,
             assert (one - other).norm() < tolerance * other.norm()
 
 
-def test_the_operator_is_all_that_a_compiler_sees(saved, pool_of):
+def first_layer(saved, pool_of, *rows):
+    """The first routed layer of a whole model, inputs for it, and its base's outputs."""
     base, folder = saved()
     settings = Settings(str(pool_of(base)))
     layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
     linear, weight, _, parts = found[0]
     made = layers.make(linear, parts, weight.data, torch.clone)
-    u = torch.randn(2, 5, linear.d_in)
-    y = F.linear(u, weight).detach()
+    u = torch.randn(*rows, linear.d_in)
+    return made, u, F.linear(u, weight).detach()
+
+
+def test_the_operator_is_all_that_a_compiler_sees(saved, pool_of):
+    made, u, y = first_layer(saved, pool_of, 2, 5)
     targets = []
 
     def backend(graph, inputs):
@@ -125,13 +130,7 @@ def test_the_operator_is_all_that_a_compiler_sees(saved, pool_of):
 
 
 def test_more_choices_than_are_fused(saved, pool_of):
-    base, folder = saved()
-    settings = Settings(str(pool_of(base)))
-    layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
-    linear, weight, _, parts = found[0]
-    made = layers.make(linear, parts, weight.data, torch.clone)
-    u = torch.randn(5, linear.d_in)
-    y = F.linear(u, weight).detach()
+    made, u, y = first_layer(saved, pool_of, 5)
     with torch.no_grad():
         expected = made(u, y)
         for part in made.parts:

@@ -1,4 +1,4 @@
-"""`phatgoose ui` as a process of its own, which is how it ends as well: by Ctrl-C."""
+"""`phatgoose ui` and `phatgoose serve` as processes of their own, which is how they end as well: by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 @contextmanager
-def running(*words, folder: Path | None = None):
-    """The address that the command says, on a port that is free; at the end it is interrupted and must end in order."""
+def running(*words, folder: Path | None = None, last: str = ""):
+    """The address that the command says, on a port that is free; at the end it is interrupted, must end in order, and say `last`."""
     command = [sys.executable, "-m", "phatgoose.cli.main", *map(str, words), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
     try:
@@ -23,5 +23,5 @@ def running(*words, folder: Path | None = None):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert "ended" in said
+    assert last in said
     assert "Traceback" not in said
