@@ -235,6 +235,37 @@ serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(drai
 """
 
 
+FAILING = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from conftest import make_model, make_tokenizer
+from serving_fixtures import settings
+from phatgoose.errors import PhatgooseError
+from phatgoose.models.base import Base
+from phatgoose.serving.run import serve
+from phatgoose.serving.service import Service
+try:
+    serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(), folder={folder!r} and Path({folder!r})), port={port})
+except PhatgooseError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("fault", ["pool", "port"])
+def test_a_server_that_cannot_start_says_why(tmp_path, fault):
+    here = os.path.dirname(__file__)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if fault == "port" else 0
+        folder = str(tmp_path / "no-pool") if fault == "pool" else ""
+        script = FAILING.format(paths=[here, os.path.dirname(here)], folder=folder, port=port)
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    expected = {"pool": "PoolError", "port": "ServingError the server couldn't start on 127.0.0.1"}[fault]
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(expected)
+    assert "Traceback" not in ended.stderr
+
+
 @contextlib.contextmanager
 def server_process(drain):
     """A server as a process of its own, and a client of it."""

@@ -18,7 +18,7 @@ class Lines(logging.Formatter):
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "event": record.getMessage().strip(),
+            "event": _event(record.getMessage().strip()),
             **getattr(record, "facts", {}),
         }
         if record.exc_info and record.exc_info[0] is not None:
@@ -37,6 +37,11 @@ class Lines(logging.Formatter):
             found.append(f"{code.co_filename}:{traceback.tb_lineno} {code.co_name}")  # type: ignore[attr-defined]
             traceback = traceback.tb_next  # type: ignore[attr-defined]
         return found[-12:]
+
+
+def _event(message: str) -> str:
+    """Of a traceback that a library logs as a message, its last line: what went wrong."""
+    return message.rpartition("\n")[2] if message.startswith("Traceback ") else message
 
 
 def set_up(stream: TextIO | None = None) -> None:

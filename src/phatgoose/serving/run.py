@@ -137,7 +137,8 @@ def serve(
     log.info(
         "starting", extra={"facts": {"host": host, "port": port, "engine": type(service.engine).__name__}}
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and says how it came
+    # Where uvicorn has ended in order it says so by the one, and where it couldn't start by the other; why is said below.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.run()
     if service.failure is not None:
         raise service.failure
