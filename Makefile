@@ -34,12 +34,12 @@ N ?= 1000000
 fuzz: $(STAMP) ## N (a million) changed files for every reader of files that others made (an hour on one core)
 	$(BIN)/python tests/fuzz/fuzz_run.py --count $(N)
 
-REQUESTS ?= 10000
-fuzz-serve: $(STAMP) ## REQUESTS (ten thousand) changed requests for a server (minutes)
+REQUESTS ?= 100000
+fuzz-serve: $(STAMP) ## REQUESTS (a hundred thousand) changed requests for a server (minutes)
 	PHATGOOSE_MUTATED_REQUESTS=$(REQUESTS) $(BIN)/python -m pytest tests/serving/test_malformed.py
 
 MINUTES ?= 5
-bench-serve: $(STAMP) ## a pool's server against its base's under load, MINUTES (five) of each, into benchmarks/results
+bench-serve: $(STAMP) ## servers of 0, 8 and 166 experts under load, MINUTES (five) of each, into benchmarks/results
 	$(BIN)/python benchmarks/serving.py --minutes $(MINUTES)
 
 VLLM := .venv-vllm

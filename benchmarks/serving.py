@@ -2,11 +2,12 @@
 
     python benchmarks/serving.py [--experts 8 166] [--minutes 5] [--clients 64] [--base B] [--pool FOLDER] [--out FOLDER]
 
-One `phatgoose serve` without a pool and one for each pool size run side by side and are loaded in turns, half a minute each, until each
-has had its minutes. Each client sends one request after the other, prompts of 16 to 256 random tokens and answers of 32 to 96, every
-second one as a stream; a 429 is obeyed. A turn counts the tokens that the server's own counter saw between two moments at which all
-clients were busy; what was begun is finished afterwards. Random experts at all linear layers, of rank 16, are the dearest case: tokens
-agree about nothing. Prints tokens a second, their ratio to the base's turn by turn, times to the first token, memory, and every status.
+One `phatgoose serve` without a pool and one for each pool size, each with clients of its own. Each client sends one request after the other,
+prompts of 16 to 256 random tokens and answers of 32 to 96, every second one as a stream; a 429 is obeyed. The servers take turns of half a
+minute, until each has had its minutes: all but one are stopped (SIGSTOP) with what they are doing, so that every turn begins in the middle
+of the load, and a busy moment of the machine hits all alike. Tokens are counted by the server. Random experts at all linear layers, of rank
+16, are the dearest case: tokens agree about nothing. Prints tokens a second, their ratio to the base's turn by turn, times to the first
+token (those that a server was stopped don't count), memory, and every status.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ import httpx2
 from bench_machine import machine
 
 RESULTS = Path(__file__).parent / "results"
+SPIN = {"GOMP_SPINCOUNT": "1000"}
+"""How long OpenMP's threads spin for work. Left to itself, libgomp spins 300 times longer in a process with as many threads as cores, and
+so on the base, whose server then wastes what its clients need; with more threads, as routing has, it takes this number by itself."""
 
 
 @dataclass
 class Turn:
-    """What came of one server's turn. Tokens and seconds are of the time that counts, requests of the whole turn."""
+    """What came of one server's turn."""
 
     seconds: float = 0.0
     answer_tokens: float = 0.0
@@ -63,36 +67,73 @@ class Turn:
         }
 
 
-@dataclass
 class Server:
-    """A `phatgoose serve` of our own."""
+    """A `phatgoose serve` of our own, which can be stopped and go on, and its clients."""
 
-    process: subprocess.Popen[bytes]
-    port: int
-
-    @staticmethod
-    def start(options: argparse.Namespace, pool: Path | None, log: Path) -> Server:
+    def __init__(self, options: argparse.Namespace, pool: Path | None, log: Path):
+        self.options, self.log, self.turn, self.over = options, log, Turn(), asyncio.Event()
         clients = options.clients
         command = [
             sys.executable, "-m", "phatgoose.cli.main", "serve", "--base", options.base, "--port", "0", "--dtype", options.dtype,
             "--max-running", str(clients), "--max-waiting", str(clients), "--cache-tokens", str(clients * 384),
-            *(() if pool is None else ("--pool", str(pool))),
+            "--timeout-seconds", "3600", "--body-seconds", "3600", *(() if pool is None else ("--pool", str(pool))),
         ]  # fmt: skip
         with log.open("wb") as sink:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sink)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=sink, env={**SPIN, **os.environ}
+            )
+        url = f"http://127.0.0.1:{self._port()}"
+        # A connection that is kept would be closed while its server is stopped.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+        self.client = httpx2.AsyncClient(base_url=url, timeout=3600, limits=limits)
+        self._ran, self._since = 0.0, time.monotonic()
+        self.stop()
+
+    def _port(self) -> int:
         while True:
-            for line in log.read_text().splitlines():
+            for line in self.log.read_text().splitlines():
                 if line.startswith("{") and (found := json.loads(line)).get("event") == "ready":
-                    return Server(process, found["port"])
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with {process.returncode}: {log.read_text()[-2000:]}")
+                    return int(found["port"])
+            if self.process.poll() is not None:
+                raise SystemExit(
+                    f"the server ended with {self.process.returncode}: {self.log.read_text()[-2000:]}"
+                )
             time.sleep(0.5)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        self._ran, self._since = self.clock(), None
+
+    def go_on(self) -> None:
+        self._since = time.monotonic()
+        self.process.send_signal(signal.SIGCONT)
+
+    def clock(self) -> float:
+        """Seconds that it has run."""
+        return self._ran + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def resident_mb(self) -> int:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS"))) // 1024
 
+    async def counted(self) -> dict[str, float]:
+        """Tokens by phase that the server has counted since its start."""
+        found = {"prompt": 0.0, "answer": 0.0}
+        for line in (await self.client.get("/metrics")).text.splitlines():
+            if line.startswith("phatgoose_tokens_total"):
+                found["prompt" if 'phase="prompt"' in line else "answer"] += float(line.rsplit(" ", 1)[1])
+        return found
+
+    async def one_client(self, source: random.Random) -> None:
+        while not self.over.is_set():
+            try:
+                await one_request(self, asked(source, self.options.vocabulary))
+            except (httpx2.HTTPError, json.JSONDecodeError) as error:
+                self.turn.failures.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(0.1)
+
     def end(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=120)
 
@@ -105,71 +146,46 @@ def asked(source: random.Random, vocabulary: int) -> dict[str, Any]:
     return body | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
-async def one_request(client: httpx2.AsyncClient, body: dict[str, Any], turn: Turn) -> None:
+async def one_request(server: Server, body: dict[str, Any]) -> None:
     """Sends it and notes what came of it."""
-    began, first, usage = time.monotonic(), None, None
-    async with client.stream("POST", "/v1/completions", json=body) as found:
-        turn.statuses[found.status_code] += 1
+    began, first, usage = server.clock(), None, None
+    async with server.client.stream("POST", "/v1/completions", json=body) as found:
+        server.turn.statuses[found.status_code] += 1
         if found.status_code == 429:
             await found.aread()
             await asyncio.sleep(int(found.headers["retry-after"]))
             return
         if found.status_code != 200:
-            turn.failures.append((await found.aread()).decode()[:300])
+            server.turn.failures.append((await found.aread()).decode()[:300])
             return
         if body["stream"]:
             async for line in found.aiter_lines():
                 if line.startswith("data: {"):
-                    first = first or time.monotonic()
+                    first = first or server.clock()
                     event = json.loads(line[6:])
                     usage = event.get("usage") or usage
                     if "error" in event:
-                        turn.failures.append(str(event))
+                        server.turn.failures.append(str(event))
         else:
             usage = json.loads(await found.aread())["usage"]
     if usage is None or not 0 < usage["completion_tokens"] <= body["max_tokens"]:
-        turn.failures.append(f"usage: {usage}")
-    turn.requests += 1
+        server.turn.failures.append(f"usage: {usage}")
+    server.turn.requests += 1
     if first is not None:
-        turn.first_token_seconds.append(first - began)
+        server.turn.first_token_seconds.append(first - began)
 
 
-async def counted(client: httpx2.AsyncClient) -> dict[str, float]:
-    """Tokens by phase that the server has counted since its start."""
-    found = {"prompt": 0.0, "answer": 0.0}
-    for line in (await client.get("/metrics")).text.splitlines():
-        if line.startswith("phatgoose_tokens_total"):
-            found["prompt" if 'phase="prompt"' in line else "answer"] += float(line.rsplit(" ", 1)[1])
-    return found
-
-
-async def load(server: Server, options: argparse.Namespace, seconds: float, seed: str) -> Turn:
-    """All clients at one server."""
-    turn, source, over = Turn(), random.Random(seed), asyncio.Event()
-    limits = httpx2.Limits(max_connections=options.clients + 1)
-    url = f"http://127.0.0.1:{server.port}"
-    async with httpx2.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-
-        async def one_client(own: random.Random) -> None:
-            while not over.is_set():
-                try:
-                    await one_request(client, asked(own, options.vocabulary), turn)
-                except (httpx2.HTTPError, json.JSONDecodeError) as error:
-                    turn.failures.append(f"{type(error).__name__}: {error}")
-
-        tasks = [
-            asyncio.create_task(one_client(random.Random(source.random()))) for _ in range(options.clients)
-        ]
-        await asyncio.sleep(seconds / 6)  # until prompts and answers are mixed as they will be
-        began, before = time.monotonic(), await counted(client)
-        await asyncio.sleep(seconds)
-        turn.seconds, after = time.monotonic() - began, await counted(client)
-        turn.answer_tokens = after["answer"] - before["answer"]
-        turn.prompt_tokens = after["prompt"] - before["prompt"]
-        over.set()
-        await asyncio.gather(*tasks)
-    turn.resident_mb = server.resident_mb()
-    return turn
+async def one_turn(server: Server, seconds: float) -> Turn:
+    server.turn = Turn()
+    server.go_on()
+    began, before = time.monotonic(), await server.counted()
+    await asyncio.sleep(seconds)
+    server.turn.seconds, after = time.monotonic() - began, await server.counted()
+    server.stop()
+    server.turn.answer_tokens = after["answer"] - before["answer"]
+    server.turn.prompt_tokens = after["prompt"] - before["prompt"]
+    server.turn.resident_mb = server.resident_mb()
+    return server.turn
 
 
 def make_pool(base: str, experts: int, folder: Path) -> Path:
@@ -185,30 +201,44 @@ def make_pool(base: str, experts: int, folder: Path) -> Path:
     return folder
 
 
+async def take_turns(servers: dict[str, Server], options: argparse.Namespace) -> dict[str, list[Turn]]:
+    """Brings each server to where each of its clients had an answer on average, and then lets them take turns."""
+    turns: dict[str, list[Turn]] = {name: [] for name in servers}
+    tasks: dict[str, list[asyncio.Task[None]]] = {}
+    for name, server in servers.items():
+        server.go_on()
+        sources = [random.Random(number) for number in range(options.clients)]
+        tasks[name] = [asyncio.create_task(server.one_client(source)) for source in sources]
+        while server.turn.requests + len(server.turn.failures) < options.clients:
+            await asyncio.sleep(0.1)
+        server.stop()
+        print(f"    {name:12} is warm after {server.clock():.0f} s", flush=True)
+    for number in range(max(1, round(options.minutes * 60 / options.turn_seconds))):
+        for name in list(servers)[:: 1 if number % 2 else -1]:
+            turn = await one_turn(servers[name], options.turn_seconds)
+            turns[name].append(turn)
+            statuses, failed = dict(turn.statuses), f"  {len(turn.failures)} failed" * bool(turn.failures)
+            print(
+                f"{number + 1:3} {name:12} {turn.speed:7.1f} tokens/s {turn.resident_mb:6} MB {statuses}{failed}",
+                flush=True,
+            )
+    for name, server in servers.items():  # what was begun is finished, and counts where it failed
+        server.over.set()
+        server.go_on()
+        await asyncio.gather(*tasks[name])
+        await server.client.aclose()
+        server.stop()
+    return turns
+
+
 def compare(options: argparse.Namespace, pools: dict[str, Path | None], work: Path) -> dict[str, Any]:
     """All servers, in turns."""
-    turns: dict[str, list[Turn]] = {name: [] for name in pools}
-    rounds = max(1, round(options.minutes * 60 / options.turn_seconds))
     with ExitStack() as stack:
         servers = {}
         for name, pool in pools.items():
-            servers[name] = Server.start(options, pool, work / f"{name.replace(' ', '-')}.log")
+            servers[name] = Server(options, pool, work / f"{name.replace(' ', '-')}.log")
             stack.callback(servers[name].end)
-        for number in range(rounds + 1):  # the first round warms up
-            order = list(servers) if number % 2 else list(servers)[::-1]
-            for name in order:
-                seconds = options.turn_seconds if number else min(options.turn_seconds, 5.0)
-                turn = asyncio.run(load(servers[name], options, seconds, f"{number}"))
-                if number:
-                    turns[name].append(turn)
-                    statuses, failed = (
-                        dict(turn.statuses),
-                        f"  {len(turn.failures)} failed" * bool(turn.failures),
-                    )
-                    print(
-                        f"{number:3} {name:12} {turn.speed:7.1f} tokens/s {turn.resident_mb:6} MB {statuses}{failed}",
-                        flush=True,
-                    )
+        turns = asyncio.run(take_turns(servers, options))
     return {name: summary(own, turns["base"]) for name, own in turns.items()}
 
 
@@ -253,6 +283,9 @@ def main(words: list[str] | None = None) -> None:
     record: dict[str, Any] = {
         "machine": machine(),
         "options": {k: str(v) for k, v in vars(options).items()},
+        "environment": {
+            k: v for k, v in {**SPIN, **os.environ}.items() if k.startswith(("GOMP_", "OMP_", "KMP_"))
+        },
         "load_average_before": list(os.getloadavg()),
     }
     with tempfile.TemporaryDirectory(prefix="phatgoose-serving-") as temporary:

@@ -91,7 +91,7 @@ def _value(source: random.Random, value: Any) -> Any:
                     source.choice(
                         ["x", "", "a\ud800", "tools", "suffix", "user", "top_logprobs", "stream", "n"]
                     )
-                ] = source.choice(ODD)
+                ] = _odd(source)
             case 2:
                 value[key.upper()] = value.pop(key)
             case _:
@@ -103,7 +103,11 @@ def _value(source: random.Random, value: Any) -> Any:
             return value * source.choice([2, 3, 90])
         value[place] = _value(source, value[place])
         return value
-    return source.choice([[value], {"a": value}, *ODD])
+    return _odd(source, [value], {"a": value})
+
+
+def _odd(source: random.Random, *more: Any) -> Any:
+    return copy.deepcopy(source.choice([*more, *ODD]))  # since it may be changed again
 
 
 def _bytes(source: random.Random, data: bytes) -> bytes:

@@ -21,8 +21,8 @@ from phatgoose.models.base import Base
 from phatgoose.serving.guard import Keys
 from phatgoose.serving.service import Service
 
-COUNT = int(os.environ.get("PHATGOOSE_MUTATED_REQUESTS", "400"))
-"""`make fuzz-serve` sends 10,000."""
+COUNT = int(os.environ.get("PHATGOOSE_MUTATED_REQUESTS", "10000"))
+"""`make fuzz-serve` sends 100,000."""
 SEED = os.environ.get("PHATGOOSE_MUTATED_SEED", "0")
 OPERATIONS = [
     ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("POST", "/v1/completions"),

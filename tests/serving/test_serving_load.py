@@ -32,7 +32,7 @@ def test_servers_bear_load_and_the_record_says_how(tmp_path):
     for server in found.values():
         assert server["failures"] == 0
         assert set(server["statuses"]) == {"200"}
-        assert server["requests"] >= 16
+        assert server["requests"] > 0
         assert len(server["turns"]) == 2
         for turn in server["turns"]:
             assert turn["tokens_per_second"] > 0

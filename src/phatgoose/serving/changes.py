@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from phatgoose.errors import PhatgooseError, UnknownName
+from phatgoose.errors import UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.packed import PackedExpert
@@ -62,7 +62,7 @@ class Changes:
                 async with self._changing:
                     if self._stamp() != self._seen:
                         await self._read()
-            except PhatgooseError:
+            except Exception:  # whatever is wrong with it, the next change may mend it
                 log.exception("the pool's folder was changed and can't be read; the experts stay")
 
     async def add(self, folder: Path, name: str | None = None) -> str:
