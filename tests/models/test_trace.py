@@ -16,8 +16,10 @@ from phatgoose.models.choices import load_of
 from phatgoose.models.paths import layer_labels, places
 from phatgoose.models.routed import route, routing_of
 from phatgoose.models.trace import Trace, trace
+from phatgoose.ops import build
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, SpectR, Uniform, WeightOnly
 
+TOKENS = set(recorder.TOKEN_FIELDS) - {"draws"}  # which depend on the order in which passes are summed up
 TEXTS = ["yes", "What is the past tense of walk?", "the quick brown fox"]
 
 
@@ -213,6 +215,57 @@ def test_sums_are_the_sums_of_the_choices(routed, monkeypatch):
         assert torch.allclose(full.weight, sums.weight, atol=0.02)
         assert torch.allclose(sums.weight.sum(1), sums.tokens.double(), atol=1e-5)
         assert int(sums.tokens[1]) == 9
+
+
+@pytest.mark.skipif(build.reason() is not None, reason="the CPU kernel can't be compiled here")
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("top_k", [1, 2, 7])
+@pytest.mark.parametrize(("family", "beams"), [("llama", 1), ("llama", 3), ("t5", 2), ("gpt2", 1)])
+def test_what_the_kernel_writes_for_a_trace_is_what_it_hands_over(routed, family, beams, top_k, times):
+    base = routed(family, PHATGOOSE(top_k=top_k), backend="cpu", dtype=torch.bfloat16)
+    sites = routing_of(base).sites
+    assert all(site.writer is not None for site in sites)
+    block = next(m for name, m in base.model.named_modules() if name.endswith(("mlp", "DenseReluDense")))
+    once = block.forward
+
+    both = next(site for site in sites if site.module in list(block.modules()))
+    write = both.writer
+
+    def several(x):  # a block that a model runs several times in a pass
+        for number in range(times):
+            both.writer = write if writing and number != 1 else None
+            x = once(x)
+        return x
+
+    block.forward = several
+    batch = batch_of(base)
+    batch.pop("position_ids", None)
+    found = []
+    for writing in (True, False):
+        for number, site in enumerate(sites):
+            if not writing or number % 5 == 4:  # some always hand them over
+                site.writer = None
+        runs = []
+        for settings in ({"margins": False}, {"histogram": True}):
+            with torch.no_grad(), trace(base, **settings) as t:
+                base.model.generate(
+                    **batch, num_beams=beams, max_new_tokens=4, min_new_tokens=4, do_sample=False
+                )
+                base.model(**batch, use_cache=False)
+            runs.append(t)
+        found.append(runs)
+    (ours, our_sums), (plain, plain_sums) = found
+    assert [c.path for c in ours.choices] == [c.path for c in plain.choices]
+    assert list(our_sums.loads) == list(plain_sums.loads)
+    for a, b in zip(ours.choices, plain.choices, strict=True):
+        assert torch.equal(a.experts, b.experts)
+        assert torch.equal(a.weights, b.weights)
+        assert all(torch.equal(getattr(a.tokens, n), getattr(b.tokens, n)) for n in TOKENS)
+    for path, load in plain_sums.loads.items():
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(vars(load).values(), vars(our_sums.loads[path]).values(), strict=True)
+        )
 
 
 def test_load_of_counts_by_hand():

@@ -1,8 +1,9 @@
 """What runs inside a traced model: takes in every module's choices at little cost, and sums them up now and then.
 
-A call of `record` notes the choices and returns; nothing is looked at, moved between devices or waited for. When a pass is over,
-the choices of all its modules are packed as int16 and half precision. Every FLUSH decisions, between two passes (and at the end), what is pending is brought to the CPU in large pieces:
-padding is left out, candidates become indices of the pool's experts, and either choices or only sums are kept.
+A kernel that can writes its choices where it is told (`room`); a call of `record` notes those of others and returns. Nothing is looked at,
+moved between devices or waited for. When a pass is over, the choices of all its modules are packed as int16 and half precision. Every FLUSH
+decisions, between two passes (and at the end), what is pending is brought to the CPU in large pieces: padding is left out, candidates
+become indices of the pool's experts, and either choices or only sums are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from phatgoose.routers.context import RoutingContext, Sequences
 
 if TYPE_CHECKING:
+    from phatgoose.models.streams import Streams
     from phatgoose.models.trace import Trace
 
 FLUSH = 2**18
@@ -79,6 +81,26 @@ class _Call(NamedTuple):  # made for every module and token: a dataclass would t
     margin: Tensor | None
 
 
+class Room:
+    """Where a kernel writes the choices of modules that see the same tokens, one module after the other.
+
+    chosen: int64 [M, N, k] and weights: float32 [M, N, k] on the CPU. paths: the modules whose choices are written, in order.
+    """
+
+    def __init__(self, seen: _Pass, shape: torch.Size, modules: int, k: int):
+        self.seen, self.shape, self.modules = seen, shape, modules
+        self.chosen = torch.empty(modules, shape.numel(), k, dtype=torch.int64)
+        self.weights = torch.empty(modules, shape.numel(), k)
+        self.paths: dict[str, None] = {}
+        self._starts = self.chosen.data_ptr(), self.weights.data_ptr()
+        self._steps = tuple(x.stride(0) * x.element_size() for x in (self.chosen, self.weights))
+
+    def next(self) -> tuple[int, int]:
+        """Addresses of the next module's choices and weights."""
+        i = len(self.paths)
+        return self._starts[0] + i * self._steps[0], self._starts[1] + i * self._steps[1]
+
+
 @dataclass(frozen=True, eq=False)
 class _Block:
     """The calls of M modules in one pass: chosen int16 and weights [M, N, k], margins [M, N] or None."""
@@ -102,6 +124,7 @@ class Recorder:
         self.wants_scores = margins and not histogram
         self.trace.share = sample
         self._calls: list[_Call] = []  # of the pass that runs
+        self._rooms: dict[tuple[str, int], Room] = {}  # likewise, by whose tokens are read and top-k
         self._blocks: list[_Block] = []  # of passes that are over
         self._members: dict[str, tuple[int, ...]] = {}
         self._decisions = 0
@@ -123,10 +146,39 @@ class Recorder:
         """
         margin = None if scores is None else _margins(scores.detach(), chosen)
         seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
+        if any(context.path in room.paths for room in self._rooms.values()):
+            self._pack()  # what the module chose before stays before this
         self._members[context.path] = members
         weights = weights.detach() if weights.requires_grad else weights
         self._calls.append(_Call(context.path, seen, chosen, weights, margin))
         self._decisions += chosen.shape[0]
+
+    def room(
+        self, kind: tuple[str, int], path: str, members: tuple[int, ...], shape: torch.Size, streams: Streams
+    ) -> Room:
+        """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written.
+
+        kind: whose tokens the module reads, and how many experts each gets. shape: of these tokens, [rows, length].
+        """
+        self._members[path] = members
+        room = self._rooms.get(kind)
+        if (
+            room is None
+            or room.seen.sequences is not streams.built.get(kind[0])
+            or room.shape != shape
+            or path in room.paths
+            or len(room.paths) == room.modules
+        ):
+            rows = shape[0] if len(shape) > 1 else 1
+            seen = self._pass(
+                RoutingContext(path, rows, shape.numel() // max(rows, 1), streams.seen_by(path))
+            )
+            if (
+                kind in self._rooms
+            ):  # the module ran before in this pass, or others saw the tokens in another shape
+                self._pack()
+            room = self._rooms[kind] = Room(seen, shape, len(self.trace.places), kind[1])
+        return room
 
     def _pass(self, context: RoutingContext) -> _Pass:
         if context.sequences is None:
@@ -167,6 +219,7 @@ class Recorder:
             key = (id(call.seen), call.chosen.shape[1], call.margin is None, call.chosen.device, times[which])
             groups.setdefault(key, []).append(call)
         half = torch.float32 if self.histogram else torch.float16
+        rooms, self._rooms = self._rooms, {}
         for group in groups.values():
             margins = [call.margin for call in group if call.margin is not None]
             self._blocks.append(
@@ -178,6 +231,11 @@ class Recorder:
                     torch.stack(margins) if margins else None,
                 )
             )
+        for room in rooms.values():
+            n, paths = len(room.paths), tuple(room.paths)
+            chosen, weights = room.chosen[:n].to(torch.int16), room.weights[:n].to(half)
+            self._blocks.append(_Block(paths, room.seen, chosen, weights, None))
+            self._decisions += chosen.shape[0] * chosen.shape[1]
 
     def flush(self) -> None:
         """Sums up what is pending."""

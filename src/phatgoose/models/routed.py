@@ -39,7 +39,7 @@ from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.streams import Streams
-from phatgoose.ops import Backend, Prepared, Stack, backend, make_stack
+from phatgoose.ops import Backend, Fused, Prepared, Stack, backend, make_stack
 from phatgoose.ops.cached import Cached
 from phatgoose.records import Fingerprint
 from phatgoose.routers import PHATGOOSE, Router
@@ -236,6 +236,12 @@ class _Site:
             self.fused = Cached(*self._by_gates, self.stack, self.layer, self.routing.ops.mix, self.path)
         elif self.routing.ops.fuse is not None and self._by_gates is not None and not self.embedding:
             self.fused = self.routing.ops.fuse(*self._by_gates, self.stack, self.layer)
+        # It can write its choices where a trace wants them.
+        self.writer = self.fused if isinstance(self.fused, Fused) and self.fused.plain else None
+        self.kind = (
+            self.routing.streams.stream_of(self.path),
+            0 if self.writer is None else self.writer.chosen,
+        )
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -250,9 +256,21 @@ class _Site:
             raise RoutingError(
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
-        if fused is not None and self.routing.recorder is None:
+        recorder = self.routing.recorder
+        if fused is not None and recorder is None:
             done = fused(u, output, self.fresh and unseen(module))
             if done is not None:
+                return done
+        elif (
+            fused is not None
+            and self.writer is not None
+            and recorder is not None
+            and not recorder.wants_scores
+        ):
+            room = recorder.room(self.kind, self.path, self.members, output.shape[:-1], self.routing.streams)
+            done = self.writer(u, output, self.fresh and unseen(module), room.next())
+            if done is not None:
+                room.paths[self.path] = None
                 return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)

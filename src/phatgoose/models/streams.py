@@ -44,7 +44,7 @@ class Streams:
             if module is stack
         }
         self._seen: dict[str, tuple[dict[str, Any], int]] = {}
-        self._built: dict[str, Sequences] = {}
+        self.built: dict[str, Sequences] = {}  # of the running passes, once they are asked for
 
     def attach(self) -> list[RemovableHandle]:
         handles = [
@@ -89,7 +89,7 @@ class Streams:
         if args and keep["input_ids"] is None:
             keep["input_ids"] = args[0]
         self._seen[name] = (keep, past)
-        self._built.pop(name, None)
+        self.built.pop(name, None)
         if self.readings is not None:
             encoded = kwargs.get("encoder_hidden_states")
             self.readings.enter(name, Pass(cache, kwargs.get("attention_mask"), encoded))
@@ -107,11 +107,11 @@ class Streams:
         return self._sequences_of(self.stream_of(path))
 
     def _sequences_of(self, name: str) -> Sequences | None:
-        if name not in self._built:
+        if name not in self.built:
             if name not in self._seen:
                 return None
-            self._built[name] = _sequences(*self._seen[name])
-        return self._built[name]
+            self.built[name] = _sequences(*self._seen[name])
+        return self.built[name]
 
 
 def _sequences(arguments: dict[str, Any], past: int) -> Sequences:

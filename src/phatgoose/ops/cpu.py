@@ -176,13 +176,21 @@ class Fused:
         self._struct = _site(*self.tensors, *self.by_gates)
         _ask_ahead(self._struct, stack)
         self._at, self._d_in = ctypes.addressof(self._struct), stack.A.shape[1]
-        self._k, self._library_run = min(top_k, stack.experts), library().run
+        self.chosen, self._library_run = min(top_k, stack.experts), library().run
 
     def __reduce__(self) -> Any:  # copies of a model copy its routing; pointers are made anew
         return Fused, (self.gates, self.top_k, self.stack, self.layer, self.strict)
 
-    def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
+    def __call__(
+        self,
+        u: Tensor,
+        y: Tensor,
+        into_y: bool = False,
+        choice_at: tuple[int | None, int | None] = (None, None),
+    ) -> Tensor | None:
         """y + Σ w Δ(u); u: [..., d_in], y: [..., d_out]. With `into_y`, y may be written into and returned.
+
+        choice_at: addresses to which who was chosen, int64 [N, k], and their weights, float32 [N, k], are written, if the stack is `plain`.
 
         None where only another backend can do it and `strict` is off.
 
@@ -206,7 +214,7 @@ class Fused:
             y, into_y = y.contiguous(), True
         out = y if into_y else torch.empty_like(y)
         code = self._library_run(
-            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), u.numel() // self._d_in, None, None, kinds
+            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), u.numel() // self._d_in, *choice_at, kinds
         )  # fmt: skip
         if code:
             raise MemoryError(f"the CPU kernel found no memory for {u.numel() // self._d_in} tokens.")
@@ -237,7 +245,7 @@ class Fused:
 
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same for `u` and `y` of any shape, and who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
-        n, k = u.numel() // self._d_in, self._k
+        n, k = u.numel() // self._d_in, self.chosen
         chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k)
         u, y = u.contiguous(), y.contiguous()
         out = torch.empty_like(y)
