@@ -39,6 +39,16 @@ CORPUS = [
 ]
 
 
+def hooked(model):
+    """Names of the modules with hooks; without the head's, in which a Base hooks for good."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks
+        or (module._forward_pre_hooks and module is not model.get_output_embeddings())
+    ]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(unk_token=None))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

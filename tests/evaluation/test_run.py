@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import CORPUS, FAMILIES
+from conftest import CORPUS, FAMILIES, hooked
 from phatgoose.errors import EvaluationError, PhatgooseError, UnknownName
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import score_choice_plainly
@@ -99,7 +99,7 @@ def test_nothing_of_the_model_changes(make_base):
     assert {name: module.training for name, module in base.model.named_modules()} == modes
     assert base.model.generation_config is settings
     assert all(torch.equal(value, state[name]) for name, value in base.model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.model.modules())
+    assert not hooked(base.model)
 
 
 def test_dropout_is_off(make_base):

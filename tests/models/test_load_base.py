@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import FAMILIES, make_tokenizer
 from phatgoose.errors import BaseModelError, StorageError
+from phatgoose.models.base import Base
 from phatgoose.models.fingerprint import same_base
 from phatgoose.models.load import DEFAULT_BASE, load_base
 
@@ -340,3 +341,15 @@ def test_packing_needs_bitsandbytes(saved, monkeypatch):
         for asked in ("8bit", "4bit"):
             loaded = load_base(folder, quantization=asked)
             assert same_base(base.fingerprint, loaded.fingerprint).level == "same"
+
+
+def test_a_head_is_handed_what_it_reads_in_one_piece(make_base):
+    """A slice makes torch copy a frozen head for every row."""
+    base = make_base("llama")
+    head, given = base.model.get_output_embeddings(), []
+    again = Base(base.model, base.tokenizer, "again")
+    head.register_forward_hook(lambda module, args, output: given.append(args[0]))
+    again.model.generate(torch.randint(2, 300, (3, 7)), max_new_tokens=2, min_new_tokens=2)
+    assert [tuple(x.shape) for x in given] == [(3, 1, base.model.config.hidden_size)] * 2
+    assert all(x.is_contiguous() for x in given)
+    assert len(head._forward_pre_hooks) == 1

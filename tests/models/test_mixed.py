@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import make_tokenizer
+from conftest import hooked, make_tokenizer
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.experts.expert import Expert
@@ -95,7 +95,7 @@ def test_one_way_for_all_is_what_route_gives(make_base, make_expert):
         found = run(base, batch)
     assert torch.equal(run(base, batch), run(copy.copy(base), batch))  # without a plan: the base
     mixed.detach(version)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+    assert not hooked(base.model)
     assert torch.equal(found, run(type(base)(route(base, pool), base.tokenizer, "x"), batch))
 
 
@@ -133,7 +133,7 @@ def test_residual_streams_of_bottlenecks_follow_their_rows():
     with mixed.following(Plan([None, way, way], lengths=[7, 7, 7])):
         model(ids.reshape(1, -1))  # packed: the streams of its rows run as one, which mustn't raise
     mixed.detach(version)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not hooked(model)
     wanted = route(model, Pool([expert]), Single(0), any_base=True)(ids).logits
     assert torch.equal(found[0], bare[0])
     assert_rows(found[1:], wanted[1:], torch.float32)
@@ -299,4 +299,4 @@ def test_versions_come_and_go_while_others_stay(make_base, make_expert):
         torch.float32,
     )
     mixed.detach(new)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+    assert not hooked(base.model)

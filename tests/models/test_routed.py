@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from conftest import FAMILIES, TARGETS
+from conftest import FAMILIES, TARGETS, hooked
 from phatgoose.errors import BaseModelError, RoutingError, UnknownName
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
@@ -126,7 +126,7 @@ def test_unroute_is_bit_identical_and_state_dict_untouched(mixed, family):
     assert not torch.equal(logits(base, batch), before)
     assert unroute(model) is model
     assert torch.equal(logits(base, batch), before)
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert not hooked(model)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

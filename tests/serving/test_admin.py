@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, running, settings, text
 
-from conftest import make_model, make_tokenizer
+from conftest import hooked, make_model, make_tokenizer
 from phatgoose.experts.packing import pack
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
@@ -105,7 +105,7 @@ def test_experts_come_and_go(base, pool, fourth, wanted, tmp_path, kind):
             http.post("/admin/experts", json={"folder": str(tmp_path / "d"), "name": "z"}).status_code == 200
         )
         assert [m.id for m in server.client().models.list()] == ["phatgoose", "base", "z"]
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+    assert not hooked(base.model)
 
 
 def test_refused_changes_change_nothing(base, pool, fourth, wanted, tmp_path):

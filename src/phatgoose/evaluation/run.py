@@ -154,20 +154,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout and no gradients; afterwards each module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    head = model.get_output_embeddings()
-    # Asked for its last logits only, a model hands its head a slice, for which torch copies the whole head once a row.
-    handle = (
-        head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-        if head is not None
-        else None
-    )
     try:
         # Not inference_mode: a tensor that the model (or a hook on it) caches under it can't be trained with later.
         with torch.no_grad():
             yield
     finally:
-        if handle is not None:
-            handle.remove()
         for module in training:
             module.training = True
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import BaseModelError
@@ -28,6 +29,11 @@ class Base:
 
     def __post_init__(self) -> None:
         # On the model, not in a table: the two then live and die (and are copied) together.
+        if (
+            "_phatgoose_base" not in self.model.__dict__
+            and (head := self.model.get_output_embeddings()) is not None
+        ):
+            head.register_forward_pre_hook(_contiguous)
         self.model.__dict__["_phatgoose_base"] = self
 
     @property
@@ -47,6 +53,15 @@ class Base:
     def facts(self) -> dict[str, Any]:
         """What results computed with it depend on: its fingerprint, under whatever name it was loaded, and its dtype."""
         return {**self.fingerprint.to_json(), "spec": None, "dtype": str(self.model.dtype)}
+
+
+def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a head is given, in one piece.
+
+    A model asked for its last logits hands its head a slice, for which torch copies the whole head once for each row if it is frozen:
+    64 prompts took 8 s in the head of SmolLM2-135M, and 0.01 s in one piece.
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:

@@ -42,10 +42,6 @@ class Student(nn.Module):
                 )
             new = getattr(base, "activation_checkpointing_enable", None)  # its name since transformers 5.20
             (new or base.gradient_checkpointing_enable)({"use_reentrant": False})
-        if (head := base.get_output_embeddings()) is not None:
-            # A model asked for its last logits hands its head a slice, for which torch copies the whole head once for each
-            # row: 5 of 11 seconds of a step of SmolLM2-135M.
-            head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The sum over all targets of −log p(target), a float32 scalar; `batch` is what tasks.batch.collate gives."""
