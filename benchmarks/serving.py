@@ -34,9 +34,6 @@ import httpx2
 from bench_machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-SPIN = {"GOMP_SPINCOUNT": "1000"}
-"""How long OpenMP's threads spin for work. Left to itself, libgomp spins 300 times longer in a process with as many threads as cores, and
-so on the base, whose server then wastes what its clients need; with more threads, as routing has, it takes this number by itself."""
 
 
 @dataclass
@@ -79,9 +76,7 @@ class Server:
             "--timeout-seconds", "3600", "--body-seconds", "3600", *(() if pool is None else ("--pool", str(pool))),
         ]  # fmt: skip
         with log.open("wb") as sink:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=sink, env={**SPIN, **os.environ}
-            )
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sink)
         url = f"http://127.0.0.1:{self._port()}"
         # A connection that is kept would be closed while its server is stopped.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
@@ -283,9 +278,7 @@ def main(words: list[str] | None = None) -> None:
     record: dict[str, Any] = {
         "machine": machine(),
         "options": {k: str(v) for k, v in vars(options).items()},
-        "environment": {
-            k: v for k, v in {**SPIN, **os.environ}.items() if k.startswith(("GOMP_", "OMP_", "KMP_"))
-        },
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("GOMP_", "OMP_", "KMP_"))},
         "load_average_before": list(os.getloadavg()),
     }
     with tempfile.TemporaryDirectory(prefix="phatgoose-serving-") as temporary:

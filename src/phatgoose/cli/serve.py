@@ -58,6 +58,9 @@ def command(
     backend: BackendOption = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's interface does: a pool, its base, single experts and other routers, as models of one server."""
+    from phatgoose.serving.apart import apart, wait_briefly
+
+    wait_briefly()
     try:
         from phatgoose.serving.run import check_host, read_keys, serve
         from phatgoose.serving.service import Service
@@ -67,12 +70,12 @@ def command(
 
     keys = read_keys(api_keys, admin_key)
     check_host(host, keys)
-    experts = load_pool(pool)
-    model = load(base, dtype, device)
-    serve(
-        Service(model, config, pool=experts, folder=pool, router=router, name=name, backend_name=backend),
-        host,
-        port,
-        keys,
-        ready=show.say,
-    )
+
+    def made() -> Service:
+        experts = load_pool(pool)
+        model = load(base, dtype, device)
+        return Service(
+            model, config, pool=experts, folder=pool, router=router, name=name, backend_name=backend
+        )
+
+    serve(apart(made), host, port, keys, ready=show.say)

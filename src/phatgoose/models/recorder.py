@@ -95,6 +95,10 @@ class Room:
         self._starts = self.chosen.data_ptr(), self.weights.data_ptr()
         self._steps = tuple(x.stride(0) * x.element_size() for x in (self.chosen, self.weights))
 
+    def fits(self, path: str, shape: torch.Size) -> bool:
+        """Whether the choices of this module on tokens of this shape have a place here."""
+        return shape == self.shape and path not in self.paths and len(self.paths) < self.modules
+
     def next(self) -> tuple[int, int]:
         """Addresses of the next module's choices and weights."""
         i = len(self.paths)
@@ -165,17 +169,12 @@ class Recorder:
         if (
             room is None
             or room.seen.sequences is not streams.built.get(kind[0])
-            or room.shape != shape
-            or path in room.paths
-            or len(room.paths) == room.modules
+            or not room.fits(path, shape)
         ):
             rows = shape[0] if len(shape) > 1 else 1
-            seen = self._pass(
-                RoutingContext(path, rows, shape.numel() // max(rows, 1), streams.seen_by(path))
-            )
-            if (
-                kind in self._rooms
-            ):  # the module ran before in this pass, or others saw the tokens in another shape
+            context = RoutingContext(path, rows, shape.numel() // max(rows, 1), streams.seen_by(path))
+            seen = self._pass(context)
+            if kind in self._rooms:  # of this pass: a module runs again, or sees the tokens in another shape
                 self._pack()
             room = self._rooms[kind] = Room(seen, shape, len(self.trace.places), kind[1])
         return room

@@ -238,10 +238,7 @@ class _Site:
             self.fused = self.routing.ops.fuse(*self._by_gates, self.stack, self.layer)
         # It can write its choices where a trace wants them.
         self.writer = self.fused if isinstance(self.fused, Fused) and self.fused.plain else None
-        self.kind = (
-            self.routing.streams.stream_of(self.path),
-            0 if self.writer is None else self.writer.chosen,
-        )
+        self.kind = self.routing.streams.stream_of(self.path), getattr(self.writer, "chosen", 0)
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -256,22 +253,18 @@ class _Site:
             raise RoutingError(
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
-        recorder = self.routing.recorder
+        recorder, done = self.routing.recorder, None
         if fused is not None and recorder is None:
             done = fused(u, output, self.fresh and unseen(module))
-            if done is not None:
-                return done
         elif (
-            fused is not None
-            and self.writer is not None
-            and recorder is not None
-            and not recorder.wants_scores
+            recorder is not None and not recorder.wants_scores and fused is not None and fused is self.writer
         ):
             room = recorder.room(self.kind, self.path, self.members, output.shape[:-1], self.routing.streams)
             done = self.writer(u, output, self.fresh and unseen(module), room.next())
             if done is not None:
                 room.paths[self.path] = None
-                return done
+        if done is not None:
+            return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
         rows = output.shape[0] if output.ndim > 2 else 1

@@ -17,6 +17,7 @@ from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.packed import PackedExpert
 from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder, remove_from_folder
 from phatgoose.files import read_json, storage_errors, write_json
+from phatgoose.serving.apart import away
 from phatgoose.serving.experts import Experts, State
 from phatgoose.serving.job import ServingError
 from phatgoose.serving.logs import log
@@ -72,7 +73,7 @@ class Changes:
             PhatgooseError: it can't be read, its name is taken, or it doesn't fit the base or the router. Nothing is changed then.
         """
         async with self._change():
-            expert = await asyncio.to_thread(Expert.load, folder, name=name)
+            expert = await away(Expert.load, folder, name=name)
             now = self.experts.state
             pool, off = (now.version.pool if now.version else None), now.off
             if pool is not None and any(isinstance(e, PackedExpert) for e in pool.experts):
@@ -80,7 +81,7 @@ class Changes:
             else:
                 state = await self.experts.prepared(pool.add(expert) if pool else Pool([expert]), off)
                 if self.folder is not None:
-                    await asyncio.to_thread(add_to_folder, self.folder, expert)
+                    await away(add_to_folder, self.folder, expert)
             await self.experts.activate(state)
             return expert.name
 
@@ -88,13 +89,11 @@ class Changes:
         """A packed pool's rows are used where they stand in its file, so there the file comes first."""
         if self.folder is None:
             raise ServingError("a packed pool without a folder can't be changed.")
-        await asyncio.to_thread(add_to_folder, self.folder, expert)
+        await away(add_to_folder, self.folder, expert)
         try:
-            return await self.experts.prepared(
-                await asyncio.to_thread(Pool.load, self.folder, verify=False), off
-            )
+            return await self.experts.prepared(await away(Pool.load, self.folder, verify=False), off)
         except Exception:
-            await asyncio.to_thread(remove_from_folder, self.folder, expert.name)
+            await away(remove_from_folder, self.folder, expert.name)
             raise
 
     async def remove(self, name: str) -> None:
@@ -109,7 +108,7 @@ class Changes:
             left, off = (pool.remove(name) if len(pool) > 1 else None), self.experts.state.off - {name}
             state = await self.experts.prepared(left, off)
             if self.folder is not None:
-                await asyncio.to_thread(remove_from_folder, self.folder, name)
+                await away(remove_from_folder, self.folder, name)
             self._keep(off)
             await self.experts.activate(state)
 
@@ -182,7 +181,7 @@ class Changes:
             self.experts.state = await self._switched(self._off(version.pool))
         else:
             there = read_manifest(self.folder)["experts"]
-            pool = await asyncio.to_thread(Pool.load, self.folder) if there else None
+            pool = await away(Pool.load, self.folder) if there else None
             await self.experts.activate(await self.experts.prepared(pool, self._off(pool)))
         self._seen = stamp
 

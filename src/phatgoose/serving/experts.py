@@ -18,6 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.ways import Version, Way
 from phatgoose.routers import Router, Single, parse_router
+from phatgoose.serving.apart import away
 from phatgoose.serving.engine import Engine
 
 
@@ -70,7 +71,7 @@ class Experts:
         if key not in self._ways:
             async with self._binding:
                 if key not in self._ways:
-                    self._ways[key] = await asyncio.to_thread(self._bind, version, router, state.off)
+                    self._ways[key] = await away(self._bind, version, router, state.off)
         self._ways.move_to_end(key)
         self._trim(state)
         return self._ways[key]
@@ -109,7 +110,7 @@ class Experts:
         for stale in [k for k in self._ways if k[0] == key]:
             del self._ways[stale]
         take_off = partial(self.engine.between, lambda: self.engine.mixed.detach(version))
-        task = asyncio.ensure_future(asyncio.to_thread(take_off))
+        task = asyncio.ensure_future(away(take_off))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -118,7 +119,7 @@ class Experts:
         if pool is None:
             return State()
         made = partial(Version, self.base, pool, backend_name=self.backend_name)
-        state = State(await asyncio.to_thread(made), off)
+        state = State(await away(made), off)
         if off != frozenset(pool.names):
             await self.way(state, self.router)
         return state
@@ -127,7 +128,7 @@ class Experts:
         """Makes these the experts that new requests get."""
         old, version = self.state.version, state.version
         if version is not None:
-            await asyncio.to_thread(self.engine.between, lambda: self.engine.mixed.attach(version))
+            await away(self.engine.between, lambda: self.engine.mixed.attach(version))
         self.state = state
         if old is not None:
             key = id(old)

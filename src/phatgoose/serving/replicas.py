@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from phatgoose.serving.apart import apart
 from phatgoose.serving.app import make_app
 from phatgoose.serving.logs import set_up
 from phatgoose.serving.run import read_keys
@@ -47,7 +48,7 @@ def make_service(args: ReplicaSettings) -> Service:
     """One replica's server."""
     from phatgoose.models.load import load_base
 
-    base = load_base(args.base, dtype=args.dtype, device=args.device)
+    base = apart(lambda: load_base(args.base, dtype=args.dtype, device=args.device))
     folder = None if args.pool is None else Path(args.pool)
     return Service(base, args.limits(), folder=folder, router=args.router, name=args.name)
 
