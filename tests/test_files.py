@@ -54,6 +54,20 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         write_bytes(tmp_path / "file" / "below", b"")
 
 
+def test_what_the_system_refuses_is_an_error_of_ours(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    for name, why in (("n" * 300, "File name too long"), ("circle/below", "File exists")):
+        with pytest.raises(StorageError, match=rf"can't write .*{name}: .*{why}"):
+            write_bytes(tmp_path / name, b"")
+        with pytest.raises(StorageError, match=why), atomic_folder(tmp_path / name):
+            raise AssertionError("must not begin")
+    assert os.listdir(tmp_path) == ["circle"]
+    with pytest.raises(ConnectionResetError), atomic_folder(tmp_path / "new"):
+        raise ConnectionResetError(
+            errno.ECONNRESET, "Connection reset by peer"
+        )  # a download's: not of this disk
+
+
 def test_nothing_but_a_folder_is_replaced_by_a_folder(tmp_path):
     file, pipe, loose = tmp_path / "file", tmp_path / "pipe", tmp_path / "loose"
     file.write_text("x")

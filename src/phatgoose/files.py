@@ -45,6 +45,9 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"can't write {path}: {error.strerror}. Is there a file where a folder should be, or the reverse?"
             ) from error
+        # A name too long, links in a circle, a folder that takes no files; one that names no file is a network's, not the disk's.
+        if error.filename is not None or error.errno in (errno.EIO, errno.EFBIG):
+            raise StorageError(f"can't write {path}: {error}") from error
         raise
 
 
@@ -106,7 +109,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             rename would do away with; what exists is left as it was.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise StorageError(
             f"can't write {path}: something that isn't an ordinary file is there. Choose another name."
         )

@@ -195,3 +195,16 @@ def test_empty_prompt(run, base):
 def test_limits(run, base, task):
     refused(run("eval", "--task", task, "--base", base, "--limit", 0), code=2)
     refused(run("eval", "--task", task, "--base", base, "--split", "tset"), code=2)
+
+
+def test_a_path_that_the_system_refuses(run, pool, base, task, tmp_path):
+    long = tmp_path / ("n" * 300)
+    for command in (
+        ["pool", "list", long],
+        ["pool", "create", long, pool / "experts" / "one"],
+        ["generate", "red", "--pool", long],
+        ["train", "--task", task, "--base", base, "--out", long, *SMALL],
+        ["report", "--pool", pool, "--base", base, "--prompt", "red", "--out", long],
+    ):
+        refused(run(*command), str(long), "File name too long")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pool"]

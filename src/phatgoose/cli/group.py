@@ -21,10 +21,14 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except PhatgooseError as error:
-            if os.environ.get("PHATGOOSE_DEBUG"):
+        except (PhatgooseError, OSError) as error:
+            # The system's own refusals of a path: a name too long, a disk that fails. One that names no file isn't about any.
+            about_a_file = isinstance(error, PhatgooseError) or error.filename is not None
+            if not about_a_file or os.environ.get("PHATGOOSE_DEBUG"):
                 raise
-            show.fail(str(error))
+            show.fail(
+                str(error) if isinstance(error, PhatgooseError) else f"{error.filename}: {error.strerror}."
+            )
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             resumable = ctx.invoked_subcommand in RESUMABLE
