@@ -23,6 +23,7 @@ from phatgoose.models.routed import routing_of
 from phatgoose.models.streams import Streams
 from phatgoose.models.ways import Version
 from phatgoose.ops.bottleneck import Residual
+from phatgoose.routers.context import rows_of
 
 
 class Mixed:
@@ -110,14 +111,13 @@ class Mixed:
     ) -> Tensor | None:
         u = u.to(output.device)
         y = output.reshape(-1, output.shape[-1])
-        rows = output.shape[0] if output.ndim > 2 else 1
         changed = None
         for group in groups:
             site, index = group.version.sites.get(path), group.index
             if site is None:
                 continue
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
-            context = Part.of(path, plan, group, (rows, len(y) // rows), self.streams)
+            context = Part.of(path, plan, group, rows_of(output.shape), self.streams)
             if index is None:
                 changed = _act(path, plan, group, flat, y, context)
                 continue

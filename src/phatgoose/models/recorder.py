@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from phatgoose.routers.context import RoutingContext, Sequences
+from phatgoose.routers.context import RoutingContext, Sequences, rows_of
 
 if TYPE_CHECKING:
     from phatgoose.models.streams import Streams
@@ -96,8 +96,8 @@ class Room:
         self._steps = tuple(x.stride(0) * x.element_size() for x in (self.chosen, self.weights))
 
     def fits(self, path: str, shape: torch.Size) -> bool:
-        """Whether the choices of this module on tokens of this shape have a place here."""
-        return shape == self.shape and path not in self.paths and len(self.paths) < self.modules
+        """Whether the choices of this module, whose output has this shape, have a place here."""
+        return shape[:-1] == self.shape and path not in self.paths and len(self.paths) < self.modules
 
     def next(self) -> tuple[int, int]:
         """Addresses of the next module's choices and weights."""
@@ -162,7 +162,7 @@ class Recorder:
     ) -> Room:
         """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written.
 
-        kind: whose tokens the module reads, and how many experts each gets. shape: of these tokens, [rows, length].
+        kind: whose tokens the module reads, and how many experts each gets. shape: of its output, [rows, length, d].
         """
         self._members[path] = members
         room = self._rooms.get(kind)
@@ -171,12 +171,10 @@ class Recorder:
             or room.seen.sequences is not streams.built.get(kind[0])
             or not room.fits(path, shape)
         ):
-            rows = shape[0] if len(shape) > 1 else 1
-            context = RoutingContext(path, rows, shape.numel() // max(rows, 1), streams.seen_by(path))
-            seen = self._pass(context)
+            seen = self._pass(RoutingContext(path, *rows_of(shape), streams.seen_by(path)))
             if kind in self._rooms:  # of this pass: a module runs again, or sees the tokens in another shape
                 self._pack()
-            room = self._rooms[kind] = Room(seen, shape, len(self.trace.places), kind[1])
+            room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.places), kind[1])
         return room
 
     def _pass(self, context: RoutingContext) -> _Pass:

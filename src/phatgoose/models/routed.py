@@ -43,7 +43,7 @@ from phatgoose.ops import Backend, Fused, Prepared, Stack, backend, make_stack
 from phatgoose.ops.cached import Cached
 from phatgoose.records import Fingerprint
 from phatgoose.routers import PHATGOOSE, Router
-from phatgoose.routers.context import RoutingContext
+from phatgoose.routers.context import RoutingContext, rows_of
 from phatgoose.routers.router import BoundRouter, Candidates
 
 
@@ -249,28 +249,29 @@ class _Site:
             self.stack = self.stack.to(output.device)
             self.prepare()
         fused = None if self.router.by_gates is None else self.fused
+        writable = self.fresh and unseen(module)
         if cached and fused is None:
             raise RoutingError(
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
         recorder, done = self.routing.recorder, None
         if fused is not None and recorder is None:
-            done = fused(u, output, self.fresh and unseen(module))
+            done = fused(u, output, writable)
         elif (
             recorder is not None and not recorder.wants_scores and fused is not None and fused is self.writer
         ):
-            room = recorder.room(self.kind, self.path, self.members, output.shape[:-1], self.routing.streams)
-            done = self.writer(u, output, self.fresh and unseen(module), room.next())
+            room = recorder.room(self.kind, self.path, self.members, output.shape, self.routing.streams)
+            done = self.writer(u, output, writable, room.next())
             if done is not None:
                 room.paths[self.path] = None
         if done is not None:
             return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
-        rows = output.shape[0] if output.ndim > 2 else 1
-        length = output.shape[:-1].numel() // max(rows, 1)
         streams = self.routing.streams
-        context = RoutingContext(self.path, rows, length, streams.seen_by(self.path), None, streams.texts_of)
+        context = RoutingContext(
+            self.path, *rows_of(output.shape), streams.seen_by(self.path), None, streams.texts_of
+        )
         if fused is not None and fused.can(u, output):  # so that recording changes nothing
             done, chosen, weights = fused.with_choice(u, output)
             self._record(context, u, chosen, weights)

@@ -38,6 +38,12 @@ class Sequences:
         return Sequences(ids, fit(self.positions), fit(self.real), self.past)
 
 
+def rows_of(shape: torch.Size) -> tuple[int, int]:
+    """(rows, length) of the tokens in an activation [rows, length, d], [length, d] or [d]."""
+    rows = shape[0] if len(shape) > 2 else 1
+    return rows, shape[:-1].numel() // max(rows, 1)
+
+
 def spread(x: Tensor, rows: int, length: int) -> Tensor:
     """x [B, T, …] of a pass → [rows, length, …] for a module: sequences repeated (beams), or only the last tokens kept.
 
