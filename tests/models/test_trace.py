@@ -188,11 +188,72 @@ def test_beams_are_noticed_and_belong_to_their_input(routed, family):
             out = base.model.generate(**batch, num_beams=3, **settings)
         assert torch.equal(out, plain)
         assert t.reordered
-        assert max(int(c.tokens.inputs.max()) for c in t.choices) == 1 if family == "t5" else True
-        assert "_reorder_cache" not in base.model.__dict__
+        for c in t.choices:  # every input's tokens have its number, whatever row a beam went to
+            assert c.tokens.inputs.unique().tolist() == [0, 1]
+            assert torch.equal(c.tokens.inputs, c.rows // ((c.rows.max() + 1) // 2))
+        assert not {"_reorder_cache", "_expand_inputs_for_generation"} & base.model.__dict__.keys()
         with trace(base) as t:
             base.model.generate(**batch, **settings)
     assert not t.reordered
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["wo"],
+        r"decoder.*\.wo",
+        r"decoder.*SelfAttention\.q",
+        r".*EncDecAttention\.[qk]",
+        r".*EncDecAttention\.k",
+    ],
+)
+def test_inputs_of_an_encoder_decoder_are_counted_wherever_its_experts_are(make_base, make_expert, targets):
+    base = make_base("t5")
+    route(base, Pool([make_expert(base, name, seed=i, targets=targets) for i, name in enumerate("ab")]))
+    batch = base.tokenizer(TEXTS[:2], return_tensors="pt", padding=True, return_token_type_ids=False)
+    counts = []
+    with torch.no_grad(), trace(base) as t:
+
+        def counted():
+            counts.append([int(c.tokens.inputs.max()) + 1 for c in t.choices])
+
+        for settings in ({}, {"num_beams": 2}, {"use_cache": False}, {}):
+            base.model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False, **settings)
+            counted()
+        if "EncDec" not in str(
+            targets
+        ):  # which would be told that the tokens are those the encoder read last
+            encoded = base.model.get_encoder()(batch["input_ids"]).last_hidden_state
+            counted()
+            start = torch.zeros(2, 1, dtype=torch.long)
+            for _ in range(2):
+                base.model(encoder_outputs=(encoded.clone(),), decoder_input_ids=start)
+                counted()
+    modules, sees_encoder = len(t.choices), targets == ["wo"]
+    # What an encoder has read by itself, a decoder is taken to go on with.
+    alone = [10, 10, 12] if sees_encoder else [8, 10, 12]
+    wanted = [2, 4, 6, 8] + (alone if len(counts) > 4 else [])
+    assert [max(c) for c in counts] == wanted
+    if not sees_encoder:
+        assert counts == [[n] * modules for n in wanted]
+
+
+def test_padding_is_told_from_a_static_caches_mask_or_refused(routed):
+    base = routed()
+    batch = batch_of(base)
+    batch.pop("position_ids")
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    found = []
+    for cache in (None, "static"):
+        with torch.no_grad(), trace(base) as t:
+            base.model.generate(**batch, cache_implementation=cache, **settings)
+        found.append(t)
+    for plain, static in zip(*(t.choices for t in found), strict=True):
+        assert torch.equal(plain.experts, static.experts)
+        for name in TOKENS:
+            assert torch.equal(getattr(plain.tokens, name), getattr(static.tokens, name)), name
+    with pytest.raises(RoutingError, match=r"padding can't be told .* of shape \[3, 1, 2, 9\]"), trace(base):
+        base.model.model(batch["input_ids"], attention_mask=torch.ones(3, 1, 2, 9))
 
 
 def test_sums_are_the_sums_of_the_choices(routed, monkeypatch):

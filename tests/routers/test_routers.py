@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -118,3 +120,17 @@ def test_positions_count_past_a_cache_and_without_padding():
     assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert real.tolist() == mask.bool().tolist()
     assert positions_from(None, 1, 2, 7, mask.device)[0].tolist() == [[7, 8]]
+    causal = torch.ones(5, 5).tril().bool() & mask.bool()[:, None, None]
+    added = torch.where(causal, 0.0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
+    for whole in (causal, added, {"sliding_attention": causal[..., :2], "full_attention": causal}):
+        positions, real = positions_from(whole, 2, 5, 0, mask.device)
+        assert positions.tolist() == [[0, 1, 2, 3, 4]] * 2  # as the model itself counts without being told
+        assert real.tolist() == mask.bool().tolist()
+    for later in (
+        causal[:, :, 3:],
+        torch.nn.functional.pad(causal[:, :, 3:], (0, 4)),
+    ):  # a static cache has room to spare
+        assert positions_from(later, 2, 2, 3, mask.device)[1].all()
+    for odd, said in ((causal[..., :4], "shape [2, 1, 5, 4]"), (mask[0], "shape [5]"), ("full", "a str")):
+        with pytest.raises(RoutingError, match=re.escape(said)):
+            positions_from(odd, 2, 5, 0, mask.device)

@@ -67,6 +67,7 @@ class Part(RoutingContext):
             seen = streams.seen_by(self.path)
             if plan.told is None or seen is None:
                 raise RoutingError(f"the text that module {self.path} works on is unknown.")
+            seen.check()
             group.texts[key] = _texts(plan, group, seen, stream, "encoder" in streams.stacks)
         return group.texts[key]
 

@@ -102,6 +102,7 @@ class Readings:
         return None
 
     def _read(self, name: str, tokens: Sequences, running: Pass) -> tuple[Texts, Kept | None]:
+        tokens.check()
         real = tokens.real.cpu()
         ids = None if tokens.ids is None else tokens.ids.cpu()
         rows = len(real)

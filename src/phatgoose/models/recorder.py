@@ -2,12 +2,13 @@
 
 A kernel that can writes its choices where it is told (`room`); a call of `record` notes those of others and returns. Nothing is looked at,
 moved between devices or waited for. When a pass is over, the choices of all its modules are packed as int16 and half precision. Every FLUSH
-decisions, between two passes (and at the end), what is pending is brought to the CPU in large pieces: padding is left out, candidates
+choices, between two passes (and at the end), what is pending is brought to the CPU in large pieces: padding is left out, candidates
 become indices of the pool's experts, and either choices or only sums are kept.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from phatgoose.models.streams import Streams
     from phatgoose.models.trace import Trace
 
-FLUSH = 2**18
-"""Pending decisions (tokens × modules) at which they are summed up: about 10 MB at two choices each."""
+FLUSH = 2**19
+"""Pending choices (tokens × modules × top-k) at which they are summed up: a few MB, and what one pass chose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +121,21 @@ class _Block:
         return self.paths, self.chosen.shape[2], self.margins is not None
 
 
+class Expanded(NamedTuple):
+    """Prompts that stand in `times` rows each; ids: int64 [rows, T] or None."""
+
+    ids: Tensor | None
+    times: int
+
+    def rows_per_input(self, sequences: Sequences) -> int:
+        """`times` if these are the prompts, else 1: that generate() ended before it read them, or is done with them."""
+        ids, read = self.ids, sequences.ids
+        if read is None or ids is None:
+            return self.times if sequences.positions.shape[0] % self.times == 0 else 1
+        begins = read.shape[0] == ids.shape[0] and read.shape[1] <= ids.shape[1]
+        return self.times if begins and torch.equal(ids[:, : read.shape[1]], read) else 1
+
+
 class Recorder:
     """Fills a Trace; `models/routed.py` calls `record` for every call of every module."""
 
@@ -131,9 +147,13 @@ class Recorder:
         self._rooms: dict[tuple[str, int], Room] = {}  # likewise, by whose tokens are read and top-k
         self._blocks: list[_Block] = []  # of passes that are over
         self._members: dict[str, tuple[int, ...]] = {}
-        self._decisions = 0
+        self._pending = 0
         self._passes: dict[tuple[str, int, int], _Pass] = {}
-        self._inputs = self._rows = 0  # sequences of earlier sessions, and of this one
+        self._inputs = self._rows = 0  # inputs before those that are being read, and how many these are
+        self._encoded: weakref.ref[Tensor] | None = None  # what the decoder reads them from
+        self._awaited = False  # an encoder has read them, and no decoder yet
+        self._led = False  # a decoder began them, as no module of the encoder is routed
+        self._expanded: Expanded | None = None
         self._random = torch.Generator().manual_seed(0)
 
     def record(
@@ -155,7 +175,7 @@ class Recorder:
         self._members[context.path] = members
         weights = weights.detach() if weights.requires_grad else weights
         self._calls.append(_Call(context.path, seen, chosen, weights, margin))
-        self._decisions += chosen.shape[0]
+        self._pending += chosen.numel()
 
     def room(
         self, kind: tuple[str, int], path: str, members: tuple[int, ...], shape: torch.Size, streams: Streams
@@ -181,29 +201,45 @@ class Recorder:
         if context.sequences is None:
             context.tokens()  # raises, saying why
             raise AssertionError
+        context.sequences.check()
         key = (self.trace.places[context.path].reads, context.rows, context.length)
         known = self._passes.get(key)
         if known is None or known.sequences is not context.sequences:
             if not any(p.sequences is context.sequences for p in self._passes.values()):
-                self._new_sequences(key[0], context.sequences)
+                self._new_sequences(context.path, context.sequences)
             known = self._passes[key] = _Pass(
                 context.sequences, context.rows, context.length, self._inputs, context.rows // max(self._rows, 1),
                 context.sequences.past > 0 and key[0] == "decoder",
             )  # fmt: skip
         return known
 
-    def _new_sequences(self, reads: str, sequences: Sequences) -> None:
+    def _new_sequences(self, path: str, sequences: Sequences) -> None:
         """A stack runs over new tokens: of new inputs, unless it goes on behind a cache or is the decoder of an encoder's."""
         self._pack()
         if (
-            self._decisions >= FLUSH
+            self._pending >= FLUSH
         ):  # only between passes, so that all modules of a pass are summed up together
             self.flush()
-        self._passes = {key: one for key, one in self._passes.items() if key[0] != reads}
-        begins = sequences.past == 0 and (reads == "encoder" or not self.trace.encoder_decoder)
+        place = self.trace.places[path]
+        self._passes = {key: one for key, one in self._passes.items() if key[0] != place.reads}
+        begins = sequences.past == 0
+        if self.trace.encoder_decoder and place.reads == "decoder":
+            # It reads the same encoded inputs in every pass over them.
+            now, before = ((x and x()) for x in (sequences.encoded, self._encoded))
+            begins = begins and not self._awaited and (now is None or now is not before)
+            self._led, self._awaited = self._led or begins, False
+            self._encoded = sequences.encoded
+        elif self.trace.encoder_decoder:
+            begins = not (place.part == "cross-attention" and self._led)
+            self._awaited, self._led = begins, not begins
         rows = sequences.positions.shape[0]
         if begins or self._rows == 0 or rows % self._rows:
-            self._inputs, self._rows = self._inputs + self._rows, rows
+            of_one = 1 if self._expanded is None else self._expanded.rows_per_input(sequences)
+            self._inputs, self._rows, self._expanded = self._inputs + self._rows, rows // of_one, None
+
+    def expanded(self, ids: Tensor | None, times: int) -> None:
+        """generate() is about to read each of its inputs in `times` rows (beams, several samples); ids: int64 [rows, T], its prompts."""
+        self._expanded = Expanded(ids, times)
 
     def _pack(self) -> None:
         """Makes blocks of the calls so far: a few copies for all modules of a pass, instead of a few for each."""
@@ -232,12 +268,12 @@ class Recorder:
             n, paths = len(room.paths), tuple(room.paths)
             chosen, weights = room.chosen[:n].to(torch.int16), room.weights[:n].to(half)
             self._blocks.append(_Block(paths, room.seen, chosen, weights, None))
-            self._decisions += chosen.shape[0] * chosen.shape[1]
+            self._pending += chosen.numel()
 
     def flush(self) -> None:
         """Sums up what is pending."""
         self._pack()
-        blocks, self._blocks, self._decisions = self._blocks, [], 0
+        blocks, self._blocks, self._pending = self._blocks, [], 0
         chains: dict[object, list[_Block]] = {}
         owner: dict[str, object] = {}
         for block in blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -86,12 +87,17 @@ class Streams:
         # The cache grows while the pass runs, so its length is taken now.
         past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
         keep = {k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
+        encoded = kwargs.get("encoder_hidden_states")
+        keep["encoded"] = weakref.ref(encoded) if isinstance(encoded, Tensor) else None
+        if kwargs.get("cu_seq_lens_q") is not None and getattr(keep["attention_mask"], "ndim", 0) != 2:
+            keep["attention_mask"] = (
+                None  # continuous batching: sequences in one row, behind caches of their own, without padding
+            )
         if args and keep["input_ids"] is None:
             keep["input_ids"] = args[0]
         self._seen[name] = (keep, past)
         self.built.pop(name, None)
         if self.readings is not None:
-            encoded = kwargs.get("encoder_hidden_states")
             self.readings.enter(name, Pass(cache, kwargs.get("attention_mask"), encoded))
 
     def stream_of(self, path: str) -> str:
@@ -118,10 +124,13 @@ def _sequences(arguments: dict[str, Any], past: int) -> Sequences:
     ids, embeds, mask = arguments["input_ids"], arguments["inputs_embeds"], arguments["attention_mask"]
     source = ids if ids is not None else embeds
     batch, length = source.shape[:2]
-    positions, real = positions_from(
-        mask if isinstance(mask, Tensor) else None, batch, length, past, source.device
-    )
+    problem = None
+    try:
+        positions, real = positions_from(mask, batch, length, past, source.device)
+    except RoutingError as error:  # for those who ask: most routers look at activations alone
+        problem = str(error)
+        positions, real = positions_from(None, batch, length, past, source.device)
     given = arguments["position_ids"]
     if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == length:
         positions = given.expand(batch, length).to(torch.long)
-    return Sequences(ids, positions, real, past)
+    return Sequences(ids, positions, real, past, arguments["encoded"], problem)

@@ -40,7 +40,7 @@ class Trace:
     sums_only: bool = False
     """Recorded with histogram=True: `loads` is there, `choices` is empty."""
     reordered: bool = False
-    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do)."""
+    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do: an input's beams share its number)."""
     _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False)
     _loads: dict[str, Load] = field(default_factory=dict, repr=False)
     _flush: Callable[[], None] = field(default=lambda: None, repr=False)
@@ -244,7 +244,7 @@ def trace(
         histogram: keep only sums per module and expert (`Trace.loads`): memory doesn't grow, and it costs least.
         margins: also record how far the last chosen expert was ahead of the next; computes every module's scores once more.
         sample: share of the tokens to keep, drawn at random.
-        max_bytes: memory for choices, beside about 10 MB of what is pending. When it is full, every second token is let go and
+        max_bytes: memory for choices, beside a few MB of what is pending and what one pass chose. When it is full, every second token is let go and
             `Trace.share` is halved, as often as needed: what is left is a random sample of the whole run.
 
     Raises:
@@ -266,7 +266,7 @@ def trace(
     recorded._flush = recorder.flush
     routing.recorder = recorder
     try:
-        with _beams_watched(routing.model, recorded):
+        with _generate_watched(routing.model, recorder):
             yield recorded
     finally:
         routing.recorder = None
@@ -275,20 +275,33 @@ def trace(
 
 
 @contextlib.contextmanager
-def _beams_watched(model: Any, recorded: Trace) -> Iterator[None]:
-    """Notes when generate() moves sequences to other rows of its cache: it asks the model's `_reorder_cache`, if there is one."""
+def _generate_watched(model: Any, recorder: Recorder) -> Iterator[None]:
+    """Notes how many rows generate() gives each input, and when it moves sequences to other rows of its cache, for which it asks the
+    model's `_reorder_cache`, if there is one."""
     own = getattr(model, "_reorder_cache", None)
+    expand = getattr(model, "_expand_inputs_for_generation", None)
+
+    def expanded(*args: Any, **kwargs: Any) -> Any:
+        assert expand is not None
+        found = expand(*args, **kwargs)
+        if (times := kwargs.get("expand_size", 1)) > 1:
+            recorder.expanded(found[0], times)
+        return found
 
     def reorder(kept: Any, beams: Tensor) -> Any:
         if not torch.equal(beams.cpu(), torch.arange(len(beams))):
-            recorded.reordered = True
+            recorder.trace.reordered = True
         if own is not None:
             return own(kept, beams)
         kept.reorder_cache(beams)
         return kept
 
-    model.__dict__["_reorder_cache"] = reorder
+    watched = {"_reorder_cache": reorder} | (
+        {} if expand is None else {"_expand_inputs_for_generation": expanded}
+    )
+    model.__dict__.update(watched)
     try:
         yield
     finally:
-        del model.__dict__["_reorder_cache"]
+        for name in watched:
+            del model.__dict__[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,26 +17,35 @@ class Sequences:
     """The tokens one pass of an encoder or decoder runs over: B sequences of T new tokens.
 
     ids: int64 [B, T] or None (embeddings were given). positions: int64 [B, T], counted without padding and past a cache.
-    real: bool [B, T], False at padding. past: how many tokens a key-value cache holds before these.
+    real: bool [B, T], False at padding. past: how many tokens a key-value cache holds before these. encoded: what a decoder's
+    cross-attention reads, the same object in all passes over the same inputs. problem: why `real` can't be known, else None.
     """
 
     ids: Tensor | None
     positions: Tensor
     real: Tensor
     past: int = 0
+    encoded: weakref.ref[Tensor] | None = None
+    problem: str | None = None
 
     def aligned(self, rows: int, length: int) -> Sequences:
         """The same for a module that saw [rows, length]: sequences repeated (beams), or only the last tokens kept.
 
         Raises:
-            RoutingError: if the module's input can't be matched to the tokens.
+            RoutingError: if the module's input can't be matched to the tokens, or there is a `problem`.
         """
+        self.check()
 
         def fit(x: Tensor) -> Tensor:
             return spread(x, rows, length)
 
         ids = None if self.ids is None else fit(self.ids)
         return Sequences(ids, fit(self.positions), fit(self.real), self.past)
+
+    def check(self) -> None:
+        """Raises RoutingError if there is a `problem`."""
+        if self.problem is not None:
+            raise RoutingError(self.problem)
 
 
 def rows_of(shape: torch.Size) -> tuple[int, int]:
@@ -120,12 +130,35 @@ class RoutingContext:
 
 
 def positions_from(
-    mask: Tensor | None, batch: int, length: int, past: int, device: torch.device
+    mask: object, batch: int, length: int, past: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(positions, real), both [B, T], of T new tokens after `past` cached ones; `mask` is [B, past + T] or None."""
-    if mask is not None and mask.ndim == 2 and mask.shape[1] >= length:
+    """(positions, real), both [B, T], of T new tokens after `past` cached ones.
+
+    mask: [B, past + T]; or, as generate() makes it for a static cache, [B or 1, 1, T, ≥ past + T], who may attend to whom, boolean or
+    added to scores, or a dict of such for different layers; or None.
+
+    Raises:
+        RoutingError: it is something else, so padding can't be told from tokens.
+    """
+    if isinstance(mask, dict):  # layers with a sliding window have a mask of their own, of another width
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    positions = (past + torch.arange(length, device=device)).expand(batch, length)
+    if mask is None:
+        return positions, torch.ones(batch, length, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
         whole = mask.to(device).bool()
         positions = (whole.long().cumsum(1) - 1).clamp(min=0)
         return positions[:, -length:], whole[:, -length:]
-    positions = (past + torch.arange(length, device=device)).expand(batch, length)
-    return positions, torch.ones(batch, length, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] >= past + length == past + mask.shape[2]:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        # A token attends to itself, and nobody to padding.
+        real = allowed[:, 0, :, past : past + length].diagonal(dim1=1, dim2=2)
+        return positions, real.to(device).expand(batch, length)
+    raise RoutingError(
+        f"padding can't be told from tokens: the attention mask is {_described(mask)}, expected [sequences, tokens]. "
+        "Use generate()'s default cache and an attention that takes such masks."
+    )
+
+
+def _described(mask: object) -> str:
+    return f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
