@@ -37,13 +37,21 @@ def test_profiles_are_means_over_modules(pooled, family):
     with torch.no_grad(), trace(base) as t:
         for row in ROWS:
             batch = base.tokenizer([row.input], return_tensors="pt", return_token_type_ids=False)
-            (base.model.get_encoder() if base.is_encoder_decoder else base.model)(**batch)
+            if base.is_encoder_decoder:
+                batch["decoder_input_ids"] = torch.tensor(
+                    [[0, *base.tokenizer(row.targets[0])["input_ids"][:-1]]]
+                )
+            base.model(**batch)
     assert seen.shares["t"] == pytest.approx(expert_shares(t), abs=1e-3)
     layers = seen.layers["t"]
     assert layers["experts"] == ["a", "b"]
-    assert layers["layers"] == (["enc 0", "enc 1"] if family == "t5" else ["0", "1"])
-    for i, row in enumerate(layers["shares"]):
-        mine = [v for p, v in t.shares().items() if t.places[p].layer == i]
+    both = ["enc 0", "enc 1", "dec 0", "dec 1"]
+    assert sorted(layers["layers"]) == sorted(both if family == "t5" else ["0", "1"])
+    for label, row in zip(layers["layers"], layers["shares"], strict=True):
+        stack = {"enc": "encoder.", "dec": "decoder."}.get(label[:3], "")
+        mine = [
+            v for p, v in t.shares().items() if t.places[p].layer == int(label[-1]) and p.startswith(stack)
+        ]
         assert row == pytest.approx(torch.stack(mine).mean(0).tolist(), abs=1e-3)
     assert [p.prompt for p in seen.prompts] == [ROWS[0].input, "maybe"]
     assert seen.prompts[1].correct is None

@@ -34,7 +34,8 @@ class Seen:
     prompts: list[RoutedPrompt]
     """A greedy answer to the first test row of some tasks (and to given texts), with every choice."""
     shares: dict[str, dict[str, float]]
-    """For each task, the share of the routing weight that each expert gets on the prompts of its first test rows."""
+    """For each task, the share of the routing weight that each expert gets on the prompts of its first test rows (and on their
+    answers, in an encoder–decoder's decoder)."""
     layers: dict[str, dict[str, Any]]
     """The same for each layer."""
     cards: list[dict[str, Any]]
@@ -108,7 +109,11 @@ def _profile(base: Base, task: Task) -> Trace:
     with trace(base, histogram=True) as recorded, torch.no_grad():
         for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, and memory stays small
             batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
-            (base.model.get_encoder() if base.is_encoder_decoder else base.model)(**batch)
+            if base.is_encoder_decoder:  # the decoder reads what it should write
+                batch["labels"] = base.tokenizer([row.targets[0]], return_tensors="pt")["input_ids"].to(
+                    base.device
+                )
+            base.model(**batch)
     return recorded
 
 
