@@ -185,6 +185,11 @@ def test_written_names_who_decided_each_part():
     cells = (none, a, a, b, none)
     p = small(tokens=("p", "q", "x", "y", "z"), generated_from=2, choices=(cells, cells))
     assert written(p) == [Written("xy", "a", 0.75), Written("z", "b", 0.6), Written("…", "no expert", 1.0)]
+    head = ((), b, b, b, b)  # only a prompt's last token comes to it
+    p = small(tokens=("p", "q", "x", "y", "z"), generated_from=2, choices=(cells, head))
+    assert [x.text for x in written(p)] == ["xy", "z", "…"]
+    p = small(tokens=("p", "q"), generated_from=2, choices=(((), b),))
+    assert written(p) == [Written("…", "b", 0.6)]
     read, unread = (a, a, (), ()), ((), (), b, a)
     p = small(tokens=("p", "q", "<s>", "x"), generated_from=2, choices=(read, unread))
     assert written(p) == [Written("x", "b", 0.6), Written("…", "a", 0.75)]

@@ -150,8 +150,13 @@ def written(prompt: RoutedPrompt) -> list[Written]:
     """The answer in stretches with one leading expert each: the one with most weight over all modules at the token before, where
     the next one is decided. The answer's last token is "…": its text isn't in the trace. "no expert" where the base led."""
     names = (*prompt.experts, "no expert")
-    decoder_only = not any(() in cells for cells in prompt.choices)
-    first = max(prompt.generated_from - 1, 0) if decoder_only else prompt.generated_from
+    begin = prompt.generated_from
+    # What reads the prompt reads the answer as well, or else it is an encoder, and the decoder's first token stands at `begin`.
+    # (Not every module reads all of a prompt: only its last token comes to the head.)
+    one_stack = begin >= len(prompt.tokens) or any(
+        cells[begin - 1] and cells[begin] for cells in prompt.choices
+    )
+    first = max(begin - 1, 0) if one_stack else begin
     found: list[tuple[str, str, float, int]] = []
     for t in range(first, len(prompt.tokens)):
         sums = [0.0] * len(names)
