@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +26,23 @@ def test_gate_similarity_is_the_mean_cosine(make_base, make_expert):
     assert float(found[0, 1]) == pytest.approx(sum(total) / len(total), abs=1e-4)
     assert float(found[0, 0]) == pytest.approx(1)
     assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "lowest"),
+    [
+        ([[1, 2.5], [2, 0.12345]], 0.1235),
+        ([[1, None]], None),
+        ([["1", "bad"]], None),
+        ([[1, float("inf")], [2, 3]], 3.0),
+        (7, None),
+    ],
+)
+def test_a_strangers_record_of_losses_is_read_with_care(make_base, make_expert, losses, lowest):
+    expert = make_expert(make_base("llama"), "x")
+    expert = replace(expert, provenance={**expert.provenance, "validation_losses": losses})
+    (card,) = cards(Pool([expert]))
+    assert card["made"].get("validation loss") == lowest
 
 
 def test_cards_say_what_should_be_looked_at(make_base, make_expert, tmp_path):

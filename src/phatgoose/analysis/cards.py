@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.analysis.activations import parallel_gates
+from phatgoose.experts.card_facts import lowest_loss
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.health import wildly_off
 from phatgoose.experts.pool import Pool
@@ -88,13 +89,8 @@ def _facts(expert: Expert) -> dict[str, Any]:
             facts[key] = made[key]
     if isinstance(config, dict):
         facts |= {k: config[k] for k in ("steps", "learning_rate", "alpha") if k in config}
-    losses = made.get("validation_losses")
-    if (
-        isinstance(losses, list)
-        and losses
-        and all(isinstance(x, list | tuple) and len(x) == 2 for x in losses)
-    ):
-        facts["validation loss"] = round(min(float(loss) for _, loss in losses), 4)
+    if (loss := lowest_loss(made)) is not None:
+        facts["validation loss"] = round(loss, 4)
     return {**found, "made": facts}
 
 
