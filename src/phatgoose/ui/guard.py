@@ -74,7 +74,8 @@ class Guard:
         ]:
             return 415, "expected content-type application/json."
         lengths = headers.get("content-length", [])
-        if len(lengths) != 1 or not re.fullmatch(r"\d{1,18}", lengths[0]):
+        # A body in chunks is as long as it likes, whatever length is said beside.
+        if "transfer-encoding" in headers or len(lengths) != 1 or not re.fullmatch(r"\d{1,18}", lengths[0]):
             return 411, "expected one content-length."
         if int(lengths[0]) > self.body_bytes:
             return 413, f"the request has {lengths[0]} bytes, at most {self.body_bytes} are taken."
