@@ -122,6 +122,48 @@ def test_two_settings_side_by_side(opened):
     assert page.locator("#compared").is_hidden()
 
 
+def test_who_stands_in_the_table_stays_there_while_it_is_drawn(opened, monkeypatch):
+    told = session_module._told
+    monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.2))[0])
+    page = opened()
+    page.get_by_label("Most tokens").fill("12")
+    page.locator("#prompt").fill(PROMPT)
+    page.get_by_role("button", name="Answer", exact=True).click()
+    until(page, "document.querySelectorAll('#layers-table td[data-place]').length > 0", 30)
+    page.locator("#layers-table td[tabindex='0']").focus()
+    page.keyboard.press("ArrowRight")
+    place, said = "document.activeElement.dataset.place", page.locator("#layers-cell").text_content()
+    table = page.evaluate_handle("document.querySelector('#layers-table table')")
+    here = page.evaluate(place)
+    assert here
+    until(page, "document.querySelectorAll('.token.written').length > 6", 30)
+    assert not table.evaluate("table => table.isConnected")  # it was drawn again
+    assert page.evaluate(place) == here
+    assert page.locator("#layers-cell").text_content() == said  # nobody is read the same again and again
+    until(page, DONE, 60)
+    assert page.evaluate(place) == here
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(place) not in (here, None)
+
+
+def test_a_setting_that_fails_leaves_the_page_usable(opened, monkeypatch):
+    page, answers, calls = opened(), session_module.greedy_answer, []
+
+    def fails(*args, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no memory")
+        return answers(*args, **settings)
+
+    monkeypatch.setattr(session_module, "greedy_answer", fails)
+    page.get_by_label("Compare two settings").check()
+    answer(page)
+    assert page.locator("#side-B .trouble").text_content()
+    assert page.locator("#compared").is_hidden()
+    answer(page)
+    assert page.locator("#compared").is_visible()
+
+
 def test_stopping(opened, monkeypatch):
     told = session_module._told
     monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.1))[0])

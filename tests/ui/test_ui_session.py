@@ -228,6 +228,24 @@ def test_all_routers_but_single_are_offered_and_phatgoose_first():
     assert len(set(names)) == len(names)
 
 
+def test_no_more_experts_are_offered_than_there_are(make_base, make_expert):
+    base = make_base("llama")
+    session = Session(base, Pool([make_expert(base, "only")]))
+    assert {r["top_k"] for r in session.routers.values()} == {1, None}
+    assert answered(session, top_k=session.routers["phatgoose"]["top_k"]).events[-1]["event"] == "end"
+
+
+def test_modules_with_fewer_experts_are_told_as_wide_as_the_others(make_base, make_expert):
+    base, encoder = make_base("t5"), r"encoder.*SelfAttention\.[qv]"
+    some = [make_expert(base, name, seed=i, targets=encoder) for i, name in enumerate("yz")]
+    session = Session(base, Pool([make_expert(base, "x", seed=3), *some]))
+    job = answered(session, router="uniform")
+    assert [e["k"] for e in job.of("tokens")] == [3] * 9
+    chosen, _, _ = choices_of(job, len(session.places))
+    for path, row in zip(session.places, chosen, strict=True):
+        assert (row[:, 1:] >= 0).any() == ("encoder" in path and path.endswith((".q", ".v")))
+
+
 def test_characters_of_several_tokens_are_told_when_they_are_whole(make_session):
     session = make_session()
     job = Job()

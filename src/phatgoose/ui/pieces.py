@@ -37,6 +37,7 @@ class Pieces:
         self._encoder_texts, self._texts = TokenTexts(tokenizer), TokenTexts(tokenizer)
         self._unread: list[str] = []  # texts of the decoder's tokens that are there and weren't read
         self._read = 0  # how many of the decoder's tokens were
+        self._k = 0
 
     def event(self, ids: Tensor, choices: Sequence[Choices]) -> dict[str, Any]:
         """The next event.
@@ -62,8 +63,9 @@ class Pieces:
     def _table(
         self, choices: Sequence[Choices], starts: Mapping[str, int], n: int
     ) -> tuple[int, Tensor, Tensor]:
-        """k, and the choices and weights of all modules, int16 [M, n, k]."""
-        k = max((c.experts.shape[1] for c in choices), default=0)
+        """k, the same in all events, and the choices and weights of all modules, int16 [M, n, k]."""
+        # In the first event all modules ran; those of a decoder alone may have fewer candidates than an encoder's.
+        self._k = k = max((self._k, *(c.experts.shape[1] for c in choices)))
         chosen = torch.full((len(self.where), n, k), UNSEEN, dtype=torch.int16)
         weights = torch.zeros_like(chosen)
         for c in choices:

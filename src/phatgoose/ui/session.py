@@ -75,7 +75,8 @@ def offered_routers(pool: Pool | None = None) -> list[dict[str, Any]]:
             continue
         # One expert alone is what is left when the others are switched off.
         if name != "single":
-            found.append({"name": name, "top_k": fields["top_k"].default if "top_k" in fields else None})
+            top_k = fields["top_k"].default if "top_k" in fields else None
+            found.append({"name": name, "top_k": min(top_k, len(pool)) if top_k and pool else top_k})
     return [*found, {"name": BASE_ALONE, "top_k": None}]
 
 
