@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import pytest
 import torch
 
 from phatgoose.errors import BaseModelError, PoolError, UnknownName
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
 
@@ -90,6 +92,48 @@ def test_a_kill_during_the_first_save_can_be_followed_by_another(three, tmp_path
     monkeypatch.undo()
     Pool([a, b]).save(tmp_path / "pool")
     assert Pool.load(tmp_path / "pool").names == ("a", "b")
+    assert sorted(os.listdir(tmp_path / "pool" / "experts")) == ["a", "b"]  # written once
+
+
+def test_experts_that_stand_where_a_pool_comes_are_taken_as_they_are_and_others_left_alone(three, tmp_path):
+    (_, (a, b, c)), proj = three, tmp_path / "proj"
+    for expert in (a, b, c):
+        expert.save(proj / "experts" / expert.name)
+    notes = proj / "experts" / "notes"
+    notes.mkdir()
+    (notes / "log.txt").write_text("mine")
+    before = files_of(proj)
+    pool = Pool([Expert.load(proj / "experts" / n) for n in "ab"]).save(proj)
+    assert Pool.load(pool).names == ("a", "b")
+    remove_from_folder(pool, "a")
+    left = files_of(proj)
+    assert {k: v for k, v in before.items() if not k.startswith("experts/a/")} == {
+        k: v for k, v in left.items() if k.startswith("experts/")
+    }
+    changed = b.with_gates({p: g + 1 for p, g in b.gates.items()})
+    Pool([changed, c.renamed("notes")]).save(pool)  # whose names are taken
+    assert sorted(os.listdir(proj / "experts")) == ["b.2", "c", "notes", "notes.2"]
+    assert (notes / "log.txt").read_text() == "mine"
+
+
+def _add(folder, expert, barrier):
+    barrier.wait()
+    add_to_folder(folder, expert)
+
+
+def test_two_who_add_the_first_expert_both_do(three, tmp_path):
+    _, (a, b, _) = three
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    both = [context.Process(target=_add, args=(tmp_path / "pool", e, barrier)) for e in (a, b)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(Pool.load(tmp_path / "pool").names) == ["a", "b"]
+    with pytest.raises(PoolError, match="is a pool already"):
+        Pool([a]).save(tmp_path / "pool", replace=False)
 
 
 def test_refusals_in_memory(three, make_base, make_expert):

@@ -57,7 +57,7 @@ def create(
     if (pool / MANIFEST).exists():
         raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
     made = Pool([_read(text, None, drop, max_gb) for text in experts])
-    made.save(pool)
+    made.save(pool, replace=False)
     show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
     _warn(made.warnings())
     base = ["--base", made.base.spec] if made.base and made.base.spec != DEFAULT_BASE else []

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a folder without a manifest holds nothing but what a killed save() leaves."""
+    """Whether a folder without a manifest holds nothing but what a killed save() leaves, and experts: which are left alone."""
     return folder.is_dir() and all(
         p.name in ("experts", ".lock") or p.name.startswith(f".{MANIFEST}.") for p in folder.iterdir()
     )
@@ -180,10 +180,12 @@ def place_expert(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> di
         if entry["name"] == expert.name and _stands(folder / entry["folder"], entry, expert):
             return _entry(expert, entry["folder"], entry["files"])
     relative, number = f"experts/{expert.name}", 1
-    while relative in taken or (folder / relative).exists():
+    while relative in taken or (os.path.lexists(folder / relative) and not _same(folder / relative, expert)):
         number += 1
         relative = f"experts/{expert.name}.{number}"
-    place = expert.save(folder / relative)
+    place = folder / relative
+    if not place.exists():  # or it is there: a process was killed before it wrote the manifest
+        expert.save(place)
     names = [n for n in _FILES if (place / n).exists()]
     return _entry(expert, relative, {n: sha256_file(place / n) for n in names})
 
@@ -197,7 +199,15 @@ def _stands(place: Path, entry: dict[str, Any], expert: Expert) -> bool:
     """Whether `place` already holds this very expert, whole."""
     try:
         verify_files(place, entry)
-        return Expert.load(place).equals(expert)
+    except PhatgooseError:
+        return False
+    return _same(place, expert)
+
+
+def _same(place: Path, expert: Expert) -> bool:
+    """Whether this very expert stands in a folder, which isn't a link."""
+    try:
+        return not place.is_symlink() and Expert.load(place, name=expert.name).equals(expert)
     except PhatgooseError:
         return False
 
@@ -236,13 +246,15 @@ def _object(folder: Path, entry: Mapping[str, Any], name: str) -> dict[str, Any]
         return {}
 
 
-def sweep(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Deletes what the manifest doesn't name: removed experts, the other form of packed and unpacked ones, and what a killed
-    process left."""
+def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Deletes experts that were in the pool (the entries `before`) and aren't in its manifest, the other form of packed and unpacked
+    ones, and what a killed process has half written. Folders that never were the pool's own are left alone."""
     entries = {e["folder"]: e for e in manifest["experts"]}
+    gone = {e["folder"] for e in before} - entries.keys()
     for path in (folder / "experts").iterdir():
         entry = entries.get(f"experts/{path.name}")
-        if entry is None and path.is_dir() and not path.is_symlink():
+        half = path.name.startswith(".") and path.suffix in (".tmp", ".old")
+        if (half or f"experts/{path.name}" in gone) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif entry is not None and not path.is_symlink():
             for name in HEADERS if "packed" in entry else _PACKED_FILES:

@@ -114,7 +114,7 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
         whole = {**manifest, "experts": [*manifest["experts"], added], "packed": index}
         _check_bytes(PackedFolder(folder, whole).expert(place, added).source)
     except BaseException:
-        sweep(folder, manifest)
+        sweep(folder, manifest, [entry])
         raise
     write_json(folder / MANIFEST, whole)
     sweep(folder, whole)

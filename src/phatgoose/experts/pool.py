@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,22 +124,26 @@ class Pool:
             stacks = {gate_stack(path) for s in sources if s.file is file for path in s.gate_index}
             file.let_go(stacks)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, replace: bool = True) -> Path:
         """Writes the pool; an existing pool folder becomes this one. Experts of a packed pool are written unpacked.
 
-        Each expert's folder is written before the manifest that names it, and unused ones are deleted after, so that a
-        killed process leaves either the old pool or the new one. Experts that are there already are not written again.
+        Each expert's folder is written before the manifest that names it, and those the pool no longer has are deleted after, so
+        that a killed process leaves either the old pool or the new one. Experts that are there already are not written again.
+
+        Args:
+            replace: False to refuse a folder that has a pool by the time it is written.
 
         Raises:
             PoolError: `folder` holds something else, or a packed pool. StorageError: no space or no permission.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / MANIFEST).exists() and not unfinished(folder):
-            raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
-        with storage_errors(folder):
-            (folder / "experts").mkdir(parents=True, exist_ok=True)
+        _make_place(folder)
         with lock(folder):
-            manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {"experts": []}
+            old = manifest = _manifest_in(folder)
+            if not replace and (folder / MANIFEST).exists():
+                raise PoolError(
+                    f"{folder} is a pool already: use `phatgoose pool add`, or choose another folder."
+                )
             if "packed" in manifest:
                 raise PoolError(
                     f"{folder} is packed and can't be written as a whole: change it by `phatgoose pool add` and `pool remove` "
@@ -147,7 +152,7 @@ class Pool:
             entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
             manifest = new_manifest(entries, self.base)
             write_json(folder / MANIFEST, manifest)
-            sweep(folder, manifest)
+            sweep(folder, manifest, old["experts"])
             describe(folder, manifest)
         return folder
 
@@ -265,6 +270,19 @@ class Pool:
         return health.warnings(self.experts, weight_norms)
 
 
+def _make_place(folder: Path) -> None:
+    """Makes the folder of a pool, if there is none."""
+    if folder.exists() and not (folder / MANIFEST).exists() and not unfinished(folder):
+        raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
+    with storage_errors(folder):
+        (folder / "experts").mkdir(parents=True, exist_ok=True)
+
+
+def _manifest_in(folder: Path) -> dict[str, Any]:
+    """The pool's manifest, or that of none yet; asked for while the lock is held."""
+    return read_manifest(folder) if (folder / MANIFEST).exists() else new_manifest([], None)
+
+
 def add_to_folder(folder: str | Path, expert: Expert) -> None:
     """Adds one expert to a pool on disk (a new pool if there is none), writing nothing but it and the manifest. A packed pool
     stays packed, and is packed again with more room where it is full.
@@ -273,11 +291,9 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
         PoolError: its name is taken, or its modules disagree. BaseModelError: it is of another base.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).exists():
-        Pool([expert]).save(folder)
-        return
+    _make_place(folder)
     with lock(folder):
-        manifest = read_manifest(folder)
+        manifest = _manifest_in(folder)
         entries = manifest["experts"]
         pool = Pool.load(folder, verify=False).add(expert) if entries else Pool([expert])
         entry = place_expert(folder, expert, entries)
@@ -301,5 +317,5 @@ def remove_from_folder(folder: str | Path, name: str) -> None:
             raise unknown("expert", name, [e["name"] for e in entries])
         manifest = {**manifest, "experts": [e for e in entries if e["name"] != name]}
         write_json(folder / MANIFEST, manifest)
-        sweep(folder, manifest)
+        sweep(folder, manifest, entries)
         describe(folder, manifest)
