@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 
 import pytest
 
@@ -46,6 +47,23 @@ def test_folder_takes_its_place_in_one_step_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert (target / "file").read_text() == "two"
     assert os.listdir(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_folder_that_is_replaced_is_never_missing(tmp_path, monkeypatch, in_one_step):
+    target, missing = tmp_path / "thing", []
+    with atomic_folder(target) as work:
+        (work / "file").write_text("one")
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    replace = os.replace
+    monkeypatch.setattr(files.os, "replace", lambda *a: (replace(*a), missing.append(not target.exists()))[0])
+    with atomic_folder(target) as work:
+        (work / "file").write_text("two")
+    assert (target / "file").read_text() == "two"
+    assert os.listdir(tmp_path) == ["thing"]
+    if in_one_step and sys.platform == "linux":
+        assert missing == []
 
 
 def test_a_file_where_a_folder_should_be(tmp_path):

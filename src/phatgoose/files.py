@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from io import BufferedReader
@@ -55,7 +57,8 @@ def storage_errors(path: Path) -> Iterator[None]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` to write into; on success it takes `target`'s place in one rename, on error it goes.
 
-    An existing `target` is moved aside first and removed once the new one stands, so a reader never sees half a folder.
+    An existing `target` changes places with the new one, or, where the system can't do that in one step, is moved aside first; it is
+    removed once the new one stands, so a reader never sees half a folder.
 
     Raises:
         StorageError: if there is no space or no permission, or `target` is there and is no folder: nothing but a folder is replaced.
@@ -75,7 +78,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             for file in work.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            if target.exists():
+            if target.exists() and _exchange(work, target):
+                pass  # what was there goes with `work`
+            elif target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
                 os.replace(target, old / "old")
                 try:
@@ -89,6 +94,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             _sync(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Lets two paths change places in one step, so that neither is missing for a moment; False where the system can't (not Linux)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 @contextlib.contextmanager
