@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ from cli_fixtures import SMALL
 from peft import PeftModel
 
 from conftest import make_model
+from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 
@@ -86,6 +88,64 @@ def test_overwrite_replaces_and_a_work_folder_keeps_what_else_is_in_it(ready, ru
     assert expert.name == "e"
     assert {p.rpartition(".")[2] for p in expert.updates} == {"q_proj", "v_proj"}
     assert [p.name for p in (tmp_path / "w").iterdir()] == ["mine.txt"]
+    for name in ("adapter", "gate-training"):  # somebody's own, and another command's
+        (tmp_path / "w" / name).mkdir()
+        (tmp_path / "w" / name / "mine.txt").write_text("mine")
+    result = run("train", "--out", tmp_path / "f", "--work", tmp_path / "w", *options)
+    assert result.code == 1
+    assert "adapter is there, and no training wrote it" in result.err
+    (tmp_path / "w" / "adapter" / "mine.txt").unlink()
+    (tmp_path / "w" / "adapter").rmdir()
+    result = run("train", "--out", tmp_path / "f", "--work", tmp_path / "w", *options)
+    assert result.code == 0, result.err
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["gate-training", "mine.txt"]
+
+
+def test_what_came_to_an_expert_while_its_gates_were_trained_is_kept(
+    ready, run, base, task, tmp_path, monkeypatch
+):
+    import phatgoose.training.gate as module
+
+    options = ["--task", task, "--base", base, *SMALL]
+    source = Expert.load(ready[0] / "one")
+    place = replace(source, gates=None, provenance={}).save(tmp_path / "e")
+    trained, others = module.train_gate, DataSignature(dict(source.gates), None, None, None)
+
+    def meanwhile(change):
+        def slowly(*args, **settings):
+            gated = trained(*args, **settings)
+            change(Expert.load(place)).save(place)
+            return gated
+
+        monkeypatch.setattr(module, "train_gate", slowly)
+        return run("gate", place, *options)
+
+    result = meanwhile(lambda e: e.with_signature(others, {"by": "another"}))
+    assert result.code == 0, result.err
+    made = Expert.load(place)
+    assert made.gates is not None
+    assert made.signature.equals(others)
+    assert made.provenance["signature"] == {"by": "another"}
+    assert made.base == source.base  # the gates' record says which, where the adapter's doesn't
+    place = replace(source, gates=None).save(tmp_path / "g")
+    result = meanwhile(lambda e: e.with_gates(source.gates, {"by": "another"}))
+    assert result.code == 1
+    assert "was changed while its gate was made" in result.err
+    assert Expert.load(place).provenance["gate"] == {"by": "another"}
+    assert (tmp_path / "g.work" / "gates").is_dir()
+
+
+def test_a_folder_that_one_stands_in_is_not_replaced(ready, run, base, task, tmp_path, monkeypatch):
+    place = Expert.load(ready[0] / "one").save(tmp_path / "e")
+    monkeypatch.chdir(place)
+    for command in (
+        ["gate", ".", "--overwrite"],
+        ["signature", ".."],
+        ["train", "--out", ".", "--overwrite"],
+    ):
+        result = run(*command, "--task", task, "--base", base)
+        assert result.code == 1
+        assert "you are in it" in result.err
 
 
 def test_training_goes_on_from_what_was_kept(run, base, task, tmp_path, monkeypatch):

@@ -285,3 +285,14 @@ def test_other_targets_give_other_modules(make_base, make_expert):
     expert = make_expert(base, targets=TARGETS["t5"][:1])
     assert {p.rsplit(".", 1)[1] for p in expert.updates} == {"q"}
     assert json.dumps(expert.provenance)
+
+
+def test_what_else_is_in_a_folder_is_not_deleted(make_base, make_expert, tmp_path):
+    expert = make_expert(make_base("llama"))
+    folder = expert.save(tmp_path / "run")
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "optimizer.pt").write_bytes(b"mine")
+    mine = Expert.from_peft(folder).with_gates(expert.gates)
+    with pytest.raises(ExpertError, match=r"no expert's \(checkpoint-500\), which would be lost"):
+        mine.save(folder)
+    assert (folder / "checkpoint-500" / "optimizer.pt").read_bytes() == b"mine"

@@ -1,5 +1,6 @@
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from training_helpers import SMALL, make_task, state_of
 
 import phatgoose
 from conftest import FAMILIES, make_tokenizer
-from phatgoose.errors import BaseModelError, TrainingError
+from phatgoose.errors import BaseModelError, RoutingError, TrainingError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.routed import route
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import GatedStudent, decode_path, encode_path, train_gate
 from phatgoose.training.modules import target_paths
@@ -216,6 +219,30 @@ def test_experts_of_another_base_are_refused(make_base, make_expert, task):
     ):
         train_gate(Base(wide.model, make_tokenizer(), spec="wide"), unknown, task, CONFIG, report=silent)
     assert state_of(make_base("llama").model)["config"] == before
+
+
+def test_gates_say_what_base_they_are_for(make_base, make_expert, task):
+    base, other = make_base("llama"), make_base("llama", seed=5)
+    plain = replace(make_expert(base, gates=False), provenance={})  # as a published adapter is
+    assert plain.base is None
+    gated = train_gate(base, plain, task, CONFIG, report=silent)
+    assert gated.base == base.fingerprint
+    with pytest.raises(BaseModelError):
+        route(other, Pool([gated]))
+    with pytest.raises(BaseModelError):
+        Pool([gated, make_expert(other, "b")])
+    with pytest.raises(BaseModelError):
+        train_gate(other, gated, task, CONFIG, report=silent)
+
+
+def test_an_expert_that_brings_another_bases_weights_gets_no_gate(make_base, make_expert, task):
+    base, other = make_base("llama"), make_base("llama", seed=5)
+    expert = make_expert(other, gates=False)
+    copies = {"model.embed_tokens.weight": other.model.get_input_embeddings().weight.detach()}
+    expert = replace(expert, provenance={})
+    object.__setattr__(expert, "base_copies", copies)
+    with pytest.raises(RoutingError, match=r"brings its own model.embed_tokens.weight"):
+        train_gate(base, expert, task, CONFIG, report=silent)
 
 
 def test_an_expert_that_does_nothing_gets_no_gate(make_base, make_expert, task):

@@ -10,32 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts.card import CARD_FILE, own_card
 from phatgoose.experts.card_facts import lowest_loss
-from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.expert_folder import RECORD_FILE
-from phatgoose.experts.formats import WEIGHTS_FILES
-from phatgoose.experts.gates import GATES_FILE
-from phatgoose.experts.peft import CONFIG_FILE
+from phatgoose.experts.expert_folder import check_replaceable
 from phatgoose.experts.pool import MANIFEST
+from phatgoose.experts.tensor_files import all_identical
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base import Base
 from phatgoose.records import Fingerprint, Task
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import autocast_dtype
 
-OWN_FILES = frozenset({CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, SIGNATURE_FILE, RECORD_FILE})
-
 
 def check_target(folder: Path, keeps_card: bool = False) -> None:
-    """Refuses to write an expert over anything that isn't one: replacing a folder deletes whatever else is in it.
-
-    A README.md that somebody wrote may be there only if it `keeps_card`: if the expert was read from this very folder.
+    """Refuses to write an expert over anything that isn't one; `keeps_card` as in `check_replaceable`.
 
     Raises:
-        ExpertError: a file, a folder with other files, or a folder that belongs to a pool.
+        ExpertError: a file, a folder with other files, one that belongs to a pool, or one that somebody stands in.
     """
+    if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
+        raise ExpertError(
+            f"{folder} is replaced as a whole, and you are in it: run this from outside, or choose another folder with --out."
+        )
     pool = folder.absolute().parent.parent
     if folder.absolute().parent.name == "experts" and (pool / MANIFEST).exists():
         raise ExpertError(
@@ -44,13 +40,7 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ExpertError(f"{folder} is a file; give a folder.")
-    own = OWN_FILES | ({CARD_FILE} if keeps_card or own_card(folder) is None else set())
-    others = sorted(p.name for p in folder.iterdir() if p.name not in own) if folder.exists() else []
-    if others:
-        raise ExpertError(
-            f"{folder} holds files that are no expert's ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
-            "would be lost: choose another folder with --out."
-        )
+    check_replaceable(folder, keeps_card)
 
 
 def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:
@@ -69,9 +59,49 @@ def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, con
         return False
 
 
-def clear_work(work: Path) -> None:
-    """Removes what trainings left in a work folder, and the folder if that was all."""
-    for name in ("expert-training", "adapter", "gate-training", "gates", "generated", "signature"):
+LEFT = {
+    "train": ("expert-training", "adapter"),
+    "gate": ("gate-training", "gates", "generated"),
+    "signature": ("signature",),
+}
+
+
+def laid_over(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
+    """`made`, an expert with new gates or a new signature (`part`: "gate" or "signature"), on what stands in `target` by now: while
+    one of them was made, the other may have come.
+
+    Args:
+        before: what stood there when this began, None if nothing did.
+
+    Raises:
+        ExpertError: the adapter or the same part was changed meanwhile.
+    """
+    now = Expert.load(target) if target.is_dir() and any(target.iterdir()) else None
+    if now is None:
+        return made
+    if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
+        raise ExpertError(
+            f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the same command again "
+            "with another --out and --work " + str(work) + "."
+        )
+    if not all_identical(now.tensors, made.tensors):  # another expert, to be replaced
+        return made
+    if part == "gate":
+        assert made.gates is not None
+        return now.with_gates(made.gates, made.provenance["gate"])
+    assert made.signature is not None
+    return now.with_signature(made.signature, made.provenance["signature"])
+
+
+def _same_part(a: Expert, b: Expert, part: str) -> bool:
+    if part == "gate":
+        return all_identical(a.gates or {}, b.gates or {})
+    return b.signature is None if a.signature is None else a.signature.equals(b.signature)
+
+
+def clear_work(work: Path, command: str) -> None:
+    """Removes what a command's own training left in a work folder, and the folder if that was all."""
+    for name in LEFT[command]:
         shutil.rmtree(work / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         work.rmdir()

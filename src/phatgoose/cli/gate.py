@@ -86,12 +86,12 @@ def command(
     from phatgoose.tasks import load_task
 
     target = out or expert
-    work = work or target.with_name(target.name + ".work")
     folders.check_target(target, keeps_card=out is None or out == expert)
+    work = work or target.with_name(target.name + ".work")
     source = Expert.load(expert)
-    there = source
+    there, before = source, source if target == expert else None
     if out is not None and out.exists() and any(out.iterdir()):
-        there = Expert.load(out)
+        there = before = Expert.load(out)
         if not overwrite and not all_identical(source.tensors, there.tensors):
             raise _taken(out)
     given = {"rows": texts, "max_new_tokens": text_tokens, "temperature": temperature}
@@ -113,7 +113,7 @@ def command(
         if not folders.made_so(record, model, rows, config):
             raise _taken(target)
         show.say(f"{target} has these very gates, finished before.")
-        folders.clear_work(work)
+        folders.clear_work(work, "gate")
         _summary(there, target)
         return
     from accelerate import PartialState
@@ -127,8 +127,9 @@ def command(
     processes = PartialState()
     processes.wait_for_everyone()
     if processes.is_main_process:
+        gated = folders.laid_over(target, gated, before, "gate", work)
         gated.save(target)
-        folders.clear_work(work)
+        folders.clear_work(work, "gate")
         _summary(gated, target)
 
 

@@ -60,8 +60,8 @@ def command(
     from phatgoose.tasks import load_task
 
     target = out or expert
-    work = work or target.with_name(target.name + ".work")
     folders.check_target(target, keeps_card=out is None or out == expert)
+    work = work or target.with_name(target.name + ".work")
     source = Expert.load(expert)
     rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
     model = load_recorded(source, base, dtype, device)
@@ -69,7 +69,9 @@ def command(
     from phatgoose.training.signature import make_signature, signature_key
 
     encoder = load_encoder(config.encoder) if config.texts else None
-    there = Expert.load(out) if out is not None and out.exists() and any(out.iterdir()) else source
+    there, before = source, source if target == expert else None
+    if out is not None and out.exists() and any(out.iterdir()):
+        there = before = Expert.load(out)
     if there.signature is not None and not overwrite:
         made = there.provenance.get("signature", {})
         if not isinstance(made, dict) or made.get("key") != signature_key(
@@ -79,12 +81,13 @@ def command(
                 f"{target} holds another signature or another expert: choose another --out, or replace it with --overwrite."
             )
         show.say(f"{target} has this very signature, finished before.")
-        folders.clear_work(work)
+        folders.clear_work(work, "signature")
         _summary(there, target)
         return
     signed = make_signature(model, source, rows, config, work_folder=work)
+    signed = folders.laid_over(target, signed, before, "signature", work)
     signed.save(target)
-    folders.clear_work(work)
+    folders.clear_work(work, "signature")
     _summary(signed, target)
 
 

@@ -74,7 +74,7 @@ def command(
         if not folders.made_so(there.provenance, model, rows, config):
             raise _taken(out)
         show.say(f"{out} is this very expert, finished before.")
-        folders.clear_work(work)
+        folders.clear_work(work, "train")
         _summary(there, out, next_command)
         return
     _train(model, rows, config, wanted, work, out, next_command)
@@ -93,7 +93,7 @@ def _train(
     processes.wait_for_everyone()  # the others may still be reading the work folder
     if processes.is_main_process:
         expert.save(out)
-        folders.clear_work(work)
+        folders.clear_work(work, "train")
         _summary(expert, out, next_command)
 
 

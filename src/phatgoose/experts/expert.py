@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.expert_folder import read_folder, read_plain, write_folder
+from phatgoose.experts.expert_folder import check_replaceable, read_folder, read_plain, write_folder
 from phatgoose.experts.formats import to_contents, weights_file
 from phatgoose.experts.gates import GATES_FILE, checked_gates
 from phatgoose.experts.names import check_name
@@ -81,9 +81,8 @@ class Expert:
 
     @property
     def base(self) -> Fingerprint | None:
-        """The base it was trained on, if that was recorded (a plain PEFT folder records only a name)."""
-        found = self.provenance.get("base")
-        if not found:
+        """The base it was trained on, or else its gates, if that was recorded (a plain PEFT folder records only a name)."""
+        if not (found := self.recorded_base):
             return None
         try:
             return Fingerprint.from_json(found)
@@ -91,6 +90,12 @@ class Expert:
             raise ExpertError(
                 f"{self._where()}: the recorded base is not a fingerprint: {cause!r}"
             ) from cause
+
+    @property
+    def recorded_base(self) -> Any:
+        """`base` as the records have it; None if they don't."""
+        gate = self.provenance.get("gate")
+        return self.provenance.get("base") or (gate.get("base") if isinstance(gate, dict) else None)
 
     @property
     def base_name(self) -> str | None:
@@ -235,13 +240,14 @@ class Expert:
 
         Raises:
             StorageError: no space or no permission; what was there is left as it was.
-            ExpertError: if `folder` exists and is not an expert's folder.
+            ExpertError: `folder` exists and is not an expert's folder, or holds other files, which would be lost.
         """
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
             raise ExpertError(
                 f"{folder} exists and holds something else than an expert; choose another folder."
             )
+        check_replaceable(folder, keeps_card=self.folder is not None and self.folder == folder)
         with atomic_folder(folder) as work:
             write_folder(self, work)
         return folder

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.card import write_card
+from phatgoose.experts.card import CARD_FILE, own_card, write_card
 from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, StoredSignature
-from phatgoose.experts.formats import format_of, read_adapter, weights_file
+from phatgoose.experts.formats import WEIGHTS_FILES, format_of, read_adapter, weights_file
 from phatgoose.experts.gates import GATES_FILE, check_gates_metadata, gates_metadata
 from phatgoose.experts.headers import read_header
 from phatgoose.experts.names import slug
+from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.experts.peft_rules import check_drop
 from phatgoose.experts.tensor_files import check_sha256, read_tensor_file
 from phatgoose.files import inside, read_json, sha256_file, write_json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
 
 RECORD_FILE = "expert.json"
+OWN_FILES = frozenset({CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, SIGNATURE_FILE, RECORD_FILE})
 FORMAT_VERSION = 1
 RECORD_LIMIT_BYTES = 16 * 2**20
 
@@ -82,13 +84,32 @@ def read_folder(folder: Path, name: str | None, drop: Collection[str]) -> dict[s
     }  # fmt: skip
 
 
+def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
+    """Refuses a folder that can't be an expert's without something being lost: replacing it deletes whatever else is in it.
+
+    A README.md that somebody wrote may be there only if it `keeps_card`: if the expert was read from this very folder.
+
+    Raises:
+        ExpertError: it holds other files.
+    """
+    if not folder.is_dir():
+        return
+    own = OWN_FILES | ({CARD_FILE} if keeps_card or own_card(folder) is None else set())
+    others = sorted(p.name for p in folder.iterdir() if p.name not in own)
+    if others:
+        raise ExpertError(
+            f"{folder} holds files that are no expert's ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
+            "would be lost: choose another folder with --out."
+        )
+
+
 def write_folder(expert: Expert, work: Path) -> None:
     """Fills an empty folder."""
     expert._write_adapter(work)
     record: dict[str, Any] = {"format": "phatgoose-expert", "version": FORMAT_VERSION, "name": expert.name}
     record["adapter_sha256"] = adapter = sha256_file(work / weights_file(expert.adapter_config))
     if expert.gates is not None:
-        expert._write_gates(work / GATES_FILE, gates_metadata(adapter, expert.provenance.get("base")))
+        expert._write_gates(work / GATES_FILE, gates_metadata(adapter, expert.recorded_base))
         record["gates_sha256"] = sha256_file(work / GATES_FILE)
     if expert.signature is not None:
         expert.signature.write(work / SIGNATURE_FILE, adapter)

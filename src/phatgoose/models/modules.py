@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from phatgoose.errors import RoutingError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.update import sizes_agree
 from phatgoose.models.layers import embedding_shape, linear_shape, same_weights
@@ -52,13 +55,13 @@ def module_at(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module
     return module
 
 
-def check_copies(modules: dict[str, nn.Module], pool: Pool) -> None:
+def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> None:
     """Refuses experts that bring their own, changed copy of a base weight: it would be lost without a word.
 
     Raises:
         RoutingError: naming the expert and the weight.
     """
-    for expert in pool.experts:
+    for expert in experts:
         for key, copy in expert.base_copies.items():
             path, _, name = key.rpartition(".")
             if path not in modules or not same_weights(modules[path], name, copy):

@@ -157,7 +157,7 @@ class Routing:
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules(remove_duplicate=False))
-        check_copies(modules, pool)
+        check_copies(modules, pool.experts)
         self.sites = [_Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
         self.budget = None if device_memory is None else Budget(self.sites, device_memory)
         pool.let_go_of_gates()

@@ -9,6 +9,7 @@ WORK/adapter/ or WORK/gates/          the result
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -55,14 +56,18 @@ class RunFolder:
     def path(self) -> Path:
         return self.work / f"{self.kind}-training"
 
-    def check(self) -> None:
-        """Refuses a folder that holds another training.
+    def check(self, result: str) -> None:
+        """Refuses a folder that holds another training, or something of somebody's where the result belongs.
 
         Raises:
             TrainingError: saying which part of the key differs.
         """
         file = self.path / "training.json"
         if not file.exists():
+            if os.path.lexists(self.work / result):
+                raise TrainingError(
+                    f"{self.work / result} is there, and no training wrote it; it would be replaced. Choose another work_folder."
+                )
             return
         found = read_json(file, TrainingError)
         if found.get("sha256") == sha256_json(self.key):

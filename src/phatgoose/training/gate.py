@@ -26,6 +26,7 @@ from phatgoose.models.layers import (
     linear_shape,
     residual_source,
 )
+from phatgoose.models.modules import check_copies
 from phatgoose.ops import Layer, Stack, backend, make_stack
 from phatgoose.records import Task
 from phatgoose.training.arguments import Logger
@@ -69,6 +70,7 @@ def train_gate(
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
     check_fits(base.model, expert)
+    check_copies(dict(base.model.named_modules(remove_duplicate=False)), [expert])
     folder = Path(work_folder) if work_folder is not None else None
 
     def read(result: Path, record: dict[str, Any]) -> Expert:

@@ -73,7 +73,7 @@ def run(
     with preserved_random_state(), work_place(work_folder) as folder:
         args = arguments(base, config, folder, loggers)
         keep = RunFolder(folder, job.kind, job.full_key())
-        keep.check()
+        keep.check(job.result)
         if (record := agreed(keep.finished(job.result))) is not None:
             return job.read(folder / job.result, record)
         if args.should_save:

@@ -36,7 +36,7 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
         if pool.base is not None and not settings.any_base:
             check_same_base(pool.base, fingerprint(model, base), "the pool's experts")
         modules = dict(model.named_modules(remove_duplicate=False))
-        check_copies(modules, pool)
+        check_copies(modules, pool.experts)
         samples = {}
         for path in pool.modules:
             module = module_at(modules, path, pool)
