@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -91,6 +92,38 @@ def test_variants_that_the_compiler_doesn_t_know_are_left_out(fresh, monkeypatch
     monkeypatch.setenv("CXX", compiler(tmp_path, picky + f'exec {real} "$@"'))
     monkeypatch.setattr(build, "FLAGS", tuple(f for f in build.FLAGS if f != "-O3"))
     assert build.library().variants == ("portable",)
+
+
+def shared(path):
+    """Functions and data of which the linker keeps one, whichever objects define them."""
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm here, which lists a file's symbols")
+    listed = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if re.match(r"[0-9a-f]+ [WVuC] ", line)]
+
+
+@pytest.mark.parametrize("name", build.VARIANTS)
+def test_instruction_sets_share_no_symbol(name, tmp_path):
+    """One that AVX-512's object defines would be run by plain processors. Without optimisation nothing is inlined: the hardest case."""
+    options = [flag for flag in build.FLAGS if flag != "-O3"] + [f"-DVARIANT={name}", *build.VARIANTS[name]]
+    command = [build.compiler(), *options, "-O0", "-c", build.SOURCES / "update.cpp", "-o", tmp_path / "it.o"]
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        pytest.skip(f"this compiler can't: {done.stderr[-300:]}")
+    assert shared(tmp_path / "it.o") == []
+
+
+def test_the_library_has_no_symbol_that_several_objects_defined():
+    assert shared(build.library().path) == []
+
+
+def test_the_portable_object_is_linked_before_all_others(fresh, monkeypatch, tmp_path):
+    real, log = build.compiler(), tmp_path / "log"
+    monkeypatch.setenv("CXX", compiler(tmp_path, f'echo "$@" >> {log}\nexec {real} "$@"'))
+    monkeypatch.setattr(build, "FLAGS", (*(f for f in build.FLAGS if f != "-O3"), "-O0"))
+    variants = build.library().variants
+    objects = re.findall(r"(\w+)\.o\b", log.read_text().splitlines()[-1])
+    assert objects[:2] == ["dispatch", "portable"]
+    assert set(variants) < set(objects)
 
 
 def test_a_file_that_is_no_library_is_an_error(fresh, monkeypatch):

@@ -30,6 +30,7 @@ FLAGS = (
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-exceptions",
     "-w",
 )
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -136,7 +137,9 @@ def _compiled() -> bytes:
         has = [f"-DHAS_{name.upper()}" for name in built]
         runtime = _openmp()
         _call(cxx, *FLAGS, *has, "-c", str(SOURCES / "dispatch.cpp"), "-o", f"{folder}/dispatch.o")
-        objects = [f"{folder}/{name}.o" for name in (*built, "dispatch")]
+        # Of symbols that several objects define, the linker keeps the first. There should be none; if there are, every processor
+        # can run the portable one.
+        objects = [f"{folder}/{name}.o" for name in ("dispatch", *reversed(built))]
         _call(cxx, "-shared", *objects, runtime or "-fopenmp", "-o", f"{folder}/kernel.so")
         log.info("compiled for %s in %.0f s", ", ".join(built), time.monotonic() - started)
         return Path(folder, "kernel.so").read_bytes()

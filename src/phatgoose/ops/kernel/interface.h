@@ -1,7 +1,7 @@
 // What the compiled library and phatgoose/ops/cpu.py agree on. Row-major, rows without gaps.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 // What has been asked of the disk ahead of time, by all sites of a process.
 struct Ahead {

@@ -82,7 +82,7 @@ __attribute__((noinline)) void dots(const bf16* const* x, const bf16* const* w, 
         for (int r = 0; r < MR; r++) sums[t * MR + r] = acc[t][r];
     float flat[16];
     _mm512_storeu_ps(flat, totals(sums));
-    std::memcpy(out, flat, sizeof(float) * MT * MR);
+    memcpy(out, flat, sizeof(float) * MT * MR);
 }
 #endif
 
@@ -93,7 +93,7 @@ inline void products(const X* const* x, int64_t tokens, const T* const* w, int64
     for (int64_t r = 0; r < rows;) {
         const int mr = rows - r >= 4 ? 4 : 1;
         for (int64_t t = 0; t < tokens; t += 4) {
-            const int mt = int(std::min<int64_t>(4, tokens - t));
+            const int mt = int(min<int64_t>(4, tokens - t));
             switch (mt * 8 + mr) {
                 case 36: dots<4, 4>(x + t, w + r, n, out); break;
                 case 28: dots<3, 4>(x + t, w + r, n, out); break;
@@ -179,7 +179,7 @@ __attribute__((noinline)) void lanes_tile(const bf16* const* x, const bf16* code
         UNROLL
         for (int t = 0; t < MT; t++) {
             uint32_t pair = 0;
-            std::memcpy(&pair, x[t] + i, mask ? 4 : 2);
+            memcpy(&pair, x[t] + i, mask ? 4 : 2);
             const __m512bh token = (__m512bh)_mm512_set1_epi32(int(pair));
             UNROLL
             for (int b = 0; b < NB; b++) acc[t][b] = _mm512_dpbf16_ps(acc[t][b], token, row[b]);

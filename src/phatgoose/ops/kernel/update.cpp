@@ -6,12 +6,10 @@
 // The experts that can still be among the top k are then scored in float32. So the choice is the one of float32 gates, for a
 // quarter of the bytes.
 
-#include <atomic>
-#include <new>
 #include <type_traits>
-#include <vector>
 
 #include <omp.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -37,22 +35,31 @@ constexpr int64_t SUMS = 96 * 1024;        // floats a thread sums into, which s
 
 // Memory for one call, kept by the calling thread for its next one. First measured, then taken.
 class Space {
-    std::vector<char> bytes;
-    size_t used = 0;
+    char* bytes = nullptr;
+    size_t size = 0, used = 0;
 
   public:
-    void begin(size_t floats, size_t pieces) {
+    ~Space() { free(bytes); }
+    // Whether there is memory for so many floats in so many pieces.
+    bool begin(size_t floats, size_t pieces) {
         used = 0;
         const size_t need = floats * sizeof(float) + (pieces + 1) * 64;
-        if (bytes.size() < need) bytes.resize(need);
+        if (need <= size) return true;
+        free(bytes);
+        bytes = static_cast<char*>(malloc(need));
+        size = bytes ? need : 0;
+        return bytes;
     }
     template <class T>
     T* take(size_t n) {
-        const size_t start = (reinterpret_cast<size_t>(bytes.data()) + used + 63) & ~size_t(63);
-        used = start + n * sizeof(T) - reinterpret_cast<size_t>(bytes.data());
+        const size_t start = (reinterpret_cast<size_t>(bytes) + used + 63) & ~size_t(63);
+        used = start + n * sizeof(T) - reinterpret_cast<size_t>(bytes);
         return reinterpret_cast<T*>(start);
     }
 };
+
+// The next number of a counter that threads share.
+inline int64_t next(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
 struct Moments {
     float mean, inverse, slack;
@@ -73,8 +80,8 @@ Moments moments(const X* u, int64_t d) {
     const float mean = sum([](vf x) { return x; }, [](float x) { return x; }) / float(d);
     const float square = sum([=](vf x) { return (x - mean) * (x - mean); },
                              [=](float x) { return (x - mean) * (x - mean); });
-    const float inverse = 1 / std::sqrt(square / float(d) + 1e-5f), offset = mean * inverse;
-    return {mean, inverse, 1.2e-7f * float(d / W + 8) * std::sqrt(float(d) * (1 + offset * offset))};
+    const float inverse = 1 / sqrtf(square / float(d) + 1e-5f), offset = mean * inverse;
+    return {mean, inverse, 1.2e-7f * float(d / W + 8) * sqrtf(float(d) * (1 + offset * offset))};
 }
 
 // v̄ᵀū/√d in float32, the mean taken off first, as the formula has it.
@@ -86,7 +93,7 @@ float exact(const X* u, const float* gate, int64_t d, const Moments& m) {
         for (int j = 0; j < 2; j++) acc[j] += (load(u + i + j * W) - m.mean) * load(gate + i + j * W);
     float s = total(acc[0] + acc[1]);
     for (; i < d; i++) s += (widen(u[i]) - m.mean) * gate[i];
-    return s * m.inverse / std::sqrt(float(d));
+    return s * m.inverse / sqrtf(float(d));
 }
 
 struct Ranked {
@@ -138,7 +145,7 @@ struct Module {
     Module(const Site& site, const Call& call)
         : s(site), c(call), u(static_cast<const X*>(call.u)), a(static_cast<const T*>(site.a)),
           b(static_cast<const T*>(site.b)), d(site.d_in), d_out(site.d_out), e(site.experts),
-          k(site.gates ? std::min(site.top_k, site.experts) : site.top_k) {}
+          k(site.gates ? min(site.top_k, site.experts) : site.top_k) {}
 
     bool scans() const { return e > 2 * k + 2; }
     bool valid(int64_t expert) const { return expert >= 0 && expert < e; }
@@ -196,17 +203,17 @@ struct Module {
             for (int64_t i = 0; i < e; i++) best.offer(exact(x, s.gates + i * d, d, m), i);
         }
         float sum = 0;
-        for (int64_t j = 0; j < k; j++) sum += std::exp(list[j].score - list[0].score);
+        for (int64_t j = 0; j < k; j++) sum += expf(list[j].score - list[0].score);
         for (int64_t j = 0; j < k; j++) {
             chosen[j] = list[j].expert;
-            weights[j] = std::exp(list[j].score - list[0].score) / sum;
+            weights[j] = expf(list[j].score - list[0].score) / sum;
         }
     }
 
     // Upper bounds of every score, and a number that k scores reach for sure: the k-th largest of lower bounds, or, where that is
     // quicker, of the largest lower bound in each lane.
     float bounds(const Moments& m, const float* scanned, float* upper, Ranked* list) const {
-        const float unit = m.inverse / std::sqrt(float(d));
+        const float unit = m.inverse / sqrtf(float(d));
         vf most = vf{} - INFINITY;
         Best best{list, k};
         for (int64_t i = 0; i < lanes_of_all(); i += W) {
@@ -242,14 +249,10 @@ struct Module {
 template <class X, class T>
 int run(const Site& site, const Call& call) {
     thread_local Space space;
-    try {
-        const Module<X, T> module(site, call);
-        if (call.tokens <= SMALL) module.few(space);
-        else
-            for (int64_t n = 0; n < call.tokens; n += CHUNK) module.many(space, n, std::min(CHUNK, call.tokens - n));
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    const Module<X, T> module(site, call);
+    if (call.tokens <= SMALL) return !module.few(space);
+    for (int64_t n = 0; n < call.tokens; n += CHUNK)
+        if (!module.many(space, n, min(CHUNK, call.tokens - n))) return 1;
     return 0;
 }
 

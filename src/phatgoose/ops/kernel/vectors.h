@@ -1,11 +1,14 @@
 // Vectors of the width this file is compiled for. The compiler's own vector types, so that one text serves every instruction
 // set; intrinsics only where those have no spelling (bfloat16 products, masks) or are compiled badly (widening).
+//
+// Everything is in unnamed namespaces, and nothing of the C++ library is used but types: an inline function or template of its
+// that a compiler doesn't inline is a symbol of the same name in every instruction set's object, of which the linker keeps one,
+// and plain processors would run another's instructions. `tests/ops/test_build.py` looks for such symbols.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -29,17 +32,26 @@ struct bf16 {
     uint16_t bits;
 };
 
+template <class T>
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
+
 template <class To, class From>
 inline To bits_of(From x) {
     static_assert(sizeof(To) == sizeof(From), "");
     To to;
-    std::memcpy(&to, &x, sizeof to);
+    memcpy(&to, &x, sizeof to);
     return to;
 }
 template <class V, class T>
 inline V raw(const T* p) {
     V v;
-    std::memcpy(&v, p, sizeof v);
+    memcpy(&v, p, sizeof v);
     return v;
 }
 
@@ -86,7 +98,7 @@ inline void store(bf16* p, float x) {
     const uint32_t bits = bits_of<uint32_t>(x);
     p->bits = uint16_t(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__)
     const vh h = (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -95,7 +107,7 @@ inline void store(bf16* p, vf v) {
     const vu near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
     const vh h = __builtin_convertvector((near & ~nan) | (quiet & nan), vh);
 #endif
-    std::memcpy(p, &h, sizeof h);
+    memcpy(p, &h, sizeof h);
 }
 
 inline float total(vf v) {
@@ -103,7 +115,7 @@ inline float total(vf v) {
     return _mm512_reduce_add_ps((__m512)v);
 #else
     float x[W];
-    std::memcpy(x, &v, sizeof v);
+    memcpy(x, &v, sizeof v);
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
