@@ -145,6 +145,43 @@ def test_the_choice_is_that_of_float32_gates_however_near_they_are(index, dtype,
         assert (chosen[:, 0] != chosen[:, 1]).all()
 
 
+def swallowing(d):
+    """An input of one huge value and many small ones, and gates that are their own 8-bit codes.
+
+    Summed in float32, small products added after the huge one are lost. The first gate's score has many such; the second's
+    has one that is not lost, and is lower. No other gate is near.
+    """
+    huge, small, half = 2.0**20 * 130 / 128, 7.5, (d - 2) // 2
+    u = torch.tensor([huge] + [small] * half + [-small] * half + [1.1 * 2 * half * small])
+    codes = torch.ones(32, d).where(torch.rand(32, d, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0)
+    codes[:2, 0], codes[:2, -1] = 127, torch.tensor([0.0, 1.0])
+    codes[0, 1:-1] = torch.tensor([1.0] * half + [-1.0] * half)
+    codes[1, 1:-1] = torch.tensor([1.0, -1.0]).repeat(half)
+    codes[:2, 1:64] -= 1  # of equal and opposite inputs the same, and then one more, so that the means are 0
+    codes[:2, 1 + half : 64 + half] -= 1
+    codes[0, 64] -= 1
+    codes[1, [64, 64 + half]] -= 1
+    return u, reference.standardise(codes.double()).float()
+
+
+@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=VARIANTS)
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_rounding_in_the_scan_doesn_t_change_the_choice(index, dtype, tokens):
+    u, gates = swallowing(4096)
+    rows = u.to(dtype).repeat(tokens, 1)
+    exact = reference.gate_scores(rows[:1].double(), gates.double())[0]
+    assert exact.argmax() == 0
+    assert exact[0] - exact[1] > 1e-3
+    _, chosen, _ = by_variant(
+        index,
+        Fused(gates, 1, problem(1, (1,) * 32, 4096, 8, dtype)[2]),
+        rows,
+        torch.zeros(tokens, 8, dtype=dtype),
+    )
+    assert not chosen.any()
+
+
 def test_scores_all_negative_don_t_choose_what_fills_up_a_block():
     u, y, stack, _ = problem(30, (2,) * 17, d_in=64)
     up = reference.standardise(u[:1])

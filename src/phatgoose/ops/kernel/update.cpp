@@ -62,10 +62,12 @@ class Space {
 inline int64_t next(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
 struct Moments {
-    float mean, inverse, slack;
+    float mean, inverse, slack, wider;
 };
 
-// Mean, 1/√(var + 1e-5), and how far the scan's own rounding can carry a score: d/W sums, each wrong by half a last bit.
+// Mean, 1/√(var + 1e-5), and how far the scan's own rounding can carry a score. A gate's d products are added one after the other
+// (every lane is another gate), and a few operations follow: off by at most (d + 16) 2⁻²⁴ ‖step · codes‖ ‖u‖, here of length √d for
+// the codes. `lost` longer they may be: `wider` is what to multiply it by, with room for the mean's and the deviation's rounding.
 template <class X>
 Moments moments(const X* u, int64_t d) {
     const auto sum = [&](auto term, auto rest) {
@@ -81,7 +83,8 @@ Moments moments(const X* u, int64_t d) {
     const float square = sum([=](vf x) { return (x - mean) * (x - mean); },
                              [=](float x) { return (x - mean) * (x - mean); });
     const float inverse = 1 / sqrtf(square / float(d) + 1e-5f), offset = mean * inverse;
-    return {mean, inverse, 1.2e-7f * float(d / W + 8) * sqrtf(float(d) * (1 + offset * offset))};
+    const float rounding = 6.3e-8f * float(d + 16) * sqrtf(1 + offset * offset);
+    return {mean, inverse, rounding * sqrtf(float(d)), 1 + 2 * rounding};
 }
 
 // v̄ᵀū/√d in float32, the mean taken off first, as the formula has it.
@@ -217,7 +220,7 @@ struct Module {
         vf most = vf{} - INFINITY;
         Best best{list, k};
         for (int64_t i = 0; i < lanes_of_all(); i += W) {
-            const vf score = (load(scanned + i) - m.mean * load(s.sum + i)) * load(s.step + i) * unit, lost = load(s.lost + i);
+            const vf score = (load(scanned + i) - m.mean * load(s.sum + i)) * load(s.step + i) * unit, lost = load(s.lost + i) * m.wider;
             store(upper + i, score + lost);
             const vf lower = score - lost;
             if (k <= W / 2) most = larger(most, lower);
