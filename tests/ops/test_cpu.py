@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import math
+import subprocess
 import threading
 
 import pytest
@@ -455,6 +456,34 @@ def test_what_was_read_long_ago_is_asked_for_again(tmp_path, ahead):
     fused(u, y)
     assert (ahead.bytes, ahead.epoch) == (0, 3)
     copy.deepcopy(fused)(u, y)  # of rows in memory: asking for those does nothing
+
+
+READING = """
+#include <stdio.h>
+#include <sys/mman.h>
+static int asked(void* start, size_t bytes, int) { return printf("%zu %zu\\n", size_t(start) >> 20, bytes); }
+#define madvise asked
+#include "update.cpp"
+int main() {
+    char* const at = reinterpret_cast<char*>(1 << 20);
+    Reading near, far;
+    near.add(at, 10000), near.add(at + 100000, 10000), near.add(at + 50000, 10000), near.ask();
+    far.add(at, 10000), far.add(at + (1 << 20), 10), far.add(at, 20), far.ask();
+}
+"""
+
+
+def test_what_is_asked_for_once_is_not_forgotten(tmp_path):
+    """A piece within what was merged already used to be its new end."""
+    (tmp_path / "it.cpp").write_text(READING)
+    options = ["-std=c++17", "-fopenmp", "-w", "-DVARIANT=portable", f"-I{build.SOURCES}"]
+    subprocess.run(
+        [build.compiler(), *options, tmp_path / "it.cpp", "-o", tmp_path / "it"],
+        check=True,
+        capture_output=True,
+    )
+    done = subprocess.run([tmp_path / "it"], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["1 110000", "1 10000", "2 10", "1 20"]
 
 
 def test_auto_says_what_it_is():

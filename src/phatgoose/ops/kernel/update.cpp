@@ -111,12 +111,12 @@ class Reading {
 
   public:
     void add(const void* start, int64_t bytes) {
-        const uintptr_t begin = reinterpret_cast<uintptr_t>(start);
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(start), end = begin + uintptr_t(bytes);
         if (begin < from || begin > to + NEAR) {
             ask();
-            from = begin;
+            from = begin, to = end;
         }
-        to = begin + uintptr_t(bytes);
+        to = max(to, end);  // it may lie in what is asked for already
     }
     void ask() const {
         static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
