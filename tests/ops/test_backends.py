@@ -77,6 +77,18 @@ def test_every_way_agrees_with_the_reference(way, dtype):
     assert relative(way(u, y, stack, chosen, weights), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("way", [fast._dense, fast._gather, fast._loop])
+def test_what_overflows_at_an_expert_that_nobody_chose_changes_nothing(way):
+    _, u, y, stack, _ = problem(6, (8,) * 5, dtype=torch.float16)
+    stack.A[:8], u[:] = 6e4, u.abs()
+    chosen = torch.tensor([[1, 2], [3, -1]]).repeat(3, 1)
+    weights = torch.full((6, 2), 0.5)
+    assert not stack.hidden(u)[:, :8].isfinite().any()
+    expected = reference.mix(u, y, stack, chosen, weights)
+    assert expected.isfinite().all()
+    assert relative(way(u, y, stack, chosen, weights), expected) < 1e-2
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_has_the_references_gradient(way):
     _, u, y, stack, gates = problem(9, (8,) * 5)

@@ -114,11 +114,16 @@ def _scaled(stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     return torch.where(chosen >= 0, weights * scales[chosen.clamp(min=0)], 0)
 
 
+def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
+    """A u by its weights, 0 where they are: in float16, A u of an expert that nobody chose may be infinite, and 0 times that is NaN."""
+    return torch.where(weights != 0, hidden, 0) * weights.to(hidden.dtype)
+
+
 def _dense(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """Two products over every expert's rows, the rows of experts not chosen scaled by zero."""
     per_expert = _per_expert(stack, chosen, _scaled(stack, chosen, weights))
     hidden = stack.hidden(u)
-    delta = (hidden * stack.per_row(per_expert).to(hidden.dtype)) @ stack.B
+    delta = _weighted(hidden, stack.per_row(per_expert)) @ stack.B
     return (y + delta).to(y.dtype)
 
 
@@ -128,8 +133,8 @@ def _gather(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor)
     starts = stack.start_vector(u.device)[chosen.clamp(min=0)]
     rows = (starts[..., None] + torch.arange(rank, device=u.device)).view(n, k * rank)
     u = u.to(stack.A.dtype)
-    per_row = _scaled(stack, chosen, weights).to(u.dtype).repeat_interleave(rank, dim=1)  # [N, k·r]
-    hidden = torch.bmm(stack.A[rows], u[:, :, None])[:, :, 0] * per_row
+    per_row = _scaled(stack, chosen, weights).repeat_interleave(rank, dim=1)  # [N, k·r]
+    hidden = _weighted(torch.bmm(stack.A[rows], u[:, :, None])[:, :, 0], per_row)
     return (y + torch.bmm(hidden[:, None, :], stack.B[rows])[:, 0]).to(y.dtype)
 
 
@@ -154,10 +159,10 @@ def _grouped(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor
     flat = chosen.reshape(-1).clamp(min=0)  # where nothing is chosen, expert 0 with weight 0
     order = flat.argsort(stable=True)
     tokens = order // k
-    scale = _scaled(stack, chosen, weights).reshape(-1)[order].to(stack.A.dtype)[:, None]
+    scale = _scaled(stack, chosen, weights).reshape(-1)[order][:, None]
     ends = torch.bincount(flat, minlength=stack.experts).cumsum(0).to(torch.int32)
     a, b = (m.view(stack.experts, rank, -1) for m in (stack.A, stack.B))
-    hidden = F.grouped_mm(u[tokens].to(a.dtype), a.transpose(1, 2), offs=ends) * scale
+    hidden = _weighted(F.grouped_mm(u[tokens].to(a.dtype), a.transpose(1, 2), offs=ends), scale)
     delta = F.grouped_mm(hidden, b, offs=ends)
     total = torch.zeros(y.shape, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
     return (y + total.index_add(0, tokens, delta.to(total.dtype))).to(y.dtype)
