@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -42,16 +44,19 @@ def test_it_is_compiled_once_and_then_found(fresh, monkeypatch, tmp_path):
     assert first.path.parent == tmp_path / "kernels"
     assert first.variants[-1] == "portable"
     build.library.cache_clear()
-    monkeypatch.setenv("CXX", "/nonexistent")  # not needed any more
+    monkeypatch.setenv("PATH", "")  # no compiler is needed any more
     assert build.library().path == first.path
     assert calls == [1]
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]
 
 
-def test_the_name_depends_on_source_flags_and_torch(monkeypatch, tmp_path):
+def test_the_name_depends_on_source_flags_compiler_and_torch(monkeypatch, tmp_path):
     names = {build._key()}
     with monkeypatch.context() as patch:
         patch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+        names.add(build._key())
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", "another")
         names.add(build._key())
     with monkeypatch.context() as patch:
         patch.setattr(build.torch, "__version__", "9.9")
@@ -62,7 +67,7 @@ def test_the_name_depends_on_source_flags_and_torch(monkeypatch, tmp_path):
                 (tmp_path / source.name).write_text(source.read_text() + "\n")
         patch.setattr(build, "SOURCES", tmp_path)
         names.add(build._key())
-    assert len(names) == 4
+    assert len(names) == 5
     assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
 
 
@@ -86,8 +91,77 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, 
     assert auto_is()[0] == "torch"
 
 
+def test_what_a_compiler_says_may_be_in_any_encoding(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler(tmp_path, "printf 'na\\357ve: \\377' >&2; exit 1"))
+    assert "cxx failed: na" in auto_is()[1]
+
+
+def ended(pid):
+    """Whether a process is gone, or waits for nobody but to be counted out."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rsplit(") ", 1)[1].startswith("Z")
+    except FileNotFoundError:
+        return True
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"sleep 100 & echo $! $$ >> {tmp_path}/pids; wait"))
+    monkeypatch.setattr(build, "SECONDS", 1)
+    kind, why = auto_is()
+    assert kind == "torch"
+    assert "cxx was not done after 1 seconds" in why
+    pids = (tmp_path / "pids").read_text().split()
+    assert pids
+    for _ in range(100):
+        if all(map(ended, pids)):
+            break
+        time.sleep(0.05)
+    assert all(map(ended, pids))
+
+
+def test_the_compiler_may_be_several_words(fresh, monkeypatch, tmp_path):
+    path = compiler(tmp_path, 'echo "called with $1" >&2; exit 1')
+    monkeypatch.setenv("CXX", f"'{path}' -m64")
+    assert build.compiler() == (path, "-m64")
+    assert "cxx -m64 failed: called with -m64" in auto_is()[1]
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    for text in (compiler(folder, ""), f"'{folder}/cxx'"):
+        monkeypatch.setenv("CXX", text)
+        assert build.compiler() == (f"{folder}/cxx",)
+
+
+@pytest.mark.parametrize("text", ["/nonexistent", "g++ '", " "])
+def test_a_compiler_that_isn_t_there_is_named(fresh, monkeypatch, text):
+    monkeypatch.setenv("CXX", text)
+    assert build.compiler() == ()
+    assert f"no C++ compiler was found ($CXX is {text!r})" in auto_is()[1]
+
+
+def test_what_can_t_be_loaded_is_not_kept(fresh, monkeypatch, tmp_path):
+    """As clang++'s, whose OpenMP calls torch's library may not have."""
+    real = shlex.join(build.compiler())
+    unknown = 'extern "C" void __kmpc_fork_call(); extern "C" void go() { __kmpc_fork_call(); }'
+    link = f"echo '{unknown}' | exec {real} -shared -fPIC -x c++ - -o \"$last\""
+    text = f'for last; do :; done\ncase "$*" in *-shared*) {link};; *) exec touch "$last";; esac'
+    monkeypatch.setenv("CXX", compiler(tmp_path, text))
+    with pytest.raises(RoutingError, match=r"compiled can't be loaded: .*__kmpc_fork_call.*Install g\+\+"):
+        build.library()
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_what_can_t_be_loaded_any_more_is_compiled_again(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_compiled", lambda: fresh)
+    path = tmp_path / "kernels" / f"phatgoose-{build._key()}.so"
+    path.parent.mkdir()
+    path.write_bytes(b"of a system that is no more")
+    assert build.library().path == path
+    assert path.read_bytes() == fresh
+
+
 def test_variants_that_the_compiler_doesn_t_know_are_left_out(fresh, monkeypatch, tmp_path):
-    real = build.compiler()
+    real = shlex.join(build.compiler())
     picky = 'for a in "$@"; do case "$a" in -mavx*) echo unknown option >&2; exit 1;; esac; done\n'
     monkeypatch.setenv("CXX", compiler(tmp_path, picky + f'exec {real} "$@"'))
     monkeypatch.setattr(build, "FLAGS", tuple(f for f in build.FLAGS if f != "-O3"))
@@ -106,7 +180,15 @@ def shared(path):
 def test_instruction_sets_share_no_symbol(name, tmp_path):
     """One that AVX-512's object defines would be run by plain processors. Without optimisation nothing is inlined: the hardest case."""
     options = [flag for flag in build.FLAGS if flag != "-O3"] + [f"-DVARIANT={name}", *build.VARIANTS[name]]
-    command = [build.compiler(), *options, "-O0", "-c", build.SOURCES / "update.cpp", "-o", tmp_path / "it.o"]
+    command = [
+        *build.compiler(),
+        *options,
+        "-O0",
+        "-c",
+        build.SOURCES / "update.cpp",
+        "-o",
+        tmp_path / "it.o",
+    ]
     if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
         pytest.skip(f"this compiler can't: {done.stderr[-300:]}")
     assert shared(tmp_path / "it.o") == []
@@ -117,7 +199,7 @@ def test_the_library_has_no_symbol_that_several_objects_defined():
 
 
 def test_the_portable_object_is_linked_before_all_others(fresh, monkeypatch, tmp_path):
-    real, log = build.compiler(), tmp_path / "log"
+    real, log = shlex.join(build.compiler()), tmp_path / "log"
     monkeypatch.setenv("CXX", compiler(tmp_path, f'echo "$@" >> {log}\nexec {real} "$@"'))
     monkeypatch.setattr(build, "FLAGS", (*(f for f in build.FLAGS if f != "-O3"), "-O0"))
     variants = build.library().variants

@@ -478,7 +478,7 @@ def test_what_is_asked_for_once_is_not_forgotten(tmp_path):
     (tmp_path / "it.cpp").write_text(READING)
     options = ["-std=c++17", "-fopenmp", "-w", "-DVARIANT=portable", f"-I{build.SOURCES}"]
     subprocess.run(
-        [build.compiler(), *options, tmp_path / "it.cpp", "-o", tmp_path / "it"],
+        [*build.compiler(), *options, tmp_path / "it.cpp", "-o", tmp_path / "it"],
         check=True,
         capture_output=True,
     )

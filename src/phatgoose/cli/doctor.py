@@ -13,6 +13,7 @@ def command() -> None:
     Compiles the CPU kernel if that wasn't done yet (a C++ compiler is used if there is one, and never required).
     """
     import platform
+    import shlex
     import sys
     from importlib.metadata import version
 
@@ -29,7 +30,7 @@ def command() -> None:
         ("processor", f"{platform.machine()}, torch uses {torch.get_num_threads()} threads"),
         ("GPU", _gpus()),
         ("cache", _cache()),
-        ("compiler", build.compiler() or "none"),
+        ("compiler", shlex.join(build.compiler()) or "none"),
     ]
     kind, why = auto_is()
     rows.append(("routing", f"on CPUs, auto is {kind}: {why}"))

@@ -8,10 +8,14 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +68,12 @@ def library() -> Library:
     """
     path = cache_folder() / "kernels" / f"phatgoose-{_key()}.so"
     try:
-        if not path.is_file():
-            write_bytes(path, _compiled())
+        if path.is_file():
+            try:
+                return _loaded(path)
+            except OSError as error:
+                log.info("compiling the CPU kernel again, as the kept one can't be loaded: %s", error)
+        write_bytes(path, _compiled())
         return _loaded(path)
     except (PhatgooseError, OSError) as error:
         raise RoutingError(f'the "cpu" backend can\'t be used: {error}') from error
@@ -82,9 +90,13 @@ def reason() -> str | None:
 
 
 def _key() -> str:
-    """Whatever the compiled file depends on. Two processes that compile at once write the same file, each whole."""
+    """Whatever the compiled file depends on. Two processes that compile at once write the same file, each whole.
+
+    Of the compiler only what the user says of it: a kept file is used where there is no compiler (any more).
+    """
     parts = [
         torch.__version__,
+        os.environ.get("CXX", ""),
         platform.machine(),
         os.path.basename(_openmp() or ""),
         repr((FLAGS, VARIANTS)),
@@ -93,10 +105,18 @@ def _key() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def compiler() -> str | None:
-    """The C++ compiler to use: $CXX, or the first one found."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    return next((found for name in names if (found := shutil.which(name))), None)
+def compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler to use: $CXX, which may be several words (ccache g++), or the first one found; none: empty."""
+    asked = os.environ.get("CXX")
+    if not asked:
+        return next(((found,) for name in COMPILERS if (found := shutil.which(name))), ())
+    if found := shutil.which(asked):  # its path may have spaces
+        return (found,)
+    with suppress(ValueError):  # a quotation that doesn't end
+        words = shlex.split(asked)
+        if words and (found := shutil.which(words[0])):
+            return (found, *words[1:])
+    return ()
 
 
 def _openmp() -> str | None:
@@ -113,42 +133,80 @@ def _openmp() -> str | None:
 
 
 def _compiled() -> bytes:
+    """Raises RoutingError: there is no compiler, it fails or takes too long, or what it makes can't be loaded."""
     cxx = compiler()
-    if cxx is None:
-        raise RoutingError(f"no C++ compiler was found (looked for $CXX, {', '.join(COMPILERS)}).")
-    log.info("compiling the CPU kernel with %s, once", cxx)
+    if not cxx:
+        asked = os.environ.get("CXX")
+        looked = f"$CXX is {asked!r}" if asked else f"looked for $CXX, {', '.join(COMPILERS)}"
+        raise RoutingError(f"no C++ compiler was found ({looked}).")
+    log.info("compiling the CPU kernel with %s, once", shlex.join(cxx))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
         x86 = platform.machine() in ("x86_64", "AMD64")
-        jobs = {
-            name: subprocess.Popen(
-                [cxx, *FLAGS, *options, f"-DVARIANT={name}", "-c", str(SOURCES / "update.cpp"), "-o", f"{folder}/{name}.o"],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for name, options in VARIANTS.items()
-            if x86 or name == "portable"
-        }  # fmt: skip
-        errors = {name: job.communicate(timeout=SECONDS)[1] for name, job in jobs.items()}
-        built = [name for name, job in jobs.items() if job.returncode == 0]
-        if "portable" not in built:
-            raise RoutingError(f"{cxx} failed: {_end(errors['portable'])}")
+        source, kernel = str(SOURCES / "update.cpp"), Path(folder, "kernel.so")
+        variants = {name: options for name, options in VARIANTS.items() if x86 or name == "portable"}
+        errors = _run(
+            [*cxx, *FLAGS, *options, f"-DVARIANT={name}", "-c", source, "-o", f"{folder}/{name}.o"]
+            for name, options in variants.items()
+        )
+        failed = {name: error for name, error in zip(variants, errors, strict=True) if error is not None}
+        if "portable" in failed:
+            raise RoutingError(f"{shlex.join(cxx)} failed: {failed['portable']}")
+        built = [name for name in variants if name not in failed]
         has = [f"-DHAS_{name.upper()}" for name in built]
-        runtime = _openmp()
-        _call(cxx, *FLAGS, *has, "-c", str(SOURCES / "dispatch.cpp"), "-o", f"{folder}/dispatch.o")
         # Of symbols that several objects define, the linker keeps the first. There should be none; if there are, every processor
         # can run the portable one.
         objects = [f"{folder}/{name}.o" for name in ("dispatch", *reversed(built))]
-        _call(cxx, "-shared", *objects, runtime or "-fopenmp", "-o", f"{folder}/kernel.so")
+        for command in (
+            [*cxx, *FLAGS, *has, "-c", str(SOURCES / "dispatch.cpp"), "-o", objects[0]],
+            [*cxx, "-shared", *objects, _openmp() or "-fopenmp", "-o", str(kernel)],
+        ):
+            if (error := _run([command])[0]) is not None:
+                raise RoutingError(f"{shlex.join(cxx)} failed: {error}")
+        try:  # before it is kept
+            _loaded(kernel)
+        except OSError as error:
+            why = str(error)
+            if "__kmpc" in why:
+                why += "; this compiler's OpenMP isn't torch's. Install g++."
+            raise RoutingError(f"what {shlex.join(cxx)} compiled can't be loaded: {why}") from error
         log.info("compiled for %s in %.0f s", ", ".join(built), time.monotonic() - started)
-        return Path(folder, "kernel.so").read_bytes()
+        return kernel.read_bytes()
 
 
-def _call(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise RoutingError(f"{command[0]} failed: {_end(done.stderr)}")
+def _run(commands: Iterable[list[str]]) -> list[str | None]:
+    """Runs commands side by side: for each None, or the end of what it says is wrong. None of them is left running.
+
+    Raises:
+        RoutingError: they take longer than SECONDS. OSError: one can't be started.
+    """
+    until, jobs = time.monotonic() + SECONDS, []
+    try:
+        for command in commands:
+            # A compiler starts others; a session of its own lets them be ended together.
+            jobs.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,
+                )
+            )
+        said = [job.communicate(timeout=max(0, until - time.monotonic()))[1] for job in jobs]
+    except subprocess.TimeoutExpired as error:
+        raise RoutingError(f"{error.cmd[0]} was not done after {SECONDS} seconds.") from error
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
+            if job.stderr is not None:
+                job.stderr.close()
+    return [_end(text) if job.returncode else None for job, text in zip(jobs, said, strict=True)]
 
 
 def _end(text: str) -> str:
