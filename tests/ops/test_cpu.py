@@ -8,6 +8,7 @@ import dataclasses
 import math
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
@@ -304,6 +305,43 @@ def test_threads_of_python_may_share_it():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_that_mix_first_share_what_is_kept(monkeypatch):
+    """What one of them made was put in the place of another's, which its kernel still read."""
+    u, y, stack, gates = problem(4, (1,) * 9)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    made, real = [], cpu._site
+    monkeypatch.setattr(
+        cpu, "_site", lambda *given: time.sleep(0.05) or made.append(real(*given)) or made[-1]
+    )
+    together, found = threading.Barrier(4), []
+
+    def work():
+        together.wait()
+        found.append(cpu.mix(u, y, stack, chosen, weights))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = reference.mix(u, y, stack, chosen, weights)
+    assert [relative(f, expected) < 1e-6 for f in found] == [True] * 4
+    assert len(made) == 1
+    assert made[0].tensors == cpu._tensors(stack)
+
+
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_a_struct_keeps_what_it_points_into(tokens):
+    u, y, stack, gates = problem(tokens, (3, 2, 4, 1))
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    expected = cpu.mix(u, y, stack, chosen, weights)
+    for name in ("_known_tensors", "_known_scales"):
+        del stack.__dict__[name]
+    spoilt = [torch.full((4,), 7.0) for _ in range(100)]
+    assert torch.equal(cpu.mix(u, y, stack, chosen, weights), expected)
+    del spoilt
 
 
 def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():

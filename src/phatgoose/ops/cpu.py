@@ -6,6 +6,7 @@ Same signatures and results as `phatgoose.ops.reference`; and `Fused`, which is 
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -51,10 +52,12 @@ class _Site(ctypes.Structure):
         ("kind", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("ahead", "asked")),
     )
+    tensors: tuple[Tensor, ...]
+    """What it points into."""
 
 
 def _site(a: Tensor, b: Tensor, owners: Tensor, scales: Tensor, top_k: int, *by_gates: Tensor) -> _Site:
-    """The struct, which points into these tensors: they must be contiguous, and live as long as it."""
+    """The struct, which points into these tensors and keeps them: they must be contiguous. Hold it while the kernel runs."""
     site = _Site(a.shape[1], b.shape[1], owners.shape[1], top_k, kind=DTYPES.index(a.dtype))
     site.a, site.b, site.scales = a.data_ptr(), b.data_ptr(), scales.data_ptr()
     site.starts, site.ranks = owners[0].data_ptr(), owners[1].data_ptr()
@@ -62,6 +65,7 @@ def _site(a: Tensor, b: Tensor, owners: Tensor, scales: Tensor, top_k: int, *by_
         gates, codes, facts = by_gates
         site.gates, site.codes = gates.data_ptr(), codes.data_ptr()
         site.step, site.sum, site.lost = (row.data_ptr() for row in facts)
+    site.tensors = (a, b, owners, scales, *by_gates)
     return site
 
 
@@ -70,36 +74,41 @@ def _ask_ahead(site: _Site, stack: Stack) -> None:
     if stack.ahead:
         asked = stack.__dict__.setdefault("_known_asked", torch.zeros(stack.experts, dtype=torch.int32))
         site.ahead, site.asked = ctypes.addressof(_ahead()), asked.data_ptr()
+        site.tensors = (*site.tensors, asked)
 
 
 def _tensors(stack: Stack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the kernel reads of a stack: A, B, int32 [2, E] of starts and ranks, float32 [E] of scales. Kept with the stack."""
-    if (known := stack.__dict__.get("_known_tensors")) is None:
-        owners = torch.tensor([stack.starts, stack.ranks], dtype=torch.int32)
-        known = (stack.A.contiguous(), stack.B.contiguous(), owners, stack.scale_vector(_CPU))
-        stack.__dict__["_known_tensors"] = known
-    return known
+    with _LOCK:
+        if (known := stack.__dict__.get("_known_tensors")) is None:
+            owners = torch.tensor([stack.starts, stack.ranks], dtype=torch.int32)
+            known = (stack.A.contiguous(), stack.B.contiguous(), owners, stack.scale_vector(_CPU))
+            stack.__dict__["_known_tensors"] = known
+        return known
 
 
 _SITES: WeakKeyDictionary[Stack, dict[int, _Site]] = (
     WeakKeyDictionary()
 )  # not kept in the stack: pointers can't be copied
+_LOCK = threading.RLock()
+"""Of what is kept with stacks: of two threads that come first, one would put its own in the place of what the other uses."""
 
 
-def _mixing(stack: Stack, k: int) -> int:
-    """Where the struct of this stack lies that takes k choices made elsewhere."""
-    known = _SITES.setdefault(stack, {})
-    if k not in known:
-        known[k] = _site(*_tensors(stack), k)
-        _ask_ahead(known[k], stack)
-    return ctypes.addressof(known[k])
+def _mixing(stack: Stack, k: int) -> _Site:
+    """The struct of this stack that takes k choices made elsewhere."""
+    with _LOCK:
+        known = _SITES.setdefault(stack, {})
+        if k not in known:
+            known[k] = _site(*_tensors(stack), k)
+            _ask_ahead(known[k], stack)
+        return known[k]
 
 
 def _run(
-    site: int, u: Tensor, y: Tensor, out: Tensor, chosen: Tensor | None, weights: Tensor | None, n: int
+    site: _Site, u: Tensor, y: Tensor, out: Tensor, chosen: Tensor | None, weights: Tensor | None, n: int
 ) -> None:
     code = library().run(
-        0, site, u.data_ptr(), y.data_ptr(), out.data_ptr(), n,
+        0, ctypes.addressof(site), u.data_ptr(), y.data_ptr(), out.data_ptr(), n,
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
         _KINDS[u.dtype, y.dtype],
     )  # fmt: skip
@@ -249,7 +258,7 @@ class Fused:
         chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k)
         u, y = u.contiguous(), y.contiguous()
         out = torch.empty_like(y)
-        _run(self._at, u, y, out, chosen, weights, n)
+        _run(self._struct, u, y, out, chosen, weights, n)
         return fast.with_others(out, u, y, self.stack, chosen, weights, self.layer), chosen, weights
 
 
@@ -264,7 +273,7 @@ def scanned_update(
     site = _site(*rows, top_k, *by_gates)
     y = y.contiguous()
     out = torch.empty_like(y)
-    _run(ctypes.addressof(site), u.contiguous(), y, out, None, None, u.shape[0])
+    _run(site, u.contiguous(), y, out, None, None, u.shape[0])
     return out
 
 
@@ -276,5 +285,5 @@ def chosen_update(
     y = y.contiguous()
     out = torch.empty_like(y)
     chosen, weights = chosen.contiguous(), weights.float().contiguous()
-    _run(ctypes.addressof(site), u.contiguous(), y, out, chosen, weights, u.shape[0])
+    _run(site, u.contiguous(), y, out, chosen, weights, u.shape[0])
     return out
