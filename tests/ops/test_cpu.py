@@ -366,6 +366,100 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
         Fused(gates, 2, stack)(meta, y)
 
 
+MISFITS = [
+    ((3, 47), (3, 40)),
+    ((3, 96), (3, 40)),
+    ((3, 48), (3, 20)),
+    ((3, 48), (2, 40)),
+    ((0, 48), (3, 40)),
+    ((2, 24), (1, 40)),
+    ((48,), (2, 40)),
+]
+
+
+@pytest.mark.parametrize(("of_u", "of_y"), MISFITS)
+def test_inputs_of_another_shape_are_refused(of_u, of_y):
+    """They are read by address: what isn't theirs would be read, and written."""
+    u, y, stack, gates = problem(3, (3, 2, 4, 1))
+    fused, bare = Fused(gates, 2, stack), torch.zeros(3, 2)
+    fused(u, y)  # which shapes it knows to fit
+    wrong = torch.zeros(of_u), torch.zeros(of_y)
+    operands = (*wrong, bare.long(), bare, *cpu._tensors(stack), 0)
+    for call in (
+        lambda: fused(*wrong),
+        lambda: fused(*wrong, True),
+        lambda: fused.with_choice(*wrong),
+        lambda: cpu.mix(*wrong, stack, bare.long(), bare),
+        lambda: torch.ops.phatgoose.routed_update(*wrong, *fused.by_gates, *cpu._tensors(stack), 2, 4),
+        lambda: torch.ops.phatgoose.routed_mix(*operands),
+    ):
+        with pytest.raises(RoutingError, match=r"must be \[..., 48\] and its output \[..., 40\]"):
+            call()
+    assert fused(torch.zeros(0, 48), torch.zeros(0, 40)).shape == (0, 40)
+    assert fused(u[0], y[0]).shape == (40,)
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_choices_that_don_t_fit_are_refused(tokens):
+    u, y, stack, _ = problem(tokens, (3, 2, 4, 1))
+    chosen, weights = torch.zeros(tokens, 2, dtype=torch.int64), torch.ones(tokens, 2)
+    wrong = [
+        (chosen[1:], weights[1:]),
+        (chosen, weights[:, :1]),
+        (chosen.int(), weights),
+        (chosen, weights.int()),
+        (chosen[:, 0], weights[:, 0]),
+    ]
+    beyond, below = chosen.clone(), chosen.clone()
+    beyond[-1, 1], below[-1, 1] = 4, -5
+    operator, rows = torch.ops.phatgoose.routed_mix, cpu._tensors(stack)
+    for call in (
+        lambda *choice: cpu.mix(u, y, stack, *choice),
+        lambda *choice: operator(u, y, *choice, *rows, 0),
+    ):
+        for choice in wrong:
+            with pytest.raises(RoutingError, match=r"who was chosen must be int64 \[\d+, k\]"):
+                call(*choice)
+        with pytest.raises(RoutingError, match="that there isn't: there are 4"):
+            call(beyond, weights)
+        assert torch.equal(call(below, weights), call(below.clamp(min=-1), weights))
+
+
+def test_gates_and_stacks_that_don_t_fit_are_refused():
+    u, y, stack, gates = problem(3, (3, 2, 4, 1))
+    for wrong, top_k, what in (
+        (gates, 0, "top_k is 0"),
+        (gates, -1, "top_k is -1"),
+        (gates[:3], 2, r"float32 \[4, 48\], and they are float32 \[3, 48\]"),
+        (gates[:, :40], 2, r"they are float32 \[4, 40\]"),
+        (gates.long(), 2, "they are int64"),
+    ):
+        with pytest.raises(RoutingError, match=what):
+            Fused(wrong, top_k, stack)
+    for change, what in (
+        ({"B": stack.B[:9]}, "as many rows"),
+        ({"B": stack.B.bfloat16()}, "one dtype"),
+        ({"starts": (0, 3, 5, 10)}, "rows 10 to 11 of expert 3 aren't in a stack of 10 rows"),
+        ({"starts": (-1, 3, 5, 9)}, "rows -1 to 2 of expert 0"),
+        ({"scales": (1.0,)}, "4 starts and 1 scales"),
+    ):
+        with pytest.raises(RoutingError, match=what):
+            Fused(gates, 2, dataclasses.replace(stack, **change))
+    rows, by_gates = list(cpu._tensors(stack)), list(Fused(gates, 2, stack).by_gates)
+    for place, name in enumerate(("gates", "codes", "facts", "a", "b", "owners", "scales")):
+        operands = [*by_gates, *rows]
+        operands[place] = operands[place].double() if name == "gates" else operands[place][..., :-1]
+        with pytest.raises(RoutingError):
+            torch.ops.phatgoose.routed_update(u, y, *operands, 2, 4)
+
+
+def test_gates_in_other_dtypes_are_those_gates_in_float32():
+    u, y, stack, gates = problem(20, (3, 2, 4, 1))
+    narrow = gates.bfloat16()
+    assert torch.equal(Fused(narrow, 2, stack)(u, y), Fused(narrow.float(), 2, stack)(u, y))
+    assert torch.equal(Fused(gates.double(), 2, stack)(u, y), Fused(gates, 2, stack)(u, y))
+
+
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "triton"])
 def test_routed_update_is_score_choose_mix(name):
     u, y, stack, gates = problem(9, (3, 2, 4, 1))

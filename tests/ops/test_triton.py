@@ -330,6 +330,25 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
         strict.mix(u.to("meta"), y, stack, chosen, weights)
 
 
+def test_what_doesn_t_fit_is_refused():
+    u, y, stack, gates = problem(3, (3, 2, 4))
+    chosen, weights = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE), torch.ones(3, 2, device=DEVICE)
+    fused, mix = Fused(gates, 2, stack), backend("triton").mix
+    for call in (
+        lambda: fused(u[:, :40], y),
+        lambda: fused(u, y[:2]),
+        lambda: fused.with_choice(u[:2], y),
+        lambda: mix(u, y[:, :20], stack, chosen, weights),
+        lambda: mix(u, y, stack, chosen[:2], weights[:2]),
+        lambda: mix(u, y, stack, chosen.int(), weights),
+        lambda: Fused(gates[:2], 2, stack),
+        lambda: Fused(gates, 0, stack),
+    ):
+        with pytest.raises(RoutingError, match=r"must be"):
+            call()
+    assert torch.equal(Fused(gates.double(), 2, stack)(u, y), fused(u, y))
+
+
 def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
     why = "Triton can't be imported (No module named 'triton')"
     monkeypatch.setattr(triton_backend, "reason", lambda: why)

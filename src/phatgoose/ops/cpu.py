@@ -19,7 +19,8 @@ from phatgoose.memory import available_bytes
 from phatgoose.ops import fast
 from phatgoose.ops.build import library
 from phatgoose.ops.operators import routed_update
-from phatgoose.ops.scan import scan
+from phatgoose.ops.scan import LANES, scan
+from phatgoose.ops.shapes import check_choice, check_is, check_stack, gates_of, tokens_of
 from phatgoose.ops.stack import Layer, Stack
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -81,6 +82,7 @@ def _tensors(stack: Stack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the kernel reads of a stack: A, B, int32 [2, E] of starts and ranks, float32 [E] of scales. Kept with the stack."""
     with _LOCK:
         if (known := stack.__dict__.get("_known_tensors")) is None:
+            check_stack(stack)
             owners = torch.tensor([stack.starts, stack.ranks], dtype=torch.int32)
             known = (stack.A.contiguous(), stack.B.contiguous(), owners, stack.scale_vector(_CPU))
             stack.__dict__["_known_tensors"] = known
@@ -112,6 +114,8 @@ def _run(
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
         _KINDS[u.dtype, y.dtype],
     )  # fmt: skip
+    if code == 3:
+        raise RoutingError(f"an expert was chosen that there isn't: there are {site.experts}.")
     if code:
         raise MemoryError(f"the CPU kernel found no memory for {n} tokens.")
 
@@ -140,7 +144,7 @@ def mix(
     """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernel, other parts by torch.
 
     Raises:
-        RoutingError: a gradient is asked for, or the tensors are of another device or dtype.
+        RoutingError: a gradient is asked for, the tensors are of another device, dtype or shape, or an expert is chosen that there isn't.
     """
     _check(u, y, stack)
     if chosen.numel() == 0:
@@ -149,22 +153,23 @@ def mix(
         stack.embedding or torch.compiler.is_compiling()
     ):  # columns of A, not rows; and what a compiler can look into
         return fast.mix(u, y, stack, chosen, weights, layer)
+    check_choice(chosen, weights, tokens_of(u, y, stack.A.shape[1], stack.B.shape[1]))
     added = y
     if any(stack.ranks):
         added = torch.empty_like(y, memory_format=torch.contiguous_format)
         chosen, weights = chosen.contiguous(), weights.float().contiguous()
         site = _mixing(stack, chosen.shape[1])
-        _run(site, u.contiguous(), y.contiguous(), added, chosen, weights, u.shape[0])
+        _run(site, u.contiguous(), y.contiguous(), added, chosen, weights, chosen.shape[0])
     return fast.with_others(added, u, y, stack, chosen, weights, layer)
 
 
 class Fused:
     """gate_scores, choose and mix of one module in one call, for a router that is just these. Made once, called often.
 
-    gates: standardised, float32 [E, d_in].
+    gates: standardised, float32 [E, d_in], or what is rounded to that.
 
     Raises:
-        RoutingError: the stack isn't in float32 or bfloat16, or not on a CPU.
+        RoutingError: the stack isn't in float32 or bfloat16, or not on a CPU; gates are of another shape; top_k is below 1.
     """
 
     def __init__(
@@ -172,7 +177,7 @@ class Fused:
     ):
         _check(stack.A, stack.B, stack)
         self.gates, self.stack, self.top_k, self.layer, self.strict = (
-            gates.contiguous(),
+            gates_of(gates, stack, top_k),
             stack,
             top_k,
             layer,
@@ -184,7 +189,8 @@ class Fused:
         self.by_gates = (self.gates, scanned.codes, scanned.facts)
         self._struct = _site(*self.tensors, *self.by_gates)
         _ask_ahead(self._struct, stack)
-        self._at, self._d_in = ctypes.addressof(self._struct), stack.A.shape[1]
+        self._at = ctypes.addressof(self._struct)
+        self._fitting: tuple[torch.Size | None, torch.Size | None, int] = (None, None, 0)
         self.chosen, self._library_run = min(top_k, stack.experts), library().run
 
     def __reduce__(self) -> Any:  # copies of a model copy its routing; pointers are made anew
@@ -204,7 +210,7 @@ class Fused:
         None where only another backend can do it and `strict` is off.
 
         Raises:
-            RoutingError: as `mix`, if `strict`.
+            RoutingError: as `mix`, if `strict`; u or y is of another shape.
         """
         kinds = _KINDS.get((u.dtype, y.dtype))
         if (
@@ -218,16 +224,26 @@ class Fused:
             return self._rare(u, y)
         if not self.plain:
             return self.with_choice(u, y)[0]
-        u = u.contiguous()
+        fitting = self._fitting
+        if u.shape != fitting[0] or y.shape != fitting[1]:
+            fitting = self._fit(u, y)
+        if not u.is_contiguous():
+            u = u.contiguous()
         if not y.is_contiguous():
             y, into_y = y.contiguous(), True
         out = y if into_y else torch.empty_like(y)
         code = self._library_run(
-            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), u.numel() // self._d_in, *choice_at, kinds
+            0, self._at, u.data_ptr(), y.data_ptr(), out.data_ptr(), fitting[2], *choice_at, kinds
         )  # fmt: skip
         if code:
-            raise MemoryError(f"the CPU kernel found no memory for {u.numel() // self._d_in} tokens.")
+            raise MemoryError(f"the CPU kernel found no memory for {fitting[2]} tokens.")
         return out
+
+    def _fit(self, u: Tensor, y: Tensor) -> tuple[torch.Size, torch.Size, int]:
+        """Both shapes and how many tokens there are, known when the next call's are the same: checks take as long as a small call."""
+        n = tokens_of(u, y, self.stack.A.shape[1], self.stack.B.shape[1])
+        self._fitting = fitting = (u.shape, y.shape, n)
+        return fitting
 
     def _rare(self, u: Tensor, y: Tensor) -> Tensor | None:
         """While compiling, or where the kernel can't do it."""
@@ -254,7 +270,7 @@ class Fused:
 
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same for `u` and `y` of any shape, and who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
-        n, k = u.numel() // self._d_in, self.chosen
+        n, k = self._fit(u, y)[2], self.chosen
         chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k)
         u, y = u.contiguous(), y.contiguous()
         out = torch.empty_like(y)
@@ -270,20 +286,48 @@ def scanned_update(
     top_k: int,
 ) -> Tensor:
     """What the operator phatgoose::routed_update does on CPUs."""
+    n = _check_operands(u, y, rows)
+    gates, codes, facts = by_gates
+    d, experts = rows[0].shape[1], rows[3].shape[0]
+    blocks = -(-experts // LANES)
+    check_is("gates", gates, torch.float32, experts, d)
+    check_is("codes", codes, torch.int8, blocks, d, LANES)
+    check_is("facts", facts, torch.float32, 3, blocks * LANES)
+    if top_k < 1:
+        raise RoutingError(f"at least 1 expert must be chosen, and top_k is {top_k}.")
     site = _site(*rows, top_k, *by_gates)
     y = y.contiguous()
     out = torch.empty_like(y)
-    _run(site, u.contiguous(), y, out, None, None, u.shape[0])
+    _run(site, u.contiguous(), y, out, None, None, n)
     return out
+
+
+def _check_operands(u: Tensor, y: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor]) -> int:
+    """How many tokens there are. Where experts' rows are is not looked at: it would have to be read in every call.
+
+    Raises:
+        RoutingError: a tensor isn't what the operator takes.
+    """
+    a, b, owners, scales = rows
+    n = tokens_of(u, y, a.shape[-1], b.shape[-1])
+    if (u.dtype, y.dtype) not in _KINDS or a.dtype not in DTYPES:
+        raise RoutingError(f"the CPU kernel computes in float32 and bfloat16, not in {a.dtype} on {u.dtype}.")
+    check_is("a", a, a.dtype, a.shape[0], u.shape[-1])
+    check_is("b", b, a.dtype, a.shape[0], y.shape[-1])
+    check_is("owners", owners, torch.int32, 2, scales.shape[0])
+    check_is("scales", scales, torch.float32, scales.shape[0])
+    return n
 
 
 def chosen_update(
     u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> Tensor:
     """What the operator phatgoose::routed_mix does on CPUs."""
+    n = _check_operands(u, y, rows)
+    check_choice(chosen, weights, n)
     site = _site(*rows, chosen.shape[1])
     y = y.contiguous()
     out = torch.empty_like(y)
     chosen, weights = chosen.contiguous(), weights.float().contiguous()
-    _run(site, u.contiguous(), y, out, chosen, weights, u.shape[0])
+    _run(site, u.contiguous(), y, out, chosen, weights, n)
     return out

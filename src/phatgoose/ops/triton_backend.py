@@ -12,6 +12,7 @@ from torch import Tensor
 from phatgoose.errors import RoutingError
 from phatgoose.ops import fast
 from phatgoose.ops.operators import routed_mix, routed_update
+from phatgoose.ops.shapes import gates_of
 from phatgoose.ops.stack import Layer, Stack
 from phatgoose.ops.triton_launch import kernels, mixed, rows_of, updated
 
@@ -122,7 +123,7 @@ class Fused:
         self, gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True
     ):
         self.stack, self.layer, self.strict, self.top_k = stack, layer, strict, min(top_k, stack.experts)
-        self.gates = gates.to(stack.A.device).contiguous()
+        self.gates = gates_of(gates, stack, top_k).to(stack.A.device)
 
     def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
         """y + Σ w Δ(u); u: [..., d_in], y: [..., d_out]. With `into_y`, y may be written into and returned.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phatgoose.ops.shapes import check_choice, check_is, check_stack, tokens_of
 from phatgoose.ops.stack import Stack
 
 FEW_TOKENS = 64
@@ -59,6 +60,7 @@ class Rows:
 def rows_of(stack: Stack) -> Rows:
     """Kept with the stack."""
     if (known := stack.__dict__.get("_known_rows")) is None:
+        check_stack(stack)
         owners = torch.tensor([stack.starts, stack.ranks], dtype=torch.int32).to(stack.A.device)
         scales = stack.scale_vector(stack.A.device)
         known = Rows(stack.A.contiguous(), stack.B.contiguous(), owners, scales, max(stack.ranks))
@@ -69,7 +71,13 @@ def rows_of(stack: Stack) -> Rows:
 def updated(
     rows: Rows, u: Tensor, y: Tensor, gates: Tensor, k: int, into_y: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and float32 [N, k]."""
+    """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and float32 [N, k].
+
+    Raises:
+        RoutingError: a tensor is of another shape, or the gates aren't in float32.
+    """
+    tokens_of(u, y, rows.a.shape[1], rows.b.shape[1])
+    check_is("gates", gates, torch.float32, rows.scales.shape[0], rows.a.shape[1])
     flat = u.reshape(-1, u.shape[-1]).contiguous()
     chosen = torch.empty(flat.shape[0], k, dtype=torch.int64, device=u.device)
     weights = torch.empty(flat.shape[0], k, dtype=torch.float32, device=u.device)
@@ -80,7 +88,12 @@ def updated(
 
 
 def mixed(rows: Rows, u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """y + Σ w Δ(u) of experts chosen elsewhere. chosen int64, weights float32: contiguous [N, k], N and k not 0."""
+    """y + Σ w Δ(u) of experts chosen elsewhere. chosen int64, weights float32: contiguous [N, k], N and k not 0.
+
+    Raises:
+        RoutingError: a tensor is of another shape. That an index is E or more isn't seen: a GPU would have to be waited for.
+    """
+    check_choice(chosen, weights, tokens_of(u, y, rows.a.shape[1], rows.b.shape[1]))
     return _run(rows, u.contiguous(), y, False, chosen, weights, None)
 
 

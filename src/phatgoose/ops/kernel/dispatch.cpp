@@ -49,7 +49,7 @@ extern "C" const char* phatgoose_variant(int i) {
     return i >= 0 && i < variants().count ? variants().list[i].name : nullptr;
 }
 
-// kinds: bit 0 says that u, bit 1 that y is bfloat16. Returns 0; 1: out of memory; 2: no such variant.
+// kinds: bit 0 says that u, bit 1 that y is bfloat16. Returns 0; 1: out of memory; 2: no such variant; 3: an expert was given that there isn't.
 extern "C" int phatgoose_run(int variant, const Site* site, const void* u, const void* y, void* out, int64_t tokens,
                              int64_t* chosen, float* weights, int64_t kinds) {
     if (!phatgoose_variant(variant)) return 2;

@@ -33,7 +33,7 @@ struct Call {
     const void* y;  // [N, d_out]
     void* out;      // [N, d_out], may be y; null: only choose
     int64_t tokens;
-    int64_t* chosen;  // [N, k] given, or written where there are gates; null: not asked for
+    int64_t* chosen;  // [N, k] given, below 0 nothing; or written where there are gates; null: not asked for
     float* weights;   // [N, k] likewise
     int64_t u_kind, y_kind;  // 0 float32, 1 bfloat16
 };

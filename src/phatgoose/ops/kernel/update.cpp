@@ -253,6 +253,8 @@ template <class X, class T>
 int run(const Site& site, const Call& call) {
     thread_local Space space;
     const Module<X, T> module(site, call);
+    for (int64_t i = 0; i < call.tokens * site.top_k && !site.gates; i++)
+        if (call.chosen[i] >= site.experts) return 3;
     if (call.tokens <= SMALL) return !module.few(space);
     for (int64_t n = 0; n < call.tokens; n += CHUNK)
         if (!module.many(space, n, min(CHUNK, call.tokens - n))) return 1;
