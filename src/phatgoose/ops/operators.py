@@ -15,6 +15,9 @@ def routed_update(
 
     gates: standardised, float32 [E, d_in]. codes, facts: their scan, for the CPU kernel; without codes it is Triton's call. a [R, d_in],
     b [R, d_out], owners int32 [2, E] (starts, ranks), scales float32 [E]: the stack, whose highest rank is `widest`.
+
+    Raises:
+        RoutingError: a tensor is of another shape or dtype. That the stack has the rows that `owners` names isn't looked at.
     """
     if codes.numel():
         from phatgoose.ops import cpu
@@ -42,6 +45,9 @@ def routed_mix(
     """y + Σ w Δ(u), a new tensor, of experts chosen elsewhere: chosen int64 and weights float32 [N, k], −1 is nothing.
 
     `widest` is for Triton; 0 makes it the CPU kernel's call.
+
+    Raises:
+        RoutingError: as `routed_update`; or, on CPUs, an expert is chosen that there isn't.
     """
     if not widest:
         from phatgoose.ops import cpu
