@@ -266,6 +266,15 @@ def test_who_acted_is_returned_where_it_is_asked_for(client):
     [
         ({"model": "z"}, 404, "unknown model 'z'"),
         ({"model": "phatgoose:top_k=0"}, 400, "top_k"),
+        (
+            {"model": "phatgoose:top_k=9223372036854775808"},
+            400,
+            "'top_k' of router 'phatgoose' is '922337203",
+        ),
+        ({"model": f"soft-centroid:temperature={2**31}"}, 400, "expected at most 2147483647"),
+        ({"model": "single:²"}, 404, "unknown expert '²'"),
+        ({"model": f"single:{'9' * 200}"}, 404, "unknown expert"),
+        ({"model": "single:99"}, 400, "there is no expert 99"),
         ({"model": "phatgoose:best=1"}, 400, "no setting 'best'"),
         ({"temperature": 3}, 400, "temperature"),
         ({"temperature": math.nan}, 400, "temperature"),

@@ -16,6 +16,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.plan import Plan
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
+from phatgoose.models.ways import Way
 from phatgoose.routers import PHATGOOSE, Retrieval, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
 from phatgoose.serving import attention, batch, passes
@@ -295,6 +296,23 @@ def test_every_router_writes_or_is_refused_and_none_ends_the_engine(make_base, m
     assert {"phatgoose", "uniform", "random", "single", "arrow"} <= with_service(
         base, pool, do, engine=engine
     )
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_more_experts_than_the_pool_has_are_all_of_it(make_base, make_expert, engine):
+    base = make_base("llama")
+    asked = [PHATGOOSE(top_k=3), PHATGOOSE(top_k=2**31 - 1), PHATGOOSE(top_k=2**63)]
+
+    async def do(service):
+        version, found = service.experts.state.version, []
+        ids = await service.prompts.of_text(PROMPTS[0])
+        for router in asked:
+            job = Job(ids, Way(version, router), Draw(GREEDY), 8, service.ends)
+            found.append(await finish(service.engine, job))
+        return found
+
+    first, *others = with_service(base, make_pool(base, make_expert), do, engine=engine)
+    assert others == [first, first]
 
 
 def test_attention_of_packed_sequences_is_sdpas(make_base):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phatgoose.errors import RoutingError
+from phatgoose.errors import RoutingError, brief
 from phatgoose.registry import lookup
 from phatgoose.routers.constant import Random, Single, Uniform
 from phatgoose.routers.controls import FixedRandom, ShuffledGates
@@ -27,6 +27,8 @@ ROUTERS = {
     "uniform": "phatgoose.routers.constant:Uniform",
     "weight-only": "phatgoose.routers.weights:WeightOnly",
 }
+LARGEST = 2**31 - 1
+"""What a setting may be at most, but for seeds: kernels and tensors hold these numbers."""
 
 
 def parse_router(text: str) -> Router:
@@ -38,7 +40,7 @@ def parse_router(text: str) -> Router:
     name, _, rest = text.partition(":")
     kind = lookup("router", name.lower(), ROUTERS)
     if kind is Single:
-        return Single(int(rest) if rest.isdigit() else rest)
+        return Single(int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else rest)
     settings: dict[str, int | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
@@ -53,8 +55,12 @@ def parse_router(text: str) -> Router:
             settings[key] = int(value)
         except ValueError:
             raise RoutingError(
-                f"setting {key!r} of router {name!r} is {value!r}, expected a whole number."
+                f"setting {key!r} of router {name!r} is {brief(value)}, expected a whole number."
             ) from None
+        if key != "seed" and int(value) > LARGEST:
+            raise RoutingError(
+                f"setting {key!r} of router {name!r} is {brief(value, 30)}, expected at most {LARGEST}."
+            )
     return kind(**settings)
 
 

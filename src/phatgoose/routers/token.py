@@ -114,8 +114,9 @@ class _Averaged(Prepared):
 
 class _ByVectors(BoundRouter):
     def __init__(self, gates: Tensor, top_k: int):
-        self.gates, self.top_k = gates, top_k
-        self.by_gates = (gates, top_k)
+        # More than there are means all of them; kernels hold the number in 64 bits.
+        self.gates, self.top_k = gates, min(top_k, len(gates))
+        self.by_gates = (gates, self.top_k)
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         return ops.choose(self.scores(u, context, ops), self.top_k)
