@@ -37,6 +37,14 @@ def test_equals_the_formula_in_every_batch(tmp_path):
     assert encoder.name == "tiny"
 
 
+def test_texts_without_tokens_are_near_to_none(tmp_path):
+    folder = make_encoder(tmp_path / "tiny")
+    assert torch.equal(SentenceEncoder(folder, "alone")(["", ""]), torch.zeros(2, 16))
+    found = SentenceEncoder(folder, "among others")(["", "yes", "the quick brown fox"])
+    assert torch.equal(found[0], torch.zeros(16))
+    torch.testing.assert_close(found[1].double(), formula(folder, "yes", 24), rtol=1e-4, atol=1e-5)
+
+
 def test_fingerprints_tell_weights_and_rules_apart(tmp_path):
     one, same, other, short = (
         SentenceEncoder(make_encoder(tmp_path / n, seed, most), n)

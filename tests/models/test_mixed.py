@@ -21,7 +21,8 @@ from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.models.ways import Version, Way
-from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single, SoftCentroid, Uniform, WeightOnly
+from phatgoose.routers import PHATGOOSE, Random, Retrieval, Router, Single, SoftCentroid, Uniform, WeightOnly
+from phatgoose.routers.router import BoundRouter
 
 
 def pools(base, make_expert, targets=None):
@@ -275,6 +276,72 @@ def test_what_cannot_be_is_refused(make_base, make_expert):
     route(base, pool)
     with pytest.raises(RoutingError, match="routed already"):
         Mixed(base.model)
+
+
+class Fussy(Router):
+    """Chooses the first expert, and fails where the tokens it is shown hold a 77."""
+
+    def __init__(self, error=IndexError):
+        self.error = error
+
+    def bind(self, candidates):
+        return _Fussy(self.error)
+
+
+class _Fussy(BoundRouter):
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, u, context, ops):
+        if (context.tokens().ids == 77).any():
+            raise self.error("fussy")
+        return torch.zeros(len(u), 1, dtype=torch.long), torch.ones(len(u), 1)
+
+
+@torch.no_grad()
+def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base, make_expert):
+    base = make_base("llama")
+    pool, _ = pools(base, make_expert)
+    version, mixed = Version(base, pool), Mixed(base.model)
+    mixed.attach(version)
+    fussy, other = Way(version, Fussy()), Way(version, PHATGOOSE())
+    batch = inputs(base, rows=5)
+    batch["attention_mask"][:] = 1
+    batch["input_ids"][batch["input_ids"] == 77] = 78
+    ways = [fussy, fussy, other, None, fussy]
+    with mixed.following(Plan(ways)):
+        whole = run(base, batch)
+    bare = run(base, batch)
+    batch["input_ids"][1, 4] = 77
+    bare_now = run(base, batch)
+    rows = list(batch["input_ids"])
+    for lengths in (None, [11] * 5):
+        plan = Plan(ways, lengths, failed={})
+        with mixed.following(plan):
+            if lengths is None:
+                found = run(base, batch)
+            else:
+                found = torch.stack(base.model(**packed(base, rows)).logits[0].split(lengths))
+        assert list(plan.failed) == [1]
+        assert str(plan.failed[1]) == "fussy"
+        torch.testing.assert_close(found[1], bare_now[1], atol=1e-4, rtol=1e-4)
+        for row in (0, 2, 3, 4):
+            torch.testing.assert_close(found[row], whole[row], atol=1e-4, rtol=1e-4)
+    assert (whole[0] - bare[0]).abs().max() > 0.01
+    with mixed.following(Plan(ways)), pytest.raises(IndexError, match="fussy"):  # nobody collects it
+        run(base, batch)
+    lost = Plan([Way(version, Fussy(MemoryError))] * 5, failed={})
+    with mixed.following(lost), pytest.raises(MemoryError):
+        run(base, batch)
+    # All of a pass, by a kernel that takes it whole.
+    for path in other.fused:
+        other.fused[path] = lambda *_: 1 // 0
+    alone = Plan([other] * 5, failed={})
+    with mixed.following(alone):
+        found = run(base, batch)
+    assert sorted(alone.failed) == ([0, 1, 2, 3, 4] if other.fused else [])
+    if other.fused:
+        torch.testing.assert_close(found, bare_now)
 
 
 def test_versions_come_and_go_while_others_stay(make_base, make_expert):

@@ -17,8 +17,9 @@ from phatgoose.models.plan import Plan
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.models.ways import Way
-from phatgoose.routers import PHATGOOSE, Retrieval, Single, SoftCentroid, Uniform
+from phatgoose.routers import PHATGOOSE, Retrieval, Router, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
+from phatgoose.routers.router import BoundRouter
 from phatgoose.serving import attention, batch, passes
 from phatgoose.serving.batches import BatchEngine
 from phatgoose.serving.continuous import ContinuousEngine, obstacle
@@ -296,6 +297,57 @@ def test_every_router_writes_or_is_refused_and_none_ends_the_engine(make_base, m
     assert {"phatgoose", "uniform", "random", "single", "arrow"} <= with_service(
         base, pool, do, engine=engine
     )
+
+
+class Fussy(Router):
+    """Chooses the first expert, and fails where the tokens it is shown hold a 77."""
+
+    def bind(self, candidates):
+        return _Fussy()
+
+
+class _Fussy(BoundRouter):
+    def __call__(self, u, context, ops):
+        if (context.tokens().ids == 77).any():
+            raise IndexError("secret")
+        return torch.zeros(len(u), 1, dtype=torch.long), torch.ones(len(u), 1)
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_a_way_that_fails_for_one_fails_for_nobody_else(make_base, make_expert, engine):
+    base = make_base("llama")
+    prompts = [[5, 6], [7, 8, 9], list(range(10, 40))]
+
+    async def do(service):
+        way, other = Way(service.experts.state.version, Fussy()), None
+        async with service.catalogue.found("phatgoose") as found:
+            other = found.way
+
+            def jobs():
+                ways = [*([p, way] for p in prompts), [prompts[0], other], [prompts[0], None]]
+                return [Job(p, w, Draw(GREEDY), 8, service.ends) for p, w in ways]
+
+            alone = [await finish(service.engine, job) for job in jobs()]
+            # One that fails at once, and one that does so in the second of several passes over its prompt.
+            bad = [
+                Job(p, way, Draw(GREEDY), 8, service.ends) for p in ([77, 5], [*range(100, 130), 77, 5, 6])
+            ]
+            for job in bad:
+                service.engine.submit(job)
+            together = await asyncio.gather(*(finish(service.engine, job) for job in jobs()))
+            for job in bad:
+                news = [one async for one in job.news()]
+                assert [one.error for one in news if one.finished] == [
+                    "the router or its experts failed: IndexError"
+                ]
+                assert job.written == []
+        assert service.engine.trouble is None
+        assert not service.engine.jobs
+        return alone, together
+
+    alone, together = with_service(base, make_pool(base, make_expert), do, engine=engine)
+    assert together == alone
+    assert len({tuple(one) for one in (alone[0], *alone[3:])}) == 3
 
 
 @pytest.mark.parametrize("engine", ["continuous", "batches"])

@@ -75,7 +75,8 @@ class SentenceEncoder:
             self.model = model.to(device).eval().requires_grad_(False)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """[len(texts), width]. Like texts are computed together, so a vector's last bits may depend on its company."""
+        """[len(texts), width]; zeros for a text without tokens. Like texts are computed together, so a vector's last bits may depend on
+        its company."""
         found = {text: self._known[text] for text in texts if text in self._known}
         new = [text for text in dict.fromkeys(texts) if text not in found]
         ids = self._ids(new)
@@ -102,14 +103,17 @@ class SentenceEncoder:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        if not (width := max(map(len, rows))):  # an encoder without special tokens makes nothing of nothing
+            return torch.zeros(len(rows), self.width)
+        pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         device = self.model.device
         with torch.inference_mode():
             hidden = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         weights = mask.to(device)[..., None].to(hidden.dtype)
-        mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+        hidden = hidden.masked_fill(weights == 0, 0.0)  # also NaN, of a row without tokens
+        mean = hidden.sum(1) / weights.sum(1).clamp(min=1e-9)
         return torch.nn.functional.normalize(mean, dim=1).cpu().clone()
 
 

@@ -7,6 +7,7 @@ touched.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -102,8 +103,12 @@ class Mixed:
         groups = plan.groups(tokens)
         if len(groups) == 1 and groups[0].index is None and not plan.watch:
             fused = groups[0].way.fused.get(path)
-            if fused is not None and (done := fused(u, output, writable)) is not None:
-                return done
+            try:
+                if fused is not None and (done := fused(u, output, writable)) is not None:
+                    return done
+            except Exception as error:  # the output may be half written
+                plan.fail(groups[0], error)
+                return None
         return self._by_groups(path, plan, groups, u, output, writable)
 
     def _by_groups(
@@ -111,20 +116,26 @@ class Mixed:
     ) -> Tensor | None:
         u = u.to(output.device)
         y = output.reshape(-1, output.shape[-1])
-        changed = None
-        for group in groups:
+        changed, left = None, deque(groups)
+        while left:
+            group = left.popleft()
             site, index = group.version.sites.get(path), group.index
             if site is None:
                 continue
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
             context = Part.of(path, plan, group, rows_of(output.shape), self.streams)
-            if index is None:
-                changed = _act(path, plan, group, flat, y, context)
+            try:
+                if index is None:
+                    changed = _act(path, plan, group, flat, y, context)
+                    continue
+                with _of_residual(site.stack.residual, index):
+                    mixed = _act(path, plan, group, flat[index], y[index], context)
+            except Exception as error:
+                left.extendleft(plan.blamed(group, error, len(y)))
                 continue
             if changed is None:
                 changed = y if writable else y.clone()
-            with _of_residual(site.stack.residual, index):
-                changed[index] = _act(path, plan, group, flat[index], y[index], context)
+            changed[index] = mixed
         return None if changed is None else changed.reshape(output.shape)
 
 

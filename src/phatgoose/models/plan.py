@@ -19,6 +19,7 @@ from phatgoose.routers.context import Texts
 
 Told = tuple[tuple[int, ...], tuple[int, ...]]
 """What an item was given to read, and what stood behind that before this pass."""
+_EVERYBODYS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
 
 @dataclass(eq=False)
@@ -57,6 +58,9 @@ class Plan:
     """How many of each item's first tokens are left out of the loads: those that were counted before."""
     told: Sequence[Told] | None = None
     """Of each item, for ways that read text."""
+    failed: dict[int, Exception] | None = None
+    """What went wrong with which items, where that is collected: they go by the base for the rest of the pass, the others as if those
+    hadn't been there. None: it is raised."""
     loads: Loads = field(default_factory=Loads)
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
@@ -103,7 +107,7 @@ class Plan:
         counts = owners.bincount(minlength=len(self.ways)).tolist()
         members: dict[tuple[object, ...], list[int]] = {}
         for item, way in enumerate(self.ways):
-            if way is not None and counts[item]:
+            if way is not None and counts[item] and item not in (self.failed or ()):
                 members.setdefault(self._key(item, way, counts[item]), []).append(item)
         return [self._group(items, owners, counts) for items in members.values()]
 
@@ -129,6 +133,28 @@ class Plan:
         even = self.lengths is None or way.reads_text
         index = None if index is None else index.to(device)
         return Group(way.version, way, tuple(members), len(members) if even else 1, index, own, experts)
+
+    def blamed(self, group: Group, error: Exception, tokens: int) -> list[Group]:
+        """What to try in place of a group that went wrong: each of its items alone. Of one that was alone nothing: it has failed.
+
+        Raises:
+            Exception: `error`, where nobody collects it, or memory or a device is to blame, which concerns everybody.
+        """
+        if self.failed is None or isinstance(error, _EVERYBODYS):
+            raise error
+        if len(group.members) == 1:
+            self.fail(group, error)
+            return []
+        owners = self.items(tokens)
+        counts = owners.bincount(minlength=len(self.ways)).tolist()
+        return [self._group([item], owners, counts) for item in group.members]
+
+    def fail(self, group: Group, error: Exception) -> None:
+        """Takes a group's items off their way, or raises, as `blamed` does."""
+        if self.failed is None or isinstance(error, _EVERYBODYS):
+            raise error
+        self.failed |= dict.fromkeys(group.members, error)
+        self._groups.clear()
 
     def places(self, group: Group, tokens: int) -> Tensor:
         """Packed: int64 [n], which token of its item each of a group's tokens is."""

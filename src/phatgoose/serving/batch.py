@@ -47,6 +47,7 @@ class Batch:
     def settle(self, scores: Tensor) -> Tensor:
         """After a pass: the next token of every open row from scores [B, V], passed on at once; scores that leave no other choice."""
         self._take_loads()
+        self._take_failures()
         self.owner.step()
         self.open = [o and self.owner.alive(job) for o, job in zip(self.open, self.jobs, strict=True)]
         rows = [i for i, is_open in enumerate(self.open) if is_open]
@@ -74,7 +75,7 @@ class Batch:
             told = [(tuple(job.prompt), self._before(i)) for i, job in enumerate(self.jobs)]
         # A row that is over goes by the base: what its way was made of may be taken off the model by now.
         ways = [job.way if o else None for o, job in zip(self.open, self.jobs, strict=True)]
-        return Plan(ways, watch=self.owner.watched(self.jobs), told=told)
+        return Plan(ways, watch=self.owner.watched(self.jobs), told=told, failed={})
 
     def _before(self, row: int) -> tuple[int, ...]:
         """What was read behind a row's prompt before the pass to come; the last token written is read in it."""
@@ -86,6 +87,12 @@ class Batch:
             phase = "prompt" if self.first else "answer"
             self.owner.take_loads(self.plan, self.jobs, [phase if o else "" for o in self.open])
         self.first = False
+
+    def _take_failures(self) -> None:
+        self.owner.take_failures(self.plan, self.jobs)
+        for row in self.plan.failed or ():
+            self.open[row] = False
+            self.owner.tell(self.jobs[row], News(finished=True, error=self.jobs[row].failure))
 
     def _settings(self) -> dict[str, Any]:
         base = self.owner.base

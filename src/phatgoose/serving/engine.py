@@ -11,7 +11,8 @@ from torch import Tensor
 from phatgoose.models.base import Base
 from phatgoose.models.mixed import Mixed
 from phatgoose.models.plan import Plan
-from phatgoose.serving.job import Job
+from phatgoose.serving.job import Job, told
+from phatgoose.serving.logs import log
 from phatgoose.serving.settings import ServeSettings
 
 
@@ -67,6 +68,15 @@ class Engine(ABC):
         """Whether this pass' loads are summed up: some job wants its own, or it is the turn of the metrics."""
         self.passes += 1
         return any(j.watch for j in jobs) or self.passes % self.settings.watch_every == 0
+
+    def take_failures(self, plan: Plan, jobs: Sequence[Job]) -> None:
+        """Marks the jobs whose way went wrong in a pass."""
+        if not plan.failed:
+            return
+        first = next(iter(plan.failed.values()))
+        log.error("a way failed", exc_info=first, extra={"facts": {"answers": len(plan.failed)}})
+        for item, error in plan.failed.items():
+            jobs[item].failure = f"the router or its experts failed: {told(error)}"
 
     def take_loads(self, plan: Plan, jobs: Sequence[Job], phases: Sequence[str]) -> None:
         """Hands out what a watched pass summed up. phases: of each job "prompt" or "answer", or "" if its tokens don't count."""

@@ -64,7 +64,7 @@ class Job:
     started: bool = False
     """Whether a pass has run over some of it."""
     failure: str | None = None
-    """Set by the engine where the sampling of this one failed."""
+    """Set by the engine where this one's way or sampling failed."""
     began: float = field(default_factory=time.perf_counter)
     """When the request came, by time.perf_counter()."""
     first_token: float | None = None

@@ -61,9 +61,10 @@ class Passes:
                 _told(job, one.state.generated_tokens, s)
                 for job, one, s in zip(jobs, batch, starts, strict=True)
             ]
-        # One that was cancelled just now goes by the base: what its way was made of may be taken off the model by now.
-        ways = [job.way if job.id in self.engine.jobs else None for job in jobs]
-        plan = Plan(ways, lengths, kept, self.engine.watched(jobs), skip, told)
+        # One that was cancelled just now goes by the base: what its way was made of may be taken off the model by now. So does one whose
+        # way failed, until it is told.
+        ways = [job.way if job.id in self.engine.jobs and job.failure is None else None for job in jobs]
+        plan = Plan(ways, lengths, kept, self.engine.watched(jobs), skip, told, failed={})
         self._running, self.engine.mixed.plan = (plan, jobs, batch, rows), plan
         if self.engine.base.model.config._attn_implementation == attention.NAME:
             kwargs["attention_mask"] = _NO_MASK  # or one would be made, to be ignored
@@ -77,6 +78,7 @@ class Passes:
             return None
         (plan, jobs, batch, rows), self._running, self.engine.mixed.plan = self._running, None, None
         starts = [one.state.position_offset - one.query_length for one in batch]
+        self.engine.take_failures(plan, jobs)
         if plan.watch:
             phases = ["prompt" if s < len(j.prompt) else "answer" for j, s in zip(jobs, starts, strict=True)]
             self.engine.take_loads(plan, jobs, phases)
@@ -114,7 +116,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         tokens, failed = choose(scores, [job.draw for job in self.jobs])
         for i, error in failed.items():
-            self.jobs[i].failure = str(error)
+            self.jobs[i].failure = self.jobs[i].failure or str(error)
         if not failed and all(job.draw.settings.plain for job in self.jobs):
             return scores  # transformers takes the highest, too
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
