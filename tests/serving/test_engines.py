@@ -299,6 +299,39 @@ def test_every_router_writes_or_is_refused_and_none_ends_the_engine(make_base, m
     )
 
 
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_a_router_is_calibrated_by_the_base_whoever_is_answering(make_base, make_expert, engine):
+    """Its statistics are those of an idle server, while a sequence that goes by an expert is written."""
+    base = make_base("llama")
+    pool = Pool(
+        [make_expert(base, n, rank=2 + i, seed=i, scale=0.3, gates=n != "c") for i, n in enumerate("abc")]
+    )
+    name = "phatgoose:ungated=weights"
+
+    def sums(way):
+        return torch.stack([bound.sums for bound in way.bound.values()])
+
+    async def do(service):
+        state, found = service.experts.state, []
+        for single in (None, "a"):
+            service.experts._ways.clear()
+            if single is None:
+                found.append(sums(await service.experts.way(state, name)))
+                continue
+            running = Job([5, 6], Way(state.version, Single(single)), Draw(GREEDY), 300, frozenset())
+            written = asyncio.ensure_future(finish(service.engine, running))
+            while not running.written:
+                await asyncio.sleep(0.01)
+            found.append(sums(await service.experts.way(state, name)))
+            assert not written.done()
+            service.engine.cancel(running)
+            written.cancel()
+        return found
+
+    idle, busy = with_service(base, pool, do, engine=engine, router="uniform")
+    torch.testing.assert_close(busy, idle)
+
+
 class Fussy(Router):
     """Chooses the first expert, and fails where the tokens it is shown hold a 77."""
 

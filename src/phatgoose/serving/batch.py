@@ -48,6 +48,7 @@ class Batch:
         """After a pass: the next token of every open row from scores [B, V], passed on at once; scores that leave no other choice."""
         self._take_loads()
         self._take_failures()
+        self.owner.mixed.plan = None  # what others want done, as calibrating a router, sees the base alone
         self.owner.step()
         self.open = [o and self.owner.alive(job) for o, job in zip(self.open, self.jobs, strict=True)]
         rows = [i for i, is_open in enumerate(self.open) if is_open]
