@@ -168,6 +168,45 @@ def test_prompts_are_scored_as_one_pass_scores_them(make_base, make_expert, fami
             assert [lp for _, lp in one.top] == pytest.approx(wanted[i].topk(2).values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_prompts_are_scored_by_routers_that_read_text(make_base, make_expert, tmp_path, engine):
+    folder = make_encoder(tmp_path / "encoder", max_tokens=60)
+    base = make_base("llama")
+    pool = Pool([signed(make_expert(base, f"e{i}", seed=i, scale=0.4), folder, seed=i) for i in range(3)])
+    ids = list(range(10, 20))
+
+    async def do(service):
+        way = await service.experts.way(service.experts.state, service.experts.router)
+        scored = Job(ids, way, Draw(GREEDY), 2, service.ends, score=0)
+        nothing = Job([1], way, Draw(GREEDY), 2, service.ends, score=0)  # special tokens only: no text
+        await asyncio.gather(finish(service.engine, scored), finish(service.engine, nothing))
+        return [one.logprob for one in scored.prompt_likelihoods]
+
+    found = with_service(base, pool, do, engine=engine, router=f"retrieval:encoder={folder}")
+    route(base, pool, Retrieval(str(folder)))
+    with torch.no_grad():
+        wanted = torch.log_softmax(base.model(torch.tensor([ids])).logits[0].double(), -1)
+    assert found == pytest.approx([float(wanted[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4)
+
+
+def test_a_prompt_that_cannot_be_scored_takes_nobody_with_it(make_base, make_expert):
+    base = make_base("llama")
+
+    async def do(service):
+        way = Way(service.experts.state.version, Fussy())
+        bad = Job([77, 5], way, Draw(GREEDY), 4, service.ends, score=0)
+        good = [Job([5, 6], way, Draw(GREEDY), 4, service.ends, score=s) for s in (None, 0)]
+        service.engine.submit(bad)
+        written = await asyncio.gather(*(finish(service.engine, job) for job in good))
+        news = [one async for one in bad.news()]
+        assert news[-1].error == "IndexError"
+        assert not service.engine.jobs
+        return written
+
+    one, other = with_service(base, make_pool(base, make_expert), do, engine="batches")
+    assert one == other
+
+
 @pytest.mark.parametrize(
     ("family", "engine"), [("llama", "continuous"), ("llama", "batches"), ("t5", "batches")]
 )

@@ -136,9 +136,8 @@ class BatchEngine(Engine):
             with torch.no_grad():
                 for job in jobs:
                     job.started = True
-                    if job.score is not None:
-                        self._score(job)
-                Batch(self, jobs).run()
+                if jobs := [job for job in jobs if job.score is None or self._scored(job)]:
+                    Batch(self, jobs).run()
         except Exception as error:  # of the model or a router: the next batch may fare better
             log.exception("a batch failed", extra={"facts": {"answers": len(jobs)}})
             for job in jobs:
@@ -155,10 +154,19 @@ class BatchEngine(Engine):
                 del self.jobs[job.id]
             job.tell(news)
 
+    def _scored(self, job: Job) -> bool:
+        """Whether the prompt could be scored; if not, the job is told, and the others go on without it."""
+        try:
+            self._score(job)
+        except Exception as error:
+            log.exception("a prompt couldn't be scored")
+            self.tell(job, News(finished=True, error=told(error)))
+            return False
+        return True
+
     def _score(self, job: Job) -> None:
         assert job.score is not None
         ids = torch.tensor([list(job.prompt)], device=self.base.device)
-        plan = Plan([job.way])
-        with self.mixed.following(plan):
+        with self.mixed.following(Plan([job.way], told=[(tuple(job.prompt), ())])):
             logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
         job.prompt_likelihoods += likelihoods(logits.cpu(), list(job.prompt[1:]), job.score)
