@@ -9,12 +9,15 @@ import math
 import openai
 import pytest
 import torch
+from pydantic import ValidationError
 from serving_fixtures import PROMPTS, greedy, random_pool, running, settings, text, with_template
 
 from conftest import make_model, make_tokenizer
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.routers import PHATGOOSE, Single
+from phatgoose.serving.refusals import of_validation
+from phatgoose.serving.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Service
 
 MODELS = {"phatgoose": PHATGOOSE(), "base": None, "b": Single("b"), "phatgoose:top_k=1": PHATGOOSE(top_k=1)}
@@ -316,6 +319,33 @@ def test_what_cannot_be_honoured_is_refused_by_name(server, change, status, says
         )
     assert found.status_code == status, found.text
     assert says in found.json()["error"]["message"]
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "says"),
+    [
+        (CompletionRequest, {"prompt": [*[1] * MANY, None]}, "prompt"),
+        (CompletionRequest, {"prompt": [None] * MANY}, "prompt"),
+        (CompletionRequest, {"prompt": ["a"] * MANY + [1]}, "prompt"),
+        (CompletionRequest, {"prompt": [[1, None]] * MANY}, "prompt"),
+        (CompletionRequest, {"prompt": "a", "user": "me"} | {f"x{i}": 1 for i in range(MANY)}, "unknown parameter 'x0'"),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"{i}": None for i in range(MANY)}}, "logit_bias: it has 50000 entries"),
+        (CompletionRequest, {"prompt": "a", "stop": [None] * MANY}, "stop"),
+        (ChatRequest, {"messages": [None] * 4000}, "messages"),
+        (ChatRequest, {"messages": [{f"x{i}": 1 for i in range(90)}] * 4000}, "messages"),
+        (ChatRequest, {"messages": [{"role": "user", "content": [None] * MANY}]}, "messages"),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_wrong_in_many_places_is_told_of_few(kind, body, says):
+    """Each would be an object, made while nobody else is answered."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    found = refused.value.errors(include_url=False)
+    assert len(found) <= 100
+    assert says in of_validation(list(found)).message
 
 
 @pytest.mark.parametrize(

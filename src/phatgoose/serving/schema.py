@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 IGNORED = frozenset(
     [
@@ -36,7 +36,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((None,), "nothing is searched"),
 }
 """Parameters that would change the answer, what they may be since that changes nothing, and why nothing else."""
-MAX_STOPS, MAX_TOP = 16, 20
+MAX_STOPS, MAX_TOP, MAX_BIASES = 16, 20, 1024
+MANY = 64
+"""Parameters, of which no request knows as many."""
 
 
 def _whole(text: str) -> str:
@@ -52,8 +54,26 @@ Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"it has {len(value)} entries, at most {MAX_BIASES} are taken")
+    return value
+
+
 class Strict(BaseModel):
+    """What isn't as it should be is told by its first error: of a large body there could be hundreds of thousands, each an object,
+    made while nobody else is answered. So lists are read until their first (fail_fast)."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Of many parameters that nobody knows, leaves the first."""
+        if not isinstance(data, dict) or len(data) <= MANY:
+            return data
+        first = next(name for name in data if name not in cls.model_fields)
+        return {name: data[name] for name in data if name in cls.model_fields or name == first}
 
 
 class Extension(Strict):
@@ -84,7 +104,14 @@ class Common(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            BeforeValidator(_few),
+            Field(max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     phatgoose: Extension | None = None
@@ -114,7 +141,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Text | None = Field(None, max_length=256)
     refusal: None = None
     audio: None = None
@@ -130,7 +157,7 @@ class Message(Strict):
 class ChatRequest(Common):
     """A conversation; the tokenizer's chat template makes a prompt of it."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
@@ -143,7 +170,7 @@ class ChatRequest(Common):
         return self
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Common):
@@ -151,9 +178,9 @@ class CompletionRequest(Common):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1)]
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     )
     max_tokens: int | None = Field(16, ge=0)
     echo: bool | None = False
