@@ -15,6 +15,7 @@ from serving_fixtures import PROMPTS, make_pool, running, settings
 from phatgoose.errors import PhatgooseError
 from phatgoose.serving import answers
 from phatgoose.serving.app import make_app
+from phatgoose.serving.prompts import Prompts
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 
@@ -85,6 +86,32 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_queue(make_base, engine,
         assert server.service.engine.running == 1
         first.close()
         server.until(lambda: not server.service.engine.jobs)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_while_its_prompts_are_read_ends_that(make_base, monkeypatch, stream):
+    read = []
+
+    def slowly(self, text):
+        read.append(text)
+        time.sleep(0.05)
+        return [5]
+
+    monkeypatch.setattr(Prompts, "_encode", slowly)
+    with running(Service(make_base("llama"), settings())) as server, server.http() as http:
+        with begun(server, {**LONG, "prompt": ["the"] * 60, "stream": stream}):
+            server.until(lambda: len(read) > 1)
+        server.until(lambda: value(http.get("/metrics").text, "phatgoose_left_total") == 1)
+        known = len(read)
+        time.sleep(0.3)
+        assert len(read) <= known + 1 < 60
+        assert not server.service.engine.jobs
+        # More than are answered are not read at all.
+        read.clear()
+        refused = http.post("/v1/completions", json={**LONG, "prompt": ["the"] * 65})
+        assert refused.status_code == 400
+        assert "65 answers are asked for" in refused.json()["error"]["message"]
+        assert not read
 
 
 def test_bodies_of_more_requests_than_there_are_places_for_are_not_read(make_base):

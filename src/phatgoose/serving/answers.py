@@ -7,9 +7,9 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,6 +23,7 @@ from phatgoose.serving.service import Ask, Service
 from phatgoose.serving.writer import EngineFailure, Piece, Writer, all_pieces, whole
 
 Body = ChatRequest | CompletionRequest
+T = TypeVar("T")
 UNREAD_SECONDS = 30.0
 """How long after a request's time is up its client may take to read what was written."""
 
@@ -38,7 +39,7 @@ async def answer(service: Service, request: Request, body: Body) -> Response:
     deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
     stack = AsyncExitStack()
     try:
-        ask = await _begin(service, body, stack, began, deadline)
+        ask = await _begin(service, request, body, stack, began, deadline)
         form = _form(service, body, ask)
         stack.callback(_note, request, ask, body)
         if body.stream:
@@ -64,12 +65,15 @@ class _Stream(StreamingResponse):
                     await super().__call__(scope, receive, send)
 
 
-async def _begin(service: Service, body: Body, stack: AsyncExitStack, began: float, deadline: float) -> Ask:
+async def _begin(
+    service: Service, request: Request, body: Body, stack: AsyncExitStack, began: float, deadline: float
+) -> Ask:
     """Finds the model and hands over the jobs; leaving the stack takes off what isn't finished."""
     try:
         async with asyncio.timeout_at(deadline):
             found = await stack.enter_async_context(service.catalogue.found(body.model))
-            ask = await service.ask(found, body, began)
+            prompts = await _until_gone(service, request, service.read(body))
+        ask = service.ask(found, body, prompts, began)
     except UnknownName as error:
         raise Refusal(404, str(error)[:500], param="model", code="model_not_found") from None
     except PhatgooseError as error:
@@ -157,8 +161,8 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def _until_gone(service: Service, request: Request, work: Any) -> Response:
-    """What `work` gives; broken off when the client leaves."""
+async def _until_gone(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; broken off when the client leaves, which raises a Refusal."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -166,7 +170,7 @@ async def _until_gone(service: Service, request: Request, work: Any) -> Response
         if task.done():
             return task.result()
         _left(service, request)
-        return Response(status_code=499)
+        raise Refusal(499, "the client left.")
     finally:
         for one in (task, gone):
             one.cancel()

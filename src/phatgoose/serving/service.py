@@ -141,24 +141,32 @@ class Service:
         ages = [time.perf_counter() - job.began for job in self.engine.jobs.values() if job.started]
         return max(1, min(60, round(max(ages, default=1) / max(len(ages), 1))))
 
-    async def ask(self, found: Found, request: Common, began: float) -> Ask:
-        """The jobs of a request, handed to the engine.
+    async def read(self, request: Common) -> list[list[int]]:
+        """The tokens of a request's prompts, one prompt after the other, so that it can be broken off between two.
+
+        Raises:
+            Refusal: there are too many, or one can't be read.
+        """
+        n = request.n or 1
+        if isinstance(request, ChatRequest):
+            self.check_room(n)
+            return [await self.prompts.of_chat(request.messages)]
+        assert isinstance(request, CompletionRequest)
+        self.check_room(len(request.prompts) * n)
+        if request.echo and self.base.is_encoder_decoder:
+            raise Refusal(
+                400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo"
+            )
+        return [await self.prompts.of_text(prompt) for prompt in request.prompts]
+
+    def ask(self, found: Found, request: Common, prompts: list[list[int]], began: float) -> Ask:
+        """The jobs of a request whose prompts were read, handed to the engine.
 
         Raises:
             Refusal: what is asked can't be written.
         """
         chat = isinstance(request, ChatRequest)
-        score = None
-        if isinstance(request, ChatRequest):
-            prompts = [await self.prompts.of_chat(request.messages)]
-        else:
-            assert isinstance(request, CompletionRequest)
-            score = request.logprobs if request.echo else None
-            if request.echo and self.base.is_encoder_decoder:
-                raise Refusal(
-                    400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo"
-                )
-            prompts = [await self.prompts.of_text(prompt) for prompt in request.prompts]
+        score = request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
         n = request.n or 1
         limits = [self.room(request, prompt, chat) for prompt in prompts]
         sampling = self.sampling(request)
