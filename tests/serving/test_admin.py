@@ -18,7 +18,7 @@ from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, runnin
 
 from conftest import hooked, make_model, make_tokenizer
 from phatgoose.experts.packing import pack
-from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool import Pool, add_to_folder
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.routers import PHATGOOSE
@@ -246,6 +246,33 @@ def test_servers_that_share_a_folder_follow_each_other(base, pool, fourth, wante
         (folder / "serving.json").unlink()
         assert other.post("/admin/experts/a/off").status_code == 200
         assert answer(two) == wanted["bc"][PROMPTS[0]]
+
+
+def test_what_is_changed_while_a_server_starts_or_changes_something_is_followed(base, pool, fourth, tmp_path):
+    folder = pool.save(tmp_path / "pool")
+    fourth.save(tmp_path / "d")
+    others = [random_expert(base, tmp_path, name, seed=9) for name in "ef"]
+    read = Pool.load(folder)
+    add_to_folder(folder, others[0])
+    service = Service(base, settings(), pool=read, folder=folder)
+    service.settings.__dict__["follow_seconds"] = 0.05
+    prepared = service.experts.prepared
+
+    async def as_another_adds(pool, off):
+        state = await prepared(pool, off)
+        service.experts.prepared = prepared
+        await asyncio.to_thread(add_to_folder, folder, others[1])  # which no server's lock keeps waiting
+        return state
+
+    def names():
+        return "".join(e["name"] for e in http.get("/admin/experts", headers=HEADERS).json()["experts"])
+
+    with running(service, KEYS) as server, server.http() as http:
+        http.headers.update(HEADERS)
+        server.until(lambda: names() == "abce")
+        service.experts.prepared = as_another_adds
+        assert http.post("/admin/experts", json={"folder": str(tmp_path / "d")}).status_code == 200
+        server.until(lambda: names() == "abcefd")
 
 
 def test_a_folder_that_another_server_is_changing_is_waited_for(base, pool, tmp_path, monkeypatch):

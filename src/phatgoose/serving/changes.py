@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from phatgoose.errors import UnknownName
+from phatgoose.errors import PhatgooseError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.packed import PackedExpert
@@ -26,6 +26,8 @@ STATE = "serving.json"
 """In a pool's folder: which experts are switched off."""
 LOCK, LOCK_SECONDS = ".serving.lock", 60.0
 """Held by the server that changes a folder."""
+UNSEEN = (None, None)
+"""The stamp of a folder that is to be read, whatever it holds."""
 
 
 class Changes:
@@ -48,6 +50,8 @@ class Changes:
         """
         if pool is not None:
             await self.experts.activate(await self.experts.prepared(pool, self._off(pool)))
+            if self.folder is not None and not self._is_of_folder({}):  # changed since the pool was read
+                self._seen = UNSEEN
         elif self.folder is not None:
             await self._read()
 
@@ -168,8 +172,11 @@ class Changes:
             try:
                 if self._stamp() != self._seen:
                     await self._read()
+                before = {entry["name"]: entry for entry in self._entries()}
                 yield
-                self._seen = self._stamp()
+                stamp = self._stamp()
+                # Others than servers don't wait for the lock: what `phatgoose pool add` did meanwhile is still to be read.
+                self._seen = stamp if self._is_of_folder(before) else UNSEEN
             finally:
                 held.release()
 
@@ -203,6 +210,23 @@ class Changes:
                 f'{self.folder / STATE} is damaged: expected {{"off": [names]}}. Repair or delete it.'
             )
         return frozenset(names) & frozenset(pool.names if pool else ())
+
+    def _is_of_folder(self, known: Mapping[str, Any]) -> bool:
+        """Whether the folder holds the experts of memory, those that are `known` as they were."""
+        version = self.experts.state.version
+        names = version.pool.names if version is not None else ()
+        try:
+            there = self._entries()
+        except PhatgooseError:  # it is being damaged, which whoever reads it next says
+            return False
+        same = all(known.get(entry["name"], entry) == entry for entry in there)
+        return same and tuple(entry["name"] for entry in there) == names
+
+    def _entries(self) -> list[Any]:
+        """The folder's list of experts, if there is one."""
+        if self.folder is None or not (self.folder / MANIFEST).exists():
+            return []
+        return list(read_manifest(self.folder)["experts"])
 
     def _stamp(self) -> tuple[tuple[int, ...] | None, ...]:
         """What tells that the folder's list of experts, or of those that are off, was written."""
