@@ -16,9 +16,10 @@ import pytest
 from filelock import FileLock
 from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, running, settings, text
 
+import server_command
 from conftest import hooked, make_model, make_tokenizer
 from phatgoose.experts.packing import pack
-from phatgoose.experts.pool import Pool, add_to_folder
+from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.routers import PHATGOOSE
@@ -195,6 +196,19 @@ def process(folder):
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def test_a_server_starts_again_when_its_last_expert_was_taken_out(base, pool, tmp_path):
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    folder = Pool([pool["a"]]).save(tmp_path / "pool")
+    remove_from_folder(folder, "a")
+    with (
+        server_command.running("serve", "--base", tmp_path / "base", "--pool", folder) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        assert [m.id for m in client.models.list()] == ["base"]
+        assert client.completions.create(model="base", prompt="the", max_tokens=2).usage.completion_tokens
 
 
 def test_what_was_answered_before_a_kill_is_there_after_it(pool, fourth, wanted, tmp_path):

@@ -67,12 +67,15 @@ def command(
     except ModuleNotFoundError as cause:
         raise PhatgooseError(f"the server needs {cause.name}: pip install 'phatgoose[serve]'.") from None
     from phatgoose.cli.loading import load, load_pool
+    from phatgoose.experts.manifest import read_manifest
 
     keys = read_keys(api_keys, admin_key)
     check_host(host, keys)
 
     def made() -> Service:
-        experts = load_pool(pool)
+        # Without experts, since the last was taken out while it ran, the base answers until there are some.
+        empty = pool is not None and not read_manifest(pool)["experts"]
+        experts = None if empty else load_pool(pool)
         model = load(base, dtype, device)
         return Service(
             model, config, pool=experts, folder=pool, router=router, name=name, backend_name=backend
