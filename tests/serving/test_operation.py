@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -243,6 +244,32 @@ def test_an_engine_that_dies_is_seen(make_base, engine):
         with pytest.raises(openai.InternalServerError, match="died"):
             client.completions.create(**LONG)
         assert value(http.get("/metrics").text, "phatgoose_up") == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_those_who_wait_when_an_engine_dies_are_told(make_base):
+    """Also where its thread has begun to die and hasn't said so."""
+    service = Service(make_base("llama"), settings(max_running=2))
+    with running(service) as server, ThreadPoolExecutor(6) as threads:
+        status = service.engine.manager.background_thread_status
+        record = status.record_fatal_error
+        status.record_fatal_error = lambda error: (time.sleep(0.3), record(error))
+
+        def ask(_):
+            with server.http() as http:
+                return http.post("/v1/completions", json=LONG).status_code
+
+        asked = [threads.submit(ask, i) for i in range(6)]
+        server.until(lambda: len(service.engine.jobs) == 6 and service.engine.running == 2)
+
+        def die(*_):
+            raise RuntimeError("dead")
+
+        service.engine.watched = die
+        assert [one.result(timeout=20) for one in asked] == [500] * 6
+        assert not service.engine.jobs
+        assert not service.engine._reserved
+        assert not service.engine.manager.output_router.result_handlers
 
 
 def test_others_go_on_while_a_long_prompt_is_read(make_base):

@@ -120,7 +120,7 @@ class ContinuousEngine(Engine):
             self._waiting.popleft()
             self._reserved[job.id] = need
             self.manager.register_result_handler(job.id, lambda output, job=job: self._take(job, output))
-            self.manager.add_request(
+            taken = self.manager.add_request(
                 list(job.prompt),
                 request_id=job.id,
                 max_new_tokens=job.max_new_tokens,
@@ -128,6 +128,11 @@ class ContinuousEngine(Engine):
                 eos_token_id=sorted(job.ends),
                 job=job,
             )
+            # The thread refuses from when it begins to die, and later says so; what came in between it doesn't see.
+            if taken is None or self.manager.background_thread_status.can_accept_new_requests() is not None:
+                del self.jobs[job.id], self._reserved[job.id]
+                self._unhandled(job)
+                job.tell(News(finished=True, error=self.trouble or "the engine failed"))
 
     def _take(self, job: Job, output: Any) -> None:
         """On the event loop: what transformers delivers after each pass."""
@@ -149,15 +154,19 @@ class ContinuousEngine(Engine):
         if job.id not in self._reserved:
             self._waiting.remove(job)
             return
-        del self._reserved[job.id]
         if cancel:
             self.manager.cancel_request(job.id)
-            router = self.manager.output_router
-            with router._lock:
-                router.result_handlers.pop(job.id, None)
-            while not router.output_queue.empty():  # what was on its way to the handler
-                router.output_queue.get_nowait()
+            self._unhandled(job)
+        del self._reserved[job.id]
         self._admit()
+
+    def _unhandled(self, job: Job) -> None:
+        """Nothing that transformers delivers concerns this job any more."""
+        router = self.manager.output_router
+        with router._lock:
+            router.result_handlers.pop(job.id, None)
+        while not router.output_queue.empty():  # what was on its way to the handler
+            router.output_queue.get_nowait()
 
     def between(self, do: Callable[[], Any]) -> Any:
         if self.manager is None or not self.manager.is_running():
