@@ -48,6 +48,15 @@ def test_draws_have_the_probabilities_that_were_asked_for(temperature, top_p):
     assert (found - only).abs().max() < 4 * math.sqrt(0.25 / n)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_the_smallest_temperatures_are_greedy(temperature, top_p):
+    for logits in (logits_of(), logits_of() - 80, logits_of().masked_fill(logits_of() < 0, -math.inf)):
+        assert set(drawn(Sampling(temperature, top_p), logits, 20)) == {int(logits.argmax())}
+    two = torch.tensor([1.0, 3.0, 3.0, 2.0])
+    assert set(drawn(Sampling(temperature), two, 60)) == {1, 2}
+
+
 def test_a_flat_distribution_needs_more_than_the_head():
     logits = torch.zeros(3 * HEAD)
     found = drawn(Sampling(1.0, 0.9, seed=1), logits, 6000)

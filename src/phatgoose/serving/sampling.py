@@ -78,7 +78,7 @@ class Draw:
         # argmax takes a NaN for the highest.
         if not math.isfinite(float(changed[best])):
             raise ArithmeticError("the model's logits are not finite")
-        token = best if s.temperature == 0 else self._drawn(changed / s.temperature)
+        token = best if s.temperature == 0 else self._drawn(changed.double() - changed[best])
         if s.logprobs is not None:
             self.likelihoods.append(likelihoods(logits[None], [token], s.logprobs)[0])
         self._written[token] = self._written.get(token, 0) + 1
@@ -98,8 +98,11 @@ class Draw:
         return logits
 
     def _drawn(self, logits: Tensor) -> int:
-        """One uniform number a token, so that a seed's draws don't depend on how many tokens could be drawn."""
-        probabilities = torch.softmax(logits.double(), dim=-1)
+        """One uniform number a token, so that a seed's draws don't depend on how many tokens could be drawn.
+
+        logits: float64 [V], the highest 0, which stays 0 over any temperature; the others may become minus infinity.
+        """
+        probabilities = torch.softmax(logits / self.settings.temperature, dim=-1)
         place = torch.rand(1, generator=self._random, dtype=torch.float64)
         order = None
         if self.settings.top_p < 1:
