@@ -219,6 +219,18 @@ def test_log_probabilities(server, client):
     assert tokens == found.tokens
 
 
+def test_an_echo_alone_ends_once(client):
+    """Though a token was written, and shown in a piece before the last."""
+    ask = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 0, "echo": True, "logit_bias": {"70": 100}}
+    for logprobs in (None, 1):
+        parts = [p.choices[0] for p in client.completions.create(**ask, stream=True, n=2, logprobs=logprobs)]
+        for index in (0, 1):
+            mine = [p for p in parts if p.index == index]
+            assert [p.finish_reason for p in mine] == [None] * (len(mine) - 1) + ["length"]
+            assert len(mine) == 2
+            assert "".join(p.text for p in mine) == PROMPTS[0]
+
+
 def test_the_scores_of_an_echo_are_one_pass(server, parts, client):
     ids = server.base.tokenizer(PROMPTS[1])["input_ids"]
     found = client.completions.create(

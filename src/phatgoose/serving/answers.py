@@ -123,7 +123,7 @@ def _cut(body: Body, piece: Piece, writer: Writer) -> Piece:
     if not isinstance(body, CompletionRequest) or body.max_tokens != 0:
         return piece
     writer.tokens = 0
-    return Piece("", (), "length")
+    return Piece("", (), piece.finish and "length")
 
 
 async def _events(
