@@ -11,17 +11,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from unittest import mock
 
+import httpx2
 import openai
 import pytest
+import uvicorn
 from serving_fixtures import running, settings
 
 from phatgoose.serving.app import make_app
 from phatgoose.serving.guard import Keys
 from phatgoose.serving.job import ServingError
 from phatgoose.serving.logs import Lines, log
-from phatgoose.serving.run import LOCAL_NAMES, check_host, is_local, read_keys
+from phatgoose.serving.run import LOCAL_NAMES, check_host, is_local, names_of, read_keys, serve
 from phatgoose.serving.service import Service
 
 ASK = {"prompt": "the", "max_tokens": 2}
@@ -30,6 +34,12 @@ ASK = {"prompt": "the", "max_tokens": 2}
 @pytest.fixture
 def base(make_base):
     return make_base("llama")
+
+
+@pytest.fixture
+def server(base):
+    with running(Service(base, settings())) as found:
+        yield found
 
 
 def test_keys(base):
@@ -131,11 +141,79 @@ def test_other_machines_need_a_key(host, local):
 
 
 def test_names_of_other_places_are_refused_where_there_is_no_key(base):
-    with running(Service(base, settings()), hosts=LOCAL_NAMES) as server, server.http() as http:
-        for host in ("localhost", "127.0.0.1:99", "LOCALHOST", "[::1]:8000", "[::1]"):
+    names = names_of(*LOCAL_NAMES, "127.0.0.2")
+    with running(Service(base, settings()), hosts=names) as server, server.http() as http:
+        for host in ("localhost", "127.0.0.1:99", "LOCALHOST", "[::1]:8000", "[::1]", "127.0.0.2:8000"):
             assert http.get("/ready", headers={"host": host}).status_code == 200, host
         for host in ("evil.example", "localhost.evil.example", "127.0.0.1@evil.example", "", "[::1].evil"):
             assert http.get("/ready", headers={"host": host}).status_code in (400, 403), host
+
+
+def test_a_server_answers_where_it_was_told_to_listen(base):
+    """Also at another of this machine's own addresses."""
+    said, told, ended = [], threading.Event(), []
+    service = Service(base, settings())
+
+    def ready(address):
+        said.append(address)
+        told.set()
+
+    def run():
+        with mock.patch.object(uvicorn.Server, "run", held):
+            serve(service, "127.0.0.2", 0, ready=ready)
+
+    def held(server):
+        ended.append(server)
+        asyncio.run(server.serve())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert told.wait(30)
+        assert httpx2.get(f"{said[0]}/ready").status_code == 200
+        assert httpx2.get(f"{said[0]}/ready", headers={"host": "evil.example"}).status_code == 403
+    finally:
+        ended[0].should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/models", "/health"])
+@pytest.mark.parametrize("end", ["%0A", "%0a%0A", "%00", "%7F", "%0D"])
+def test_paths_with_control_characters_lead_nowhere(server, path, end):
+    with server.http() as http:
+        for method in ("GET", "POST"):
+            assert http.request(method, path + end, json=ASK).status_code == 404
+
+
+def test_a_head_that_is_never_finished_is_not_waited_for(base):
+    with running(Service(base, settings(body_seconds=1))) as server:
+        whole = b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n"
+        for begin in (b"", b"GET /ready HT", whole, whole + whole[:9]):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+                began = time.monotonic()
+                slow.sendall(begin)
+                answered = b""
+                with contextlib.suppress(ConnectionError):
+                    while got := slow.recv(1000):
+                        answered += got
+                        if begin == whole and answered.endswith(
+                            b"}"
+                        ):  # one byte after the other doesn't prolong it
+                            slow.sendall(b"G")
+                            time.sleep(0.6)
+                            slow.sendall(b"E")
+                            begin = b"begun"
+                assert answered.count(b" 200 ") == (begin.startswith(whole) or begin == b"begun")
+                assert time.monotonic() - began < 10
+        # What takes long behind its head isn't cut off.
+        with server.client() as client:
+            ask = {"model": "base", "prompt": "the", "max_tokens": 480, "logit_bias": {"1": -100}}
+            times = 0
+            began = time.monotonic()
+            while time.monotonic() - began < 1.5:
+                assert client.completions.create(**ask).usage.completion_tokens == 480
+                times += 1
+            assert times
 
 
 def test_large_slow_and_strange_bodies(base):

@@ -25,6 +25,7 @@ OPEN = ("/health", "/ready")
 ANSWERS = ("/v1/completions", "/v1/chat/completions")
 PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions"})  # fmt: skip
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]+)?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -120,6 +121,10 @@ class Guard:
                 raise Refusal(
                     403, "this server answers to local names only; start it with a key to change that."
                 )
+        if _CONTROL.search(
+            call.path
+        ):  # a route matches a path before a line's end, too, which is compared here
+            raise Refusal(404, "Not Found")
         given = call.header(b"authorization")
         scheme, _, key = (given or "").partition(" ")
         self.keys.check(call.path, key.strip() if scheme.lower() == "bearer" else None)

@@ -16,10 +16,11 @@ from phatgoose.serving.app import make_app
 from phatgoose.serving.guard import Keys
 from phatgoose.serving.job import ServingError
 from phatgoose.serving.logs import log, set_up
+from phatgoose.serving.protocol import protocol
 from phatgoose.serving.service import Service
 
 API_KEYS, ADMIN_KEY = "PHATGOOSE_API_KEY", "PHATGOOSE_ADMIN_KEY"
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 SHORTEST = 8
 """Characters of a key."""
 
@@ -32,6 +33,12 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def names_of(*hosts: str) -> frozenset[str]:
+    """These hosts as a request's Host header names them."""
+    bare = [host.strip().strip("[]").lower() for host in hosts]
+    return frozenset(f"[{host}]" if ":" in host else host for host in bare)
 
 
 def read_keys(api: Path | None, admin: Path | None) -> Keys:
@@ -105,7 +112,7 @@ def uvicorn_config(
         make_app(service, keys, hosts),
         host=host,
         port=port,
-        http="h11",  # which bounds a request's head, and is always there
+        http=protocol(service.settings.body_seconds),
         access_log=False,
         log_config=None,
         server_header=False,
@@ -131,7 +138,7 @@ def serve(
     """
     keys = keys or Keys()
     check_host(host, keys)
-    hosts = LOCAL_NAMES if is_local(host) and not keys.api else None
+    hosts = names_of(*LOCAL_NAMES, host) if is_local(host) and not keys.api else None
     set_up()
     server = Server(uvicorn_config(service, keys, hosts, host, port), service, ready)
     log.info(

@@ -32,7 +32,7 @@ class ServeSettings:
     drain_seconds: float = 60.0
     """How long requests may go on when the server is told to end."""
     body_seconds: float = 30.0
-    """How long a client may take to send its request."""
+    """How long a client may take to send its request's head, and again its body."""
     max_body_bytes: int = 2 * 2**20
     """Larger requests are refused with status 413."""
     max_routers: int = 8
