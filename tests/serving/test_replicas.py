@@ -90,6 +90,17 @@ def test_the_deployment_file_fits():
         ReplicaSettings(base="x", pools="y")
 
 
+def test_without_a_key_names_of_other_places_are_refused():
+    from phatgoose.serving.guard import Keys
+    from phatgoose.serving.replicas import ReplicaSettings
+
+    assert ReplicaSettings(base="x").names(Keys()) == {"localhost", "127.0.0.1", "[::1]"}
+    own = ReplicaSettings(base="x", hosts="models.example, ::1")
+    assert own.names(Keys()) == {"models.example", "[::1]"}
+    assert own.names(Keys.of(["an-api-key"])) is None
+    assert ReplicaSettings(base="x", hosts="*").names(Keys()) is None
+
+
 def test_one_of_two_replicas_is_killed_under_load(cluster):
     url, wanted, folder = cluster
     assert len(replicas()) == 2

@@ -14,8 +14,9 @@ from ray import serve
 
 from phatgoose.serving.apart import apart
 from phatgoose.serving.app import make_app
+from phatgoose.serving.guard import Keys
 from phatgoose.serving.logs import set_up
-from phatgoose.serving.run import read_keys
+from phatgoose.serving.run import LOCAL_NAMES, names_of, read_keys
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 
@@ -37,8 +38,15 @@ class ReplicaSettings(BaseModel):
     cpus: float = Field(1.0, gt=0)
     """Cores that Ray reserves for a replica."""
     gpus: float = Field(0.0, ge=0)
+    hosts: str = ",".join(LOCAL_NAMES)
+    """Names under which replicas answer where there is no key, with commas between: as clients call Ray's proxy. *: any, which lets pages
+    in browsers that can reach it in under names of their own."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Of each replica's server: fields of ServeSettings. They follow each other's changes of the folder within `follow_seconds`, 2."""
+
+    def names(self, keys: Keys) -> frozenset[str] | None:
+        """What a request's Host header may say; None: anything."""
+        return None if keys.api or self.hosts.strip() == "*" else names_of(*self.hosts.split(","))
 
     def limits(self) -> ServeSettings:
         return ServeSettings(**{"follow_seconds": 2.0, **self.settings})
@@ -59,7 +67,8 @@ def app(args: ReplicaSettings) -> serve.Application:
 
     def build() -> Any:
         set_up()
-        return make_app(make_service(args), read_keys(None, None))
+        keys = read_keys(None, None)
+        return make_app(make_service(args), keys, args.names(keys))
 
     class Replica:
         app: Any
