@@ -22,11 +22,23 @@ class Example:
     `choices`, if given, are the answer choices in order; every target is one of them and the row is scored
     by rank classification. Without choices the row is scored by exact match of a greedy generation.
     Neither choices nor targets start with a space: the space between prompt and answer is added on encoding.
+    `group` names the raw row that a prompt shows, where the source shows one under several prompts: examples of one group aren't
+    independent. It is no part of what an example is: equality and a task's hash pass over it.
     """
 
     input: str
     targets: tuple[str, ...]
     choices: tuple[str, ...] | None = None
+    group: str | None = field(default=None, compare=False, repr=False)
+
+
+def groups_of(examples: Sequence[Example]) -> tuple[int, ...]:
+    """For each example the number of its group, in order of first appearance; one without a group is one by itself."""
+    numbers: dict[Any, int] = {}
+    return tuple(
+        numbers.setdefault(place if e.group is None else e.group, len(numbers))
+        for place, e in enumerate(examples)
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import cache_folder
 from phatgoose.tasks import pools_bigbench, pools_flan, suites
 from phatgoose.tasks.bbh import NAMES
+from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks.entries import (
     Entry,
     check_apart,
@@ -24,7 +25,7 @@ from phatgoose.tasks.pools import POOLS, pool_entries
 from phatgoose.tasks.prompted import choose
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.suites import SUITES, suite
-from phatgoose.tasks.templates import SHA256
+from phatgoose.tasks.templates import SHA256, templates
 
 
 @pytest.mark.parametrize(("name", "count"), [("t0-held-in", 36), ("flan", 166), ("bigbench", 73)])
@@ -200,6 +201,75 @@ def test_validation_is_taken_behind_the_test_rows(tmp_path):
         assert (len(found.test), len(found.validation)) == left
         assert found.test + found.validation == task.test
         assert with_validation(found, 5, 5) == found
+
+
+PROMPTS = """
+dataset: super_glue/cb
+templates:
+"""
+PROMPT = """  {n}: !Template
+    answer_choices: null
+    id: {n}
+    jinja: 'Prompt {n} of {{{{a}}}}. ||| {{{{b}}}}'
+    metadata: !TemplateMetadata {{original_task: true}}
+    name: p{n}
+    reference: ''
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    folder = tmp_path / "prompts/super_glue/cb"
+    folder.mkdir(parents=True)
+    (folder / "templates.yaml").write_text(PROMPTS + "".join(PROMPT.format(n=n) for n in range(5)))
+    monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "prompts"))
+    templates.cache_clear()
+    yield
+    templates.cache_clear()
+
+
+@pytest.mark.parametrize("rendered", [False, True])
+def test_no_raw_row_is_measured_and_chosen_on(tmp_path, prompts, rendered):
+    rows = [{"a": f"row {i}", "b": "yes"} for i in range(20)]
+    if rendered:
+        rows = [
+            {"template": f"p{n}", "i": i, "prompt": f"Prompt {n} of row {i}.", "completion": "yes"}
+            for i in range(20)
+            for n in range(5)
+        ]
+    write(tmp_path / "super_glue_cb.validation.jsonl", rows)
+    one = entry("prompted:super_glue/cb?test=validation")
+    task = load_entry(one, folders={"prompted": tmp_path})
+    assert len(task.test) == 100
+    assert len(set(groups_of(task.test))) == 20
+    assert all(
+        len({e.input.partition(" of ")[2] for e in task.test if e.group == g}) == 1
+        for g in {e.group for e in task.test}
+    )
+    for test_rows in (5, 20, 60, 100):
+        found = with_validation(task, test_rows, 16)
+        shown = [{e.input.partition(" of ")[2] for e in s} for s in (found.test, found.validation)]
+        assert not shown[0] & shown[1]
+        assert found.validation
+        if len({e.group for e in task.test[:test_rows]}) <= 18:
+            assert found.test == task.test[:test_rows]  # what is measured doesn't hang on choosing
+        else:
+            assert len(found.test) == min(test_rows, 90)
+        assert with_validation(found, 5, 5) == found
+
+
+def test_a_lone_raw_row_leaves_nothing_to_choose_on(tmp_path, prompts):
+    write(tmp_path / "super_glue_cb.validation.jsonl", [{"a": "it", "b": "yes"}])
+    task = load_entry(entry("prompted:super_glue/cb?test=validation"), folders={"prompted": tmp_path})
+    assert with_validation(task, 3, 2) == task
+    assert not task.validation
+
+
+def test_groups_are_no_part_of_what_a_task_is(tmp_path):
+    plain, grouped = Example("x", ("y",)), Example("x", ("y",), group="1")
+    assert plain == grouped
+    assert Task("t", (), (), (plain,)).hash == Task("t", (), (), (grouped,)).hash
+    assert groups_of([plain, grouped, plain, grouped]) == (0, 1, 2, 1)
 
 
 def test_a_folder_under_a_sources_name_is_that_sources_also_for_a_suite_of_the_name():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phatgoose.errors import TaskError
-from phatgoose.records import SPLITS, Example, SplitName, Task
+from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
 from phatgoose.tasks.load import SOURCES, load_task
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
@@ -56,19 +56,22 @@ def load_entry(
     folders: Folders | None = None,
     fractions: Fractions | None = None,
     limit: int | Mapping[SplitName, int] | None = None,
+    needed: int | None = None,
 ) -> Task:
     """The entry as one Task, named after the entry; several specs' rows are put together, a prompt in one split only.
 
     Args:
         group: the pool or suite it is of; a folder given for that goes before a folder of the source (`folder_for`).
+        needed: how many rows of a split are wanted, for sources that render each; None: the largest `limit`.
 
     Raises:
         TaskError, UnknownName, DownloadError: as `load_task`.
     """
     fractions, parts = fractions or Fractions(), []
+    most = needed or (limit if isinstance(limit, int) else max((limit or {}).values(), default=0))
     for spec in entry.specs:
         folder = folder_for(spec, group, folders or {})
-        parts.append(load_task(_capped(spec, limit), folder=folder, fractions=fractions, limit=limit))
+        parts.append(load_task(_capped(spec, most), folder=folder, fractions=fractions, limit=limit))
     if len(parts) == 1:
         source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
     else:
@@ -112,23 +115,33 @@ def check_apart(
 
 
 def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
-    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows.
+    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows, which are in random order.
 
-    Where that is less than `validation_rows`, up to 3 of 10 rows. Test rows are in random order; where a row is shown under several
-    prompts, its other prompts may be on the other side.
+    Where that is less than `validation_rows`, up to 3 of 10 rows. Where raw rows are shown under several prompts, no raw row is on
+    both sides: the validation rows are all prompts of the raw rows that the test rows leave, of which 1 in 10 is set aside if
+    they leave fewer. These may be less than `validation_rows`; a lone raw row leaves none.
     """
     if task.validation or len(task.test) < 2:
         return task
-    rows = len(task.test)
-    kept = min(test_rows, max(1, rows * 7 // 10, rows - max(1, validation_rows)))
-    source = task.source | {"validation": "rows behind the test rows"}
-    return replace(task, test=task.test[:kept], validation=task.test[kept:], source=source)
+    rows, raw = task.test, list(dict.fromkeys(groups_of(task.test)))
+    if len(raw) == len(rows):
+        kept = min(test_rows, max(1, len(rows) * 7 // 10, len(rows) - max(1, validation_rows)))
+        test, rest, behind = rows[:kept], rows[kept:], "rows behind the test rows"
+    else:
+        shown = len(set(groups_of(rows[:test_rows])))
+        measured = set(raw[: min(shown, max(1, min(len(raw) - 1, len(raw) * 9 // 10)))])
+        sides = [group in measured for group in groups_of(rows)]
+        test = tuple(e for e, in_test in zip(rows, sides, strict=True) if in_test)[:test_rows]
+        rest = tuple(e for e, in_test in zip(rows, sides, strict=True) if not in_test)
+        behind = "raw rows behind the test rows'"
+    if not rest:
+        return task
+    return replace(task, test=test, validation=rest, source=task.source | {"validation": behind})
 
 
-def _capped(spec: str, limit: int | Mapping[SplitName, int] | None) -> str:
+def _capped(spec: str, most: int) -> str:
     """Rendering every row under every prompt is slow: sources that can are told how many rows are wanted at most."""
     parsed = split_spec(spec)
-    most = limit if isinstance(limit, int) else max((limit or {}).values(), default=0)
     if parsed.source not in ("prompted", "flan") or "rows" in parsed.options or not most:
         return spec
     # Ten times as many, since duplicates go and splits are carved out of these.
@@ -136,7 +149,15 @@ def _capped(spec: str, limit: int | Mapping[SplitName, int] | None) -> str:
 
 
 def _union(entry: Entry, parts: Sequence[Task], fractions: Fractions) -> Task:
-    own: dict[SplitName, list[Example]] = {name: [e for t in parts for e in t.split(name)] for name in SPLITS}
+    own: dict[SplitName, list[Example]] = {
+        name: [_of_part(e, number) for number, t in enumerate(parts) for e in t.split(name)]
+        for name in SPLITS
+    }
     source = {"spec": " + ".join(entry.specs), "source": "union", "parts": [t.source for t in parts]}
     source["prompt_style"] = "each part's own"
     return build_task(entry.name, own, source, fractions)
+
+
+def _of_part(example: Example, number: int) -> Example:
+    """Raw rows of two parts may have one number."""
+    return example if example.group is None else replace(example, group=f"{number} {example.group}")

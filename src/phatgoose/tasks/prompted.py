@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     data = _local(spec, folder) if folder is not None else _hub(spec)
     dropped: Counter[str] = Counter()
     own = {
-        name: _prompted(spec, rows, chosen, most, dropped)
+        name: [replace(e, group=f"{name} {e.group}") for e in _prompted(spec, rows, chosen, most, dropped)]
         for name, rows in _carved(data, fractions).items()
         if len(rows)
     }
@@ -145,6 +146,7 @@ def _carved(data: dict[SplitName, Rows], fractions: Fractions) -> dict[SplitName
 def _prompted(
     spec: TaskSpec, rows: Rows, chosen: Sequence[Template], most: int, dropped: Counter[str]
 ) -> list[Example]:
+    """Examples of one split's rows, each with its raw row's number as its group."""
     if "template" in rows[0] and "completion" in rows[0]:
         return list(_rendered(rows, spec, chosen, most, dropped))
     examples = []
@@ -155,7 +157,7 @@ def _prompted(
         if isinstance(made, str):
             dropped[made] += 1
         else:
-            examples.append(made)
+            examples.append(replace(made, group=str(number // len(chosen))))
     return examples
 
 
@@ -195,7 +197,8 @@ def _rendered(
     for number in _sample(len(kept), most):
         prompt, target = str(kept[number].get("prompt") or ""), str(kept[number].get("completion") or "")
         if prompt.strip() and target.strip():
-            yield make_example(prompt, [target])
+            raw = kept[number].get("i", f"line {number}")  # without its raw row's number, a row is by itself
+            yield replace(make_example(prompt, [target]), group=str(raw))
         else:
             dropped["empty_target"] += 1
 

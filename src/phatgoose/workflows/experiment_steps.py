@@ -20,7 +20,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
-from phatgoose.records import Task
+from phatgoose.records import Task, groups_of
 from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
 from phatgoose.tasks.entries import Entry, load_entry, with_validation
@@ -83,11 +83,13 @@ class Lab:
     def _unseen(self, suite: str, entry: Entry) -> Task:
         measure = self.recipe.measure
         most = measure.test_rows + measure.choice_rows
-        limit = {"train": 0, "validation": measure.choice_rows, "test": most}
         task = load_entry(
-            entry, group=suite, folders=self.recipe.folders, fractions=UNSEEN_FRACTIONS, limit=limit  # type: ignore[arg-type]
+            entry, group=suite, folders=self.recipe.folders, fractions=UNSEEN_FRACTIONS, needed=most,
+            limit={"train": 0, "validation": measure.choice_rows},
         )  # fmt: skip
-        return with_validation(task, measure.test_rows, measure.choice_rows)
+        # All test rows are looked through: a raw row that isn't measured may be far behind those that are.
+        task = with_validation(task, measure.test_rows, measure.choice_rows)
+        return replace(task, test=task.test[:most], validation=task.validation[: measure.choice_rows])
 
     def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
         if name == MULTITASK:
@@ -147,11 +149,13 @@ def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, An
             task = here.task(suite, entry.name)
             if not task.test or (suite == IN_POOL and not task.train):
                 raise PhatgooseError(f"it has {len(task.test)} test and {len(task.train)} training rows.")
-            lost = loss(here.base.tokenizer, task)
+            lost, measure = loss(here.base.tokenizer, task), here.recipe.measure
+            test, choice = task.test[: measure.test_rows], task.validation[: measure.choice_rows]
             found[entry.name] = {
                 "spec": " + ".join(entry.specs), "hash": task.hash, "train_rows": len(task.train),
-                "test_rows": min(len(task.test), here.recipe.measure.test_rows), "metric": entry.metric, "note": entry.note,
-                "choice_rows": min(len(task.validation), here.recipe.measure.choice_rows), "source": without_paths(task.source),
+                "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric, "note": entry.note,
+                "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
+                "source": without_paths(task.source),
                 "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
             }  # fmt: skip
         except PhatgooseError as error:
