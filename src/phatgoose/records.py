@@ -167,6 +167,13 @@ class TaskScore:
     predictions: tuple[Prediction, ...] = field(default=(), repr=False)
     truncated_rows: int = 0
     """Rows whose prompt was cut from the left to fit the model's context (or a given limit)."""
+    groups: tuple[int, ...] = field(default=(), repr=False)
+    """For each prediction the number of its raw row (`Example.group`), where several show one; empty: each is by itself."""
+
+    @property
+    def raw_rows(self) -> int:
+        """How many different raw rows there are: what counts as independent."""
+        return len(set(self.groups)) or self.rows
 
 
 @dataclass(frozen=True)

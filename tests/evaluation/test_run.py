@@ -183,3 +183,20 @@ def test_nan_names_task_and_row(make_base, kind):
     base.model.get_input_embeddings().weight.data[base.tokenizer("@").input_ids] = float("nan")
     with pytest.raises(EvaluationError, match=r"'broken', test split, row 6: .*not finite"):
         evaluate(base, replace(task, test=tuple(examples)))
+
+
+def test_rows_of_one_raw_row_are_counted_as_one(make_base):
+    base, task = make_base("llama"), make_task()
+    grouped = replace(task, test=tuple(replace(e, group=str(i // 3)) for i, e in enumerate(task.test)))
+    plain, found = evaluate(base, task)["ranked"], evaluate(base, grouped)["ranked"]
+    assert (plain.groups, plain.raw_rows) == ((), 21)
+    assert (found.groups, found.raw_rows) == (tuple(i // 3 for i in range(21)), 7)
+    assert (found.predictions, found.mean, found.task_hash) == (
+        plain.predictions,
+        plain.mean,
+        plain.task_hash,
+    )
+    hits = [float(p.correct) for p in found.predictions]
+    assert (found.low, found.high) == bootstrap_interval(hits, groups=found.groups)
+    single = replace(task, test=tuple(replace(e, group=str(i)) for i, e in enumerate(task.test)))
+    assert evaluate(base, single)["ranked"] == plain

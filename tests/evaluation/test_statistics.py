@@ -114,3 +114,45 @@ def test_holm_by_hand():
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
     assert holm([0.02]) == [0.02]
+
+
+def test_rows_that_belong_together_are_drawn_together():
+    # Ten groups of ten equal rows say no more than ten rows do.
+    one = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    many, groups = np.repeat(one, 10), np.repeat(np.arange(10), 10)
+    assert bootstrap_interval(many, groups=groups.tolist()) == pytest.approx(bootstrap_interval(one))
+    assert bootstrap_interval(many)[0] > bootstrap_interval(one)[0]
+    zeros, twice = np.zeros(100), [groups.tolist()]
+    assert paired_difference([many], [zeros], groups=twice) == pytest.approx(
+        paired_difference([one], [zeros[:10]])
+    )
+    assert paired_p_value([many], [1 - many], groups=twice) == paired_p_value([one], [[1 - x for x in one]])
+
+
+def test_a_resample_is_the_mean_of_all_rows_of_the_groups_it_draws():
+    values, groups = [1.0, 1.0, 1.0, 0.0], [7, 7, 7, 3]
+    # Both groups: 3/4; one of them twice, a quarter of resamples each: 0 or 1.
+    assert bootstrap_interval(values, groups=groups, level=0.6, resamples=40_000) == (0.0, 1.0)
+    mean = suite_interval([values], groups=[groups], level=0.01, resamples=40_000)
+    assert mean == (0.75, 0.75)
+
+
+def test_the_intervals_cover_as_often_as_they_say_where_raw_rows_decide():
+    draws, covered = np.random.default_rng(0), np.zeros(2)
+    for _ in range(300):
+        groups = np.sort(np.concatenate([np.arange(40), draws.integers(0, 40, 60)]))
+        values = (draws.random(40) < 0.5)[groups].astype(float)
+        for place, belongs in enumerate(((), groups.tolist())):
+            low, high = bootstrap_interval(values, groups=belongs, resamples=400)
+            covered[place] += low <= 0.5 <= high
+    assert covered[1] / 300 > 0.9
+    assert covered[0] / 300 < 0.85
+
+
+def test_groups_of_single_rows_change_nothing_and_others_must_fit():
+    values = np.random.default_rng(1).random(13)
+    assert bootstrap_interval(values, groups=range(13)) == bootstrap_interval(values)
+    with pytest.raises(EvaluationError, match="groups of 2 rows don't fit a task of 13"):
+        bootstrap_interval(values, groups=[0, 0])
+    with pytest.raises(EvaluationError, match="groups for 1 tasks, and 2 tasks"):
+        suite_interval([values, values], groups=[()])

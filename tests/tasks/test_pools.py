@@ -8,9 +8,9 @@ import pytest
 
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import cache_folder
+from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks import pools_bigbench, pools_flan, suites
 from phatgoose.tasks.bbh import NAMES
-from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks.entries import (
     Entry,
     check_apart,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -55,3 +57,17 @@ def test_groups_and_comparisons():
     (one,) = comparisons(t, groups, "ours", ["base"])
     assert one["difference"] == pytest.approx(0.6)
     assert 0 < one["low"] < 0.6 < one["high"]
+
+
+def test_rows_of_one_raw_row_make_wider_intervals():
+    t = table(base=BASE, oracle=ORACLE, ours=OURS)
+    groups = (0, 0, 0, 0, 0, 1, 2, 3, 4, 5)
+    grouped = {n: {k: replace(s, groups=groups) for k, s in row.items()} for n, row in t.items()}
+    plain, found = (recovered(x, ["a", "b"], "ours") for x in (t, grouped))
+    assert found["share"] == plain["share"]
+    assert found["high"] - found["low"] > plain["high"] - plain["low"]
+    (one,), (other,) = (comparisons(x, {"in-pool": ["a", "b"]}, "ours", ["base"]) for x in (t, grouped))
+    assert one["difference"] == other["difference"]
+    assert other["high"] - other["low"] > one["high"] - one["low"]
+    means = [group_means(x["ours"], {"in-pool": ["a", "b"]})["in-pool"] for x in (t, grouped)]
+    assert means[1]["low"] < means[0]["low"]

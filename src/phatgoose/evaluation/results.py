@@ -32,7 +32,10 @@ def scores_from_json(data: Any) -> Scores:
 
 def _task(data: Any) -> TaskScore:
     predictions = tuple(_prediction(p) for p in _list(data, "predictions", "a task's score"))
-    task = _record(TaskScore, {**data, "predictions": predictions})
+    groups = tuple(_list(data, "groups", "a task's score")) if "groups" in data else ()
+    if not all(isinstance(g, int) for g in groups):
+        raise EvaluationError("a task's score has groups that are no whole numbers.")
+    task = _record(TaskScore, {**data, "predictions": predictions, "groups": groups})
     if task.split not in SPLITS:
         raise EvaluationError(
             f"task {task.task!r}: unknown split {task.split!r}, known: {', '.join(SPLITS)}."
@@ -41,6 +44,8 @@ def _task(data: Any) -> TaskScore:
         raise EvaluationError(
             f"task {task.task!r} says {task.rows} rows and holds {len(predictions)} predictions."
         )
+    if groups and len(groups) != task.rows:
+        raise EvaluationError(f"task {task.task!r} has groups for {len(groups)} of {task.rows} rows.")
     return task
 
 

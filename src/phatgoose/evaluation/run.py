@@ -17,7 +17,7 @@ from phatgoose.evaluation.rouge import graded
 from phatgoose.evaluation.rows import encode
 from phatgoose.evaluation.statistics import bootstrap_interval, suite_interval
 from phatgoose.models.base import Base, as_base
-from phatgoose.records import SPLITS, Example, Prediction, Scores, SplitName, Task, TaskScore
+from phatgoose.records import SPLITS, Example, Prediction, Scores, SplitName, Task, TaskScore, groups_of
 from phatgoose.registry import unknown
 from phatgoose.tasks.batch import pad_id
 
@@ -59,7 +59,9 @@ def evaluate(
         scores = tuple(
             _task_score(base, t, split, rows, config, tell) for t, rows in zip(tasks, chosen, strict=True)
         )
-    low, high = suite_interval([_hits(s.predictions) for s in scores], **_bootstrap(config))
+    low, high = suite_interval(
+        [_hits(s.predictions) for s in scores], groups=[s.groups for s in scores], **_bootstrap(config)
+    )
     return Scores(scores, sum(s.mean for s in scores) / len(scores), low, high)
 
 
@@ -103,12 +105,14 @@ def _task_score(
         predictions, truncated = predict(base, examples, config, done, metric)
     except EvaluationError as error:
         raise EvaluationError(f"task {task.name!r}, {split} split, {error}") from error
-    hits = _hits(predictions)
-    low, high = bootstrap_interval(hits, **_bootstrap(config))
+    hits, groups = _hits(predictions), groups_of(examples)
+    groups = groups if len(set(groups)) < len(groups) else ()
+    low, high = bootstrap_interval(hits, groups=groups, **_bootstrap(config))
     kinds = {(metric or MATCH) if example.choices is None else RANK for example in examples}
     return TaskScore(
         task=task.name, split=split, metric=" / ".join(sorted(kinds)), mean=sum(hits) / len(hits), low=low, high=high,
         rows=len(hits), task_hash=task.hash, predictions=tuple(predictions), truncated_rows=truncated,
+        groups=groups,
     )  # fmt: skip
 
 

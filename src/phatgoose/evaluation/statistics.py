@@ -3,6 +3,9 @@
 A resample draws each task's rows with replacement, task by task (stratified), and takes the unweighted mean of the
 tasks' means. The interval speaks about the choice of rows only, not about seeds, prompts or other tasks. Where all
 rows agree, one row included, it has no width: the data show no spread, which is not the same as certainty.
+
+Rows that show one raw row under several prompts are no independent draws. Where a task's `groups` say which rows belong
+together, whole groups are drawn, as many as there are, and a resample's mean is that of all rows in them.
 """
 
 from __future__ import annotations
@@ -16,35 +19,45 @@ from phatgoose.errors import EvaluationError
 
 _CHUNK = 2**22  # row numbers drawn at a time: bounds the memory of a large task
 
+Groups = Sequence[int]
+"""For each row of a task the number of the group that it is drawn with; empty: every row by itself."""
+
 
 def bootstrap_interval(
-    values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: ArrayLike,
+    *,
+    groups: Groups = (),
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """(low, high) of the mean of `values` [rows], e.g. 1.0 for a right answer and 0.0 for a wrong one.
 
     Raises:
         EvaluationError: if there are no values, one is not finite, or a setting is out of range.
     """
-    return suite_interval([values], level=level, resamples=resamples, seed=seed)
+    return suite_interval([values], groups=[groups], level=level, resamples=resamples, seed=seed)
 
 
 def suite_interval(
-    tasks: Sequence[ArrayLike], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    tasks: Sequence[ArrayLike],
+    *,
+    groups: Sequence[Groups] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """(low, high) of the unweighted mean over tasks; `tasks` holds one array [rows] for each, of any lengths.
 
     Raises:
-        EvaluationError: if there is no task, a task has no values, or as in `bootstrap_interval`.
+        EvaluationError: if there is no task, a task has no values, groups don't fit the rows, or as in `bootstrap_interval`.
     """
     if not 0 < level < 1:
         raise EvaluationError(f"an interval's level must lie between 0 and 1, got {level}.")
     if resamples < 1:
         raise EvaluationError(f"a bootstrap needs at least one resample, got {resamples}.")
     arrays = _arrays(tasks)
-    means = np.zeros(resamples)
-    for number, values in enumerate(arrays):
-        # A stream of random numbers for each task, so that a task's draws don't depend on the ones before it.
-        means += _resampled_means(values, resamples, np.random.default_rng([seed, number]))
+    means = _totals(arrays, groups, resamples, seed)
     low, high = np.quantile(means / len(arrays), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -53,6 +66,7 @@ def paired_difference(
     a: Sequence[ArrayLike],
     b: Sequence[ArrayLike],
     *,
+    groups: Sequence[Groups] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -72,12 +86,17 @@ def paired_difference(
             f"a paired difference needs the same rows on both sides, got {shapes[0]} and {shapes[1]} rows."
         )
     differences = [x - y for x, y in zip(first, second, strict=True)]
-    low, high = suite_interval(differences, level=level, resamples=resamples, seed=seed)
+    low, high = suite_interval(differences, groups=groups, level=level, resamples=resamples, seed=seed)
     return float(np.mean([x.mean() for x in differences])), low, high
 
 
 def paired_p_value(
-    a: Sequence[ArrayLike], b: Sequence[ArrayLike], *, resamples: int = 2000, seed: int = 0
+    a: Sequence[ArrayLike],
+    b: Sequence[ArrayLike],
+    *,
+    groups: Sequence[Groups] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> float:
     """Two-sided bootstrap p-value of "a and b are equal on rows like these", from the draws of `paired_difference`.
 
@@ -90,9 +109,8 @@ def paired_p_value(
     first, second = _arrays(a), _arrays(b)
     if [len(x) for x in first] != [len(x) for x in second]:
         raise EvaluationError("a paired comparison needs the same rows on both sides.")
-    means = np.zeros(resamples)
-    for number, (x, y) in enumerate(zip(first, second, strict=True)):
-        means += _resampled_means(x - y, resamples, np.random.default_rng([seed, number]))
+    differences = [x - y for x, y in zip(first, second, strict=True)]
+    means = _totals(differences, groups, resamples, seed)
     rounding = 1e-12 * len(first)  # sums of differences that cancel aren't exactly zero
     below, above = int((means <= rounding).sum()), int((means >= -rounding).sum())
     return min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
@@ -124,13 +142,51 @@ def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
     return arrays
 
 
-def _resampled_means(
-    values: NDArray[np.float64], resamples: int, draws: np.random.Generator
+def _totals(
+    arrays: Sequence[NDArray[np.float64]], groups: Sequence[Groups] | None, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    rows = len(values)
-    step = max(1, _CHUNK // rows)
-    parts = [
-        values[draws.integers(0, rows, (min(step, resamples - start), rows))].mean(axis=1)
-        for start in range(0, resamples, step)
-    ]
-    return np.concatenate(parts)
+    """The sum over tasks of each resample's means: [resamples]."""
+    groups = [()] * len(arrays) if groups is None else groups
+    if len(groups) != len(arrays):
+        raise EvaluationError(f"there are groups for {len(groups)} tasks, and {len(arrays)} tasks.")
+    totals = np.zeros(resamples)
+    for number, (values, belongs) in enumerate(zip(arrays, groups, strict=True)):
+        # A stream of random numbers for each task, so that a task's draws don't depend on the ones before it.
+        draws = np.random.default_rng([seed, number])
+        totals += resampled_means(values[None], belongs, resamples, draws)[0]
+    return totals
+
+
+def resampled_means(
+    values: NDArray[np.float64], groups: Groups, resamples: int, draws: np.random.Generator
+) -> NDArray[np.float64]:
+    """The means of `resamples` resamples of one task's rows, the same rows for all systems: [systems, rows] → [systems, resamples].
+
+    Raises:
+        EvaluationError: groups don't fit the rows.
+    """
+    sums, counts = _grouped(values, groups)
+    units = len(counts)
+    step = max(1, _CHUNK // units)
+    parts = []
+    for start in range(0, resamples, step):
+        picks = draws.integers(0, units, (min(step, resamples - start), units))
+        if units == values.shape[1]:  # every row by itself
+            parts.append(np.stack([system[picks].mean(axis=1) for system in sums]))
+        else:
+            rows = counts[picks].sum(axis=1)
+            parts.append(np.stack([system[picks].sum(axis=1) / rows for system in sums]))
+    return np.concatenate(parts, axis=1)
+
+
+def _grouped(values: NDArray[np.float64], groups: Groups) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(sums [systems, groups], rows in each group [groups])."""
+    if not len(groups):
+        return values, np.ones(values.shape[1])
+    if len(groups) != values.shape[1]:
+        raise EvaluationError(f"groups of {len(groups)} rows don't fit a task of {values.shape[1]} rows.")
+    _, places = np.unique(np.asarray(groups), return_inverse=True)
+    counts = np.bincount(places).astype(np.float64)
+    if len(counts) == values.shape[1]:
+        return values, counts  # in the rows' own order, so that the draws are the same as without groups
+    return np.stack([np.bincount(places, weights=system) for system in values]), counts

@@ -15,7 +15,7 @@ from phatgoose.records import TaskScore
 from phatgoose.workflows import show
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe
 from phatgoose.workflows.measured import Measurements
-from phatgoose.workflows.summary import RESAMPLES, hits, recovered
+from phatgoose.workflows.summary import RESAMPLES, hits, raw_rows, recovered
 from phatgoose.workflows.systems import BASE, MAIN
 
 FORMAT, VERSION = "phatgoose-experiment", 1
@@ -73,7 +73,8 @@ def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
     systems = {}
     for system, row in table.items():
         scores = {
-            t: {"mean": s.mean, "low": s.low, "high": s.high, "rows": s.rows, "metric": s.metric, "cut": s.truncated_rows}
+            t: {"mean": s.mean, "low": s.low, "high": s.high, "rows": s.rows, "raw_rows": s.raw_rows, "metric": s.metric,
+                "cut": s.truncated_rows}
             for t, s in row.items()
         }  # fmt: skip
         systems[system] = {"tasks": scores, **(_mean(row, common) if common else {})}
@@ -92,12 +93,12 @@ def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
 def against(table: Table, tasks: Sequence[str], other: str) -> dict[str, Any]:
     """Every system minus `other` on the same rows: mean, 95 % interval, p-value, and p adjusted by Holm over the systems."""
     systems = [s for s in table if s != other]
-    theirs = hits(table[other], tasks)
+    theirs, groups = hits(table[other], tasks), raw_rows(table[other], tasks)
     found, values = {}, []
     for system in systems:
         ours = hits(table[system], tasks)
-        mean, low, high = paired_difference(ours, theirs, resamples=RESAMPLES)
-        values.append(paired_p_value(ours, theirs, resamples=RESAMPLES))
+        mean, low, high = paired_difference(ours, theirs, groups=groups, resamples=RESAMPLES)
+        values.append(paired_p_value(ours, theirs, groups=groups, resamples=RESAMPLES))
         found[system] = {"difference": mean, "low": low, "high": high, "p": values[-1]}
     for system, adjusted in zip(systems, holm(values), strict=True):
         found[system]["p_holm"] = adjusted
@@ -106,7 +107,7 @@ def against(table: Table, tasks: Sequence[str], other: str) -> dict[str, Any]:
 
 def _mean(row: Mapping[str, TaskScore], tasks: Sequence[str]) -> dict[str, float]:
     values = hits(row, tasks)
-    low, high = suite_interval(values, resamples=RESAMPLES)
+    low, high = suite_interval(values, groups=raw_rows(row, tasks), resamples=RESAMPLES)
     return {"mean": float(np.mean([np.mean(v) for v in values])), "low": low, "high": high}
 
 

@@ -15,7 +15,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += [
         f"{len(results['experts'])} experts, made {made['when']} with phatgoose {made['phatgoose']}, torch {made['torch']}, "
         f"transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are unweighted over tasks, intervals "
-        "are 95 % by bootstrap over rows, differences are paired by row, p-values are adjusted by Holm over the systems of a suite.",
+        "are 95 % by bootstrap over rows (over raw rows, where a task shows one under several prompts), differences are paired by row, p-values are adjusted by Holm over the systems of a suite.",
         "",
     ]
     for name, suite in results["suites"].items():
@@ -35,14 +35,36 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
         [_system(s, suite) for s in _ranked(suite)],
     )
     systems = _ranked(suite)
+    lines += _raw(suite)
     rows = [
-        [task, str(suite["systems"][systems[0]]["tasks"][task]["rows"])]
+        [task, _rows(suite["systems"][systems[0]]["tasks"][task])]
         + [f"{suite['systems'][s]['tasks'][task]['mean']:.3f}" for s in systems]
         for task in suite["common_tasks"]
     ]
     lines += _table(["task", "rows", *systems], rows)
     lines += _notes(suite)
     return lines
+
+
+def _raw(suite: Mapping[str, Any]) -> list[str]:
+    """How many of a suite's rows are independent of each other, if not all are."""
+    scores = [next(iter(suite["systems"].values()))["tasks"][t] for t in suite["common_tasks"]]
+    rows, raw = (sum(s[key] for s in scores) for key in ("rows", "raw_rows"))
+    if raw == rows:
+        return []
+    text = f"The {rows} rows show {raw} different raw rows, some under several prompts"
+    few = [
+        f"{task} ({info['choice_rows']} of {info['choice_raw_rows']})"
+        for task, info in suite["tasks"].items()
+        if info.get("choice_raw_rows", 0) < info.get("choice_rows", 0)
+    ]
+    chosen = f" Oracle and best-single choose on rows of other raw rows: {', '.join(few)}." if few else ""
+    return [f"{text} (100 of 38: 100 rows of 38 raw rows).{chosen}", ""]
+
+
+def _rows(score: Mapping[str, Any]) -> str:
+    """100, or where several show one raw row, 100 of 38."""
+    return str(score["rows"]) + (f" of {score['raw_rows']}" if score["raw_rows"] < score["rows"] else "")
 
 
 def _system(system: str, suite: Mapping[str, Any]) -> list[str]:
