@@ -16,6 +16,7 @@ from phatgoose.tasks.entries import (
     check_apart,
     dataset_of,
     entry,
+    even_shares,
     folder_for,
     load_entry,
     with_validation,
@@ -184,7 +185,19 @@ def test_an_entry_of_several_specs_is_one_task(tmp_path):
     parts = [load_entry(Entry(s, (s,)), folders={"jsonl": tmp_path}) for s in both.specs]
     assert {e.input for e in task.test} == {e.input for t in parts for e in t.test}
     limited = load_entry(both, folders={"jsonl": tmp_path}, limit=3)
-    assert len(limited.test) <= 6
+    assert len(limited.test) <= 3
+    halves = load_entry(both, folders={"jsonl": tmp_path}, limit={"train": 20})
+    assert sorted(e.input[0] for e in halves.train) == ["a"] * 10 + ["b"] * 10
+    assert set(halves.train) < set(task.train)
+    assert (halves.validation, halves.test) == (task.validation, task.test)
+
+
+def test_shares_are_even_as_far_as_there_are_rows():
+    assert even_shares([5, 5, 5], 7) == [3, 2, 2]
+    assert even_shares([1, 9, 9], 10) == [1, 5, 4]
+    assert even_shares([2, 2], 10) == [2, 2]
+    assert even_shares([10, 10, 1], 20) == [10, 9, 1]
+    assert even_shares([3], 0) == [0]
 
 
 def test_validation_is_taken_behind_the_test_rows(tmp_path):

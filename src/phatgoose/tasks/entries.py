@@ -62,6 +62,7 @@ def load_entry(
 
     Args:
         group: the pool or suite it is of; a folder given for that goes before a folder of the source (`folder_for`).
+        limit: as for `load_task`, of the whole entry: several specs have like parts in it, as far as they have rows.
         needed: how many rows of a split are wanted, for sources that render each; None: the largest `limit`.
 
     Raises:
@@ -75,7 +76,7 @@ def load_entry(
     if len(parts) == 1:
         source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
     else:
-        union = _union(entry, parts, fractions)
+        union = _union(entry, _within(parts, limit), fractions)
         source_record, rows = union.source, {name: union.split(name) for name in SPLITS}
     if entry.metric:
         source_record = source_record | {"metric": entry.metric}
@@ -146,6 +147,26 @@ def _capped(spec: str, most: int) -> str:
         return spec
     # Ten times as many, since duplicates go and splits are carved out of these.
     return f"{spec}{'&' if '?' in spec else '?'}rows={10 * most}"
+
+
+def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) -> list[Task]:
+    """The parts with no more rows than `limit` together: each its first ones, which are a random sample."""
+    limits = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else limit or {}
+    shares = {name: even_shares([len(t.split(name)) for t in parts], most) for name, most in limits.items()}
+    cut = []
+    for place, part in enumerate(parts):
+        rows = {name: part.split(name)[: shares[name][place] if name in shares else None] for name in SPLITS}
+        cut.append(Task(part.name, rows["train"], rows["validation"], rows["test"], part.source))
+    return cut
+
+
+def even_shares(sizes: Sequence[int], most: int) -> list[int]:
+    """How many of each size to take for at most `most` together, as even as can be; what is left over goes to the first ones."""
+    shares, left = [0] * len(sizes), most
+    for done, place in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))):
+        shares[place] = min(sizes[place], left // (len(sizes) - done))
+        left -= shares[place]
+    return shares
 
 
 def _union(entry: Entry, parts: Sequence[Task], fractions: Fractions) -> Task:
