@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 
 import pytest
 
@@ -148,7 +149,10 @@ def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(p
     assert [e["hash"] for e in results["experts"]] == [e["hash"] for e in plain["experts"]]
     assert [(e["signature_rows"], e["signature_texts"]) for e in results["experts"]] == [(9, 8), (9, 8)]
     together = results["multitask"]
-    assert (together["steps"], together["rows"]) == (6, sum(e["rows"] for e in results["experts"]))
+    assert (together["steps"], together["rows"]) == (
+        6,
+        2 * 4 * 4,
+    )  # of each task what its expert saw: 4 steps of 4 rows
     assert "gate_seconds" not in together
     for suite in results["suites"].values():
         assert list(suite["systems"]) == systems
@@ -158,6 +162,35 @@ def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(p
     stamps = {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.safetensors")}
     assert run_experiment(made, place / "out")["suites"] == results["suites"]
     assert {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.safetensors")} == stamps
+
+
+def test_every_task_is_the_same_part_of_what_a_multitask_expert_learns(place, monkeypatch):
+    splits = ["train"] * 10 + ["validation", "test"] * 2
+    write(
+        place / "upper.jsonl",
+        [{"input": f"upper of {i}:", "target": "yes", "split": s} for i, s in enumerate(splits)],
+    )
+    made = recipe(
+        place,
+        systems=["base", "multitask"],
+        measure={"suites": ["in-pool"], "test_rows": 2, "choice_rows": 1},
+        pool={"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 2000},
+        expert={"rank": 2, "steps": 4, **COMMON, "seed": 3},
+    )
+    unions, contribute = [], experiment_steps.contribute
+
+    def watch(base, task, *given, **more):
+        unions.extend([task] if task.name == "multitask" else [])
+        return contribute(base, task, *given, **more)
+
+    monkeypatch.setattr(experiment_steps, "contribute", watch)
+    run_experiment(made, place / "out")
+    (union,) = unions
+    counts = Counter(e.input.split()[0] for e in union.train)
+    assert counts == {"upper": 16, "is": 16}
+    assert max(Counter(union.train).values()) == 2  # a task of few rows shows them all before any comes again
+    assert max(Counter(e for e in union.train if e.choices).values()) == 1
+    assert Counter(e.input.split()[0] for e in union.validation) == {"upper": 2, "is": 2}
 
 
 def test_a_model_whose_tokenizer_loses_a_task_is_not_measured_on_it(place, make_base, monkeypatch):

@@ -28,6 +28,7 @@ from phatgoose.tasks.overlap import Seen
 from phatgoose.tasks.representable import loss
 from phatgoose.tasks.spec import without_paths
 from phatgoose.tasks.splits import Fractions
+from phatgoose.training.rows import draw
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.measured import Measurements
@@ -207,15 +208,20 @@ def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) 
 
 
 def multitask(recipe: Mapping[str, Any], out: str, names: list[str]) -> dict[str, Any]:
-    """What pooling all contributors' data would give: one expert on the union of their rows. Returns what it cost."""
+    """What pooling all contributors' data would give: one expert on the union of their rows. Returns what it cost.
+
+    Of every task the rows that its expert was trained on, in that number, some twice if need be: drawn from all rows, a task with
+    many would be most of what it learns. Validation rows are as many of each task, as far as it has them.
+    """
     here = lab(recipe, out)
+    config, own = here.recipe.multitask or here.recipe.expert, here.recipe.expert
     tasks = [trained_on(here, n) for n in names]
-    train, validation = (
-        tuple(e for t in tasks for e in rows(t)) for rows in (lambda t: t.train, lambda t: t.validation)
-    )
+    seen = [draw(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
+    train = tuple(t.train[i] for t, rows in zip(tasks, seen, strict=True) for i in rows)
+    each = max(1, config.validation_rows // len(tasks))
+    validation = tuple(e for t in tasks for e in t.validation[:each])
     parts = [{"name": t.name, "hash": t.hash} for t in tasks]
     union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
-    config = here.recipe.multitask or here.recipe.expert
     folder = multitask_folder(here.recipe, here.out, names)
     expert = contribute(
         here.base, union, config, None, name=MULTITASK, folder=folder, work=here.out / "work" / folder.name,
