@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from encoder_fixtures import make_encoder
-from phatgoose.errors import StorageError, TaskError
+from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.spec import split_spec
@@ -191,6 +191,28 @@ def test_every_task_is_the_same_part_of_what_a_multitask_expert_learns(place, mo
     assert max(Counter(union.train).values()) == 2  # a task of few rows shows them all before any comes again
     assert max(Counter(e for e in union.train if e.choices).values()) == 1
     assert Counter(e.input.split()[0] for e in union.validation) == {"upper": 2, "is": 2}
+
+
+def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
+    made = recipe(place, systems=["base", "multitask"], measure={"suites": ["in-pool"], "test_rows": 2})
+    assert "mean" in run_experiment(made, place / "out")["suites"]["in-pool"]["systems"]["multitask"]
+    write(place / "upper.jsonl", [{"input": f"UPPER of {i}:", "target": "yes"} for i in range(60)])
+    contribute = experiment_steps.contribute
+
+    def broken(base, task, *given, **more):
+        if task.name == "multitask":
+            raise TrainingError("no room")
+        return contribute(base, task, *given, **more)
+
+    experiment_steps._lab.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment_steps, "contribute", broken)
+        results = run_experiment(made, place / "out")
+    assert results["failed"] == {"train multitask": "TrainingError: no room"}
+    assert list(results["suites"]["in-pool"]["systems"]) == ["base"]
+    stale = experiment_steps.lab(made.to_json(), str(place / "out"))
+    with pytest.raises(PhatgooseError, match="isn't this run's"):
+        stale.system("multitask", "another's hash")
 
 
 def test_a_model_whose_tokenizer_loses_a_task_is_not_measured_on_it(place, make_base, monkeypatch):

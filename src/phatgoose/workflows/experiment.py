@@ -74,7 +74,7 @@ class _Run:
         signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
         together, chosen = self.choose(pool, key, tasks)
-        files = self.measure(key, tasks, chosen)
+        files = self.measure(key, tasks, chosen, together)
         seen = self.contaminated(pool, tasks)
         results = results_of(
             self.recipe, self.out, tasks, left_out, [records[n] for n in pool.names], files, chosen, seen, self.failed,
@@ -177,12 +177,17 @@ class _Run:
         key: str,
         tasks: Mapping[str, Mapping[str, Any]],
         chosen: Mapping[str, Mapping[str, Mapping[str, str]]],
+        together: Mapping[str, Any] | None,
     ) -> dict[str, dict[str, dict[str, str]]]:
         """system → suite → task → file of the score."""
         steps, asked = [], {}
         for system in self.recipe.all_systems:
+            if system == MULTITASK and together is None:
+                continue  # what lies in its folder would be of other data
             for suite, found in tasks.items():
                 experts = dict(chosen.get(system, {}).get(suite, {}))
+                if system == MULTITASK and together is not None:
+                    experts = dict.fromkeys(found, str(together["hash"]))
                 names = [n for n in found if system not in CHOSEN or n in experts]
                 if names:
                     name = f"measure {system} on {suite}"

@@ -93,8 +93,12 @@ class Lab:
         return replace(task, test=task.test[:most], validation=task.validation[: measure.choice_rows])
 
     def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
+        """What to attach for a system; `expert` is the one that was chosen, or the hash of this run's multitask expert."""
         if name == MULTITASK:
-            return Pool([Expert.load(multitask_folder(self.recipe, self.out, self.pool.names))]), Single(0)
+            found = Expert.load(multitask_folder(self.recipe, self.out, self.pool.names))
+            if found.hash != expert:
+                raise PhatgooseError(f"the multitask expert that lies there isn't this run's, {expert}.")
+            return Pool([found]), Single(0)
         if (name, expert) not in self._systems:
             if len(self._systems) > 4:  # a merged pool is as large as the pool
                 self._systems.clear()
@@ -252,7 +256,7 @@ def measure(
     tasks: list[str],
     experts: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: which one was chosen for a task."""
+    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: `Lab.system`'s, by task."""
     here = lab(recipe, out, pool)
     scores: dict[str, str] = {}
     failed: dict[str, str] = {}
