@@ -10,18 +10,20 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from encoder_fixtures import make_encoder
 from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
+from phatgoose.records import Example, Prediction, TaskScore
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.templates import config_name, templates
 from phatgoose.workflows import experiment_steps
 from phatgoose.workflows.executors import Processes
-from phatgoose.workflows.experiment import run_experiment
+from phatgoose.workflows.experiment import _standing, run_experiment
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
 
 COMMON = {
@@ -309,6 +311,40 @@ def test_what_fails_costs_only_itself(place):
     )
     again = run_experiment(made, place / "out")
     assert again["suites"]["unseen"]["common_tasks"] == ["held", "gone"]
+
+
+def test_a_row_that_cannot_be_chosen_on_costs_its_task(place):
+    rows = [{"input": f"o {i}", "target": "yes", "choices": ["yes", "no"], "split": "test"} for i in range(8)]
+    rows.append({"input": "v", "target": "yes " * 5000 + "x", "split": "validation"})
+    write(place / "odd.jsonl", rows)
+    tasks = {n: f"jsonl:{place}/{n}.jsonl" for n in ("held", "odd")}
+    measure = {"suites": ["unseen"], "tasks": tasks, "test_rows": 6, "choice_rows": 3}
+    systems = ["base", "phatgoose", "best-single", "oracle"]
+    results = run_experiment(recipe(place, systems=systems, measure=measure), place / "out")
+    assert list(results["failed"]) == ["choose on unseen: odd"]
+    suite = results["suites"]["unseen"]
+    assert suite["common_tasks"] == ["held"]
+    assert list(suite["systems"]) == systems
+    assert set(results["chosen"]["best-single"]["unseen"]) == {"held", "odd"}
+    assert set(results["chosen"]["oracle"]["unseen"]) == {"held"}
+
+
+def test_ties_go_to_the_expert_that_finds_right_answers_likelier():
+    scores = {"a": [0.5, -1.0], "b": [0.5, -0.5], "c": [0.5, None], "d": [0.4, 0.0]}
+    assert max("abd", key=lambda e: _standing([scores[e]])) == "b"
+    assert max("cc", key=lambda e: _standing([scores[e]])) == "c"
+    assert _standing([[0.1, -1.0], [0.2, -1.0], [0.3, -1.0]]) == _standing(
+        [[0.3, -1.0], [0.2, -1.0], [0.1, -1.0]]
+    )
+    rows = [Example("x", ("b",), ("a", "b")), Example("y", ("c",)), Example("z", ("a", "b"), ("a", "b", "c"))]
+    made = (
+        Prediction(False, "a", choice_scores=(-1.0, -3.0)),
+        Prediction(True, "c"),
+        Prediction(True, "a", choice_scores=(-1.0, -0.5, -2.0)),
+    )
+    score = TaskScore("t", "validation", "x", 0.5, 0, 1, 3, predictions=made)
+    assert experiment_steps._likelihood(score, rows) == pytest.approx((-3.0 - 0.5) / 2)
+    assert experiment_steps._likelihood(replace(score, predictions=made[1:2]), rows[1:2]) is None
 
 
 def test_contamination_is_reported(place):

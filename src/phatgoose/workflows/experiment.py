@@ -147,7 +147,10 @@ class _Run:
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
     ) -> tuple[dict[str, Any] | None, dict[str, dict[str, dict[str, str]]]]:
         """What routers are held against: (the record of the one expert on everybody's data, if it is compared; system → suite → task →
-        the expert it takes, ties going to the first of the pool). One stage: a training alone would keep one worker busy, and no other.
+        the expert it takes). One stage: a training alone would keep one worker busy, and no other.
+
+        Few rows make many ties: these go to the expert that finds right choices likelier, then to the first of the pool. A task that
+        can't be scored has no oracle.
         """
         wanted = [s for s in self.recipe.all_systems if s in CHOSEN]
         rows = {s: [n for n, info in found.items() if info["choice_rows"]] for s, found in tasks.items()}
@@ -162,12 +165,22 @@ class _Run:
         together = trained.value if trained is not None and trained.ok else None
         chosen: dict[str, dict[str, dict[str, str]]] = {system: {} for system in wanted}
         for suite, names in rows.items():
-            means = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
-            if not means:
-                continue
-            best = max(means, key=lambda e: sum(means[e].values()))
-            picks = {"oracle": {t: max(means, key=lambda e: means[e][t]) for t in names}}
-            picks["best-single"] = dict.fromkeys(tasks[suite], best)
+            made = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
+            self.failed |= _unscored(suite, names, {e: value["failed"] for e, value in made.items()})
+            scores = {e: value["scores"] for e, value in made.items()}
+            picks: dict[str, dict[str, str]] = {"oracle": {}, "best-single": {}}
+            for task in names:
+                able = [e for e in scores if task in scores[e]]
+                if able:
+                    picks["oracle"][task] = max(able, key=lambda e: _standing([scores[e][task]]))
+            most = max((len(found) for found in scores.values()), default=0)
+            whole = [
+                e for e in scores if len(scores[e]) == most
+            ]  # one that failed somewhere is no single best
+            if most:
+                common = [t for t in names if all(t in scores[e] for e in whole)]
+                best = max(whole, key=lambda e: _standing([scores[e][t] for t in common]))
+                picks["best-single"] = dict.fromkeys(tasks[suite], best)
             for system in wanted:
                 chosen[system][suite] = picks[system]
         return together, chosen
@@ -220,6 +233,23 @@ class _Run:
         )
         outcome = self.run("contamination", [step])["contamination"]
         return outcome.value if outcome.ok else {}
+
+
+def _standing(scores: Sequence[Sequence[float | None]]) -> tuple[float, float]:
+    """What the better of two experts has more of; rounded, so that equal scores are equal in whatever order they are summed."""
+    return round(sum(mean or 0.0 for mean, _ in scores), 9), sum(likely or 0.0 for _, likely in scores)
+
+
+def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """{what: why} of tasks that couldn't be chosen on; one that fails with every expert is said once."""
+    found = {}
+    for task in tasks:
+        whys = {expert: mine[task] for expert, mine in failed.items() if task in mine}
+        if whys and len(whys) == len(failed):
+            found[f"choose on {suite}: {task}"] = next(iter(whys.values()))
+        else:
+            found |= {f"choose {expert} on {suite}: {task}": why for expert, why in whys.items()}
+    return found
 
 
 def _claim(out: Path) -> None:

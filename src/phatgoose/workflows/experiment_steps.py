@@ -20,7 +20,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
-from phatgoose.records import Task, groups_of
+from phatgoose.records import Example, Task, TaskScore, groups_of
 from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
 from phatgoose.tasks.entries import Entry, load_entry, with_validation
@@ -236,15 +236,32 @@ def multitask(recipe: Mapping[str, Any], out: str, names: list[str]) -> dict[str
 
 def choose(
     recipe: Mapping[str, Any], out: str, pool: str, expert: str, suite: str, tasks: list[str]
-) -> dict[str, float]:
-    """One expert's score on the validation rows of a suite's tasks."""
+) -> dict[str, dict[str, Any]]:
+    """One expert on the validation rows of a suite's tasks: {"scores": {task: [mean, likelihood]}, "failed": {task: why}}.
+
+    The likelihood is the mean log-likelihood of right choices, a token; None where no row has choices.
+    """
     here = lab(recipe, out, pool)
-    alone, found = Pool([here.pool[expert]]), {}
+    alone, limit = Pool([here.pool[expert]]), here.recipe.measure.choice_rows
+    scores: dict[str, list[float | None]] = {}
+    failed: dict[str, str] = {}
     for name in tasks:
-        task = here.task(suite, name)
-        rows = here.recipe.measure.choice_rows
-        found[name] = here.measurements.score(task, alone, Single(0), split="validation", limit=rows).mean
-    return found
+        try:
+            task = here.task(suite, name)
+            score = here.measurements.score(task, alone, Single(0), split="validation", limit=limit)
+            scores[name] = [score.mean, _likelihood(score, task.validation[:limit])]
+        except PhatgooseError as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    return {"scores": scores, "failed": failed}
+
+
+def _likelihood(score: TaskScore, rows: Sequence[Example]) -> float | None:
+    found = [
+        max(s for choice, s in zip(row.choices, made.choice_scores, strict=True) if choice in row.targets)
+        for row, made in zip(rows, score.predictions, strict=True)
+        if row.choices is not None and made.choice_scores is not None
+    ]
+    return sum(found) / len(found) if found else None
 
 
 def measure(

@@ -81,9 +81,10 @@ def _system(system: str, suite: Mapping[str, Any]) -> list[str]:
             ]
     share = suite["oracle_gain_share"].get(system, {})
     text = ""
-    if share.get("share") is not None:
-        interval = f" ({share['low']:.0%} to {share['high']:.0%})" if share["low"] is not None else ""
-        text = f"{share['share']:.0%}{interval}"
+    if share.get("low") is not None:
+        text = f"{share['share']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
+    elif share:
+        text = "not defined: the oracle gains too little"  # a ratio to a gain that may be none says nothing
     return [*cells, text]
 
 
