@@ -45,6 +45,19 @@ def test_answers_count_and_later_tasks_are_named():
     assert seen.overlap(task(rows), rows).trained == ("first", "second")
 
 
+def test_every_task_that_holds_a_run_is_named_and_the_tasks_own_is_passed_over():
+    seen = Seen(3)
+    for name in ("held", "other", "third"):
+        seen.add(name, [Example("a b c", ("d",))] if name != "third" else [Example("x y", ("z",))])
+    rows = [Example("a b c", ("e",)), Example("w x y", ("z",))]
+    assert seen.overlap(task(rows), rows).trained == ("held", "other", "third")
+    found = seen.overlap(task(rows), rows, own="held")
+    assert (found.flagged, found.trained) == ((0, 1), ("other", "third"))
+    alone = Seen(3)
+    alone.add("held", [Example("a b c", ("d",))])
+    assert alone.overlap(task(rows), rows, own="held").flagged == ()
+
+
 def test_a_tasks_own_prompt_is_passed_over():
     prompt = "is the following sentence plausible or not"
     seen = Seen(5)

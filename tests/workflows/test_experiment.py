@@ -206,7 +206,6 @@ def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
             raise TrainingError("no room")
         return contribute(base, task, *given, **more)
 
-    experiment_steps._lab.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(experiment_steps, "contribute", broken)
         results = run_experiment(made, place / "out")
@@ -299,6 +298,11 @@ def test_what_fails_costs_only_itself(place):
     failed = results["failed"]
     assert "is not among the choices" in failed["in-pool: broken"]
     assert "leaves no room" in failed["train long"]
+    assert results["suites"]["in-pool"]["common_tasks"] == [
+        "upper",
+        "choice",
+    ]  # no expert, so not in its pool
+    assert results["suites"]["in-pool"]["left_out"]["long"] == "its expert couldn't be trained"
     assert "does not exist" in failed["unseen: gone"]
     assert "unknown expert 'nobody'" in failed["single:nobody on unseen: held"]
     assert list(results["suites"]["unseen"]["systems"]) == ["base", "phatgoose"]
@@ -368,6 +372,15 @@ def test_contamination_is_reported(place):
         assert len(found["flagged"]) == 1
         assert found["trained"] == ["upper"]
     assert "Contamination: " in (place / "out/results.md").read_text()
+
+
+def test_a_run_reads_its_data_anew(place):
+    made = recipe(place, systems=["base"], measure={"suites": ["in-pool"], "test_rows": 2})
+    before = run_experiment(made, place / "out")
+    write(place / "upper.jsonl", [{"input": f"UPPER of {i} again:", "target": "yes"} for i in range(60)])
+    found, again = (run_experiment(made, place / "out") for _ in range(2))
+    hashes = [r["suites"]["in-pool"]["tasks"]["upper"]["hash"] for r in (before, found, again)]
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 def test_other_peoples_folders_and_impossible_recipes_are_refused(place, tmp_path):

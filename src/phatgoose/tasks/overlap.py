@@ -42,28 +42,37 @@ class Seen:
     def __init__(self, n: int = WORDS):
         self.n = n
         self.tasks: list[str] = []
-        self._runs: dict[int, int] = {}
+        self._runs: dict[int, int] = {}  # of the tasks that hold a run: bit n for task n
 
     def add(self, name: str, examples: Iterable[Example]) -> None:
         """Takes in a training task's rows: prompt and answers."""
-        number = len(self.tasks)
+        bit = 1 << len(self.tasks)
         self.tasks.append(name)
         for example in examples:
             for run in runs(text_of(example), self.n):
-                self._runs.setdefault(run, number)
+                self._runs[run] = self._runs.get(run, 0) | bit
 
-    def overlap(self, task: Task, rows: Sequence[Example]) -> Overlap:
-        """Which of `rows` of a held-out task were seen."""
+    def overlap(self, task: Task, rows: Sequence[Example], *, own: str | None = None) -> Overlap:
+        """Which of `rows` of a held-out task were seen, and in which training tasks.
+
+        Args:
+            own: a training task that doesn't count: the task's own, with which it shares passages and lists of choices.
+        """
         found = [set(runs(text_of(example), self.n)) for example in rows]
         counts = Counter(run for row in found for run in row)
         common = max(2, round(_COMMON * len(rows)))
-        flagged, trained = [], set()
+        counted = sum(1 << place for place, name in enumerate(self.tasks) if name != own)
+        flagged, trained = [], 0
         for place, row in enumerate(found):
-            seen = {self._runs[run] for run in row if counts[run] <= common and run in self._runs}
+            seen = 0
+            for run in row:
+                if counts[run] <= common:
+                    seen |= self._runs.get(run, 0) & counted
             if seen:
                 flagged.append(place)
                 trained |= seen
-        return Overlap(task.name, len(rows), tuple(flagged), tuple(self.tasks[t] for t in sorted(trained)))
+        names = tuple(name for place, name in enumerate(self.tasks) if trained >> place & 1)
+        return Overlap(task.name, len(rows), tuple(flagged), names)
 
 
 def text_of(example: Example) -> str:

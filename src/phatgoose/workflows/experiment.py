@@ -24,6 +24,7 @@ from phatgoose.workflows.experiment_board import Board
 from phatgoose.workflows.experiment_plot import plot
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment_results import results_of
+from phatgoose.workflows.experiment_steps import fresh
 from phatgoose.workflows.experiment_text import markdown
 from phatgoose.workflows.systems import CHOSEN, MULTITASK
 
@@ -50,6 +51,7 @@ def run_experiment(
     Raises:
         StorageError: `out` is another's folder. RecipeError: no expert could be trained, or nothing measured.
     """
+    fresh()
     run = _Run(recipe, Path(out), executor or Inline(), console or Console(stderr=True))
     with run.board:
         return run.all()
@@ -71,6 +73,7 @@ class _Run:
         records = self.train(tasks)
         self.sign(records)
         pool = self.gather(records)
+        self.without_experts(pool, tasks, left_out)
         signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
         together, chosen = self.choose(pool, key, tasks)
@@ -142,6 +145,14 @@ class _Run:
         pool = Pool([Expert.load(self.out / "experts" / r["folder"], name=n) for n, r in records.items()])
         pool.save(self.out / "pool")
         return pool
+
+    def without_experts(
+        self, pool: Pool, tasks: dict[str, dict[str, Any]], left_out: dict[str, dict[str, str]]
+    ) -> None:
+        """A task whose expert failed is none of the pool's: it leaves "in-pool", whose mean says how well a pool does on its own."""
+        for name in [n for n in tasks.get(IN_POOL, {}) if n not in pool.names]:
+            del tasks[IN_POOL][name]
+            left_out[IN_POOL][name] = "its expert couldn't be trained"
 
     def choose(
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]

@@ -125,6 +125,11 @@ def lab(recipe: Mapping[str, Any], out: str, pool: str = "") -> Lab:
     return _lab(json.dumps(recipe), out, pool)  # unsorted: tasks keep their order
 
 
+def fresh() -> None:
+    """Lets go of what this process has read: files may have changed between two runs."""
+    _lab.cache_clear()
+
+
 @cache
 def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
@@ -297,7 +302,10 @@ def measure(
 def contamination(
     recipe: Mapping[str, Any], out: str, words: int, suites: Mapping[str, list[str]], trained: list[str]
 ) -> dict[str, Any]:
-    """{suite: {task: {rows, flagged, trained}}}: which measured rows share a run of words with a row experts were trained on."""
+    """{suite: {task: {rows, flagged, trained}}}: which measured rows share a run of words with a row experts were trained on.
+
+    A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
+    """
     here = lab(recipe, out)
     seen = Seen(words)
     for name in trained:
@@ -307,7 +315,8 @@ def contamination(
         found[suite] = {}
         for name in tasks:
             task = here.task(suite, name)
-            overlap = seen.overlap(task, task.test[: here.recipe.measure.test_rows])
+            own = name if suite == IN_POOL else None
+            overlap = seen.overlap(task, task.test[: here.recipe.measure.test_rows], own=own)
             found[suite][name] = {
                 "rows": overlap.rows,
                 "flagged": list(overlap.flagged),

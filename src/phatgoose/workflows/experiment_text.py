@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phatgoose.workflows.experiment_recipe import IN_POOL
 from phatgoose.workflows.systems import BASE, MAIN
 
 
@@ -42,7 +43,7 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
         for task in suite["common_tasks"]
     ]
     lines += _table(["task", "rows", *systems], rows)
-    lines += _notes(suite)
+    lines += _notes(name, suite)
     return lines
 
 
@@ -88,19 +89,20 @@ def _system(system: str, suite: Mapping[str, Any]) -> list[str]:
     return [*cells, text]
 
 
-def _notes(suite: Mapping[str, Any]) -> list[str]:
+def _notes(name: str, suite: Mapping[str, Any]) -> list[str]:
     lines = [f"- Left out: {task}: {why}" for task, why in suite["left_out"].items()]
     seen = {t: c for t, c in suite["contamination"].items() if c["flagged"]}
+    others = "other experts' training row" if name == IN_POOL else "training row"
     looked = sum(c["rows"] for c in suite["contamination"].values())
     if seen:
         for task, c in seen.items():
             lines.append(
-                f"- Contamination: {len(c['flagged'])} of {c['rows']} rows of {task} share text with training rows of "
+                f"- Contamination: {len(c['flagged'])} of {c['rows']} rows of {task} share text with {others}s, of "
                 f"{', '.join(c['trained'])}."
             )
     elif looked:
         lines.append(
-            f"- Contamination: none of {looked} rows shares 13 words in a row, or all of its words, with a training row."
+            f"- Contamination: none of {looked} rows shares 13 words in a row, or all of its words, with any of the {others}s."
         )
     notes = {t: info["note"] for t, info in suite["tasks"].items() if info.get("note")}
     lines += [f"- {task}: {note}" for task, note in notes.items()]
