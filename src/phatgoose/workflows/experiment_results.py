@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.statistics import holm, paired_difference, paired_p_value, suite_interval
 from phatgoose.records import TaskScore
 from phatgoose.workflows import show
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe
-from phatgoose.workflows.measured import Measurements
+from phatgoose.workflows.measured import Measurements, code_version
 from phatgoose.workflows.summary import RESAMPLES, hits, raw_rows, recovered
 from phatgoose.workflows.systems import BASE, MAIN
 
@@ -51,7 +52,7 @@ def results_of(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made": show.made(seconds),
+        "made": show.made(seconds) | {"code": code_version(), "threads": torch.get_num_threads()},
         "recipe": recipe.to_json(),
         "evaluation": asdict(EvaluationConfig()),
         "experts": [dict(e) for e in experts],

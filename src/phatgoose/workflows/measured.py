@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import phatgoose
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.results import scores_from_json, scores_to_json
@@ -14,10 +20,31 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, sha256_json, write_json
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
-from phatgoose.records import SplitName, Task, TaskScore
+from phatgoose.ops import auto_is
+from phatgoose.records import SplitName, Task, TaskScore, groups_of
 from phatgoose.routers import Router
 
 Progress = Callable[[str, int, int], None]
+
+_DECIDES = ("records.py", "evaluation", "experts", "models", "ops", "routers", "tasks")
+"""What of the package's source can change a score."""
+_ENDINGS = (".py", ".cpp", ".h", ".inc")
+
+
+@cache
+def code_version() -> str:
+    """phatgoose's version and a hash of its source that scores hang on, so that no mended router goes on from older scores.
+
+    An edit that changes no score measures again too; training, serving and pages are no part of it.
+    """
+    root, digest = Path(phatgoose.__file__).parent, hashlib.sha256()
+    for part in _DECIDES:
+        place = root / part
+        files = [p for p in place.rglob("*") if p.suffix in _ENDINGS] if place.is_dir() else [place]
+        for path in sorted(files):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()} {len(content)} ".encode() + content)
+    return f"{version('phatgoose')}+{digest.hexdigest()[:16]}"
 
 
 class Measurements:
@@ -63,12 +90,17 @@ class Measurements:
             "split": split,
             "limit": limit,
             "evaluation": [self.config.level, self.config.resamples, self.config.seed],
+            "code": code_version(),
+            "torch": torch.__version__,
         }
-        # Only where they say something, so that measurements from before they existed are found again.
         if metric := task.source.get("metric"):
             key["metric"] = metric
-        if self.backend != "auto":
-            key["backend"] = self.backend
+        if pool is not None:
+            auto = self.backend == "auto"
+            key["backend"] = auto_is(self.base.device.type)[0] if auto else self.backend
+        groups = groups_of(task.split(split)[:limit])
+        if len(set(groups)) < len(groups):
+            key["groups"] = groups  # no part of the task's hash
         if pool is not None and router is not None and router.reads:
             key["signatures"] = [e.signature.hash if e.signature else None for e in pool.experts]
         path = self.folder / f"{sha256_json(key)[:24]}.json"
@@ -82,7 +114,9 @@ class Measurements:
             )
         finally:
             unroute(self.base)
-        write_json(path, {"key": key, "scores": scores_to_json(scores)})
+        # Threads decide the order of sums, so at most the last bits: said, not told apart.
+        made = {"threads": torch.get_num_threads()}
+        write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
         return path
 
     @staticmethod

@@ -1,0 +1,52 @@
+"""Scores that are kept: found again for what they were made of, and for nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phatgoose.files import read_json
+from phatgoose.records import Example, Task
+from phatgoose.workflows import measured
+from phatgoose.workflows.measured import Measurements, code_version
+
+
+@pytest.fixture
+def task():
+    rows = tuple(Example(f"is {i} even?", ("yes",), ("yes", "no")) for i in range(4))
+    return Task("even", (), (), rows)
+
+
+def test_another_code_or_torch_measures_again(make_base, task, tmp_path, monkeypatch):
+    kept = Measurements(make_base("llama"), tmp_path)
+    path = kept.measure(task, None, None, limit=4)
+    assert kept.measure(task, None, None, limit=4) == path
+    assert read_json(path, ValueError)["made"] == {"threads": torch.get_num_threads()}
+    monkeypatch.setattr(measured, "code_version", lambda: "another")
+    other = kept.measure(task, None, None, limit=4)
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    assert len({path, other, kept.measure(task, None, None, limit=4)}) == 3
+
+
+def test_raw_rows_are_told_apart_though_the_task_is_the_same(make_base, task, tmp_path):
+    kept = Measurements(make_base("llama"), tmp_path)
+    grouped = replace(task, test=tuple(replace(e, group="one") for e in task.test))
+    scores = [kept.score(t, None, None, limit=4) for t in (task, grouped)]
+    assert [s.raw_rows for s in scores] == [4, 1]
+
+
+def test_the_codes_version_follows_what_decides_scores(tmp_path, monkeypatch):
+    for folder in ("evaluation", "experts", "models", "ops/kernel", "routers", "tasks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("__init__.py", "records.py", "ops/kernel/update.cpp"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(measured.phatgoose, "__file__", str(tmp_path / "__init__.py"))
+    seen = []
+    for name in ("records.py", "ops/kernel/update.cpp", "__init__.py"):
+        (tmp_path / name).write_text("2")
+        code_version.cache_clear()
+        seen.append(code_version())
+    code_version.cache_clear()
+    assert seen[0] != seen[1] == seen[2]
