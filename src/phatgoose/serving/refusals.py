@@ -7,6 +7,8 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from phatgoose.serving.schema import FORMS
+
 KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -53,7 +55,8 @@ def plain(text: str | None) -> str | None:
 def of_validation(errors: list[Any]) -> Refusal:
     """The first of pydantic's errors; nothing of the request is repeated but the parameter's name."""
     error = errors[0]
-    place = [str(part) for part in error["loc"] if part != "body"]
+    named, *inside = [str(part) for part in error["loc"] if part != "body"] or [""]
+    place = [named, *(part for part in inside if part not in FORMS)]
     param = plain(".".join(place)[:200]) or None
     if error["type"] == "extra_forbidden":
         return Refusal(400, f"unknown parameter {param!r}.", param=param, code="unknown_parameter")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 IGNORED = frozenset(
     [
@@ -37,6 +46,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Parameters that would change the answer, what they may be since that changes nothing, and why nothing else."""
 MAX_STOPS, MAX_TOP, MAX_BIASES = 16, 20, 1024
+ONE, MANY_TEXTS, NUMBERS, LISTS = FORMS = ("as one", "as texts", "as tokens", "as lists of tokens")
+"""Names of a parameter's forms in pydantic's errors, told to nobody."""
 MANY = 64
 """Parameters, of which no request knows as many."""
 
@@ -52,6 +63,20 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 """Text that a tokenizer can read: JSON can carry half characters."""
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+def _form(value: Any) -> str:
+    """Which of its forms a parameter is given in, so that what is wrong is told of that form alone."""
+    if not isinstance(value, list):
+        return ONE
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return LISTS
+    return NUMBERS if isinstance(first, int | float) and not isinstance(first, bool) else MANY_TEXTS
+
+
+def _one_or_many(value: Any) -> str:
+    return MANY_TEXTS if isinstance(value, list) else ONE
 
 
 def _few(value: Any) -> Any:
@@ -100,7 +125,14 @@ class Common(Strict):
     n: int | None = Field(1, ge=1, le=128)
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag(ONE)]
+            | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), Tag(MANY_TEXTS)],
+            Discriminator(_one_or_many),
+        ]
+        | None
+    ) = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
@@ -141,7 +173,10 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Annotated[
+        Annotated[Text, Tag(ONE)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(MANY_TEXTS)],
+        Discriminator(_one_or_many),
+    ]
     name: Text | None = Field(None, max_length=256)
     refusal: None = None
     audio: None = None
@@ -176,12 +211,13 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_f
 class CompletionRequest(Common):
     """A text to go on with, or several; as text or as tokens."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-    )
+    prompt: Annotated[
+        Annotated[Text, Tag(ONE)]
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(MANY_TEXTS)]
+        | Annotated[Tokens, Tag(NUMBERS)]
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
+        Discriminator(_form),
+    ]
     max_tokens: int | None = Field(16, ge=0)
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
