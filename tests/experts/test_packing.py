@@ -358,3 +358,19 @@ def test_other_refusals(plain, tmp_path):
     with pytest.raises(PhatgooseError, match="not a whole safetensors file"):
         pack(folder)
     assert contents(folder) == before
+
+
+def test_a_pool_that_was_unpacked_meanwhile_says_so(zoo, tmp_path):
+    _, experts = zoo
+    folder = pool_of(experts, tmp_path / "pool")
+    pack(folder)
+    opened = Pool.load(folder)
+    unpack(folder)
+
+    def read_all():
+        for expert in opened.experts:
+            for path in expert.sizes:
+                assert expert.updates[path] is not None
+
+    with pytest.raises(PoolError, match="was unpacked or removed since this pool was opened: load it again"):
+        read_all()

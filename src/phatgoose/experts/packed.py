@@ -6,6 +6,7 @@ pool's manifest, `packing` writes the file; docs/experts-and-pools.md has the fo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,11 +98,23 @@ class Source:
 
     @cached_property
     def _rest(self) -> Any:
-        return safe_open(self.folder / REST_FILE, framework="pt")
+        with self._there():
+            return safe_open(self.folder / REST_FILE, framework="pt")
+
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as cause:
+            raise PoolError(
+                f"{self.folder} was unpacked or removed since this pool was opened: load it again."
+            ) from cause
 
     def original(self, name: str) -> Iterator[memoryview]:
         """The bytes of adapter_model.safetensors or gates.safetensors as they were, in pieces."""
-        yield memoryview((self.folder / HEADERS[name]).read_bytes())
+        with self._there():
+            head = (self.folder / HEADERS[name]).read_bytes()
+        yield memoryview(head)
         header = self.layout.header if name == WEIGHTS_FILE else self.gates
         get = self.tensor if name == WEIGHTS_FILE else self.raw_gate
         assert header is not None
