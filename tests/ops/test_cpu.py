@@ -623,3 +623,23 @@ def test_auto_says_what_it_is():
     assert kind == "cpu"
     assert VARIANTS[0] in why
     assert fast.choose is backend("auto").choose
+
+
+def test_another_default_dtype_changes_nothing():
+    """vLLM makes models under its model's dtype, and experts with them."""
+    gates = reference.standardise(torch.randn(21, 40, generator=torch.Generator().manual_seed(3)))
+    u = torch.randn(9, 40, generator=torch.Generator().manual_seed(4)).bfloat16()
+    parts = [Update(torch.randn(3, 40).bfloat16(), torch.randn(24, 3).bfloat16(), 0.7) for _ in range(21)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            scanned = scan(gates)
+            stack = make_stack(parts, 40, 24, torch.bfloat16)
+            fused = backend("cpu").fuse(gates, 2, stack, None)
+            found.append((scanned.facts, *fused.with_choice(u, torch.zeros(9, 24, dtype=torch.bfloat16))))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

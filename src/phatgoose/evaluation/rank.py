@@ -118,7 +118,7 @@ def _rests(
         targets = torch.tensor([token for answer in answers for token in answer[1:]])
         values = _log_probabilities(logits.flatten(0, 1), real, targets)
         owner = torch.repeat_interleave(torch.arange(len(answers)), lengths)
-        yield part, torch.zeros(len(answers)).index_add(0, owner, values).tolist()
+        yield part, torch.zeros(len(answers), dtype=torch.float32).index_add(0, owner, values).tolist()
 
 
 def _log_probabilities(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

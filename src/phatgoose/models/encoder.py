@@ -85,7 +85,11 @@ class SentenceEncoder:
         self._known |= {text: found[text] for text in new}
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        return torch.stack([found[t] for t in texts]) if texts else torch.zeros(0, self.width)
+        return (
+            torch.stack([found[t] for t in texts])
+            if texts
+            else torch.zeros(0, self.width, dtype=torch.float32)
+        )
 
     @property
     def width(self) -> int:
@@ -104,7 +108,7 @@ class SentenceEncoder:
 
     def _embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if not (width := max(map(len, rows))):  # an encoder without special tokens makes nothing of nothing
-            return torch.zeros(len(rows), self.width)
+            return torch.zeros(len(rows), self.width, dtype=torch.float32)
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

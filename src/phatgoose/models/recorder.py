@@ -91,7 +91,7 @@ class Room:
     def __init__(self, seen: _Pass, shape: torch.Size, modules: int, k: int):
         self.seen, self.shape, self.modules = seen, shape, modules
         self.chosen = torch.empty(modules, shape.numel(), k, dtype=torch.int64)
-        self.weights = torch.empty(modules, shape.numel(), k)
+        self.weights = torch.empty(modules, shape.numel(), k, dtype=torch.float32)
         self.paths: dict[str, None] = {}
         self._starts = self.chosen.data_ptr(), self.weights.data_ptr()
         self._steps = tuple(x.stride(0) * x.element_size() for x in (self.chosen, self.weights))
@@ -336,7 +336,7 @@ class Recorder:
                 one.first_input + rows // max(one.rows_per_input, 1),
                 torch.full_like(rows, -1) if aligned.ids is None else aligned.ids.reshape(-1).cpu().long(),
                 torch.full_like(one.real, one.generated),
-                torch.rand(len(rows), generator=self._random),
+                torch.rand(len(rows), generator=self._random, dtype=torch.float32),
             )
         return one.tokens, one.real
 

@@ -129,7 +129,7 @@ class Cached:
         self._check(u, y)
         flat_u, flat_y = u.reshape(-1, u.shape[-1]).to(y.device), y.reshape(-1, y.shape[-1])
         if not len(flat_u):
-            none = torch.empty(0, self.top_k, device=y.device)
+            none = torch.empty(0, self.top_k, dtype=torch.float32, device=y.device)
             return y, none.long(), none
         with self._lock:
             there = self._on(y.device)

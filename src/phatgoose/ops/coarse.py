@@ -75,8 +75,8 @@ def coarse(gates: Tensor) -> Coarse:
 def _coded(gates: Tensor, planes: int) -> Coarse:
     experts, d = gates.shape
     codes = torch.empty(planes, experts, d, dtype=torch.int8, device=gates.device)
-    steps = torch.empty(planes, experts, device=gates.device)
-    lost = torch.empty(experts, device=gates.device)
+    steps = torch.empty(planes, experts, dtype=torch.float32, device=gates.device)
+    lost = torch.empty(experts, dtype=torch.float32, device=gates.device)
     each = max(1, AT_ONCE // d)
     for start in range(0, experts, each):
         some = slice(start, start + each)

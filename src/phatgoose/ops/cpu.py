@@ -271,7 +271,7 @@ class Fused:
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same for `u` and `y` of any shape, and who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
         n, k = self._fit(u, y)[2], self.chosen
-        chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k)
+        chosen, weights = torch.empty(n, k, dtype=torch.int64), torch.empty(n, k, dtype=torch.float32)
         u, y = u.contiguous(), y.contiguous()
         out = torch.empty_like(y)
         _run(self._struct, u, y, out, chosen, weights, n)

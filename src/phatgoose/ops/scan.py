@@ -29,7 +29,8 @@ def scan(gates: Tensor) -> Scan:
     experts, d = gates.shape
     blocks = -(-experts // LANES)
     codes = torch.zeros(blocks, d, LANES, dtype=torch.int8)
-    facts = torch.tensor([0.0, 0.0, torch.inf])[:, None].repeat(1, blocks * LANES)
+    # Others' default dtype may be another: vLLM's is its model's while it is made.
+    facts = torch.tensor([0.0, 0.0, torch.inf], dtype=torch.float32)[:, None].repeat(1, blocks * LANES)
     for start in range(0, experts, _AT_ONCE):
         some = gates[start : start + _AT_ONCE]
         n = len(some)

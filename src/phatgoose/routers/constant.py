@@ -76,7 +76,7 @@ class Fixed(BoundRouter):
         chosen = torch.tensor(self.chosen, dtype=torch.long, device=u.device).expand(
             u.shape[0], len(self.chosen)
         )
-        return chosen, torch.full(chosen.shape, self.weight, device=u.device)
+        return chosen, torch.full(chosen.shape, self.weight, dtype=torch.float32, device=u.device)
 
 
 class _Random(BoundRouter):
@@ -99,7 +99,7 @@ class _Random(BoundRouter):
             state + torch.arange(len(self.slots), device=u.device)
         )  # [N, E] pseudo-random int64
         chosen = self.slots[draws.topk(self.top_k, dim=-1).indices]
-        return chosen, torch.full(chosen.shape, 1.0 / self.top_k, device=u.device)
+        return chosen, torch.full(chosen.shape, 1.0 / self.top_k, dtype=torch.float32, device=u.device)
 
 
 def _scramble(x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class _One(BoundRouter):
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         best = _spread(self.slots[self.owner.last(context.texts())[1]][..., None], context)
-        return best.to(u.device), torch.ones(best.shape, device=u.device)
+        return best.to(u.device), torch.ones(best.shape, dtype=torch.float32, device=u.device)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         _whole_pool(self, context)

@@ -56,7 +56,7 @@ class PHATGOOSE(Router):
         bars = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
         if missing:
             return Comparable(candidates, bars, self.top_k, 'PHATGOOSE(ungated="weights")')
-        nothing = torch.zeros(candidates.d_in)
+        nothing = torch.zeros(candidates.d_in, dtype=torch.float32)
         return _ByVectors(torch.stack([nothing if g is None else g for g in bars]), self.top_k)
 
     def describe(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class _Averaged(Prepared):
         self.vectors, self.top_k = vectors, settings.top_k
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        nothing = torch.zeros(candidates.d_in)
+        nothing = torch.zeros(candidates.d_in, dtype=torch.float32)
         bars = [
             nothing if m < 0 else standardise(self.vectors[m][candidates.path].double()).float()
             for m in candidates.members

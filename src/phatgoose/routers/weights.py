@@ -134,7 +134,7 @@ class Projections:
     def __init__(self, parts: Sequence[Tensor]):
         self.rows = torch.cat(list(parts)).float()
         self.owners = torch.repeat_interleave(
-            torch.eye(len(parts)), torch.tensor([len(p) for p in parts]), dim=0
+            torch.eye(len(parts), dtype=torch.float32), torch.tensor([len(p) for p in parts]), dim=0
         )
 
     def norms(self, u: Tensor) -> Tensor:
