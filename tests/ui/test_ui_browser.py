@@ -29,9 +29,24 @@ def opened(make_session, served, visit):
     return open
 
 
-def answer(page, text=PROMPT):
+@pytest.fixture
+def slowed(monkeypatch):
+    """slowed(seconds) makes every token of an answer take so long."""
+    told = session_module._told
+
+    def slow(seconds):
+        monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(seconds))[0])
+
+    return slow
+
+
+def begin(page, text=PROMPT):
     page.locator("#prompt").fill(text)
     page.get_by_role("button", name="Answer", exact=True).click()
+
+
+def answer(page, text=PROMPT):
+    begin(page, text)
     until(page, DONE, 60)
 
 
@@ -40,9 +55,8 @@ def marks(page, side="A"):
     return page.locator(f"#side-{side} .token").all_text_contents()
 
 
-def test_a_prompt_is_answered_token_by_token(opened, monkeypatch):
-    told = session_module._told
-    monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.15))[0])
+def test_a_prompt_is_answered_token_by_token(opened, slowed):
+    slowed(0.15)
     page = opened()
     page.locator("#prompt").fill(PROMPT)
     page.keyboard.press("Control+Enter")
@@ -122,13 +136,11 @@ def test_two_settings_side_by_side(opened):
     assert page.locator("#compared").is_hidden()
 
 
-def test_who_stands_in_the_table_stays_there_while_it_is_drawn(opened, monkeypatch):
-    told = session_module._told
-    monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.2))[0])
+def test_who_stands_in_the_table_stays_there_while_it_is_drawn(opened, slowed):
+    slowed(0.2)
     page = opened()
     page.get_by_label("Most tokens").fill("12")
-    page.locator("#prompt").fill(PROMPT)
-    page.get_by_role("button", name="Answer", exact=True).click()
+    begin(page)
     until(page, "document.querySelectorAll('#layers-table td[data-place]').length > 0", 30)
     page.locator("#layers-table td[tabindex='0']").focus()
     page.keyboard.press("ArrowRight")
@@ -164,13 +176,11 @@ def test_a_setting_that_fails_leaves_the_page_usable(opened, monkeypatch):
     assert page.locator("#compared").is_visible()
 
 
-def test_stopping(opened, monkeypatch):
-    told = session_module._told
-    monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(0.1))[0])
+def test_stopping(opened, slowed):
+    slowed(0.1)
     page = opened()
     page.get_by_label("Most tokens").fill("300")
-    page.locator("#prompt").fill(PROMPT)
-    page.get_by_role("button", name="Answer", exact=True).click()
+    begin(page)
     until(page, "document.querySelectorAll('.token.written').length > 0", 30)
     page.get_by_role("button", name="Stop").click()
     until(page, DONE)

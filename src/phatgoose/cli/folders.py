@@ -66,6 +66,11 @@ LEFT = {
 }
 
 
+def standing(folder: Path) -> Expert | None:
+    """The expert in a folder, None if there is nothing."""
+    return Expert.load(folder) if folder.exists() and any(folder.iterdir()) else None
+
+
 def laid_over(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
     """`made`, an expert with new gates or a new signature (`part`: "gate" or "signature"), on what stands in `target` by now: while
     one of them was made, the other may have come.
@@ -76,13 +81,12 @@ def laid_over(target: Path, made: Expert, before: Expert | None, part: str, work
     Raises:
         ExpertError: the adapter or the same part was changed meanwhile.
     """
-    now = Expert.load(target) if target.is_dir() and any(target.iterdir()) else None
-    if now is None:
+    if (now := standing(target)) is None:
         return made
     if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
         raise ExpertError(
             f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the same command again "
-            "with another --out and --work " + str(work) + "."
+            f"with another --out and --work {work}."
         )
     if not all_identical(now.tensors, made.tensors):  # another expert, to be replaced
         return made

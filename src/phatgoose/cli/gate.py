@@ -89,11 +89,10 @@ def command(
     folders.check_target(target, keeps_card=out is None or out == expert)
     work = work or target.with_name(target.name + ".work")
     source = Expert.load(expert)
-    there, before = source, source if target == expert else None
-    if out is not None and out.exists() and any(out.iterdir()):
-        there = before = Expert.load(out)
-        if not overwrite and not all_identical(source.tensors, there.tensors):
-            raise _taken(out)
+    before = source if target == expert else folders.standing(target)
+    there = before or source
+    if not overwrite and not all_identical(source.tensors, there.tensors):
+        raise _taken(target)
     given = {"rows": texts, "max_new_tokens": text_tokens, "temperature": temperature}
     writing = wanted(generated, task, prompts, given, config.seed)
     if writing is not None and limit_train is not None:

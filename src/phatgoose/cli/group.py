@@ -23,12 +23,12 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except (PhatgooseError, OSError) as error:
             # The system's own refusals of a path: a name too long, a disk that fails. One that names no file isn't about any.
-            about_a_file = isinstance(error, PhatgooseError) or error.filename is not None
-            if not about_a_file or os.environ.get("PHATGOOSE_DEBUG"):
+            said = str(error)
+            if isinstance(error, OSError):
+                said = f"{error.filename}: {error.strerror}." if error.filename is not None else ""
+            if not said or os.environ.get("PHATGOOSE_DEBUG"):
                 raise
-            show.fail(
-                str(error) if isinstance(error, PhatgooseError) else f"{error.filename}: {error.strerror}."
-            )
+            show.fail(said)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             resumable = ctx.invoked_subcommand in RESUMABLE

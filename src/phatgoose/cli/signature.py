@@ -69,9 +69,8 @@ def command(
     from phatgoose.training.signature import make_signature, signature_key
 
     encoder = load_encoder(config.encoder) if config.texts else None
-    there, before = source, source if target == expert else None
-    if out is not None and out.exists() and any(out.iterdir()):
-        there = before = Expert.load(out)
+    before = source if target == expert else folders.standing(target)
+    there = before or source
     if there.signature is not None and not overwrite:
         made = there.provenance.get("signature", {})
         if not isinstance(made, dict) or made.get("key") != signature_key(

@@ -57,14 +57,13 @@ def command(
     """
     from phatgoose.cli import folders
     from phatgoose.cli.loading import load
-    from phatgoose.experts.expert import Expert
     from phatgoose.experts.names import slug
     from phatgoose.tasks import load_task
 
     folders.check_target(out)
     rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
     wanted = name or slug(out.name)
-    there = Expert.load(out) if out.exists() and any(out.iterdir()) and not overwrite else None
+    there = None if overwrite else folders.standing(out)
     if there and not (there.name == wanted and folders.made_so(there.provenance, None, rows, config)):
         raise _taken(out)
     model = load(base, dtype, device)
