@@ -29,12 +29,13 @@ from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import (
+    Read,
     Row,
     continuation_groups,
     extend,
     groups,
     pad_left,
-    read,
+    readings,
 )
 from phatgoose.models.limits import context_length, decoder_start, settings_are_own
 from phatgoose.records import Prediction
@@ -56,10 +57,8 @@ def match_exactly(
         EvaluationError: naming the row, if a logit that decides is not finite.
     """
     found: list[Prediction | None] = [None] * len(rows)
-    for batch in groups(
-        [len(row.prompt) for row in rows], [(0, config.tokens_for(model.device))], config.batch_rows
-    ):
-        paths = _greedy_paths(model, [rows[i] for i in batch], pad, config)
+    for batch, before in readings(model, [row.prompt for row in rows], pad, config):
+        paths = _greedy_paths(model, before, [rows[i] for i in batch], pad, config)
         for i, path in zip(batch, paths, strict=True):
             found[i] = rules[i].judge(path[: rules[i].limit])
         done(sum(found[i] is not None for i in batch))
@@ -103,10 +102,9 @@ def generate(
 
 
 def _greedy_paths(
-    model: PreTrainedModel, rows: Sequence[Row], pad: int, config: EvaluationConfig
+    model: PreTrainedModel, before: Read, rows: Sequence[Row], pad: int, config: EvaluationConfig
 ) -> list[list[int]]:
     """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and one more."""
-    before = read(model, [row.prompt for row in rows], pad)
     firsts = _argmax(before.logits, rows)
     paths = [[token] for token in firsts.tolist()]
     # Only targets that the first token hasn't already left, and that don't end with it.

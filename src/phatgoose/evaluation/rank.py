@@ -23,8 +23,7 @@ from phatgoose.evaluation.continuations import (
     Row,
     continuation_groups,
     extend,
-    groups,
-    read,
+    readings,
 )
 from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import prompted
@@ -41,16 +40,17 @@ def score_choices(
 ) -> list[tuple[float, ...]]:
     """Length-normalised log-likelihoods (nats per token) of each row's answers, in their order.
 
-    Each prompt is read once and its cache shared by its answers. `done` is told how many rows are finished.
+    Each prompt is read once and its cache shared by its answers; what many prompts begin with is read once for all. `done` is told how many rows are finished.
 
     Raises:
         EvaluationError: naming the row, if a score is not finite.
     """
     scores: list[tuple[float, ...]] = [()] * len(rows)
-    limits = [(0, config.tokens_for(model.device))]
-    for batch in groups([len(row.prompt) for row in rows], limits, config.batch_rows):
+    for batch, before in readings(model, [row.prompt for row in rows], pad, config):
         chosen = [rows[i] for i in batch]
-        for place, row, totals in zip(batch, chosen, _totals(model, chosen, pad, config), strict=True):
+        for place, row, totals in zip(
+            batch, chosen, _totals(model, before, chosen, pad, config), strict=True
+        ):
             scores[place] = tuple(totals[answer] / len(answer) for answer in row.answers)
             if not all(abs(score) < float("inf") for score in scores[place]):
                 raise EvaluationError(
@@ -84,10 +84,9 @@ def best(scores: Sequence[float]) -> int:
 
 
 def _totals(
-    model: PreTrainedModel, rows: Sequence[Row], pad: int, config: EvaluationConfig
+    model: PreTrainedModel, before: Read, rows: Sequence[Row], pad: int, config: EvaluationConfig
 ) -> list[dict[tuple[int, ...], float]]:
-    """Summed log-probabilities of every distinct answer of every row."""
-    before = read(model, [row.prompt for row in rows], pad)
+    """Summed log-probabilities of every distinct answer of every row; `before` has read their prompts."""
     pairs = [(place, answer) for place, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
     places, firsts = torch.tensor([p for p, _ in pairs]), torch.tensor([answer[0] for _, answer in pairs])
     totals = _log_probabilities(before.logits, places, firsts).tolist()

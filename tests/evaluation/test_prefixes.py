@@ -1,0 +1,256 @@
+"""What prompts begin with is read once: the same scores as from plain forwards, with fewer tokens, wherever that is allowed."""
+
+import random
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from conftest import FAMILIES
+from encoder_fixtures import make_encoder, signed
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.continuations import OVERHEAD, Row, pad_left, read, readings
+from phatgoose.evaluation.generate import generate, match_exactly
+from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
+from phatgoose.evaluation.rank import score_choice_plainly, score_choices
+from phatgoose.evaluation.rows import encode
+from phatgoose.experts.pool import Pool
+from phatgoose.models.routed import route, unroute
+from phatgoose.models.trace import trace
+from phatgoose.records import Example
+from phatgoose.routers import LAG, PHATGOOSE, Random, Retrieval, Uniform
+
+NARROW = EvaluationConfig(batch_tokens=90, cache_tokens=400, logit_values=4000, batch_rows=3)
+CONFIGS = [EvaluationConfig(), EvaluationConfig(batch_tokens=150), NARROW, EvaluationConfig(batch_tokens=1)]
+
+
+def tokens(draws, count):
+    return tuple(draws.choices(range(2, 320), k=count))
+
+
+def nested(seed=0):
+    """Prompts of two tasks: instructions, passages under them, questions of unlike lengths; loose ones, copies, one that begins others."""
+    draws = random.Random(seed)
+    found = []
+    for instructions in (tokens(draws, 41), tokens(draws, 30)):
+        found.append(instructions)
+        for passage in [tokens(draws, 27 + n) for n in range(4)]:
+            found += [instructions + passage + tokens(draws, n) for n in (1, 9, 4, 0, 17)]
+    found += [found[3], found[3], *(tokens(draws, n) for n in (1, 2, 60))]
+    draws.shuffle(found)
+    return found
+
+
+def rows_of(prompts, seed=1):
+    draws = random.Random(seed)
+    answers = lambda: tuple((*tokens(draws, draws.randint(0, 3)), 1) for _ in range(3))  # noqa: E731
+    return [Row(n, p, answers()) for n, p in enumerate(prompts)]
+
+
+def counted(model, run):
+    """(what `run` returns, tokens the model read for it, padding included)"""
+    seen = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].numel())
+    )
+    try:
+        return run(), sum(seen)
+    finally:
+        handle.remove()
+
+
+def places(node):
+    return node.rows + [row for part in node.parts for row in places(part)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("least", [0, 20, OVERHEAD])
+def test_the_tree_holds_every_prompt_once_behind_tokens_it_begins_with(seed, least):
+    prompts = nested(seed) if seed % 2 else [tokens(random.Random(n % 9), n % 7 + 1) for n in range(50)]
+    root = prefixes(prompts, least)
+    assert sorted(places(root)) == list(range(len(prompts)))
+
+    def check(node, above, level):
+        assert level <= LEVELS
+        for part in node.parts:
+            under = places(part)
+            assert (len(under) - 1) * (part.length - node.length) > least
+            assert len({prompts[row][: part.length] for row in under}) == 1
+            assert all(len(prompts[row]) > part.length for row in under)  # a token of their own is left
+            assert part.first() in under
+            check(part, node, level + 1)
+
+    check(root, None, 0)
+
+
+def test_the_tree_finds_what_was_made():
+    """Two tasks, four passages each; prompts that end where a passage does keep its last token."""
+    root = prefixes(nested(), OVERHEAD)
+    assert sorted(part.length for part in root.parts) == [29, 40]
+    assert [len(part.parts) for part in root.parts] == [4, 4]
+    assert not any(part.parts for task in root.parts for part in task.parts)
+
+
+def test_thousands_of_nested_prompts_are_no_deep_recursion():
+    prompts = [tuple(range(n)) for n in range(1, 3 * TOGETHER)]
+    root = prefixes(prompts, 0)
+    assert sorted(places(root)) == list(range(len(prompts)))
+
+
+def test_few_shared_tokens_are_no_forward_of_their_own():
+    prompts = [(5,) * 16 + (n,) for n in range(5)]
+    assert not prefixes(prompts, OVERHEAD).parts  # saves 4 times 16, just what a forward costs
+    assert prefixes([*prompts, (5,) * 16 + (9,)], OVERHEAD).parts[0].length == 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("config", CONFIGS, ids=["one batch", "some batches", "narrow", "token by token"])
+def test_scores_equal_one_plain_forward_a_choice(make_base, family, config):
+    base, rows = make_base(family), rows_of(nested())
+    done = []
+    scores = score_choices(base.model, rows, 0, config, done.append)
+    assert sum(done) == len(rows)
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen", "gpt2"])
+def test_a_reading_is_what_one_read_gives(make_base, family):
+    """Logits, and the cache with its padding at the left: what is read in two goes leaves none between."""
+    base, prompts = make_base(family), nested()
+    seen = 0
+    for part, made in readings(base.model, prompts, 0, EvaluationConfig()):
+        seen += len(part)
+        assert made.prompts == tuple(prompts[n] for n in part)
+        whole = read(base.model, made.prompts, 0)
+        assert torch.equal(made.mask, pad_left(made.prompts, 0)[1])
+        assert torch.allclose(made.logits, whole.logits, atol=1e-4)
+        real = made.mask.bool()
+        for layer, same in zip(made.cache.layers, whole.cache.layers, strict=True):
+            for a, b in ((layer.keys, same.keys), (layer.values, same.values)):
+                assert a.shape == b.shape
+                assert torch.allclose(a.transpose(1, 2)[real], b.transpose(1, 2)[real], atol=1e-4)
+    assert seen == len(prompts)
+
+
+@torch.no_grad()
+def test_shared_tokens_are_read_once(make_base):
+    base, draws = make_base("llama"), random.Random(0)
+    shared = tokens(draws, 50)
+    passages = [shared + tokens(draws, 40) for _ in range(3)]
+    prompts = [p + tokens(draws, 5) for p in passages for _ in range(4)]
+    _, read_tokens = counted(base.model, lambda: list(readings(base.model, prompts, 0, EvaluationConfig())))
+    assert read_tokens == 50 + 3 * 40 + 12 * 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_answers_are_the_same(make_base, family):
+    """Exact match behind shared beginnings against transformers' own generate on whole prompts."""
+    base, config = make_base(family), EvaluationConfig()
+    draws, found = random.Random(3), []
+    beginning = " ".join(draws.choices(["the", "quick", "brown", "fox", "lazy", "dog"], k=40))
+    for index in range(12):
+        text = f"{beginning} {' '.join(draws.choices(['yes', 'no', '1', '2'], k=index + 1))}"
+        found.append(encode(base, Example(text, ("yes no",), None), index, config))
+    rows, rules = [row for row, _ in found], [rule for _, rule in found]
+    assert prefixes([row.prompt for row in rows], OVERHEAD).parts
+    fast = match_exactly(base.model, rows, rules, 0, config)
+    slow = generate(base.model, rows, rules, 0, config, to_the_end=True)
+    for quick, full in zip(fast, slow, strict=True):
+        assert quick.correct == full.correct
+        assert quick.text == full.text if quick.complete else full.text.startswith(quick.text)
+
+
+@pytest.fixture
+def routed(make_base, make_expert):
+    base = make_base("llama")
+    pool = Pool([make_expert(base, f"e{n}", rank=2 + n, seed=n, scale=0.4) for n in range(4)])
+    yield base, pool
+    unroute(base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "router", [PHATGOOSE(), PHATGOOSE(top_k=1), Random(), Uniform(), LAG(first=2)], ids=str
+)
+def test_routers_choose_token_by_token_so_they_share(routed, router):
+    base, pool = routed
+    rows = rows_of(nested())
+    route(base, pool, router)
+    scores, few = counted(base.model, lambda: score_choices(base.model, rows, 0, EvaluationConfig()))
+    whole = sum(len(row.prompt) for row in rows)
+    assert few < 0.75 * whole
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_router_that_reads_the_prompt_gets_it_whole(make_base, make_expert, tmp_path):
+    folder = make_encoder(tmp_path / "encoder", max_tokens=60)
+    base = make_base("llama")
+    experts = [make_expert(base, f"e{n}", seed=n, scale=0.4) for n in range(3)]
+    pool = Pool([signed(e, folder, seed=n, count=5) for n, e in enumerate(experts)])
+    rows = rows_of(nested())
+    route(base, pool, Retrieval(encoder=str(folder)))
+    scores, all_tokens = counted(base.model, lambda: score_choices(base.model, rows, 0, EvaluationConfig()))
+    assert all_tokens > sum(len(row.prompt) for row in rows)
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_trace_counts_every_token_of_every_prompt(routed):
+    base, pool = routed
+    rows = [Row(n, p, ((5, 1),)) for n, p in enumerate(nested())]
+    route(base, pool, PHATGOOSE())
+    with trace(base, histogram=True) as recorded:
+        score_choices(base.model, rows, 0, EvaluationConfig())
+    for load in recorded.loads.values():
+        assert load.tokens.tolist() == [
+            sum(len(row.prompt) for row in rows),
+            len(rows),
+        ]  # and an answer's token each
+
+
+@torch.no_grad()
+def test_a_sliding_window_counts_positions_so_nothing_is_shared():
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=16, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    model, rows = MistralForCausalLM(config).eval(), rows_of(nested())
+    scores, all_tokens = counted(model, lambda: score_choices(model, rows, 0, EvaluationConfig()))
+    assert all_tokens > sum(len(row.prompt) for row in rows)
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@torch.no_grad()
+def test_batches_stay_within_their_limits(make_base):
+    base, prompts = make_base("llama"), nested()
+    config, seen = EvaluationConfig(batch_tokens=100, cache_tokens=700, batch_rows=4), []
+    model = base.model
+    forward = model.forward
+
+    def spy(*args, **kwargs):
+        seen.append((kwargs["input_ids"].shape, kwargs["attention_mask"].shape[1]))
+        return forward(*args, **kwargs)
+
+    model.forward = spy
+    try:
+        read_rows = [n for part, _ in readings(model, prompts, 0, config) for n in part]
+    finally:
+        del model.forward
+    assert sorted(read_rows) == list(range(len(prompts)))
+    for (rows, width), whole in seen:
+        assert rows == 1 or (rows <= 4 and rows * width <= 100)
+        assert rows == 1 or whole == width or rows * whole <= 700
+    assert any(whole > width for (_, width), whole in seen)
