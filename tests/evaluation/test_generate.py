@@ -212,11 +212,11 @@ def test_nan_names_the_row(make_base, family):
             way(base.model, rows, rules, 0, config)
 
 
-def test_logits_of_padding_may_be_anything():
-    logits = torch.zeros(2, 3, 4)
-    logits[0, 1, 2] = logits[1, 2, 3] = 5.0
-    logits[0, 2] = float("nan")
-    rows = [Row(7, (5,), ((1,),)), Row(9, (5,), ((1,),))]
-    assert _argmax(logits, rows, [2, 3])[:, :2].tolist() == [[0, 2], [0, 0]]
-    with pytest.raises(EvaluationError, match="row 7"):
-        _argmax(logits, rows, [3, 3])
+def test_argmax_takes_the_first_of_equals_and_names_the_row_that_is_not_finite():
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = logits[1, 3] = 5.0
+    rows = [Row(7, (5,), ((1,),)), Row(8, (5,), ((1,),)), Row(9, (5,), ((1,),))]
+    assert _argmax(logits, rows).tolist() == [0, 2, 0]
+    logits[2, 1] = float("nan")
+    with pytest.raises(EvaluationError, match="row 9"):
+        _argmax(logits, rows)

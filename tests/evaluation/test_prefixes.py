@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from conftest import FAMILIES
 from encoder_fixtures import make_encoder, signed
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import OVERHEAD, Row, pad_left, read, readings
+from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read, readings
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
 from phatgoose.evaluation.rank import score_choice_plainly, score_choices
@@ -254,3 +254,67 @@ def test_batches_stay_within_their_limits(make_base):
         assert rows == 1 or (rows <= 4 and rows * width <= 100)
         assert rows == 1 or whole == width or rows * whole <= 700
     assert any(whole > width for (_, width), whole in seen)
+
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": None,
+}  # fmt: skip
+EAGER_ONLY = ["bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"]
+KINDS = [
+    "cohere", "falcon", "gemma", "gpt_bigcode", "gpt_neox", "granite", "olmo2", "opt", "phi", "phi3", "qwen3", "smollm3",
+    "stablelm", "starcoder2",
+]  # fmt: skip
+OWN = {
+    "falcon": {"alibi": True}, "gpt_neo": {"attention_types": [[["global"], 2]]}, "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8}, "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8}, "opt": {"word_embed_proj_dim": 32},
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "attention"), [*((k, "eager") for k in EAGER_ONLY + KINDS), *((k, "sdpa") for k in KINDS)]
+)
+def test_every_architecture_scores_as_its_plain_forward(kind, attention):
+    """Positions learnt, rotated, biased or none; windows; masks made in many ways: whatever a model does with ours, it shows here."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPE | OWN.get(kind, {}))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    rows = rows_of(nested()[:24])
+    scores = score_choices(model, rows, 0, EvaluationConfig())
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answers_share_one_copy_of_their_prompt(make_base, family):
+    """As many as fit in a bundle: 40 answers of up to 12 tokens behind each of three prompts, one of them alone too long."""
+    base, draws = make_base(family), random.Random(5)
+    answers = lambda: tuple((*tokens(draws, draws.randint(1, 12)), 1) for _ in range(40))  # noqa: E731
+    rows = [Row(n, tokens(draws, 20 + 9 * n), answers()) for n in range(3)]
+    rows.append(Row(3, tokens(draws, 5), ((*tokens(draws, BUNDLE + 3), 1), (7, 8, 1))))
+    shapes = []
+    handle = base.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: shapes.append(args[0].shape)
+    )
+    scores = score_choices(base.model, rows, 0, EvaluationConfig())
+    handle.remove()
+    assert sum(shape[0] for shape in shapes) <= 4 + 2 * 3 + 2
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
+def test_bundles_keep_each_prompts_continuations_together():
+    draws = random.Random(0)
+    rows = [draws.randrange(5) for _ in range(200)]
+    new = [(3,) * draws.choice([1, 2, 30, BUNDLE - 1, BUNDLE, BUNDLE + 9]) for _ in rows]
+    bundles = _bundles(rows, new)
+    assert sorted(n for bundle in bundles for n in bundle) == list(range(200))
+    for bundle in bundles:
+        assert len({rows[n] for n in bundle}) == 1
+        assert len(bundle) == 1 or sum(len(new[n]) for n in bundle) <= BUNDLE
+    assert len(_bundles([0] * BUNDLE, [(3,)] * BUNDLE)) == 1

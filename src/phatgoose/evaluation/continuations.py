@@ -1,7 +1,8 @@
 """Prompts read once, then continued by several answers each: the engine under ranking and under exact match.
 
 `read` runs the prompts (left-padded, logits of the last position only) and keeps the key-value cache; `extend` copies
-the cache's rows, one for each answer, and runs all answers in one forward (right-padded). In an encoder–decoder the
+the cache's rows, one for each answer, and runs all answers in one forward (right-padded); `continuations` lays a prompt's
+answers behind one copy, hidden from each other, where the model lets it. In an encoder–decoder the
 encoder reads the prompt, and the decoder's start token with the cross-attention's keys and values is what is kept.
 `readings` reads any number of prompts in batches, and what many of them begin with once (`prefixes.py`).
 """
@@ -29,6 +30,9 @@ from phatgoose.models.prompted import ATTRIBUTE, prompted
 
 OVERHEAD = 64
 """What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
+
+BUNDLE = 256
+"""Most tokens of one prompt's answers that go in one row: they look at each other in vain, in exchange for one cache."""
 
 _SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
@@ -144,9 +148,11 @@ def _reads_on(model: PreTrainedModel) -> bool:
     Not in an encoder–decoder, whose encoder looks ahead; with caches that keep less than every position; for a router that reads the
     whole prompt; while a trace counts tokens, which would miss the shared ones.
     """
-    if model.config.is_encoder_decoder or not (
-        accepts(model, "position_ids") and accepts(model, "logits_to_keep")
-    ):
+    if model.config.is_encoder_decoder or getattr(
+        model.config, "alibi", False
+    ):  # which counts positions by the mask
+        return False
+    if not (accepts(model, "position_ids") and accepts(model, "logits_to_keep")):
         return False
     routing = model.__dict__.get(ATTRIBUTE)
     if routing is not None and (routing.recorder is not None or routing.streams.readings is not None):
@@ -251,12 +257,99 @@ def groups(
     return found
 
 
-def continuation_groups(
-    model: PreTrainedModel, before: Read, lengths: Sequence[int], config: EvaluationConfig
-) -> list[list[int]]:
-    """Which answers, of these lengths in tokens, go into one forward behind the prompts of `before`."""
-    tokens = min(config.tokens_for(model.device), max(1, config.logit_values // before.logits.shape[-1]))
-    return groups(lengths, [(0, tokens), (before.mask.shape[1], config.cache_tokens)], config.batch_rows)
+def continuations(
+    model: PreTrainedModel,
+    before: Read,
+    rows: Sequence[int],
+    tokens: Sequence[Sequence[int]],
+    pad: int,
+    config: EvaluationConfig,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Runs all of `tokens` (none empty), each behind prompt `rows[i]`, in batches: (which ones, logits, places).
+
+    logits: [any, vocabulary]; places int64: whose rows follow each token of the first one, then of the next, and so on.
+    """
+    most = min(config.tokens_for(model.device), max(1, config.logit_values // before.logits.shape[-1]))
+    limits = [(0, most), (before.mask.shape[1], config.cache_tokens)]
+    if not _takes_own_mask(model):
+        for part in groups([len(t) for t in tokens], limits, config.batch_rows):
+            logits = extend(model, before, [rows[n] for n in part], [tokens[n] for n in part], pad)
+            starts = [logits.shape[1] * n for n in range(len(part))]
+            yield part, logits.flatten(0, 1), _ranges(starts, [len(tokens[n]) for n in part])
+        return
+    bundles = _bundles(rows, tokens)
+    for chosen in groups([sum(len(tokens[n]) for n in b) for b in bundles], limits, config.batch_rows):
+        found = [bundles[n] for n in chosen]
+        logits = _extend_together(
+            model, before, [rows[b[0]] for b in found], [[tokens[n] for n in b] for b in found], pad
+        )
+        starts, part = [], []
+        for place, bundle in enumerate(found):
+            lengths = [len(tokens[n]) for n in bundle]
+            starts += [logits.shape[1] * place + sum(lengths[:n]) for n in range(len(bundle))]
+            part += bundle
+        yield part, logits.flatten(0, 1), _ranges(starts, [len(tokens[n]) for n in part])
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+
+
+def _bundles(rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Continuations of the same prompt that share one copy of its cache: at most BUNDLE tokens, or a single one."""
+    found: list[list[int]] = []
+    last: dict[int, tuple[list[int], int]] = {}
+    for place, (row, new) in enumerate(zip(rows, tokens, strict=True)):
+        bundle, size = last.get(row, ([], BUNDLE))
+        if size + len(new) > BUNDLE:
+            bundle, size = [], 0
+            found.append(bundle)
+        bundle.append(place)
+        last[row] = bundle, size + len(new)
+    return found
+
+
+def _extend_together(
+    model: PreTrainedModel,
+    before: Read,
+    rows: Sequence[int],
+    bundles: Sequence[Sequence[Sequence[int]]],
+    pad: int,
+) -> Tensor:
+    """Logits [n, longest, vocabulary] after the continuations bundles[i], one after the other, of prompt `rows[i]`.
+
+    Each sees the prompt and itself, by a mask, so the prompt's cache is copied once for all of them.
+    """
+    width = max(sum(len(t) for t in bundle) for bundle in bundles)
+    ids, offsets = torch.full((len(bundles), width), pad), torch.zeros(len(bundles), width, dtype=torch.int64)
+    owner = torch.arange(width).repeat(len(bundles), 1)  # padding is of its own
+    for n, bundle in enumerate(bundles):
+        start = 0
+        for part, new in enumerate(bundle):
+            end = start + len(new)
+            ids[n, start:end], offsets[n, start:end] = torch.tensor(new), torch.arange(len(new))
+            owner[n, start:end] = width + part
+            start = end
+    own = (owner[:, :, None] == owner[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
+    chosen = torch.tensor(rows)
+    seen = before.mask[chosen.to(before.mask.device)].bool()[:, None, :].expand(-1, width, -1)
+    seen = torch.cat([seen, own.to(seen.device)], dim=2)[:, None]
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+    lengths = torch.tensor([len(before.prompts[row]) for row in rows])
+    found: Tensor = model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.masked_fill_(~seen.to(model.device), torch.finfo(model.dtype).min),
+        position_ids=(lengths[:, None] + offsets).to(model.device),
+        past_key_values=_select(before.cache, chosen),
+        use_cache=True,
+    ).logits
+    return found
+
+
+def _takes_own_mask(model: PreTrainedModel) -> bool:
+    """Whether the model attends by a mask [rows, 1, queries, keys] of ours as it stands."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    return _reads_on(model) and attention in ("sdpa", "eager")
 
 
 def _select(kept: Any, rows: Tensor) -> Any:

@@ -12,6 +12,7 @@ taken, and another batch or a cache may tip a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import (
     Read,
     Row,
-    continuation_groups,
-    extend,
+    continuations,
     groups,
     pad_left,
     readings,
@@ -114,24 +114,23 @@ def _greedy_paths(
         for target in dict.fromkeys(row.answers)
         if len(target) > 1 and target[0] == paths[place][0]
     ]
-    for part in continuation_groups(model, before, [len(target) - 1 for _, target in pairs], config):
-        places, targets = [pairs[n][0] for n in part], [pairs[n][1] for n in part]
-        logits = extend(model, before, places, [target[:-1] for target in targets], pad)
-        nexts = _argmax(logits, [rows[place] for place in places], [len(target) - 1 for target in targets])
-        for place, target, argmax in zip(places, targets, nexts.tolist(), strict=True):
+    owners, rests = [place for place, _ in pairs], [target[:-1] for _, target in pairs]
+    for part, logits, at in continuations(model, before, owners, rests, pad, config):
+        asked = [rows[pairs[n][0]] for n in part for _ in rests[n]]
+        nexts = iter(_argmax(logits[at.to(logits.device)], asked).tolist())
+        for place, target in (pairs[n] for n in part):
+            argmax = list(islice(nexts, len(target) - 1))
             same = next((j for j in range(1, len(target)) if argmax[j - 1] != target[j]), len(target) - 1)
             path = [*target[:same], argmax[same - 1]]
             paths[place] = max(paths[place], path, key=len)
     return paths
 
 
-def _argmax(logits: Tensor, rows: Sequence[Row], lengths: Sequence[int] | None = None) -> Tensor:
-    """The first of the highest logits over the last dimension, on the CPU; refuses those that aren't finite."""
+def _argmax(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The first of the highest of each row's logits [n, vocabulary], on the CPU; refuses those that aren't finite."""
     chosen = logits.argmax(-1)
     # argmax takes a NaN for the highest, so the value it picked tells about all of them.
     finite = logits.gather(-1, chosen[..., None]).squeeze(-1).isfinite().cpu()
-    if lengths is not None:
-        finite |= torch.arange(finite.shape[1]) >= torch.tensor(lengths)[:, None]
     if not finite.all():
         row = rows[int(torch.where(~finite)[0][0])]
         raise EvaluationError(f"row {row.index}: the model's logits are not finite.")

@@ -21,8 +21,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import (
     Read,
     Row,
-    continuation_groups,
-    extend,
+    continuations,
     readings,
 )
 from phatgoose.models.limits import decoder_start
@@ -108,16 +107,12 @@ def _rests(
     config: EvaluationConfig,
 ) -> Iterator[tuple[list[int], list[float]]]:
     """For groups of `pairs`: their places, and the summed log-probabilities of their answers' tokens but the first."""
-    for part in continuation_groups(model, before, [len(answer) - 1 for _, answer in pairs], config):
-        answers = [pairs[n][1] for n in part]
-        logits = extend(model, before, [pairs[n][0] for n in part], [answer[:-1] for answer in answers], pad)
-        lengths = torch.tensor([len(answer) - 1 for answer in answers])
-        width = logits.shape[1]
-        real = torch.cat([torch.arange(width * i, width * i + n) for i, n in enumerate(lengths.tolist())])
-        targets = torch.tensor([token for answer in answers for token in answer[1:]])
-        values = _log_probabilities(logits.flatten(0, 1), real, targets)
-        owner = torch.repeat_interleave(torch.arange(len(answers)), lengths)
-        yield part, torch.zeros(len(answers), dtype=torch.float32).index_add(0, owner, values).tolist()
+    owners, answers = [row for row, _ in pairs], [answer for _, answer in pairs]
+    for part, logits, places in continuations(model, before, owners, [a[:-1] for a in answers], pad, config):
+        targets = torch.tensor([token for n in part for token in answers[n][1:]])
+        values = _log_probabilities(logits, places, targets)
+        owner = torch.repeat_interleave(torch.tensor([len(answers[n]) - 1 for n in part]))
+        yield part, torch.zeros(len(part), dtype=torch.float32).index_add(0, owner, values).tolist()
 
 
 def _log_probabilities(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
