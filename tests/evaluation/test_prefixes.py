@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 from conftest import FAMILIES
 from encoder_fixtures import make_encoder, signed
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read, readings
+from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
 from phatgoose.evaluation.rank import score_choice_plainly, score_choices
+from phatgoose.evaluation.readings import readings
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.routed import route, unroute

@@ -4,7 +4,6 @@
 the cache's rows, one for each answer, and runs all answers in one forward (right-padded); `continuations` lays a prompt's
 answers behind one copy, hidden from each other, where the model lets it. In an encoder–decoder the
 encoder reads the prompt, and the decoder's start token with the cross-attention's keys and values is what is kept.
-`readings` reads any number of prompts in batches, and what many of them begin with once (`prefixes.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.prefixes import Prefix, prefixes
 from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import ATTRIBUTE, prompted
 
@@ -95,103 +93,6 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> 
     return Read(out.logits[:, -1], kept, mask, tuple(map(tuple, prompts)), encoded)
 
 
-def readings(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, config: EvaluationConfig
-) -> Iterator[tuple[list[int], Read]]:
-    """Reads `prompts` (none empty) in batches: the places of some, and them as `read` reads them; each once, longest first.
-
-    Raises:
-        EvaluationError: as `read`.
-    """
-    whole = tuple(tuple(p) for p in prompts)
-    root = prefixes(whole, OVERHEAD) if _reads_on(model) else Prefix(0, list(range(len(whole))))
-    return _readings(model, None, [(0, root)], whole, pad, config)
-
-
-def _readings(
-    model: PreTrainedModel,
-    before: Read | None,
-    nodes: Sequence[tuple[int, Prefix]],
-    prompts: Sequence[tuple[int, ...]],
-    pad: int,
-    config: EvaluationConfig,
-) -> Iterator[tuple[list[int], Read]]:
-    """What hangs on `nodes`: beginnings, each with the row of `before` that has read it."""
-    limits = [(0, config.tokens_for(model.device))]
-    if before is not None:
-        limits.append((before.mask.shape[1], config.cache_tokens))
-
-    def batches(found: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[tuple[list[int], Read]]:
-        done = [0 if before is None else len(before.prompts[owner]) for owner, _ in found]
-        left = [len(tokens) - n for n, (_, tokens) in zip(done, found, strict=True)]
-        for part in groups(left, limits, config.batch_rows):
-            tokens = [found[n][1] for n in part]
-            owners = [found[n][0] for n in part]
-            yield (
-                part,
-                read(model, tokens, pad) if before is None else _read_on(model, before, owners, tokens, pad),
-            )
-
-    rows = [(owner, row) for owner, node in nodes for row in node.rows]
-    for part, made in batches([(owner, prompts[row]) for owner, row in rows]):
-        yield [rows[n][1] for n in part], made
-    parts = [(owner, part) for owner, node in nodes for part in node.parts]
-    for part, made in batches([(owner, prompts[p.first()][: p.length]) for owner, p in parts]):
-        yield from _readings(
-            model, made, [(n, parts[p][1]) for n, p in enumerate(part)], prompts, pad, config
-        )
-
-
-def _reads_on(model: PreTrainedModel) -> bool:
-    """Whether prompts may go on from a beginning that several share.
-
-    Not in an encoder–decoder, whose encoder looks ahead; with caches that keep less than every position; for a router that reads the
-    whole prompt; while a trace counts tokens, which would miss the shared ones.
-    """
-    if model.config.is_encoder_decoder or getattr(
-        model.config, "alibi", False
-    ):  # which counts positions by the mask
-        return False
-    if not (accepts(model, "position_ids") and accepts(model, "logits_to_keep")):
-        return False
-    routing = model.__dict__.get(ATTRIBUTE)
-    if routing is not None and (routing.recorder is not None or routing.streams.readings is not None):
-        return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
-
-def _read_on(
-    model: PreTrainedModel, before: Read, owners: Sequence[int], prompts: Sequence[tuple[int, ...]], pad: int
-) -> Read:
-    """Reads what each prompt has beyond the row of `before` that it begins with; in the result it is as if read in one."""
-    rests = [p[len(before.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
-    ids, new = (tensor.to(model.device) for tensor in pad_left(rests, pad))
-    chosen = torch.tensor(owners)
-    mask = torch.cat([before.mask[chosen.to(before.mask.device)], new], dim=1)
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-        past_key_values=_select(before.cache, chosen),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return Read(out.logits[:, -1], *_packed(out.past_key_values, mask), tuple(prompts))
-
-
-def _packed(kept: Any, mask: Tensor) -> tuple[Any, Tensor]:
-    """A cache and its mask [rows, positions] with each row's padding at the left: between what was read at two times, too."""
-    if bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        return kept, mask
-    real = mask.argsort(dim=-1, stable=True)[:, -int(mask.sum(-1).max()) :]
-    for layer in kept.layers:
-        places = real.to(layer.keys.device)[:, None, :, None]
-        layer.keys, layer.values = (
-            x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values)
-        )
-    return kept, mask.gather(1, real)
-
-
 def extend(
     model: PreTrainedModel, before: Read, rows: Sequence[int], tokens: Sequence[Sequence[int]], pad: int
 ) -> Tensor:
@@ -204,7 +105,7 @@ def extend(
     ids = torch.tensor([list(t) + [pad] * (width - len(t)) for t in tokens])
     chosen = torch.tensor(rows)
     mask = before.mask[chosen.to(before.mask.device)]
-    inputs: dict[str, Any] = {"past_key_values": _select(before.cache, chosen), "use_cache": True}
+    inputs: dict[str, Any] = {"past_key_values": select(before.cache, chosen), "use_cache": True}
     if before.encoded is not None:
         inputs |= {
             "decoder_input_ids": ids.to(device),
@@ -340,7 +241,7 @@ def _extend_together(
         input_ids=ids.to(model.device),
         attention_mask=mask.masked_fill_(~seen.to(model.device), torch.finfo(model.dtype).min),
         position_ids=(lengths[:, None] + offsets).to(model.device),
-        past_key_values=_select(before.cache, chosen),
+        past_key_values=select(before.cache, chosen),
         use_cache=True,
     ).logits
     return found
@@ -349,13 +250,31 @@ def _extend_together(
 def _takes_own_mask(model: PreTrainedModel) -> bool:
     """Whether the model attends by a mask [rows, 1, queries, keys] of ours as it stands."""
     attention = getattr(model.config, "_attn_implementation", None)
-    return _reads_on(model) and attention in ("sdpa", "eager")
+    return reads_on(model) and attention in ("sdpa", "eager")
 
 
-def _select(kept: Any, rows: Tensor) -> Any:
+def reads_on(model: PreTrainedModel) -> bool:
+    """Whether prompts may go on from a beginning that several share.
+
+    Not in an encoder–decoder, whose encoder looks ahead; with caches that keep less than every position; for a router that reads the
+    whole prompt; while a trace counts tokens, which would miss the shared ones.
+    """
+    if model.config.is_encoder_decoder:
+        return False
+    if getattr(model.config, "alibi", False):  # positions counted by the mask
+        return False
+    if not (accepts(model, "position_ids") and accepts(model, "logits_to_keep")):
+        return False
+    routing = model.__dict__.get(ATTRIBUTE)
+    if routing is not None and (routing.recorder is not None or routing.streams.readings is not None):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def select(kept: Any, rows: Tensor) -> Any:
     """A cache that holds rows `rows` (int64, on the CPU: that indexes layers on any device) of `kept`, left as it is."""
     if isinstance(kept, EncoderDecoderCache):
-        parts = _select(kept.self_attention_cache, rows), _select(kept.cross_attention_cache, rows)
+        parts = select(kept.self_attention_cache, rows), select(kept.cross_attention_cache, rows)
         return EncoderDecoderCache(*parts)
     # These layers replace their tensors and never write into them, so copies of the layers may share them.
     new = copy.copy(kept)

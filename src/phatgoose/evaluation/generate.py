@@ -35,8 +35,8 @@ from phatgoose.evaluation.continuations import (
     continuations,
     groups,
     pad_left,
-    readings,
 )
+from phatgoose.evaluation.readings import readings
 from phatgoose.models.limits import context_length, decoder_start, settings_are_own
 from phatgoose.records import Prediction
 

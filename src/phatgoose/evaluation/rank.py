@@ -22,8 +22,8 @@ from phatgoose.evaluation.continuations import (
     Read,
     Row,
     continuations,
-    readings,
 )
+from phatgoose.evaluation.readings import readings
 from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import prompted
 

@@ -1,0 +1,93 @@
+"""Any number of prompts, read in batches, and what many of them begin with once (`prefixes.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.continuations import OVERHEAD, Read, groups, pad_left, read, reads_on, select
+from phatgoose.evaluation.prefixes import Prefix, prefixes
+
+
+def readings(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, config: EvaluationConfig
+) -> Iterator[tuple[list[int], Read]]:
+    """Reads `prompts` (none empty) in batches: the places of some, and them as `read` reads them; each once, longest first.
+
+    Raises:
+        EvaluationError: as `read`.
+    """
+    whole = tuple(tuple(p) for p in prompts)
+    root = prefixes(whole, OVERHEAD) if reads_on(model) else Prefix(0, list(range(len(whole))))
+    return _readings(model, None, [(0, root)], whole, pad, config)
+
+
+def _readings(
+    model: PreTrainedModel,
+    before: Read | None,
+    nodes: Sequence[tuple[int, Prefix]],
+    prompts: Sequence[tuple[int, ...]],
+    pad: int,
+    config: EvaluationConfig,
+) -> Iterator[tuple[list[int], Read]]:
+    """What hangs on `nodes`: beginnings, each with the row of `before` that has read it."""
+    limits = [(0, config.tokens_for(model.device))]
+    if before is not None:
+        limits.append((before.mask.shape[1], config.cache_tokens))
+
+    def batches(found: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[tuple[list[int], Read]]:
+        done = [0 if before is None else len(before.prompts[owner]) for owner, _ in found]
+        left = [len(tokens) - n for n, (_, tokens) in zip(done, found, strict=True)]
+        for part in groups(left, limits, config.batch_rows):
+            tokens = [found[n][1] for n in part]
+            owners = [found[n][0] for n in part]
+            yield (
+                part,
+                read(model, tokens, pad) if before is None else _read_on(model, before, owners, tokens, pad),
+            )
+
+    rows = [(owner, row) for owner, node in nodes for row in node.rows]
+    for part, made in batches([(owner, prompts[row]) for owner, row in rows]):
+        yield [rows[n][1] for n in part], made
+    parts = [(owner, part) for owner, node in nodes for part in node.parts]
+    for part, made in batches([(owner, prompts[p.first()][: p.length]) for owner, p in parts]):
+        yield from _readings(
+            model, made, [(n, parts[p][1]) for n, p in enumerate(part)], prompts, pad, config
+        )
+
+
+def _read_on(
+    model: PreTrainedModel, before: Read, owners: Sequence[int], prompts: Sequence[tuple[int, ...]], pad: int
+) -> Read:
+    """Reads what each prompt has beyond the row of `before` that it begins with; in the result it is as if read in one."""
+    rests = [p[len(before.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
+    ids, new = (tensor.to(model.device) for tensor in pad_left(rests, pad))
+    chosen = torch.tensor(owners)
+    mask = torch.cat([before.mask[chosen.to(before.mask.device)], new], dim=1)
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+        past_key_values=select(before.cache, chosen),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Read(out.logits[:, -1], *_packed(out.past_key_values, mask), tuple(prompts))
+
+
+def _packed(kept: Any, mask: Tensor) -> tuple[Any, Tensor]:
+    """A cache and its mask [rows, positions] with each row's padding at the left: between what was read at two times, too."""
+    if bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        return kept, mask
+    real = mask.argsort(dim=-1, stable=True)[:, -int(mask.sum(-1).max()) :]
+    for layer in kept.layers:
+        places = real.to(layer.keys.device)[:, None, :, None]
+        layer.keys, layer.values = (
+            x.gather(2, places.expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values)
+        )
+    return kept, mask.gather(1, real)
