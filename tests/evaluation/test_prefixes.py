@@ -1,15 +1,17 @@
 """What prompts begin with is read once: the same scores as from plain forwards, with fewer tokens, wherever that is allowed."""
 
+import gc
 import random
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from conftest import FAMILIES
 from encoder_fixtures import make_encoder, signed
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read
+from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read, reads_on
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
 from phatgoose.evaluation.rank import score_choice_plainly, score_choices
@@ -20,6 +22,7 @@ from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
 from phatgoose.records import Example
 from phatgoose.routers import LAG, PHATGOOSE, Random, Retrieval, Uniform
+from phatgoose.routers.masked import Masked
 
 NARROW = EvaluationConfig(batch_tokens=90, cache_tokens=400, logit_values=4000, batch_rows=3)
 CONFIGS = [EvaluationConfig(), EvaluationConfig(batch_tokens=150), NARROW, EvaluationConfig(batch_tokens=1)]
@@ -268,7 +271,7 @@ KINDS = [
     "stablelm", "starcoder2",
 ]  # fmt: skip
 OWN = {
-    "falcon": {"alibi": True}, "gpt_neo": {"attention_types": [[["global"], 2]]}, "gemma": {"head_dim": 8},
+    "falcon": {"alibi": True}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16}, "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8}, "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8}, "opt": {"word_embed_proj_dim": 32},
 }  # fmt: skip
 
@@ -313,9 +316,104 @@ def test_bundles_keep_each_prompts_continuations_together():
     draws = random.Random(0)
     rows = [draws.randrange(5) for _ in range(200)]
     new = [(3,) * draws.choice([1, 2, 30, BUNDLE - 1, BUNDLE, BUNDLE + 9]) for _ in rows]
-    bundles = _bundles(rows, new)
+    bundles = _bundles(rows, new, BUNDLE)
     assert sorted(n for bundle in bundles for n in bundle) == list(range(200))
     for bundle in bundles:
         assert len({rows[n] for n in bundle}) == 1
         assert len(bundle) == 1 or sum(len(new[n]) for n in bundle) <= BUNDLE
-    assert len(_bundles([0] * BUNDLE, [(3,)] * BUNDLE)) == 1
+    assert len(_bundles([0] * BUNDLE, [(3,)] * BUNDLE, BUNDLE)) == 1
+    assert _bundles([0, 0, 1], [(3, 4)] * 3, -5) == [[0], [1], [2]]
+
+
+ROTATIONS = {
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 64},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_rotation_that_hangs_on_the_length_is_read_in_one():
+    """Phi's longrope rotates a prompt of more than 64 tokens otherwise from its first token on."""
+    torch.manual_seed(0)
+    rope = {"rope_theta": 10000.0, **ROTATIONS["longrope"]}
+    config = AutoConfig.for_model(
+        "phi3", **SHAPE | {"rope_parameters": rope, "original_max_position_embeddings": 64}
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    draws = random.Random(0)
+    shared = tokens(draws, 50)
+    rows = rows_of([shared + tokens(draws, 20 + n) for n in range(8)])
+    scores, seen = counted(model, lambda: score_choices(model, rows, 0, EvaluationConfig()))
+    assert seen > sum(len(row.prompt) for row in rows)
+    for row, found in zip(rows, scores, strict=True):
+        expected = [score_choice_plainly(model, row.prompt, answer) for answer in row.answers]
+        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("nested_settings", [False, True])
+def test_such_rotations_are_known_however_they_are_set(make_base, kind, nested_settings):
+    model = make_base("llama").model
+    assert reads_on(model)
+    rope = {"rope_theta": 10000.0, **ROTATIONS[kind]}
+    model.config.rope_parameters = {"full_attention": rope} if nested_settings else rope
+    assert not reads_on(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "prompts", [nested(), [(*range(2, 120), n + 120) for n in range(40)]], ids=["nested", "one"]
+)
+@pytest.mark.parametrize("cache_tokens", [8192, 2000])
+def test_caches_stay_within_their_limit_together(make_base, prompts, cache_tokens):
+    """Beginnings, prompts and the copies for answers that live at one time, the model's own copy in a forward aside."""
+    base, peak = make_base("llama"), 0
+
+    def look(*_):
+        nonlocal peak
+        gc.collect()
+        kept = {
+            x.keys.data_ptr(): x.keys.shape[0] * x.keys.shape[2]
+            for x in gc.get_objects()
+            if type(x) is DynamicLayer and x.keys is not None
+        }
+        peak = max(peak, sum(kept.values()) // 2)  # of two layers
+
+    handle = base.model.register_forward_hook(look)
+    config = EvaluationConfig(cache_tokens=cache_tokens, batch_tokens=600)
+    score_choices(
+        base.model, [Row(n, p, ((5, 6, 1), (7, 8, 9, 1))) for n, p in enumerate(prompts)], 0, config
+    )
+    handle.remove()
+    assert cache_tokens / 8 < peak <= cache_tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [EvaluationConfig(batch_tokens=64), EvaluationConfig(logit_values=64 * 320)],
+    ids=["tokens", "logits"],
+)
+def test_bundles_keep_to_the_limits_of_a_forward(make_base, config):
+    base, draws = make_base("llama"), random.Random(5)
+    row = Row(0, tokens(draws, 50), tuple((*tokens(draws, 4), 1) for _ in range(60)))
+    shapes = []
+    handle = base.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: shapes.append(args[0].numel())
+    )
+    score_choices(base.model, [row], 0, config)
+    handle.remove()
+    assert max(shapes) <= 64
+    assert len(shapes) <= 1 + 5
+
+
+@torch.no_grad()
+def test_a_router_may_say_that_it_looks_at_more_than_a_token(routed):
+    class Whole(Uniform):
+        by_token = False
+
+    base, pool = routed
+    for router, on in ((Uniform(), True), (Whole(), False), (Masked(PHATGOOSE()), False)):
+        route(base, pool, router)
+        assert reads_on(base.model) is on
+        unroute(base)

@@ -1,9 +1,9 @@
 """Prompts read once, then continued by several answers each: the engine under ranking and under exact match.
 
-`read` runs the prompts (left-padded, logits of the last position only) and keeps the key-value cache; `extend` copies
-the cache's rows, one for each answer, and runs all answers in one forward (right-padded); `continuations` lays a prompt's
-answers behind one copy, hidden from each other, where the model lets it. In an encoder–decoder the
-encoder reads the prompt, and the decoder's start token with the cross-attention's keys and values is what is kept.
+`read` runs the prompts (left-padded, logits of the last position only) and keeps the key-value cache. `continuations` lays any
+number of answers behind them: `extend` copies the cache's rows, one for each answer, and runs all answers in one forward
+(right-padded); where the model attends by a mask of ours, a prompt's answers lie behind one copy, hidden from each other. In an
+encoder–decoder the encoder reads the prompt, and the decoder's start token with the cross-attention's keys and values is what is kept.
 """
 
 from __future__ import annotations
@@ -54,6 +54,12 @@ class Read:
     mask: Tensor
     prompts: tuple[tuple[int, ...], ...]
     encoded: Tensor | None = None
+    held: int = 0
+    """Positions (rows × width) of the caches that this one was made of, which live as long."""
+
+    def room(self, config: EvaluationConfig) -> int:
+        """Positions that may still be kept beside it."""
+        return config.cache_tokens - self.held - self.mask.numel()
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:
@@ -171,14 +177,14 @@ def continuations(
     logits: [any, vocabulary]; places int64: whose rows follow each token of the first one, then of the next, and so on.
     """
     most = min(config.tokens_for(model.device), max(1, config.logit_values // before.logits.shape[-1]))
-    limits = [(0, most), (before.mask.shape[1], config.cache_tokens)]
+    limits = [(0, most), (before.mask.shape[1], before.room(config))]
     if not _takes_own_mask(model):
         for part in groups([len(t) for t in tokens], limits, config.batch_rows):
             logits = extend(model, before, [rows[n] for n in part], [tokens[n] for n in part], pad)
             starts = [logits.shape[1] * n for n in range(len(part))]
             yield part, logits.flatten(0, 1), _ranges(starts, [len(tokens[n]) for n in part])
         return
-    bundles = _bundles(rows, tokens)
+    bundles = _bundles(rows, tokens, min(BUNDLE, most, before.room(config) - before.mask.shape[1]))
     for chosen in groups([sum(len(tokens[n]) for n in b) for b in bundles], limits, config.batch_rows):
         found = [bundles[n] for n in chosen]
         logits = _extend_together(
@@ -196,13 +202,13 @@ def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
 
 
-def _bundles(rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Continuations of the same prompt that share one copy of its cache: at most BUNDLE tokens, or a single one."""
+def _bundles(rows: Sequence[int], tokens: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Continuations of the same prompt that share one copy of its cache: at most `most` tokens, or a single one."""
     found: list[list[int]] = []
     last: dict[int, tuple[list[int], int]] = {}
     for place, (row, new) in enumerate(zip(rows, tokens, strict=True)):
-        bundle, size = last.get(row, ([], BUNDLE))
-        if size + len(new) > BUNDLE:
+        bundle, size = last.get(row, ([], 0))
+        if not bundle or size + len(new) > most:
             bundle, size = [], 0
             found.append(bundle)
         bundle.append(place)
@@ -235,11 +241,15 @@ def _extend_together(
     chosen = torch.tensor(rows)
     seen = before.mask[chosen.to(before.mask.device)].bool()[:, None, :].expand(-1, width, -1)
     seen = torch.cat([seen, own.to(seen.device)], dim=2)[:, None]
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+    mask = seen.to(model.device)
+    if model.config._attn_implementation == "eager":  # adds it; the other takes it as it is
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(model.dtype).min
+        )
     lengths = torch.tensor([len(before.prompts[row]) for row in rows])
     found: Tensor = model(
         input_ids=ids.to(model.device),
-        attention_mask=mask.masked_fill_(~seen.to(model.device), torch.finfo(model.dtype).min),
+        attention_mask=mask,
         position_ids=(lengths[:, None] + offsets).to(model.device),
         past_key_values=select(before.cache, chosen),
         use_cache=True,
@@ -248,27 +258,40 @@ def _extend_together(
 
 
 def _takes_own_mask(model: PreTrainedModel) -> bool:
-    """Whether the model attends by a mask [rows, 1, queries, keys] of ours as it stands."""
-    attention = getattr(model.config, "_attn_implementation", None)
-    return reads_on(model) and attention in ("sdpa", "eager")
+    """Whether the model attends by a mask [rows, 1, queries, keys] of ours as it stands, to keys that a router may see together."""
+    return reads_on(model) and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
 
 
 def reads_on(model: PreTrainedModel) -> bool:
-    """Whether prompts may go on from a beginning that several share.
+    """Whether a prompt may be read in two goes, the first one shared with others, and beside what it doesn't see.
 
-    Not in an encoder–decoder, whose encoder looks ahead; with caches that keep less than every position; for a router that reads the
-    whole prompt; while a trace counts tokens, which would miss the shared ones.
+    Not in an encoder–decoder, whose encoder looks ahead; where positions or windows are counted by places in the cache, not by what
+    they hold; where the rotation of early tokens depends on how many follow; with caches that keep less than every position; for a
+    router that looks at more than a token; while a trace counts tokens, which would miss the shared ones.
     """
-    if model.config.is_encoder_decoder:
-        return False
-    if getattr(model.config, "alibi", False):  # positions counted by the mask
+    config = model.config
+    if config.is_encoder_decoder or getattr(config, "alibi", False) or config.model_type == "gpt_neo":
         return False
     if not (accepts(model, "position_ids") and accepts(model, "logits_to_keep")):
         return False
-    routing = model.__dict__.get(ATTRIBUTE)
-    if routing is not None and (routing.recorder is not None or routing.streams.readings is not None):
+    if not _rotations(config.to_dict()).isdisjoint({"dynamic", "longrope"}):
         return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    routing = model.__dict__.get(ATTRIBUTE)
+    if routing is not None and (routing.recorder is not None or not routing.router.by_token):
+        return False
+    try:
+        layers = DynamicCache(config=config).layers
+    except AttributeError:  # a model without layers as others have them
+        return False
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _rotations(settings: Any) -> set[str]:
+    """Every kind of rotary embedding that a model's settings name, at any depth: they may be a layer type's own."""
+    if not isinstance(settings, dict):
+        return set()
+    own = {settings[key] for key in ("rope_type", "type") if isinstance(settings.get(key), str)}
+    return own.union(*(_rotations(value) for value in settings.values()))
 
 
 def select(kept: Any, rows: Tensor) -> Any:

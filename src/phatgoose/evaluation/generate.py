@@ -62,6 +62,7 @@ def match_exactly(
         for i, path in zip(batch, paths, strict=True):
             found[i] = rules[i].judge(path[: rules[i].limit])
         done(sum(found[i] is not None for i in batch))
+        del before
     open_rows = [i for i, prediction in enumerate(found) if prediction is None]
     generated = generate(
         model, [rows[i] for i in open_rows], [rules[i] for i in open_rows], pad, config, done

@@ -1,7 +1,8 @@
 """Prompts that begin alike: which beginnings are worth a forward of their own, so that several prompts go on from them.
 
 A task's instructions, its examples or the passage of several questions are the same tokens in many of its prompts. Their keys and
-values don't depend on what follows, as attention is causal and routers choose token by token.
+values don't depend on what follows, as attention is causal and routers choose token by token (`continuations.reads_on` knows where
+that isn't so).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 LEVELS = 4
-"""Most beginnings of beginnings; the tasks of BIG-bench and T0 have no use for more."""
+"""Most beginnings of beginnings, whose caches live together; the tasks of BIG-bench and T0 have no use for more."""
 TOGETHER = 1024
 """Most prompts whose beginnings are compared, so that thousands of nested ones cost no more than others."""
 

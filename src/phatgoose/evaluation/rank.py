@@ -56,6 +56,7 @@ def score_choices(
                     f"row {row.index}: the model's log-likelihoods are not finite: {scores[place]}."
                 )
         done(len(batch))
+        del before
     return scores
 
 

@@ -17,7 +17,9 @@ from phatgoose.evaluation.prefixes import Prefix, prefixes
 def readings(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, config: EvaluationConfig
 ) -> Iterator[tuple[list[int], Read]]:
-    """Reads `prompts` (none empty) in batches: the places of some, and them as `read` reads them; each once, longest first.
+    """Reads `prompts` (none empty) in batches: the places of some, and them as `read` reads them; each once.
+
+    Let go of a Read before asking for the next: then caches hold no more than `config.cache_tokens` in all, or a row of each level.
 
     Raises:
         EvaluationError: as `read`.
@@ -38,27 +40,27 @@ def _readings(
     """What hangs on `nodes`: beginnings, each with the row of `before` that has read it."""
     limits = [(0, config.tokens_for(model.device))]
     if before is not None:
-        limits.append((before.mask.shape[1], config.cache_tokens))
+        limits.append((before.mask.shape[1], before.room(config) // 2))  # the rest is for what comes behind
 
-    def batches(found: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[tuple[list[int], Read]]:
+    def batches(found: Sequence[tuple[int, tuple[int, ...]]]) -> list[list[int]]:
         done = [0 if before is None else len(before.prompts[owner]) for owner, _ in found]
         left = [len(tokens) - n for n, (_, tokens) in zip(done, found, strict=True)]
-        for part in groups(left, limits, config.batch_rows):
-            tokens = [found[n][1] for n in part]
-            owners = [found[n][0] for n in part]
-            yield (
-                part,
-                read(model, tokens, pad) if before is None else _read_on(model, before, owners, tokens, pad),
-            )
+        return groups(left, limits, config.batch_rows)
 
+    def run(found: Sequence[tuple[int, tuple[int, ...]]]) -> Read:
+        owners, tokens = [owner for owner, _ in found], [tokens for _, tokens in found]
+        return read(model, tokens, pad) if before is None else _read_on(model, before, owners, tokens, pad)
+
+    # Nothing here keeps what was read while the next is.
     rows = [(owner, row) for owner, node in nodes for row in node.rows]
-    for part, made in batches([(owner, prompts[row]) for owner, row in rows]):
-        yield [rows[n][1] for n in part], made
+    wanted = [(owner, prompts[row]) for owner, row in rows]
+    for part in batches(wanted):
+        yield [rows[n][1] for n in part], run([wanted[n] for n in part])
     parts = [(owner, part) for owner, node in nodes for part in node.parts]
-    for part, made in batches([(owner, prompts[p.first()][: p.length]) for owner, p in parts]):
-        yield from _readings(
-            model, made, [(n, parts[p][1]) for n, p in enumerate(part)], prompts, pad, config
-        )
+    wanted = [(owner, prompts[p.first()][: p.length]) for owner, p in parts]
+    for part in batches(wanted):
+        under = [(n, parts[p][1]) for n, p in enumerate(part)]
+        yield from _readings(model, run([wanted[n] for n in part]), under, prompts, pad, config)
 
 
 def _read_on(
@@ -77,14 +79,16 @@ def _read_on(
         use_cache=True,
         logits_to_keep=1,
     )
-    return Read(out.logits[:, -1], *_packed(out.past_key_values, mask), tuple(prompts))
+    held = before.held + before.mask.numel()
+    return Read(out.logits[:, -1], *_packed(out.past_key_values, mask), tuple(prompts), held=held)
 
 
 def _packed(kept: Any, mask: Tensor) -> tuple[Any, Tensor]:
     """A cache and its mask [rows, positions] with each row's padding at the left: between what was read at two times, too."""
-    if bool((mask[:, 1:] >= mask[:, :-1]).all()):
+    width = int(mask.sum(-1).max())
+    if width == mask.shape[1] and bool((mask[:, 1:] >= mask[:, :-1]).all()):
         return kept, mask
-    real = mask.argsort(dim=-1, stable=True)[:, -int(mask.sum(-1).max()) :]
+    real = mask.argsort(dim=-1, stable=True)[:, -width:]
     for layer in kept.layers:
         places = real.to(layer.keys.device)[:, None, :, None]
         layer.keys, layer.values = (

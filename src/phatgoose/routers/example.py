@@ -31,6 +31,7 @@ class ByText(Router):
     """The sentence encoder: a name or folder; "auto": the one that the experts' signatures name. It must be the very same."""
 
     reads = "texts"
+    by_token = False
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         raise RoutingError(f"{type(self).__name__} reads data signatures: attach it with route().")

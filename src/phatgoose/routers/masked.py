@@ -37,6 +37,8 @@ class Masked(Router):
     switches: Switches = field(default_factory=Switches)
     """Who is on; may be changed between two calls of the model."""
 
+    by_token = False  # switches are a row's
+
     @property
     def offers_null(self) -> bool:  # type: ignore[override]
         return self.router.offers_null

@@ -84,6 +84,10 @@ class Router(ABC):
     reads: str = ""
     """What of the experts' data signatures it needs: "activations", "texts", or nothing."""
 
+    by_token = True
+    """Whether a token's choice depends on nothing but its input, its id and its position. If not, evaluation shows the model each prompt
+    whole and each answer alone, instead of what many have in common once."""
+
     def prepared(self, setup: Setup) -> Router:
         """The router that is bound to the modules: this one, unless it must look at the pool as a whole first.
 
