@@ -13,9 +13,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from encoder_fixtures import make_encoder
+from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.load import load_base
 from phatgoose.records import Example, Prediction, TaskScore
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.representable import Loss
@@ -76,7 +80,7 @@ def outcome(out):
     del results["made"]
     for expert in results["experts"]:
         for key in ("expert_seconds", "gate_seconds", "gate_share"):
-            del expert[key]
+            expert.pop(key, None)
     return results
 
 
@@ -124,6 +128,127 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     finish(place, out)
     assert outcome(out) == expected
     assert all(p.stat().st_mtime_ns == t for p, t in (stamps | scores).items())
+
+
+@pytest.fixture
+def ready(place, make_base, make_expert):
+    """A pool that others made, of the recipe's base: an expert for the task "upper", one without a task."""
+    base = load_base(str(place / "base"), dtype="float32")
+    theirs = replace(make_base("llama"), spec="tiny-llama-0")
+    made = [make_expert(theirs, name, seed=n, scale=0.4) for n, name in enumerate(("upper", "stranger"))]
+    pool = Pool([replace(e, provenance={"base": base.fingerprint.to_json()}) for e in made])
+    pool.save(place / "ready")
+    return pool
+
+
+def test_experts_that_are_there_are_taken_and_the_others_trained(place, ready, monkeypatch):
+    trained, real = [], experiment_steps.train
+    monkeypatch.setattr(experiment_steps, "train", lambda *a, **k: trained.append(k["name"]) or real(*a, **k))
+    asked = recipe(place, pool={**recipe(place).to_json()["pool"], "folder": str(place / "ready")})
+    results = run_experiment(asked, place / "out")
+    assert trained == ["choice"]
+    upper, choice, stranger = results["experts"]
+    assert [e["name"] for e in results["experts"]] == ["upper", "choice", "stranger"]
+    assert upper["hash"] == ready["upper"].hash
+    assert stranger["hash"] == ready["stranger"].hash
+    assert upper["taken"]
+    assert stranger["taken"]
+    assert "taken" not in choice
+    assert (stranger["task"], upper["task"]) == (None, "upper")
+    assert sorted(results["suites"]["in-pool"]["tasks"]) == ["choice", "upper"]
+    assert set(results["chosen"]["oracle"]["in-pool"].values()) <= {"upper", "choice", "stranger"}
+    assert results["complete"]
+    first = outcome(place / "out")
+    stamps = {
+        p: p.stat().st_mtime_ns for p in (place / "out" / "experts").glob("*/adapter_model.safetensors")
+    }
+    run_experiment(asked, place / "out")
+    assert outcome(place / "out") == first
+    assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+
+
+def test_a_pool_of_experts_without_tasks_is_compared_on_what_is_unseen(place, ready):
+    pool = {"folder": str(place / "ready")}
+    measure = {**recipe(place).to_json()["measure"], "suites": ["unseen"]}
+    results = run_experiment(recipe(place, pool=pool, measure=measure), place / "out")
+    assert [e["name"] for e in results["experts"]] == ["upper", "stranger"]
+    assert results["complete"]
+    assert results["suites"]["unseen"]["common_tasks"] == ["held"]
+    assert results["suites"]["unseen"]["contamination"]["held"]["flagged"] == []
+    alone = run_experiment(
+        recipe(place, pool={**pool, "only": ["stranger"]}, measure=measure), place / "alone"
+    )
+    assert [e["name"] for e in alone["experts"]] == ["stranger"]
+
+
+def test_what_was_trained_here_gives_the_same_numbers_when_it_is_taken(place):
+    systems = [*SYSTEMS, "average-activation"]
+    signature = {"rows": 8, "rows_per_batch": 4, "max_length": 96, "texts": 0}
+    trained = recipe(place, systems=systems, signature=signature)
+    whole = run_experiment(trained, place / "out")
+    pool = {**trained.to_json()["pool"], "folder": str(place / "out" / "pool")}
+    again = run_experiment(recipe(place, systems=systems, signature=signature, pool=pool), place / "again")
+    assert again["suites"] == whole["suites"]
+    assert [e["signature"] for e in again["experts"]] == [e["signature"] for e in whole["experts"]]
+    assert not (place / "again" / "work").exists()
+    bare = [replace(e, signature=None) for e in Pool.load(place / "out" / "pool").experts]
+    Pool(bare).save(place / "bare")  # no signatures: made here, from the tasks' rows
+    pool["folder"] = str(place / "bare")
+    signed = run_experiment(recipe(place, systems=systems, signature=signature, pool=pool), place / "signed")
+    assert signed["suites"] == whole["suites"]
+
+
+def test_experts_of_another_base_are_refused_by_name(place, make_base, make_expert):
+    Pool([make_expert(make_base("llama", seed=9), "choice", seed=5)]).save(place / "wrong")
+    folder = {"folder": str(place / "wrong")}
+    unseen = {**recipe(place).to_json()["measure"], "suites": ["unseen"]}
+    with pytest.raises(
+        RecipeError, match=r"no expert could be taken or trained.*'choice': expected the base"
+    ):
+        run_experiment(recipe(place, pool=folder, measure=unseen), place / "none")
+    asked = recipe(place, pool={**recipe(place).to_json()["pool"], **folder})
+    results = run_experiment(asked, place / "out")  # its task leaves with it, nothing is trained in its stead
+    assert [e["name"] for e in results["experts"]] == ["upper"]
+    assert "not the same model" in results["failed"]["take choice"]
+    assert list(results["suites"]["in-pool"]["tasks"]) == ["upper"]
+    assert "choice" in results["suites"]["in-pool"]["left_out"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "systems", "error", "says"),
+    [
+        ({"only": ["stranger", "nobody"]}, SYSTEMS, RecipeError, "'nobody'"),
+        ({"leave_out": ["upper", "stranger"]}, SYSTEMS, RecipeError, "no expert of .* is left"),
+        ({}, [*SYSTEMS, "multitask"], RecipeError, "multitask needs the data of every expert: name tasks for upper, stranger"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_does_not_fit_the_pool_is_refused_by_name(place, ready, pool, systems, error, says):
+    asked = recipe(
+        place,
+        systems=systems,
+        pool={"folder": str(place / "ready"), **pool},
+        measure={**recipe(place).to_json()["measure"], "suites": ["unseen"]},
+    )
+    with pytest.raises(error, match=says):
+        run_experiment(asked, place / "out")
+
+
+def test_a_pool_is_named_on_the_command_line_too(place, ready):
+    file = place / "recipe.toml"
+    file.write_text(
+        f'base = "{place}/base"\n[pool]\ntasks = {{ upper = "jsonl:{place}/upper.jsonl", choice = "jsonl:{place}/choice.jsonl" }}\n'
+    )
+    (place / "sub").mkdir()
+    inside = place / "sub" / "recipe.toml"
+    inside.write_text(file.read_text() + 'folder = "../ready"\n')
+    for arguments in ([str(file), "--pool", str(place / "ready")], [str(inside)]):
+        shown = CliRunner().invoke(app, ["experiment", *arguments, "--check"])
+        assert shown.exit_code == 0, shown.output
+        assert "3: 2 of" in shown.output.replace("\n", " ")
+        assert "1 to train" in " ".join(shown.output.split())
+    shown = CliRunner().invoke(app, ["experiment", str(file), "--pool", str(place / "sub"), "--check"])
+    assert shown.exit_code == 1
+    assert "pool.json" in shown.output
 
 
 def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(place, make_base):
@@ -302,7 +427,7 @@ def test_what_fails_costs_only_itself(place):
         "upper",
         "choice",
     ]  # no expert, so not in its pool
-    assert results["suites"]["in-pool"]["left_out"]["long"] == "its expert couldn't be trained"
+    assert results["suites"]["in-pool"]["left_out"]["long"] == "its expert couldn't be taken or trained"
     assert "does not exist" in failed["unseen: gone"]
     assert "unknown expert 'nobody'" in failed["single:nobody on unseen: held"]
     assert list(results["suites"]["unseen"]["systems"]) == ["base", "phatgoose"]
@@ -389,7 +514,7 @@ def test_other_peoples_folders_and_impossible_recipes_are_refused(place, tmp_pat
     with pytest.raises(StorageError, match="is not an experiment's folder"):
         run_experiment(recipe(place), tmp_path / "mine")
     only_broken = {"tasks": {"gone": f"jsonl:{place}/gone.jsonl"}}
-    with pytest.raises(RecipeError, match=r"no expert could be trained.*does not exist"):
+    with pytest.raises(RecipeError, match=r"no expert could be taken or trained.*does not exist"):
         run_experiment(recipe(place, pool=only_broken), place / "out")
     with pytest.raises(TaskError, match="'t0ho' is for models that never saw"):
         recipe(place, pool={"names": ["flan"]}, measure={"suites": ["t0ho"]})

@@ -11,6 +11,7 @@ from phatgoose.cli import show
 
 if TYPE_CHECKING:
     from phatgoose.workflows.executors import Executor
+    from phatgoose.workflows.experiment_recipe import ExperimentRecipe
 
 
 def command(
@@ -24,6 +25,13 @@ def command(
         typer.Option(
             "--folder",
             help="NAME=FOLDER: read a suite's, a pool's or a source's data from there (t0ho=data/t0ho, bbh=…, bigbench=…).",
+        ),
+    ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            "--pool",
+            help="A pool that is there: its experts are taken, not trained. Of the recipe's tasks, the others are trained.",
         ),
     ] = None,
     check: Annotated[
@@ -60,7 +68,7 @@ def command(
     from phatgoose.workflows.experiment import forget, run_experiment
     from phatgoose.workflows.experiment_recipe import ExperimentRecipe
 
-    found = ExperimentRecipe.read(recipe, _folders(folder or []))
+    found = ExperimentRecipe.read(recipe, _folders(folder or []), pool)
     if check:
         _say(found)
         return
@@ -113,16 +121,24 @@ def _executor(workers: int, ray: str | None, cpus: float, gpus: float, retries: 
     return Processes(workers, gpus=int(gpus), retries=retries)
 
 
-def _say(recipe: object) -> None:
+def _say(recipe: ExperimentRecipe) -> None:
     """What a recipe comes to."""
-    from phatgoose.workflows.experiment_recipe import ExperimentRecipe
-
-    assert isinstance(recipe, ExperimentRecipe)
     show.facts(
         [
             ("base", recipe.base),
-            ("experts", str(len(recipe.pool_entries))),
+            ("experts", _experts(recipe)),
             ("systems", ", ".join(recipe.all_systems)),
             *((f"suite {s.name}", f"{len(s.entries)} tasks") for s in recipe.suites),
         ]
     )
+
+
+def _experts(recipe: ExperimentRecipe) -> str:
+    """How many are trained, and which are there."""
+    from phatgoose.experts.pool import Pool
+
+    tasks = [e.name for e in recipe.pool_entries]
+    if not recipe.pool.folder:
+        return str(len(tasks))
+    taken = recipe.taken(Pool.load(recipe.pool.folder, verify=False).names)
+    return f"{len({*tasks, *taken})}: {len(taken)} of {recipe.pool.folder}, {len(set(tasks) - set(taken))} to train"

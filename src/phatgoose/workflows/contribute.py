@@ -96,9 +96,7 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
         "task": task.name,
         "spec": task.source.get("spec", task.name),
         "rows": len(task.train),
-        "rank": max(u.width for u in expert.updates.values()),
-        "parameters": expert.parameters,
-        "gate_parameters": sum(g.numel() for g in (expert.gates or {}).values()),
+        **sizes(expert),
         "steps": made["config"]["steps"],
         "expert_seconds": made["seconds"],
     }
@@ -109,4 +107,13 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
         "gate_steps": gate["config"]["steps"],
         "gate_seconds": gate["seconds"],
         "gate_share": gate["seconds"] / made["seconds"],
+    }
+
+
+def sizes(expert: Expert) -> dict[str, int]:
+    """How large an expert and its gates are."""
+    return {
+        "rank": max(u.width for u in expert.updates.values()),
+        "parameters": expert.parameters,
+        "gate_parameters": sum(g.numel() for g in (expert.gates or {}).values()),
     }

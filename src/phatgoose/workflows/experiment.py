@@ -1,4 +1,4 @@
-"""An experiment from its recipe: check → train → sign → pool → choose → measure → compare, each step found again by a second run.
+"""An experiment from its recipe: take → check → train → sign → pool → choose → measure → compare, each step found again by a second run.
 
 Everything lies under one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg; work/ holds what an
 interrupted training needs. Steps run through an executor; the driver itself loads no base.
@@ -49,7 +49,7 @@ def run_experiment(
         executor: what runs the steps; None: this process, one after the other.
 
     Raises:
-        StorageError: `out` is another's folder. RecipeError: no expert could be trained, or nothing measured.
+        StorageError: `out` is another's folder. RecipeError: no expert could be taken or trained, or nothing measured.
     """
     fresh()
     run = _Run(recipe, Path(out), executor or Inline(), console or Console(stderr=True))
@@ -69,8 +69,9 @@ class _Run:
         _claim(self.out)
         started = time.monotonic()
         write_json(self.out / "recipe.json", self.json)
+        taken, refused = self.take()
         tasks, left_out = self.check()
-        records = self.train(tasks)
+        records = self.train(tasks, taken, refused)
         self.sign(records)
         pool = self.gather(records)
         self.without_experts(pool, tasks, left_out)
@@ -122,16 +123,40 @@ class _Run:
                     tasks[suite][name] = info
         return tasks, left_out
 
-    def train(self, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    def take(self) -> tuple[dict[str, dict[str, Any]], set[str]]:
+        """What is taken from a pool that is there: (records, names of those that can't be)."""
+        if not self.recipe.pool.folder:
+            return {}, set()
+        outcome = self.run("take", [self.step("take the pool's experts", "take")])["take the pool's experts"]
+        if outcome.error is not None:
+            raise RecipeError(outcome.error)
+        self.failed |= {f"take {name}": why for name, why in outcome.value["failed"].items()}
+        return outcome.value["taken"], set(outcome.value["failed"])
+
+    def train(
+        self, tasks: Mapping[str, Mapping[str, Any]], taken: Mapping[str, dict[str, Any]], refused: set[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The records of all experts: of the recipe's tasks in their order, then of the others that are taken."""
         names = [e.name for e in self.recipe.pool_entries]
         if IN_POOL in tasks:  # a task that couldn't be loaded has failed already
-            names = [n for n in names if n in tasks[IN_POOL]]
-        found = self.run("train", [self.step(f"train {n}", "train", name=n) for n in names])
-        return {n: found[f"train {n}"].value for n in names if found[f"train {n}"].ok}
+            names = [n for n in names if n in tasks[IN_POOL] or n in taken]
+        steps = [
+            self.step(f"train {n}", "train", name=n) for n in names if n not in taken and n not in refused
+        ]
+        found = self.run("train", steps)
+        trained = {n: o.value for n in names if (o := found.get(f"train {n}")) is not None and o.ok}
+        found_or_made = {**taken, **trained}
+        return {n: found_or_made[n] for n in dict.fromkeys((*names, *taken)) if n in found_or_made}
 
     def sign(self, records: dict[str, dict[str, Any]]) -> None:
-        """Data signatures, where a system reads them. An expert without one stays; the systems that need it say so."""
-        wanted = records if self.recipe.needs_signatures else {}
+        """Data signatures, where a system reads them, of experts that have a task and brought none. An expert without one stays; the
+        systems that need it say so."""
+        able = [e.name for e in self.recipe.pool_entries]
+        wanted = {
+            n: r
+            for n, r in records.items()
+            if self.recipe.needs_signatures and n in able and not ("taken" in r and "signature" in r)
+        }
         steps = [self.step(f"sign {n}", "signature", name=n, folder=r["folder"]) for n, r in wanted.items()]
         found = self.run("sign", steps)
         for name in wanted:
@@ -141,7 +166,9 @@ class _Run:
     def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
         if not records:
             why = next(iter(self.failed.values()), "there are no tasks")
-            raise RecipeError(f"no expert could be trained, so there is no pool. The first reason: {why}")
+            raise RecipeError(
+                f"no expert could be taken or trained, so there is no pool. The first reason: {why}"
+            )
         pool = Pool([Expert.load(self.out / "experts" / r["folder"], name=n) for n, r in records.items()])
         pool.save(self.out / "pool")
         return pool
@@ -152,7 +179,7 @@ class _Run:
         """A task whose expert failed is none of the pool's: it leaves "in-pool", whose mean says how well a pool does on its own."""
         for name in [n for n in tasks.get(IN_POOL, {}) if n not in pool.names]:
             del tasks[IN_POOL][name]
-            left_out[IN_POOL][name] = "its expert couldn't be trained"
+            left_out[IN_POOL][name] = "its expert couldn't be taken or trained"
 
     def choose(
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
@@ -239,9 +266,8 @@ class _Run:
 
     def contaminated(self, pool: Pool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         suites = {s: list(found) for s, found in tasks.items() if found}
-        step = self.step(
-            "contamination", "contamination", words=WORDS, suites=suites, trained=list(pool.names)
-        )
+        known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
+        step = self.step("contamination", "contamination", words=WORDS, suites=suites, trained=known)
         outcome = self.run("contamination", [step])["contamination"]
         return outcome.value if outcome.ok else {}
 

@@ -8,6 +8,7 @@ seeds = [0, 1]
 names = ["bigbench"]                # named pools, tasks' specs under names of their own, or both
 tasks = { colours = "jsonl:colours.jsonl" }
 leave_out = ["cryptonite"]
+folder = "my-pool"                  # experts that are there: taken, not trained
 
 [measure]
 suites = ["in-pool", "bbh", "bbl"]
@@ -29,7 +30,7 @@ bbh = "data/bbh"
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class RecipeError(PhatgooseError):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolPart:
-    """Which experts are trained."""
+    """Which experts there are: trained, or taken from a pool."""
 
     names: tuple[str, ...] = ()
     """Named pools (`tasks/pools.py`)."""
@@ -62,6 +63,9 @@ class PoolPart:
     """Keep only the experts of these names; empty: all."""
     leave_out: tuple[str, ...] = ()
     """Leave out the experts of these names."""
+    folder: str = ""
+    """A pool of experts that are there already. Those of the tasks above are taken from it instead of being trained; the others act
+    beside them, and have no task of their own in "in-pool"."""
     train_rows: int = 2000
     """At most this many rows of a task's training split."""
 
@@ -116,8 +120,10 @@ class ExperimentRecipe:
         for name in self.all_systems:
             check_system(name)
         entries = self.pool_entries
-        if not entries:
-            raise RecipeError("the recipe's pool has no tasks: name pools or tasks under [pool].")
+        if not entries and not self.pool.folder:
+            raise RecipeError(
+                "the recipe's pool has no tasks: name pools or tasks under [pool], or the folder of a pool that is there."
+            )
         for found in self.suites:
             if found.name != IN_POOL:
                 check_apart(entries, found.entries, found.refuses, found.name)
@@ -134,18 +140,43 @@ class ExperimentRecipe:
     @property
     def pool_entries(self) -> tuple[Entry, ...]:
         """The entries that experts are trained on, names unique."""
-        found = [e for name in self.pool.names for e in pool_entries(name)]
-        found += [entry(spec, name) for name, spec in self.pool.tasks.items()]
+        found = self._all_entries()
         names = [e.name for e in found]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise RecipeError(
                 f"two of the pool's tasks are named {', '.join(twice)}: leave one out by another name."
             )
         for name in (*self.pool.only, *self.pool.leave_out):
-            if name not in names:
+            if name not in names and not self.pool.folder:  # whose experts are known once it is read
                 raise unknown("task of the pool", name, names)
         only = set(self.pool.only) or set(names)
         return tuple(e for e in found if e.name in only and e.name not in self.pool.leave_out)
+
+    def _all_entries(self) -> list[Entry]:
+        found = [e for name in self.pool.names for e in pool_entries(name)]
+        return found + [entry(spec, name) for name, spec in self.pool.tasks.items()]
+
+    def taken(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the experts `names`, all that are in `pool.folder`, that the recipe's pool has.
+
+        Raises:
+            UnknownName: what is to be kept or left out is neither among them nor a task. RecipeError: nothing is left, or there is no
+                data of an expert's for the multitask expert.
+        """
+        tasks, known = [e.name for e in self.pool_entries], [e.name for e in self._all_entries()]
+        for name in (*self.pool.only, *self.pool.leave_out):
+            if name not in (*names, *known):
+                raise unknown("expert or task of the pool", name, [*names, *known])
+        kept = tuple(
+            n for n in names if (not self.pool.only or n in self.pool.only) and n not in self.pool.leave_out
+        )
+        if not kept and not tasks:
+            raise RecipeError(f"no expert of {self.pool.folder} is left.")
+        if "multitask" in self.all_systems and (without := [n for n in kept if n not in tasks]):
+            raise RecipeError(
+                f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], or leave it out."
+            )
+        return kept
 
     def group_of(self, name: str) -> str:
         """The named pool that the expert `name` is of; "" if it is one of the recipe's own tasks."""
@@ -187,8 +218,10 @@ class ExperimentRecipe:
         return made
 
     @staticmethod
-    def read(path: str | Path, folders: Mapping[str, str] | None = None) -> ExperimentRecipe:
-        """The recipe in a TOML file; `folders` go before its own. Relative folders of the file start where the file is.
+    def read(
+        path: str | Path, folders: Mapping[str, str] | None = None, pool: str | Path | None = None
+    ) -> ExperimentRecipe:
+        """The recipe in a TOML file; `folders` and `pool` go before its own. Relative folders of the file start where the file is.
 
         Raises:
             RecipeError: the file is missing or no TOML; others as `from_json`.
@@ -206,6 +239,12 @@ class ExperimentRecipe:
         for name, folder in data["folders"].items():
             if not Path(folder).is_dir():
                 raise TaskError(f"the folder for {name!r} is {folder}, which is not a folder.")
+        own_pool = data.get("pool", {})
+        if isinstance(own_pool, dict):
+            if isinstance(own_pool.get("folder"), str):
+                own_pool["folder"] = str(path.parent / Path(own_pool["folder"]).expanduser())
+            if pool is not None:
+                data["pool"] = own_pool | {"folder": str(Path(pool).expanduser())}
         return ExperimentRecipe.from_json(data, str(path))
 
 

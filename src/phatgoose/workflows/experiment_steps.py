@@ -1,4 +1,4 @@
-"""The steps of an experiment as functions of plain data, to be run in any process: train one expert, choose, measure.
+"""The steps of an experiment as functions of plain data, to be run in any process: take or train experts, choose, measure.
 
 Each finds what it made before and does only what is missing, so a step may be killed and run again at any time. A process keeps its
 base, tasks and pool between steps.
@@ -18,6 +18,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
+from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
 from phatgoose.records import Example, Task, TaskScore, groups_of
@@ -28,8 +29,9 @@ from phatgoose.tasks.overlap import Seen
 from phatgoose.tasks.representable import loss
 from phatgoose.tasks.spec import without_paths
 from phatgoose.tasks.splits import Fractions
+from phatgoose.training.gate import check_fits
 from phatgoose.training.rows import draw
-from phatgoose.workflows.contribute import contribute, contribution_key, record, sign
+from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.measured import Measurements
 from phatgoose.workflows.systems import MULTITASK, OTHER, build
@@ -192,6 +194,38 @@ def train(recipe: Mapping[str, Any], out: str, name: str) -> dict[str, Any]:
     )  # fmt: skip
     key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
+
+
+def take(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
+    """Copies of the experts that the recipe takes from a pool: {"taken": {name: record}, "failed": {name: why}}.
+
+    Raises:
+        PoolError: the pool can't be read. UnknownName, RecipeError: as `ExperimentRecipe.taken`.
+    """
+    here = lab(recipe, out)
+    pool = Pool.load(here.recipe.pool.folder)
+    tasks = {e.name: e for e in here.recipe.pool_entries}
+    taken, failed = {}, {}
+    for name in here.recipe.taken(pool.names):
+        expert = pool[name]
+        place = here.out / "experts" / f"{name}-{sha256_json(expert.hash)[:10]}"
+        try:
+            if expert.base is not None:
+                check_same_base(expert.base, here.base.fingerprint, f"expert {name!r}")
+            check_fits(here.base.model, expert)
+            if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
+                expert.save(place)
+        except PhatgooseError as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            continue
+        task = tasks.get(name)
+        taken[name] = {
+            "name": name, "task": task and task.name, "spec": task and " + ".join(task.specs), "taken": True,
+            **sizes(expert), "folder": place.name, "hash": expert.hash,
+        }  # fmt: skip
+        if expert.signature is not None:
+            taken[name]["signature"] = expert.signature.hash
+    return {"taken": taken, "failed": failed}
 
 
 def signature(recipe: Mapping[str, Any], out: str, name: str, folder: str) -> dict[str, Any]:
