@@ -1,0 +1,55 @@
+"""The pool that comes with the repository is the published experiment's: whole, of its recipe's tasks, made as the recipe says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from phatgoose.cli.main import app
+from phatgoose.experts.pool import Pool
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return Pool.load(ROOT / "pools" / "bigbench-t0")
+
+
+def test_it_holds_an_expert_with_gates_for_every_task_of_the_recipe(pool):
+    recipe = ExperimentRecipe.read(ROOT / "recipes" / "bigbench-t0.toml")
+    assert pool.names == tuple(entry.name for entry in recipe.pool_entries)
+    for expert, entry in zip(pool.experts, recipe.pool_entries, strict=True):
+        made = expert.provenance
+        assert made["base"]["spec"] == recipe.base
+        assert made["task"]["name"] == entry.name
+        for asked, said in ((recipe.expert, made["config"]), (recipe.gate, made["gate"]["config"])):
+            wanted = json.loads(json.dumps(asked.key()))
+            assert {key: said.get(key) for key in wanted} == wanted
+        assert expert.gates is not None
+        assert expert.gates.keys() == expert.updates.keys()
+
+
+def test_it_holds_no_row_of_anybodys_data(pool):
+    """Weights, gates, and how they were made; no data signature, whose embeddings come from prompts."""
+    assert all(expert.signature is None for expert in pool.experts)
+    files = {path.name for path in (ROOT / "pools" / "bigbench-t0").rglob("*") if path.is_file()}
+    expected = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "expert.json",
+        "gates.safetensors",
+        "README.md",
+        "pool.json",
+    }
+    assert files - {".lock"} == expected
+
+
+@pytest.mark.network
+def test_it_answers_as_the_readme_says():
+    asked = "Today I walk. Yesterday I\nAnswer:"
+    shown = CliRunner().invoke(app, ["generate", "--pool", str(ROOT / "pools" / "bigbench-t0"), asked])
+    assert shown.exit_code == 0, shown.output
+    assert "walked" in shown.stdout
