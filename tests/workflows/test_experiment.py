@@ -15,9 +15,10 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from encoder_fixtures import make_encoder
+from encoder_fixtures import make_encoder, signed
 from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.load import load_base
 from phatgoose.records import Example, Prediction, TaskScore
@@ -196,6 +197,19 @@ def test_what_was_trained_here_gives_the_same_numbers_when_it_is_taken(place):
     pool["folder"] = str(place / "bare")
     signed = run_experiment(recipe(place, systems=systems, signature=signature, pool=pool), place / "signed")
     assert signed["suites"] == whole["suites"]
+
+
+def test_an_expert_is_taken_with_the_signature_it_has_now(place, ready):
+    folder = make_encoder(place / "encoder", max_tokens=60)
+    measure = {**recipe(place).to_json()["measure"], "suites": ["unseen"]}
+    for seed in (1, 2):
+        pool = place / f"signed-{seed}"
+        Pool([signed(e, folder, seed=seed, count=5) for e in ready.experts]).save(pool)
+        asked = recipe(place, pool={"folder": str(pool)}, measure=measure)
+        found = experiment_steps.take(asked.to_json(), str(place / "out"))
+        for name, record in found["taken"].items():
+            copy = Expert.load(place / "out" / "experts" / record["folder"])
+            assert copy.signature.hash == record["signature"] == Pool.load(pool)[name].signature.hash
 
 
 def test_experts_of_another_base_are_refused_by_name(place, make_base, make_expert):

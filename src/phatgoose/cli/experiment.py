@@ -135,10 +135,11 @@ def _say(recipe: ExperimentRecipe) -> None:
 
 def _experts(recipe: ExperimentRecipe) -> str:
     """How many are trained, and which are there."""
-    from phatgoose.experts.pool import Pool
+    from phatgoose.experts.manifest import read_manifest
 
     tasks = [e.name for e in recipe.pool_entries]
     if not recipe.pool.folder:
         return str(len(tasks))
-    taken = recipe.taken(Pool.load(recipe.pool.folder, verify=False).names)
+    there = [expert["name"] for expert in read_manifest(Path(recipe.pool.folder))["experts"]]
+    taken = recipe.taken(there)
     return f"{len({*tasks, *taken})}: {len(taken)} of {recipe.pool.folder}, {len(set(tasks) - set(taken))} to train"

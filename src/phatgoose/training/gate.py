@@ -17,6 +17,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft import read_tensors
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import sha256_json
+from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base, as_base
 from phatgoose.models.layers import (
     dense_weight,
@@ -64,12 +65,8 @@ def train_gate(
         BaseModelError: the expert was trained on another base.
         StorageError: a checkpoint or the result can't be written.
     """
-    from phatgoose.fingerprints import check_same_base
-
     base, config = as_base(base), config or GateConfig()
-    if expert.base is not None:
-        check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
-    check_fits(base.model, expert)
+    check_fits(base, expert)
     check_copies(dict(base.model.named_modules(remove_duplicate=False)), [expert])
     folder = Path(work_folder) if work_folder is not None else None
 
@@ -194,9 +191,15 @@ def decode_path(key: str) -> str:
     return key.replace("%2E", ".").replace("%25", "%")
 
 
-def check_fits(model: PreTrainedModel, expert: Expert) -> None:
-    """Raises TrainingError, naming the module, unless every module of the expert is a linear layer of its size."""
-    modules = dict(model.named_modules())
+def check_fits(base: Base, expert: Expert) -> None:
+    """Refuses an expert of another base.
+
+    Raises:
+        BaseModelError: it was made on another. TrainingError, naming the module: one of its modules is no linear layer of its size here.
+    """
+    if expert.base is not None:
+        check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
+    modules = dict(base.model.named_modules())
     for path, update in expert.updates.items():
         if path not in modules:
             raise TrainingError(

@@ -15,7 +15,6 @@ from phatgoose.errors import TrainingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json, work_place
-from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base, as_base
 from phatgoose.models.encoder import SentenceEncoder, load_encoder
 from phatgoose.models.routed import routing_of
@@ -58,9 +57,7 @@ def make_signature(
         BaseModelError: the expert is of another base, or the encoder can't be loaded.
     """
     base, config = as_base(base), config or SignatureConfig()
-    if expert.base is not None:
-        check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
-    check_fits(base.model, expert)
+    check_fits(base, expert)
     if routing_of(base) is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     if not task.train:

@@ -42,7 +42,7 @@ from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.suites import Suite, suite
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.signature_config import SignatureConfig
-from phatgoose.workflows.systems import check_system, expanded, reads
+from phatgoose.workflows.systems import MULTITASK, check_system, expanded, reads
 
 IN_POOL, UNSEEN = "in-pool", "unseen"
 
@@ -172,7 +172,7 @@ class ExperimentRecipe:
         )
         if not kept and not tasks:
             raise RecipeError(f"no expert of {self.pool.folder} is left.")
-        if "multitask" in self.all_systems and (without := [n for n in kept if n not in tasks]):
+        if MULTITASK in self.all_systems and (without := [n for n in kept if n not in tasks]):
             raise RecipeError(
                 f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], or leave it out."
             )

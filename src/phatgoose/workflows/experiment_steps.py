@@ -18,7 +18,6 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
-from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
 from phatgoose.records import Example, Task, TaskScore, groups_of
@@ -208,11 +207,10 @@ def take(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
     taken, failed = {}, {}
     for name in here.recipe.taken(pool.names):
         expert = pool[name]
-        place = here.out / "experts" / f"{name}-{sha256_json(expert.hash)[:10]}"
+        brought = None if expert.signature is None else expert.signature.hash
+        place = here.out / "experts" / f"{name}-{sha256_json([expert.hash, brought])[:10]}"
         try:
-            if expert.base is not None:
-                check_same_base(expert.base, here.base.fingerprint, f"expert {name!r}")
-            check_fits(here.base.model, expert)
+            check_fits(here.base, expert)
             if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
                 expert.save(place)
         except PhatgooseError as error:
@@ -223,8 +221,8 @@ def take(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
             "name": name, "task": task and task.name, "spec": task and " + ".join(task.specs), "taken": True,
             **sizes(expert), "folder": place.name, "hash": expert.hash,
         }  # fmt: skip
-        if expert.signature is not None:
-            taken[name]["signature"] = expert.signature.hash
+        if brought is not None:
+            taken[name]["signature"] = brought
     return {"taken": taken, "failed": failed}
 
 
