@@ -14,7 +14,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read, reads_on
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
-from phatgoose.evaluation.rank import score_choice_plainly, score_choices
+from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.readings import readings
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
@@ -23,6 +23,7 @@ from phatgoose.models.trace import trace
 from phatgoose.records import Example
 from phatgoose.routers import LAG, PHATGOOSE, Random, Retrieval, Uniform
 from phatgoose.routers.masked import Masked
+from ranking_fixtures import assert_plain
 
 NARROW = EvaluationConfig(batch_tokens=90, cache_tokens=400, logit_values=4000, batch_rows=3)
 CONFIGS = [EvaluationConfig(), EvaluationConfig(batch_tokens=150), NARROW, EvaluationConfig(batch_tokens=1)]
@@ -115,9 +116,7 @@ def test_scores_equal_one_plain_forward_a_choice(make_base, family, config):
     done = []
     scores = score_choices(base.model, rows, 0, config, done.append)
     assert sum(done) == len(rows)
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert_plain(base.model, rows, scores)
 
 
 @torch.no_grad()
@@ -188,9 +187,7 @@ def test_routers_choose_token_by_token_so_they_share(routed, router):
     scores, few = counted(base.model, lambda: score_choices(base.model, rows, 0, EvaluationConfig()))
     whole = sum(len(row.prompt) for row in rows)
     assert few < 0.75 * whole
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    assert_plain(base.model, rows, scores, 1e-4)
 
 
 @torch.no_grad()
@@ -203,9 +200,7 @@ def test_a_router_that_reads_the_prompt_gets_it_whole(make_base, make_expert, tm
     route(base, pool, Retrieval(encoder=str(folder)))
     scores, all_tokens = counted(base.model, lambda: score_choices(base.model, rows, 0, EvaluationConfig()))
     assert all_tokens > sum(len(row.prompt) for row in rows)
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    assert_plain(base.model, rows, scores, 1e-4)
 
 
 @torch.no_grad()
@@ -232,9 +227,7 @@ def test_a_sliding_window_counts_positions_so_nothing_is_shared():
     model, rows = MistralForCausalLM(config).eval(), rows_of(nested())
     scores, all_tokens = counted(model, lambda: score_choices(model, rows, 0, EvaluationConfig()))
     assert all_tokens > sum(len(row.prompt) for row in rows)
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    assert_plain(model, rows, scores, 1e-4)
 
 
 @torch.no_grad()
@@ -287,9 +280,7 @@ def test_every_architecture_scores_as_its_plain_forward(kind, attention):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     rows = rows_of(nested()[:24])
     scores = score_choices(model, rows, 0, EvaluationConfig())
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    assert_plain(model, rows, scores, 1e-4)
 
 
 @torch.no_grad()
@@ -307,9 +298,7 @@ def test_answers_share_one_copy_of_their_prompt(make_base, family):
     scores = score_choices(base.model, rows, 0, EvaluationConfig())
     handle.remove()
     assert sum(shape[0] for shape in shapes) <= 4 + 2 * 3 + 2
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert_plain(base.model, rows, scores)
 
 
 def test_bundles_keep_each_prompts_continuations_together():
@@ -345,9 +334,7 @@ def test_a_rotation_that_hangs_on_the_length_is_read_in_one():
     rows = rows_of([shared + tokens(draws, 20 + n) for n in range(8)])
     scores, seen = counted(model, lambda: score_choices(model, rows, 0, EvaluationConfig()))
     assert seen > sum(len(row.prompt) for row in rows)
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    assert_plain(model, rows, scores, 1e-4)
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)

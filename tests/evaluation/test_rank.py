@@ -12,6 +12,7 @@ from phatgoose.evaluation.continuations import Row, groups
 from phatgoose.evaluation.rank import best, score_choice_plainly, score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.records import Example
+from ranking_fixtures import assert_plain
 
 WORDS = " ".join(CORPUS).split()
 
@@ -50,9 +51,7 @@ def test_scores_equal_the_definition(make_base, family, config):
     done = []
     scores = score_choices(base.model, rows, 0, config, done.append)
     assert sum(done) == len(rows)
-    for row, found in zip(rows, scores, strict=True):
-        expected = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
-        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert_plain(base.model, rows, scores)
     assert scores[-1][1] == scores[-1][3]  # equal tokens tie exactly
     assert len({round(s, 3) for s in scores[-1]}) == 3
 
