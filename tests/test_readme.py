@@ -63,7 +63,7 @@ def test_every_command_runs(make_base, make_expert, tmp_path, monkeypatch):
         words = [re.sub(r"^bigbench:.*", "jsonl:past.jsonl", w) for w in command[1:]]
         words = [
             "pool" if w == "pools/bigbench-t0" else w for w in words
-        ]  # of another base; test_pools.py asks it
+        ]  # of another base; test_published_pool.py asks it
         for option, few in (
             ("--steps", "2"),
             ("--rows-per-step", "4"),
