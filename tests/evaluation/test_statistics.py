@@ -8,8 +8,9 @@ from phatgoose.evaluation.statistics import (
     bootstrap_interval,
     holm,
     paired_difference,
-    paired_p_value,
+    resampled,
     suite_interval,
+    two_sided_p,
 )
 
 
@@ -89,24 +90,46 @@ def test_bad_input(call, what):
         call()
 
 
+def p_value(a, b, *, groups=None, resamples=2000):
+    """Of the difference of two systems, tasks' rows as lists."""
+    both = [np.array([x, y], dtype=float) for x, y in zip(a, b, strict=True)]
+    first, second = resampled(both, groups=groups, resamples=resamples)
+    return two_sided_p(first - second)
+
+
 def test_p_values_agree_with_the_intervals_and_with_all_signs():
     """Against the exact bootstrap of three rows, and against the interval: p < 0.05 where it excludes zero."""
     a, b = (
         [[1.0, 1.0, 0.0]],
         [[0.0, 1.0, 0.0]],
     )  # differences 1, 0, 0: a resample's mean is 0 with probability (2/3)³
-    assert paired_p_value(a, b, resamples=20000) == pytest.approx(2 * (2 / 3) ** 3, abs=0.02)
+    assert p_value(a, b, resamples=20000) == pytest.approx(2 * (2 / 3) ** 3, abs=0.02)
     draws = np.random.default_rng(5)
     for shift in (0.0, 0.1, 0.2, 0.5):
         x = [list((draws.random(60) < 0.5 + shift).astype(float))]
         y = [list((draws.random(60) < 0.5).astype(float))]
         _, low, high = paired_difference(x, y)
-        assert (paired_p_value(x, y) < 0.05) == (low > 0 or high < 0) or min(abs(low), abs(high)) < 0.02
-        assert paired_p_value(x, y) == pytest.approx(paired_p_value(y, x))
-    assert paired_p_value(x, x) == 1.0
-    assert paired_p_value([[1.0] * 30], [[0.0] * 30], resamples=999) == pytest.approx(2 / 1000)
-    with pytest.raises(EvaluationError, match="same rows"):
-        paired_p_value([[1.0]], [[1.0, 0.0]])
+        assert (p_value(x, y) < 0.05) == (low > 0 or high < 0) or min(abs(low), abs(high)) < 0.02
+        assert p_value(x, y) == pytest.approx(p_value(y, x))
+    assert p_value(x, x) == 1.0
+    assert p_value([[1.0] * 30], [[0.0] * 30], resamples=999) == pytest.approx(2 / 1000)
+
+
+def test_all_systems_are_resampled_together_as_each_pair_is_alone():
+    draws = np.random.default_rng(3)
+    tasks = [draws.random((3, rows)).round() for rows in (5, 40, 1)]
+    groups = [(0, 0, 1, 1, 2), (), ()]
+    drawn = resampled(tasks, groups=groups, resamples=500, seed=4)
+    assert drawn.shape == (3, 500)
+    for place in range(3):
+        alone = suite_interval([t[place] for t in tasks], groups=groups, resamples=500, seed=4)
+        assert np.quantile(drawn[place], [0.025, 0.975]) == pytest.approx(alone)
+    pair = [t[0] for t in tasks], [t[2] for t in tasks]
+    _, low, high = paired_difference(*pair, groups=groups, resamples=500, seed=4)
+    assert np.quantile(drawn[0] - drawn[2], [0.025, 0.975]) == pytest.approx((low, high))
+    for wrong in ([], [()]):
+        with pytest.raises(EvaluationError):
+            resampled(tasks if wrong else [], groups=wrong)
 
 
 def test_holm_by_hand():
@@ -126,7 +149,7 @@ def test_rows_that_belong_together_are_drawn_together():
     assert paired_difference([many], [zeros], groups=twice) == pytest.approx(
         paired_difference([one], [zeros[:10]])
     )
-    assert paired_p_value([many], [1 - many], groups=twice) == paired_p_value([one], [[1 - x for x in one]])
+    assert p_value([many], [1 - many], groups=twice) == p_value([one], [[1 - x for x in one]])
 
 
 def test_a_resample_is_the_mean_of_all_rows_of_the_groups_it_draws():

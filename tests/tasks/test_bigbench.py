@@ -174,6 +174,20 @@ def test_both_target_and_scores(tmp_path, fields, ranked):
     assert "choice: a" in e.input  # BIG-bench shows them either way
 
 
+def test_a_spec_can_say_that_what_has_choices_is_ranked(tmp_path):
+    row = {"input": "q", "target": "long a", "target_scores": {"a": 1, "b": 0}}
+    folder = put(tmp_path / "both", "t", [row], preferred_score="exact_str_match")
+    assert rows(load_task("bigbench:t", folder=folder))[0].choices is None
+    assert rows(load_task("bigbench:t?ranked=false", folder=folder))[0].choices is None
+    (e,) = rows(load_task("bigbench:t?ranked=true", folder=folder))
+    assert (set(e.choices), e.targets) == ({"a", "b"}, ("a",))
+    with pytest.raises(TaskError, match="ranked is true or false, got 'yes'"):
+        load_task("bigbench:t?ranked=yes", folder=folder)
+    without = put(tmp_path / "without", "t", [row, {"input": "p", "target": "a"}])
+    with pytest.raises(TaskError, match='example 1: no "target_scores", and the spec says ranked=true'):
+        load_task("bigbench:t?ranked=true", folder=without)
+
+
 def test_scores_alone_are_ranked_whatever_the_metric(tmp_path):
     folder = put(
         tmp_path, "t", [{"input": "q", "target_scores": {"a": 1, "b": 0}}], preferred_score="macro_f1"

@@ -35,7 +35,7 @@ COMMON = {
     "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2, "save_every": 1,
     "learning_rate": 1e-2,
 }  # fmt: skip
-SYSTEMS = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
+SYSTEMS = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle", "own"]
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_results_hold_together(place):
     assert results["complete"]
     assert not results["failed"]
     assert [e["name"] for e in results["experts"]] == ["upper", "choice"]
-    systems = [
+    common = [
         "base",
         "phatgoose",
         "uniform",
@@ -396,8 +396,10 @@ def test_results_hold_together(place):
         "best-single",
         "oracle",
     ]
-    for name, tasks in (("in-pool", ["upper", "choice"]), ("unseen", ["held"])):
+    own = results["suites"]["in-pool"]["systems"]["own"]
+    for name, tasks, more in (("in-pool", ["upper", "choice"], ["own"]), ("unseen", ["held"], [])):
         suite = results["suites"][name]
+        systems = [*common, *more]
         assert list(suite["systems"]) == systems
         assert suite["common_tasks"] == tasks
         assert suite["systems"]["merged"]["mean"] == suite["systems"]["uniform"]["mean"]
@@ -413,8 +415,26 @@ def test_results_hold_together(place):
     text = (place / "out/results.md").read_text()
     for part in ("| system | mean |", "| phatgoose |", "## unseen", "Contamination: ", '"train_rows": 20'):
         assert part in text
+    assert "| task | rows | measure | commonest answer | oracle's expert |" in text
+    assert (
+        f"| upper | 6 | exact match | 1.00 | {results['chosen']['oracle']['in-pool']['upper']} (on 3) |"
+        in text
+    )
+    for given_away in ("results.json", "results.md", "plot.svg"):
+        assert str(place) not in (place / "out" / given_away).read_text()
+    for task, score in own["tasks"].items():
+        expert = Pool([Pool.load(place / "out" / "pool")[task]])
+        path = place / "out" / "scores"
+        assert any(
+            (key := (found := json.loads(p.read_text()))["key"])["experts"]
+            == [[task, expert.experts[0].hash]]
+            and key["split"] == "test"
+            and key["router"] == {"router": "Single", "expert": 0}
+            and found["scores"]["tasks"][0]["mean"] == score["mean"]
+            for p in path.glob("*.json")
+        )
     svg = ET.fromstring((place / "out/plot.svg").read_text())
-    assert len(svg.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * len(systems)
+    assert len(svg.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * len(common) + 1
 
 
 def test_what_fails_costs_only_itself(place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ({"systems": ["phatgose"]}, UnknownName, "did you mean 'phatgoose'"),
         ({"systems": ["phatgoose:top_k=none"]}, RoutingError, "top_k"),
         ({"systems": ["padded:x"]}, RoutingError, "padded:N"),
+        ({"systems": ["base", "own"], "measure": {"suites": ["bbl"]}}, RecipeError, "own is measured on in-pool"),
         ({"systems": ["model:"]}, RoutingError, "model:SPEC"),
         ({"signature": {"texts": 5000}}, TrainingError, "expected at most 1000"),
         ({"multitask": {"step": 3}}, UnknownName, r"\[multitask\] 'step'"),
@@ -102,6 +104,27 @@ def test_files_and_folders_are_checked(tmp_path):
     assert ExperimentRecipe.read(tmp_path / "r.toml").folders == {"bbh": str(tmp_path / "here")}
     other = ExperimentRecipe.read(tmp_path / "r.toml", {"bbh": str(tmp_path)})
     assert other.folders == {"bbh": str(tmp_path)}
+
+
+def test_what_is_given_away_names_no_folder_of_this_machine():
+    here = "/home/me/secret"
+    recipe = ExperimentRecipe.from_json(
+        {
+            "base": f"{here}/base",
+            "systems": ["base"],
+            "pool": {"tasks": {"a": f"jsonl:{here}/a.jsonl?input=x", "b": "bigbench:social_iqa"}, "folder": f"{here}/pool"},
+            "measure": {"suites": ["unseen"], "tasks": {"c": f"jsonl:{here}/c.jsonl"}},
+            "signature": {"encoder": f"{here}/minilm"},
+            "folders": {"bbh": f"{here}/bbh"},
+        }
+    )  # fmt: skip
+    shown = recipe.without_paths()
+    assert here not in json.dumps(shown)
+    assert shown["pool"]["tasks"] == {"a": "jsonl:a.jsonl?input=x", "b": "bigbench:social_iqa"}
+    assert (shown["base"], shown["folders"], shown["pool"]["folder"]) == ("base", {"bbh": "bbh"}, "pool")
+    assert {k: v for k, v in shown.items() if k in ("seeds", "dtype", "gate")} == {
+        k: v for k, v in recipe.to_json().items() if k in ("seeds", "dtype", "gate")
+    }
 
 
 def test_seeds_multiply_only_what_draws():

@@ -19,7 +19,7 @@ def task():
     return Task("even", (), (), rows)
 
 
-def test_another_code_or_torch_measures_again(make_base, task, tmp_path, monkeypatch):
+def test_another_code_torch_or_transformers_measures_again(make_base, task, tmp_path, monkeypatch):
     kept = Measurements(make_base("llama"), tmp_path)
     path = kept.measure(task, None, None, limit=4)
     assert kept.measure(task, None, None, limit=4) == path
@@ -27,7 +27,9 @@ def test_another_code_or_torch_measures_again(make_base, task, tmp_path, monkeyp
     monkeypatch.setattr(measured, "code_version", lambda: "another")
     other = kept.measure(task, None, None, limit=4)
     monkeypatch.setattr(torch, "__version__", "0.1")
-    assert len({path, other, kept.measure(task, None, None, limit=4)}) == 3
+    third = kept.measure(task, None, None, limit=4)
+    monkeypatch.setattr(measured, "version", lambda package: "0.2")
+    assert len({path, other, third, kept.measure(task, None, None, limit=4)}) == 4
 
 
 def test_raw_rows_are_told_apart_though_the_task_is_the_same(make_base, task, tmp_path):

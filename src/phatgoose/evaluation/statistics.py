@@ -56,9 +56,10 @@ def suite_interval(
         raise EvaluationError(f"an interval's level must lie between 0 and 1, got {level}.")
     if resamples < 1:
         raise EvaluationError(f"a bootstrap needs at least one resample, got {resamples}.")
-    arrays = _arrays(tasks)
-    means = _totals(arrays, groups, resamples, seed)
-    low, high = np.quantile(means / len(arrays), [(1 - level) / 2, (1 + level) / 2])
+    means = resampled(
+        [values[None] for values in _arrays(tasks)], groups=groups, resamples=resamples, seed=seed
+    )
+    low, high = np.quantile(means[0], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -90,30 +91,46 @@ def paired_difference(
     return float(np.mean([x.mean() for x in differences])), low, high
 
 
-def paired_p_value(
-    a: Sequence[ArrayLike],
-    b: Sequence[ArrayLike],
+def resampled(
+    tasks: Sequence[NDArray[np.float64]],
     *,
     groups: Sequence[Groups] | None = None,
     resamples: int = 2000,
     seed: int = 0,
-) -> float:
-    """Two-sided bootstrap p-value of "a and b are equal on rows like these", from the draws of `paired_difference`.
+) -> NDArray[np.float64]:
+    """Every resample's unweighted mean over tasks, the same rows for all systems: [systems, resamples].
 
-    Twice the smaller share of resampled differences at or beyond zero on either side, (count + 1) / (resamples + 1), at most 1.
-    So it is below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples + 1).
+    So intervals of means, of differences and of ratios, and p-values, come from one set of draws; `suite_interval` and
+    `paired_difference` draw the same for the same seed.
+
+    Args:
+        tasks: one array [systems, rows] a task.
 
     Raises:
-        EvaluationError: as `paired_difference`.
+        EvaluationError: there is no task, or groups don't fit.
     """
-    first, second = _arrays(a), _arrays(b)
-    if [len(x) for x in first] != [len(x) for x in second]:
-        raise EvaluationError("a paired comparison needs the same rows on both sides.")
-    differences = [x - y for x, y in zip(first, second, strict=True)]
-    means = _totals(differences, groups, resamples, seed)
-    rounding = 1e-12 * len(first)  # sums of differences that cancel aren't exactly zero
-    below, above = int((means <= rounding).sum()), int((means >= -rounding).sum())
-    return min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
+    if not tasks:
+        raise EvaluationError("a bootstrap needs at least one task, got none.")
+    groups = [()] * len(tasks) if groups is None else groups
+    if len(groups) != len(tasks):
+        raise EvaluationError(f"there are groups for {len(groups)} tasks, and {len(tasks)} tasks.")
+    totals = np.zeros((len(tasks[0]), resamples))
+    for number, (values, belongs) in enumerate(zip(tasks, groups, strict=True)):
+        # A stream of random numbers for each task, so that a task's draws don't depend on the ones before it.
+        totals += resampled_means(values, belongs, resamples, np.random.default_rng([seed, number]))
+    return totals / len(tasks)
+
+
+def two_sided_p(differences: NDArray[np.float64]) -> float:
+    """Two-sided bootstrap p-value of "two systems are equal on rows like these" from resampled differences [resamples].
+
+    Twice the smaller share of differences at or beyond zero on either side, (count + 1) / (resamples + 1), at most 1. So it is
+    below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples + 1): what is to be adjusted for
+    many comparisons needs resamples enough that this is small beside the level.
+    """
+    rounding = 1e-12  # means of differences that cancel aren't exactly zero
+    below, above = int((differences <= rounding).sum()), int((differences >= -rounding).sum())
+    return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -140,21 +157,6 @@ def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
         if not np.isfinite(values).all():
             raise EvaluationError(f"an interval needs finite values, task {number} has others.")
     return arrays
-
-
-def _totals(
-    arrays: Sequence[NDArray[np.float64]], groups: Sequence[Groups] | None, resamples: int, seed: int
-) -> NDArray[np.float64]:
-    """The sum over tasks of each resample's means: [resamples]."""
-    groups = [()] * len(arrays) if groups is None else groups
-    if len(groups) != len(arrays):
-        raise EvaluationError(f"there are groups for {len(groups)} tasks, and {len(arrays)} tasks.")
-    totals = np.zeros(resamples)
-    for number, (values, belongs) in enumerate(zip(arrays, groups, strict=True)):
-        # A stream of random numbers for each task, so that a task's draws don't depend on the ones before it.
-        draws = np.random.default_rng([seed, number])
-        totals += resampled_means(values[None], belongs, resamples, draws)[0]
-    return totals
 
 
 def resampled_means(

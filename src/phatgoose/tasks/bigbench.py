@@ -1,4 +1,4 @@
-"""`bigbench:NAME[/SUBTASK]`: BIG-bench's JSON tasks, with BIG-bench's own meaning of their fields.
+"""`bigbench:NAME[/SUBTASK][?ranked=true]`: BIG-bench's JSON tasks, with BIG-bench's own meaning of their fields.
 
 The prompt is (task_prefix + input prefix + input + choices + output prefix).strip() + "\\nAnswer:", as in the paper:
 "Today I walk. Yesterday I\\nAnswer:". A task's prompt must carry its instruction, so task_prefix and prefixes that say
@@ -6,7 +6,8 @@ something ("Today I ", "\\nJoke or not? ") stay; generic labels ("Q:", "Input:",
 
 Choices are shown (unless append_choices_to_input is false) in an order that depends on nothing but their text and the
 row's input, since the files often list the right one first. Every choice with the highest score is right. A row that
-has both target and target_scores is ranked if the task's preferred score is multiple_choice_grade, else matched.
+has both target and target_scores is ranked if the task's preferred score is multiple_choice_grade or the spec says ranked=true, else
+matched.
 A name with subtasks is all of them together, each row under its own instruction.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,18 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
     Raises:
         UnknownName: no such task or subtask.
-        TaskError: a file is malformed (named, with the row), has no examples, or the task is programmatic.
+        TaskError: a file is malformed (named, with the row), has no examples, the task is programmatic, or its rows have no choices and
+            ranked=true.
         DownloadError, StorageError: BIG-bench can't be fetched or unpacked.
     """
-    spec.check_options(())
+    ranked = _ranked(spec)
     place = bigbench_files.root(folder)
     name = spec.name.strip("/")
     parts = bigbench_files.find(place, name)
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for _, path, data in parts:
-        examples += _examples(path, data, dropped)
+        examples += _examples(path, data, dropped, ranked)
     preferred = {part: data.get("preferred_score") for part, _, data in parts}
     scores = sorted({str(s) for s in preferred.values()})
     source: dict[str, Any] = {"spec": spec.text, "source": "bigbench"}
@@ -143,15 +145,26 @@ def style(path: Path, data: dict[str, Any]) -> Style:
     )
 
 
-def _examples(path: Path, data: dict[str, Any], dropped: Counter[str]) -> list[Example]:
+def _ranked(spec: TaskSpec) -> bool:
+    spec.check_options(("ranked",))
+    value = spec.options.get("ranked", "false")
+    if value not in ("true", "false"):
+        raise TaskError(f"{spec.text}: ranked is true or false, got {value!r}.")
+    return value == "true"
+
+
+def _examples(path: Path, data: dict[str, Any], dropped: Counter[str], ranked: bool) -> list[Example]:
     rows = data.get("examples")
     if not isinstance(rows, list) or not rows:
         raise TaskError(f'{path}: "examples" must be a list of at least one row.')
     how = style(path, data)
+    how = replace(how, prefer_rank=how.prefer_rank or ranked)
     examples = []
     for i, row in enumerate(rows):
         try:
             made = to_example(row, how)
+            if ranked and isinstance(made, Example) and made.choices is None:
+                raise ValueError('no "target_scores", and the spec says ranked=true')
         except ValueError as cause:
             raise TaskError(f"{path}, example {i}: {cause}.") from cause
         if isinstance(made, str):

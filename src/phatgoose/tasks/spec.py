@@ -58,10 +58,18 @@ def split_spec(spec: str) -> TaskSpec:
 
 
 def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `source` as it may be given away: local paths are cut to their last part, and the folder is left out."""
+    """A task's `source` as it may be given away: local paths are cut to their last part, and folders are left out, its parts' too."""
     kept = {key: value for key, value in source.items() if key != "folder"}
-    kind, _, rest = str(kept.get("spec", "")).partition(":")
-    name, mark, query = rest.partition("?")
-    if kind == "jsonl" or (kind == "hf" and name.startswith(("/", ".", "~"))):
-        kept["spec"] = f"{kind}:{Path(name).name}{mark}{query}"
+    if "spec" in kept:
+        kept["spec"] = " + ".join(without_path(part) for part in str(kept["spec"]).split(" + "))
+    if "parts" in kept:
+        kept["parts"] = [without_paths(part) for part in kept["parts"]]
     return kept
+
+
+def without_path(spec: str) -> str:
+    """A task's spec as it may be given away: of a local file only the name."""
+    kind, _, rest = spec.partition(":")
+    name, mark, query = rest.partition("?")
+    local = kind == "jsonl" or (kind == "hf" and name.startswith(("/", ".", "~")))
+    return f"{kind}:{Path(name).name}{mark}{query}" if local else spec

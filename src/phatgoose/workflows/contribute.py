@@ -11,6 +11,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json
 from phatgoose.models.base import Base
 from phatgoose.records import Task
+from phatgoose.tasks.spec import without_paths
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
@@ -94,7 +95,7 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
     found = {
         "name": expert.name,
         "task": task.name,
-        "spec": task.source.get("spec", task.name),
+        "spec": without_paths(task.source).get("spec", task.name),
         "rows": len(task.train),
         **sizes(expert),
         "steps": made["config"]["steps"],

@@ -26,7 +26,7 @@ from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, Rec
 from phatgoose.workflows.experiment_results import results_of
 from phatgoose.workflows.experiment_steps import fresh
 from phatgoose.workflows.experiment_text import markdown
-from phatgoose.workflows.systems import CHOSEN, MULTITASK
+from phatgoose.workflows.systems import BEST_SINGLE, CHOSEN, MULTITASK, ORACLE, OWN, TOLD
 
 MARKER = ".phatgoose-experiment"
 _STEPS = "phatgoose.workflows.experiment_steps"
@@ -185,7 +185,7 @@ class _Run:
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
     ) -> tuple[dict[str, Any] | None, dict[str, dict[str, dict[str, str]]]]:
         """What routers are held against: (the record of the one expert on everybody's data, if it is compared; system → suite → task →
-        the expert it takes). One stage: a training alone would keep one worker busy, and no other.
+        the expert that acts). One stage: a training alone would keep one worker busy, and no other.
 
         Few rows make many ties: these go to the expert that finds right choices likelier, then to the first of the pool. A task that
         can't be scored has no oracle.
@@ -206,11 +206,11 @@ class _Run:
             made = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
             self.failed |= _unscored(suite, names, {e: value["failed"] for e, value in made.items()})
             scores = {e: value["scores"] for e, value in made.items()}
-            picks: dict[str, dict[str, str]] = {"oracle": {}, "best-single": {}}
+            picks: dict[str, dict[str, str]] = {ORACLE: {}, BEST_SINGLE: {}}
             for task in names:
                 able = [e for e in scores if task in scores[e]]
                 if able:
-                    picks["oracle"][task] = max(able, key=lambda e: _standing([scores[e][task]]))
+                    picks[ORACLE][task] = max(able, key=lambda e: _standing([scores[e][task]]))
             most = max((len(found) for found in scores.values()), default=0)
             whole = [
                 e for e in scores if len(scores[e]) == most
@@ -218,9 +218,11 @@ class _Run:
             if most:
                 common = [t for t in names if all(t in scores[e] for e in whole)]
                 best = max(whole, key=lambda e: _standing([scores[e][t] for t in common]))
-                picks["best-single"] = dict.fromkeys(tasks[suite], best)
+                picks[BEST_SINGLE] = dict.fromkeys(tasks[suite], best)
             for system in wanted:
                 chosen[system][suite] = picks[system]
+        if OWN in self.recipe.all_systems:
+            chosen[OWN] = {IN_POOL: {n: n for n in tasks.get(IN_POOL, {})}}
         return together, chosen
 
     def measure(
@@ -239,7 +241,7 @@ class _Run:
                 experts = dict(chosen.get(system, {}).get(suite, {}))
                 if system == MULTITASK and together is not None:
                     experts = dict.fromkeys(found, str(together["hash"]))
-                names = [n for n in found if system not in CHOSEN or n in experts]
+                names = [n for n in found if system not in TOLD or n in experts]
                 if names:
                     name = f"measure {system} on {suite}"
                     asked[name] = (system, suite)

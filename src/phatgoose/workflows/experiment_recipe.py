@@ -39,10 +39,11 @@ from phatgoose.errors import PhatgooseError, TaskError
 from phatgoose.registry import unknown
 from phatgoose.tasks.entries import Entry, check_apart, entry
 from phatgoose.tasks.pools import pool_entries
+from phatgoose.tasks.spec import without_path
 from phatgoose.tasks.suites import Suite, suite
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.signature_config import SignatureConfig
-from phatgoose.workflows.systems import MULTITASK, check_system, expanded, reads
+from phatgoose.workflows.systems import MULTITASK, OWN, check_system, expanded, reads
 
 IN_POOL, UNSEEN = "in-pool", "unseen"
 
@@ -124,6 +125,10 @@ class ExperimentRecipe:
             raise RecipeError(
                 "the recipe's pool has no tasks: name pools or tasks under [pool], or the folder of a pool that is there."
             )
+        if OWN in self.all_systems and IN_POOL not in self.measure.suites:
+            raise RecipeError(
+                f"the system {OWN} is measured on {IN_POOL}, which isn't among the suites: add it there, or leave out the system."
+            )
         for found in self.suites:
             if found.name != IN_POOL:
                 check_apart(entries, found.entries, found.refuses, found.name)
@@ -200,6 +205,17 @@ class ExperimentRecipe:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def without_paths(self) -> dict[str, Any]:
+        """As `to_json`, to be given away: of files and folders of this machine only the names."""
+        data = self.to_json()
+        data["base"] = _local_name(self.base)
+        data["signature"]["encoder"] = _local_name(self.signature.encoder)
+        data["folders"] = {name: Path(folder).name for name, folder in self.folders.items()}
+        data["pool"]["folder"] = Path(self.pool.folder).name
+        for part in ("pool", "measure"):
+            data[part]["tasks"] = {name: without_path(spec) for name, spec in data[part]["tasks"].items()}
+        return data
+
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "the recipe") -> ExperimentRecipe:
         """The recipe that `to_json` or a TOML file describes.
@@ -246,6 +262,11 @@ class ExperimentRecipe:
             if pool is not None:
                 data["pool"] = own_pool | {"folder": str(Path(pool).expanduser())}
         return ExperimentRecipe.from_json(data, str(path))
+
+
+def _local_name(spec: str) -> str:
+    """The last part of a path to a folder of this machine; anything else as it is."""
+    return Path(spec).name if spec.startswith(("/", ".", "~")) else spec
 
 
 def _part(kind: Any, data: Any, where: str) -> Any:

@@ -6,6 +6,7 @@ base, tasks and pool between steps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, lru_cache
@@ -26,7 +27,7 @@ from phatgoose.routers.example import AUTO, ByText
 from phatgoose.tasks.entries import Entry, load_entry, with_validation
 from phatgoose.tasks.overlap import Seen
 from phatgoose.tasks.representable import loss
-from phatgoose.tasks.spec import without_paths
+from phatgoose.tasks.spec import without_path, without_paths
 from phatgoose.tasks.splits import Fractions
 from phatgoose.training.gate import check_fits
 from phatgoose.training.rows import draw
@@ -163,8 +164,9 @@ def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, An
             lost, measure = loss(here.base.tokenizer, task), here.recipe.measure
             test, choice = task.test[: measure.test_rows], task.validation[: measure.choice_rows]
             found[entry.name] = {
-                "spec": " + ".join(entry.specs), "hash": task.hash, "train_rows": len(task.train),
+                "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
                 "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric, "note": entry.note,
+                "commonest": None if entry.metric else commonest(test),
                 "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
                 "source": without_paths(task.source),
                 "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
@@ -172,6 +174,16 @@ def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, An
         except PhatgooseError as error:
             found[entry.name] = {"error": f"{type(error).__name__}: {error}"}
     return found
+
+
+def _spec(entry: Entry) -> str:
+    return " + ".join(without_path(spec) for spec in entry.specs)
+
+
+def commonest(rows: Sequence[Example]) -> float:
+    """The share of rows that one and the same answer is right for: what saying nothing else would score."""
+    found = Counter(answer for row in rows for answer in set(row.targets))
+    return found.most_common(1)[0][1] / len(rows)
 
 
 def trained_on(here: Lab, name: str) -> Task:
@@ -218,7 +230,7 @@ def take(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
             continue
         task = tasks.get(name)
         taken[name] = {
-            "name": name, "task": task and task.name, "spec": task and " + ".join(task.specs), "taken": True,
+            "name": name, "task": task and task.name, "spec": task and _spec(task), "taken": True,
             **sizes(expert), "folder": place.name, "hash": expert.hash,
         }  # fmt: skip
         if brought is not None:

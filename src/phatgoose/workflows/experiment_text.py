@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phatgoose.workflows.experiment_recipe import IN_POOL
-from phatgoose.workflows.systems import BASE, MAIN
+from phatgoose.workflows.systems import BASE, MAIN, ORACLE
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -16,17 +16,25 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += [
         f"{len(results['experts'])} experts, made {made['when']} with phatgoose {made['phatgoose']}, torch {made['torch']}, "
         f"transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are unweighted over tasks, intervals "
-        "are 95 % by bootstrap over rows (over raw rows, where a task shows one under several prompts), differences are paired by row, p-values are adjusted by Holm over the systems of a suite.",
+        "are 95 % by bootstrap over rows (over raw rows, where a task shows one under several prompts), differences are paired by row, "
+        f"p-values are adjusted by Holm over the systems of a suite, and can't be less than {2 / (results['resamples'] + 1):.2g} before that: "
+        f"{results['resamples']} resamples.",
         "",
     ]
+    if results["chosen"].get(ORACLE):
+        lines += [
+            "Oracle and best-single choose by validation rows, as few as the tables say: they are no upper bounds, and a share of the "
+            "oracle's gain can exceed 100 %. *Commonest answer* is what the one best answer to all rows would score.",
+            "",
+        ]
     for name, suite in results["suites"].items():
-        lines += _suite(name, suite)
+        lines += _suite(name, suite, results["chosen"])
     lines += _failed(results)
     lines += ["## Recipe", "", "```json", _json(recipe), "```", ""]
     return "\n".join(lines)
 
 
-def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
+def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
     lines = [f"## {name}", ""]
     if not suite["common_tasks"]:
         return [*lines, "No task was measured with every system.", ""]
@@ -37,12 +45,14 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
     )
     systems = _ranked(suite)
     lines += _raw(suite)
+    picks = chosen.get(ORACLE, {}).get(name, {})
     rows = [
-        [task, _rows(suite["systems"][systems[0]]["tasks"][task])]
+        [task, *_task(task, suite, picks.get(task))]
         + [f"{suite['systems'][s]['tasks'][task]['mean']:.3f}" for s in systems]
         for task in suite["common_tasks"]
     ]
-    lines += _table(["task", "rows", *systems], rows)
+    head = ["task", "rows", "measure", "commonest answer", *(["oracle's expert"] if picks else []), *systems]
+    lines += _table(head, rows)
     lines += _notes(name, suite)
     return lines
 
@@ -61,6 +71,14 @@ def _raw(suite: Mapping[str, Any]) -> list[str]:
     ]
     chosen = f" Oracle and best-single choose on rows of other raw rows: {', '.join(few)}." if few else ""
     return [f"{text} (100 of 38: 100 rows of 38 raw rows).{chosen}", ""]
+
+
+def _task(task: str, suite: Mapping[str, Any], pick: str | None) -> list[str]:
+    """What a task's numbers mean: its rows, how they are scored, what one answer to all of them would score, whom the oracle takes."""
+    score, info = next(iter(suite["systems"].values()))["tasks"][task], suite["tasks"][task]
+    same = "" if info["commonest"] is None else f"{info['commonest']:.2f}"
+    chosen = [] if pick is None else [f"{pick} (on {info['choice_rows']})"]
+    return [_rows(score), score["metric"], same, *chosen]
 
 
 def _rows(score: Mapping[str, Any]) -> str:

@@ -92,6 +92,8 @@ class Measurements:
             "evaluation": [self.config.level, self.config.resamples, self.config.seed],
             "code": code_version(),
             "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "device": self.base.device.type,
         }
         if metric := task.source.get("metric"):
             key["metric"] = metric

@@ -4,6 +4,7 @@ Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"), with 
 
     base          the base alone                          merged, ties, dare   one expert made of all
     best-single   one expert for a whole suite            oracle               one expert for each task
+    own           each task's own expert, in-pool only
     multitask     one expert trained on all the pool's data together: what pooling the data would give
     padded:N      PHATGOOSE, N experts that know nothing among the pool's
     model:SPEC    another model by itself on the same rows, such as a released multitask one (model:google/flan-t5-xl)
@@ -23,8 +24,11 @@ from phatgoose.routers import PHATGOOSE, ROUTERS, Router, Single, parse_router
 
 BASE, MAIN = "base", "phatgoose"
 MULTITASK, OTHER = "multitask", "model"
-CHOSEN = ("best-single", "oracle")
+BEST_SINGLE, ORACLE, OWN = "best-single", "oracle", "own"
+CHOSEN = (BEST_SINGLE, ORACLE)
 """Systems that choose an expert by labels, on validation rows: no router has that."""
+TOLD = (*CHOSEN, OWN)
+"""Systems that are told which expert acts: those, and the one that knows the task's name."""
 STATIC: dict[str, Callable[[Pool], Expert]] = {"merged": merged, "ties": ties, "dare": dare}
 
 
@@ -43,7 +47,7 @@ def check_system(name: str) -> None:
         UnknownName: there is no such system or router. RoutingError: a setting is wrong.
     """
     kind, _, rest = name.partition(":")
-    if name in (BASE, MULTITASK, *CHOSEN, *STATIC):
+    if name in (BASE, MULTITASK, *TOLD, *STATIC):
         return
     if kind == OTHER:
         if not rest.strip():
@@ -56,7 +60,7 @@ def check_system(name: str) -> None:
             raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
         return
     if kind not in ROUTERS:
-        raise unknown("system", name, (BASE, MULTITASK, *CHOSEN, *STATIC, "padded", OTHER, *ROUTERS))
+        raise unknown("system", name, (BASE, MULTITASK, *TOLD, *STATIC, "padded", OTHER, *ROUTERS))
     parse_router(name)
 
 
@@ -66,7 +70,7 @@ def reads(name: str) -> str:
 
 
 def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None, Router | None]:
-    """(pool, router) to attach for a system; (None, None) is the base. `expert` is the one a choosing system has chosen.
+    """(pool, router) to attach for a system; (None, None) is the base. `expert` is the one that acts, for a system of `TOLD`.
 
     Raises:
         PoolError, RoutingError: this pool can't be merged or routed so.
@@ -74,9 +78,9 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
     kind, _, rest = name.partition(":")
     if name == BASE:
         return None, None
-    if name in CHOSEN:
+    if name in TOLD:
         if expert is None:
-            raise RoutingError(f"{name} needs the expert that was chosen.")
+            raise RoutingError(f"{name} needs the expert that acts.")
         return Pool([pool[expert]]), Single(0)
     if name in STATIC:
         return Pool([STATIC[name](pool)]), Single(0)
