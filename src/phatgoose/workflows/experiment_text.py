@@ -27,11 +27,45 @@ def markdown(results: Mapping[str, Any]) -> str:
             "oracle's gain can exceed 100 %. *Commonest answer* is what the one best answer to all rows would score.",
             "",
         ]
+    lines += _overview(results["suites"])
     for name, suite in results["suites"].items():
         lines += _suite(name, suite, results["chosen"])
     lines += _failed(results)
     lines += ["## Recipe", "", "```json", _json(recipe), "```", ""]
     return "\n".join(lines)
+
+
+def _overview(suites: Mapping[str, Any]) -> list[str]:
+    """Every system's mean on every suite, and whether it can be told from the base's; the best in all on top."""
+    measured = {name: suite for name, suite in suites.items() if suite["common_tasks"]}
+    if len(measured) < 2:
+        return []
+    means = {
+        (system, name): found["mean"]
+        for name, suite in measured.items()
+        for system, found in suite["systems"].items()
+        if "mean" in found
+    }
+    systems = list(dict.fromkeys(system for system, _ in means))
+    whole = {s: [means[s, n] for n in measured if (s, n) in means] for s in systems}
+    systems.sort(key=lambda s: (-len(whole[s]), -sum(whole[s])))
+
+    def cell(system: str, name: str) -> str:
+        if (system, name) not in means:
+            return ""
+        found = measured[name]["against"].get(BASE, {}).get(system)
+        mark = "" if found is None or found["p_holm"] >= 0.05 else " ▲" if found["difference"] > 0 else " ▼"
+        return f"{means[system, name]:.3f}{mark}"
+
+    rows = [[system, *(cell(system, name) for name in measured)] for system in systems]
+    return [
+        "## Overview",
+        "",
+        "Mean scores; ▲ better and ▼ worse than the base by more than the choice of rows explains (adjusted p < 0.05). Systems stand by the "
+        "sum of their means.",
+        "",
+        *_table(["system", *measured], rows),
+    ]
 
 
 def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
