@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from encoder_fixtures import make_encoder, signed
 from phatgoose.cli.main import app
-from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
+from phatgoose.errors import EvaluationError, PhatgooseError, StorageError, TaskError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.load import load_base
@@ -30,6 +30,7 @@ from phatgoose.workflows import experiment_steps
 from phatgoose.workflows.executors import Processes
 from phatgoose.workflows.experiment import _standing, run_experiment
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
+from phatgoose.workflows.experiment_results import suite_results
 
 COMMON = {
     "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2, "save_every": 1,
@@ -443,6 +444,16 @@ def test_results_hold_together(place):
         ]
     svg = ET.fromstring((place / "out/plot.svg").read_text())
     assert len(svg.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * len(common) + 1
+
+
+def test_systems_of_different_rows_are_not_compared():
+    def score(rows):
+        return TaskScore(
+            "t", "test", "exact match", 1.0, 1.0, 1.0, rows, "hash", (Prediction(True, "a"),) * rows
+        )
+
+    with pytest.raises(EvaluationError, match="t: a comparison needs the same rows"):
+        suite_results({"base": {"t": score(1)}, "phatgoose": {"t": score(2)}}, ["t"])
 
 
 def test_what_fails_costs_only_itself(place):

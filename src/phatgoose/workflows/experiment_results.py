@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.statistics import holm, resampled, two_sided_p
 from phatgoose.records import TaskScore
@@ -75,6 +76,9 @@ def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
     """Means, intervals and comparisons on the tasks that every system has been measured on.
 
     A system without a single score is left out, so that it doesn't take all tasks with it.
+
+    Raises:
+        EvaluationError: systems have different numbers of rows of a task.
     """
     table = {system: row for system, row in table.items() if row}
     common = [t for t in tasks if table and all(t in row for row in table.values())]
@@ -89,6 +93,11 @@ def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
     results = {"common_tasks": common, "systems": systems, "against": {}, "oracle_gain_share": {}}
     if not common:
         return results
+    for t in common:
+        if len(counts := {len(row[t].predictions) for row in table.values()}) > 1:
+            raise EvaluationError(
+                f"{t}: a comparison needs the same rows of all systems, got {sorted(counts)} rows."
+            )
     points = [np.array([[p.points for p in row[t].predictions] for row in table.values()]) for t in common]
     groups = raw_rows(next(iter(table.values())), common)
     drawn = dict(zip(table, resampled(points, groups=groups, resamples=RESAMPLES), strict=True))
