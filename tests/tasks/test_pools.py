@@ -121,7 +121,7 @@ def test_bigbench_names_exist():
         *suite("bbl").entries,
         *suite("quickstart").entries,
     ]
-    asked = {s.removeprefix("bigbench:") for e in entries for s in e.specs if s.startswith("bigbench:")}
+    asked = {split_spec(s).name for e in entries for s in e.specs if s.startswith("bigbench:")}
     assert asked <= known
     assert set(pools_bigbench.EXCLUDED) <= known
 
