@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
@@ -18,7 +17,7 @@ from phatgoose.records import TaskScore
 from phatgoose.workflows import show
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe
 from phatgoose.workflows.measured import Measurements, code_version
-from phatgoose.workflows.summary import raw_rows
+from phatgoose.workflows.summary import Drawn, interval, raw_rows, share_of_gain
 from phatgoose.workflows.systems import BASE, MAIN, ORACLE
 
 FORMAT, VERSION = "phatgoose-experiment", 1
@@ -26,8 +25,6 @@ FORMAT, VERSION = "phatgoose-experiment", 1
 Files = Mapping[str, Mapping[str, Mapping[str, str]]]
 """System → suite → task → file of its score."""
 Table = dict[str, dict[str, TaskScore]]
-Drawn = Mapping[str, NDArray[np.float64]]
-"""System → its mean over tasks in every resample of their rows, the same resamples for all: [resamples]."""
 
 RESAMPLES = 20_000
 """Of all intervals and p-values. Holm over 25 systems multiplies the least p-value that there is by 24: to 0.0024."""
@@ -103,10 +100,12 @@ def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
     drawn = dict(zip(table, resampled(points, groups=groups, resamples=RESAMPLES), strict=True))
     means = dict(zip(table, np.mean([p.mean(axis=1) for p in points], axis=0).tolist(), strict=True))
     for system in table:
-        systems[system] |= {"mean": means[system]} | _interval(drawn[system])
+        systems[system] |= {"mean": means[system]} | interval(drawn[system])
     results["against"] = {o: against(means, drawn, o) for o in (BASE, MAIN) if o in table}
     if ORACLE in table and BASE in table:
-        results["oracle_gain_share"] = {s: _share(means, drawn, s) for s in table if s not in (BASE, ORACLE)}
+        results["oracle_gain_share"] = {
+            s: share_of_gain(means, drawn, s) for s in table if s not in (BASE, ORACLE)
+        }
     return results
 
 
@@ -115,25 +114,9 @@ def against(means: Mapping[str, float], drawn: Drawn, other: str) -> dict[str, A
     differences = {s: drawn[s] - drawn[other] for s in drawn if s != other}
     values = [two_sided_p(d) for d in differences.values()]
     return {
-        system: {"difference": means[system] - means[other], **_interval(found), "p": p, "p_holm": adjusted}
+        system: {"difference": means[system] - means[other], **interval(found), "p": p, "p_holm": adjusted}
         for (system, found), p, adjusted in zip(differences.items(), values, holm(values), strict=True)
     }
-
-
-def _share(means: Mapping[str, float], drawn: Drawn, system: str) -> dict[str, float | None]:
-    """(system − base) / (oracle − base); None if the oracle gains nothing, without an interval where a resample's gain vanishes."""
-    gain, gains = means[ORACLE] - means[BASE], drawn[ORACLE] - drawn[BASE]
-    if gain <= 0:
-        return {"share": None, "low": None, "high": None}
-    share = {"share": (means[system] - means[BASE]) / gain}
-    if not (gains > 0).all():
-        return {**share, "low": None, "high": None}
-    return {**share, **_interval((drawn[system] - drawn[BASE]) / gains)}
-
-
-def _interval(drawn: NDArray[np.float64]) -> dict[str, float]:
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return {"low": low, "high": high}
 
 
 def _table(out: Path, files: Files, suite: str) -> Table:

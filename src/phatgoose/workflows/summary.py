@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from phatgoose.evaluation.statistics import paired_difference, resampled_means, suite_interval
+from phatgoose.evaluation.statistics import paired_difference, resampled, suite_interval
 from phatgoose.records import TaskScore
+from phatgoose.workflows.systems import BASE, ORACLE
 
 GROUPS = ("in-pool", "held-out")
 RESAMPLES = 2000
 
 Table = Mapping[str, Mapping[str, TaskScore]]
 """System → task → score; every system has every task, on the same rows."""
+Drawn = Mapping[str, NDArray[np.float64]]
+"""System → its mean over tasks in every resample of their rows, the same resamples for all: [resamples]."""
 
 
 def hits(scores: Mapping[str, TaskScore], tasks: Sequence[str]) -> list[list[float]]:
@@ -57,21 +61,30 @@ def comparisons(
     return found
 
 
-def recovered(table: Table, tasks: Sequence[str], system: str, *, seed: int = 0) -> dict[str, float | None]:
-    """(system − base)/(oracle − base), of means over tasks, with a 95 % interval from (raw) rows resampled jointly for all three.
+def recovered(table: Table, tasks: Sequence[str], system: str) -> dict[str, float | None]:
+    """`share_of_gain` of means over tasks, with (raw) rows resampled jointly for the three systems."""
+    names = (system, BASE, ORACLE)
+    points = [np.asarray([hits(table[name], [task])[0] for name in names]) for task in tasks]
+    drawn = resampled(points, groups=raw_rows(table[system], tasks), resamples=RESAMPLES)
+    means = np.mean([part.mean(axis=1) for part in points], axis=0).tolist()
+    return share_of_gain(dict(zip(names, means, strict=True)), dict(zip(names, drawn, strict=True)), system)
+
+
+def share_of_gain(means: Mapping[str, float], drawn: Drawn, system: str) -> dict[str, float | None]:
+    """(system − base) / (oracle − base) with its 95 % interval: {"share", "low", "high"}.
 
     All None if the oracle gains nothing over the base; the interval is None where a resample's gain vanishes.
     """
-    draws = np.random.default_rng(seed)
-    parts = [[np.asarray(v, float) for v in hits(table[name], tasks)] for name in (system, "base", "oracle")]
-    ours, base, best = (float(np.mean([v.mean() for v in part])) for part in parts)
-    if best - base <= 0:
+    gain, gains = means[ORACLE] - means[BASE], drawn[ORACLE] - drawn[BASE]
+    if gain <= 0:
         return {"share": None, "low": None, "high": None}
-    sums = np.zeros((3, RESAMPLES))
-    for task, groups in enumerate(raw_rows(table[system], tasks)):
-        sums += resampled_means(np.stack([part[task] for part in parts]), groups, RESAMPLES, draws)
-    gains = sums[2] - sums[1]
-    low = high = None
-    if (gains > 0).all():
-        low, high = (float(x) for x in np.quantile((sums[0] - sums[1]) / gains, [0.025, 0.975]))
-    return {"share": (ours - base) / (best - base), "low": low, "high": high}
+    share = (means[system] - means[BASE]) / gain
+    if not (gains > 0).all():
+        return {"share": share, "low": None, "high": None}
+    return {"share": share, **interval((drawn[system] - drawn[BASE]) / gains)}
+
+
+def interval(drawn: NDArray[np.float64]) -> dict[str, float]:
+    """The 95 % percentile interval of resampled values [resamples]: {"low", "high"}."""
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    return {"low": low, "high": high}
