@@ -1,0 +1,168 @@
+"""Why an experiment came out as it did: who acts on whose rows, what other choices of experts score, how the gates lie.
+
+    python benchmarks/surprises.py EXPERIMENT shares          # every router's weights on 16 validation rows of each in-pool task
+    python benchmarks/surprises.py EXPERIMENT drop TASK ...   # one to six experts a token, and every expert left out in turn
+    python benchmarks/surprises.py EXPERIMENT gates           # the gates' lengths and angles
+
+EXPERIMENT is the folder that `phatgoose experiment` wrote. Only validation rows of its in-pool tasks are read. What comes out is
+written into surprises-WHAT.json there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from phatgoose.analysis.measures import expert_shares
+from phatgoose.evaluation.run import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.files import write_json
+from phatgoose.models.paths import layer_and_kind
+from phatgoose.models.routed import route, unroute
+from phatgoose.models.trace import Trace, trace
+from phatgoose.routers import PHATGOOSE, Router, Single
+from phatgoose.tasks.batch import UNLIMITED, encode_pair
+from phatgoose.workflows import show
+from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe
+from phatgoose.workflows.experiment_steps import Lab
+
+SHARE_ROWS, DROP_ROWS = 16, 24
+TOP_K = (1, 2, 3, 6)
+ROUTED = (
+    "phatgoose", "arrow", "lag", "spectr", "weight-only", "average-activation", "retrieval", "centroid", "soft-centroid",
+)  # fmt: skip
+
+
+def shares(lab: Lab, console: Console) -> dict[str, Any]:
+    """By router and task, over all tokens and modules: each expert's share of the weight while the prompt and its answer are read."""
+    found: dict[str, Any] = {}
+    for name in ROUTED:
+        pool, router = lab.system(name, None)
+        assert pool is not None
+        route(lab.base, pool, router)
+        try:
+            found[name] = {t: _shares(lab, t) for t in track(tasks(lab), name, console=console)}
+        finally:
+            unroute(lab.base)
+        own = {part: [v[part][t] for t, v in found[name].items()] for part in ("prompt", "answer")}
+        console.print(
+            name, {part: round(sum(v) / len(v), 3) for part, v in own.items()}, "own experts' mean share"
+        )
+    return found
+
+
+@torch.inference_mode()
+def _shares(lab: Lab, task: str) -> dict[str, Any]:
+    base = lab.base
+    with trace(base, histogram=True) as recorded:
+        for row in lab.task(IN_POOL, task).validation[:SHARE_ROWS]:
+            pair = encode_pair(
+                base.tokenizer, row.input, row.targets[0], is_encoder_decoder=False, max_length=UNLIMITED
+            )
+            seen = base.model(torch.tensor([pair.prompt_ids]), use_cache=True).past_key_values
+            # Nothing is predicted from the end token; behind a cache, these tokens are counted apart from the prompt's.
+            base.model(torch.tensor([pair.target_ids[:-1]]), past_key_values=seen, use_cache=True)
+    parts = {"prompt": False, "answer": True}
+    return {part: expert_shares(recorded, generated=g) for part, g in parts.items()} | {
+        "own, by module": _by_module(recorded, task)
+    }
+
+
+def _by_module(recorded: Trace, task: str) -> dict[str, float]:
+    """The own expert's share, the mean over the modules of a kind and third of the layers."""
+    paths, place = list(recorded.shares()), recorded.experts.index(task)
+    where = layer_and_kind(paths)
+    layers = 1 + max(layer or 0 for layer, _ in where)
+    groups: dict[str, list[float]] = {}
+    for path, (layer, kind) in zip(paths, where, strict=True):
+        third = ("first", "middle", "last")[3 * (layer or 0) // layers]
+        groups.setdefault(f"{kind}, {third} third", []).append(float(recorded.shares()[path][place]))
+    return {group: sum(v) / len(v) for group, v in groups.items()}
+
+
+def drop(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
+    """By task: the score of one to six experts a token, of its own expert alone, and with every other expert left out of the pool."""
+    found: dict[str, Any] = {}
+    for task in names:
+
+        def score(pool: Pool, router: Router, task: str = task) -> float:
+            route(lab.base, pool, router)
+            try:
+                return evaluate(lab.base, lab.task(IN_POOL, task), split="validation", limit=DROP_ROWS).mean
+            finally:
+                unroute(lab.base)
+
+        others = [n for n in lab.pool.names if n != task]
+        found[task] = {
+            "top_k": {str(k): score(lab.pool, PHATGOOSE(k)) for k in TOP_K},
+            "own": score(Pool([lab.pool[task]]), Single(0)),
+            "without": {
+                n: score(Pool([e for e in lab.pool.experts if e.name != n]), PHATGOOSE())
+                for n in track(others, task, console=console)
+            },
+        }
+        console.print(task, found[task])
+    return found
+
+
+def gates(lab: Lab, console: Console) -> dict[str, Any]:
+    """Each expert's mean ‖v‖ over modules; the mean and largest cosine of two experts' gates, means over modules."""
+    experts = [e for e in lab.pool.experts if e.gates is not None]
+    paths = list(experts[0].gates or {})
+    stacked = torch.stack(
+        [torch.stack([(e.gates or {})[p].double() for p in paths]) for e in experts]
+    )  # [E, M, d]
+    norms = stacked.norm(dim=-1)
+    unit = stacked / norms[..., None]
+    cosines = torch.einsum("emd,fmd->ef", unit, unit) / len(paths)
+    pairs = cosines[~torch.eye(len(experts), dtype=torch.bool)]
+    place = int((cosines - 2 * torch.eye(len(experts))).argmax())
+    found = {
+        "norms": {e.name: float(n) for e, n in zip(experts, norms.mean(1), strict=True)},
+        "mean_cosine": float(pairs.mean()),
+        "nearest": {
+            "pair": [experts[place // len(experts)].name, experts[place % len(experts)].name],
+            "cosine": float(cosines.flatten()[place]),
+        },
+    }
+    console.print(found)
+    return found
+
+
+def tasks(lab: Lab) -> list[str]:
+    return [e.name for e in lab.suites[IN_POOL].entries if e.name in lab.pool.names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("what", choices=["shares", "drop", "gates"])
+    parser.add_argument("tasks", nargs="*", help="of drop")
+    options = parser.parse_args()
+    recipe = ExperimentRecipe.from_json(json.loads((options.experiment / "recipe.json").read_text()))
+    lab, console = Lab(recipe, options.experiment), Console()
+    if options.what == "drop":
+        found = drop(lab, console, options.tasks or tasks(lab))
+    else:
+        found = {"shares": shares, "gates": gates}[options.what](lab, console)
+    rows = {"shares": SHARE_ROWS, "drop": DROP_ROWS}.get(options.what)
+    data = {
+        "format": "phatgoose-surprises",
+        "version": 1,
+        "made": show.made(0.0),
+        "rows": rows,
+        options.what: found,
+    }
+    write_json(options.experiment / f"surprises-{options.what}.json", data)
+
+
+if __name__ == "__main__":
+    main()
