@@ -427,10 +427,15 @@ def test_results_hold_together(place):
             assert overview[system][place_of].strip() == f"{suite['systems'][system]['mean']:.3f}{mark}"
     assert overview["own"][1].strip() == ""
     assert list(overview)[-1] == "own"  # measured on fewer suites
-    assert "| task | rows | measure | commonest answer | oracle's expert |" in text
+    assert "| task | rows | measure | guessing | oracle's expert |" in text
     assert (
         f"| upper | 6 | exact match | 1.00 | {results['chosen']['oracle']['in-pool']['upper']} (on 3) |"
         in text
+    )
+    choice = results["suites"]["in-pool"]["tasks"]["choice"]
+    assert choice["chance"] == 0.5
+    assert (
+        f"| choice | {choice['test_rows']} | accuracy (rank) | {max(0.5, choice['commonest']):.2f} |" in text
     )
     for given_away in ("results.json", "results.md", "plot.svg"):
         assert str(place) not in (place / "out" / given_away).read_text()

@@ -166,7 +166,7 @@ def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, An
             found[entry.name] = {
                 "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
                 "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric, "note": entry.note,
-                "commonest": None if entry.metric else commonest(test),
+                "commonest": None if entry.metric else commonest(test), "chance": chance(test),
                 "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
                 "source": without_paths(task.source),
                 "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
@@ -184,6 +184,12 @@ def commonest(rows: Sequence[Example]) -> float:
     """The share of rows that one and the same answer is right for: what saying nothing else would score."""
     found = Counter(answer for row in rows for answer in set(row.targets))
     return found.most_common(1)[0][1] / len(rows)
+
+
+def chance(rows: Sequence[Example]) -> float | None:
+    """What choosing blindly among each row's choices scores on average; None where rows have none."""
+    shares = [sum(c in row.targets for c in row.choices) / len(row.choices) for row in rows if row.choices]
+    return sum(shares) / len(rows) if shares else None
 
 
 def trained_on(here: Lab, name: str) -> Task:

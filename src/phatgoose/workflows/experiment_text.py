@@ -18,13 +18,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are unweighted over tasks, intervals "
         "are 95 % by bootstrap over rows (over raw rows, where a task shows one under several prompts), differences are paired by row, "
         f"p-values are adjusted by Holm over the systems of a suite, and can't be less than {2 / (results['resamples'] + 1):.2g} before that: "
-        f"{results['resamples']} resamples.",
+        f"{results['resamples']} resamples. *Guessing* is what the one best answer to all rows of a task or a blind choice among each "
+        "row's would score, whichever is more.",
         "",
     ]
     if results["chosen"].get(ORACLE):
         lines += [
             "Oracle and best-single choose by validation rows, as few as the tables say: they are no upper bounds, and a share of the "
-            "oracle's gain can exceed 100 %. *Commonest answer* is what the one best answer to all rows would score.",
+            "oracle's gain can exceed 100 %.",
             "",
         ]
     lines += _overview(results["suites"])
@@ -72,7 +73,13 @@ def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> li
     lines = [f"## {name}", ""]
     if not suite["common_tasks"]:
         return [*lines, "No task was measured with every system.", ""]
-    lines += [f"{len(suite['common_tasks'])} tasks.", ""]
+    guesses = [g for task in suite["common_tasks"] if (g := guess(suite["tasks"][task])) is not None]
+    mean = (
+        f" Guessing would score {sum(guesses) / len(guesses):.3f} on {len(guesses)} of them."
+        if guesses
+        else ""
+    )
+    lines += [f"{len(suite['common_tasks'])} tasks.{mean}", ""]
     lines += _table(
         ["system", "mean", "− base", "p", "− PHATGOOSE", "p", "of the oracle's gain"],
         [_system(s, suite) for s in _ranked(suite)],
@@ -82,10 +89,10 @@ def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> li
     picks = chosen.get(ORACLE, {}).get(name, {})
     rows = [
         [task, *_task(task, suite, picks.get(task))]
-        + [f"{suite['systems'][s]['tasks'][task]['mean']:.3f}" for s in systems]
+        + [f"{suite['systems'][s]['tasks'][task]['mean']:.2f}" for s in systems]
         for task in suite["common_tasks"]
     ]
-    head = ["task", "rows", "measure", "commonest answer", *(["oracle's expert"] if picks else []), *systems]
+    head = ["task", "rows", "measure", "guessing", *(["oracle's expert"] if picks else []), *systems]
     lines += _table(head, rows)
     lines += _notes(name, suite)
     return lines
@@ -108,11 +115,16 @@ def _raw(suite: Mapping[str, Any]) -> list[str]:
 
 
 def _task(task: str, suite: Mapping[str, Any], pick: str | None) -> list[str]:
-    """What a task's numbers mean: its rows, how they are scored, what one answer to all of them would score, whom the oracle takes."""
+    """What a task's numbers mean: its rows, how they are scored, what guessing would score, whom the oracle takes."""
     score, info = next(iter(suite["systems"].values()))["tasks"][task], suite["tasks"][task]
-    same = "" if info["commonest"] is None else f"{info['commonest']:.2f}"
+    blind = "" if (g := guess(info)) is None else f"{g:.2f}"
     chosen = [] if pick is None else [f"{pick} (on {info['choice_rows']})"]
-    return [_rows(score), score["metric"], same, *chosen]
+    return [_rows(score), score["metric"], blind, *chosen]
+
+
+def guess(info: Mapping[str, Any]) -> float | None:
+    """What who doesn't read a task's prompts can score: by its commonest answer, or by a blind choice among each row's."""
+    return max((g for g in (info["commonest"], info["chance"]) if g is not None), default=None)
 
 
 def _rows(score: Mapping[str, Any]) -> str:
