@@ -418,7 +418,7 @@ def test_results_hold_together(place):
         assert part in text
     lines = text.partition("## Overview")[2].partition("## in-pool")[0].splitlines()
     overview = {cells[1].strip(): cells[2:-1] for line in lines if len(cells := line.split("|")) > 3}
-    assert set(overview) == {"system", "---", *common, "own"}
+    assert set(overview) == {"system", "---", *common, "own", "*guessing*"}
     for system in common:
         for place_of, name in enumerate(("in-pool", "unseen")):
             suite = results["suites"][name]
@@ -426,7 +426,8 @@ def test_results_hold_together(place):
             mark = "" if found["p_holm"] >= 0.05 else " ▲" if found["difference"] > 0 else " ▼"
             assert overview[system][place_of].strip() == f"{suite['systems'][system]['mean']:.3f}{mark}"
     assert overview["own"][1].strip() == ""
-    assert list(overview)[-1] == "own"  # measured on fewer suites
+    assert list(overview)[-2:] == ["own", "*guessing*"]  # own: measured on fewer suites
+    assert f"Guessing scores {overview['*guessing*'][0].strip()}." in text
     assert "| task | rows | measure | guessing | oracle's expert |" in text
     assert (
         f"| upper | 6 | exact match | 1.00 | {results['chosen']['oracle']['in-pool']['upper']} (on 3) |"

@@ -6,23 +6,38 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from phatgoose.workflows.systems import BASE, MAIN
+from phatgoose.workflows.experiment_text import guessing
+from phatgoose.workflows.systems import BASE, MAIN, MULTITASK, OTHER, TOLD
 
-LABEL, WIDTH, ROW, HEAD, MARGIN = 190, 460, 20, 44, 60
+LABEL, WIDTH, VALUE, ROW, HEAD, LEGEND = 190, 300, 60, 20, 44, 32
+COLOURS = {
+    "PHATGOOSE": "#c2410c",
+    "routers, merges, controls": "#1d4ed8",
+    "told the task, or trained on all data": "#7e22ce",
+    "base": "#777",
+}
 
 
 def plot(results: Mapping[str, Any]) -> str:
-    """The SVG's text. Systems stand by their mean, the best on top; a dashed line marks the base's."""
-    parts, y = [], 12
-    for name, suite in results["suites"].items():
-        systems = {s: v for s, v in suite["systems"].items() if "mean" in v}
-        if systems:
-            panel, y = _panel(name, len(suite["common_tasks"]), systems, y)
+    """The SVG's text, two suites beside each other. Systems stand by their mean, the best on top.
+
+    A dashed line marks the base's mean, a dotted one what guessing scores.
+    """
+    suites = [(n, s) for n, s in results["suites"].items() if any("mean" in v for v in s["systems"].values())]
+    across = min(2, max(1, len(suites)))
+    column = LABEL + WIDTH + VALUE
+    parts, y = [_legend()], LEGEND
+    for start in range(0, len(suites), across):
+        ends = []
+        for place, (name, suite) in enumerate(suites[start : start + across]):
+            panel, end = _panel(name, suite, place * column, y)
             parts += panel
-    total = LABEL + WIDTH + MARGIN + 60
+            ends.append(end)
+        y = max(ends)
+    total = max(across * column, 2 * column - LABEL)
     style = (
-        "text{font:12px system-ui,sans-serif;fill:#333}.head{font-weight:600;font-size:14px}"
-        ".axis{stroke:#ccc;stroke-width:1}.base{stroke:#999;stroke-dasharray:4 3}"
+        "text{font:12px system-ui,sans-serif;fill:#333}.head{font-weight:600;font-size:14px}.axis{stroke:#ddd;stroke-width:1}"
+        ".base{stroke:#777;stroke-dasharray:5 3}.guess{stroke:#777;stroke-dasharray:1 3;stroke-width:2}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {y}" width="{total}" height="{y}" role="img">'
@@ -32,32 +47,55 @@ def plot(results: Mapping[str, Any]) -> str:
     )
 
 
-def _panel(name: str, tasks: int, systems: Mapping[str, Any], top: int) -> tuple[list[str], int]:
-    low = min(v["low"] for v in systems.values())
-    high = max(v["high"] for v in systems.values())
-    pad = max(0.01, (high - low) * 0.05)
-    low, high = max(0.0, low - pad), min(1.0, high + pad)
+def _legend() -> str:
+    marks = [
+        f'<tspan fill="{c}">{"- -" if kind == "base" else "■"}</tspan> {escape(kind)}'
+        for kind, c in COLOURS.items()
+    ]
+    return f'<text x="4" y="20">{"&#160;&#160; ".join([*marks, "· · guessing"])}</text>'
+
+
+def _kind(system: str) -> str:
+    if system == MAIN:
+        return "PHATGOOSE"
+    if system == BASE:
+        return "base"
+    told = system in TOLD or system.partition(":")[0] in (MULTITASK, OTHER)
+    return "told the task, or trained on all data" if told else "routers, merges, controls"
+
+
+def _panel(name: str, suite: Mapping[str, Any], left: int, top: int) -> tuple[list[str], int]:
+    systems = {s: v for s, v in suite["systems"].items() if "mean" in v}
+    guess = guessing(suite)
+    lowest, highest = min(v["low"] for v in systems.values()), max(v["high"] for v in systems.values())
+    if guess is not None:
+        lowest, highest = min(lowest, guess), max(highest, guess)
+    pad = max(0.01, (highest - lowest) * 0.05)
+    low, high = max(0.0, lowest - pad), min(1.0, highest + pad)
     first, last = top + HEAD, top + HEAD + ROW * len(systems)
 
     def x(value: float) -> float:
-        return round(LABEL + WIDTH * (value - low) / (high - low), 1)
+        return round(left + LABEL + WIDTH * (value - low) / (high - low), 1)
 
-    parts = [f'<text class="head" x="0" y="{top + 16}">{escape(name)} ({tasks} tasks)</text>']
+    head = f"{name} ({len(suite['common_tasks'])} tasks)"
+    parts = [f'<text class="head" x="{left}" y="{top + 16}">{escape(head)}</text>']
     for step in range(5):
         value = low + (high - low) * step / 4
         parts.append(f'<line class="axis" x1="{x(value)}" x2="{x(value)}" y1="{first - 6}" y2="{last}"/>')
         parts.append(f'<text x="{x(value)}" y="{first - 10}" text-anchor="middle">{value:.2f}</text>')
-    if BASE in systems:
-        base = x(systems[BASE]["mean"])
-        parts.append(f'<line class="base" x1="{base}" x2="{base}" y1="{first - 6}" y2="{last}"/>')
+    lines = {"base": systems[BASE]["mean"] if BASE in systems else None, "guess": guess}
+    for kind, at in lines.items():
+        if at is not None:
+            parts.append(f'<line class="{kind}" x1="{x(at)}" x2="{x(at)}" y1="{first - 6}" y2="{last}"/>')
     for place, (system, v) in enumerate(sorted(systems.items(), key=lambda item: -item[1]["mean"])):
-        y = first + ROW * place + ROW // 2
-        colour = "#c2410c" if system == MAIN else "#777" if system == BASE else "#1d4ed8"
+        y, colour = first + ROW * place + ROW // 2, COLOURS[_kind(system)]
         weight = ' font-weight="600"' if system == MAIN else ""
-        parts.append(f'<text x="{LABEL - 8}" y="{y + 4}" text-anchor="end"{weight}>{escape(system)}</text>')
+        parts.append(
+            f'<text x="{left + LABEL - 8}" y="{y + 4}" text-anchor="end"{weight}>{escape(system)}</text>'
+        )
         parts.append(
             f'<line x1="{x(v["low"])}" x2="{x(v["high"])}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
         )
         parts.append(f'<circle cx="{x(v["mean"])}" cy="{y}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{LABEL + WIDTH + 8}" y="{y + 4}">{v["mean"]:.3f}</text>')
+        parts.append(f'<text x="{left + LABEL + WIDTH + 8}" y="{y + 4}">{v["mean"]:.3f}</text>')
     return parts, last + 24

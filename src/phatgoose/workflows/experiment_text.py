@@ -59,6 +59,8 @@ def _overview(suites: Mapping[str, Any]) -> list[str]:
         return f"{means[system, name]:.3f}{mark}"
 
     rows = [[system, *(cell(system, name) for name in measured)] for system in systems]
+    blind = {name: guessing(suite) for name, suite in measured.items()}
+    rows.append(["*guessing*", *("" if g is None else f"{g:.3f}" for g in blind.values())])
     return [
         "## Overview",
         "",
@@ -73,13 +75,11 @@ def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> li
     lines = [f"## {name}", ""]
     if not suite["common_tasks"]:
         return [*lines, "No task was measured with every system.", ""]
-    guesses = [g for task in suite["common_tasks"] if (g := guess(suite["tasks"][task])) is not None]
-    mean = (
-        f" Guessing would score {sum(guesses) / len(guesses):.3f} on {len(guesses)} of them."
-        if guesses
-        else ""
-    )
-    lines += [f"{len(suite['common_tasks'])} tasks.{mean}", ""]
+    blind = guessing(suite)
+    lines += [
+        f"{len(suite['common_tasks'])} tasks." + ("" if blind is None else f" Guessing scores {blind:.3f}."),
+        "",
+    ]
     lines += _table(
         ["system", "mean", "− base", "p", "− PHATGOOSE", "p", "of the oracle's gain"],
         [_system(s, suite) for s in _ranked(suite)],
@@ -117,12 +117,18 @@ def _raw(suite: Mapping[str, Any]) -> list[str]:
 def _task(task: str, suite: Mapping[str, Any], pick: str | None) -> list[str]:
     """What a task's numbers mean: its rows, how they are scored, what guessing would score, whom the oracle takes."""
     score, info = next(iter(suite["systems"].values()))["tasks"][task], suite["tasks"][task]
-    blind = "" if (g := guess(info)) is None else f"{g:.2f}"
+    blind = "" if (g := _guess(info)) is None else f"{g:.2f}"
     chosen = [] if pick is None else [f"{pick} (on {info['choice_rows']})"]
     return [_rows(score), score["metric"], blind, *chosen]
 
 
-def guess(info: Mapping[str, Any]) -> float | None:
+def guessing(suite: Mapping[str, Any]) -> float | None:
+    """The mean over a suite's common tasks of what guessing scores; 0 where an answer is graded, and neither guess is one."""
+    found = [_guess(suite["tasks"][t]) or 0.0 for t in suite["common_tasks"]]
+    return sum(found) / len(found) if found else None
+
+
+def _guess(info: Mapping[str, Any]) -> float | None:
     """What who doesn't read a task's prompts can score: by its commonest answer, or by a blind choice among each row's."""
     return max((g for g in (info["commonest"], info["chance"]) if g is not None), default=None)
 
