@@ -2,6 +2,7 @@
 
     python benchmarks/surprises.py EXPERIMENT shares          # every router's weights on 16 validation rows of each in-pool task
     python benchmarks/surprises.py EXPERIMENT drop TASK ...   # one to six experts a token, and every expert left out in turn
+    python benchmarks/surprises.py EXPERIMENT longer TASK ... # a pool of these experts with the paper's 100 gate steps (minutes each)
     python benchmarks/surprises.py EXPERIMENT gates           # the gates' lengths and angles
 
 EXPERIMENT is the folder that `phatgoose experiment` wrote. Only validation rows of its in-pool tasks are read. What comes out is
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from rich.progress import track
 
 from phatgoose.analysis.measures import expert_shares
 from phatgoose.evaluation.run import evaluate
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import write_json
 from phatgoose.models.paths import layer_and_kind
@@ -28,11 +31,13 @@ from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import Trace, trace
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.tasks.batch import UNLIMITED, encode_pair
+from phatgoose.training.gate import train_gate
 from phatgoose.workflows import show
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe
 from phatgoose.workflows.experiment_steps import Lab
 
-SHARE_ROWS, DROP_ROWS = 16, 24
+SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60
+PAPERS_STEPS = 100
 TOP_K = (1, 2, 3, 6)
 ROUTED = (
     "phatgoose", "arrow", "lag", "spectr", "weight-only", "average-activation", "retrieval", "centroid", "soft-centroid",
@@ -111,6 +116,38 @@ def drop(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def longer(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
+    """In a pool of these experts alone, with the recipe's gates and with gates of 100 steps: scores, and own experts' shares."""
+    assert lab.recipe.gate is not None
+    config = replace(lab.recipe.gate, steps=PAPERS_STEPS)
+    retrained = []
+    for name in track(names, "gates", console=console):
+        place = lab.out / "work" / f"longer-{name}"
+        if not place.exists():
+            train_gate(
+                lab.base, lab.pool[name], lab.task(IN_POOL, name), config, work_folder=f"{place}.work"
+            ).save(place)
+        retrained.append(Expert.load(place))
+    found: dict[str, Any] = {}
+    pools = {"recipe's": Pool([lab.pool[n] for n in names]), f"{PAPERS_STEPS} steps": Pool(retrained)}
+    for kind, pool in pools.items():
+        route(lab.base, pool, PHATGOOSE())
+        try:
+            found[kind] = {
+                n: {
+                    "score": evaluate(
+                        lab.base, lab.task(IN_POOL, n), split="validation", limit=LONGER_ROWS
+                    ).mean,
+                    "own share": _shares(lab, n)["prompt"][n],
+                }
+                for n in track(names, kind, console=console)
+            }
+        finally:
+            unroute(lab.base)
+        console.print(kind, found[kind])
+    return found
+
+
 def gates(lab: Lab, console: Console) -> dict[str, Any]:
     """Each expert's mean ‖v‖ over modules; the mean and largest cosine of two experts' gates, means over modules."""
     experts = [e for e in lab.pool.experts if e.gates is not None]
@@ -144,16 +181,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("what", choices=["shares", "drop", "gates"])
-    parser.add_argument("tasks", nargs="*", help="of drop")
+    parser.add_argument("what", choices=["shares", "drop", "longer", "gates"])
+    parser.add_argument("tasks", nargs="*", help="of drop and longer; all, if none is given")
     options = parser.parse_args()
     recipe = ExperimentRecipe.from_json(json.loads((options.experiment / "recipe.json").read_text()))
     lab, console = Lab(recipe, options.experiment), Console()
-    if options.what == "drop":
-        found = drop(lab, console, options.tasks or tasks(lab))
+    if options.what in ("drop", "longer"):
+        found = {"drop": drop, "longer": longer}[options.what](lab, console, options.tasks or tasks(lab))
     else:
         found = {"shares": shares, "gates": gates}[options.what](lab, console)
-    rows = {"shares": SHARE_ROWS, "drop": DROP_ROWS}.get(options.what)
+    rows = {"shares": SHARE_ROWS, "drop": DROP_ROWS, "longer": LONGER_ROWS}.get(options.what)
     data = {
         "format": "phatgoose-surprises",
         "version": 1,
