@@ -41,6 +41,7 @@ PAPERS_STEPS = 100
 TOP_K = (1, 2, 3, 6)
 ROUTED = (
     "phatgoose", "arrow", "lag", "spectr", "weight-only", "average-activation", "retrieval", "centroid", "soft-centroid",
+    "padded:8",
 )  # fmt: skip
 
 
