@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from encoder_fixtures import make_encoder, signed
 from harness_fixtures import ROWS
@@ -28,9 +32,16 @@ def quiet(tmp_path, monkeypatch):
     monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
 
 
-@pytest.fixture(params=["llama", "t5"])
+@pytest.fixture(params=["llama", "t5", "t5 whose tokenizer adds the end token"])
 def routed(request, make_base, make_expert):
-    base = make_base(request.param)
+    base = make_base(request.param.split()[0])
+    if request.param.endswith("end token"):  # as the released T5's do
+        tokenizer = copy.deepcopy(base.tokenizer)
+        end = tokenizer.eos_token
+        special = [(end, tokenizer.eos_token_id)]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=special)
+        assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+        base = replace(base, tokenizer=tokenizer)
     pool = Pool([make_expert(base, name, seed=seed, scale=0.6) for name, seed in (("one", 1), ("two", 2))])
     return base, pool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def measure_by_harness(
     for choice in choices:
         attach(base, pool, choice, backend)
         found = run_harness(base, [t.strip() for t in tasks], include=folder, limit=limit)
-        kept = {
+        kept = {"lm_eval": version("lm_eval")} | {
             key: found[key]
             for key in ("results", "versions", "configs", "n-samples", "samples")
             if key in found

@@ -145,9 +145,6 @@ def harness_choices(
         EvaluationError: a row has no choices, or as `evaluate`.
     """
     base, config = as_base(model), config or EvaluationConfig()
-    end = base.tokenizer.eos_token_id
-    # For an encoder–decoder the harness scores a choice as the tokenizer writes it: T5's adds the end token.
-    keeps = base.is_encoder_decoder and base.tokenizer("a")["input_ids"][-1:] == [end]
     rows = []
     for number, example in enumerate(examples):
         if example.choices is None:
@@ -155,7 +152,9 @@ def harness_choices(
         row, _ = encode(base, example, number, config)
         if any(len(answer) < 2 for answer in row.answers):
             raise EvaluationError(f"row {number}: a choice has no tokens of its own.")
-        rows.append(row if keeps else replace(row, answers=tuple(answer[:-1] for answer in row.answers)))
+        rows.append(
+            replace(row, answers=tuple(answer[:-1] for answer in row.answers))
+        )  # without the end token
     training = base.model.training
     try:
         base.model.eval()
