@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from phatgoose.errors import DownloadError
+from phatgoose.fetch import fetch_pypi
+from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task
+from phatgoose.tasks import bigbench_files
+from phatgoose.tasks.entries import load_entry
 from phatgoose.tasks.representable import loss
+from phatgoose.tasks.splits import Fractions
+from phatgoose.tasks.suites import suite
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +59,44 @@ def test_choices_that_become_the_same_tokens_are_lost(words):
 def test_bytes_lose_nothing(tokenizer):
     rows = task(Example("🎬 фильм {", ("🟥",), ("🟥", "синий")))
     assert not loss(tokenizer, rows).too_much
+
+
+VOCABULARY = ("diffsynth==1.1.9", "9a47387385840e11537613f319cb01ac7d1ac24073ea4a42454c839f11c6d7cc")
+"""A package that carries T5's vocabulary (that of google/t5-v1_1-xxl); nothing of it is run."""
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    try:
+        wheel = fetch_pypi(*VOCABULARY, "diffsynth-1.1.9-py3-none-any.whl")
+    except DownloadError as error:
+        pytest.skip(f"T5's vocabulary can't be fetched: {error}")
+    folder = "diffsynth/tokenizer_configs/flux/tokenizer_2/"
+    place = tmp_path_factory.mktemp("t5")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(place, [n for n in archive.namelist() if n.startswith(folder)])
+    return AutoTokenizer.from_pretrained(place / folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bbh", {"dyck_languages"}),
+        ("bbl", {"auto_debugging", "emoji_movie", "language_identification", "misconceptions_russian",
+                 "parsinlu_reading_comprehension", "symbol_interpretation"}),
+    ],
+)  # fmt: skip
+def test_t5_loses_what_the_papers_evaluation_left_out(t5, name, expected):
+    """Their lists (colm/experiments/eval.gin of the authors' repository), but for code_line_description: see `representable`."""
+    if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.SHA256[:12]}").is_dir():
+        pytest.skip("BIG-bench is not in the cache (`phatgoose tasks list bigbench` fetches it)")
+    entries = [e for e in suite(name).entries if e.specs[0].startswith("bigbench:")]
+    assert len(entries) == {"bbh": 20, "bbl": 24}[name]
+    lost = set()
+    for one in entries:
+        task = load_entry(
+            one, group=name, fractions=Fractions(test=0.7, validation=0.3), limit={"train": 0, "test": 200}
+        )
+        if loss(t5, task).too_much:
+            lost.add(one.name)
+    assert lost == expected

@@ -2,6 +2,10 @@
 
 T5's vocabulary has no emoji, no Cyrillic and no curly brackets: a model with it can't give such an answer, and its rank
 classification compares unknowns with unknowns.
+
+Where the limits are: with T5's own vocabulary they leave out what the PHATGOOSE authors' evaluation left out of BIG-bench Hard
+(dyck_languages) and Lite (six tasks), but for code_line_description, which theirs left out too and which T5 loses less of than of
+conlang_translation, which they kept. They were set to do so.
 """
 
 from __future__ import annotations
@@ -13,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from phatgoose.records import Example, Task
 
 ROWS = 200
-ANSWERS_LOST = 0.1
+ANSWERS_LOST = 0.2
 """A task is out if more than this share of its rows has an answer that the tokenizer loses."""
-PROMPT_LOST = 0.1
-"""A task is out if more than this share of its prompts' tokens is unknown."""
+PROMPT_LOST = 0.02
+"""A task is out if more than this share of its prompts' tokens is unknown: a character that all hangs on is one token of many."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@
     bbh-cot-repo   BIG-bench Hard as its authors published it: 27 files
     quickstart     the quickstart's five unseen tasks
 
-The paper ran 22 tasks of `bbh` and 17 of `bbl`: the others' answers can't be written with T5's tokenizer. That is found for any
-tokenizer by `representable.loss`. BIG-bench rows are formatted by `bigbench:`, not by the Hub copy that the authors read.
+The authors ran 22 tasks of `bbh` and 17 of `bbl`: T5's tokenizer can't write the others. That is found for any tokenizer by
+`representable.loss`, which leaves a T5 those 22, and those 17 with code_line_description. BIG-bench rows are formatted by `bigbench:`, not by the Hub copy that the authors read.
 """
 
 from __future__ import annotations
