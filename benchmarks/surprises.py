@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.progress import track
 
 from phatgoose.analysis.measures import expert_shares
+from phatgoose.errors import PhatgooseError
 from phatgoose.evaluation.run import evaluate
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.files import write_json
+from phatgoose.files import sha256_json, write_json
 from phatgoose.models.paths import layer_and_kind
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import Trace, trace
@@ -51,7 +52,11 @@ def shares(lab: Lab, console: Console) -> dict[str, Any]:
     for name in ROUTED:
         pool, router = lab.system(name, None)
         assert pool is not None
-        route(lab.base, pool, router)
+        try:
+            route(lab.base, pool, router)
+        except PhatgooseError as error:  # no data signatures, say
+            console.print(f"{name}: {error}")
+            continue
         try:
             found[name] = {t: _shares(lab, t) for t in track(tasks(lab), name, console=console)}
         finally:
@@ -71,9 +76,12 @@ def _shares(lab: Lab, task: str) -> dict[str, Any]:
             pair = encode_pair(
                 base.tokenizer, row.input, row.targets[0], is_encoder_decoder=False, max_length=UNLIMITED
             )
-            seen = base.model(torch.tensor([pair.prompt_ids]), use_cache=True).past_key_values
+            prompt, answer = (
+                torch.tensor([ids], device=base.device) for ids in (pair.prompt_ids, pair.target_ids[:-1])
+            )
+            seen = base.model(prompt, use_cache=True).past_key_values
             # Nothing is predicted from the end token; behind a cache, these tokens are counted apart from the prompt's.
-            base.model(torch.tensor([pair.target_ids[:-1]]), past_key_values=seen, use_cache=True)
+            base.model(answer, past_key_values=seen, use_cache=True)
     parts = {"prompt": False, "answer": True}
     return {part: expert_shares(recorded, generated=g) for part, g in parts.items()} | {
         "own, by module": _by_module(recorded, task)
@@ -123,7 +131,7 @@ def longer(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     config = replace(lab.recipe.gate, steps=PAPERS_STEPS)
     retrained = []
     for name in track(names, "gates", console=console):
-        place = lab.out / "work" / f"longer-{name}"
+        place = lab.out / "work" / f"longer-{sha256_json([lab.pool[name].hash, config.key()])[:16]}"
         if not place.exists():
             train_gate(
                 lab.base, lab.pool[name], lab.task(IN_POOL, name), config, work_folder=f"{place}.work"
