@@ -4,68 +4,78 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.records import Example, Task
-from phatgoose.tasks.overlap import Seen, runs
+from phatgoose.records import Example
+from phatgoose.tasks.overlap import Overlaps, runs
 
 
-def task(rows):
-    return Task("held", (), (), tuple(rows))
+def overlap(n, trained, rows, own=None):
+    """What is found of one measured task, trained: (name, rows) in their order."""
+    found = Overlaps(n)
+    found.measured("held", rows, own=own)
+    for name, examples in trained:
+        found.trained(name, examples)
+    (one,) = found.found()
+    return one
 
 
 def test_a_shared_run_is_found_whatever_its_case_and_marks():
-    seen = Seen(5)
-    seen.add("trained", [Example("One, two three! four FIVE six", ("seven",))])
     rows = [
         Example("zero one two three four five", ("x",)),
         Example("one two three four 5", ("x",)),
         Example("a b", ("c",)),
     ]
-    found = seen.overlap(task(rows), rows)
+    found = overlap(5, [("trained", [Example("One, two three! four FIVE six", ("seven",))])], rows)
     assert found.flagged == (0,)
     assert found.trained == ("trained",)
     assert found.share == pytest.approx(1 / 3)
 
 
 def test_short_rows_must_be_equal_as_a_whole():
-    seen = Seen(13)
-    seen.add("trained", [Example("past of walk", ("walked",))])
     rows = [
         Example("Past of: walk?", ("walked",)),
         Example("past of walk", ("went",)),
         Example("walk", ("walked",)),
     ]
-    assert seen.overlap(task(rows), rows).flagged == (0,)
+    assert overlap(13, [("trained", [Example("past of walk", ("walked",))])], rows).flagged == (0,)
 
 
 def test_answers_count_and_later_tasks_are_named():
-    seen = Seen(3)
-    seen.add("first", [Example("a b c", ("d",))])
-    seen.add("second", [Example("x y", ("z",)), Example("b c", ("d",))])
+    trained = [
+        ("first", [Example("a b c", ("d",))]),
+        ("second", [Example("x y", ("z",)), Example("b c", ("d",))]),
+    ]
     rows = [Example("w x y", ("z",)), Example("b c d e", ("f",))]
-    assert seen.overlap(task(rows), rows).trained == ("first", "second")
+    assert overlap(3, trained, rows).trained == ("first", "second")
 
 
 def test_every_task_that_holds_a_run_is_named_and_the_tasks_own_is_passed_over():
-    seen = Seen(3)
-    for name in ("held", "other", "third"):
-        seen.add(name, [Example("a b c", ("d",))] if name != "third" else [Example("x y", ("z",))])
+    shared = [Example("a b c", ("d",))]
+    trained = [("held", shared), ("other", shared), ("third", [Example("x y", ("z",))])]
     rows = [Example("a b c", ("e",)), Example("w x y", ("z",))]
-    assert seen.overlap(task(rows), rows).trained == ("held", "other", "third")
-    found = seen.overlap(task(rows), rows, own="held")
+    assert overlap(3, trained, rows).trained == ("held", "other", "third")
+    found = overlap(3, trained, rows, own="held")
     assert (found.flagged, found.trained) == ((0, 1), ("other", "third"))
-    alone = Seen(3)
-    alone.add("held", [Example("a b c", ("d",))])
-    assert alone.overlap(task(rows), rows, own="held").flagged == ()
+    assert overlap(3, [("held", shared)], rows, own="held").flagged == ()
+
+
+def test_measured_tasks_are_told_apart():
+    found = Overlaps(3)
+    found.measured("one", [Example("a b c", ("d",)), Example("l m n", ("o",))], own="trained")
+    found.measured("two", [Example("x", ("y",)), Example("a b c", ("d",))])
+    found.trained("trained", [Example("l m n", ("o",)), Example("a b c", ("d",))])
+    assert [(o.task, o.rows, o.flagged, o.trained) for o in found.found()] == [
+        ("one", 2, (), ()),
+        ("two", 2, (1,), ("trained",)),
+    ]
 
 
 def test_a_tasks_own_prompt_is_passed_over():
     prompt = "is the following sentence plausible or not"
-    seen = Seen(5)
-    seen.add("trained", [Example(f"{prompt} cats bark", ("no",))])
+    trained = [("trained", [Example(f"{prompt} cats bark", ("no",))])]
     rows = [Example(f"{prompt} number {i} of them", ("yes",)) for i in range(40)]
-    assert seen.overlap(task(rows), rows).flagged == ()
+    assert overlap(5, trained, rows).flagged == ()
     few = [*rows[:39], Example("well is the following sentence plausible", ("x",))]
-    assert seen.overlap(task(few), few).flagged == ()
+    assert overlap(5, trained, few).flagged == ()
 
 
 def test_runs_of_a_text():

@@ -9,6 +9,7 @@ from pathlib import Path
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
 from phatgoose.tasks.load import SOURCES, load_task
+from phatgoose.tasks.prompted import ROWS
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -145,8 +146,8 @@ def _capped(spec: str, most: int) -> str:
     parsed = split_spec(spec)
     if parsed.source not in ("prompted", "flan") or "rows" in parsed.options or not most:
         return spec
-    # Ten times as many, since duplicates go and splits are carved out of these.
-    return f"{spec}{'&' if '?' in spec else '?'}rows={10 * most}"
+    # Ten times as many, since duplicates go and splits are carved out of these; no more than the sources' own cap, which is T0's.
+    return f"{spec}{'&' if '?' in spec else '?'}rows={max(most, min(10 * most, ROWS))}"
 
 
 def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) -> list[Task]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from phatgoose.records import Example, Task
+from phatgoose.records import Example
 
 WORDS = 13
 """The length of run that GPT-3's authors used."""
@@ -36,24 +36,28 @@ class Overlap:
         return len(self.flagged) / max(1, self.rows)
 
 
-class Seen:
-    """What training tasks hold: hashes of their runs of words."""
+@dataclass
+class _Measured:
+    task: str
+    rows: int
+    own: str | None
+    flagged: set[int] = field(default_factory=set)
+    trained: dict[str, None] = field(default_factory=dict)
+
+
+class Overlaps:
+    """Rows that are measured, held against training rows one task after the other: only the former stay in memory.
+
+    First `measured`, then `trained`, then `found`.
+    """
 
     def __init__(self, n: int = WORDS):
         self.n = n
-        self.tasks: list[str] = []
-        self._runs: dict[int, int] = {}  # of the tasks that hold a run: bit n for task n
+        self._tasks: list[_Measured] = []
+        self._rows: dict[int, list[tuple[int, int]]] = {}  # run → (task, row) that hold it
 
-    def add(self, name: str, examples: Iterable[Example]) -> None:
-        """Takes in a training task's rows: prompt and answers."""
-        bit = 1 << len(self.tasks)
-        self.tasks.append(name)
-        for example in examples:
-            for run in runs(text_of(example), self.n):
-                self._runs[run] = self._runs.get(run, 0) | bit
-
-    def overlap(self, task: Task, rows: Sequence[Example], *, own: str | None = None) -> Overlap:
-        """Which of `rows` of a held-out task were seen, and in which training tasks.
+    def measured(self, task: str, rows: Sequence[Example], *, own: str | None = None) -> None:
+        """Takes in a measured task's rows.
 
         Args:
             own: a training task that doesn't count: the task's own, with which it shares passages and lists of choices.
@@ -61,18 +65,25 @@ class Seen:
         found = [set(runs(text_of(example), self.n)) for example in rows]
         counts = Counter(run for row in found for run in row)
         common = max(2, round(_COMMON * len(rows)))
-        counted = sum(1 << place for place, name in enumerate(self.tasks) if name != own)
-        flagged, trained = [], 0
-        for place, row in enumerate(found):
-            seen = 0
+        for number, row in enumerate(found):
             for run in row:
                 if counts[run] <= common:
-                    seen |= self._runs.get(run, 0) & counted
-            if seen:
-                flagged.append(place)
-                trained |= seen
-        names = tuple(name for place, name in enumerate(self.tasks) if trained >> place & 1)
-        return Overlap(task.name, len(rows), tuple(flagged), names)
+                    self._rows.setdefault(run, []).append((len(self._tasks), number))
+        self._tasks.append(_Measured(task, len(rows), own))
+
+    def trained(self, name: str, examples: Iterable[Example]) -> None:
+        """Holds a training task's rows, prompt and answers, against all that is measured."""
+        for example in examples:
+            for run in runs(text_of(example), self.n):
+                for place, number in self._rows.get(run, ()):
+                    one = self._tasks[place]
+                    if one.own != name:
+                        one.flagged.add(number)
+                        one.trained[name] = None
+
+    def found(self) -> list[Overlap]:
+        """One for each measured task, in the order in which they came."""
+        return [Overlap(t.task, t.rows, tuple(sorted(t.flagged)), tuple(t.trained)) for t in self._tasks]
 
 
 def text_of(example: Example) -> str:
