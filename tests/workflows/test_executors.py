@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.executors import Inline, Processes, Step
 
 HERE = Path(__file__).parent
+RECIPE = HERE.parents[1] / "recipes" / "smoke.toml"
 
 
 def step(name, function, **arguments):
@@ -113,6 +116,23 @@ def test_inline_runs_here_and_keeps_going(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(PhatgooseError, match="0 workers"):
         Processes(0)
+
+
+def test_gpus_are_dealt_out_and_none_is_made_up(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    dealt = [s["CUDA_VISIBLE_DEVICES"] for s in Processes(5, gpus=2).settings]
+    assert dealt == ["0", "1", "0", "1", "0"]
+    assert "CUDA_VISIBLE_DEVICES" not in Processes(1).settings[0]  # its one process may see them all
+    with pytest.raises(PhatgooseError, match="2 GPUs to be seen here, 4 can't be dealt out"):
+        Processes(4, gpus=4)
+    with pytest.raises(PhatgooseError, match="2 workers would all take the first of 2 GPUs"):
+        Processes(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in Processes(3, gpus=1).settings] == ["6", "6", "6"]
+    shown = CliRunner().invoke(app, ["experiment", str(RECIPE), "--workers", "2", "--gpus", "0.5"])
+    assert shown.exit_code == 1
+    assert "only with --ray" in " ".join(shown.output.split())
 
 
 RAY = """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -30,7 +32,9 @@ from phatgoose.workflows import experiment_steps
 from phatgoose.workflows.executors import Processes
 from phatgoose.workflows.experiment import _standing, run_experiment
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
-from phatgoose.workflows.experiment_results import suite_results
+from phatgoose.workflows.experiment_results import ALIKE, suite_results
+from phatgoose.workflows.experiment_text import _computed
+from phatgoose.workflows.measured import Measurements
 
 COMMON = {
     "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2, "save_every": 1,
@@ -115,6 +119,9 @@ def finish(place, out):
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_result(place):
+    seed = random.randrange(2**32)
+    print(f"kills at moments of seed {seed}")  # shown if this fails
+    moments = random.Random(seed)
     finish(place, place / "whole")
     expected = outcome(place / "whole")
     out = place / "killed"
@@ -123,6 +130,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
         deadline = time.time() + 120
         while process.poll() is None and time.time() < deadline and not (out / wait).exists():
             time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.6))
         os.killpg(process.pid, signal.SIGKILL)  # driver and workers
         process.communicate()
     stamps = {p: p.stat().st_mtime_ns for p in (out / "experts").glob("*/adapter_model.safetensors")}
@@ -130,6 +138,29 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     finish(place, out)
     assert outcome(out) == expected
     assert all(p.stat().st_mtime_ns == t for p, t in (stamps | scores).items())
+    # A worker alone: the run itself goes on.
+    executor, out = Processes(1, environment={"OMP_NUM_THREADS": "1"}), place / "bereft"
+    killed = []
+
+    def kill():
+        for wait in ("work", "scores"):
+            while not (out / wait).exists():
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.3))
+            worker = executor._workers[0]
+            if worker is not None and worker.process.pid not in killed:
+                killed.append(worker.process.pid)
+                os.kill(worker.process.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        run_experiment(recipe(place), out, executor=executor)
+    finally:
+        thread.join(60)
+        executor.close()
+    assert killed
+    assert outcome(out) == expected
 
 
 @pytest.fixture
@@ -176,11 +207,28 @@ def test_a_pool_of_experts_without_tasks_is_compared_on_what_is_unseen(place, re
     assert [e["name"] for e in results["experts"]] == ["upper", "stranger"]
     assert results["complete"]
     assert results["suites"]["unseen"]["common_tasks"] == ["held"]
-    assert results["suites"]["unseen"]["contamination"]["held"]["flagged"] == []
+    assert results["suites"]["unseen"]["contamination"] == {}  # nothing to hold its rows against, and said so
+    assert results["training_rows"] == {"read": [], "unread": ["upper", "stranger"]}
+    said = (place / "out/results.md").read_text()
+    assert "Contamination: not looked at: the training rows of upper, stranger." in said
+    assert "none of" not in said
     alone = run_experiment(
         recipe(place, pool={**pool, "only": ["stranger"]}, measure=measure), place / "alone"
     )
     assert [e["name"] for e in alone["experts"]] == ["stranger"]
+
+
+def test_a_suite_is_refused_for_experts_that_say_they_were_trained_on_it(place, ready):
+    said = {
+        "task": {"name": "stranger", "source": {"spec": "bigbench:hyperbaton?few=1 + bigbench:social_iqa"}}
+    }
+    knows = replace(ready["stranger"], provenance={**ready["stranger"].provenance, **said})
+    Pool([ready["upper"], knows]).save(place / "knows")
+    pool = {**recipe(place).to_json()["pool"], "folder": str(place / "knows")}
+    asked = recipe(place, pool=pool, measure={"suites": ["quickstart"], "test_rows": 2})
+    with pytest.raises(TaskError, match=r"'quickstart'.*stranger \(bigbench/hyperbaton\)"):
+        run_experiment(asked, place / "out")
+    assert not list((place / "out").glob("work/*"))  # before anything was trained
 
 
 def test_what_was_trained_here_gives_the_same_numbers_when_it_is_taken(place):
@@ -207,7 +255,7 @@ def test_an_expert_is_taken_with_the_signature_it_has_now(place, ready):
         pool = place / f"signed-{seed}"
         Pool([signed(e, folder, seed=seed, count=5) for e in ready.experts]).save(pool)
         asked = recipe(place, pool={"folder": str(pool)}, measure=measure)
-        found = experiment_steps.take(asked.to_json(), str(place / "out"))
+        found = experiment_steps.take({"recipe": asked.to_json(), "out": str(place / "out")})
         for name, record in found["taken"].items():
             copy = Expert.load(place / "out" / "experts" / record["folder"])
             assert copy.signature.hash == record["signature"] == Pool.load(pool)[name].signature.hash
@@ -264,6 +312,52 @@ def test_a_pool_is_named_on_the_command_line_too(place, ready):
     shown = CliRunner().invoke(app, ["experiment", str(file), "--pool", str(place / "sub"), "--check"])
     assert shown.exit_code == 1
     assert "pool.json" in shown.output
+
+
+def test_the_command_on_ray_gives_the_same_numbers_and_says_what_failed(place):
+    """A real local cluster, relative paths, a failing task; then the same recipe in one process, anew."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'phatgoose[ray]'")
+    steps = "\n".join(f"{k} = {v}" for k, v in COMMON.items())
+    (place / "recipe.toml").write_text(
+        'base = "base"\ndtype = "float32"\nsystems = ["base", "phatgoose", "best-single"]\n'
+        '[pool]\ntrain_rows = 20\ntasks = { upper = "jsonl:upper.jsonl", choice = "jsonl:choice.jsonl" }\n'
+        '[measure]\nsuites = ["in-pool", "unseen"]\ntest_rows = 4\nchoice_rows = 2\n'
+        'tasks = { held = "jsonl:held.jsonl", gone = "jsonl:gone.jsonl" }\n'
+        f"[expert]\nrank = 2\nsteps = 2\n{steps}\n[gate]\nsteps = 2\n{steps}\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    found = []
+    for more in (["--ray", "local"], ["--workers", "0", "--fresh"]):
+        command = [
+            sys.executable,
+            "-m",
+            "phatgoose.cli.main",
+            "experiment",
+            "recipe.toml",
+            "--out",
+            "out",
+            *more,
+        ]
+        done = subprocess.run(
+            command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        said = " ".join((done.stdout + done.stderr).split())
+        assert "gone.jsonl does not exist" in said
+        assert "in-pool, mean of 2 tasks" in said
+        found.append(outcome(place / "out"))
+    assert list(found[0]["failed"]) == ["unseen: gone"]
+    assert found[0] == found[1]
+
+
+def test_fresh_spares_the_pool_that_is_to_be_taken(place, ready):
+    Pool(ready.experts).save(place / "out" / "pool")
+    (place / "recipe.toml").write_text(f'base = "{place}/base"\n[measure]\nsuites = ["quickstart"]\n')
+    arguments = ["--pool", str(place / "out/pool"), "--out", str(place / "out"), "--fresh"]
+    shown = CliRunner().invoke(app, ["experiment", str(place / "recipe.toml"), *arguments])
+    assert shown.exit_code == 1
+    assert "--fresh would remove the pool" in " ".join(shown.output.split())
+    assert Pool.load(place / "out" / "pool").names == ready.names
 
 
 def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(place, make_base):
@@ -351,7 +445,7 @@ def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
         results = run_experiment(made, place / "out")
     assert results["failed"] == {"train multitask": "TrainingError: no room"}
     assert list(results["suites"]["in-pool"]["systems"]) == ["base"]
-    stale = experiment_steps.lab(made.to_json(), str(place / "out"))
+    stale = experiment_steps.lab({"recipe": made.to_json(), "out": str(place / "out")})
     with pytest.raises(PhatgooseError, match="isn't this run's"):
         stale.system("multitask", "another's hash")
 
@@ -433,6 +527,15 @@ def test_results_hold_together(place):
         f"| upper | 6 | exact match | 1.00 | {results['chosen']['oracle']['in-pool']['upper']} (on 3) |"
         in text
     )
+    measured = results["measured"]
+    assert {k: len(v) for k, v in measured.items()} == dict.fromkeys((*ALIKE, "base"), 1)
+    assert (measured["dtype"], measured["device"]) == (["torch.float32"], ["cpu"])
+    assert measured["base"][0]["architecture"]["model_type"] == "llama"
+    assert "Scores were computed in float32 on cpu, " in text
+    assert "Not all in one way" not in text
+    mixed = _computed({**measured, "device": ["cpu", "cuda"], "threads": [1, 2]})
+    assert "on cpu and cuda, 1 and 2 threads" in mixed
+    assert "Not all in one way: device, threads differ." in mixed
     choice = results["suites"]["in-pool"]["tasks"]["choice"]
     assert choice["chance"] == 0.5
     assert (
@@ -472,7 +575,7 @@ def test_what_fails_costs_only_itself(place):
     }  # fmt: skip
     made = recipe(
         place,
-        systems=["base", "phatgoose", "single:nobody"],
+        systems=["base", "phatgoose", "single:long"],
         measure=measure,
         pool={"tasks": tasks, "train_rows": 20},
     )
@@ -488,7 +591,7 @@ def test_what_fails_costs_only_itself(place):
     ]  # no expert, so not in its pool
     assert results["suites"]["in-pool"]["left_out"]["long"] == "its expert couldn't be taken or trained"
     assert "does not exist" in failed["unseen: gone"]
-    assert "unknown expert 'nobody'" in failed["single:nobody on unseen: held"]
+    assert "unknown expert 'long'" in failed["single:long on unseen: held"]
     assert list(results["suites"]["unseen"]["systems"]) == ["base", "phatgoose"]
     assert results["suites"]["unseen"]["common_tasks"] == ["held"]
     assert "leaves no room" in (place / "out/results.md").read_text()
@@ -499,6 +602,55 @@ def test_what_fails_costs_only_itself(place):
     )
     again = run_experiment(made, place / "out")
     assert again["suites"]["unseen"]["common_tasks"] == ["held", "gone"]
+
+
+def test_an_error_that_nobody_expected_costs_its_task_too(place, monkeypatch):
+    measure = Measurements.measure
+
+    def broken(self, task, pool, router, **more):
+        if task.name == "choice" and pool is not None and len(pool.names) > 1:
+            raise RuntimeError("CUDA out of memory")
+        return measure(self, task, pool, router, **more)
+
+    made = recipe(place, systems=["base", "phatgoose"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Measurements, "measure", broken)
+        results = run_experiment(made, place / "out")
+    assert list(results["failed"]) == ["phatgoose on in-pool: choice"]
+    assert results["failed"]["phatgoose on in-pool: choice"].startswith("RuntimeError: CUDA out of memory (")
+    assert results["suites"]["in-pool"]["common_tasks"] == ["upper"]
+    again = run_experiment(made, place / "out")
+    assert again["suites"]["in-pool"]["common_tasks"] == ["upper", "choice"]
+
+
+def test_a_task_without_rows_to_choose_on_is_named(place):
+    write(place / "lone.jsonl", [{"input": "a lone row", "target": "yes", "choices": ["yes", "no"]}])
+    tasks = {n: f"jsonl:{place}/{n}.jsonl" for n in ("held", "lone")}
+    for systems, common in ((["base", "oracle"], ["held"]), (["base", "best-single"], ["held", "lone"])):
+        measure = {"suites": ["unseen"], "tasks": tasks, "test_rows": 6, "choice_rows": 3}
+        results = run_experiment(recipe(place, systems=systems, measure=measure), place / "out")
+        suite = results["suites"]["unseen"]
+        assert suite["common_tasks"] == common
+        assert list(suite["left_out"]) == [t for t in tasks if t not in common]
+    assert results["complete"]
+
+
+def test_a_training_that_was_stopped_is_no_obstacle_to_other_data(place, monkeypatch):
+    made = recipe(place, systems=["base", "phatgoose"])
+
+    def killed(*given, **more):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.workflows.contribute.train_gate", killed)
+        with pytest.raises(RecipeError, match="no expert could be"):
+            run_experiment(made, place / "out")
+    left = sorted(p.name for p in (place / "out/work").iterdir())
+    assert len(left) == 2
+    write(place / "upper.jsonl", [{"input": f"UPPER of {i}:", "target": "yes"} for i in range(60)])
+    results = run_experiment(made, place / "out")
+    assert results["complete"]
+    assert not list((place / "out/work").iterdir())
 
 
 def test_a_row_that_cannot_be_chosen_on_costs_its_task(place):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.errors import RoutingError, TaskError, TrainingError, UnknownName
+from phatgoose.errors import ExpertError, RoutingError, TaskError, TrainingError, UnknownName
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.recipes import QUICKSTART
@@ -81,6 +81,13 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ({"systems": ["phatgoose:top_k=none"]}, RoutingError, "top_k"),
         ({"systems": ["padded:x"]}, RoutingError, "padded:N"),
         ({"systems": ["base", "own"], "measure": {"suites": ["bbl"]}}, RecipeError, "own is measured on in-pool"),
+        ({"systems": []}, RecipeError, "systems is empty"),
+        ({"systems": ["single:nobody"]}, UnknownName, "expert 'nobody'"),
+        ({"measure": {"suites": []}}, RecipeError, "suites is empty"),
+        ({"measure": {"test_rows": 0}}, RecipeError, "test_rows is 0"),
+        ({"measure": {"choice_rows": 0}}, RecipeError, "choice_rows is 0, and best-single and oracle choose by such rows"),
+        ({"measure": {"backend": "tritn"}}, UnknownName, "backend 'tritn': did you mean 'triton'"),
+        ({"pool": {"tasks": {"my task": "bigbench:social_iqa"}}}, ExpertError, "'my task' can't name an expert"),
         ({"systems": ["model:"]}, RoutingError, "model:SPEC"),
         ({"signature": {"texts": 5000}}, TrainingError, "expected at most 1000"),
         ({"multitask": {"step": 3}}, UnknownName, r"\[multitask\] 'step'"),

@@ -65,6 +65,7 @@ def command(
     Writes results.json, results.md and plot.svg. Stopped or killed, the same command goes on where it was. A step that fails costs
     only itself; the exit code is then 1, and the same command runs it again.
     """
+    from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.experiment import forget, run_experiment
     from phatgoose.workflows.experiment_recipe import ExperimentRecipe
 
@@ -74,6 +75,11 @@ def command(
         return
     target = out or Path(f"{recipe.stem}-out")
     if fresh:
+        inside = found.pool.folder and Path(found.pool.folder).resolve().is_relative_to(target.resolve())
+        if inside:
+            raise PhatgooseError(
+                f"--fresh would remove the pool that is to be taken, {found.pool.folder}: choose another --out."
+            )
         forget(target)
     executor = _executor(workers, ray, cpus, gpus, retries)
     try:
@@ -110,12 +116,15 @@ def _folders(given: list[str]) -> dict[str, str]:
 
 
 def _executor(workers: int, ray: str | None, cpus: float, gpus: float, retries: int) -> Executor:
+    from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.executors import Inline, Processes
 
     if ray is not None:
         from phatgoose.workflows.ray_executor import RayExecutor
 
         return RayExecutor(None if ray == "local" else ray, cpus=cpus, gpus=gpus, retries=retries)
+    if gpus != int(gpus):
+        raise PhatgooseError(f"--gpus {gpus}: only with --ray can a step ask for a part of a GPU.")
     if workers == 0:
         return Inline(retries)
     return Processes(workers, gpus=int(gpus), retries=retries)

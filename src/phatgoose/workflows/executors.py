@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from phatgoose.errors import PhatgooseError
 
-State = Literal["running", "done", "retry", "failed"]
+State = Literal["queued", "running", "done", "retry", "failed"]
 Tell = Callable[["Step", State, str], None]
 
 
@@ -64,11 +64,17 @@ def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
     module, _, name = function.partition(":")
     try:
         return "ok", getattr(importlib.import_module(module), name)(**arguments)
-    except PhatgooseError as error:
-        return "refused", f"{type(error).__name__}: {error}"
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return "error", f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+        return "refused" if isinstance(error, PhatgooseError) else "error", why(error)
+
+
+def why(error: Exception) -> str:
+    """What went wrong, in a line; with its place, if it is no error of ours."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, PhatgooseError):
+        return said
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({os.path.basename(where.filename)}:{where.lineno})"
 
 
 class Inline:
@@ -108,12 +114,17 @@ class Processes:
         # The number of threads decides the order of sums, so the last bits: whoever sets it gets the same numbers anywhere.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
         own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
-        visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
-        visible = visible or [str(g) for g in range(gpus)]
+        visible = _gpus()
+        if gpus > len(visible):
+            raise PhatgooseError(f"there are {len(visible)} GPUs to be seen here, {gpus} can't be dealt out.")
+        if visible and workers > 1 and not gpus:
+            raise PhatgooseError(
+                f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share (--gpus 1), or hide them "
+                "(CUDA_VISIBLE_DEVICES= )."
+            )
         self.retries = retries
         self.settings = [
-            own | ({"CUDA_VISIBLE_DEVICES": visible[n % min(gpus, len(visible))]} if gpus else {})
-            for n in range(workers)
+            own | ({"CUDA_VISIBLE_DEVICES": visible[n % gpus]} if gpus else {}) for n in range(workers)
         ]
         self._workers: list[_Worker | None] = [None] * workers
 
@@ -169,6 +180,15 @@ class Processes:
         worker = self._workers[place]
         assert worker is not None
         return worker
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+    count = torch.cuda.device_count()
+    return named[:count] or [str(g) for g in range(count)]
 
 
 class _Worker:

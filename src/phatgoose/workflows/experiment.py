@@ -6,6 +6,7 @@ interrupted training needs. Steps run through an executor; the driver itself loa
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,13 @@ from phatgoose.errors import StorageError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, storage_errors, write_bytes, write_json
+from phatgoose.tasks.entries import Entry, check_apart
 from phatgoose.tasks.overlap import WORDS
 from phatgoose.workflows.executors import Executor, Inline, Outcome, Step
 from phatgoose.workflows.experiment_board import Board
 from phatgoose.workflows.experiment_plot import plot
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment_results import results_of
-from phatgoose.workflows.experiment_steps import fresh
 from phatgoose.workflows.experiment_text import markdown
 from phatgoose.workflows.systems import BEST_SINGLE, CHOSEN, MULTITASK, ORACLE, OWN, TOLD
 
@@ -49,9 +50,9 @@ def run_experiment(
         executor: what runs the steps; None: this process, one after the other.
 
     Raises:
-        StorageError: `out` is another's folder. RecipeError: no expert could be taken or trained, or nothing measured.
+        StorageError: `out` is another's folder. RecipeError: no expert could be taken or trained. TaskError: an expert that is taken
+            was trained on what a suite measures, as its record says.
     """
-    fresh()
     run = _Run(recipe, Path(out), executor or Inline(), console or Console(stderr=True))
     with run.board:
         return run.all()
@@ -62,19 +63,22 @@ class _Run:
         self.recipe, self.out, self.executor = recipe, out, executor
         self.board = Board(console)
         self.failed: dict[str, str] = {}
-        self.json = recipe.to_json()
-        self.common = {"recipe": self.json, "out": str(out.absolute())}
+        # A number of its own: processes that ran another before read their data anew.
+        self.common = {
+            "run": {"recipe": recipe.to_json(), "out": str(out.absolute()), "number": secrets.token_hex(8)}
+        }
 
     def all(self) -> dict[str, Any]:
         _claim(self.out)
         started = time.monotonic()
-        write_json(self.out / "recipe.json", self.json)
+        write_json(self.out / "recipe.json", self.recipe.to_json())
         taken, refused = self.take()
         tasks, left_out = self.check()
-        records = self.train(tasks, taken, refused)
+        records = self.train(left_out.get(IN_POOL, {}), taken, refused)
         self.sign(records)
         pool = self.gather(records)
         self.without_experts(pool, tasks, left_out)
+        self.without_choice(tasks, left_out)
         signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
         together, chosen = self.choose(pool, key, tasks)
@@ -130,16 +134,23 @@ class _Run:
         outcome = self.run("take", [self.step("take the pool's experts", "take")])["take the pool's experts"]
         if outcome.error is not None:
             raise RecipeError(outcome.error)
+        taken = outcome.value["taken"]
         self.failed |= {f"take {name}": why for name, why in outcome.value["failed"].items()}
-        return outcome.value["taken"], set(outcome.value["failed"])
+        said = [Entry(name, tuple(r["trained_on"])) for name, r in taken.items() if r["trained_on"]]
+        for one in self.recipe.suites:
+            if one.name != IN_POOL:
+                check_apart(said, one.entries, one.refuses, one.name)
+        return taken, set(outcome.value["failed"])
 
     def train(
-        self, tasks: Mapping[str, Mapping[str, Any]], taken: Mapping[str, dict[str, Any]], refused: set[str]
+        self, left_out: Mapping[str, str], taken: Mapping[str, dict[str, Any]], refused: set[str]
     ) -> dict[str, dict[str, Any]]:
-        """The records of all experts: of the recipe's tasks in their order, then of the others that are taken."""
-        names = [e.name for e in self.recipe.pool_entries]
-        if IN_POOL in tasks:  # a task that couldn't be loaded has failed already
-            names = [n for n in names if n in tasks[IN_POOL] or n in taken]
+        """The records of all experts: of the recipe's tasks in their order, then of the others that are taken.
+
+        Args:
+            left_out: tasks of "in-pool" that couldn't be loaded, and have failed already.
+        """
+        names = [e.name for e in self.recipe.pool_entries if e.name not in left_out or e.name in taken]
         steps = [
             self.step(f"train {n}", "train", name=n) for n in names if n not in taken and n not in refused
         ]
@@ -180,6 +191,16 @@ class _Run:
         for name in [n for n in tasks.get(IN_POOL, {}) if n not in pool.names]:
             del tasks[IN_POOL][name]
             left_out[IN_POOL][name] = "its expert couldn't be taken or trained"
+
+    def without_choice(self, tasks: dict[str, dict[str, Any]], left_out: dict[str, dict[str, str]]) -> None:
+        """A task without validation rows has no oracle, so it can't be compared with all systems."""
+        if ORACLE in self.recipe.all_systems:
+            for suite, found in tasks.items():
+                for name in [n for n, info in found.items() if not info["choice_rows"]]:
+                    del found[name]
+                    left_out[suite][name] = (
+                        "it has no rows for the oracle to choose on; measured without that system"
+                    )
 
     def choose(
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
@@ -267,11 +288,15 @@ class _Run:
         return files
 
     def contaminated(self, pool: Pool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """{"suites": suite → task → what its rows share with training rows, "read": whose rows these are, "unread": whose aren't known}."""
         suites = {s: list(found) for s, found in tasks.items() if found}
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
+        unread = [n for n in pool.names if n not in known]
         step = self.step("contamination", "contamination", words=WORDS, suites=suites, trained=known)
-        outcome = self.run("contamination", [step])["contamination"]
-        return outcome.value if outcome.ok else {}
+        outcome = self.run("contamination", [step])["contamination"] if known else Outcome({})
+        if not outcome.ok:
+            known, unread = [], list(pool.names)
+        return {"suites": outcome.value or {}, "read": known, "unread": unread}
 
 
 def _standing(scores: Sequence[Sequence[float | None]]) -> tuple[float, float]:

@@ -55,10 +55,11 @@ class Board:
             self._times[stage] = (self._times[stage][0], time.monotonic())
         if state in ("failed", "retry"):
             self.problems.append((f"{step.name}: {state}", why))
-        if self._live is None and state != "running":
-            took = time.monotonic() - self.started.get(step.name, time.monotonic())
+        if self._live is None and state not in ("queued", "running"):
+            started = self.started.get(step.name)  # unknown, where steps wait elsewhere
+            took = "" if started is None else f" ({time.monotonic() - started:.0f} s)"
             self.console.print(
-                f"  {step.name}: {state}" + (f" ({took:.0f} s)" if state == "done" else f": {why}"),
+                f"  {step.name}: {state}" + (took if state == "done" else f": {why}"),
                 highlight=False,
                 markup=False,
             )
@@ -71,9 +72,9 @@ class Board:
         for name, states in self.stages.items():
             counts = list(states.values())
             start, end = self._times[name]
-            failed = counts.count("failed")
+            failed, queued = counts.count("failed"), counts.count("queued")
             table.add_row(
-                name, f"{counts.count('done')}/{len(counts)}", str(counts.count("running")),
+                name, f"{counts.count('done')}/{len(counts)}", f"{queued} sent" if queued else str(counts.count("running")),
                 Text(str(failed), style="red" if failed else ""), f"{(end or now) - start:.0f} s",
             )  # fmt: skip
         lines = [

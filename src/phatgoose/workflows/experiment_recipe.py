@@ -36,14 +36,17 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import PhatgooseError, TaskError
+from phatgoose.experts.names import check_name
+from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
+from phatgoose.routers import ROUTERS, parse_router
 from phatgoose.tasks.entries import Entry, check_apart, entry
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.spec import without_path
 from phatgoose.tasks.suites import Suite, suite
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.signature_config import SignatureConfig
-from phatgoose.workflows.systems import MULTITASK, OWN, check_system, expanded, reads
+from phatgoose.workflows.systems import CHOSEN, MULTITASK, OWN, check_system, expanded, reads
 
 IN_POOL, UNSEEN = "in-pool", "unseen"
 
@@ -118,8 +121,21 @@ class ExperimentRecipe:
     """Where data is read from instead of being fetched."""
 
     def __post_init__(self) -> None:
+        for part, given in (("systems", self.systems), ("[measure] suites", self.measure.suites)):
+            if not given:
+                raise RecipeError(f"{part} is empty: there would be nothing to compare.")
         for name in self.all_systems:
             check_system(name)
+        if self.measure.test_rows < 1:
+            raise RecipeError("[measure] test_rows is 0: there would be nothing to measure.")
+        if self.measure.choice_rows < 1 and (told := [s for s in self.all_systems if s in CHOSEN]):
+            raise RecipeError(
+                f"[measure] choice_rows is 0, and {' and '.join(told)} choose by such rows: leave these systems out, or set it."
+            )
+        if self.measure.backend not in ("auto", *BACKENDS):
+            raise unknown("backend", self.measure.backend, ("auto", *BACKENDS))
+        for name in self.pool.tasks:
+            check_name(name)
         entries = self.pool_entries
         if not entries and not self.pool.folder:
             raise RecipeError(
@@ -129,9 +145,17 @@ class ExperimentRecipe:
             raise RecipeError(
                 f"the system {OWN} is measured on {IN_POOL}, which isn't among the suites: add it there, or leave out the system."
             )
+        if not self.pool.folder:
+            self._check_routers([e.name for e in entries])
         for found in self.suites:
             if found.name != IN_POOL:
                 check_apart(entries, found.entries, found.refuses, found.name)
+
+    def _check_routers(self, names: Sequence[str]) -> None:
+        """Refuses routers that can't serve a pool of these experts."""
+        for system in self.all_systems:
+            if system.partition(":")[0] in ROUTERS:
+                parse_router(system).check(names)
 
     @property
     def needs_signatures(self) -> bool:
@@ -165,8 +189,8 @@ class ExperimentRecipe:
         """Those of the experts `names`, all that are in `pool.folder`, that the recipe's pool has.
 
         Raises:
-            UnknownName: what is to be kept or left out is neither among them nor a task. RecipeError: nothing is left, or there is no
-                data of an expert's for the multitask expert.
+            UnknownName, RoutingError: what is to be kept or left out is neither among them nor a task, or a system can't serve these
+                experts. RecipeError: nothing is left, or there is no data of an expert's for the multitask expert.
         """
         tasks, known = [e.name for e in self.pool_entries], [e.name for e in self._all_entries()]
         for name in (*self.pool.only, *self.pool.leave_out):
@@ -177,6 +201,7 @@ class ExperimentRecipe:
         )
         if not kept and not tasks:
             raise RecipeError(f"no expert of {self.pool.folder} is left.")
+        self._check_routers(list(dict.fromkeys((*tasks, *kept))))
         if MULTITASK in self.all_systems and (without := [n for n in kept if n not in tasks]):
             raise RecipeError(
                 f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], or leave it out."
@@ -208,8 +233,8 @@ class ExperimentRecipe:
     def without_paths(self) -> dict[str, Any]:
         """As `to_json`, to be given away: of files and folders of this machine only the names."""
         data = self.to_json()
-        data["base"] = _local_name(self.base)
-        data["signature"]["encoder"] = _local_name(self.signature.encoder)
+        data["base"] = local_name(self.base)
+        data["signature"]["encoder"] = local_name(self.signature.encoder)
         data["folders"] = {name: Path(folder).name for name, folder in self.folders.items()}
         data["pool"]["folder"] = Path(self.pool.folder).name
         for part in ("pool", "measure"):
@@ -250,21 +275,26 @@ class ExperimentRecipe:
         own = data.get("folders", {})
         if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
             raise RecipeError(f'{path}, [folders]: expected name = "folder".')
-        placed = {k: str(path.parent / Path(v).expanduser()) for k, v in own.items()}
-        data["folders"] = placed | {k: str(Path(v).expanduser()) for k, v in (folders or {}).items()}
+        placed = {k: _absolute(path.parent / Path(v).expanduser()) for k, v in own.items()}
+        data["folders"] = placed | {k: _absolute(v) for k, v in (folders or {}).items()}
         for name, folder in data["folders"].items():
             if not Path(folder).is_dir():
                 raise TaskError(f"the folder for {name!r} is {folder}, which is not a folder.")
         own_pool = data.get("pool", {})
         if isinstance(own_pool, dict):
             if isinstance(own_pool.get("folder"), str):
-                own_pool["folder"] = str(path.parent / Path(own_pool["folder"]).expanduser())
+                own_pool["folder"] = _absolute(path.parent / Path(own_pool["folder"]).expanduser())
             if pool is not None:
-                data["pool"] = own_pool | {"folder": str(Path(pool).expanduser())}
+                data["pool"] = own_pool | {"folder": _absolute(pool)}
         return ExperimentRecipe.from_json(data, str(path))
 
 
-def _local_name(spec: str) -> str:
+def _absolute(path: str | Path) -> str:
+    """A worker elsewhere may have another current folder."""
+    return str(Path(path).expanduser().absolute())
+
+
+def local_name(spec: str) -> str:
     """The last part of a path to a folder of this machine; anything else as it is."""
     return Path(spec).name if spec.startswith(("/", ".", "~")) else spec
 

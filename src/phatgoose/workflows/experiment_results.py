@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.statistics import holm, resampled, two_sided_p
+from phatgoose.files import read_json
 from phatgoose.records import TaskScore
 from phatgoose.workflows import show
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe
-from phatgoose.workflows.measured import Measurements, code_version
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe, local_name
+from phatgoose.workflows.measured import Measurements
 from phatgoose.workflows.summary import Drawn, interval, raw_rows, share_of_gain
 from phatgoose.workflows.systems import BASE, MAIN, ORACLE
 
@@ -25,6 +27,10 @@ FORMAT, VERSION = "phatgoose-experiment", 1
 Files = Mapping[str, Mapping[str, Mapping[str, str]]]
 """System → suite → task → file of its score."""
 Table = dict[str, dict[str, TaskScore]]
+
+PACKAGES = ("tokenizers", "datasets", "safetensors", "numpy", "huggingface_hub")
+ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads")
+"""What all scores of a comparison should have in common; "base" has one value more for each further model."""
 
 RESAMPLES = 20_000
 """Of all intervals and p-values. Holm over 25 systems multiplies the least p-value that there is by 24: to 0.0024."""
@@ -51,12 +57,13 @@ def results_of(
         suites[name] = suite_results(table, list(found)) | {
             "tasks": found,
             "left_out": dict(left_out.get(name, {})),
-            "contamination": contamination.get(name, {}),
+            "contamination": contamination["suites"].get(name, {}),
         }
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made": show.made(seconds) | {"code": code_version(), "threads": torch.get_num_threads()},
+        "made": show.made(seconds) | {n: version(n) for n in PACKAGES},
+        "measured": _measured(out, files),
         "recipe": recipe.without_paths(),
         "evaluation": asdict(EvaluationConfig()),
         "resamples": RESAMPLES,
@@ -64,9 +71,25 @@ def results_of(
         "multitask": None if together is None else dict(together),
         "suites": suites,
         "chosen": chosen,
+        "training_rows": {k: contamination[k] for k in ("read", "unread")},
         "complete": not failed,
         "failed": dict(failed),
     }
+
+
+def _measured(out: Path, files: Files) -> dict[str, list[Any]]:
+    """What the scores were computed with, as their files say; several values of one thing mean that they weren't all computed alike."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in (*ALIKE, "base")}
+    for path in dict.fromkeys(
+        f for suites in files.values() for tasks in suites.values() for f in tasks.values()
+    ):
+        data = read_json(out / "scores" / path, EvaluationError)
+        facts = {**data["key"], **data.get("made", {})}
+        facts["base"] = {**facts["base"], "spec": local_name(str(facts["base"].get("spec")))}
+        for name in found:
+            if name in facts:
+                found[name][json.dumps(facts[name], sort_keys=True)] = facts[name]
+    return {name: list(values.values()) for name, values in found.items()}
 
 
 def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:

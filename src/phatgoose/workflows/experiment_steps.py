@@ -6,6 +6,7 @@ base, tasks and pool between steps.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
@@ -24,20 +25,26 @@ from phatgoose.models.load import load_base
 from phatgoose.records import Example, Task, TaskScore, groups_of
 from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
-from phatgoose.tasks.entries import Entry, load_entry, with_validation
-from phatgoose.tasks.overlap import Seen
+from phatgoose.tasks.entries import Entry, dataset_of, load_entry, with_validation
+from phatgoose.tasks.overlap import Overlaps
 from phatgoose.tasks.representable import loss
 from phatgoose.tasks.spec import without_path, without_paths
 from phatgoose.tasks.splits import Fractions
+from phatgoose.tasks.suites import Suite
 from phatgoose.training.gate import check_fits
 from phatgoose.training.rows import draw
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
+from phatgoose.workflows.executors import why
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.measured import Measurements
 from phatgoose.workflows.systems import MULTITASK, OTHER, build
 
 UNSEEN_FRACTIONS = Fractions(test=0.7, validation=0.3)
 """Nothing is trained on a suite's tasks: what has no splits is all test and validation."""
+
+
+KEPT_ROWS = 1_000_000
+"""Training rows that a process keeps in memory, of all its tasks, a kilobyte or two each; the oldest tasks go."""
 
 
 class Lab:
@@ -77,6 +84,9 @@ class Lab:
             entry = next(e for e in self.suites[suite].entries if e.name == name)
             loaded = self._in_pool(entry) if suite == IN_POOL else self._unseen(suite, entry)
             self._tasks[suite, name] = loaded
+            while len(self._tasks) > 1 and sum(len(t.train) for t in self._tasks.values()) > KEPT_ROWS:
+                del self._tasks[next(k for k in self._tasks if k != (suite, name))]
+            return loaded
         return self._tasks[suite, name]
 
     def _in_pool(self, entry: Entry) -> Task:
@@ -111,25 +121,25 @@ class Lab:
         return self._systems[name, expert]
 
 
+Run = Mapping[str, Any]
+"""Of which run a step is: its "recipe" as JSON, its folder "out", and a "number" of its own."""
+
+
 @lru_cache(maxsize=1)
-def _lab(recipe: str, out: str, pool: str) -> Lab:
-    """`pool` is what the pool holds: a process that knew another one must not go on with it."""
+def _lab(run: str, pool: str) -> Lab:
+    """`pool` is what the pool holds: a process that knew another one must not go on with it, nor with what an earlier run read."""
     import json
 
-    return Lab(ExperimentRecipe.from_json(json.loads(recipe)), Path(out))
+    known = json.loads(run)
+    return Lab(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
 
 
-def lab(recipe: Mapping[str, Any], out: str, pool: str = "") -> Lab:
-    """This process's Lab for a recipe (as JSON) and folder."""
+def lab(run: Run, pool: str = "") -> Lab:
+    """This process's Lab for a run."""
     import json
 
     _quiet()
-    return _lab(json.dumps(recipe), out, pool)  # unsorted: tasks keep their order
-
-
-def fresh() -> None:
-    """Lets go of what this process has read: files may have changed between two runs."""
-    _lab.cache_clear()
+    return _lab(json.dumps(run), pool)  # unsorted: tasks keep their order
 
 
 @cache
@@ -152,9 +162,9 @@ def folder_of(recipe: ExperimentRecipe, out: Path, entry: Entry) -> Path:
     return out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
 
 
-def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, Any]:
+def check_tasks(run: Run, suite: str) -> dict[str, Any]:
     """Loads every task of a suite: {task: {spec, hash, rows, …}} or {task: {"error"}}; what the tokenizer can't write is said."""
-    here = lab(recipe, out)
+    here = lab(run)
     found: dict[str, Any] = {}
     for entry in here.suites[suite].entries:
         try:
@@ -171,8 +181,8 @@ def check_tasks(recipe: Mapping[str, Any], out: str, suite: str) -> dict[str, An
                 "source": without_paths(task.source),
                 "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
             }  # fmt: skip
-        except PhatgooseError as error:
-            found[entry.name] = {"error": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # whatever it is: the other tasks go on
+            found[entry.name] = {"error": why(error)}
     return found
 
 
@@ -195,31 +205,40 @@ def chance(rows: Sequence[Example]) -> float | None:
 def trained_on(here: Lab, name: str) -> Task:
     """The task that an expert of the pool is trained on."""
     if IN_POOL not in here.suites:
-        here.suites[IN_POOL] = type(next(iter(here.suites.values())))(IN_POOL, here.recipe.pool_entries)
+        here.suites[IN_POOL] = Suite(IN_POOL, here.recipe.pool_entries)
     return here.task(IN_POOL, name)
 
 
-def train(recipe: Mapping[str, Any], out: str, name: str) -> dict[str, Any]:
+def train(run: Run, name: str) -> dict[str, Any]:
     """One contributor's work: an expert and its gates. Returns what they cost."""
-    here = lab(recipe, out)
+    here = lab(run)
     entry = next(e for e in here.recipe.pool_entries if e.name == name)
     task = trained_on(here, name)
     folder = folder_of(here.recipe, here.out, entry)
+    key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
     expert = contribute(
         here.base, task, here.recipe.expert, here.recipe.gate, name=name, folder=folder,
-        work=here.out / "work" / folder.name, report=lambda progress: None,
+        work=_work(here, folder, key), report=lambda progress: None,
     )  # fmt: skip
-    key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
 
 
-def take(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
+def _work(here: Lab, folder: Path, key: str) -> Path:
+    """Where the training of this very data and these settings goes on; what an interrupted one of others left there is removed."""
+    place = here.out / "work" / f"{folder.name}-{key[:10]}"
+    for other in place.parent.glob(f"{folder.name}-*"):
+        if other != place:
+            shutil.rmtree(other, ignore_errors=True)
+    return place
+
+
+def take(run: Run) -> dict[str, Any]:
     """Copies of the experts that the recipe takes from a pool: {"taken": {name: record}, "failed": {name: why}}.
 
     Raises:
         PoolError: the pool can't be read. UnknownName, RecipeError: as `ExperimentRecipe.taken`.
     """
-    here = lab(recipe, out)
+    here = lab(run)
     pool = Pool.load(here.recipe.pool.folder)
     tasks = {e.name: e for e in here.recipe.pool_entries}
     taken, failed = {}, {}
@@ -231,22 +250,34 @@ def take(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
             check_fits(here.base, expert)
             if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
                 expert.save(place)
-        except PhatgooseError as error:
-            failed[name] = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            failed[name] = why(error)
             continue
         task = tasks.get(name)
         taken[name] = {
             "name": name, "task": task and task.name, "spec": task and _spec(task), "taken": True,
-            **sizes(expert), "folder": place.name, "hash": expert.hash,
+            **sizes(expert), "folder": place.name, "hash": expert.hash, "trained_on": _said(expert),
         }  # fmt: skip
         if brought is not None:
             taken[name]["signature"] = brought
     return {"taken": taken, "failed": failed}
 
 
-def signature(recipe: Mapping[str, Any], out: str, name: str, folder: str) -> dict[str, Any]:
+def _said(expert: Expert) -> list[str] | None:
+    """The specs that an expert's record says it was trained on; None if it says nothing that can be read."""
+    task = expert.provenance.get("task")
+    source = task.get("source") if isinstance(task, Mapping) else None
+    spec = source.get("spec") if isinstance(source, Mapping) else None
+    found = [without_path(s) for s in spec.split(" + ")] if isinstance(spec, str) else []
+    try:
+        return [s for s in found if dataset_of(s)] or None
+    except TaskError:
+        return None
+
+
+def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
     """A contributor's data signature, beside the expert. Returns what it cost."""
-    here = lab(recipe, out)
+    here = lab(run)
     place = here.out / "experts" / folder
     work = here.out / "work" / f"{folder}.signature"
     signed = sign(
@@ -266,13 +297,13 @@ def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) 
     return out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
 
 
-def multitask(recipe: Mapping[str, Any], out: str, names: list[str]) -> dict[str, Any]:
+def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     """What pooling all contributors' data would give: one expert on the union of their rows. Returns what it cost.
 
     Of every task the rows that its expert was trained on, in that number, some twice if need be: drawn from all rows, a task with
     many would be most of what it learns. Validation rows are as many of each task, as far as it has them.
     """
-    here = lab(recipe, out)
+    here = lab(run)
     config, own = here.recipe.multitask or here.recipe.expert, here.recipe.expert
     tasks = [trained_on(here, n) for n in names]
     seen = [draw(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
@@ -282,21 +313,19 @@ def multitask(recipe: Mapping[str, Any], out: str, names: list[str]) -> dict[str
     parts = [{"name": t.name, "hash": t.hash} for t in tasks]
     union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
     folder = multitask_folder(here.recipe, here.out, names)
+    work = _work(here, folder, contribution_key(here.base, union, config, None))
     expert = contribute(
-        here.base, union, config, None, name=MULTITASK, folder=folder, work=here.out / "work" / folder.name,
-        report=lambda progress: None,
-    )  # fmt: skip
+        here.base, union, config, None, name=MULTITASK, folder=folder, work=work, report=lambda progress: None
+    )
     return {**record(expert, union), "folder": folder.name, "hash": expert.hash}
 
 
-def choose(
-    recipe: Mapping[str, Any], out: str, pool: str, expert: str, suite: str, tasks: list[str]
-) -> dict[str, dict[str, Any]]:
+def choose(run: Run, pool: str, expert: str, suite: str, tasks: list[str]) -> dict[str, dict[str, Any]]:
     """One expert on the validation rows of a suite's tasks: {"scores": {task: [mean, likelihood]}, "failed": {task: why}}.
 
     The likelihood is the mean log-likelihood of right choices, a token; None where no row has choices.
     """
-    here = lab(recipe, out, pool)
+    here = lab(run, pool)
     alone, limit = Pool([here.pool[expert]]), here.recipe.measure.choice_rows
     scores: dict[str, list[float | None]] = {}
     failed: dict[str, str] = {}
@@ -305,8 +334,8 @@ def choose(
             task = here.task(suite, name)
             score = here.measurements.score(task, alone, Single(0), split="validation", limit=limit)
             scores[name] = [score.mean, _likelihood(score, task.validation[:limit])]
-        except PhatgooseError as error:
-            failed[name] = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            failed[name] = why(error)
     return {"scores": scores, "failed": failed}
 
 
@@ -320,8 +349,7 @@ def _likelihood(score: TaskScore, rows: Sequence[Example]) -> float | None:
 
 
 def measure(
-    recipe: Mapping[str, Any],
-    out: str,
+    run: Run,
     pool: str,
     system: str,
     suite: str,
@@ -329,7 +357,7 @@ def measure(
     experts: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: `Lab.system`'s, by task."""
-    here = lab(recipe, out, pool)
+    here = lab(run, pool)
     scores: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in tasks:
@@ -344,32 +372,26 @@ def measure(
                 by, (attached, router) = here.measurements, here.system(system, experts.get(name))
             path = by.measure(task, attached, router, limit=here.recipe.measure.test_rows)
             scores[name] = path.name
-        except PhatgooseError as error:
-            failed[name] = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            failed[name] = why(error)
     return {"scores": scores, "failed": failed}
 
 
 def contamination(
-    recipe: Mapping[str, Any], out: str, words: int, suites: Mapping[str, list[str]], trained: list[str]
+    run: Run, words: int, suites: Mapping[str, list[str]], trained: list[str]
 ) -> dict[str, Any]:
     """{suite: {task: {rows, flagged, trained}}}: which measured rows share a run of words with a row experts were trained on.
 
     A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
     """
-    here = lab(recipe, out)
-    seen = Seen(words)
+    here, overlaps = lab(run), Overlaps(words)
+    asked = [(suite, name) for suite, tasks in suites.items() for name in tasks]
+    for suite, name in asked:
+        rows = here.task(suite, name).test[: here.recipe.measure.test_rows]
+        overlaps.measured(name, rows, own=name if suite == IN_POOL else None)
     for name in trained:
-        seen.add(name, trained_on(here, name).train)
-    found: dict[str, Any] = {}
-    for suite, tasks in suites.items():
-        found[suite] = {}
-        for name in tasks:
-            task = here.task(suite, name)
-            own = name if suite == IN_POOL else None
-            overlap = seen.overlap(task, task.test[: here.recipe.measure.test_rows], own=own)
-            found[suite][name] = {
-                "rows": overlap.rows,
-                "flagged": list(overlap.flagged),
-                "trained": list(overlap.trained),
-            }
+        overlaps.trained(name, trained_on(here, name).train)
+    found: dict[str, Any] = {suite: {} for suite in suites}
+    for (suite, name), one in zip(asked, overlaps.found(), strict=True):
+        found[suite][name] = {"rows": one.rows, "flagged": list(one.flagged), "trained": list(one.trained)}
     return found

@@ -22,6 +22,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "row's would score, whichever is more.",
         "",
     ]
+    lines += [_computed(results["measured"]), ""]
     if results["chosen"].get(ORACLE):
         lines += [
             "Oracle and best-single choose by validation rows, as few as the tables say: they are no upper bounds, and a share of the "
@@ -30,10 +31,22 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
     lines += _overview(results["suites"])
     for name, suite in results["suites"].items():
-        lines += _suite(name, suite, results["chosen"])
+        lines += _suite(name, suite, results["chosen"], results["training_rows"])
     lines += _failed(results)
     lines += ["## Recipe", "", "```json", _json(recipe), "```", ""]
     return "\n".join(lines)
+
+
+def _computed(measured: Mapping[str, Sequence[Any]]) -> str:
+    """How the scores were computed, and what of it wasn't the same for all."""
+    said = {
+        k: [str(v).removeprefix("torch.") for v in values] for k, values in measured.items() if k != "base"
+    }
+    text = "Scores were computed in {dtype} on {device}, {threads} threads, routed by backend {backend}, code {code}.".format(
+        **{k: " and ".join(v) or "–" for k, v in said.items()}
+    )
+    mixed = [k for k, v in said.items() if len(v) > 1]
+    return text + (f" **Not all in one way: {', '.join(mixed)} differ.**" if mixed else "")
 
 
 def _overview(suites: Mapping[str, Any]) -> list[str]:
@@ -71,7 +84,9 @@ def _overview(suites: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
+def _suite(
+    name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any], training: Mapping[str, Sequence[str]]
+) -> list[str]:
     lines = [f"## {name}", ""]
     if not suite["common_tasks"]:
         return [*lines, "No task was measured with every system.", ""]
@@ -94,7 +109,7 @@ def _suite(name: str, suite: Mapping[str, Any], chosen: Mapping[str, Any]) -> li
     ]
     head = ["task", "rows", "measure", "guessing", *(["oracle's expert"] if picks else []), *systems]
     lines += _table(head, rows)
-    lines += _notes(name, suite)
+    lines += _notes(name, suite, training)
     return lines
 
 
@@ -159,21 +174,9 @@ def _system(system: str, suite: Mapping[str, Any]) -> list[str]:
     return [*cells, text]
 
 
-def _notes(name: str, suite: Mapping[str, Any]) -> list[str]:
+def _notes(name: str, suite: Mapping[str, Any], training: Mapping[str, Sequence[str]]) -> list[str]:
     lines = [f"- Left out: {task}: {why}" for task, why in suite["left_out"].items()]
-    seen = {t: c for t, c in suite["contamination"].items() if c["flagged"]}
-    others = "other experts' training row" if name == IN_POOL else "training row"
-    looked = sum(c["rows"] for c in suite["contamination"].values())
-    if seen:
-        for task, c in seen.items():
-            lines.append(
-                f"- Contamination: {len(c['flagged'])} of {c['rows']} rows of {task} share text with {others}s, of "
-                f"{', '.join(c['trained'])}."
-            )
-    elif looked:
-        lines.append(
-            f"- Contamination: none of {looked} rows shares 13 words in a row, or all of its words, with any of the {others}s."
-        )
+    lines += [f"- Contamination: {said}" for said in _contamination(name, suite, training)]
     notes = {t: info["note"] for t, info in suite["tasks"].items() if info.get("note")}
     lines += [f"- {task}: {note}" for task, note in notes.items()]
     cut = {
@@ -185,6 +188,26 @@ def _notes(name: str, suite: Mapping[str, Any]) -> list[str]:
         if n
     ]
     return [*lines, ""] if lines else []
+
+
+def _contamination(name: str, suite: Mapping[str, Any], training: Mapping[str, Sequence[str]]) -> list[str]:
+    """What measured rows share with training rows, and of which experts nothing is known."""
+    own = name == IN_POOL  # a task isn't held against its own expert's rows
+    others = "other experts' training row" if own else "training row"
+    read, found = training["read"], suite["contamination"]
+    lines = [
+        f"{len(c['flagged'])} of {c['rows']} rows of {task} share text with {others}s, of {', '.join(c['trained'])}."
+        for task, c in found.items()
+        if c["flagged"]
+    ]
+    looked = sum(c["rows"] for task, c in found.items() if set(read) - ({task} if own else set()))
+    if looked and not lines:
+        lines = [f"none of {looked} rows shares 13 words in a row, or as a whole, with any of the {others}s."]
+    if training["unread"]:
+        lines.append(f"not looked at: the training rows of {', '.join(training['unread'])}.")
+    elif not looked:
+        lines.append("not looked at: there are no other experts' training rows.")
+    return lines
 
 
 def _failed(results: Mapping[str, Any]) -> list[str]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.executors import Outcome, Step, Tell, attempt
 
 
+def _attempt_in(folder: str, function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """`attempt` where the driver runs, so that relative paths mean the same: a cluster's workers have a current folder of their own."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    return attempt(function, arguments)
+
+
 class RayExecutor:
     """Runs every step as a Ray task with its own request for CPUs and GPUs.
 
     Ray starts a task again whose worker process died, `retries` times; a step that raised something that may not come again is
-    submitted again here. Worker processes are reused, so what one loaded serves its next step.
+    submitted again here. Worker processes are reused, so what one loaded serves its next step; those with a GPU are not.
 
     Args:
         address: of a running cluster ("auto", "ray://host:10001"); None starts Ray on this machine for the time of the run.
@@ -45,19 +53,21 @@ class RayExecutor:
                 raise PhatgooseError(
                     f"can't reach Ray{f' at {address}' if address else ''}: {cause}"
                 ) from cause
-        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries, "max_calls": 0}
-        self._attempt = ray.remote(**options)(attempt)
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
+        if not gpus:  # with one, Ray's own way: a process that it gives another GPU would stay on its first
+            options["max_calls"] = 0
+        self._attempt = ray.remote(**options)(_attempt_in)
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
         found: dict[str, Outcome] = {}
         pending: dict[Any, tuple[Step, int]] = {}
 
         def submit(step: Step, number: int) -> None:
-            pending[self._attempt.options(name=step.name).remote(step.function, dict(step.arguments))] = (
-                step,
-                number,
+            sent = self._attempt.options(name=step.name).remote(
+                os.getcwd(), step.function, dict(step.arguments)
             )
-            tell(step, "running", "with Ray")
+            pending[sent] = step, number
+            tell(step, "queued", "with Ray")  # which says to nobody here when it starts
 
         for step in steps:
             submit(step, 1)
