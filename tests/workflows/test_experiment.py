@@ -13,7 +13,9 @@ import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import pytest
 from typer.testing import CliRunner
 
@@ -27,6 +29,7 @@ from phatgoose.records import Example, Prediction, TaskScore
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.suites import suite as named_suite
 from phatgoose.tasks.templates import config_name, templates
 from phatgoose.workflows import experiment_steps
 from phatgoose.workflows.executors import Processes
@@ -36,6 +39,7 @@ from phatgoose.workflows.experiment_results import ALIKE, suite_results
 from phatgoose.workflows.experiment_text import _computed
 from phatgoose.workflows.measured import Measurements
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 COMMON = {
     "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2, "save_every": 1,
     "learning_rate": 1e-2,
@@ -746,14 +750,16 @@ templates:
 
 @pytest.fixture
 def local_t0(tmp_path, monkeypatch):
-    """Made-up prompts and rows for every dataset of the T0 Held-In pool, as raw and as rendered rows by turns."""
-    (tmp_path / "rows").mkdir()
-    for number, one in enumerate(pool_entries("t0-held-in")):
+    """Made-up prompts and rows for every dataset of T0 Held-In and T0's held-out suite, as raw and as rendered rows by turns."""
+    entries = [*pool_entries("t0-held-in"), *named_suite("t0ho").entries]
+    for place in ("rows", "held-out"):
+        (tmp_path / place).mkdir()
+    for number, one in enumerate(entries):
         spec = split_spec(one.specs[0])
         if spec.source != "prompted":
             continue
         folder = tmp_path / "prompts" / spec.name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "templates.yaml").write_text(TEMPLATE.format(name=one.name, template="that one"))
         for name in filter(None, spec.options.get("without", "").split("|")):
             with (folder / "templates.yaml").open("a") as file:
@@ -769,28 +775,46 @@ def local_t0(tmp_path, monkeypatch):
                 {"template": "that_one", "i": i, "prompt": f"{r['a']}?", "completion": r["b"]}
                 for i, r in enumerate(rows)
             ]
-        write(tmp_path / f"rows/{stem}.train.jsonl", rows)
+        held_out = number >= 36
+        split = spec.options.get("test", "test") if held_out else "train"
+        write(tmp_path / ("held-out" if held_out else "rows") / f"{stem}.{split}.jsonl", rows)
+    kinds = datasets.ClassLabel(names=["where", "who", "when"])
+    questions = {"text": [f"question {i}" for i in range(30)], "fine_label": [i % 3 for i in range(30)]}
+    features = datasets.Features({"text": datasets.Value("string"), "fine_label": kinds})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(questions, features)}).save_to_disk(
+        tmp_path / "rows/trec"
+    )
     monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "prompts"))
     templates.cache_clear()
-    yield tmp_path / "rows"
+    yield {"t0-held-in": str(tmp_path / "rows"), "t0ho": str(tmp_path / "held-out")}
     templates.cache_clear()
 
 
-def test_the_t0_held_in_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
+def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
+    """The recipe that is shipped, with all its 36 experts; of it only the base, the numbers and how much is measured are smaller."""
     base = make_base("t5", layers=1)
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
+    shipped = ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml", local_t0)
     steps = {**COMMON, "steps": 1, "validate_every": 1, "save_every": 0}
-    made = ExperimentRecipe.from_json(
-        {
-            "base": str(tmp_path / "base"), "dtype": "float32", "systems": ["base", "phatgoose", "merged"],
-            "pool": {"names": ["t0-held-in"], "train_rows": 8, "leave_out": ["trec"]},
-            "measure": {"suites": ["in-pool"], "test_rows": 2, "choice_rows": 1},
-            "expert": {"rank": 1, **steps}, "gate": steps, "folders": {"t0-held-in": str(local_t0)},
-        }
-    )  # fmt: skip
+    made = replace(
+        shipped,
+        base=str(tmp_path / "base"),
+        dtype="float32",
+        systems=("base", "phatgoose", "merged"),
+        pool=replace(shipped.pool, train_rows=8),
+        measure=replace(shipped.measure, suites=("in-pool", "t0ho"), test_rows=2, choice_rows=1),
+        expert=replace(shipped.expert, rank=1, **steps),
+        gate=replace(shipped.gate, **steps),
+    )
     results = run_experiment(made, tmp_path / "out")
     assert results["failed"] == {}
-    assert len(results["experts"]) == 35
-    assert len(results["suites"]["in-pool"]["common_tasks"]) == 35
-    assert results["suites"]["in-pool"]["systems"]["phatgoose"]["tasks"]["wiki_qa"]["rows"] == 2
+    assert len(results["experts"]) == 36
+    own, held_out = (results["suites"][s] for s in ("in-pool", "t0ho"))
+    assert len(own["common_tasks"]) == 36
+    assert own["systems"]["phatgoose"]["tasks"]["wiki_qa"]["rows"] == 2
+    assert own["systems"]["phatgoose"]["tasks"]["trec"]["metric"] == "accuracy (rank)"
+    assert held_out["common_tasks"] == [
+        e.name for e in named_suite("t0ho").entries
+    ]  # StoryCloze too, of an own copy
+    assert held_out["left_out"] == {}
