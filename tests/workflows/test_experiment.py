@@ -535,10 +535,10 @@ def test_results_hold_together(place):
     assert {k: len(v) for k, v in measured.items()} == dict.fromkeys((*ALIKE, "base"), 1)
     assert (measured["dtype"], measured["device"]) == (["torch.float32"], ["cpu"])
     assert measured["base"][0]["architecture"]["model_type"] == "llama"
-    assert "Scores were computed in float32 on cpu, " in text
+    assert "Scores were computed in float32 on cpu (threads: " in text
     assert "Not all in one way" not in text
     mixed = _computed({**measured, "device": ["cpu", "cuda"], "threads": [1, 2]})
-    assert "on cpu and cuda, 1 and 2 threads" in mixed
+    assert "on cpu and cuda (threads: 1 and 2)" in mixed
     assert "Not all in one way: device, threads differ." in mixed
     choice = results["suites"]["in-pool"]["tasks"]["choice"]
     assert choice["chance"] == 0.5

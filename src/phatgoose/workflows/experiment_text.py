@@ -42,7 +42,7 @@ def _computed(measured: Mapping[str, Sequence[Any]]) -> str:
     said = {
         k: [str(v).removeprefix("torch.") for v in values] for k, values in measured.items() if k != "base"
     }
-    text = "Scores were computed in {dtype} on {device}, {threads} threads, routed by backend {backend}, code {code}.".format(
+    text = "Scores were computed in {dtype} on {device} (threads: {threads}), routed by backend {backend}, code {code}.".format(
         **{k: " and ".join(v) or "–" for k, v in said.items()}
     )
     mixed = [k for k, v in said.items() if len(v) > 1]
