@@ -83,9 +83,9 @@ def _shares(lab: Lab, task: str) -> dict[str, Any]:
             # Nothing is predicted from the end token; behind a cache, these tokens are counted apart from the prompt's.
             base.model(answer, past_key_values=seen, use_cache=True)
     parts = {"prompt": False, "answer": True}
-    return {part: expert_shares(recorded, generated=g) for part, g in parts.items()} | {
-        "own, by module": _by_module(recorded, task)
-    }
+    found = {part: expert_shares(recorded, generated=g) for part, g in parts.items()}
+    found["own, by module"] = _by_module(recorded, task)
+    return {part: {name: round(v, 4) for name, v in shares.items()} for part, shares in found.items()}
 
 
 def _by_module(recorded: Trace, task: str) -> dict[str, float]:
