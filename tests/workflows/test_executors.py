@@ -66,6 +66,18 @@ def test_processes_outlive_their_workers(tmp_path):
         executor.close()
 
 
+def test_a_worker_that_ends_while_it_waits_costs_nothing():
+    executor = Processes(1, retries=0)
+    try:
+        first = executor.run([step("a", "process_number")], lambda *_: None)["a"].value
+        executor._workers[0].connection.close()  # as if it had ended between the look at it and the sending
+        second = executor.run([step("b", "process_number")], lambda *_: None)["b"]
+        assert second.ok
+        assert second.value != first
+    finally:
+        executor.close()
+
+
 def gone(process):
     """Whether it ended; one that nobody has waited for yet counts as ended."""
     try:

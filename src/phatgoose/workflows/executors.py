@@ -136,7 +136,7 @@ class Processes:
             for place in range(len(self._workers)):
                 if waiting and place not in busy:
                     busy[place] = waiting.pop()
-                    self._worker(place).send(busy[place][0])
+                    self._send(place, busy[place][0])
                     tell(busy[place][0], "running", f"worker {place + 1}")
             for place, kind, value in self._finished(busy):
                 step, number = busy.pop(place)
@@ -156,6 +156,14 @@ class Processes:
             if worker is not None:
                 worker.stop()
         self._workers = [None] * len(self._workers)
+
+    def _send(self, place: int, step: Step) -> None:
+        try:
+            self._worker(place).send(step)
+        except OSError:  # it died just now, idle: the step is the next one's
+            self._worker_at(place).stop()
+            self._workers[place] = None
+            self._worker(place).send(step)
 
     def _worker(self, place: int) -> _Worker:
         worker = self._workers[place]
