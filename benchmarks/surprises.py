@@ -90,13 +90,13 @@ def _shares(lab: Lab, task: str) -> dict[str, Any]:
 
 def _by_module(recorded: Trace, task: str) -> dict[str, float]:
     """The own expert's share, the mean over the modules of a kind and third of the layers."""
-    paths, place = list(recorded.shares()), recorded.experts.index(task)
-    where = layer_and_kind(paths)
+    shares, place = recorded.shares(), recorded.experts.index(task)
+    where = layer_and_kind(list(shares))
     layers = 1 + max(layer or 0 for layer, _ in where)
     groups: dict[str, list[float]] = {}
-    for path, (layer, kind) in zip(paths, where, strict=True):
+    for share, (layer, kind) in zip(shares.values(), where, strict=True):
         third = ("first", "middle", "last")[3 * (layer or 0) // layers]
-        groups.setdefault(f"{kind}, {third} third", []).append(float(recorded.shares()[path][place]))
+        groups.setdefault(f"{kind}, {third} third", []).append(float(share[place]))
     return {group: sum(v) / len(v) for group, v in groups.items()}
 
 
@@ -127,7 +127,6 @@ def drop(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
 
 def longer(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     """In a pool of these experts alone, with the recipe's gates and with gates of 100 steps: scores, and own experts' shares."""
-    assert lab.recipe.gate is not None
     config = replace(lab.recipe.gate, steps=PAPERS_STEPS)
     retrained = []
     for name in track(names, "gates", console=console):

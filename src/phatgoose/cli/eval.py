@@ -200,9 +200,7 @@ def _show_differences(scores: dict[str, Scores]) -> None:
         name: [[p.points for p in task.predictions] for task in found.tasks] for name, found in scores.items()
     }
     (first, base), *others = values.items()
-    groups = [
-        task.groups for task in scores[first].tasks
-    ]  # which rows show one raw row under several prompts
+    groups = [task.groups for task in scores[first].tasks]
     for name, other in others:
         mean, low, high = paired_difference(other, base, groups=groups)
         show.say(f"{name} − {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], paired by rows")
