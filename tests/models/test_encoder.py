@@ -37,6 +37,19 @@ def test_equals_the_formula_in_every_batch(tmp_path):
     assert encoder.name == "tiny"
 
 
+def test_what_the_cut_makes_equal_is_computed_once(tmp_path):
+    """A long prompt with its answers, token by token, is cut to the same row every time."""
+    encoder = SentenceEncoder(make_encoder(tmp_path / "tiny"), "tiny")
+    embedded = []
+    embed, encoder._embed = encoder._embed, lambda rows: embedded.extend(rows) or embed(rows)
+    found = encoder([f"{'fox ' * n}yes" for n in (2, 40, 41, 42)])
+    assert [len(row) for row in embedded] == [24, len(embedded[1])]
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1:], found[1:2].expand(3, -1))
+    assert torch.equal(encoder(["fox " * 99]), found[1:2])
+    assert len(embedded) == 2
+
+
 def test_texts_without_tokens_are_near_to_none(tmp_path):
     folder = make_encoder(tmp_path / "tiny")
     assert torch.equal(SentenceEncoder(folder, "alone")(["", ""]), torch.zeros(2, 16))

@@ -44,7 +44,7 @@ _PINNED = {
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 _ROWS, _TOKENS = 64, 4096
 _REMEMBERED = 20_000
-"""Texts whose vectors are kept: routers are compared on the same prompts."""
+"""Rows of tokens whose vectors are kept: routers are compared on the same prompts."""
 
 
 class SentenceEncoder:
@@ -64,7 +64,7 @@ class SentenceEncoder:
         _check_pooling(folder)
         files = {n: sha256_file(folder / n, BaseModelError) for n in (_WEIGHTS, _TOKENIZER)}
         self.sha256 = sha256_json({**files, "max_tokens": self.max_tokens, "pooling": "mean"})
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         with refusals(name, "the sentence encoder", folder), quiet(True):
             place: dict[str, Any] = {
                 "pretrained_model_name_or_path": str(folder),
@@ -77,19 +77,20 @@ class SentenceEncoder:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """[len(texts), width]; zeros for a text without tokens. Like texts are computed together, so a vector's last bits may depend on
         its company."""
-        found = {text: self._known[text] for text in texts if text in self._known}
-        new = [text for text in dict.fromkeys(texts) if text not in found]
-        ids = self._ids(new)
-        for batch in length_batches([len(i) for i in ids], _ROWS, _TOKENS):
-            found |= zip([new[n] for n in batch], self._embed([ids[n] for n in batch]), strict=True)
-        self._known |= {text: found[text] for text in new}
+        rows = [
+            tuple(row) for row in self._ids(texts)
+        ]  # long texts that differ behind the cut alone are one row
+        found = {row: self._known[row] for row in rows if row in self._known}
+        new = [row for row in dict.fromkeys(rows) if row not in found]
+        for batch in length_batches([len(row) for row in new], _ROWS, _TOKENS):
+            chosen = [new[n] for n in batch]
+            found |= zip(chosen, self._embed(chosen), strict=True)
+        self._known |= {row: found[row] for row in new}
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        return (
-            torch.stack([found[t] for t in texts])
-            if texts
-            else torch.zeros(0, self.width, dtype=torch.float32)
-        )
+        if not rows:
+            return torch.zeros(0, self.width, dtype=torch.float32)
+        return torch.stack([found[row] for row in rows])
 
     @property
     def width(self) -> int:
