@@ -50,6 +50,17 @@ def test_the_published_recipe_trains_at_least_24_experts_of_both_pools_and_measu
     assert recipe.measure.test_rows == 100
 
 
+def test_the_seeds_recipe_asks_for_the_rows_of_the_published_one():
+    """So that its scores of base, PHATGOOSE and the first seed are the published ones."""
+    published, seeds = (
+        ExperimentRecipe.read(p) for p in RECIPES if p.stem in ("bigbench-t0", "bigbench-t0-seeds")
+    )
+    assert seeds.pool == published.pool
+    assert (seeds.base, seeds.dtype) == (published.base, published.dtype)
+    for setting in ("test_rows", "choice_rows", "backend"):
+        assert getattr(seeds.measure, setting) == getattr(published.measure, setting)
+
+
 def test_story_cloze_is_measured_where_its_owners_copy_is(tmp_path):
     (tmp_path / "story_cloze.test.jsonl").write_text("")
     recipe = ExperimentRecipe.from_json(
