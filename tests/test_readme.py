@@ -49,13 +49,32 @@ def test_make_targets_are_there():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
+def small_recipe(path):
+    """The shipped recipe with the tiny base, two experts and tasks from files."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for shipped, here in (
+        (r'^base = ".*"', 'base = "./tiny-llama"'),
+        (r"^names = .*\nonly = .*", 'tasks = { past = "jsonl:past.jsonl", plural = "jsonl:plural.jsonl" }'),
+        (r'"bigbench:hyperbaton"', '"jsonl:unseen.jsonl"'),
+    ):
+        text, times = re.subn(shipped, here, text, flags=re.MULTILINE)
+        assert times == 1, shipped
+    Path("small.toml").write_text(text)
+    return "small.toml"
+
+
 def test_every_command_runs(make_base, make_expert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = make_base("llama")
     base.model.save_pretrained("tiny-llama")
     base.tokenizer.save_pretrained("tiny-llama")
-    rows = [{"input": f"Today I walk {i}. Yesterday I\nAnswer:", "target": f"walked {i}"} for i in range(60)]
-    Path("past.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file, asks in (
+        ("past", "Today I walk"),
+        ("plural", "One goose, two"),
+        ("unseen", "Is the sea red or blue"),
+    ):
+        rows = [{"input": f"{asks} {i}. Well\nAnswer:", "target": f"{file} {i}"} for i in range(60)]
+        Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.move(make_expert(base, "plural").save(tmp_path / "made"), "plural")
     ran = [c for c in commands() if c[0] == "phatgoose"]
     assert len(ran) >= 7
@@ -72,6 +91,7 @@ def test_every_command_runs(make_base, make_expert, tmp_path, monkeypatch):
         ):
             if option in words:
                 words[words.index(option) + 1] = few
+        words = [small_recipe(w) if w.startswith("recipes/") else w for w in words]
         if words[0] in ("train", "gate"):
             words += ["--rows-per-batch", "4"]
         if words[0] in ("train", "eval", "generate", "chat", "ui", "serve"):
