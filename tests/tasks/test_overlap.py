@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from phatgoose.records import Example
 from phatgoose.tasks.overlap import Overlaps, runs
 
@@ -27,7 +25,7 @@ def test_a_shared_run_is_found_whatever_its_case_and_marks():
     found = overlap(5, [("trained", [Example("One, two three! four FIVE six", ("seven",))])], rows)
     assert found.flagged == (0,)
     assert found.trained == ("trained",)
-    assert found.share == pytest.approx(1 / 3)
+    assert found.rows == 3
 
 
 def test_short_rows_must_be_equal_as_a_whole():

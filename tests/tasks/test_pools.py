@@ -11,11 +11,10 @@ from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks import pools_bigbench, pools_flan, suites
 from phatgoose.tasks.bbh import NAMES
+from phatgoose.tasks.datasets import bigbench_name, dataset_of
 from phatgoose.tasks.entries import (
     Entry,
     check_apart,
-    dataset_of,
-    entry,
     even_shares,
     folder_for,
     load_entry,
@@ -89,9 +88,9 @@ def test_which_pools_and_suites_are_apart():
         apart("flan", "t0ho")
     with pytest.raises(TaskError, match="metaphor_boolean"):
         apart("bigbench", "quickstart")
-    with pytest.raises(TaskError, match=r"causal_judgment \(bigbench/causal_judgment\)"):
+    with pytest.raises(TaskError, match=r"one \(bigbench/causal_judgment\)"):
         found = suite("bbh-cot-repo")
-        check_apart([entry("bigbench:causal_judgment")], found.entries, found.refuses, found.name)
+        check_apart([Entry("one", ("bigbench:causal_judgment",))], found.entries, found.refuses, found.name)
 
 
 def test_natural_instructions_alone_refuse_t0ho():
@@ -105,7 +104,7 @@ def test_bigbench_pool_keeps_away_from_hard_lite_and_what_is_near_them():
     trained = {s.removeprefix("bigbench:") for e in pool_entries("bigbench") for s in e.specs}
     assert not {t.partition("/")[0] for t in trained} & held_out
     assert not trained & set(pools_bigbench.EXCLUDED)
-    assert set(suites._SAME) <= set(NAMES)
+    assert {bigbench_name(n) for n in NAMES} == {*suites.BBH_BIGBENCH, *suites.BBH_ROWS}
 
 
 def test_bigbench_names_exist():
@@ -162,11 +161,63 @@ def test_every_prompted_dataset_has_its_templates():
         ("bigbench:hyperbaton", "bigbench/hyperbaton"),
         ("bbh:snarks", "bigbench/snarks"),
         ("prompted:super_glue/rte?templates=original", "super_glue/rte"),
-        ("jsonl:a/b.jsonl", "jsonl/a/b.jsonl"),
+        ("prompted:winogrande/winogrande_xl", "winogrande/winogrande_xl"),
+        ("hf:aps/super_glue?config=rte&input={a}", "super_glue/rte"),
+        ("hf:Rowan/hellaswag", "hellaswag"),
+        ("hf:tasksource/bigbench?config=hyperbaton", "bigbench/hyperbaton"),
+        ("hf:lukaemon/bbh?config=causal_judgement", "bigbench/causal_judgment"),
+        ("hf:bigscience/P3?config=super_glue_rte_must_be_true", "p3/super_glue_rte_must_be_true"),
+        ("p3:super_glue_rte_must_be_true", "p3/super_glue_rte_must_be_true"),
+        ("bbh:causal_judgement", "bigbench/causal_judgment"),
+        ("bbh:tracking_shuffled_objects_seven_objects", "bigbench/tracking_shuffled_objects"),
+        ("flan:flan2021/glue/wnli:2.0.0", "glue/wnli"),
+        ("flan:niv2/Textual Entailment", "natural-instructions"),
+        ("jsonl:/a/../b.jsonl", "/b.jsonl"),
+        ("hf:/data/super_glue", "/data/super_glue"),
     ],
 )
 def test_specs_name_their_dataset(spec, dataset):
     assert dataset_of(spec) == dataset
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("bbh:causal_judgement", "bbh"),
+        ("bbh:tracking_shuffled_objects_three_objects", "bbh"),
+        ("bigbench:logical_deduction/three_objects", "bbh"),
+        ("bigbench:logical_deduction", "bbh-cot-repo"),
+        ("bbh:logical_deduction_three_objects", "bbl"),
+        ("bigbench:conceptual_combinations/contradictions", "bbl"),
+        ("flan:niv2/Textual Entailment", "t0ho"),
+        ("flan:flan2021/glue/wnli:2.0.0", "t0ho"),
+        ("p3:super_glue_rte_GPT_3_style", "t0ho"),
+        ("p3:anli_GPT_3_style_r1", "t0ho"),
+        ("p3:winogrande_winogrande_debiased_Replace", "t0ho"),
+        ("hf:super_glue?config=rte", "t0ho"),
+        ("hf:nyu-mll/glue?config=rte", "t0ho"),
+        ("hf:super_glue", "t0ho"),
+    ],
+)
+def test_a_suite_is_refused_for_its_data_whichever_source_it_comes_from(spec, name):
+    found = suite(name)
+    with pytest.raises(TaskError, match=f"suite '{name}' is for models that never saw its data"):
+        check_apart([Entry("one", (spec,))], found.entries, found.refuses, name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("bigbench:logical_args", "bbh"),
+        ("p3:super_glue_boolq_exam", "t0ho"),
+        ("p3:quail_context", "t0ho"),
+        ("hf:super_glue?config=boolq", "t0ho"),
+        ("bigbench:natural_instructions/subtask004_mctaco_answer_generation_event_duration", "t0ho"),
+    ],
+)
+def test_neighbours_by_name_are_let_in(spec, name):
+    found = suite(name)
+    check_apart([Entry("one", (spec,))], found.entries, found.refuses, name)
 
 
 def write(path, rows):
@@ -202,7 +253,7 @@ def test_shares_are_even_as_far_as_there_are_rows():
 
 def test_validation_is_taken_behind_the_test_rows(tmp_path):
     write(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x", "split": "test"} for i in range(50)])
-    task = load_entry(entry("jsonl:a.jsonl"), folders={"jsonl": tmp_path})
+    task = load_entry(Entry("a", ("jsonl:a.jsonl",)), folders={"jsonl": tmp_path})
     assert not task.validation
     for test_rows, validation_rows, left in [
         (20, 8, (20, 30)),
@@ -251,7 +302,7 @@ def test_no_raw_row_is_measured_and_chosen_on(tmp_path, prompts, rendered):
             for n in range(5)
         ]
     write(tmp_path / "super_glue_cb.validation.jsonl", rows)
-    one = entry("prompted:super_glue/cb?test=validation")
+    one = Entry("cb", ("prompted:super_glue/cb?test=validation",))
     task = load_entry(one, folders={"prompted": tmp_path})
     assert len(task.test) == 100
     assert len(set(groups_of(task.test))) == 20
@@ -273,8 +324,15 @@ def test_no_raw_row_is_measured_and_chosen_on(tmp_path, prompts, rendered):
 
 def test_a_lone_raw_row_leaves_nothing_to_choose_on(tmp_path, prompts):
     write(tmp_path / "super_glue_cb.validation.jsonl", [{"a": "it", "b": "yes"}])
-    task = load_entry(entry("prompted:super_glue/cb?test=validation"), folders={"prompted": tmp_path})
+    task = load_entry(
+        Entry("cb", ("prompted:super_glue/cb?test=validation",)), folders={"prompted": tmp_path}
+    )
     assert with_validation(task, 3, 2) == task
+
+
+def test_no_row_is_set_aside_where_none_is_chosen_by():
+    task = Task("t", (), (), tuple(Example(f"q {i}", ("a",)) for i in range(10)), {})
+    assert with_validation(task, 10, 0) == task
     assert not task.validation
 
 
@@ -287,7 +345,13 @@ def test_groups_are_no_part_of_what_a_task_is(tmp_path):
 
 def test_a_folder_under_a_sources_name_is_that_sources_also_for_a_suite_of_the_name():
     given = {"bbh": "rows", "t0ho": "raw", "prompted": "rendered"}
-    assert folder_for("bbh:web_of_lies", "bbh", given) == "rows"
-    assert folder_for("bigbench:navigate", "bbh", given) is None
-    assert folder_for("prompted:wic", "t0ho", given) == "raw"
-    assert folder_for("prompted:paws", "t0-held-in", given) == "rendered"
+    assert folder_for("bbh:web_of_lies", ("web_of_lies", "bbh"), given) == "rows"
+    assert folder_for("bigbench:navigate", ("navigate", "bbh"), given) is None
+    assert folder_for("prompted:wic", ("wic", "t0ho"), given) == "raw"
+    assert folder_for("prompted:paws", ("paws", "t0-held-in"), given) == "rendered"
+    assert (
+        folder_for("prompted:story_cloze/2016", ("story_cloze", "t0ho"), {"story_cloze": "mine", **given})
+        == "mine"
+    )
+    assert folder_for("prompted:story_cloze/2016", ("story_cloze", "t0ho"), {"story_cloze": "mine"}) == "mine"
+    assert folder_for("prompted:wic", ("wic", "t0ho"), {"story_cloze": "mine"}) is None

@@ -1,4 +1,4 @@
-"""An entry: one task of a named pool or suite, with what it holds, so that a pool and a suite can be told to be apart."""
+"""An entry: one task of a named pool or suite, and whether a pool and a suite are apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
+from phatgoose.tasks.datasets import dataset_of, shared
 from phatgoose.tasks.load import SOURCES, load_task
 from phatgoose.tasks.prompted import ROWS
 from phatgoose.tasks.spec import split_spec
@@ -25,8 +26,6 @@ class Entry:
     """Of the expert, or of the column in a table."""
     specs: tuple[str, ...]
     """Specs whose rows together are the task."""
-    holds: frozenset[str] = frozenset()
-    """Datasets inside it, by common names ("super_glue/rte", "bigbench/hyperbaton")."""
     metric: str | None = None
     """How rows without choices are scored, if not by exact match: "rougeL"."""
     note: str = ""
@@ -34,20 +33,8 @@ class Entry:
 
     @property
     def datasets(self) -> frozenset[str]:
-        """`holds`, and what the specs themselves name."""
-        return self.holds | {dataset_of(spec) for spec in self.specs}
-
-
-def entry(spec: str, name: str | None = None) -> Entry:
-    """The entry of one plain spec."""
-    return Entry(name or dataset_of(spec).rpartition("/")[2].removesuffix("_json"), (spec,))
-
-
-def dataset_of(spec: str) -> str:
-    """The dataset a spec names: `bigbench:x` → bigbench/x, also for the published rows of BIG-bench Hard."""
-    parsed = split_spec(spec)
-    source = {"bbh": "bigbench"}.get(parsed.source, parsed.source)
-    return parsed.name if parsed.source in ("prompted", "p3", "hf") else f"{source}/{parsed.name}"
+        """What its specs read, by common names (`tasks/datasets.py`)."""
+        return frozenset(dataset_of(spec) for spec in self.specs)
 
 
 def load_entry(
@@ -62,7 +49,7 @@ def load_entry(
     """The entry as one Task, named after the entry; several specs' rows are put together, a prompt in one split only.
 
     Args:
-        group: the pool or suite it is of; a folder given for that goes before a folder of the source (`folder_for`).
+        group: the pool or suite it is of; a folder given for the entry goes before one for that, and that before one of the source.
         limit: as for `load_task`, of the whole entry: several specs have like parts in it, as far as they have rows.
         needed: how many rows of a split are wanted, for sources that render each; None: the largest `limit`.
 
@@ -72,7 +59,7 @@ def load_entry(
     fractions, parts = fractions or Fractions(), []
     most = needed or (limit if isinstance(limit, int) else max((limit or {}).values(), default=0))
     for spec in entry.specs:
-        folder = folder_for(spec, group, folders or {})
+        folder = folder_for(spec, (entry.name, group), folders or {})
         parts.append(load_task(_capped(spec, most), folder=folder, fractions=fractions, limit=limit))
     if len(parts) == 1:
         source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
@@ -84,14 +71,15 @@ def load_entry(
     return Task(entry.name, rows["train"], rows["validation"], rows["test"], source_record)
 
 
-def folder_for(spec: str, group: str, folders: Folders) -> str | Path | None:
-    """Where the data of a spec of the pool or suite `group` is read from; None: it is fetched.
+def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path | None:
+    """Where a spec's data is read from, by the first of `names` (the entry's, its pool's or suite's) that has a folder, else by its
+    source; None: it is fetched.
 
     A folder under a name that is a suite's or pool's as well as a source's ("bbh", "bigbench", "flan") is the source's: such a suite
     also has tasks of other sources, whose data doesn't lie there.
     """
-    source = split_spec(spec).source
-    return (None if group in SOURCES else folders.get(group)) or folders.get(source)
+    own = next((folders[name] for name in names if name in folders and name not in SOURCES), None)
+    return own or folders.get(split_spec(spec).source)
 
 
 def check_apart(
@@ -106,7 +94,7 @@ def check_apart(
         TaskError: naming the experts and the datasets.
     """
     wanted = refused | frozenset(d for e in held_out for d in e.datasets)
-    found = {e.name: sorted(e.datasets & wanted) for e in pool if e.datasets & wanted}
+    found = {e.name: both for e in pool if (both := shared(e.datasets, wanted))}
     if found:
         listed = "; ".join(f"{name} ({', '.join(d)})" for name, d in list(found.items())[:6])
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
@@ -123,11 +111,11 @@ def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
     both sides: the validation rows are all prompts of the raw rows that the test rows leave, of which 1 in 10 is set aside if
     they leave fewer. These may be less than `validation_rows`; a lone raw row leaves none.
     """
-    if task.validation or len(task.test) < 2:
+    if task.validation or not validation_rows or len(task.test) < 2:
         return task
     rows, raw = task.test, list(dict.fromkeys(groups_of(task.test)))
     if len(raw) == len(rows):
-        kept = min(test_rows, max(1, len(rows) * 7 // 10, len(rows) - max(1, validation_rows)))
+        kept = min(test_rows, max(1, len(rows) * 7 // 10, len(rows) - validation_rows))
         test, rest, behind = rows[:kept], rows[kept:], "rows behind the test rows"
     else:
         shown = len(set(groups_of(rows[:test_rows])))

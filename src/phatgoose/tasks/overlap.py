@@ -31,10 +31,6 @@ class Overlap:
     trained: tuple[str, ...]
     """Training tasks that they share text with."""
 
-    @property
-    def share(self) -> float:
-        return len(self.flagged) / max(1, self.rows)
-
 
 @dataclass
 class _Measured:

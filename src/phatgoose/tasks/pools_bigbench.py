@@ -179,11 +179,11 @@ EXCLUDED = {
 
 
 def entries() -> tuple[Entry, ...]:
-    """All of them, each holding its BIG-bench tasks."""
+    """All of them."""
     found = [_entry(name, [name]) for name in SINGLE]
     found += [_entry(f"ni_{name}", [f"natural_instructions/subtask{name}"]) for name in NATURAL_INSTRUCTIONS]
     return tuple(found + [_entry(name, parts.split()) for name, parts in PARTS.items()])
 
 
 def _entry(name: str, tasks: list[str]) -> Entry:
-    return Entry(name, tuple(f"bigbench:{task}" for task in tasks), frozenset(f"bigbench/{t}" for t in tasks))
+    return Entry(name, tuple(f"bigbench:{task}" for task in tasks))

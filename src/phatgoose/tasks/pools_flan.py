@@ -2,7 +2,7 @@
 promptsource's prompts, 48 tasks of Flan2021 and Dialog, and 75 categories of Natural Instructions v2; zero-shot prompts only.
 
 Natural Instructions' categories hold tasks built on many datasets, T0's held-out ones among them, and aren't searched one by one:
-each is marked as holding "natural-instructions", which `t0ho` refuses.
+they all count as the dataset "natural-instructions", which `t0ho` refuses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ NIV2 = """
     Entity Relation Classification, Punctuation Error Detection, Spam Classification, Paper Review, Sentence Compression,
     Preposition Prediction, Misc.
 """
-_WINOGRAD = {"glue/wnli:2.0.0", "definite_pronoun_resolution:1.1.0"}
 
 
 def entries() -> tuple[Entry, ...]:
@@ -92,13 +91,11 @@ def entries() -> tuple[Entry, ...]:
 
 def _prompted(name: str, dataset: str) -> Entry:
     test = "test" if dataset == "web_questions" else "validation"
-    return Entry(name, (f"prompted:{dataset}?test={test}",), frozenset({dataset}))
+    return Entry(name, (f"prompted:{dataset}?test={test}",))
 
 
 def _flan(collection: str, task: str) -> Entry:
-    dataset = task.partition(":")[0]
-    holds = {f"flan/{collection}/{task}", "natural-instructions" if collection == "niv2" else dataset}
-    if task in _WINOGRAD:  # made of Winograd schemas, as WSC is
-        holds.add("super_glue/wsc.fixed")
-    name = f"{collection}_{dataset}".replace("/", "_").replace(" ", "_").removesuffix(".").lower()
-    return Entry(name, (f"flan:{collection}/{task}",), frozenset(holds))
+    name = (
+        f"{collection}_{task.partition(':')[0]}".replace("/", "_").replace(" ", "_").removesuffix(".").lower()
+    )
+    return Entry(name, (f"flan:{collection}/{task}",))

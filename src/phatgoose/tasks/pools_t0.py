@@ -64,10 +64,10 @@ _FILES = {
 def entries() -> tuple[Entry, ...]:
     """All 36, in the authors' order of listing, TREC last."""
     found = [_entry(*line.strip().partition(" ")[::2]) for line in _GIN.strip().splitlines()]
-    return (*found, Entry("trec", (TREC,), frozenset({"trec"}), note="a prompt of ours"))
+    return (*found, Entry("trec", (TREC,), note="a prompt of ours"))
 
 
 def _entry(dataset: str, options: str) -> Entry:
     parts = [o for o in (options, f"files={_FILES[dataset]}" if dataset in _FILES else "") if o]
     spec = f"prompted:{dataset}" + (f"?{'&'.join(parts)}" if parts else "")
-    return Entry(NAMES.get(dataset, dataset), (spec,), frozenset({dataset}))
+    return Entry(NAMES.get(dataset, dataset), (spec,))

@@ -71,5 +71,10 @@ def without_path(spec: str) -> str:
     """A task's spec as it may be given away: of a local file only the name."""
     kind, _, rest = spec.partition(":")
     name, mark, query = rest.partition("?")
-    local = kind == "jsonl" or (kind == "hf" and name.startswith(("/", ".", "~")))
-    return f"{kind}:{Path(name).name}{mark}{query}" if local else spec
+    return f"{kind}:{Path(name).name}{mark}{query}" if is_local(spec) else spec
+
+
+def is_local(spec: str) -> bool:
+    """Whether a spec reads a file or folder of this machine."""
+    kind, _, name = spec.partition(":")
+    return kind == "jsonl" or (kind == "hf" and name.startswith(("/", ".", "~")))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from phatgoose.registry import lookup
 from phatgoose.tasks.bbh import NAMES
+from phatgoose.tasks.datasets import NATURAL_INSTRUCTIONS
 from phatgoose.tasks.entries import Entry
 
 SUITES = {
@@ -96,6 +97,19 @@ T0HO = {
     "wsc": "super_glue/wsc.fixed?test=validation&files=wsc_eep",
 }
 
+_T0HO_BY_OTHER_NAMES = frozenset(
+    {
+        "glue/rte",
+        "super_glue/wsc",
+        "glue/wnli",
+        "winograd_wsc",
+        "definite_pronoun_resolution",
+        "winogrande",
+        "story_cloze",
+    }
+)
+"""Their rows, or what they are made of, as other collections have it: GLUE's RTE, Winograd's schemas, all sizes of WinoGrande."""
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -119,20 +133,13 @@ def suite(name: str) -> Suite:
 
 
 def t0ho() -> Suite:
-    entries = []
-    for name, rest in T0HO.items():
-        dataset = rest.partition("?")[0]
-        spec = f"prompted:{rest}&templates=original"
-        entries.append(Entry(name, (spec,), frozenset({dataset})))
-    return Suite("t0ho", tuple(entries), frozenset({"natural-instructions"}), ("story_cloze",))
+    entries = [Entry(name, (f"prompted:{rest}&templates=original",)) for name, rest in T0HO.items()]
+    return Suite("t0ho", tuple(entries), _T0HO_BY_OTHER_NAMES | {NATURAL_INSTRUCTIONS}, ("story_cloze",))
 
 
 def bbh() -> Suite:
     rows = [_bigbench(name) for name in BBH_BIGBENCH]
-    rows += [
-        Entry(n, (f"bbh:{n}{choices}",), frozenset({f"bigbench/{n}"})) for n, choices in BBH_ROWS.items()
-    ]
-    return Suite("bbh", tuple(rows))
+    return Suite("bbh", (*rows, *(Entry(n, (f"bbh:{n}{choices}",)) for n, choices in BBH_ROWS.items())))
 
 
 def bbl() -> Suite:
@@ -140,8 +147,7 @@ def bbl() -> Suite:
 
 
 def bbh_cot_repo() -> Suite:
-    names = [Entry(n, (f"bbh:{n}",), frozenset({f"bigbench/{_SAME.get(n, n)}"})) for n in NAMES]
-    return Suite("bbh-cot-repo", tuple(names))
+    return Suite("bbh-cot-repo", tuple(Entry(n, (f"bbh:{n}",)) for n in NAMES))
 
 
 def quickstart() -> Suite:
@@ -149,20 +155,8 @@ def quickstart() -> Suite:
     return Suite("quickstart", tuple(_bigbench(name) for name in names))
 
 
-_SAME = {
-    "causal_judgement": "causal_judgment",
-    "formal_fallacies": "formal_fallacies_syllogisms_negation",
-    **{f"logical_deduction_{n}_objects": "logical_deduction" for n in ("three", "five", "seven")},
-    **{
-        f"tracking_shuffled_objects_{n}_objects": "tracking_shuffled_objects"
-        for n in ("three", "five", "seven")
-    },
-}
-"""Published files → BIG-bench tasks of another name."""
-
-
 def _bigbench(name: str) -> Entry:
     metric = "rougeL" if name == "conlang_translation" else None
     # Its rows have choices, and BIG-bench prefers to match them; the paper's variant ranks whatever has choices.
     ranked = "?ranked=true" if name == "penguins_in_a_table" else ""
-    return Entry(name, (f"bigbench:{name}{ranked}",), frozenset({f"bigbench/{name}"}), metric)
+    return Entry(name, (f"bigbench:{name}{ranked}",), metric)
