@@ -46,7 +46,9 @@ def command(
         list[str] | None,
         typer.Option("--router", help=f"{ROUTER_HELP} Give it again to compare several on the same rows."),
     ] = None,
-    split: Annotated[Split, typer.Option("--split", help="Which split of the tasks.")] = Split.test,
+    split: Annotated[
+        Split | None, typer.Option("--split", help="Which split of the tasks; test if not given.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only the first rows of each task.")
     ] = None,
@@ -89,6 +91,10 @@ def command(
 
     if (task is None) == (harness is None):
         raise EvaluationError("give either --task or --harness.")
+    if harness is not None and (split is not None or batch_tokens is not None):
+        raise EvaluationError(
+            "--split and --batch-tokens are for --task: the harness has splits and batches of its own."
+        )
     if out is not None and out.exists() and not overwrite:
         raise StorageError(f"{out} exists: choose another file, or replace it with --overwrite.")
     experts = load_pool(pool)
@@ -107,7 +113,9 @@ def command(
         return
     config = EvaluationConfig(batch_tokens=batch_tokens)
     recipe = _recipe(model, experts, pool, tasks, backend, limit)
-    scores = _measure(model, experts, choices, tasks, split.value, limit, config, backend, recipe, out)
+    scores = _measure(
+        model, experts, choices, tasks, (split or Split.test).value, limit, config, backend, recipe, out
+    )
     _show(scores)
     if out is not None:
         show.note(f"written: {out}")
