@@ -142,9 +142,14 @@ def test_gpus_are_dealt_out_and_none_is_made_up(monkeypatch):
         Processes(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
     assert [s["CUDA_VISIBLE_DEVICES"] for s in Processes(3, gpus=1).settings] == ["6", "6", "6"]
-    shown = CliRunner().invoke(app, ["experiment", str(RECIPE), "--workers", "2", "--gpus", "0.5"])
-    assert shown.exit_code == 1
-    assert "only with --ray" in " ".join(shown.output.split())
+    for options, says in (
+        (("--workers", "2", "--gpus", "0.5"), "only with --ray can a step ask for a part of a GPU"),
+        (("--workers", "0", "--gpus", "1"), "GPUs are dealt out to workers, and --workers is 0"),
+        (("--workers", "2", "--cpus", "2"), "only with --ray does a step ask for CPUs"),
+    ):
+        shown = CliRunner().invoke(app, ["experiment", str(RECIPE), *options])
+        assert shown.exit_code == 1
+        assert says in " ".join(shown.output.split())
 
 
 RAY = """
@@ -152,8 +157,14 @@ import json, sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_executors import steps
+from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.ray_executor import RayExecutor
-executor = RayExecutor(cpus=1, retries=1, total_cpus=2)
+for asked in ({{"cpus": 4096}}, {{"gpus": 64}}):
+    try:
+        RayExecutor(**asked)
+    except PhatgooseError as error:
+        print("REFUSED", error)
+executor = RayExecutor(cpus=1, retries=1)
 told = []
 found = executor.run(steps(Path({folder!r})), lambda s, state, why: told.append([s.name, state]))
 executor.close()
@@ -172,6 +183,8 @@ def test_ray_outlives_its_workers(tmp_path):
         capture_output=True, text=True, timeout=240, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "REFUSED a step asks for 4096 CPUs, and this machine has" in done.stdout  # it would wait for ever
+    assert "REFUSED a step asks for 64 GPUs, and this machine has" in done.stdout
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     found, told = json.loads(line.removeprefix("RESULT"))
     outcomes = {name: Outcome(*values) for name, values in found.items()}

@@ -24,7 +24,7 @@ def command(
         list[str] | None,
         typer.Option(
             "--folder",
-            help="NAME=FOLDER: read a suite's, a pool's or a source's data from there (t0ho=data/t0ho, bbh=…, bigbench=…).",
+            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…).",
         ),
     ] = None,
     pool: Annotated[
@@ -46,7 +46,9 @@ def command(
             "--ray", help="Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."
         ),
     ] = None,
-    cpus: Annotated[float, typer.Option("--cpus", help="With --ray: CPUs that a step asks for.")] = 1,
+    cpus: Annotated[
+        float | None, typer.Option("--cpus", help="With --ray: CPUs that a step asks for; 1 if not given.")
+    ] = None,
     gpus: Annotated[
         float,
         typer.Option(
@@ -115,17 +117,24 @@ def _folders(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _executor(workers: int, ray: str | None, cpus: float, gpus: float, retries: int) -> Executor:
+def _executor(workers: int, ray: str | None, cpus: float | None, gpus: float, retries: int) -> Executor:
     from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.executors import Inline, Processes
 
     if ray is not None:
         from phatgoose.workflows.ray_executor import RayExecutor
 
-        return RayExecutor(None if ray == "local" else ray, cpus=cpus, gpus=gpus, retries=retries)
+        asked = 1 if cpus is None else cpus
+        return RayExecutor(None if ray == "local" else ray, cpus=asked, gpus=gpus, retries=retries)
+    if cpus is not None:
+        raise PhatgooseError(
+            "--cpus: only with --ray does a step ask for CPUs; elsewhere they are shared out (--workers)."
+        )
     if gpus != int(gpus):
         raise PhatgooseError(f"--gpus {gpus}: only with --ray can a step ask for a part of a GPU.")
     if workers == 0:
+        if gpus:
+            raise PhatgooseError(f"--gpus {gpus:g}: GPUs are dealt out to workers, and --workers is 0.")
         return Inline(retries)
     return Processes(workers, gpus=int(gpus), retries=retries)
 

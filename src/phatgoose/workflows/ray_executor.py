@@ -35,7 +35,6 @@ class RayExecutor:
         cpus: float = 1,
         gpus: float = 0,
         retries: int = 1,
-        total_cpus: int | None = None,
     ):
         try:
             import ray
@@ -45,18 +44,30 @@ class RayExecutor:
         self._started = not ray.is_initialized()
         if self._started:
             settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-            if address is None:
-                settings |= {"include_dashboard": False, "num_cpus": total_cpus}
+            if address is None:  # without an address, Ray would join a cluster that it finds
+                settings |= {"include_dashboard": False}
             try:
-                ray.init(address=address, **settings)
+                ray.init(address=address or "local", **settings)
             except (ConnectionError, RuntimeError, ValueError) as cause:
                 raise PhatgooseError(
                     f"can't reach Ray{f' at {address}' if address else ''}: {cause}"
                 ) from cause
+        if address is None:
+            self._check(cpus, gpus)
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
         if not gpus:  # with one, Ray's own way: a process that it gives another GPU would stay on its first
             options["max_calls"] = 0
         self._attempt = ray.remote(**options)(_attempt_in)
+
+    def _check(self, cpus: float, gpus: float) -> None:
+        """Steps that ask for more than this machine has would wait for ever. (A cluster may grow.)"""
+        there = self.ray.cluster_resources()
+        for name, asked in (("CPU", cpus), ("GPU", gpus)):
+            if asked > there.get(name, 0):
+                self.close()
+                raise PhatgooseError(
+                    f"a step asks for {asked:g} {name}s, and this machine has {there.get(name, 0):g}."
+                )
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
         found: dict[str, Outcome] = {}
