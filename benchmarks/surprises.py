@@ -5,7 +5,7 @@
     python benchmarks/surprises.py EXPERIMENT longer TASK ... # a pool of these experts with the paper's 100 gate steps (minutes each)
     python benchmarks/surprises.py EXPERIMENT gates           # the gates' lengths and angles
 
-EXPERIMENT is the folder that `phatgoose experiment` wrote. Only validation rows of its in-pool tasks are read. What comes out is
+EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only base. Only validation rows of its in-pool tasks are read. What comes out is
 written into surprises-WHAT.json there.
 """
 
@@ -194,6 +194,10 @@ def main() -> None:
     options = parser.parse_args()
     recipe = ExperimentRecipe.from_json(json.loads((options.experiment / "recipe.json").read_text()))
     lab, console = Lab(recipe, options.experiment), Console()
+    if IN_POOL not in lab.suites:
+        raise SystemExit(f"{options.experiment} has no suite {IN_POOL}, whose tasks are looked at.")
+    if options.what == "shares" and lab.base.is_encoder_decoder:
+        raise SystemExit("shares are counted behind a key-value cache, for decoder-only bases.")
     if options.what in ("drop", "longer"):
         found = {"drop": drop, "longer": longer}[options.what](lab, console, options.tasks or tasks(lab))
     else:

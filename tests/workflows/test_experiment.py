@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from encoder_fixtures import make_encoder, signed
 from phatgoose.cli.main import app
-from phatgoose.errors import EvaluationError, PhatgooseError, StorageError, TaskError, TrainingError
+from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.load import load_base
@@ -194,6 +194,8 @@ def test_experts_that_are_there_are_taken_and_the_others_trained(place, ready, m
     assert "taken" not in choice
     assert (stranger["task"], upper["task"]) == (None, "upper")
     assert sorted(results["suites"]["in-pool"]["tasks"]) == ["choice", "upper"]
+    # What upper saw isn't known: its record names no rows, so the recipe's task of its name says nothing of them.
+    assert results["training_rows"] == {"read": ["choice"], "unread": ["upper", "stranger"]}
     assert set(results["chosen"]["oracle"]["in-pool"].values()) <= {"upper", "choice", "stranger"}
     assert results["complete"]
     first = outcome(place / "out")
@@ -244,6 +246,7 @@ def test_what_was_trained_here_gives_the_same_numbers_when_it_is_taken(place):
     pool = {**trained.to_json()["pool"], "folder": str(place / "out" / "pool")}
     again = run_experiment(recipe(place, systems=systems, signature=signature, pool=pool), place / "again")
     assert again["suites"] == whole["suites"]
+    assert again["training_rows"] == whole["training_rows"] == {"read": ["upper", "choice"], "unread": []}
     assert [e["signature"] for e in again["experts"]] == [e["signature"] for e in whole["experts"]]
     assert not (place / "again" / "work").exists()
     bare = [replace(e, signature=None) for e in Pool.load(place / "out" / "pool").experts]
@@ -517,7 +520,7 @@ def test_results_hold_together(place):
         assert part in text
     lines = text.partition("## Overview")[2].partition("## in-pool")[0].splitlines()
     overview = {cells[1].strip(): cells[2:-1] for line in lines if len(cells := line.split("|")) > 3}
-    assert set(overview) == {"system", "---", *common, "own", "*guessing*"}
+    assert set(overview) == {"system", "---", *common, "own", "*guessing*", "*blind choice*"}
     for system in common:
         for place_of, name in enumerate(("in-pool", "unseen")):
             suite = results["suites"][name]
@@ -525,8 +528,15 @@ def test_results_hold_together(place):
             mark = "" if found["p_holm"] >= 0.05 else " ▲" if found["difference"] > 0 else " ▼"
             assert overview[system][place_of].strip() == f"{suite['systems'][system]['mean']:.3f}{mark}"
     assert overview["own"][1].strip() == ""
-    assert list(overview)[-2:] == ["own", "*guessing*"]  # own: measured on fewer suites
-    assert f"Guessing scores {overview['*guessing*'][0].strip()}." in text
+    assert list(overview)[-3:] == ["own", "*guessing*", "*blind choice*"]  # own: measured on fewer suites
+    guess, blind = (overview[f"*{kind}*"][0].strip() for kind in ("guessing", "blind choice"))
+    assert f"Guessing scores {guess}, blind choice {blind}." in text
+    assert (float(guess), float(blind)) == (
+        pytest.approx(
+            (1 + max(0.5, results["suites"]["in-pool"]["tasks"]["choice"]["commonest"])) / 2, abs=5e-4
+        ),
+        0.25,
+    )
     assert "| task | rows | measure | guessing | oracle's expert |" in text
     assert (
         f"| upper | 6 | exact match | 1.00 | {results['chosen']['oracle']['in-pool']['upper']} (on 3) |"
@@ -560,14 +570,41 @@ def test_results_hold_together(place):
     assert len(svg.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * len(common) + 1
 
 
-def test_systems_of_different_rows_are_not_compared():
-    def score(rows):
+@pytest.mark.parametrize("other", [(2, "hash"), (1, "another")])
+def test_systems_of_different_rows_are_not_compared(other):
+    """Data that changed while it was measured, or isn't the same on all machines, costs its own task."""
+
+    def score(rows, task_hash):
         return TaskScore(
-            "t", "test", "exact match", 1.0, 1.0, 1.0, rows, "hash", (Prediction(True, "a"),) * rows
+            "t", "test", "exact match", 1.0, 1.0, 1.0, rows, task_hash, (Prediction(True, "a"),) * rows
         )
 
-    with pytest.raises(EvaluationError, match="t: a comparison needs the same rows"):
-        suite_results({"base": {"t": score(1)}, "phatgoose": {"t": score(2)}}, ["t"])
+    one = score(1, "hash")
+    table = {"base": {"t": one, "u": one}, "phatgoose": {"t": score(*other), "u": one}}
+    found = suite_results(table, ["t", "u"])
+    assert found["unlike"] == ["t"]
+    assert found["common_tasks"] == ["u"]
+
+
+def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(place, monkeypatch):
+    """Its file is written anew between two systems, each of which a worker of its own measures."""
+    measure = experiment_steps.measure
+
+    def edited(run, system, **asked):
+        if system == "phatgoose":
+            write(place / "held.jsonl", [{"input": f"new {i}", "target": "yes"} for i in range(12)])
+            experiment_steps._lab.cache_clear()
+        return measure(run, system=system, **asked)
+
+    monkeypatch.setattr(experiment_steps, "measure", edited)
+    measured = {
+        "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 4, "choice_rows": 2,
+    }  # fmt: skip
+    results = run_experiment(recipe(place, systems=["base", "phatgoose"], measure=measured), place / "out")
+    assert "different rows" in results["failed"]["unseen: held"]
+    assert "different rows" in results["suites"]["unseen"]["left_out"]["held"]
+    assert results["suites"]["in-pool"]["common_tasks"]
+    assert "different rows" in (place / "out/results.md").read_text()
 
 
 def test_what_fails_costs_only_itself(place):
@@ -695,7 +732,7 @@ def test_ties_go_to_the_expert_that_finds_right_answers_likelier():
 def test_contamination_is_reported(place):
     words = "a long enough row of very common words that stands on both sides number"
     write(place / "upper.jsonl", [{"input": f"{words} {i} {'x' * i}", "target": "yes", "split": "train"} for i in range(40)]
-        + [{"input": f"t {i}", "target": "yes", "split": s} for s in ("validation", "test") for i in range(8)])  # fmt: skip
+        + [{"input": f"{s} {i}", "target": "yes", "split": s} for s in ("validation", "test") for i in range(8)])  # fmt: skip
     seen = [
         {"input": f"something else {i}", "target": "no", "choices": ["yes", "no"], "split": "test"}
         for i in range(39)
@@ -709,10 +746,13 @@ def test_contamination_is_reported(place):
     }
     results = run_experiment(recipe(place, systems=["base", "phatgoose"], measure=measure), place / "out")
     found = results["suites"]["unseen"]["contamination"]["held"]
-    if results["suites"]["unseen"]["tasks"]["held"]["test_rows"] == 40:
-        assert len(found["flagged"]) == 1
-        assert found["trained"] == ["upper"]
-    assert "Contamination: " in (place / "out/results.md").read_text()
+    assert results["suites"]["unseen"]["tasks"]["held"]["test_rows"] == 40
+    assert len(found["flagged"]) == 1
+    assert found["trained"] == ["upper"]
+    assert (
+        "1 of 40 rows of held share text with training rows, of upper."
+        in (place / "out/results.md").read_text()
+    )
 
 
 def test_a_run_reads_its_data_anew(place):
@@ -792,7 +832,7 @@ def local_t0(tmp_path, monkeypatch):
 
 
 def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
-    """The recipe that is shipped, with all its 36 experts; of it only the base, the numbers and how much is measured are smaller."""
+    """The recipe that is shipped, with all its 36 experts; its other systems and suites are the next test's and BIG-bench's own."""
     base = make_base("t5", layers=1)
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
@@ -819,3 +859,29 @@ def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base
         e.name for e in named_suite("t0ho").entries
     ]  # StoryCloze too, of an own copy
     assert held_out["left_out"] == {}
+
+
+def test_the_papers_systems_run_on_a_tiny_t5(tmp_path, make_base, local_t0):
+    """All that the shipped recipe compares, data signatures and choices among experts with it, for three of its experts."""
+    base = make_base("t5", layers=1)
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    encoder = make_encoder(tmp_path / "encoder")
+    shipped = ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml", local_t0)
+    steps = {**COMMON, "steps": 1, "validate_every": 1, "save_every": 0}
+    made = replace(
+        shipped,
+        base=str(tmp_path / "base"),
+        dtype="float32",
+        pool=replace(shipped.pool, train_rows=8, only=("wiki_qa", "quarel", "trec")),
+        measure=replace(shipped.measure, suites=("in-pool", "t0ho"), test_rows=2, choice_rows=1),
+        expert=replace(shipped.expert, rank=1, **steps),
+        gate=replace(shipped.gate, **steps),
+        signature=replace(shipped.signature, rows=8, texts=8, encoder=str(encoder)),
+    )
+    results = run_experiment(made, tmp_path / "out")
+    assert results["failed"] == {}
+    for name in ("in-pool", "t0ho"):
+        measured = results["suites"][name]["systems"]
+        assert {s for s, found in measured.items() if "mean" in found} == set(made.all_systems)
+    assert results["training_rows"] == {"read": ["wiki_qa", "quarel", "trec"], "unread": []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,10 @@ def test_story_cloze_is_measured_where_its_owners_copy_is(tmp_path):
         {**SMALL, "measure": {"suites": ["t0ho"]}, "folders": {"t0ho": str(tmp_path)}}
     )
     assert without_own_copies(recipe, recipe.suites[0])[1] == ()
+    alone = replace(recipe, folders={"story_cloze": str(tmp_path)})  # the other tasks are fetched
+    kept, missing = without_own_copies(alone, alone.suites[0])
+    assert missing == ()
+    assert len(kept.entries) == 11
 
 
 def test_the_quickstart_suite_is_the_quickstarts():
@@ -77,6 +82,14 @@ def test_the_quickstart_suite_is_the_quickstarts():
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
+        ({"measure": {"tasks": {"b": "jsonl:b.jsonl"}}}, RecipeError, "tasks are the suite unseen, which isn't among the suites"),
+        ({"folders": {"t0h": "x"}}, UnknownName, "folder 't0h': did you mean 't0ho'"),
+        (
+            {"pool": {"tasks": {"ld": "bigbench:logical_deduction/three_objects"}}, "measure": {"suites": ["bbh"]}},
+            TaskError,
+            r"ld \(bigbench/logical_deduction/three_objects\)",
+        ),
+        ({"systems": ["padded:²"]}, RoutingError, "padded:N"),
         ({"bas": "x"}, UnknownName, "setting in the recipe 'bas': did you mean 'base'"),
         ({"expert": {"step": 3}}, UnknownName, r"setting in the recipe, \[expert\] 'step': did you mean 'steps'"),
         ({"measure": {"test_rows": "ten"}}, RecipeError, "test_rows is 'ten', expected a whole number"),

@@ -107,7 +107,10 @@ class _Run:
         left_out: dict[str, dict[str, str]] = {}
         for one in self.recipe.suites:
             kept, missing = without_own_copies(self.recipe, one)
-            left_out[one.name] = dict.fromkeys(missing, "needs your own copy of its data: give a folder")
+            left_out[one.name] = {
+                name: f"needs your own copy of its data: give its folder (--folder {name}=FOLDER)"
+                for name in missing
+            }
             wanted[one.name] = [e.name for e in kept.entries]
         found = self.run("check", [self.step(f"check {s}", "check_tasks", suite=s) for s in wanted])
         tasks: dict[str, dict[str, Any]] = {}
@@ -199,7 +202,7 @@ class _Run:
                 for name in [n for n, info in found.items() if not info["choice_rows"]]:
                     del found[name]
                     left_out[suite][name] = (
-                        "it has no rows for the oracle to choose on; measured without that system"
+                        "it has no rows for the oracle to choose on: leave that system out to measure it"
                     )
 
     def choose(
@@ -291,12 +294,10 @@ class _Run:
         """{"suites": suite → task → what its rows share with training rows, "read": whose rows these are, "unread": whose aren't known}."""
         suites = {s: list(found) for s, found in tasks.items() if found}
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
-        unread = [n for n in pool.names if n not in known]
         step = self.step("contamination", "contamination", words=WORDS, suites=suites, trained=known)
-        outcome = self.run("contamination", [step])["contamination"] if known else Outcome({})
-        if not outcome.ok:
-            known, unread = [], list(pool.names)
-        return {"suites": outcome.value or {}, "read": known, "unread": unread}
+        outcome = self.run("contamination", [step])["contamination"] if known else Outcome()
+        found = outcome.value or {"suites": {}, "read": []}
+        return {**found, "unread": [n for n in pool.names if n not in found["read"]]}
 
 
 def _standing(scores: Sequence[Sequence[float | None]]) -> tuple[float, float]:

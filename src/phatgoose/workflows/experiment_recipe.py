@@ -40,10 +40,11 @@ from phatgoose.experts.names import check_name
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, parse_router
-from phatgoose.tasks.entries import Entry, check_apart, entry
-from phatgoose.tasks.pools import pool_entries
+from phatgoose.tasks.entries import Entry, check_apart, folder_for
+from phatgoose.tasks.load import SOURCES
+from phatgoose.tasks.pools import POOLS, pool_entries
 from phatgoose.tasks.spec import without_path
-from phatgoose.tasks.suites import Suite, suite
+from phatgoose.tasks.suites import SUITES, Suite, suite
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.signature_config import SignatureConfig
 from phatgoose.workflows.systems import CHOSEN, MULTITASK, OWN, check_system, expanded, reads
@@ -134,6 +135,10 @@ class ExperimentRecipe:
             )
         if self.measure.backend not in ("auto", *BACKENDS):
             raise unknown("backend", self.measure.backend, ("auto", *BACKENDS))
+        if self.measure.tasks and UNSEEN not in self.measure.suites:
+            raise RecipeError(
+                f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it there, or leave out the tasks."
+            )
         for name in self.pool.tasks:
             check_name(name)
         entries = self.pool_entries
@@ -150,6 +155,16 @@ class ExperimentRecipe:
         for found in self.suites:
             if found.name != IN_POOL:
                 check_apart(entries, found.entries, found.refuses, found.name)
+        known = {
+            *SOURCES,
+            *POOLS,
+            *SUITES,
+            *(e.name for s in self.suites for e in s.entries),
+            *(e.name for e in entries),
+        }
+        for name in self.folders:
+            if name not in known:
+                raise unknown("suite, pool, source or task of a folder", name, known)
 
     def _check_routers(self, names: Sequence[str]) -> None:
         """Refuses routers that can't serve a pool of these experts."""
@@ -183,7 +198,7 @@ class ExperimentRecipe:
 
     def _all_entries(self) -> list[Entry]:
         found = [e for name in self.pool.names for e in pool_entries(name)]
-        return found + [entry(spec, name) for name, spec in self.pool.tasks.items()]
+        return found + [Entry(name, (spec,)) for name, spec in self.pool.tasks.items()]
 
     def taken(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the experts `names`, all that are in `pool.folder`, that the recipe's pool has.
@@ -220,7 +235,7 @@ class ExperimentRecipe:
             if name == IN_POOL:
                 found.append(Suite(IN_POOL, self.pool_entries))
             elif name == UNSEEN:
-                found.append(Suite(UNSEEN, tuple(entry(s, n) for n, s in self.measure.tasks.items())))
+                found.append(Suite(UNSEEN, tuple(Entry(n, (s,)) for n, s in self.measure.tasks.items())))
             else:
                 found.append(suite(name))
             if not found[-1].entries:
@@ -345,8 +360,9 @@ def _wrong_type(value: Any, expected: str) -> str | None:
 
 def without_own_copies(recipe: ExperimentRecipe, found: Suite) -> tuple[Suite, tuple[str, ...]]:
     """The suite without those of its own-copy tasks for which there is no file, and their names."""
-    folder = recipe.folders.get(found.name) or recipe.folders.get("prompted")
-    missing = tuple(
-        name for name in found.own_copy if folder is None or not any(Path(folder).glob(f"{name}.*"))
-    )
-    return replace(found, entries=tuple(e for e in found.entries if e.name not in missing)), missing
+    missing = []
+    for one in (e for e in found.entries if e.name in found.own_copy):
+        folder = folder_for(one.specs[0], (one.name, found.name), recipe.folders)
+        if folder is None or not any(Path(folder).glob(f"{one.name}.*")):
+            missing.append(one.name)
+    return replace(found, entries=tuple(e for e in found.entries if e.name not in missing)), tuple(missing)

@@ -32,6 +32,10 @@ PACKAGES = ("tokenizers", "datasets", "safetensors", "numpy", "huggingface_hub")
 ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads")
 """What all scores of a comparison should have in common; "base" has one value more for each further model."""
 
+UNLIKE = (
+    "systems were measured on different rows of it: its data changed meanwhile, or isn't the same everywhere"
+)
+
 RESAMPLES = 20_000
 """Of all intervals and p-values. Holm over 25 systems multiplies the least p-value that there is by 24: to 0.0024."""
 
@@ -50,15 +54,20 @@ def results_of(
     together: Mapping[str, Any] | None = None,
     seconds: float,
 ) -> dict[str, Any]:
-    """What results.json holds. Nothing in it but "made" and the experts' seconds differs between two runs of a recipe."""
-    suites = {}
+    """What results.json holds. "made" and seconds apart, two runs of a recipe in which nothing fails hold the same on as many threads."""
+    suites: dict[str, Any] = {}
+    unlike: dict[str, str] = {}
     for name, found in tasks.items():
         table = _table(out, files, name)
-        suites[name] = suite_results(table, list(found)) | {
+        compared = suite_results(table, list(found))
+        changed = dict.fromkeys(compared.pop("unlike"), UNLIKE)
+        unlike |= {f"{name}: {task}": why for task, why in changed.items()}
+        suites[name] = compared | {
             "tasks": found,
-            "left_out": dict(left_out.get(name, {})),
+            "left_out": {**left_out.get(name, {}), **changed},
             "contamination": contamination["suites"].get(name, {}),
         }
+    failed = {**failed, **unlike}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -73,7 +82,7 @@ def results_of(
         "chosen": chosen,
         "training_rows": {k: contamination[k] for k in ("read", "unread")},
         "complete": not failed,
-        "failed": dict(failed),
+        "failed": failed,
     }
 
 
@@ -93,15 +102,14 @@ def _measured(out: Path, files: Files) -> dict[str, list[Any]]:
 
 
 def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
-    """Means, intervals and comparisons on the tasks that every system has been measured on.
+    """Means, intervals and comparisons on the tasks that every system has been measured on; "unlike" are those of different rows.
 
     A system without a single score is left out, so that it doesn't take all tasks with it.
-
-    Raises:
-        EvaluationError: systems have different numbers of rows of a task.
     """
     table = {system: row for system, row in table.items() if row}
     common = [t for t in tasks if table and all(t in row for row in table.values())]
+    unlike = [t for t in common if len({(row[t].task_hash, row[t].rows) for row in table.values()}) > 1]
+    common = [t for t in common if t not in unlike]
     systems: dict[str, dict[str, Any]] = {}
     for system, row in table.items():
         scores = {
@@ -110,14 +118,11 @@ def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
             for t, s in row.items()
         }  # fmt: skip
         systems[system] = {"tasks": scores}
-    results = {"common_tasks": common, "systems": systems, "against": {}, "oracle_gain_share": {}}
+    results = {
+        "common_tasks": common, "systems": systems, "against": {}, "oracle_gain_share": {}, "unlike": unlike,
+    }  # fmt: skip
     if not common:
         return results
-    for t in common:
-        if len(counts := {len(row[t].predictions) for row in table.values()}) > 1:
-            raise EvaluationError(
-                f"{t}: a comparison needs the same rows of all systems, got {sorted(counts)} rows."
-            )
     points = [np.array([[p.points for p in row[t].predictions] for row in table.values()]) for t in common]
     groups = raw_rows(next(iter(table.values())), common)
     drawn = dict(zip(table, resampled(points, groups=groups, resamples=RESAMPLES), strict=True))

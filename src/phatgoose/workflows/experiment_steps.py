@@ -25,10 +25,11 @@ from phatgoose.models.load import load_base
 from phatgoose.records import Example, Task, TaskScore, groups_of
 from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
-from phatgoose.tasks.entries import Entry, dataset_of, load_entry, with_validation
+from phatgoose.tasks.datasets import dataset_of
+from phatgoose.tasks.entries import Entry, load_entry, with_validation
 from phatgoose.tasks.overlap import Overlaps
 from phatgoose.tasks.representable import loss
-from phatgoose.tasks.spec import without_path, without_paths
+from phatgoose.tasks.spec import is_local, without_path, without_paths
 from phatgoose.tasks.splits import Fractions
 from phatgoose.tasks.suites import Suite
 from phatgoose.training.gate import check_fits
@@ -264,11 +265,14 @@ def take(run: Run) -> dict[str, Any]:
 
 
 def _said(expert: Expert) -> list[str] | None:
-    """The specs that an expert's record says it was trained on; None if it says nothing that can be read."""
+    """The specs that an expert's record says it was trained on; None if it says nothing that can be read.
+
+    Local files aren't among them: a record keeps their name alone, and two files of one name may hold anything.
+    """
     task = expert.provenance.get("task")
     source = task.get("source") if isinstance(task, Mapping) else None
     spec = source.get("spec") if isinstance(source, Mapping) else None
-    found = [without_path(s) for s in spec.split(" + ")] if isinstance(spec, str) else []
+    found = [s for s in spec.split(" + ") if not is_local(s)] if isinstance(spec, str) else []
     try:
         return [s for s in found if dataset_of(s)] or None
     except TaskError:
@@ -380,7 +384,8 @@ def measure(
 def contamination(
     run: Run, words: int, suites: Mapping[str, list[str]], trained: list[str]
 ) -> dict[str, Any]:
-    """{suite: {task: {rows, flagged, trained}}}: which measured rows share a run of words with a row experts were trained on.
+    """{"suites": {suite: {task: {rows, flagged, trained}}}, "read": names}: which measured rows share a run of words with a row that
+    experts were trained on, and whose rows these are: not those of an expert that was taken and whose record names other rows, or none.
 
     A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
     """
@@ -389,9 +394,13 @@ def contamination(
     for suite, name in asked:
         rows = here.task(suite, name).test[: here.recipe.measure.test_rows]
         overlaps.measured(name, rows, own=name if suite == IN_POOL else None)
+    read = []
     for name in trained:
-        overlaps.trained(name, trained_on(here, name).train)
+        task, saw = trained_on(here, name), here.pool[name].provenance.get("task")
+        if isinstance(saw, Mapping) and saw.get("hash") == task.hash:
+            overlaps.trained(name, task.train)
+            read.append(name)
     found: dict[str, Any] = {suite: {} for suite in suites}
     for (suite, name), one in zip(asked, overlaps.found(), strict=True):
         found[suite][name] = {"rows": one.rows, "flagged": list(one.flagged), "trained": list(one.trained)}
-    return found
+    return {"suites": found, "read": read}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phatgoose.workflows.experiment_recipe import IN_POOL
-from phatgoose.workflows.systems import BASE, MAIN, ORACLE
+from phatgoose.workflows.systems import BASE, BEST_SINGLE, MAIN, ORACLE
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -18,8 +18,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are unweighted over tasks, intervals "
         "are 95 % by bootstrap over rows (over raw rows, where a task shows one under several prompts), differences are paired by row, "
         f"p-values are adjusted by Holm over the systems of a suite, and can't be less than {2 / (results['resamples'] + 1):.2g} before that: "
-        f"{results['resamples']} resamples. *Guessing* is what the one best answer to all rows of a task or a blind choice among each "
-        "row's would score, whichever is more.",
+        f"{results['resamples']} resamples. *Blind choice* is what a draw among each row's choices scores (0 where it has none); *guessing* "
+        "is that or the commonest answer of a task's measured rows, whichever scores more, so it knows a little of them.",
         "",
     ]
     lines += [_computed(results["measured"]), ""]
@@ -72,8 +72,8 @@ def _overview(suites: Mapping[str, Any]) -> list[str]:
         return f"{means[system, name]:.3f}{mark}"
 
     rows = [[system, *(cell(system, name) for name in measured)] for system in systems]
-    blind = {name: guessing(suite) for name, suite in measured.items()}
-    rows.append(["*guessing*", *("" if g is None else f"{g:.3f}" for g in blind.values())])
+    rows.append(["*guessing*", *(f"{guessing(suite):.3f}" for suite in measured.values())])
+    rows.append(["*blind choice*", *(f"{blind_choice(suite):.3f}" for suite in measured.values())])
     return [
         "## Overview",
         "",
@@ -90,17 +90,14 @@ def _suite(
     lines = [f"## {name}", ""]
     if not suite["common_tasks"]:
         return [*lines, "No task was measured with every system.", ""]
-    blind = guessing(suite)
-    lines += [
-        f"{len(suite['common_tasks'])} tasks." + ("" if blind is None else f" Guessing scores {blind:.3f}."),
-        "",
-    ]
+    blind = f"Guessing scores {guessing(suite):.3f}, blind choice {blind_choice(suite):.3f}."
+    lines += [f"{len(suite['common_tasks'])} tasks. {blind}", ""]
     lines += _table(
         ["system", "mean", "− base", "p", "− PHATGOOSE", "p", "of the oracle's gain"],
         [_system(s, suite) for s in _ranked(suite)],
     )
     systems = _ranked(suite)
-    lines += _raw(suite)
+    lines += _raw(suite, chosen)
     picks = chosen.get(ORACLE, {}).get(name, {})
     rows = [
         [task, *_task(task, suite, picks.get(task))]
@@ -113,7 +110,7 @@ def _suite(
     return lines
 
 
-def _raw(suite: Mapping[str, Any]) -> list[str]:
+def _raw(suite: Mapping[str, Any], choosing: Mapping[str, Any]) -> list[str]:
     """How many of a suite's rows are independent of each other, if not all are."""
     scores = [next(iter(suite["systems"].values()))["tasks"][t] for t in suite["common_tasks"]]
     rows, raw = (sum(s[key] for s in scores) for key in ("rows", "raw_rows"))
@@ -124,6 +121,7 @@ def _raw(suite: Mapping[str, Any]) -> list[str]:
         f"{task} ({info['choice_rows']} of {info['choice_raw_rows']})"
         for task, info in suite["tasks"].items()
         if info.get("choice_raw_rows", 0) < info.get("choice_rows", 0)
+        and {ORACLE, BEST_SINGLE} & choosing.keys()
     ]
     chosen = f" Oracle and best-single choose on rows of other raw rows: {', '.join(few)}." if few else ""
     return [f"{text} (100 of 38: 100 rows of 38 raw rows).{chosen}", ""]
@@ -137,14 +135,20 @@ def _task(task: str, suite: Mapping[str, Any], pick: str | None) -> list[str]:
     return [_rows(score), score["metric"], blind, *chosen]
 
 
-def guessing(suite: Mapping[str, Any]) -> float | None:
-    """The mean over a suite's common tasks of what guessing scores; 0 where an answer is graded, and neither guess is one."""
-    found = [_guess(suite["tasks"][t]) or 0.0 for t in suite["common_tasks"]]
-    return sum(found) / len(found) if found else None
+def guessing(suite: Mapping[str, Any]) -> float:
+    """The mean over a suite's common tasks, of which there are some, of what guessing scores; 0 where an answer is graded, and neither
+    guess is one."""
+    return sum(_guess(suite["tasks"][t]) or 0.0 for t in suite["common_tasks"]) / len(suite["common_tasks"])
+
+
+def blind_choice(suite: Mapping[str, Any]) -> float:
+    """The same of drawing one of each row's choices; 0 where it has none."""
+    return sum(suite["tasks"][t]["chance"] or 0.0 for t in suite["common_tasks"]) / len(suite["common_tasks"])
 
 
 def _guess(info: Mapping[str, Any]) -> float | None:
-    """What who doesn't read a task's prompts can score: by its commonest answer, or by a blind choice among each row's."""
+    """What a task gives who doesn't read its prompts: by a blind choice among each row's, or by the commonest answer of its measured
+    rows, which one must know to give it, so that this is more than anybody can count on."""
     return max((g for g in (info["commonest"], info["chance"]) if g is not None), default=None)
 
 

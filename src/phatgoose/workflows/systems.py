@@ -56,7 +56,7 @@ def check_system(name: str) -> None:
             )
         return
     if kind == "padded":
-        if not rest.isdigit() or int(rest) < 1:
+        if not (rest.isascii() and rest.isdigit()) or int(rest) < 1:
             raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
         return
     if kind not in ROUTERS:
