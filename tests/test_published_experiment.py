@@ -1,0 +1,36 @@
+"""The experiment's page and picture are what its results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phatgoose.workflows.experiment_plot import plot
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+from phatgoose.workflows.experiment_text import markdown
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    (path,) = (ROOT / "benchmarks" / "results").glob("bigbench-t0-20*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_page_and_picture_are_the_results_own(results):
+    page = (ROOT / "docs" / "experiment-bigbench-t0.md").read_text(encoding="utf-8")
+    assert page == markdown(results)
+    picture = (ROOT / "docs" / "images" / "experiment-bigbench-t0.svg").read_text(encoding="utf-8")
+    assert picture == plot(results)
+
+
+def test_they_are_of_the_shipped_recipe(results):
+    shipped = json.loads(json.dumps(ExperimentRecipe.read(ROOT / "recipes" / "bigbench-t0.toml").to_json()))
+    said = results["recipe"]
+    assert said.keys() == shipped.keys()
+    for part in shipped.keys() - {"folders"}:  # whoever runs it has folders of their own
+        assert said[part] == shipped[part]
+    assert results["failed"] == {}
