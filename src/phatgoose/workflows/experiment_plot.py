@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -64,12 +65,17 @@ def _kind(system: str) -> str:
     return "told the task, or trained on all data" if told else "routers, merges, controls"
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high], five steps apart at most; the interval lies in [0, 1] and is 0.01 wide at least."""
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 5 * s)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def _panel(name: str, suite: Mapping[str, Any], left: int, top: int) -> tuple[list[str], int]:
     systems = {s: v for s, v in suite["systems"].items() if "mean" in v}
     guess = guessing(suite)
-    lowest, highest = min(v["low"] for v in systems.values()), max(v["high"] for v in systems.values())
-    if guess is not None:
-        lowest, highest = min(lowest, guess), max(highest, guess)
+    lowest = min(guess, *(v["low"] for v in systems.values()))
+    highest = max(guess, *(v["high"] for v in systems.values()))
     pad = max(0.01, (highest - lowest) * 0.05)
     low, high = max(0.0, lowest - pad), min(1.0, highest + pad)
     first, last = top + HEAD, top + HEAD + ROW * len(systems)
@@ -79,8 +85,7 @@ def _panel(name: str, suite: Mapping[str, Any], left: int, top: int) -> tuple[li
 
     head = f"{name} ({len(suite['common_tasks'])} tasks)"
     parts = [f'<text class="head" x="{left}" y="{top + 16}">{escape(head)}</text>']
-    for step in range(5):
-        value = low + (high - low) * step / 4
+    for value in _ticks(low, high):
         parts.append(f'<line class="axis" x1="{x(value)}" x2="{x(value)}" y1="{first - 6}" y2="{last}"/>')
         parts.append(f'<text x="{x(value)}" y="{first - 10}" text-anchor="middle">{value:.2f}</text>')
     lines = {"base": systems[BASE]["mean"] if BASE in systems else None, "guess": guess}
