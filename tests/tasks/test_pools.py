@@ -11,7 +11,7 @@ from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks import pools_bigbench, pools_flan, suites
 from phatgoose.tasks.bbh import NAMES
-from phatgoose.tasks.datasets import bigbench_name, dataset_of
+from phatgoose.tasks.datasets import bigbench_name, datasets_of
 from phatgoose.tasks.entries import (
     Entry,
     check_apart,
@@ -163,10 +163,16 @@ def test_every_prompted_dataset_has_its_templates():
         ("prompted:super_glue/rte?templates=original", "super_glue/rte"),
         ("prompted:winogrande/winogrande_xl", "winogrande/winogrande_xl"),
         ("hf:aps/super_glue?config=rte&input={a}", "super_glue/rte"),
-        ("hf:Rowan/hellaswag", "hellaswag"),
+        ("hf:aps/super_glue/rte", "super_glue/rte"),
+        ("hf:Rowan/hellaswag", "hellaswag rowan/hellaswag"),
+        ("hf:super_glue/rte", "rte super_glue/rte"),
         ("hf:tasksource/bigbench?config=hyperbaton", "bigbench/hyperbaton"),
+        ("hf:hails/bigbench?config=hyperbaton_zero_shot", "bigbench/hyperbaton"),
         ("hf:lukaemon/bbh?config=causal_judgement", "bigbench/causal_judgment"),
+        ("hf:lukaemon/bbh/Causal_Judgement", "bigbench/causal_judgment"),
         ("hf:bigscience/P3?config=super_glue_rte_must_be_true", "p3/super_glue_rte_must_be_true"),
+        ("hf:bigscience/P3/super_glue_rte_GPT_3_style", "p3/super_glue_rte_gpt_3_style"),
+        ("hf:Muennighoff/natural-instructions", "muennighoff/natural-instructions natural-instructions"),
         ("p3:super_glue_rte_must_be_true", "p3/super_glue_rte_must_be_true"),
         ("bbh:causal_judgement", "bigbench/causal_judgment"),
         ("bbh:tracking_shuffled_objects_seven_objects", "bigbench/tracking_shuffled_objects"),
@@ -177,7 +183,42 @@ def test_every_prompted_dataset_has_its_templates():
     ],
 )
 def test_specs_name_their_dataset(spec, dataset):
-    assert dataset_of(spec) == dataset
+    assert sorted(map(str, datasets_of(spec))) == dataset.split()
+
+
+def test_relative_paths_start_at_their_folder(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    file = str(tmp_path / "rows.jsonl")
+    assert sorted(map(str, datasets_of("jsonl:rows.jsonl", tmp_path))) == [file]
+    assert file in map(str, datasets_of("hf:rows.jsonl", tmp_path))
+    assert file not in map(str, datasets_of("hf:rows.jsonl"))
+    ours = {"up": str(tmp_path), "held": str(tmp_path / "other")}
+    pool, held = Entry("up", ("jsonl:rows.jsonl",)), Entry("held", ("jsonl:rows.jsonl",))
+    check_apart([pool], [held], frozenset(), "unseen", ours)
+    for same in ({}, {"jsonl": str(tmp_path)}, {"up": str(tmp_path), "unseen": str(tmp_path)}):
+        with pytest.raises(TaskError, match="up \\("):
+            check_apart([pool], [held], frozenset(), "unseen", same)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same"),
+    [
+        ("hf:alice/qa", "hf:bob/qa", False),
+        ("hf:alice/corpus/en", "hf:bob/other/en", False),
+        ("hf:alice/corpus?config=en", "hf:bob/corpus?config=en", False),
+        ("hf:alice/corpus?config=en", "hf:alice/corpus?config=de", False),
+        ("hf:alice/corpus?config=en", "hf:Alice/corpus", True),
+        ("hf:alice/anli", "prompted:anli?test=dev_r1", True),
+        ("hf:alice/super_glue?config=rte", "hf:super_glue/rte", True),
+    ],
+)
+def test_owners_tell_datasets_of_one_name_apart(ours, theirs, same):
+    pool, held = [Entry("one", (ours,))], [Entry("two", (theirs,))]
+    if same:
+        with pytest.raises(TaskError, match="'unseen' is for models that never saw its data"):
+            check_apart(pool, held, frozenset(), "unseen")
+    else:
+        check_apart(pool, held, frozenset(), "unseen")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +238,26 @@ def test_specs_name_their_dataset(spec, dataset):
         ("hf:super_glue?config=rte", "t0ho"),
         ("hf:nyu-mll/glue?config=rte", "t0ho"),
         ("hf:super_glue", "t0ho"),
+        ("hf:super_glue/rte", "t0ho"),
+        ("hf:aps/super_glue/cb", "t0ho"),
+        ("hf:nyu-mll/glue/rte", "t0ho"),
+        ("hf:facebook/anli", "t0ho"),
+        ("hf:facebook/anli/plain_text", "t0ho"),
+        ("hf:winogrande/winogrande_xl", "t0ho"),
+        ("hf:allenai/winogrande?config=winogrande_debiased", "t0ho"),
+        ("hf:story_cloze/2016", "t0ho"),
+        ("hf:bigscience/P3/super_glue_rte_GPT_3_style", "t0ho"),
+        ("hf:Open-Orca/FLAN", "t0ho"),
+        ("hf:Muennighoff/natural-instructions", "t0ho"),
+        ("bigbench:natural_instructions", "t0ho"),
+        ("bigbench:natural_instructions/subtask033_winogrande_answer_generation", "t0ho"),
+        ("bigbench:winowhy", "t0ho"),
+        ("hf:lukaemon/bbh/causal_judgement", "bbh"),
+        ("hf:maveriq/bigbenchhard?config=snarks", "bbh"),
+        ("hf:maveriq/bigbenchhard", "bbh"),
+        ("hf:tasksource/bigbench/hyperbaton", "bbh"),
+        ("hf:hails/bigbench?config=hyperbaton_zero_shot", "bbh"),
+        ("hf:tals/vitaminc", "bbl"),
     ],
 )
 def test_a_suite_is_refused_for_its_data_whichever_source_it_comes_from(spec, name):
@@ -212,6 +273,8 @@ def test_a_suite_is_refused_for_its_data_whichever_source_it_comes_from(spec, na
         ("p3:super_glue_boolq_exam", "t0ho"),
         ("p3:quail_context", "t0ho"),
         ("hf:super_glue?config=boolq", "t0ho"),
+        ("hf:aps/super_glue/boolq", "t0ho"),
+        ("hf:tasksource/bigbench/logical_args", "bbh"),
         ("bigbench:natural_instructions/subtask004_mctaco_answer_generation_event_duration", "t0ho"),
     ],
 )

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
-from phatgoose.tasks.datasets import dataset_of, shared
+from phatgoose.tasks.datasets import Dataset, datasets_of, shared
 from phatgoose.tasks.load import SOURCES, load_task
 from phatgoose.tasks.prompted import ROWS
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
 
 Folders = Mapping[str, str | Path]
-"""Where data is read from instead of being fetched: by suite or pool name, or by source (bigbench, prompted, …)."""
+"""Where data is read from instead of being fetched: by the name of a task, of a suite or pool, or of a source (bigbench, prompted, …)."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Entry:
     note: str = ""
     """Where it differs from what it is named after."""
 
-    @property
-    def datasets(self) -> frozenset[str]:
-        """What its specs read, by common names (`tasks/datasets.py`)."""
-        return frozenset(dataset_of(spec) for spec in self.specs)
+    def datasets(self, folders: Folders, group: str = "") -> frozenset[Dataset]:
+        """What its specs read, by common names (`tasks/datasets.py`); `group` as for `load_entry`."""
+        found = [datasets_of(spec, folder_for(spec, (self.name, group), folders)) for spec in self.specs]
+        return frozenset[Dataset]().union(*found)
 
 
 def load_entry(
@@ -83,20 +83,26 @@ def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path 
 
 
 def check_apart(
-    pool: Sequence[Entry], held_out: Sequence[Entry], refused: frozenset[str], suite: str
+    pool: Sequence[Entry],
+    held_out: Sequence[Entry],
+    refused: frozenset[str],
+    suite: str,
+    folders: Folders | None = None,
 ) -> None:
-    """Refuses a suite for a pool that was trained on its data.
+    """Refuses a suite for a pool that was trained on its data, as far as their names tell.
 
     Args:
-        refused: further datasets that the suite isn't measured with, since they contain its own.
+        refused: names of further datasets that the suite isn't measured with, since they contain its own.
+        folders: where both are read from.
 
     Raises:
         TaskError: naming the experts and the datasets.
     """
-    wanted = refused | frozenset(d for e in held_out for d in e.datasets)
-    found = {e.name: both for e in pool if (both := shared(e.datasets, wanted))}
+    places = folders or {}
+    wanted = {Dataset(name) for name in refused}.union(*(e.datasets(places, suite) for e in held_out))
+    found = {e.name: both for e in pool if (both := shared(e.datasets(places), wanted))}
     if found:
-        listed = "; ".join(f"{name} ({', '.join(d)})" for name, d in list(found.items())[:6])
+        listed = "; ".join(f"{name} ({', '.join(map(str, d))})" for name, d in list(found.items())[:6])
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
         raise TaskError(
             f"suite {suite!r} is for models that never saw its data, and {len(found)} of the pool's experts were trained on it: "

@@ -96,7 +96,15 @@ T0HO = {
     "winogrande": "winogrande/winogrande_xl?test=validation&files=winogrande_xl",
     "wsc": "super_glue/wsc.fixed?test=validation&files=wsc_eep",
 }
-
+_WINOGRANDE_PARTS = (
+    "subtask029_winogrande_full_object",
+    "subtask030_winogrande_full_person",
+    "subtask031_winogrande_question_generation_object",
+    "subtask032_winogrande_question_generation_person",
+    "subtask033_winogrande_answer_generation",
+    "subtask034_winogrande_question_modification_object",
+    "subtask035_winogrande_question_modification_person",
+)
 _T0HO_BY_OTHER_NAMES = frozenset(
     {
         "glue/rte",
@@ -106,9 +114,15 @@ _T0HO_BY_OTHER_NAMES = frozenset(
         "definite_pronoun_resolution",
         "winogrande",
         "story_cloze",
+        "flan",
+        "bigbench/winowhy",
+        *(f"bigbench/natural_instructions/{part}" for part in _WINOGRANDE_PARTS),
     }
 )
-"""Their rows, or what they are made of, as other collections have it: GLUE's RTE, Winograd's schemas, all sizes of WinoGrande."""
+"""Their rows, or what they are made of, as other collections have it: GLUE's RTE, Winograd's schemas, all sizes of WinoGrande, FLAN as a
+whole."""
+_BBL_BY_OTHER_NAMES = frozenset({"strategyqa", "strategy_qa", "vitaminc", "vitamin_c"})
+"""Datasets that its tasks are made of."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,7 @@ def bbh() -> Suite:
 
 
 def bbl() -> Suite:
-    return Suite("bbl", tuple(_bigbench(name) for name in BBL))
+    return Suite("bbl", tuple(_bigbench(name) for name in BBL), _BBL_BY_OTHER_NAMES)
 
 
 def bbh_cot_repo() -> Suite:

@@ -142,7 +142,7 @@ class _Run:
         said = [Entry(name, tuple(r["trained_on"])) for name, r in taken.items() if r["trained_on"]]
         for one in self.recipe.suites:
             if one.name != IN_POOL:
-                check_apart(said, one.entries, one.refuses, one.name)
+                check_apart(said, one.entries, one.refuses, one.name, self.recipe.folders)
         return taken, set(outcome.value["failed"])
 
     def train(

@@ -154,7 +154,7 @@ class ExperimentRecipe:
             self._check_routers([e.name for e in entries])
         for found in self.suites:
             if found.name != IN_POOL:
-                check_apart(entries, found.entries, found.refuses, found.name)
+                check_apart(entries, found.entries, found.refuses, found.name, self.folders)
         known = {
             *SOURCES,
             *POOLS,
