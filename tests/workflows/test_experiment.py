@@ -227,8 +227,9 @@ def test_a_pool_of_experts_without_tasks_is_compared_on_what_is_unseen(place, re
 
 def test_a_suite_is_refused_for_experts_that_say_they_were_trained_on_it(place, ready):
     said = {
-        "task": {"name": "stranger", "source": {"spec": "bigbench:hyperbaton?few=1 + bigbench:social_iqa"}}
-    }
+        "task": {"name": "stranger", "source": {"source": "union", "parts": [
+            {"spec": "hf:some/rows?input={a} + {b}"}, {"spec": "mine"}, {"spec": "bigbench:hyperbaton?few=1"}]}}
+    }  # fmt: skip
     knows = replace(ready["stranger"], provenance={**ready["stranger"].provenance, **said})
     Pool([ready["upper"], knows]).save(place / "knows")
     pool = {**recipe(place).to_json()["pool"], "folder": str(place / "knows")}
@@ -581,17 +582,18 @@ def test_systems_of_different_rows_are_not_compared(other):
 
     one = score(1, "hash")
     table = {"base": {"t": one, "u": one}, "phatgoose": {"t": score(*other), "u": one}}
-    found = suite_results(table, ["t", "u"])
+    found = suite_results(table, {"t": "hash", "u": "hash"})
     assert found["unlike"] == ["t"]
     assert found["common_tasks"] == ["u"]
 
 
-def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(place, monkeypatch):
-    """Its file is written anew between two systems, each of which a worker of its own measures."""
+@pytest.mark.parametrize("moment", ["base", "phatgoose"])
+def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(place, monkeypatch, moment):
+    """Its file is written anew before the first system, or between two, each of which a worker of its own measures."""
     measure = experiment_steps.measure
 
     def edited(run, system, **asked):
-        if system == "phatgoose":
+        if system == moment:
             write(place / "held.jsonl", [{"input": f"new {i}", "target": "yes"} for i in range(12)])
             experiment_steps._lab.cache_clear()
         return measure(run, system=system, **asked)
@@ -601,10 +603,10 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
         "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 4, "choice_rows": 2,
     }  # fmt: skip
     results = run_experiment(recipe(place, systems=["base", "phatgoose"], measure=measured), place / "out")
-    assert "different rows" in results["failed"]["unseen: held"]
-    assert "different rows" in results["suites"]["unseen"]["left_out"]["held"]
+    assert "weren't the same" in results["failed"]["unseen: held"]
+    assert "weren't the same" in results["suites"]["unseen"]["left_out"]["held"]
     assert results["suites"]["in-pool"]["common_tasks"]
-    assert "different rows" in (place / "out/results.md").read_text()
+    assert "weren't the same" in (place / "out/results.md").read_text()
 
 
 def test_what_fails_costs_only_itself(place):
@@ -753,6 +755,18 @@ def test_contamination_is_reported(place):
         "1 of 40 rows of held share text with training rows, of upper."
         in (place / "out/results.md").read_text()
     )
+
+
+def test_an_expert_whose_rows_are_gone_costs_no_more_than_its_own(place, ready):
+    trained = recipe(place)
+    whole = run_experiment(trained, place / "out")
+    assert whole["training_rows"] == {"read": ["upper", "choice"], "unread": []}
+    (place / "upper.jsonl").unlink()
+    pool = {**trained.to_json()["pool"], "folder": str(place / "out" / "pool")}
+    found = run_experiment(recipe(place, pool=pool, systems=["base", "phatgoose"]), place / "again")
+    assert found["training_rows"] == {"read": ["choice"], "unread": ["upper"]}
+    assert list(found["failed"]) == ["in-pool: upper"]
+    assert "not looked at: the training rows of upper." in (place / "again/results.md").read_text()
 
 
 def test_a_run_reads_its_data_anew(place):

@@ -32,9 +32,7 @@ PACKAGES = ("tokenizers", "datasets", "safetensors", "numpy", "huggingface_hub")
 ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads")
 """What all scores of a comparison should have in common; "base" has one value more for each further model."""
 
-UNLIKE = (
-    "systems were measured on different rows of it: its data changed meanwhile, or isn't the same everywhere"
-)
+UNLIKE = "its rows weren't the same in all steps: its data changed meanwhile, or isn't the same everywhere"
 
 RESAMPLES = 20_000
 """Of all intervals and p-values. Holm over 25 systems multiplies the least p-value that there is by 24: to 0.0024."""
@@ -59,7 +57,7 @@ def results_of(
     unlike: dict[str, str] = {}
     for name, found in tasks.items():
         table = _table(out, files, name)
-        compared = suite_results(table, list(found))
+        compared = suite_results(table, {task: info["hash"] for task, info in found.items()})
         changed = dict.fromkeys(compared.pop("unlike"), UNLIKE)
         unlike |= {f"{name}: {task}": why for task, why in changed.items()}
         suites[name] = compared | {
@@ -101,14 +99,18 @@ def _measured(out: Path, files: Files) -> dict[str, list[Any]]:
     return {name: list(values.values()) for name, values in found.items()}
 
 
-def suite_results(table: Table, tasks: Sequence[str]) -> dict[str, Any]:
+def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     """Means, intervals and comparisons on the tasks that every system has been measured on; "unlike" are those of different rows.
 
     A system without a single score is left out, so that it doesn't take all tasks with it.
+
+    Args:
+        tasks: by name, the hash that each had when it was checked, and experts were chosen on it.
     """
     table = {system: row for system, row in table.items() if row}
     common = [t for t in tasks if table and all(t in row for row in table.values())]
-    unlike = [t for t in common if len({(row[t].task_hash, row[t].rows) for row in table.values()}) > 1]
+    measured = {t: {(row[t].task_hash, row[t].rows) for row in table.values()} for t in common}
+    unlike = [t for t in common if len(measured[t]) > 1 or {h for h, _ in measured[t]} != {tasks[t]}]
     common = [t for t in common if t not in unlike]
     systems: dict[str, dict[str, Any]] = {}
     for system, row in table.items():

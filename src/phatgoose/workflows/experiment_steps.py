@@ -25,7 +25,7 @@ from phatgoose.models.load import load_base
 from phatgoose.records import Example, Task, TaskScore, groups_of
 from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
-from phatgoose.tasks.datasets import dataset_of
+from phatgoose.tasks.datasets import datasets_of
 from phatgoose.tasks.entries import Entry, load_entry, with_validation
 from phatgoose.tasks.overlap import Overlaps
 from phatgoose.tasks.representable import loss
@@ -265,18 +265,23 @@ def take(run: Run) -> dict[str, Any]:
 
 
 def _said(expert: Expert) -> list[str] | None:
-    """The specs that an expert's record says it was trained on; None if it says nothing that can be read.
+    """The specs that an expert's record says it was trained on; None if it names none that can be read.
 
-    Local files aren't among them: a record keeps their name alone, and two files of one name may hold anything.
+    Local files aren't among them: a record keeps their name alone, and two files of one name may hold anything. (A local folder that
+    `hf:` read counts as a dataset of its name.)
     """
     task = expert.provenance.get("task")
     source = task.get("source") if isinstance(task, Mapping) else None
-    spec = source.get("spec") if isinstance(source, Mapping) else None
-    found = [s for s in spec.split(" + ") if not is_local(s)] if isinstance(spec, str) else []
+    parts = source.get("parts", [source]) if isinstance(source, Mapping) else []
+    specs = [p.get("spec") for p in parts if isinstance(p, Mapping)] if isinstance(parts, list) else []
+    return [s for s in specs if isinstance(s, str) and _readable(s)] or None
+
+
+def _readable(spec: str) -> bool:
     try:
-        return [s for s in found if dataset_of(s)] or None
+        return not is_local(spec) and bool(datasets_of(spec))
     except TaskError:
-        return None
+        return False
 
 
 def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
@@ -396,7 +401,11 @@ def contamination(
         overlaps.measured(name, rows, own=name if suite == IN_POOL else None)
     read = []
     for name in trained:
-        task, saw = trained_on(here, name), here.pool[name].provenance.get("task")
+        try:
+            task = trained_on(here, name)
+        except Exception:  # of an expert that was taken: its rows can't be looked at, and results say so
+            continue
+        saw = here.pool[name].provenance.get("task")
         if isinstance(saw, Mapping) and saw.get("hash") == task.hash:
             overlaps.trained(name, task.train)
             read.append(name)
