@@ -8,7 +8,7 @@ import math
 import pytest
 
 from harness_fixtures import ROWS
-from phatgoose.cli.harness import _plain
+from phatgoose.cli.harness import _plain, table
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
 from phatgoose.models.load import load_base
@@ -59,10 +59,25 @@ def test_options_that_would_do_nothing_are_refused(run, base):
         shown = run("eval", "--base", base, "--harness", "phatgoose_toy", *option)
         assert shown.code == 1
         assert "--split and --batch-tokens are for --task" in " ".join(shown.err.split())
+    shown = run("eval", "--base", base, "--task", "bigbench:hyperbaton", "--harness-folder", ".")
+    assert shown.code == 1
+    assert "--harness-folder is for --harness" in " ".join(shown.err.split())
 
 
-def test_what_json_cannot_hold_is_left_empty():
+def test_the_table_has_every_routers_metrics():
+    found = {
+        "base": {"t": {"alias": "t", "ppl,none": math.inf, "ppl_stderr,none": 1.0, "acc,none": 0.5}},
+        "phatgoose": {"t": {"ppl,none": 20.5, "more,none": 1.0}},
+    }
+    assert table(found) == [
+        ("t", "ppl,none", "inf", "20.5000"),
+        ("t", "acc,none", "0.5000", ""),
+        ("t", "more,none", "", "1.0000"),
+    ]
+
+
+def test_what_json_cannot_hold_is_written_out():
     """An infinite perplexity is a result too, and no reason to lose the others."""
     found = _plain({"a": [math.inf, -math.inf, math.nan, 0.5], "f": math.exp})
-    assert found["a"] == [None, None, None, 0.5]
+    assert found["a"] == ["inf", "-inf", "nan", 0.5]
     json.dumps(found, allow_nan=False)

@@ -95,6 +95,8 @@ def command(
         raise EvaluationError(
             "--split and --batch-tokens are for --task: the harness has splits and batches of its own."
         )
+    if harness is None and harness_folder is not None:
+        raise EvaluationError("--harness-folder is for --harness: tasks have their data named in their spec.")
     if out is not None and out.exists() and not overwrite:
         raise StorageError(f"{out} exists: choose another file, or replace it with --overwrite.")
     experts = load_pool(pool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def measure_by_harness(
 ) -> None:
     """Prints the harness's metrics for every router and writes them to `out`, with the rows' answers."""
     results: dict[str, Any] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for choice in choices:
         attach(base, pool, choice, backend)
         found = run_harness(base, [t.strip() for t in tasks], include=folder, limit=limit)
@@ -37,23 +39,28 @@ def measure_by_harness(
             if key in found
         }
         used = show_cache_use(base)
+        metrics[choice.text] = found["results"]
         results[choice.text] = {"router": choice.settings, "harness": _plain(kept), **used}
         if out is not None:
             write_json(out, {**recipe, "format": "phatgoose-harness", "results": results})
-    names = list(results)
-    rows = [
-        (
-            task,
-            metric,
-            *(_cell(results[name]["harness"]["results"].get(task, {}).get(metric)) for name in names),
-        )
-        for task, metrics in results[names[0]]["harness"]["results"].items()
-        for metric, value in metrics.items()
-        if isinstance(value, int | float) and "stderr" not in metric and metric not in ("alias", "sample_len")
-    ]
-    show.table(("task", "metric", *names), rows, numbers=names)
+    show.table(("task", "metric", *metrics), table(metrics), numbers=list(metrics))
     if out is not None:
         show.note(f"written: {out}")
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """Rows of task, metric, and every router's number, from router → task → metric → value."""
+    asked = dict.fromkeys(
+        (task, metric)
+        for tasks in found.values()
+        for task, metrics in tasks.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "stderr" not in metric and metric not in ("alias", "sample_len")
+    )
+    return [
+        (task, metric, *(_cell(tasks.get(task, {}).get(metric)) for tasks in found.values()))
+        for task, metric in asked
+    ]
 
 
 def _cell(value: Any) -> str:
@@ -61,13 +68,11 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of the harness's results: functions and other objects by their names."""
+    """What JSON can hold of the harness's results: functions and other objects by their names, infinities and NaN by theirs."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
