@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -44,7 +45,7 @@ _PINNED = {
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 _ROWS, _TOKENS = 64, 4096
 _REMEMBERED = 20_000
-"""Rows of tokens whose vectors are kept: routers are compared on the same prompts."""
+"""Rows of tokens whose vectors are kept: routers are compared on the same prompts. Of 256 tokens and 384 numbers, 50 MB."""
 
 
 class SentenceEncoder:
@@ -64,7 +65,7 @@ class SentenceEncoder:
         _check_pooling(folder)
         files = {n: sha256_file(folder / n, BaseModelError) for n in (_WEIGHTS, _TOKENIZER)}
         self.sha256 = sha256_json({**files, "max_tokens": self.max_tokens, "pooling": "mean"})
-        self._known: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
         with refusals(name, "the sentence encoder", folder), quiet(True):
             place: dict[str, Any] = {
                 "pretrained_model_name_or_path": str(folder),
@@ -77,14 +78,14 @@ class SentenceEncoder:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """[len(texts), width]; zeros for a text without tokens. Like texts are computed together, so a vector's last bits may depend on
         its company."""
-        rows = [
-            tuple(row) for row in self._ids(texts)
-        ]  # long texts that differ behind the cut alone are one row
+        # By their tokens: long texts that differ behind the cut alone are one row.
+        rows = [array("i", ids).tobytes() for ids in self._ids(texts)]
         found = {row: self._known[row] for row in rows if row in self._known}
         new = [row for row in dict.fromkeys(rows) if row not in found]
-        for batch in length_batches([len(row) for row in new], _ROWS, _TOKENS):
-            chosen = [new[n] for n in batch]
-            found |= zip(chosen, self._embed(chosen), strict=True)
+        tokens = [array("i", row) for row in new]
+        for batch in length_batches([len(ids) for ids in tokens], _ROWS, _TOKENS):
+            vectors = self._embed([tokens[n] for n in batch])
+            found |= {new[n]: vector for n, vector in zip(batch, vectors, strict=True)}
         self._known |= {row: found[row] for row in new}
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
