@@ -146,6 +146,9 @@ def test_gpus_are_dealt_out_and_none_is_made_up(monkeypatch):
         (("--workers", "2", "--gpus", "0.5"), "only with --ray can a step ask for a part of a GPU"),
         (("--workers", "0", "--gpus", "1"), "GPUs are dealt out to workers, and --workers is 0"),
         (("--workers", "2", "--cpus", "2"), "only with --ray does a step ask for CPUs"),
+        (("--ray", "local", "--workers", "2"), "with --ray, as many steps run as its CPUs and GPUs allow"),
+        (("--gpus", "inf"), "expected numbers that are finite"),
+        (("--ray", "local", "--cpus", "inf"), "expected numbers that are finite"),
     ):
         shown = CliRunner().invoke(app, ["experiment", str(RECIPE), *options])
         assert shown.exit_code == 1
@@ -159,7 +162,7 @@ from pathlib import Path
 from test_executors import steps
 from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.ray_executor import RayExecutor
-for asked in ({{"cpus": 4096}}, {{"gpus": 64}}):
+for asked in ({{"cpus": 4096}}, {{"gpus": 64}}, {{"gpus": 1.5}}):
     try:
         RayExecutor(**asked)
     except PhatgooseError as error:
@@ -185,6 +188,7 @@ def test_ray_outlives_its_workers(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED a step asks for 4096 CPUs, and this machine has" in done.stdout  # it would wait for ever
     assert "REFUSED a step asks for 64 GPUs, and this machine has" in done.stdout
+    assert "REFUSED a step asks for 1.5 GPUs: Ray gives a part of one, or whole ones" in done.stdout
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     found, told = json.loads(line.removeprefix("RESULT"))
     outcomes = {name: Outcome(*values) for name, values in found.items()}

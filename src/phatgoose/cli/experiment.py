@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,8 +39,13 @@ def command(
         bool, typer.Option("--check", help="Only check the recipe; nothing is loaded or fetched.")
     ] = False,
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Processes on this machine; 0: everything in this one.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Processes on this machine, 1 if not given; 0: everything in this one.",
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -47,12 +53,15 @@ def command(
         ),
     ] = None,
     cpus: Annotated[
-        float | None, typer.Option("--cpus", help="With --ray: CPUs that a step asks for; 1 if not given.")
+        float | None,
+        typer.Option("--cpus", min=0, help="With --ray: CPUs that a step asks for; 1 if not given."),
     ] = None,
     gpus: Annotated[
         float,
         typer.Option(
-            "--gpus", help="GPUs that a step asks for (with --ray, parts of one too); else how many to share."
+            "--gpus",
+            min=0,
+            help="GPUs that a step asks for (with --ray, parts of one too); else how many to share.",
         ),
     ] = 0,
     retries: Annotated[
@@ -117,11 +126,19 @@ def _folders(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _executor(workers: int, ray: str | None, cpus: float | None, gpus: float, retries: int) -> Executor:
+def _executor(
+    workers: int | None, ray: str | None, cpus: float | None, gpus: float, retries: int
+) -> Executor:
     from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.executors import Inline, Processes
 
+    if not all(math.isfinite(asked) for asked in (cpus or 0, gpus)):
+        raise PhatgooseError(f"--cpus {cpus} --gpus {gpus}: expected numbers that are finite.")
     if ray is not None:
+        if workers is not None:
+            raise PhatgooseError(
+                "--workers: with --ray, as many steps run as its CPUs and GPUs allow (--cpus)."
+            )
         from phatgoose.workflows.ray_executor import RayExecutor
 
         asked = 1 if cpus is None else cpus
@@ -132,6 +149,8 @@ def _executor(workers: int, ray: str | None, cpus: float | None, gpus: float, re
         )
     if gpus != int(gpus):
         raise PhatgooseError(f"--gpus {gpus}: only with --ray can a step ask for a part of a GPU.")
+    if workers is None:
+        workers = 1
     if workers == 0:
         if gpus:
             raise PhatgooseError(f"--gpus {gpus:g}: GPUs are dealt out to workers, and --workers is 0.")

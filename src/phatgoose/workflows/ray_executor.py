@@ -40,6 +40,8 @@ class RayExecutor:
             import ray
         except ImportError as cause:
             raise PhatgooseError('--ray needs Ray: pip install "phatgoose[ray]".') from cause
+        if gpus > 1 and gpus != int(gpus):
+            raise PhatgooseError(f"a step asks for {gpus:g} GPUs: Ray gives a part of one, or whole ones.")
         self.ray, self.retries = ray, retries
         self._started = not ray.is_initialized()
         if self._started:
