@@ -196,7 +196,7 @@ def main() -> None:
     lab, console = Lab(recipe, options.experiment), Console()
     if IN_POOL not in lab.suites:
         raise SystemExit(f"{options.experiment} has no suite {IN_POOL}, whose tasks are looked at.")
-    if options.what == "shares" and lab.base.is_encoder_decoder:
+    if options.what in ("shares", "longer") and lab.base.is_encoder_decoder:
         raise SystemExit("shares are counted behind a key-value cache, for decoder-only bases.")
     if options.what in ("drop", "longer"):
         found = {"drop": drop, "longer": longer}[options.what](lab, console, options.tasks or tasks(lab))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from phatgoose.errors import ExpertError, RoutingError, TaskError, TrainingError, UnknownName
+from phatgoose.experts.manifest import read_manifest
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.recipes import QUICKSTART
@@ -53,10 +54,10 @@ def test_the_published_recipe_trains_at_least_24_experts_of_both_pools_and_measu
 
 def test_the_seeds_recipe_asks_for_the_rows_of_the_published_one():
     """So that its scores of base, PHATGOOSE and the first seed are the published ones."""
-    published, seeds = (
-        ExperimentRecipe.read(p) for p in RECIPES if p.stem in ("bigbench-t0", "bigbench-t0-seeds")
-    )
-    assert seeds.pool == published.pool
+    recipes = {p.stem: p for p in RECIPES}
+    published, seeds = (ExperimentRecipe.read(recipes[n]) for n in ("bigbench-t0", "bigbench-t0-seeds"))
+    assert replace(seeds.pool, folder="") == published.pool
+    assert len(read_manifest(Path(seeds.pool.folder))["experts"]) == 24  # so that nothing is trained
     assert (seeds.base, seeds.dtype) == (published.base, published.dtype)
     for setting in ("test_rows", "choice_rows", "backend"):
         assert getattr(seeds.measure, setting) == getattr(published.measure, setting)
@@ -135,6 +136,24 @@ def test_files_and_folders_are_checked(tmp_path):
     assert ExperimentRecipe.read(tmp_path / "r.toml").folders == {"bbh": str(tmp_path / "here")}
     other = ExperimentRecipe.read(tmp_path / "r.toml", {"bbh": str(tmp_path)})
     assert other.folders == {"bbh": str(tmp_path)}
+
+
+def test_several_recipes_may_have_one_list_of_folders(tmp_path):
+    """Of suites, tasks and sources that this recipe does without, too."""
+    folders = dict.fromkeys(
+        ("unseen", "story_cloze", "bigbench", "mine", "theirs", "social_iqa", "wsc"), str(tmp_path)
+    )
+    made = {
+        **SMALL,
+        "pool": {"names": ["bigbench"], "leave_out": ["social_iqa"]},
+        "measure": {
+            "suites": ["in-pool", "unseen"],
+            "tasks": {"mine": "jsonl:a.jsonl", "theirs": "jsonl:b.jsonl"},
+        },
+    }
+    assert ExperimentRecipe.from_json({**made, "folders": folders}).folders == folders
+    with pytest.raises(UnknownName, match="folder 'other'"):
+        ExperimentRecipe.from_json({**made, "folders": {"other": str(tmp_path)}})
 
 
 def test_what_is_given_away_names_no_folder_of_this_machine():

@@ -155,13 +155,16 @@ class ExperimentRecipe:
         for found in self.suites:
             if found.name != IN_POOL:
                 check_apart(entries, found.entries, found.refuses, found.name, self.folders)
+        # Also those of suites and tasks that this recipe leaves out: several recipes may have one list of folders.
         known = {
             *SOURCES,
             *POOLS,
             *SUITES,
-            *(e.name for s in self.suites for e in s.entries),
-            *(e.name for e in entries),
+            UNSEEN,
+            *self.measure.tasks,
+            *(e.name for e in self._all_entries()),
         }
+        known |= {e.name for name in SUITES for e in suite(name).entries}
         for name in self.folders:
             if name not in known:
                 raise unknown("suite, pool, source or task of a folder", name, known)
