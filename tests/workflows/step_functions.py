@@ -19,6 +19,10 @@ def process_number() -> int:
     return os.getpid()
 
 
+def slow(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def threads() -> str | None:
     return os.environ.get("OMP_NUM_THREADS")
 

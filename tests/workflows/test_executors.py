@@ -159,7 +159,7 @@ RAY = """
 import json, sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from test_executors import steps
+from test_executors import step, steps
 from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.ray_executor import RayExecutor
 for asked in ({{"cpus": 4096}}, {{"gpus": 64}}, {{"gpus": 1.5}}):
@@ -169,7 +169,8 @@ for asked in ({{"cpus": 4096}}, {{"gpus": 64}}, {{"gpus": 1.5}}):
         print("REFUSED", error)
 executor = RayExecutor(cpus=1, retries=1)
 told = []
-found = executor.run(steps(Path({folder!r})), lambda s, state, why: told.append([s.name, state]))
+slow = step("slow", "slow", seconds=6.0)
+found = executor.run([*steps(Path({folder!r})), slow], lambda s, state, why: told.append([s.name, state]))
 executor.close()
 print("RESULT" + json.dumps([{{n: [o.value, o.error, o.attempts] for n, o in found.items()}}, told]))
 """
@@ -195,3 +196,4 @@ def test_ray_outlives_its_workers(tmp_path):
     check(outcomes, tmp_path, "WorkerCrashedError")
     assert outcomes["fails once"].attempts == 2
     assert ["dies always", "failed"] in told
+    assert [state for name, state in told if name == "slow"] == ["queued", "running", "done"]

@@ -56,7 +56,9 @@ class Board:
         if state in ("failed", "retry"):
             self.problems.append((f"{step.name}: {state}", why))
         if self._live is None and state not in ("queued", "running"):
-            started = self.started.get(step.name)  # unknown, where steps wait elsewhere
+            started = self.started.get(
+                step.name
+            )  # unknown, where one began and ended elsewhere before that was heard
             took = "" if started is None else f" ({time.monotonic() - started:.0f} s)"
             self.console.print(
                 f"  {step.name}: {state}" + (took if state == "done" else f": {why}"),
@@ -73,8 +75,9 @@ class Board:
             counts = list(states.values())
             start, end = self._times[name]
             failed, queued = counts.count("failed"), counts.count("queued")
+            running = f"{counts.count('running')}" + (f" ({queued} sent)" if queued else "")
             table.add_row(
-                name, f"{counts.count('done')}/{len(counts)}", f"{queued} sent" if queued else str(counts.count("running")),
+                name, f"{counts.count('done')}/{len(counts)}", running,
                 Text(str(failed), style="red" if failed else ""), f"{(end or now) - start:.0f} s",
             )  # fmt: skip
         lines = [

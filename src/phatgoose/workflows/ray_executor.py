@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,28 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.executors import Outcome, Step, Tell, attempt
 
 
-def _attempt_in(folder: str, function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+_LOOK_SECONDS = 1.0
+
+
+class _Begun:
+    """An actor to which workers say what they begin; without it nobody here knows what of all that was sent runs already."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def say(self, step: str, where: str) -> None:
+        self.said.append((step, where))
+
+    def take(self) -> list[tuple[str, str]]:
+        said, self.said = self.said, []
+        return said
+
+
+def _attempt_in(
+    folder: str, begun: Any, name: str, function: str, arguments: Mapping[str, Any]
+) -> tuple[str, Any]:
     """`attempt` where the driver runs, so that relative paths mean the same: a cluster's workers have a current folder of their own."""
+    begun.say.remote(name, platform.node())
     if os.path.isdir(folder):
         os.chdir(folder)
     return attempt(function, arguments)
@@ -60,6 +81,8 @@ class RayExecutor:
         if not gpus:  # with one, Ray's own way: a process that it gives another GPU would stay on its first
             options["max_calls"] = 0
         self._attempt = ray.remote(**options)(_attempt_in)
+        self._begun = ray.remote(num_cpus=0, max_restarts=-1)(_Begun).remote()
+        self._asked = self._begun.take.remote()
 
     def _check(self, cpus: float, gpus: float) -> None:
         """Steps that ask for more than this machine has would wait for ever. (A cluster may grow.)"""
@@ -77,15 +100,19 @@ class RayExecutor:
 
         def submit(step: Step, number: int) -> None:
             sent = self._attempt.options(name=step.name).remote(
-                os.getcwd(), step.function, dict(step.arguments)
+                os.getcwd(), self._begun, step.name, step.function, dict(step.arguments)
             )
             pending[sent] = step, number
-            tell(step, "queued", "with Ray")  # which says to nobody here when it starts
+            tell(step, "queued", "with Ray")
 
         for step in steps:
             submit(step, 1)
         while pending:
-            ready, _ = self.ray.wait(list(pending), num_returns=1)
+            ready, _ = self.ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
+            waiting = {step.name: step for step, _ in pending.values()}
+            for name, where in self._just_begun():
+                if name in waiting:
+                    tell(waiting[name], "running", where)
             for reference in ready:
                 step, number = pending.pop(reference)
                 kind, value = self._result(reference)
@@ -100,9 +127,21 @@ class RayExecutor:
                     tell(step, "failed", value)
         return found
 
+    def _just_begun(self) -> list[tuple[str, str]]:
+        """What workers have said since the last answer, if there is a new one: nothing waits for it."""
+        if not self.ray.wait([self._asked], timeout=0)[0]:
+            return []
+        answer, self._asked = self._asked, self._begun.take.remote()
+        try:
+            return self.ray.get(answer)
+        except self.ray.exceptions.RayError:  # its node died: what runs isn't shown for a moment
+            return []
+
     def close(self) -> None:
         if self._started:
             self.ray.shutdown()
+        else:
+            self.ray.kill(self._begun)
 
     def _result(self, reference: Any) -> tuple[str, Any]:
         try:
