@@ -1,4 +1,6 @@
-"""Through `datasets` itself, on local datasets: no network."""
+"""Through `datasets` itself, on local datasets and a local stand-in for the Hub: no network."""
+
+import re
 
 import datasets
 import pytest
@@ -6,6 +8,11 @@ import pytest
 from phatgoose.errors import DownloadError, TaskError, UnknownName
 from phatgoose.records import Example
 from phatgoose.tasks import load_task
+from phatgoose.tasks.hf import load_data
+from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.templates import templates
+
+pytest_plugins = ["hub_stand_in"]
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +150,9 @@ def test_hub_names(monkeypatch, spec, asked):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     options = OPTIONS if "?" not in spec else "&" + OPTIONS[1:]
-    load_task(f"hf:{spec}{options}")
+    task = load_task(f"hf:{spec}{options}")
     assert calls == asked
+    assert "copy" not in task.source
 
 
 def test_no_network(monkeypatch):
@@ -154,3 +162,173 @@ def test_no_network(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DownloadError, match=r"'owner/name'.*network"):
         load_task(f"hf:owner/name{OPTIONS}")
+
+
+# Datasets that the Hub holds as scripts, with a stand-in for the Hub: `datasets` itself refuses the script and reads the copy.
+
+BRANCH = "refs/convert/parquet"
+
+
+@pytest.fixture
+def script(hub, tmp_path, monkeypatch):
+    """script({path: Dataset}) → the repository allenai/qa, once qa: a script, and these files on the branch of copies."""
+    from hub_stand_in import _Api
+
+    for name, value in (
+        ("HF_ENDPOINT", hub.url),
+        ("HF_HUB_OFFLINE", False),
+        ("HF_UPDATE_DOWNLOAD_COUNTS", False),
+    ):
+        monkeypatch.setattr(datasets.config, name, value)
+    as_model = _Api.respond
+
+    def respond(self):
+        if re.match(r"(/api)?/datasets/qa(/(resolve|revision|tree)/|$)", self.place):
+            return self.answer(307, Location=self.path.replace("/datasets/", "/datasets/allenai/", 1))
+        self.place = self.place.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/", 1)
+        return as_model(self)
+
+    monkeypatch.setattr(_Api, "respond", respond)
+
+    def make(copy=None):
+        repo = hub.add("allenai/qa", files={"README.md": b"# QA\n", "qa.py": b"raise SystemExit\n"})
+        files = {".gitattributes": b""}
+        for path, data in (copy or {}).items():
+            data.to_parquet(str(tmp_path / "one.parquet"))
+            files[path] = (tmp_path / "one.parquet").read_bytes()
+        if copy is not None:
+            repo.commit(files, BRANCH)
+        return repo
+
+    return make
+
+
+TWO = {
+    "v1.0/train/0000.parquet": nli(25),
+    "v1.0/train/0001.parquet": nli(15, 25),
+    "v1.0/train_r1/0000.parquet": nli(9, 200),
+    "v1.0/validation/0000.parquet": nli(10, 40),
+    "v1.11/train/0000.parquet": nli(30, 100),
+}
+
+
+@pytest.mark.parametrize("name", ["allenai/qa/v1.0", "allenai/qa?config=v1.0", "qa/v1.0", "qa?config=v1.0"])
+def test_a_script_is_read_from_the_copy_of_its_config(script, name):
+    repo = script(TWO)
+    task = load_task(f"hf:{name}{'&' if '?' in name else '?'}{OPTIONS[1:]}")
+    assert task.source["copy"] == {
+        "branch": BRANCH,
+        "dataset": "allenai/qa",
+        "config": "v1.0",
+        "commit": repo.branches[BRANCH],
+    }
+    assert prompts(task.validation) == {f"p{i} Question: h?" for i in range(40, 50)}
+    assert prompts((*task.train, *task.test)) == {f"p{i} Question: h?" for i in range(40)}
+    assert Example("p3 Question: h?", ("not_entailment",), ("entailment", "not_entailment")) in {
+        *task.train,
+        *task.test,
+    }
+
+
+def test_a_copy_is_read_and_recorded_every_time(script):
+    repo = script(TWO)
+    spec = f"hf:allenai/qa{OPTIONS}&config="
+    first, other, again = (load_task(spec + config) for config in ("v1.0", "v1.11", "v1.0"))
+    assert (again.hash, again.source) == (first.hash, first.source)
+    assert other.source["copy"]["config"] == "v1.11"
+    assert prompts((*other.train, *other.validation, *other.test)) == {
+        f"p{i} Question: h?" for i in range(100, 130)
+    }
+    repo.commit(
+        {p: d for p, d in repo.commits[repo.branches[BRANCH]].items() if not p.endswith("0001.parquet")},
+        BRANCH,
+    )
+    changed = load_task(spec + "v1.0")
+    assert changed.source["copy"]["commit"] == repo.branches[BRANCH] != first.source["copy"]["commit"]
+    assert prompts((*changed.train, *changed.test)) == {f"p{i} Question: h?" for i in range(25)}
+
+
+def test_the_splits_of_a_copy_are_its_folders(script):
+    script(TWO)
+    task = load_task(f"hf:allenai/qa/v1.0{OPTIONS}&train=train_r1")
+    assert prompts((*task.train, *task.test)) == {f"p{i} Question: h?" for i in range(200, 209)}
+
+
+def test_the_only_config_of_a_copy_need_not_be_named(script):
+    script({"default/train/0000.parquet": nli(30)})
+    task = load_task(f"hf:qa{OPTIONS}")
+    assert task.source["copy"]["config"] == "default"
+    assert len(task.train) + len(task.validation) + len(task.test) == 30
+    with pytest.raises(UnknownName, match="unknown config of qa 'plain': known: default"):
+        load_task(f"hf:qa/plain{OPTIONS}")
+
+
+def test_one_of_several_configs_must_be_named(script):
+    script(TWO)
+    with pytest.raises(
+        TaskError, match=r"allenai/qa has several configs: v1\.0, v1\.11\. Write one as \?config="
+    ):
+        load_task(f"hf:allenai/qa{OPTIONS}")
+    with pytest.raises(UnknownName, match=r"did you mean 'v1\.11'"):
+        load_task(f"hf:allenai/qa/v1.12{OPTIONS}")
+
+
+@pytest.mark.parametrize("place", ["partial-train/0000.parquet", "qa-train.parquet", "train/a/0000.parquet"])
+def test_a_copy_that_may_not_be_whole_is_refused(script, place):
+    script({"v1.0/validation/0000.parquet": nli(9), f"v1.0/{place}": nli(9), "v2/test/0000.parquet": nli(9)})
+    folder = re.escape(f"v1.0/{place.rpartition('/')[0]} ")
+    with pytest.raises(TaskError, match=rf"allenai/qa is a dataset script.*found some in {folder}.*your own"):
+        load_task(f"hf:allenai/qa/v1.0{OPTIONS}")
+    assert load_task(f"hf:allenai/qa/v2{OPTIONS}").source["copy"]["config"] == "v2"
+
+
+@pytest.mark.parametrize("copy", [None, {}])
+def test_a_script_without_a_copy(script, copy):
+    script(copy)
+    with pytest.raises(
+        DownloadError, match=r"qa is a dataset script.*no parquet copy.*hf:/path.*SPLIT.jsonl"
+    ):
+        load_task(f"hf:qa{OPTIONS}")
+
+
+def test_no_copy_is_read_where_it_is_not_what_was_asked_for(script, hub):
+    """Another revision; a record that is not kept; a Hub that fails."""
+    repo = script(TWO)
+    with pytest.raises(DownloadError, match="scripts are no longer supported"):
+        load_task(f"hf:allenai/qa/v1.0{OPTIONS}&revision={repo.head}")
+    with pytest.raises(DownloadError, match="scripts are no longer supported"):
+        load_data(TaskSpec("hf", "allenai/qa", {"config": "v1.0"}, "hf:allenai/qa"))
+    hub.fault("/revision/refs/", "status", 500)
+    with pytest.raises(DownloadError, match=r"can't load the dataset 'allenai/qa'.*500"):
+        load_task(f"hf:allenai/qa/v1.0{OPTIONS}")
+
+
+@pytest.mark.parametrize("name", ["qa", "allenai/qa"])
+def test_a_dataset_is_found_by_the_id_that_it_once_had(script, tmp_path, name):
+    """No script: files as they are on main."""
+    files = {"README.md": b"# QA\n"}
+    for split, n in (("train", 30), ("validation", 10)):
+        nli(n, n).to_parquet(str(tmp_path / "one.parquet"))
+        files[f"{split}-00000.parquet"] = (tmp_path / "one.parquet").read_bytes()
+    script().commit(files)
+    task = load_task(f"hf:{name}{OPTIONS}")
+    assert "copy" not in task.source
+    assert prompts(task.validation) == {f"p{i} Question: h?" for i in range(10, 20)}
+    assert len(task.train) + len(task.test) == 30
+
+
+def test_prompts_over_a_copy(script, tmp_path, monkeypatch):
+    repo = script(TWO)
+    (tmp_path / "ps" / "qa" / "v1.0").mkdir(parents=True)
+    (tmp_path / "ps" / "qa" / "v1.0" / "templates.yaml").write_text(
+        "dataset: qa\nsubset: v1.0\ntemplates:\n  a: !Template\n    answer_choices: yes ||| no\n    id: a\n"
+        "    jinja: '{{premise}}? ||| {{answer_choices[label]}}'\n    metadata: !TemplateMetadata\n"
+        "      original_task: true\n    name: a\n    reference: ''\n"
+    )
+    monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "ps"))
+    templates.cache_clear()
+    task = load_task("prompted:qa/v1.0")
+    templates.cache_clear()
+    assert task.source["copy"]["commit"] == repo.branches[BRANCH]
+    assert prompts(task.validation) == {f"p{i}?" for i in range(40, 50)}
+    assert {e.targets for e in task.validation} == {("yes",), ("no",)}

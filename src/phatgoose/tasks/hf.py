@@ -8,16 +8,20 @@ DATASET on the Hub is `name` or `owner/name`; write `owner/name/CONFIG` or, for 
 The dataset's train, validation and test splits are kept (`train=`, `validation=`, `test=` name them otherwise, or take
 another in their place: `test=validation`); what is missing or unlabelled is taken from train by the split
 rule. `revision=` pins the Hub's version.
+
+A dataset that the Hub holds as a script, which `datasets` no longer runs, is read from the Hub's parquet copy, unless a
+revision is asked for; the record says so under `copy`.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phatgoose.errors import DownloadError, TaskError
+from phatgoose.errors import DownloadError, PhatgooseError, TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.columns import OPTIONS, Columns, Unlabelled, to_example
@@ -25,6 +29,9 @@ from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+COPY = "refs/convert/parquet"
+"""The branch on which the Hub keeps a copy of a dataset, as CONFIG/SPLIT/0000.parquet."""
+OWN_COPY = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
@@ -33,19 +40,24 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     Raises:
         TaskError: a row can't be read as an example (the message names split and row), or a split isn't there.
         UnknownName: an option or column isn't there.
-        DownloadError: the Hub can't be reached or has no such dataset.
+        DownloadError: the Hub can't be reached, has no such dataset, or holds a script without a copy.
     """
     spec.check_options((*OPTIONS, *SPLITS, "config", "revision"))
-    data = load_data(spec, folder)
+    source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
+    data = load_data(spec, folder, source)
     columns = Columns.of(spec, Columns(target="target"))
     own, dropped = collect(data, spec, lambda row, labels: to_example(row, columns, labels))
-    source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
     source["fingerprints"] = {name: getattr(part, "_fingerprint", "") for name, part in data.items()}
     return build_task(f"hf:{_short(spec.name)}", own, source, fractions, dropped)
 
 
-def load_data(spec: TaskSpec, folder: Path | None = None) -> Mapping[str, Any]:
-    """Split name → `datasets.Dataset`, from a local path or the Hub."""
+def load_data(
+    spec: TaskSpec, folder: Path | None = None, source: dict[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """Split name → `datasets.Dataset`, from a local path or the Hub.
+
+    Into `source`, the task's record, goes which copy was read in place of a dataset script; without a record none is read.
+    """
     import datasets
 
     name, config = spec.name, spec.options.get("config")
@@ -59,8 +71,8 @@ def load_data(spec: TaskSpec, folder: Path | None = None) -> Mapping[str, Any]:
             parts = name.split("/")
             if config is None and len(parts) == 3:
                 name, config = "/".join(parts[:2]), parts[2]
-            loaded = _hub(name, config, spec.options.get("revision"))
-    except TaskError:
+            loaded = _hub(name, config, spec.options.get("revision"), source)
+    except PhatgooseError:
         raise
     except Exception as cause:
         if local.exists():
@@ -72,18 +84,86 @@ def load_data(spec: TaskSpec, folder: Path | None = None) -> Mapping[str, Any]:
     return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
 
-def _hub(name: str, config: str | None, revision: str | None) -> Any:
+def _hub(name: str, config: str | None, revision: str | None, source: dict[str, Any] | None) -> Any:
     """`name/CONFIG` with two parts may also be `owner/name`: the Hub is asked, the config second."""
-    import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return datasets.load_dataset(name, config, revision=revision)
+        return _data_or_copy(name, config, revision, source)
     except DatasetNotFoundError:
         if config is not None or name.count("/") != 1:
             raise
         plain, config = name.split("/")
-        return datasets.load_dataset(plain, config, revision=revision)
+        return _data_or_copy(plain, config, revision, source)
+
+
+def _data_or_copy(name: str, config: str | None, revision: str | None, source: dict[str, Any] | None) -> Any:
+    import datasets
+    import huggingface_hub
+
+    try:
+        return datasets.load_dataset(name, config, revision=revision)
+    except getattr(huggingface_hub.errors, "HfUriError", ()):
+        # `datasets` (5.2) makes URLs of ids without an owner, as super_glue, that it then can't read: the Hub knows them by a newer one.
+        if "/" in name or (found := huggingface_hub.HfApi().dataset_info(name).id) == name:
+            raise
+        return datasets.load_dataset(found, config, revision=revision)
+    except RuntimeError as cause:
+        is_script = str(cause).startswith("Dataset scripts are no longer supported")
+        if not is_script or revision is not None or source is None:
+            raise
+    data, source["copy"] = _copy(name, config)
+    return data
+
+
+def _copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
+    """The Hub's parquet copy of a config of a dataset script (of the only one, if none is asked for), and what the record says of it.
+
+    Not `load_dataset(name, revision=COPY)`: it tells splits by words in their names (train_r1 and partial-train would be train),
+    and what it caches under the script's name is what `datasets` takes, unsaid, for whatever config is asked for next.
+    """
+    import datasets
+
+    where, files, record = _copied_files(name)
+    if config is None and len(files) > 1:
+        raise TaskError(
+            f"{name} has several configs: {', '.join(files)}. Write one as ?config=NAME (prompted: ?subset=NAME)."
+        )
+    config = next(iter(files)) if config is None else config
+    if config not in files:
+        raise unknown(f"config of {name}", config, files)
+    if odd := [split for split in files[config] if not re.fullmatch(r"\w+(\.\w+)*", split)]:
+        raise TaskError(
+            f"{name} is a dataset script, and the Hub's parquet copy (branch {COPY}) can't stand for it: expected files in "
+            f"{config}/SPLIT for each whole split, found some in {', '.join(f'{config}/{split}' for split in odd)} "
+            f"(partial-SPLIT is the first part of a split). {OWN_COPY}"
+        )
+    paths = {split: [where + path for path in found] for split, found in files[config].items()}
+    return datasets.load_dataset("parquet", data_files=paths), record | {"config": config}
+
+
+def _copied_files(name: str) -> tuple[str, dict[str, dict[str, list[str]]], dict[str, Any]]:
+    """The copy's place as a URL, its files' paths in order by config and folder of a split, and its commit as a record."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    files: dict[str, dict[str, list[str]]] = {}
+    try:
+        info = HfApi().dataset_info(name, revision=COPY)
+        listed = HfApi().list_repo_files(info.id, repo_type="dataset", revision=info.sha)
+    except RevisionNotFoundError:
+        listed = []
+    for path in sorted(path for path in listed if path.endswith(".parquet")):
+        config, _, rest = path.partition("/")
+        files.setdefault(config, {}).setdefault(rest.rpartition("/")[0], []).append(path)
+    if not files:
+        raise DownloadError(
+            f"{name} is a dataset script on the Hub, which `datasets` no longer runs, and the Hub has no parquet copy of it "
+            f"(branch {COPY}). {OWN_COPY}"
+        )
+    # By the id that the Hub answers with: `hf://` URLs don't take the ids without an owner that it once had.
+    record = {"branch": COPY, "dataset": info.id, "commit": info.sha}
+    return f"hf://datasets/{info.id}@{info.sha}/", files, record
 
 
 def _local(path: Path, config: str | None) -> Any:

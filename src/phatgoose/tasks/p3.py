@@ -34,9 +34,10 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         DownloadError: the Hub can't be reached.
     """
     spec.check_options((*SPLITS, "revision"))
+    copy: dict[str, Any] = {}
     if folder is None:
         options = spec.options | {"config": spec.name}
-        data = hf.load_data(TaskSpec("p3", HUB, options, spec.text))
+        data = hf.load_data(TaskSpec("p3", HUB, options, spec.text), source=copy)
     else:
         data = hf.load_data(TaskSpec("p3", str(_local(spec.name, folder).resolve()), {}, spec.text))
     columns = {name for part in data.values() for name in part.features}
@@ -50,6 +51,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         "source": "p3",
         "from": HUB if folder is None else "folder",
         "prompt_style": "P3, as rendered",
+        **copy,
     }
     return build_task(f"p3:{spec.name}", own, source, fractions, dropped)
 

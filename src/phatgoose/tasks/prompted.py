@@ -53,7 +53,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     spec.check_options(OPTIONS)
     most = _count(spec)
     chosen = choose(spec)
-    data = _local(spec, folder) if folder is not None else _hub(spec)
+    copy: dict[str, Any] = {}
+    data = _local(spec, folder) if folder is not None else _hub(spec, copy)
     dropped: Counter[str] = Counter()
     own = {
         name: [replace(e, group=f"{name} {e.group}") for e in _prompted(spec, rows, chosen, most, dropped)]
@@ -63,6 +64,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     source = {
         "spec": spec.text, "source": "prompted", "from": "folder" if folder is not None else "Hub",
         "prompt_style": f"{REQUIREMENT}, as rendered", "templates": [t.name for t in chosen],
+        **copy,
     }  # fmt: skip
     return build_task(f"prompted:{spec.name}{_suffix(spec)}", own, source, fractions, dropped)
 
@@ -100,21 +102,30 @@ def _count(spec: TaskSpec) -> int:
     return int(text)
 
 
-def _hub(spec: TaskSpec) -> dict[SplitName, Rows]:
+def _hub(spec: TaskSpec, copy: dict[str, Any]) -> dict[SplitName, Rows]:
+    """The chosen splits' rows. Into `copy` goes what the record says of a copy that was read in place of a script."""
     name, _, subset = spec.name.partition("/")
     options = {k: v for k, v in spec.options.items() if k in (*SPLITS, "revision")}
     if wanted := spec.options.get("subset", subset):
         options["config"] = wanted
     plain = TaskSpec("hf", spec.options.get("hub", name), options, spec.text)
-    return dict(hf.choose_splits(hf.load_data(plain), plain).items())
+    return dict(hf.choose_splits(hf.load_data(plain, source=copy), plain).items())
 
 
 def _local(spec: TaskSpec, folder: Path) -> dict[SplitName, Rows]:
-    """The files of each split, as rows. A lone file of another split than train stands for the split it is asked for."""
+    return {split: [row for _, row in read_lines(path)] for split, path in files(spec, folder).items()}
+
+
+def files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
+    """The file of each split in a folder. A lone file of another split than train stands for the split it is asked for.
+
+    Raises:
+        TaskError: there is no folder, or no file of this dataset in it.
+    """
     if not folder.is_dir():
         raise TaskError(f"{folder} is not a folder; expected one with NAME.SPLIT.jsonl files.")
     stem = spec.options.get("files", config_name(spec.name))
-    found: dict[SplitName, Rows] = {}
+    found: dict[SplitName, Path] = {}
     taken: set[Path] = set()
     for split in reversed(SPLITS):
         asked = spec.options.get(split, split)
@@ -123,7 +134,7 @@ def _local(spec: TaskSpec, folder: Path) -> dict[SplitName, Rows]:
         path = next((p for p in tries if p.exists() and p not in taken), None)
         if path is not None:
             taken.add(path)
-            found[split] = [row for _, row in read_lines(path)]
+            found[split] = path
     if not found:
         raise TaskError(f"{folder} has no file {stem}.SPLIT.jsonl or .jsonl.gz, which {spec.text} needs.")
     return found
