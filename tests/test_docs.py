@@ -88,6 +88,53 @@ def test_the_table_of_peft_settings_is_what_the_code_decides():
         assert rules.main(["--check", str(ROOT / "docs" / "experts-and-pools.md")]) == 0
 
 
+def test_the_page_of_pools_and_suites_is_current():
+    from phatgoose.cli import docs_pools
+
+    assert _page("pools-and-suites") == docs_pools.markdown(), "run python -m phatgoose.cli.docs"
+
+
+def test_the_page_of_pools_and_suites_is_complete():
+    """Every entry has a row, once, in its own section, and every dataset that is left out or refused is named there."""
+    from phatgoose.tasks.pools import POOLS, pool_entries
+    from phatgoose.tasks.pools_bigbench import EXCLUDED
+    from phatgoose.tasks.suites import SUITES, suite
+
+    head, *parts = _page("pools-and-suites").split("\n## ")
+    sections = dict(part.split("\n", 1) for part in parts)
+    assert "leave_out" in head
+    assert list(sections) == [*(f"Pool {name}" for name in POOLS), *(f"Suite {name}" for name in SUITES)]
+    rows = {title: re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE) for title, text in sections.items()}
+    held_in = [e.name for e in pool_entries("t0-held-in")]
+    assert rows["Pool t0-held-in"] == held_in
+    assert "all 36 of [pool t0-held-in](#pool-t0-held-in)" in sections["Pool flan"]
+    assert held_in + rows["Pool flan"] == [e.name for e in pool_entries("flan")]
+    assert rows["Pool bigbench"] == [*(e.name for e in pool_entries("bigbench")), *EXCLUDED]
+    for name in SUITES:
+        assert rows[f"Suite {name}"] == [e.name for e in suite(name).entries]
+        for dataset in suite(name).refuses:
+            assert f"\n- `{dataset}`\n" in sections[f"Suite {name}"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `paws` | `paws` | `labeled_final` | validation | all but `paraphrase-task` |  |",
+        "| `wiki_bio` | `wiki_bio` |  | val | all |  |",
+        "| `trec` | `trec` |  |  |  | a prompt of ours |",
+        "| `niv2_fill_in_the_blank` | `niv2/Fill in The Blank` |",
+        "| `color_rgb_hex` | `color/rgb`, `color/hex` |",
+        "| `misconceptions` | true or false statements, as BIG-bench Lite's misconceptions_russian |",
+        "| `anli_r2` | `anli` |  | dev_r2 | original |  |",
+        "| `story_cloze` | `story_cloze` | `2016` | test | original | from your own copy |",
+        "| `web_of_lies` | `web_of_lies` (<code>choices=Yes&#124;No</code>) |",
+        "| `conlang_translation` | `conlang_translation` | scored by rougeL |",
+    ],
+)
+def test_rows_of_pools_and_suites_say_what_is_read(row):
+    assert row in _page("pools-and-suites").splitlines()
+
+
 def test_every_setting_of_peft_has_a_rule_that_holds():
     """Each field of PEFT's configs: refused settings are refused, the others pass, at values other than the default."""
     from peft import IA3Config, LoraConfig

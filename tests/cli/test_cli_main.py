@@ -125,15 +125,24 @@ def test_the_page_is_current():
 
 
 def test_docs_check(tmp_path, capsys):
-    page = tmp_path / "cli.md"
-    assert docs.main(["--check", str(page)]) == 1
-    assert docs.main([str(page)]) == 0
-    assert docs.main(["--check", str(page)]) == 0
-    text = page.read_text()
+    folder = tmp_path / "docs"
+    assert docs.main(["--check", str(folder)]) == 1
+    assert docs.main([str(folder)]) == 0
+    assert docs.main(["--check", str(folder)]) == 0
+    text = (folder / "cli.md").read_text()
     assert "| `--rank N` |" in text
     assert "`--chat/--raw`" in text
     assert "`--smoke`" in text
     assert "`POOL`" in text
+    for name in ("cli.md", "pools-and-suites.md"):
+        written = (folder / name).read_text()
+        (folder / name).write_text(f"{written}\n")
+        capsys.readouterr()
+        assert docs.main(["--check", str(folder)]) == 1
+        assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines() if "is old" in line] == [
+            f"{name} is old: run python -m phatgoose.cli.docs"
+        ]
+        (folder / name).write_text(written)
 
 
 def test_quickstart_passes_its_options_on(run, monkeypatch, tmp_path):

@@ -1,4 +1,7 @@
-"""`python -m phatgoose.cli.docs [--check] [FILE]`: docs/cli.md, written from the commands themselves."""
+"""`python -m phatgoose.cli.docs [--check] [FOLDER]`: the pages of docs/ that are written from the code.
+
+cli.md is written here, from the commands themselves; pools-and-suites.md by `docs_pools.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any, TypeGuard, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
+
+from phatgoose.cli import docs_pools
 
 KINDS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
@@ -127,16 +132,22 @@ def _default(parameter: _Parameter) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the page; with --check only says whether it is current (exit code 1 if not)."""
-    check = "--check" in arguments
-    path = Path(next((a for a in arguments if not a.startswith("-")), "docs/cli.md"))
-    if check:
-        current = path.is_file() and path.read_text(encoding="utf-8") == markdown()
-        print(f"{path} is current" if current else f"{path} is old: run python -m phatgoose.cli.docs")
-        return 0 if current else 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(), encoding="utf-8")
+    """Writes the pages; with --check only says whether they are current (exit code 1 if one isn't)."""
+    folder = Path(next((a for a in arguments if not a.startswith("-")), "docs"))
+    pages = {folder / "cli.md": markdown(), folder / "pools-and-suites.md": docs_pools.markdown()}
+    if "--check" in arguments:
+        current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named
+        return 0 if all(current) else 1
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     return 0
+
+
+def _is_current(path: Path, text: str) -> bool:
+    current = path.is_file() and path.read_text(encoding="utf-8") == text
+    print(f"{path} is current" if current else f"{path} is old: run python -m phatgoose.cli.docs")
+    return current
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phatgoose.cli import show
 
+if TYPE_CHECKING:
+    from phatgoose.tasks.entries import Entry
+
 app = typer.Typer(
-    help="List the tasks of a collection (bigbench if none is named), or look into one. "
+    help="List the tasks of a collection (bigbench if none is named), of a named pool or suite, or look into one. "
     "Other sources need no list: jsonl:PATH, hf:DATASET, p3:CONFIG.",
     invoke_without_command=True,
 )
@@ -36,6 +40,42 @@ def bigbench(match: MatchOption = "", folder: FolderOption = None) -> None:
 def bbh(match: MatchOption = "", folder: FolderOption = None) -> None:
     """List BIG-bench Hard's tasks."""
     _list("bbh", match, folder)
+
+
+@app.command("pool")
+def pool(
+    name: Annotated[
+        str | None, typer.Argument(help="The pool; if not given, the names of all.", show_default=False)
+    ] = None,
+) -> None:
+    """List a named pool: each expert and what it is trained on. Nothing is fetched."""
+    from phatgoose.tasks.pools import POOLS, pool_entries
+
+    if name is None:
+        _counts("pool", "experts", {known: len(pool_entries(known)) for known in POOLS})
+        return
+    _entries("expert", pool_entries(name))
+    if excluded := left_out(name):
+        show.say()
+        show.table(["left out", "why"], list(excluded.items()))
+
+
+@app.command("suite")
+def suite(
+    name: Annotated[
+        str | None, typer.Argument(help="The suite; if not given, the names of all.", show_default=False)
+    ] = None,
+) -> None:
+    """List a named suite: each task, what it reads, and for experts on which datasets it is refused. Nothing is fetched."""
+    from phatgoose.tasks import suites
+
+    if name is None:
+        _counts("suite", "tasks", {known: len(suites.suite(known).entries) for known in suites.SUITES})
+        return
+    found = suites.suite(name)
+    _entries("task", found.entries, found.own_copy)
+    if found.refuses:
+        show.say(f"\nrefused too for a pool with experts on: {', '.join(sorted(found.refuses))}")
 
 
 @app.command("show")
@@ -70,3 +110,33 @@ def _list(source: str, match: str, folder: Path | None) -> None:
         raise TaskError(f"no task of {source} has {match!r} in its name.")
     for name in found:
         show.say(f"{source}:{name}")
+
+
+def remarks(entry: Entry, own_copy: Sequence[str] = ()) -> str:
+    """What must be known of an entry beside what it reads; `own_copy` as in `Suite`."""
+    found = [
+        entry.note,
+        f"scored by {entry.metric}" if entry.metric else "",
+        "from your own copy" if entry.name in own_copy else "",
+    ]
+    return "; ".join(filter(None, found))
+
+
+def left_out(name: str) -> Mapping[str, str]:
+    """Near-duplicates of held-out tasks that a named pool goes without, and what each is near to."""
+    from phatgoose.tasks import pools_bigbench
+
+    return pools_bigbench.EXCLUDED if name == "bigbench" else {}
+
+
+def _counts(kind: str, what: str, counts: Mapping[str, int]) -> None:
+    show.table([kind, what], [(name, str(count)) for name, count in counts.items()], numbers=[what])
+
+
+def _entries(first: str, entries: Sequence[Entry], own_copy: Sequence[str] = ()) -> None:
+    """One a line. What it reads comes last, since it may be long; it is written as `phatgoose tasks show` takes it."""
+    rows = [(e.name, remarks(e, own_copy), " + ".join(e.specs)) for e in entries]
+    if any(note for _, note, _ in rows):
+        show.table([first, "note", "reads"], rows)
+    else:
+        show.table([first, "reads"], [(name, reads) for name, _, reads in rows])
