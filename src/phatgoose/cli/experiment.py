@@ -36,7 +36,12 @@ def command(
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only check the recipe; nothing is loaded or fetched.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Only check the recipe, and that names, splits, prompts and files are there as far as that can be said here; "
+            "nothing is loaded or fetched.",
+        ),
     ] = False,
     workers: Annotated[
         int | None,
@@ -83,6 +88,7 @@ def command(
     found = ExperimentRecipe.read(recipe, _folders(folder or []), pool)
     if check:
         _say(found)
+        _say_data(found)
         return
     target = out or Path(f"{recipe.stem}-out")
     if fresh:
@@ -168,6 +174,23 @@ def _say(recipe: ExperimentRecipe) -> None:
             *((f"suite {s.name}", f"{len(s.entries)} tasks") for s in recipe.suites),
         ]
     )
+
+
+def _say_data(recipe: ExperimentRecipe) -> None:
+    """What is known of its data; the exit code is 1 where some can't be loaded."""
+    from phatgoose.workflows.experiment_check import check_data
+
+    found = check_data(recipe)
+    if found.prompts:
+        show.facts([("prompts", f"{sum(found.prompts.values())} of {len(found.prompts)} datasets")])
+    for what, tasks in found.unknown.items():
+        names = list(dict.fromkeys(tasks))
+        some = f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 5 else ", ".join(names)
+        show.note(f"not looked into: {what} ({some})")
+    for task, why in found.problems.items():
+        show.warn(f"{task}: {why}")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def _experts(recipe: ExperimentRecipe) -> str:

@@ -48,10 +48,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     """
     spec.check_options(("choices",))
     fixed = tuple(spec.options["choices"].split("|")) if "choices" in spec.options else None
-    files = _files(folder)
-    known = NAMES if files is None else tuple(files)
-    if spec.name not in known:
-        raise unknown("bbh task", spec.name, known)
+    files = check_name(spec, folder)
     where = f"{HUB}/{spec.name}" if files is None else str(files[spec.name])
     rows = _hub(spec.name) if files is None else _read(files[spec.name])
     examples = []
@@ -69,6 +66,24 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     source = {"spec": spec.text, "source": "bbh", "from": HUB if files is None else "folder"}
     source["prompt_style"] = "input, then \\nAnswer:"
     return build_task(f"bbh:{spec.name}", {"test": examples}, source, fractions)
+
+
+def check_name(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
+    """The files of the folder; None: the Hub's copy is read.
+
+    Raises:
+        UnknownName: `spec` is none of the tasks. TaskError: there is no such folder.
+    """
+    files = _files(folder)
+    known = NAMES if files is None else tuple(files)
+    if spec.name not in known:
+        raise unknown("bbh task", spec.name, known)
+    return files
+
+
+def at_hand(folder: Path | None) -> bool:
+    """Whether the tasks can be read without fetching anything."""
+    return bool(folder or os.environ.get("PHATGOOSE_BBH"))
 
 
 def names(folder: Path | None) -> list[str]:

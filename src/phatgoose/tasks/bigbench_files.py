@@ -112,9 +112,18 @@ def _programs(folder: Path) -> set[str]:
     return {p.parent.relative_to(folder).as_posix() for p in folder.glob("*/task.py")}
 
 
+def at_hand(folder: Path | None) -> bool:
+    """Whether the tasks can be read without fetching anything."""
+    return bool(folder or os.environ.get("PHATGOOSE_BIGBENCH")) or _cached().is_dir()
+
+
+def _cached() -> Path:
+    return cache_folder() / "bigbench" / f"1.0.0-{SHA256[:12]}"
+
+
 def _unpacked() -> Path:
     # The first letters of the hash are part of the name: another pin never meets an older pin's files.
-    target = cache_folder() / "bigbench" / f"1.0.0-{SHA256[:12]}"
+    target = _cached()
     if target.is_dir():
         return target
     with exclusive(target):

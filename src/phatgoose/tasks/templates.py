@@ -105,12 +105,21 @@ def root() -> Path:
         if not folder.is_dir():
             raise TaskError(f"PHATGOOSE_PROMPTSOURCE is {folder}, which is not a folder.")
         return folder
-    target = cache_folder() / "promptsource" / f"0.2.3-{SHA256[:12]}"
+    target = _cached()
     if not target.is_dir():
         with exclusive(target):
             if not target.is_dir():
                 _unpack(fetch_pypi(REQUIREMENT, SHA256, SDIST), target)
     return target
+
+
+def at_hand() -> bool:
+    """Whether the prompts can be read without fetching anything."""
+    return bool(os.environ.get("PHATGOOSE_PROMPTSOURCE")) or _cached().is_dir()
+
+
+def _cached() -> Path:
+    return cache_folder() / "promptsource" / f"0.2.3-{SHA256[:12]}"
 
 
 def _unpack(archive: Path, target: Path) -> None:

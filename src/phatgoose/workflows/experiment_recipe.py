@@ -37,13 +37,14 @@ from typing import Any
 
 from phatgoose.errors import PhatgooseError, TaskError
 from phatgoose.experts.names import check_name
+from phatgoose.models.load_options import DTYPES
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, parse_router
 from phatgoose.tasks.entries import Entry, check_apart, folder_for
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.pools import POOLS, pool_entries
-from phatgoose.tasks.spec import without_path
+from phatgoose.tasks.spec import split_spec, without_path
 from phatgoose.tasks.suites import SUITES, Suite, suite
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.signature_config import SignatureConfig
@@ -139,8 +140,13 @@ class ExperimentRecipe:
             raise RecipeError(
                 f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it there, or leave out the tasks."
             )
+        if self.dtype not in ("auto", *DTYPES):
+            raise unknown("dtype", self.dtype, ("auto", *DTYPES))
         for name in self.pool.tasks:
             check_name(name)
+        for spec in (*self.pool.tasks.values(), *self.measure.tasks.values()):
+            if (source := split_spec(spec).source) not in SOURCES:
+                raise unknown("task source", source, SOURCES)
         entries = self.pool_entries
         if not entries and not self.pool.folder:
             raise RecipeError(

@@ -1,0 +1,98 @@
+"""--check: what can be said of a recipe's data without fetching any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from phatgoose.cli.main import app
+from phatgoose.errors import DownloadError, StorageError, TaskError, UnknownName
+from phatgoose.tasks import templates
+from phatgoose.tasks.known_splits import KNOWN, check_splits
+from phatgoose.tasks.pools import POOLS, pool_entries
+from phatgoose.tasks.suites import SUITES, suite
+from phatgoose.workflows.experiment_check import check_data
+from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def nothing_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    for name in ("PHATGOOSE_PROMPTSOURCE", "PHATGOOSE_BIGBENCH", "PHATGOOSE_BBH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.network
+def test_the_papers_recipe_holds_in_full():
+    """Every name, split and prompt of its 36 experts and three suites; only rows are left to the Hub."""
+    from phatgoose.tasks import bigbench_files
+
+    try:
+        templates.root()
+        bigbench_files.root(None)
+    except (DownloadError, StorageError) as cause:
+        pytest.skip(f"promptsource and BIG-bench can't be had here: {cause}")
+    found = check_data(ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml"))
+    assert found.problems == {}
+    assert set(found.unknown) == {"your own copies, without which they are left out", "the Hub"}
+    held_in = {e.name: e.specs[0] for e in pool_entries("t0-held-in") if e.name != "trec"}
+    assert len(held_in) == 35
+    counts = {n: found.prompts[s.removeprefix("prompted:").partition("?")[0]] for n, s in held_in.items()}
+    assert min(counts.values()) >= 2
+    # As the paper's appendix and promptsource count them.
+    assert (counts["wiki_qa"], counts["paws"], counts["adversarial_qa"], counts["imdb"]) == (5, 11, 5, 11)
+
+
+def test_every_named_datasets_splits_are_known():
+    specs = [s for p in POOLS for e in pool_entries(p) for s in e.specs]
+    specs += [s for n in SUITES for e in suite(n).entries for s in e.specs]
+    asked = {s for s in specs if s.startswith("prompted:")}
+    assert all(check_splits(s) for s in asked)
+    assert {s.removeprefix("prompted:").partition("?")[0] for s in asked} == set(KNOWN)
+
+
+def test_splits_that_are_not_there_are_named():
+    with pytest.raises(UnknownName, match="split of wiki_bio 'validation': known: test, train, val"):
+        check_splits("prompted:wiki_bio?test=validation")
+    with pytest.raises(TaskError, match="anli has the splits train_r1, dev_r1"):
+        check_splits("prompted:anli")
+    assert not check_splits("prompted:wiki_bio?hub=me/wiki_bio&test=validation")
+    assert not check_splits("prompted:another")
+
+
+def test_without_anything_at_hand_it_says_what_it_does_not_know(nothing_cached):
+    found = check_data(ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml"))
+    assert found.problems == {}
+    assert "wiki_qa" in found.unknown["promptsource's prompts, which aren't in the cache"]
+    assert "navigate" in found.unknown["BIG-bench, which isn't in the cache"]
+    assert "web_of_lies" in found.unknown["the Hub"]
+
+
+def test_what_a_run_would_fail_at_is_told_now(nothing_cached, tmp_path, monkeypatch):
+    task = tmp_path / "bigbench" / "there"
+    task.mkdir(parents=True)
+    (task / "task.json").write_text('{"examples": []}')
+    monkeypatch.setenv("PHATGOOSE_BIGBENCH", str(tmp_path / "bigbench"))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "r.toml").write_text(
+        'base = "b"\nsystems = ["base"]\n[pool.tasks]\ngood = "bigbench:there"\ntypo = "bigbench:ther"\n'
+        'gone = "jsonl:gone.jsonl"\nsplit = "prompted:wiki_bio?test=tset"\nhard = "bbh:snark"\nempty = "prompted:quail"\n'
+        'hub = "hf:some/rows"\n[folders]\nempty = "rows"\n'
+    )
+    shown = CliRunner().invoke(app, ["experiment", str(tmp_path / "r.toml"), "--check"])
+    assert shown.exit_code == 1
+    said = " ".join(shown.output.split())
+    for part in (
+        "typo: unknown bigbench task 'ther': did you mean 'there'",
+        "gone.jsonl does not exist",
+        "split: unknown split of wiki_bio 'tset': did you mean 'test'",
+        "hard: unknown bbh task 'snark': did you mean 'snarks'",
+        "has no file quail.SPLIT.jsonl",
+        "not looked into: the Hub (hub)",
+    ):
+        assert part in said, said
+    assert "good:" not in said
