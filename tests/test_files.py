@@ -125,7 +125,7 @@ def test_keys_do_not_depend_on_order():
 def test_unknown_names_come_with_suggestions():
     assert "did you mean 'tense'" in str(unknown("task", "tens", ["tense", "other"]))
     assert "known: other, tense" in str(unknown("task", "zzz", ["tense", "other"]))
-    assert "there are 20 known names" in str(unknown("task", "zzz", [f"name{i:02}" for i in range(20)]))
+    assert "there are 40 known names" in str(unknown("task", "zzz", [f"name{i:02}" for i in range(40)]))
     with pytest.raises(UnknownName, match="unknown router 'x'"):
         lookup("router", "x", {"phatgoose": "phatgoose.routers:PHATGOOSE"})
     assert lookup("router", "phatgoose", {"phatgoose": "phatgoose.routers:PHATGOOSE"}).__name__ == "PHATGOOSE"

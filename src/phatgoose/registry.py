@@ -16,7 +16,7 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Unkno
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         tail = f"did you mean {' or '.join(repr(c) for c in close)}?"
-    elif len(names) <= 12:
+    elif len(names) <= 30:
         tail = "known: " + (", ".join(names) if names else "none")
     else:
         tail = f"there are {len(names)} known names, {names[0]!r} to {names[-1]!r}"

@@ -10,10 +10,13 @@ import pytest
 
 from phatgoose.errors import ExpertError, RoutingError, TaskError, TrainingError, UnknownName
 from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.merge import dare, ties
+from phatgoose.experts.padding import padded
+from phatgoose.experts.pool import Pool
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.recipes import QUICKSTART
-from phatgoose.workflows.systems import expanded
+from phatgoose.workflows.systems import build, check_system, expanded
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 SMALL = {"base": "b", "pool": {"tasks": {"a": "jsonl:a.jsonl"}}}
@@ -91,6 +94,14 @@ def test_the_quickstart_suite_is_the_quickstarts():
             r"ld \(bigbench/logical_deduction/three_objects\)",
         ),
         ({"systems": ["padded:²"]}, RoutingError, "padded:N"),
+        ({"systems": ["padded:2,sed=1"]}, RoutingError, "padded has no setting 'sed'; it has: seed"),
+        ({"systems": ["merged:density=1"]}, RoutingError, "merged has no setting 'density'; it has: none"),
+        ({"systems": ["ties:density=2"]}, RoutingError, "density is a share, expected above 0 and at most 1"),
+        ({"systems": ["dare:density=nan"]}, RoutingError, "density is a share"),
+        ({"systems": ["dare:seed=x"]}, RoutingError, "seed is 'x', expected a number"),
+        ({"systems": ["lora-hub"]}, UnknownName, "known: .*, multitask, .*, weight-only"),
+        ({"dtype": "bf16"}, UnknownName, "dtype 'bf16': did you mean"),
+        ({"pool": {"tasks": {"a": "bigbnch:social_iqa"}}}, UnknownName, "task source 'bigbnch': did you mean 'bigbench'"),
         ({"bas": "x"}, UnknownName, "setting in the recipe 'bas': did you mean 'base'"),
         ({"expert": {"step": 3}}, UnknownName, r"setting in the recipe, \[expert\] 'step': did you mean 'steps'"),
         ({"measure": {"test_rows": "ten"}}, RecipeError, "test_rows is 'ten', expected a whole number"),
@@ -179,3 +190,22 @@ def test_what_is_given_away_names_no_folder_of_this_machine():
 
 def test_seeds_multiply_only_what_draws():
     assert expanded(["base", "random:seed={seed}"], [3, 5]) == ("base", "random:seed=3", "random:seed=5")
+    assert expanded(["PHATGOOSE", "Single:Mine"], [0]) == ("phatgoose", "single:Mine")
+
+
+def test_merges_and_padding_have_settings(make_base, make_expert):
+    base = make_base("llama")
+    pool = Pool([make_expert(base, "one", gates=True), make_expert(base, "two", seed=1, gates=True)])
+    for name, expected in {
+        "ties:density=0.5": ties(pool, 0.5),
+        "dare:seed=3": dare(pool, seed=3),
+        "dare:density=0.5,seed=3": dare(pool, 0.5, 3),
+    }.items():
+        check_system(name)
+        (found,) = build(name, pool)[0].experts
+        assert found.hash == expected.hash
+    assert dare(pool, seed=3).hash != dare(pool).hash
+    check_system("padded:2,seed=4")
+    found, _ = build("padded:2,seed=4", pool)
+    assert [e.hash for e in found.experts] == [e.hash for e in padded(pool, 2, seed=4).experts]
+    assert [e.hash for e in build("padded:2", pool)[0].experts] == [e.hash for e in padded(pool, 2).experts]

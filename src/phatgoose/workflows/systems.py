@@ -2,17 +2,19 @@
 
 Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"), with {seed} filled in where it has one. Beside those:
 
-    base          the base alone                          merged, ties, dare   one expert made of all
+    base          the base alone
+    merged        one expert made of all; so do ties[:density=X] and dare[:density=X,seed=N]
     best-single   one expert for a whole suite            oracle               one expert for each task
     own           each task's own expert, in-pool only
     multitask     one expert trained on all the pool's data together: what pooling the data would give
-    padded:N      PHATGOOSE, N experts that know nothing among the pool's
+    padded:N      PHATGOOSE, N experts that know nothing among the pool's (padded:N,seed=M: others)
     model:SPEC    another model by itself on the same rows, such as a released multitask one (model:google/flan-t5-xl)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
@@ -29,15 +31,21 @@ CHOSEN = (BEST_SINGLE, ORACLE)
 """Systems that choose an expert by labels, on validation rows: no router has that."""
 TOLD = (*CHOSEN, OWN)
 """Systems that are told which expert acts: those, and the one that knows the task's name."""
-STATIC: dict[str, Callable[[Pool], Expert]] = {"merged": merged, "ties": ties, "dare": dare}
+STATIC: dict[str, Callable[..., Expert]] = {"merged": merged, "ties": ties, "dare": dare}
+_SETTINGS: dict[str, dict[str, Callable[[str], Any]]] = {
+    "ties": {"density": float},
+    "dare": {"density": float, "seed": int},
+    "padded": {"seed": int},
+}
 
 
 def expanded(systems: Sequence[str], seeds: Sequence[int]) -> tuple[str, ...]:
-    """Every system once for each seed, if it has one."""
+    """Every system once for each seed, if it has one; what it is in small letters, as on the command line."""
     found = [
         s.replace("{seed}", str(seed)) for s in systems for seed in (seeds if "{seed}" in s else (None,))
     ]
-    return tuple(dict.fromkeys(found))
+    parts = [s.partition(":") for s in found]
+    return tuple(dict.fromkeys(f"{kind.lower()}{colon}{rest}" for kind, colon, rest in parts))
 
 
 def check_system(name: str) -> None:
@@ -47,7 +55,10 @@ def check_system(name: str) -> None:
         UnknownName: there is no such system or router. RoutingError: a setting is wrong.
     """
     kind, _, rest = name.partition(":")
-    if name in (BASE, MULTITASK, *TOLD, *STATIC):
+    if name in (BASE, MULTITASK, *TOLD):
+        return
+    if kind in STATIC:
+        _settings(name, rest)
         return
     if kind == OTHER:
         if not rest.strip():
@@ -56,12 +67,40 @@ def check_system(name: str) -> None:
             )
         return
     if kind == "padded":
-        if not (rest.isascii() and rest.isdigit()) or int(rest) < 1:
-            raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
+        _padding(name)
         return
     if kind not in ROUTERS:
         raise unknown("system", name, (BASE, MULTITASK, *TOLD, *STATIC, "padded", OTHER, *ROUTERS))
     parse_router(name)
+
+
+def _settings(name: str, text: str) -> dict[str, Any]:
+    """key=value,… of a system that is no router."""
+    kind = name.partition(":")[0]
+    known, found = _SETTINGS.get(kind, {}), {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise RoutingError(
+                f"system {name!r}: {kind} has no setting {key!r}; it has: {', '.join(known) or 'none'}."
+            )
+        try:
+            found[key] = known[key](value)
+        except ValueError:
+            raise RoutingError(f"system {name!r}: {key} is {value!r}, expected a number.") from None
+    if not 0 < found.get("density", 1.0) <= 1:
+        raise RoutingError(f"system {name!r}: density is a share, expected above 0 and at most 1.")
+    if not 0 <= found.get("seed", 0) < 2**63:
+        raise RoutingError(f"system {name!r}: expected a seed of at least 0 and below 2**63.")
+    return found
+
+
+def _padding(name: str) -> tuple[int, dict[str, Any]]:
+    """(how many experts are added, settings) of padded:N[,seed=M]."""
+    number, _, rest = name.partition(":")[2].partition(",")
+    if not (number.isascii() and number.isdigit()) or int(number) < 1:
+        raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
+    return int(number), _settings(name, rest)
 
 
 def reads(name: str) -> str:
@@ -82,10 +121,11 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
         if expert is None:
             raise RoutingError(f"{name} needs the expert that acts.")
         return Pool([pool[expert]]), Single(0)
-    if name in STATIC:
-        return Pool([STATIC[name](pool)]), Single(0)
+    if kind in STATIC:
+        return Pool([STATIC[kind](pool, **_settings(name, rest))]), Single(0)
     if kind == "padded":
-        return padded(pool, int(rest)), PHATGOOSE()
+        count, settings = _padding(name)
+        return padded(pool, count, **settings), PHATGOOSE()
     router = parse_router(name)
     router.check(pool.names)
     return pool, router
