@@ -136,6 +136,39 @@ def test_dare_keeps_a_share_and_is_right_on_average(make_base, make_expert):
     assert torch.allclose(dare(pool, 1.0).updates[path].weight().double(), expected, atol=1e-6)
 
 
+def dare_by_hand(stack, density, merged):
+    """The draws that made `merged`, found entry by entry, and what they give: the mean of kept entries, each divided by density."""
+    draws = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * len(stack))  # [2^E, E]
+    means = torch.einsum("se,eij->sij", draws, stack) / (density * len(stack))
+    found = (means - merged).abs().argmin(0)
+    return means.gather(0, found[None])[0], draws[found].permute(2, 0, 1).bool()
+
+
+def test_dare_is_the_papers(make_base, make_expert):
+    """Every entry is the mean over experts of what independent draws kept, and no two experts or modules share their draws."""
+    experts = three_loras(make_base, make_expert)
+    density, masks = 0.4, {}
+    for path, update in dare(Pool(experts), density, seed=7).updates.items():
+        merged, stack = update.weight().double(), deltas(experts, path)
+        there = (
+            stack.abs().sum((1, 2)) > 0
+        )  # an expert without the module counts as zero: its draws can't be seen
+        kept, drawn = dare_by_hand(stack[there], density, merged * len(stack) / int(there.sum()))
+        error = (kept * int(there.sum()) / len(stack) - merged).abs().max()
+        assert float(error) < 1e-5 * float(stack.abs().max()), path
+        masks |= {(path, int(e)): m for e, m in zip(there.nonzero(), drawn, strict=True)}
+    for mask in masks.values():
+        assert (
+            abs(float(mask.double().mean()) - density) < 5 * (density * (1 - density) / mask.numel()) ** 0.5
+        )
+    pairs = [(a, b) for a in masks for b in masks if a < b and masks[a].shape == masks[b].shape]
+    assert {a[0] == b[0] for a, b in pairs} == {True, False}
+    chance = density**2 + (1 - density) ** 2  # of two independent draws to be alike
+    for a, b in pairs:
+        alike = float((masks[a] == masks[b]).double().mean())
+        assert abs(alike - chance) < 5 * (chance * (1 - chance) / masks[a].numel()) ** 0.5, (a, b)
+
+
 @pytest.mark.parametrize("merge", [ties, dare])
 def test_dense_merges_refuse_what_they_are_not_defined_for(merge, make_base, make_expert, tmp_path):
     base = make_base("gpt2")

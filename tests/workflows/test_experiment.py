@@ -23,10 +23,12 @@ from typer.testing import CliRunner
 from encoder_fixtures import make_encoder, signed
 from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
+from phatgoose.evaluation.statistics import paired_difference, suite_interval
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.load import load_base
 from phatgoose.records import Example, Prediction, TaskScore
+from phatgoose.routers import Single
 from phatgoose.tasks.pools import pool_entries
 from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.spec import split_spec
@@ -36,7 +38,7 @@ from phatgoose.workflows import experiment_steps
 from phatgoose.workflows.executors import Processes
 from phatgoose.workflows.experiment import _standing, run_experiment
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
-from phatgoose.workflows.experiment_results import ALIKE, suite_results
+from phatgoose.workflows.experiment_results import ALIKE, RESAMPLES, suite_results
 from phatgoose.workflows.experiment_text import _computed
 from phatgoose.workflows.measured import Measurements
 
@@ -85,12 +87,19 @@ def recipe(place, **changes):
     return ExperimentRecipe.from_json({**data, **changes})
 
 
+def everything(place):
+    """With every kind of step: signatures, a multitask expert, experts to choose among, merges."""
+    more = ["average-activation", "multitask", "ties", "dare", "padded:2"]
+    signature = {"rows": 8, "rows_per_batch": 4, "max_length": 96, "texts": 0}
+    return recipe(place, systems=[*SYSTEMS, *more], signature=signature)
+
+
 def outcome(out):
     """results.json without times."""
     results = json.loads((out / "results.json").read_text())
     del results["made"]
-    for expert in results["experts"]:
-        for key in ("expert_seconds", "gate_seconds", "gate_share"):
+    for expert in (*results["experts"], results["multitask"] or {}):
+        for key in ("expert_seconds", "gate_seconds", "gate_share", "signature_seconds"):
             expert.pop(key, None)
     return results
 
@@ -111,7 +120,7 @@ def start(place, out):
     script = place / "run.py"
     script.write_text(RUN)
     return subprocess.Popen(
-        [sys.executable, str(script), json.dumps(recipe(place).to_json()), str(out)],
+        [sys.executable, str(script), json.dumps(everything(place).to_json()), str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -160,7 +169,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        run_experiment(recipe(place), out, executor=executor)
+        run_experiment(everything(place), out, executor=executor)
     finally:
         thread.join(60)
         executor.close()
@@ -729,6 +738,92 @@ def test_ties_go_to_the_expert_that_finds_right_answers_likelier():
     score = TaskScore("t", "validation", "x", 0.5, 0, 1, 3, predictions=made)
     assert experiment_steps._likelihood(score, rows) == pytest.approx((-3.0 - 0.5) / 2)
     assert experiment_steps._likelihood(replace(score, predictions=made[1:2]), rows[1:2]) is None
+
+
+def test_oracle_and_best_single_take_what_is_best_on_validation_rows_alone(place, ready, monkeypatch):
+    """By numbers that leave no doubt; what test rows would say is the opposite."""
+    best = {"in-pool": {"upper": "stranger"}, "unseen": {"held": "upper"}}
+
+    def chosen(run, pool, expert, suite, tasks):
+        right = {t: best[suite][t] == expert for t in tasks}
+        return {"scores": {t: [0.75 if right[t] else 0.25, None] for t in tasks}, "failed": {}}
+
+    monkeypatch.setattr(experiment_steps, "choose", chosen)
+    pool = {"tasks": {"upper": f"jsonl:{place}/upper.jsonl"}, "folder": str(place / "ready")}
+    made = recipe(place, systems=["base", "oracle", "best-single"], pool=pool)
+    results = run_experiment(made, place / "out")
+    for suite, picks in best.items():
+        assert results["chosen"]["oracle"][suite] == picks
+        assert results["chosen"]["best-single"][suite] == picks
+        for task, expert in picks.items():
+            alone = run_experiment(
+                recipe(place, systems=["base", f"single:{expert}"], pool=pool), place / "one"
+            )
+            (system,) = [s for n, s in alone["suites"][suite]["systems"].items() if n != "base"]
+            assert results["suites"][suite]["systems"]["oracle"]["tasks"][task] == system["tasks"][task]
+
+
+def test_experts_are_chosen_on_rows_that_are_not_measured(place, ready):
+    asked = experiment_steps.Lab.task
+    pool = {"tasks": {"upper": f"jsonl:{place}/upper.jsonl"}, "folder": str(place / "ready")}
+    run_experiment(recipe(place, systems=["base"], pool=pool), place / "out")
+    run = {"recipe": recipe(place, systems=["base"], pool=pool).to_json(), "out": str(place / "out")}
+    lab = experiment_steps.lab(run)
+    task = asked(lab, "unseen", "held")
+    found = experiment_steps.choose(run, "", "upper", "unseen", ["held"])
+    files = [json.loads(p.read_text())["key"] for p in (place / "out/scores").glob("*.json")]
+    (key,) = [k for k in files if k["split"] == "validation"]
+    assert (key["limit"], key["task"]) == (3, task.hash)
+    assert not {e.input for e in task.validation} & {e.input for e in task.test[:6]}
+    right = lab.measurements.score(task, Pool([ready["upper"]]), Single(0), split="validation", limit=3)
+    assert found["scores"]["held"][0] == right.mean
+
+
+def test_rows_that_show_one_raw_row_are_drawn_together():
+    """Intervals, p-values and shares against `paired_difference` and `suite_interval`, told the groups."""
+    draws = random.Random(3)
+    groups = tuple(sorted(draws.choices(range(9), k=40)))
+    luck = [draws.random() for _ in range(9)]
+
+    def score(skill):
+        right = [luck[g] < skill for g in groups]  # rows of one raw row stand or fall together
+        made = tuple(Prediction(r, "a") for r in right)
+        return TaskScore("t", "test", "exact match", sum(right) / 40, 0, 1, 40, "hash", made, groups=groups)
+
+    table = {"base": {"t": score(0.4)}, "phatgoose": {"t": score(0.6)}, "oracle": {"t": score(0.9)}}
+    found = suite_results(table, {"t": "hash"})
+    points = {s: [[p.points for p in row["t"].predictions]] for s, row in table.items()}
+    more = {"groups": [groups], "resamples": RESAMPLES}
+    for system in ("phatgoose", "oracle"):
+        expected = paired_difference(points[system], points["base"], **more)
+        said = found["against"]["base"][system]
+        assert (said["difference"], said["low"], said["high"]) == pytest.approx(expected)
+        assert said["low"] != pytest.approx(
+            paired_difference(points[system], points["base"], resamples=RESAMPLES)[1]
+        )
+        low, high = suite_interval(points[system], **more)
+        assert (found["systems"][system]["low"], found["systems"][system]["high"]) == pytest.approx(
+            (low, high)
+        )
+
+
+def test_what_a_system_cannot_do_at_all_is_said_once(place, ready):
+    """A pool without gates, and two tasks that PHATGOOSE can't be measured on."""
+    write(
+        place / "more.jsonl",
+        [{"input": f"so {i}?", "target": "no", "choices": ["no", "yes"]} for i in range(40)],
+    )
+    measure = {
+        "suites": ["unseen"], "test_rows": 4, "choice_rows": 0,
+        "tasks": {"held": f"jsonl:{place}/held.jsonl", "more": f"jsonl:{place}/more.jsonl"},
+    }  # fmt: skip
+    bare = [replace(e, gates=None) for e in ready.experts]
+    Pool(bare).save(place / "bare")
+    pool = {"folder": str(place / "bare")}
+    results = run_experiment(
+        recipe(place, pool=pool, measure=measure, systems=["base", "phatgoose"]), place / "out"
+    )
+    assert list(results["failed"]) == ["phatgoose on unseen (all 2 tasks)"]
 
 
 def test_contamination_is_reported(place):

@@ -285,9 +285,7 @@ class _Run:
             system, suite = asked[name]
             if outcome.ok:
                 files[system][suite] = outcome.value["scores"]
-                self.failed |= {
-                    f"{system} on {suite}: {t}": why for t, why in outcome.value["failed"].items()
-                }
+                self.failed |= _unmeasured(f"{system} on {suite}", **outcome.value)
         return files
 
     def contaminated(self, pool: Pool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -315,6 +313,13 @@ def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str
         else:
             found |= {f"choose {expert} on {suite}: {task}": why for expert, why in whys.items()}
     return found
+
+
+def _unmeasured(what: str, scores: Mapping[str, str], failed: Mapping[str, str]) -> dict[str, str]:
+    """{what: why} of tasks that couldn't be measured; what a system can't do at all is said once."""
+    if len(failed) > 1 and not scores and len(set(failed.values())) == 1:
+        return {f"{what} (all {len(failed)} tasks)": next(iter(failed.values()))}
+    return {f"{what}: {task}": why for task, why in failed.items()}
 
 
 def _claim(out: Path) -> None:
