@@ -10,7 +10,6 @@ from typing import Any
 from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.executors import Outcome, Step, Tell, attempt
 
-
 _LOOK_SECONDS = 1.0
 
 
@@ -64,6 +63,7 @@ class RayExecutor:
         if gpus > 1 and gpus != int(gpus):
             raise PhatgooseError(f"a step asks for {gpus:g} GPUs: Ray gives a part of one, or whole ones.")
         self.ray, self.retries = ray, retries
+        self._begun: Any = None
         self._started = not ray.is_initialized()
         if self._started:
             settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -81,7 +81,8 @@ class RayExecutor:
         if not gpus:  # with one, Ray's own way: a process that it gives another GPU would stay on its first
             options["max_calls"] = 0
         self._attempt = ray.remote(**options)(_attempt_in)
-        self._begun = ray.remote(num_cpus=0, max_restarts=-1)(_Begun).remote()
+        actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Begun)
+        self._begun = actor.remote()
         self._asked = self._begun.take.remote()
 
     def _check(self, cpus: float, gpus: float) -> None:
@@ -140,7 +141,7 @@ class RayExecutor:
     def close(self) -> None:
         if self._started:
             self.ray.shutdown()
-        else:
+        elif self._begun is not None:
             self.ray.kill(self._begun)
 
     def _result(self, reference: Any) -> tuple[str, Any]:
