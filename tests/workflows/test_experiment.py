@@ -552,6 +552,12 @@ def test_results_hold_together(place):
         f"| upper | 6 | exact match | 1.00 | {results['chosen']['oracle']['in-pool']['upper']} (on 3) |"
         in text
     )
+    made = results["made"]
+    assert {"torch", "peft", "accelerate", "datasets", "rouge-score"} <= set(made)
+    for system, suites in made["measuring_seconds"].items():
+        assert set(suites) == {n for n, s in results["suites"].items() if system in s["systems"]}
+        assert all(s >= 0 for s in suites.values())
+    assert sum(made["measuring_seconds"]["phatgoose"].values()) > 0
     measured = results["measured"]
     assert {k: len(v) for k, v in measured.items()} == dict.fromkeys((*ALIKE, "base"), 1)
     assert (measured["dtype"], measured["device"]) == (["torch.float32"], ["cpu"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,16 @@ Files = Mapping[str, Mapping[str, Mapping[str, str]]]
 """System → suite → task → file of its score."""
 Table = dict[str, dict[str, TaskScore]]
 
-PACKAGES = ("tokenizers", "datasets", "safetensors", "numpy", "huggingface_hub")
+PACKAGES = (
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "jinja2",
+    "rouge-score",
+    "huggingface_hub",
+)
 ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads")
 """What all scores of a comparison should have in common; "base" has one value more for each further model."""
 
@@ -69,7 +78,7 @@ def results_of(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made": show.made(seconds) | {n: version(n) for n in PACKAGES},
+        "made": show.made(seconds) | _versions() | {"measuring_seconds": _measuring(out, files)},
         "measured": _measured(out, files),
         "recipe": recipe.without_paths(),
         "evaluation": asdict(EvaluationConfig()),
@@ -82,6 +91,33 @@ def results_of(
         "complete": not failed,
         "failed": failed,
     }
+
+
+def _versions() -> dict[str, str | None]:
+    """Of the packages that data and scores hang on; None: it isn't installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _measuring(out: Path, files: Files) -> dict[str, dict[str, float]]:
+    """System → suite → seconds that measuring took, in whichever runs it was done."""
+    return {
+        system: {
+            suite: round(sum(_made(out, f).get("seconds", 0.0) for f in tasks.values()), 1)
+            for suite, tasks in suites.items()
+        }
+        for system, suites in files.items()
+    }
+
+
+def _made(out: Path, file: str) -> dict[str, Any]:
+    made: dict[str, Any] = read_json(out / "scores" / file, EvaluationError).get("made", {})
+    return made
 
 
 def _measured(out: Path, files: Files) -> dict[str, list[Any]]:

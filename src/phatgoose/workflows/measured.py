@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -108,6 +109,7 @@ class Measurements:
         path = self.folder / f"{sha256_json(key)[:24]}.json"
         if path.exists():
             return path
+        started = time.monotonic()
         try:
             if pool is not None:
                 route(self.base, pool, router, backend_name=self.backend)
@@ -117,7 +119,7 @@ class Measurements:
         finally:
             unroute(self.base)
         # Threads decide the order of sums, so at most the last bits: said, not told apart.
-        made = {"threads": torch.get_num_threads()}
+        made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 1)}
         write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
         return path
 
