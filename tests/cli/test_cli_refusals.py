@@ -79,7 +79,8 @@ def test_truncated_adapter(run, ready, task, base, tmp_path):
         ("single:on", ["unknown expert", "did you mean 'one'"]),
         ("phatgoose:k=3", ["no setting 'k'", "top_k"]),
         ("random:seed=x", ["whole number"]),
-        ("merged:x=1", ["no settings"]),
+        ("merged:x=1", ["merged has no setting 'x'; it has: none"]),
+        ("ties:density=7", ["density is a share"]),
     ],
 )
 def test_routers(run, pool, base, task, router, words):

@@ -213,7 +213,7 @@ def test_pool_verify(ready, run, base):
 
 def test_eval_compares_routers_on_the_same_rows(ready, run, base, task, tmp_path):
     folder, _ = ready
-    routers = ["base", "phatgoose:top_k=1", "single:two", "random:seed=3", "uniform", "merged"]
+    routers = ["base", "phatgoose:top_k=1", "single:two", "random:seed=3", "uniform", "merged", "ties:density=0.5"]
     options = [x for name in routers for x in ("--router", name)]
     out = tmp_path / "scores.json"
     result = run(
@@ -234,12 +234,13 @@ def test_eval_compares_routers_on_the_same_rows(ready, run, base, task, tmp_path
     head, row, *differences = result.out.splitlines()
     assert head.split() == ["task", "metric", "rows", *routers]
     assert row.startswith("jsonl:colour")
-    assert len(differences) == 5
+    assert len(differences) == 6
     data = json.loads(out.read_text())
     assert list(data["results"]) == routers
     assert data["complete"]
     assert data["results"]["single:two"]["router"] == {"router": "Single", "expert": "two"}
     assert data["results"]["merged"]["router"] == {"router": "merged"}
+    assert data["results"]["ties:density=0.5"]["router"] == {"router": "ties:density=0.5"}
     scores = {name: r["scores"]["tasks"][0] for name, r in data["results"].items()}
     assert all(len(s["predictions"]) == 3 for s in scores.values())
     assert scores["uniform"]["predictions"] == scores["merged"]["predictions"]

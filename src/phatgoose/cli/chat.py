@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base import Base
 
-HELP = r"""/router R   choose who routes: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, uniform, merged, base
+HELP = r"""/router R   choose who routes: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, uniform, merged, ties, base
 /router     show who routes, and the experts' names
 /base       the base alone: the same as /router base
 /trace      show or hide which experts lead each part of an answer

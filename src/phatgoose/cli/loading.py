@@ -14,7 +14,6 @@ from phatgoose.cli import show
 from phatgoose.cli.packing import show_copied
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.device_memory import cache_use, parse_bytes
@@ -23,6 +22,7 @@ from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.ops import backend as find_backend
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Router, Single, parse_router
+from phatgoose.workflows.systems import STATIC, build, check_system
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Choice:
     router: Router | None
     """None: the base alone."""
     merged: bool = False
-    """Attach the average of the experts instead of the experts."""
+    """Attach the one expert that all are merged into instead of the experts: their average, or by TIES or DARE."""
     device_memory: str | None = None
     """What the pool may take of the device, as the command line has it; None: all that it needs."""
 
@@ -88,16 +88,18 @@ def choose(
             raise RoutingError("--device-memory is for a pool's experts: give --pool.")
     text = text or ("phatgoose" if pool is not None else "base")
     name = text.partition(":")[0].lower()
-    if name in ("base", "merged") and name != text.lower():
+    if name == "base" and name != text.lower():
         raise RoutingError(f"router {name!r} has no settings, got {text!r}.")
-    if name not in (*ROUTERS, "base", "merged"):
-        raise unknown("router", name, [*ROUTERS, "base", "merged"])
+    if name not in (*ROUTERS, "base", *STATIC):
+        raise unknown("router", name, [*ROUTERS, "base", *STATIC])
     if name == "base":
         return Choice("base", None, device_memory=device_memory)
     if pool is None:
         raise RoutingError(f"router {text!r} needs experts: give --pool.")
-    if name == "merged":
-        return Choice("merged", Single(0), merged=True, device_memory=device_memory)
+    if name in STATIC:
+        text = name + text[len(name) :]
+        check_system(text)
+        return Choice(text, Single(0), merged=True, device_memory=device_memory)
     router = parse_router(text)
     router.check(pool.names)
     return Choice(text, router, device_memory=device_memory)
@@ -114,7 +116,7 @@ def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto")
         return
     route(
         base,
-        Pool([merged(pool)]) if choice.merged else pool,
+        build(choice.text, pool)[0] if choice.merged else pool,
         choice.router,
         backend_name=backend,
         device_memory=choice.device_memory,

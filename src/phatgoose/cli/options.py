@@ -61,7 +61,7 @@ PoolOption = Annotated[
 ROUTER_HELP = (
     "Who chooses the experts: phatgoose, phatgoose:top_k=3, phatgoose:ungated=weights (for pools without all gates), weight-only, "
     "arrow, spectr, lag, average-activation, retrieval, centroid, soft-centroid (these four need `phatgoose signature`), single:NAME, "
-    "random:seed=1, uniform, merged, or base for none. The default is phatgoose with a pool and base without."
+    "random:seed=1, uniform, merged, ties or dare (one expert made of all), or base for none. The default is phatgoose with a pool and base without."
 )
 
 
