@@ -213,7 +213,15 @@ def test_pool_verify(ready, run, base):
 
 def test_eval_compares_routers_on_the_same_rows(ready, run, base, task, tmp_path):
     folder, _ = ready
-    routers = ["base", "phatgoose:top_k=1", "single:two", "random:seed=3", "uniform", "merged", "ties:density=0.5"]
+    routers = [
+        "base",
+        "phatgoose:top_k=1",
+        "single:two",
+        "random:seed=3",
+        "uniform",
+        "merged",
+        "ties:density=0.5",
+    ]
     options = [x for name in routers for x in ("--router", name)]
     out = tmp_path / "scores.json"
     result = run(
