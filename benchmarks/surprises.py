@@ -34,8 +34,8 @@ from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.tasks.batch import UNLIMITED, encode_pair
 from phatgoose.training.gate import train_gate
 from phatgoose.workflows import show
+from phatgoose.workflows.experiment_lab import Lab
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe
-from phatgoose.workflows.experiment_steps import Lab
 
 SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60
 PAPERS_STEPS = 100

@@ -34,7 +34,7 @@ from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.suites import suite as named_suite
 from phatgoose.tasks.templates import config_name, templates
-from phatgoose.workflows import experiment_steps
+from phatgoose.workflows import experiment_lab, experiment_steps
 from phatgoose.workflows.executors import Processes
 from phatgoose.workflows.experiment import _standing, run_experiment
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
@@ -463,7 +463,7 @@ def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
         results = run_experiment(made, place / "out")
     assert results["failed"] == {"train multitask": "TrainingError: no room"}
     assert list(results["suites"]["in-pool"]["systems"]) == ["base"]
-    stale = experiment_steps.lab({"recipe": made.to_json(), "out": str(place / "out")})
+    stale = experiment_lab.lab({"recipe": made.to_json(), "out": str(place / "out")})
     with pytest.raises(PhatgooseError, match="isn't this run's"):
         stale.system("multitask", "another's hash")
 
@@ -610,7 +610,7 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
     def edited(run, system, **asked):
         if system == moment:
             write(place / "held.jsonl", [{"input": f"new {i}", "target": "yes"} for i in range(12)])
-            experiment_steps._lab.cache_clear()
+            experiment_lab._lab.cache_clear()
         return measure(run, system=system, **asked)
 
     monkeypatch.setattr(experiment_steps, "measure", edited)
@@ -770,11 +770,11 @@ def test_oracle_and_best_single_take_what_is_best_on_validation_rows_alone(place
 
 
 def test_experts_are_chosen_on_rows_that_are_not_measured(place, ready):
-    asked = experiment_steps.Lab.task
+    asked = experiment_lab.Lab.task
     pool = {"tasks": {"upper": f"jsonl:{place}/upper.jsonl"}, "folder": str(place / "ready")}
     run_experiment(recipe(place, systems=["base"], pool=pool), place / "out")
     run = {"recipe": recipe(place, systems=["base"], pool=pool).to_json(), "out": str(place / "out")}
-    lab = experiment_steps.lab(run)
+    lab = experiment_lab.lab(run)
     task = asked(lab, "unseen", "held")
     found = experiment_steps.choose(run, "", "upper", "unseen", ["held"])
     files = [json.loads(p.read_text())["key"] for p in (place / "out/scores").glob("*.json")]

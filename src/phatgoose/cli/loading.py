@@ -22,7 +22,7 @@ from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.ops import backend as find_backend
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Router, Single, parse_router
-from phatgoose.workflows.systems import STATIC, build, check_system
+from phatgoose.workflows.systems import STATIC, check_system, combined
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto")
         return
     route(
         base,
-        build(choice.text, pool)[0] if choice.merged else pool,
+        combined(choice.text, pool) if choice.merged else pool,
         choice.router,
         backend_name=backend,
         device_memory=choice.device_memory,

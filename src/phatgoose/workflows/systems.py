@@ -108,6 +108,16 @@ def reads(name: str) -> str:
     return parse_router(name).reads if name.partition(":")[0] in ROUTERS else ""
 
 
+def combined(name: str, pool: Pool) -> Pool:
+    """The one expert that all of a pool are made into by a system of `STATIC`, with its settings.
+
+    Raises:
+        PoolError: these experts can't be merged so.
+    """
+    kind, _, rest = name.partition(":")
+    return Pool([STATIC[kind](pool, **_settings(name, rest))])
+
+
 def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None, Router | None]:
     """(pool, router) to attach for a system; (None, None) is the base. `expert` is the one that acts, for a system of `TOLD`.
 
@@ -122,7 +132,7 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
             raise RoutingError(f"{name} needs the expert that acts.")
         return Pool([pool[expert]]), Single(0)
     if kind in STATIC:
-        return Pool([STATIC[kind](pool, **_settings(name, rest))]), Single(0)
+        return combined(name, pool), Single(0)
     if kind == "padded":
         count, settings = _padding(name)
         return padded(pool, count, **settings), PHATGOOSE()
