@@ -210,9 +210,6 @@ class _Run:
     ) -> tuple[dict[str, Any] | None, dict[str, dict[str, dict[str, str]]]]:
         """What routers are held against: (the record of the one expert on everybody's data, if it is compared; system → suite → task →
         the expert that acts). One stage: a training alone would keep one worker busy, and no other.
-
-        Few rows make many ties: these go to the expert that finds right choices likelier, then to the first of the pool. A task that
-        can't be scored has no oracle.
         """
         wanted = [s for s in self.recipe.all_systems if s in CHOSEN]
         rows = {s: [n for n, info in found.items() if info["choice_rows"]] for s, found in tasks.items()}
@@ -229,20 +226,7 @@ class _Run:
         for suite, names in rows.items():
             made = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
             self.failed |= _unscored(suite, names, {e: value["failed"] for e, value in made.items()})
-            scores = {e: value["scores"] for e, value in made.items()}
-            picks: dict[str, dict[str, str]] = {ORACLE: {}, BEST_SINGLE: {}}
-            for task in names:
-                able = [e for e in scores if task in scores[e]]
-                if able:
-                    picks[ORACLE][task] = max(able, key=lambda e: _standing([scores[e][task]]))
-            most = max((len(found) for found in scores.values()), default=0)
-            whole = [
-                e for e in scores if len(scores[e]) == most
-            ]  # one that failed somewhere is no single best
-            if most:
-                common = [t for t in names if all(t in scores[e] for e in whole)]
-                best = max(whole, key=lambda e: _standing([scores[e][t] for t in common]))
-                picks[BEST_SINGLE] = dict.fromkeys(tasks[suite], best)
+            picks = _picks({e: value["scores"] for e, value in made.items()}, names, list(tasks[suite]))
             for system in wanted:
                 chosen[system][suite] = picks[system]
         if OWN in self.recipe.all_systems:
@@ -296,6 +280,25 @@ class _Run:
         outcome = self.run("contamination", [step])["contamination"] if known else Outcome()
         found = outcome.value or {"suites": {}, "read": []}
         return {**found, "unread": [n for n in pool.names if n not in found["read"]]}
+
+
+def _picks(
+    scores: Mapping[str, Mapping[str, Sequence[float | None]]], names: Sequence[str], tasks: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """System → task → expert, from expert → task → what it scored on the tasks `names` that can be chosen on; `tasks` are all of the suite.
+
+    Few rows make many ties: these go to the expert that finds right choices likelier, then to the first of the pool. A task that
+    can't be scored has no oracle, and an expert that couldn't be scored on all that others were is no single best.
+    """
+    oracle = {}
+    for task in names:
+        if able := [e for e in scores if task in scores[e]]:
+            oracle[task] = max(able, key=lambda e: _standing([scores[e][task]]))
+    most = max((len(found) for found in scores.values()), default=0)
+    whole = [e for e in scores if len(scores[e]) == most]
+    common = [t for t in names if all(t in scores[e] for e in whole)]
+    best = max(whole, key=lambda e: _standing([scores[e][t] for t in common])) if most else None
+    return {ORACLE: oracle, BEST_SINGLE: {} if best is None else dict.fromkeys(tasks, best)}
 
 
 def _standing(scores: Sequence[Sequence[float | None]]) -> tuple[float, float]:
