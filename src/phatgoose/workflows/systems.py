@@ -124,7 +124,7 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
     Raises:
         PoolError, RoutingError: this pool can't be merged or routed so.
     """
-    kind, _, rest = name.partition(":")
+    kind = name.partition(":")[0]
     if name == BASE:
         return None, None
     if name in TOLD:
