@@ -27,6 +27,23 @@ def test_page_and_picture_are_the_results_own(results):
     assert picture == plot(results)
 
 
+def test_later_code_gave_the_same_scores_again(results):
+    (path,) = (ROOT / "benchmarks" / "results").glob("bigbench-t0-seeds-*.json")
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["measured"]["code"] != results["measured"]["code"]
+    before, after = (r["suites"]["in-pool"]["systems"] for r in (results, again))
+    both = before.keys() & after.keys()
+    assert both == {
+        "base",
+        "phatgoose",
+        *(f"{c}:seed=0" for c in ("random", "fixed-random", "shuffled-gates")),
+    }
+    for system in both:
+        assert {t: s["mean"] for t, s in before[system]["tasks"].items()} == {
+            t: s["mean"] for t, s in after[system]["tasks"].items()
+        }
+
+
 def test_they_are_of_the_shipped_recipe(results):
     shipped = json.loads(json.dumps(ExperimentRecipe.read(ROOT / "recipes" / "bigbench-t0.toml").to_json()))
     said = results["recipe"]
