@@ -186,6 +186,12 @@ def test_specs_name_their_dataset(spec, dataset):
     assert sorted(map(str, datasets_of(spec))) == dataset.split()
 
 
+@pytest.mark.parametrize("spec", ["hf:a\0b", "jsonl:a\0b"])
+def test_what_no_file_can_be_named_is_refused(spec):
+    with pytest.raises(TaskError, match="null character"):
+        datasets_of(spec)
+
+
 def test_relative_paths_start_at_their_folder(tmp_path):
     (tmp_path / "rows.jsonl").touch()
     file = str(tmp_path / "rows.jsonl")
@@ -210,6 +216,12 @@ def test_relative_paths_start_at_their_folder(tmp_path):
         ("hf:alice/corpus?config=en", "hf:Alice/corpus", True),
         ("hf:alice/anli", "prompted:anli?test=dev_r1", True),
         ("hf:alice/super_glue?config=rte", "hf:super_glue/rte", True),
+        ("hf:lukaemon/bbh?config=causal_judgement", "hf:tasksource/bigbench?config=causal_judgment", True),
+        ("hf:lukaemon/bbh?config=snarks", "hf:maveriq/bigbenchhard?config=snarks", True),
+        ("hf:hails/bigbench?config=hyperbaton_zero_shot", "hf:tasksource/bigbench/hyperbaton", True),
+        ("hf:bigscience/P3?config=glue_mrpc_equivalent", "hf:nyu-mll/glue?config=mrpc", True),
+        ("hf:a/natural-instructions", "hf:b/super_natural_instructions", True),
+        ("hf:lukaemon/bbh?config=snarks", "hf:tasksource/bigbench?config=hyperbaton", False),
     ],
 )
 def test_owners_tell_datasets_of_one_name_apart(ours, theirs, same):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from phatgoose.errors import TaskError
 from phatgoose.tasks.bbh import NAMES
 from phatgoose.tasks.spec import TaskSpec, is_local, split_spec
 
@@ -20,6 +21,7 @@ _RENAMED = {"causal_judgement": "causal_judgment", "formal_fallacies": "formal_f
 _SIZED = ("logical_deduction", "tracking_shuffled_objects")
 # Names of copies on the Hub.
 _HARD = frozenset({"bbh", "bigbenchhard", "big_bench_hard", "big-bench-hard"})
+_COPIED = frozenset({"bigbench", "p3", NATURAL_INSTRUCTIONS})
 _INSTRUCTIONS = frozenset(
     {NATURAL_INSTRUCTIONS, "natural_instructions", "super_natural_instructions", "super-natural-instructions"}
 )
@@ -32,7 +34,7 @@ class Dataset:
     name: str
     """In small letters: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration"; of a local file its whole path as it is."""
     owner: str = ""
-    """Whose it is on the Hub, where that was said."""
+    """Whose it is on the Hub, where that was said; of collections that many have copied (BIG-bench, P3, Natural Instructions) nobody's."""
 
     def __str__(self) -> str:
         return self.name
@@ -65,10 +67,11 @@ def datasets_of(spec: str, folder: str | Path | None = None) -> frozenset[Datase
     parsed = split_spec(spec)
     if parsed.source == "hf" or is_local(spec):
         path = os.path.join(folder or "", os.path.expanduser(parsed.name))
-        file = Dataset(os.path.realpath(path))
-        if is_local(spec):
-            return frozenset({file})
-        return _on_hub(parsed) | (frozenset({file}) if os.path.exists(path) else frozenset())
+        if "\0" in path:
+            raise TaskError(f"{spec!r} can't name a file: it holds a null character.")
+        there = is_local(spec) or os.path.exists(path)
+        file = frozenset({Dataset(os.path.realpath(path))}) if there else frozenset()
+        return file if is_local(spec) else _on_hub(parsed) | file
     source, name = parsed.source, parsed.name.lower()
     if source == "bbh":
         return frozenset({Dataset(f"bigbench/{bigbench_name(name)}")})
@@ -84,7 +87,8 @@ def _on_hub(spec: TaskSpec) -> frozenset[Dataset]:
     named = [config] if config else []
     if len(parts) == 1:
         return frozenset({Dataset(_hub_name([*parts, *named]))})
-    owned = Dataset(_hub_name([*parts[1:], *named]), owner=parts[0])
+    name = _hub_name([*parts[1:], *named])
+    owned = Dataset(name, owner="" if name.partition("/")[0] in _COPIED else parts[0])
     if len(parts) > 2 or config:
         return frozenset({owned})
     return frozenset({owned, Dataset(_hub_name(parts))})
