@@ -317,7 +317,8 @@ def test_a_dataset_is_found_by_the_id_that_it_once_had(script, tmp_path, name):
     assert len(task.train) + len(task.test) == 30
 
 
-def test_prompts_over_a_copy(script, tmp_path, monkeypatch):
+def test_prompts_over_a_copy(script, tmp_path, monkeypatch, request):
+    request.addfinalizer(templates.cache_clear)
     repo = script(TWO)
     (tmp_path / "ps" / "qa" / "v1.0").mkdir(parents=True)
     (tmp_path / "ps" / "qa" / "v1.0" / "templates.yaml").write_text(
@@ -328,7 +329,6 @@ def test_prompts_over_a_copy(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "ps"))
     templates.cache_clear()
     task = load_task("prompted:qa/v1.0")
-    templates.cache_clear()
     assert task.source["copy"]["commit"] == repo.branches[BRANCH]
     assert prompts(task.validation) == {f"p{i}?" for i in range(40, 50)}
     assert {e.targets for e in task.validation} == {("yes",), ("no",)}

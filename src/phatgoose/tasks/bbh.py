@@ -46,9 +46,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: the file is malformed.
         DownloadError: the Hub can't be reached.
     """
-    spec.check_options(("choices",))
+    files = _find(spec, folder)
     fixed = tuple(spec.options["choices"].split("|")) if "choices" in spec.options else None
-    files = check_name(spec, folder)
     where = f"{HUB}/{spec.name}" if files is None else str(files[spec.name])
     rows = _hub(spec.name) if files is None else _read(files[spec.name])
     examples = []
@@ -68,22 +67,19 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"bbh:{spec.name}", {"test": examples}, source, fractions)
 
 
-def check_name(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
-    """The files of the folder; None: the Hub's copy is read.
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    return "the Hub" if _find(spec, folder) is None else None
 
-    Raises:
-        UnknownName: `spec` is none of the tasks. TaskError: there is no such folder.
-    """
+
+def _find(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
+    """The files of the folder, the one that is asked for among them; None: the Hub's copy is read."""
+    spec.check_options(("choices",))
     files = _files(folder)
     known = NAMES if files is None else tuple(files)
     if spec.name not in known:
         raise unknown("bbh task", spec.name, known)
     return files
-
-
-def at_hand(folder: Path | None) -> bool:
-    """Whether the tasks can be read without fetching anything."""
-    return bool(folder or os.environ.get("PHATGOOSE_BBH"))
 
 
 def names(folder: Path | None) -> list[str]:

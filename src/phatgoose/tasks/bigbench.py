@@ -145,6 +145,15 @@ def style(path: Path, data: dict[str, Any]) -> Style:
     )
 
 
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    _ranked(spec)
+    if not bigbench_files.at_hand(folder):
+        return "BIG-bench, which isn't in the cache"
+    bigbench_files.find(bigbench_files.root(folder), spec.name.strip("/"))
+    return None
+
+
 def _ranked(spec: TaskSpec) -> bool:
     spec.check_options(("ranked",))
     value = spec.options.get("ranked", "false")

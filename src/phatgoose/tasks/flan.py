@@ -31,6 +31,8 @@ FILES = {
     "niv2": ("niv2_zsopt_data",),
 }
 """Folders of the Hub's dataset that hold zero-shot prompts, by collection."""
+NAMELESS = ("niv2",)
+"""Collections whose tasks the Hub's rows don't name."""
 ROWS = 500_000
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -42,10 +44,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: no such collection or file, a `niv2/` task without a folder, or malformed rows.
         DownloadError: the Hub can't be reached.
     """
-    spec.check_options(("rows",))
-    collection, _, task = spec.name.partition("/")
-    if collection not in FILES or not task:
-        raise TaskError(f"{spec.text} should read flan:COLLECTION/TASK, COLLECTION being {', '.join(FILES)}.")
+    collection, task = _parts(spec)
     most = int(spec.options.get("rows", ROWS))
     rows = _local(spec.name, folder) if folder is not None else _hub(collection, task, spec.text)
     dropped: Counter[str] = Counter()
@@ -53,6 +52,26 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     source = {"spec": spec.text, "source": "flan", "from": HUB if folder is None else "folder"}
     source["prompt_style"] = "FLAN, as rendered, zero-shot"
     return build_task(f"flan:{spec.name}", {"train": examples}, source, fractions, dropped)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    collection, task = _parts(spec)
+    if folder is not None:
+        _file(spec.name, folder)
+        return None
+    if collection in NAMELESS:
+        raise _nameless(collection, task, spec.text)
+    return "the Hub"
+
+
+def _parts(spec: TaskSpec) -> tuple[str, str]:
+    """(collection, task)"""
+    spec.check_options(("rows",))
+    collection, _, task = spec.name.partition("/")
+    if collection not in FILES or not task:
+        raise TaskError(f"{spec.text} should read flan:COLLECTION/TASK, COLLECTION being {', '.join(FILES)}.")
+    return collection, task
 
 
 def file_stem(name: str) -> str:
@@ -73,11 +92,16 @@ def _examples(rows: Iterable[Mapping[str, Any]], where: str, dropped: Counter[st
             dropped["empty"] += 1
 
 
-def _local(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
+def _file(name: str, folder: Path) -> Path:
     paths = [folder / f"{file_stem(name)}{ending}" for ending in ENDINGS]
     path = next((p for p in paths if p.exists()), None)
     if path is None:
         raise TaskError(f"{folder} has no {file_stem(name)}.jsonl, .jsonl.gz or .parquet for flan:{name}.")
+    return path
+
+
+def _local(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
+    path = _file(name, folder)
     if path.suffix == ".parquet":
         import datasets
 
@@ -85,12 +109,16 @@ def _local(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
     return (row for _, row in read_lines(path))
 
 
+def _nameless(collection: str, task: str, where: str) -> TaskError:
+    return TaskError(
+        f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their category. Gather "
+        f"them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
+    )
+
+
 def _hub(collection: str, task: str, where: str) -> Iterable[Mapping[str, Any]]:
-    if collection == "niv2":
-        raise TaskError(
-            f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their category. Gather "
-            f"them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
-        )
+    if collection in NAMELESS:
+        raise _nameless(collection, task, where)
     import datasets
 
     try:

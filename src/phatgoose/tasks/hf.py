@@ -25,10 +25,11 @@ from phatgoose.errors import DownloadError, PhatgooseError, TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.columns import OPTIONS, Columns, Unlabelled, to_example
-from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.spec import TaskSpec, is_local
 from phatgoose.tasks.splits import Fractions, build_task
 
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+ALL_OPTIONS = (*OPTIONS, *SPLITS, "config", "revision")
 COPY = "refs/convert/parquet"
 """The branch on which the Hub keeps a copy of a dataset, as CONFIG/SPLIT/0000.parquet."""
 OWN_COPY = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
@@ -42,13 +43,24 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         UnknownName: an option or column isn't there.
         DownloadError: the Hub can't be reached, has no such dataset, or holds a script without a copy.
     """
-    spec.check_options((*OPTIONS, *SPLITS, "config", "revision"))
+    spec.check_options(ALL_OPTIONS)
     source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
     data = load_data(spec, folder, source)
     columns = Columns.of(spec, Columns(target="target"))
     own, dropped = collect(data, spec, lambda row, labels: to_example(row, columns, labels))
     source["fingerprints"] = {name: getattr(part, "_fingerprint", "") for name, part in data.items()}
     return build_task(f"hf:{_short(spec.name)}", own, source, fractions, dropped)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    spec.check_options(ALL_OPTIONS)
+    path = (folder or Path()) / Path(spec.name).expanduser()
+    if path.exists():
+        return None
+    if is_local(spec.text):
+        raise TaskError(f"{path} does not exist.")
+    return "the Hub"
 
 
 def load_data(
@@ -105,9 +117,9 @@ def _data_or_copy(name: str, config: str | None, revision: str | None, source: d
         return datasets.load_dataset(name, config, revision=revision)
     except getattr(huggingface_hub.errors, "HfUriError", ()):
         # `datasets` (5.2) makes URLs of ids without an owner, as super_glue, that it then can't read: the Hub knows them by a newer one.
-        if "/" in name or (found := huggingface_hub.HfApi().dataset_info(name).id) == name:
+        if "/" in name or "/" not in (found := huggingface_hub.HfApi().dataset_info(name).id):
             raise
-        return datasets.load_dataset(found, config, revision=revision)
+        return _data_or_copy(found, config, revision, source)
     except RuntimeError as cause:
         is_script = str(cause).startswith("Dataset scripts are no longer supported")
         if not is_script or revision is not None or source is None:

@@ -32,8 +32,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     Raises:
         TaskError: the file is missing, empty or malformed; the message names the line.
     """
-    spec.check_options((*OPTIONS, "ignore", "split"))
-    path = (folder or Path()) / Path(spec.name).expanduser()
+    path = _path(spec, folder)
     own: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
     with_split = 0
     for number, row in read_lines(path):
@@ -53,6 +52,19 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         "prompt_style": "as is",
     }
     return build_task(f"jsonl:{path.name.partition('.')[0]}", own, source, fractions)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    path = _path(spec, folder)
+    if not path.is_file():
+        raise TaskError(f"{path} does not exist.")
+    return None
+
+
+def _path(spec: TaskSpec, folder: Path | None) -> Path:
+    spec.check_options((*OPTIONS, "ignore", "split"))
+    return (folder or Path()) / Path(spec.name).expanduser()
 
 
 def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, Example]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS
 from phatgoose.registry import unknown
-from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.spec import TaskSpec
 
 _ALL_THREE = "train validation test"
 _TABLE = f"""
@@ -67,20 +67,19 @@ KNOWN = {
 """DATASET[/SUBSET] → its splits on the Hub."""
 
 
-def check_splits(spec: str) -> bool:
+def check_splits(spec: TaskSpec) -> bool:
     """Whether the splits of a `prompted:` spec's dataset are known, and so those that it asks for have been checked.
 
     Raises:
         UnknownName: it names a split that the dataset hasn't got. TaskError: it names none, and the dataset has none to begin with.
     """
-    parsed = split_spec(spec)
-    if parsed.name not in KNOWN or parsed.options.keys() & {"hub", "subset", "revision"}:
+    if spec.name not in KNOWN or spec.options.keys() & {"hub", "subset", "revision"}:
         return False
-    there = KNOWN[parsed.name]
-    asked = [parsed.options[name] for name in SPLITS if name in parsed.options]
+    there = KNOWN[spec.name]
+    asked = [spec.options[name] for name in SPLITS if name in spec.options]
     for name in asked:
         if name not in there:
-            raise unknown(f"split of {parsed.name}", name, there)
+            raise unknown(f"split of {spec.name}", name, there)
     if not asked and not set(there) & set(SPLITS):
-        raise TaskError(f"{spec}: {parsed.name} has the splits {', '.join(there)}; say which with test=.")
+        raise TaskError(f"{spec.text}: {spec.name} has the splits {', '.join(there)}; say which with test=.")
     return True

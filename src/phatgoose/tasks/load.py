@@ -64,6 +64,20 @@ def load_task(
     return Task(task.name, rows["train"], rows["validation"], rows["test"], source | {"limit": limits})
 
 
+def look(spec: str, folder: str | Path | None = None) -> str | None:
+    """What can't be told of a task without fetching or reading rows, for people; None: `load_task` finds it.
+
+    Raises:
+        As `load_task` would, as far as that can be told: an unknown source, name, split or option, a missing file.
+    """
+    parsed = split_spec(spec)
+    module = lookup(
+        "task source", parsed.source, {s: f"{f.partition(':')[0]}:look" for s, f in SOURCES.items()}
+    )
+    found: str | None = module(parsed, None if folder is None else Path(folder).expanduser())
+    return found
+
+
 def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
     """Names that `source` knows (bigbench: tasks and NAME/SUBTASK; bbh), sorted.
 

@@ -22,6 +22,7 @@ from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
 HUB = "bigscience/P3"
+ALL_OPTIONS = (*SPLITS, "revision")
 ENDINGS = ("", ".parquet", ".jsonl", ".jsonl.gz", ".json")
 
 
@@ -33,7 +34,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: a row lacks what P3's rows have.
         DownloadError: the Hub can't be reached.
     """
-    spec.check_options((*SPLITS, "revision"))
+    spec.check_options(ALL_OPTIONS)
     copy: dict[str, Any] = {}
     if folder is None:
         options = spec.options | {"config": spec.name}
@@ -54,6 +55,15 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         **copy,
     }
     return build_task(f"p3:{spec.name}", own, source, fractions, dropped)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    spec.check_options(ALL_OPTIONS)
+    if folder is None:
+        return "the Hub"
+    _local(spec.name, folder)
+    return None
 
 
 def _local(name: str, folder: Path) -> Path:

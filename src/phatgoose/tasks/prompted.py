@@ -29,10 +29,11 @@ from phatgoose.registry import unknown
 from phatgoose.tasks import hf
 from phatgoose.tasks.columns import make_example
 from phatgoose.tasks.jsonl import read_lines
+from phatgoose.tasks.known_splits import check_splits
 from phatgoose.tasks.raw_rows import normalised
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task, position
-from phatgoose.tasks.templates import REQUIREMENT, Template, config_name, templates
+from phatgoose.tasks.templates import REQUIREMENT, Template, at_hand, config_name, templates
 
 ROWS = 500_000
 OPTIONS = ("templates", "without", "hub", "subset", "revision", "files", "rows", *SPLITS)
@@ -67,6 +68,21 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         **copy,
     }  # fmt: skip
     return build_task(f"prompted:{spec.name}{_suffix(spec)}", own, source, fractions, dropped)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    spec.check_options(OPTIONS)
+    _count(spec)
+    known = True
+    if folder is not None:
+        files(spec, folder)
+    else:
+        known = check_splits(spec)
+    if not at_hand():
+        return "promptsource's prompts, which aren't in the cache" + ("" if folder else ", and the Hub")
+    choose(spec)
+    return None if folder else "the Hub" if known else "splits that only the Hub knows"
 
 
 def choose(spec: TaskSpec) -> list[Template]:
