@@ -10,7 +10,7 @@ from typing import Any
 from phatgoose.errors import PhatgooseError
 from phatgoose.workflows.executors import Outcome, Step, Tell, attempt
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
 
 
 class _Begun:
@@ -64,6 +64,7 @@ class RayExecutor:
             raise PhatgooseError(f"a step asks for {gpus:g} GPUs: Ray gives a part of one, or whole ones.")
         self.ray, self.retries = ray, retries
         self._begun: Any = None
+        self._asked: Any = None
         self._started = not ray.is_initialized()
         if self._started:
             settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -83,7 +84,6 @@ class RayExecutor:
         self._attempt = ray.remote(**options)(_attempt_in)
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Begun)
         self._begun = actor.remote()
-        self._asked = self._begun.take.remote()
 
     def _check(self, cpus: float, gpus: float) -> None:
         """Steps that ask for more than this machine has would wait for ever. (A cluster may grow.)"""
@@ -129,10 +129,11 @@ class RayExecutor:
         return found
 
     def _just_begun(self) -> list[tuple[str, str]]:
-        """What workers have said since the last answer, if there is a new one: nothing waits for it."""
-        if not self.ray.wait([self._asked], timeout=0)[0]:
+        """What workers have said since the last answer. One that takes its time is waited for the next time: nothing is lost."""
+        self._asked = self._asked or self._begun.take.remote()
+        if not self.ray.wait([self._asked], timeout=_ANSWER_SECONDS)[0]:
             return []
-        answer, self._asked = self._asked, self._begun.take.remote()
+        answer, self._asked = self._asked, None
         try:
             return self.ray.get(answer)
         except self.ray.exceptions.RayError:  # its node died: what runs isn't shown for a moment
