@@ -147,8 +147,9 @@ def test_gpus_are_dealt_out_and_none_is_made_up(monkeypatch):
         (("--workers", "0", "--gpus", "1"), "GPUs are dealt out to workers, and --workers is 0"),
         (("--workers", "2", "--cpus", "2"), "only with --ray does a step ask for CPUs"),
         (("--ray", "local", "--workers", "2"), "with --ray, as many steps run as its CPUs and GPUs allow"),
-        (("--gpus", "inf"), "expected numbers that are finite"),
-        (("--ray", "local", "--cpus", "inf"), "expected numbers that are finite"),
+        (("--gpus", "inf"), "expected a number that is finite"),
+        (("--ray", "local", "--cpus", "0"), "all steps would start at once"),
+        (("--ray", "local", "--cpus", "inf"), "expected a number that is finite"),
     ):
         shown = CliRunner().invoke(app, ["experiment", str(RECIPE), *options])
         assert shown.exit_code == 1

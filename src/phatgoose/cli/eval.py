@@ -101,7 +101,8 @@ def command(
         raise StorageError(f"{out} exists: choose another file, or replace it with --overwrite.")
     experts = load_pool(pool)
     names = list(dict.fromkeys(router or [""]))
-    choices = [choose(name or None, experts, backend, device_memory) for name in names]
+    chosen = [choose(name or None, experts, backend, device_memory) for name in names]
+    choices = list({choice.text: choice for choice in chosen}.values())  # MERGED and merged are one
     tasks = [load_task(spec) for spec in dict.fromkeys(task or ())]
     model = load(base, dtype, device)
     check_all(model, experts, choices, backend)

@@ -138,8 +138,11 @@ def _executor(
     from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.executors import Inline, Processes
 
-    if not all(math.isfinite(asked) for asked in (cpus or 0, gpus)):
-        raise PhatgooseError(f"--cpus {cpus} --gpus {gpus}: expected numbers that are finite.")
+    for option, asked in (("--cpus", cpus), ("--gpus", gpus)):
+        if asked is not None and not math.isfinite(asked):
+            raise PhatgooseError(f"{option} {asked}: expected a number that is finite.")
+    if cpus == 0:
+        raise PhatgooseError("--cpus 0: all steps would start at once; expected more than 0.")
     if ray is not None:
         if workers is not None:
             raise PhatgooseError(

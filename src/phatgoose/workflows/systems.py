@@ -78,8 +78,12 @@ def _settings(name: str, text: str) -> dict[str, Any]:
     """key=value,… of a system that is no router."""
     kind = name.partition(":")[0]
     known, found = _SETTINGS.get(kind, {}), {}
-    for part in filter(None, text.split(",")):
+    if not text and ":" in name and kind in STATIC:
+        raise RoutingError(f"system {name!r}: there are no settings after the colon.")
+    for part in text.split(",") if text else ():
         key, _, value = part.partition("=")
+        if key in found:
+            raise RoutingError(f"system {name!r}: {key} is given twice.")
         if key not in known:
             raise RoutingError(
                 f"system {name!r}: {kind} has no setting {key!r}; it has: {', '.join(known) or 'none'}."
