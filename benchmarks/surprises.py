@@ -4,15 +4,17 @@
     python benchmarks/surprises.py EXPERIMENT drop TASK ...   # one to six experts a token, and every expert left out in turn
     python benchmarks/surprises.py EXPERIMENT longer TASK ... # a pool of these experts with the paper's 100 gate steps (minutes each)
     python benchmarks/surprises.py EXPERIMENT gates           # the gates' lengths and angles
+    python benchmarks/surprises.py EXPERIMENT answers SUITE/TASK ...   # which choices every system and every single expert takes
 
-EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only base. Only validation rows of its in-pool tasks are read. What comes out is
-written into surprises-WHAT.json there.
+EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only base. Only validation rows of its in-pool tasks are read, but for
+`answers`, which explains scores that are out: it reads a task's measured rows. What comes out is written into surprises-WHAT.json there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from phatgoose.files import sha256_json, write_json
 from phatgoose.models.paths import layer_and_kind
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import Trace, trace
+from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.tasks.batch import UNLIMITED, encode_pair
 from phatgoose.training.gate import train_gate
@@ -37,6 +40,7 @@ from phatgoose.workflows import show
 from phatgoose.workflows.experiment_lab import Lab
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe
 
+ANSWERED = ("phatgoose", "lag", "uniform", "ties", "fixed-random:seed=0")
 SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60
 PAPERS_STEPS = 100
 TOP_K = (1, 2, 3, 6)
@@ -156,6 +160,52 @@ def longer(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def answers(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
+    """By task and system, on the rows that were measured: the score, how much longer than a row's mean choice the chosen one is (in tokens),
+    and how often each place among the choices is taken."""
+    found: dict[str, Any] = {}
+    for name in names:
+        suite, _, task_name = name.partition("/")
+        task = lab.task(suite, task_name)
+        rows = task.test[: lab.recipe.measure.test_rows]
+        if any(row.choices is None for row in rows):
+            raise SystemExit(f"{name} has rows without choices.")
+        found[name] = {"right": _taken(lab, rows, [row.choices.index(row.targets[0]) for row in rows])}
+        singles = {f"single:{n}": (Pool([lab.pool[n]]), Single(0)) for n in lab.pool.names}
+        systems = {s: lab.system(s, None) for s in ("base", *ANSWERED)} | singles
+        for system, (pool, router) in track(systems.items(), name, console=console):
+            if pool is not None:
+                route(lab.base, pool, router)
+            try:
+                score = evaluate(lab.base, task, split="test", limit=len(rows))
+            finally:
+                unroute(lab.base)
+            places = [
+                max(range(len(s)), key=s.__getitem__)
+                for p in score[task.name].predictions
+                if (s := p.choice_scores)
+            ]
+            found[name][system] = {"score": score.mean} | _taken(lab, rows, places)
+        console.print(name, found[name])
+    return found
+
+
+def _taken(lab: Lab, rows: Sequence[Example], places: Sequence[int]) -> dict[str, Any]:
+    """Of the choices at these places, one a row."""
+    tokens = [
+        [len(lab.base.tokenizer(c, add_special_tokens=False).input_ids) for c in row.choices or ()]
+        for row in rows
+    ]
+    ratios = [t[p] / (sum(t) / len(t)) for t, p in zip(tokens, places, strict=True)]
+    shares = [places.count(n) / len(places) for n in range(max(map(len, tokens)))]
+    shortest = [t[p] == min(t) for t, p in zip(tokens, places, strict=True)]
+    return {
+        "length of the mean choice's": round(sum(ratios) / len(ratios), 3),
+        "shortest": round(sum(shortest) / len(rows), 3),
+        "places": [round(s, 3) for s in shares],
+    }
+
+
 def gates(lab: Lab, console: Console) -> dict[str, Any]:
     """Each expert's mean ‖v‖ over modules; the mean and largest cosine of two experts' gates, means over modules."""
     experts = [e for e in lab.pool.experts if e.gates is not None]
@@ -189,16 +239,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("what", choices=["shares", "drop", "longer", "gates"])
-    parser.add_argument("tasks", nargs="*", help="of drop and longer; all, if none is given")
+    parser.add_argument("what", choices=["shares", "drop", "longer", "gates", "answers"])
+    parser.add_argument(
+        "tasks", nargs="*", help="of drop and longer (all, if none is given), of answers as SUITE/TASK"
+    )
     options = parser.parse_args()
     recipe = ExperimentRecipe.from_json(json.loads((options.experiment / "recipe.json").read_text()))
     lab, console = Lab(recipe, options.experiment), Console()
-    if IN_POOL not in lab.suites:
+    if options.what != "answers" and IN_POOL not in lab.suites:
         raise SystemExit(f"{options.experiment} has no suite {IN_POOL}, whose tasks are looked at.")
     if options.what in ("shares", "longer") and lab.base.is_encoder_decoder:
         raise SystemExit("shares are counted behind a key-value cache, for decoder-only bases.")
-    if options.what in ("drop", "longer"):
+    if options.what == "answers" and (
+        wrong := [t for t in options.tasks if t.partition("/")[0] not in lab.suites] or not options.tasks
+    ):
+        raise SystemExit(
+            f"answers: name tasks as SUITE/TASK, SUITE being one of {', '.join(lab.suites)}; got {wrong or 'none'}."
+        )
+    if options.what == "answers":
+        found = answers(lab, console, options.tasks)
+    elif options.what in ("drop", "longer"):
         found = {"drop": drop, "longer": longer}[options.what](lab, console, options.tasks or tasks(lab))
     else:
         found = {"shares": shares, "gates": gates}[options.what](lab, console)
