@@ -158,7 +158,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
 
     def kill():
         for wait in ("work", "scores"):
-            while not (out / wait).exists():
+            deadline = time.time() + 120
+            while not (out / wait).exists() and time.time() < deadline:
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.3))
             worker = executor._workers[0]
@@ -554,10 +555,15 @@ def test_results_hold_together(place):
     )
     made = results["made"]
     assert {"torch", "peft", "accelerate", "datasets", "rouge-score"} <= set(made)
+    files = [json.loads(p.read_text()) for p in (place / "out/scores").glob("*.json")]
+    routed = [
+        f["made"]["seconds"]
+        for f in files
+        if f["key"]["router"] and f["key"]["router"]["router"] == "PHATGOOSE"
+    ]
     for system, suites in made["measuring_seconds"].items():
         assert set(suites) == {n for n, s in results["suites"].items() if system in s["systems"]}
-        assert all(s >= 0 for s in suites.values())
-    assert sum(made["measuring_seconds"]["phatgoose"].values()) > 0
+    assert sum(made["measuring_seconds"]["phatgoose"].values()) == pytest.approx(sum(routed), abs=0.11)
     measured = results["measured"]
     assert {k: len(v) for k, v in measured.items()} == dict.fromkeys((*ALIKE, "base"), 1)
     assert (measured["dtype"], measured["device"]) == (["torch.float32"], ["cpu"])
@@ -747,7 +753,7 @@ def test_ties_go_to_the_expert_that_finds_right_answers_likelier():
 
 
 def test_oracle_and_best_single_take_what_is_best_on_validation_rows_alone(place, ready, monkeypatch):
-    """By numbers that leave no doubt; what test rows would say is the opposite."""
+    """By numbers that leave no doubt, and that test rows have nothing to do with."""
     best = {"in-pool": {"upper": "stranger"}, "unseen": {"held": "upper"}}
 
     def chosen(run, pool, expert, suite, tasks):
@@ -786,7 +792,7 @@ def test_experts_are_chosen_on_rows_that_are_not_measured(place, ready):
 
 
 def test_rows_that_show_one_raw_row_are_drawn_together():
-    """Intervals, p-values and shares against `paired_difference` and `suite_interval`, told the groups."""
+    """Intervals against `paired_difference` and `suite_interval`, told the groups."""
     draws = random.Random(3)
     groups = tuple(sorted(draws.choices(range(9), k=40)))
     luck = [draws.random() for _ in range(9)]

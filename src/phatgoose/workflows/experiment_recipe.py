@@ -23,7 +23,7 @@ rows = 500
 [multitask]                         # of ExpertConfig, for the system "multitask"; as [expert] if left out
 steps = 3000
 
-[folders]                           # by suite or pool name, or by source; everything else is fetched
+[folders]                           # by task, suite or pool, or by source; everything else is fetched
 bbh = "data/bbh"
 """
 

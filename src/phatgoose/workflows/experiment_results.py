@@ -104,20 +104,20 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _measuring(out: Path, files: Files) -> dict[str, dict[str, float]]:
-    """System → suite → seconds that measuring took, in whichever runs it was done."""
+def _measuring(out: Path, files: Files) -> dict[str, dict[str, float | None]]:
+    """System → suite → seconds that measuring took, in whichever runs it was done; None where an older file doesn't say.
+
+    A file that serves two systems (the same expert alone) counts for both.
+    """
     return {
-        system: {
-            suite: round(sum(_made(out, f).get("seconds", 0.0) for f in tasks.values()), 1)
-            for suite, tasks in suites.items()
-        }
+        system: {suite: _seconds(out, list(tasks.values())) for suite, tasks in suites.items()}
         for system, suites in files.items()
     }
 
 
-def _made(out: Path, file: str) -> dict[str, Any]:
-    made: dict[str, Any] = read_json(out / "scores" / file, EvaluationError).get("made", {})
-    return made
+def _seconds(out: Path, files: Sequence[str]) -> float | None:
+    found = [read_json(out / "scores" / f, EvaluationError).get("made", {}).get("seconds") for f in files]
+    return None if None in found else round(sum(found), 1)
 
 
 def _measured(out: Path, files: Files) -> dict[str, list[Any]]:

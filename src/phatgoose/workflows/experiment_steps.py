@@ -258,7 +258,7 @@ def contamination(
     for name in trained:
         try:
             task = trained_on(here, name)
-        except Exception:  # of an expert that was taken: its rows can't be looked at, and results say so
+        except PhatgooseError:  # of an expert that was taken: its rows can't be looked at, and results say so
             continue
         saw = here.pool[name].provenance.get("task")
         if isinstance(saw, Mapping) and saw.get("hash") == task.hash:

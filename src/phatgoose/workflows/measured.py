@@ -119,7 +119,7 @@ class Measurements:
         finally:
             unroute(self.base)
         # Threads decide the order of sums, so at most the last bits: said, not told apart.
-        made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 1)}
+        made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 3)}
         write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
         return path
 
