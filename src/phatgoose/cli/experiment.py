@@ -10,6 +10,9 @@ import typer
 
 from phatgoose.cli import show
 
+PROBLEMS = 12
+"""Of a check, how many are told in full."""
+
 if TYPE_CHECKING:
     from phatgoose.workflows.executors import Executor
     from phatgoose.workflows.experiment_recipe import ExperimentRecipe
@@ -190,8 +193,10 @@ def _say_data(recipe: ExperimentRecipe) -> None:
         names = list(dict.fromkeys(tasks))
         some = f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 5 else ", ".join(names)
         show.note(f"not looked into: {what} ({some})")
-    for task, why in found.problems.items():
+    for task, why in list(found.problems.items())[:PROBLEMS]:
         show.warn(f"{task}: {why}")
+    if (more := len(found.problems) - PROBLEMS) > 0:
+        show.warn(f"and {more} more tasks that can't be loaded.")
     if found.problems:
         raise typer.Exit(1)
 
