@@ -170,7 +170,8 @@ def answers(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
         rows = task.test[: lab.recipe.measure.test_rows]
         if any(row.choices is None for row in rows):
             raise SystemExit(f"{name} has rows without choices.")
-        found[name] = {"right": _taken(lab, rows, [row.choices.index(row.targets[0]) for row in rows])}
+        places = [row.choices.index(row.targets[0]) for row in rows if row.choices]
+        found[name] = {"right": _taken(lab, rows, places) | {"the longest scores": _longest(lab, rows)}}
         singles = {f"single:{n}": (Pool([lab.pool[n]]), Single(0)) for n in lab.pool.names}
         systems = {s: lab.system(s, None) for s in ("base", *ANSWERED)} | singles
         for system, (pool, router) in track(systems.items(), name, console=console):
@@ -190,12 +191,26 @@ def answers(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _taken(lab: Lab, rows: Sequence[Example], places: Sequence[int]) -> dict[str, Any]:
-    """Of the choices at these places, one a row."""
-    tokens = [
+def _lengths(lab: Lab, rows: Sequence[Example]) -> list[list[int]]:
+    """Of every row's choices, in tokens."""
+    return [
         [len(lab.base.tokenizer(c, add_special_tokens=False).input_ids) for c in row.choices or ()]
         for row in rows
     ]
+
+
+def _longest(lab: Lab, rows: Sequence[Example]) -> float:
+    """What always choosing the longest scores, or one of the longest by chance."""
+    hits = []
+    for row, tokens in zip(rows, _lengths(lab, rows), strict=True):
+        longest = [c for c, n in zip(row.choices or (), tokens, strict=True) if n == max(tokens)]
+        hits.append(sum(c in row.targets for c in longest) / len(longest))
+    return sum(hits) / len(hits)
+
+
+def _taken(lab: Lab, rows: Sequence[Example], places: Sequence[int]) -> dict[str, Any]:
+    """Of the choices at these places, one a row."""
+    tokens = _lengths(lab, rows)
     ratios = [t[p] / (sum(t) / len(t)) for t, p in zip(tokens, places, strict=True)]
     shares = [places.count(n) / len(places) for n in range(max(map(len, tokens)))]
     shortest = [t[p] == min(t) for t, p in zip(tokens, places, strict=True)]
