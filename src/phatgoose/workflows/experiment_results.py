@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,12 +74,12 @@ def results_of(
             "left_out": {**left_out.get(name, {}), **changed},
             "contamination": contamination["suites"].get(name, {}),
         }
-    failed = {**failed, **unlike}
+    failed, facts = {**failed, **unlike}, _facts(out, files)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made": show.made(seconds) | _versions() | {"measuring_seconds": _measuring(out, files)},
-        "measured": _measured(out, files),
+        "made": show.made(seconds) | _versions() | {"measuring_seconds": _measuring(files, facts)},
+        "measured": _measured(facts),
         "recipe": recipe.without_paths(),
         "evaluation": asdict(EvaluationConfig()),
         "resamples": RESAMPLES,
@@ -104,34 +104,42 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def _measuring(out: Path, files: Files) -> dict[str, dict[str, float | None]]:
+def _facts(out: Path, files: Files) -> dict[str, dict[str, Any]]:
+    """File of a score → what it was computed with, and how: each read once."""
+    facts = {}
+    for name in dict.fromkeys(
+        f for suites in files.values() for tasks in suites.values() for f in tasks.values()
+    ):
+        data = read_json(out / "scores" / name, EvaluationError)
+        facts[name] = {**data["key"], **data.get("made", {})}
+    return facts
+
+
+def _measuring(files: Files, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """System → suite → seconds that measuring took, in whichever runs it was done; None where an older file doesn't say.
 
     A file that serves two systems (the same expert alone) counts for both.
     """
+
+    def seconds(names: Iterable[str]) -> float | None:
+        found: list[Any] = [facts[name].get("seconds") for name in names]
+        return None if None in found else round(sum(found), 1)
+
     return {
-        system: {suite: _seconds(out, list(tasks.values())) for suite, tasks in suites.items()}
+        system: {suite: seconds(tasks.values()) for suite, tasks in suites.items()}
         for system, suites in files.items()
     }
 
 
-def _seconds(out: Path, files: Sequence[str]) -> float | None:
-    found = [read_json(out / "scores" / f, EvaluationError).get("made", {}).get("seconds") for f in files]
-    return None if None in found else round(sum(found), 1)
-
-
-def _measured(out: Path, files: Files) -> dict[str, list[Any]]:
+def _measured(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     """What the scores were computed with, as their files say; several values of one thing mean that they weren't all computed alike."""
     found: dict[str, dict[str, Any]] = {name: {} for name in (*ALIKE, "base")}
-    for path in dict.fromkeys(
-        f for suites in files.values() for tasks in suites.values() for f in tasks.values()
-    ):
-        data = read_json(out / "scores" / path, EvaluationError)
-        facts = {**data["key"], **data.get("made", {})}
-        facts["base"] = {**facts["base"], "spec": local_name(str(facts["base"].get("spec")))}
+    for one in facts.values():
+        base = one["base"]
+        said = {**one, "base": {**base, "spec": local_name(str(base.get("spec")))}}
         for name in found:
-            if name in facts:
-                found[name][json.dumps(facts[name], sort_keys=True)] = facts[name]
+            if name in said:
+                found[name][json.dumps(said[name], sort_keys=True)] = said[name]
     return {name: list(values.values()) for name, values in found.items()}
 
 
