@@ -17,11 +17,12 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 class Example:
     """One row of a task.
 
-    `input` is the whole prompt as the model sees it (instruction included, no trailing space).
+    `input` is the whole prompt as the model sees it (instruction included). It ends in white space only if a line break is
+    part of that: then the answer follows directly.
     `targets` are all acceptable answers, best first; the first is the one trained on.
     `choices`, if given, are the answer choices in order; every target is one of them and the row is scored
     by rank classification. Without choices the row is scored by exact match of a greedy generation.
-    Neither choices nor targets start with a space: the space between prompt and answer is added on encoding.
+    Neither choices nor targets start with a space: the space between prompt and answer, if any, is added on encoding.
     `group` names the raw row that a prompt shows, where the source shows one under several prompts: examples of one group aren't
     independent. It is no part of what an example is: equality and a task's hash pass over it.
     """

@@ -89,6 +89,16 @@ def test_special_tokens_only_where_the_tokenizer_puts_them(special):
     assert e.target_ids == plain.target_ids
 
 
+def test_a_prompt_rendered_by_a_template_keeps_its_tokens(special):
+    """Its own BOS token isn't doubled, and behind its last line break the answer follows without a space."""
+    for template, prompt in (("<s> $A", "<s>walk?\nAnswer:\n"), ("$A", "walk?\nAnswer:\n")):
+        made = special(template)
+        (e,) = encode(made, [(prompt, "walked")])
+        assert list(e.prompt_ids) == made(prompt, add_special_tokens=False)["input_ids"]
+        whole = made(prompt + "walked", add_special_tokens=False)["input_ids"]
+        assert list(e.prompt_ids + e.target_ids) == [*whole, made.eos_token_id]
+
+
 def test_an_end_token_written_in_the_prompt_stays(tokenizer):
     (e,) = encode(tokenizer, [("one</s>", "two")])
     assert e.prompt_ids[-1] == tokenizer.eos_token_id

@@ -27,6 +27,12 @@ def test_plain_and_gzipped(tmp_path, name):
     assert load_task(f"jsonl:{path}").name == "jsonl:a"
 
 
+def test_a_line_break_at_a_prompts_end_is_part_of_it(tmp_path):
+    """What a template rendered ends so: "### Response:\n", "<|im_start|>assistant\n"."""
+    row = {"input": " Walk?\n### Response:\n", "target": "walked"}
+    assert only(write(tmp_path / "a.jsonl", [row])) == Example("Walk?\n### Response:\n", ("walked",))
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

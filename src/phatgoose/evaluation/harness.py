@@ -123,6 +123,11 @@ def harness_task(
             raise EvaluationError(
                 f"row {number} of {task.name!r}: the harness needs choices, one of them right."
             )
+        if delimiter and example.input[-1:].isspace():
+            raise EvaluationError(
+                f"row {number} of {task.name!r}: its prompt ends in a line break, which the harness counts as a part of each "
+                "choice: its scores would be others. Score it with `evaluate`."
+            )
         gold = example.choices.index(example.targets[0])
         rows.append({"prompt": example.input, "choices": list(example.choices), "gold": gold})
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,10 +62,11 @@ def encode_choices(
 ) -> list[Encoded]:
     """One Encoded for each answer, all with the same prompt_ids (cut for the longest answer, if at all).
 
-    Decoder-only: prompt and answer are joined by a space and encoded as one text; what follows the prompt's own tokens
-    is the target. Where the tokenizer joins the two (the prompt's tokens are no prefix) the target is the encoding of
-    " " + answer alone. A BOS token stands only where the tokenizer puts one, and survives a cut; an end token that the
-    tokenizer appends to a prompt is taken off. Encoder–decoder: both sides as the tokenizer encodes them. The end token
+    Decoder-only: prompt and answer are joined by a space (by nothing where the prompt ends in white space) and encoded as
+    one text; what follows the prompt's own tokens is the target. Where the tokenizer joins the two (the prompt's tokens are
+    no prefix) the target is the encoding of space and answer alone. A BOS token stands only where the tokenizer puts one, is
+    not doubled where the prompt's text begins with it, and survives a cut; an end token that the tokenizer appends to a
+    prompt is taken off. Encoder–decoder: both sides as the tokenizer encodes them. The end token
     closes every target exactly once.
 
     Args:
@@ -101,6 +102,11 @@ def encode_choices(
     kept = _cut_left(tokenizer, prompt_ids, room)
     cut = len(prompt_ids) - len(kept)
     return [Encoded(tuple(kept), (*target, end), cut) for target in targets]
+
+
+def gap(prompt: str) -> str:
+    """What stands between a decoder-only model's prompt and its answer: a space, or nothing behind white space."""
+    return "" if prompt[-1:].isspace() else " "
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, is_encoder_decoder: bool) -> tuple[int, ...]:
@@ -218,7 +224,13 @@ def length_batches(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
     # verbose=False: the tokenizer's warning about its own model_max_length is our max_length's business.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    begin = tokenizer.bos_token_id
+    if special and begin is not None and ids[:2] == [begin, begin]:
+        # A text that was rendered by a chat template brings the BOS token that the tokenizer puts before every text.
+        own = _encode(tokenizer, text, special=False)
+        return ids[1:] if ids[1 : 1 + len(own)] == own else ids
+    return ids
 
 
 def _appends_end(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -235,10 +247,11 @@ def _without_end(ids: list[int], end: int, appended: bool) -> list[int]:
 def _continuation(
     tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], answer: str, appended: bool
 ) -> list[int]:
-    whole = _without_end(_encode(tokenizer, f"{prompt} {answer}"), tokenizer.eos_token_id, appended)
+    text = gap(prompt) + answer
+    whole = _without_end(_encode(tokenizer, prompt + text), tokenizer.eos_token_id, appended)
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         return whole[len(prompt_ids) :]
-    return _encode(tokenizer, f" {answer}", special=False)
+    return _encode(tokenizer, text, special=False)
 
 
 def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], room: int) -> list[int]:

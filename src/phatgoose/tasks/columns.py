@@ -32,13 +32,27 @@ class Unlabelled(ValueError):
     """The row has no answer (None, or the label -1 of a public test split)."""
 
 
-def make_example(prompt: str, targets: Iterable[str], choices: Iterable[str] | None = None) -> Example:
+def make_example(
+    prompt: str,
+    targets: Iterable[str],
+    choices: Iterable[str] | None = None,
+    *,
+    keep_line_end: bool = False,
+) -> Example:
     """An Example with white space stripped from prompt, targets and choices, and repeated ones dropped.
+
+    Args:
+        keep_line_end: keep a line break directly behind the prompt's text, and what follows it: what a template rendered
+            ("…<|im_start|>assistant\n", "### Response:\n") ends so, and the answer begins on the next line.
 
     Raises:
         ValueError: saying which of its rules the row breaks.
     """
-    prompt, targets, choices = prompt.strip(), list(targets), None if choices is None else list(choices)
+    end = prompt[len(prompt.rstrip()) :]
+    prompt = prompt.strip()
+    if prompt and keep_line_end and end.startswith("\n"):
+        prompt += end
+    targets, choices = list(targets), None if choices is None else list(choices)
     try:
         "".join([prompt, *targets, *(choices or ())]).encode()
     except UnicodeEncodeError as cause:
@@ -141,7 +155,7 @@ def to_example(
         answers = answers or [right]
     if answers is None:
         raise ValueError("no target")
-    return make_example(prompt, answers, choices)
+    return make_example(prompt, answers, choices, keep_line_end=True)
 
 
 def _columns_in(part: str) -> list[str]:
