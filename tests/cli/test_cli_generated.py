@@ -91,7 +91,7 @@ def test_a_pool_with_an_ungated_expert_answers(run, ready, base, tmp_path, route
     assert run("pool", "create", pool, folder / "one", folder / "two").code == 0
     options = ["--base", base, "--pool", pool, "--max-new-tokens", 2]
     assert run("generate", "red", *options, "--router", router).code == 0
-    refused = run("generate", "red", *options)
+    refused = run("generate", "red", *options, "--router", "phatgoose")
     assert refused.code == 1
     assert "expert 'two' has no gates" in refused.err
     assert "ungated=weights" in refused.err

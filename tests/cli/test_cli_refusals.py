@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -181,6 +182,8 @@ def test_no_recorded_base(run, ready, task, tmp_path):
     folder, _ = ready
     shutil.copytree(folder / "two", tmp_path / "plain")
     (tmp_path / "plain" / "expert.json").unlink()
+    config = tmp_path / "plain" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     refused(run("gate", tmp_path / "plain", "--task", task, *SMALL), "--base")
 
 

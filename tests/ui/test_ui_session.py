@@ -228,6 +228,16 @@ def test_all_routers_but_single_are_offered_and_phatgoose_first():
     assert len(set(names)) == len(names)
 
 
+def test_a_pool_without_gates_is_offered_routers_that_can_use_it(make_base, make_expert):
+    base = make_base("llama")
+    bare = [make_expert(base, name, seed=i, gates=False) for i, name in enumerate("ab")]
+    for experts in (bare, [make_expert(base, "c", seed=2), *bare]):
+        session = Session(base, Pool(experts))
+        assert next(iter(session.routers)) == "weight-only"
+        assert not {"phatgoose", "shuffled-gates"} & session.routers.keys()
+        assert answered(session).events[-1]["event"] == "end"  # no router is named
+
+
 def test_no_more_experts_are_offered_than_there_are(make_base, make_expert):
     base = make_base("llama")
     session = Session(base, Pool([make_expert(base, "only")]))

@@ -12,12 +12,11 @@ import typer
 from phatgoose.cli import show
 from phatgoose.cli.generate import RouterOption, SeedOption, TemperatureOption, TokensOption
 from phatgoose.cli.options import (
-    DEFAULT_BASE,
     BackendOption,
-    BaseOption,
     DeviceMemoryOption,
     DeviceOption,
     DtypeOption,
+    PoolBaseOption,
     PoolOption,
 )
 from phatgoose.errors import PhatgooseError
@@ -41,7 +40,7 @@ With --raw every line is a prompt by itself, and \n in it is a line break."""
 
 
 def command(
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     pool: PoolOption = None,
     router: RouterOption = None,
     raw: Annotated[
@@ -65,11 +64,11 @@ def command(
     device_memory: DeviceMemoryOption = None,
 ) -> None:
     """Talk with a pool or a base. /help shows what can be typed."""
-    from phatgoose.cli.loading import attach, choose, load, load_pool
+    from phatgoose.cli.loading import attach, choose, load_for, load_pool
 
     experts = load_pool(pool)
     choice = choose(router, experts, backend, device_memory)
-    model = load(base, dtype, device)
+    model = load_for(experts, base, dtype, device)
     attach(model, experts, choice, backend)
     has_template = model.tokenizer.chat_template is not None
     if raw is False and not has_template:

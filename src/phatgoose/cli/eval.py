@@ -10,14 +10,13 @@ import typer
 
 from phatgoose.cli import show
 from phatgoose.cli.options import (
-    DEFAULT_BASE,
     ROUTER_HELP,
     TASK_HELP,
     BackendOption,
-    BaseOption,
     DeviceMemoryOption,
     DeviceOption,
     DtypeOption,
+    PoolBaseOption,
     PoolOption,
 )
 
@@ -40,7 +39,7 @@ def command(
     task: Annotated[
         list[str] | None, typer.Option("--task", help=f"{TASK_HELP} Give it again for more tasks.")
     ] = None,
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     pool: PoolOption = None,
     router: Annotated[
         list[str] | None,
@@ -84,7 +83,7 @@ def command(
     Rows with choices are ranked by length-normalised log-likelihood, others must be matched exactly by a greedy answer.
     Intervals are 95 %, by bootstrap over rows.
     """
-    from phatgoose.cli.loading import check_all, choose, load, load_pool
+    from phatgoose.cli.loading import check_all, choose, load_for, load_pool
     from phatgoose.errors import EvaluationError, StorageError
     from phatgoose.evaluation.config import EvaluationConfig
     from phatgoose.tasks import load_task
@@ -104,7 +103,7 @@ def command(
     chosen = [choose(name or None, experts, backend, device_memory) for name in names]
     choices = list({choice.text: choice for choice in chosen}.values())  # MERGED and merged are one
     tasks = [load_task(spec) for spec in dict.fromkeys(task or ())]
-    model = load(base, dtype, device)
+    model = load_for(experts, base, dtype, device)
     check_all(model, experts, choices, backend)
     if harness is not None:
         from phatgoose.cli.harness import measure_by_harness

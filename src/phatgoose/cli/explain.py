@@ -11,12 +11,11 @@ import typer
 
 from phatgoose.cli import show
 from phatgoose.cli.options import (
-    DEFAULT_BASE,
     ROUTER_HELP,
     BackendOption,
-    BaseOption,
     DeviceOption,
     DtypeOption,
+    PoolBaseOption,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 def command(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     pool: Annotated[Path, typer.Option("--pool", help="The pool's folder.")],
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     router: Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")
@@ -53,7 +52,7 @@ def command(
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("it is empty.", param_hint="PROMPT")
-    from phatgoose.cli.loading import choose, load, load_pool
+    from phatgoose.cli.loading import choose, load_for, load_pool
     from phatgoose.errors import RoutingError
     from phatgoose.workflows.explain import explain, words
 
@@ -61,7 +60,7 @@ def command(
     choice = choose(router, experts, backend)
     if experts is None or choice.router is None or choice.merged:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
-    model = load(base, dtype, device)
+    model = load_for(experts, base, dtype, device)
     from phatgoose.cli.streaming import room_for
     from phatgoose.workflows.encoding import encode_chat, encode_prompt
 

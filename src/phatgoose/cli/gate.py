@@ -107,7 +107,7 @@ def command(
         and not (folders.made_so(record, None, rows, config) and (writing is None or writing.made(record)))
     ):
         raise _taken(target)
-    model = load_recorded(source, base, dtype, device)
+    model = load_recorded([source], base, dtype, device)
     if there.gates is not None and not overwrite:
         if not folders.made_so(record, model, rows, config):
             raise _taken(target)

@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from phatgoose.cli.options import (
-    DEFAULT_BASE,
     ROUTER_HELP,
     BackendOption,
-    BaseOption,
     DeviceMemoryOption,
     DeviceOption,
     DtypeOption,
+    PoolBaseOption,
     PoolOption,
 )
 
@@ -30,7 +29,7 @@ SeedOption = Annotated[
 
 def command(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     pool: PoolOption = None,
     router: RouterOption = None,
     max_new_tokens: TokensOption = 128,
@@ -54,11 +53,11 @@ def command(
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("it is empty.", param_hint="PROMPT")
-    from phatgoose.cli.loading import attach, choose, load, load_pool, show_cache_use
+    from phatgoose.cli.loading import attach, choose, load_for, load_pool, show_cache_use
 
     experts = load_pool(pool)
     choice = choose(router, experts, backend, device_memory)
-    model = load(base, dtype, device)
+    model = load_for(experts, base, dtype, device)
     attach(model, experts, choice, backend)
     from phatgoose.cli.streaming import stream
     from phatgoose.models.prompted import prompted

@@ -11,9 +11,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from phatgoose.cli import show
+from phatgoose.cli.options import DEFAULT_BASE
 from phatgoose.cli.packing import show_copied
-from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.errors import BaseModelError, ExpertError, RoutingError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.device_memory import cache_use, parse_bytes
@@ -22,6 +24,7 @@ from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.ops import backend as find_backend
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Router, Single, parse_router
+from phatgoose.routers.fitting import fitting_router
 from phatgoose.workflows.systems import STATIC, check_system, combined
 
 
@@ -54,23 +57,76 @@ def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
     return base
 
 
-def load_recorded(expert: Expert, spec: str | None, dtype: str, device: str) -> Base:
-    """`load` of the base that is asked for, or else of the one that the expert records, which is said.
+def recorded_base(experts: Sequence[Expert]) -> str | None:
+    """The base that experts record: the one they were trained on here, else the one that all their PEFT configs name.
+
+    None if they record none, or name several.
+    """
+    if (base := next((e.base for e in experts if e.base is not None), None)) is not None:
+        return base.spec
+    names = {e.base_name for e in experts}
+    return names.pop() if len(names) == 1 else None
+
+
+def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, device: str) -> Base:
+    """`load` of the base that is asked for, or else of the one that these experts record, which is said.
 
     Raises:
-        ExpertError: it records none.
+        ExpertError: they record none. BaseModelError: what they record can't be loaded here.
     """
-    if spec is None:
-        if expert.base is None:
-            raise ExpertError(f"expert {expert.name!r} doesn't record its base: say which one with --base.")
-        spec = expert.base.spec
-        show.note(f"base: {spec} (recorded in the expert)")
-    return load(spec, dtype, device)
+    if spec is not None:
+        return load(spec, dtype, device)
+    who = (
+        f"expert {experts[0].name!r} doesn't record its base"
+        if len(experts) == 1
+        else "the experts record no base, or different ones"
+    )
+    if (spec := recorded_base(experts)) is None:
+        raise ExpertError(f"{who}: say which one with --base.")
+    return _load_named(spec, dtype, device)
+
+
+def load_for(
+    pool: Pool | None, spec: str | None, dtype: str, device: str, folder: Path | None = None
+) -> Base:
+    """The base for a pool: the one that is asked for, else the one that the pool records, or the default base without a pool.
+
+    Args:
+        folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
+
+    Raises:
+        ExpertError, BaseModelError: as `load_recorded`.
+    """
+    if pool is not None:
+        return load_recorded(pool.experts, spec, dtype, device)
+    if spec is None and folder is not None:
+        named = read_manifest(folder).get("base")
+        if isinstance(named, dict) and isinstance(named.get("spec"), str):
+            return _load_named(named["spec"], dtype, device)
+    return load(spec or DEFAULT_BASE, dtype, device)
+
+
+def _load_named(spec: str, dtype: str, device: str) -> Base:
+    show.note(f"base: {spec} (recorded with the experts)")
+    try:
+        return load(spec, dtype, device)
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"the base that the experts record can't be loaded here: {error} If it is elsewhere, say where with --base."
+        ) from error
 
 
 def load_pool(folder: Path | None) -> Pool | None:
     """The pool, verified; what there is to know about it goes to standard error only from `pool verify`."""
     return None if folder is None else Pool.load(folder)
+
+
+def own_router(pool: Pool | None) -> str:
+    """The router for a pool where the user names none: "phatgoose", or what serves experts without gates, which is said."""
+    text, why = ("phatgoose", "") if pool is None else fitting_router(pool.experts)
+    if why:
+        show.note(f"router: {text} ({why}; --router chooses another)")
+    return text
 
 
 def choose(
@@ -86,7 +142,8 @@ def choose(
         parse_bytes(device_memory)
         if pool is None:
             raise RoutingError("--device-memory is for a pool's experts: give --pool.")
-    text = text or ("phatgoose" if pool is not None else "base")
+    if not text:
+        text = "base" if pool is None else own_router(pool)
     name = text.partition(":")[0].lower()
     if name == "base" and name != text.lower():
         raise RoutingError(f"router {name!r} has no settings, got {text!r}.")

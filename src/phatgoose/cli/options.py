@@ -23,6 +23,13 @@ TASK_HELP = (
     "The task: bigbench:NAME, bbh:NAME, jsonl:PATH, hf:DATASET or p3:CONFIG (see `phatgoose tasks --help`)."
 )
 BaseOption = Annotated[str, typer.Option("--base", help=BASE_HELP)]
+PoolBaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help=f"{BASE_HELP} If not given, the one that the pool records; {DEFAULT_BASE} without a pool.",
+    ),
+]
 RecordedBaseOption = Annotated[
     str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
 ]
@@ -61,7 +68,7 @@ PoolOption = Annotated[
 ROUTER_HELP = (
     "Who chooses the experts: phatgoose, phatgoose:top_k=3, phatgoose:ungated=weights (for pools without all gates), weight-only, "
     "arrow, spectr, lag, average-activation, retrieval, centroid, soft-centroid (these four need `phatgoose signature`), single:NAME, "
-    "random:seed=1, uniform, merged, ties or dare (one expert made of all), or base for none. The default is phatgoose with a pool and base without."
+    "random:seed=1, uniform, merged, ties or dare (one expert made of all), or base for none. If not given: base without a pool; with one phatgoose, or where experts lack gates a router that needs none."
 )
 
 

@@ -19,11 +19,12 @@ from phatgoose.cli.hub_options import (
     RepoArgument,
     in_bytes,
 )
-from phatgoose.cli.options import BASE_HELP, DEFAULT_BASE, DeviceOption, DtypeOption
+from phatgoose.cli.options import BASE_HELP, DeviceOption, DtypeOption
 from phatgoose.cli.packing import show_copied
 
 if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
+    from phatgoose.experts.pool import Pool
 
 app = typer.Typer(
     help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
@@ -60,8 +61,7 @@ def create(
     made.save(pool, replace=False)
     show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
     _warn(made.warnings())
-    base = ["--base", made.base.spec] if made.base and made.base.spec != DEFAULT_BASE else []
-    show.facts([("next", shlex.join(["phatgoose", "generate", "--pool", str(pool), *base]) + ' "PROMPT"')])
+    show.facts(_next(pool, made))
 
 
 @app.command("add")
@@ -220,6 +220,20 @@ def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) ->
         return Expert.from_hub(text, name=name, drop=drop or (), max_bytes=in_bytes(max_gb))
     except DownloadError as error:
         raise DownloadError(f"{error} There is also no folder {text} here.") from error
+
+
+def _next(folder: Path, pool: Pool) -> list[tuple[str, str]]:
+    """What to type next: `generate`, or where nothing says which base it needs, `verify` before it."""
+    from phatgoose.cli.loading import recorded_base
+
+    generate = shlex.join(["phatgoose", "generate", "--pool", str(folder)])
+    if recorded_base(pool.experts) is not None:
+        return [("next", f'{generate} "PROMPT"')]
+    verify = shlex.join(["phatgoose", "pool", "verify", str(folder)])
+    return [
+        ("next", verify),
+        ("then", f'{generate} --base BASE "PROMPT" (no expert says which base it is for)'),
+    ]
 
 
 def _row(expert: Expert) -> tuple[str, ...]:

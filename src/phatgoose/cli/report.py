@@ -9,13 +9,12 @@ import typer
 
 from phatgoose.cli import show
 from phatgoose.cli.options import (
-    DEFAULT_BASE,
     ROUTER_HELP,
     TASK_HELP,
     BackendOption,
-    BaseOption,
     DeviceOption,
     DtypeOption,
+    PoolBaseOption,
 )
 
 
@@ -40,7 +39,7 @@ def command(
         typer.Option("--prompt", help="A prompt to answer and trace; may be given several times."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     router: Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
@@ -63,7 +62,7 @@ def command(
     if pool is None:
         show.say(str(page(out, results=measured)))
         return
-    from phatgoose.cli.loading import choose, load, load_pool
+    from phatgoose.cli.loading import choose, load_for, load_pool
     from phatgoose.tasks import load_task
 
     experts = load_pool(pool)
@@ -71,7 +70,7 @@ def command(
     if choice.router is None or choice.merged:
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
     tasks = [load_task(spec) for spec in task or ()]
-    model = load(base, dtype, device)
+    model = load_for(experts, base, dtype, device)
     written = page(
         out, results=measured, base=model, pool=experts, router=choice.router, tasks=tasks, texts=prompt or (),
         new_tokens=max_new_tokens, backend=backend,

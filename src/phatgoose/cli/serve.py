@@ -9,12 +9,11 @@ import typer
 
 from phatgoose.cli import show
 from phatgoose.cli.options import (
-    DEFAULT_BASE,
     ROUTER_HELP,
     BackendOption,
-    BaseOption,
     DeviceOption,
     DtypeOption,
+    PoolBaseOption,
     PoolOption,
     with_settings,
 )
@@ -25,11 +24,16 @@ from phatgoose.serving.settings import ServeSettings
 @with_settings(ServeSettings)
 def command(
     config: ServeSettings,
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     pool: PoolOption = None,
     router: Annotated[
-        str, typer.Option("--router", help=ROUTER_HELP.partition(", uniform")[0] + " or uniform.")
-    ] = "phatgoose",
+        str | None,
+        typer.Option(
+            "--router",
+            help=ROUTER_HELP.partition(", uniform")[0]
+            + " or uniform. If not given: phatgoose, or where experts lack gates a router that needs none.",
+        ),
+    ] = None,
     name: Annotated[
         str, typer.Option("--name", help="The routed pool's name among the models.")
     ] = "phatgoose",
@@ -66,7 +70,7 @@ def command(
         from phatgoose.serving.service import Service
     except ModuleNotFoundError as cause:
         raise PhatgooseError(f"the server needs {cause.name}: pip install 'phatgoose[serve]'.") from None
-    from phatgoose.cli.loading import load, load_pool
+    from phatgoose.cli.loading import load_for, load_pool, own_router
     from phatgoose.experts.manifest import read_manifest
 
     keys = read_keys(api_keys, admin_key)
@@ -76,9 +80,10 @@ def command(
         # Without experts, since the last was taken out while it ran, the base answers until there are some.
         empty = pool is not None and not read_manifest(pool)["experts"]
         experts = None if empty else load_pool(pool)
-        model = load(base, dtype, device)
+        routed_by = router or own_router(experts)
+        model = load_for(experts, base, dtype, device, folder=pool)
         return Service(
-            model, config, pool=experts, folder=pool, router=router, name=name, backend_name=backend
+            model, config, pool=experts, folder=pool, router=routed_by, name=name, backend_name=backend
         )
 
     serve(apart(made), host, port, keys, ready=show.say)

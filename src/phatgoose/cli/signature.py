@@ -64,7 +64,7 @@ def command(
     work = work or target.with_name(target.name + ".work")
     source = Expert.load(expert)
     rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-    model = load_recorded(source, base, dtype, device)
+    model = load_recorded([source], base, dtype, device)
     from phatgoose.models.encoder import load_encoder
     from phatgoose.training.signature import make_signature, signature_key
 

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from phatgoose.cli import show
-from phatgoose.cli.options import DEFAULT_BASE, BackendOption, BaseOption, DeviceOption, DtypeOption
+from phatgoose.cli.options import BackendOption, DeviceOption, DtypeOption, PoolBaseOption
 
 
 def command(
     pool: Annotated[Path, typer.Option("--pool", help="The pool's folder.")],
-    base: BaseOption = DEFAULT_BASE,
+    base: PoolBaseOption = None,
     port: Annotated[
         int,
         typer.Option("--port", min=0, max=65535, help="Where the page is; 0 takes any port that is free."),
@@ -27,7 +27,7 @@ def command(
 
     Only this machine can open the page. Ctrl-C ends it.
     """
-    from phatgoose.cli.loading import load, load_pool
+    from phatgoose.cli.loading import load_for, load_pool
     from phatgoose.errors import PhatgooseError
 
     try:
@@ -43,7 +43,7 @@ def command(
     with listen(port) as socket:  # a taken port is told before anything is loaded
         experts = load_pool(pool)
         assert experts is not None
-        app = make_app(Session(load(base, dtype, device), experts, backend=backend))
+        app = make_app(Session(load_for(experts, base, dtype, device), experts, backend=backend))
         show.say(f"http://127.0.0.1:{socket.getsockname()[1]}/")
         show.note("Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and says how it came

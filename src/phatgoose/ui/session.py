@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.models.trace import trace
 from phatgoose.registry import lookup, unknown
 from phatgoose.routers import ROUTERS, Router, parse_router
+from phatgoose.routers.fitting import fitting_router
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.ui.pieces import Pieces
 from phatgoose.ui.turns import Job
@@ -51,8 +52,8 @@ class Ask:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     prompt: str
-    router: str = "phatgoose"
-    """A router's name, or "base" for the base alone."""
+    router: str = ""
+    """A router's name, or "base" for the base alone; empty: the first that the page offers."""
     top_k: int | None = None
     """Its top-k; None: its own. Routers that have none take none."""
     off: list[int] = field(default_factory=list)
@@ -63,12 +64,18 @@ class Ask:
 
 
 def offered_routers(pool: Pool | None = None) -> list[dict[str, Any]]:
-    """{"name", "top_k"} of every router that needs nothing but a pool, PHATGOOSE first, and the base; top_k is None where it has none.
+    """{"name", "top_k"} of every router that needs nothing but a pool, and the base; top_k is None where it has none.
 
-    Without those that read data signatures which this pool's experts lack.
+    The first one suits the pool best: PHATGOOSE if all experts have gates. Routers that read gates or data signatures which this
+    pool's experts lack are left out.
     """
     found = []
-    for name in sorted(ROUTERS, key=lambda name: (name != "phatgoose", name)):
+    first = fitting_router(pool.experts)[0] if pool else "phatgoose"
+    if first.startswith("phatgoose:"):  # the page has no setting for experts without gates
+        first = "weight-only"
+    for name in sorted(ROUTERS, key=lambda name: (name != first, name)):
+        if name in ("phatgoose", "shuffled-gates") and first != "phatgoose":
+            continue
         kind = lookup("router", name, ROUTERS)
         fields = kind.__dataclass_fields__
         if kind.reads and not (pool and all(_has(expert, kind.reads) for expert in pool.experts)):
@@ -110,6 +117,7 @@ class Session:
         Raises:
             PhatgooseError: a setting is unknown or out of its range; says what is expected.
         """
+        ask = self._with_router(ask)
         if not ask.prompt.strip():
             raise PhatgooseError("the prompt is empty.")
         if any("\ud800" <= c <= "\udfff" for c in ask.prompt):
@@ -138,6 +146,7 @@ class Session:
             PhatgooseError: the router refuses, or the prompt is too long.
         """
         began = time.monotonic()
+        ask = self._with_router(ask)
         ids = self._encoded(ask)
         count = ids.shape[1]
         room = room_behind(self.base, count, ask.max_new_tokens)
@@ -155,6 +164,9 @@ class Session:
         job.tell(
             {"event": "end", "answer": text.strip(), "why": why, "tokens": len(answer), "seconds": seconds}
         )
+
+    def _with_router(self, ask: Ask) -> Ask:
+        return ask if ask.router else replace(ask, router=next(iter(self.routers)))
 
     def _encoded(self, ask: Ask) -> Tensor:
         turn = [{"role": "user", "content": ask.prompt}]

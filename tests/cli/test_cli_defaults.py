@@ -1,0 +1,125 @@
+"""What commands choose where the user says nothing: the pool's own base, and a router that the pool can use."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+
+import pytest
+
+from conftest import make_model
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routers.fitting import fitting_router
+
+pytest_plugins = ["cli_fixtures"]
+
+PROMPT = ["what is the colour of red?", "--max-new-tokens", 2]
+
+
+@pytest.fixture
+def plain(ready, tmp_path):
+    """plain(base_name, kind="lora") → two plain PEFT adapters in folders, whose configs name this base; no gates, no records."""
+    import copy
+
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    def make(base_name, kind="lora"):
+        folders = []
+        for name in ("first", "second"):
+            if kind == "lora":
+                config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            else:
+                config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+            folder = tmp_path / "plain" / name
+            get_peft_model(copy.deepcopy(make_model("llama")), config).save_pretrained(folder)
+            path = folder / "adapter_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
+            folders.append(folder)
+        return folders
+
+    return make
+
+
+def following(result):
+    """The words behind "next": what the command says to type."""
+    line = next(line for line in result.out.splitlines() if line.startswith("next"))
+    return [w.replace("PROMPT", "red") for w in shlex.split(line.removeprefix("next"))][1:]
+
+
+def test_the_base_that_the_pool_records_is_loaded(ready, run, base):
+    _, out = ready
+    words = following(out["pool"])
+    assert "--base" not in words
+    result = run(*words, "--max-new-tokens", 2)
+    assert result.code == 0, result.err
+    assert f"base: {base} (recorded with the experts)" in result.err
+    assert result.out == run(*words, "--base", base, "--max-new-tokens", 2).out
+
+
+@pytest.mark.parametrize(
+    "command", [["chat"], ["eval", "--limit", 1], ["explain", "red", "--max-new-tokens", 1]]
+)
+def test_every_command_with_a_pool_does(ready, run, task, base, command):
+    more = ["--task", task] if command[0] == "eval" else []
+    result = run(*command, *more, "--pool", ready[0] / "pool", input="")
+    assert result.code == 0, result.err
+    assert f"base: {base} (recorded with the experts)" in result.err
+
+
+def test_a_recorded_base_that_is_gone_is_named(ready, run, tmp_path, base):
+    gone = tmp_path / "gone"
+    shutil.copytree(base, gone)
+    for name in ("one", "two-gated"):
+        expert = Expert.load(ready[0] / name)
+        from dataclasses import replace
+
+        record = {**expert.base.to_json(), "spec": str(gone)}
+        replace(expert, provenance={**expert.provenance, "base": record}).save(tmp_path / name)
+    assert run("pool", "create", tmp_path / "pool", tmp_path / "one", tmp_path / "two-gated").code == 0
+    shutil.rmtree(gone)
+    result = run("generate", *PROMPT, "--pool", tmp_path / "pool")
+    assert result.code == 1
+    assert "the base that the experts record can't be loaded here" in result.err
+    assert str(gone) in result.err
+    assert "--base" in result.err
+    assert run("generate", *PROMPT, "--pool", tmp_path / "pool", "--base", base).code == 0
+
+
+def test_plain_adapters_get_a_next_command_that_works(run, plain, base, tmp_path):
+    made = run("pool", "create", tmp_path / "pool", *plain(base))
+    assert made.code == 0, made.err
+    result = run(*following(made), "--max-new-tokens", 2)
+    assert result.code == 0, result.err
+    assert "router: weight-only (the experts have no gates" in result.err
+    named = run("generate", *PROMPT, "--pool", tmp_path / "pool", "--router", "arrow")
+    assert named.code == 0
+    assert "router:" not in named.err
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_without_any_base_on_record_the_next_command_works_too(run, plain, base, tmp_path, name):
+    made = run("pool", "create", tmp_path / "pool", *plain(name))
+    assert made.code == 0, made.err
+    assert "--base BASE" in made.out
+    assert run(*following(made)).code == 0
+    refused = run("generate", *PROMPT, "--pool", tmp_path / "pool")
+    assert refused.code == 1
+    assert "say which one with --base" in refused.err
+    assert run("generate", *PROMPT, "--pool", tmp_path / "pool", "--base", base).code == 0
+
+
+def test_adapters_that_no_weights_can_score_are_all_used(run, plain, base, tmp_path):
+    assert run("pool", "create", tmp_path / "pool", *plain(base, "ia3")).code == 0
+    result = run("generate", *PROMPT, "--pool", tmp_path / "pool")
+    assert result.code == 0, result.err
+    assert "router: uniform (expert 'first' has neither gates" in result.err
+
+
+def test_the_router_fits_what_the_pool_holds(ready, plain):
+    gated, bare = Expert.load(ready[0] / "one"), [Expert.from_peft(p) for p in plain("x")]
+    assert fitting_router([gated]) == ("phatgoose", "")
+    assert fitting_router([gated, *bare])[0] == "phatgoose:ungated=weights"
+    assert fitting_router(bare)[0] == "weight-only"
+    assert fitting_router(Pool([gated]).experts)[1] == ""
