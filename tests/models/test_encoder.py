@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from encoder_fixtures import make_encoder, texts
-from phatgoose.errors import BaseModelError
+from phatgoose.errors import BaseModelError, DownloadError
+from phatgoose.experts import hub_files
+from phatgoose.models import encoder as encoders
 from phatgoose.models.encoder import DEFAULT_ENCODER, SentenceEncoder, load_encoder
 
 
@@ -91,3 +93,22 @@ def test_the_default_encoder_is_the_literatures():
     torch.testing.assert_close((found @ found[0])[1:], torch.tensor([0.695, 0.257]), rtol=0, atol=2e-3)
     assert encoder.max_tokens == 256
     assert load_encoder() is encoder
+
+
+def test_a_large_file_on_the_hub_is_refused_before_a_byte_of_it_is_fetched(monkeypatch):
+    files = {name: hub_files.RemoteFile(10, None, None) for name in encoders._NEEDED}
+    large = hub_files.RemoteFile(5 * 2**30, "0" * 64, None)
+    listing = hub_files.Listing("0" * 40, files | {"model.safetensors": large})
+    monkeypatch.setattr(hub_files, "list_files", lambda *_: listing)
+    monkeypatch.setattr(hub_files, "hf_hub_download", lambda *_, **__: pytest.fail("it was fetched"))
+    with pytest.raises(DownloadError, match=r"model\.safetensors"):
+        load_encoder("somebody/large-encoder")
+
+
+def test_another_encoder_than_is_expected_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    folder = str(make_encoder(tmp_path / "tiny"))
+    expected = load_encoder(folder).sha256
+    assert load_encoder(folder, expected=expected).sha256 == expected
+    monkeypatch.setattr(encoders.AutoModel, "from_pretrained", lambda **_: pytest.fail("it was loaded"))
+    with pytest.raises(BaseModelError, match="is another encoder"):
+        load_encoder(folder, expected="0" * 64)

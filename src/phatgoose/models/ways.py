@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -84,13 +84,21 @@ class Way:
     Args:
         router: any but one that needs a reference text, unless `calibrate` is called before the way is used.
         off: names of experts that are switched off: as if the pool didn't have them.
+        encoder: which sentence encoder to load, for the name that the router or the experts' signatures give; may raise a
+            RoutingError. A server must not load whatever an expert's author names.
 
     Raises:
         RoutingError: the router can't serve this pool, can't switch experts off, or every expert is off.
         UnknownName: an expert that the pool lacks.
     """
 
-    def __init__(self, version: Version, router: Router, off: Collection[str] = ()):
+    def __init__(
+        self,
+        version: Version,
+        router: Router,
+        off: Collection[str] = (),
+        encoder: Callable[[str], str] = str,
+    ):
         self.version, self.router, self.off = version, router, frozenset(off)
         names = version.pool.names
         for name in sorted(self.off):
@@ -113,7 +121,9 @@ class Way:
             on = torch.tensor([[name not in self.off for name in names]])
             router = Masked(router, Switches(on))
         setup = setup_of(version.base.model, version.pool)
-        router = router.prepared(replace(setup, encoder=lambda name: _Remembering(setup.encoder(name))))
+        router = router.prepared(
+            replace(setup, encoder=lambda name: _Remembering(setup.encoder(encoder(name))))
+        )
         for path, site in version.sites.items():
             self.bound[path] = router.bind(_seen(site.candidates, router.offers_null))
         self._fuse()

@@ -75,9 +75,9 @@ async def _begin(
             prompts = await _until_gone(service, request, service.read(body))
         ask = service.ask(found, body, prompts, began)
     except UnknownName as error:
-        raise Refusal(404, str(error)[:500], param="model", code="model_not_found") from None
+        raise Refusal(404, service.told(error)[:500], param="model", code="model_not_found") from None
     except PhatgooseError as error:
-        raise Refusal(400, str(error)[:500], param="model") from None
+        raise Refusal(400, service.told(error)[:500], param="model") from None
     except TimeoutError as error:
         raise _refused(error) from None
 

@@ -124,9 +124,9 @@ def _admin(app: FastAPI, service: Service) -> None:
         try:
             yield
         except UnknownName as error:
-            raise Refusal(404, str(error)[:500]) from None
+            raise Refusal(404, service.told(error)[:500]) from None
         except PhatgooseError as error:
-            raise Refusal(409, str(error)[:1000]) from None
+            raise Refusal(409, service.told(error)[:1000]) from None
 
     def listed() -> dict[str, Any]:
         return {"experts": service.changes.listed()}

@@ -14,12 +14,43 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.encoder import DEFAULT_ENCODER
 from phatgoose.models.ways import Version, Way
 from phatgoose.routers import Router, Single, parse_router
+from phatgoose.routers.example import AUTO
 from phatgoose.serving.apart import away
 from phatgoose.serving.engine import Engine
+
+
+class Encoders:
+    """Which sentence encoders a server loads.
+
+    Args:
+        chosen: by the operator; None: none.
+        router: the default router, which may name one.
+    """
+
+    def __init__(self, chosen: str | None, router: str):
+        own = getattr(parse_router(router), "encoder", AUTO)
+        self.chosen = [name for name in (chosen, own) if name not in (None, AUTO)]
+
+    def allowed(self, name: str) -> str:
+        """The encoder to load where an expert's author or the default router names one.
+
+        Raises:
+            RoutingError: it is neither the pinned one nor the operator's.
+        """
+        if name == DEFAULT_ENCODER or name in self.chosen:
+            return name
+        if self.chosen:
+            return str(self.chosen[0])  # whether it is the same encoder, its sha256 says
+        raise RoutingError(
+            f"the experts' texts were embedded with another encoder than {DEFAULT_ENCODER}, and a server loads none that experts name: "
+            "whoever runs it can choose one with --encoder."
+        )
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,8 @@ class Experts:
     Args:
         router: who chooses, where a request doesn't say.
         max_routers: how many others are kept ready.
+        encoder: the sentence encoder that the operator chose for routers that read text, a folder or a Hub id. Beside it only the
+            pinned one and that of `router` are loaded: what an expert's author names is never fetched or opened.
     """
 
     def __init__(
@@ -47,6 +80,7 @@ class Experts:
         router: str = "phatgoose",
         backend_name: str = "auto",
         max_routers: int = 8,
+        encoder: str | None = None,
     ):
         self.base, self.engine, self.router = base, engine, router
         self.backend_name, self.max_routers = backend_name, max_routers
@@ -55,7 +89,11 @@ class Experts:
         self._users: dict[int, int] = {}
         self._retired: dict[int, Version] = {}
         self._tasks: set[asyncio.Future[Any]] = set()  # the event loop alone wouldn't keep them
-        self._binding = asyncio.Lock()
+        self._encoders = Encoders(encoder, router)
+        self._being_bound: dict[tuple[int, str, frozenset[str]], asyncio.Task[Way]] = {}
+        # Requests' routers are bound one at a time. Those that may wait for an encoder don't hold the others up, and neither do they
+        # the default router, which changes of the experts need.
+        self._turns = {reads: asyncio.Semaphore(1) for reads in (True, False)}
 
     async def way(self, state: State, text: str) -> Way:
         """The way of the router `text` names through these experts.
@@ -68,16 +106,34 @@ class Experts:
         if isinstance(router, Single):
             return Way(version, router, state.off)
         key = (id(version), text, state.off)
-        if key not in self._ways:
-            async with self._binding:
-                if key not in self._ways:
-                    self._ways[key] = await away(self._bind, version, router, state.off)
-        self._ways.move_to_end(key)
-        self._trim(state)
-        return self._ways[key]
+        if key in self._ways:
+            self._ways.move_to_end(key)
+            return self._ways[key]
+        if key not in self._being_bound:
+            task = asyncio.ensure_future(self._made(key, state, router))
+            self._being_bound[key] = task
+            task.add_done_callback(partial(self._bound, key))
+        # Whoever waits may leave; the others who wait for the same router, and those to come, don't.
+        return await asyncio.shield(self._being_bound[key])
+
+    async def _made(self, key: tuple[int, str, frozenset[str]], state: State, router: Router) -> Way:
+        version = state.version
+        assert version is not None
+        turn = self._turns[router.reads == "texts"] if key[1] != self.router else contextlib.nullcontext()
+        with self.pinned(version):
+            async with turn:
+                way = await away(self._bind, version, router, state.off)
+            self._ways[key] = way
+            self._trim(state)
+        return way
+
+    def _bound(self, key: tuple[int, str, frozenset[str]], task: asyncio.Task[Way]) -> None:
+        del self._being_bound[key]
+        if not task.cancelled():
+            task.exception()  # whoever waits is told of it; perhaps nobody does any more
 
     def _bind(self, version: Version, router: Router, off: frozenset[str]) -> Way:
-        way = Way(version, router, off)
+        way = Way(version, router, off, self._encoders.allowed)
         if way.needs_reference:
             self.engine.between(way.calibrate)
         return way

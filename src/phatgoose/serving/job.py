@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -21,9 +23,23 @@ class ServingError(PhatgooseError):
     """The server can't be started as asked, or its engine can't do something."""
 
 
+# From the root, the home folder or a drive: quoted with whatever spaces, or up to the next one. Not what follows a host or a word.
+_QUOTED_PATH = re.compile(r"""(['"])(?:~|[A-Za-z]:)?[/\\][^'"\n]*?([^'"/\\\n]*)[/\\]?\1""")
+_PATH = re.compile(r"""(?<![\w.:/\\~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s'"/\\]+[/\\])*([^\s'"/\\]+)[/\\]?""")
+
+
 def told(error: BaseException) -> str:
-    """What clients may hear of an error. Ours say what is wrong; others' messages might repeat what somebody else asked."""
-    return str(error) if isinstance(error, PhatgooseError) else type(error).__name__
+    """What clients may hear of an error. Ours say what is wrong, without the folders of this machine; others' messages might repeat
+    what somebody else asked."""
+    return hide_paths(str(error)) if isinstance(error, PhatgooseError) else type(error).__name__
+
+
+def hide_paths(text: str, *known: Path | str | None) -> str:
+    """The text with the last name alone of every absolute path; `known` ones may hold spaces."""
+    for path in sorted(map(str, filter(None, known)), key=len, reverse=True):
+        if Path(path).is_absolute():
+            text = text.replace(path, Path(path).name)
+    return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", text))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from phatgoose.serving.catalogue import Catalogue, Found
 from phatgoose.serving.changes import Changes
 from phatgoose.serving.engine import Engine
 from phatgoose.serving.experts import Experts
-from phatgoose.serving.job import Job, ServingError
+from phatgoose.serving.job import Job, ServingError, hide_paths
 from phatgoose.serving.metrics import Metrics
 from phatgoose.serving.prompts import Prompts
 from phatgoose.serving.refusals import Refusal
@@ -71,6 +71,7 @@ class Service:
             router=router,
             backend_name=backend_name,
             max_routers=self.settings.max_routers,
+            encoder=self.settings.encoder,
         )
         self.changes, self.catalogue = Changes(self.experts, folder), Catalogue(self.experts, name)
         self.prompts, self.ends = Prompts(base), end_tokens(base.model, base.tokenizer.eos_token_id)
@@ -114,6 +115,10 @@ class Service:
         if self.draining:
             return "the server is ending"
         return self.engine.trouble
+
+    def told(self, error: PhatgooseError) -> str:
+        """What clients may hear of an error: nothing of where this machine keeps its files."""
+        return hide_paths(str(error), self.changes.folder, self.base.spec, self.settings.encoder)
 
     def check_room(self, answers: int) -> None:
         """Refuses requests that nobody could get to in good time."""

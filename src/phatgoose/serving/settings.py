@@ -37,6 +37,9 @@ class ServeSettings:
     """Larger requests are refused with status 413."""
     max_routers: int = 8
     """Routers that are kept ready beside the default one; each costs about what the pool's gates do."""
+    encoder: str | None = None
+    """The sentence encoder for routers that read text (retrieval, centroid): a folder or a Hub id. none: the pinned all-minilm-l6-v2 alone.
+    One that an expert's author names is never loaded."""
     follow_seconds: float | None = None
     """Every so many seconds, the pool's folder is looked at, and read again if others changed it; none: at /admin/reload only."""
     watch_every: int = 16
