@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,17 +102,19 @@ def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Modu
 
 def follow_residual(source: nn.Module, module: nn.Module, residual: Residual) -> list[RemovableHandle]:
     """Hooks that fill `residual` with what `source` is given, and empty it after `module`, whose own hooks stand already."""
-
-    def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        residual.value = given(args, kwargs)
-
-    def empty(*_: Any) -> None:
-        residual.value = None
-
     return [
-        source.register_forward_pre_hook(fill, with_kwargs=True),
-        module.register_forward_hook(empty),
+        source.register_forward_pre_hook(partial(_fill, residual), with_kwargs=True),
+        module.register_forward_hook(partial(_empty, residual)),
     ]
+
+
+# No closures: a copied or pickled model's hooks must fill the copy's own.
+def _fill(residual: Residual, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    residual.value = given(args, kwargs)
+
+
+def _empty(residual: Residual, *_: Any) -> None:
+    residual.value = None
 
 
 def dense_weight(module: nn.Module, path: str) -> Tensor:

@@ -22,7 +22,7 @@ def prompted(
     prompts: Sequence[str | Sequence[int]],
     written: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[None]:
-    """Inside, the rows of every call of the model work on these prompts, one each (beams repeat them).
+    """Inside, the rows of every call of the model that this thread makes work on these prompts, one each (beams repeat them).
 
     Only for routers that read text (Retrieval, Centroid, SoftCentroid), which else take what a call without a cache is given to read:
     where that isn't the prompt alone, as a prompt with its answer behind it, or isn't what should be compared, as a chat's template.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.ops.running import Running
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
 TELL = "Say what each row was given to read: `with prompted(model, [...]):` around the call."
@@ -44,33 +45,53 @@ class Kept:
     written: tuple[tuple[int, ...] | str, ...]
 
 
-class Readings:
-    """Follows the prompts of one model's passes."""
+class _Now(Running):
+    """What was told of the rows of one thread's passes, and each stack's running pass."""
 
-    told_all: Told | None = None
+    def __init__(self) -> None:
+        self.told: Told | None = None
+        self.passes: dict[str, Pass] = {}
+        self.built: dict[str, Texts] = {}
+        self.pending: dict[str, Kept] = {}
+        self.encoded: Tensor | None = None
+
+
+class Readings:
+    """Follows the prompts of one model's passes. A cache may be gone on with in another thread than the one it was made in."""
+
+    def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):
+        """`sequences` finds the tokens of the last pass of a stack."""
+        self.encoder_decoder, self.sequences = encoder_decoder, sequences
+        self._now = _Now()
+        self._caches: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_caches"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _caches=WeakKeyDictionary())  # nobody has a copy's caches
+
+    @property
+    def told_all(self) -> Told | None:
+        return self._now.told
+
+    @told_all.setter
+    def told_all(self, told: Told | None) -> None:
+        self._now.told = told
 
     @property
     def told(self) -> tuple[Prompt, ...] | None:
         return self.told_all[0] if self.told_all else None
 
-    def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):
-        """`sequences` finds the tokens of the last pass of a stack."""
-        self.encoder_decoder, self.sequences = encoder_decoder, sequences
-        self._passes: dict[str, Pass] = {}
-        self._built: dict[str, Texts] = {}
-        self._pending: dict[str, Kept] = {}
-        self._caches: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
-        self._encoded: Tensor | None = None
-
     def enter(self, name: str, running: Pass) -> None:
-        self._passes[name] = running
-        self._built.pop(name, None)
-        self._pending.pop(name, None)
+        self._now.passes[name] = running
+        self._now.built.pop(name, None)
+        self._now.pending.pop(name, None)
 
     def leave(self, name: str, output: Any) -> None:
         if name == "encoder":
-            self._encoded = getattr(output, "last_hidden_state", None)
-        kept = self._pending.pop(name, None)
+            self._now.encoded = getattr(output, "last_hidden_state", None)
+        kept = self._now.pending.pop(name, None)
         if kept is not None:
             self._keep(getattr(output, "past_key_values", None), kept)
 
@@ -80,17 +101,17 @@ class Readings:
         Raises:
             RoutingError: they can't be known.
         """
-        if name not in self._built:
+        if name not in self._now.built:
             tokens = self.sequences(name)
             if tokens is None:
                 raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
-            texts, kept = self._read(name, tokens, self._passes[name])
-            self._built[name] = texts
-            if kept is not None and self._passes[name].cache is not None:
-                self._keep(self._passes[name].cache, kept)
+            texts, kept = self._read(name, tokens, self._now.passes[name])
+            self._now.built[name] = texts
+            if kept is not None and self._now.passes[name].cache is not None:
+                self._keep(self._now.passes[name].cache, kept)
             elif kept is not None:
-                self._pending[name] = kept  # the cache may be made inside the pass
-        return self._built[name]
+                self._now.pending[name] = kept  # the cache may be made inside the pass
+        return self._now.built[name]
 
     def _keep(self, cache: Any, kept: Kept) -> None:
         with contextlib.suppress(TypeError):  # a tuple: its next pass is refused
@@ -143,7 +164,7 @@ class Readings:
             return _repeated(self.told, rows)
         if kept is not None:
             return _expanded(kept.prompts, rows)
-        read, now = self._encoded, running.encoded
+        read, now = self._now.encoded, running.encoded
         if not isinstance(read, Tensor) or not isinstance(now, Tensor) or not _repeats(now, read):
             raise RoutingError(
                 f"the decoder reads states that this model's encoder didn't compute just before. {TELL}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,21 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.readings import Pass, Readings, Told
+from phatgoose.ops.running import Running
 from phatgoose.routers.context import Sequences, Texts, positions_from
 
 # Cross-attention keys and values read the encoder's states: T5's EncDecAttention, BART's and others' encoder_attn.
 _CROSS = re.compile(
     r"(?:^|\.)(?:EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\..*(?:key|value|c_attn))$"
 )
+
+
+class _Now(Running):
+    """The arguments of each stack's running pass, and what was built from them once it was asked for."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[dict[str, Any], int]] = {}
+        self.built: dict[str, Sequences] = {}
 
 
 class Streams:
@@ -44,20 +54,22 @@ class Streams:
             for name, stack in self.stacks.items()
             if module is stack
         }
-        self._seen: dict[str, tuple[dict[str, Any], int]] = {}
-        self.built: dict[str, Sequences] = {}  # of the running passes, once they are asked for
+        self._now = _Now()
+
+    @property
+    def built(self) -> dict[str, Sequences]:
+        """Of the passes that this thread runs, those that were asked for."""
+        return self._now.built
 
     def attach(self) -> list[RemovableHandle]:
+        # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
         handles = [
-            stack.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True
-            )
+            stack.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
             for name, stack in self.stacks.items()
         ]
         if self.readings is not None:
             handles += [
-                stack.register_forward_hook(lambda module, args, output, name=name: self._leave(name, output))
-                for name, stack in self.stacks.items()
+                stack.register_forward_hook(partial(self._leave, name)) for name, stack in self.stacks.items()
             ]
         return handles
 
@@ -78,11 +90,11 @@ class Streams:
         before, self.readings.told_all = self.readings.told_all, told
         return before
 
-    def _leave(self, name: str, output: Any) -> None:
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.readings is not None:
             self.readings.leave(name, output)
 
-    def _enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         # The cache grows while the pass runs, so its length is taken now.
         past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
@@ -95,8 +107,9 @@ class Streams:
             )
         if args and keep["input_ids"] is None:
             keep["input_ids"] = args[0]
-        self._seen[name] = (keep, past)
-        self.built.pop(name, None)
+        now = self._now
+        now.seen[name] = (keep, past)
+        now.built.pop(name, None)
         if self.readings is not None:
             self.readings.enter(name, Pass(cache, kwargs.get("attention_mask"), encoded))
 
@@ -113,11 +126,12 @@ class Streams:
         return self._sequences_of(self.stream_of(path))
 
     def _sequences_of(self, name: str) -> Sequences | None:
-        if name not in self.built:
-            if name not in self._seen:
+        now = self._now
+        if name not in now.built:
+            if name not in now.seen:
                 return None
-            self.built[name] = _sequences(*self._seen[name])
-        return self.built[name]
+            now.built[name] = _sequences(*now.seen[name])
+        return now.built[name]
 
 
 def _sequences(arguments: dict[str, Any], past: int) -> Sequences:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.ops.running import Running
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -56,8 +57,7 @@ class Narrow(Protocol):
     def reads_output(self) -> bool: ...
 
 
-@dataclass(eq=False)
-class Residual:
+class Residual(Running):
     """h, the stream that a module's output y is added to, from where it appears until the module has run.
 
     Hooks fill and empty it: h is no input of the module, and some bottleneck adapters read it.
