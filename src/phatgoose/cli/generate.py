@@ -20,7 +20,13 @@ from phatgoose.cli.options import (
 RouterOption = Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token; above 0 draws.")
+    float,
+    typer.Option(
+        "--temperature",
+        min=0.0,
+        help="0 always takes the likeliest token; above 0 draws. The checkpoint's own generation settings (penalties, forced or "
+        "suppressed tokens, beams, lengths) aren't used, only its end tokens.",
+    ),
 ]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, help="Of the draws, where the temperature is above 0.")

@@ -10,7 +10,8 @@ from transformers import TextStreamer
 
 from phatgoose.cli import show
 from phatgoose.models.base import Base
-from phatgoose.models.limits import context_length, end_tokens
+from phatgoose.models.generation import generation_settings
+from phatgoose.models.limits import context_length, end_tokens, settings_are_own
 from phatgoose.tasks.batch import pad_id
 from phatgoose.workflows.encoding import room_behind
 
@@ -49,20 +50,18 @@ def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, 
         PhatgooseError: the prompt leaves no room in the model's context.
     """
     room = room_for(base, ids, max_new_tokens)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    own = generation_settings(
+        base.model,
+        pad=pad_id(base.tokenizer),
+        max_new_tokens=room,
+        ends=end_tokens(base.model, base.tokenizer.eos_token_id),
+        temperature=temperature,
+    )
     if temperature > 0:
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     printer = Printer(base.tokenizer)
     ids = ids.to(base.device)
-    with torch.no_grad():
-        base.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=printer,
-            max_new_tokens=room,
-            eos_token_id=sorted(end_tokens(base.model, base.tokenizer.eos_token_id)),
-            pad_token_id=pad_id(base.tokenizer),
-            **sampling,
-        )  # type: ignore[operator]
+    run: Any = base.model.generate
+    with settings_are_own(base.model, own), torch.no_grad():
+        run(inputs=ids, attention_mask=torch.ones_like(ids), streamer=printer, generation_config=own)
     return printer.text

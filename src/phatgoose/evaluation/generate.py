@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -37,7 +36,8 @@ from phatgoose.evaluation.continuations import (
     pad_left,
 )
 from phatgoose.evaluation.readings import readings
-from phatgoose.models.limits import context_length, decoder_start, settings_are_own
+from phatgoose.models.generation import generation_settings
+from phatgoose.models.limits import context_length, settings_are_own
 from phatgoose.records import Prediction
 
 
@@ -151,18 +151,13 @@ def _within_context(
 
 def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
     ids, mask = (tensor.to(model.device) for tensor in pad_left([row.prompt for row in judge.rows], pad))
-    settings: dict[str, Any] = {
-        "max_new_tokens": max(rule.limit for rule in judge.rules),
-        "do_sample": False,
-        "num_beams": 1,
-        "use_cache": True,
-        "pad_token_id": pad,
-        "eos_token_id": sorted({end for rule in judge.rules for end in rule.ends}),
-    }
-    if model.config.is_encoder_decoder:
-        settings["decoder_start_token_id"] = decoder_start(model)
     judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
-    own = GenerationConfig(**settings)
+    own = generation_settings(
+        model,
+        pad=pad,
+        max_new_tokens=max(rule.limit for rule in judge.rules),
+        ends=(end for rule in judge.rules for end in rule.ends),
+    )
     with settings_are_own(model, own):
         run: Any = model.generate
         run(

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.errors import BaseModelError
 from phatgoose.models.base import Base
+from phatgoose.models.generation import forced_start
 from phatgoose.models.gguf import WheelBase, copy_of_file, copy_of_wheel
 from phatgoose.models.load_options import load_options
 from phatgoose.models.refusals import check_folder, protobuf_hint, refusals
@@ -109,7 +110,8 @@ def load_base(
             model = model.to(device)  # type: ignore[arg-type]
     if source.copy:  # adapters write this name down; a path in our cache means nothing elsewhere
         model.name_or_path = model.config.name_or_path = source.spec
-    return Base(model, tokenizer, spec=source.spec, notes=source.notes)
+    forced = forced_start(model, tokenizer)
+    return Base(model, tokenizer, spec=source.spec, notes=(*source.notes, *([forced] if forced else [])))
 
 
 def find(spec: str, revision: str | None) -> Source:

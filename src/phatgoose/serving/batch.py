@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
+from phatgoose.models.generation import generation_settings
 from phatgoose.models.limits import decoder_start, settings_are_own
 from phatgoose.models.plan import Plan
 from phatgoose.serving.job import Job, News
@@ -32,7 +33,9 @@ class Batch:
     def run(self) -> None:
         """Writes all answers; runs in the engine's thread."""
         base = self.owner.base
-        own = GenerationConfig(**self._settings())
+        # Each job has its own end tokens, which settle() looks for.
+        longest = max(job.max_new_tokens for job in self.jobs)
+        own = generation_settings(base.model, pad=pad_id(base.tokenizer), max_new_tokens=longest)
         ids, mask = self._inputs()
         call: Any = base.model.generate
         with settings_are_own(base.model, own), self.owner.mixed.following(self.plan):
@@ -94,19 +97,6 @@ class Batch:
         for row in self.plan.failed or ():
             self.open[row] = False
             self.owner.tell(self.jobs[row], News(finished=True, error=self.jobs[row].failure))
-
-    def _settings(self) -> dict[str, Any]:
-        base = self.owner.base
-        settings: dict[str, Any] = {
-            "max_new_tokens": max(job.max_new_tokens for job in self.jobs),
-            "do_sample": False,
-            "num_beams": 1,
-            "use_cache": True,
-            "pad_token_id": pad_id(base.tokenizer),
-        }
-        if base.is_encoder_decoder:
-            settings["decoder_start_token_id"] = decoder_start(base.model)
-        return settings
 
     def _inputs(self) -> tuple[Tensor, Tensor]:
         """The prompts int64 [B, T], padded on the left (encoder–decoders: on the right), and which tokens are real."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from phatgoose.errors import TrainingError
 from phatgoose.models.base import Base
+from phatgoose.models.generation import generation_settings
 from phatgoose.models.limits import end_tokens, settings_are_own
 from phatgoose.records import Example
-from phatgoose.tasks.batch import pad_id
+from phatgoose.tasks.batch import pad_id, prompt_ids
 from phatgoose.training.preserve import preserved_random_state
 
 
@@ -62,22 +62,15 @@ def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int
     ends = end_tokens(base.model, base.tokenizer.eos_token_id)
     if prompts:
         texts = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
-        inputs = [_encoded(base, text) for text in texts]
+        inputs = [list(prompt_ids(tokenizer, text, base.is_encoder_decoder)) for text in texts]
     else:
         inputs = [[_begin(base)]] * size
     width, pad = max(map(len, inputs)), pad_id(tokenizer)
     # Padded on the left for encoders too: whatever reads it masks it.
     ids = torch.tensor([[pad] * (width - len(x)) + x for x in inputs], device=model.device)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in inputs], device=model.device)
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends),
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    settings = generation_settings(
+        model, pad=pad, max_new_tokens=config.max_new_tokens, ends=ends, temperature=config.temperature
     )
     with preserved_random_state(), settings_are_own(model, settings), torch.no_grad():
         torch.manual_seed(
@@ -150,10 +143,3 @@ def _begin(base: Base) -> int:
     if found is None:
         raise TrainingError("the tokenizer has no token to begin a text with: give prompts.")
     return int(found)
-
-
-def _encoded(base: Base, prompt: str) -> list[int]:
-    ids = list(base.tokenizer(prompt, verbose=False)["input_ids"])
-    if not base.is_encoder_decoder and len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
-        return ids[:-1]
-    return ids

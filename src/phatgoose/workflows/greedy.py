@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.models.base import Base
-from phatgoose.models.limits import decoder_start, end_tokens, settings_are_own
+from phatgoose.models.generation import generation_settings
+from phatgoose.models.limits import end_tokens, settings_are_own
 from phatgoose.tasks.batch import pad_id
 
 
@@ -25,17 +26,12 @@ def greedy_answer(
     Args:
         after_each: called after each token with all that is there, as it will be returned; True ends the answer there.
     """
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "use_cache": True,
-        "pad_token_id": pad_id(base.tokenizer),
-        "eos_token_id": sorted(end_tokens(base.model, base.tokenizer.eos_token_id)),
-    }
-    if base.is_encoder_decoder:
-        settings["decoder_start_token_id"] = decoder_start(base.model)
-    own = GenerationConfig(**settings)
+    own = generation_settings(
+        base.model,
+        pad=pad_id(base.tokenizer),
+        max_new_tokens=max_new_tokens,
+        ends=end_tokens(base.model, base.tokenizer.eos_token_id),
+    )
     with settings_are_own(base.model, own), torch.no_grad():
         run: Any = base.model.generate
         watched = StoppingCriteriaList([] if after_each is None else [_Watch(after_each)])
