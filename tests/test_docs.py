@@ -146,7 +146,7 @@ def test_every_setting_of_peft_has_a_rule_that_holds():
         assert {f.name for f in dataclasses.fields(config)} <= set(RULES[kind])
         for name, rule in RULES[kind].items():
             settings = {"peft_type": kind, name: "another" if rule.default != "another" else "other"}
-            if name in ("peft_type", "init_lora_weights") or rule.how == "refused":
+            if name in ("peft_type", "init_lora_weights", "target_parameters") or rule.how == "refused":
                 with pytest.raises(ExpertError, match=name):
                     check_config(settings, "here")
             else:

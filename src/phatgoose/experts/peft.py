@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.fused import check_targets, of_parameters
 from phatgoose.experts.patterns import Patterns
 from phatgoose.experts.peft_rules import check_config
 from phatgoose.experts.tensor_files import read_tensor_file
@@ -74,7 +75,9 @@ def to_contents(
     if config["peft_type"] == "IA3":
         return Contents({path: _ia3(path, parts, where) for path, parts in found.items()}, copies)
     settings = _Settings(config, where)
-    return Contents({path: _lora(settings, path, parts, where) for path, parts in found.items()}, copies)
+    updates = of_parameters(found, check_targets(config, where), settings, where)
+    updates |= {path: _lora(settings, path, parts, where) for path, parts in found.items()}
+    return Contents(updates, copies)
 
 
 def _put(into: dict[str, Tensor], name: str, tensor: Tensor, key: str, where: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.fused import check_targets
 
 DROPPABLE = {
     "modules_to_save": "the modules it saved whole (a classification head, retrained embeddings)",
@@ -57,7 +58,7 @@ _LORA = [
     Rule("bias", "refused", "the adapter changes the base's own biases; train it with bias='none'", "none"),
     Rule("trainable_token_indices", "refused", "the adapter changes token embeddings, which can't be routed token by token"),
     Rule("layer_replication", "refused", "the adapter is for a base with repeated layers, another model than the plain base"),
-    Rule("target_parameters", "refused", "the adapter changes bare parameters (of expert layers), which have no module to route at"),
+    Rule("target_parameters", "exact", "`gate_up_proj`, `up_proj` and `down_proj` of a mixture's experts, expert by expert, and `weight` of linear layers; others are refused"),
     Rule("alora_invocation_tokens", "refused", "an activated LoRA acts only after its invocation tokens, which routing doesn't know"),
     Rule("use_qalora", "refused", "QALoRA pools the input by groups before A", False),
     Rule("corda_config", "refused", "CorDA changes the base's weights; convert it with PEFT as for init_lora_weights"),
@@ -107,6 +108,7 @@ def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = 
             raise ExpertError(
                 f"{where}: {key} = {brief(value)} (expected {rule.default!r}): {rule.why}{advice}."
             )
+    check_targets(config, where)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or len(saved) > 100 or not all(isinstance(name, str) for name in saved):
         raise ExpertError(f"{where}: modules_to_save = {brief(saved)}, expected a list of at most 100 names.")

@@ -35,6 +35,8 @@ from phatgoose.models.layers import (
     unseen,
 )
 from phatgoose.models.modules import check_copies, module_at, shape_of
+from phatgoose.models.moe import Inside, Slot, context_at
+from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
@@ -43,7 +45,7 @@ from phatgoose.ops import Backend, Fused, Prepared, Stack, backend, make_stack
 from phatgoose.ops.cached import Cached
 from phatgoose.records import Fingerprint
 from phatgoose.routers import PHATGOOSE, Router
-from phatgoose.routers.context import RoutingContext, rows_of
+from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates
 
 
@@ -156,7 +158,7 @@ class Routing:
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = modules_of(model, pool.modules)
         check_copies(modules, pool.experts)
         self.sites = [_Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
         self.budget = None if device_memory is None else Budget(self.sites, device_memory)
@@ -258,7 +260,11 @@ class _Site:
         if fused is not None and recorder is None:
             done = fused(u, output, writable)
         elif (
-            recorder is not None and not recorder.wants_scores and fused is not None and fused is self.writer
+            recorder is not None
+            and not recorder.wants_scores
+            and fused is not None
+            and fused is self.writer
+            and not isinstance(module, Slot)
         ):
             room = recorder.room(self.kind, self.path, self.members, output.shape, self.routing.streams)
             done = self.writer(u, output, writable, room.next())
@@ -268,10 +274,7 @@ class _Site:
             return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
-        streams = self.routing.streams
-        context = RoutingContext(
-            self.path, *rows_of(output.shape), streams.seen_by(self.path), None, streams.texts_of
-        )
+        context = context_at(self.path, module, args, output.shape, self.routing.streams)
         if fused is not None and fused.can(u, output):  # so that recording changes nothing
             done, chosen, weights = fused.with_choice(u, output)
             self._record(context, u, chosen, weights)
@@ -287,6 +290,10 @@ class _Site:
     def _record(self, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor) -> None:
         if (recorder := self.routing.recorder) is None:
             return
+        if isinstance(context, Inside):
+            raise RoutingError(
+                f"{self.path} is inside a mixture's experts, where choices can't be recorded yet."
+            )
         scores = None
         if recorder.wants_scores:
             flat = read.reshape(-1, read.shape[-1])

@@ -14,6 +14,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base
+from phatgoose.models.moe import Slot
 from phatgoose.models.prompted import setup_of
 from phatgoose.models.reference import show_reference
 from phatgoose.models.routed import Routing
@@ -63,6 +64,11 @@ class Version:
         self.ops: Backend = backend(backend_name, base.device.type)
         self.routing = Routing(base.model, pool, _Open(), self.ops, dtype)
         self.sites = {site.path: site for site in self.routing.sites}
+        if inside := next((site.path for site in self.routing.sites if isinstance(site.module, Slot)), None):
+            raise RoutingError(
+                f"{inside} is inside a mixture's experts, where requests can't be routed apart from each other yet: serve adapters of "
+                "the attention alone, or use generate() with a routed model."
+            )
         for site in self.sites.values():  # where its module is, before anything is made of it
             weight = getattr(site.module, "weight", None)
             device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else base.device
