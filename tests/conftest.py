@@ -27,7 +27,7 @@ from transformers import (
 from phatgoose.models.base import Base, _contiguous
 
 pytest.register_assert_rewrite(
-    "cli_fixtures"
+    "cli_fixtures", "pages"
 )  # before a test file imports it, or a file run alone warns, which is an error
 
 VOCABULARY = 320

@@ -13,7 +13,7 @@ import phatgoose
 
 ROOT = Path(phatgoose.__file__).parent
 ORDER = [
-    {"errors", "records", "registry", "strict_json", "memory"},
+    {"errors", "records", "registry", "strict_json", "memory", "extras"},
     {"files", "fetch", "fingerprints", "hub_errors"},
     {"tasks", "experts", "ops"},
     {"routers"},

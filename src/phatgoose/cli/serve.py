@@ -18,6 +18,7 @@ from phatgoose.cli.options import (
     with_settings,
 )
 from phatgoose.errors import PhatgooseError
+from phatgoose.extras import install
 from phatgoose.serving.settings import ServeSettings
 
 
@@ -69,7 +70,7 @@ def command(
         from phatgoose.serving.run import check_host, read_keys, serve
         from phatgoose.serving.service import Service
     except ModuleNotFoundError as cause:
-        raise PhatgooseError(f"the server needs {cause.name}: pip install 'phatgoose[serve]'.") from None
+        raise PhatgooseError(f"the server needs {cause.name}: {install('serve')}") from None
     from phatgoose.cli.loading import load_for, load_pool, own_router
     from phatgoose.experts.manifest import read_manifest
 

@@ -29,15 +29,14 @@ def command(
     """
     from phatgoose.cli.loading import load_for, load_pool
     from phatgoose.errors import PhatgooseError
+    from phatgoose.extras import install
 
     try:
         from phatgoose.ui.app import listen, make_app, server
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
-        raise PhatgooseError(
-            'phatgoose ui needs FastAPI and uvicorn: pip install "phatgoose[serve]".'
-        ) from error
+        raise PhatgooseError(f"phatgoose ui needs FastAPI and uvicorn: {install('serve')}") from error
     from phatgoose.ui.session import Session
 
     with listen(port) as socket:  # a taken port is told before anything is loaded

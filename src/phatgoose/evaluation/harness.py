@@ -23,11 +23,10 @@ from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import best, score_choices
 from phatgoose.evaluation.rows import encode
+from phatgoose.extras import install
 from phatgoose.models.base import Base, as_base
 from phatgoose.records import Example, SplitName, Task
 from phatgoose.tasks.batch import pad_id
-
-INSTALL = 'this needs lm-evaluation-harness: pip install "phatgoose[harness]".'
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def harness_model(model: Base | PreTrainedModel, **settings: Any) -> Any:
     try:
         from phatgoose.evaluation.harness_model import RoutedLM
     except ImportError as cause:
-        raise EvaluationError(INSTALL) from cause
+        raise EvaluationError(f"this needs lm-evaluation-harness: {install('harness')}") from cause
     backend = "seq2seq" if base.is_encoder_decoder else "causal"
     own = {"backend": backend, "softmax_dtype": "float32", "device": str(base.device), "batch_size": 8}
     return RoutedLM(pretrained=base.model, tokenizer=base.tokenizer, **{**own, **settings})

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from phatgoose.errors import EvaluationError
+from phatgoose.extras import install
 from phatgoose.records import Prediction
 from phatgoose.registry import unknown
 
@@ -36,8 +37,6 @@ def rouge_l(text: str, targets: Sequence[str]) -> float:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as cause:
-        raise EvaluationError(
-            'ROUGE needs the package rouge-score: pip install "phatgoose[experiment]".'
-        ) from cause
+        raise EvaluationError(f"ROUGE needs the package rouge-score: {install('experiment')}") from cause
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     return max(float(scorer.score(target, text)["rougeL"].fmeasure) for target in targets)

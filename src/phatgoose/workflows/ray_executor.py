@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.extras import install
 from phatgoose.workflows.executors import Outcome, Step, Tell, attempt
 
 _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
@@ -59,7 +60,7 @@ class RayExecutor:
         try:
             import ray
         except ImportError as cause:
-            raise PhatgooseError('--ray needs Ray: pip install "phatgoose[ray]".') from cause
+            raise PhatgooseError(f"--ray needs Ray: {install('ray')}") from cause
         if gpus > 1 and gpus != int(gpus):
             raise PhatgooseError(f"a step asks for {gpus:g} GPUs: Ray gives a part of one, or whole ones.")
         self.ray, self.retries = ray, retries
