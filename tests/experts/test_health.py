@@ -12,7 +12,7 @@ from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.update import Bottleneck, Update, no_rows
-from phatgoose.models.layers import weight_norms
+from phatgoose.models.modules import weight_norms
 
 
 @pytest.fixture

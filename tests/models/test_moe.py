@@ -8,131 +8,23 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
+
+from conftest import hooked, make_model, make_tokenizer
+from moe_fixtures import (
+    FAMILIES,
+    by_hand,
+    change,
+    ids,
+    logits,
+    make,
+    peft_adapter,
+    per_expert,
+    with_gates,
+    with_weights_added,
 )
-
-from conftest import VOCABULARY, hooked
-from phatgoose import Expert, Pool, Single, Uniform, merged, route, unroute
-from phatgoose.models.moe_paths import modules_of
-
-D, F_, E = 32, 24, 5
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
-
-
-def make(family: str, dtype: torch.dtype = torch.float32):
-    torch.manual_seed(0)
-    common = {
-        "vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_experts_per_tok": 2,
-    }  # fmt: skip
-    if family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(num_local_experts=E, intermediate_size=F_, **common))
-    elif family == "qwen3_moe":
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                num_experts=E, moe_intermediate_size=F_, intermediate_size=48, head_dim=8, **common
-            )
-        )
-    elif family == "olmoe":
-        model = OlmoeForCausalLM(OlmoeConfig(num_experts=E, intermediate_size=F_, **common))
-    elif family == "deepseek_v3":
-        common["num_key_value_heads"] = 4
-        config = DeepseekV3Config(n_routed_experts=4, moe_intermediate_size=F_, intermediate_size=48, n_group=2, topk_group=1,
-                                  first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4,
-                                  qk_nope_head_dim=4, v_head_dim=8, **common)  # fmt: skip
-        model = DeepseekV3ForCausalLM(config)
-    else:
-        config = GptOssConfig(num_local_experts=E, intermediate_size=F_, head_dim=8,
-                              rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **common)  # fmt: skip
-        model = GptOssForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.normal_(0, 0.2)
-    return model.eval().to(dtype)
-
-
-def ids(rows: int = 2, length: int = 11, seed: int = 3) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, x=None):
-    return model(ids() if x is None else x).logits
-
-
-def fused_experts(model) -> list[str]:
-    return [
-        path for path, m in model.named_modules() if hasattr(m, "down_proj") and hasattr(m, "_apply_gate")
-    ]
-
-
-def peft_adapter(model, folder, seed: int, **settings):
-    """An adapter of random values that PEFT made and saved; PEFT's model too."""
-    paths = fused_experts(model)
-    config = LoraConfig(
-        **{
-            "r": 3,
-            "lora_alpha": 5,
-            "target_modules": ["q_proj"],
-            "target_parameters": [
-                f"{path}.{name}" for path in paths for name in ("gate_up_proj", "down_proj")
-            ],
-            **settings,
-        }
-    )
-    wrapped = get_peft_model(copy.deepcopy(model), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
-    wrapped.save_pretrained(str(folder))
-    return wrapped.eval()
-
-
-def per_expert(model, family: str, folder, seed: int, rank: int = 4, targets=None):
-    """An adapter as PEFT saved it with transformers 4, when every expert had linear layers of its own."""
-    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for path in fused_experts(model):
-        old = path.replace("mlp", "block_sparse_moe") if family == "mixtral" else path
-        for j in range(model.get_submodule(path).num_experts):
-            for name, d_in, d_out in zip(names, (D, D, F_), (F_, F_, D), strict=True):
-                key = f"base_model.model.{old}.{j}.{name}.lora"
-                tensors[f"{key}_A.weight"] = torch.randn(rank, d_in, generator=generator) * 0.2
-                tensors[f"{key}_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.2
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 6,
-        "target_modules": targets or list(names),
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def with_gates(expert: Expert, seed: int) -> Expert:
-    generator = torch.Generator().manual_seed(seed)
-    return expert.with_gates(
-        {p: torch.randn(u.gate_dim, generator=generator) for p, u in expert.updates.items()}
-    )
+from phatgoose import LAG, Arrow, Expert, Pool, Random, Single, SpectR, Uniform, merged, route, unroute
+from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.models.base import Base
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,22 +38,15 @@ def test_one_expert_is_pefts_model(tmp_path, family):
     route(model, Pool([expert]), Single(0))
     torch.testing.assert_close(logits(model), logits(wrapped), atol=3e-6, rtol=1e-4)
     # PEFT itself, merged by hand: W + ΔW of every expert.
-    torch.testing.assert_close(logits(_merged(make(family), expert)), logits(wrapped), atol=3e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(with_weights_added(make(family), expert)), logits(wrapped), atol=3e-6, rtol=1e-4
+    )
     assert (logits(model) - plain).abs().max() > 0.1
     assert list(model.state_dict()) == list(state)
     unroute(model)
     assert torch.equal(logits(model), plain)
     assert not hooked(model)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-
-
-@torch.no_grad()
-def _merged(model, expert: Expert):
-    """The model with an expert's ΔW added to its weights."""
-    modules = modules_of(model, expert.updates)
-    for path, update in expert.updates.items():
-        modules[path].weight.add_(update.weight())
-    return model
 
 
 # PEFT compares its patterns with modules, and its own conversion writes one for a parameter.
@@ -172,15 +57,17 @@ def test_an_adapter_of_transformers_4(tmp_path, family):
     model = make(family)
     expert = Expert.from_peft(per_expert(model, family, tmp_path / "a", 1), name="a")
     route(model, Pool([expert]), Single(0))
-    torch.testing.assert_close(logits(model), logits(_merged(make(family), expert)), atol=3e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(model), logits(with_weights_added(make(family), expert)), atol=3e-6, rtol=1e-4
+    )
     wrapped = PeftModel.from_pretrained(make(family), tmp_path / "a").eval()
     torch.testing.assert_close(logits(model), logits(wrapped), atol=3e-6, rtol=1e-4)
 
 
-def _by_hand(model, experts, top_k=2):
-    """PHATGOOSE inside every expert of a float64 model, token by token, as docs/method.md has it."""
+def _phatgoose(experts, top_k=2):
+    """The formula of docs/method.md at one layer."""
 
-    def at(slot, path, u):  # u: [d]
+    def at(path, slot, u):
         y = slot.weight @ u + (0 if slot.bias is None else slot.bias)
         standard = lambda v: (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()  # noqa: E731
         scores = torch.stack(
@@ -188,32 +75,10 @@ def _by_hand(model, experts, top_k=2):
         )
         best = scores.topk(min(top_k, len(experts)))
         for w, e in zip(best.values.softmax(0), best.indices, strict=True):
-            update = experts[int(e)].updates[path]
-            y = y + w * update.scale * (update.B.double() @ (update.A.double() @ u))
+            y = y + w * change(experts[int(e)].updates[path], u)
         return y
 
-    for name in fused_experts(model):
-        module = model.get_submodule(name)
-        paths = {p for e in experts for p in e.updates if p.startswith(name)}
-        slots = modules_of(model, paths)
-
-        def forward(hidden, index, weights, module=module, name=name, slots=slots):
-            out = torch.zeros_like(hidden)
-            for t in range(len(hidden)):
-                for j, w in zip(index[t].tolist(), weights[t], strict=True):
-                    path = f"{name}.{j}."
-                    if f"{path}gate_up_proj" in slots:
-                        inner = at(slots[f"{path}gate_up_proj"], f"{path}gate_up_proj", hidden[t])
-                    else:
-                        inner = torch.cat(
-                            [at(slots[path + p], path + p, hidden[t]) for p in ("gate_proj", "up_proj")]
-                        )
-                    inner = module._apply_gate(inner[None])[0]
-                    out[t] += w * at(slots[f"{path}down_proj"], f"{path}down_proj", inner)
-            return out
-
-        module.forward = forward
-    return model
+    return at
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "old qwen3_moe"])
@@ -229,7 +94,7 @@ def test_phatgoose_is_the_formula(tmp_path, family, backend):
         else:
             peft_adapter(model, tmp_path / str(i), i, target_modules=[], r=2 + i, use_rslora=i == 1)
         experts.append(with_gates(Expert.from_peft(tmp_path / str(i), name=str(i)), i))
-    wanted = logits(_by_hand(copy.deepcopy(model), experts))
+    wanted = logits(by_hand(copy.deepcopy(model), experts, _phatgoose(experts)))
     plain = logits(model)
     route(model, Pool(experts), backend_name=backend)
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-4)
@@ -290,3 +155,57 @@ def test_pools_of_both_kinds_of_layers(tmp_path):
     alone = logits(route(model, pool, Single("2")))
     direct = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path / "2").eval()
     torch.testing.assert_close(alone, logits(direct), atol=3e-6, rtol=1e-4)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    model, plain = make("qwen3_moe"), logits(make("qwen3_moe"))
+    wide = make("mixtral")  # whose experts are as large, and of another architecture
+
+    def refused(folder, match, error=RoutingError, **changes):
+        config = json.loads((folder / "adapter_config.json").read_text()) | changes
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(error, match=match):
+            route(model, Pool([Expert.from_peft(folder, name="x")]), Single(0))
+        assert not hooked(model)
+        assert torch.equal(logits(model), plain)
+
+    for i in range(4):
+        peft_adapter(model, tmp_path / str(i), 1, target_modules=[])
+    refused(tmp_path / "0", "of expert 5, and model.layers.0.mlp.experts has 5", r=1)
+    refused(tmp_path / "0", "changes 3 experts in model.layers.0.mlp.experts.*has 5", r=5)
+    refused(tmp_path / "1", "target_parameters names 'mlp.experts.bias'", ExpertError, target_parameters=["mlp.experts.bias"])  # fmt: skip
+    refused(tmp_path / "2", "tensors of 2 parameters", ExpertError, target_parameters=["experts.down_proj"])
+    refused(tmp_path / "3", "expected .4·E, d_in.", ExpertError, r=4)
+    per_expert(wide, "mixtral", tmp_path / "4", 1)
+    refused(tmp_path / "4", "block_sparse_moe.experts.0.w1")
+    llama = tmp_path / "5"
+    peft_adapter(model, llama, 1, target_modules=[])
+    expert = Expert.from_peft(llama, name="x")
+    with pytest.raises(RoutingError, match="lacks"):
+        route(make_model("llama"), Pool([expert]), Single(0))
+
+
+def test_square_parameters_of_an_early_peft_are_refused(tmp_path):
+    model = make("olmoe", width=16)  # 2 · 16 is the model's width
+    peft_adapter(model, tmp_path / "a", 1, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    pool = Pool([Expert.from_peft(tmp_path / "a", name="a")])
+    route(model, pool, Single(0))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    del config["peft_version"]
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(RoutingError, match="before 0"):
+        route(model, Pool([Expert.from_peft(tmp_path / "a", name="a")]), Single(0))
+
+
+def test_routers_inside_experts(tmp_path):
+    """Random knows which tokens reach an expert: each gets the same draw whatever it is batched with."""
+    base = Base(make("mixtral"), make_tokenizer(), "mixtral")
+    for i in range(3):
+        per_expert(base.model, "mixtral", tmp_path / str(i), i)
+    pool = Pool([Expert.from_peft(tmp_path / str(i), name=str(i)) for i in range(3)])
+    for router in (Random(seed=4), Arrow(), SpectR(), LAG()):
+        route(base, pool, router)
+        x = ids(3, 9)
+        torch.testing.assert_close(
+            logits(base.model, x)[1:2], logits(base.model, x[1:2]), atol=3e-6, rtol=1e-4
+        )

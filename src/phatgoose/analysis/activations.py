@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.moe import Slot
+from phatgoose.models.moe_paths import modules_of
 from phatgoose.ops.reference import standardise
 
 
@@ -29,7 +31,7 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
     Raises:
         RoutingError: a module isn't there or never ran, or there are no texts.
     """
-    found = dict(base.model.named_modules())
+    found = modules_of(base.model, modules)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -55,7 +57,9 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
         for handle in handles:
             handle.remove()
     for path in modules:
-        if path not in sums:
+        if path not in sums and not isinstance(
+            found[path], Slot
+        ):  # a mixture may never ask one of its experts
             raise RoutingError(
                 f"{path} never ran on the {len(texts)} texts given: its inputs can't be averaged."
             )

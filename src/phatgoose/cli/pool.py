@@ -146,7 +146,7 @@ def verify(
     loaded, norms = verify_folder(pool), None
     if base is not None:
         from phatgoose.cli.loading import load
-        from phatgoose.models.layers import weight_norms
+        from phatgoose.models.modules import weight_norms
         from phatgoose.models.routed import route, routing_of, unroute
         from phatgoose.routers import Uniform
 

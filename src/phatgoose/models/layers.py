@@ -140,18 +140,6 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def weight_norms(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, float]:
-    """Frobenius norms of the weights of these modules; of a packed one that can't be unpacked there is none."""
-    found = {}
-    for path in paths:
-        try:
-            weight = dense_weight(model.get_submodule(path), path)
-        except RoutingError:
-            continue
-        found[path] = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
-    return found
-
-
 def same_weights(module: nn.Module, name: str, copy: Tensor) -> bool:
     """Whether `copy` is the module's own parameter, up to the rounding to its dtype."""
     from accelerate.utils import align_module_device

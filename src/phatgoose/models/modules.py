@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.update import sizes_agree
-from phatgoose.models.layers import embedding_shape, linear_shape, same_weights
+from phatgoose.models.layers import dense_weight, embedding_shape, linear_shape, same_weights
+from phatgoose.models.moe import Slot
+from phatgoose.models.moe_paths import modules_of
 from phatgoose.registry import unknown
 
 
@@ -55,6 +61,49 @@ def module_at(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module
     return module
 
 
+def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]) -> None:
+    """Refuses adapters of PEFT's `target_parameters` that don't lie as this model's parameters do.
+
+    Raises:
+        RoutingError: of another number of experts, or of a layout that an earlier PEFT had and that the sizes can't tell.
+    """
+    for expert in experts:
+        if not (targets := expert.adapter_config.get("target_parameters")):
+            continue
+        numbers: dict[tuple[str, str], int] = {}
+        for path in expert.sizes:
+            module = modules.get(path)
+            if isinstance(module, Slot):
+                owner, _, name = path.rpartition(".")
+                key = owner.rpartition(".")[0], name
+                numbers[key] = max(numbers.get(key, 0), module.index + 1)
+                _check_layout(expert, path, module)
+            elif isinstance(module, Conv1D) and any(f".{path}.weight".endswith(f".{t}") for t in targets):
+                raise RoutingError(
+                    f"expert {expert.name!r} adapts {path}.weight as a bare parameter, of a layer whose weight lies transposed; name "
+                    "the module in target_modules instead."
+                )
+        for (owner, name), number in numbers.items():
+            experts_module: Any = modules[f"{owner}.0.{name}"]
+            if number != (wanted := experts_module.experts.num_experts):
+                raise RoutingError(
+                    f"expert {expert.name!r} changes {number} experts in {owner}.{name}, where this model has {wanted}."
+                )
+
+
+def _check_layout(expert: Expert, path: str, slot: Slot) -> None:
+    version = str(expert.adapter_config.get("peft_version") or "0").split(".")
+    early = not version[0].isdigit() or (
+        int(version[0]),
+        int("".join(filter(str.isdigit, version[1:2])) or 0),
+    ) < (0, 19)
+    if early and slot.in_features == slot.out_features and not slot.experts.is_transposed:
+        raise RoutingError(
+            f"expert {expert.name!r} was saved by a PEFT before 0.19, which took {path} for its transpose; as it is square, its "
+            "tensors don't say which they are. Train it with a later PEFT."
+        )
+
+
 def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> None:
     """Refuses experts that bring their own, changed copy of a base weight: it would be lost without a word.
 
@@ -69,3 +118,16 @@ def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> No
                     f"expert {expert.name!r} brings its own {key} {list(copy.shape)}, which is not this model's: its vocabulary was "
                     "resized or its embeddings were retrained, and that can't be routed. If they weren't, it is of another base."
                 )
+
+
+def weight_norms(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, float]:
+    """Frobenius norms of the weights of these modules; of a packed one that can't be unpacked there is none."""
+    found = {}
+    modules = modules_of(model, paths)
+    for path in paths:
+        try:
+            weight = dense_weight(modules[path], path)
+        except RoutingError:
+            continue
+        found[path] = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+    return found

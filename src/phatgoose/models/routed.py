@@ -34,7 +34,7 @@ from phatgoose.models.layers import (
     residual_source,
     unseen,
 )
-from phatgoose.models.modules import check_copies, module_at, shape_of
+from phatgoose.models.modules import check_copies, check_parameters, module_at, shape_of
 from phatgoose.models.moe import Inside, Slot, context_at
 from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.prompted import ATTRIBUTE, setup_of
@@ -112,6 +112,9 @@ def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
     finally:
         if earlier is not None:
             earlier.attach()
+    for site in sites:
+        if isinstance(site.module, Slot):  # others all see the text, or never run
+            site.router.check_observed()
 
 
 def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
@@ -160,6 +163,7 @@ class Routing:
         self._handles: list[RemovableHandle] = []
         modules = modules_of(model, pool.modules)
         check_copies(modules, pool.experts)
+        check_parameters(modules, pool.experts)
         self.sites = [_Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
         self.budget = None if device_memory is None else Budget(self.sites, device_memory)
         pool.let_go_of_gates()

@@ -82,6 +82,9 @@ class _Masked(BoundRouter):
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.inner.observe(u, ops)
 
+    def check_observed(self) -> None:
+        self.inner.check_observed()
+
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         if self.settings.switches.allowed is None:
             return self.inner(u, context, ops)

@@ -69,6 +69,13 @@ class BoundRouter(ABC):
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         """Chosen candidates int64 [N, k] (−1: none) and their weights float32 [N, k] for inputs u [N, d]."""
 
+    def check_observed(self) -> None:  # noqa: B027 - most routers need none
+        """Called when `observe` has had all of the reference text.
+
+        Raises:
+            RoutingError: it was too little to go by.
+        """
+
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
         """What the choice goes by, [N, candidates]; None if this router compares nothing. Asked for only by a trace with margins,
         beside the call above, so that nothing is kept or handed over where nobody looks."""

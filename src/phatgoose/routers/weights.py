@@ -198,6 +198,13 @@ class Comparable(BoundRouter):
         t = self.raw(u, ops).double().cpu()
         self.sums += torch.stack([torch.ones_like(t), t, t.square()]).sum(1)
 
+    def check_observed(self) -> None:
+        if not bool((self.sums[0] > 1).all()):
+            raise RoutingError(
+                f"{self.path} saw fewer than two tokens of the reference text by which scores are compared: the base's mixture hardly "
+                "ever asks this expert of its own. Give the experts gates (`phatgoose gate`), or choose arrow, spectr or lag."
+            )
+
     def raw(self, u: Tensor, ops: Backend) -> Tensor:
         """t_e(u): [N, d] → [N, candidates], 0 for the null candidate."""
         wide = torch.promote_types(u.dtype, torch.float32)

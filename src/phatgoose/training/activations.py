@@ -20,6 +20,8 @@ from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.files import write_bytes
 from phatgoose.models.base import Base
 from phatgoose.models.layers import given
+from phatgoose.models.moe import Slot, context_at
+from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.routed import Routing, routing_of
 from phatgoose.tasks.batch import Encoded, collate, pad_id, target_logits
 from phatgoose.training.preserve import alone
@@ -59,6 +61,10 @@ def mean_activations(
                 saved = time.monotonic()
         show(Progress(label, len(batches), len(batches), None, None, 0.0, math.inf))
     means = {path: (total / counts[path]).float() for path, total in sums.items()}
+    for path, module in modules_of(base.model, expert.updates).items():
+        # No token went to this expert of a mixture. A mean of zeros scores 0 on every token: it says nothing.
+        if isinstance(module, Slot) and path not in means:
+            means[path] = torch.zeros(module.in_features)
     for path, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise TrainingError(f"{label}: inputs of {path} aren't finite; load the base in another dtype.")
@@ -87,11 +93,12 @@ def _forward(base: Base, rows: Sequence[Encoded]) -> None:
 def _watched(base: Base, expert: Expert, sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
     """The base with the expert on every token, its modules' inputs summed up over real tokens."""
     handles = []
+    modules = modules_of(base.model, expert.updates)
     try:
         for path, update in expert.updates.items():
             # Before the routing's own hook, so that an embedding's output is seen as its gate sees it.
             hook = _adding(path, update.embedding, base.model, sums, counts)
-            handles.append(base.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+            handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
         with alone(base, expert):
             yield
     finally:
@@ -105,11 +112,10 @@ def _adding(
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         u = output if embedding else given(args, kwargs)
         routing: Routing | None = routing_of(model)
-        tokens = routing.streams.seen_by(path) if routing is not None else None
-        assert tokens is not None
-        rows = u.shape[0] if u.ndim > 2 else 1
+        assert routing is not None
         flat = u.reshape(-1, u.shape[-1])
-        real = tokens.aligned(rows, len(flat) // rows).real.reshape(-1).to(u.device)
+        tokens = context_at(path, module, args, u.shape, routing.streams).tokens()
+        real = tokens.real.reshape(-1).to(u.device)
         total = flat[real].double().sum(0).cpu()
         sums[path] = sums[path] + total if path in sums else total
         counts[path] = counts.get(path, 0) + int(real.sum())

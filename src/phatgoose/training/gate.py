@@ -27,7 +27,8 @@ from phatgoose.models.layers import (
     linear_shape,
     residual_source,
 )
-from phatgoose.models.modules import check_copies
+from phatgoose.models.modules import check_copies, check_parameters
+from phatgoose.models.moe_paths import modules_of
 from phatgoose.ops import Layer, Stack, backend, make_stack
 from phatgoose.records import Task
 from phatgoose.training.arguments import Logger
@@ -128,8 +129,9 @@ class GatedStudent(Student):
         super().__init__(base, base, config)
         self.gates = nn.ModuleDict()
         dtype = self.autocast or torch.float32
+        modules = modules_of(base, updates)
         for path, update in updates.items():
-            module = base.get_submodule(path)
+            module = modules[path]
             d_in, d_out = _size(module, update) or (0, 0)  # check_fits has refused others
             gate = Gate(d_out if update.embedding else d_in, base.device)
             self.gates[encode_path(path)] = gate
@@ -195,11 +197,12 @@ def check_fits(base: Base, expert: Expert) -> None:
     """Refuses an expert of another base.
 
     Raises:
-        BaseModelError: it was made on another. TrainingError, naming the module: one of its modules is no linear layer of its size here.
+        BaseModelError: it was made on another. RoutingError, TrainingError, naming the module: one of its modules is no linear layer of its size here.
     """
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
-    modules = dict(base.model.named_modules())
+    modules = modules_of(base.model, expert.updates)
+    check_parameters(modules, [expert])
     for path, update in expert.updates.items():
         if path not in modules:
             raise TrainingError(
