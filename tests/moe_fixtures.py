@@ -101,7 +101,7 @@ def peft_adapter(model, folder, seed: int, **settings):
     return wrapped.eval()
 
 
-def per_expert(model, family: str, folder, seed: int, rank: int = 4, targets=None):
+def per_expert(model, family: str, folder, seed: int, rank: int = 4, router: bool = False):
     """An adapter as PEFT saved it with transformers 4, when every expert had linear layers of its own."""
     names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     generator = torch.Generator().manual_seed(seed)
@@ -113,13 +113,18 @@ def per_expert(model, family: str, folder, seed: int, rank: int = 4, targets=Non
                 key = f"base_model.model.{old}.{j}.{name}.lora"
                 tensors[f"{key}_A.weight"] = torch.randn(rank, d_in, generator=generator) * 0.2
                 tensors[f"{key}_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.2
+        if router:
+            key = f"base_model.model.{old.replace('experts', 'gate')}.lora"
+            tensors[f"{key}_A.weight"] = torch.randn(rank, D, generator=generator) * 0.2
+            count = model.get_submodule(path).num_experts
+            tensors[f"{key}_B.weight"] = torch.randn(count, rank, generator=generator) * 0.2
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": 6,
-        "target_modules": targets or list(names),
+        "target_modules": [*names, *(["gate"] if router else [])],
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }

@@ -36,10 +36,10 @@ def test_one_expert_is_pefts_model(tmp_path, family):
     experts = {p: u for p, u in expert.updates.items() if ".experts." in p}
     assert {p.rpartition(".")[2] for p in experts} == {"gate_up_proj", "down_proj"}
     route(model, Pool([expert]), Single(0))
-    torch.testing.assert_close(logits(model), logits(wrapped), atol=3e-6, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
     # PEFT itself, merged by hand: W + ΔW of every expert.
     torch.testing.assert_close(
-        logits(with_weights_added(make(family), expert)), logits(wrapped), atol=3e-6, rtol=1e-4
+        logits(with_weights_added(make(family), expert)), logits(wrapped), atol=1e-5, rtol=1e-4
     )
     assert (logits(model) - plain).abs().max() > 0.1
     assert list(model.state_dict()) == list(state)
@@ -58,10 +58,10 @@ def test_an_adapter_of_transformers_4(tmp_path, family):
     expert = Expert.from_peft(per_expert(model, family, tmp_path / "a", 1), name="a")
     route(model, Pool([expert]), Single(0))
     torch.testing.assert_close(
-        logits(model), logits(with_weights_added(make(family), expert)), atol=3e-6, rtol=1e-4
+        logits(model), logits(with_weights_added(make(family), expert)), atol=1e-5, rtol=1e-4
     )
     wrapped = PeftModel.from_pretrained(make(family), tmp_path / "a").eval()
-    torch.testing.assert_close(logits(model), logits(wrapped), atol=3e-6, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
 
 
 def _phatgoose(experts, top_k=2):
@@ -150,11 +150,11 @@ def test_pools_of_both_kinds_of_layers(tmp_path):
     pool = Pool([Expert.from_peft(tmp_path / str(i), name=str(i)) for i in range(3)])
     wanted = logits(route(model, pool, Uniform()))
     torch.testing.assert_close(
-        logits(route(model, Pool([merged(pool)]), Single(0))), wanted, atol=3e-6, rtol=1e-4
+        logits(route(model, Pool([merged(pool)]), Single(0))), wanted, atol=1e-5, rtol=1e-4
     )
     alone = logits(route(model, pool, Single("2")))
     direct = PeftModel.from_pretrained(make("qwen3_moe"), tmp_path / "2").eval()
-    torch.testing.assert_close(alone, logits(direct), atol=3e-6, rtol=1e-4)
+    torch.testing.assert_close(alone, logits(direct), atol=1e-5, rtol=1e-4)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
@@ -207,5 +207,44 @@ def test_routers_inside_experts(tmp_path):
         route(base, pool, router)
         x = ids(3, 9)
         torch.testing.assert_close(
-            logits(base.model, x)[1:2], logits(base.model, x[1:2]), atol=3e-6, rtol=1e-4
+            logits(base.model, x)[1:2], logits(base.model, x[1:2]), atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapted_router_chooses_as_pefts(tmp_path, family, dtype):
+    model = make(family, dtype)
+    plain = logits(model)
+    name = "router.weight" if family == "gpt_oss" else "gate.weight"
+    wrapped = peft_adapter(model, tmp_path / "a", 1, target_parameters=[f"mlp.{name}", "experts.down_proj"])
+    expert = Expert.from_peft(tmp_path / "a", name="a")
+    route(model, Pool([expert]), Single(0))
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
+        merged_by_hand = with_weights_added(make(family), expert)
+        torch.testing.assert_close(logits(model), logits(merged_by_hand), atol=1e-5, rtol=1e-4)
+    else:  # a rounding may send a token to another expert
+        near = ((logits(model) - logits(wrapped)).abs() < 0.3).float().mean()
+        assert near > 0.8
+    unroute(model)
+    assert torch.equal(logits(model), plain)
+    assert not hooked(model)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_an_adapted_router_of_transformers_4(tmp_path, family):
+    model = make(family)
+    expert = Expert.from_peft(per_expert(model, family, tmp_path / "a", 1, router=True), name="a")
+    route(model, Pool([expert]), Single(0))
+    wrapped = PeftModel.from_pretrained(make(family), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
+    copied = copy.deepcopy(model)
+    route(model, Pool([expert, expert.renamed("b")]), Uniform())  # which takes the first routing off
+    torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(copied), logits(wrapped), atol=1e-5, rtol=1e-4)
+    unroute(model)
+    unroute(copied)
+    assert not hooked(model)
+    assert not hooked(copied)

@@ -20,22 +20,23 @@ from transformers.core_model_loading import (
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.moe import Slot, check_fused, is_fused
+from phatgoose.models.moe_router import RouterSlot, router_slot
 
+_ROUTERS = ("gate", "router")
 _LAYER = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
 def modules_of(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """The model's modules by path, and a `Slot` for each of `paths` that means a linear layer of fused experts.
+    """The model's modules by path, and a `Slot` for each of `paths` that means a linear layer of fused experts; in place of a
+    router that returns its choice, a `RouterSlot`.
 
     Raises:
         RoutingError: such a path names an expert that isn't there, or experts that can't be routed.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     names = _Names(model, modules)
-    for path in paths:
-        if path not in modules and (slot := names.slot(path)) is not None:
-            modules[path] = slot
-    return modules
+    found = {path: slot for path in paths if (slot := names.slot(path) or names.router(path)) is not None}
+    return modules | found
 
 
 class _Names:
@@ -47,7 +48,7 @@ class _Names:
 
     def slot(self, path: str) -> Slot | None:
         """None if the path means no linear layer of an expert."""
-        if (match := _LAYER.fullmatch(path)) is None:
+        if path in self.modules or (match := _LAYER.fullmatch(path)) is None:
             return None
         owner, index, name = match[1], int(match[2]), match[3]
         if (owner, name) not in self._known:
@@ -65,6 +66,13 @@ class _Names:
                 f"{path} is of expert {index}, and {place[0]} has {experts.num_experts}: it is of another base."
             )
         return Slot(experts, index, place[1])
+
+    def router(self, path: str) -> RouterSlot | None:
+        """None if the path means no router that returns its choice."""
+        if path not in self.modules and path.rpartition(".")[2] in _ROUTERS:
+            renamings, _ = self._table
+            path = rename_source_key(f"{path}.weight", renamings, [])[0].removesuffix(".weight")
+        return router_slot(self.modules[path]) if path in self.modules else None
 
     def _place(self, owner: str, name: str) -> tuple[str, str] | None:
         """(path of the experts module, which part of it) of OWNER.j.NAME, for any j."""
