@@ -219,6 +219,20 @@ def test_log_probabilities(server, client):
     assert tokens == found.tokens
 
 
+@pytest.mark.parametrize("as_tokens", [True, False])
+@pytest.mark.parametrize("prompt", ["🦢🦢 hello world", "ü\u200dé a", "the quick brown fox", "a</s>b 🦢"])
+def test_offsets_are_where_tokens_begin_in_the_text(server, client, prompt, as_tokens):
+    """Also of a character's second token and those behind it, and behind special tokens."""
+    ids = server.base.tokenizer(prompt)["input_ids"]
+    ask = {"model": "base", "prompt": ids if as_tokens else prompt, "temperature": 0, "max_tokens": 3}
+    found = client.completions.create(**ask, logprobs=0, echo=True).choices[0]
+    assert found.text.startswith(prompt)
+    known = [server.base.tokenizer.decode(ids[:i]).rstrip("\ufffd") for i in range(len(ids) + 1)]
+    assert found.logprobs.text_offset[: len(ids) + 1] == [len(text) for text in known]
+    assert "".join(known)
+    assert all(prompt.startswith(text) for text in known)
+
+
 def test_an_echo_alone_ends_once(client):
     """Though a token was written, and shown in a piece before the last."""
     ask = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 0, "echo": True, "logit_bias": {"70": 100}}
@@ -298,8 +312,8 @@ def test_who_acted_is_returned_where_it_is_asked_for(client):
         ({"n": 100}, 400, "100 answers are asked for"),
         ({"max_tokens": 5000}, 400, "at most 1024"),
         ({"max_tokens": 0}, 400, "with echo only"),
-        ({"prompt": [1] * 600, "max_tokens": 5}, 400, "room for 512"),
-        ({"prompt": [1] * 512}, 400, "room for 512"),
+        ({"prompt": [1] * 600, "max_tokens": 5}, 400, "maximum context length is 512 tokens"),
+        ({"prompt": [1] * 512}, 400, "maximum context length is 512 tokens"),
         ({"prompt": ""}, 400, "no tokens"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [1, None]}, 400, "prompt.1: Input should be a valid integer."),

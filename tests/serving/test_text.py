@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
-from phatgoose.serving.text import Decoder, Stops
+from phatgoose.serving.text import Decoder, Stops, offsets
 
 BYTES = make_tokenizer()
 
@@ -88,3 +88,19 @@ def test_only_what_may_become_a_stop_string_is_held_back(strings, parts, shown):
     stops = Stops(strings)
     assert [stops.push(p) for p in parts] == shown
     assert stops.push("more") == ("" if stops.stopped else "more")
+
+
+class Begins:
+    """A tokenizer that puts a special token before every text."""
+
+    names = ("<s>", "a", " b", "</s>")
+
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        return "".join(self.names[i] for i in ids if not (skip_special_tokens and i in (0, 3)))
+
+
+def test_offsets_leave_out_what_the_tokenizer_puts_before_a_text():
+    assert offsets(Begins(), [0, 1, 2], "a b") == [0, 0, 1]
+    assert offsets(Begins(), [0, 1, 3, 2], "a</s> b") == [0, 0, 1, 5]
+    assert offsets(Begins(), [0, 1, 2], "<s>a b") == [0, 3, 4]  # given as tokens, it is shown
+    assert offsets(Begins(), [0, 1, 2], "A b") == [0, 0, 1]  # a tokenizer that changes its text

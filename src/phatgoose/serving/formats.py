@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from phatgoose.serving.sampling import Likelihood
 from phatgoose.serving.service import Ask
-from phatgoose.serving.text import UNFINISHED
+from phatgoose.serving.text import UNFINISHED, offsets
 from phatgoose.serving.writer import Piece, Writer
 
 LOWEST = -9999.0
@@ -28,6 +28,7 @@ class Form:
     tokenizer: Any
     echo: Sequence[str] = ()
     """Of each prompt its text, if it is to be repeated."""
+    _texts: dict[int, str] = field(default_factory=dict, repr=False)
 
     def head(self, *, chunk: bool = False) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
@@ -59,6 +60,13 @@ class Form:
             found["logprobs"] = self.logprobs(index, piece, writer, first=first)
         return found | (acted(writer) if piece.finish else {})
 
+    def reported(self, writers: Sequence[Writer]) -> int:
+        """Log-probabilities of these answers so far."""
+        jobs = [writer.job for writer in writers if shown(writer)]
+        rows = [one for job in jobs for one in job.draw.likelihoods]
+        rows += [one for job in jobs if self.echo for one in job.prompt_likelihoods]
+        return sum(1 + len(one.top) for one in rows)
+
     def echoed(self, index: int, writer: Writer) -> str:
         return self.echo[index] if self.echo else ""
 
@@ -67,7 +75,7 @@ class Form:
             return {"content": [self._of_chat(one) for _, one in piece.likelihoods], "refusal": None}
         offset, rows = len(self.echoed(index, writer)), []
         if self.echo and first:
-            rows = self._of_prompt(writer)
+            rows = self._of_prompt(writer, self.echoed(index, writer))
         rows += [(at + offset, one.token, one) for at, one in piece.likelihoods]
         return {
             "tokens": [self.text(token) for _, token, _ in rows],
@@ -76,15 +84,11 @@ class Form:
             "text_offset": [at for at, _, _ in rows],
         }
 
-    def _of_prompt(self, writer: Writer) -> list[tuple[int, int, Likelihood | None]]:
+    def _of_prompt(self, writer: Writer, text: str) -> list[tuple[int, int, Likelihood | None]]:
         """(offset, token, likelihood) of the prompt's tokens; nothing predicts the first."""
         prompt, job = list(writer.job.prompt), writer.job
         known: list[Likelihood | None] = [None, *job.prompt_likelihoods]
-        rows, at = [], 0
-        for token, likelihood in zip(prompt, known, strict=True):
-            rows.append((at, token, likelihood))
-            at += len(self.text(token))
-        return rows
+        return list(zip(offsets(self.tokenizer, prompt, text), prompt, known, strict=True))
 
     def _top(self, one: Likelihood | None) -> dict[str, float] | None:
         if one is None:
@@ -104,7 +108,9 @@ class Form:
         return {**entry(one.token, one.logprob), "top_logprobs": [entry(t, lp) for t, lp in one.top]}
 
     def text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if token not in self._texts:
+            self._texts[token] = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return self._texts[token]
 
 
 def shown(writer: Writer) -> bool:

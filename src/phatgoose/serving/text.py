@@ -10,6 +10,8 @@ from phatgoose.tasks.batch import decoded
 
 UNFINISHED = "\ufffd"
 """What a decoder writes for bytes of a character whose other bytes are still to come."""
+MOST_HELD = 64
+"""Tokens that are waited for until a character is finished."""
 
 
 class Decoder:
@@ -19,8 +21,9 @@ class Decoder:
     (spaces in SentencePiece), and those after it.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, special: bool = False):
+        """`special`: whether special tokens are shown as text."""
+        self.tokenizer, self.special = tokenizer, special
         self._ids: list[int] = []
         self._before, self._read = 0, 0
 
@@ -36,13 +39,33 @@ class Decoder:
     def _piece(self, last: bool) -> str:
         known = self._text(self._ids[self._before : self._read])
         whole = self._text(self._ids[self._before :])
-        if len(whole) <= len(known) or (whole.endswith(UNFINISHED) and not last):
+        held = len(self._ids) - self._read
+        # A character has four bytes at most: what stays unfinished for longer isn't one, and would be decoded again and again.
+        if not last and held < MOST_HELD and (len(whole) <= len(known) or whole.endswith(UNFINISHED)):
             return ""
         self._before, self._read = self._read, len(self._ids)
         return whole[len(known) :]
 
     def _text(self, ids: list[int]) -> str:
-        return decoded(self.tokenizer, ids)
+        return shown(self.tokenizer, ids) if self.special else decoded(self.tokenizer, ids)
+
+
+def shown(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Token ids → text with special tokens, and spaces as they are."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def offsets(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
+    """Where in `text` each of its tokens begins: a character of several tokens at its first."""
+    whole = shown(tokenizer, ids)
+    # What the tokenizer itself puts before a text isn't in it, though special tokens that the text spells out are.
+    special = whole.endswith(text)
+    before = len(whole) - len(text) if special else 0
+    decoder, at, found = Decoder(tokenizer, special=special), 0, []
+    for token in ids:
+        found.append(min(max(at - before, 0), len(text)))
+        at += len(decoder.push(token))
+    return found
 
 
 @dataclass
