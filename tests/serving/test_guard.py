@@ -355,6 +355,7 @@ def server_process(drain):
         yield process, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     finally:
         process.kill()
+        process.wait()
         process.stderr.close()
 
 

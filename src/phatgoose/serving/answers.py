@@ -7,23 +7,30 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from phatgoose.errors import PhatgooseError, UnknownName
+from phatgoose.serving.apart import away
 from phatgoose.serving.formats import Form, usage
+from phatgoose.serving.job import ENDING
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Ask, Service
+from phatgoose.serving.text import shown
 from phatgoose.serving.writer import EngineFailure, Piece, Writer, all_pieces, whole
 
 Body = ChatRequest | CompletionRequest
 T = TypeVar("T")
+AT_ONCE = 2000
+"""Log-probabilities that are written on the event loop."""
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 UNREAD_SECONDS = 30.0
 """How long after a request's time is up its client may take to read what was written."""
 
@@ -94,7 +101,7 @@ def _form(service: Service, body: Body, ask: Ask) -> Form:
     echo: list[str] = []
     if isinstance(body, CompletionRequest) and body.echo:
         given = body.prompts
-        texts = [p if isinstance(p, str) else str(tokenizer.decode(p)) for p in given]
+        texts = [p if isinstance(p, str) else shown(tokenizer, p) for p in given]
         echo = [text for text in texts for _ in range(body.n or 1)]
     name = body.model or (service.catalogue.name if ask.found.way is not None else "base")
     kind = "chatcmpl" if chat else "cmpl"
@@ -110,12 +117,24 @@ async def _at_once(
     except BaseExceptionGroup as errors:
         raise _refused(errors.exceptions[0]) from None
     pieces = [_cut(body, task.result(), writer) for task, writer in zip(tasks, ask.writers, strict=True)]
+    content = await _off_the_loop(form, ask.writers, partial(_whole_body, form, ask, pieces))
+    service.metrics.seconds.observe(time.perf_counter() - ask.began)
+    return Response(content, media_type="application/json")
+
+
+def _whole_body(form: Form, ask: Ask, pieces: Sequence[Piece]) -> bytes:
+    """The response of all choices, written one by one: other threads wait while one of them is."""
     choices = [
-        form.choice(i, piece, writer)
+        _json(form.choice(i, piece, writer))
         for i, (piece, writer) in enumerate(zip(pieces, ask.writers, strict=True))
     ]
-    service.metrics.seconds.observe(time.perf_counter() - ask.began)
-    return JSONResponse({**form.head(), "choices": choices, "usage": usage(ask)})
+    head, last = _json(form.head()), _json({"usage": usage(ask)})
+    return f'{head[:-1]}, "choices": [{", ".join(choices)}], {last[1:]}'.encode()
+
+
+async def _off_the_loop(form: Form, writers: Sequence[Writer], do: Callable[[], T]) -> T:
+    """What `do` makes of these answers; in a thread of its own if it is much, so that the event loop answers others."""
+    return await away(do) if form.reported(writers) > AT_ONCE else do()
 
 
 def _cut(body: Body, piece: Piece, writer: Writer) -> Piece:
@@ -135,16 +154,12 @@ async def _events(
     try:
         async with aclosing(all_pieces(ask.writers, deadline)) as pieces:
             async for index, piece in pieces:
-                choice = form.chunk(
-                    index,
-                    _cut(body, piece, ask.writers[index]),
-                    ask.writers[index],
-                    first=index not in begun,
-                )
+                writer, first = ask.writers[index], index not in begun
                 begun.add(index)
-                yield _event(
-                    {**form.head(chunk=True), "choices": [choice], **({"usage": None} if counted else {})}
+                make = partial(
+                    _chunk, form, index, _cut(body, piece, writer), writer, first=first, counted=counted
                 )
+                yield await _off_the_loop(form, [writer], make) if first else make()
         if counted:
             yield _event({**form.head(chunk=True), "choices": [], "usage": usage(ask)})
         service.metrics.seconds.observe(time.perf_counter() - ask.began)
@@ -152,13 +167,24 @@ async def _events(
         request.state.facts["failed"] = type(error).__name__
         yield _event(_refused(error).body())
     except (asyncio.CancelledError, GeneratorExit):
-        _left(service, request)
+        if not service.ended:
+            _left(service, request)
         raise
     yield "data: [DONE]\n\n"
 
 
+def _chunk(form: Form, index: int, piece: Piece, writer: Writer, *, first: bool, counted: bool) -> str:
+    choice = form.chunk(index, piece, writer, first=first)
+    return _event({**form.head(chunk=True), "choices": [choice], **({"usage": None} if counted else {})})
+
+
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {_json(data)}\n\n"
+
+
+def _json(data: dict[str, Any]) -> str:
+    """Without what some clients take for the end of a line of a stream, though it may stand in JSON."""
+    return json.dumps(data, ensure_ascii=False).translate(_LINE_ENDS)
 
 
 async def _until_gone(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -185,6 +211,8 @@ async def _gone(request: Request) -> None:
 def _refused(error: BaseException) -> Refusal:
     if isinstance(error, TimeoutError):
         return Refusal(504, "the answer wasn't finished in time.", code="timeout")
+    if isinstance(error, EngineFailure) and str(error) == ENDING:
+        return Refusal(503, f"{ENDING}.", code="server_ending", headers={"Retry-After": "5"})
     if isinstance(error, EngineFailure):
         return Refusal(500, f"{error}.".replace("..", "."), code="engine_failure")
     raise error

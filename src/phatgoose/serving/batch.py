@@ -53,7 +53,7 @@ class Batch:
         self._take_failures()
         self.owner.mixed.plan = None  # what others want done, as calibrating a router, sees the base alone
         self.owner.step()
-        self.open = [o and self.owner.alive(job) for o, job in zip(self.open, self.jobs, strict=True)]
+        self.open = [o and self.owner.wanted(job) for o, job in zip(self.open, self.jobs, strict=True)]
         rows = [i for i, is_open in enumerate(self.open) if is_open]
         tokens, failed = choose(scores[rows].float(), [self.jobs[i].draw for i in rows])
         chosen = torch.zeros(len(self.jobs), 1, dtype=torch.long)

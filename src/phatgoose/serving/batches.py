@@ -20,7 +20,7 @@ from phatgoose.models.limits import context_length
 from phatgoose.models.plan import Plan
 from phatgoose.serving.batch import Batch
 from phatgoose.serving.engine import Engine
-from phatgoose.serving.job import Job, News, ServingError, told
+from phatgoose.serving.job import ENDING, Job, News, ServingError, told
 from phatgoose.serving.logs import log
 from phatgoose.serving.sampling import likelihoods
 from phatgoose.serving.settings import ServeSettings
@@ -82,13 +82,15 @@ class BatchEngine(Engine):
         if self._thread is not None:
             self._thread.join(timeout=30)
         for job in list(self.jobs.values()):
-            self.tell(job, News(finished=True, error="the server ends"))
+            self.tell(job, News(finished=True, error=ENDING))
 
     @property
-    def trouble(self) -> str | None:
-        if self._fatal is not None:
-            return f"the engine died: {told(self._fatal)}"
-        return None if self._thread is not None and self._thread.is_alive() else "the engine isn't running"
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def fatal(self) -> BaseException | None:
+        return self._fatal
 
     def step(self) -> None:
         """What others want done between two passes."""
@@ -96,7 +98,8 @@ class BatchEngine(Engine):
             if (do := self._wakeups.get()) is not None:
                 do()
 
-    def alive(self, job: Job) -> bool:
+    def wanted(self, job: Job) -> bool:
+        """Whether somebody still waits for this one."""
         return job.id in self.jobs and not self._stopping
 
     def _loop(self) -> None:

@@ -35,6 +35,13 @@ class Catalogue:
     def __init__(self, experts: Experts, name: str = "phatgoose"):
         self.experts, self.name = experts, name
 
+    @property
+    def default(self) -> str:
+        """What answers a request that names no model, or the base where every expert is off."""
+        version = self.experts.state.version
+        on = version is not None and set(version.pool.names) - self.experts.state.off
+        return self.name if on else BASE
+
     def models(self) -> list[str]:
         """The names that a client is shown: the pool, the base, every expert that is on. Routers can be asked for, too."""
         version, found = self.experts.state.version, [BASE]

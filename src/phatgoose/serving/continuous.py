@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -21,11 +20,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from phatgoose.memory import available_bytes
 from phatgoose.models.base import Base
 from phatgoose.models.limits import context_length
 from phatgoose.serving import attention
 from phatgoose.serving.engine import Engine
-from phatgoose.serving.job import Job, News, ServingError, told
+from phatgoose.serving.job import ENDING, Job, News, ServingError
 from phatgoose.serving.passes import Passes, Sampler
 from phatgoose.serving.settings import ServeSettings
 from phatgoose.tasks.batch import pad_id
@@ -111,7 +111,7 @@ class ContinuousEngine(Engine):
             while self._waiting:  # nobody will come for them
                 job = self._waiting.popleft()
                 del self.jobs[job.id]
-                job.tell(News(finished=True, error=self.trouble or "the server ends"))
+                job.tell(News(finished=True, error=self.trouble or ENDING))
         while self._waiting and len(self._reserved) < self.settings.max_running:
             job = self._waiting[0]
             need = -(-(len(job.prompt) + job.max_new_tokens) // PAGE) + SPARE
@@ -189,13 +189,12 @@ class ContinuousEngine(Engine):
         self.base.model.set_attn_implementation(self._attention)
 
     @property
-    def trouble(self) -> str | None:
-        if self.manager is None:
-            return "the engine isn't running"
-        error = self.manager.background_thread_status.fatal_error
-        if error is not None:
-            return f"the engine died: {told(error)}"
-        return None if self.manager.is_running() else "the engine isn't running"
+    def alive(self) -> bool:
+        return self.manager is not None and bool(self.manager.is_running())
+
+    @property
+    def fatal(self) -> BaseException | None:
+        return None if self.manager is None else self.manager.background_thread_status.fatal_error
 
 
 def _pages(base: Base, settings: ServeSettings) -> int:
@@ -204,15 +203,24 @@ def _pages(base: Base, settings: ServeSettings) -> int:
     if settings.cache_tokens is not None:
         tokens = settings.cache_tokens
     else:
-        free = psutil.virtual_memory().available
-        with contextlib.suppress(RuntimeError):
-            if base.device.type == "cuda":
-                free = torch.cuda.mem_get_info(base.device)[0]
-        tokens = min(settings.max_running * context, free // 4 // _bytes_per_token(base))
+        tokens = min(settings.max_running * context, _free(base) // 4 // _bytes_per_token(base))
     pages = tokens // PAGE + SPARE
     if pages < SPARE + 2:
         raise ServingError(f"a cache of {tokens} tokens is too small: raise cache_tokens, or free memory.")
+    # The whole cache is written at once: a process that takes more than there is would be killed without a word.
+    if (needed := pages * PAGE * _bytes_per_token(base)) > (free := _free(base)):
+        raise ServingError(
+            f"a cache of {tokens} tokens needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower cache_tokens."
+        )
     return int(pages)
+
+
+def _free(base: Base) -> int:
+    """Free bytes where the model is."""
+    if base.device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            return int(torch.cuda.mem_get_info(base.device)[0])
+    return available_bytes()
 
 
 def _bytes_per_token(base: Base) -> int:

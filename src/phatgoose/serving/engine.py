@@ -53,8 +53,20 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+
+    @property
+    @abstractmethod
+    def fatal(self) -> BaseException | None:
+        """What it died of."""
+
+    @property
     def trouble(self) -> str | None:
         """Why nothing is written any more; None if all is well."""
+        if self.fatal is not None:
+            return f"the engine died: {told(self.fatal)}"
+        return None if self.alive else "the engine isn't running"
 
     @property
     def waiting(self) -> int:

@@ -79,7 +79,6 @@ class Guard:
     ):
         self.app, self.service, self.keys = app, service, keys or Keys()
         self.hosts = None if hosts is None else frozenset(hosts)
-        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,13 +105,15 @@ class Guard:
         if call.path not in ANSWERS:
             yield
             return
-        if self._inside >= self.service.places:
+        if self.service.draining:
+            raise self.service.unready()
+        if self.service.inside >= self.service.places:
             raise self.service.busy()
-        self._inside += 1
+        self.service.inside += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self.service.inside -= 1
 
     def _check(self, call: _Call) -> None:
         if self.hosts is not None:

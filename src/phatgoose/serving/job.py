@@ -17,6 +17,8 @@ from phatgoose.models.ways import Way
 from phatgoose.serving.sampling import Draw, Likelihood
 
 _numbers = itertools.count()
+ENDING = "the server ends"
+"""What those are told whose answers aren't finished when it does."""
 
 
 class ServingError(PhatgooseError):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import string
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
@@ -16,16 +20,37 @@ from phatgoose.serving.schema import Message
 from phatgoose.tasks.batch import prompt_ids
 
 T = TypeVar("T")
+_LETTERS = (string.ascii_letters + string.digits).encode()
+
+
+LONG = 8192
+"""Characters from which on a text waits for other long ones."""
 
 
 class Prompts:
-    """Encodes as the trainings and the evaluation do. A tokenizer is used by one thread at a time."""
+    """Encodes as the trainings and the evaluation do.
 
-    def __init__(self, base: Base):
-        self.base = base
+    Long texts have a thread and a copy of the tokenizer of their own, so that short ones never wait for them.
+
+    Args:
+        most: how many tokens a prompt may have; what can't be so few by its length alone is refused unread.
+    """
+
+    def __init__(self, base: Base, most: int = 2**31):
+        self.base, self.most = base, most
         embedding: Any = base.model.get_input_embeddings()
         self.vocabulary = int(embedding.weight.shape[0])
-        self._thread = ThreadPoolExecutor(1, "phatgoose-tokenizer")
+        self._local = threading.local()
+        self._short = ThreadPoolExecutor(1, "phatgoose-tokenizer")
+        self._long = ThreadPoolExecutor(1, "phatgoose-tokenizer-long", initializer=self._copy_tokenizer)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that this thread may use."""
+        return getattr(self._local, "tokenizer", self.base.tokenizer)
+
+    def _copy_tokenizer(self) -> None:
+        self._local.tokenizer = copy.deepcopy(self.base.tokenizer)
 
     async def of_text(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt given as text or as tokens.
@@ -36,7 +61,8 @@ class Prompts:
         if not isinstance(prompt, str):
             self.check(prompt, "prompt")
             return list(prompt)
-        return await self._run(lambda: self._encode(prompt))
+        self.check_length(prompt, "prompt")
+        return await self._run(lambda: self._encode(prompt), len(prompt))
 
     async def of_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation through the tokenizer's chat template, up to where the model is to answer.
@@ -46,13 +72,30 @@ class Prompts:
         """
         if self.base.tokenizer.chat_template is None:
             raise Refusal(
-                400, f"the tokenizer of {self.base.spec} has no chat template: use /v1/completions."
+                400, "this model's tokenizer has no chat template: use /v1/completions.", param="messages"
             )
+        text = "".join(m.text for m in messages)
+        self.check_length(text, "messages")
         turns = [
             {"role": m.role, "content": m.text, **({} if m.name is None else {"name": m.name})}
             for m in messages
         ]
-        return await self._run(lambda: self._render(turns))
+        return await self._run(lambda: self._render(turns), len(text))
+
+    def check_length(self, text: str, param: str) -> None:
+        """Refuses a text that must have too many tokens, without making them: of a word of two million letters that takes seconds."""
+        longest, letters = self._longest
+        least = max(-(-len(text) // longest), -(-_letters(text) // letters) if len(text) > self.most else 0)
+        if least > self.most:
+            raise too_long(
+                f"{len(text)} characters, which are at least {least} tokens", self.most, param=param
+            )
+
+    @cached_property
+    def _longest(self) -> tuple[int, int]:
+        """The most characters, and the most ASCII letters and digits, that one token can stand for."""
+        tokens = [str(token) for token in self.base.tokenizer.get_vocab()]
+        return max(map(len, tokens), default=1) or 1, max(map(_letters, tokens), default=1) or 1
 
     def check(self, tokens: Sequence[int], param: str) -> None:
         """Refuses tokens that the model doesn't have."""
@@ -63,12 +106,12 @@ class Prompts:
 
     def _encode(self, text: str) -> list[int]:
         try:
-            return list(prompt_ids(self.base.tokenizer, text, self.base.is_encoder_decoder))
+            return list(prompt_ids(self.tokenizer, text, self.base.is_encoder_decoder))
         except TaskError:
             raise Refusal(400, "prompt: it has no tokens.", param="prompt") from None
 
     def _render(self, turns: list[dict[str, Any]]) -> list[int]:
-        apply: Any = self.base.tokenizer.apply_chat_template
+        apply: Any = self.tokenizer.apply_chat_template
         try:
             found = apply(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         except (TemplateError, TypeError, ValueError) as error:
@@ -80,5 +123,19 @@ class Prompts:
             )
         return list(found)
 
-    async def _run(self, do: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, do)
+    async def _run(self, do: Callable[[], T], length: int) -> T:
+        thread = self._short if length < LONG else self._long
+        return await asyncio.get_running_loop().run_in_executor(thread, do)
+
+
+def too_long(what: str, most: int, *, param: str) -> Refusal:
+    """The refusal of a prompt that doesn't fit, in words that clients look for."""
+    return Refusal(
+        400, f"This model's maximum context length is {most} tokens. However, your request has {what}.",
+        param=param, code="context_length_exceeded",
+    )  # fmt: skip
+
+
+def _letters(text: str) -> int:
+    """How many ASCII letters and digits it has: byte-level tokens show others as other characters."""
+    return len(text) - len(text.encode("ascii", "replace").translate(None, _LETTERS))

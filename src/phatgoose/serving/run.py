@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from socket import socket
@@ -80,12 +81,19 @@ def check_host(host: str, keys: Keys) -> None:
         )
 
 
+FLUSH_SECONDS = 5
+"""How long clients may take to read what they were told last."""
+
+
 class Server(uvicorn.Server):
-    """Says that it isn't ready any more as soon as it is told to end."""
+    """Once it is told to end, it still listens until what was begun is answered, so that a load balancer that asks /ready hears 503
+    instead of nothing. Told again, it ends at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[str], None]):
         super().__init__(config)
         self.service, self.ready = service, ready
+        self._told: tuple[int, float] | None = None
+        """The signal, and until when answers may go on."""
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
@@ -94,10 +102,23 @@ class Server(uvicorn.Server):
             log.info("ready", extra={"facts": {"host": host, "port": port}})
             self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
+    async def on_tick(self, counter: int) -> bool:
+        if self._told is not None and not self.should_exit:
+            signal, end = self._told
+            if not self.service.inside or time.monotonic() >= end:
+                super().handle_exit(signal, None)
+        if self.should_exit:
+            self.service.give_up()
+            self.config.timeout_graceful_shutdown = FLUSH_SECONDS
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._told is not None or not self.started:
+            super().handle_exit(sig, frame)
+            return
         self.service.draining = True
+        self._told = sig, time.monotonic() + self.service.settings.drain_seconds
         log.info("ending", extra={"facts": {"answers": len(self.service.engine.jobs)}})
-        super().handle_exit(sig, frame)
 
 
 def uvicorn_config(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,12 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.limits import end_tokens
 from phatgoose.serving import batches, continuous
+from phatgoose.serving.asking import check_reported, room, sampling_of, scored
 from phatgoose.serving.catalogue import Catalogue, Found
 from phatgoose.serving.changes import Changes
 from phatgoose.serving.engine import Engine
 from phatgoose.serving.experts import Experts
-from phatgoose.serving.job import Job, ServingError, hide_paths
+from phatgoose.serving.job import ENDING, Job, News, ServingError, hide_paths
 from phatgoose.serving.metrics import Metrics
 from phatgoose.serving.prompts import Prompts
 from phatgoose.serving.refusals import Refusal
@@ -74,33 +74,64 @@ class Service:
             encoder=self.settings.encoder,
         )
         self.changes, self.catalogue = Changes(self.experts, folder), Catalogue(self.experts, name)
-        self.prompts, self.ends = Prompts(base), end_tokens(base.model, base.tokenizer.eos_token_id)
+        self.prompts = Prompts(base, self.engine.limit or self.settings.max_prompt_tokens)
+        self.ends = end_tokens(base.model, base.tokenizer.eos_token_id)
         self.created = int(time.time())
-        self.draining = self.started = False
+        self.draining = self.ended = self.started = False
+        """Whether nobody new comes in any more, and whether what was begun was broken off."""
+        self.inside = 0
+        """Requests for answers that are being read or answered."""
         self.failure: PhatgooseError | None = None
         """Why it couldn't start."""
         self._pool = pool
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Ready when it returns.
+        """Ready when it returns: it has written an answer then.
 
         Raises:
-            PhatgooseError: the pool can't be served on this base.
+            PhatgooseError: the pool can't be served on this base, or nothing can be written.
         """
         try:
             await self.changes.load(self._pool)
+            self._pool = None
+            self.engine.start()
+            await self._try()
         except PhatgooseError as failure:
             self.failure = failure
+            await self.stop()
             raise
-        self._pool = None
-        self.engine.start()
         if self.settings.follow_seconds is not None:
             self._following = asyncio.create_task(self.changes.follow(self.settings.follow_seconds))
         self.started = True
 
+    async def _try(self) -> None:
+        """Writes one token as the default model: what is made on first use, as the cache, is there then, or can't be made."""
+        async with self.catalogue.found(self.catalogue.default) as found:
+            job = Job([min(self.ends)], found.way, Draw(Sampling(temperature=0)), 1, frozenset())
+            self.engine.submit(job)
+            async for news in job.news():
+                if news.error is not None:
+                    raise ServingError(f"the server can't answer anything: {await self._cause(news.error)}.")
+        await asyncio.to_thread(self.prompts.check_length, "", "prompt")
+
+    async def _cause(self, error: str) -> str:
+        """What a first answer failed of, for whoever starts the server: an engine that dies tells its jobs before it says why."""
+        for _ in range(50):
+            if (cause := self.engine.fatal) is not None:
+                return f"{type(cause).__name__}: {cause}"
+            await asyncio.sleep(0.02)
+        return error
+
+    def give_up(self) -> None:
+        """Tells everybody whose answer isn't finished that the server ends."""
+        self.draining = self.ended = True
+        for job in list(self.engine.jobs.values()):
+            self.engine.cancel(job)
+            job.tell(News(finished=True, error=ENDING))
+
     async def stop(self) -> None:
-        self.draining = True
+        self.give_up()
         if self._following is not None:
             self._following.cancel()
             await asyncio.wait([self._following])
@@ -122,8 +153,8 @@ class Service:
 
     def check_room(self, answers: int) -> None:
         """Refuses requests that nobody could get to in good time."""
-        if (why := self.obstacle) is not None:
-            raise Refusal(503, f"{why}.", headers={"Retry-After": "5"})
+        if self.obstacle is not None:
+            raise self.unready()
         if answers > self.settings.max_answers:
             raise Refusal(
                 400, f"{answers} answers are asked for, and at most {self.settings.max_answers} are given to a request.", param="n"
@@ -135,6 +166,9 @@ class Service:
     def places(self) -> int:
         """How many answers may be written or wait."""
         return self.settings.max_running + self.settings.max_waiting
+
+    def unready(self) -> Refusal:
+        return Refusal(503, f"{self.obstacle}.", headers={"Retry-After": "5"})
 
     def busy(self) -> Refusal:
         return Refusal(
@@ -162,7 +196,11 @@ class Service:
             raise Refusal(
                 400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo"
             )
-        return [await self.prompts.of_text(prompt) for prompt in request.prompts]
+        found = []
+        for prompt in request.prompts:
+            found.append(await self.prompts.of_text(prompt))
+            room(request, found[-1], self.settings, self.engine.limit)  # or all of them are read for nothing
+        return found
 
     def ask(self, found: Found, request: Common, prompts: list[list[int]], began: float) -> Ask:
         """The jobs of a request whose prompts were read, handed to the engine.
@@ -170,11 +208,10 @@ class Service:
         Raises:
             Refusal: what is asked can't be written.
         """
-        chat = isinstance(request, ChatRequest)
-        score = request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
-        n = request.n or 1
-        limits = [self.room(request, prompt, chat) for prompt in prompts]
-        sampling = self.sampling(request)
+        n, score = request.n or 1, scored(request)
+        limits = [room(request, prompt, self.settings, self.engine.limit) for prompt in prompts]
+        sampling = sampling_of(request, self.prompts)
+        check_reported(request, sampling, n * sum(map(len, prompts)), n * sum(limits))
         self.check_room(len(prompts) * n)
         writers = []
         for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -194,62 +231,6 @@ class Service:
         for writer in writers:
             self.engine.submit(writer.job)
         return Ask(found, prompts, writers, began)
-
-    def room(self, request: Common, prompt: Sequence[int], chat: bool) -> int:
-        """How many tokens an answer may have.
-
-        Raises:
-            Refusal: more are asked for than are given, or than fit behind the prompt.
-        """
-        assert isinstance(request, ChatRequest | CompletionRequest)
-        asked, name = request.max_tokens, "max_tokens"
-        if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-            asked, name = request.max_completion_tokens, "max_completion_tokens"
-        if asked is None and not chat:
-            asked = 16
-        most, limit = self.settings.max_tokens, self.engine.limit
-        if asked is not None and asked > most:
-            raise Refusal(400, f"{name}: at most {most} tokens are written in an answer.", param=name)
-        behind = None if limit is None else limit - len(prompt)
-        if behind is not None and behind < (1 if asked is None else max(asked, 1)):
-            raise Refusal(
-                400,
-                f"the prompt has {len(prompt)} tokens{f' and the answer may have {asked}' if asked else ''}; together "
-                f"there is room for {limit}.",
-                param="messages" if chat else "prompt",
-                code="context_length_exceeded",
-            )
-        if asked is not None:
-            return asked
-        return most if behind is None else min(most, behind)
-
-    def sampling(self, request: Common) -> Sampling:
-        """A request's way of drawing tokens.
-
-        Raises:
-            Refusal: a token that the model doesn't have.
-        """
-        bias = {}
-        for key, value in (request.logit_bias or {}).items():
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise Refusal(400, "logit_bias: its keys are token ids, whole numbers.", param="logit_bias")
-            bias[int(key)] = value
-        if bias:
-            self.prompts.check(list(bias), "logit_bias")
-        if isinstance(request, ChatRequest):
-            logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        else:
-            assert isinstance(request, CompletionRequest)
-            logprobs = request.logprobs
-        return Sampling(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            seed=request.seed,
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            logit_bias=bias,
-            logprobs=logprobs,
-        )
 
 
 def engine_for(base: Base, settings: ServeSettings) -> Engine:

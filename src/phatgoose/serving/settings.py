@@ -23,10 +23,13 @@ class ServeSettings:
     """Answers to one request: its prompts times n."""
     max_tokens: int = 1024
     """The most tokens of an answer; a request that asks for more is refused, one that doesn't say gets at most these."""
+    max_prompt_tokens: int = 4096
+    """The most tokens of a prompt where the model has no limit of its own: encoder–decoders."""
     batch_tokens: int = 512
     """Tokens that a pass of the continuous engine runs over. Long prompts are read in several passes, between which others go on."""
     cache_tokens: int | None = None
-    """Tokens that the continuous engine's cache holds; none: what max_running answers can need, in a quarter of the free memory."""
+    """Tokens that the continuous engine's cache holds; none: what max_running answers can need, in a quarter of the free memory. They
+    are allocated when the server starts."""
     timeout_seconds: float = 600.0
     """A request that isn't finished then is broken off with status 504."""
     drain_seconds: float = 60.0

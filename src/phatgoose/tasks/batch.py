@@ -75,11 +75,7 @@ def encode_choices(
     Raises:
         TaskError: an answer leaves no room for a single prompt token, a text has no tokens, there is no end token.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise TaskError(
-            "the tokenizer has no end-of-sequence token, which closes every answer: set tokenizer.eos_token."
-        )
+    end = _end_token(tokenizer)
     prompt_ids = _encode(tokenizer, prompt)
     if is_encoder_decoder:
         targets = [_without_end(_encode(tokenizer, answer), end, True) for answer in answers]
@@ -115,9 +111,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, is_encoder_decod
     Raises:
         TaskError: it has none, or the tokenizer no end token.
     """
-    return encode_pair(
-        tokenizer, prompt, "a", is_encoder_decoder=is_encoder_decoder, max_length=UNLIMITED
-    ).prompt_ids
+    end = _end_token(tokenizer)
+    ids = _encode(tokenizer, prompt)
+    if not is_encoder_decoder:
+        ids = _without_end(ids, end, _appends_end(tokenizer))
+    if not ids:
+        raise TaskError(f"the prompt {prompt!r} has no tokens.")
+    return tuple(ids)
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise TaskError(
+            "the tokenizer has no end-of-sequence token, which closes every answer: set tokenizer.eos_token."
+        )
+    return int(end)
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
