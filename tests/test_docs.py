@@ -154,16 +154,22 @@ def test_rows_of_pools_and_suites_say_what_is_read(row):
 
 def test_every_setting_of_peft_has_a_rule_that_holds():
     """Each field of PEFT's configs: refused settings are refused, the others pass, at values other than the default."""
-    from peft import IA3Config, LoraConfig
+    from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig
 
     from phatgoose.errors import ExpertError
     from phatgoose.experts.peft_rules import RULES, check_config
 
-    for kind, config in (("LORA", LoraConfig), ("IA3", IA3Config)):
+    checked = ("peft_type", "target_parameters", "bias", "modules_to_save")
+    for kind, config in (
+        ("LORA", LoraConfig),
+        ("IA3", IA3Config),
+        ("ADALORA", AdaLoraConfig),
+        ("VERA", VeraConfig),
+    ):
         assert {f.name for f in dataclasses.fields(config)} <= set(RULES[kind])
         for name, rule in RULES[kind].items():
             settings = {"peft_type": kind, name: "another" if rule.default != "another" else "other"}
-            if name in ("peft_type", "init_lora_weights", "target_parameters") or rule.how == "refused":
+            if name in checked or (kind, name) == ("LORA", "init_lora_weights") or rule.how == "refused":
                 with pytest.raises(ExpertError, match=name):
                     check_config(settings, "here")
             else:

@@ -189,11 +189,11 @@ def test_missing_parts_are_named(saved, tmp_path):
     [
         ({"use_dora": True}, "use_dora is True, and module .* has no magnitude"),
         ({"lora_bias": True}, "lora_bias is True, and module .* has no bias"),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save .*drop='modules_to_save'"),
+        ({"bias": "every"}, "bias = 'every', expected 'none', 'all' or 'lora_only'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save .*incomplete.*drop='modules_to_save'"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices .*drop="),
-        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
-        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights.*`phatgoose convert"),
+        ({"peft_type": "OFT"}, "peft_type is 'OFT'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"from_the_future": 3}, "unknown setting 'from_the_future' = 3"),
         ({"from_the_future": 0}, "unknown setting 'from_the_future' = 0"),
@@ -232,10 +232,10 @@ def test_what_is_not_handled_is_refused_by_name(saved, setting, message):
 def test_unknown_tensors_are_refused(saved):
     _, expert, _ = saved
     for key, message in (
-        ("base_model.model.model.norm.weight", "is no part of a LoRA or"),
+        ("base_model.model.model.norm.weight", "is no part of a LORA adapter"),
         ("model.layers.0.lora_A.weight", "doesn't start with"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "has no lora_embedding_B"),
-        ("base_model.model.model.layers.0.mlp.up_proj.ia3_l", "unexpected: ia3"),
+        ("base_model.model.model.layers.0.mlp.up_proj.ia3_l", "is no part of a LORA adapter"),
     ):
         with pytest.raises(ExpertError, match=message):
             to_contents(expert.adapter_config, {**expert.tensors, key: torch.zeros(2, 2)}, "here")
@@ -247,6 +247,28 @@ def test_unknown_tensors_are_refused(saved):
     del one["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
     with pytest.raises(ExpertError, match=r"model.layers.0.mlp.up_proj has no lora_A"):
         to_contents(expert.adapter_config, one, "here")
+
+
+def test_a_file_without_tensors_says_how_it_came_about(saved):
+    """What DeepSpeed's ZeRO-3 leaves where weights weren't gathered: 40 bytes."""
+    _, expert, _ = saved
+    save_file({}, expert.folder / "adapter_model.safetensors", {"format": "pt"})
+    assert (expert.folder / "adapter_model.safetensors").stat().st_size == 40
+    with pytest.raises(
+        ExpertError, match=r"no tensors at all.*ZeRO-3.*stage3_gather_16bit_weights_on_model_save"
+    ):
+        Expert.from_peft(expert.folder)
+    shards = {key: tensor[:0] for key, tensor in expert.tensors.items()}
+    with pytest.raises(ExpertError, match=r"lora_A.weight' has shape \[0, 48\], so no values.*ZeRO-3"):
+        to_contents(expert.adapter_config, shards, "here")
+
+
+def test_tensors_of_several_adapters_are_refused(saved):
+    _, expert, _ = saved
+    keys = enumerate(sorted(expert.tensors))
+    two = {key.replace(".weight", f".{'ab'[n % 2]}.weight"): expert.tensors[key] for n, key in keys}
+    with pytest.raises(ExpertError, match=r"several adapters .*'a', 'b'"):
+        to_contents(expert.adapter_config, two, "here")
 
 
 def test_names_and_foreign_folders(saved, tmp_path):

@@ -8,11 +8,25 @@ import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    FrodConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    ShiraConfig,
+    SupertuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from safetensors.torch import load_file, save_file
 
 from conftest import TARGETS
 from phatgoose import PHATGOOSE, Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.experts.packing import pack, unpack
+from phatgoose.experts.peft import to_contents
 from phatgoose.records import Example
 from phatgoose.routers import Single, Uniform
 
@@ -34,6 +48,24 @@ def lora(family, **settings):
         "fan_in_fan_out": family == "gpt2",
     }
     return LoraConfig(**{**defaults, **settings})
+
+
+def adalora(family, **settings):
+    defaults = {
+        "init_r": 5,
+        "target_r": 3,
+        "lora_alpha": 7,
+        "total_step": 9,
+        "target_modules": TARGETS[family],
+    }
+    return AdaLoraConfig(**{**defaults, "fan_in_fan_out": family == "gpt2", **settings})
+
+
+def vera(family, **settings):
+    defaults = {"r": 6, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about projections that aren't saved
+        return VeraConfig(**{**defaults, **settings})
 
 
 EXACT = {
@@ -58,6 +90,19 @@ EXACT = {
     "gaussian": lambda f: lora(f, init_lora_weights="gaussian"),
     "orthogonal": lambda f: lora(f, r=4, init_lora_weights="orthogonal"),
     "dropout": lambda f: lora(f, lora_dropout=0.3),
+    "look-ahead": lambda f: lora(
+        f,
+        rank_pattern={rf"^(?!.*\.1\.).*{LAST[f]}": 6, r".*(?=v)v": 2},
+        alpha_pattern={rf"(?<=\.){LAST[f]}": 9},
+    ),
+    "mica": lambda f: lora(f, init_lora_weights="mica"),
+    "velora": lambda f: lora(f, velora_config=VeloraConfig(num_groups=4)),
+    "monteclora": lambda f: lora(f, monteclora_config=MontecloraConfig()),
+    "adalora": lambda f: adalora(f),
+    "adalora, alpha 0": lambda f: adalora(f, lora_alpha=0),
+    "vera": lambda f: vera(f),
+    "vera from its seed": lambda f: vera(f, save_projection=False, projection_prng_key=5),
+    "lora_only biases": lambda f: lora(f, bias="lora_only" if f != "gpt2" else "none"),
     "ia3": lambda f: IA3Config(
         target_modules=[*ATTENTION[f], LAST[f]], feedforward_modules=[LAST[f]], fan_in_fan_out=f == "gpt2"
     ),
@@ -78,7 +123,7 @@ def adapted(base, config, seed=0):
         for key, p in model.named_parameters():
             if "ia3_l" in key or "magnitude" in key:
                 p.mul_(1 + 0.3 * torch.randn(p.shape, generator=g).to(p.dtype))
-            elif "lora_" in key or "token_adapter" in key:
+            elif any(name in key for name in ("lora_", "token_adapter", "vera_lambda")):
                 p.copy_(torch.randn(p.shape, generator=g) * 0.15)
     return model.eval()
 
@@ -192,8 +237,10 @@ def test_a_tied_head(make_base, tmp_path):
 
 
 REFUSED = {
-    "bias": (lambda f: lora(f, bias="lora_only"), "bias = 'lora_only'"),
-    "modules_to_save": (lambda f: lora(f, target_modules=ATTENTION[f], modules_to_save=["lm_head"]), "modules_to_save = "),
+    "modules_to_save": (lambda f: lora(f, target_modules=ATTENTION[f], modules_to_save=["norm"]), "modules_to_save = "),
+    "SHiRA": (lambda f: ShiraConfig(target_modules=ATTENTION[f], r=2), "peft_type is 'SHIRA'"),
+    "Supertuning": (lambda f: SupertuningConfig(target_modules=ATTENTION[f]), "peft_type is 'SUPERTUNING'"),
+    "FRoD": (lambda f: FrodConfig(target_modules=ATTENTION[f]), "peft_type is 'FROD'"),
     "trainable tokens": (lambda f: lora(f, trainable_token_indices=[3, 5]), "trainable_token_indices"),
     "pissa": (lambda f: lora(f, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "olora": (lambda f: lora(f, init_lora_weights="olora"), "init_lora_weights = 'olora'"),
@@ -210,6 +257,116 @@ def test_refused_by_name(kind, make_base, tmp_path):
     folder = saved(adapted(base, build("llama")), tmp_path / "adapter")
     with pytest.raises(ExpertError, match=message):
         Expert.from_peft(folder)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_retrained_biases_of_the_base_are_refused(family, bias, make_base, tmp_path):
+    config = lora(family, bias=bias, target_modules=ATTENTION[family])
+    folder = saved(adapted(make_base(family), config), tmp_path / "adapter")
+    with pytest.raises(ExpertError, match=f"bias = '{bias}', and the adapter brings the base's own biases"):
+        Expert.from_peft(folder)
+
+
+def test_adalora_keeps_the_ranks_that_its_pattern_says(make_base, tmp_path):
+    base = make_base("llama")
+    model = adapted(base, adalora("llama"))
+    q, up = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    masks = {q: [True, False, True, False, False], up: [False] * 5}
+    model.peft_config["default"].rank_pattern = {f"{path}.lora_E": mask for path, mask in masks.items()}
+    folder = saved(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = logits(peft_model(base, folder), batch(base))
+    expert = Expert.load(Expert.from_peft(folder).save(tmp_path / "again"))
+    assert expert.updates[q].rank == 2
+    assert up not in expert.updates
+    assert relative(logits(route(base, Pool([expert]), Single(0)), batch(base)), expected) < 1e-5
+    config = {**expert.adapter_config, "rank_pattern": {f"{q}.lora_E": [True] * 5}}
+    with pytest.raises(ExpertError, match=r"q_proj has lora_A \[2, 32\].* expected \[5, d_in\]"):
+        to_contents(config, expert.tensors, "here")
+
+
+def with_whole_modules(base, folder, change):
+    """An adapter that saved embedding and head along, as `change` makes them."""
+    config = lora("llama", target_modules=ATTENTION["llama"], modules_to_save=["embed_tokens", "lm_head"])
+    file = saved(adapted(base, config), folder) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        if "embed_tokens" in key or "lm_head" in key:
+            tensors[key] = change(tensors[key]).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("rows", [320, 300])
+def test_whole_modules_that_are_the_bases_own_change_nothing(rows, make_base, tmp_path):
+    """Also without the last rows, which no token has: resize_token_embeddings(len(tokenizer)) cuts a padded vocabulary."""
+    base = make_base("llama")
+    expected = logits(peft_model(base, with_whole_modules(base, tmp_path / "all", lambda t: t)), batch(base))
+    folder = with_whole_modules(base, tmp_path / "adapter", lambda t: t[:rows])
+    found = logits(route(base, Pool([Expert.from_peft(folder)]), Single(0)), batch(base))
+    assert relative(found, expected) < 1e-5
+    half = make_base("llama", dtype=torch.bfloat16)
+    route(half, Pool([Expert.from_peft(folder)]), Single(0))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t + 0.1, lambda t: torch.cat([t, t[:4]]), lambda t: t[20:], lambda t: t[:0]]
+)
+def test_whole_modules_that_differ_are_refused_until_they_are_dropped(change, make_base, tmp_path):
+    base = make_base("llama")
+    folder = with_whole_modules(base, tmp_path / "adapter", change)
+    with pytest.raises(
+        (RoutingError, ExpertError), match=r"brings its own .*--drop modules_to_save|so no values"
+    ):
+        route(base, Pool([Expert.from_peft(folder)]), Single(0))
+    same = with_whole_modules(base, tmp_path / "same", lambda t: t)
+    expected = logits(route(base, Pool([Expert.from_peft(same)]), Single(0)), batch(base))
+    dropped = Expert.load(Expert.from_peft(folder, drop=["modules_to_save"]).save(tmp_path / "again"))
+    assert torch.equal(logits(route(base, Pool([dropped]), Single(0)), batch(base)), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda k: k.replace("model.layers", "_orig_mod.model.layers"),
+        lambda k: f"_orig_mod.{k}",
+        lambda k: f"module.module.{k}",
+        lambda k: k.replace("base_model.model.", "base_model.model.module."),
+        lambda k: f"_fsdp_wrapped_module.{k}".replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+        lambda k: k.replace(".mlp", "._checkpoint_wrapped_module.mlp"),
+        lambda k: k.replace(".weight", ".default.weight").replace("magnitude_vector", "magnitude_vector.default"),
+        lambda k: k.replace(".weight", ".tuned.weight").replace("magnitude_vector", "magnitude_vector.tuned"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_names_that_wrappers_left_in_the_keys_are_taken_off(wrap, packed, make_base, tmp_path):
+    base = make_base("llama")
+    folder = saved(adapted(base, lora("llama", use_dora=True)), tmp_path / "adapter")
+    expected = logits(peft_model(base, folder), batch(base))
+    file = folder / "adapter_model.safetensors"
+    tensors = {wrap(key): tensor for key, tensor in load_file(file).items()}
+    assert tensors.keys() != load_file(file).keys()
+    save_file(tensors, file, {"format": "pt"})
+    pool = Pool([Expert.from_peft(folder)])
+    if packed:
+        pack(pool.save(tmp_path / "pool"))
+        pool = Pool.load(tmp_path / "pool")
+    assert relative(logits(route(base, pool, Single(0)), batch(base)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["adalora", "vera", "vera from its seed", "mica", "velora"])
+def test_packed_they_compute_the_same(kind, make_base, tmp_path):
+    base = make_base("llama")
+    expert = Expert.from_peft(saved(adapted(base, EXACT[kind]("llama")), tmp_path / "adapter"))
+    plain = Expert.from_peft(saved(adapted(base, lora("llama"), 1), tmp_path / "plain"))
+    pool = Pool([expert, plain])
+    expected = logits(route(base, pool, Uniform()), batch(base))
+    pack(pool.save(tmp_path / "pool"))
+    assert torch.equal(logits(route(base, Pool.load(tmp_path / "pool"), Uniform()), batch(base)), expected)
+    unpack(tmp_path / "pool")
+    assert Pool.load(tmp_path / "pool").experts[0].equals(expert)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +403,7 @@ def test_what_the_caller_drops_is_left_out_and_recorded(config, name, make_base,
 def test_mixed_pools_equal_the_sum_of_single_runs_at_one_module(family, make_base, tmp_path):
     """Σ w_e Δ_e with each Δ_e taken from PEFT's own module: all kinds in one pool, at every module they adapt."""
     base = make_base(family)
-    kinds = ("plain", "rslora with patterns", "lora_bias", "dora", "ia3", "some modules")
+    kinds = ("plain", "rslora with patterns", "lora_bias", "dora", "ia3", "some modules", "adalora", "vera")
     models, experts = [], []
     for seed, kind in enumerate(kinds):
         models.append(adapted(base, EXACT[kind](family), seed))
@@ -316,7 +473,7 @@ def test_gates_of_every_kind_train_and_nothing_else_moves(make_base, tmp_path):
     task = Task("t", rows[:16], rows[16:20], rows[20:])
     config = GateConfig(steps=3, rows_per_step=4, rows_per_batch=4, learning_rate=0.05, validate_every=0)
     before = {k: v.clone() for k, v in base.model.state_dict().items()}
-    for number, kind in enumerate(("dora", "lora_bias", "ia3", "head")):
+    for number, kind in enumerate(("dora", "lora_bias", "ia3", "head", "adalora", "vera from its seed")):
         folder = saved(adapted(base, EXACT[kind]("llama"), number), tmp_path / f"a{number}")
         expert = Expert.from_peft(folder, name=f"e{number}")
         gated = train_gate(base, expert, task, config)

@@ -144,6 +144,7 @@ def verify(
     from phatgoose.experts.packing import verify_folder
 
     loaded, norms = verify_folder(pool), None
+    here = loaded
     if base is not None:
         from phatgoose.cli.loading import load
         from phatgoose.models.modules import weight_norms
@@ -152,10 +153,13 @@ def verify(
 
         model = load(base, dtype, device)
         route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
-        show_copied(routing_of(model))
+        routing = routing_of(model)
+        show_copied(routing)
+        assert routing is not None
+        here = routing.pool  # under this model's names of its modules
         unroute(model)
-        norms = weight_norms(model.model, loaded.modules)
-    _warn(loaded.warnings(norms))
+        norms = weight_norms(model.model, here.modules)
+    _warn(here.warnings(norms))
     recorded = loaded.base.spec if loaded.base else "none recorded"
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
     if base is not None:

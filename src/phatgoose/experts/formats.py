@@ -13,6 +13,7 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts import adapterhub, peft
 from phatgoose.experts.adapterhub_places import INTERFACE_FILE, check_interface
 from phatgoose.experts.peft import CONFIG_FILE, Contents
+from phatgoose.experts.peft_rules import check_type
 from phatgoose.experts.tensor_files import TensorFile, read_tensor_file
 from phatgoose.files import inside, read_json
 
@@ -69,7 +70,9 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
         raise ExpertError(f"{weights} does not exist.")
     if format_of(config) == "AdapterHub":
         _check_beside(folder, config, drop)
-    return config, read_tensor_file(weights)
+        return config, read_tensor_file(weights)
+    check_type(config, str(folder))  # other kinds have tensors that aren't read at all
+    return config, read_tensor_file(weights, empty=True)
 
 
 def _refuse_other_weights(folder: Path) -> None:

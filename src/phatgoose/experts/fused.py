@@ -45,7 +45,7 @@ def check_targets(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def of_parameters(
-    found: dict[str, dict[str, Tensor]], targets: tuple[str, ...], settings: Settings, where: str
+    found: dict[str, Mapping[str, Tensor]], targets: tuple[str, ...], settings: Settings, where: str
 ) -> dict[str, Update]:
     """Takes what belongs to bare parameters out of `found` (module path → its tensors), as updates.
 
@@ -90,7 +90,7 @@ def _is_linear(
     module: str,
     names: list[str],
     targets: tuple[str, ...],
-    wrappers: list[dict[str, Tensor]],
+    wrappers: list[Mapping[str, Tensor]],
     settings: Settings,
 ) -> bool:
     """Whether its tensors are those of an ordinary linear layer, which a bare parameter name can't exclude."""

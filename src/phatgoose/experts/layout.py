@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from phatgoose.experts.headers import Header, Item
-from phatgoose.experts.peft import PREFIX, WEIGHTS_FILE, to_contents
+from phatgoose.experts.peft import WEIGHTS_FILE, to_contents
+from phatgoose.experts.peft_keys import SHARED, plain_keys
 from phatgoose.experts.update import Update
 
 
@@ -87,14 +88,19 @@ def layout_of(
     copies = {name: named[id(tensor)] for name, tensor in contents.base_copies.items()}
     sizes = {path: (u.d_in, u.d_out, u.embedding) for path, u in contents.updates.items()}
     beside = {f"{WEIGHTS_FILE}/{key}": item for key, item in header.items.items() if key not in spots}
-    return Layout(header, contents.updates, copies, pairs, spots, beside, _by_module(header, sizes), sizes)
+    return Layout(
+        header, contents.updates, copies, pairs, spots, beside, _by_module(header, sizes, where), sizes
+    )
 
 
-def _by_module(header: Header, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The keys of each module: those that begin with its path, and with no longer one."""
+def _by_module(header: Header, paths: Collection[str], where: str) -> dict[str, tuple[str, ...]]:
+    """The keys of each module: those that begin with its path, and with no longer one; and those that all modules share."""
     found: dict[str, list[str]] = {path: [] for path in paths}
-    for key in header.items:
-        path = key.removeprefix(PREFIX)
+    for key, path in plain_keys(header.items, where).items():
+        if path in SHARED:
+            for keys in found.values():
+                keys.append(key)
+            continue
         while path and path not in found:
             path = path.rpartition(".")[0]
         if path:

@@ -94,7 +94,8 @@ class Source:
             a, b = self.rows(pair)
             return Update(a, b.T, template.scale)
         tensors = {key: self.tensor(key) for key in self.layout.keys[path]}
-        return to_contents(self.config, tensors, str(self.folder), self.drop).updates[path]
+        config = {**self.config, "modules_to_save": None}  # they were checked with the whole adapter
+        return to_contents(config, tensors, str(self.folder), self.drop).updates[path]
 
     @cached_property
     def _rest(self) -> Any:
@@ -240,7 +241,13 @@ def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> t
         if template.magnitude is not None:
             return None, f"expert {expert.name!r} is a DoRA, whose rows depend on the base's weight"
         if pair is None:
-            return None, f"expert {expert.name!r} has A and B of two dtypes"
+            two = template.A.dtype != template.B.dtype
+            why = (
+                "has A and B of two dtypes"
+                if two
+                else "has A and B that are computed from what its file holds"
+            )
+            return None, f"expert {expert.name!r} {why}"
         if pair.dtype != dtype:
             return None, f"expert {expert.name!r} is packed in {pair.dtype}, and {dtype} is wanted"
         if file is not None and source.file is not file:

@@ -13,12 +13,12 @@ from phatgoose.errors import ExpertError, brief
 SECONDS = 2.0
 """Of processor time, for one setting at all of an adapter's modules; ordinary ones take thousandths."""
 _PLAIN = re.compile(r"[\w.-]*")
-# What means the same to `re` and to `regex`, which alone can stop in the middle of a match: characters, classes, groups.
+# What means the same to `re` and to `regex`, which alone can stop in the middle of a match: characters, classes, groups, look-around.
 _SIMPLE = re.compile(
     r"""(?:
         (?: \\[.\-/_dDwWsS]                             # an escaped character, a class of them
           | \[\^?(?:[\w./] | -(?!-) | \\[.\-dDwWsS])+\]
-          | \((?:\?:|(?!\?)) | [)|^$]
+          | \((?:\?(?:[:=!]|<[=!])|(?!\?)) | [)|^$]
           | [^\\\[\](){}?*+|^$]
         )
         (?: (?: [*+?] | \{\d{1,2}\} | \{\d{1,2},\d{0,2}\} ) \?? (?![*+?{]) )?
@@ -34,7 +34,7 @@ class Patterns:
 
     Raises:
         ExpertError: it is no object of values by pattern, or a pattern isn't valid, or isn't of the simple kind that can be
-            matched safely (no look-around, back-references, flags, named groups).
+            matched safely (no back-references, flags, named groups).
     """
 
     def __init__(self, patterns: Any, setting: str, where: str):
@@ -60,7 +60,7 @@ class Patterns:
             if not simple:
                 raise ExpertError(
                     f"{self._where}: {self._setting} has {brief(pattern)}, a regular expression of a kind that isn't matched "
-                    "here, since it may never end; write module names, or characters, classes and groups without look-around."
+                    "here: write module names, or characters, classes, groups and look-around, without back-references, flags and named groups."
                 )
             re.compile(rf"(.*\.)?({pattern})$")
             return regex.compile(rf"(.*\.)?({pattern})$", regex.VERSION0)

@@ -34,8 +34,10 @@ class TensorFile:
     sha256: str
 
 
-def read_tensor_file(path: Path, error: type[PhatgooseError] = ExpertError) -> TensorFile:
-    """Reads a safetensors file.
+def read_tensor_file(
+    path: Path, error: type[PhatgooseError] = ExpertError, *, empty: bool = False
+) -> TensorFile:
+    """Reads a safetensors file. `empty`: whether tensors without values are taken too; whoever reads them must look.
 
     Raises:
         PhatgooseError: of the type `error`, naming the file, and the tensor where there is one: no whole safetensors file,
@@ -50,7 +52,10 @@ def read_tensor_file(path: Path, error: type[PhatgooseError] = ExpertError) -> T
         digest = hashlib.sha256(raw)
         tensors: dict[str, Tensor] = {}
         for name, item in header.in_order():
-            tensors[name] = _read(file, item, f"{path}: tensor {name!r}", error, digest)
+            where = f"{path}: tensor {name!r}"
+            if 0 in item.shape and not empty:
+                raise error(f"{where} has shape {list(item.shape)}, so no values.")
+            tensors[name] = _read(file, item, where, error, digest)
         if file.read(1):
             raise error(f"{path} grew while it was read; is somebody writing it?")
     for name, tensor in tensors.items():
@@ -63,15 +68,12 @@ def read_tensor_file(path: Path, error: type[PhatgooseError] = ExpertError) -> T
 def _read(
     file: BufferedReader, item: Item, where: str, error: type[PhatgooseError], digest: hashlib._Hash
 ) -> Tensor:
-    if 0 in item.shape:
-        raise error(
-            f"{where} has shape {list(item.shape)}, so no values. Adapters saved from sharded training without gathering "
-            "their weights look so; save it again."
-        )
     try:
         tensor = torch.empty(item.shape, dtype=item.dtype)
     except (RuntimeError, MemoryError) as cause:
         raise error(f"{where}: no memory for its {item.end - item.begin} bytes.") from cause
+    if not tensor.numel():
+        return tensor
     view = tensor.reshape(-1).view(torch.uint8).numpy().data
     if file.readinto(view) != len(view):
         raise error(f"{where} ends early; the file was cut short while it was read.")

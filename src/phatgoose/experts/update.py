@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -50,6 +51,41 @@ class Bottleneck:
 
 
 @dataclass(frozen=True, eq=False)
+class Projections:
+    """VeRA's random matrices, which all modules of an adapter share: A [r, widest d_in] and B [widest d_out, r].
+
+    Each module takes A's first d_in columns and B's first d_out rows.
+    """
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    seed: int | None = None
+    """What PEFT draws them from where they weren't saved along."""
+
+    def drawn(self, rank: int, d_in: int, d_out: int) -> Projections:
+        """These, or those that PEFT draws from the seed for modules of at most these sizes."""
+        if self.seed is None:
+            return self
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = ((rank, d_in), (d_out, rank))  # Kaiming's uniform distribution, as PEFT has it
+        bounds = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns)) for _, columns in shapes)
+        a, b = (
+            torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            for shape, bound in zip(shapes, bounds, strict=True)
+        )
+        return Projections(a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedUpdate:
+    """VeRA (Kopiczko et al. 2024, arXiv 2310.11454): b ⊙ B (d ⊙ A u), b [d_out], d [r]."""
+
+    b: Tensor
+    d: Tensor
+    projections: Projections
+
+
+@dataclass(frozen=True, eq=False)
 class Update:
     """Δ(u) of an expert at one module that computes y = W u + b. Absent parts are None, an absent low-rank part has rank 0.
 
@@ -77,6 +113,8 @@ class Update:
     bottleneck: Bottleneck | None = None
     embedding: bool = False
     """Whether the module is an embedding: u are token ids, A u are columns of A."""
+    shared: SharedUpdate | None = None
+    """VeRA's vectors. Must be `placed` before the update can be computed: only the base knows the sizes."""
 
     @property
     def rank(self) -> int:
@@ -85,6 +123,8 @@ class Update:
     @property
     def width(self) -> int:
         """r of the low-rank part or of the bottleneck; 0 if there is neither."""
+        if self.shared is not None:
+            return self.shared.d.shape[0]
         return self.rank if self.bottleneck is None else max(self.rank, self.bottleneck.down.shape[0])
 
     @property
@@ -105,15 +145,25 @@ class Update:
     @property
     def is_low_rank(self) -> bool:
         """Whether Δ(u) = scale · B A u is all there is."""
-        others = (self.bias, self.output_scale, self.input_scale, self.magnitude, self.bottleneck)
+        others = (
+            self.bias,
+            self.output_scale,
+            self.input_scale,
+            self.magnitude,
+            self.bottleneck,
+            self.shared,
+        )
         return all(part is None for part in others) and not self.embedding
 
     @property
     def kind(self) -> str:
-        """What it is called where it comes from: "LoRA", "DoRA", "(IA)³", "bottleneck", or several joined by "+"."""
+        """What it is called where it comes from: "LoRA", "DoRA", "(IA)³", "VeRA", "bottleneck", or several joined by "+"."""
         names = []
+        if self.shared is not None:
+            names.append("VeRA")
         if self.rank:
-            names.append("DoRA" if self.magnitude is not None else "LoRA")
+            resolved = self.output_scale is not None and not self.covers_bias
+            names.append("DoRA" if self.magnitude is not None or resolved else "LoRA")
         if self.input_scale is not None or (self.output_scale is not None and self.covers_bias):
             names.append("(IA)³")
         if self.bottleneck is not None:
@@ -126,11 +176,19 @@ class Update:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 yield item.name, value
-        if self.bottleneck is not None:
-            for item in fields(self.bottleneck):
-                value = getattr(self.bottleneck, item.name)
+        more: dict[str, Bottleneck | SharedUpdate | Projections | None] = {
+            "bottleneck": self.bottleneck,
+            "shared": self.shared,
+        }
+        if self.shared is not None:
+            more["projections"] = self.shared.projections
+        for name, part in more.items():
+            if part is None:
+                continue
+            for item in fields(part):
+                value = getattr(part, item.name)
                 if isinstance(value, Tensor):
-                    yield f"bottleneck.{item.name}", value
+                    yield f"{name}.{item.name}", value
 
     def numbers(self) -> dict[str, object]:
         """Everything else that decides what it computes, where it isn't the default."""
@@ -144,6 +202,8 @@ class Update:
             found["bottleneck"] = [b.activation, b.scale]
             if b.residual is not None:
                 found["bottleneck_reads"] = [b.residual, b.reads_output]
+        if self.shared is not None and self.shared.projections.seed is not None:
+            found["projection_seed"] = self.shared.projections.seed
         return found
 
     def resolved(self, weight: Tensor) -> Update:
@@ -157,6 +217,25 @@ class Update:
         a, b, w, m = (t.detach().to("cpu", dtype) for t in (self.A, self.B, weight, self.magnitude))
         c = m.reshape(-1) / torch.linalg.vector_norm(w + self.scale * (b @ a), dim=1)
         return replace(self, A=a, B=c[:, None] * b, output_scale=c, covers_bias=False, magnitude=None)
+
+    def placed(self, d_in: int, projections: Projections) -> Update:
+        """VeRA at a module of d_in inputs as a low-rank update, in float32 or wider; `projections` that have their matrices.
+
+        Raises:
+            ValueError: A has fewer columns than the module has inputs, or B fewer rows than it has outputs.
+        """
+        if self.shared is None:
+            return self
+        a, b, d, rows = projections.A, projections.B, self.shared.d, self.shared.b
+        assert a is not None
+        assert b is not None
+        if a.shape[1] < d_in or b.shape[0] < len(rows):
+            raise ValueError(
+                f"vera_A {list(a.shape)} and vera_B {list(b.shape)} are too small for {d_in} → {len(rows)}"
+            )
+        dtype = torch.promote_types(torch.promote_types(a.dtype, d.dtype), torch.float32)
+        a, b, d, rows = (t.detach().to(dtype) for t in (a[:, :d_in], b[: len(rows)], d, rows))
+        return Update(d[:, None] * a, rows[:, None] * b)
 
     def weight(self) -> Tensor:
         """ΔW = scale · B A of the low-rank part: [d_out, d_in] in float32."""

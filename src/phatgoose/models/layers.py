@@ -140,12 +140,17 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def same_weights(module: nn.Module, name: str, copy: Tensor) -> bool:
-    """Whether `copy` is the module's own parameter, up to the rounding to its dtype."""
+def same_weights(module: nn.Module, name: str, copy: Tensor, *, cut: bool = False) -> bool:
+    """Whether `copy` is the module's own parameter, up to the rounding to its dtype.
+
+    `cut`: the copy may lack the last rows: those of an embedding or a head that no token of the tokenizer has.
+    """
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
         own = getattr(module, name, None)
+        if isinstance(own, Tensor) and cut and own.ndim == copy.ndim and len(copy) < len(own):
+            own = own[: len(copy)]
         if not isinstance(own, Tensor) or own.shape != copy.shape:
             return False
         return torch.equal(copy.to(own.device, own.dtype), own) or torch.equal(

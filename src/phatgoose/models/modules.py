@@ -113,10 +113,12 @@ def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> No
     for expert in experts:
         for key, copy in expert.base_copies.items():
             path, _, name = key.rpartition(".")
-            if path not in modules or not same_weights(modules[path], name, copy):
+            if path not in modules or not same_weights(modules[path], name, copy, cut=True):
                 raise RoutingError(
                     f"expert {expert.name!r} brings its own {key} {list(copy.shape)}, which is not this model's: its vocabulary was "
-                    "resized or its embeddings were retrained, and that can't be routed. If they weren't, it is of another base."
+                    "resized or its embeddings were retrained, and that can't be routed. To leave them out, knowing that the expert "
+                    "then computes something else, make it again with drop=['modules_to_save'] (--drop modules_to_save). If they "
+                    "weren't changed, it is of another base."
                 )
 
 

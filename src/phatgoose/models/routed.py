@@ -37,6 +37,7 @@ from phatgoose.models.layers import (
 from phatgoose.models.modules import check_copies, check_parameters, module_at, shape_of
 from phatgoose.models.moe import Inside, Slot, context_at
 from phatgoose.models.moe_paths import modules_of
+from phatgoose.models.placement import placed_pool
 from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
@@ -155,13 +156,14 @@ class Routing:
         dtype: torch.dtype | None = None,
         device_memory: int | None = None,
     ):
+        modules = modules_of(model, pool.modules)
+        pool = placed_pool(model, modules, pool)
         self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
         self.device_memory, self.memory = device_memory, available_bytes()
         self.ready = router.prepared(setup_of(model, pool))
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
-        modules = modules_of(model, pool.modules)
         check_copies(modules, pool.experts)
         check_parameters(modules, pool.experts)
         self.sites = [_Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]

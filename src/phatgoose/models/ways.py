@@ -126,7 +126,7 @@ class Way:
         if self.off:
             on = torch.tensor([[name not in self.off for name in names]])
             router = Masked(router, Switches(on))
-        setup = setup_of(version.base.model, version.pool)
+        setup = setup_of(version.base.model, version.routing.pool)
         router = router.prepared(
             replace(setup, encoder=lambda name: _Remembering(setup.encoder(encoder(name))))
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from phatgoose.errors import TrainingError
+from phatgoose.errors import RoutingError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft import read_tensors
 from phatgoose.experts.update import Update, sizes_agree
@@ -29,6 +29,7 @@ from phatgoose.models.layers import (
 )
 from phatgoose.models.modules import check_copies, check_parameters
 from phatgoose.models.moe_paths import modules_of
+from phatgoose.models.placement import placed
 from phatgoose.ops import Layer, Stack, backend, make_stack
 from phatgoose.records import Task
 from phatgoose.training.arguments import Logger
@@ -67,12 +68,13 @@ def train_gate(
         StorageError: a checkpoint or the result can't be written.
     """
     base, config = as_base(base), config or GateConfig()
-    check_fits(base, expert)
-    check_copies(dict(base.model.named_modules(remove_duplicate=False)), [expert])
+    here, names = check_fits(base, expert)
+    own = {name: path for path, name in names.items()}
+    check_copies(dict(base.model.named_modules(remove_duplicate=False)), [here])
     folder = Path(work_folder) if work_folder is not None else None
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
-        gates = read_tensors(result / FILE)
+        gates = {own.get(path, path): gate for path, gate in read_tensors(result / FILE).items()}
         record = {**record, "cost_share": _cost_share(record, expert.provenance)}
         return expert.with_gates(gates, provenance=record)
 
@@ -83,7 +85,7 @@ def train_gate(
         task=task,
         config=config,
         key={"expert": _digest(expert)},
-        build=lambda: GatedStudent(base.model, expert.updates, config),
+        build=lambda: GatedStudent(base.model, here.updates, config),
         write=_write,
         read=read,
     )
@@ -193,8 +195,8 @@ def decode_path(key: str) -> str:
     return key.replace("%2E", ".").replace("%25", "%")
 
 
-def check_fits(base: Base, expert: Expert) -> None:
-    """Refuses an expert of another base.
+def check_fits(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
+    """Refuses an expert of another base; else the expert as it stands on this one, and what `placed` says of its modules' names.
 
     Raises:
         BaseModelError: it was made on another. RoutingError, TrainingError, naming the module: one of its modules is no linear layer of its size here.
@@ -202,8 +204,12 @@ def check_fits(base: Base, expert: Expert) -> None:
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
     modules = modules_of(base.model, expert.updates)
-    check_parameters(modules, [expert])
-    for path, update in expert.updates.items():
+    try:
+        here, names = placed(base.model, modules, expert)
+    except RoutingError as cause:
+        raise TrainingError(str(cause)) from cause
+    check_parameters(modules, [here])
+    for path, update in here.updates.items():
         if path not in modules:
             raise TrainingError(
                 f"expert {expert.name!r} adapts {path}, which this base doesn't have: it belongs to another base."
@@ -214,6 +220,7 @@ def check_fits(base: Base, expert: Expert) -> None:
                 f"expert {expert.name!r} at {path}: expected a layer of (d_in, d_out) = {(update.d_in, update.d_out)}, "
                 f"found {found or type(modules[path]).__name__}: it belongs to another base."
             )
+    return here, names
 
 
 def _write(student: Student, folder: Path) -> None:

@@ -57,7 +57,8 @@ def make_signature(
         BaseModelError: the expert is of another base, or the encoder can't be loaded.
     """
     base, config = as_base(base), config or SignatureConfig()
-    check_fits(base, expert)
+    here, names = check_fits(base, expert)
+    own = {name: path for path, name in names.items()}
     if routing_of(base) is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     if not task.train:
@@ -71,7 +72,8 @@ def make_signature(
         if rows:
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
             file, whole_key = folder / FOLDER / FILE, f"{key}/{size}"
-            activations, tokens = mean_activations(base, expert, batches, file, whole_key, report)
+            means, tokens = mean_activations(base, here, batches, file, whole_key, report)
+            activations = {own.get(path, path): mean for path, mean in means.items()}
     texts, cut = (None, 0) if encoder is None else _texts(base, task, config, encoder)
     made = DataSignature(
         activations, texts, encoder.name if encoder else None, encoder.sha256 if encoder else None

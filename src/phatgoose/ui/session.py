@@ -109,7 +109,8 @@ class Session:
     def _places(self) -> dict[str, Place]:
         routing = routing_of(self.base)
         assert routing is not None
-        return places(self.pool.modules, [routing.streams.stream_of(path) for path in self.pool.modules])
+        modules = routing.pool.modules
+        return places(modules, [routing.streams.stream_of(path) for path in modules])
 
     def check(self, ask: Ask) -> None:
         """Refuses what can be refused before the model is asked.

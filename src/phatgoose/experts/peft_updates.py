@@ -1,0 +1,298 @@
+"""The tensors of a PEFT adapter at one module → an update, for each kind of adapter that is an exact update."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.fused import check_targets, of_parameters
+from phatgoose.experts.patterns import Patterns
+from phatgoose.experts.update import Projections, SharedUpdate, Update, no_rows
+
+Parts = Mapping[str, Tensor]
+"""The tensors of one module, by part."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of PEFT's kinds of adapter."""
+
+    patterns: Mapping[str, re.Pattern[str]]
+    """Part → the keys that hold it; the first group is the module's path."""
+    updates: Callable[[Mapping[str, Any], Mapping[str, Parts], Parts, str], dict[str, Update]]
+    """Of config, parts by module path, tensors that all modules share, and a name for messages."""
+    empty: bool = False
+    """Whether tensors without values are in order."""
+
+    def part(self, plain: str) -> tuple[str, str] | None:
+        """The module's path and the part that a key stands for."""
+        for name, pattern in self.patterns.items():
+            if match := pattern.fullmatch(plain):
+                return match[1], name
+        return None
+
+
+class _Settings:
+    """The settings of a LoRA adapter, as PEFT resolves them for a module.
+
+    Raises:
+        ExpertError: one isn't what PEFT takes.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self._where = where
+        self._config = config
+        self._patterns = {
+            name: Patterns(config.get(name), name, where) for name in ("rank_pattern", "alpha_pattern")
+        }
+
+    def rank(self, path: str) -> int:
+        value = self._number("rank_pattern", "r", path)
+        if value != int(value) or value < 1:
+            raise ExpertError(
+                f"{self._where}: rank of module {path} is {brief(value)}, expected a positive whole number."
+            )
+        return int(value)
+
+    def scale(self, path: str, rank: int) -> float:
+        alpha = self._number("alpha_pattern", "lora_alpha", path)
+        scale = alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
+        return in_float32(scale, f"{self._where}: lora_alpha of module {path} is {brief(alpha)}")
+
+    def flag(self, name: str) -> bool:
+        value = self._config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ExpertError(f"{self._where}: {name} is {brief(value)}, expected true or false.")
+        return bool(value)
+
+    def _number(self, patterns: str, name: str, path: str) -> float:
+        value = self._patterns[patterns].find(path, self._config.get(name, 8))
+        return finite(value, f"{self._where}: {name} of module {path}")
+
+
+def finite(value: Any, what: str) -> float:
+    """A number of a config as it stands there.
+
+    Raises:
+        ExpertError: it is none, or not finite.
+    """
+    if (
+        not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _HUGE
+    ):  # NaN as well
+        raise ExpertError(f"{what} is {brief(value)}, expected a finite number.")
+    return value
+
+
+def in_float32(scale: float, what: str) -> float:
+    """An update's scale.
+
+    Raises:
+        ExpertError: no float32 holds it.
+    """
+    if abs(scale) > _LARGEST:
+        raise ExpertError(f"{what}, so its scale is {scale!r}, which no float32 holds.")
+    return float(scale)
+
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32."""
+_HUGE = 1.7976931348623157e308
+"""The largest float."""
+
+
+def _lora(settings: _Settings, path: str, parts: Mapping[str, Tensor], where: str) -> Update:
+    embedding = "embedding_A" in parts or "embedding_B" in parts
+    names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    allowed = {*names} if embedding else {*names, "bias", "magnitude"}
+    if unfit := parts.keys() - allowed:
+        what = (
+            "DoRA of an embedding can't be routed"
+            if "magnitude" in unfit
+            else f"unexpected: {', '.join(sorted(unfit))}"
+        )
+        raise ExpertError(f"{where}: module {path}: {what}.")
+    for name in names:
+        if name not in parts:
+            raise ExpertError(f"{where}: module {path} has no lora_{name} weight.")
+    if embedding and settings.flag("ensure_weight_tying"):
+        raise ExpertError(
+            f"{where}: ensure_weight_tying ties the update of {path} to another module's; train it without."
+        )
+    rank = settings.rank(path)
+    a, b = (parts[name] for name in names)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise ExpertError(
+            f"{where}: module {path} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; expected [{rank}, d_in] and "
+            f"[d_out, {rank}] for the configured rank {rank} (layers other than linear ones and embeddings can't be routed)."
+        )
+    vectors = {name: parts.get(name) for name in ("bias", "magnitude")}
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (b.shape[0],):
+            raise ExpertError(
+                f"{where}: module {path} has a {name} of shape {list(vector.shape)}, expected [{b.shape[0]}]."
+            )
+    for setting, name in (("lora_bias", "bias"), ("use_dora", "magnitude")):
+        if not embedding and settings.flag(setting) != (vectors[name] is not None):
+            raise ExpertError(
+                f"{where}: {setting} is {settings.flag(setting)}, and module {path} has {'a' if vectors[name] is not None else 'no'} {name}."
+            )
+    if vectors["bias"] is not None and vectors["magnitude"] is not None:
+        raise ExpertError(
+            f"{where}: module {path} has both a bias and a DoRA magnitude, which PEFT doesn't define."
+        )
+    return Update(
+        a, b, settings.scale(path, rank), vectors["bias"], magnitude=vectors["magnitude"], embedding=embedding
+    )
+
+
+def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
+    """PEFT keeps l as [d_out, 1] where it scales the output, bias included, and as [1, d_in] where it scales the input."""
+    if parts.keys() != {"ia3"}:
+        raise ExpertError(
+            f"{where}: module {path} has {', '.join(sorted(parts))}; an (IA)³ adapter has one ia3_l."
+        )
+    vector = parts["ia3"]
+    if vector.ndim != 2 or 1 not in vector.shape:
+        raise ExpertError(
+            f"{where}: module {path} has ia3_l {list(vector.shape)}, expected [d_out, 1] or [1, d_in]."
+        )
+    if vector.shape[0] == 1 and vector.shape[1] != 1:
+        return Update(*no_rows(vector.shape[1], None), input_scale=vector.reshape(-1))
+    if vector.shape == (1, 1):
+        raise ExpertError(
+            f"{where}: module {path} has an ia3_l of one value, which may scale its input or its output."
+        )
+    return Update(*no_rows(None, vector.shape[0]), output_scale=vector.reshape(-1))
+
+
+def _all_lora(
+    config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
+) -> dict[str, Update]:
+    """LoRA's scale is alpha/r, or alpha/√r with rsLoRA, where rank_pattern and alpha_pattern give a module's own r and alpha."""
+    settings = _Settings(config, where)
+    rest = dict(found)
+    updates = of_parameters(rest, check_targets(config, where), settings, where)
+    return updates | {path: _lora(settings, path, parts, where) for path, parts in rest.items()}
+
+
+def _all_ia3(_: Mapping[str, Any], found: Mapping[str, Parts], __: Parts, where: str) -> dict[str, Update]:
+    return {path: _ia3(path, parts, where) for path, parts in found.items()}
+
+
+def _all_adalora(
+    config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
+) -> dict[str, Update]:
+    """AdaLoRA (Zhang et al. 2023): ΔW = alpha/(init_r + 1e-5) · B (E ⊙ A), E [r, 1]; modules whose rank became 0 are left as they are."""
+    first = finite(config.get("init_r", 12), f"{where}: init_r")
+    alpha = finite(config.get("lora_alpha", 8), f"{where}: lora_alpha")
+    if first != int(first) or first < 0:
+        raise ExpertError(f"{where}: init_r is {brief(first)}, expected a whole number of at least 0.")
+    kept = _kept_ranks(config.get("rank_pattern"), where)
+    updates = {}
+    for path, parts in found.items():
+        if parts.keys() != {"A", "B", "E"}:
+            raise ExpertError(
+                f"{where}: module {path} has {', '.join(sorted(parts))}; AdaLoRA has lora_A, lora_B and lora_E."
+            )
+        a, b, e = parts["A"], parts["B"], parts["E"]
+        rank = kept.get(path, int(first))
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1], tuple(e.shape)) != (rank, rank, (rank, 1)):
+            raise ExpertError(
+                f"{where}: module {path} has lora_A {list(a.shape)}, lora_B {list(b.shape)} and lora_E {list(e.shape)}; expected "
+                f"[{rank}, d_in], [d_out, {rank}] and [{rank}, 1]: its rank is {rank} by init_r and rank_pattern."
+            )
+        if rank:
+            scale = in_float32(
+                (alpha if alpha > 0 else rank) / (first + 1e-5), f"{where}: lora_alpha is {brief(alpha)}"
+            )
+            wide = torch.promote_types(torch.promote_types(a.dtype, e.dtype), torch.float32)
+            updates[path] = Update(a.to(wide) * e.to(wide), b, scale)
+    return updates
+
+
+def _kept_ranks(pattern: Any, where: str) -> dict[str, int]:
+    """AdaLoRA's rank_pattern ("PATH.lora_E" → which of the init_r ranks were kept) as ranks by module path."""
+    ranks = {}
+    for name, kept in (pattern or {}).items() if isinstance(pattern, dict | None) else [("", None)]:
+        if not isinstance(kept, list) or not all(isinstance(one, bool) for one in kept):
+            raise ExpertError(
+                f"{where}: rank_pattern has {brief(kept)} for {brief(name)}, expected a list of true and false."
+            )
+        ranks[name.removesuffix(".default").removesuffix(".lora_E")] = sum(kept)
+    return ranks
+
+
+def _all_vera(
+    config: Mapping[str, Any], found: Mapping[str, Parts], shared: Parts, where: str
+) -> dict[str, Update]:
+    """VeRA (Kopiczko et al. 2024): ΔW = diag(b) B diag(d) A, with one A and one B for all modules, saved or drawn from a seed."""
+    saved, seed = config.get("save_projection", True), config.get("projection_prng_key", 0)
+    if (
+        not isinstance(saved, bool)
+        or (saved and shared.keys() != {"vera_A", "vera_B"})
+        or (not saved and shared)
+    ):
+        raise ExpertError(
+            f"{where}: save_projection is {brief(saved)}, and of vera_A and vera_B the file holds {', '.join(sorted(shared)) or 'none'}."
+        )
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ExpertError(f"{where}: projection_prng_key is {brief(seed)}, expected a whole number.")
+    projections, rank = (
+        Projections(shared.get("vera_A"), shared.get("vera_B"), None if saved else seed),
+        config.get("r", 256),
+    )
+    updates = {}
+    for path, parts in found.items():
+        if parts.keys() != {"b", "d"}:
+            raise ExpertError(
+                f"{where}: module {path} has {', '.join(sorted(parts))}; VeRA has vera_lambda_b and vera_lambda_d."
+            )
+        b, d = parts["b"], parts["d"]
+        if b.ndim != 1 or tuple(d.shape) != (rank,):
+            raise ExpertError(
+                f"{where}: module {path} has vera_lambda_b {list(b.shape)} and vera_lambda_d {list(d.shape)}; expected [d_out] and "
+                f"[{brief(rank)}] for the configured rank."
+            )
+        if saved and (shared["vera_A"].ndim, shared["vera_B"].ndim) != (2, 2):
+            raise ExpertError(f"{where}: vera_A and vera_B are no matrices.")
+        if saved and (shared["vera_A"].shape[0], shared["vera_B"].shape[1]) != (rank, rank):
+            raise ExpertError(
+                f"{where}: vera_A is {list(shared['vera_A'].shape)} and vera_B {list(shared['vera_B'].shape)}; expected [{rank}, …] "
+                f"and […, {rank}]."
+            )
+        if saved and shared["vera_B"].shape[0] < b.shape[0]:
+            raise ExpertError(
+                f"{where}: module {path} has {b.shape[0]} outputs, and vera_B only {shared['vera_B'].shape[0]} rows."
+            )
+        updates[path] = Update(*no_rows(None, b.shape[0]), shared=SharedUpdate(b, d, projections))
+    return updates
+
+
+def _patterns(**parts: str) -> dict[str, re.Pattern[str]]:
+    return {name: re.compile(rf"(.+)\.{pattern}") for name, pattern in parts.items()}
+
+
+KINDS = {
+    "LORA": Kind(
+        _patterns(
+            A=r"lora_A\.weight",
+            B=r"lora_B\.weight",
+            bias=r"lora_B\.bias",
+            magnitude=r"lora_magnitude_vector(?:\.weight)?",
+            embedding_A="lora_embedding_A",
+            embedding_B="lora_embedding_B",
+        ),
+        _all_lora,
+    ),
+    "IA3": Kind(_patterns(ia3="ia3_l"), _all_ia3),
+    "ADALORA": Kind(_patterns(A="lora_A", B="lora_B", E="lora_E"), _all_adalora, empty=True),
+    "VERA": Kind(_patterns(b="vera_lambda_b", d="vera_lambda_d"), _all_vera),
+}
+"""By PEFT's name for it."""
