@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+import urllib.request
 from pathlib import Path
 
 import openai
@@ -20,7 +21,7 @@ from conftest import make_model, make_tokenizer
 from phatgoose.experts.pool import remove_from_folder
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
-from phatgoose.serving.settings import ServeSettings
+from phatgoose.serving.job import ServingError
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip(
@@ -41,8 +42,6 @@ def cluster(tmp_path, monkeypatch):
     for patience in ("PROXY_READY_CHECK", "PROXY_HEALTH_CHECK"):
         monkeypatch.setenv(f"RAY_SERVE_{patience}_TIMEOUT_S", "120")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
-    from phatgoose.serving.replicas import ReplicaSettings, app
-
     base = Base(make_model("llama"), make_tokenizer(), spec="tiny")
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
@@ -55,12 +54,17 @@ def cluster(tmp_path, monkeypatch):
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = ReplicaSettings(
-            base=str(tmp_path / "base"),
-            pool=str(tmp_path / "pool"),
-            settings={"max_running": 4, "cache_tokens": 2048},
+        serve.run(
+            built(
+                "phatgoose.serving.replicas:app",
+                {
+                    "base": str(tmp_path / "base"),
+                    "pool": str(tmp_path / "pool"),
+                    "replicas": "2",
+                    "settings": '{"max_running": 4, "cache_tokens": 2048}',
+                },
+            )
         )
-        serve.run(app(settings))
         yield f"http://127.0.0.1:{port}/v1", wanted, tmp_path / "pool"
     finally:
         serve.shutdown()
@@ -77,17 +81,67 @@ def replicas() -> set[int]:
     return found
 
 
-def test_the_deployment_file_fits():
-    from phatgoose.serving.replicas import ReplicaSettings, app
+def built(import_path, args):
+    """What Ray makes of an application's import path and arguments, in a file as on the command line."""
+    from ray._common.utils import import_attr
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 
-    found = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "replicas.yaml").read_text())
-    (application,) = found["applications"]
-    assert application["import_path"] == f"{app.__module__}:{app.__name__}"
-    settings = ReplicaSettings(**application["args"])
-    assert settings.replicas == 2
-    assert ServeSettings(**settings.settings).max_running == 32
-    with pytest.raises(ValueError, match="pools"):
-        ReplicaSettings(base="x", pools="y")
+    return build(import_attr(import_path), args)
+
+
+def test_the_deployment_file_starts():
+    from ray.serve.schema import ServeDeploySchema
+
+    text = (Path(__file__).parents[2] / "recipes" / "replicas.yaml").read_text()
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    deployment = built(application.import_path, application.args)._bound_deployment
+    assert deployment.num_replicas == 2
+    assert deployment.max_ongoing_requests == 32 + 128
+
+
+def test_the_documented_command_starts():
+    from ray.serve.scripts import convert_args_to_dict
+
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("serve run phatgoose"))
+    _, _, place, *given = line.split()
+    more = ("cpus=0.5", 'settings={"max_running": 4}')
+    deployment = built(place, convert_args_to_dict((*given, *more)))._bound_deployment
+    assert deployment.num_replicas == 2
+    assert deployment.ray_actor_options["num_cpus"] == 0.5
+    assert deployment.max_ongoing_requests == 4 + 128
+
+
+def test_what_is_no_setting_is_refused_by_name():
+    from phatgoose.serving.replicas import app
+
+    for wrong, says in (
+        ({"pools": "y"}, "pools"),
+        ({"replicas": "two"}, "replicas"),
+        ({"replicas": 0}, "replicas"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            app({"base": "x", **wrong})
+
+
+def test_each_replica_serves_its_own_metrics():
+    from prometheus_client import CollectorRegistry, Gauge
+
+    from phatgoose.serving.replicas import ReplicaSettings, serve_metrics
+
+    first, found = free_port(), []
+    args = ReplicaSettings(base="x", replicas=1, metrics_port=first)
+    for number in range(2):
+        registry = CollectorRegistry()
+        Gauge("replica", "Which.", registry=registry).set(number)
+        found.append(serve_metrics(args, registry))
+    assert found == [first, first + 1]
+    for number, port in enumerate(found):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert f"replica {float(number)}" in answer.read().decode()
+    with pytest.raises(ServingError, match="choose another metrics_port"):
+        serve_metrics(args, CollectorRegistry())
+    assert serve_metrics(ReplicaSettings(base="x"), CollectorRegistry()) is None
 
 
 def test_without_a_key_names_of_other_places_are_refused():

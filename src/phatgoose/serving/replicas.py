@@ -6,16 +6,20 @@ its engine does. Needs the extra `phatgoose[replicas]`. Keys are read from the e
 
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from prometheus_client import CollectorRegistry, start_http_server
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
 from phatgoose.serving.apart import apart
 from phatgoose.serving.app import make_app
 from phatgoose.serving.guard import Keys
-from phatgoose.serving.logs import set_up
+from phatgoose.serving.job import ServingError
+from phatgoose.serving.logs import log, set_up
 from phatgoose.serving.run import LOCAL_NAMES, names_of, read_keys
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
@@ -41,8 +45,18 @@ class ReplicaSettings(BaseModel):
     hosts: str = ",".join(LOCAL_NAMES)
     """Names under which replicas answer where there is no key, with commas between: as clients call Ray's proxy. *: any, which lets pages
     in browsers that can reach it in under names of their own."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Each replica serves its own metrics on a port of its own: the first free one of the 2 × replicas from here on, on its machine.
+    None: only /metrics behind Ray's proxy, which is one replica's, another time another's."""
+    metrics_host: str = "127.0.0.1"
+    """Where those ports listen. They ask for no key; there is nothing of prompts or answers in them."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Of each replica's server: fields of ServeSettings. They follow each other's changes of the folder within `follow_seconds`, 2."""
+    """Of each replica's server: fields of ServeSettings; on the command line as JSON. They follow each other's changes of the folder within `follow_seconds`, 2."""
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
 
     def names(self, keys: Keys) -> frozenset[str] | None:
         """What a request's Host header may say; None: anything."""
@@ -61,14 +75,49 @@ def make_service(args: ReplicaSettings) -> Service:
     return Service(base, args.limits(), folder=folder, router=args.router, name=args.name)
 
 
-def app(args: ReplicaSettings) -> serve.Application:
-    """The application that `serve run` and `serve.run` start."""
+def serve_metrics(args: ReplicaSettings, registry: CollectorRegistry) -> int | None:
+    """Serves this replica's metrics at the first of its ports that is free; the port, None without one.
+
+    Raises:
+        ServingError: none is free.
+    """
+    if args.metrics_port is None:
+        return None
+    # While replicas are replaced there may be twice as many.
+    for port in range(args.metrics_port, args.metrics_port + 2 * args.replicas):
+        try:
+            start_http_server(port, args.metrics_host, registry)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ServingError(
+                    f"no metrics can be served on {args.metrics_host}:{port}: {error}."
+                ) from None
+            continue
+        log.info("metrics", extra={"facts": {"host": args.metrics_host, "port": port}})
+        return port
+    raise ServingError(
+        f"no port from {args.metrics_port} to {port} is free for a replica's metrics: choose another metrics_port."
+    )
+
+
+def app(args: dict[str, Any] | ReplicaSettings) -> serve.Application:
+    """The application that `serve run`, `serve deploy` and `serve.run` start.
+
+    Args:
+        args: the fields of ReplicaSettings. Ray gives a dict, whose values on a command line are text.
+
+    Raises:
+        ValidationError: they aren't fields of ReplicaSettings, or have other values than those may have.
+    """
+    args = ReplicaSettings.model_validate(args)
     limits = args.limits()
 
     def build() -> Any:
         set_up()
         keys = read_keys(None, None)
-        return make_app(make_service(args), keys, args.names(keys))
+        service = make_service(args)
+        serve_metrics(args, service.metrics.registry)
+        return make_app(service, keys, args.names(keys))
 
     class Replica:
         app: Any
