@@ -25,12 +25,31 @@ class Example:
     Neither choices nor targets start with a space: the space between prompt and answer, if any, is added on encoding.
     `group` names the raw row that a prompt shows, where the source shows one under several prompts: examples of one group aren't
     independent. It is no part of what an example is: equality and a task's hash pass over it.
+
+    A row that is a conversation (`tasks/messages.py`) has a `conversation`, and in `answers` the assistant's message for each target;
+    a chat template makes the prompt and the answers of them. `input` and `targets` are then their texts, for people and comparisons.
     """
 
     input: str
     targets: tuple[str, ...]
     choices: tuple[str, ...] | None = None
     group: str | None = field(default=None, compare=False, repr=False)
+    conversation: str | None = field(default=None, repr=False)
+    """JSON of {"messages": […], "tools": […]}: what stands before the answer; None for a plain prompt."""
+    answers: tuple[str, ...] = field(default=(), repr=False)
+    """JSON of a message for each target; empty for a plain prompt."""
+    opening: str | None = field(default=None, compare=False, repr=False)
+    """The text that decides the split where that isn't `input`: of a later turn, what stands before the conversation's first answer."""
+
+    @property
+    def placed_by(self) -> str:
+        """The text that decides the split."""
+        return self.input if self.opening is None else self.opening
+
+    def messages(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """(messages, tools) of a conversation."""
+        found = json.loads(self.conversation or "{}")
+        return found["messages"], found.get("tools")
 
 
 def groups_of(examples: Sequence[Example]) -> tuple[int, ...]:
@@ -65,7 +84,9 @@ class Task:
         for split in SPLITS:
             digest.update(split.encode())
             for e in self.split(split):
-                digest.update(json.dumps([e.input, e.targets, e.choices], ensure_ascii=False).encode())
+                row: list[Any] = [e.input, e.targets, e.choices]
+                row += [] if e.conversation is None else [e.conversation, e.answers]
+                digest.update(json.dumps(row, ensure_ascii=False).encode())
         return digest.hexdigest()
 
 

@@ -108,6 +108,12 @@ def test_chat_goes_through_the_template(server, client, wanted):
     parts = list(client.chat.completions.create(**settings, stream=True))
     assert "".join(p.choices[0].delta.content or "" for p in parts) == text(server.base, tokens)
     assert parts[0].choices[0].delta.role == "assistant"
+    rules = [{"role": "developer", "content": "be kind"}, *messages]
+    asked = [rules, [{**rules[0], "role": "system"}, *messages]]
+    told = [client.chat.completions.create(**settings | {"messages": m}) for m in asked]
+    assert (
+        len({t.choices[0].message.content for t in told}) == 1
+    )  # the template knows no developer: they are the system
     pieces = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
     again = client.chat.completions.create(**settings | {"messages": pieces})
     assert again.choices[0].message.content == found.choices[0].message.content
@@ -384,7 +390,7 @@ def test_a_body_that_is_wrong_in_many_places_is_told_of_few(kind, body, says):
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "developer", "content": "x"}]}, "template refuses"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages.0.name"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages",

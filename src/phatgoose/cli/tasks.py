@@ -95,7 +95,12 @@ def show_(
     show.facts(rows)
     examples = [e for split in SPLITS for e in task.split(split)][:2]
     for number, example in enumerate(examples, start=1):
-        show.say(f"\n--- example {number} ---\n{example.input}")
+        show.say(f"\n--- example {number} ---")
+        if example.conversation is None:
+            show.say(example.input)
+        else:  # the base's chat template makes the prompt
+            for message in example.messages()[0]:
+                show.say(f"[{message['role']}] {message.get('content') or message.get('tool_calls')}")
         show.say(f"--- answer{'s' if len(example.targets) > 1 else ''}: {' | '.join(example.targets)}")
         if example.choices is not None:
             show.say(f"--- choices: {' | '.join(example.choices)}")

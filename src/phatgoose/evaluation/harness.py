@@ -122,6 +122,10 @@ def harness_task(
             raise EvaluationError(
                 f"row {number} of {task.name!r}: the harness needs choices, one of them right."
             )
+        if example.conversation is not None:
+            raise EvaluationError(
+                f"row {number} of {task.name!r} is a conversation, which the harness isn't given: use `evaluate`."
+            )
         if delimiter and example.input[-1:].isspace():
             raise EvaluationError(
                 f"row {number} of {task.name!r}: its prompt ends in a line break, which the harness counts as a part of each "

@@ -9,9 +9,10 @@ from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import Row
 from phatgoose.models.base import Base
+from phatgoose.models.encoding import encode_answers
 from phatgoose.models.limits import context_length, end_tokens
 from phatgoose.records import Example
-from phatgoose.tasks.batch import UNLIMITED, Encoded, encode_choices
+from phatgoose.tasks.batch import UNLIMITED, Encoded, decoded
 
 
 def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -> tuple[Row, Rule | None]:
@@ -30,7 +31,7 @@ def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -
     whole = _encode(base, example, answers, index, UNLIMITED)
     tokens = tuple(e.target_ids for e in whole)
     longest = max(len(t) for t in tokens)
-    rule = None if example.choices is not None else _rule(base, example, longest, config)
+    rule = None if example.choices is not None else _rule(base, example, tokens, config)
     room = _room(base, rule.limit if rule else longest, index, config)
     if len(whole[0].prompt_ids) <= room:
         return Row(index, whole[0].prompt_ids, tokens), rule
@@ -41,17 +42,21 @@ def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -
 def _encode(
     base: Base, example: Example, answers: Sequence[str], index: int, max_length: int
 ) -> list[Encoded]:
-    kind = {"is_encoder_decoder": base.is_encoder_decoder}
     try:
-        return encode_choices(base.tokenizer, example.input, answers, max_length=max_length, **kind)
+        return encode_answers(base, example, answers, max_length)
     except TaskError as error:
         raise EvaluationError(f"row {index}: {error}") from error
 
 
-def _rule(base: Base, example: Example, longest: int, config: EvaluationConfig) -> Rule:
-    limit = config.max_new_tokens or longest + config.slack_tokens
-    targets = frozenset(target.strip() for target in example.targets)
-    return Rule(base.tokenizer, targets, end_tokens(base.model, base.tokenizer.eos_token_id), limit)
+def _rule(base: Base, example: Example, answers: Sequence[tuple[int, ...]], config: EvaluationConfig) -> Rule:
+    limit = config.max_new_tokens or max(map(len, answers)) + config.slack_tokens
+    targets = {target.strip() for target in example.targets}
+    if (
+        example.conversation is not None
+    ):  # also as the template writes it: a call, an empty thought before the answer
+        targets |= {decoded(base.tokenizer, answer).strip() for answer in answers}
+    ends = end_tokens(base.model, base.tokenizer.eos_token_id)
+    return Rule(base.tokenizer, frozenset(targets), ends, limit)
 
 
 def _room(base: Base, answer: int, index: int, config: EvaluationConfig) -> int:

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
-
 from phatgoose.errors import TaskError
 from phatgoose.models.base import Base
+from phatgoose.models.conversation import conversation_ids
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.schema import Message
 from phatgoose.tasks.batch import prompt_ids
@@ -111,17 +110,10 @@ class Prompts:
             raise Refusal(400, "prompt: it has no tokens.", param="prompt") from None
 
     def _render(self, turns: list[dict[str, Any]]) -> list[int]:
-        apply: Any = self.tokenizer.apply_chat_template
         try:
-            found = apply(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except (TemplateError, TypeError, ValueError) as error:
-            why = f"messages: the model's chat template refuses them ({type(error).__name__}: {error})."
-            raise Refusal(400, why[:500], param="messages") from None
-        if not found:
-            raise Refusal(
-                400, "messages: the model's chat template makes no tokens of them.", param="messages"
-            )
-        return list(found)
+            return conversation_ids(self.base, turns, tokenizer=self.tokenizer)
+        except TaskError as error:
+            raise Refusal(400, f"messages: {error}"[:500], param="messages") from None
 
     async def _run(self, do: Callable[[], T], length: int) -> T:
         thread = self._short if length < LONG else self._long

@@ -88,16 +88,39 @@ def encode_choices(
             raise TaskError(f"the answer {answer!r} has no tokens.")
     if not prompt_ids:
         raise TaskError(f"the prompt {prompt!r} has no tokens.")
-    longest = max(len(t) for t in targets) + 1
+    targets = [[*target, end] for target in targets]
+    kind = {"is_encoder_decoder": is_encoder_decoder}
+    return fitted(tokenizer, prompt_ids, targets, max_length=max_length, shown=prompt, **kind)
+
+
+def fitted(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    targets: Sequence[list[int]],
+    *,
+    is_encoder_decoder: bool,
+    max_length: int,
+    shown: str,
+) -> list[Encoded]:
+    """One Encoded for each target, the prompt cut from the left for the longest of them, if at all.
+
+    Args:
+        targets: with their end tokens.
+        shown: the prompt as text, for the error.
+
+    Raises:
+        TaskError: a target leaves no room for a single prompt token.
+    """
+    longest = max(len(t) for t in targets)
     room = max_length if is_encoder_decoder else max_length - longest
     if room < 1 or longest > max_length:
         raise TaskError(
             f"an answer of {longest} tokens leaves no room for its prompt in max_length={max_length}: "
-            f"raise max_length or leave the row out (prompt {prompt[:60]!r}…)."
+            f"raise max_length or leave the row out (prompt {shown[:60]!r}…)."
         )
     kept = _cut_left(tokenizer, prompt_ids, room)
     cut = len(prompt_ids) - len(kept)
-    return [Encoded(tuple(kept), (*target, end), cut) for target in targets]
+    return [Encoded(tuple(kept), tuple(target), cut) for target in targets]
 
 
 def gap(prompt: str) -> str:

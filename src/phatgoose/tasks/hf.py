@@ -24,12 +24,13 @@ from typing import Any
 from phatgoose.errors import DownloadError, PhatgooseError, TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
+from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, Unlabelled, to_example
 from phatgoose.tasks.spec import TaskSpec, is_local
-from phatgoose.tasks.splits import Fractions, build_task
+from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
-ALL_OPTIONS = (*OPTIONS, *SPLITS, "config", "revision")
+ALL_OPTIONS = (*OPTIONS, *messages.OPTIONS, *SPLITS, "config", "revision")
 COPY = "refs/convert/parquet"
 """The branch on which the Hub keeps a copy of a dataset, as CONFIG/SPLIT/0000.parquet."""
 OWN_COPY = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
@@ -47,7 +48,14 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
     data = load_data(spec, folder, source)
     columns = Columns.of(spec, Columns(target="target"))
-    own, dropped = collect(data, spec, lambda row, labels: to_example(row, columns, labels))
+
+    def read(row: Mapping[str, Any], labels: Mapping[str, list[str]], where: str) -> list[Example]:
+        if (chat := messages.columns_of(row, spec.options)) is not None:
+            source["prompt_style"] = CHAT
+            return messages.to_examples(_filled(row), chat, spec.options, where)
+        return [to_example(row, columns, labels)]
+
+    own, dropped = collect(data, spec, read)
     source["fingerprints"] = {name: getattr(part, "_fingerprint", "") for name, part in data.items()}
     return build_task(f"hf:{_short(spec.name)}", own, source, fractions, dropped)
 
@@ -218,9 +226,9 @@ def choose_splits(data: Mapping[str, Any], spec: TaskSpec) -> dict[SplitName, An
 def collect(
     data: Mapping[str, Any],
     spec: TaskSpec,
-    read: Callable[[Mapping[str, Any], Mapping[str, list[str]]], Example],
+    read: Callable[[Mapping[str, Any], Mapping[str, list[str]], str], list[Example]],
 ) -> tuple[dict[SplitName, list[Example]], Counter[str]]:
-    """The examples of every chosen split, and how many rows had no answer. `read(row, label names)` makes one."""
+    """The examples of every chosen split, and how many rows had no answer. `read(row, label names, which row)` makes them."""
     own: dict[SplitName, list[Example]] = {}
     dropped: Counter[str] = Counter()
     for split, part in choose_splits(data, spec).items():
@@ -228,12 +236,19 @@ def collect(
         own[split] = []
         for i, row in enumerate(part):
             try:
-                own[split].append(read(row, labels))
+                own[split] += read(row, labels, f"{split} row {i}")
             except Unlabelled:
                 dropped[f"unlabelled_{split}"] += 1
             except ValueError as cause:
                 raise TaskError(f"{spec.text}, {split} row {i}: {cause}.") from cause
     return own, dropped
+
+
+def _filled(value: Any) -> Any:
+    """A row without what tables fill in: every key that another row's message, call or tool has, with nothing."""
+    if isinstance(value, Mapping):
+        return {key: _filled(part) for key, part in value.items() if part is not None}
+    return [_filled(part) for part in value] if isinstance(value, list) else value
 
 
 def _short(name: str) -> str:

@@ -2,7 +2,7 @@
 
 Fields: "input" (the whole prompt), "target" (text, number or a list of acceptable answers) or "targets" (list),
 optional "choices" (list) and "answer_index" (0-based place of the right choice, may stand instead of a target),
-optional "split" (train, validation or test; in every row or in none). Other names through options, see `columns`:
+optional "split" (train, validation or test; in every row or in none). Or "messages": see `messages`. Other names through options, see `columns`:
 `jsonl:rte.jsonl.gz?input={premise} Question: {hypothesis}?&choices=True|False&answer_index=label&ignore=idx`.
 A field that nothing reads is refused by name, unless it starts with "_" or `ignore=a,b` (or `ignore=*`) names it.
 """
@@ -19,9 +19,10 @@ from typing import Any
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import sha256_file
 from phatgoose.records import SPLITS, Example, SplitName, Task
+from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, to_example
 from phatgoose.tasks.spec import TaskSpec
-from phatgoose.tasks.splits import Fractions, build_task
+from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
 FIELDS = ("input", "target", "targets", "choices", "answer_index", "split")
 
@@ -34,14 +35,17 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     """
     path = _path(spec, folder)
     own: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
-    with_split = 0
-    for number, row in read_lines(path):
+    with_split = chats = 0
+    for rows, (number, row) in enumerate(read_lines(path), start=1):
         where = f"{path}, line {number}"
-        split, example = _row(spec, row, where)
+        split, examples = _row(spec, row, where)
         with_split += split is not None
-        if with_split not in (0, sum(map(len, own.values())) + 1):
+        chats += examples[0].conversation is not None
+        if with_split not in (0, rows):
             raise TaskError(f'{where}: either every row has a "split" or none has.')
-        own[split or "train"].append(example)
+        if chats not in (0, rows):
+            raise TaskError(f"{where}: either every row holds messages or none does.")
+        own[split or "train"] += examples
     if not any(own.values()):
         raise TaskError(f"{path} has no examples.")
     source = {
@@ -49,7 +53,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         "source": "jsonl",
         "file": path.name,
         "sha256": sha256_file(path),
-        "prompt_style": "as is",
+        "prompt_style": CHAT if chats else "as is",
     }
     return build_task(f"jsonl:{path.name.partition('.')[0]}", own, source, fractions)
 
@@ -63,27 +67,32 @@ def look(spec: TaskSpec, folder: Path | None) -> str | None:
 
 
 def _path(spec: TaskSpec, folder: Path | None) -> Path:
-    spec.check_options((*OPTIONS, "ignore", "split"))
+    spec.check_options((*OPTIONS, *messages.OPTIONS, "ignore", "split"))
     return (folder or Path()) / Path(spec.name).expanduser()
 
 
-def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, Example]:
-    columns = _columns(spec, row, where)
-    problem, example = None, None
+def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, list[Example]]:
+    chat = messages.columns_of(row, spec.options)
+    columns = None if chat else _columns(spec, row, where)
+    problem, examples = None, None
     try:
-        example = to_example(row, columns)
+        if chat:
+            examples = messages.to_examples(row, chat, spec.options, where)
+        elif columns:
+            examples = [to_example(row, columns)]
     except UnknownName as cause:
         raise TaskError(f"{where}: {cause}.") from cause
     except ValueError as cause:
         problem = cause
     split_column = spec.options.get("split", "split")
-    _refuse_unread(spec, row, columns.used() | {split_column}, where)  # first: it may explain the problem
-    if example is None:
+    read = messages.used(chat, spec.options) if chat else columns.used() if columns else set()
+    _refuse_unread(spec, row, read | {split_column}, where)  # first: it may explain the problem
+    if examples is None:
         raise TaskError(f"{where}: {problem}.") from problem
     split = row.get(split_column)
     if split not in (None, *SPLITS):
         raise TaskError(f'{where}: "{split_column}" must be train, validation or test, got {split!r}.')
-    return split, example
+    return split, examples
 
 
 def _refuse_unread(spec: TaskSpec, row: dict[str, Any], read: set[str], where: str) -> None:

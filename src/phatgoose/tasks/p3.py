@@ -77,14 +77,14 @@ def _local(name: str, folder: Path) -> Path:
     )
 
 
-def _plain(row: Mapping[str, Any], _: Mapping[str, list[str]]) -> Example:
+def _plain(row: Mapping[str, Any], _: Mapping[str, list[str]], __: str) -> list[Example]:
     """A row is an example; it has choices if there are at least two and the target is one of them."""
     target = (row["targets_pretokenized"] or "").strip()
     if not target:
         raise Unlabelled("no target")
     choices = [c.strip() for c in row.get("answer_choices") or ()]
     ranked = len(set(choices)) > 1 and target in choices and "" not in choices
-    return make_example(row["inputs_pretokenized"] or "", [target], choices if ranked else None)
+    return [make_example(row["inputs_pretokenized"] or "", [target], choices if ranked else None)]
 
 
 def _grouped(data: Mapping[str, Any], spec: TaskSpec) -> tuple[dict[SplitName, list[Example]], Counter[str]]:

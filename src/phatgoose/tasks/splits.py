@@ -3,7 +3,8 @@
 h(prompt) = sha256 of the prompt (white space runs made one space, case folded), its first 16 hex digits as a fraction
 of 2^64. h < 0.2 is test, h < 0.3 validation, the rest train; rows are sorted by h inside a split. So rows with one
 prompt always share a split, a row's split depends on nothing but its prompt (another row more or less in the source
-moves nothing), the same prompt in two tasks falls on the same side, and the first n rows are a random sample.
+moves nothing), the same prompt in two tasks falls on the same side, and the first n rows are a random sample. Turns of a
+conversation go by what stands before its first answer (`Example.placed_by`), so that they share a split.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from phatgoose.records import SPLITS, Example, SplitName, Task
 
 RULE = 1
 """Version of the rule, recorded in every task's source."""
+CHAT = "through the base's chat template"
+"""The prompt_style of a task of conversations, recorded in its source."""
 
 Splits = dict[SplitName, tuple[Example, ...]]
 
@@ -63,17 +66,19 @@ def merge(examples: Iterable[Example]) -> tuple[list[Example], Counter[str]]:
     stays). One prompt with two sets of choices is two questions: both stay (and share a split). An example for which
     every choice has become right can't be scored and goes ("all_choices_right").
     """
-    first: dict[tuple[str, frozenset[str] | None], Example] = {}
+    first: dict[tuple[str, str | None, frozenset[str] | None], Example] = {}
     counts: Counter[str] = Counter()
     for e in examples:
-        key = (e.input, None if e.choices is None else frozenset(e.choices))
+        key = (e.input, e.conversation, None if e.choices is None else frozenset(e.choices))
         known = first.setdefault(key, e)
         if known is e:
             continue
-        new = tuple(t for t in e.targets if t not in known.targets)
+        new = [i for i, t in enumerate(e.targets) if t not in known.targets]
         counts["merged" if new else "duplicate"] += 1
         if new:
-            first[key] = replace(known, targets=known.targets + new)
+            targets = known.targets + tuple(e.targets[i] for i in new)
+            answers = known.answers + tuple(e.answers[i] for i in new if e.answers)
+            first[key] = replace(known, targets=targets, answers=answers)
     kept = [e for e in first.values() if e.choices is None or set(e.targets) != set(e.choices)]
     counts["all_choices_right"] = len(first) - len(kept)
     return kept, +counts
@@ -94,7 +99,7 @@ def split(own: Mapping[SplitName, Sequence[Example]], fractions: Fractions) -> t
     wanted = {name for name in SPLITS if name == "train" or not merged[name]}
     carved: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
     for e in merged["train"]:
-        place = fractions.place(position(e.input))
+        place = fractions.place(position(e.placed_by))
         carved[place if place in wanted else "train"].append(e)
     rows = {name: carved[name] if name in wanted else merged[name] for name in SPLITS}
     seen: dict[str, SplitName] = {}
@@ -102,16 +107,16 @@ def split(own: Mapping[SplitName, Sequence[Example]], fractions: Fractions) -> t
     for name in reversed(SPLITS):
         result[name] = []
         for e in rows[name]:
-            if (elsewhere := seen.get(normalise(e.input), name)) != name:
+            if (elsewhere := seen.get(normalise(e.placed_by), name)) != name:
                 counts[f"{name}_in_{elsewhere}"] += 1
             else:
                 result[name].append(e)
-        seen.update((normalise(e.input), name) for e in result[name])
+        seen.update((normalise(e.placed_by), name) for e in result[name])
     return {name: tuple(sorted(result[name], key=_order)) for name in SPLITS}, counts
 
 
-def _order(e: Example) -> tuple[float, str, tuple[str, ...]]:
-    return position(e.input), e.input, e.choices or ()
+def _order(e: Example) -> tuple[float, str, str, tuple[str, ...]]:
+    return position(e.placed_by), e.input, e.conversation or "", e.choices or ()
 
 
 def build_task(

@@ -10,8 +10,9 @@ from torch.utils.data import Dataset
 
 from phatgoose.errors import TaskError, TrainingError
 from phatgoose.models.base import Base
+from phatgoose.models.encoding import encode_answers
 from phatgoose.records import Example, Task
-from phatgoose.tasks.batch import Encoded, encode_pair
+from phatgoose.tasks.batch import Encoded
 from phatgoose.training.config import LoopConfig
 
 
@@ -103,13 +104,7 @@ def encode_rows(
     for index in which:
         example = examples[index]
         try:
-            encoded[index] = encode_pair(
-                base.tokenizer,
-                example.input,
-                example.targets[0],
-                is_encoder_decoder=base.is_encoder_decoder,
-                max_length=max_length,
-            )
+            (encoded[index],) = encode_answers(base, example, example.targets[:1], max_length)
         except TaskError as cause:
             raise TrainingError(f"task {name!r}, {split} row {index}: {cause}") from cause
     return encoded

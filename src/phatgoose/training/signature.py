@@ -17,9 +17,10 @@ from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json, work_place
 from phatgoose.models.base import Base, as_base
 from phatgoose.models.encoder import SentenceEncoder, load_encoder
+from phatgoose.models.encoding import encode_input
 from phatgoose.models.routed import routing_of
-from phatgoose.records import Task
-from phatgoose.tasks.batch import Encoded, decoded, prompt_ids
+from phatgoose.records import Example, Task
+from phatgoose.tasks.batch import Encoded, decoded
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.activations import mean_activations
 from phatgoose.training.gate import check_fits
@@ -106,10 +107,10 @@ def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
 def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder) -> tuple[Tensor, int]:
     """Embeddings of training prompts, and how many of these were longer than the encoder reads."""
     chosen = sorted(draw(len(task.train), min(config.texts, len(task.train)), config.seed))
-    prompts = [as_read(base, task.train[index].input) for index in chosen]
+    prompts = [as_read(base, task.train[index]) for index in chosen]
     return encoder(prompts), encoder.cut(prompts)
 
 
-def as_read(base: Base, prompt: str) -> str:
+def as_read(base: Base, example: Example) -> str:
     """A prompt as a router finds it again from its tokens: T5's tokenizer, for one, drops line breaks."""
-    return decoded(base.tokenizer, prompt_ids(base.tokenizer, prompt, base.is_encoder_decoder))
+    return decoded(base.tokenizer, encode_input(base, example))

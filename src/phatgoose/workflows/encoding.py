@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.models.base import Base
+from phatgoose.models.conversation import conversation_ids
 from phatgoose.models.limits import context_length
 from phatgoose.tasks.batch import prompt_ids
 
@@ -23,19 +24,14 @@ def encode_prompt(base: Base, prompt: str) -> Tensor:
 
 
 def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:
-    """A conversation through the tokenizer's chat template, up to where the model is to answer: int64 [1, T].
+    """A conversation as `conversation_ids` has it, up to where the model is to answer: int64 [1, T].
 
     Raises:
-        PhatgooseError: the tokenizer has no chat template.
+        PhatgooseError: the tokenizer has no chat template, or it refuses the conversation.
     """
     if base.tokenizer.chat_template is None:
         raise PhatgooseError(f"the tokenizer of {base.spec} has no chat template: use --raw.")
-    found = base.tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    ids = found["input_ids"]  # type: ignore[index, call-overload]
-    assert isinstance(ids, Tensor)
-    return ids
+    return torch.tensor([conversation_ids(base, messages)])
 
 
 def room_behind(base: Base, tokens: int, max_new_tokens: int) -> int:

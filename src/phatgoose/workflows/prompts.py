@@ -14,12 +14,12 @@ from phatgoose.analysis.measures import expert_shares, load
 from phatgoose.analysis.page import RoutedPrompt, routed_prompt
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.encoding import encode_input
 from phatgoose.models.paths import layer_labels
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import Trace, trace
-from phatgoose.records import Task
+from phatgoose.records import Example, Task
 from phatgoose.routers import Router
-from phatgoose.workflows.encoding import encode_prompt
 from phatgoose.workflows.greedy import greedy_answer
 
 PROFILE_ROWS = 16
@@ -66,11 +66,8 @@ def traced(
     route(base, pool, router, backend_name=backend)
     try:
         profiles = {task.name: _profile(base, task) for task in tasks}
-        prompts = [
-            _answer(base, task.name, task.test[0].input, task.test[0].targets, new_tokens)
-            for task in tasks[:shown]
-        ]
-        prompts += [_answer(base, "", text, (), new_tokens) for text in texts]
+        prompts = [_answer(base, task.name, task.test[0], new_tokens) for task in tasks[:shown]]
+        prompts += [_answer(base, "", Example(text, ()), new_tokens) for text in texts]
     finally:
         unroute(base)
     shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
@@ -108,6 +105,9 @@ def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
 def _profile(base: Base, task: Task) -> Trace:
     with trace(base, histogram=True) as recorded, torch.no_grad():
         for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, and memory stays small
+            if row.conversation is not None:
+                base.model(input_ids=torch.tensor([encode_input(base, row)], device=base.device))
+                continue
             batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
             if base.is_encoder_decoder:  # the decoder reads what it should write
                 batch["labels"] = base.tokenizer([row.targets[0]], return_tensors="pt")["input_ids"].to(
@@ -117,8 +117,9 @@ def _profile(base: Base, task: Task) -> Trace:
     return recorded
 
 
-def _answer(base: Base, task: str, text: str, targets: Sequence[str], new_tokens: int) -> RoutedPrompt:
-    ids = encode_prompt(base, text).to(base.device)
+def _answer(base: Base, task: str, example: Example, new_tokens: int) -> RoutedPrompt:
+    text, targets = example.input, example.targets
+    ids = torch.tensor([encode_input(base, example)], device=base.device)
     with trace(base, margins=False) as recorded:
         out = greedy_answer(base, ids, new_tokens)
     start = 1 if base.is_encoder_decoder else ids.shape[1]

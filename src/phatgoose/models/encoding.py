@@ -1,0 +1,38 @@
+"""Rows of tasks → token ids: plain prompts as `tasks.batch` has them, conversations through the base's chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from phatgoose.models.base import Base
+from phatgoose.models.conversation import answered, conversation_ids
+from phatgoose.records import Example
+from phatgoose.tasks.batch import Encoded, encode_choices, fitted, prompt_ids
+
+
+def encode_answers(base: Base, example: Example, answers: Sequence[str], max_length: int) -> list[Encoded]:
+    """One Encoded for each answer (a target or choice of the example's), all with the same prompt.
+
+    Raises:
+        TaskError: as `encode_choices`, or as `answered`.
+    """
+    kind = {"is_encoder_decoder": base.is_encoder_decoder}
+    if example.conversation is None:
+        return encode_choices(base.tokenizer, example.input, answers, max_length=max_length, **kind)
+    messages, tools = example.messages()
+    known = dict(zip(example.targets, example.answers, strict=True))
+    turns = [json.loads(known[a]) if a in known else {"content": a} for a in answers]
+    prompt, targets = answered(base, messages, turns, tools)
+    return fitted(base.tokenizer, prompt, targets, max_length=max_length, shown=example.input, **kind)
+
+
+def encode_input(base: Base, example: Example) -> tuple[int, ...]:
+    """The tokens of an example's prompt, uncut.
+
+    Raises:
+        TaskError: it has none, or as `conversation_ids`.
+    """
+    if example.conversation is None:
+        return prompt_ids(base.tokenizer, example.input, base.is_encoder_decoder)
+    return tuple(conversation_ids(base, *example.messages()))

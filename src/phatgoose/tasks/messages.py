@@ -1,0 +1,153 @@
+"""Rows that hold a conversation → one Example for each of the assistant's turns.
+
+A row has its messages under "messages", "conversations" or "conversation" (or the column that `messages=` names), as a list of
+{"role", "content"} or, in ShareGPT's form, of {"from", "value"}; or under "prompt" and "completion", two lists, as TRL has them:
+then only turns of the completion are answers. Beside them it may have "tools" (a list, or its JSON), "system" (a text that goes
+first) and "choices" (for the last turn). What else a message holds (tool_calls, name, reasoning_content) goes to the template.
+
+Each turn of the assistant's is an example of its own, with all messages before it as its prompt, as they are when a model is asked
+for that turn. One that has `"weight": 0` or `"train": false` is context only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from phatgoose.records import Example
+from phatgoose.tasks.columns import make_example
+
+COLUMNS = ("messages", "conversations", "conversation")
+OPTIONS = ("messages", "tools")
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+_KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+def columns_of(row: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The columns that hold a row's messages; None where it holds none, or the options say that it is read otherwise."""
+    if "messages" in options:
+        return (options["messages"],)
+    if "input" in options or "input" in row:
+        return None
+    if named := [name for name in COLUMNS if _is_list(row.get(name))]:
+        return (named[0],)
+    pair = ("prompt", "completion")
+    return pair if all(_is_list(row.get(name)) for name in pair) else None
+
+
+def used(columns: Sequence[str], options: Mapping[str, str]) -> set[str]:
+    """Columns that `to_examples` reads."""
+    return {*columns, options.get("tools", "tools"), "system", options.get("choices", "choices")}
+
+
+def to_examples(
+    row: Mapping[str, Any], columns: Sequence[str], options: Mapping[str, str], group: str
+) -> list[Example]:
+    """The examples of a row's conversation. Those of one conversation share `group`, and their split.
+
+    Raises:
+        ValueError: the row breaks a rule; the message says which.
+    """
+    parts = [[_message(m) for m in _list(row.get(name), name)] for name in columns]
+    messages = [m for part in parts for m in part]
+    first = len(parts[0]) if len(parts) > 1 else 0
+    system = row.get("system")
+    if isinstance(system, str) and system.strip():
+        if any(m["role"] == "system" for m in messages):
+            raise ValueError('both a "system" field and a message of the system')
+        messages, first = [{"role": "system", "content": system}, *messages], first + bool(first)
+    tools = _list(row[name], name) if row.get(name := options.get("tools", "tools")) else None
+    answers = [
+        i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first and not _left_out(m)
+    ]
+    if not answers:
+        raise ValueError("no turn of the assistant to learn from")
+    messages = [{k: v for k, v in m.items() if k not in ("weight", "train")} for m in messages]
+    choices = row.get(options.get("choices", "choices"))
+    found = [
+        _example(messages, i, tools, _list(choices, "choices") if choices and i == answers[-1] else None)
+        for i in answers
+    ]
+    return found if len(found) == 1 else [replace(e, group=group) for e in found]
+
+
+def _example(messages: list[dict[str, Any]], place: int, tools: Any, choices: list[Any] | None) -> Example:
+    before, answer = messages[:place], messages[place]
+    if not before:
+        raise ValueError('the assistant\'s turn comes first: give it "weight": 0 if it is only context')
+    first = next(i for i, m in enumerate(messages) if (i and m["role"] == "assistant") or i == place)
+    text = _text(answer).strip()
+    made = make_example(_joined(before), [text], None if choices is None else [str(c) for c in choices])
+    if choices is not None:
+        answer = {**answer, "content": text}
+    conversation = {"messages": before, **({"tools": tools} if tools else {})}
+    opening = _joined(messages[:first]) if first < place else None
+    return replace(made, conversation=_json(conversation), answers=(_json(answer),), opening=opening)
+
+
+def _message(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a message is {type(given).__name__}, expected an object with role and content")
+    message = {k: v for k, v in given.items() if v is not None}
+    role = message.pop("role", None) or message.pop("from", None)
+    if "value" in message and "content" not in message:
+        message["content"] = message.pop("value")
+    if role == "function_call":  # ShareGPT's form of a call: its JSON as the text
+        call = json.loads(str(message.pop("content", "")))
+        role, message["tool_calls"] = "assistant", [{"type": "function", "function": call}]
+    role = _ROLES.get(str(role), role)
+    if role not in _KNOWN:
+        raise ValueError(f"a message's role is {role!r}, expected one of {', '.join(_KNOWN)}")
+    content = message.get("content")
+    if not isinstance(content, str | list) and not (content is None and "tool_calls" in message):
+        raise ValueError(f"a message of role {role!r} has no content")
+    return {"role": role, **message}
+
+
+def _left_out(message: Mapping[str, Any]) -> bool:
+    return message.get("weight") == 0 or message.get("train") is False
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """A message for people, and for whatever compares texts: its content, or its calls where it has none."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return content if content else _json(message.get("tool_calls", ""))
+
+
+def _joined(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "\n\n".join(_text(m).strip() for m in messages)
+
+
+def _is_list(value: Any) -> bool:
+    """A list of messages, or one written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    return isinstance(value, list) and all(isinstance(m, Mapping) for m in value)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as cause:
+            raise ValueError(f'"{name}" is no JSON list') from cause
+    if not isinstance(value, list | tuple):
+        raise ValueError(f'"{name}" is {type(value).__name__}, expected a list')
+    return list(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
