@@ -201,6 +201,7 @@ class _Opened:
             device = next(module.parameters()).device
             return self.run(*(x.to(device) for x in call)).to(output.device)
 
+    @torch.compiler.disable  # who gets how many tokens is no part of a graph
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Σ_k w_k · expert_{i_k}(u) for tokens [N, d], their experts' numbers and weights [N, k]."""
         (n, k), experts = index.shape, self.experts

@@ -81,6 +81,7 @@ class _Opened:
         self.slots: list[RouterSlot] = []
         self.handle = router.register_forward_hook(self.again, with_kwargs=True, prepend=True)
 
+    @torch.compiler.disable
     def again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with _Products(self.slots[0].weight.shape, self._through):
             return module.forward(*args, **kwargs)
