@@ -248,3 +248,41 @@ def test_an_adapted_router_of_transformers_4(tmp_path, family):
     unroute(copied)
     assert not hooked(model)
     assert not hooked(copied)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_old_and_new_names_in_one_pool(tmp_path, family):
+    """Experts that change the same weights are candidates for one choice, whatever they call them."""
+    model = make(family, torch.float64)
+    model.set_experts_implementation("eager")
+    per_expert(model, family, tmp_path / "old", 1, router=True)
+    names = ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+    peft_adapter(model, tmp_path / "new", 2, target_modules=[], target_parameters=names)
+    old, new = (Expert.from_peft(tmp_path / name, name=name) for name in ("old", "new"))
+    gates = {}
+    generator = torch.Generator().manual_seed(7)
+    for path, update in old.updates.items():
+        gates[path] = torch.randn(update.d_in, generator=generator)
+    old, new = old.with_gates(gates), with_gates(new, 8)
+    for name in ("old", "new"):
+        alone = logits(route(model, Pool([old, new]), Single(name)))
+        by_itself = logits(route(model, Pool([{"old": old, "new": new}[name]]), Single(0)))
+        torch.testing.assert_close(alone, by_itself, atol=1e-9, rtol=1e-9)
+    # What PHATGOOSE does: the new one's updates cut in two, under the old one's names.
+    tensors, cut_gates = {}, {}
+    for path, update in new.updates.items():
+        name = path.rpartition(".")[2]
+        parts = {"gate_proj": update.B.chunk(2)[0], "up_proj": update.B.chunk(2)[1]} if name == "gate_up_proj" else {name: update.B}  # fmt: skip
+        for part, b in parts.items():
+            place = f"{path.removesuffix(name)}{part}"
+            if family == "mixtral":
+                place = place.replace("mlp", "block_sparse_moe")
+                for long, short in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+                    place = place.replace(long, short)
+            key = f"base_model.model.{place}.lora"
+            tensors |= {f"{key}_A.weight": update.A, f"{key}_B.weight": b.contiguous()}
+            cut_gates[place] = new.gates[path]
+    cut = Expert("new", {"peft_type": "LORA", "r": 3, "lora_alpha": 5}, tensors, cut_gates)
+    wanted = logits(route(model, Pool([old, cut])))
+    assert set(Pool([old, cut]).modules) == set(old.updates)
+    torch.testing.assert_close(logits(route(model, Pool([old, new]))), wanted, atol=1e-9, rtol=1e-9)

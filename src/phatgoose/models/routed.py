@@ -37,6 +37,7 @@ from phatgoose.models.layers import (
 from phatgoose.models.modules import check_copies, check_parameters, module_at, shape_of
 from phatgoose.models.moe import Inside, Slot, context_at
 from phatgoose.models.moe_paths import modules_of
+from phatgoose.models.moe_pool import under_one_name
 from phatgoose.models.placement import placed_pool
 from phatgoose.models.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.recorder import Recorder
@@ -158,14 +159,16 @@ class Routing:
     ):
         modules = modules_of(model, pool.modules)
         pool = placed_pool(model, modules, pool)
+        check_copies(modules, pool.experts)
+        check_parameters(modules, pool.experts)
+        if (named := under_one_name(model, pool, modules)) is not pool:
+            pool, modules = named, modules_of(model, named.modules)
         self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
         self.device_memory, self.memory = device_memory, available_bytes()
         self.ready = router.prepared(setup_of(model, pool))
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
-        check_copies(modules, pool.experts)
-        check_parameters(modules, pool.experts)
         self.sites = [_Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
         self.budget = None if device_memory is None else Budget(self.sites, device_memory)
         pool.let_go_of_gates()
