@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -81,6 +82,17 @@ def test_null_candidate_takes_over_when_the_gate_says_no():
         )
     chosen, _ = bound(-gate[None], context(1, 1), backend("reference"))
     assert chosen[0, 0].item() == 1  # the null candidate leads
+
+
+def test_a_name_goes_before_a_place():
+    """Of experts named by numbers, single:2 is the one called 2, wherever it stands."""
+    names = ("2", "0", "007")
+    assert [parse_router(f"single:{text}").place(names) for text in ("2", "0", "007", "1")] == [0, 1, 2, 1]
+    assert [Single(i).place(names) for i in range(3)] == [0, 1, 2]  # in Python a number is a place
+    assert copy.deepcopy(parse_router("single:007")).place(names) == 2
+    for text in ("single:7", "single:3"):
+        with pytest.raises(RoutingError, match="there is no expert"):
+            parse_router(text).check(names)
 
 
 def test_text_forms():

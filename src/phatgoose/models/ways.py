@@ -119,7 +119,7 @@ class Way:
         self.bound: dict[str, BoundRouter] = {}
         self.fused: dict[str, Prepared] = {}
         if isinstance(router, Single):
-            self.single = names.index(router.expert) if isinstance(router.expert, str) else router.expert
+            self.single = router.place(names)
             if names[self.single] in self.off:
                 raise RoutingError(f"expert {names[self.single]!r} is switched off.")
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phatgoose.errors import RoutingError, brief
 from phatgoose.registry import lookup
-from phatgoose.routers.constant import Random, Single, Uniform
+from phatgoose.routers.constant import Random, Single, Uniform, Written
 from phatgoose.routers.controls import FixedRandom, ShuffledGates
 from phatgoose.routers.example import Centroid, Retrieval, SoftCentroid
 from phatgoose.routers.router import Router
@@ -34,13 +34,15 @@ LARGEST = 2**31 - 1
 def parse_router(text: str) -> Router:
     """A router from its command-line form: "phatgoose", "phatgoose:top_k=3,ungated=weights", "single:NAME", "random:seed=1".
 
+    "single:7" is the expert named 7, or where there is none the one at place 7, counted from 0.
+
     Raises:
         UnknownName: for an unknown router. RoutingError: for an unknown or malformed setting.
     """
     name, _, rest = text.partition(":")
     kind = lookup("router", name.lower(), ROUTERS)
     if kind is Single:
-        return Single(int(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else rest)
+        return Single(Written(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else rest)
     settings: dict[str, int | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")

@@ -16,6 +16,17 @@ from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates, Router
 
 
+class Written(int):
+    """An expert's place as somebody wrote it ("single:7"): an expert of this name goes before it."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Written:
+        made = super().__new__(cls, text)
+        made.text = str(text)
+        return made
+
+
 @dataclass(frozen=True)
 class Single(Router):
     """One expert on every token with weight 1: the same function as plain PEFT with that adapter."""
@@ -23,17 +34,28 @@ class Single(Router):
     expert: str | int
     """Its name, or its index in the pool."""
 
-    def check(self, names: Sequence[str]) -> None:
-        if isinstance(self.expert, int):
-            if not 0 <= self.expert < len(names):
-                raise RoutingError(
-                    f"there is no expert {self.expert}: the pool has {len(names)}, counted from 0."
-                )
-        elif self.expert not in names:
+    def place(self, names: Sequence[str]) -> int:
+        """The expert's index among a pool's names.
+
+        Raises:
+            UnknownName, RoutingError: there is no such expert.
+        """
+        name = self.expert.text if isinstance(self.expert, Written) else self.expert
+        if name in names:
+            return names.index(str(name))
+        if not isinstance(self.expert, int):
             raise unknown("expert", self.expert, names)
+        if not 0 <= self.expert < len(names):
+            raise RoutingError(
+                f"there is no expert {self.expert}: the pool has {len(names)}, counted from 0."
+            )
+        return int(self.expert)
+
+    def check(self, names: Sequence[str]) -> None:
+        self.place(names)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        wanted = self.expert if isinstance(self.expert, int) else candidates.names.index(self.expert)
+        wanted = self.place(candidates.names)
         return Fixed((candidates.members.index(wanted),) if wanted in candidates.members else (), 1.0)
 
 
