@@ -115,8 +115,10 @@ def test_contexts_match_beams_and_kept_tokens_or_refuse():
     tokens = context(2, 5).tokens()
     beams = tokens.aligned(6, 5)
     assert torch.equal(beams.positions[:3], tokens.positions[:1].expand(3, 5))
-    kept = tokens.aligned(2, 1)
-    assert kept.positions.tolist() == [[4], [4]]
+    kept = tokens.aligned(2, 2, torch.tensor([4, 1]))
+    assert kept.positions.tolist() == [[4, 1], [4, 1]]
+    with pytest.raises(RoutingError, match="can't be matched"):
+        tokens.aligned(2, 1)  # which one isn't said
     with pytest.raises(RoutingError, match="can't be matched"):
         tokens.aligned(3, 5)
     with pytest.raises(RoutingError, match="outside of a call"):
@@ -132,6 +134,16 @@ def test_positions_count_past_a_cache_and_without_padding():
     assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert real.tolist() == mask.bool().tolist()
     assert positions_from(None, 1, 2, 7, mask.device)[0].tolist() == [[7, 8]]
+    before = torch.tensor(
+        [2, 7]
+    )  # of 7 cached ones; a recurrent model is given the mask of the new ones, or none
+    assert positions_from(None, 2, 2, 7, mask.device, before)[0].tolist() == [[2, 3], [7, 8]]
+    assert positions_from(mask, 2, 5, 7, mask.device, before)[0].tolist() == [
+        [1, 1, 2, 3, 4],
+        [7, 8, 9, 10, 11],
+    ]
+    with pytest.raises(RoutingError, match=re.escape("shape [2, 5]")):
+        positions_from(mask, 2, 2, 4, mask.device)
     causal = torch.ones(5, 5).tril().bool() & mask.bool()[:, None, None]
     added = torch.where(causal, 0.0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
     for whole in (causal, added, {"sliding_attention": causal[..., :2], "full_attention": causal}):

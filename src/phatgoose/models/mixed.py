@@ -24,7 +24,7 @@ from phatgoose.models.routed import routing_of
 from phatgoose.models.streams import Streams
 from phatgoose.models.ways import Version
 from phatgoose.ops.bottleneck import Residual
-from phatgoose.routers.context import rows_of
+from phatgoose.routers.context import RoutingContext
 
 
 class Mixed:
@@ -114,8 +114,17 @@ class Mixed:
     def _by_groups(
         self, path: str, plan: Plan, groups: list[Group], u: Tensor, output: Tensor, writable: bool
     ) -> Tensor | None:
+        whole = self.streams.context(path, u, output.shape)
         u = u.to(output.device)
         y = output.reshape(-1, output.shape[-1])
+        apart = len(groups) > 1 or any(group.index is not None for group in groups)
+        if apart and (problem := _unordered(plan, whole)):
+            for group in groups:
+                plan.fail(
+                    group,
+                    RoutingError(f"{path}: requests that go different ways can't be told apart. {problem}"),
+                )
+            return None
         changed, left = None, deque(groups)
         while left:
             group = left.popleft()
@@ -123,7 +132,7 @@ class Mixed:
             if site is None:
                 continue
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
-            context = Part.of(path, plan, group, rows_of(output.shape), self.streams)
+            context = Part.of(plan, group, whole, self.streams)
             try:
                 if index is None:
                     changed = _act(path, plan, group, flat, y, context)
@@ -137,6 +146,11 @@ class Mixed:
                 changed = y if writable else y.clone()
             changed[index] = mixed
         return None if changed is None else changed.reshape(output.shape)
+
+
+def _unordered(plan: Plan, whole: RoutingContext) -> str | None:
+    """Why it can't be known whose tokens a module saw; None if they are the plan's items' in order."""
+    return whole.problem if plan.lengths is not None or not whole.by_row else None
 
 
 def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: Part) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.streams import Streams
-from phatgoose.routers.context import RoutingContext, Sequences, Texts, rows_of
+from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,13 +66,13 @@ class Inside(RoutingContext):
 
 
 def context_at(
-    path: str, module: nn.Module, args: tuple[Any, ...], shape: torch.Size, streams: Streams
+    path: str, module: nn.Module, args: tuple[Any, ...], u: Tensor, shape: torch.Size, streams: Streams
 ) -> RoutingContext:
-    """What a router may know of this call of a module, whose output has this shape."""
-    rows, seen = rows_of(shape), streams.seen_by(path)
+    """What a router may know of this call of a module on `u`, whose output has this shape."""
     if isinstance(module, Slot):
-        return Inside(path, *rows, seen, None, streams.texts_of, args[2] if len(args) > 2 else None)
-    return RoutingContext(path, *rows, seen, None, streams.texts_of)
+        n, dispatched = shape[:-1].numel(), args[2] if len(args) > 2 else None
+        return Inside(path, 1, n, streams.tokens_of(path, u), None, streams.texts_of, dispatched=dispatched)
+    return streams.context(path, u, shape)
 
 
 class Slot(nn.Module):

@@ -19,16 +19,18 @@ class Part(RoutingContext):
 
     plan: Plan | None = None
     group: Group | None = None
-    whole: tuple[int, int] = (0, 0)
-    """[rows, length] of what the module saw."""
+    whole: RoutingContext | None = None
+    """All of what the module saw."""
     streams: Streams | None = None
 
     @staticmethod
-    def of(path: str, plan: Plan, group: Group, whole: tuple[int, int], streams: Streams) -> Part:
+    def of(plan: Plan, group: Group, whole: RoutingContext, streams: Streams) -> Part:
         n = len(group.items)
         return Part(
-            path, group.rows, n // group.rows, None, plan=plan, group=group, whole=whole, streams=streams
-        )
+            whole.path, group.rows, n // group.rows, None, kept=_columns(plan, group, whole.rows * whole.length),
+            stream=whole.stream, problem=whole.problem, by_row=whole.by_row,
+            plan=plan, group=group, whole=whole, streams=streams,
+        )  # fmt: skip
 
     def tokens(self) -> Sequences:
         """The sequences matched to the group's tokens, [1, n].
@@ -36,19 +38,11 @@ class Part(RoutingContext):
         Raises:
             RoutingError: if the model was called in a way that hides them.
         """
-        plan, group, streams = self._known()
-        rows, length = self.whole
-        if (seen := streams.seen_by(self.path)) is None:
-            return super().tokens()  # raises, saying why
-        few = plan.lengths is not None and plan.kept is not None and rows * length == len(plan.kept)
-        places: Tensor | None = None
-        if few and rows * length != seen.positions.numel():
-            places = plan.kept
-        else:
-            seen = seen.aligned(rows, length)
+        _, group, whole, _ = self._known()
+        seen = whole.tokens()
 
         def part(x: Tensor) -> Tensor:
-            flat = x.reshape(-1) if places is None else x.reshape(-1)[places]
+            flat = x.reshape(-1)
             return (flat if group.index is None else flat[group.index])[None]
 
         ids = None if seen.ids is None else part(seen.ids)
@@ -60,11 +54,10 @@ class Part(RoutingContext):
         Raises:
             RoutingError: nobody has said it.
         """
-        plan, group, streams = self._known()
-        stream = streams.stream_of(self.path)
-        key = (stream, self.whole[0] * self.whole[1])
+        plan, group, whole, streams = self._known()
+        stream, seen = whole.stream, whole.sequences
+        key = (stream, whole.rows * whole.length)
         if key not in group.texts:
-            seen = streams.seen_by(self.path)
             if plan.told is None or seen is None:
                 raise RoutingError(f"the text that module {self.path} works on is unknown.")
             seen.check()
@@ -73,21 +66,29 @@ class Part(RoutingContext):
 
     def note(self, chosen: Tensor, weights: Tensor) -> None:
         """Puts the group's choice at this module into the plan's loads; padding isn't counted."""
-        plan, group, _ = self._known()
+        plan, group, whole, _ = self._known()
         items = group.items
         if plan.skip is not None and plan.lengths is not None and any(plan.skip):
-            new = plan.places(group, self.whole[0] * self.whole[1]) >= torch.tensor(plan.skip)[items]
+            new = plan.places(group, whole.rows * whole.length) >= torch.tensor(plan.skip)[items]
             items, chosen, weights = items[new], chosen[new], weights[new]
         elif plan.lengths is None and not (real := self.tokens().real[0].cpu()).all():
             items, chosen, weights = items[real], chosen[real], weights[real]
         members = group.version.sites[self.path].members
         plan.loads.note(id(group.version), members, items, chosen, weights)
 
-    def _known(self) -> tuple[Plan, Group, Streams]:
+    def _known(self) -> tuple[Plan, Group, RoutingContext, Streams]:
         assert self.plan is not None
         assert self.group is not None
+        assert self.whole is not None
         assert self.streams is not None
-        return self.plan, self.group, self.streams
+        return self.plan, self.group, self.whole, self.streams
+
+
+def _columns(plan: Plan, group: Group, tokens: int) -> Tensor | None:
+    """Packed: which tokens of each of the group's items the module saw, if not all: int64, the same for each."""
+    if not plan.few(tokens) or not group.way.reads_text:
+        return None
+    return plan.places(group, tokens)[: len(group.items) // len(group.members)]
 
 
 def _texts(plan: Plan, group: Group, seen: Sequences, stream: str, encoder_decoder: bool) -> Texts:

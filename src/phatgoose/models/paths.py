@@ -6,7 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_CROSS = re.compile(r"(?:^|\.)(?:EncDecAttention|encoder_attn|crossattention)(?:\.|$)")
+# T5's, BART's, and others' names for it.
+_NAMES = r"(?:EncDecAttention|encoder_attn|cross_?attn|cross_?attention|encoder_decoder_attention)"
+_CROSS = re.compile(rf"(?:^|\.){_NAMES}(?:\.|$)")
+_KEYS_VALUES = re.compile(
+    rf"(?:^|\.){_NAMES}\.(?:.*\.)?(?:[kv]|[kv]_proj|key|value|c_attn|key_proj|value_proj)$"
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,11 @@ class Place:
     part: str = "decoder"
     layer: int | None = None
     kind: str = ""
+
+
+def reads_encoder(path: str) -> bool:
+    """Whether the module at `path` computes keys or values of cross-attention, by its name."""
+    return _KEYS_VALUES.search(path) is not None
 
 
 def places(paths: Sequence[str], reads: Sequence[str]) -> dict[str, Place]:

@@ -156,10 +156,17 @@ class Plan:
         self.failed |= dict.fromkeys(group.members, error)
         self._groups.clear()
 
+    def few(self, tokens: int) -> bool:
+        """Whether a module that saw so many tokens saw those at `kept`, and not all."""
+        if self.lengths is None or self.kept is None:
+            return False
+        return tokens == len(self.kept) != sum(self.lengths)
+
     def places(self, group: Group, tokens: int) -> Tensor:
         """Packed: int64 [n], which token of its item each of a group's tokens is."""
         assert self.lengths is not None
         place = torch.cat([torch.arange(length) for length in self.lengths])
-        if self.kept is not None and tokens == len(self.kept) != len(place):
+        if self.few(tokens):
+            assert self.kept is not None
             place = place[self.kept.cpu()]
         return place if group.index is None else place[group.index.cpu()]

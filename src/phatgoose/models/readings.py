@@ -6,16 +6,16 @@ with; an encoder–decoder's decoder by the encoder's output. What can't be foll
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.caches import Past, cache_of
 from phatgoose.ops.running import Running
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
@@ -30,7 +30,7 @@ Told = tuple[tuple[Prompt, ...], tuple[tuple[int, ...], ...] | None]
 class Pass:
     """The arguments of one pass that say what it goes on with."""
 
-    cache: Any
+    past: Past
     mask: Any
     encoded: Any
     """What cross-attention reads, in a decoder."""
@@ -63,13 +63,13 @@ class Readings:
         """`sequences` finds the tokens of the last pass of a stack."""
         self.encoder_decoder, self.sequences = encoder_decoder, sequences
         self._now = _Now()
-        self._caches: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
+        self._caches: WeakIdKeyDictionary = WeakIdKeyDictionary()  # caches → Kept
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_caches"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _caches=WeakKeyDictionary())  # nobody has a copy's caches
+        vars(self).update(state, _caches=WeakIdKeyDictionary())  # nobody has a copy's caches
 
     @property
     def told_all(self) -> Told | None:
@@ -93,7 +93,7 @@ class Readings:
             self._now.encoded = getattr(output, "last_hidden_state", None)
         kept = self._now.pending.pop(name, None)
         if kept is not None:
-            self._keep(getattr(output, "past_key_values", None), kept)
+            self._keep(cache_of(output), kept)
 
     def of(self, name: str) -> Texts:
         """The texts of the pass that the stack `name` is running.
@@ -107,20 +107,18 @@ class Readings:
                 raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
             texts, kept = self._read(name, tokens, self._now.passes[name])
             self._now.built[name] = texts
-            if kept is not None and self._now.passes[name].cache is not None:
-                self._keep(self._now.passes[name].cache, kept)
+            if kept is not None and self._now.passes[name].past.cache is not None:
+                self._keep(self._now.passes[name].past.cache, kept)
             elif kept is not None:
                 self._now.pending[name] = kept  # the cache may be made inside the pass
         return self._now.built[name]
 
     def _keep(self, cache: Any, kept: Kept) -> None:
-        with contextlib.suppress(TypeError):  # a tuple: its next pass is refused
+        if cache is not None:
             self._caches[cache] = kept
 
     def _known(self, cache: Any) -> Kept | None:
-        with contextlib.suppress(TypeError):
-            return self._caches.get(cache)
-        return None
+        return None if cache is None else self._caches.get(cache)
 
     def _read(self, name: str, tokens: Sequences, running: Pass) -> tuple[Texts, Kept | None]:
         tokens.check()
@@ -130,7 +128,7 @@ class Readings:
         if name == "encoder":
             prompts = _repeated(self.told, rows) if self.told else _whole(ids, real, tokens)
             return Texts(prompts, torch.zeros_like(real), ids, ((),) * rows), None
-        kept = self._known(running.cache) if tokens.past else None
+        kept = self._known(running.past.cache) if tokens.past else None
         if self.encoder_decoder:
             prompts, read = self._decoders(rows, kept, running), (0,) * rows
             fresh = real
@@ -144,7 +142,7 @@ class Readings:
             fresh = _behind(prompts, ids, real)
             read = tuple((real & ~fresh).sum(1).tolist())
         old = kept.written if kept else self.told_all[1] if self.told_all else None
-        before = _written(prompts, read, old, tokens.past, running.mask, real.shape[1])
+        before = _written(prompts, read, old, running, real.shape[1])
         texts = Texts(prompts, fresh, ids, before, self.encoder_decoder)
         now = tuple(_more(one, ids, fresh, row) for row, one in enumerate(before))
         return texts, Kept(prompts, read, now)
@@ -202,14 +200,14 @@ def _written(
     prompts: Sequence[Prompt],
     read: Sequence[int],
     last: Sequence[tuple[int, ...] | str] | None,
-    past: int,
-    mask: Any,
+    running: Pass,
     length: int,
 ) -> tuple[tuple[int, ...] | str, ...]:
     """What stood behind each prompt before this pass, or why that isn't known; `last` is what did after the one before."""
+    past, mask = running.past.tokens, running.mask
     if not past:
         return ((),) * len(prompts)
-    cached = torch.full((len(prompts),), past)
+    cached = torch.full((len(prompts),), past) if running.past.real is None else running.past.real
     if isinstance(mask, Tensor) and mask.shape == (len(prompts), past + length):
         cached = mask[:, :past].sum(1)
     before = _expanded(last, len(prompts)) if last else ((),) * len(prompts)

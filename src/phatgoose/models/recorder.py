@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from phatgoose.routers.context import RoutingContext, Sequences, rows_of
+from phatgoose.errors import RoutingError
+from phatgoose.routers.context import RoutingContext, Sequences
 
 if TYPE_CHECKING:
     from phatgoose.models.streams import Streams
@@ -65,6 +66,7 @@ class _Pass:
     sequences: Sequences
     rows: int
     length: int
+    kept: Tensor | None
     first_input: int
     rows_per_input: int
     generated: bool
@@ -148,7 +150,8 @@ class Recorder:
         self._blocks: list[_Block] = []  # of passes that are over
         self._members: dict[str, tuple[int, ...]] = {}
         self._pending = 0
-        self._passes: dict[tuple[str, int, int], _Pass] = {}
+        self._passes: dict[tuple[str, int, int, tuple[int, ...] | None], _Pass] = {}
+        self._streams: dict[str, str] = {}  # of the modules that ran, whose tokens they read
         self._inputs = self._rows = 0  # inputs before those that are being read, and how many these are
         self._encoded: weakref.ref[Tensor] | None = None  # what the decoder reads them from
         self._awaited = False  # an encoder has read them, and no decoder yet
@@ -178,40 +181,56 @@ class Recorder:
         self._pending += chosen.numel()
 
     def room(
-        self, kind: tuple[str, int], path: str, members: tuple[int, ...], shape: torch.Size, streams: Streams
+        self, top_k: int, path: str, members: tuple[int, ...], u: Tensor, shape: torch.Size, streams: Streams
     ) -> Room:
         """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written.
 
-        kind: whose tokens the module reads, and how many experts each gets. shape: of its output, [rows, length, d].
+        top_k: how many experts each token gets. u: the module's input. shape: of its output, [..., d].
         """
         self._members[path] = members
+        stream = streams.stream_at(path, u)
+        kind = stream, top_k
         room = self._rooms.get(kind)
         if (
             room is None
-            or room.seen.sequences is not streams.built.get(kind[0])
+            or room.seen.sequences is not streams.current(stream)
             or not room.fits(path, shape)
+            or not streams.is_whole(path, stream, shape)
+            or self._streams.get(path) != stream
         ):
-            seen = self._pass(RoutingContext(path, *rows_of(shape), streams.seen_by(path)))
-            if kind in self._rooms:  # of this pass: a module runs again, or sees the tokens in another shape
-                self._pack()
-            room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.places), kind[1])
+            seen = self._pass(streams.context(path, u, shape))
+            if room is not None and (room.seen is not seen or not room.fits(path, shape)):
+                self._pack()  # of this pass: a module runs again, or sees other tokens, or in another shape
+            if (room := self._rooms.get(kind)) is None:
+                room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.places), top_k)
         return room
 
     def _pass(self, context: RoutingContext) -> _Pass:
-        if context.sequences is None:
-            context.tokens()  # raises, saying why
-            raise AssertionError
-        context.sequences.check()
-        key = (self.trace.places[context.path].reads, context.rows, context.length)
+        context.check()
+        assert context.sequences is not None
+        self._place(context.path, context.stream)
+        kept = None if context.kept is None else tuple(context.kept.tolist())
+        key = (context.stream, context.rows, context.length, kept)
         known = self._passes.get(key)
         if known is None or known.sequences is not context.sequences:
             if not any(p.sequences is context.sequences for p in self._passes.values()):
                 self._new_sequences(context.path, context.sequences)
             known = self._passes[key] = _Pass(
-                context.sequences, context.rows, context.length, self._inputs, context.rows // max(self._rows, 1),
+                context.sequences, context.rows, context.length, context.kept,
+                self._inputs, context.rows // max(self._rows, 1),
                 context.sequences.past > 0 and key[0] == "decoder",
             )  # fmt: skip
         return known
+
+    def _place(self, path: str, stream: str) -> None:
+        """Notes whose tokens a module turned out to read."""
+        if (known := self._streams.setdefault(path, stream)) != stream:
+            raise RoutingError(
+                f"{path} reads the encoder's tokens in one call and the decoder's in another, which a trace can't tell apart. "
+                "Trace a pool whose experts leave it alone."
+            )
+        if known != self.trace.places[path].reads:
+            self.trace.move(path, stream)
 
     def _new_sequences(self, path: str, sequences: Sequences) -> None:
         """A stack runs over new tokens: of new inputs, unless it goes on behind a cache or is the decoder of an encoder's."""
@@ -327,7 +346,7 @@ class Recorder:
     def _seen(self, one: _Pass) -> tuple[Tokens, Tensor]:
         """All tokens of a pass, worked out once, and which are real."""
         if one.tokens is None or one.real is None:
-            aligned = one.sequences.aligned(one.rows, one.length)
+            aligned = one.sequences.aligned(one.rows, one.length, one.kept)
             rows = torch.arange(one.rows)[:, None].expand(-1, one.length).reshape(-1)
             one.real = aligned.real.reshape(-1).cpu()
             one.tokens = Tokens(

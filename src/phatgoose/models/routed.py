@@ -249,12 +249,11 @@ class _Site:
             self.fused = self.routing.ops.fuse(*self._by_gates, self.stack, self.layer)
         # It can write its choices where a trace wants them.
         self.writer = self.fused if isinstance(self.fused, Fused) and self.fused.plain else None
-        self.kind = self.routing.streams.stream_of(self.path), getattr(self.writer, "chosen", 0)
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        u = given(args, kwargs)
+        u = read_from = given(args, kwargs)
         cached = isinstance(self.fused, Cached)
         if self.stack.A.device != output.device and not cached:
             self.stack = self.stack.to(output.device)
@@ -275,7 +274,9 @@ class _Site:
             and fused is self.writer
             and not isinstance(module, Slot)
         ):
-            room = recorder.room(self.kind, self.path, self.members, output.shape, self.routing.streams)
+            room = recorder.room(
+                self.writer.chosen, self.path, self.members, u, output.shape, self.routing.streams
+            )
             done = self.writer(u, output, writable, room.next())
             if done is not None:
                 room.paths[self.path] = None
@@ -283,7 +284,7 @@ class _Site:
             return done
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
-        context = context_at(self.path, module, args, output.shape, self.routing.streams)
+        context = context_at(self.path, module, args, read_from, output.shape, self.routing.streams)
         if fused is not None and fused.can(u, output):  # so that recording changes nothing
             done, chosen, weights = fused.with_choice(u, output)
             self._record(context, u, chosen, weights)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import weakref
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,22 +12,23 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.caches import Caches, named
+from phatgoose.models.matching import dispatching, match, match_head, refused_stacks, same_memory
+from phatgoose.models.paths import reads_encoder
 from phatgoose.models.readings import Pass, Readings, Told
+from phatgoose.models.runs import Encoders, Run, run_of
 from phatgoose.ops.running import Running
-from phatgoose.routers.context import Sequences, Texts, positions_from
-
-# Cross-attention keys and values read the encoder's states: T5's EncDecAttention, BART's and others' encoder_attn.
-_CROSS = re.compile(
-    r"(?:^|\.)(?:EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\..*(?:key|value|c_attn))$"
-)
+from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
 
 class _Now(Running):
-    """The arguments of each stack's running pass, and what was built from them once it was asked for."""
+    """What runs in a thread: the last run of each stack; the stack that runs, if any; what the head was asked for."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, tuple[dict[str, Any], int]] = {}
-        self.built: dict[str, Sequences] = {}
+        self.runs: dict[str, Run] = {}
+        self.outer: nn.Module | None = None
+        self.keep: Any = None
+        self.encoded: Tensor | None = None  # what the encoder returned, until a decoder reads it
 
 
 class Streams:
@@ -41,47 +41,42 @@ class Streams:
         self.model = model
         encoder_decoder = bool(model.config.is_encoder_decoder)
         self.readings = Readings(encoder_decoder, self._sequences_of) if reads_text else None
-        if model.config.is_encoder_decoder:
-            self.stacks: dict[str, nn.Module] = {
-                "encoder": model.get_encoder(),
-                "decoder": model.get_decoder(),
-            }
-        else:
-            self.stacks = {"decoder": model.base_model}
-        self.prefixes = {
-            name: path + "."
-            for path, module in model.named_modules()
-            for name, stack in self.stacks.items()
-            if module is stack
-        }
+        self.stacks: dict[str, nn.Module] = {"decoder": model.base_model}
+        if encoder_decoder:
+            self.stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+        self._inner = None if encoder_decoder else _inner_decoder(model)
+        paths = {module: path + "." if path else "" for path, module in model.named_modules()}
+        self.prefixes = {name: paths[stack] for name, stack in self.stacks.items() if stack in paths}
+        self._text = paths[self._inner] if self._inner is not None else ""
         self._now = _Now()
-
-    @property
-    def built(self) -> dict[str, Sequences]:
-        """Of the passes that this thread runs, those that were asked for."""
-        return self._now.built
+        self._caches = Caches()
+        self._encoders = Encoders()
+        self._refused = refused_stacks(model)
+        self._dispatched: dict[str, bool] = {}
 
     def attach(self) -> list[RemovableHandle]:
         # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
-        handles = [
-            stack.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
-            for name, stack in self.stacks.items()
-        ]
-        if self.readings is not None:
-            handles += [
-                stack.register_forward_hook(partial(self._leave, name)) for name, stack in self.stacks.items()
-            ]
+        watched = list(self.stacks.items())
+        if self._inner is not None:
+            watched.append(("decoder", self._inner))
+        handles: list[RemovableHandle] = []
+        for name, stack in watched:
+            handles.append(stack.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
+            handles.append(stack.register_forward_hook(partial(self._leave, name), with_kwargs=True))
+        if all(stack is not self.model for _, stack in watched):
+            handles.append(self.model.register_forward_pre_hook(self._enter_head, with_kwargs=True))
+            handles.append(self.model.register_forward_hook(self._leave_head))
         return handles
 
-    def texts_of(self, path: str) -> Texts:
-        """What the sequences of the pass that the module at `path` runs in were given to read.
+    def texts_of(self, stream: str) -> Texts:
+        """What the sequences of the pass that a stack runs were given to read.
 
         Raises:
             RoutingError: it can't be known.
         """
         if self.readings is None:
             raise RoutingError("this routing doesn't follow texts: attach the router with route().")
-        return self.readings.of(self.stream_of(path))
+        return self.readings.of(stream)
 
     def tell(self, told: Told | None) -> Told | None:
         """Says what the rows of the passes to come were given to read, instead of finding out; returns what was said before."""
@@ -90,61 +85,170 @@ class Streams:
         before, self.readings.told_all = self.readings.told_all, told
         return before
 
-    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def stream_of(self, path: str) -> str:
+        """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says it; `context` knows it."""
+        if "encoder" not in self.stacks:
+            return "decoder"
+        return "encoder" if reads_encoder(path) else self._stack_of(path)
+
+    def current(self, stream: str) -> Sequences | None:
+        """The tokens of a stack's running pass, if they were asked for."""
+        run = self._now.runs.get(stream)
+        return None if run is None else run.sequences
+
+    def context(self, path: str, u: object, shape: torch.Size) -> RoutingContext:
+        """One call of the module at `path`, on `u`, with an output of this shape: [..., d]."""
+        stream, run, problem = self._reads(path, u)
+        lead, reader = tuple(shape[:-1]), self.texts_of
+        if run is None:
+            rows = lead[0] if len(lead) > 1 else 1
+            length = shape[:-1].numel() // max(rows, 1)
+            return RoutingContext(path, rows, length, None, None, reader, None, stream, problem)
+        batch, length = run.shape
+        if inside := self._is_inside(path):
+            repeats = stream != self._stack_of(path)
+            found = match(lead, batch, length, repeats=repeats, dispatched=self._dispatching(path))
+        else:
+            found = match_head(lead, batch, length, self._now.keep)
+        by_row = found.by_row
+        if inside and (refusal := self._refusal(path)):
+            problem, by_row = problem or refusal, batch == 1
+        problem = problem or found.problem
+        rows, length = found.rows, found.length
+        return RoutingContext(
+            path, rows, length, run.built(), None, reader, found.kept, stream, problem, by_row
+        )
+
+    def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
+        """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the pass's tokens in order."""
+        run = self._now.runs.get(stream)
+        return (
+            run is not None
+            and run.shape == shape[:-1]
+            and self._is_inside(path)
+            and self._refusal(path) is None
+        )
+
+    def _stack_of(self, path: str) -> str:
+        return "encoder" if path.startswith(self.prefixes.get("encoder", "\0")) else "decoder"
+
+    def _refusal(self, path: str) -> str | None:
+        """Why it can't be told by shapes which tokens the module at `path` sees; None if it can."""
+        if self._inner is not None and not path.startswith(self._text):
+            return "it isn't in the part of the model that reads the text, so it sees no tokens."
+        return self._refused.get(self._stack_of(path))
+
+    def _is_inside(self, path: str) -> bool:
+        return not self.prefixes or path.startswith(tuple(self.prefixes.values()))
+
+    def _dispatching(self, path: str) -> bool:
+        if path not in self._dispatched:
+            self._dispatched[path] = dispatching(self.model, path)
+        return self._dispatched[path]
+
+    def tokens_of(self, path: str, u: object) -> Sequences | None:
+        """All tokens of the pass that a call of the module at `path` on `u` sees some of; None if no pass was seen."""
+        _, run, problem = self._reads(path, u)
+        if run is None:
+            return None
+        seen, problem = run.built(), problem or self._refusal(path)
+        return seen if problem is None else replace(seen, problem=problem)
+
+    def stream_at(self, path: str, u: object) -> str:
+        """ "encoder" or "decoder": whose tokens a call of the module at `path` on `u` sees."""
+        return self._reads(path, u)[0]
+
+    def _reads(self, path: str, u: object) -> tuple[str, Run | None, str | None]:
+        """Whose tokens a call sees, the run they are of, and why that can't be known, if it can't."""
+        runs = self._now.runs
+        if self._stack_of(path) == "encoder":
+            return "encoder", runs.get("encoder"), None
+        run, named_so = runs.get("decoder"), reads_encoder(path)
+        encoded = None if run is None or run.encoded is None else run.encoded()
+        if encoded is None or not isinstance(u, Tensor):
+            if named_so and run is not None:
+                return "encoder", None, "it reads states that the decoder wasn't given."
+            return "decoder", run, None
+        if same_memory(u, encoded):
+            stands = u.shape == encoded.shape and u.stride() == encoded.stride()
+        elif named_so or u.device != encoded.device:  # moved to another device, it is a copy
+            stands = u.shape == encoded.shape and torch.equal(u.to(encoded.device), encoded)
+            if not stands and not named_so:
+                return "decoder", run, None
+        else:
+            return "decoder", run, None
+        if not stands:
+            return (
+                "encoder",
+                None,
+                "it reads the encoder's states in another form than the decoder was given them.",
+            )
+        if run is None or (of := self._encoders.run_of(encoded, run.before)) is None:
+            return (
+                "encoder",
+                None,
+                "it reads states that this model's encoder didn't compute while routing was attached.",
+            )
+        return "encoder", of, None
+
+    def _sequences_of(self, name: str) -> Sequences | None:
+        run = self._now.runs.get(name)
+        return None if run is None else run.built()
+
+    def _enter_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._now.outer, self._now.keep = None, named(module, args, kwargs).get("logits_to_keep")
+
+    def _leave_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._now.keep = None
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        now = self._now
+        if name == "decoder":
+            if now.outer is not None and now.outer is not module:
+                return  # it runs inside of the other
+            now.outer = module
+        given = named(module, args, kwargs)
+        run = run_of(given, self._caches)
+        if (
+            run.past.problem is None
+            and given.get("cu_seq_lens_q") is not None
+            and getattr(given.get("attention_mask"), "ndim", 0) != 2
+        ):
+            # Continuous batching: sequences in one row, behind caches of their own, without padding.
+            run.given["attention_mask"] = None
+        now.runs[name] = run
+        if name == "decoder" and run.encoded is not None:
+            run.before = None if now.encoded is run.encoded() else now.encoded
+            now.encoded = None
+        if self.readings is not None:
+            encoded = given.get("encoder_hidden_states")
+            self.readings.enter(name, Pass(run.past, given.get("attention_mask"), encoded))
+
+    def _leave(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        now = self._now
+        if name == "decoder":
+            if now.outer is not module:
+                return
+            now.outer = None
+        run = now.runs.get(name)
+        if run is None:
+            return
+        self._caches.after(run.given, output, run.past, *run.shape)
+        if name == "encoder":
+            states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+            if isinstance(states, Tensor):
+                self._encoders.keep(states, run)
+                now.encoded = states
         if self.readings is not None:
             self.readings.leave(name, output)
 
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        # The cache grows while the pass runs, so its length is taken now.
-        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-        keep = {k: kwargs.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
-        encoded = kwargs.get("encoder_hidden_states")
-        keep["encoded"] = weakref.ref(encoded) if isinstance(encoded, Tensor) else None
-        if kwargs.get("cu_seq_lens_q") is not None and getattr(keep["attention_mask"], "ndim", 0) != 2:
-            keep["attention_mask"] = (
-                None  # continuous batching: sequences in one row, behind caches of their own, without padding
-            )
-        if args and keep["input_ids"] is None:
-            keep["input_ids"] = args[0]
-        now = self._now
-        now.seen[name] = (keep, past)
-        now.built.pop(name, None)
-        if self.readings is not None:
-            self.readings.enter(name, Pass(cache, kwargs.get("attention_mask"), encoded))
 
-    def stream_of(self, path: str) -> str:
-        """ "encoder" or "decoder": whose tokens the module at `path` sees."""
-        if "encoder" not in self.stacks:
-            return "decoder"
-        if _CROSS.search(path) or path.startswith(self.prefixes["encoder"]):
-            return "encoder"
-        return "decoder"
-
-    def seen_by(self, path: str) -> Sequences | None:
-        """The tokens of the pass the module at `path` runs in, None if no pass was seen."""
-        return self._sequences_of(self.stream_of(path))
-
-    def _sequences_of(self, name: str) -> Sequences | None:
-        now = self._now
-        if name not in now.built:
-            if name not in now.seen:
-                return None
-            now.built[name] = _sequences(*now.seen[name])
-        return now.built[name]
-
-
-def _sequences(arguments: dict[str, Any], past: int) -> Sequences:
-    ids, embeds, mask = arguments["input_ids"], arguments["inputs_embeds"], arguments["attention_mask"]
-    source = ids if ids is not None else embeds
-    batch, length = source.shape[:2]
-    problem = None
-    try:
-        positions, real = positions_from(mask, batch, length, past, source.device)
-    except RoutingError as error:  # for those who ask: most routers look at activations alone
-        problem = str(error)
-        positions, real = positions_from(None, batch, length, past, source.device)
-    given = arguments["position_ids"]
-    if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == length:
-        positions = given.expand(batch, length).to(torch.long)
-    return Sequences(ids, positions, real, past, arguments["encoded"], problem)
+def _inner_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The text decoder inside of a model without an encoder, if the base model isn't it: OPT's head model calls it directly; in a
+    vision-language model everything beside it sees no text."""
+    inner = model.get_decoder()
+    if inner is model.base_model or not isinstance(inner, PreTrainedModel):
+        return None
+    return inner if any(inner is module for module in model.base_model.modules()) else None

@@ -113,6 +113,14 @@ class Trace:
             margin = None if margins is None else margins[i]
             self._choices.setdefault(path, []).append(Choices(path, experts[i], weights[i], tokens, margin))
 
+    def move(self, path: str, stream: str) -> None:
+        """Says that the module at `path` reads the tokens of `stream`: another than its name says, so its block is cross-attention."""
+        self.places[path] = replace(self.places[path], reads=stream)
+        block = path.rpartition(".")[0]
+        for other, place in self.places.items():
+            if stream == "encoder" and other.rpartition(".")[0] == block:
+                self.places[other] = replace(place, part="cross-attention")
+
     def arrange(self, order: Iterable[str]) -> None:
         """Puts modules into this order."""
         order = list(order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,8 @@ class Sequences:
     encoded: weakref.ref[Tensor] | None = None
     problem: str | None = None
 
-    def aligned(self, rows: int, length: int) -> Sequences:
-        """The same for a module that saw [rows, length]: sequences repeated (beams), or only the last tokens kept.
+    def aligned(self, rows: int, length: int, kept: Tensor | None = None) -> Sequences:
+        """The same for a module that saw [rows, length]: each sequence rows / B times (beams), and of each all tokens or those at `kept`.
 
         Raises:
             RoutingError: if the module's input can't be matched to the tokens, or there is a `problem`.
@@ -37,7 +37,7 @@ class Sequences:
         self.check()
 
         def fit(x: Tensor) -> Tensor:
-            return spread(x, rows, length)
+            return spread(x, rows, length, kept)
 
         ids = None if self.ids is None else fit(self.ids)
         return Sequences(ids, fit(self.positions), fit(self.real), self.past)
@@ -48,24 +48,24 @@ class Sequences:
             raise RoutingError(self.problem)
 
 
-def rows_of(shape: torch.Size) -> tuple[int, int]:
-    """(rows, length) of the tokens in an activation [rows, length, d], [length, d] or [d]."""
-    rows = shape[0] if len(shape) > 2 else 1
-    return rows, shape[:-1].numel() // max(rows, 1)
-
-
-def spread(x: Tensor, rows: int, length: int) -> Tensor:
-    """x [B, T, …] of a pass → [rows, length, …] for a module: sequences repeated (beams), or only the last tokens kept.
+def spread(x: Tensor, rows: int, length: int, kept: Tensor | None = None) -> Tensor:
+    """x [B, T, …] of a pass → [rows, length, …] for a module: each sequence rows / B times (beams), all its tokens or those at `kept`.
 
     Raises:
         RoutingError: if the module's input can't be matched to the tokens.
     """
     b, t = x.shape[:2]
-    if rows % b or length > t:
-        raise RoutingError(
-            f"a module saw [{rows}, {length}] tokens, the model was given [{b}, {t}]: they can't be matched."
-        )
-    return x[:, t - length :].repeat_interleave(rows // b, dim=0)
+    if kept is not None:
+        x = x[:, kept.to(x.device)]
+    if rows % b or length != x.shape[1]:
+        raise RoutingError(f"{unmatched((rows, length), b, t)}.")
+    return x.repeat_interleave(rows // b, dim=0)
+
+
+def unmatched(shape: Sequence[int], batch: int, length: int) -> str:
+    return (
+        f"a module saw {list(shape)} tokens, the model was given [{batch}, {length}]: they can't be matched"
+    )
 
 
 Prompt = str | tuple[int, ...]
@@ -90,10 +90,12 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class RoutingContext:
-    """One call of one module: its path, the [rows, length] its tokens came in, and the sequences it sees.
+    """One call of one module: its path, and which of the running pass's tokens it sees.
 
-    allowed: bool [N, candidates], which of them may be chosen; None: all. A router that narrows its choice down in steps must heed
-    it in the first; what may not be chosen is struck out of its scores anyway.
+    They are [rows, length]: all of each sequence's tokens, or those at `kept` (int64 [length]). sequences: those of the pass; None: no pass
+    was seen. allowed: bool [N, candidates], which of them may be chosen; None: all. A router that narrows its choice down in steps must
+    heed it in the first; what may not be chosen is struck out of its scores anyway. reader: finds the texts of the pass a module runs in.
+    stream: whose tokens they are, "encoder" or "decoder". problem: why it can't be known which tokens the module sees, else None.
     """
 
     path: str
@@ -102,7 +104,11 @@ class RoutingContext:
     sequences: Sequences | None
     allowed: Tensor | None = None
     reader: Callable[[str], Texts] | None = None
-    """Finds the texts of the pass a module runs in."""
+    kept: Tensor | None = None
+    stream: str = "decoder"
+    problem: str | None = None
+    by_row: bool = True
+    """Whether the pass's sequences are its rows even where there is a `problem`."""
 
     def texts(self) -> Texts:
         """What the sequences of this pass were given to read; the same object for every module that sees the pass.
@@ -114,41 +120,66 @@ class RoutingContext:
             raise RoutingError(
                 f"the text that module {self.path} works on is unknown: attach the router with route()."
             )
-        return self.reader(self.path)
+        return self.reader(self.stream)
 
     def tokens(self) -> Sequences:
         """The sequences matched to the module's N = rows·length tokens.
 
         Raises:
-            RoutingError: if the model was called in a way that hides them.
+            RoutingError: if the model was called in a way that hides them, or the module sees other tokens, or some of them.
         """
+        self.check()
+        assert self.sequences is not None
+        return self.sequences.aligned(self.rows, self.length, self.kept)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x [B, T, …] of the pass, or [B, 1, …] of its sequences → [N, …] for the module's tokens.
+
+        Raises:
+            RoutingError: as `tokens`.
+        """
+        by_row = x.shape[1] == 1 and self.by_row
+        if self.problem is not None and not by_row:
+            raise RoutingError(f"{self.path}: {self.problem}")
+        if by_row:
+            return spread(x.expand(-1, self.length, *x.shape[2:]), self.rows, self.length).flatten(0, 1)
+        return spread(x, self.rows, self.length, self.kept).flatten(0, 1)
+
+    def check(self) -> None:
+        """Raises RoutingError, saying why, unless it is known which tokens the module sees."""
+        if self.problem is not None:
+            raise RoutingError(f"{self.path}: {self.problem}")
         if self.sequences is None:
             raise RoutingError(
                 f"module {self.path} ran outside of a call of the model, so its tokens' positions are unknown."
             )
-        return self.sequences.aligned(self.rows, self.length)
+        self.sequences.check()
 
 
 def positions_from(
-    mask: object, batch: int, length: int, past: int, device: torch.device
+    mask: object, batch: int, length: int, past: int, device: torch.device, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(positions, real), both [B, T], of T new tokens after `past` cached ones.
 
-    mask: [B, past + T]; or, as generate() makes it for a static cache, [B or 1, 1, T, ≥ past + T], who may attend to whom, boolean or
-    added to scores, or a dict of such for different layers; or None.
+    mask: [B, past + T]; or [B, T], of the new tokens alone; or, as generate() makes it for a static cache, [B or 1, 1, T, ≥ past + T], who
+    may attend to whom, boolean or added to scores, or a dict of such for different layers; or None. before: int64 [B], how many
+    of the cached tokens are real; None: all `past`, unless the mask says otherwise.
 
     Raises:
         RoutingError: it is something else, so padding can't be told from tokens.
     """
     if isinstance(mask, dict):  # layers with a sliding window have a mask of their own, of another width
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    positions = (past + torch.arange(length, device=device)).expand(batch, length)
+    start = torch.full((batch, 1), past) if before is None else before[:, None]
+    positions = start.to(device) + torch.arange(length, device=device)
     if mask is None:
         return positions, torch.ones(batch, length, dtype=torch.bool, device=device)
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] in (length, past + length):
         whole = mask.to(device).bool()
-        positions = (whole.long().cumsum(1) - 1).clamp(min=0)
-        return positions[:, -length:], whole[:, -length:]
+        counted = whole.long().cumsum(1) - 1
+        if mask.shape[1] == length:
+            counted = counted + start.to(device)
+        return counted.clamp(min=0)[:, -length:], whole[:, -length:]
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] >= past + length == past + mask.shape[2]:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         # A token attends to itself, and nobody to padding.

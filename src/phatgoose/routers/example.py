@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
-from phatgoose.routers.context import RoutingContext, Texts, spread
+from phatgoose.routers.context import RoutingContext, Texts
 from phatgoose.routers.library import Library
 from phatgoose.routers.router import BoundRouter, Candidates, Prepared, Router, Setup
 from phatgoose.routers.weights import at_least_one
@@ -124,12 +124,12 @@ class _One(BoundRouter):
         self.slots = torch.tensor([slots.get(e, -1) for e in range(len(candidates.names))])
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        best = _spread(self.slots[self.owner.last(context.texts())[1]][..., None], context)
+        best = context.spread(self.slots[self.owner.last(context.texts())[1]][..., None])
         return best.to(u.device), torch.ones(best.shape, dtype=torch.float32, device=u.device)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         _whole_pool(self, context)
-        return _spread(self.owner.last(context.texts())[0], context)[:, self.members].to(u.device)
+        return context.spread(self.owner.last(context.texts())[0])[:, self.members].to(u.device)
 
 
 class _Mixed(Prepared):
@@ -161,22 +161,15 @@ class _Soft(BoundRouter):
         self.slots = torch.arange(len(candidates.names))
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        weights = _spread(self.owner.last(context.texts())[1][..., self.members], context).to(u.device)
+        weights = context.spread(self.owner.last(context.texts())[1][..., self.members]).to(u.device)
         return torch.arange(self.top_k, device=u.device).expand(weights.shape), weights
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         _whole_pool(self, context)
-        found = _spread(self.owner.last(context.texts())[0], context)[:, self.members].to(u.device)
+        found = context.spread(self.owner.last(context.texts())[0])[:, self.members].to(u.device)
         if context.allowed is not None:
             found = found.masked_fill(~context.allowed, -torch.inf)
         return self.owner.boosted(found)
-
-
-def _spread(x: Tensor, context: RoutingContext) -> Tensor:
-    """[B, T or 1, E] of a pass → [N, E] for the module's tokens."""
-    if x.shape[1] == 1:
-        x = x.expand(-1, context.length, -1)
-    return spread(x, context.rows, context.length).flatten(0, 1)
 
 
 def _whole_pool(bound: _One | _Soft, context: RoutingContext) -> None:

@@ -114,7 +114,7 @@ def _adding(
         routing: Routing | None = routing_of(model)
         assert routing is not None
         flat = u.reshape(-1, u.shape[-1])
-        tokens = context_at(path, module, args, u.shape, routing.streams).tokens()
+        tokens = context_at(path, module, args, given(args, kwargs), u.shape, routing.streams).tokens()
         real = tokens.real.reshape(-1).to(u.device)
         total = flat[real].double().sum(0).cpu()
         sums[path] = sums[path] + total if path in sums else total

@@ -1,0 +1,157 @@
+"""What a pass goes on with: its key-value cache or recurrent state, under whatever name, and how many tokens that holds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+NAMES = ("past_key_values", "cache_params", "state")
+"""How transformers' models name the argument (and the output) that a later pass goes on with."""
+
+_UNKNOWN = ("cache", "mems", "past_buckets_states")
+"""XLM's, XLNet's and Reformer's: with these a model runs over other tokens than the ones it is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What stands before the tokens of a pass.
+
+    cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it holds. real: int64 [B],
+    how many of them are no padding; None where only the pass's attention mask can say it. problem: why this can't be known, else None.
+    """
+
+    cache: Any = None
+    tokens: int = 0
+    real: Tensor | None = None
+    problem: str | None = None
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, however they were passed; what no parameter names is left out."""
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(module.forward).bind_partial(*args).arguments
+    bound = {name: value for name, value in bound.items() if name not in ("args", "kwargs")}
+    return {"input_ids": args[0], **bound, **kwargs}
+
+
+def cache_of(found: Any) -> Any:
+    """The cache among a call's arguments (by name) or in its output, as `Past.cache` stands for it; None if there is none."""
+    for name in NAMES:
+        cache = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
+        if isinstance(cache, list | tuple) and cache and isinstance(cache[0], Tensor):
+            cache = cache[0]  # RWKV's: tensors, which are written into
+        if cache is not None:
+            return cache
+    return None
+
+
+class Caches:
+    """How many tokens the caches hold that don't count them themselves: recurrent states alone (Mamba, RWKV)."""
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # nobody has a copy's caches
+
+    def before(self, given: Mapping[str, Any], rows: int, length: int) -> Past:
+        """What stands before a pass over [rows, length] tokens, which was called with `given`."""
+        if (other := next((name for name in _UNKNOWN if given.get(name) is not None), None)) is not None:
+            return Past(
+                problem=f"the pass goes on with `{other}`, which doesn't say how many tokens it holds."
+            )
+        cache = cache_of(given)
+        if cache is None:
+            return Past()
+        if isinstance(cache, list | tuple):
+            return Past(
+                problem=f"a cache that is a {type(cache).__name__} doesn't say how many tokens it holds."
+            )
+        if (tokens := _length(cache)) is not None:
+            return Past(cache, tokens)
+        known: Past | None = self._known.pop(cache, None)  # until the pass has ended well
+        if _rewinds(cache):
+            return Past(
+                cache, problem=f"a {type(cache).__name__} of recurrent states may be wound back unseen."
+            )
+        if _is_empty(cache):
+            return Past(cache)
+        if known is not None and (known.real is None or rows % len(known.real) == 0):
+            real = None if known.real is None else known.real.repeat_interleave(rows // len(known.real))
+            return Past(cache, known.tokens, real)
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > length:
+            return Past(cache, mask.shape[1] - length)
+        return Past(
+            cache,
+            problem=f"the pass goes on with a {type(cache).__name__} that doesn't count its tokens, and whose earlier passes weren't seen. "
+            "Give the attention mask of all tokens, or begin without a cache.",
+        )
+
+    def after(self, given: Mapping[str, Any], output: Any, past: Past, rows: int, length: int) -> None:
+        """The pass has ended: what its cache holds now."""
+        cache = past.cache if past.cache is not None else cache_of(output)
+        if (
+            cache is None
+            or isinstance(cache, list | tuple)
+            or past.problem is not None
+            or _length(cache) is not None
+        ):
+            return
+        if (real := _real(given.get("attention_mask"), past, rows, length)) is not None:
+            self._known[cache] = Past(tokens=past.tokens + length, real=real)
+
+
+def _real(mask: Any, past: Past, rows: int, length: int) -> Tensor | None:
+    """int64 [rows], how many real tokens there are with those of this pass; None if that isn't known."""
+    if isinstance(mask, Tensor) and mask.shape == (rows, past.tokens + length):
+        return mask.long().sum(1)
+    if mask is None:
+        new = torch.full((rows,), length)
+    elif isinstance(mask, Tensor) and mask.shape == (rows, length):
+        new = mask.long().sum(1)
+    else:
+        return None
+    if not past.tokens:
+        return new
+    return None if past.real is None else past.real.to(new.device) + new
+
+
+def _length(cache: Any) -> int | None:
+    """How many tokens it says that it holds; None if it doesn't count."""
+    if isinstance(cache, Tensor):
+        return None
+    if (count := getattr(cache, "get_seq_length", None)) is None:
+        offset = getattr(cache, "seqlen_offset", None)  # xLSTM's
+        return None if offset is None else int(offset)
+    try:
+        found = count()
+    except ValueError:  # it has recurrent states only
+        return None
+    if found == 0:  # RecurrentGemma's first layers keep nothing there
+        counts = (getattr(layer, "get_seq_length", None) for layer in getattr(cache, "layers", ()))
+        found = max((one() for one in counts if one is not None), default=0)
+    return None if found is None else int(found)
+
+
+def _flags(cache: Any, name: str) -> list[bool]:
+    found: list[bool] = []
+    for layer in getattr(cache, "layers", ()):
+        flag = getattr(layer, name, False)
+        found += [bool(one) for one in flag.values()] if isinstance(flag, dict) else [bool(flag)]
+    return found
+
+
+def _is_empty(cache: Any) -> bool:
+    return hasattr(cache, "layers") and not any(_flags(cache, "has_previous_state"))
+
+
+def _rewinds(cache: Any) -> bool:
+    return any(_flags(cache, "record_past"))

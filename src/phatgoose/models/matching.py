@@ -1,0 +1,105 @@
+"""Which of a pass's tokens a module sees, told from the shape of what it was given; what can't be told is refused, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from phatgoose.routers.context import unmatched
+
+_OTHER_TOKENS = {
+    "fsmt": ("encoder", "decoder"),
+    "led": ("encoder",),
+    "longformer": ("decoder",),
+    "longt5": ("encoder",),
+    "pegasus_x": ("encoder",),
+    "xlnet": ("decoder",),
+}
+"""Architectures whose blocks see the tokens with rows and columns exchanged, or see tokens of their own (global ones) too: in some
+batches these have the very shape of the tokens in order."""
+
+
+def refused_stacks(model: PreTrainedModel) -> dict[str, str]:
+    """Stacks in which shapes don't say which tokens a module sees, and why."""
+    kind = model.config.model_type
+    if kind == "longt5" and model.config.encoder_attention_type == "local":
+        return {}
+    why = (
+        f"in the {{}} of {kind} modules see tokens in another order, or others than the text's, so which ones can't be told. "
+        "Traces, Random and what else asks for tokens can't be had there; PHATGOOSE, Single and others that look at activations can."
+    )
+    return {name: why.format(name) for name in _OTHER_TOKENS.get(kind, ())}
+
+
+def dispatching(model: nn.Module, path: str) -> bool:
+    """Whether the module stands in a list inside of a block (experts, of which a layer's own router picks), by its path."""
+    at: Any = model
+    lists = 0
+    for part in path.split(".")[:-1]:
+        if (at := getattr(at, part, None)) is None:  # transformers 4's name of a mixture's router
+            break
+        lists += isinstance(at, nn.ModuleList | nn.ModuleDict)
+    return lists > 1
+
+
+@dataclass(frozen=True)
+class Match:
+    """The tokens are [rows, length]: all of each sequence, or those at `kept`. problem: why it isn't known which tokens; then the rows may
+    still be the pass's, `length` inputs each (by_row)."""
+
+    rows: int
+    length: int
+    kept: Tensor | None = None
+    problem: str | None = None
+    by_row: bool = True
+
+
+def match(lead: Sequence[int], batch: int, length: int, *, repeats: bool, dispatched: bool) -> Match:
+    """What a module inside of a stack that runs over [batch, length] tokens sees, if its input is [*lead, d].
+
+    repeats: each sequence may stand there several times (beams read what was encoded once). dispatched: the module may be given tokens that
+    were picked for it, in any order.
+    """
+    if len(lead) > 2:  # DeepSeek's kv_b_proj: a dimension of heads, of size 1
+        lead = (lead[0], *(n for n in lead[1:] if n != 1))
+        lead = (*lead, 1) if len(lead) == 1 else lead
+    if (
+        len(lead) == 2
+        and lead[1] == length
+        and (lead[0] == batch or (repeats and batch and lead[0] % batch == 0))
+    ):
+        return Match(lead[0], length)
+    flat = len(lead) == 1 or (len(lead) == 2 and lead[0] == 1)
+    if flat and prod(lead) == batch * length and (not dispatched or batch * length == 1):
+        return Match(batch, length)
+    by_row = (len(lead) > 1 and lead[0] == batch) or batch == 1
+    rows = batch if by_row else 1
+    what = unmatched(lead, batch, length)
+    if dispatched:
+        what += ": it is one of several experts, and its layer picks the tokens"
+    return Match(rows, prod(lead) // max(rows, 1), None, f"{what}.", by_row)
+
+
+def match_head(lead: Sequence[int], batch: int, length: int, asked: Any) -> Match:
+    """What a module behind the stack sees, if the head model was called with logits_to_keep=`asked`."""
+    whole = match(lead, batch, length, repeats=False, dispatched=False)
+    if isinstance(asked, Tensor) and asked.ndim == 1 and lead == (batch, len(asked)):
+        return Match(batch, len(asked), asked.long() % length)
+    if whole.problem is not None and isinstance(asked, int) and asked > 0 and lead == (batch, asked):
+        return Match(batch, asked, torch.arange(length - asked, length))
+    return whole
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether they are one tensor, or views of one."""
+    return one is other or (
+        one.numel() == other.numel()
+        and one.device == other.device
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    )
