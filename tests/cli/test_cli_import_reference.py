@@ -49,6 +49,14 @@ def test_with_the_bases_weights(run, t5, checkpoint, tmp_path):
     assert answered.code == 0, answered.err
 
 
+def test_no_tokenizer_is_needed(run, t5, checkpoint, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(t5, bare, ignore=shutil.ignore_patterns("token*", "special*"))
+    done = run("import-reference", checkpoint, "--base", bare, "--out", tmp_path / "pool")
+    assert done.code == 0, done.err
+    assert Pool.load(tmp_path / "pool").base.samples
+
+
 def test_with_the_configuration_alone(run, t5, checkpoint, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(t5, bare, ignore=shutil.ignore_patterns("*.safetensors"))

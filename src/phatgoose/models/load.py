@@ -103,7 +103,7 @@ def load_base(
     with quiet(source.copy):
         config = read_config(source)
         tokenizer = _tokenizer(source)  # before the weights: a missing one shouldn't cost a long download
-        model = _model(source, config, options)
+        model = read_model(source, config, options)
     _agree(source, model, tokenizer)
     if device is not None and "device_map" not in options:
         with refusals(source.spec, f"the model on {device}", None):
@@ -189,7 +189,8 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-def _model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+def read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The weights alone, without a tokenizer; `options` as `load_options` gives them."""
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with refusals(source.spec, "the weights", source.folder, source.tried):
         loaded: Any = family.from_pretrained(

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
+from phatgoose.models.fingerprint import fingerprint
 from phatgoose.models.layers import linear_shape, same_weights
-from phatgoose.models.load import Source, find, load_base, quiet, read_config
+from phatgoose.models.load import Source, find, quiet, read_config, read_model
+from phatgoose.models.load_options import load_options
 from phatgoose.models.refusals import refusals
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -21,7 +23,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     """What importing a reference checkpoint must know of a base. Of a Hub model only the configuration is fetched; weights that
-    are here already are read for the fingerprint, and let go of again.
+    are here already are read for the fingerprint, and let go of again. No tokenizer is needed.
 
     Raises:
         BaseModelError: as `load_base` does, for a base that isn't there or whose configuration or weights can't be used.
@@ -36,21 +38,22 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     both = bool(model.config.is_encoder_decoder)
     if not _weights_are_here(source):
         return BaseShape(source.spec, linears, parameters, both)
-    base = load_base(spec)
+    with quiet(source.copy):
+        whole = read_model(source, read_config(source), load_options("auto", None, None, None))
     own = {
         path: m
-        for path, m in base.model.named_modules(remove_duplicate=False)
+        for path, m in whole.named_modules(remove_duplicate=False)
         if any(name.rpartition(".")[0] == path for name in COPIES)
     }
-    fingerprint = base.fingerprint
-    del base  # but for the embeddings
+    found = fingerprint(whole, source.spec)
+    del whole  # but for the embeddings
     gc.collect()
 
     def is_own(name: str, tensor: Tensor) -> bool:
         path, _, kind = name.rpartition(".")
         return path in own and same_weights(own[path], kind, tensor)
 
-    return BaseShape(source.spec, linears, parameters, both, fingerprint, is_own)
+    return BaseShape(source.spec, linears, parameters, both, found, is_own)
 
 
 def empty_model(source: Source) -> PreTrainedModel:
