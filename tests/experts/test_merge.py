@@ -172,7 +172,7 @@ def test_dare_is_the_papers(make_base, make_expert):
 @pytest.mark.parametrize("merge", [ties, dare])
 def test_dense_merges_refuse_what_they_are_not_defined_for(merge, make_base, make_expert, tmp_path):
     base = make_base("gpt2")
-    with pytest.raises(PoolError, match="more than A and B"):
+    with pytest.raises(PoolError, match="is DoRA at"):
         merge(Pool([written(base, lora(["c_attn"], use_dora=True), tmp_path / "e", 0)]))
     with pytest.raises(PoolError, match="density"):
         merge(Pool([make_expert(base)]), density=0.0)

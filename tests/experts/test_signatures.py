@@ -87,3 +87,10 @@ def test_updates_that_are_no_low_rank_matrix_are_refused(more, said):
     assert why_no_signature(u)
     with pytest.raises(ExpertError, match=f"no signature in the weights of this update: .*{said}"):
         signature(u)
+
+
+def test_a_dora_whose_weight_was_put_in_is_still_named():
+    """It was said to be LoRA, "and only LoRA's update is a low-rank matrix"."""
+    dora = update(magnitude=torch.rand(40) + 0.5).resolved(torch.randn(40, 63))
+    assert dora.kind == "DoRA"
+    assert "it is DoRA" in why_no_signature(dora)

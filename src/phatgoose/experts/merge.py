@@ -86,8 +86,7 @@ def _dense(
         for path, update in expert.updates.items():
             if not update.is_low_rank:
                 raise PoolError(
-                    f"expert {expert.name!r} has a {update.kind} update with more than A and B at {path}, which {how['kind']} isn't "
-                    "defined for."
+                    f"expert {expert.name!r} is {update.described} at {path}; {how['kind']} is defined for plain LoRA of linear layers."
                 )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

@@ -32,6 +32,8 @@ def why_no_signature(update: Update) -> str | None:
     """What keeps an update from having a signature, or None: ΔW must be the low-rank part, and there must be one."""
     if update.embedding:
         return "an embedding's input is a token's number, which has no direction"
+    if update.shared is not None:
+        return "it is VeRA, whose matrices are known only where it is routed in its base"
     parts = (update.output_scale, update.input_scale, update.magnitude, update.bottleneck)
     if update.rank == 0 or any(part is not None for part in parts):
         return f"it is {update.kind}, and only LoRA's update is a low-rank matrix"

@@ -170,6 +170,12 @@ class Update:
             names.append("bottleneck")
         return "+".join(names) or "LoRA"
 
+    @property
+    def described(self) -> str:
+        """Its kind, and what of it plain LoRA lacks: "an embedding's LoRA", "LoRA with a bias"."""
+        name = f"an embedding's {self.kind}" if self.embedding else self.kind
+        return name + " with a bias" * (self.bias is not None)
+
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of it, by name."""
         for item in fields(self):

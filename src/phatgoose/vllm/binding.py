@@ -77,9 +77,8 @@ def bind(pool: Pool, router: Router, path: str) -> Bound:
     for expert, update in zip(experts, parts, strict=True):
         assert update is not None
         if not update.is_low_rank:
-            kind = "an embedding's LoRA" if update.embedding else update.kind
             raise RoutingError(
-                f"expert {expert.name!r} is {kind}{' with a bias' * (update.bias is not None)} at {path}; in vLLM only plain LoRA of "
+                f"expert {expert.name!r} is {update.described} at {path}; in vLLM only plain LoRA of "
                 "linear layers is routed. Serve a pool without it (`phatgoose pool remove`), or route it in transformers."
             )
     members = [pool.names.index(e.name) for e in experts]
