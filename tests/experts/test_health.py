@@ -106,6 +106,24 @@ def test_an_update_of_zero_and_one_beyond_measure(four):
     assert text.startswith("a: the norm of its update is above 1e+06")
 
 
+def test_different_names_of_bases_are_told_unless_fingerprints_say_that_they_are_one(four):
+    names = ["meta-llama/Llama-2-7b-hf", "unsloth/llama-2-7b/", "unsloth/llama-2-7b"]
+    named = [
+        Expert(
+            e.name, {**e.adapter_config, "base_model_name_or_path": name}, e.tensors, e.gates, e.provenance
+        )
+        for e, name in zip(four, names, strict=False)
+    ]
+    assert Pool(named).warnings() == []
+    plain = [Expert(e.name, e.adapter_config, e.tensors, e.gates) for e in named]
+    for pool in (plain, [*plain[:1], *named[1:]], [*named[:1], *plain[1:]]):
+        (text,) = (w for w in Pool(pool).warnings() if "different bases" in w)
+        assert "'meta-llama/Llama-2-7b-hf' (a); 'unsloth/llama-2-7b' (b, c)" in text
+    for pool in (plain[:1], plain[1:], [plain[1], *named]):
+        pool = [e.renamed(f"{e.name}{i}") for i, e in enumerate(pool)]
+        assert not any("different bases" in w for w in Pool(pool).warnings())
+
+
 def test_parts_left_out_are_named(base, make_expert):
     expert = make_expert(base, "a")
     dropped = Expert(

@@ -76,6 +76,7 @@ def add(
 ) -> None:
     """Add experts to a pool."""
     from phatgoose.errors import PoolError
+    from phatgoose.experts.health import DIFFERENT_BASES
     from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder
 
     if name is not None and len(experts) != 1:
@@ -88,7 +89,8 @@ def add(
     for expert in new:
         add_to_folder(pool, expert)
     show.say(f"{pool}: {_count(len(whole))}: {', '.join(whole.names)}")
-    _warn(w for w in whole.warnings() if any(expert.name in w for expert in new))
+    about = (DIFFERENT_BASES, *(expert.name for expert in new))
+    _warn(w for w in whole.warnings() if any(text in w for text in about))
 
 
 @app.command("remove")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from phatgoose.errors import brief
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.tensor_files import all_identical
 from phatgoose.experts.update import Update
@@ -35,7 +36,13 @@ def warnings(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None
     Args:
         weight_norms: Frobenius norms of the base's weights by module path, if the base is at hand.
     """
-    return [*_incomplete(experts), *wildly_off(experts, weight_norms), *_alone(experts), *_twice(experts)]
+    return [
+        *_bases(experts),
+        *_incomplete(experts, compared=weight_norms is not None),
+        *wildly_off(experts, weight_norms),
+        *_alone(experts),
+        *_twice(experts),
+    ]
 
 
 def wildly_off(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[str]:
@@ -48,7 +55,7 @@ def wildly_off(experts: Sequence[Expert], weight_norms: Mapping[str, float] | No
         for expert in (e for e in experts if path in e.updates):
             for part, size in strengths(expert.updates[path]):
                 sizes[part][expert.name] = size
-                if part == "update" and size == 0:
+                if part in ("update", "VeRA vectors") and size == 0:
                     found.add(expert.name, "its update is zero, so it does nothing,", path)
             if expert.gates is not None:
                 gate = expert.gates[path].double()
@@ -78,6 +85,7 @@ _OFF = {
     "output scale": "it scales outputs {ratio} times as far from 1 as the experts' median",
     "input scale": "it scales inputs {ratio} times as far from 1 as the experts' median",
     "DoRA magnitude": "its DoRA magnitude is {ratio} times the median of the experts'",
+    "VeRA vectors": "the product of its VeRA vectors' norms is {ratio} times the median of the experts'",
     "bottleneck": "its bottleneck's norm is {ratio} times the median of the experts'",
     "gate": "its gate's norm is {ratio} times the median of the experts'",
 }
@@ -90,7 +98,7 @@ _BASE = {
 def strengths(update: Update) -> Iterator[tuple[str, float]]:
     """How large each part of an update is, comparable between experts at one module: name, norm in float64.
 
-    "update" is ‖scale · B A‖, "bias" ‖scale · bias‖ (Frobenius norms); of scales c the root mean square of c − 1; of a bottleneck
+    "update" is ‖scale · B A‖, "bias" ‖scale · bias‖ (Frobenius norms); of scales c the root mean square of c − 1; of VeRA ‖b‖ ‖d‖, since only the base knows its matrices; of a bottleneck
     adapter the bound |scale| ‖up‖ ‖down‖.
     """
     if update.rank:
@@ -103,6 +111,8 @@ def strengths(update: Update) -> Iterator[tuple[str, float]]:
             yield name, float((scale.double() - 1).square().mean().sqrt())
     if update.magnitude is not None:
         yield "DoRA magnitude", float(update.magnitude.double().norm())
+    if update.shared is not None:
+        yield "VeRA vectors", float(update.shared.b.double().norm()) * float(update.shared.d.double().norm())
     if (narrow := update.bottleneck) is not None:
         yield (
             "bottleneck",
@@ -189,8 +199,36 @@ class _Alike:
                 yield f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as well."
 
 
-def _incomplete(experts: Sequence[Expert]) -> Iterator[str]:
+def _bases(experts: Sequence[Expert]) -> Iterator[str]:
+    """Different names of bases in the experts' configs, where no fingerprints say that they are one base."""
+    names: dict[str, list[str]] = defaultdict(list)
     for expert in experts:
+        if expert.base_name is not None:
+            names[expert.base_name.rstrip("/")].append(expert.name)
+    checked = {e.base_name.rstrip("/") for e in experts if e.base_name is not None and e.base is not None}
+    if len(names.keys() - checked) + bool(checked) < 2:
+        return
+    listed = "; ".join(
+        f"{brief(base)} ({', '.join(owners[:8])}{f' and {len(owners) - 8} more' if len(owners) > 8 else ''})"
+        for base, owners in names.items()
+    )
+    yield (
+        f"{DIFFERENT_BASES}: {listed}. These may be copies of one model, or models of one shape; without a recorded base nobody can "
+        "tell here. Make sure that all were trained on one base: on another, an expert computes nonsense."
+    )
+
+
+DIFFERENT_BASES = "the experts' configs name different bases"
+
+
+def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
+    """`compared`: whether the experts were routed in the base already, which compares weights that they bring."""
+    for expert in experts:
+        if expert.adapter_config.get("modules_to_save") and expert.base_copies and not compared:
+            yield (
+                f"{expert.name}: brings its own {', '.join(expert.base_copies)}, and is refused on a base whose weights differ from "
+                "these (`phatgoose pool verify --base` compares them)."
+            )
         if expert.base is None:
             yield f"{expert.name}: records no base, so it can't be checked that it was trained on this one."
         if expert.gates is None:
