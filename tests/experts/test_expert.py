@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import struct
 
 import pytest
@@ -17,6 +18,7 @@ from phatgoose.errors import ExpertError, StorageError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.names import slug
 from phatgoose.experts.peft import to_contents
+from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, sha256_file, write_json
 
 
@@ -182,6 +184,31 @@ def test_missing_parts_are_named(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExpertError, match=r"adapter_config.json does not exist"):
         Expert.load(tmp_path / "empty")
+
+
+def test_folders_of_adapters_are_named_with_what_to_give(saved, tmp_path):
+    _, expert, _ = saved
+    run = tmp_path / "run"
+    for step in (50, 1000, 200):
+        shutil.copytree(expert.folder, run / f"checkpoint-{step}")
+    with pytest.raises(
+        ExpertError, match=r"checkpoint-50, checkpoint-200, checkpoint-1000.* is .*run/checkpoint-1000\."
+    ):
+        Expert.load(run)
+    for name in ("cats", "dogs"):
+        shutil.copytree(expert.folder, tmp_path / "two" / name)
+    with pytest.raises(
+        ExpertError, match=r"folders of their own: cats, dogs.* one by one: .*two/cats .*two/dogs"
+    ):
+        Expert.from_peft(tmp_path / "two")
+    Pool([expert]).save(tmp_path / "pool")
+    with pytest.raises(ExpertError, match=r"is a pool: give folders of experts in it .*pool/experts/NAME"):
+        Expert.load(tmp_path / "pool")
+    (tmp_path / "whole").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "whole" / name).write_bytes(b"{}")
+    with pytest.raises(ExpertError, match="holds a whole model"):
+        Expert.load(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

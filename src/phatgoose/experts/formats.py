@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
         raise ExpertError(
             f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and {' or '.join(WEIGHTS_FILES)}."
         )
+    if not os.path.lexists(folder / CONFIG_FILE):
+        _refuse_other_folder(folder)
     config = read_json(inside(folder, CONFIG_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
     if not isinstance(config, dict):
         raise ExpertError(f"{folder / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
@@ -73,6 +76,43 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
         return config, read_tensor_file(weights)
     check_type(config, str(folder))  # other kinds have tensors that aren't read at all
     return config, read_tensor_file(weights, empty=True)
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Says what a folder without an adapter of its own holds, if that can be said: a training's checkpoints, named adapters, …"""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except OSError as cause:
+        raise ExpertError(f"{folder} can't be read: {cause.strerror}.") from cause
+    if "pool.json" in names:
+        raise ExpertError(
+            f"{folder} is a pool: give folders of experts in it ({folder / 'experts' / 'NAME'})."
+        )
+    found = [name for name in names if os.path.lexists(folder / name / CONFIG_FILE)]
+    steps = sorted((int(m[1]), m[0]) for name in found if (m := _CHECKPOINT.fullmatch(name)))
+    if steps:
+        last = folder / steps[-1][1]
+        raise ExpertError(
+            f"{folder} holds no adapter itself, but checkpoints of a training: {_few([name for _, name in steps])}. Give one of them; "
+            f"the last is {last}."
+        )
+    if found:
+        raise ExpertError(
+            f"{folder} holds no adapter itself, but adapters in folders of their own: {_few(found)}. Give them one by one: "
+            f"{' '.join(str(folder / name) for name in found[:3])}{' …' if len(found) > 3 else ''}"
+        )
+    if "config.json" in names and any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise ExpertError(
+            f"{folder} holds a whole model (config.json), not an adapter. If an adapter was merged into it, give the adapter as it was "
+            "before."
+        )
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)})" if len(names) > 8 else "")
 
 
 def _refuse_other_weights(folder: Path) -> None:
