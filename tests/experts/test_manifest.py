@@ -247,3 +247,12 @@ def test_a_pool_that_another_process_holds(saved, monkeypatch):
         add_to_folder(folder, a.renamed("c"))
     add_to_folder(folder, a.renamed("c"))
     assert Pool.load(folder).names == ("a", "b", "c")
+
+
+def test_a_folder_without_permission_is_refused_in_a_word(saved, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.is_symlink", refuse)
+    with pytest.raises(PoolError, match="pool can't be read: Permission denied"):
+        Pool.load(saved[1])

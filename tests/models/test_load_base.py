@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +240,14 @@ def test_pickles_are_not_opened(saved):
     assert "use_safetensors=False).save_pretrained('converted')" in text
     (folder / "pytorch_model.bin").unlink()
     refused(r"no \*.safetensors file", folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_a_file_without_permission_is_not_called_missing(saved, name, monkeypatch):
+    """safetensors says of it that there is no such file; transformers goes on without generation settings."""
+    _, folder = saved()
+    monkeypatch.setattr(os, "access", lambda path, **_: Path(path).name != name)
+    refused(f"{name} can't be read: no permission", folder)
 
 
 def test_truncated_weights_are_named(saved):

@@ -126,7 +126,11 @@ def _check_entry(entry: Any, where: str) -> None:
 def _check_own(folder: Path) -> None:
     """Refuses a pool whose own parts are links: what they lead to would be read, written and swept as if it were the pool's."""
     for name in ("experts", "packed", ".lock"):
-        if (folder / name).is_symlink():
+        try:
+            linked = (folder / name).is_symlink()
+        except OSError as cause:
+            raise PoolError(f"{folder} can't be read: {cause.strerror}.") from cause
+        if linked:
             raise PoolError(
                 f"{folder / name} is a link, which is not followed: it could lead out of the pool's folder. Put the folder itself there."
             )

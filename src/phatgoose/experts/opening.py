@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class PackedFolder:
                 f"{self._where}: the file is {brief(index.get('file'))}, expected packed/stacks-N.safetensors."
             )
         path = folder / index["file"]
-        if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+        if os.path.lexists(path) and not path.resolve().is_relative_to(folder.resolve()):
             raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
         self.file = StackFile(path)
         self.used: dict[str, int] = {}

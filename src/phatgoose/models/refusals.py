@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -77,7 +79,7 @@ def check_folder(folder: Path, spec: str) -> None:
     """Refuses, by what lies in it, a folder that holds no base.
 
     Raises:
-        BaseModelError: an adapter, GGUF files only, pickles only, or no checkpoint at all.
+        BaseModelError: an adapter, GGUF files only, pickles only, no checkpoint at all, or a file without permission to read it.
     """
     try:
         names = sorted(p.name for p in folder.iterdir())
@@ -87,6 +89,15 @@ def check_folder(folder: Path, spec: str) -> None:
         raise BaseModelError(
             f"{spec} is a PEFT adapter, not a base: load the base that its adapter_config.json names."
         )
+    readable = partial(os.access, mode=os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+    if locked := [
+        n
+        for n in names
+        if n.endswith((".json", ".safetensors", ".model", ".txt", ".jinja")) and not readable(folder / n)
+    ]:
+        raise BaseModelError(
+            f"{folder / locked[0]} can't be read: no permission."
+        )  # transformers calls some of them missing
     if "config.json" not in names:
         if ggufs := [n for n in names if n.lower().endswith(".gguf")]:
             raise BaseModelError(f"{spec} holds GGUF files: say which one, as {f'{spec}:{ggufs[0]}'!r}.")

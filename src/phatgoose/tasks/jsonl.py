@@ -147,4 +147,5 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             f"{path}, line {number}: not JSON ({cause}). Expected one JSON object a line."
         ) from cause
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as cause:
-        raise TaskError(f"{path} can't be read past line {number}: {cause}.") from cause
+        past = f" past line {number}" if number else ""
+        raise TaskError(f"{path} can't be read{past}: {cause}.") from cause
