@@ -400,3 +400,32 @@ def test_experts_of_one_row_need_no_tokens():
     model, ids = make("switch_transformers"), ids_of()
     routed(model, ".wi", router=Single(0))
     logits(model, input_ids=ids, decoder_input_ids=ids)
+
+
+def test_rejected_drafts_are_not_counted():
+    """The trace of assisted decoding says of every token what that of plain greedy decoding says."""
+    model, draft, prompt = make("llama"), make("llama", seed=1), ids_of(1, 6)
+    with torch.no_grad():  # an assistant that is right now and then
+        for mine, its in zip(draft.parameters(), model.parameters(), strict=True):
+            mine.copy_(its + 0.02 * torch.randn(its.shape, generator=torch.Generator().manual_seed(0)))
+    routed(model, "q_proj", "lm_head", router=PHATGOOSE())
+    plain = {
+        "input_ids": prompt,
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": 20,
+        "do_sample": False,
+    }
+    for assisted in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
+        for settings in ({"margins": False}, {}, {"histogram": True}):
+            with trace(model, **settings) as wanted, torch.no_grad():
+                text = model.generate(**plain)
+            with trace(model, **settings) as found, torch.no_grad():
+                assert torch.equal(model.generate(**plain, **assisted), text)
+            path = "model.layers.1.self_attn.q_proj"
+            assert found.loads[path].tokens.sum() == wanted.loads[path].tokens.sum() == text.shape[1] - 1
+            assert torch.equal(found.loads[path].first.sum(0), wanted.loads[path].first.sum(0))
+            if not found.sums_only:
+                assert torch.equal(found[path].ids, text[0, :-1])
+                assert torch.equal(found["lm_head"].ids, text[0, prompt.shape[1] - 1 : -1])
+    with pytest.raises(RoutingError, match="assistant_early_exit"), trace(model):
+        model.generate(**plain, assistant_early_exit=1)

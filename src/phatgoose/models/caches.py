@@ -74,7 +74,7 @@ class Caches:
             return Past(
                 problem=f"a cache that is a {type(cache).__name__} doesn't say how many tokens it holds."
             )
-        if (tokens := _length(cache)) is not None:
+        if (tokens := length_of(cache)) is not None:
             return Past(cache, tokens)
         known: Past | None = self._known.pop(cache, None)  # until the pass has ended well
         if _rewinds(cache):
@@ -102,7 +102,7 @@ class Caches:
             cache is None
             or isinstance(cache, list | tuple)
             or past.problem is not None
-            or _length(cache) is not None
+            or length_of(cache) is not None
         ):
             return
         if (real := _real(given.get("attention_mask"), past, rows, length)) is not None:
@@ -124,7 +124,7 @@ def _real(mask: Any, past: Past, rows: int, length: int) -> Tensor | None:
     return None if past.real is None else past.real.to(new.device) + new
 
 
-def _length(cache: Any) -> int | None:
+def length_of(cache: Any) -> int | None:
     """How many tokens it says that it holds; None if it doesn't count."""
     if isinstance(cache, Tensor):
         return None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.caches import length_of
 from phatgoose.routers.context import RoutingContext, Sequences
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class _Pass:
     first_input: int
     rows_per_input: int
     generated: bool
+    rejected: int = 0
+    """How many of the last tokens were drafts that weren't accepted."""
     tokens: Tokens | None = None
     real: Tensor | None = None
 
@@ -260,6 +263,21 @@ class Recorder:
         """generate() is about to read each of its inputs in `times` rows (beams, several samples); ids: int64 [rows, T], its prompts."""
         self._expanded = Expanded(ids, times)
 
+    def take_back(self, cache: object) -> None:
+        """Drafts of the last pass have been checked, and `cache` has been cropped to those that were accepted.
+
+        Raises:
+            RoutingError: they have been handed out as choices already.
+        """
+        for (stream, *_), one in self._passes.items():
+            if stream != "decoder" or (length := length_of(cache)) is None:
+                continue
+            one.rejected = one.sequences.past + one.sequences.positions.shape[1] - length
+            if one.rejected and one.tokens is not None:
+                raise RoutingError(
+                    "a trace that is read while drafts are being checked counts those that are rejected: read it when generate() is done."
+                )
+
     def _pack(self) -> None:
         """Makes blocks of the calls so far: a few copies for all modules of a pass, instead of a few for each."""
         calls, self._calls = self._calls, []
@@ -349,6 +367,12 @@ class Recorder:
             aligned = one.sequences.aligned(one.rows, one.length, one.kept)
             rows = torch.arange(one.rows)[:, None].expand(-1, one.length).reshape(-1)
             one.real = aligned.real.reshape(-1).cpu()
+            if one.rejected:
+                accepted = (
+                    torch.arange(one.sequences.positions.shape[1])
+                    < one.sequences.positions.shape[1] - one.rejected
+                )
+                one.real = one.real & (accepted if one.kept is None else accepted[one.kept]).repeat(one.rows)
             one.tokens = Tokens(
                 rows,
                 aligned.positions.reshape(-1).cpu().long(),

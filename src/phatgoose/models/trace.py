@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.base import Base
+from phatgoose.models.caches import cache_of
 from phatgoose.models.choices import Choices, Load, load_of, loads_of, merged
 from phatgoose.models.paths import Place, places
 from phatgoose.models.recorder import TOKEN_FIELDS, Recorder, Tokens
@@ -284,10 +285,12 @@ def trace(
 
 @contextlib.contextmanager
 def _generate_watched(model: Any, recorder: Recorder) -> Iterator[None]:
-    """Notes how many rows generate() gives each input, and when it moves sequences to other rows of its cache, for which it asks the
-    model's `_reorder_cache`, if there is one."""
+    """Notes how many rows generate() gives each input; when it moves sequences to other rows of its cache, for which it asks the
+    model's `_reorder_cache`, if there is one; and how many drafted tokens it took back (assisted decoding, prompt lookup)."""
     own = getattr(model, "_reorder_cache", None)
     expand = getattr(model, "_expand_inputs_for_generation", None)
+    update = getattr(model, "_update_model_kwargs_for_generation", None)
+    drafting = getattr(model, "_get_candidate_generator", None)
 
     def expanded(*args: Any, **kwargs: Any) -> Any:
         assert expand is not None
@@ -304,9 +307,28 @@ def _generate_watched(model: Any, recorder: Recorder) -> Iterator[None]:
         kept.reorder_cache(beams)
         return kept
 
-    watched = {"_reorder_cache": reorder} | (
-        {} if expand is None else {"_expand_inputs_for_generation": expanded}
-    )
+    def updated(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        assert update is not None
+        if "num_new_tokens" in kwargs:  # drafts were checked, and the cache was cropped to what was accepted
+            recorder.take_back(cache_of(outputs))
+        return update(outputs, *args, **kwargs)
+
+    def drafts(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        assert drafting is not None
+        if generation_config.assistant_early_exit is not None:
+            raise RoutingError(
+                "with assistant_early_exit the model's first layers also read drafts, which a trace can't tell from the text: "
+                "leave it out, or use another model as the assistant."
+            )
+        return drafting(generation_config, *args, **kwargs)
+
+    watched = {
+        "_reorder_cache": reorder,
+        "_expand_inputs_for_generation": expand and expanded,
+        "_update_model_kwargs_for_generation": update and updated,
+        "_get_candidate_generator": drafting and drafts,
+    }
+    watched = {name: function for name, function in watched.items() if function is not None}
     model.__dict__.update(watched)
     try:
         yield
