@@ -28,6 +28,8 @@ from phatgoose.serving.writer import EngineFailure, Piece, Writer, all_pieces, w
 
 Body = ChatRequest | CompletionRequest
 T = TypeVar("T")
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""No proxy keeps a stream back: nginx would, until its buffers are full."""
 AT_ONCE = 2000
 """Log-probabilities that are written on the event loop."""
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
@@ -62,7 +64,7 @@ class _Stream(StreamingResponse):
     """Server-sent events; whatever happens to them, what they needed is given back, also if the client doesn't read them."""
 
     def __init__(self, events: AsyncGenerator[str, None], stack: AsyncExitStack, deadline: float):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         self.events, self.stack, self.deadline = events, stack, deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,44 +89,60 @@ def _answers(app: FastAPI, service: Service) -> None:
     def model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": service.created, "owned_by": "phatgoose"}
 
-    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model(name) for name in service.catalogue.models()]}
 
-    @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        if name not in service.catalogue.models():
-            raise Refusal(404, f"there is no model {name!r}.", param="model", code="model_not_found")
-        return model(name)
+        """Whatever a request may name, listed or not."""
+        if service.experts.being_bound >= service.places:
+            raise service.busy()
+        try:
+            async with service.catalogue.found(name):
+                return model(name)
+        except UnknownName:
+            why = f"there is no model {name[:256]!r}."
+        except PhatgooseError as error:
+            why = service.told(error)[:500]
+        raise Refusal(404, why, param="model", code="model_not_found")
+
+    _get(app, "/v1/models", models)
+    _get(app, "/v1/models/{name:path}", one_model)
+
+
+def _get(app: FastAPI, path: str, do: Callable[..., Any], **more: Any) -> None:
+    """A route for GET and HEAD."""
+    app.add_api_route(path, do, methods=["GET"], **more)
+    app.add_api_route(path, do, methods=["HEAD"], include_in_schema=False, **more)
 
 
 def _operation(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
     async def health() -> Response:
         """Whether the process works; if not, it is to be restarted."""
         trouble = service.engine.trouble if service.started and not service.draining else None
         return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
 
-    @app.get("/ready")
     async def ready() -> Response:
         """Whether requests are taken."""
         why = service.obstacle
         return JSONResponse({"status": why or "ready"}, 503 if why else 200)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    _get(app, "/health", health)
+    _get(app, "/ready", ready)
+    _get(app, "/metrics", metrics, response_class=PlainTextResponse)
 
 
 def _admin(app: FastAPI, service: Service) -> None:
     @contextlib.contextmanager
-    def said() -> Any:
+    def said(*folders: str) -> Any:
         try:
             yield
         except UnknownName as error:
-            raise Refusal(404, service.told(error)[:500]) from None
+            raise Refusal(404, service.told(error, *folders)[:500]) from None
         except PhatgooseError as error:
-            raise Refusal(409, service.told(error)[:1000]) from None
+            raise Refusal(409, service.told(error, *folders)[:1000]) from None
 
     def listed() -> dict[str, Any]:
         return {"experts": service.changes.listed()}
@@ -137,7 +153,7 @@ def _admin(app: FastAPI, service: Service) -> None:
 
     @app.post("/admin/experts", responses={409: _ERROR})
     async def add(body: AddExpert) -> dict[str, Any]:
-        with said():
+        with said(body.folder):
             added = await asyncio.shield(service.changes.add(Path(body.folder), body.name))
         return {"added": added, **listed()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.ways import Way
@@ -34,6 +35,9 @@ class Catalogue:
 
     def __init__(self, experts: Experts, name: str = "phatgoose"):
         self.experts, self.name = experts, name
+        spec = experts.base.spec
+        self.base_name = Path(spec).name if Path(spec).is_dir() else spec
+        """The base's own name: of a folder its last part, since where it lies is nobody's business."""
 
     @property
     def default(self) -> str:
@@ -52,9 +56,7 @@ class Catalogue:
 
     def _called(self, expert: str) -> str:
         """An expert's name, or single:NAME where that name means something else."""
-        taken = (
-            expert in (self.name, BASE, self.experts.base.spec) or expert.partition(":")[0].lower() in ROUTERS
-        )
+        taken = expert in (self.name, BASE, self.base_name) or expert.partition(":")[0].lower() in ROUTERS
         return f"single:{expert}" if taken else expert
 
     @contextlib.asynccontextmanager
@@ -71,10 +73,10 @@ class Catalogue:
     async def _find(self, state: State, name: str | None) -> Found:
         if name is None:
             name = self.name if state.version is not None else BASE
-        if name in (BASE, self.experts.base.spec):
+        if name in (BASE, self.base_name):
             return Found("base", None)
         if state.version is None:
-            raise unknown("model", name, [BASE, self.experts.base.spec])
+            raise unknown("model", name, [BASE, self.base_name])
         names = state.version.pool.names
         if name == self.name:
             return Found("pool", await self.experts.way(state, self.experts.router))

@@ -163,6 +163,10 @@ class Changes:
             if self.folder is None:
                 yield
                 return
+            if not (self.folder / MANIFEST).is_file():  # or the lock would make the folder anew
+                raise ServingError(
+                    f"{self.folder} isn't a pool's folder any more, so nothing is changed: put {MANIFEST} back."
+                )
             held = FileLock(self.folder / LOCK, timeout=LOCK_SECONDS, thread_local=False)
             try:
                 with storage_errors(self.folder / LOCK):

@@ -95,6 +95,11 @@ class Experts:
         # the default router, which changes of the experts need.
         self._turns = {reads: asyncio.Semaphore(1) for reads in (True, False)}
 
+    @property
+    def being_bound(self) -> int:
+        """How many routers are being made ready."""
+        return len(self._being_bound)
+
     async def way(self, state: State, text: str) -> Way:
         """The way of the router `text` names through these experts.
 

@@ -116,6 +116,9 @@ class Guard:
             self.service.inside -= 1
 
     def _check(self, call: _Call) -> None:
+        if call.header(b"transfer-encoding") and call.header(b"content-length"):
+            # A proxy may have gone by the one, and the server by the other: what follows would be another request.
+            raise Refusal(400, "a request has either Transfer-Encoding or Content-Length.")
         if self.hosts is not None:
             found = _HOST.fullmatch(call.header(b"host") or "")
             if found is None or found[1].lower() not in self.hosts:
@@ -149,6 +152,8 @@ class _Call:
         scope.setdefault("state", {})["facts"] = self.facts
         self.began, self.status, self.begun = time.perf_counter(), 0, False
         self.body: bytes | None = None
+        self.whole = not self.header(b"transfer-encoding") and self.header(b"content-length") in (None, "0")
+        """Whether nothing more of the request is to come."""
 
     def header(self, name: bytes) -> str | None:
         value = self.headers.get(name)
@@ -172,6 +177,7 @@ class _Call:
                     if size > settings.max_body_bytes:
                         raise too_large
                     if not message.get("more_body", False):
+                        self.whole = True
                         break
         except TimeoutError:
             raise Refusal(
@@ -189,7 +195,10 @@ class _Call:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun, self.status = True, message["status"]
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", self.id.encode())]}
+            more = [(b"x-request-id", self.id.encode())]
+            # What the client still sends isn't read, so the connection can't be used again.
+            more += [] if self.whole else [(b"connection", b"close")]
+            message = {**message, "headers": [*message["headers"], *more]}
         await self._send(message)
 
     async def refuse(self, refusal: Refusal) -> None:

@@ -63,4 +63,6 @@ def of_validation(errors: list[Any]) -> Refusal:
     if error["type"] == "json_invalid":
         return Refusal(400, "the request's body is not JSON.")
     message = str(error["msg"]).removeprefix("Value error, ")
+    if (about := error.get("ctx", {}).get("param")) is not None:  # of several parameters together
+        return Refusal(400, f"{message}.", param=plain(about))
     return Refusal(400, f"{param}: {message}." if param else f"{message}.", param=param)

@@ -14,6 +14,7 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 IGNORED = frozenset(
     [
@@ -58,6 +59,11 @@ def _whole(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("it holds half of a character (a lone surrogate)") from None
     return text
+
+
+def refused(param: str, message: str) -> PydanticCustomError:
+    """What is wrong with a request as a whole, and the parameter that it is told of."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
 
 
 Text = Annotated[str, AfterValidator(_whole)]
@@ -155,7 +161,7 @@ class Common(Strict):
             return data
         for name, (neutral, why) in REFUSED.items():
             if name in data and name not in cls.model_fields and data[name] not in neutral:
-                raise ValueError(f"{name} isn't supported: {why}")
+                raise refused(name, f"{name} isn't supported: {why}")
         dropped = {name for name in (*IGNORED, *REFUSED) if name not in cls.model_fields}
         return {key: value for key, value in data.items() if key not in dropped}
 
@@ -201,7 +207,7 @@ class ChatRequest(Common):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise refused("top_logprobs", "top_logprobs needs logprobs to be true")
         return self
 
 
@@ -226,9 +232,11 @@ class CompletionRequest(Common):
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of isn't supported: answers aren't ranked; leave it out, or make it n")
+            raise refused(
+                "best_of", "best_of isn't supported: answers aren't ranked; leave it out, or make it n"
+            )
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens is 0, which makes sense with echo only")
+            raise refused("max_tokens", "max_tokens is 0, which makes sense with echo only")
         return self
 
     @property

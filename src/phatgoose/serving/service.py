@@ -147,17 +147,18 @@ class Service:
             return "the server is ending"
         return self.engine.trouble
 
-    def told(self, error: PhatgooseError) -> str:
+    def told(self, error: PhatgooseError, *folders: str) -> str:
         """What clients may hear of an error: nothing of where this machine keeps its files."""
-        return hide_paths(str(error), self.changes.folder, self.base.spec, self.settings.encoder)
+        known = (self.changes.folder, self.base.spec, self.settings.encoder)
+        return hide_paths(str(error), *folders, *known)
 
     def check_room(self, answers: int) -> None:
         """Refuses requests that nobody could get to in good time."""
         if self.obstacle is not None:
             raise self.unready()
-        if answers > self.settings.max_answers:
+        if answers > (most := min(self.settings.max_answers, self.places)):
             raise Refusal(
-                400, f"{answers} answers are asked for, and at most {self.settings.max_answers} are given to a request.", param="n"
+                400, f"{answers} answers are asked for, and at most {most} are given to a request.", param="n"
             )  # fmt: skip
         if len(self.engine.jobs) + answers > self.places:
             raise self.busy()
