@@ -357,6 +357,21 @@ def test_chat_remembers_through_the_template_until_reset(run, save_base):
     assert raw.out == run("generate", "red", *options).out
 
 
+def test_prompts_are_given_as_the_experts_were_trained(ready, run, save_base):
+    """They were trained on plain rows, which the pool records: a template around a prompt takes them off it."""
+    folder, _ = ready
+    options = ["--base", save_base("llama", 0, TEMPLATE), "--pool", folder / "pool", "--max-new-tokens", 3]
+    chat = run("chat", *options, input="red\n")
+    assert "raw prompts" in chat.err
+    assert "without the chat template" in chat.err
+    assert chat.out == run("generate", "red", *options).out
+    asked = run("chat", "--chat", *options, input="red\n")
+    assert "note: trained on prompts without the chat template" in asked.err
+    assert ": one, two." in asked.err
+    assert asked.out == run("generate", "red", "--chat", *options).out
+    assert "note: trained on prompts" in run("generate", "red", "--chat", *options).err
+
+
 def test_gates_differ_from_zero_in_the_file(ready):
     folder, _ = ready
     gates = safetensors.torch.load_file(folder / "pool" / "experts" / "one" / "gates.safetensors")

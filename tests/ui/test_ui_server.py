@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import re
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 from ui_tools import PROMPT, ask, serving
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.experts.pool import Pool
+from phatgoose.tasks.splits import CHAT
 from phatgoose.ui import session as session_module
 from phatgoose.ui.app import listen
 from phatgoose.ui.session import Limits
@@ -54,6 +58,19 @@ def test_the_page_and_an_answer(make_session, served):
     assert [ask(address, max_new_tokens=4)[2][i]["texts"] for i in (1, 2)] == [e["texts"] for e in events if e["event"] == "tokens"][:2]  # fmt: skip
     for path in ("/docs", "/openapi.json", "/answer", "/../etc/passwd"):
         assert raw(address, path=path, headers=[("Host", "localhost")])[0] in (404, 405)
+
+
+@pytest.mark.parametrize(("style", "checked"), [(CHAT, True), ("as is", False)])
+def test_the_page_starts_with_the_form_that_the_experts_were_trained_on(make_session, served, style, checked):
+    session = make_session()
+    session.base.tokenizer = copy.deepcopy(session.base.tokenizer)
+    session.base.tokenizer.chat_template = "{{ messages[0].content }}"
+    record = {"task": {"source": {"prompt_style": style}}}
+    session.pool = Pool([replace(e, provenance={**e.provenance, **record}) for e in session.pool.experts])
+    page = raw(served(session), headers=[("Host", "localhost")])[2].decode()
+    assert 'id="chat"' in page
+    assert ('id="chat" checked' in page) == checked
+    assert ("trained on: turns of a chat" if checked else "trained on: plain prompts") in page
 
 
 @pytest.mark.parametrize(

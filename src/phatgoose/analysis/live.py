@@ -20,6 +20,7 @@ def live_page(
     places: Mapping[str, Place],
     routers: Sequence[Mapping[str, Any]],
     chat: bool,
+    form: str | None = None,
     most_new_tokens: int,
 ) -> tuple[bytes, str]:
     """The page and its content policy.
@@ -29,6 +30,7 @@ def live_page(
         places: of the routed modules, in the order in which the server tells their choices.
         routers: {"name", "top_k"} of each that can be chosen, top_k None where it has none.
         chat: whether the base has a chat template.
+        form: the form of prompts that the experts were trained on, "raw" or "chat"; None if it isn't known or not one.
     """
     data = checked({"tasks": [], "systems": [], "experts": cards(pool)}, empty=True)
     marks = legend(pool.names)
@@ -49,6 +51,7 @@ def live_page(
         base=base,
         routers=routers,
         chat=chat,
+        form=form,
         most_new_tokens=most_new_tokens,
         **view(data, marks),
     )

@@ -47,7 +47,7 @@ def command(
         bool | None,
         typer.Option(
             "--raw/--chat",
-            show_default="--chat if the model has a chat template",
+            show_default="as the pool's experts were trained; else --chat if the model has a chat template",
             help="Give every line to the model as it is, or as a turn of a conversation through its chat template.",
         ),
     ] = None,
@@ -73,9 +73,14 @@ def command(
     has_template = model.tokenizer.chat_template is not None
     if raw is False and not has_template:
         raise PhatgooseError(f"the tokenizer of {model.spec} has no chat template: use --raw.")
-    as_is = not has_template if raw is None else raw
+    from phatgoose.workflows.prompt_forms import fitting_form
+
+    form, remark = fitting_form(experts, None if raw is None else "raw" if raw else "chat", has_template)
+    as_is = form == "raw"
     chat = Chat(model, experts, choice, backend, as_is, max_new_tokens, temperature, seed, show_trace)
     show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if as_is else 'chat'}; /help, /quit")
+    if remark:
+        show.note(f"note: {remark}")
     for line in lines():
         try:
             if chat.take(line):

@@ -63,7 +63,11 @@ def command(
     model = load_for(experts, base, dtype, device)
     from phatgoose.cli.streaming import room_for
     from phatgoose.workflows.encoding import encode_chat, encode_prompt
+    from phatgoose.workflows.prompt_forms import fitting_form
 
+    _, remark = fitting_form(experts, "chat" if chat else "raw", model.tokenizer.chat_template is not None)
+    if remark:
+        show.note(f"note: {remark}")
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
     found, _ = explain(
         model, experts, ids, choice.router, prompt=text, most=most, backend=backend,

@@ -20,18 +20,21 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.ui.guard import Guard
 from phatgoose.ui.session import Ask, Session
 from phatgoose.ui.turns import Busy, Job, Turns
+from phatgoose.workflows.prompt_forms import trained_form
 
 _ASK = TypeAdapter(Ask)
 
 
 def make_app(session: Session) -> FastAPI:
     """The page of this session at /, and POST /answer, which takes an `Ask` and gives the events of `Session.answer`, one a line."""
+    trained = {trained_form(expert) for expert in session.pool.experts}
     html, policy = live_page(
         base=session.base.spec,
         pool=session.pool,
         places=session.places,
         routers=list(session.routers.values()),
         chat=session.base.tokenizer.chat_template is not None,
+        form=trained.pop() if len(trained) == 1 else None,
         most_new_tokens=session.limits.new_tokens,
     )
     turns = Turns(session.limits.waiting)
