@@ -491,6 +491,15 @@ def test_what_the_hub_has_is_checked_like_any_folder(hub, one):
     refused("NaN", kind=ExpertError)
 
 
+def test_parameters_that_cannot_be_routed_are_refused_by_the_config_alone(hub, one):
+    folder = one[1]
+    config = read_json(folder / "adapter_config.json", ExpertError)
+    write_json(folder / "adapter_config.json", {**config, "target_parameters": ["experts.down_proj_bias"]})
+    hub.add("org/adapter", folder)
+    refused("down_proj_bias", kind=ExpertError)
+    assert not hub.asked(WEIGHTS)
+
+
 # Tokens
 
 

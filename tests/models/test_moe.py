@@ -8,10 +8,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from conftest import hooked, make_model, make_tokenizer
+from conftest import VOCABULARY, hooked, make_model, make_tokenizer
 from moe_fixtures import (
+    F_,
     FAMILIES,
+    D,
     by_hand,
     change,
     ids,
@@ -24,7 +27,9 @@ from moe_fixtures import (
 )
 from phatgoose import LAG, Arrow, Expert, Pool, Random, Single, SpectR, Uniform, merged, route, unroute
 from phatgoose.errors import ExpertError, RoutingError
+from phatgoose.experts.packing import pack, unpack
 from phatgoose.models.base import Base
+from phatgoose.models.skeleton import check_mixture
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -286,3 +291,44 @@ def test_old_and_new_names_in_one_pool(tmp_path, family):
     wanted = logits(route(model, Pool([old, cut])))
     assert set(Pool([old, cut]).modules) == set(old.updates)
     torch.testing.assert_close(logits(route(model, Pool([old, new]))), wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_packed_pools_inside_experts(tmp_path):
+    model = make("qwen3_moe")
+    peft_adapter(model, tmp_path / "new", 1, r=2)
+    per_expert(model, "qwen3_moe", tmp_path / "old", 5)
+    for number, names in enumerate((["new"], ["old"], ["new", "old"])):
+        experts = [with_gates(Expert.from_peft(tmp_path / n, name=n), i) for i, n in enumerate(names)]
+        folder = tmp_path / str(number)
+        wanted = logits(route(model, Pool(experts)))
+        Pool(experts).save(folder)
+        pack(folder)
+        packed = Pool.load(folder)
+        assert [e.hash for e in packed.experts] == [e.hash for e in experts]
+        assert torch.equal(logits(route(model, packed)), wanted)
+        unpack(folder)
+        assert torch.equal(logits(route(model, Pool.load(folder))), wanted)
+
+
+def test_a_base_whose_experts_run_in_another_way_is_refused_from_its_config(tmp_path):
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=F_, intermediate_size_mlp=48, num_hidden_layers=2, num_local_experts=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, interleave_moe_layer_step=1, pad_token_id=0,
+    )  # fmt: skip
+    Llama4ForCausalLM(config)
+    (tmp_path / "llama4").mkdir()
+    config.architectures = ["Llama4ForCausalLM"]
+    config.save_pretrained(tmp_path / "llama4")
+    target = "feed_forward.experts.down_proj"
+    tensors = {
+        f"base_model.model.model.layers.{layer}.feed_forward.experts.lora_{name}.weight": torch.ones(shape)
+        for layer in range(2)
+        for name, shape in (("A", (8, F_)), ("B", (D, 8)))
+    }
+    expert = Expert("x", {"peft_type": "LORA", "r": 2, "target_parameters": [target]}, tensors)
+    with pytest.raises(RoutingError, match="a Llama4TextExperts, whose experts don't run"):
+        check_mixture(str(tmp_path / "llama4"), Pool([expert]))
+    model = make("qwen3_moe")
+    peft_adapter(model, tmp_path / "a", 1)
+    model.config.save_pretrained(tmp_path / "qwen")
+    check_mixture(str(tmp_path / "qwen"), Pool([Expert.from_peft(tmp_path / "a", name="a")]))

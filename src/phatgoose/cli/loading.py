@@ -21,6 +21,7 @@ from phatgoose.models.base import Base
 from phatgoose.models.device_memory import cache_use, parse_bytes
 from phatgoose.models.load import load_base
 from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.models.skeleton import check_mixture
 from phatgoose.ops import backend as find_backend
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Router, Single, parse_router
@@ -75,6 +76,7 @@ def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, devic
         ExpertError: they record none. BaseModelError: what they record can't be loaded here.
     """
     if spec is not None:
+        check_mixture(spec, Pool(experts))
         return load(spec, dtype, device)
     who = (
         f"expert {experts[0].name!r} doesn't record its base"
@@ -83,6 +85,7 @@ def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, devic
     )
     if (spec := recorded_base(experts)) is None:
         raise ExpertError(f"{who}: say which one with --base.")
+    check_mixture(spec, Pool(experts))
     return _load_named(spec, dtype, device)
 
 

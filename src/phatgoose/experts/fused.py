@@ -6,6 +6,7 @@ each parameter, so the first parameter's tensors stand under the most `base_laye
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """Parameters of fused experts that can be routed, in the order in which modules have them."""
 MOST_EXPERTS = 4096
 _WRAPPED = ".base_layer"
+_PART = re.compile(rf"(.+)\.\d+\.(?:{'|'.join(PARAMETERS)})")
 
 
 class Settings(Protocol):
@@ -71,6 +73,12 @@ def of_parameters(
         for path, name in zip(paths, reversed(names), strict=True):
             updates |= _split(found.pop(path), module, name, settings, where)
     return updates
+
+
+def owner_of(path: str) -> str | None:
+    """The module whose parameter an update at `path` may be a part of; None if the path is of another form."""
+    match = _PART.fullmatch(path)
+    return None if match is None else match[1]
 
 
 def _unwrapped(path: str) -> str:

@@ -18,6 +18,7 @@ from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.expert_folder import RECORD_FILE
 from phatgoose.experts.formats import WEIGHTS_FILES, format_of, weights_file
+from phatgoose.experts.fused import check_targets
 from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.hub_files import MAX_BYTES, Fetched, Listing, fetch, from_cache, list_files
 from phatgoose.experts.hub_place import Place
@@ -58,6 +59,8 @@ def pull_expert(
                     f"{place} has a prediction head of its own ({heads[0]}). If it is the base's own, which the library saves "
                     "along, leave it out with drop=('prediction_head',) (--drop). A head that was trained can't be routed."
                 )
+        elif isinstance(config, dict):
+            check_targets(config, str(place))  # before the weights, which are large
         weights = weights_file(config) if isinstance(config, dict) else PEFT_WEIGHTS
         fetched = remote.get((weights,), others)
         folder = _lay_out(place, fetched)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from phatgoose.experts.fused import owner_of
 from phatgoose.experts.headers import Header, Item
 from phatgoose.experts.peft import WEIGHTS_FILE, to_contents
 from phatgoose.experts.peft_keys import SHARED, plain_keys
@@ -94,15 +95,19 @@ def layout_of(
 
 
 def _by_module(header: Header, paths: Collection[str], where: str) -> dict[str, tuple[str, ...]]:
-    """The keys of each module: those that begin with its path, and with no longer one; and those that all modules share."""
+    """The keys of each module: those that begin with its path, and with no longer one; and those that several modules share."""
     found: dict[str, list[str]] = {path: [] for path in paths}
+    parts: dict[str, list[list[str]]] = {}  # of a parameter that holds the layers of several experts
+    for path in paths:
+        if (owner := owner_of(path)) is not None:
+            parts.setdefault(owner, []).append(found[path])
     for key, path in plain_keys(header.items, where).items():
         if path in SHARED:
             for keys in found.values():
                 keys.append(key)
             continue
-        while path and path not in found:
+        while path and path not in found and path not in parts:
             path = path.rpartition(".")[0]
-        if path:
-            found[path].append(key)
+        for keys in [found[path]] if path in found else parts.get(path, ()):
+            keys.append(key)
     return {path: tuple(keys) for path, keys in found.items()}

@@ -93,9 +93,16 @@ class Source:
         if pair is not None and template.is_low_rank:
             a, b = self.rows(pair)
             return Update(a, b.T, template.scale)
-        tensors = {key: self.tensor(key) for key in self.layout.keys[path]}
-        config = {**self.config, "modules_to_save": None}  # they were checked with the whole adapter
-        return to_contents(config, tensors, str(self.folder), self.drop).updates[path]
+        keys = self.layout.keys[path]
+        last = self.__dict__.get(
+            "_last"
+        )  # the layers of a mixture's experts share their tensors, and are asked for in turn
+        if last is None or last[0] != keys:
+            tensors = {key: self.tensor(key) for key in keys}
+            config = {**self.config, "modules_to_save": None}  # they were checked with the whole adapter
+            last = keys, to_contents(config, tensors, str(self.folder), self.drop).updates
+            self.__dict__["_last"] = last
+        return last[1][path]
 
     @cached_property
     def _rest(self) -> Any:

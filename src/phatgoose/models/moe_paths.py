@@ -39,6 +39,12 @@ def modules_of(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return modules | found
 
 
+def inside_mixture(path: str) -> bool:
+    """Whether a path has the form of a layer of one of a block's experts: two numbers, and one name behind the second."""
+    match = _LAYER.fullmatch(path)
+    return match is not None and any(part.isdecimal() for part in match[1].split("."))
+
+
 class _Names:
     """Finds slots by path. What a name means is found out once for all experts of a module."""
 

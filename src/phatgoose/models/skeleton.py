@@ -11,11 +11,15 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from phatgoose.experts.pool import Pool
 from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
 from phatgoose.models.fingerprint import fingerprint
 from phatgoose.models.layers import linear_shape, same_weights
 from phatgoose.models.load import Source, find, quiet, read_config, read_model
 from phatgoose.models.load_options import load_options
+from phatgoose.models.modules import check_parameters, module_at
+from phatgoose.models.moe_paths import inside_mixture, modules_of
+from phatgoose.models.placement import placed_pool
 from phatgoose.models.refusals import refusals
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -28,9 +32,7 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     Raises:
         BaseModelError: as `load_base` does, for a base that isn't there or whose configuration or weights can't be used.
     """
-    folder = Path(spec).expanduser()
-    there = (folder / "config.json").is_file()  # which is enough, where load_base wants weights beside it
-    source = Source(os.fspath(spec), str(folder), folder=folder) if there else find(os.fspath(spec), None)
+    source = _source(spec)
     model = empty_model(source)
     modules = model.named_modules(remove_duplicate=False)
     linears = {path: shape for path, m in modules if (shape := linear_shape(m)) is not None}
@@ -54,6 +56,30 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
         return path in own and same_weights(own[path], kind, tensor)
 
     return BaseShape(source.spec, linears, parameters, both, found, is_own)
+
+
+def check_mixture(spec: str, pool: Pool) -> None:
+    """Refuses experts inside a mixture's experts that this base can't route, from its configuration alone: such bases are large.
+
+    Does nothing for other pools.
+
+    Raises:
+        RoutingError: as `route` would. BaseModelError: the base isn't there, or its configuration can't be used.
+    """
+    if not any(inside_mixture(path) for path in pool.modules):
+        return
+    model = empty_model(_source(spec))
+    modules = modules_of(model, pool.modules)
+    placed = placed_pool(model, modules, pool)
+    check_parameters(modules, placed.experts)
+    for path in placed.modules:
+        module_at(modules, path, placed)
+
+
+def _source(spec: str | os.PathLike[str]) -> Source:
+    folder = Path(spec).expanduser()
+    there = (folder / "config.json").is_file()  # which is enough, where load_base wants weights beside it
+    return Source(os.fspath(spec), str(folder), folder=folder) if there else find(os.fspath(spec), None)
 
 
 def empty_model(source: Source) -> PreTrainedModel:
