@@ -480,9 +480,9 @@ def test_an_answer_that_makes_no_sense(hub, body):
 def test_what_the_hub_has_is_checked_like_any_folder(hub, one):
     _, folder = one
     config = read_json(folder / "adapter_config.json", ExpertError)
-    write_json(folder / "adapter_config.json", {**config, "peft_type": "VERA"})
+    write_json(folder / "adapter_config.json", {**config, "peft_type": "LOHA"})
     hub.add("org/adapter", folder)
-    refused("VERA", kind=ExpertError)
+    refused("LOHA", kind=ExpertError)
     weights = load_file(folder / WEIGHTS)
     next(iter(weights.values())).view(-1)[0] = float("nan")
     save_file(weights, folder / WEIGHTS)
