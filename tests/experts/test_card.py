@@ -88,7 +88,7 @@ def test_the_examples_on_a_card_are_python():
     [
         ({"peft_type": "LORA", "r": 4, "use_dora": True}, "`DoRA, rank 4`", "lora"),
         ({"peft_type": "IA3"}, "`(IA)³`", "ia3"),
-        ({"peft_type": "VERA"}, "`VERA`", None),
+        ({"peft_type": "VERA"}, "`VeRA`", None),
         ({"config": {"reduction_factor": 16}}, "`bottleneck adapter`", None),
     ],
 )

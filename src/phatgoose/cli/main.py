@@ -10,6 +10,7 @@ import typer
 
 from phatgoose.cli import (
     chat,
+    convert,
     doctor,
     eval,
     experiment,
@@ -44,6 +45,7 @@ app.command("gate")(gate.command)
 app.command("signature")(signature.command)
 app.add_typer(pool.app, name="pool")
 app.command("push")(push.command)
+app.command("convert")(convert.command)
 app.command("import-reference")(import_reference.command)
 app.command("eval")(eval.command)
 app.command("experiment")(experiment.command)

@@ -13,7 +13,7 @@ from phatgoose.experts.card_text import code, public
 from phatgoose.experts.data_signature import describe
 from phatgoose.files import read_json
 
-_KINDS = {"LORA": "LoRA", "IA3": "(IA)³"}
+_KINDS = {"LORA": "LoRA", "IA3": "(IA)³", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Facts:
             else _KINDS.get(self.config["peft_type"], self.config["peft_type"])
         )
         rank = _number(self.config.get("r"))
-        return kind + (f", rank {rank}" if rank and kind in ("LoRA", "DoRA") else "")
+        return kind + (f", rank {rank}" if rank and kind in ("LoRA", "DoRA", "VeRA") else "")
 
     @property
     def gates(self) -> str:

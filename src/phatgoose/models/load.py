@@ -114,6 +114,13 @@ def load_base(
     return Base(model, tokenizer, spec=source.spec, notes=(*source.notes, *([forced] if forced else [])))
 
 
+def load_weights(spec: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A base's model alone, on the CPU, for what needs no tokenizer. Arguments and errors as of `load_base`."""
+    source = find(os.fspath(spec), None)
+    with quiet(source.copy):
+        return read_model(source, read_config(source), load_options(dtype, None, None, None))
+
+
 def find(spec: str, revision: str | None) -> Source:
     path = Path(spec).expanduser()
     if spec in ALIASES:
