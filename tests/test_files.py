@@ -5,13 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
 import sys
 
 import pytest
 
 from phatgoose import files
 from phatgoose.errors import ExpertError, StorageError, UnknownName
-from phatgoose.files import atomic_folder, read_json, sha256_file, sha256_json, write_bytes, write_json
+from phatgoose.files import (
+    atomic_folder,
+    only_run,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_bytes,
+    write_json,
+)
 from phatgoose.registry import lookup, unknown
 
 
@@ -33,6 +42,48 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
     assert path.read_bytes() == before
+
+
+def mode(path):
+    return oct(path.stat().st_mode & 0o777)
+
+
+def test_what_is_rewritten_keeps_its_permissions(tmp_path, monkeypatch):
+    path, folder = tmp_path / "secret.json", tmp_path / "folder"
+    write_json(path, 1)
+    with atomic_folder(folder) as work:
+        write_json(work / "kept.json", 1)
+    assert (mode(path), mode(folder), mode(folder / "kept.json")) == ("0o644", "0o755", "0o644")
+    path.chmod(0o600)
+    folder.chmod(0o700)
+    (folder / "kept.json").chmod(0o640)
+    write_json(path, 2)
+    with atomic_folder(folder) as work:
+        write_json(work / "kept.json", 2)
+        write_json(work / "new.json", 2)
+    assert (mode(path), mode(folder), mode(folder / "kept.json")) == ("0o600", "0o700", "0o640")
+    assert mode(folder / "new.json") == "0o644"
+    monkeypatch.setattr(files, "_UMASK", 0o027)
+    write_json(tmp_path / "new.json", 1)
+    assert mode(tmp_path / "new.json") == "0o640"
+
+
+def test_one_run_at_a_time_and_a_killed_one_gives_way(tmp_path):
+    lock = tmp_path / ".thing.lock"
+    code = "import sys, time; from pathlib import Path; from phatgoose.files import only_run\n"
+    code += "with only_run(Path('thing'), Path(sys.argv[1])): print('at work', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "at work\n"
+    with (
+        pytest.raises(StorageError, match=r"another run is at work in .*thing"),
+        only_run(tmp_path / "thing", lock),
+    ):
+        pass
+    other.kill()
+    other.communicate()
+    with only_run(tmp_path / "thing", lock):
+        assert lock.exists()
+    assert not lock.exists()
 
 
 def test_folder_takes_its_place_in_one_step_or_not_at_all(tmp_path):

@@ -21,6 +21,8 @@ from phatgoose.errors import PhatgooseError, StorageError
 from phatgoose.strict_json import parse_json
 
 JSON_LIMIT_BYTES = 64 * 2**20
+_UMASK = os.umask(0o077)  # it can only be read by setting it: done here, before there are threads
+os.umask(_UMASK)
 
 
 def cache_folder() -> Path:
@@ -57,6 +59,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` to write into; on success it takes `target`'s place in one rename, on error it goes.
 
+    What is replaced, folder and files, leaves its permissions to what takes its place; new ones go by the umask.
     An existing `target` changes places with the new one, or, where the system can't do that in one step, is moved aside first; it is
     removed once the new one stands, so a reader never sees half a folder.
 
@@ -71,13 +74,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        work.chmod(0o755)  # mkdtemp's 0700 would keep others from reading a shared pool
     try:
         with storage_errors(target):
             yield work
             for file in work.rglob("*"):
                 if file.is_file():
+                    _keep_mode(file, target / file.relative_to(work))
                     _sync(file)
+            work.chmod(_mode(target, 0o777))  # mkdtemp's 0700 would keep others from reading a shared pool
             if target.exists() and _exchange(work, target):
                 pass  # what was there goes with `work`
             elif target.exists():
@@ -96,11 +100,55 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _mode(path: Path, new: int) -> int:
+    """The permissions of what stands at `path`, else those that a new file or folder (`new`: 0o666, 0o777) gets by the umask."""
+    with contextlib.suppress(OSError):
+        return stat.S_IMODE(path.stat().st_mode)
+    return new & ~_UMASK
+
+
+def _keep_mode(file: Path, before: Path) -> None:
+    """Gives a rewritten file the permissions of the one it replaces."""
+    with contextlib.suppress(OSError):
+        file.chmod(stat.S_IMODE(before.stat().st_mode))
+
+
 def _exchange(a: Path, b: Path) -> bool:
     """Lets two paths change places in one step, so that neither is missing for a moment; False where the system can't (not Linux)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, lock: Path) -> Iterator[None]:
+    """Held while a command works towards what it writes to `folder`; a process that is killed gives it back.
+
+    Where the file system has no locks, two runs may do the same work; what they write is still whole.
+
+    Args:
+        lock: the file that is locked; it is removed in the end.
+
+    Raises:
+        StorageError: another process holds it, or it can't be written.
+    """
+    from filelock import FileLock, Timeout
+
+    with storage_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock, timeout=0.2)
+        try:
+            held.acquire()
+        except Timeout:
+            raise StorageError(
+                f"another run is at work in {folder}: wait until it has ended, end it, or choose another folder."
+            ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            lock.unlink()
+        held.release()
 
 
 @contextlib.contextmanager
@@ -114,7 +162,7 @@ def work_place(folder: str | Path | None) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `path` whole or not at all.
+    """Writes `path` whole or not at all; an existing file's permissions stay.
 
     Raises:
         StorageError: if there is no space or no permission, or `path` is no ordinary file (a folder, a device, a pipe), which a
@@ -133,7 +181,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, _mode(path, 0o666))
             os.replace(temporary, path)
             _sync(path.parent)
         finally:

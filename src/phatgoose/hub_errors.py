@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+import huggingface_hub
 import huggingface_hub.constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -87,6 +88,21 @@ def why_offline(what: str = "model") -> str:
     if is_offline():
         return f"it isn't in the Hub cache, and HF_HUB_OFFLINE is set: unset it, or fetch the {what} where there is a network."
     return "the Hub can't be reached, or a transfer broke off, and the files aren't in its cache: check the network, or load a local folder."
+
+
+def look_up(repository: str, revision: str | None, file: str) -> None:
+    """Asks the Hub, once, for a repository of which `file` isn't in the cache; returns at once if it is.
+
+    transformers asks six times for each file of a model, which is half a minute where there is no network or the name is mistyped.
+
+    Raises:
+        Exception: whatever huggingface_hub raises if it isn't there or can't be reached; `explain` puts it into words.
+    """
+    if is_offline() or isinstance(
+        huggingface_hub.try_to_load_from_cache(repository, file, revision=revision), str
+    ):
+        return
+    huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=10)
 
 
 def _answer(errors: list[BaseException]) -> str | None:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from cli_fixtures import SMALL
 
+from phatgoose.cli import folders
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 
@@ -176,6 +177,28 @@ def test_an_expert_is_not_written_over_other_things(run, ready, pool, base, task
     refused(run("train", "--out", tmp_path / "two", *options, "--overwrite"), "README.md", "--out")
     assert run("gate", tmp_path / "two", *options).code == 0
     assert (tmp_path / "two" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["train", "gate", "signature"])
+def test_a_second_run_of_a_command_is_refused(run, ready, task, tmp_path, command):
+    """Before it does anything; what the first holds is given back with its process."""
+    target = Expert.load(ready[0] / "two").save(tmp_path / "e")
+    words = [command, "--out", target] if command == "train" else [command, target]
+    with folders.only_run(target, command):
+        refused(run(*words, "--task", task, "--base", "nowhere"), "another run is at work in", str(target))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e"]
+
+
+def test_gates_keep_the_files_permissions(run, ready, base, task, tmp_path):
+    target = Expert.load(ready[0] / "two").save(tmp_path / "e")
+    for path in target.iterdir():
+        path.chmod(0o600)
+    assert run("gate", target, "--task", task, "--base", base, *SMALL).code == 0
+    assert {
+        p.name: oct(p.stat().st_mode & 0o777) for p in target.iterdir() if p.name != "gates.safetensors"
+    } == dict.fromkeys(
+        ("adapter_config.json", "adapter_model.safetensors", "expert.json", "README.md"), "0o600"
+    )
 
 
 def test_no_recorded_base(run, ready, task, tmp_path):

@@ -219,8 +219,35 @@ def test_what_the_hub_answers(monkeypatch, cause, message):
     def refuse(**_):
         raise OSError("something with hf_abcdefghijklmnop inside") from cause
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     assert "abcdefghijklmnop" not in refused(message, "org/name@main")
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (hub_error(RepositoryNotFoundError), "no such model on the Hub.*no folder or file"),
+        (NoRoute("Name or service not known"), "the Hub can't be reached"),
+    ],
+)
+def test_a_mistyped_base_is_asked_for_once(monkeypatch, tmp_path, cause, message):
+    """transformers would ask six times, with pauses that add up to half a minute."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def refuse(*_, **__):
+        asked.append(1)
+        raise cause
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda **_: pytest.fail("transformers was asked"))
+    for spec in ("org/mistyped", "org/mistyped:model.gguf"):
+        refused(message, spec)
+    assert len(asked) == 2
 
 
 def test_no_space_for_a_download(monkeypatch):

@@ -85,7 +85,7 @@ def command(
     only itself; the exit code is then 1, and the same command runs it again.
     """
     from phatgoose.errors import PhatgooseError
-    from phatgoose.workflows.experiment import forget, run_experiment
+    from phatgoose.workflows.experiment import run_experiment
     from phatgoose.workflows.experiment_recipe import ExperimentRecipe
 
     found = ExperimentRecipe.read(recipe, _folders(folder or []), pool)
@@ -100,10 +100,9 @@ def command(
             raise PhatgooseError(
                 f"--fresh would remove the pool that is to be taken, {found.pool.folder}: choose another --out."
             )
-        forget(target)
     executor = _executor(workers, ray, cpus, gpus, retries)
     try:
-        results = run_experiment(found, target, executor=executor)
+        results = run_experiment(found, target, executor=executor, fresh=fresh)
     finally:
         executor.close()
     for name, suite in results["suites"].items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from phatgoose import files
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card_facts import lowest_loss
 from phatgoose.experts.expert import Expert
@@ -41,6 +43,20 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise ExpertError(f"{folder} is a file; give a folder.")
     check_replaceable(folder, keeps_card)
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, command: str) -> Iterator[None]:
+    """Held while `command` makes what goes to `folder`. Of the processes that torchrun started, the first holds it for all.
+
+    Raises:
+        StorageError: another run of this command does.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with files.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
+        yield
 
 
 def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:

@@ -87,49 +87,52 @@ def command(
 
     target = out or expert
     folders.check_target(target, keeps_card=out is None or out == expert)
-    work = work or target.with_name(target.name + ".work")
-    source = Expert.load(expert)
-    before = source if target == expert else folders.standing(target)
-    there = before or source
-    if not overwrite and not all_identical(source.tensors, there.tensors):
-        raise _taken(target)
-    given = {"rows": texts, "max_new_tokens": text_tokens, "temperature": temperature}
-    writing = wanted(generated, task, prompts, given, config.seed)
-    if writing is not None and limit_train is not None:
-        raise typer.BadParameter("--limit-train is for a task's rows; with --generated, say --texts.")
-    rows = None
-    if task is not None:
-        rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-    record = there.provenance.get("gate", {})
-    if (
-        there.gates is not None
-        and not overwrite
-        and not (folders.made_so(record, None, rows, config) and (writing is None or writing.made(record)))
-    ):
-        raise _taken(target)
-    model = load_recorded([source], base, dtype, device)
-    if there.gates is not None and not overwrite:
-        if not folders.made_so(record, model, rows, config):
+    with folders.only_run(target, "gate"):
+        work = work or target.with_name(target.name + ".work")
+        source = Expert.load(expert)
+        before = source if target == expert else folders.standing(target)
+        there = before or source
+        if not overwrite and not all_identical(source.tensors, there.tensors):
             raise _taken(target)
-        show.say(f"{target} has these very gates, finished before.")
-        folders.clear_work(work, "gate")
-        _summary(there, target)
-        return
-    from accelerate import PartialState
+        given = {"rows": texts, "max_new_tokens": text_tokens, "temperature": temperature}
+        writing = wanted(generated, task, prompts, given, config.seed)
+        if writing is not None and limit_train is not None:
+            raise typer.BadParameter("--limit-train is for a task's rows; with --generated, say --texts.")
+        rows = None
+        if task is not None:
+            rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
+        record = there.provenance.get("gate", {})
+        if (
+            there.gates is not None
+            and not overwrite
+            and not (
+                folders.made_so(record, None, rows, config) and (writing is None or writing.made(record))
+            )
+        ):
+            raise _taken(target)
+        model = load_recorded([source], base, dtype, device)
+        if there.gates is not None and not overwrite:
+            if not folders.made_so(record, model, rows, config):
+                raise _taken(target)
+            show.say(f"{target} has these very gates, finished before.")
+            folders.clear_work(work, "gate")
+            _summary(there, target)
+            return
+        from accelerate import PartialState
 
-    from phatgoose.training.gate import train_gate
+        from phatgoose.training.gate import train_gate
 
-    if rows is None:
-        assert writing is not None
-        rows = writing.task(model, source, work)
-    gated = train_gate(model, source, rows, config, work_folder=work)
-    processes = PartialState()
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        gated = folders.laid_over(target, gated, before, "gate", work)
-        gated.save(target)
-        folders.clear_work(work, "gate")
-        _summary(gated, target)
+        if rows is None:
+            assert writing is not None
+            rows = writing.task(model, source, work)
+        gated = train_gate(model, source, rows, config, work_folder=work)
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            gated = folders.laid_over(target, gated, before, "gate", work)
+            gated.save(target)
+            folders.clear_work(work, "gate")
+            _summary(gated, target)
 
 
 def _summary(expert: Expert, target: Path) -> None:

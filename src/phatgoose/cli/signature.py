@@ -61,33 +61,34 @@ def command(
 
     target = out or expert
     folders.check_target(target, keeps_card=out is None or out == expert)
-    work = work or target.with_name(target.name + ".work")
-    source = Expert.load(expert)
-    rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-    model = load_recorded([source], base, dtype, device)
-    from phatgoose.models.encoder import load_encoder
-    from phatgoose.training.signature import make_signature, signature_key
+    with folders.only_run(target, "signature"):
+        work = work or target.with_name(target.name + ".work")
+        source = Expert.load(expert)
+        rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
+        model = load_recorded([source], base, dtype, device)
+        from phatgoose.models.encoder import load_encoder
+        from phatgoose.training.signature import make_signature, signature_key
 
-    encoder = load_encoder(config.encoder) if config.texts else None
-    before = source if target == expert else folders.standing(target)
-    there = before or source
-    if there.signature is not None and not overwrite:
-        made = there.provenance.get("signature", {})
-        if not isinstance(made, dict) or made.get("key") != signature_key(
-            model, source, rows, config, encoder
-        ):
-            raise ExpertError(
-                f"{target} holds another signature or another expert: choose another --out, or replace it with --overwrite."
-            )
-        show.say(f"{target} has this very signature, finished before.")
+        encoder = load_encoder(config.encoder) if config.texts else None
+        before = source if target == expert else folders.standing(target)
+        there = before or source
+        if there.signature is not None and not overwrite:
+            made = there.provenance.get("signature", {})
+            if not isinstance(made, dict) or made.get("key") != signature_key(
+                model, source, rows, config, encoder
+            ):
+                raise ExpertError(
+                    f"{target} holds another signature or another expert: choose another --out, or replace it with --overwrite."
+                )
+            show.say(f"{target} has this very signature, finished before.")
+            folders.clear_work(work, "signature")
+            _summary(there, target)
+            return
+        signed = make_signature(model, source, rows, config, work_folder=work)
+        signed = folders.laid_over(target, signed, before, "signature", work)
+        signed.save(target)
         folders.clear_work(work, "signature")
-        _summary(there, target)
-        return
-    signed = make_signature(model, source, rows, config, work_folder=work)
-    signed = folders.laid_over(target, signed, before, "signature", work)
-    signed.save(target)
-    folders.clear_work(work, "signature")
-    _summary(signed, target)
+        _summary(signed, target)
 
 
 def _summary(expert: Expert, target: Path) -> None:

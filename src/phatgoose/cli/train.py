@@ -61,22 +61,23 @@ def command(
     from phatgoose.tasks import load_task
 
     folders.check_target(out)
-    rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-    wanted = name or slug(out.name)
-    there = None if overwrite else folders.standing(out)
-    if there and not (there.name == wanted and folders.made_so(there.provenance, None, rows, config)):
-        raise _taken(out)
-    model = load(base, dtype, device)
-    next_command = _next(out, task, limit_train, dtype, config)
-    work = work or out.with_name(out.name + ".work")
-    if there:
-        if not folders.made_so(there.provenance, model, rows, config):
+    with folders.only_run(out, "train"):
+        rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
+        wanted = name or slug(out.name)
+        there = None if overwrite else folders.standing(out)
+        if there and not (there.name == wanted and folders.made_so(there.provenance, None, rows, config)):
             raise _taken(out)
-        show.say(f"{out} is this very expert, finished before.")
-        folders.clear_work(work, "train")
-        _summary(there, out, next_command)
-        return
-    _train(model, rows, config, wanted, work, out, next_command)
+        model = load(base, dtype, device)
+        next_command = _next(out, task, limit_train, dtype, config)
+        work = work or out.with_name(out.name + ".work")
+        if there:
+            if not folders.made_so(there.provenance, model, rows, config):
+                raise _taken(out)
+            show.say(f"{out} is this very expert, finished before.")
+            folders.clear_work(work, "train")
+            _summary(there, out, next_command)
+            return
+        _train(model, rows, config, wanted, work, out, next_command)
 
 
 def _train(

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from phatgoose.errors import BaseModelError
+from phatgoose.hub_errors import look_up
 from phatgoose.models.base import Base
 from phatgoose.models.generation import forced_start
 from phatgoose.models.gguf import WheelBase, copy_of_file, copy_of_wheel
@@ -178,11 +179,14 @@ def _download(hub: Source, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with refusals(hub.spec, file, None, hub.tried):
+        look_up(hub.place, hub.revision, file)
         return Path(hf_hub_download(hub.place, file, revision=hub.revision))
 
 
 def read_config(source: Source) -> PreTrainedConfig:
     with refusals(source.spec, "the configuration", source.folder, source.tried):
+        if source.folder is None:
+            look_up(source.place, source.revision, "config.json")
         return AutoConfig.from_pretrained(**_from(source))
 
 

@@ -7,7 +7,6 @@ interrupted training needs. Steps run through an executor; the driver itself loa
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any
 
 from rich.console import Console
 
-from phatgoose.errors import StorageError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.files import sha256_json, storage_errors, write_bytes, write_json
+from phatgoose.files import sha256_json, write_bytes, write_json
 from phatgoose.tasks.entries import Entry, check_apart
 from phatgoose.tasks.overlap import WORDS
 from phatgoose.workflows.executors import Executor, Inline, Outcome, Step
@@ -27,9 +25,9 @@ from phatgoose.workflows.experiment_plot import plot
 from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment_results import results_of
 from phatgoose.workflows.experiment_text import markdown
+from phatgoose.workflows.folder import forget, held
 from phatgoose.workflows.systems import BEST_SINGLE, CHOSEN, MULTITASK, ORACLE, OWN, TOLD
 
-MARKER = ".phatgoose-experiment"
 _STEPS = "phatgoose.workflows.experiment_steps"
 
 
@@ -39,6 +37,7 @@ def run_experiment(
     *,
     executor: Executor | None = None,
     console: Console | None = None,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Runs the recipe, or what is left of it, and returns what results.json holds.
 
@@ -48,14 +47,19 @@ def run_experiment(
     Args:
         out: the folder for everything; with several machines, one that all of them see under this name.
         executor: what runs the steps; None: this process, one after the other.
+        fresh: forget what is in `out`, if it is an experiment's folder.
 
     Raises:
-        StorageError: `out` is another's folder. RecipeError: no expert could be taken or trained. TaskError: an expert that is taken
+        StorageError: `out` is another's folder, or another run is at work there. RecipeError: no expert could be taken or trained. TaskError: an expert that is taken
             was trained on what a suite measures, as its record says.
     """
-    run = _Run(recipe, Path(out), executor or Inline(), console or Console(stderr=True))
-    with run.board:
-        return run.all()
+    out = Path(out)
+    with held(out, "experiment"):
+        if fresh:
+            forget(out)
+        run = _Run(recipe, out, executor or Inline(), console or Console(stderr=True))
+        with run.board:
+            return run.all()
 
 
 class _Run:
@@ -69,7 +73,6 @@ class _Run:
         }
 
     def all(self) -> dict[str, Any]:
-        _claim(self.out)
         started = time.monotonic()
         write_json(self.out / "recipe.json", self.recipe.to_json())
         taken, refused = self.take()
@@ -323,20 +326,3 @@ def _unmeasured(what: str, scores: Mapping[str, str], failed: Mapping[str, str])
     if len(failed) > 1 and not scores and len(set(failed.values())) == 1:
         return {f"{what} (all {len(failed)} tasks)": next(iter(failed.values()))}
     return {f"{what}: {task}": why for task, why in failed.items()}
-
-
-def _claim(out: Path) -> None:
-    """Makes `out` ours; a folder that holds other people's files is left alone."""
-    marker = out / MARKER
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.exists())):
-        raise StorageError(f"{out} exists and is not an experiment's folder; choose another one with --out.")
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-
-
-def forget(out: Path, what: Sequence[str] = ("experts", "pool", "scores", "work")) -> None:
-    """Removes what an experiment made, if `out` is an experiment's folder."""
-    if (out / MARKER).exists():
-        for name in what:
-            shutil.rmtree(out / name, ignore_errors=True)

@@ -6,7 +6,6 @@ results.json, quickstart.html. work/ holds what an interrupted training needs to
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from phatgoose.routers import PHATGOOSE, Random, Router, Single, Uniform
 from phatgoose.tasks import Fractions, load_task
 from phatgoose.workflows import show, summary
 from phatgoose.workflows.contribute import contribute, record
+from phatgoose.workflows.folder import forget, held
 from phatgoose.workflows.measured import Measurements
 from phatgoose.workflows.prompts import traced, with_cards
 from phatgoose.workflows.recipe import Recipe
@@ -68,7 +68,13 @@ def run_quickstart(
     """
     out, console = Path(out), console or show.screen()
     recipe = recipe or (SMOKE if smoke else QUICKSTART)
-    _claim(out, fresh)
+    with held(out, "quickstart"):
+        if fresh:
+            forget(out)
+        return _quickstart(out, recipe, console)
+
+
+def _quickstart(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     show.plan(console, recipe, out)
     base = load_base(recipe.base, dtype=_dtype())
@@ -256,19 +262,3 @@ def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
             strict=True,
         )
     )
-
-
-def _claim(out: Path, fresh: bool) -> None:
-    """Makes `out` ours; a folder that holds other people's files is never emptied."""
-    from phatgoose.errors import StorageError
-    from phatgoose.files import storage_errors
-
-    marker = out / ".phatgoose-quickstart"
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.exists())):
-        raise StorageError(f"{out} exists and is not a quickstart's folder; choose another one with --out.")
-    if fresh and out.exists():
-        for name in ("experts", "pool", "scores", "work"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        marker.touch()
