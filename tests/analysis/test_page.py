@@ -50,7 +50,7 @@ def make_results(a="walk", b="plural", task="past_tense", other="held"):
                 "gate_steps": 30,
                 "expert_seconds": 75.0,
                 "gate_seconds": 30.0,
-                "gate_share": 0.4,
+                "gate_token_share": 0.4,
                 "base": 0.125,
                 "own": 0.875,
             }
@@ -160,6 +160,19 @@ def page(tmp_path):
     return make
 
 
+def test_a_share_without_an_interval_is_not_shown(page):
+    """Older results.json have such shares, beside a gain of the oracle that may be none."""
+    results = make_results()
+    results["recovered"] = {
+        "held-out": {"share": 0.47, "low": None, "high": None},
+        "in-pool": {"share": 0.69},
+    }
+    _, p = page(results)
+    assert "47 %" not in p.text
+    assert "69 %" not in p.text
+    assert "too little over the base" in p.text
+
+
 def test_the_page_says_what_the_results_say(page):
     _, p = page(make_results(), [make_prompt()])
     assert "PHATGOOSE, which is never told the task, recovered 69 % of what the best expert" in p.text
@@ -168,7 +181,7 @@ def test_the_page_says_what_the_results_say(page):
     assert (
         "too little over the base" in p.text
     )  # no share on held-out tasks, though the oracle gains a little
-    assert "A gate cost 40 % of its expert’s training" in p.text
+    assert "A gate was trained on 40 % as many tokens as its expert" in p.text
     assert "+27.0" in p.text
     assert "PHATGOOSE is better" in p.text
     assert "PHATGOOSE is worse" in p.text

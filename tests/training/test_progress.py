@@ -1,7 +1,8 @@
 import io
 import sys
 
-from phatgoose.training.progress import Progress, display, plain, silent
+from phatgoose.training import progress
+from phatgoose.training.progress import Progress, display, lines, silent
 
 
 def at(step: int, **more) -> Progress:
@@ -20,8 +21,20 @@ def test_lines_at_every_tenth(capsys):
 
 
 def test_before_the_first_step(capsys):
-    plain(at(0, loss=None, rows_per_second=0.0, seconds_left=float("inf")))
+    lines()(at(0, loss=None, rows_per_second=0.0, seconds_left=float("inf")))
     assert capsys.readouterr().err == "expert x: 0/50\n"
+
+
+def test_a_step_that_takes_long_is_not_silent(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    show = lines()
+    for now[0], part in ((15, 0.1), (30, 0.2), (61, 0.4), (76, 0.5), (122, 0.8)):
+        show(at(0, part=part, loss=None))
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == [
+        f"expert x: 0/50 and {p} % of a step".replace(" %", "%") for p in (40, 80)
+    ]
 
 
 def test_silence(capsys):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -74,7 +75,7 @@ def outcome(out):
     results = json.loads((out / "results.json").read_text())
     del results["made"]
     for expert in results["experts"]:
-        for key in ("expert_seconds", "gate_seconds", "gate_share"):
+        for key in ("expert_seconds", "gate_seconds"):
             del expert[key]
         del expert["made"]["finished"]
     return results
@@ -100,7 +101,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     again = finish(place, out)
     assert outcome(out) == expected
     assert "expert upper: 4/4" not in again
-    for part in ("PHATGOOSE", "oracle", "A gate cost", "phatgoose chat --pool"):
+    for part in ("PHATGOOSE", "oracle", "A gate was trained on", "phatgoose chat --pool"):
         assert part in text
     assert re.search(r"in-pool: (PHATGOOSE recovers|the oracle gains nothing)", text)
     assert re.search(r"in-pool tasks: accuracy on 6 test rows each", text)
@@ -157,3 +158,28 @@ def test_recipes_keep_their_promises():
     assert QUICKSTART.test_rows == 100
     assert len(SMOKE.pool_tasks) == 2
     assert SMOKE.base == QUICKSTART.base
+
+
+def test_what_to_type_next_is_small_and_can_be_typed(monkeypatch, tmp_path):
+    """Not the paper's training, which takes days on a laptop, and with what puts phatgoose on the path where it isn't."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from phatgoose.workflows import show
+    from phatgoose.workflows.recipes import QUICKSTART
+
+    def said(found):
+        monkeypatch.setattr(show.shutil, "which", lambda _: found)
+        text = StringIO()
+        show.next_steps(Console(file=text, width=1000), tmp_path, QUICKSTART, tmp_path / "page.html", None)
+        return text.getvalue()
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    monkeypatch.setattr(show.sys, "prefix", str(tmp_path))
+    assert f". {tmp_path}/bin/activate" in said(None)
+    assert "activate" not in said("/usr/bin/phatgoose")
+    assert "--out my-expert --steps 60 --rows-per-step 16" in said(None)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert show.SMALL in " ".join(readme.replace("\\\n", " ").split())

@@ -30,7 +30,7 @@ SHAPE: dict[str, Any] = {
             "gate_steps?": int,
             "expert_seconds?": NUMBER,
             "gate_seconds?": NUMBER,
-            "gate_share?": NUMBER,
+            "gate_token_share?": NUMBER,
             "base?": NUMBER,
             "own?": NUMBER,
             "kind?": str,

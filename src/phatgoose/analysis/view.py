@@ -60,7 +60,7 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
         "trained": any({"base", "own", "steps", "expert_seconds"} & set(e) for e in data.get("experts", [])),
         "carded": any({"health", "made", "nearest"} & set(e) for e in data.get("experts", [])),
         "numbered": {e["name"]: i for i, e in enumerate(data.get("experts", []), 1)},
-        "mean_gate_share": _mean(e.get("gate_share") for e in data.get("experts", [])),
+        "mean_gate_share": _mean(e.get("gate_token_share") for e in data.get("experts", [])),
         "recipe": list(_flat(data.get("recipe", {}))),
         "made": list(_flat(data.get("made", {}))),
     }

@@ -143,8 +143,8 @@ def _summary(expert: Expert, target: Path) -> None:
         ("gates", f"{expert.name}: {len(expert.gates or {})} modules, {record['parameters']:,} parameters"),
         ("validation loss", folders.validation(record)),
     ]
-    if share := record.get("cost_share", {}).get("seconds"):
-        rows.append(("cost", f"{share:.0%} of the expert's training time"))
+    if share := record.get("cost_share", {}).get("tokens"):
+        rows.append(("cost", f"{share:.0%} as many tokens as the expert was trained on"))
     rows += [
         ("saved", str(target)),
         ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(target), "..."])),

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+QUIET_SECONDS = 60.0
+"""How long a training that prints lines says nothing, at most."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Progress:
     """Over all processes, since this process began (steps done before a resume don't count)."""
     seconds_left: float
     """Infinite before the first step."""
+    part: float = 0.0
+    """Share of the next step that is done, in [0, 1): above 0 only in reports from within a step that takes long."""
 
 
 Report = Callable[[Progress], None]
@@ -36,9 +42,9 @@ def silent(progress: Progress) -> None:
 
 @contextlib.contextmanager
 def display(label: str, steps: int) -> Iterator[Report]:
-    """A progress bar on standard error if that is a terminal, else a line every tenth of the way."""
+    """A progress bar on standard error if that is a terminal, else a line every tenth of the way, and at least every minute."""
     if not sys.stderr.isatty():
-        yield plain
+        yield lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -48,20 +54,29 @@ def display(label: str, steps: int) -> Iterator[Report]:
         task = bar.add_task(label, total=steps, text="")
 
         def show(progress: object) -> None:
-            bar.update(task, completed=progress.step, text=_describe(progress))  # type: ignore[attr-defined, arg-type]
+            bar.update(task, completed=progress.step + progress.part, text=_describe(progress))  # type: ignore[attr-defined, arg-type]
 
         yield show
 
 
-def plain(progress: Progress) -> None:
-    """A line on standard error at every tenth of the way."""
-    tenth = max(1, progress.steps // 10)
-    if progress.step % tenth == 0 or progress.step == progress.steps:
-        print(f"{progress.label}: {_describe(progress)}", file=sys.stderr, flush=True)
+def lines() -> Report:
+    """Prints a line on standard error at every tenth of the way, and where `QUIET_SECONDS` have passed since the last one."""
+    printed = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        nonlocal printed
+        tenth = max(1, progress.steps // 10)
+        due = progress.step == progress.steps or (progress.step % tenth == 0 and not progress.part)
+        if due or time.monotonic() - printed >= QUIET_SECONDS:
+            printed = time.monotonic()
+            print(f"{progress.label}: {_describe(progress)}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _describe(progress: Progress) -> str:
-    parts = [f"{progress.step}/{progress.steps}"]
+    within = f" and {progress.part:.0%} of a step" if progress.part else ""
+    parts = [f"{progress.step}/{progress.steps}{within}"]
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.3f}")
     if progress.validation_loss is not None:

@@ -16,6 +16,9 @@ ADVICE = (
     "lower learning_rate, set max_grad_norm=1.0, or compute in float32. Nothing of this step was written."
 )
 
+WITHIN_SECONDS = 15.0
+"""After how long within a step its progress is shown."""
+
 
 class Watch(TrainerCallback):
     """Stops at a loss that isn't finite, says when to validate and save, and shows how far it is."""
@@ -23,11 +26,20 @@ class Watch(TrainerCallback):
     def __init__(self, loop: Any, config: LoopConfig, label: str, report: Report) -> None:
         self.loop, self.config, self.label, self.report = loop, config, label, report
         self.first, self.since = 0, time.monotonic()
+        self.shown, self.batches = self.since, 0
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         self.first, self.since = state.global_step, time.monotonic()
         self.loop.started = self.since
         self._show(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.batches = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.batches += 1
+        if time.monotonic() - self.shown >= WITHIN_SECONDS:
+            self._show(state, self.batches / args.gradient_accumulation_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         loss = self.loop.take_step_loss()
@@ -46,11 +58,12 @@ class Watch(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         self._show(state)
 
-    def _show(self, state: Any) -> None:
+    def _show(self, state: Any, part: float = 0.0) -> None:
+        self.shown = time.monotonic()
         if not state.is_world_process_zero:
             return
         history, step = self.loop.history, state.global_step
-        pace = (step - self.first) / max(time.monotonic() - self.since, 1e-9)
+        pace = (step + part - self.first) / max(time.monotonic() - self.since, 1e-9)
         self.report(
             Progress(
                 self.label,
@@ -59,6 +72,7 @@ class Watch(TrainerCallback):
                 history.losses[-1] if history.losses else None,
                 list(history.validation.values())[-1] if history.validation else None,
                 pace * self.config.rows_per_step,
-                (self.config.steps - step) / pace if pace else math.inf,
+                (self.config.steps - step - part) / pace if pace else math.inf,
+                part,
             )
         )

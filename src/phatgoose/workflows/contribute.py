@@ -107,7 +107,7 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
         **found,
         "gate_steps": gate["config"]["steps"],
         "gate_seconds": gate["seconds"],
-        "gate_share": gate["seconds"] / made["seconds"],
+        "gate_token_share": gate["tokens"] / made["tokens"],
     }
 
 

@@ -26,7 +26,8 @@ from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe, Rec
 from phatgoose.workflows.experiment_results import results_of
 from phatgoose.workflows.experiment_text import markdown
 from phatgoose.workflows.folder import forget, held
-from phatgoose.workflows.systems import BEST_SINGLE, CHOSEN, MULTITASK, ORACLE, OWN, TOLD
+from phatgoose.workflows.oracle import picks
+from phatgoose.workflows.systems import CHOSEN, MULTITASK, ORACLE, OWN, TOLD
 
 _STEPS = "phatgoose.workflows.experiment_steps"
 
@@ -229,9 +230,9 @@ class _Run:
         for suite, names in rows.items():
             made = {e: o.value for e in pool.names if (o := found.get(f"choose {e} on {suite}")) and o.ok}
             self.failed |= _unscored(suite, names, {e: value["failed"] for e, value in made.items()})
-            picks = _picks({e: value["scores"] for e, value in made.items()}, names, list(tasks[suite]))
+            found_best = picks({e: value["scores"] for e, value in made.items()}, names, list(tasks[suite]))
             for system in wanted:
-                chosen[system][suite] = picks[system]
+                chosen[system][suite] = found_best[system]
         if OWN in self.recipe.all_systems:
             chosen[OWN] = {IN_POOL: {n: n for n in tasks.get(IN_POOL, {})}}
         return together, chosen
@@ -283,30 +284,6 @@ class _Run:
         outcome = self.run("contamination", [step])["contamination"] if known else Outcome()
         found = outcome.value or {"suites": {}, "read": []}
         return {**found, "unread": [n for n in pool.names if n not in found["read"]]}
-
-
-def _picks(
-    scores: Mapping[str, Mapping[str, Sequence[float | None]]], names: Sequence[str], tasks: Sequence[str]
-) -> dict[str, dict[str, str]]:
-    """System → task → expert, from expert → task → what it scored on the tasks `names` that can be chosen on; `tasks` are all of the suite.
-
-    Few rows make many ties: these go to the expert that finds right choices likelier, then to the first of the pool. A task that
-    can't be scored has no oracle, and an expert that couldn't be scored on all that others were is no single best.
-    """
-    oracle = {}
-    for task in names:
-        if able := [e for e in scores if task in scores[e]]:
-            oracle[task] = max(able, key=lambda e: _standing([scores[e][task]]))
-    most = max((len(found) for found in scores.values()), default=0)
-    whole = [e for e in scores if len(scores[e]) == most]
-    common = [t for t in names if all(t in scores[e] for e in whole)]
-    best = max(whole, key=lambda e: _standing([scores[e][t] for t in common])) if most else None
-    return {ORACLE: oracle, BEST_SINGLE: {} if best is None else dict.fromkeys(tasks, best)}
-
-
-def _standing(scores: Sequence[Sequence[float | None]]) -> tuple[float, float]:
-    """What the better of two experts has more of; rounded, so that equal scores are equal in whatever order they are summed."""
-    return round(sum(mean or 0.0 for mean, _ in scores), 9), sum(likely or 0.0 for _, likely in scores)
 
 
 def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

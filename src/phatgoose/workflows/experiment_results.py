@@ -19,7 +19,7 @@ from phatgoose.records import TaskScore
 from phatgoose.workflows import show
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, local_name
 from phatgoose.workflows.measured import Measurements
-from phatgoose.workflows.summary import Drawn, interval, raw_rows, share_of_gain
+from phatgoose.workflows.summary import RESAMPLES, Drawn, interval, raw_rows, share_of_gain
 from phatgoose.workflows.systems import BASE, MAIN, ORACLE
 
 FORMAT, VERSION = "phatgoose-experiment", 1
@@ -42,9 +42,6 @@ ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads
 """What all scores of a comparison should have in common; "base" has one value more for each further model."""
 
 UNLIKE = "its rows weren't the same in all steps: its data changed meanwhile, or isn't the same everywhere"
-
-RESAMPLES = 20_000
-"""Of all intervals and p-values. Holm over 25 systems multiplies the least p-value that there is by 24: to 0.0024."""
 
 
 def results_of(

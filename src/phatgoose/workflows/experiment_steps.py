@@ -16,7 +16,7 @@ from phatgoose.errors import PhatgooseError, TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
-from phatgoose.records import Example, Task, TaskScore, groups_of
+from phatgoose.records import Example, Task, groups_of
 from phatgoose.routers import Single
 from phatgoose.tasks.datasets import datasets_of
 from phatgoose.tasks.entries import Entry
@@ -29,6 +29,7 @@ from phatgoose.workflows.contribute import contribute, contribution_key, record,
 from phatgoose.workflows.executors import why
 from phatgoose.workflows.experiment_lab import Lab, Run, folder_of, lab, multitask_folder, trained_on
 from phatgoose.workflows.experiment_recipe import IN_POOL
+from phatgoose.workflows.oracle import standing
 from phatgoose.workflows.systems import MULTITASK, OTHER
 
 
@@ -197,19 +198,10 @@ def choose(run: Run, pool: str, expert: str, suite: str, tasks: list[str]) -> di
         try:
             task = here.task(suite, name)
             score = here.measurements.score(task, alone, Single(0), split="validation", limit=limit)
-            scores[name] = [score.mean, _likelihood(score, task.validation[:limit])]
+            scores[name] = standing(score, task.validation[:limit])
         except Exception as error:
             failed[name] = why(error)
     return {"scores": scores, "failed": failed}
-
-
-def _likelihood(score: TaskScore, rows: Sequence[Example]) -> float | None:
-    found = [
-        max(s for choice, s in zip(row.choices, made.choice_scores, strict=True) if choice in row.targets)
-        for row, made in zip(rows, score.predictions, strict=True)
-        if row.choices is not None and made.choice_scores is not None
-    ]
-    return sum(found) / len(found) if found else None
 
 
 def measure(

@@ -174,7 +174,7 @@ def _system(system: str, suite: Mapping[str, Any]) -> list[str]:
     if share.get("low") is not None:
         text = f"{share['share']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
     elif share:
-        text = "not defined: the oracle gains too little"  # a ratio to a gain that may be none says nothing
+        text = "not defined: the oracle gains too little"
     return [*cells, text]
 
 

@@ -29,6 +29,7 @@ from phatgoose.workflows import show, summary
 from phatgoose.workflows.contribute import contribute, record
 from phatgoose.workflows.folder import forget, held
 from phatgoose.workflows.measured import Measurements
+from phatgoose.workflows.oracle import best, standing
 from phatgoose.workflows.prompts import traced, with_cards
 from phatgoose.workflows.recipe import Recipe
 from phatgoose.workflows.recipes import QUICKSTART, SMOKE
@@ -177,13 +178,13 @@ class _Run:
         ]
 
     def add_oracle(self, pool: Pool) -> None:
-        """Per task the single expert that is best on validation rows (the first of equals): needs labels and a task's name."""
+        """Per task the single expert that is best on validation rows (see `oracle`): needs labels and a task's name."""
         row = {}
         with show.progress(
             self.console, "choosing the oracle's experts", len(self.every) * len(pool)
         ) as step:
             for task in self.every:
-                best: tuple[float, str] = (-1.0, "")
+                found = {}
                 for expert in pool.experts:
                     score = self.measurements.score(
                         task,
@@ -194,9 +195,8 @@ class _Run:
                         progress=False,
                     )
                     step.advance()
-                    if score.mean > best[0]:
-                        best = (score.mean, expert.name)
-                row[task.name] = self.table[f"single: {best[1]}"][task.name]
+                    found[expert.name] = [standing(score, task.validation[: self.recipe.choice_rows])]
+                row[task.name] = self.table[f"single: {best(found)}"][task.name]
                 self.kinds.setdefault(
                     "oracle", ("oracle", "per task, the single expert that is best on its validation rows")
                 )

@@ -13,7 +13,8 @@ from phatgoose.records import TaskScore
 from phatgoose.workflows.systems import BASE, ORACLE
 
 GROUPS = ("in-pool", "held-out")
-RESAMPLES = 2000
+RESAMPLES = 20_000
+"""Of all intervals and p-values. Holm over 25 systems multiplies the least p-value that there is by 24: to 0.0024."""
 
 Table = Mapping[str, Mapping[str, TaskScore]]
 """System → task → score; every system has every task, on the same rows."""
@@ -73,14 +74,13 @@ def recovered(table: Table, tasks: Sequence[str], system: str) -> dict[str, floa
 def share_of_gain(means: Mapping[str, float], drawn: Drawn, system: str) -> dict[str, float | None]:
     """(system − base) / (oracle − base) with its 95 % interval: {"share", "low", "high"}.
 
-    All None if the oracle gains nothing over the base; the interval is None where a resample's gain vanishes.
+    All None where the oracle gains too little over the base: if its gain vanishes in a resample, the share has no interval, and a
+    ratio to a gain that may be none says nothing.
     """
     gain, gains = means[ORACLE] - means[BASE], drawn[ORACLE] - drawn[BASE]
-    if gain <= 0:
+    if gain <= 0 or not (gains > 0).all():
         return {"share": None, "low": None, "high": None}
     share = (means[system] - means[BASE]) / gain
-    if not (gains > 0).all():
-        return {"share": share, "low": None, "high": None}
     return {"share": share, **interval((drawn[system] - drawn[BASE]) / gains)}
 
 

@@ -1,0 +1,65 @@
+"""Whom labels choose: the same in the quickstart and in an experiment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+from rich.console import Console
+
+from phatgoose.records import Example, Prediction, Task, TaskScore
+from phatgoose.workflows import quickstart
+from phatgoose.workflows.oracle import best, picks, rank, standing
+from phatgoose.workflows.quickstart import _Run
+
+ROWS = (Example("x", ("b",), ("a", "b")), Example("y", ("c",)), Example("z", ("a", "b"), ("a", "b", "c")))
+
+
+def score(likely=-3.0, mean=0.5):
+    made = (
+        Prediction(False, "a", choice_scores=(-1.0, likely)),
+        Prediction(True, "c"),
+        Prediction(True, "a", choice_scores=(-1.0, -0.5, -2.0)),
+    )
+    return TaskScore("t", "validation", "x", mean, 0, 1, 3, predictions=made)
+
+
+def test_ties_go_to_the_expert_that_finds_right_answers_likelier():
+    scores = {"a": [[0.5, -1.0]], "b": [[0.5, -0.5]], "d": [[0.4, 0.0]]}
+    assert best(scores) == "b"
+    assert best({"first": [[0.5, None]], "second": [[0.5, None]]}) == "first"
+    assert rank([[0.1, -1.0], [0.2, -1.0], [0.3, -1.0]]) == rank([[0.3, -1.0], [0.2, -1.0], [0.1, -1.0]])
+
+
+def test_an_expert_stands_by_its_score_and_the_likelihood_of_right_choices():
+    assert standing(score(), ROWS) == [0.5, pytest.approx((-3.0 - 0.5) / 2)]
+    assert standing(replace(score(), predictions=score().predictions[1:2]), ROWS[1:2]) == [0.5, None]
+
+
+def test_one_for_each_task_and_one_for_all():
+    scores = {
+        "a": {"t": [1.0, None], "u": [0.0, None]},
+        "b": {"t": [0.9, None], "u": [0.5, None]},
+        "c": {"t": [2.0, None]},
+    }
+    found = picks(scores, ["t", "u"], ["t", "u", "v"])
+    assert found == {"oracle": {"t": "c", "u": "b"}, "best-single": {"t": "b", "u": "b", "v": "b"}}
+    assert picks({}, ["t"], ["t"]) == {"oracle": {}, "best-single": {}}
+
+
+def test_the_quickstart_breaks_ties_so_too(monkeypatch):
+    found = {"first": score(-3.0), "second": score(-1.0)}
+    run = _Run.__new__(_Run)
+    run.every, run.kinds, run.console = (
+        [Task("t", train=(), validation=ROWS, test=ROWS)],
+        {},
+        Console(quiet=True),
+    )
+    run.recipe, run.table = SimpleNamespace(choice_rows=3), {f"single: {name}": {"t": name} for name in found}
+    run.measurements = SimpleNamespace(score=lambda task, expert, *_, **__: found[expert.name])
+    monkeypatch.setattr(quickstart, "Pool", lambda experts: experts[0])
+    pool = MagicMock(experts=[SimpleNamespace(name=name) for name in found])
+    run.add_oracle(pool)
+    assert run.table["oracle"] == {"t": "second"}
