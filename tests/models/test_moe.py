@@ -17,6 +17,7 @@ from moe_fixtures import (
     D,
     by_hand,
     change,
+    fused_experts,
     ids,
     logits,
     make,
@@ -30,6 +31,8 @@ from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts.packing import pack, unpack
 from phatgoose.models.base import Base
 from phatgoose.models.skeleton import check_mixture
+from phatgoose.models.trace import trace
+from phatgoose.routers.context import RoutingContext, Sequences
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -332,3 +335,56 @@ def test_a_base_whose_experts_run_in_another_way_is_refused_from_its_config(tmp_
     peft_adapter(model, tmp_path / "a", 1)
     model.config.save_pretrained(tmp_path / "qwen")
     check_mixture(str(tmp_path / "qwen"), Pool([Expert.from_peft(tmp_path / "a", name="a")]))
+
+
+@pytest.mark.parametrize("margins", [False, True])
+def test_a_trace_inside_experts_knows_their_tokens(tmp_path, margins):
+    """Every token that the base sends to an expert is recorded there, and no other; padding isn't."""
+    base = Base(make("qwen3_moe"), make_tokenizer(), "qwen3_moe")
+    for i in range(3):
+        peft_adapter(base.model, tmp_path / str(i), i)
+    experts = [with_gates(Expert.from_peft(tmp_path / str(i), name=str(i)), i) for i in range(3)]
+    x, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    route(base, Pool(experts))
+    sent = {}
+    handles = [
+        base.model.get_submodule(path).register_forward_pre_hook(
+            lambda m, args, path=path: sent.update({path: args[1]}), prepend=True
+        )
+        for path in fused_experts(base.model)
+    ]
+    with torch.no_grad(), trace(base, margins=margins) as found:
+        plain = base.model(x, attention_mask=mask).logits
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        assert torch.equal(base.model(x, attention_mask=mask).logits, plain)
+    for path, index in sent.items():
+        for j in range(index.max() + 1):
+            wanted = {(r, t) for r in range(3) for t in range(9) if j in index[9 * r + t] and mask[r, t]}
+            if not wanted:
+                continue
+            for name in ("gate_up_proj", "down_proj"):
+                choices = found[f"{path}.{j}.{name}"]
+                tokens = choices.tokens
+                places = {
+                    (r, p + 4 * (r == 1))
+                    for r, p in zip(tokens.rows.tolist(), tokens.positions.tolist(), strict=True)
+                }
+                assert places == wanted
+                assert [int(x[place]) for place in zip(tokens.rows, tokens.positions + 4 * (tokens.rows == 1), strict=True)] == tokens.ids.tolist()  # fmt: skip
+                assert choices.experts.shape == (len(wanted), 2)
+    with torch.no_grad(), trace(base, histogram=True) as sums:
+        base.model(x, attention_mask=mask)
+    for path, load in found.loads.items():
+        torch.testing.assert_close(sums.loads[path].weight, load.weight, atol=0.01, rtol=0.01)
+
+
+def test_what_a_router_knows_of_picked_tokens():
+    seen = Sequences(torch.arange(6).view(2, 3), torch.arange(3).expand(2, 3), torch.ones(2, 3).bool())
+    context = RoutingContext("m", 1, 3, seen, picked=torch.tensor([4, 0, 5]))
+    assert context.tokens().ids.tolist() == [[4, 0, 5]]
+    assert context.tokens().positions.tolist() == [[1, 0, 2]]
+    assert context.spread(torch.tensor([[[7]], [[8]]])).tolist() == [[8], [7], [8]]  # of sequences
+    assert context.spread(torch.arange(6).view(2, 3, 1)).tolist() == [[4], [0], [5]]  # of tokens

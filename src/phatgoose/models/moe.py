@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.streams import Streams
-from phatgoose.routers.context import RoutingContext, Sequences, Texts
+from phatgoose.routers.context import RoutingContext, unmatched
 
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,44 +34,23 @@ class Dispatched(NamedTuple):
     """How many tokens the module was given."""
 
 
-@dataclass(frozen=True, eq=False)
-class Inside(RoutingContext):
-    """One call of a slot: the tokens that reach one expert, as one row."""
-
-    dispatched: Dispatched | None = None
-
-    def tokens(self) -> Sequences:
-        seen, dispatched = self.sequences, self.dispatched
-        if seen is None or dispatched is None:
-            return super().tokens()  # raises, saying why
-        seen.check()
-        if seen.positions.numel() != dispatched.of:
-            raise RoutingError(
-                f"{self.path} is inside experts that were given {dispatched.of} tokens, and the model {list(seen.positions.shape)}: "
-                "they can't be matched."
-            )
-
-        def part(x: Tensor) -> Tensor:
-            return x.reshape(-1)[dispatched.tokens.to(x.device)][None]
-
-        ids = None if seen.ids is None else part(seen.ids)
-        return Sequences(ids, part(seen.positions), part(seen.real), seen.past)
-
-    def texts(self) -> Texts:
-        raise RoutingError(
-            f"{self.path} is inside a mixture's experts, which see tokens of several sequences at once: routers that read text "
-            "can't choose there yet. Use one that goes by gates or weights, or adapters of the attention alone."
-        )
-
-
 def context_at(
     path: str, module: nn.Module, args: tuple[Any, ...], u: Tensor, shape: torch.Size, streams: Streams
 ) -> RoutingContext:
     """What a router may know of this call of a module on `u`, whose output has this shape."""
-    if isinstance(module, Slot):
-        n, dispatched = shape[:-1].numel(), args[2] if len(args) > 2 else None
-        return Inside(path, 1, n, streams.tokens_of(path, u), None, streams.texts_of, dispatched=dispatched)
-    return streams.context(path, u, shape)
+    if not isinstance(module, Slot):
+        return streams.context(path, u, shape)
+    seen, problem = streams.tokens_of(path, u), None
+    dispatched: Dispatched | None = args[2] if len(args) > 2 else None
+    if dispatched is None:
+        problem = "it ran outside of its mixture of experts, so which tokens it sees is unknown."
+    elif seen is not None and seen.positions.numel() != dispatched.of:
+        what = unmatched((dispatched.of,), *seen.positions.shape)
+        problem = f"{what}."
+    return RoutingContext(
+        path, 1, shape[:-1].numel(), seen, reader=streams.texts_of, stream=streams.stream_at(path, u), problem=problem,
+        picked=None if dispatched is None else dispatched.tokens,
+    )  # fmt: skip
 
 
 class Slot(nn.Module):

@@ -9,7 +9,7 @@ become indices of the pool's experts, and either choices or only sums are kept.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -71,6 +71,9 @@ class _Pass:
     first_input: int
     rows_per_input: int
     generated: bool
+    whole: _Pass | None = None
+    """Where a module saw tokens that were picked for it: all of the pass's, of which `picked` are its."""
+    picked: Tensor | None = None
     rejected: int = 0
     """How many of the last tokens were drafts that weren't accepted."""
     tokens: Tokens | None = None
@@ -211,6 +214,9 @@ class Recorder:
     def _pass(self, context: RoutingContext) -> _Pass:
         context.check()
         assert context.sequences is not None
+        if context.picked is not None:
+            whole = self._pass(context.whole())
+            return replace(whole, tokens=None, real=None, whole=whole, picked=context.picked.cpu())
         self._place(context.path, context.stream)
         kept = None if context.kept is None else tuple(context.kept.tolist())
         key = (context.stream, context.rows, context.length, kept)
@@ -363,6 +369,9 @@ class Recorder:
 
     def _seen(self, one: _Pass) -> tuple[Tokens, Tensor]:
         """All tokens of a pass, worked out once, and which are real."""
+        if one.whole is not None and one.picked is not None:
+            tokens, real = self._seen(one.whole)
+            return tokens[one.picked], real[one.picked]
         if one.tokens is None or one.real is None:
             aligned = one.sequences.aligned(one.rows, one.length, one.kept)
             rows = torch.arange(one.rows)[:, None].expand(-1, one.length).reshape(-1)

@@ -35,7 +35,7 @@ from phatgoose.models.layers import (
     unseen,
 )
 from phatgoose.models.modules import check_copies, check_parameters, module_at, shape_of
-from phatgoose.models.moe import Inside, Slot, context_at
+from phatgoose.models.moe import Slot, context_at
 from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.moe_pool import under_one_name
 from phatgoose.models.placement import placed_pool
@@ -300,10 +300,6 @@ class _Site:
     def _record(self, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor) -> None:
         if (recorder := self.routing.recorder) is None:
             return
-        if isinstance(context, Inside):
-            raise RoutingError(
-                f"{self.path} is inside a mixture's experts, where choices can't be recorded yet."
-            )
         scores = None
         if recorder.wants_scores:
             flat = read.reshape(-1, read.shape[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ class RoutingContext:
     was seen. allowed: bool [N, candidates], which of them may be chosen; None: all. A router that narrows its choice down in steps must
     heed it in the first; what may not be chosen is struck out of its scores anyway. reader: finds the texts of the pass a module runs in.
     stream: whose tokens they are, "encoder" or "decoder". problem: why it can't be known which tokens the module sees, else None.
+    picked: int64 [N], which of the pass's B·T tokens these are, where they were picked for one of a mixture's experts; rows is then 1.
     """
 
     path: str
@@ -109,6 +110,7 @@ class RoutingContext:
     problem: str | None = None
     by_row: bool = True
     """Whether the pass's sequences are its rows even where there is a `problem`."""
+    picked: Tensor | None = None
 
     def texts(self) -> Texts:
         """What the sequences of this pass were given to read; the same object for every module that sees the pass.
@@ -130,7 +132,22 @@ class RoutingContext:
         """
         self.check()
         assert self.sequences is not None
-        return self.sequences.aligned(self.rows, self.length, self.kept)
+        if (picked := self.picked) is None:
+            return self.sequences.aligned(self.rows, self.length, self.kept)
+        seen = self.sequences
+        ids, positions, real = (
+            None if x is None else x.reshape(-1)[picked.to(x.device)][None]
+            for x in (seen.ids, seen.positions, seen.real)
+        )
+        assert positions is not None
+        assert real is not None
+        return Sequences(ids, positions, real, seen.past)
+
+    def whole(self) -> RoutingContext:
+        """Of tokens that were picked: a call that sees all of the pass's."""
+        assert self.sequences is not None
+        rows, length = self.sequences.positions.shape
+        return replace(self, rows=rows, length=length, picked=None)
 
     def spread(self, x: Tensor) -> Tensor:
         """x [B, T, …] of the pass, or [B, 1, …] of its sequences → [N, …] for the module's tokens.
@@ -138,6 +155,9 @@ class RoutingContext:
         Raises:
             RoutingError: as `tokens`.
         """
+        if self.picked is not None:
+            self.check()
+            return self.whole().spread(x)[self.picked.to(x.device)]
         by_row = x.shape[1] == 1 and self.by_row
         if self.problem is not None and not by_row:
             raise RoutingError(f"{self.path}: {self.problem}")
