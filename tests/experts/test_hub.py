@@ -217,6 +217,21 @@ def test_what_was_fetched_needs_no_network(hub, one, monkeypatch):
     assert hub.requests == []
 
 
+def test_tokenizer_files_beside_an_adapter_are_looked_at(hub, plain, monkeypatch):
+    """The small ones are fetched, once; a whole tokenizer isn't."""
+    files = {"chat_template.jinja": b"{{ messages }}", "tokenizer.json": b"x" * 2**20}
+    hub.add("org/adapter", plain, files=files)
+    with pytest.warns(UserWarning, match="brings tokenizer files"):
+        found = Expert.from_hub("org/adapter")
+    assert found.provenance["tokenizer"]["files"] == ["chat_template.jinja"]
+    assert not hub.asked("tokenizer.json")
+    hub.requests.clear()
+    offline(monkeypatch)
+    with pytest.warns(UserWarning, match="brings tokenizer files"):
+        assert Expert.from_hub("org/adapter").provenance == found.provenance
+    assert hub.requests == []
+
+
 def test_a_plain_adapter_without_a_network(hub, plain, monkeypatch):
     hub.add("org/adapter", plain)
     Expert.from_hub("org/adapter")

@@ -17,6 +17,7 @@ from phatgoose.errors import BaseModelError, ExpertError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.tokenizer_files import differences
 from phatgoose.models.base import Base
 from phatgoose.models.device_memory import cache_use, parse_bytes
 from phatgoose.models.load import load_base
@@ -77,7 +78,7 @@ def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, devic
     """
     if spec is not None:
         check_mixture(spec, Pool(experts))
-        return load(spec, dtype, device)
+        return _compared(load(spec, dtype, device), experts)
     who = (
         f"expert {experts[0].name!r} doesn't record its base"
         if len(experts) == 1
@@ -86,7 +87,14 @@ def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, devic
     if (spec := recorded_base(experts)) is None:
         raise ExpertError(f"{who}: say which one with --base.")
     check_mixture(spec, Pool(experts))
-    return _load_named(spec, dtype, device)
+    return _compared(_load_named(spec, dtype, device), experts)
+
+
+def _compared(base: Base, experts: Sequence[Expert]) -> Base:
+    """The base; what experts bring beside it that isn't its own is said."""
+    for text in differences(experts, base.tokenizer):
+        show.note(f"note: {text}")
+    return base
 
 
 def load_for(

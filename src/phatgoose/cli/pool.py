@@ -145,7 +145,7 @@ def verify(
     1 if anything is damaged."""
     from phatgoose.experts.packing import verify_folder
 
-    loaded, norms = verify_folder(pool), None
+    loaded, norms, tokenizer = verify_folder(pool), None, None
     here = loaded
     if base is not None:
         from phatgoose.cli.loading import load
@@ -160,8 +160,8 @@ def verify(
         assert routing is not None
         here = routing.pool  # under this model's names of its modules
         unroute(model)
-        norms = weight_norms(model.model, here.modules)
-    _warn(here.warnings(norms))
+        norms, tokenizer = weight_norms(model.model, here.modules), model.tokenizer
+    _warn(here.warnings(norms, tokenizer))
     recorded = loaded.base.spec if loaded.base else "none recorded"
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
     if base is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts import tokenizer_files
 from phatgoose.experts.card import CARD_FILE, own_card, write_card
 from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, StoredSignature
 from phatgoose.experts.formats import WEIGHTS_FILES, format_of, read_adapter, weights_file
@@ -45,7 +47,7 @@ def read_plain(
         provenance = {**(provenance or {}), "dropped": list(check_drop(drop))}
     return {
         "name": name or slug(folder.resolve().name), "adapter_config": config, "tensors": adapter.tensors,
-        "provenance": dict(provenance or {}), "folder": folder,
+        "provenance": _with_tokenizer(provenance or {}, folder), "folder": folder,
     }  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def read_folder(folder: Path, name: str | None, drop: Collection[str]) -> dict[s
         raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
     signature = _read_signature(folder, record.get("signature_sha256"), adapter.sha256)
     name = name or record.get("name") or slug(folder.resolve().name)
-    provenance = record.get("provenance", {})
+    provenance = _with_tokenizer(record.get("provenance", {}), folder)
     if drop:
         provenance = {
             **provenance,
@@ -82,6 +84,15 @@ def read_folder(folder: Path, name: str | None, drop: Collection[str]) -> dict[s
         "name": name, "adapter_config": config, "tensors": adapter.tensors, "gates": gates, "provenance": provenance,
         "folder": folder, "signature": signature,
     }  # fmt: skip
+
+
+def _with_tokenizer(provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The provenance with what tokenizer files beside the adapter say, which is told once: when they are first met."""
+    found = None if tokenizer_files.KEY in provenance else tokenizer_files.brought(folder)
+    if found is None:
+        return dict(provenance)
+    warnings.warn(f"{folder}: {tokenizer_files.at_load(found)}", stacklevel=4)
+    return {**provenance, tokenizer_files.KEY: found}
 
 
 def check_replaceable(folder: Path, keeps_card: bool = False) -> None:

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from phatgoose.errors import brief
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.tensor_files import all_identical
+from phatgoose.experts.tokenizer_files import differences, said
 from phatgoose.experts.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
@@ -30,11 +32,14 @@ PARALLEL, MODULES = 0.99, 32
 """Two gates say the same if their cosine is above this at more than half of at most 32 modules that both experts adapt."""
 
 
-def warnings(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[str]:
+def warnings(
+    experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None, tokenizer: Any = None
+) -> list[str]:
     """What a user should know about these experts of one pool.
 
     Args:
         weight_norms: Frobenius norms of the base's weights by module path, if the base is at hand.
+        tokenizer: the base's, if it is at hand.
     """
     return [
         *_bases(experts),
@@ -42,6 +47,7 @@ def warnings(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None
         *wildly_off(experts, weight_norms),
         *_alone(experts),
         *_twice(experts),
+        *(said(experts) if tokenizer is None else differences(experts, tokenizer)),
     ]
 
 

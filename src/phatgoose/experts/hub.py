@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 
 from phatgoose.errors import DownloadError, ExpertError, PoolError
+from phatgoose.experts import tokenizer_files
 from phatgoose.experts.adapterhub import HEAD_FILES
 from phatgoose.experts.adapterhub_places import INTERFACE_FILE
 from phatgoose.experts.card import CARD_FILE
@@ -20,7 +22,7 @@ from phatgoose.experts.expert_folder import RECORD_FILE
 from phatgoose.experts.formats import WEIGHTS_FILES, format_of, weights_file
 from phatgoose.experts.fused import check_targets
 from phatgoose.experts.gates import GATES_FILE
-from phatgoose.experts.hub_files import MAX_BYTES, Fetched, Listing, fetch, from_cache, list_files
+from phatgoose.experts.hub_files import MAX_BYTES, TEXT_BYTES, Fetched, Listing, fetch, from_cache, list_files
 from phatgoose.experts.hub_place import Place
 from phatgoose.experts.hub_refusals import refused
 from phatgoose.experts.manifest import MANIFEST, read_manifest
@@ -63,7 +65,8 @@ def pull_expert(
             check_targets(config, str(place))  # before the weights, which are large
         weights = weights_file(config) if isinstance(config, dict) else PEFT_WEIGHTS
         fetched = remote.get((weights,), others)
-        folder = _lay_out(place, fetched)
+        beside = remote.beside(tokenizer_files.SMALL)
+        folder = _lay_out(place, Fetched(fetched.revision, {**fetched.paths, **beside}))
     if name is None and place.path(RECORD_FILE) not in fetched.paths:
         name = slug(
             (place.subfolder or place.repo).rpartition("/")[2]
@@ -165,6 +168,21 @@ class _Remote:
         listing = self._listed()
         fetch(self.place, listing, [], [p for p in paths if p not in listing.files], self.token)
         return [path for path in paths if path in listing.files]
+
+    def beside(self, names: Sequence[str]) -> dict[str, Path]:
+        """Those of these small files that the commit has, as far as that can be told without asking the Hub again."""
+        paths = [self.place.path(name) for name in names]
+        if self.listing is not None:
+            files, limit = self.listing.files, min(TEXT_BYTES, self.max_bytes)
+            there = [path for path in paths if path in files and files[path].size <= limit]
+            if not there:
+                return {}
+            return dict(fetch(self.place, self.listing, there, [], self.token, self.max_bytes).paths)
+        found: dict[str, Path] = {}
+        for path in paths:
+            with contextlib.suppress(LookupError):  # fetched by an earlier version, which didn't look
+                found |= from_cache(self.place, [], [path]).paths
+        return found
 
     def _cached(self, needed: Sequence[str], extra: Sequence[str]) -> Fetched | None:
         if self.listing is not None or not (self.place.commit or is_offline()):

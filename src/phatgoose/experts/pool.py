@@ -260,14 +260,15 @@ class Pool:
 
         return hub_push.push_pool(self, repo, private, revision, token, message, allow_paths)
 
-    def warnings(self, weight_norms: Mapping[str, float] | None = None) -> list[str]:
+    def warnings(self, weight_norms: Mapping[str, float] | None = None, tokenizer: Any = None) -> list[str]:
         """What a user should know about this pool although it is valid (docs/experts-and-pools.md lists it). Reads every value.
 
         Args:
             weight_norms: Frobenius norms of the base's weights by module path (`models.layers.weight_norms`): then updates that
                 are larger than the weights they change are named too.
+            tokenizer: the base's: then tokenizer files that experts bring are compared with it.
         """
-        return health.warnings(self.experts, weight_norms)
+        return health.warnings(self.experts, weight_norms, tokenizer)
 
 
 def _make_place(folder: Path) -> None:

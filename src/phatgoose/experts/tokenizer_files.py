@@ -1,0 +1,178 @@
+"""Tokenizer files beside an adapter: trainers save them along, and what was trained on may not be what the base's own tokenizer makes.
+
+An expert is used with its base's tokenizer and chat template. So what an adapter brings is recorded in its provenance, under
+"tokenizer", told at load and by a pool, and compared with the base's as soon as that is at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phatgoose.errors import ExpertError, PhatgooseError, brief
+from phatgoose.files import inside, open_regular, read_json
+
+if TYPE_CHECKING:
+    from phatgoose.experts.expert import Expert
+
+TEMPLATE, CONFIG, ADDED, WHOLE = (
+    "chat_template.jinja", "tokenizer_config.json", "added_tokens.json", "tokenizer.json",
+)  # fmt: skip
+SMALL = (TEMPLATE, CONFIG, ADDED)
+"""Of a repository these are fetched; the whole tokenizer is many megabytes."""
+KEY = "tokenizer"
+LIMIT_BYTES = 64 * 2**20
+TOKENS = 4096
+"""More added tokens aren't recorded one by one."""
+ADVICE = (
+    "To use them, load the base from a folder of its own that holds these tokenizer files; or train the gates on rows made with the "
+    "base's (docs/experts-and-pools.md#tokenizers)."
+)
+
+
+def brought(folder: Path) -> dict[str, Any] | None:
+    """What the tokenizer files in an adapter's folder say: {"files", "chat_template": sha256 or None, "added_tokens": {text: id}}.
+
+    None if there are none. What can't be read of a file is left out: its name stands in "files".
+    """
+    there = [name for name in (*SMALL, WHOLE) if os.path.lexists(folder / name)]
+    if not there:
+        return None
+    config = _json(folder, CONFIG) if CONFIG in there else {}
+    template: Any = config.get("chat_template")
+    if TEMPLATE in there:
+        template = _text(folder, TEMPLATE)
+    if isinstance(template, list):  # several under names
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    tokens: dict[str, int] = {}
+    for number, token in _items(config.get("added_tokens_decoder")):
+        if isinstance(token, dict) and str(number).isdigit():
+            tokens[str(token.get("content"))] = int(number)
+    if ADDED in there:
+        tokens |= {text: number for text, number in _items(_json(folder, ADDED)) if isinstance(number, int)}
+    if WHOLE in there and not tokens:
+        listed = _json(folder, WHOLE).get("added_tokens")
+        for token in listed if isinstance(listed, list) else ():
+            if isinstance(token, dict) and isinstance(token.get("id"), int):
+                tokens[str(token.get("content"))] = token["id"]
+    return {
+        "files": there,
+        "chat_template": sha256_of(template) if isinstance(template, str) else None,
+        "added_tokens": dict(sorted(tokens.items(), key=lambda item: item[1])[:TOKENS]),
+    }
+
+
+def sha256_of(template: str) -> str:
+    """Of a template's text; white space at its ends, which moves when it is saved elsewhere, doesn't count."""
+    return hashlib.sha256(template.strip().encode("utf-8", "replace")).hexdigest()
+
+
+def at_load(found: Mapping[str, Any]) -> str:
+    """What there is to know of an adapter that was just read."""
+    return (
+        f"the adapter brings tokenizer files ({_what([found])}), which aren't used: prompts go through the base's tokenizer and chat "
+        f"template. {ADVICE}"
+    )
+
+
+def said(experts: Sequence[Expert]) -> list[str]:
+    """What there is to know while no base is at hand."""
+    found = {e.name: record for e in experts if (record := _record(e)) is not None}
+    if not found:
+        return []
+    lines = [
+        f"{_named(list(found))} {'brings' if len(found) == 1 else 'bring'} tokenizer files ({_what(list(found.values()))}), which aren't used: "
+        "prompts go through the base's tokenizer and chat template. `phatgoose pool verify POOL --base BASE` says where they differ."
+    ]
+    templates: dict[str, list[str]] = {}
+    for name, record in found.items():
+        if record["chat_template"] is not None:
+            templates.setdefault(record["chat_template"], []).append(name)
+    if len(templates) > 1:
+        groups = "; ".join(_named(names) for names in templates.values())
+        lines.append(
+            f"the experts bring different chat templates, of which a base has one: {groups}. {ADVICE}"
+        )
+    return lines
+
+
+def differences(experts: Sequence[Expert], tokenizer: Any) -> list[str]:
+    """By name what experts bring that isn't the base's: another chat template, added tokens that it lacks or has elsewhere."""
+    own = getattr(tokenizer, "chat_template", None)
+    own = own.get("default") if isinstance(own, dict) else own
+    lines, vocabulary = [], None
+    for expert in experts:
+        if (record := _record(expert)) is None:
+            continue
+        theirs = record["chat_template"]
+        if theirs is not None and (own is None or theirs != sha256_of(own)):
+            has = "the base has none" if own is None else "the base's is another one"
+            lines.append(
+                f"expert {expert.name!r} brings a chat template of its own, and {has}: it was trained on prompts that `chat` and `serve` "
+                f"don't make. {ADVICE}"
+            )
+        if record["added_tokens"]:
+            vocabulary = tokenizer.get_vocab() if vocabulary is None else vocabulary
+            odd = [text for text, number in record["added_tokens"].items() if vocabulary.get(text) != number]
+            if odd:
+                first = ", ".join(
+                    f"{brief(t, 40)} (id {record['added_tokens'][t]}; the base: {vocabulary.get(t, 'none')})"
+                    for t in odd[:3]
+                )
+                lines.append(
+                    f"expert {expert.name!r} brings added tokens that the base's tokenizer lacks or has at other ids, {len(odd)} in all, so that "
+                    f"it reads them as other tokens: {first}. {ADVICE}"
+                )
+    return lines
+
+
+def _record(expert: Expert) -> dict[str, Any] | None:
+    """What an expert's provenance says of it, which a stranger may have written."""
+    found = expert.provenance.get(KEY)
+    if not isinstance(found, Mapping) or not isinstance(found.get("files"), list):
+        return None
+    template, tokens = found.get("chat_template"), found.get("added_tokens")
+    return {
+        "chat_template": template if isinstance(template, str) else None,
+        "added_tokens": {str(t): n for t, n in _items(tokens) if isinstance(n, int)},
+    }
+
+
+def _what(records: Sequence[Mapping[str, Any]]) -> str:
+    most = max(len(r["added_tokens"]) for r in records)
+    upto = "up to " if len(records) > 1 else ""
+    parts = [
+        *(["a chat template"] if any(r["chat_template"] for r in records) else []),
+        *([f"{upto}{most} added tokens"] if most else []),
+    ]
+    return ", ".join(parts) or "no template, no added tokens"
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{'expert' if len(names) == 1 else 'experts'} {shown}"
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = read_json(inside(folder, name, ExpertError), ExpertError, LIMIT_BYTES)
+    except PhatgooseError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(folder: Path, name: str) -> str | None:
+    try:
+        with open_regular(inside(folder, name, ExpertError), ExpertError) as (file, _):
+            return bytes(file.read(LIMIT_BYTES)).decode("utf-8", "replace")
+    except (PhatgooseError, OSError):
+        return None
