@@ -110,6 +110,29 @@ def test_without_any_base_on_record_the_next_command_works_too(run, plain, base,
     assert run("generate", *PROMPT, "--pool", tmp_path / "pool", "--base", base).code == 0
 
 
+def test_what_can_be_taken_of_many_folders_is_taken_and_the_rest_is_named(run, plain, base, tmp_path):
+    first, second = plain(base)
+    (tmp_path / "plain" / "log.txt").write_text("no expert")
+    (tmp_path / "plain" / "empty").mkdir()
+    damaged = tmp_path / "plain" / "damaged"
+    shutil.copytree(second, damaged)
+    (damaged / "adapter_model.safetensors").write_bytes(b"half a file")
+    everything = sorted((tmp_path / "plain").iterdir())
+    made = run("pool", "create", tmp_path / "pool", *everything)
+    assert made.code == 0, made.err
+    assert "2 experts: first, second" in made.out
+    for name in ("log.txt", "empty", "damaged"):
+        assert f"left out: {tmp_path / 'plain' / name}: " in made.err
+    assert run("pool", "remove", tmp_path / "pool", "second").code == 0
+    added = run("pool", "add", tmp_path / "pool", second, damaged)
+    assert (added.code, f"left out: {damaged}" in added.err) == (0, True)
+    for wrong in ([damaged, tmp_path / "plain" / "empty"], [first, tmp_path / "mistyped"], [damaged]):
+        refused = run("pool", "create", tmp_path / "other", *wrong)
+        assert refused.code == 1
+        assert str(wrong[-1]) in refused.err
+        assert not (tmp_path / "other").exists()
+
+
 def test_adapters_that_no_weights_can_score_are_all_used(run, plain, base, tmp_path):
     assert run("pool", "create", tmp_path / "pool", *plain(base, "ia3")).code == 0
     result = run("generate", *PROMPT, "--pool", tmp_path / "pool")

@@ -215,3 +215,21 @@ def test_tables_on_a_terminal_keep_every_cell(monkeypatch):
     console.file.close()
     assert "[red]one[/]" in text
     assert "1.0 [0.5, 1.0]" in text
+
+
+def test_openmp_waits_briefly_before_torch_is_imported():
+    """libgomp reads the setting once, when torch loads it; beside other work its own choice costs ten times the time."""
+    code = (
+        "import os, sys; import phatgoose.cli.main as main; assert 'torch' not in sys.modules\n"
+        "main.app = lambda **_: print(os.environ.get('GOMP_SPINCOUNT'))\nmain.main()"
+    )
+
+    def said(**settings):
+        clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=clean | settings, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert said() == "10000"
+    assert said(GOMP_SPINCOUNT="7") == "7"
+    assert said(OMP_WAIT_POLICY="passive") == "None"

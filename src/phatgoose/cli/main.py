@@ -29,6 +29,7 @@ from phatgoose.cli import (
     ui,
 )
 from phatgoose.cli.group import Commands
+from phatgoose.serving.apart import wait_briefly
 
 app = typer.Typer(
     name="phatgoose",
@@ -78,6 +79,7 @@ def _options(
 
 def main() -> None:
     """The console script. Settings of other libraries are made here, before any of them is imported."""
+    wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get("PHATGOOSE_DEBUG"):
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):

@@ -51,15 +51,20 @@ DropOption = Annotated[
 def create(
     pool: PoolArgument, experts: ExpertsArgument, drop: DropOption = None, max_gb: MaxOption = MAX_GB
 ) -> None:
-    """Make a pool of experts; their folders are copied into it, with the commits of those that come from the Hub."""
+    """Make a pool of experts; their folders are copied into it, with the commits of those that come from the Hub.
+
+    Of several files and folders, those that hold no expert are left out, and named: `phatgoose pool create POOL runs/*`.
+    """
     from phatgoose.errors import PoolError
     from phatgoose.experts.pool import MANIFEST, Pool
 
     if (pool / MANIFEST).exists():
         raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
-    made = Pool([_read(text, None, drop, max_gb) for text in experts])
+    found, left_out = _read_all(experts, None, drop, max_gb)
+    made = Pool(found)
     made.save(pool, replace=False)
     show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
+    _warn(left_out)
     _warn(made.warnings())
     show.facts(_next(pool, made))
 
@@ -74,7 +79,7 @@ def add(
     drop: DropOption = None,
     max_gb: MaxOption = MAX_GB,
 ) -> None:
-    """Add experts to a pool."""
+    """Add experts to a pool; of several files and folders, those that hold no expert are left out, and named."""
     from phatgoose.errors import PoolError
     from phatgoose.experts.health import DIFFERENT_BASES
     from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder
@@ -83,12 +88,13 @@ def add(
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
     if not (pool / MANIFEST).exists():
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
-    new = [_read(text, name, drop, max_gb) for text in experts]
+    new, left_out = _read_all(experts, name, drop, max_gb)
     there = Pool.load(pool).experts if _names(pool) else ()
     whole = Pool([*there, *new])  # all of them are checked before the first is written
     for expert in new:
         add_to_folder(pool, expert)
     show.say(f"{pool}: {_count(len(whole))}: {', '.join(whole.names)}")
+    _warn(left_out)
     about = (DIFFERENT_BASES, *(expert.name for expert in new))
     _warn(w for w in whole.warnings() if any(text in w for text in about))
 
@@ -211,6 +217,33 @@ def pull(
     loaded = pull_pool(Place.parse(repo), pool, overwrite=overwrite, max_bytes=in_bytes(max_gb))
     show.say(f"{pool}: {_count(len(loaded))}: {', '.join(loaded.names)}")
     _warn(loaded.warnings())
+
+
+def _read_all(
+    texts: list[str], name: str | None, drop: list[str] | None, max_gb: float
+) -> tuple[list[Expert], list[str]]:
+    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among what lies there.
+
+    Raises:
+        PhatgooseError: one that isn't there: it was mistyped. PoolError: none of them is an expert.
+    """
+    from phatgoose.errors import PhatgooseError, PoolError
+
+    found, failed = [], {}
+    for text in texts:
+        try:
+            found.append(_read(text, name, drop, max_gb))
+        except PhatgooseError as error:
+            if len(texts) == 1 or not Path(text).exists():
+                raise
+            failed[text] = str(error)
+    if not found:
+        raise PoolError(
+            "\n".join(
+                ["none of these can be taken as an expert:", *(f"{t}: {why}" for t, why in failed.items())]
+            )
+        )
+    return found, [f"left out: {text}: {why}" for text, why in failed.items()]
 
 
 def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) -> Expert:

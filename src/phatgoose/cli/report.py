@@ -22,7 +22,7 @@ def command(
     results: Annotated[
         Path | None,
         typer.Argument(
-            help="results.json of a quickstart, or the data downloaded from a page; may be left out."
+            help="results.json of a quickstart or an experiment, or the data downloaded from a page; may be left out."
         ),
     ] = None,
     pool: Annotated[

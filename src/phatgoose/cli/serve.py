@@ -63,9 +63,8 @@ def command(
     backend: BackendOption = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's interface does: a pool, its base, single experts and other routers, as models of one server."""
-    from phatgoose.serving.apart import apart, wait_briefly
+    from phatgoose.serving.apart import apart
 
-    wait_briefly()
     try:
         from phatgoose.serving.run import check_host, read_keys, serve
         from phatgoose.serving.service import Service

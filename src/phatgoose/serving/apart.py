@@ -34,6 +34,7 @@ async def away(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 def wait_briefly() -> None:
     """Before PyTorch is imported: OpenMP's helpers wait a tenth of a millisecond for their next step, not three, unless the environment says
-    otherwise. Between passes the cores belong to whoever else needs them."""
+    otherwise. Helpers that wait take cores from whatever else runs, and from each other: beside other work on two cores, training and
+    evaluating a tiny model took ten times as long."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -17,12 +17,13 @@ from phatgoose.evaluation.statistics import holm, resampled, two_sided_p
 from phatgoose.files import read_json
 from phatgoose.records import TaskScore
 from phatgoose.workflows import show
+from phatgoose.workflows.experiment_page import FORMAT
 from phatgoose.workflows.experiment_recipe import ExperimentRecipe, local_name
 from phatgoose.workflows.measured import Measurements
 from phatgoose.workflows.summary import RESAMPLES, Drawn, interval, raw_rows, share_of_gain
 from phatgoose.workflows.systems import BASE, MAIN, ORACLE
 
-FORMAT, VERSION = "phatgoose-experiment", 1
+VERSION = 1
 
 Files = Mapping[str, Mapping[str, Mapping[str, str]]]
 """System → suite → task → file of its score."""

@@ -13,11 +13,12 @@ from phatgoose.files import read_json
 from phatgoose.models.base import Base
 from phatgoose.records import Task
 from phatgoose.routers import PHATGOOSE, Router
+from phatgoose.workflows.experiment_page import FORMAT, page_data
 from phatgoose.workflows.prompts import traced, with_cards
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """results.json, or the data that a page offers for download (then its results).
+    """results.json of a quickstart or an experiment, or the data that a page offers for download (then its results).
 
     Raises:
         EvaluationError: it is neither.
@@ -25,6 +26,8 @@ def read_results(path: Path) -> dict[str, Any]:
     found = read_json(path, EvaluationError)
     if isinstance(found, dict) and str(found.get("format", "")).startswith("phatgoose-report/"):
         found = found.get("results")
+    if isinstance(found, dict) and found.get("format") == FORMAT:
+        return page_data(found)
     if not isinstance(found, dict) or "systems" not in found or "tasks" not in found:
         raise EvaluationError(
             f"{path} holds no results: expected a JSON object with tasks and systems, as results.json has."
