@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,18 @@ class _Now(Running):
         self.encoded: Tensor | None = None  # what the encoder returned, until a decoder reads it
 
 
+class _Where(NamedTuple):
+    """What a module's path says. stack: the one it stands in, or behind (not `inside`). named_so: whether it is called as keys and values of
+    cross-attention are. refusal: why shapes don't say which tokens it sees, else None. dispatched: whether tokens may be picked for it.
+    """
+
+    stack: str
+    inside: bool
+    named_so: bool
+    refusal: str | None
+    dispatched: bool
+
+
 class Streams:
     """Remembers the arguments of the running pass of each stack; builds `Sequences` from them only when asked.
 
@@ -52,7 +64,7 @@ class Streams:
         self._caches = Caches()
         self._encoders = Encoders()
         self._refused = refused_stacks(model)
-        self._dispatched: dict[str, bool] = {}
+        self._known: dict[str, _Where] = {}
 
     def attach(self) -> list[RemovableHandle]:
         # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
@@ -89,7 +101,8 @@ class Streams:
         """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says it; `context` knows it."""
         if "encoder" not in self.stacks:
             return "decoder"
-        return "encoder" if reads_encoder(path) else self._stack_of(path)
+        where = self._where(path)
+        return "encoder" if where.named_so else where.stack
 
     def current(self, stream: str) -> Sequences | None:
         """The tokens of a stack's running pass, if they were asked for."""
@@ -104,54 +117,38 @@ class Streams:
             rows = lead[0] if len(lead) > 1 else 1
             length = shape[:-1].numel() // max(rows, 1)
             return RoutingContext(path, rows, length, None, None, reader, None, stream, problem)
-        batch, length = run.shape
-        if inside := self._is_inside(path):
-            repeats = stream != self._stack_of(path)
-            found = match(lead, batch, length, repeats=repeats, dispatched=self._dispatching(path))
+        where, (batch, length) = self._where(path), run.shape
+        if where.inside:
+            found = match(lead, batch, length, repeats=stream != where.stack, dispatched=where.dispatched)
         else:
             found = match_head(lead, batch, length, self._now.keep)
-        by_row = found.by_row
-        if inside and (refusal := self._refusal(path)):
-            problem, by_row = problem or refusal, batch == 1
-        problem = problem or found.problem
-        rows, length = found.rows, found.length
-        return RoutingContext(
-            path, rows, length, run.built(), None, reader, found.kept, stream, problem, by_row
-        )
+        problem = problem or where.refusal or found.problem
+        by_row = found.by_row if where.refusal is None else batch == 1
+        rows, length, built = found.rows, found.length, run.built()
+        return RoutingContext(path, rows, length, built, None, reader, found.kept, stream, problem, by_row)
 
     def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
         """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the pass's tokens in order."""
-        run = self._now.runs.get(stream)
-        return (
-            run is not None
-            and run.shape == shape[:-1]
-            and self._is_inside(path)
-            and self._refusal(path) is None
-        )
+        run, where = self._now.runs.get(stream), self._where(path)
+        return run is not None and run.shape == shape[:-1] and where.inside and where.refusal is None
 
-    def _stack_of(self, path: str) -> str:
-        return "encoder" if path.startswith(self.prefixes.get("encoder", "\0")) else "decoder"
-
-    def _refusal(self, path: str) -> str | None:
-        """Why it can't be told by shapes which tokens the module at `path` sees; None if it can."""
-        if self._inner is not None and not path.startswith(self._text):
-            return "it isn't in the part of the model that reads the text, so it sees no tokens."
-        return self._refused.get(self._stack_of(path))
-
-    def _is_inside(self, path: str) -> bool:
-        return not self.prefixes or path.startswith(tuple(self.prefixes.values()))
-
-    def _dispatching(self, path: str) -> bool:
-        if path not in self._dispatched:
-            self._dispatched[path] = dispatching(self.model, path)
-        return self._dispatched[path]
+    def _where(self, path: str) -> _Where:
+        if path not in self._known:
+            inside = not self.prefixes or path.startswith(tuple(self.prefixes.values()))
+            stack = "encoder" if path.startswith(self.prefixes.get("encoder", "\0")) else "decoder"
+            refusal = self._refused.get(stack) if inside else None
+            if inside and self._inner is not None and not path.startswith(self._text):
+                refusal = "it isn't in the part of the model that reads the text, so it sees no tokens."
+            dispatched = dispatching(self.model, path)
+            self._known[path] = _Where(stack, inside, reads_encoder(path), refusal, dispatched)
+        return self._known[path]
 
     def tokens_of(self, path: str, u: object) -> Sequences | None:
         """All tokens of the pass that a call of the module at `path` on `u` sees some of; None if no pass was seen."""
         _, run, problem = self._reads(path, u)
         if run is None:
             return None
-        seen, problem = run.built(), problem or self._refusal(path)
+        seen, problem = run.built(), problem or self._where(path).refusal
         return seen if problem is None else replace(seen, problem=problem)
 
     def stream_at(self, path: str, u: object) -> str:
@@ -160,10 +157,10 @@ class Streams:
 
     def _reads(self, path: str, u: object) -> tuple[str, Run | None, str | None]:
         """Whose tokens a call sees, the run they are of, and why that can't be known, if it can't."""
-        runs = self._now.runs
-        if self._stack_of(path) == "encoder":
+        runs, where = self._now.runs, self._where(path)
+        if where.stack == "encoder":
             return "encoder", runs.get("encoder"), None
-        run, named_so = runs.get("decoder"), reads_encoder(path)
+        run, named_so = runs.get("decoder"), where.named_so
         encoded = None if run is None or run.encoded is None else run.encoded()
         if encoded is None or not isinstance(u, Tensor):
             if named_so and run is not None:
@@ -178,17 +175,9 @@ class Streams:
         else:
             return "decoder", run, None
         if not stands:
-            return (
-                "encoder",
-                None,
-                "it reads the encoder's states in another form than the decoder was given them.",
-            )
+            return "encoder", None, "it reads the encoder's states in another form than the decoder."
         if run is None or (of := self._encoders.run_of(encoded, run.before)) is None:
-            return (
-                "encoder",
-                None,
-                "it reads states that this model's encoder didn't compute while routing was attached.",
-            )
+            return "encoder", None, "it reads states that this model's encoder didn't compute while routed."
         return "encoder", of, None
 
     def _sequences_of(self, name: str) -> Sequences | None:
