@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from conftest import FAMILIES
 from encoder_fixtures import make_encoder, signed
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, pad_left, read, reads_on
+from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, read, reads_on
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
 from phatgoose.evaluation.rank import score_choices
@@ -23,6 +23,7 @@ from phatgoose.models.trace import trace
 from phatgoose.records import Example
 from phatgoose.routers import LAG, PHATGOOSE, Random, Retrieval, Uniform
 from phatgoose.routers.masked import Masked
+from phatgoose.tasks.batch import padded
 from ranking_fixtures import assert_plain
 
 NARROW = EvaluationConfig(batch_tokens=90, cache_tokens=400, logit_values=4000, batch_rows=3)
@@ -129,7 +130,7 @@ def test_a_reading_is_what_one_read_gives(make_base, family):
         seen += len(part)
         assert made.prompts == tuple(prompts[n] for n in part)
         whole = read(base.model, made.prompts, 0)
-        assert torch.equal(made.mask, pad_left(made.prompts, 0)[1])
+        assert torch.equal(made.mask, padded(made.prompts, 0, left=True)[1])
         assert torch.allclose(made.logits, whole.logits, atol=1e-4)
         real = made.mask.bool()
         for layer, same in zip(made.cache.layers, whole.cache.layers, strict=True):

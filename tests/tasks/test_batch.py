@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2LMHeadModel
 
 from phatgoose.errors import TaskError
+from phatgoose.models.sequences import target_logits
 from phatgoose.tasks.batch import (
     Encoded,
     collate,
@@ -19,7 +20,6 @@ from phatgoose.tasks.batch import (
     encode_pair,
     length_batches,
     pad_id,
-    target_logits,
     target_loss,
 )
 

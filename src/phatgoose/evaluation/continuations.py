@@ -3,13 +3,13 @@
 `read` runs the prompts (left-padded, logits of the last position only) and keeps the key-value cache. `continuations` lays any
 number of answers behind them: `extend` copies the cache's rows, one for each answer, and runs all answers in one forward
 (right-padded); where the model attends by a mask of ours, a prompt's answers lie behind one copy, hidden from each other. In an
-encoder–decoder the encoder reads the prompt, and the decoder's start token with the cross-attention's keys and values is what is kept.
+encoder–decoder the encoder reads the prompt (right-padded), and the decoder's start token with the cross-attention's keys and values is
+what is kept. Where no cache can be shared (recurrent layers, experts with a capacity), every answer is read with its prompt (`plain.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.plain import plain_logits
+from phatgoose.models.base import device_of
 from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import ATTRIBUTE, prompted
+from phatgoose.models.sequences import keeps_only_keys, mixes_up_to, shares_cache, takes
+from phatgoose.tasks.batch import UNLIMITED, padded
 
 OVERHEAD = 64
 """What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
 
 BUNDLE = 256
 """Most tokens of one prompt's answers that go in one row: they look at each other in vain, in exchange for one cache."""
-
-_SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Read:
-    """Prompts that were read. logits: [rows, vocabulary], the next token's, in the model's dtype."""
+    """Prompts that were read. logits: [rows, vocabulary], the next token's, in the model's dtype.
 
-    logits: Tensor
+    Both logits and cache are None where no cache can be gone on with: then prompts are read with what follows them (`anew`).
+    """
+
+    logits: Tensor | None
     cache: Any
     mask: Tensor
     prompts: tuple[tuple[int, ...], ...]
@@ -62,41 +66,26 @@ class Read:
         return config.cache_tokens - self.held - self.mask.numel()
 
 
-def accepts(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward has a parameter of this name."""
-    return argument in inspect.signature(type(model).forward).parameters
-
-
-def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both int64 [rows, longest], padding on the left."""
-    width = max(len(s) for s in sequences)
-    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
-    return ids, mask
-
-
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Read:
-    """Runs `prompts` (none empty) once and keeps their cache.
-
-    Raises:
-        EvaluationError: if the model keeps no key-value cache that could be shared.
-    """
-    ids, mask = (tensor.to(model.device) for tensor in pad_left(prompts, pad))
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.full((len(prompts), 1), decoder_start(model), device=ids.device)
-    elif accepts(model, "position_ids"):
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    if accepts(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = 1
-    out = model(**inputs)
-    kept = getattr(out, "past_key_values", None)
-    if (why := _refusal(kept)) is not None:
-        raise EvaluationError(
-            f"{type(model).__name__} can't be evaluated: {why}, and a prompt's answers share its key-value cache."
-        )
-    encoded = out.encoder_last_hidden_state if model.config.is_encoder_decoder else None
-    return Read(out.logits[:, -1], kept, mask, tuple(map(tuple, prompts)), encoded)
+    """Runs `prompts` (none empty) once and keeps their cache, if what follows may go on from it."""
+    whole, seq2seq = tuple(map(tuple, prompts)), bool(model.config.is_encoder_decoder)
+    ids, mask = (tensor.to(device_of(model)) for tensor in padded(prompts, pad, left=not seq2seq))
+    if shares_cache(model) and (seq2seq or ids.shape[1] <= mixes_up_to(model)):
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if seq2seq:
+            inputs["decoder_input_ids"] = torch.full(
+                (len(prompts), 1), decoder_start(model), device=ids.device
+            )
+        elif takes(model, "position_ids"):
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if takes(model, "logits_to_keep"):
+            inputs["logits_to_keep"] = 1
+        out = model(**inputs)
+        kept = getattr(out, "past_key_values", None)
+        if keeps_only_keys(kept):
+            encoded = out.encoder_last_hidden_state if seq2seq else None
+            return Read(out.logits[:, -1], kept, mask, whole, encoded)
+    return Read(None, None, mask, whole)
 
 
 def extend(
@@ -106,7 +95,7 @@ def extend(
 
     Position j of row i predicts what follows tokens[i][: j + 1]; beyond len(tokens[i]) it means nothing.
     """
-    device, width = model.device, max(len(t) for t in tokens)
+    device, width = device_of(model), max(len(t) for t in tokens)
     lengths = torch.tensor([len(t) for t in tokens])
     ids = torch.tensor([list(t) + [pad] * (width - len(t)) for t in tokens])
     chosen = torch.tensor(rows)
@@ -126,7 +115,7 @@ def extend(
             "input_ids": ids.to(device),
             "attention_mask": torch.cat([mask, mask.new_ones(len(rows), width)], dim=1),
         }
-        if accepts(model, "position_ids"):
+        if takes(model, "position_ids"):
             # The padding repeats the last real position: a table of learnt positions may end right there.
             offsets = torch.minimum(torch.arange(width), lengths[:, None] - 1)
             starts = torch.tensor([len(before.prompts[row]) for row in rows])
@@ -176,7 +165,65 @@ def continuations(
 
     logits: [any, vocabulary]; places int64: whose rows follow each token of the first one, then of the next, and so on.
     """
-    most = min(config.tokens_for(model.device), max(1, config.logit_values // before.logits.shape[-1]))
+    near, far = _near_and_far(model, before, rows, tokens)
+    prompts = [before.prompts[rows[n]] for n in far]
+    for part, logits, places in anew(model, prompts, [tokens[n] for n in far], pad, config, first=False):
+        yield [far[n] for n in part], logits, places
+    if near:
+        behind = _behind(model, before, [rows[n] for n in near], [tokens[n] for n in near], pad, config)
+        for part, logits, places in behind:
+            yield [near[n] for n in part], logits, places
+
+
+def anew(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    pad: int,
+    config: EvaluationConfig,
+    *,
+    first: bool = True,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """As `continuations`, but each of `tokens` is read with its prompt, without a cache; `first`: also what follows the prompt.
+
+    Raises:
+        EvaluationError: if the model's scores mean nothing (`plain.py`).
+    """
+    lengths = [len(p) + len(t) + 1 for p, t in zip(prompts, tokens, strict=True)]
+    for part in groups(lengths, [(0, _most(model, config))], config.batch_rows):
+        new = [tokens[n] for n in part]
+        logits = plain_logits(model, [prompts[n] for n in part], new, pad)[:, 0 if first else 1 :]
+        starts = [logits.shape[1] * n for n in range(len(part))]
+        yield part, logits.flatten(0, 1), _ranges(starts, [len(t) + first for t in new])
+
+
+def _most(model: PreTrainedModel, config: EvaluationConfig) -> int:
+    """Most tokens in one forward whose logits are all asked for."""
+    head: Any = model.get_output_embeddings()
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or head.weight.shape[0]
+    return min(config.tokens_for(device_of(model)), max(1, config.logit_values // vocabulary))
+
+
+def _near_and_far(
+    model: PreTrainedModel, before: Read, rows: Sequence[int], tokens: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int]]:
+    """Which continuations go on from the cache, and which must be read anew with their prompt."""
+    limit = 0 if before.cache is None else UNLIMITED if before.encoded is not None else mixes_up_to(model)
+    whole = [len(before.prompts[row]) + len(new) for row, new in zip(rows, tokens, strict=True)]
+    near = [n for n, length in enumerate(whole) if length <= limit]
+    return near, [n for n, length in enumerate(whole) if length > limit]
+
+
+def _behind(
+    model: PreTrainedModel,
+    before: Read,
+    rows: Sequence[int],
+    tokens: Sequence[Sequence[int]],
+    pad: int,
+    config: EvaluationConfig,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """As `continuations`, all from the cache."""
+    most = _most(model, config)
     limits = [(0, most), (before.mask.shape[1], before.room(config))]
     if not _takes_own_mask(model):
         for part in groups([len(t) for t in tokens], limits, config.batch_rows):
@@ -241,16 +288,16 @@ def _extend_together(
     chosen = torch.tensor(rows)
     seen = before.mask[chosen.to(before.mask.device)].bool()[:, None, :].expand(-1, width, -1)
     seen = torch.cat([seen, own.to(seen.device)], dim=2)[:, None]
-    mask = seen.to(model.device)
+    mask = seen.to(device_of(model))
     if model.config._attn_implementation == "eager":  # adds it; the other takes it as it is
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
             ~mask, torch.finfo(model.dtype).min
         )
     lengths = torch.tensor([len(before.prompts[row]) for row in rows])
     found: Tensor = model(
-        input_ids=ids.to(model.device),
+        input_ids=ids.to(device_of(model)),
         attention_mask=mask,
-        position_ids=(lengths[:, None] + offsets).to(model.device),
+        position_ids=(lengths[:, None] + offsets).to(device_of(model)),
         past_key_values=select(before.cache, chosen),
         use_cache=True,
     ).logits
@@ -272,7 +319,7 @@ def reads_on(model: PreTrainedModel) -> bool:
     config = model.config
     if config.is_encoder_decoder or getattr(config, "alibi", False) or config.model_type == "gpt_neo":
         return False
-    if not (accepts(model, "position_ids") and accepts(model, "logits_to_keep")):
+    if not (takes(model, "position_ids") and takes(model, "logits_to_keep")):
         return False
     if not _rotations(config.to_dict()).isdisjoint({"dynamic", "longrope"}):
         return False
@@ -304,14 +351,3 @@ def select(kept: Any, rows: Tensor) -> Any:
     new.layers = [copy.copy(layer) for layer in kept.layers]
     new.batch_select_indices(rows)
     return new
-
-
-def _refusal(kept: Any) -> str | None:
-    """Why the rows of this cache can't be selected exactly; None if they can."""
-    if isinstance(kept, EncoderDecoderCache):
-        return _refusal(kept.self_attention_cache) or _refusal(kept.cross_attention_cache)
-    if not isinstance(kept, DynamicCache):
-        return f"it keeps {'no key-value cache' if kept is None else f'a {type(kept).__name__}'}"
-    # A recurrent state is also kept in a DynamicCache, but its models can't go on from it by several tokens at once.
-    others = sorted({type(layer).__name__ for layer in kept.layers if type(layer) not in _SHAREABLE})
-    return f"its cache has layers of type {', '.join(others)}" if others else None

@@ -33,12 +33,15 @@ from phatgoose.evaluation.continuations import (
     Row,
     continuations,
     groups,
-    pad_left,
 )
+from phatgoose.evaluation.plain import plain_logits
 from phatgoose.evaluation.readings import readings
+from phatgoose.models.base import device_of
 from phatgoose.models.generation import generation_settings
 from phatgoose.models.limits import context_length, settings_are_own
+from phatgoose.models.sequences import together
 from phatgoose.records import Prediction
+from phatgoose.tasks.batch import padded
 
 
 def match_exactly(
@@ -92,9 +95,9 @@ def generate(
     """
     found: dict[int, Prediction] = {}
     longest = max((rule.limit for rule in rules), default=0)
-    limits = [(0, config.tokens_for(model.device)), (longest, config.cache_tokens)]
-    for together in groups([len(row.prompt) for row in rows], limits, config.batch_rows):
-        for batch in _within_context(model, together, rows, rules):
+    limits = [(0, config.tokens_for(device_of(model))), (longest, config.cache_tokens)]
+    for part in groups([len(row.prompt) for row in rows], limits, config.batch_rows):
+        for batch in _within_context(model, part, rows, rules):
             judge = _Judge([rows[i] for i in batch], [rules[i] for i in batch], to_the_end)
             _run_generate(model, judge, pad)
             found |= zip(batch, judge.verdicts(), strict=True)
@@ -106,7 +109,10 @@ def _greedy_paths(
     model: PreTrainedModel, before: Read, rows: Sequence[Row], pad: int, config: EvaluationConfig
 ) -> list[list[int]]:
     """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and one more."""
-    firsts = _argmax(before.logits, rows)
+    logits = before.logits
+    if logits is None:
+        logits = plain_logits(model, before.prompts, [()] * len(rows), pad)[:, 0]
+    firsts = _argmax(logits, rows)
     paths = [[token] for token in firsts.tolist()]
     # Only targets that the first token hasn't already left, and that don't end with it.
     pairs = [
@@ -141,16 +147,22 @@ def _argmax(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 def _within_context(
     model: PreTrainedModel, batch: list[int], rows: Sequence[Row], rules: Sequence[Rule]
 ) -> list[list[int]]:
-    """`batch`, or its rows one by one where a row, going on for another's longer limit, would leave the context."""
+    """`batch`, or its rows one by one where a row, going on for another's longer limit, would leave the context; and those of
+    one length together where padding would be read."""
+    if model.config.is_encoder_decoder:
+        return [batch]
     context = context_length(model)
     need = max(len(rows[i].prompt) for i in batch) + max(rules[i].limit for i in batch)
-    if model.config.is_encoder_decoder or context is None or need <= context:
-        return [batch]
-    return [[i] for i in batch]
+    if context is not None and need > context:
+        return [[i] for i in batch]
+    parts = together(model, [rows[i].prompt for i in batch], max(rules[i].limit for i in batch))
+    return [[batch[place] for place in part] for part in parts]
 
 
 def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
-    ids, mask = (tensor.to(model.device) for tensor in pad_left([row.prompt for row in judge.rows], pad))
+    left = not model.config.is_encoder_decoder
+    prompts = [row.prompt for row in judge.rows]
+    ids, mask = (tensor.to(device_of(model)) for tensor in padded(prompts, pad, left=left))
     judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
     own = generation_settings(
         model,

@@ -10,7 +10,7 @@ are equal as tokens are scored once, so they always tie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,12 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import (
-    Read,
-    Row,
-    continuations,
-)
+from phatgoose.evaluation.continuations import Read, Row, anew, continuations
 from phatgoose.evaluation.readings import readings
+from phatgoose.models.base import device_of
 from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import prompted
+from phatgoose.models.sequences import takes
 
 _CHUNK = 2**24  # logits turned to float32 at a time
 
@@ -39,7 +37,8 @@ def score_choices(
 ) -> list[tuple[float, ...]]:
     """Length-normalised log-likelihoods (nats per token) of each row's answers, in their order.
 
-    Each prompt is read once and its cache shared by its answers; what many prompts begin with is read once for all. `done` is told how many rows are finished.
+    Each prompt is read once and its cache shared by its answers; what many prompts begin with is read once for all. Where no cache can
+    be shared, each answer is read with its prompt. `done` is told how many rows are finished.
 
     Raises:
         EvaluationError: naming the row, if a score is not finite.
@@ -70,12 +69,12 @@ def score_choice_plainly(model: PreTrainedModel, prompt: Sequence[int], answer: 
 
 def _plain_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Logits [len(answer), vocabulary] that predict the answer's tokens."""
+    ids = torch.tensor([[*prompt, *answer[:-1]]], device=device_of(model))
+    settings = {"use_cache": False} if takes(model, "use_cache") else {}
     if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=model.device)
-        ids = torch.tensor([list(prompt)], device=model.device)
-        return model(input_ids=ids, decoder_input_ids=decoder).logits[0]
-    ids = torch.tensor([[*prompt, *answer[:-1]]], device=model.device)
-    return model(input_ids=ids).logits[0, len(prompt) - 1 :]
+        decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=ids.device)
+        return model(input_ids=ids[:, : len(prompt)], decoder_input_ids=decoder, **settings).logits[0]
+    return model(input_ids=ids, **settings).logits[0, len(prompt) - 1 :]
 
 
 def best(scores: Sequence[float]) -> int:
@@ -88,32 +87,37 @@ def _totals(
 ) -> list[dict[tuple[int, ...], float]]:
     """Summed log-probabilities of every distinct answer of every row; `before` has read their prompts."""
     pairs = [(place, answer) for place, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
-    places, firsts = torch.tensor([p for p, _ in pairs]), torch.tensor([answer[0] for _, answer in pairs])
-    totals = _log_probabilities(before.logits, places, firsts).tolist()
-    longer = [n for n, (_, answer) in enumerate(pairs) if len(answer) > 1]
-    for part, rest in _rests(model, before, [pairs[n] for n in longer], pad, config):
-        for n, value in zip(part, rest, strict=True):
-            totals[longer[n]] += value
+    owners, answers = [place for place, _ in pairs], [answer for _, answer in pairs]
+    if before.logits is None:
+        prompts = [before.prompts[place] for place in owners]
+        totals = [0.0] * len(pairs)
+        sums = _sums(anew(model, prompts, [a[:-1] for a in answers], pad, config), answers)
+    else:
+        firsts = torch.tensor([answer[0] for answer in answers])
+        totals = _log_probabilities(before.logits, torch.tensor(owners), firsts).tolist()
+        longer = [n for n, answer in enumerate(answers) if len(answer) > 1]
+        rests = [answers[n][:-1] for n in longer]
+        behind = continuations(model, before, [owners[n] for n in longer], rests, pad, config)
+        sums = ((longer[n], value) for n, value in _sums(behind, [answers[n][1:] for n in longer]))
+    for n, value in sums:
+        totals[n] += value
     result: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
     for (place, answer), total in zip(pairs, totals, strict=True):
         result[place][answer] = total
     return result
 
 
-def _rests(
-    model: PreTrainedModel,
-    before: Read,
-    pairs: Sequence[tuple[int, tuple[int, ...]]],
-    pad: int,
-    config: EvaluationConfig,
-) -> Iterator[tuple[list[int], list[float]]]:
-    """For groups of `pairs`: their places, and the summed log-probabilities of their answers' tokens but the first."""
-    owners, answers = [row for row, _ in pairs], [answer for _, answer in pairs]
-    for part, logits, places in continuations(model, before, owners, [a[:-1] for a in answers], pad, config):
-        targets = torch.tensor([token for n in part for token in answers[n][1:]])
-        values = _log_probabilities(logits, places, targets)
-        owner = torch.repeat_interleave(torch.tensor([len(answers[n]) - 1 for n in part]))
-        yield part, torch.zeros(len(part), dtype=torch.float32).index_add(0, owner, values).tolist()
+def _sums(
+    batches: Iterable[tuple[list[int], Tensor, Tensor]], answers: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, float]]:
+    """The place of each answer, and the summed log-probabilities of its tokens under the logits that a batch says."""
+    for part, logits, places in batches:
+        values = _log_probabilities(
+            logits, places, torch.tensor([token for n in part for token in answers[n]])
+        )
+        owner = torch.repeat_interleave(torch.tensor([len(answers[n]) for n in part]))
+        sums = torch.zeros(len(part), dtype=torch.float32).index_add(0, owner, values)
+        yield from zip(part, sums.tolist(), strict=True)
 
 
 def _log_probabilities(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

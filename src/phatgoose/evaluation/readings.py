@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import OVERHEAD, Read, groups, pad_left, read, reads_on, select
+from phatgoose.evaluation.continuations import OVERHEAD, Read, groups, read, reads_on, select
 from phatgoose.evaluation.prefixes import Prefix, prefixes
+from phatgoose.models.base import device_of
+from phatgoose.tasks.batch import padded
 
 
 def readings(
@@ -38,7 +40,7 @@ def _readings(
     config: EvaluationConfig,
 ) -> Iterator[tuple[list[int], Read]]:
     """What hangs on `nodes`: beginnings, each with the row of `before` that has read it."""
-    limits = [(0, config.tokens_for(model.device))]
+    limits = [(0, config.tokens_for(device_of(model)))]
     if before is not None:
         limits.append((before.mask.shape[1], before.room(config) // 2))  # the rest is for what comes behind
 
@@ -68,7 +70,7 @@ def _read_on(
 ) -> Read:
     """Reads what each prompt has beyond the row of `before` that it begins with; in the result it is as if read in one."""
     rests = [p[len(before.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
-    ids, new = (tensor.to(model.device) for tensor in pad_left(rests, pad))
+    ids, new = (tensor.to(device_of(model)) for tensor in padded(rests, pad, left=True))
     chosen = torch.tensor(owners)
     mask = torch.cat([before.mask[chosen.to(before.mask.device)], new], dim=1)
     out = model(

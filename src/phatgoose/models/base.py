@@ -42,7 +42,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return device_of(self.model)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -53,6 +53,19 @@ class Base:
     def facts(self) -> dict[str, Any]:
         """What results computed with it depend on: its fingerprint, under whatever name it was loaded, and its dtype."""
         return {**self.fingerprint.to_json(), "spec": None, "dtype": str(self.model.dtype)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: where it runs, if its first weights are offloaded and only come for their turn."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (found := getattr(one, "execution_device", None)) is not None:
+                return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+    return device
 
 
 def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

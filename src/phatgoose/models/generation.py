@@ -8,6 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.models.limits import decoder_start
+from phatgoose.models.sequences import reads_together
 
 
 def generation_settings(
@@ -36,7 +37,11 @@ def generation_settings(
     if model.config.is_encoder_decoder:
         settings["decoder_start_token_id"] = decoder_start(model)
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, pad_token_id=pad, **settings
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        use_cache=not reads_together(model),
+        pad_token_id=pad,
+        **settings,
     )
 
 

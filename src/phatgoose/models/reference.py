@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.base import device_of
 from phatgoose.models.layers import given
+from phatgoose.models.sequences import decoder_inputs
 
 PIECE = 64
 """Tokens of a piece: the text is read in pieces of equal length, so that none needs padding and every context has room."""
@@ -80,11 +82,10 @@ def show_reference(
     Raises:
         RoutingError: the text has no tokens, or the model computes values that aren't finite.
     """
-    ids = _pieces(tokenizer).to(model.device)
+    ids = _pieces(tokenizer).to(device_of(model))
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
-        shift: Any = model.prepare_decoder_input_ids_from_labels
-        inputs["decoder_input_ids"] = shift(labels=ids)
+        inputs["decoder_input_ids"] = decoder_inputs(model, ids)
     with _watched(observers), _evaluating(model), torch.no_grad():
         model(**inputs)
 

@@ -14,7 +14,7 @@ from phatgoose.models.limits import decoder_start, settings_are_own
 from phatgoose.models.plan import Plan
 from phatgoose.serving.job import Job, News
 from phatgoose.serving.sampling import choose
-from phatgoose.tasks.batch import pad_id
+from phatgoose.tasks.batch import pad_id, padded
 
 if TYPE_CHECKING:
     from phatgoose.serving.batches import BatchEngine
@@ -100,13 +100,8 @@ class Batch:
 
     def _inputs(self) -> tuple[Tensor, Tensor]:
         """The prompts int64 [B, T], padded on the left (encoder–decoders: on the right), and which tokens are real."""
-        base, width = self.owner.base, max(len(job.prompt) for job in self.jobs)
-        ids = torch.full((len(self.jobs), width), pad_id(base.tokenizer))
-        mask = torch.zeros_like(ids)
-        for row, job in enumerate(self.jobs):
-            first = 0 if base.is_encoder_decoder else width - len(job.prompt)
-            place = slice(first, first + len(job.prompt))
-            ids[row, place], mask[row, place] = torch.tensor(list(job.prompt)), 1
+        base, prompts = self.owner.base, [job.prompt for job in self.jobs]
+        ids, mask = padded(prompts, pad_id(base.tokenizer), left=not base.is_encoder_decoder)
         return ids.to(base.device), mask.to(base.device)
 
 

@@ -18,6 +18,7 @@ import torch
 from phatgoose.models.base import Base
 from phatgoose.models.limits import context_length
 from phatgoose.models.plan import Plan
+from phatgoose.models.sequences import together
 from phatgoose.serving.batch import Batch
 from phatgoose.serving.engine import Engine
 from phatgoose.serving.job import ENDING, Job, News, ServingError, told
@@ -122,7 +123,10 @@ class BatchEngine(Engine):
             raise
 
     def _next(self) -> list[Job]:
-        """The first of those that wait, as many as may run and fit into the model's context side by side."""
+        """The first of those that wait, as many as may run and fit into the model's context side by side.
+
+        Where the model would read padding, those whose prompts are as long as the first one's.
+        """
         with self._lock:
             count, longest, most = 0, 0, 0
             for job in self._waiting[: self.settings.max_running]:
@@ -130,8 +134,10 @@ class BatchEngine(Engine):
                 if count and self.limit is not None and longest + most > self.limit:
                     break
                 count += 1
-            batch = self._waiting[:count]
-            del self._waiting[:count]
+            prompts = [job.prompt for job in self._waiting[:count]]
+            first = together(self.base.model, prompts, most)[0] if count else []
+            batch = [self._waiting[place] for place in first]
+            self._waiting = [job for job in self._waiting if job not in batch]
         return batch
 
     def _run(self, jobs: list[Job]) -> None:

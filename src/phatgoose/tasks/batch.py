@@ -1,15 +1,13 @@
 """Examples → tensors, the same for training and for scoring.
 
-Decoder-only batches are padded on the left, so every target ends in the last column and a model asked for the logits
-of the last L+1 positions gives exactly those that predict the targets. Encoder–decoder batches are padded on the right.
+Decoder-only batches are padded on the left where the model allows it (`models/sequences.py`): then every target ends in the last
+column, and the logits of the last L+1 positions are those that predict the targets. Other batches are padded on the right.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,26 +155,28 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int, *, is_encoder_decoder: bool) -> dict[str, Tensor]:
+def collate(
+    encoded: Sequence[Encoded], pad_id: int, *, is_encoder_decoder: bool, left: bool = True
+) -> dict[str, Tensor]:
     """Tensors of one batch, all int64. B rows; L is the longest target.
 
-    Decoder-only: `input_ids`, `attention_mask`, `position_ids` [B, T], padded on the left (T: longest prompt + target),
-    and `labels` [B, L]: the targets alone, ending in the last column, -100 before. Encoder–decoder: `input_ids`,
-    `attention_mask` [B, S] and `labels` [B, L], padded on the right.
+    Decoder-only: `input_ids`, `attention_mask` [B, T], padded on the left with `position_ids`, or without `left` on the right (T:
+    longest prompt + target), and `labels` [B, L]: the targets alone, ending in the last column, -100 before. Encoder–decoder:
+    `input_ids`, `attention_mask` [B, S] and `labels` [B, L], padded on the right.
     """
     if is_encoder_decoder:
-        input_ids = _pad([e.prompt_ids for e in encoded], pad_id, left=False)
-        mask = _pad([(1,) * len(e.prompt_ids) for e in encoded], 0, left=False)
+        input_ids, mask = padded([e.prompt_ids for e in encoded], pad_id, left=False)
         labels = _pad([e.target_ids for e in encoded], IGNORED, left=False)
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    input_ids = _pad([e.prompt_ids + e.target_ids for e in encoded], pad_id, left=True)
-    mask = _pad([(1,) * e.length for e in encoded], 0, left=True)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-        "labels": _pad([e.target_ids for e in encoded], IGNORED, left=True),
-    }
+    input_ids, mask = padded([e.prompt_ids + e.target_ids for e in encoded], pad_id, left=left)
+    labels = _pad([e.target_ids for e in encoded], IGNORED, left=True)
+    found = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {**found, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if left else found
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both int64 [rows, longest], padded on the left or on the right."""
+    return _pad(rows, pad_id, left=left), _pad([(1,) * len(row) for row in rows], 0, left=left)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -185,35 +185,6 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if found is None:
         raise TaskError("the tokenizer has neither a padding nor an end token.")
     return int(found)
-
-
-def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits [B, L, V] in the model's dtype that predict `batch["labels"]` [B, L], from a batch that `collate` made.
-
-    Decoder-only models are asked for L+1 positions (`logits_to_keep`), so that no other logits are computed; a model
-    whose forward doesn't know that argument computes all, which are sliced here: same values, more memory. A model that
-    doesn't take `position_ids` (it derives positions from the mask, or has none) isn't given them.
-    """
-    labels = batch["labels"]
-    inner = _inner(model)
-    if inner.config.is_encoder_decoder:
-        decoder_input = inner.prepare_decoder_input_ids_from_labels(labels=labels)
-        return model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=decoder_input,
-            use_cache=False,
-        ).logits
-    takes = _arguments(type(inner))
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if "position_ids" in takes:
-        inputs["position_ids"] = batch["position_ids"]
-    if "use_cache" in takes:
-        inputs["use_cache"] = False
-    keep = labels.shape[1] + 1
-    if "logits_to_keep" in takes:
-        inputs["logits_to_keep"] = keep
-    return model(**inputs).logits[:, -keep:-1]
 
 
 def target_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -295,21 +266,8 @@ def _cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], room: int) -> 
     return ids[len(ids) - room :]
 
 
-def _pad(rows: Sequence[tuple[int, ...]], value: int, *, left: bool) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
     width = max((len(row) for row in rows), default=0)
     fill = [(value,) * (width - len(row)) for row in rows]
-    return torch.tensor([f + r if left else r + f for f, r in zip(fill, rows, strict=True)], dtype=torch.long)
-
-
-def _inner(model: Any) -> Any:
-    """The transformers model inside its wrappers: torch.compile, data parallel, PEFT."""
-    while not hasattr(model, "config"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    # A compiled module passes attributes through, but not its signature.
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _arguments(kind: Any) -> frozenset[str]:
-    """Names that the forward of a model class declares; **kwargs counts for nothing."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+    whole = [(*f, *r) if left else (*r, *f) for f, r in zip(fill, rows, strict=True)]
+    return torch.tensor(whole, dtype=torch.long)

@@ -23,7 +23,8 @@ from phatgoose.models.layers import given
 from phatgoose.models.moe import Slot, context_at
 from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.routed import Routing, routing_of
-from phatgoose.tasks.batch import Encoded, collate, pad_id, target_logits
+from phatgoose.models.sequences import batch_of, decoder_inputs, target_logits
+from phatgoose.tasks.batch import Encoded
 from phatgoose.training.preserve import alone
 from phatgoose.training.progress import Progress, Report, display
 
@@ -72,21 +73,16 @@ def mean_activations(
 
 
 def _forward(base: Base, rows: Sequence[Encoded]) -> None:
-    batch = {
-        k: t.to(base.device)
-        for k, t in collate(rows, pad_id(base.tokenizer), is_encoder_decoder=base.is_encoder_decoder).items()
-    }
+    batch = {k: t.to(base.device) for k, t in batch_of(base, rows).items()}
     with torch.no_grad():
         if not base.is_encoder_decoder:
             target_logits(base.model, batch)
             return
-        shift: Any = base.model.prepare_decoder_input_ids_from_labels
         labels = batch.pop("labels")
         # Not what training gives: there the decoder's padding is told by the labels alone.
         mask = (labels >= 0).long()
-        base.model(
-            **batch, decoder_input_ids=shift(labels=labels), decoder_attention_mask=mask, use_cache=False
-        )
+        inputs = decoder_inputs(base.model, labels)
+        base.model(**batch, decoder_input_ids=inputs, decoder_attention_mask=mask, use_cache=False)
 
 
 @contextlib.contextmanager

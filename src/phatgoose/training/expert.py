@@ -64,7 +64,7 @@ def train_expert(
 
     Raises:
         TrainingError: settings, rows or the base can't be trained with, or a loss isn't finite; the message says what to do.
-        BaseModelError: the base is wrapped by PEFT.
+        BaseModelError: the base is wrapped by PEFT, or it can't be scored token by token (its attention isn't causal).
         StorageError: a checkpoint or the result can't be written.
     """
     base, config = as_base(base), config or ExpertConfig()

@@ -18,7 +18,7 @@ from phatgoose.experts.peft import read_tensors
 from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
-from phatgoose.models.base import Base, as_base
+from phatgoose.models.base import Base, as_base, device_of
 from phatgoose.models.layers import (
     dense_weight,
     embedding_shape,
@@ -135,10 +135,10 @@ class GatedStudent(Student):
         for path, update in updates.items():
             module = modules[path]
             d_in, d_out = _size(module, update) or (0, 0)  # check_fits has refused others
-            gate = Gate(d_out if update.embedding else d_in, base.device)
+            gate = Gate(d_out if update.embedding else d_in, device_of(base))
             self.gates[encode_path(path)] = gate
             whole = update.resolved(dense_weight(module, path)) if update.magnitude is not None else update
-            stack = make_stack([whole], d_in, d_out, dtype).to(base.device)
+            stack = make_stack([whole], d_in, d_out, dtype).to(device_of(base))
             if update.is_low_rank:
                 module.register_forward_hook(_adding_rows(gate, stack))
             else:

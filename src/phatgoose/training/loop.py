@@ -26,7 +26,8 @@ from transformers import (
 from phatgoose.errors import TrainingError
 from phatgoose.files import read_json
 from phatgoose.models.base import Base
-from phatgoose.tasks.batch import collate, length_batches, pad_id
+from phatgoose.models.sequences import batch_of
+from phatgoose.tasks.batch import length_batches
 from phatgoose.training.arguments import Logger, agreed
 from phatgoose.training.checkpoints import (
     BEST,
@@ -60,8 +61,7 @@ class Loop(Trainer):
         report: Report,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        padding, encoder_decoder = pad_id(base.tokenizer), base.is_encoder_decoder
-        self.collated = lambda encoded: collate(encoded, padding, is_encoder_decoder=encoder_decoder)
+        self.collated = lambda encoded: batch_of(base, encoded)
         watch = Watch(self, config, label, report)
         try:
             super().__init__(

@@ -18,6 +18,7 @@ from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.files import atomic_folder, work_place
 from phatgoose.models.base import Base
+from phatgoose.models.sequences import check_rows
 from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.arguments import Logger, agreed, arguments
@@ -69,6 +70,7 @@ def run(
     if base.model.__dict__.get("_phatgoose_routing") is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) before training on it.")
     autocast_dtype(base.model, config)
+    check_rows(base.model)
     rows = rows_of(base, job.task, config)
     with preserved_random_state(), work_place(work_folder) as folder:
         args = arguments(base, config, folder, loggers)

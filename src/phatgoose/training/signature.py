@@ -19,6 +19,7 @@ from phatgoose.models.base import Base, as_base
 from phatgoose.models.encoder import SentenceEncoder, load_encoder
 from phatgoose.models.encoding import encode_input
 from phatgoose.models.routed import routing_of
+from phatgoose.models.sequences import check_rows
 from phatgoose.records import Example, Task
 from phatgoose.tasks.batch import Encoded, decoded
 from phatgoose.tasks.spec import without_paths
@@ -64,6 +65,7 @@ def make_signature(
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     if not task.train:
         raise TrainingError(f"task {task.name!r} has no training rows to make a signature of.")
+    check_rows(base.model)
     started = time.monotonic()
     encoder = load_encoder(config.encoder) if config.texts else None
     key = signature_key(base, expert, task, config, encoder)

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from phatgoose.errors import TrainingError
-from phatgoose.tasks.batch import IGNORED, target_logits
+from phatgoose.models.base import device_of
+from phatgoose.models.sequences import target_logits
+from phatgoose.tasks.batch import IGNORED
 from phatgoose.training.config import LoopConfig
 
 SHORT = 128
@@ -29,7 +31,7 @@ class Student(nn.Module):
         self.model = model
         self.base_dropout = config.base_dropout
         self.autocast = autocast_dtype(base, config)
-        self.device_type = base.device.type
+        self.device_type = device_of(base).type
         self.checkpointing = config.gradient_checkpointing
         # Not registered a second time: only looked at.
         self.__dict__["base"] = base

@@ -16,8 +16,9 @@ from phatgoose.errors import TrainingError
 from phatgoose.models.base import Base
 from phatgoose.models.generation import generation_settings
 from phatgoose.models.limits import end_tokens, settings_are_own
+from phatgoose.models.sequences import together
 from phatgoose.records import Example
-from phatgoose.tasks.batch import pad_id, prompt_ids
+from phatgoose.tasks.batch import pad_id, padded, prompt_ids
 from phatgoose.training.preserve import preserved_random_state
 
 
@@ -65,26 +66,41 @@ def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int
         inputs = [list(prompt_ids(tokenizer, text, base.is_encoder_decoder)) for text in texts]
     else:
         inputs = [[_begin(base)]] * size
-    width, pad = max(map(len, inputs)), pad_id(tokenizer)
-    # Padded on the left for encoders too: whatever reads it masks it.
-    ids = torch.tensor([[pad] * (width - len(x)) + x for x in inputs], device=model.device)
-    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in inputs], device=model.device)
     settings = generation_settings(
-        model, pad=pad, max_new_tokens=config.max_new_tokens, ends=ends, temperature=config.temperature
+        model,
+        pad=pad_id(tokenizer),
+        max_new_tokens=config.max_new_tokens,
+        ends=ends,
+        temperature=config.temperature,
     )
+    found: list[Text] = [("", False)] * size
     with preserved_random_state(), settings_are_own(model, settings), torch.no_grad():
         torch.manual_seed(
             int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7], "big")
         )
-        try:
-            out: Tensor = model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
-        except RuntimeError as cause:
-            if "probability tensor" not in str(cause):
-                raise
-            raise TrainingError(
-                "the base with this expert computes logits that aren't finite, from which nothing can be sampled."
-            ) from cause
-    return [_text(tokenizer, row, ends) for row in out[:, 1 if base.is_encoder_decoder else width :].tolist()]
+        for part in together(model, inputs, config.max_new_tokens):
+            answers = _sampled(base, [inputs[i] for i in part], settings)
+            for i, tokens in zip(part, answers, strict=True):
+                found[i] = _text(tokenizer, tokens, ends)
+    return found
+
+
+def _sampled(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    """What is written behind each input."""
+    left = not base.is_encoder_decoder
+    ids, mask = padded(inputs, pad_id(base.tokenizer), left=left)
+    run: Any = base.model.generate
+    try:
+        out: Tensor = run(
+            ids.to(base.device), attention_mask=mask.to(base.device), generation_config=settings
+        )
+    except RuntimeError as cause:
+        if "probability tensor" not in str(cause):
+            raise
+        raise TrainingError(
+            "the base with this expert computes logits that aren't finite, from which nothing can be sampled."
+        ) from cause
+    return out[:, ids.shape[1] if left else 1 :].tolist()
 
 
 def _text(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> Text:

@@ -18,10 +18,11 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import route, unroute
+from phatgoose.models.sequences import target_logits
 from phatgoose.models.trace import trace
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches
-from phatgoose.tasks.batch import IGNORED, target_logits
+from phatgoose.tasks.batch import IGNORED
 from phatgoose.workflows.greedy import greedy_answer
 
 MATTERS = 0.1
@@ -175,7 +176,6 @@ def _logits(base: Base, prompt: Tensor, answer: Tensor, rows: int) -> Tensor:
     batch = {
         "input_ids": whole,
         "attention_mask": torch.ones_like(whole),
-        "position_ids": torch.arange(whole.shape[1], device=whole.device).expand(rows, -1),
         "labels": answer.expand(rows, -1),
     }
     assert IGNORED not in answer

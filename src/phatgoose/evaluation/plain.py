@@ -1,0 +1,57 @@
+"""Where a prompt's cache can't be shared: prompt and answer in one plain forward, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.errors import BaseModelError, EvaluationError
+from phatgoose.models.base import device_of
+from phatgoose.models.prompted import ATTRIBUTE, prompted
+from phatgoose.models.sequences import check_rows, pads_left, target_logits
+from phatgoose.tasks.batch import Encoded, collate
+
+_CHECKED = "_phatgoose_rows_checked"
+
+
+def plain_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], behind: Sequence[Sequence[int]], pad: int
+) -> Tensor:
+    """Logits [n, 1 + longest, vocabulary] after prompt i, and after each token of `behind[i]` that stands behind it.
+
+    Raises:
+        EvaluationError: the model's scores would mean nothing (`check_rows`).
+    """
+    _check(model)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    # What follows the last token is asked for by a token that nobody reads.
+    rows = [Encoded(tuple(p), (*b, pad)) for p, b in zip(prompts, behind, strict=True)]
+    batch = collate(rows, pad, is_encoder_decoder=seq2seq, left=pads_left(model))
+    with prompted(model, prompts):
+        logits = target_logits(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()})
+    if seq2seq:
+        return logits
+    width = logits.shape[1]
+    starts = torch.tensor([width - len(row.target_ids) for row in rows])
+    places = (starts[:, None] + torch.arange(width)).clamp(max=width - 1).to(logits.device)
+    return logits[torch.arange(len(rows), device=logits.device)[:, None], places]
+
+
+def _check(model: PreTrainedModel) -> None:
+    """`check_rows`, once a model, on the base alone."""
+    if model.__dict__.get(_CHECKED):
+        return
+    routing = model.__dict__.get(ATTRIBUTE)
+    if routing is not None:
+        routing.detach()
+    try:
+        check_rows(model)
+    except BaseModelError as cause:
+        raise EvaluationError(str(cause)) from cause
+    finally:
+        if routing is not None:
+            routing.attach()
+    model.__dict__[_CHECKED] = True
