@@ -124,17 +124,6 @@ def test_nan_names_the_row(make_base):
         score_choices(base.model, rows, 0, EvaluationConfig())
 
 
-@torch.no_grad()
-def test_a_cache_that_cannot_be_shared_is_refused(make_base):
-    from transformers import MambaConfig, MambaForCausalLM
-
-    model = MambaForCausalLM(
-        MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, state_size=4)
-    ).eval()
-    with pytest.raises(EvaluationError, match=r"Mamba.*cache"):
-        score_choices(model, [Row(0, (5, 6, 7), ((8, 1),))], 0, EvaluationConfig())
-
-
 def test_ties_go_to_the_first():
     assert best([-2.0, -1.0, -1.0]) == 1
     assert best([0.0]) == 0

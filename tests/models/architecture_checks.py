@@ -280,7 +280,10 @@ def _log_likelihoods(c: Case, prompt: tuple[int, ...], target: tuple[int, ...]) 
         start = c.model.generation_config.decoder_start_token_id
         start = c.model.config.decoder_start_token_id if start is None else start
         decoder = torch.tensor([(start, *target[:-1])])
-        found = c.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder).logits[0]
+        # FSMT's decoder looks ahead where it is to keep a cache.
+        found = c.model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder, use_cache=False).logits[
+            0
+        ]
     return found.float().log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]
 
 

@@ -165,14 +165,10 @@ def continuations(
 
     logits: [any, vocabulary]; places int64: whose rows follow each token of the first one, then of the next, and so on.
     """
-    near, far = _near_and_far(model, before, rows, tokens)
-    prompts = [before.prompts[rows[n]] for n in far]
-    for part, logits, places in anew(model, prompts, [tokens[n] for n in far], pad, config, first=False):
-        yield [far[n] for n in part], logits, places
-    if near:
-        behind = _behind(model, before, [rows[n] for n in near], [tokens[n] for n in near], pad, config)
-        for part, logits, places in behind:
-            yield [near[n] for n in part], logits, places
+    if before.cache is None:
+        yield from anew(model, [before.prompts[row] for row in rows], tokens, pad, config, first=False)
+    elif tokens:
+        yield from _behind(model, before, rows, tokens, pad, config)
 
 
 def anew(
@@ -204,14 +200,11 @@ def _most(model: PreTrainedModel, config: EvaluationConfig) -> int:
     return min(config.tokens_for(device_of(model)), max(1, config.logit_values // vocabulary))
 
 
-def _near_and_far(
-    model: PreTrainedModel, before: Read, rows: Sequence[int], tokens: Sequence[Sequence[int]]
-) -> tuple[list[int], list[int]]:
-    """Which continuations go on from the cache, and which must be read anew with their prompt."""
-    limit = 0 if before.cache is None else UNLIMITED if before.encoded is not None else mixes_up_to(model)
-    whole = [len(before.prompts[row]) + len(new) for row, new in zip(rows, tokens, strict=True)]
-    near = [n for n, length in enumerate(whole) if length <= limit]
-    return near, [n for n, length in enumerate(whole) if length > limit]
+def reach(model: PreTrainedModel, before: Read) -> int:
+    """Length of prompt and answer up to which going on from the cache is what reading both anew is."""
+    if before.cache is None:
+        return 0
+    return UNLIMITED if before.encoded is not None else mixes_up_to(model)
 
 
 def _behind(

@@ -39,7 +39,7 @@ from phatgoose.evaluation.readings import readings
 from phatgoose.models.base import device_of
 from phatgoose.models.generation import generation_settings
 from phatgoose.models.limits import context_length, settings_are_own
-from phatgoose.models.sequences import together
+from phatgoose.models.sequences import keeps_cache, mixes_up_to, together
 from phatgoose.records import Prediction
 from phatgoose.tasks.batch import padded
 
@@ -114,12 +114,13 @@ def _greedy_paths(
         logits = plain_logits(model, before.prompts, [()] * len(rows), pad)[:, 0]
     firsts = _argmax(logits, rows)
     paths = [[token] for token in firsts.tolist()]
-    # Only targets that the first token hasn't already left, and that don't end with it.
+    # Only targets that the first token hasn't already left, that don't end with it, and that may be read in one go.
+    most = mixes_up_to(model) if keeps_cache(model) else 0
     pairs = [
         (place, target)
         for place, row in enumerate(rows)
         for target in dict.fromkeys(row.answers)
-        if len(target) > 1 and target[0] == paths[place][0]
+        if len(target) > 1 and target[0] == paths[place][0] and len(row.prompt) + len(target) - 1 <= most
     ]
     owners, rests = [place for place, _ in pairs], [target[:-1] for _, target in pairs]
     for part, logits, at in continuations(model, before, owners, rests, pad, config):
@@ -170,6 +171,9 @@ def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
         max_new_tokens=max(rule.limit for rule in judge.rules),
         ends=(end for rule in judge.rules for end in rule.ends),
     )
+    if not model.config.is_encoder_decoder:
+        lengths = [len(prompt) for prompt in prompts]
+        own.use_cache = keeps_cache(model, min(lengths), max(lengths) + int(own.max_new_tokens or 0))
     with settings_are_own(model, own):
         run: Any = model.generate
         run(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import Read, Row, anew, continuations
+from phatgoose.evaluation.continuations import Read, Row, anew, continuations, reach
 from phatgoose.evaluation.readings import readings
 from phatgoose.models.base import device_of
 from phatgoose.models.limits import decoder_start
@@ -87,22 +87,24 @@ def _totals(
 ) -> list[dict[tuple[int, ...], float]]:
     """Summed log-probabilities of every distinct answer of every row; `before` has read their prompts."""
     pairs = [(place, answer) for place, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
-    owners, answers = [place for place, _ in pairs], [answer for _, answer in pairs]
-    if before.logits is None:
-        prompts = [before.prompts[place] for place in owners]
-        totals = [0.0] * len(pairs)
-        sums = _sums(anew(model, prompts, [a[:-1] for a in answers], pad, config), answers)
-    else:
-        firsts = torch.tensor([answer[0] for answer in answers])
-        totals = _log_probabilities(before.logits, torch.tensor(owners), firsts).tolist()
-        longer = [n for n, answer in enumerate(answers) if len(answer) > 1]
-        rests = [answers[n][:-1] for n in longer]
-        behind = continuations(model, before, [owners[n] for n in longer], rests, pad, config)
-        sums = ((longer[n], value) for n, value in _sums(behind, [answers[n][1:] for n in longer]))
-    for n, value in sums:
-        totals[n] += value
+    most = reach(model, before)
+    near = [len(before.prompts[place]) + len(answer) - 1 <= most for place, answer in pairs]
+    totals = dict.fromkeys(pairs, 0.0)
+    far = [pair for pair, is_near in zip(pairs, near, strict=True) if not is_near]
+    prompts = [before.prompts[place] for place, _ in far]
+    for n, value in _sums(anew(model, prompts, [a[:-1] for _, a in far], pad, config), [a for _, a in far]):
+        totals[far[n]] = value
+    close = [pair for pair, is_near in zip(pairs, near, strict=True) if is_near]
+    if close and before.logits is not None:
+        places, firsts = torch.tensor([p for p, _ in close]), torch.tensor([a[0] for _, a in close])
+        totals |= zip(close, _log_probabilities(before.logits, places, firsts).tolist(), strict=True)
+    longer = [(place, answer) for place, answer in close if len(answer) > 1]
+    rests = [answer[:-1] for _, answer in longer]
+    behind = continuations(model, before, [place for place, _ in longer], rests, pad, config)
+    for n, value in _sums(behind, [answer[1:] for _, answer in longer]):
+        totals[longer[n]] += value
     result: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
-    for (place, answer), total in zip(pairs, totals, strict=True):
+    for (place, answer), total in totals.items():
         result[place][answer] = total
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.models.limits import decoder_start
-from phatgoose.models.sequences import reads_together
+from phatgoose.models.sequences import keeps_cache
 
 
 def generation_settings(
@@ -39,7 +39,7 @@ def generation_settings(
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=1,
-        use_cache=not reads_together(model),
+        use_cache=keeps_cache(model),
         pad_token_id=pad,
         **settings,
     )

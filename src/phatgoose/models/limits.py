@@ -11,9 +11,9 @@ from phatgoose.errors import BaseModelError
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most positions the model knows; None where positions are relative without a limit (T5, ALiBi)."""
+    """The most positions the model knows; None where positions are relative without a limit (T5, ALiBi; XLNet says -1)."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+    return int(length) if length and length > 0 else None
 
 
 def decoder_start(model: PreTrainedModel) -> int:

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from phatgoose.errors import BaseModelError
 from phatgoose.models.base import Base, device_of
 from phatgoose.models.limits import decoder_start
 from phatgoose.tasks.batch import IGNORED, UNLIMITED, Encoded, collate, pad_id
 
-SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
-"""Kinds of cache layers that hold keys and values of single tokens and nothing else."""
+SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+"""Kinds of cache layers that hold keys and values of single tokens, or nothing."""
 
 _POSITIONS_FROM_MASK = ("bloom", "mpt")
 """Without `position_ids`: attention falls off with distance, which padding doesn't change."""
@@ -32,7 +32,9 @@ _MASK_IGNORED = ("xlm", "flaubert")
 _LENGTH_READ = ("prophetnet", "xlm-prophetnet")
 """The decoder's relative positions are counted from the length of the whole row."""
 _ONE_BY_ONE = ("fsmt",)
-"""With a cache, only the last of several new tokens is read."""
+"""With a cache, only the last of several new tokens is read, and at the first position (transformers 5.23)."""
+_ONE_ROW = ("rwkv",)
+"""Going on from the states of several rows mixes them up (transformers 5.23)."""
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
@@ -67,6 +69,8 @@ def _counts_from_padding(model: PreTrainedModel) -> bool:
 def together(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
     """Which prompts one `generate` may go on with by `new` tokens: all, or those of one length where padding would be read."""
     longest = max(map(len, prompts), default=0) + new
+    if model.config.model_type in _ONE_ROW:
+        return [[i] for i in range(len(prompts))]
     if model.config.is_encoder_decoder or (pads_left(model) and longest <= mixes_up_to(model)):
         return [list(range(len(prompts)))]
     alike: dict[int, list[int]] = {}
@@ -75,16 +79,23 @@ def together(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int)
     return list(alike.values())
 
 
-def reads_together(model: PreTrainedModel) -> bool:
-    """Whether a token's values depend on how many tokens are read with it: then it isn't the same with a cache."""
-    return hasattr(model.config, "expert_capacity") or model.config.model_type in _LENGTH_READ
+def keeps_cache(model: PreTrainedModel, shortest: int = 0, longest: int = 0) -> bool:
+    """Whether going on from a cache computes what reading all tokens anew does, for rows of `shortest` to `longest` tokens."""
+    kind = model.config.model_type
+    if hasattr(model.config, "expert_capacity") or kind in (*_LENGTH_READ, *_ONE_BY_ONE):
+        return False  # what a token gets depends on the tokens that are read with it
+    if longest <= mixes_up_to(model):
+        return True
+    return shortest > mixes_up_to(model) and not _rotation_limits(model.config.to_dict(), None, ("dynamic",))
 
 
 def shares_cache(model: PreTrainedModel) -> bool:
     """Whether a prompt's cache may be kept and gone on with, as far as can be told before there is one."""
-    if reads_together(model) or model.config.model_type in _ONE_BY_ONE:
-        return False
-    return takes(model, "use_cache") and (model.config.is_encoder_decoder or pads_left(model))
+    return (
+        keeps_cache(model)
+        and takes(model, "use_cache")
+        and (bool(model.config.is_encoder_decoder) or pads_left(model))
+    )
 
 
 def keeps_only_keys(cache: Any) -> bool:
@@ -206,14 +217,16 @@ def mixes_up_to(model: PreTrainedModel) -> int:
     return min(found, default=UNLIMITED)
 
 
-def _rotation_limits(settings: Any, context: int | None) -> list[int]:
+def _rotation_limits(
+    settings: Any, context: int | None, kinds: Sequence[str] = ("dynamic", "longrope")
+) -> list[int]:
     """Lengths of a row behind which rotary embeddings change for all of its tokens, at any depth of a model's settings."""
     if not isinstance(settings, dict):
         return []
     found = []
-    if settings.get("rope_type", settings.get("type")) in ("dynamic", "longrope"):
+    if settings.get("rope_type", settings.get("type")) in kinds:
         found = [int(settings.get("original_max_position_embeddings") or context or 0)]
-    return found + [limit for value in settings.values() for limit in _rotation_limits(value, context)]
+    return found + [limit for value in settings.values() for limit in _rotation_limits(value, context, kinds)]
 
 
 def _inner(model: Any) -> Any:
