@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import make_model, make_tokenizer
 from phatgoose import Expert, Pool
-from phatgoose.experts.tokenizer_files import brought, differences
+from phatgoose.experts.tokenizer_files import brought, differences, sha256_of
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -72,6 +72,14 @@ def test_pools_name_the_experts_and_compare_them_with_a_base(tmp_path, own, thei
     assert about_tokenizers(Pool([same]), own) == []
     without = make_tokenizer()
     assert "the base has none" in differences([same], without)[0]
+
+
+def test_the_template_of_its_own_training_is_compared(tmp_path, own, theirs):
+    trained = {"task": {"chat_template": sha256_of(TEMPLATE + "\n")}}
+    expert = Expert.from_peft(adapter(tmp_path / "plain"), provenance=trained)
+    assert differences([expert], own) == []
+    (line,) = differences([expert], theirs)
+    assert "trained on conversations through another chat template" in line
 
 
 @pytest.mark.parametrize(

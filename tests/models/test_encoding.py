@@ -16,8 +16,9 @@ from phatgoose import (
     train_expert,
     train_gate,
 )
+from phatgoose.experts.tokenizer_files import differences
 from phatgoose.models.base import Base
-from phatgoose.models.encoding import encode_answers, encode_input
+from phatgoose.models.encoding import encode_answers, encode_input, template_of
 from phatgoose.tasks.splits import CHAT
 from phatgoose.training.rows import rows_of
 
@@ -79,6 +80,8 @@ def test_expert_gate_signature_and_scores(tmp_path):
     base, task = chatting(), task_of(tmp_path)
     expert = train_expert(base, task, ExpertConfig(rank=2, **STEPS))
     assert expert.provenance["task"]["source"]["prompt_style"] == CHAT
+    assert expert.provenance["task"]["chat_template"] == template_of(base, task)["chat_template"]
+    assert differences([expert], base.tokenizer) == []
     expert = train_gate(base, expert, task, GateConfig(**STEPS))
     expert = make_signature(base, expert, task, SignatureConfig(rows=4, texts=0))
     assert set(expert.signature.activations) == set(expert.updates)

@@ -107,7 +107,13 @@ def differences(experts: Sequence[Expert], tokenizer: Any) -> list[str]:
     own = own.get("default") if isinstance(own, dict) else own
     lines, vocabulary = [], None
     for expert in experts:
-        if (record := _record(expert)) is None:
+        record, trained = _record(expert), _trained_through(expert)
+        if trained is not None and (own is None or trained != sha256_of(own)):
+            lines.append(
+                f"expert {expert.name!r} was trained on conversations through another chat template than this base's, which `chat` and "
+                "`serve` don't use. Load the base with the template that it was trained with."
+            )
+        if record is None:
             continue
         theirs = record["chat_template"]
         if theirs is not None and (own is None or theirs != sha256_of(own)):
@@ -141,6 +147,13 @@ def _record(expert: Expert) -> dict[str, Any] | None:
         "chat_template": template if isinstance(template, str) else None,
         "added_tokens": {str(t): n for t, n in _items(tokens) if isinstance(n, int)},
     }
+
+
+def _trained_through(expert: Expert) -> str | None:
+    """sha256 of the template that its own training used, if that was on conversations."""
+    task = expert.provenance.get("task")
+    found = task.get("chat_template") if isinstance(task, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def _what(records: Sequence[Mapping[str, Any]]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from phatgoose.experts.tokenizer_files import sha256_of
 from phatgoose.models.base import Base
 from phatgoose.models.conversation import answered, conversation_ids
-from phatgoose.records import Example
+from phatgoose.records import SPLITS, Example, Task
 from phatgoose.tasks.batch import Encoded, encode_choices, fitted, prompt_ids
 
 
@@ -25,6 +26,15 @@ def encode_answers(base: Base, example: Example, answers: Sequence[str], max_len
     turns = [json.loads(known[a]) if a in known else {"content": a} for a in answers]
     prompt, targets = answered(base, messages, turns, tools)
     return fitted(base.tokenizer, prompt, targets, max_length=max_length, shown=example.input, **kind)
+
+
+def template_of(base: Base, task: Task) -> dict[str, str]:
+    """What results on a task depend on beside its rows: {"chat_template": sha256} where rows are conversations, else {}."""
+    if not any(e.conversation is not None for split in SPLITS for e in task.split(split)):
+        return {}
+    template = base.tokenizer.chat_template
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return {"chat_template": sha256_of(text)}
 
 
 def encode_input(base: Base, example: Example) -> tuple[int, ...]:

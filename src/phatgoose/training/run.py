@@ -18,6 +18,7 @@ from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.files import atomic_folder, work_place
 from phatgoose.models.base import Base
+from phatgoose.models.encoding import template_of
 from phatgoose.models.sequences import check_rows
 from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
@@ -58,6 +59,7 @@ class Job:
             "config": self.config.key(),
             "task": self.task.hash,
             "base": self.base.facts(),
+            **template_of(self.base, self.task),
             **self.key,
         }
 
@@ -131,6 +133,7 @@ def _record(job: Job, rows: Rows, history: History, student: Student) -> dict[st
             "name": task.name,
             "source": without_paths(task.source),
             "hash": task.hash,
+            **template_of(base, task),
             "rows": {
                 "train": len(task.train),
                 "validation": len(task.validation),

@@ -17,7 +17,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json, work_place
 from phatgoose.models.base import Base, as_base
 from phatgoose.models.encoder import SentenceEncoder, load_encoder
-from phatgoose.models.encoding import encode_input
+from phatgoose.models.encoding import encode_input, template_of
 from phatgoose.models.routed import routing_of
 from phatgoose.models.sequences import check_rows
 from phatgoose.records import Example, Task
@@ -96,7 +96,8 @@ def signature_key(
 ) -> str:
     """sha256 of everything a signature depends on."""
     adapter, sha256 = replace(expert, gates=None).hash, encoder.sha256 if encoder else None
-    return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256])
+    rendered = list(template_of(base, task).values())
+    return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256, *rendered])
 
 
 def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:

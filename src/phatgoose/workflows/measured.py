@@ -20,6 +20,7 @@ from phatgoose.evaluation.run import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, sha256_json, write_json
 from phatgoose.models.base import Base
+from phatgoose.models.encoding import template_of
 from phatgoose.models.routed import route, unroute
 from phatgoose.ops import auto_is
 from phatgoose.records import SplitName, Task, TaskScore, groups_of
@@ -88,6 +89,7 @@ class Measurements:
             "experts": experts,
             "router": None if router is None else router.describe(),
             "task": task.hash,
+            **template_of(self.base, task),
             "split": split,
             "limit": limit,
             "evaluation": [self.config.level, self.config.resamples, self.config.seed],
