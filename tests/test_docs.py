@@ -111,6 +111,19 @@ def test_the_page_of_pools_and_suites_is_current():
     assert _page("pools-and-suites") == docs_pools.markdown(), "run python -m phatgoose.cli.docs"
 
 
+def test_the_page_of_servings_parameters_is_current_and_complete():
+    from phatgoose.cli import docs_serving
+    from phatgoose.serving.schema import ChatRequest, CompletionRequest
+
+    page = _page("serving-parameters")
+    assert page == docs_serving.markdown(), "run python -m phatgoose.cli.docs"
+    names = {
+        name for kind in (ChatRequest, CompletionRequest) for name in (*kind.model_fields, *kind.refused)
+    }
+    for name in names | docs_serving.VLLM:
+        assert page.count(f"| `{name}` |") == 1, name
+
+
 def test_the_page_of_pools_and_suites_is_complete():
     """Every entry has a row, once, in its own section, and every dataset that is left out or refused is named there."""
     from phatgoose.tasks.pools import POOLS, pool_entries

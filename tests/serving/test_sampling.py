@@ -6,6 +6,15 @@ import math
 
 import pytest
 import torch
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from phatgoose.serving.sampling import HEAD, Draw, Sampling, choose, likelihoods
 
@@ -110,3 +119,77 @@ def test_many_at_once_don_t_disturb_each_other():
     assert sorted(failed) == [1, 2]
     assert all("not finite" in str(e) for e in failed.values())
     assert choose(rows[:0], []) == ([], {})
+
+
+def processed(logits, *processors, before=()):
+    """transformers' own processors, one after the other."""
+    ids, found = torch.tensor([list(before)], dtype=torch.long), logits[None].clone()
+    for processor in processors:
+        found = processor(ids, found)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "processors"),
+    [
+        ({"top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"top_k": 500}, []),
+        ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+        ({"min_p": 1.0}, [MinPLogitsWarper(1.0)]),
+        ({"top_k": 7, "top_p": 0.8}, [TopKLogitsWarper(7), TopPLogitsWarper(0.8)]),
+        ({"top_k": 9, "top_p": 0.9, "min_p": 0.1, "temperature": 1.7},
+         [TemperatureLogitsWarper(1.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1)]),
+        ({"repetition_penalty": 1.8, "temperature": 0.7},
+         [RepetitionPenaltyLogitsProcessor(1.8), TemperatureLogitsWarper(0.7)]),
+        ({"repetition_penalty": 0.5}, [RepetitionPenaltyLogitsProcessor(0.5)]),
+    ],
+)  # fmt: skip
+def test_draws_are_transformers(settings, processors):
+    logits, before, n = logits_of(seed=4), [1, 7, 7, 30], 4000
+    logits[13] = logits.sort(descending=True).values[4]  # the fifth highest twice
+    wanted = torch.softmax(processed(logits.double(), *processors, before=before), -1)
+    draw = Draw(Sampling(seed=3, **settings), seen=before)
+    found = []
+    for _ in range(n):
+        draw._written.clear()
+        found.append(draw.next(logits))
+    found = shares(found, 50)
+    assert set(found.nonzero().squeeze(1).tolist()) <= set(wanted.nonzero().squeeze(1).tolist())
+    assert (found - wanted).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7, 30.0])
+def test_repetitions_are_penalised_as_in_transformers(penalty):
+    """What was in the prompt and what was written, once, however often it was there."""
+    processor, before = RepetitionPenaltyLogitsProcessor(penalty), [3, 3, 9]
+    draw = Draw(Sampling(temperature=0, repetition_penalty=penalty), seen=before)
+    for step in range(30):
+        logits = logits_of(20, seed=step)
+        wanted = int(processed(logits, processor, before=before).argmax())
+        assert draw.next(logits) == wanted
+        before = [*before, wanted]
+
+
+def test_what_is_ruled_out_is_not_written():
+    ends, words, allowed = frozenset([4, 6]), ((2,), (8, 9), (8, 9, 1), (5, 5)), tuple(range(1, 12))
+    bad = NoBadWordsLogitsProcessor([list(word) for word in words])
+    settings = Sampling(temperature=0, min_tokens=12, ends=ends, bad_words=words, allowed=allowed)
+    draw, written = Draw(settings, seen=[8]), []
+    for step in range(60):
+        logits = logits_of(15, seed=step)
+        least = MinNewTokensLengthLogitsProcessor(0, 12, sorted(ends), device="cpu")
+        wanted = processed(logits, bad, least, before=written)
+        wanted[[0, 12, 13, 14]] = -math.inf
+        written.append(draw.next(logits))
+        assert written[-1] == int(wanted.argmax())
+    assert not ends & set(written[:12])
+    assert ends & set(written)
+    with pytest.raises(ArithmeticError, match="rule out every token"):
+        Draw(Sampling(temperature=0, bad_words=((5,),), allowed=(5,))).next(logits_of())
+
+
+def test_ranks_count_what_is_likelier():
+    logits = logits_of(30)
+    order = logits.argsort(descending=True).tolist()
+    found = likelihoods(logits.repeat(30, 1), order, 3)
+    assert [one.rank for one in found] == list(range(1, 31))

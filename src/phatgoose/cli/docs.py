@@ -1,6 +1,6 @@
 """`python -m phatgoose.cli.docs [--check] [FOLDER]`: the pages of docs/ that are written from the code.
 
-cli.md is written here, from the commands themselves; pools-and-suites.md by `docs_pools.py`.
+cli.md is written here, from the commands themselves; pools-and-suites.md by `docs_pools.py`, serving-parameters.md by `docs_serving.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from phatgoose.cli import docs_pools
+from phatgoose.cli import docs_pools, docs_serving
 
 KINDS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
@@ -134,7 +134,11 @@ def _default(parameter: _Parameter) -> str:
 def main(arguments: list[str]) -> int:
     """Writes the pages; with --check only says whether they are current (exit code 1 if one isn't)."""
     folder = Path(next((a for a in arguments if not a.startswith("-")), "docs"))
-    pages = {folder / "cli.md": markdown(), folder / "pools-and-suites.md": docs_pools.markdown()}
+    pages = {
+        folder / "cli.md": markdown(),
+        folder / "pools-and-suites.md": docs_pools.markdown(),
+        folder / "serving-parameters.md": docs_serving.markdown(),
+    }
     if "--check" in arguments:
         current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named
         return 0 if all(current) else 1

@@ -63,6 +63,10 @@ class Caches:
 
     def before(self, given: Mapping[str, Any], rows: int, length: int) -> Past:
         """What stands before a pass over [rows, length] tokens, which was called with `given`."""
+        if given.get("cache") is not None and given.get("cu_seq_lens_q") is not None:
+            # transformers' continuous batching: sequences side by side in one row, whose positions are given. What stands before each of
+            # them, whoever runs the pass says (Plan).
+            return Past()
         if (other := next((name for name in _UNKNOWN if given.get(name) is not None), None)) is not None:
             return Past(
                 problem=f"the pass goes on with `{other}`, which doesn't say how many tokens it holds."

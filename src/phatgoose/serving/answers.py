@@ -82,7 +82,7 @@ async def _begin(
         async with asyncio.timeout_at(deadline):
             found = await stack.enter_async_context(service.catalogue.found(body.model))
             prompts = await _until_gone(service, request, service.read(body))
-        ask = service.ask(found, body, prompts, began)
+            ask = await service.ask(found, body, prompts, began)
     except UnknownName as error:
         raise Refusal(404, service.told(error)[:500], param="model", code="model_not_found") from None
     except PhatgooseError as error:
@@ -107,7 +107,7 @@ def _form(service: Service, body: Body, ask: Ask) -> Form:
         echo = [text for text in texts for _ in range(body.n or 1)]
     name = body.model or (service.catalogue.name if ask.found.way is not None else "base")
     kind = "chatcmpl" if chat else "cmpl"
-    return Form(f"{kind}-{uuid.uuid4().hex}", name, int(time.time()), chat, tokenizer, echo)
+    return Form(f"{kind}-{uuid.uuid4().hex}", name, int(time.time()), body, tokenizer, echo)
 
 
 async def _at_once(
@@ -130,7 +130,7 @@ def _whole_body(form: Form, ask: Ask, pieces: Sequence[Piece]) -> bytes:
         _json(form.choice(i, piece, writer))
         for i, (piece, writer) in enumerate(zip(pieces, ask.writers, strict=True))
     ]
-    head, last = _json(form.head()), _json({"usage": usage(ask)})
+    head, last = _json(form.head()), _json({"usage": usage(ask), **form.of_prompt(ask.writers[0])})
     return f'{head[:-1]}, "choices": [{", ".join(choices)}], {last[1:]}'.encode()
 
 
@@ -144,7 +144,7 @@ def _cut(body: Body, piece: Piece, writer: Writer) -> Piece:
     if not isinstance(body, CompletionRequest) or body.max_tokens != 0:
         return piece
     writer.tokens = 0
-    return Piece("", (), piece.finish and "length")
+    return Piece("", (), piece.finish and "length", ())
 
 
 async def _events(
@@ -177,7 +177,8 @@ async def _events(
 
 def _chunk(form: Form, index: int, piece: Piece, writer: Writer, *, first: bool, counted: bool) -> str:
     choice = form.chunk(index, piece, writer, first=first)
-    return _event({**form.head(chunk=True), "choices": [choice], **({"usage": None} if counted else {})})
+    more = (form.of_prompt(writer) if first else {}) | ({"usage": None} if counted else {})
+    return _event({**form.head(chunk=True), "choices": [choice], **more})
 
 
 def _event(data: dict[str, Any]) -> str:

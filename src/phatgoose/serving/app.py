@@ -18,10 +18,13 @@ from phatgoose import __version__
 from phatgoose.errors import PhatgooseError, UnknownName
 from phatgoose.serving import refusals
 from phatgoose.serving.answers import answer
+from phatgoose.serving.apart import away
 from phatgoose.serving.guard import Guard, Keys
 from phatgoose.serving.refusals import Refusal
-from phatgoose.serving.schema import AddExpert, ChatRequest, CompletionRequest
+from phatgoose.serving.schema import ChatRequest, CompletionRequest
+from phatgoose.serving.schema_tools import AddExpert, Detokenize, Tokenize
 from phatgoose.serving.service import Service
+from phatgoose.serving.text import shown
 
 _ERROR = {"description": "Refused; `error.message` says why."}
 REFUSED: dict[int | str, dict[str, Any]] = dict.fromkeys(
@@ -57,6 +60,7 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
     app.add_middleware(Guard, service=service, keys=keys, hosts=hosts)
     _errors(app)
     _answers(app, service)
+    _tokens(app, service)
     _operation(app, service)
     _admin(app, service)
     return app
@@ -107,6 +111,42 @@ def _answers(app: FastAPI, service: Service) -> None:
 
     _get(app, "/v1/models", models)
     _get(app, "/v1/models/{name:path}", one_model)
+
+
+def _tokens(app: FastAPI, service: Service) -> None:
+    """vLLM's routes between text and tokens."""
+
+    @contextlib.asynccontextmanager
+    async def known(model: str | None) -> AsyncIterator[None]:
+        try:
+            async with service.catalogue.found(model or service.catalogue.default):
+                yield
+        except UnknownName as error:
+            raise Refusal(404, service.told(error)[:500], param="model", code="model_not_found") from None
+        except PhatgooseError as error:
+            raise Refusal(400, service.told(error)[:500], param="model") from None
+
+    @app.post("/tokenize")
+    async def tokenize(body: Tokenize) -> dict[str, Any]:
+        """The tokens that a text, or a conversation, is read as."""
+        prompts = service.prompts
+        async with known(body.model):
+            if body.messages is not None:
+                found = await prompts.of_chat(body.messages)
+            elif body.add_special_tokens is False:
+                found = await prompts.bare(body.prompt or "")
+            else:
+                found = await prompts.of_text(body.prompt or "")
+        strings = service.base.tokenizer.convert_ids_to_tokens(found) if body.return_token_strs else None
+        return {"count": len(found), "max_model_len": prompts.most, "tokens": found, "token_strs": strings}
+
+    @app.post("/detokenize")
+    async def detokenize(body: Detokenize) -> dict[str, Any]:
+        """The text of tokens, special ones too."""
+        async with known(body.model):
+            if body.tokens:
+                service.prompts.check(body.tokens, "tokens")
+            return {"prompt": await away(shown, service.base.tokenizer, body.tokens)}
 
 
 def _get(app: FastAPI, path: str, do: Callable[..., Any], **more: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phatgoose.models.base import Base
 from phatgoose.serving.prompts import Prompts, too_long
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.sampling import Sampling
@@ -51,7 +52,20 @@ def _asked(request: Common) -> tuple[int | None, str]:
 
 def scored(request: Common) -> int | None:
     """How many likeliest tokens are reported in place of each token of the prompt; None: the prompt isn't scored."""
-    return request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
+    echoed = request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
+    return max((n for n in (echoed, request.prompt_logprobs) if n is not None), default=None)
+
+
+def check_prompt(request: Common, base: Base) -> None:
+    """Refuses what can't be said of an encoder–decoder's prompt."""
+    if not base.is_encoder_decoder:
+        return
+    if isinstance(request, CompletionRequest) and request.echo:
+        raise Refusal(400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo")
+    if request.prompt_logprobs is not None:
+        raise Refusal(
+            400, "prompt_logprobs: an encoder–decoder doesn't predict its prompt.", param="prompt_logprobs"
+        )
 
 
 def check_reported(request: Common, sampling: Sampling, prompts: int, tokens: int) -> None:
@@ -63,25 +77,38 @@ def check_reported(request: Common, sampling: Sampling, prompts: int, tokens: in
     score, top = scored(request), sampling.logprobs
     reported = (0 if score is None else prompts * (1 + score)) + (0 if top is None else tokens * (1 + top))
     if reported > MAX_REPORTED:
+        param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
         raise Refusal(
-            400, f"logprobs: {reported} log-probabilities are asked for, and at most {MAX_REPORTED} are reported in a response: ask for "
-            "fewer prompts, answers, tokens or likeliest tokens at a time.", param="logprobs",
+            400, f"{param}: {reported} log-probabilities are asked for, and at most {MAX_REPORTED} are reported in a response: ask for "
+            "fewer prompts, answers, tokens or likeliest tokens at a time.", param=param,
         )  # fmt: skip
 
 
-def sampling_of(request: Common, prompts: Prompts) -> Sampling:
+async def sampling_of(request: Common, prompts: Prompts, ends: frozenset[int], limit: int) -> Sampling:
     """A request's way of drawing tokens.
 
+    Args:
+        ends: the model's own end tokens. limit: the fewest tokens that one of the answers may have.
+
     Raises:
-        Refusal: a token that the model doesn't have.
+        Refusal: a token that the model doesn't have, or more tokens at least than an answer may have.
     """
+    if (request.min_tokens or 0) > limit:
+        raise Refusal(
+            400, f"min_tokens is {request.min_tokens}, and an answer may have {limit}.", param="min_tokens"
+        )
     bias = {}
     for key, value in (request.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise Refusal(400, "logit_bias: its keys are token ids, whole numbers.", param="logit_bias")
         bias[int(key)] = value
-    if bias:
-        prompts.check(list(bias), "logit_bias")
+    for param, tokens in (
+        ("logit_bias", bias),
+        ("stop_token_ids", request.stop_token_ids),
+        ("allowed_token_ids", request.allowed_token_ids),
+    ):
+        if tokens:
+            prompts.check(list(tokens), param)
     if isinstance(request, ChatRequest):
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
     else:
@@ -95,4 +122,11 @@ def sampling_of(request: Common, prompts: Prompts) -> Sampling:
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias=bias,
         logprobs=logprobs,
+        top_k=max(request.top_k or 0, 0),
+        min_p=request.min_p or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        min_tokens=request.min_tokens or 0,
+        ends=ends | frozenset(request.stop_token_ids or ()),
+        bad_words=await prompts.words(request.bad_words or ()),
+        allowed=None if request.allowed_token_ids is None else tuple(sorted(set(request.allowed_token_ids))),
     )

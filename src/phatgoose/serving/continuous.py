@@ -125,7 +125,7 @@ class ContinuousEngine(Engine):
                 request_id=job.id,
                 max_new_tokens=job.max_new_tokens,
                 streaming=True,
-                eos_token_id=sorted(job.ends),
+                eos_token_id=sorted(job.ends) or [-1],
                 job=job,
             )
             # The thread refuses from when it begins to die, and later says so; what came in between it doesn't see.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phatgoose.serving.sampling import Likelihood
+from phatgoose.serving.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Ask
 from phatgoose.serving.text import UNFINISHED, offsets
 from phatgoose.serving.writer import Piece, Writer
@@ -24,11 +25,15 @@ class Form:
     id: str
     model: str
     created: int
-    chat: bool
+    request: ChatRequest | CompletionRequest
     tokenizer: Any
     echo: Sequence[str] = ()
     """Of each prompt its text, if it is to be repeated."""
     _texts: dict[int, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
 
     def head(self, *, chunk: bool = False) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
@@ -43,7 +48,9 @@ class Form:
             found = {"index": index, "text": self.echoed(index, writer) + piece.text}
         found["finish_reason"] = piece.finish
         found["logprobs"] = self.logprobs(index, piece, writer) if shown(writer) else None
-        return found | acted(writer)
+        if not self.chat:
+            found |= self.of_prompt(writer, whole=False)
+        return found | self.token_ids(piece) | acted(writer)
 
     def chunk(self, index: int, piece: Piece, writer: Writer, *, first: bool) -> dict[str, Any]:
         """A piece of a choice as the server sends it while it writes."""
@@ -58,13 +65,38 @@ class Form:
         found["logprobs"] = None
         if shown(writer) and (piece.likelihoods or (first and self.echo)):
             found["logprobs"] = self.logprobs(index, piece, writer, first=first)
-        return found | (acted(writer) if piece.finish else {})
+        if first and not self.chat:
+            found |= self.of_prompt(writer, whole=False)
+        return found | self.token_ids(piece) | (acted(writer) if piece.finish else {})
+
+    def token_ids(self, piece: Piece) -> dict[str, Any]:
+        return {"token_ids": list(piece.tokens)} if self.request.return_token_ids else {}
+
+    def of_prompt(self, writer: Writer, *, whole: bool = True) -> dict[str, Any]:
+        """What was asked of the prompt, in vLLM's form: beside a chat's choices, and in a completion's."""
+        found: dict[str, Any] = {}
+        if whole and not self.chat:
+            return found
+        if self.request.return_token_ids:
+            found["prompt_token_ids"] = list(writer.job.prompt)
+        if (top := self.request.prompt_logprobs) is not None:
+            known = writer.job.prompt_likelihoods
+            found["prompt_logprobs"] = [None, *(self._ranked(one, top) for one in known)]
+        return found
+
+    def _ranked(self, one: Likelihood, top: int) -> dict[str, dict[str, Any]]:
+        """A prompt's token and the likeliest in its place, by their ids."""
+        rows = [(one.token, one.logprob, one.rank)]
+        rows += [(t, lp, rank) for rank, (t, lp) in enumerate(one.top[:top], 1) if t != one.token]
+        return {
+            str(t): {"logprob": finite(lp), "rank": rank, "decoded_token": self.text(t)}
+            for t, lp, rank in rows
+        }
 
     def reported(self, writers: Sequence[Writer]) -> int:
         """Log-probabilities of these answers so far."""
-        jobs = [writer.job for writer in writers if shown(writer)]
-        rows = [one for job in jobs for one in job.draw.likelihoods]
-        rows += [one for job in jobs if self.echo for one in job.prompt_likelihoods]
+        jobs = [writer.job for writer in writers]
+        rows = [one for job in jobs for one in (*job.draw.likelihoods, *job.prompt_likelihoods)]
         return sum(1 + len(one.top) for one in rows)
 
     def echoed(self, index: int, writer: Writer) -> str:
@@ -80,7 +112,7 @@ class Form:
         return {
             "tokens": [self.text(token) for _, token, _ in rows],
             "token_logprobs": [None if one is None else finite(one.logprob) for _, _, one in rows],
-            "top_logprobs": [self._top(one) for _, _, one in rows],
+            "top_logprobs": [self._top(one, writer.job.draw.settings.logprobs) for _, _, one in rows],
             "text_offset": [at for at, _, _ in rows],
         }
 
@@ -90,11 +122,11 @@ class Form:
         known: list[Likelihood | None] = [None, *job.prompt_likelihoods]
         return list(zip(offsets(self.tokenizer, prompt, text), prompt, known, strict=True))
 
-    def _top(self, one: Likelihood | None) -> dict[str, float] | None:
+    def _top(self, one: Likelihood | None, most: int | None) -> dict[str, float] | None:
         if one is None:
             return None
         best: dict[str, float] = {}
-        for token, logprob in one.top:  # the best first: of tokens that look alike it is shown
+        for token, logprob in one.top[:most]:  # the best first: of tokens that look alike it is shown
             best.setdefault(self.text(token), finite(logprob))
         best.setdefault(self.text(one.token), finite(one.logprob))
         return best

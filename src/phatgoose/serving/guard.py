@@ -22,8 +22,8 @@ from phatgoose.serving.service import Service
 
 OPEN = ("/health", "/ready")
 """Paths that need no key."""
-ANSWERS = ("/v1/completions", "/v1/chat/completions")
-PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions"})  # fmt: skip
+ANSWERS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json", "/v1/models", *ANSWERS})
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]+)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import string
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from phatgoose.errors import TaskError
 from phatgoose.models.base import Base
 from phatgoose.models.conversation import conversation_ids
+from phatgoose.serving.job import told
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.schema import Message
 from phatgoose.tasks.batch import prompt_ids
@@ -81,6 +82,35 @@ class Prompts:
         ]
         return await self._run(lambda: self._render(turns), len(text))
 
+    async def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words that aren't to be written, each as it is at the beginning and behind a space: vLLM's rule.
+
+        Raises:
+            Refusal: a word has no tokens.
+        """
+        if not words:
+            return ()
+        return await self._run(lambda: tuple(self._words(words)), sum(map(len, words)))
+
+    def _words(self, words: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        for word in words:
+            bare = self._bare(word.lstrip())
+            spaced = self._bare(" " + word.lstrip())
+            if not bare:
+                raise Refusal(400, "bad_words: one has no tokens.", param="bad_words")
+            yield tuple(bare)
+            # As long, with another first token: a token for the word behind a space. Else the space is a token before the same ones.
+            if spaced[0] != bare[0] and len(spaced) == len(bare):
+                yield tuple(spaced)
+
+    async def bare(self, text: str) -> list[int]:
+        """The tokens of a text alone, without special ones around it."""
+        self.check_length(text, "prompt")
+        return await self._run(lambda: self._bare(text), len(text))
+
+    def _bare(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def check_length(self, text: str, param: str) -> None:
         """Refuses a text that must have too many tokens, without making them: of a word of two million letters that takes seconds."""
         longest, letters = self._longest
@@ -113,7 +143,7 @@ class Prompts:
         try:
             return conversation_ids(self.base, turns, tokenizer=self.tokenizer)
         except TaskError as error:
-            raise Refusal(400, f"messages: {error}"[:500], param="messages") from None
+            raise Refusal(400, f"messages: {told(error)}"[:500], param="messages") from None
 
     async def _run(self, do: Callable[[], T], length: int) -> T:
         thread = self._short if length < LONG else self._long

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from phatgoose.serving.schema import FORMS
+from phatgoose.serving.parameters import FORMS
 
 KINDS = {
     401: "authentication_error",

@@ -1,110 +1,36 @@
-"""What requests may say: OpenAI's parameters as far as they can be honoured, the others refused by name."""
+"""What requests may say: OpenAI's parameters and vLLM's as far as they can be honoured, the others refused by name."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from phatgoose.serving.parameters import (
+    IGNORED,
+    LISTS,
+    MANY_TEXTS,
+    MAX_BIASES,
+    MAX_STOPS,
+    MAX_TOP,
+    MAX_WORDS,
+    NUMBERS,
+    ONE,
+    REFUSED,
+    REFUSED_CHATS,
+    REFUSED_COMPLETIONS,
+    Stop,
+    Strict,
+    Text,
+    TokenList,
+    Tokens,
+    Whole,
+    few,
+    form,
+    none_if,
+    one_or_many,
+    refused,
 )
-from pydantic_core import PydanticCustomError
-
-IGNORED = frozenset(
-    [
-        "metadata",
-        "moderation",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    ]
-)
-"""Parameters without a bearing on the answer."""
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "audio": ((None,), "answers are text"),
-    "function_call": ((None, "none"), "functions can't be called"),
-    "functions": ((None, []), "functions can't be called"),
-    "modalities": ((None, ["text"]), "answers are text"),
-    "prediction": ((None,), "predicted outputs aren't used"),
-    "reasoning_effort": ((None, "none"), "there is no reasoning to set"),
-    "response_format": ((None, {"type": "text"}), "answers can't be held to a format"),
-    "suffix": ((None, ""), "text can't be inserted before a suffix"),
-    "tool_choice": ((None, "none", "auto"), "tools can't be called"),
-    "tools": ((None, []), "tools can't be called"),
-    "verbosity": ((None,), "verbosity can't be set"),
-    "web_search_options": ((None,), "nothing is searched"),
-}
-"""Parameters that would change the answer, what they may be since that changes nothing, and why nothing else."""
-MAX_STOPS, MAX_TOP, MAX_BIASES = 16, 20, 1024
-ONE, MANY_TEXTS, NUMBERS, LISTS = FORMS = ("as one", "as texts", "as tokens", "as lists of tokens")
-"""Names of a parameter's forms in pydantic's errors, told to nobody."""
-MANY = 64
-"""Parameters, of which no request knows as many."""
-
-
-def _whole(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a character (a lone surrogate)") from None
-    return text
-
-
-def refused(param: str, message: str) -> PydanticCustomError:
-    """What is wrong with a request as a whole, and the parameter that it is told of."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
-
-
-Text = Annotated[str, AfterValidator(_whole)]
-"""Text that a tokenizer can read: JSON can carry half characters."""
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
-
-
-def _form(value: Any) -> str:
-    """Which of its forms a parameter is given in, so that what is wrong is told of that form alone."""
-    if not isinstance(value, list):
-        return ONE
-    first = value[0] if value else None
-    if isinstance(first, list):
-        return LISTS
-    return NUMBERS if isinstance(first, int | float) and not isinstance(first, bool) else MANY_TEXTS
-
-
-def _one_or_many(value: Any) -> str:
-    return MANY_TEXTS if isinstance(value, list) else ONE
-
-
-def _few(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise ValueError(f"it has {len(value)} entries, at most {MAX_BIASES} are taken")
-    return value
-
-
-class Strict(BaseModel):
-    """What isn't as it should be is told by its first error: of a large body there could be hundreds of thousands, each an object,
-    made while nobody else is answered. So lists are read until their first (fail_fast)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown(cls, data: Any) -> Any:
-        """Of many parameters that nobody knows, leaves the first."""
-        if not isinstance(data, dict) or len(data) <= MANY:
-            return data
-        first = next(name for name in data if name not in cls.model_fields)
-        return {name: data[name] for name in data if name in cls.model_fields or name == first}
 
 
 class Extension(Strict):
@@ -116,7 +42,7 @@ class Extension(Strict):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = False
     include_obfuscation: bool | None = None
 
 
@@ -128,42 +54,104 @@ class Common(Strict):
         max_length=256,
         description="The routed pool, base, the name of an expert, or a router (phatgoose:top_k=3). The pool, if it isn't given.",
     )
-    n: int | None = Field(1, ge=1, le=128)
-    temperature: float | None = Field(1.0, ge=0, le=2)
-    top_p: float | None = Field(1.0, gt=0, le=1)
+    n: Whole | None = Field(1, ge=1, le=128, description="How many answers to each prompt.")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0: the likeliest token.")
+    top_p: float | None = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Draw among the fewest likeliest tokens that have this probability together.",
+    )
+    top_k: Whole | None = Field(
+        None, ge=-1, description="Draw among this many likeliest tokens; 0 or −1: among all."
+    )
+    min_p: float | None = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Draw among tokens that are at least this part as likely as the likeliest.",
+    )
     stop: (
         Annotated[
             Annotated[Stop, Tag(ONE)]
             | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), Tag(MANY_TEXTS)],
-            Discriminator(_one_or_many),
+            Discriminator(one_or_many),
         ]
         | None
-    ) = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    ) = Field(None, description="The answer ends before any of these texts, up to 16.")
+    stop_token_ids: TokenList | None = Field(
+        None,
+        max_length=MAX_BIASES,
+        description="The answer ends with any of these tokens, beside the model's own ends.",
+    )
+    ignore_eos: bool | None = Field(False, description="The model's own end tokens don't end the answer.")
+    min_tokens: Whole | None = Field(
+        0, ge=0, description="So many tokens come before an end token, and before stop texts are looked for."
+    )
+    bad_words: list[Stop] | None = Field(
+        None,
+        max_length=MAX_WORDS,
+        fail_fast=True,
+        description="Words whose tokens, with and without a space before them, aren't written one after the other.",
+    )
+    allowed_token_ids: Annotated[TokenList, Field(min_length=1)] | None = Field(
+        None, description="Only these tokens are written."
+    )
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63, description="Draws the same tokens again.")
+    presence_penalty: float | None = Field(
+        0.0, ge=-2, le=2, description="Taken off the logit of tokens that the answer has."
+    )
+    frequency_penalty: float | None = Field(
+        0.0, ge=-2, le=2, description="Taken off the logit of a token for each time that the answer has it."
+    )
+    repetition_penalty: float | None = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="Logits of tokens that prompt or answer have are divided by it (negative ones multiplied).",
+    )
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
-            BeforeValidator(_few),
+            BeforeValidator(few),
             Field(max_length=MAX_BIASES),
         ]
         | None
-    ) = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    phatgoose: Extension | None = None
+    ) = Field(None, description="Added to the logits of these tokens, up to 1,024.")
+    prompt_logprobs: Whole | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP,
+        description="Return the log-probability of each of the prompt's tokens, and so many likeliest in its place.",
+    )
+    return_token_ids: bool | None = Field(False, description="Return the tokens of prompt and answer.")
+    stream: bool | None = Field(False, description="Send the answer as it is written.")
+    stream_options: StreamOptions | None = Field(None, description="include_usage; with stream only.")
+    phatgoose: Extension | None = Field(None, description="experts: who acted.")
+
+    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name, (neutral, why) in REFUSED.items():
+        for name, (neutral, why) in cls.refused.items():
             if name in data and name not in cls.model_fields and data[name] not in neutral:
                 raise refused(name, f"{name} isn't supported: {why}")
-        dropped = {name for name in (*IGNORED, *REFUSED) if name not in cls.model_fields}
-        return {key: value for key, value in data.items() if key not in dropped}
+        dropped = {name for name in (*IGNORED, *cls.refused) if name not in cls.model_fields}
+        kept = {key: value for key, value in data.items() if key not in dropped}
+        if kept.get("stop") == "":  # some clients' way to say nothing
+            del kept["stop"]
+        return kept
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options", "stream_options needs stream to be true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise refused("prompt_logprobs", "prompt_logprobs can't be streamed: leave stream out")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -179,10 +167,13 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag(ONE)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(MANY_TEXTS)],
-        Discriminator(_one_or_many),
-    ]
+    content: (
+        Annotated[
+            Annotated[Text, Tag(ONE)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(MANY_TEXTS)],
+            Discriminator(one_or_many),
+        ]
+        | None
+    )
     name: Text | None = Field(None, max_length=256)
     refusal: None = None
     audio: None = None
@@ -190,28 +181,41 @@ class Message(Strict):
     tool_calls: Annotated[list[str], Field(max_length=0)] | None = None
     annotations: list[Any] | None = None
 
+    @model_validator(mode="after")
+    def _said(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(
+                f"content is null, which it may be of the assistant's messages only, not of {self.role}'s"
+            )
+        return self
+
     @property
     def text(self) -> str:
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(Common):
     """A conversation; the tokenizer's chat template makes a prompt of it."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    messages: list[Message] = Field(
+        min_length=1, max_length=4096, fail_fast=True, description="The conversation so far."
+    )
+    max_tokens: Whole | None = Field(None, ge=1, description="The most tokens of an answer.")
+    max_completion_tokens: Whole | None = Field(None, ge=1, description="The same, by its newer name.")
+    logprobs: bool | None = Field(False, description="Return each token's log-probability.")
+    top_logprobs: Whole | None = Field(
+        None, ge=0, le=MAX_TOP, description="And those of so many likeliest in its place."
+    )
+
+    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED | REFUSED_CHATS
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise refused("top_logprobs", "top_logprobs needs logprobs to be true")
         return self
-
-
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Common):
@@ -222,12 +226,26 @@ class CompletionRequest(Common):
         | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(MANY_TEXTS)]
         | Annotated[Tokens, Tag(NUMBERS)]
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
-        Discriminator(_form),
-    ]
-    max_tokens: int | None = Field(16, ge=0)
-    echo: bool | None = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
-    best_of: int | None = Field(None, ge=1, le=128)
+        Discriminator(form),
+    ] = Field(description="One text or list of tokens, or several.")
+    max_tokens: Whole | None = Field(
+        16, ge=0, description="The most tokens of an answer; 0 with echo or prompt_logprobs only."
+    )
+    echo: bool | None = Field(False, description="Repeat the prompt before the answer.")
+    logprobs: Whole | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP,
+        description="Return each token's log-probability, with echo the prompt's too, and those of so many likeliest in its place.",
+    )
+    best_of: Whole | None = Field(None, ge=1, le=128, description="As n.")
+
+    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED | REFUSED_COMPLETIONS
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return none_if(value, False)
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
@@ -235,8 +253,10 @@ class CompletionRequest(Common):
             raise refused(
                 "best_of", "best_of isn't supported: answers aren't ranked; leave it out, or make it n"
             )
-        if self.max_tokens == 0 and not self.echo:
-            raise refused("max_tokens", "max_tokens is 0, which makes sense with echo only")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise refused(
+                "max_tokens", "max_tokens is 0, which makes sense with echo or prompt_logprobs only"
+            )
         return self
 
     @property
@@ -246,10 +266,3 @@ class CompletionRequest(Common):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
-
-
-class AddExpert(Strict):
-    """An expert to add: a folder on the server's machine."""
-
-    folder: Text = Field(min_length=1, max_length=4096)
-    name: Text | None = Field(None, min_length=1, max_length=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,9 @@ from pathlib import Path
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
-from phatgoose.models.limits import end_tokens
+from phatgoose.models.limits import decoder_start, end_tokens
 from phatgoose.serving import batches, continuous
-from phatgoose.serving.asking import check_reported, room, sampling_of, scored
+from phatgoose.serving.asking import check_prompt, check_reported, room, sampling_of, scored
 from phatgoose.serving.catalogue import Catalogue, Found
 from phatgoose.serving.changes import Changes
 from phatgoose.serving.engine import Engine
@@ -188,22 +189,19 @@ class Service:
             Refusal: there are too many, or one can't be read.
         """
         n = request.n or 1
+        check_prompt(request, self.base)
         if isinstance(request, ChatRequest):
             self.check_room(n)
             return [await self.prompts.of_chat(request.messages)]
         assert isinstance(request, CompletionRequest)
         self.check_room(len(request.prompts) * n)
-        if request.echo and self.base.is_encoder_decoder:
-            raise Refusal(
-                400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo"
-            )
         found = []
         for prompt in request.prompts:
             found.append(await self.prompts.of_text(prompt))
             room(request, found[-1], self.settings, self.engine.limit)  # or all of them are read for nothing
         return found
 
-    def ask(self, found: Found, request: Common, prompts: list[list[int]], began: float) -> Ask:
+    async def ask(self, found: Found, request: Common, prompts: list[list[int]], began: float) -> Ask:
         """The jobs of a request whose prompts were read, handed to the engine.
 
         Raises:
@@ -211,7 +209,9 @@ class Service:
         """
         n, score = request.n or 1, scored(request)
         limits = [room(request, prompt, self.settings, self.engine.limit) for prompt in prompts]
-        sampling = sampling_of(request, self.prompts)
+        sampling = await sampling_of(request, self.prompts, self.ends, min(limits))
+        ends = frozenset() if request.ignore_eos else self.ends
+        ends |= frozenset(request.stop_token_ids or ())
         check_reported(request, sampling, n * sum(map(len, prompts)), n * sum(limits))
         self.check_room(len(prompts) * n)
         writers = []
@@ -220,9 +220,9 @@ class Service:
                 job = Job(
                     prompt,
                     found.way,
-                    Draw(sampling, p * n + i),
+                    Draw(sampling, p * n + i, self._before(prompt)),
                     max(limit, 1),
-                    self.ends,
+                    ends,
                     watch=bool(request.phatgoose and request.phatgoose.experts),
                     score=score,
                     began=began,
@@ -232,6 +232,10 @@ class Service:
         for writer in writers:
             self.engine.submit(writer.job)
         return Ask(found, prompts, writers, began)
+
+    def _before(self, prompt: list[int]) -> Sequence[int]:
+        """What stands before an answer where the model writes it."""
+        return (decoder_start(self.base.model),) if self.base.is_encoder_decoder else prompt
 
 
 def engine_for(base: Base, settings: ServeSettings) -> Engine:

@@ -27,6 +27,8 @@ class Piece:
     text: str = ""
     likelihoods: tuple[tuple[int, Likelihood], ...] = ()
     finish: Finish | None = None
+    tokens: tuple[int, ...] = ()
+    """Those written since the last piece, also where their text is held back."""
 
 
 class Writer:
@@ -39,6 +41,7 @@ class Writer:
         self._decoder, self._stops = Decoder(tokenizer), Stops(stops)
         self._decoded = self._shown = 0
         self._held: list[tuple[int, Likelihood]] = []
+        self._fresh: list[int] = []
 
     async def pieces(self, deadline: float | None = None) -> AsyncGenerator[Piece]:
         """The answer as it comes; the last piece alone says why it ended.
@@ -68,11 +71,13 @@ class Writer:
 
     def _push(self, token: int) -> str:
         self.tokens += 1
+        self._fresh.append(token)
         if self.job.draw.settings.logprobs is not None:
             self._held.append((self._decoded, self.job.draw.likelihoods[self.tokens - 1]))
         piece = self._decoder.push(token)
         self._decoded += len(piece)
-        return self._stops.push(piece)
+        # Stop strings are looked for behind the fewest tokens that were asked for.
+        return piece if self.tokens <= self.job.draw.settings.min_tokens else self._stops.push(piece)
 
     def _rest(self) -> str:
         piece = self._decoder.rest()
@@ -83,12 +88,16 @@ class Writer:
         self._shown += len(text)
         ready = [one for one in self._held if not self._stops.strings or one[0] < self._shown]
         self._held = self._held[len(ready) :]
-        return Piece(text, tuple(ready))
+        return Piece(text, tuple(ready), None, self._taken())
 
     def _last(self, text: str, finish: Finish) -> Piece:
         shown = self._shown + len(text)
         left = [one for one in self._held if not self._stops.stopped or one[0] < shown]
-        return Piece(text, tuple(left), finish)
+        return Piece(text, tuple(left), finish, self._taken())
+
+    def _taken(self) -> tuple[int, ...]:
+        fresh, self._fresh = tuple(self._fresh), []
+        return fresh
 
 
 async def whole(writer: Writer, deadline: float | None) -> Piece:
@@ -96,7 +105,8 @@ async def whole(writer: Writer, deadline: float | None) -> Piece:
     async with aclosing(writer.pieces(deadline)) as pieces:
         found = [piece async for piece in pieces]
     likelihoods = tuple(one for piece in found for one in piece.likelihoods)
-    return Piece("".join(piece.text for piece in found), likelihoods, found[-1].finish)
+    tokens = tuple(token for piece in found for token in piece.tokens)
+    return Piece("".join(piece.text for piece in found), likelihoods, found[-1].finish, tokens)
 
 
 async def all_pieces(writers: Sequence[Writer], deadline: float | None) -> AsyncGenerator[tuple[int, Piece]]:

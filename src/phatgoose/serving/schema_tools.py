@@ -1,0 +1,45 @@
+"""What requests may say that ask for no answer: text ↔ tokens, and changes of the experts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from phatgoose.serving.parameters import Strict, Text, TokenList, refused
+from phatgoose.serving.schema import Message
+
+
+class AddExpert(Strict):
+    """An expert to add: a folder on the server's machine."""
+
+    folder: Text = Field(min_length=1, max_length=4096)
+    name: Text | None = Field(None, min_length=1, max_length=256)
+
+
+class Tokenize(Strict):
+    """What /tokenize takes: a text as /v1/completions reads it, or a conversation as /v1/chat/completions does."""
+
+    model: Text | None = Field(None, max_length=256)
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: Literal[True] | None = None
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise refused("prompt", "either a prompt or messages are to be tokenized")
+        if self.messages is not None and self.add_special_tokens:
+            raise refused(
+                "add_special_tokens", "add_special_tokens isn't supported: the chat template has them"
+            )
+        return self
+
+
+class Detokenize(Strict):
+    """What /detokenize takes."""
+
+    model: Text | None = Field(None, max_length=256)
+    tokens: TokenList
