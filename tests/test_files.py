@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from phatgoose import files
 from phatgoose.errors import ExpertError, StorageError, UnknownName
 from phatgoose.files import (
     atomic_folder,
+    is_folder,
     only_run,
     read_json,
     sha256_file,
@@ -215,3 +217,15 @@ def test_sizes_are_checked_before_reading(tmp_path):
     assert read_json(path, ExpertError, limit_bytes=14) == "twelve bytes"
     with pytest.raises(ExpertError, match="is 14 bytes; a file of its kind has at most 13"):
         read_json(path, ExpertError, limit_bytes=13)
+
+
+def test_whether_a_folder_is_one_is_not_guessed(tmp_path, monkeypatch):
+    assert is_folder(tmp_path, ExpertError)
+    assert not is_folder(tmp_path / "none", ExpertError)
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(ExpertError, match="can't be read: Permission denied"):
+        is_folder(tmp_path, ExpertError)

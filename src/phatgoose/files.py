@@ -220,6 +220,18 @@ def open_regular(path: Path, error: type[PhatgooseError]) -> Iterator[tuple[Buff
         os.close(handle)
 
 
+def is_folder(path: Path, error: type[PhatgooseError]) -> bool:
+    """Whether a path is a folder.
+
+    Raises:
+        PhatgooseError: of the type `error`, where nobody may look: then it isn't known.
+    """
+    try:
+        return path.is_dir()
+    except OSError as cause:
+        raise error(f"{path} can't be read: {cause.strerror}.") from cause
+
+
 def inside(folder: Path, name: str, error: type[PhatgooseError]) -> Path:
     """`folder`/`name`, which may be missing; if it is a link it must stay in the folder.
 

@@ -103,6 +103,7 @@ EXACT = {
     "vera": lambda f: vera(f),
     "vera from its seed": lambda f: vera(f, save_projection=False, projection_prng_key=5),
     "lora_only biases": lambda f: lora(f, bias="lora_only" if f != "gpt2" else "none"),
+    "all biases": lambda f: lora(f, bias="all" if f != "gpt2" else "none"),
     "ia3": lambda f: IA3Config(
         target_modules=[*ATTENTION[f], LAST[f]], feedforward_modules=[LAST[f]], fan_in_fan_out=f == "gpt2"
     ),
@@ -336,6 +337,7 @@ def test_whole_modules_that_differ_are_refused_until_they_are_dropped(change, ma
         lambda k: k.replace("base_model.model.", "base_model.model.module."),
         lambda k: f"_fsdp_wrapped_module.{k}".replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
         lambda k: k.replace(".mlp", "._checkpoint_wrapped_module.mlp"),
+        lambda k: f"base_model.model.{k}",
         lambda k: k.replace(".weight", ".default.weight").replace("magnitude_vector", "magnitude_vector.default"),
         lambda k: k.replace(".weight", ".tuned.weight").replace("magnitude_vector", "magnitude_vector.tuned"),
     ],

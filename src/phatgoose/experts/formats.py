@@ -16,7 +16,7 @@ from phatgoose.experts.adapterhub_places import INTERFACE_FILE, check_interface
 from phatgoose.experts.peft import CONFIG_FILE, Contents
 from phatgoose.experts.peft_rules import check_type
 from phatgoose.experts.tensor_files import TensorFile, read_tensor_file
-from phatgoose.files import inside, read_json
+from phatgoose.files import inside, is_folder, read_json
 
 WEIGHTS_FILES = (peft.WEIGHTS_FILE, adapterhub.WEIGHTS_FILE)
 """What an adapter's tensors are called, one name a format."""
@@ -58,7 +58,7 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
         ExpertError: naming the file, and the tensor, that is missing, damaged, non-finite or not floating point.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder, ExpertError):
         raise ExpertError(
             f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and {' or '.join(WEIGHTS_FILES)}."
         )

@@ -24,7 +24,7 @@ from phatgoose.experts.names import check_name
 from phatgoose.experts.packed import HEADERS, REST_FILE
 from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.files import inside as in_folder
-from phatgoose.files import read_json, sha256_file, storage_errors
+from phatgoose.files import is_folder, read_json, sha256_file, storage_errors
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
 
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         PoolError: what is wrong with it.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
+    if not is_folder(folder, PoolError):
         raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
     _check_own(folder)
     manifest = read_json(in_folder(folder, MANIFEST, PoolError), PoolError)

@@ -237,7 +237,9 @@ def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> t
     for expert in experts:
         if not isinstance(expert, PackedExpert):
             if expert.updates[path].rank:
-                return None, f"expert {expert.name!r} is not packed"
+                moved = isinstance(expert.tensors, Views)  # packed, but placed on a model in another form
+                why = "names this module otherwise, or is VeRA" if moved else "is not packed"
+                return None, f"expert {expert.name!r} {why}"
             starts.append(0)
             continue
         source = expert.source

@@ -24,7 +24,7 @@ def plain_keys(keys: Iterable[str], where: str) -> dict[str, str]:
     """Key as it stands in the file → key as PEFT writes it, without "base_model.model." (but for SHARED ones).
 
     Taken off are: torch.compile's `_orig_mod.`, FSDP's `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`, a `module.` (of
-    DistributedDataParallel) at the beginning of every key, and the adapter's name ("lora_A.default.weight"), if it is the same everywhere.
+    DistributedDataParallel) at the beginning of every key, a second "base_model.model.", and the adapter's name ("lora_A.default.weight"), if it is the same everywhere.
 
     Raises:
         ExpertError: a key that isn't PEFT's, or tensors of several adapters.
@@ -33,6 +33,10 @@ def plain_keys(keys: Iterable[str], where: str) -> dict[str, str]:
     for prefix in ("", PREFIX):
         while found and all(key.startswith(f"{prefix}module.") for key in found.values()):
             found = {key: prefix + plain.removeprefix(f"{prefix}module.") for key, plain in found.items()}
+    while found and all(
+        key.startswith(PREFIX + PREFIX) for key in found.values()
+    ):  # a PEFT model that was wrapped again
+        found = {key: plain.removeprefix(PREFIX) for key, plain in found.items()}
     names: set[str | None] = set()
     for key, plain in found.items():
         match = _NAMED.fullmatch(plain)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import DownloadError, TaskError
+from phatgoose.files import is_folder
 from phatgoose.records import Example, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.columns import make_example
@@ -103,7 +104,7 @@ def _files(folder: Path | None) -> dict[str, Path] | None:
         folder = Path(named).expanduser()
     if folder is None:
         return None
-    if not folder.is_dir():
+    if not is_folder(folder, TaskError):
         raise TaskError(
             f"{folder} is not a folder; expected one with NAME.json or NAME.json.gz files of BIG-bench Hard."
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import TaskError
+from phatgoose.files import is_folder
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks import hf
@@ -67,7 +68,7 @@ def look(spec: TaskSpec, folder: Path | None) -> str | None:
 
 
 def _local(name: str, folder: Path) -> Path:
-    if not folder.is_dir():
+    if not is_folder(folder, TaskError):
         raise TaskError(f"{folder} is not a folder; expected one with a file or folder for each P3 config.")
     for ending in ENDINGS:
         if (folder / f"{name}{ending}").exists():

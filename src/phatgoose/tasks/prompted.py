@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from phatgoose.errors import TaskError
-from phatgoose.files import sha256_json
+from phatgoose.files import is_folder, sha256_json
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks import hf
@@ -138,7 +138,7 @@ def files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
     Raises:
         TaskError: there is no folder, or no file of this dataset in it.
     """
-    if not folder.is_dir():
+    if not is_folder(folder, TaskError):
         raise TaskError(f"{folder} is not a folder; expected one with NAME.SPLIT.jsonl files.")
     stem = spec.options.get("files", config_name(spec.name))
     found: dict[SplitName, Path] = {}
