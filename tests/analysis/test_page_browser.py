@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from test_page import HOSTILE, make_prompt, make_results
@@ -13,6 +14,7 @@ from phatgoose.analysis.page import RoutedPrompt, report
 
 pytest_plugins = ["browser_fixtures"]
 LAYERS, KINDS = 30, 7
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def with_everything(names=("walk", "plural"), layers=3):
@@ -224,3 +226,16 @@ def test_a_large_page_is_small_and_quick(large, visit):
     assert page.locator("#layers-table tbody tr").count() == 25
     page.locator("#layers-rows").select_option(label="all")
     assert page.locator("#layers-table tbody tr").count() == 166
+
+
+def test_no_table_of_results_is_cut_on_a_usual_screen(tmp_path, visit):
+    """The published results, as they were when their page lost two columns at 1280 pixels; a phone scrolls tables, not the page."""
+    results = json.loads((PUBLISHED / "quickstart-2026-11-22.json").read_text())
+    page = visit(report(results, out=tmp_path / "page.html"), width=1280)
+    cut = (
+        "[...document.querySelectorAll('#results .scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    )
+    assert page.evaluate("document.querySelectorAll('#results table.results').length") == 2
+    assert page.evaluate(cut) == 0
+    phone = visit(tmp_path / "page.html", width=375)
+    assert phone.evaluate("document.documentElement.scrollWidth") == 375

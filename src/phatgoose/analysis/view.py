@@ -12,6 +12,8 @@ from phatgoose.analysis.measures import effective_number
 GROUPS = {"in-pool": "Tasks the pool has experts for", "held-out": "Held-out tasks, seen by no expert"}
 COLOURS = 7
 """Okabe and Ito's colours that read on light and dark: orange, sky, green, yellow, blue, vermilion, purple."""
+TASKS_ACROSS = 8
+"""How many tasks stand side by side in a table, at most."""
 EDGES = 4
 """Kinds of underline; with the colours they tell 28 experts apart, and the letter tells any number."""
 
@@ -51,7 +53,7 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "groups": groups,
         "headlines": [h for group in groups if (h := _headline(data, group))],
-        "systems": _table(data, groups),
+        "tables": [_table(data, part) for group in groups for part in _parts(group)],
         "plots": [plot for group in groups if (plot := _plot(data, group))],
         "comparisons": [part for group in groups if (part := _comparisons(data, group))["rows"]],
         "heat": _heat(data, tasks, marks),
@@ -93,15 +95,27 @@ def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | N
     }
 
 
-def _table(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a system; cells group by group, the mean first. `best`: nothing but the oracle is higher in its column."""
+def _parts(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group's tasks, at most `TASKS_ACROSS` at a time, as even as can be: more columns are wider than a screen."""
+    tasks = group["tasks"]
+    count = -(-len(tasks) // TASKS_ACROSS)
+    width = -(-len(tasks) // count)
+    starts = range(0, len(tasks), width)
+    return [
+        {**group, "of": len(tasks), "tasks": tasks[s : s + width], "first": s + 1 if count > 1 else None}
+        for s in starts
+    ]
+
+
+def _table(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """The table of (a part of) a group: a row for each system that has a score there, the group's mean first. `best`: nothing but the
+    oracle is higher in its column."""
     rows = []
     for system in data["systems"]:
-        cells: list[dict[str, Any] | None] = []
-        for group in groups:
-            cells.append(_cell(system.get("groups", {}).get(group["key"]), mean=True))
-            cells += [_cell(system["scores"].get(t["name"]), mean=False) for t in group["tasks"]]
-        rows.append({**system, "cells": cells})
+        cells = [_cell(system.get("groups", {}).get(group["key"]), mean=True)]
+        cells += [_cell(system["scores"].get(t["name"]), mean=False) for t in group["tasks"]]
+        if any(cell["value"] is not None for cell in cells):
+            rows.append({**system, "cells": cells})
     rivals = [row for row in rows if row["kind"] != "oracle"]
     for column in range(len(rows[0]["cells"]) if rows else 0):
         values = [
@@ -113,7 +127,11 @@ def _table(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str,
             row["cells"][column]["best"] = (
                 value is not None and value >= max(values) - 1e-9 and min(values) < max(values) - 1e-9
             )
-    return rows
+    lead = next((row for row in rows if row["kind"] == "router"), None)
+    label = group["label"]
+    if group["first"] is not None:
+        label += f": {group['first']} to {group['first'] + len(group['tasks']) - 1} of {group['of']}"
+    return {"label": label, "of": group["of"], "tasks": group["tasks"], "rows": rows, "lead": lead}
 
 
 def _cell(score: dict[str, Any] | None, *, mean: bool) -> dict[str, Any]:
