@@ -69,6 +69,8 @@ def test_the_record_says_that_it_was_generated(make_base, make_expert, tmp_path)
     assert prompted.source["prompts"]["number"] == 2
     assert {e.input for e in prompted.train} == set(PROMPTS)
     assert PROMPTS[0] not in json.dumps(prompted.source)
+    rendered = write_task(base, expert, WRITING, prompts=(" Walk?\n### Response:\n",), report=silent)
+    assert {e.input for e in rendered.train} == {"Walk?\n### Response:\n"}
 
 
 def test_it_is_the_gate_training_on_the_written_task(make_base, make_expert):

@@ -32,6 +32,16 @@ class Unlabelled(ValueError):
     """The row has no answer (None, or the label -1 of a public test split)."""
 
 
+def trimmed(prompt: str) -> str:
+    """A prompt without white space at its ends, but for a line break directly behind its text, and what follows that.
+
+    What a template rendered ends so ("…<|im_start|>assistant\n", "### Response:\n"), and the answer begins on the next line.
+    """
+    text = prompt.strip()
+    end = prompt[len(prompt.rstrip()) :]
+    return text + end if text and end.startswith("\n") else text
+
+
 def make_example(
     prompt: str,
     targets: Iterable[str],
@@ -42,16 +52,12 @@ def make_example(
     """An Example with white space stripped from prompt, targets and choices, and repeated ones dropped.
 
     Args:
-        keep_line_end: keep a line break directly behind the prompt's text, and what follows it: what a template rendered
-            ("…<|im_start|>assistant\n", "### Response:\n") ends so, and the answer begins on the next line.
+        keep_line_end: as `trimmed` does.
 
     Raises:
         ValueError: saying which of its rules the row breaks.
     """
-    end = prompt[len(prompt.rstrip()) :]
-    prompt = prompt.strip()
-    if prompt and keep_line_end and end.startswith("\n"):
-        prompt += end
+    prompt = trimmed(prompt) if keep_line_end else prompt.strip()
     targets, choices = list(targets), None if choices is None else list(choices)
     try:
         "".join([prompt, *targets, *(choices or ())]).encode()

@@ -20,6 +20,7 @@ from phatgoose.files import read_json, sha256_json, work_place, write_json
 from phatgoose.models.base import Base, as_base
 from phatgoose.models.routed import routing_of
 from phatgoose.records import Example, Task
+from phatgoose.tasks.columns import trimmed
 from phatgoose.training.arguments import Logger
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
@@ -82,7 +83,7 @@ def write_task(
         RoutingError, BaseModelError: the expert doesn't fit the base.
     """
     base, config = as_base(base), config or WritingConfig()
-    prompts = tuple(p.strip() for p in prompts)
+    prompts = tuple(map(trimmed, prompts))
     if any(not p for p in prompts):
         raise TrainingError("a prompt is empty.")
     if base.is_encoder_decoder and not prompts:
