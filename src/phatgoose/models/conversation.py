@@ -244,7 +244,8 @@ def _without(message: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _parting(one: str, other: str) -> str:
-    """Where two texts part, for people."""
+    """Where two texts part, for people; without the marks of control tokens."""
+    one, other = (text.translate({0xF0000: None, 0xF0001: None}) for text in (one, other))
     place = next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
