@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from conftest import VOCABULARY, hooked, make_model, make_tokenizer
@@ -30,6 +31,7 @@ from phatgoose import LAG, Arrow, Expert, Pool, Random, Single, SpectR, Uniform,
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts.packing import pack, unpack
 from phatgoose.models.base import Base
+from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.skeleton import check_mixture
 from phatgoose.models.trace import trace
 from phatgoose.routers.context import RoutingContext, Sequences
@@ -388,3 +390,25 @@ def test_what_a_router_knows_of_picked_tokens():
     assert context.tokens().positions.tolist() == [[1, 0, 2]]
     assert context.spread(torch.tensor([[[7]], [[8]]])).tolist() == [[8], [7], [8]]  # of sequences
     assert context.spread(torch.arange(6).view(2, 3, 1)).tolist() == [[4], [0], [5]]  # of tokens
+
+
+def test_dora_inside_experts(tmp_path):
+    """DoRA as transformers 4's adapters have it: W' = m (W + sBA)/‖W + sBA‖, row by row."""
+    model = make("qwen3_moe")
+    per_expert(model, "qwen3_moe", tmp_path / "a", 1)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for key in [k for k in tensors if "lora_B" in k]:
+        magnitude = torch.rand(tensors[key].shape[0], generator=generator) + 0.5
+        tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = magnitude
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"use_dora": True}
+    expert = Expert("a", config, tensors)
+    by_hand = make("qwen3_moe")
+    modules = modules_of(by_hand, expert.updates)
+    with torch.no_grad():
+        for path, update in expert.updates.items():
+            weight = modules[path].weight
+            whole = weight + update.weight()
+            weight.copy_(update.magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True))
+    route(model, Pool([expert]), Single(0))
+    torch.testing.assert_close(logits(model), logits(by_hand), atol=1e-5, rtol=1e-4)
