@@ -27,7 +27,20 @@ from moe_fixtures import (
     with_gates,
     with_weights_added,
 )
-from phatgoose import LAG, Arrow, Expert, Pool, Random, Single, SpectR, Uniform, merged, route, unroute
+from phatgoose import (
+    LAG,
+    PHATGOOSE,
+    Arrow,
+    Expert,
+    Pool,
+    Random,
+    Single,
+    SpectR,
+    Uniform,
+    merged,
+    route,
+    unroute,
+)
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts.packing import pack, unpack
 from phatgoose.models.base import Base
@@ -35,6 +48,7 @@ from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.skeleton import check_mixture
 from phatgoose.models.trace import trace
 from phatgoose.routers.context import RoutingContext, Sequences
+from phatgoose.routers.masked import Masked, Switches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,6 +292,9 @@ def test_old_and_new_names_in_one_pool(tmp_path, family):
         alone = logits(route(model, Pool([old, new]), Single(name)))
         by_itself = logits(route(model, Pool([{"old": old, "new": new}[name]]), Single(0)))
         torch.testing.assert_close(alone, by_itself, atol=1e-9, rtol=1e-9)
+    average = logits(route(model, Pool([old, new]), Uniform()))
+    single = logits(route(model, Pool([merged(Pool([old, new]))]), Single(0)))
+    torch.testing.assert_close(single, average, atol=1e-5, rtol=1e-4)
     # What PHATGOOSE does: the new one's updates cut in two, under the old one's names.
     tensors, cut_gates = {}, {}
     for path, update in new.updates.items():
@@ -412,3 +429,18 @@ def test_dora_inside_experts(tmp_path):
             weight.copy_(update.magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True))
     route(model, Pool([expert]), Single(0))
     torch.testing.assert_close(logits(model), logits(by_hand), atol=1e-5, rtol=1e-4)
+
+
+def test_experts_are_switched_off_for_each_row(tmp_path):
+    """Explaining an answer switches experts off row by row; inside experts every token keeps its row's switches."""
+    model = make("qwen3_moe")
+    for i in range(3):
+        peft_adapter(model, tmp_path / str(i), i)
+    experts = [with_gates(Expert.from_peft(tmp_path / str(i), name=str(i)), i) for i in range(3)]
+    x, on = ids(3, 9), torch.tensor([[True, True, True], [False, True, True], [True, False, False]])
+    found = logits(route(model, Pool(experts), Masked(PHATGOOSE(), Switches(on))), x)
+    for row, which in enumerate(on.tolist()):
+        pool = Pool([e for e, there in zip(experts, which, strict=True) if there])
+        torch.testing.assert_close(
+            found[row], logits(route(model, pool), x[row : row + 1])[0], atol=1e-5, rtol=1e-4
+        )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +31,7 @@ def under_one_name(model: PreTrainedModel, pool: Pool, modules: Mapping[str, nn.
     """The pool itself where no two of its paths mean the same weights; else with these under the names that the model has for them.
 
     Raises:
-        RoutingError: one expert changes the same weights twice, or halves of another size than the model's.
+        RoutingError: one expert changes the same weights twice with gates of its own, or halves of another size than the model's.
     """
     slots = {path: modules[path] for path in pool.modules if isinstance(modules.get(path), Slot | RouterSlot)}
     together: dict[Any, dict[str, Slot | RouterSlot]] = {}
@@ -75,11 +76,12 @@ def _renamed(
     for path, update in expert.updates.items():
         parts = _halves(expert, path, update, slots[path]) if path in split else (update,)
         for name, part in zip(names.get(path, (path,)), parts, strict=True):
-            if name in updates:
+            if name in updates and expert.gates is not None:
                 raise RoutingError(
-                    f"expert {expert.name!r} changes the same weights as {of[name]} and as {path}: merge the two."
+                    f"expert {expert.name!r} changes the same weights as {of[name]} and as {path}, with a gate for each; there can be one."
                 )
-            updates[name], of[name] = part, path
+            updates[name] = _sum(updates[name], part) if name in updates else part
+            of[name] = path
     values = {k: v for k, v in vars(expert).items() if k not in _DERIVED}
     gates = expert.gates
     values |= {
@@ -90,6 +92,14 @@ def _renamed(
     made = object.__new__(Expert)  # not built anew: its tensors have their own names
     vars(made).update(values)
     return made
+
+
+def _sum(one: Update, other: Update) -> Update:
+    """Both at once, as where a pool of old and new adapters was merged into one."""
+    if not (one.is_low_rank and other.is_low_rank):
+        raise RoutingError(f"{one.kind} and {other.kind} of the same weights can't be added.")
+    scaled = [u.B.float() * u.scale for u in (one, other)]
+    return Update(torch.cat([one.A.float(), other.A.float()]), torch.cat(scaled, dim=1))
 
 
 def _halves(expert: Expert, path: str, update: Update, slot: Slot) -> tuple[Update, Update]:

@@ -113,14 +113,20 @@ class _Masked(BoundRouter):
         """Which candidates may be chosen on each token: bool [N, candidates], and how many of all experts are on: int64 [N]."""
         on = self.settings.switches.allowed
         assert on is not None
+        if context.picked is not None:
+            return self._of(context.spread(on.to(device)[:, None, :]))
         if on.ndim != 2 or on.shape[1] != len(self.names) or not on.shape[0] or context.rows % on.shape[0]:
             raise RoutingError(
                 f"experts are switched by a table of {list(on.shape)}, and {context.path} saw {context.rows} rows of a pool of "
                 f"{len(self.names)}: expected one row for each row of the batch, one column for each expert."
             )
         on = on.to(device).repeat_interleave(context.rows // on.shape[0], dim=0)
+        allowed, number = self._of(on)
+        return allowed.repeat_interleave(context.length, dim=0), number.repeat_interleave(context.length)
+
+    def _of(self, on: Tensor) -> tuple[Tensor, Tensor]:
+        """Of switches, one row for each token or sequence: which candidates are on, and how many of all experts."""
         allowed = on[:, self.members.clamp(min=0)]
         # Nothing is offered in place of an expert only where one that is on has nothing at this module.
         null = on[:, self.absent].any(1, keepdim=True)
-        allowed = torch.where((self.members < 0).to(device), null, allowed)
-        return (allowed.repeat_interleave(context.length, dim=0), on.sum(1).repeat_interleave(context.length))
+        return torch.where((self.members < 0).to(on.device), null, allowed), on.sum(1)
