@@ -102,6 +102,9 @@ def test_each_layout_fits_the_language_model_wherever_it_stands(models, base, la
     plain = logits(models[base])
     found = logits(route(models[base], pool, Single(0)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    here = (VLM, TEXT)[base]
+    names = {path: path.replace(layout, here, 1) for path in pool.modules} if layout != here else {}
+    assert routing_of(models[base]).renamed == ({"adapter": names} if names else {})
     assert torch.equal(logits(unroute(models[base])), plain)
     assert not torch.allclose(plain, expected, atol=1e-2)
 

@@ -56,17 +56,27 @@ def unpack(pool: PoolArgument) -> None:
 
 
 def show_copied(routing: Routing | None) -> None:
-    """Says where the rows of a packed pool couldn't be used where they stand; of other pools they never can."""
+    """Says which experts call modules otherwise than this model, and where the rows of a packed pool couldn't be used where they
+    stand; of other pools they never can."""
     from phatgoose.experts.packed import PackedExpert
 
-    if routing is None or not any(isinstance(e, PackedExpert) for e in routing.pool.experts):
+    if routing is None:
+        return
+    for name, paths in routing.renamed.items():
+        own, here = next(iter(paths.items()))
+        _once(f"note: {name} names its modules in another layout: {own} is taken for {here}")
+    if not any(isinstance(e, PackedExpert) for e in routing.pool.experts):
         return
     if copied := routing.copied:
         first = next(iter(copied))
         text = f"note: at {len(copied)} of {len(routing.sites)} modules the packed rows are copied into memory ({first}: {copied[first]})"
-        if text not in _SAID:
-            show.note(text)
-            _SAID.add(text)
+        _once(text)
+
+
+def _once(text: str) -> None:
+    if text not in _SAID:
+        show.note(text)
+        _SAID.add(text)
 
 
 def _mib(size: int) -> str:

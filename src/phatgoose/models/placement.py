@@ -30,8 +30,12 @@ LAYOUTS = (
 """What stands before the names of a language model's layers."""
 
 
-def placed_pool(model: PreTrainedModel, modules: Mapping[str, nn.Module], pool: Pool) -> Pool:
-    """The pool as it stands on a model; the very same object where every expert names the model's modules as they are.
+def placed_pool(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], pool: Pool
+) -> tuple[Pool, dict[str, dict[str, str]]]:
+    """The pool as it stands on a model, and for each expert that calls modules otherwise, its own path → the model's.
+
+    The pool is the very same object where every expert stands as it is.
 
     Args:
         modules: the model's modules by path.
@@ -39,10 +43,11 @@ def placed_pool(model: PreTrainedModel, modules: Mapping[str, nn.Module], pool: 
     Raises:
         RoutingError: a module's name may mean several modules, or two of an expert's names mean one.
     """
-    experts = [placed(model, modules, expert)[0] for expert in pool.experts]
-    if all(one is other for one, other in zip(experts, pool.experts, strict=True)):
-        return pool
-    return Pool(experts)
+    found = [placed(model, modules, expert) for expert in pool.experts]
+    renamed = {expert.name: names for expert, names in found if names}
+    if all(one is other for (one, _), other in zip(found, pool.experts, strict=True)):
+        return pool, renamed
+    return Pool([expert for expert, _ in found]), renamed
 
 
 def placed(

@@ -158,7 +158,7 @@ class Routing:
         device_memory: int | None = None,
     ):
         modules = modules_of(model, pool.modules)
-        pool = placed_pool(model, modules, pool)
+        pool, self.renamed = placed_pool(model, modules, pool)
         check_copies(modules, pool.experts)
         check_parameters(modules, pool.experts)
         if (named := under_one_name(model, pool, modules)) is not pool:
