@@ -22,6 +22,17 @@ VALID = [
         },
     ),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "c"}], "stream": True, "stream_options": {"include_usage": True}}),
+    (
+        "POST",
+        "/v1/completions",
+        {
+            "prompt": ["a", "b"], "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 1, "stop_token_ids": [5], "max_tokens": 3,
+            "bad_words": ["the"], "allowed_token_ids": [5, 6, 7], "prompt_logprobs": 1, "return_token_ids": True, "ignore_eos": True,
+        },
+    ),
+    ("POST", "/tokenize", {"prompt": "a b", "return_token_strs": True, "add_special_tokens": False}),
+    ("POST", "/tokenize", {"model": "a", "messages": [{"role": "user", "content": "c"}]}),
+    ("POST", "/detokenize", {"tokens": [5, 6]}),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/a", None),
     ("GET", "/metrics", None),

@@ -263,5 +263,5 @@ def test_text_to_tokens_and_back(http, base):
 
 
 def test_where_every_token_is_ruled_out_it_is_said(server):
-    with pytest.raises(openai.InternalServerError, match="rule out every token"):
+    with pytest.raises(openai.BadRequestError, match="rule out every token"):
         server.client().completions.create(**ASK, extra_body={"allowed_token_ids": [1], "min_tokens": 3})

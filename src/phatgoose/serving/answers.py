@@ -21,6 +21,7 @@ from phatgoose.serving.apart import away
 from phatgoose.serving.formats import Form, usage
 from phatgoose.serving.job import ENDING
 from phatgoose.serving.refusals import Refusal
+from phatgoose.serving.sampling import RULED_OUT
 from phatgoose.serving.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Ask, Service
 from phatgoose.serving.text import shown
@@ -216,6 +217,8 @@ def _refused(error: BaseException) -> Refusal:
         return Refusal(504, "the answer wasn't finished in time.", code="timeout")
     if isinstance(error, EngineFailure) and str(error) == ENDING:
         return Refusal(503, f"{ENDING}.", code="server_ending", headers={"Retry-After": "5"})
+    if isinstance(error, EngineFailure) and str(error) == RULED_OUT:
+        return Refusal(400, f"{RULED_OUT}.", param="allowed_token_ids")
     if isinstance(error, EngineFailure):
         return Refusal(500, f"{error}.".replace("..", "."), code="engine_failure")
     raise error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 HEAD = 1024
 """Likeliest tokens among which the top_p share is looked for before all are sorted."""
+RULED_OUT = "min_tokens, bad_words and allowed_token_ids together rule out every token"
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ class Draw:
         # argmax takes a NaN for the highest.
         if not math.isfinite(float(changed[best])):
             if changed is not logits and math.isfinite(float(logits.max())):
-                raise ArithmeticError(
-                    "min_tokens, bad_words and allowed_token_ids together rule out every token"
-                )
+                raise ArithmeticError(RULED_OUT)
             raise ArithmeticError("the model's logits are not finite")
         token = best if s.temperature == 0 else self._drawn(changed.double() - changed[best])
         if s.logprobs is not None:
