@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from architectures import make
 
+from architectures import make
 from conftest import make_tokenizer
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.answers import Rule

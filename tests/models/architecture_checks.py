@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from architectures import ALL, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from architectures import ALL, make
 from conftest import make_tokenizer
 from phatgoose import (
     Expert,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from architectures import ENCODER_DECODERS, make
 
+from architectures import ENCODER_DECODERS, make
 from conftest import make_tokenizer
 from phatgoose.errors import BaseModelError
 from phatgoose.models.base import Base

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import make
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
+from architectures import make
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert

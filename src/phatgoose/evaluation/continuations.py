@@ -22,11 +22,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.plain import plain_logits
+from phatgoose.evaluation.plain import check_once, plain_logits
 from phatgoose.models.base import device_of
 from phatgoose.models.limits import decoder_start
 from phatgoose.models.prompted import ATTRIBUTE, prompted
-from phatgoose.models.sequences import keeps_only_keys, mixes_up_to, shares_cache, takes
+from phatgoose.models.sequences import keeps_only_keys, may_look_ahead, mixes_up_to, shares_cache, takes
 from phatgoose.tasks.batch import UNLIMITED, padded
 
 OVERHEAD = 64
@@ -67,7 +67,13 @@ class Read:
 
 
 def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Read:
-    """Runs `prompts` (none empty) once and keeps their cache, if what follows may go on from it."""
+    """Runs `prompts` (none empty) once and keeps their cache, if what follows may go on from it.
+
+    Raises:
+        EvaluationError: if the model's scores mean nothing (`check_once`).
+    """
+    if may_look_ahead(model):
+        check_once(model)
     whole, seq2seq = tuple(map(tuple, prompts)), bool(model.config.is_encoder_decoder)
     ids, mask = (tensor.to(device_of(model)) for tensor in padded(prompts, pad, left=not seq2seq))
     if shares_cache(model) and (seq2seq or ids.shape[1] <= mixes_up_to(model)):

@@ -25,7 +25,7 @@ def plain_logits(
     Raises:
         EvaluationError: the model's scores would mean nothing (`check_rows`).
     """
-    _check(model)
+    check_once(model)
     seq2seq = bool(model.config.is_encoder_decoder)
     # What follows the last token is asked for by a token that nobody reads.
     rows = [Encoded(tuple(p), (*b, pad)) for p, b in zip(prompts, behind, strict=True)]
@@ -40,7 +40,7 @@ def plain_logits(
     return logits[torch.arange(len(rows), device=logits.device)[:, None], places]
 
 
-def _check(model: PreTrainedModel) -> None:
+def check_once(model: PreTrainedModel) -> None:
     """`check_rows`, once a model, on the base alone."""
     if model.__dict__.get(_CHECKED):
         return

@@ -106,6 +106,16 @@ def keeps_only_keys(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(type(layer) in SHAREABLE for layer in cache.layers)
 
 
+def may_look_ahead(model: PreTrainedModel) -> bool:
+    """Whether a decoder-only model with a cache may all the same attend to later tokens, as PaliGemma does in a prompt."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return False
+    return config.get_text_config() is not config or bool(
+        getattr(config, "use_bidirectional_attention", False)
+    )
+
+
 def check_rows(model: PreTrainedModel) -> None:
     """Refuses a model whose scores of a row mean nothing, or depend on the rows beside it. Runs it once on eight tokens.
 

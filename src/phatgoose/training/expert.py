@@ -10,24 +10,27 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from phatgoose.errors import StorageError, TrainingError
+from phatgoose.errors import ExpertError, StorageError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.names import slug
-from phatgoose.experts.peft import CONFIG_FILE
+from phatgoose.experts.peft import CONFIG_FILE, to_contents
 from phatgoose.files import read_json, write_json
 from phatgoose.models.base import Base, as_base
 from phatgoose.records import Task
 from phatgoose.training import bottleneck
 from phatgoose.training.arguments import Logger
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.modules import is_conv1d, normal, target_paths
+from phatgoose.training.modules import is_conv1d, left_out, normal, target_paths
 from phatgoose.training.progress import Report
 from phatgoose.training.run import Job, run
 from phatgoose.training.student import Student
@@ -101,14 +104,41 @@ def _recipe(
         places = bottleneck.places(base, config)
         return lambda: bottleneck.BottleneckStudent(base, places, config, name), bottleneck.write
     paths = adapted_paths(base, config)
+    if config.target_modules == "all-linear" and (rest := left_out(base.model, paths)):
+        warnings.warn(f"expert {name}: left out of training are {'; '.join(rest)}.", stacklevel=3)
     return lambda: Student(adapted(base, paths, config), base.model, config), _write
 
 
 def adapted_paths(base: Base, config: ExpertConfig) -> list[str]:
-    """The layers that a LoRA or (IA)³ with these settings adapts."""
-    if config.target_modules != "auto":
-        return target_paths(base.model, config.target_modules)
-    return target_paths(base.model, _ia3_names(base, TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING))
+    """The layers that a LoRA or (IA)³ with these settings adapts.
+
+    Raises:
+        TrainingError: `target_modules` names no linear layer, or one that PEFT doesn't adapt in such a base.
+    """
+    names: str | Sequence[str] = config.target_modules
+    if names == "auto":
+        names = _ia3_names(base, TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)
+    paths = target_paths(base.model, names)
+    if config.kind != "lora":
+        return paths
+    refused = {n for n in {path.rpartition(".")[2] for path in paths} if _kept_from(base.model, n)}
+    if refused and names != "all-linear":
+        raise TrainingError(
+            f"target_modules: in a {base.model.config.model_type} PEFT doesn't adapt linear layers called {', '.join(sorted(refused))} "
+            "(it takes the names for fused experts, or refuses them): leave them out."
+        )
+    return [path for path in paths if path.rpartition(".")[2] not in refused]
+
+
+def _kept_from(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT wouldn't adapt the linear layers of this name: it takes some for the experts of an earlier transformers."""
+    settings = LoraConfig(target_modules=[name])
+    try:
+        _check_lora_target_modules_mamba(settings, model, name)
+        convert_peft_config_for_transformers(settings, model, None)
+    except ValueError:
+        return True
+    return name not in (settings.target_modules or ())
 
 
 def _ia3_names(base: Base, known: Mapping[str, list[str]]) -> list[str]:
@@ -142,8 +172,38 @@ def adapted(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftModel
     except (ValueError, TypeError, NotImplementedError) as cause:
         raise TrainingError(f"PEFT can't adapt this base: {cause}") from cause
     settings.base_model_name_or_path = base.spec  # get_peft_model puts the model's own path there
+    _check_readable(model, settings, paths)
     initialise(model, config)
     return model
+
+
+def _check_readable(model: PeftModel, settings: PeftConfig, paths: Sequence[str]) -> None:
+    """Refuses, before the first step, what could not be read again when it is saved.
+
+    Raises:
+        TrainingError: PEFT adapts other layers than these, or in a way that experts can't have.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    try:
+        found = to_contents(
+            {
+                **settings.to_dict(),
+                "peft_type": str(getattr(settings.peft_type, "value", settings.peft_type)),
+            },
+            tensors,
+            "the adapter",
+        ).updates
+    except ExpertError as cause:
+        raise TrainingError(
+            f"an adapter of these modules can't be read again once it is trained: {cause}"
+        ) from cause
+    if found.keys() != set(paths):
+        others = sorted(found.keys() ^ set(paths))
+        raise TrainingError(
+            f"target_modules: PEFT would adapt other layers than were asked for, such as {others[0]}; name linear layers that it knows."
+        )
 
 
 def _lora(base: Base, paths: Sequence[str], config: ExpertConfig, common: dict[str, Any]) -> PeftConfig:

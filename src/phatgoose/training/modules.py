@@ -1,9 +1,9 @@
-"""Which modules an expert adapts, the sizes of a linear layer whatever its kind, and first values."""
+"""Which modules an expert adapts and which it can't, the sizes of a linear layer whatever its kind, and first values."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,13 @@ def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer, None for anything else. Packed layers are asked, not their weight's shape."""
+    """(d_in, d_out) of a linear layer, None for anything else. Packed layers are asked, not their weight's shape.
+
+    A class of transformers' models that computes something else than its linear layer, as routers of mixtures do, is none.
+    """
+    own = type(module).forward is not nn.Linear.forward
+    if isinstance(module, nn.Linear) and own and type(module).__module__.startswith("transformers.models."):
+        return None
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.nf)
     if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
@@ -35,23 +41,36 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers that `targets` means: "all-linear" (all but the output head), or names.
+def text_tower(model: PreTrainedModel) -> str:
+    """Path of the part of a vision-language model that reads text, with a dot behind it; "" if that is the whole model."""
+    config = model.config
+    text = config.get_text_config()
+    if text is config or config.is_encoder_decoder:
+        return ""
+    parts = [path for path, m in model.named_modules() if path and getattr(m, "config", None) is text]
+    return f"{parts[0]}." if parts else ""
 
-    A name means the layer of that path, and every layer whose path ends in it at a dot.
+
+def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers that `targets` means: "all-linear" (all of the text model but the output head), or names.
+
+    A name means the layer of that path, and every layer whose path ends in it at a dot: in the part of the model that reads text, if
+    there are any.
 
     Raises:
         TrainingError: a name matches nothing, or something that isn't a linear layer, or the output head.
     """
-    head = model.get_output_embeddings()
+    head, tower = model.get_output_embeddings(), text_tower(model)
     modules = dict(model.named_modules())
     linear = {path for path, m in modules.items() if sizes(m) is not None and m is not head}
     if targets == "all-linear":
-        return sorted(linear)
+        return sorted(path for path in linear if path.startswith(tower))
     names = [targets] if isinstance(targets, str) else list(targets)
     found: set[str] = set()
     for name in names:
         matches = {p for p in modules if p == name or p.endswith("." + name)}
+        if name not in matches:
+            matches = {p for p in matches if p.startswith(tower)} or matches
         if not matches:
             known = {p.rpartition(".")[2] for p in linear} | (
                 {"all-linear"} if isinstance(targets, str) else set()
@@ -68,3 +87,33 @@ def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
                 )
         found |= matches
     return sorted(found)
+
+
+def left_out(model: PreTrainedModel, paths: Collection[str]) -> list[str]:
+    """What else of the model has weights that an expert could change, in words, where all linear layers were asked for."""
+    found, whole = [], sum(p.numel() for p in model.parameters())
+    bare = [
+        p.numel()
+        for path, module in model.named_modules()
+        for p in module.parameters(recurse=False)
+        if p.ndim == 3 and min(p.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+    ]
+    if bare:
+        found.append(
+            f"the matrices of the mixture's experts, which are fused into {len(bare)} parameters and no linear layers "
+            f"({sum(bare) / whole:.0%} of the base's weights)"
+        )
+    head, tower = model.get_output_embeddings(), text_tower(model)
+    layers = {path: m for path, m in model.named_modules() if sizes(m) is not None and m is not head}
+    outside = [path for path in layers if not path.startswith(tower)]
+    if outside:
+        found.append(
+            f"{len(outside)} linear layers outside of {tower[:-1]}, which see no text (name them to train them)"
+        )
+    kept_from = sorted(set(layers) - set(outside) - set(paths))
+    if kept_from:
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in kept_from}))
+        found.append(
+            f"{len(kept_from)} layers called {names}, which PEFT doesn't adapt in a {model.config.model_type}"
+        )
+    return found
