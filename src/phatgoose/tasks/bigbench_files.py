@@ -2,7 +2,7 @@
 
 Both have the repository's layout: NAME/task.json, or NAME/SUBTASK/task.json below a NAME/task.json without examples.
 Of the sdist (358 MB, 1.9 GB unpacked) only the JSON tasks are kept, gzipped, in the cache folder; nothing else of it is
-written, imported or built.
+written, imported, built or run.
 """
 
 from __future__ import annotations
