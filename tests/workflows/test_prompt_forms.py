@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from phatgoose.tasks.splits import CHAT
-from phatgoose.workflows.prompt_forms import fitting_form, trained_form
+from phatgoose.workflows.prompt_forms import endpoint, fitting_form, trained_form
 
 
 @dataclass
@@ -43,6 +43,12 @@ def pool(*styles):
 )  # fmt: skip
 def test_what_an_experts_record_says(provenance, form):
     assert trained_form(Stub("e", provenance)) == form
+
+
+def test_the_endpoint_that_fits():
+    assert endpoint(pool("as is", "as is")) == "/v1/completions"
+    assert endpoint(pool(CHAT)) == "/v1/chat/completions"
+    assert endpoint(pool(CHAT, "as is")) is endpoint(pool(None)) is None
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def command(
         raise PhatgooseError(f"the server needs {cause.name}: {install('serve')}") from None
     from phatgoose.cli.loading import load_for, load_pool, own_router
     from phatgoose.experts.manifest import read_manifest
-    from phatgoose.workflows.prompt_forms import trained_form
+    from phatgoose.workflows.prompt_forms import endpoint
 
     keys = read_keys(api_keys, admin_key)
     check_host(host, keys)
@@ -83,9 +83,8 @@ def command(
         experts = None if empty else load_pool(pool)
         routed_by = router or own_router(experts)
         model = load_for(experts, base, dtype, device, folder=pool)
-        for path, form in (("/v1/completions", "raw"), ("/v1/chat/completions", "chat")):
-            if experts and all(trained_form(e) == form for e in experts.experts):
-                show.note(f"note: the experts were trained on prompts as {path} gives them to the base.")
+        if experts and (path := endpoint(experts)):
+            show.note(f"note: the experts were trained on prompts as {path} gives them to the base.")
         return Service(
             model, config, pool=experts, folder=pool, router=routed_by, name=name, backend_name=backend
         )

@@ -95,9 +95,15 @@ class _Conversation:
                 "tool_calls", text, [*self.messages, _without(given, "tool_calls")], self.tools, False
             )
         if not text.startswith(self.text):
+            system = any(m.get("role") == "system" for m in self.messages)
             raise TaskError(
                 "the chat template renders a conversation with its answer otherwise than up to the answer: "
                 f"{_parting(text, self.text)}. Trained on the one, a model would be served the other."
+                + (
+                    " Some templates do so with a system turn: write it into the first user turn."
+                    if system
+                    else ""
+                )
             )
         end = self._end_of_answer(whole, text)
         ids, count = self._encode(text[:end]), len(self.prompt)

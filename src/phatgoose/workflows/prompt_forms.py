@@ -34,6 +34,16 @@ def _form(source: Mapping[str, Any]) -> Form | None:
     return "chat" if style == CHAT else "raw"
 
 
+def endpoint(pool: Pool) -> str | None:
+    """Which of a server's two endpoints gives the base prompts as the experts were trained on; None where their records don't agree."""
+    forms = {trained_form(expert) for expert in pool.experts}
+    return (
+        {"raw": "/v1/completions", "chat": "/v1/chat/completions"}.get(str(forms.pop()))
+        if len(forms) == 1
+        else None
+    )
+
+
 def fitting_form(pool: Pool | None, asked: Form | None, has_template: bool) -> tuple[Form, str | None]:
     """(the form of prompts to take, what to say about it).
 
