@@ -198,13 +198,8 @@ class Streams:
             now.outer = module
         given = named(module, args, kwargs)
         run = run_of(given, self._caches)
-        if (
-            run.past.problem is None
-            and given.get("cu_seq_lens_q") is not None
-            and getattr(given.get("attention_mask"), "ndim", 0) != 2
-        ):
-            # Continuous batching: sequences in one row, behind caches of their own, without padding.
-            run.given["attention_mask"] = None
+        if given.get("cu_seq_lens_q") is not None and getattr(given.get("attention_mask"), "ndim", 0) != 2:
+            run.given["attention_mask"] = None  # continuous batching: there is no padding
         now.runs[name] = run
         if name == "decoder" and run.encoded is not None:
             run.before = None if now.encoded is run.encoded() else now.encoded
