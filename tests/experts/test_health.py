@@ -11,7 +11,7 @@ from conftest import TARGETS
 from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.update import Bottleneck, Update, no_rows
+from phatgoose.experts.update import Bottleneck, Projections, SharedUpdate, Update, no_rows
 from phatgoose.models.modules import weight_norms
 
 
@@ -134,6 +134,16 @@ def test_parts_left_out_are_named(base, make_expert):
         {**expert.provenance, "dropped": ["modules_to_save"]},
     )
     assert "a: leaves out modules_to_save of its adapter" in "\n".join(Pool([dropped]).warnings())
+
+
+def test_veras_vectors_are_compared_with_each_other():
+    """Its matrices are the base's to cut; what an expert has of its own are two vectors."""
+    update = Update(
+        *no_rows(None, 2),
+        shared=SharedUpdate(torch.tensor([3.0, 4]), torch.tensor([2.0]), Projections(seed=0)),
+    )
+    assert dict(health.strengths(update)) == {"VeRA vectors": 10.0}
+    assert (update.kind, update.width, update.d_in, update.d_out) == ("VeRA", 1, 0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,6 +23,8 @@ from phatgoose import Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import RoutingError, TrainingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.packing import pack
+from phatgoose.experts.placed import placed_expert
+from phatgoose.experts.update import Projections, SharedUpdate, Update, no_rows
 from phatgoose.models.base import Base
 from phatgoose.models.routed import routing_of
 from phatgoose.records import Example
@@ -204,3 +206,30 @@ def test_qwen2_vl_as_it_was_before(tmp_path):
     save_file({k.replace(VLM, TEXT): t for k, t in load_file(file).items()}, file, {"format": "pt"})
     found = logits(route(model, Pool([Expert.from_peft(folder)]), Single(0)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_veras_matrices_must_fit_into_memory(make_base, tmp_path):
+    """A file of a few numbers may ask for any rank."""
+    base, rank = make_base("llama"), 2**44
+    path = "model.layers.0.self_attn.q_proj"
+    update = Update(
+        *no_rows(None, 32),
+        shared=SharedUpdate(torch.ones(32), torch.ones(1).expand(rank), Projections(seed=0)),
+    )
+    plain = Expert.from_peft(adapter(base.model, tmp_path / "adapter"))
+    with pytest.raises(RoutingError, match=r"VeRA of rank 17592186044416, whose matrices take \d+ bytes"):
+        route(base, Pool([placed_expert(plain, {}, {path: update})]), Single(0))
+
+
+def test_vera_of_another_base_is_refused(make_base, tmp_path):
+    base = make_base("llama")
+    shared = SharedUpdate(torch.ones(48), torch.ones(3), Projections(torch.ones(3, 20), torch.ones(48, 3)))
+    update = Update(*no_rows(None, 48), shared=shared)
+    plain = Expert.from_peft(adapter(base.model, tmp_path / "adapter"))
+    for path, message in (
+        ("model.layers.0.mlp.up_proj", r"vera_A \[3, 20\] .* too small for 32 → 48"),
+        ("model.layers.0.self_attn.q_proj", r"an update 0 → 48 at .*q_proj, where this model has 32 → 32"),
+        ("model.layers.9.mlp.up_proj", "adapts a module this model lacks"),
+    ):
+        with pytest.raises(RoutingError, match=message):
+            route(base, Pool([placed_expert(plain, {}, {path: update})]), Single(0))

@@ -16,6 +16,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.placed import Renamed, placed_expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.update import Update, sizes_agree
+from phatgoose.memory import available_bytes
 from phatgoose.models.layers import embedding_shape, linear_shape
 from phatgoose.models.modules import module_at
 
@@ -135,6 +136,12 @@ def _cut(modules: Mapping[str, nn.Module], expert: Expert) -> dict[str, Update]:
             shapes[path] = linear_shape(module) or (0, 0)
     d_in, d_out = (max(widths) for widths in zip(*shapes.values(), strict=True))
     first = next(u.shared for u in expert.updates.values() if u.shared is not None)
+    needed = 4 * len(first.d) * (d_in + d_out + sum(map(sum, shapes.values())))
+    if needed > (free := available_bytes()):
+        raise RoutingError(
+            f"expert {expert.name!r} is VeRA of rank {len(first.d)}, whose matrices take {needed} bytes in this model, and this machine has "
+            f"{free} bytes of memory free."
+        )
     projections = first.projections.drawn(len(first.d), d_in, d_out)
     updates = {}
     for path, update in expert.updates.items():
