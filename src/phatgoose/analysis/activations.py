@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.hooks import Hooks, apart
 from phatgoose.models.moe import Slot
 from phatgoose.models.moe_paths import modules_of
 from phatgoose.ops.reference import standardise
@@ -43,19 +44,17 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
     for path in modules:
         if path not in found:
             raise RoutingError(f"this model has no module {path}: its inputs can't be averaged.")
-    handles = [found[path].register_forward_hook(partial(_read, path, hook)) for path in modules]
-    try:
-        with torch.no_grad():
-            for text in texts:
-                batch = dict(base.tokenizer([text], return_tensors="pt").to(base.device))
-                batch.pop("token_type_ids", None)
-                if base.is_encoder_decoder:
-                    start = base.model.generation_config.decoder_start_token_id
-                    batch["decoder_input_ids"] = torch.full((1, 1), int(start or 0), device=base.device)
-                base.model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    reading = [
+        found[path].register_forward_hook(partial(apart, partial(_read, path, hook))) for path in modules
+    ]
+    with Hooks(reading), torch.no_grad():
+        for text in texts:
+            batch = dict(base.tokenizer([text], return_tensors="pt").to(base.device))
+            batch.pop("token_type_ids", None)
+            if base.is_encoder_decoder:
+                start = base.model.generation_config.decoder_start_token_id
+                batch["decoder_input_ids"] = torch.full((1, 1), int(start or 0), device=base.device)
+            base.model(**batch)
     for path in modules:
         if path not in sums and not isinstance(
             found[path], Slot

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import BaseModelError
+from phatgoose.models.hooks import forget_compiled
 from phatgoose.records import Fingerprint
 
 
@@ -28,12 +29,14 @@ class Base:
     """What a user should know about this copy, e.g. that it was dequantised from 4 bits."""
 
     def __post_init__(self) -> None:
+        self.model = bare_of(self.model)
         # On the model, not in a table: the two then live and die (and are copied) together.
         if (
             "_phatgoose_base" not in self.model.__dict__
             and (head := self.model.get_output_embeddings()) is not None
         ):
             head.register_forward_pre_hook(_contiguous)
+            forget_compiled()
         self.model.__dict__["_phatgoose_base"] = self
 
     @property
@@ -77,6 +80,31 @@ def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
+def bare_of(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
+    """The transformers model itself: a `Base`'s, or the one that torch.compile has wrapped.
+
+    Raises:
+        BaseModelError: it is something else, as an exported program; says what to pass.
+    """
+    if isinstance(model, Base):
+        return model.model
+    inner = model
+    while "_orig_mod" in getattr(inner, "_modules", ()):
+        inner = inner._orig_mod
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    kind = type(inner).__name__
+    if isinstance(inner, torch.jit.ScriptModule | torch.fx.GraphModule | torch.export.ExportedProgram):
+        raise BaseModelError(
+            f"a {kind} holds a fixed computation, to which nothing can be attached: pass the transformers model it was made of."
+        )
+    if isinstance(getattr(inner, "module", None), nn.Module):
+        raise BaseModelError(
+            f"expected a Base or a transformers PreTrainedModel, got a {kind}: pass the model inside, its .module."
+        )
+    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got {kind}.")
+
+
 def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
     """The `Base` that `model` is or belongs to; a bare model needs its tokenizer the first time.
 
@@ -85,12 +113,11 @@ def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerB
     """
     if isinstance(model, Base):
         return model
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None and (known := model.__dict__.get("_phatgoose_base")) is not None:
-            return known
-        if tokenizer is not None:
-            return Base(model, tokenizer, spec=model.name_or_path or type(model).__name__)
-        raise BaseModelError(
-            "this model was not loaded by load_base(), so its tokenizer is unknown: pass Base(model, tokenizer, spec=...)."
-        )
-    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got {type(model).__name__}.")
+    bare = bare_of(model)
+    if tokenizer is None and (known := bare.__dict__.get("_phatgoose_base")) is not None:
+        return known
+    if tokenizer is not None:
+        return Base(bare, tokenizer, spec=bare.name_or_path or type(bare).__name__)
+    raise BaseModelError(
+        "this model was not loaded by load_base(), so its tokenizer is unknown: pass Base(model, tokenizer, spec=...)."
+    )

@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.base import Base
+from phatgoose.models.base import Base, bare_of
 from phatgoose.models.prompted import ATTRIBUTE
 from phatgoose.ops import Stack
 from phatgoose.ops.cached import Cached, Room
 from phatgoose.ops.slots import Counts
 
 if TYPE_CHECKING:
-    from phatgoose.models.routed import _Site
+    from phatgoose.models.site import Site
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -63,7 +63,7 @@ class CacheUse:
 
 def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
     """How the pool that is attached to this model uses its `device_memory`; None where it has none."""
-    bare = model.model if isinstance(model, Base) else model
+    bare = bare_of(model)
     routing = bare.__dict__.get(ATTRIBUTE)
     return None if routing is None or routing.budget is None else routing.budget.use()
 
@@ -75,7 +75,7 @@ class Budget:
         RoutingError: the least that is needed is more.
     """
 
-    def __init__(self, sites: Sequence[_Site], budget: int):
+    def __init__(self, sites: Sequence[Site], budget: int):
         self.budget = budget
         self.cached = [site.fused for site in sites if isinstance(site.fused, Cached)]
         whole = [site for site in sites if not isinstance(site.fused, Cached)]
@@ -114,7 +114,7 @@ def _between(least: Room, most: Room, share: float) -> Room:
     )  # fmt: skip
 
 
-def _whole_bytes(site: _Site) -> int:
+def _whole_bytes(site: Site) -> int:
     """What a site that isn't cached takes: its stack, and its gates in float32."""
     stack = site.stack
     tensors = [stack.A, stack.B]

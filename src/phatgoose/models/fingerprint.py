@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError
 from phatgoose.fingerprints import Verdict, check_same_base, same_base
+from phatgoose.models.paths import plain_name
 from phatgoose.records import Fingerprint
 
 __all__ = ["Verdict", "check_same_base", "fingerprint", "same_base"]
@@ -60,7 +61,7 @@ def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
         )
     samples = {"embedding": _sample("embedding", weight, EMBEDDING_VALUES)}
     heads = {id(m.weight) for m in (embedding, model.get_output_embeddings()) if m is not None}
-    named = [(n, p) for n, p in model.named_parameters() if id(p) not in heads]
+    named = [(plain_name(n), p) for n, p in model.named_parameters() if id(p) not in heads]
     norms = [(n, p) for n, p in named if p.dim() == 1 and _NORM.search(n)]
     # A packed matrix counts here, and is left out below: the choice of tensors then doesn't depend on the packing.
     linears = [(n, p) for n, p in named if p.dim() == 2 and n.endswith(".weight")]

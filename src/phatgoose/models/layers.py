@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,20 +27,58 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear layer of any kind (plain, Conv1D, quantised), None if it isn't one.
 
-    Taken from the layer's own record of its sizes: a packed quantised weight has another shape.
+    Taken from the layer's own record of its sizes: a packed quantised weight has another shape. A class with a forward of its own
+    over a plain weight, as routers of mixtures have, is tried: it may return several tensors, or of another size.
     """
     for names in (("in_features", "out_features"), ("nx", "nf")):  # the second pair is transformers' Conv1D
         d_in, d_out = (getattr(module, name, None) for name in names)
         if isinstance(d_in, int) and isinstance(d_out, int):
-            return d_in, d_out
+            return (d_in, d_out) if _gives_one_tensor(module, d_in, d_out) else None
     return None
+
+
+@torch.no_grad()
+def _gives_one_tensor(module: nn.Module, d_in: int, d_out: int) -> bool:
+    weight = getattr(module, "weight", None)
+    usual = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if usual or not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        return True
+    device = "cpu" if weight.is_meta and hasattr(module, "_hf_hook") else weight.device
+    try:
+        y = module.forward(torch.zeros(1, 2, d_in, dtype=weight.dtype, device=device))
+    except Exception:  # whatever it is, the module isn't called as a linear layer is
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, 2, d_out)
 
 
 def embedding_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(vocabulary, d_out) of a plain embedding; None for others, also for those that scale their output (Gemma's)."""
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return module.num_embeddings, module.embedding_dim
-    return None
+    """(vocabulary, d_out) of an embedding whose output is its weight's rows, or those times one number (`embed_scale`); None for others."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    if type(module).forward is not nn.Embedding.forward and not _only_scales(module):
+        return None
+    return module.num_embeddings, module.embedding_dim
+
+
+def embed_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by: Gemma's, BART's and M2M100's do it in the module."""
+    return 1.0 if type(module).forward is nn.Embedding.forward else float(getattr(module, "embed_scale", 1.0))
+
+
+@torch.no_grad()
+def _only_scales(module: nn.Embedding) -> bool:
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        if module.weight.is_meta:
+            return hasattr(module, "embed_scale")
+        ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
+        rows = F.embedding(ids, module.weight)
+        try:
+            y = type(module).forward(module, ids)
+            return torch.allclose(y, rows * embed_scale(module), rtol=1e-2)
+        except Exception:  # it isn't called as an embedding is
+            return False
 
 
 def compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
@@ -49,23 +89,57 @@ def compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
     return model.dtype
 
 
-def layer_of(module: nn.Module) -> Layer:
-    """The module's bias and its product x → W x, without its hooks.
+class ModuleLayer(Layer):
+    """A module's bias and its product x → W x, without its hooks, as they are when they are asked for.
 
     An offloaded or packed module is asked to run, and its bias taken off again, which costs the bias' rounding.
     """
-    bias = getattr(module, "bias", None)
-    plain = not hasattr(module, "_hf_hook") and is_plain(module)
 
-    def product(x: Tensor) -> Tensor:
-        if plain and type(module) is nn.Linear:
-            return F.linear(x, module.weight)
-        if plain:
-            return (x.reshape(-1, x.shape[-1]) @ module.weight).reshape(*x.shape[:-1], -1)  # type: ignore[operator]
-        y = module.forward(x)
+    def __init__(self, module: nn.Module) -> None:
+        # Not the weights: they change when the model is copied, moved, offloaded or trained.
+        object.__setattr__(self, "module", module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        from accelerate.utils import align_module_device
+
+        module: nn.Module = self.__dict__["module"]
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor) and bias.is_meta:
+            with align_module_device(module):
+                bias = module.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def product(self, x: Tensor) -> Tensor:
+        module: Any = self.__dict__["module"]
+        if is_plain(module) and not hasattr(module, "_hf_hook"):
+            if type(module) is nn.Linear:
+                return F.linear(x, module.weight)
+            return (x.reshape(-1, x.shape[-1]) @ module.weight).reshape(*x.shape[:-1], -1)
+        y: Tensor = module.forward(x)
+        bias = self.bias
         return y if bias is None else y - bias.to(y.device, y.dtype)
 
-    return Layer(bias if isinstance(bias, Tensor) else None, product)
+
+def weight_state(module: nn.Module) -> tuple[object, ...] | None:
+    """What changes when a module's weight is replaced, moved or written into (but not through `.data`); None while it is offloaded."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    return weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
+
+
+def acting(update: Update, module: nn.Module, path: str) -> Update:
+    """The update as it acts at this module: DoRA with the base's weight put in, an embedding's times what the module multiplies by.
+
+    Raises:
+        RoutingError: DoRA needs the weight, which is packed and can't be unpacked.
+    """
+    if update.magnitude is not None:
+        return update.resolved(dense_weight(module, path))
+    if update.embedding and (scale := embed_scale(module)) != 1:
+        return replace(update, scale=update.scale * scale)
+    return update
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,7 +192,7 @@ def _empty(residual: Residual, *_: Any) -> None:
 
 
 def dense_weight(module: nn.Module, path: str) -> Tensor:
-    """W as [d_out, d_in], of a plain, Conv1D, offloaded or packed linear layer.
+    """W as [d_out, d_in], of a plain, Conv1D, offloaded or packed linear layer, which stays as it is.
 
     Raises:
         RoutingError: if a packed weight can't be unpacked.
@@ -130,7 +204,7 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             try:
-                weight = dequantize_module_weight(module)
+                weight = dequantize_module_weight(_twin(module))
             except Exception as cause:  # each packing has its own errors
                 raise RoutingError(
                     f"{path}: a DoRA expert needs the base's weight, which is packed and can't be unpacked ({cause}); "
@@ -138,6 +212,16 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
                 ) from cause
         weight = weight.detach().clone()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of a packed layer with tensors and a state of its own: unpacking moves tensors, and puts others in their place."""
+    twin = copy.copy(module)
+    memo: dict[int, Any] = {}
+    for name in ("_parameters", "_buffers", "state", "quant_state"):
+        if name in twin.__dict__:
+            twin.__dict__[name] = copy.deepcopy(twin.__dict__[name], memo)
+    return twin
 
 
 def same_weights(module: nn.Module, name: str, copy: Tensor, *, cut: bool = False) -> bool:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.hooks import Hooks
 from phatgoose.models.layers import follow_residual, given, is_plain, unseen
 from phatgoose.models.part import Part
 from phatgoose.models.plan import Group, Plan
@@ -42,34 +43,32 @@ class Mixed:
         self.model = model
         self.plan: Plan | None = None
         self.streams = Streams(model)
-        self._versions: dict[int, tuple[Version, list[RemovableHandle]]] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
-        self._streams: list[RemovableHandle] = []
+        self._versions: dict[int, tuple[Version, Hooks]] = {}
+        self._hooks: dict[str, Hooks] = {}
+        self._streams = Hooks()
 
     def attach(self, version: Version) -> None:
         """Makes a version's ways possible. Without a plan that uses them, nothing changes."""
         if not self._versions:
-            self._streams = self.streams.attach()
-        handles: list[RemovableHandle] = []
+            self._streams.add(self.streams.attach())
+        handles = Hooks()
         for path, site in version.sites.items():
             if path not in self._hooks:
                 hook = partial(self._hook, path, is_plain(site.module))
-                self._hooks[path] = site.module.register_forward_hook(hook, with_kwargs=True)
+                self._hooks[path] = Hooks([site.module.register_forward_hook(hook, with_kwargs=True)])
             if site.source is not None and site.stack.residual is not None:
-                handles += follow_residual(site.source, site.module, site.stack.residual)
+                handles.add(follow_residual(site.source, site.module, site.stack.residual))
         self._versions[id(version)] = (version, handles)
 
     def detach(self, version: Version) -> None:
         """Takes a version off; its ways must not be used any more."""
         _, handles = self._versions.pop(id(version))
-        for handle in handles:
-            handle.remove()
+        handles.remove()
         used = {path for other, _ in self._versions.values() for path in other.sites}
         for path in set(self._hooks) - used:
             self._hooks.pop(path).remove()
         if not self._versions:
-            for handle in self._streams:
-                handle.remove()
+            self._streams.remove()
 
     def close(self) -> None:
         """Takes everything off: the model is as it was."""
@@ -85,6 +84,7 @@ class Mixed:
         finally:
             self.plan = None
 
+    @torch.compiler.disable  # it goes by a plan, which is another for each pass
     def _hook(
         self,
         path: str,

@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 from phatgoose.errors import RoutingError
 from phatgoose.models.moe import Slot, check_fused, is_fused
 from phatgoose.models.moe_router import RouterSlot, router_slot
+from phatgoose.models.paths import plain_name
 
 _ROUTERS = ("gate", "router")
 _LAYER = re.compile(r"(.+)\.(\d+)\.(\w+)")
@@ -33,7 +34,9 @@ def modules_of(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     Raises:
         RoutingError: such a path names an expert that isn't there, or experts that can't be routed.
     """
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = {
+        plain_name(path): module for path, module in model.named_modules(remove_duplicate=False)
+    }
     names = _Names(model, modules)
     found = {path: slot for path in paths if (slot := names.slot(path) or names.router(path)) is not None}
     return modules | found

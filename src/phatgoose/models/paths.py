@@ -32,6 +32,11 @@ def reads_encoder(path: str) -> bool:
     return _KEYS_VALUES.search(path) is not None
 
 
+def plain_name(path: str) -> str:
+    """The path without the modules that torch.compile has put around others."""
+    return path.replace("_orig_mod.", "")
+
+
 def places(paths: Sequence[str], reads: Sequence[str]) -> dict[str, Place]:
     """The place of each module; `reads[i]` says whose tokens the i-th sees."""
     sites = layer_and_kind(paths)

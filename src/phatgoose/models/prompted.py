@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedModel
 
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
+from phatgoose.models.base import Base, bare_of
 from phatgoose.routers.router import Encoder, Setup
 from phatgoose.tasks.batch import decoded
 
@@ -31,7 +31,7 @@ def prompted(
         prompts: texts, or token ids; given as ids, what follows them in a row counts as written.
         written: where a key-value cache that this routing didn't see made is gone on with: what stands in it behind each prompt.
     """
-    bare = model.model if isinstance(model, Base) else model
+    bare = bare_of(model)
     routing = bare.__dict__.get(ATTRIBUTE)
     if routing is None or not prompts:
         yield

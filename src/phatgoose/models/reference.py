@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.base import device_of
+from phatgoose.models.hooks import Hooks, apart
 from phatgoose.models.layers import given
 from phatgoose.models.sequences import decoder_inputs
 
@@ -103,14 +105,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 @contextlib.contextmanager
 def _watched(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[None]:
-    handles = []
-    try:
+    with Hooks() as hooks:
         for module, output, observe in observers:
-            handles.append(module.register_forward_hook(_handing(output, observe), with_kwargs=True))
+            hook = partial(apart, _handing(output, observe))
+            hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _handing(wants_output: bool, observe: Observer) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.caches import Caches, named
+from phatgoose.models.hooks import apart
 from phatgoose.models.matching import dispatching, match, match_head, refused_stacks, same_memory
-from phatgoose.models.paths import reads_encoder
+from phatgoose.models.paths import plain_name, reads_encoder
 from phatgoose.models.readings import Pass, Readings, Told
 from phatgoose.models.runs import Encoders, Run, run_of
 from phatgoose.ops.running import Running
@@ -57,7 +59,7 @@ class Streams:
         if encoder_decoder:
             self.stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
         self._inner = None if encoder_decoder else _inner_decoder(model)
-        paths = {module: path + "." if path else "" for path, module in model.named_modules()}
+        paths = {module: plain_name(path) + "." if path else "" for path, module in model.named_modules()}
         self.prefixes = {name: paths[stack] for name, stack in self.stacks.items() if stack in paths}
         self._text = paths[self._inner] if self._inner is not None else ""
         self._now = _Now()
@@ -65,6 +67,8 @@ class Streams:
         self._encoders = Encoders()
         self._refused = refused_stacks(model)
         self._known: dict[str, _Where] = {}
+        self.asked = True
+        """Whether anybody may ask for the tokens of a pass; where nobody does, a compiled pass has no need to leave its graph."""
 
     def attach(self) -> list[RemovableHandle]:
         # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
@@ -73,12 +77,20 @@ class Streams:
             watched.append(("decoder", self._inner))
         handles: list[RemovableHandle] = []
         for name, stack in watched:
-            handles.append(stack.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
-            handles.append(stack.register_forward_hook(partial(self._leave, name), with_kwargs=True))
+            enter, leave = (partial(self._beside, hook, name) for hook in (self._enter, self._leave))
+            handles.append(stack.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(stack.register_forward_hook(leave, with_kwargs=True))
         if all(stack is not self.model for _, stack in watched):
-            handles.append(self.model.register_forward_pre_hook(self._enter_head, with_kwargs=True))
-            handles.append(self.model.register_forward_hook(self._leave_head))
+            enter, leave = (partial(self._beside, hook) for hook in (self._enter_head, self._leave_head))
+            handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(self.model.register_forward_hook(leave))
         return handles
+
+    def _beside(self, hook: Callable[..., None], *call: Any) -> None:
+        if not torch.compiler.is_compiling():
+            hook(*call)
+        elif self.asked:
+            apart(hook, *call)
 
     def texts_of(self, stream: str) -> Texts:
         """What the sequences of the pass that a stack runs were given to read.

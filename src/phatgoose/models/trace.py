@@ -273,12 +273,12 @@ def trace(
     recorded = Trace(routing.pool.names, where, "encoder" in routing.streams.stacks, sums_only=histogram)
     recorder = Recorder(recorded, histogram=histogram, margins=margins, sample=sample, max_bytes=max_bytes)
     recorded._flush = recorder.flush
-    routing.recorder = recorder
+    routing.record(recorder)
     try:
         with _generate_watched(routing.model, recorder):
             yield recorded
     finally:
-        routing.recorder = None
+        routing.record(None)
         recorder.flush()
         recorded._flush = lambda: None
 

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from phatgoose.memory import available_bytes
 from phatgoose.models.base import Base
+from phatgoose.models.hooks import Hooks
 from phatgoose.models.limits import context_length
 from phatgoose.serving import attention
 from phatgoose.serving.engine import Engine
@@ -64,7 +65,7 @@ class ContinuousEngine(Engine):
         self._reserved: dict[str, int] = {}
         self._sampler = Sampler()
         self._ended = False
-        self._hooks: list[Any] = []
+        self._hooks = Hooks()
         self.manager: Any = None
         """transformers' ContinuousBatchingManager, once started."""
 
@@ -184,8 +185,7 @@ class ContinuousEngine(Engine):
             return
         if self.manager.is_running():
             self.manager.stop(block=True, timeout=30, hard_stop=True)
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
         self.base.model.set_attn_implementation(self._attention)
 
     @property

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from phatgoose.models.hooks import Hooks
 from phatgoose.models.plan import Plan, Told
 from phatgoose.serving import attention
 from phatgoose.serving.engine import Engine
@@ -28,11 +28,13 @@ class Passes:
         self.engine, self.manager = engine, manager
         self._running: tuple[Plan, list[Job], list[Any], list[slice]] | None = None
 
-    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        return [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+    def attach(self, model: PreTrainedModel) -> Hooks:
+        return Hooks(
+            [
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after, with_kwargs=True),
+            ]
+        )
 
     def _before(self, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before a pass: says which way each sequence goes."""

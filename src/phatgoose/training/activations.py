@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.files import write_bytes
 from phatgoose.models.base import Base
+from phatgoose.models.hooks import Hooks, apart
 from phatgoose.models.layers import given
 from phatgoose.models.moe import Slot, context_at
 from phatgoose.models.moe_paths import modules_of
@@ -88,18 +90,14 @@ def _forward(base: Base, rows: Sequence[Encoded]) -> None:
 @contextlib.contextmanager
 def _watched(base: Base, expert: Expert, sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
     """The base with the expert on every token, its modules' inputs summed up over real tokens."""
-    handles = []
     modules = modules_of(base.model, expert.updates)
-    try:
+    with Hooks() as hooks:
         for path, update in expert.updates.items():
             # Before the routing's own hook, so that an embedding's output is seen as its gate sees it.
-            hook = _adding(path, update.embedding, base.model, sums, counts)
-            handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+            hook = partial(apart, _adding(path, update.embedding, base.model, sums, counts))
+            hooks.add([modules[path].register_forward_hook(hook, with_kwargs=True)])
         with alone(base, expert):
             yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adding(

@@ -15,6 +15,7 @@ from phatgoose.experts.peft import CONFIG_FILE
 from phatgoose.experts.update import Bottleneck, Update, no_rows
 from phatgoose.files import write_json
 from phatgoose.models.base import Base
+from phatgoose.models.hooks import Hooks
 from phatgoose.models.layers import follow_residual, linear_shape
 from phatgoose.ops.bottleneck import Branch, Residual, narrow
 from phatgoose.training.checkpoints import tensor_bytes
@@ -111,15 +112,16 @@ class BottleneckStudent(Student):
         reads_residual = settings["is_parallel"] or settings["original_ln_before"]
         self.sources = {path: source if reads_residual else None for path, source in places.items()}
         self.size = 0
+        hooks = Hooks()  # taken off by `preserved`
         for path, source in self.sources.items():
             module = model.get_submodule(path)
             _, self.size = linear_shape(module) or (0, 0)
             adapter = Adapter(self.size, config, path, next(module.parameters()).device)
             self.adapters[encode_path(path)] = adapter
             residual = Residual() if source is not None else None
-            module.register_forward_hook(_adding(adapter, residual))
+            hooks.add([module.register_forward_hook(_adding(adapter, residual))])
             if source is not None and residual is not None:
-                follow_residual(model.get_submodule(source), module, residual)
+                hooks.add(follow_residual(model.get_submodule(source), module, residual))
         self.record: dict[str, Any] = {
             "config": settings,
             "hidden_size": self.size,

@@ -19,11 +19,12 @@ from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.base import Base, as_base, device_of
+from phatgoose.models.hooks import Hooks
 from phatgoose.models.layers import (
-    dense_weight,
+    ModuleLayer,
+    acting,
     embedding_shape,
     follow_residual,
-    layer_of,
     linear_shape,
     residual_source,
 )
@@ -130,22 +131,21 @@ class GatedStudent(Student):
         base.requires_grad_(False)
         super().__init__(base, base, config)
         self.gates = nn.ModuleDict()
-        dtype = self.autocast or torch.float32
         modules = modules_of(base, updates)
+        dtype, hooks = self.autocast or torch.float32, Hooks()  # taken off by `preserved`
         for path, update in updates.items():
             module = modules[path]
             d_in, d_out = _size(module, update) or (0, 0)  # check_fits has refused others
             gate = Gate(d_out if update.embedding else d_in, device_of(base))
             self.gates[encode_path(path)] = gate
-            whole = update.resolved(dense_weight(module, path)) if update.magnitude is not None else update
-            stack = make_stack([whole], d_in, d_out, dtype).to(device_of(base))
-            if update.is_low_rank:
-                module.register_forward_hook(_adding_rows(gate, stack))
-            else:
-                module.register_forward_hook(_adding(gate, stack, layer_of(module)))
-            source = residual_source(base, [whole])
+            stack = make_stack([acting(update, module, path)], d_in, d_out, dtype).to(device_of(base))
+            adding = (
+                _adding_rows(gate, stack) if update.is_low_rank else _adding(gate, stack, ModuleLayer(module))
+            )
+            hooks.add([module.register_forward_hook(adding)])
+            source = residual_source(base, [update])
             if source is not None and stack.residual is not None:
-                follow_residual(source, module, stack.residual)
+                hooks.add(follow_residual(source, module, stack.residual))
 
     def vectors(self) -> dict[str, Tensor]:
         """v by module path: [d_in] float32, on the CPU."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
+from phatgoose.models.hooks import forget_compiled
 from phatgoose.models.routed import route, unroute
 from phatgoose.routers import Single
 
@@ -33,6 +34,7 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        forget_compiled()
         for module, (attributes, registries) in modules:
             for registry, content in registries:
                 registry.clear()

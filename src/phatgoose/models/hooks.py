@@ -1,0 +1,58 @@
+"""The one place where hooks are put on a model and taken off it again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+
+class Hooks:
+    """Hooks that go together; usable in a with statement, which takes them off."""
+
+    def __init__(self, handles: Iterable[RemovableHandle] = ()) -> None:
+        self._handles: list[RemovableHandle] = []
+        self.add(handles)
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def add(self, handles: Iterable[RemovableHandle]) -> None:
+        """Takes over hooks that were just registered."""
+        new = list(handles)
+        self._handles += new
+        if new:
+            forget_compiled()
+
+    def remove(self) -> None:
+        """Takes all of them off. Does nothing if there are none."""
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+        if handles:
+            forget_compiled()
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+@torch.compiler.disable
+def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls it as it is, between two graphs, where torch.compile compiles what is around it."""
+    return function(*args, **kwargs)
+
+
+def forget_compiled() -> None:
+    """Makes torch.compile compile everything anew when it runs next: what it has compiled doesn't notice that hooks, or what they do,
+    have changed (`torch._dynamo.config.skip_nnmodule_hook_guards`)."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
