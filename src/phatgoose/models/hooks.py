@@ -28,12 +28,12 @@ class Hooks:
         if new:
             forget_compiled()
 
-    def remove(self) -> None:
-        """Takes all of them off. Does nothing if there are none."""
+    def remove(self, *, forget: bool = True) -> None:
+        """Takes all of them off. Does nothing if there are none. `forget`: False for hooks that do nothing in compiled code."""
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
-        if handles:
+        if handles and forget:
             forget_compiled()
 
     def __enter__(self) -> Hooks:
@@ -49,6 +49,12 @@ class Hooks:
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls it as it is, between two graphs, where torch.compile compiles what is around it."""
     return function(*args, **kwargs)
+
+
+def compiled_anything() -> bool:
+    """Whether torch.compile has compiled anything since it was last made to forget it."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.convert_frame.input_codes.seen)
 
 
 def forget_compiled() -> None:

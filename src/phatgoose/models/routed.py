@@ -31,6 +31,7 @@ from phatgoose.models.recorder import Recorder
 from phatgoose.models.reference import show_reference
 from phatgoose.models.site import Site
 from phatgoose.models.streams import Streams
+from phatgoose.models.unrun import Unrun
 from phatgoose.ops import Backend, backend
 from phatgoose.records import Fingerprint
 from phatgoose.routers import PHATGOOSE, Router
@@ -160,6 +161,7 @@ class Routing:
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
         self._hooks = Hooks()
+        self._unrun: Unrun | None = None
         self.sites = [Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
         self.budget = None if device_memory is None else Budget(self.sites, device_memory)
         pool.let_go_of_gates()
@@ -178,8 +180,9 @@ class Routing:
             self._hooks.add(self.streams.attach())
             for site in self.sites:
                 self._hooks.add(self._attached(site))
+            self._watch()
         except BaseException:
-            self._hooks.remove()
+            self.detach()
             raise
         self.model.__dict__[ATTRIBUTE] = self
 
@@ -190,8 +193,21 @@ class Routing:
             handles += follow_residual(site.source, site.module, site.stack.residual)
         return handles
 
+    def _watch(self) -> None:
+        """Has it said after the first pass which modules didn't run. Once: what was attached before has been watched."""
+        if self._unrun is None:
+            stacks = {
+                self.streams.prefixes[name]: stack
+                for name, stack in self.streams.stacks.items()
+                if self.streams.prefixes.get(name)
+            }
+            self._unrun = Unrun(self.model, [(site.path, site.module) for site in self.sites], stacks)
+            self._unrun.attach()
+
     def detach(self) -> None:
         self._hooks.remove()
+        if self._unrun is not None:
+            self._unrun.hooks.remove()
 
     def record(self, recorder: Recorder | None) -> None:
         """Hands every choice to this recorder from now on; None: to nobody."""

@@ -1,0 +1,75 @@
+"""Experts at modules that don't run: said once, after the model's first whole pass."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from phatgoose.models.hooks import Hooks, compiled_anything
+from phatgoose.models.moe import Slot
+
+SHOWN = 5
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+class Unrun:
+    """Watches which of these modules run, until the model has run once as a whole; after that it costs nothing.
+
+    Args:
+        modules: (path, module) of each.
+        stacks: path prefixes of the encoder and the decoder, with the module of each. What is in a stack that hasn't run isn't spoken of.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], stacks: dict[str, nn.Module]
+    ):
+        # Which of a mixture's experts run is a matter of the tokens.
+        self.modules = {path: module for path, module in modules if not isinstance(module, Slot)}
+        self.model, self.stacks, self.ran = model, stacks, set[str]()
+        self.hooks = Hooks()
+
+    def attach(self) -> None:
+        if not self.modules:
+            return
+        watched = self.modules | self.stacks
+        self.hooks.add(
+            [m.register_forward_pre_hook(partial(self._note, path)) for path, m in watched.items()]
+        )
+        self.hooks.add([self.model.register_forward_hook(self._done)])
+
+    def _note(self, path: str, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.ran.add(path)
+
+    def _done(self, *_: Any) -> None:
+        if torch.compiler.is_compiling() or not self.hooks:
+            return
+        self.hooks.remove(forget=False)
+        if compiled_anything():  # what runs there isn't seen
+            return
+        waiting = {p for p, stack in self.stacks.items() if p not in self.ran}
+        sometimes = {_family(path) for path in self.ran}
+        found = [
+            path
+            for path in self.modules
+            if path not in self.ran and _family(path) not in sometimes and not path.startswith(tuple(waiting))
+        ]
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            warnings.warn(
+                f"experts adapt {', '.join(found[:SHOWN])}{more}, which didn't run in the model's first pass: there they have done nothing "
+                "yet, and never will if the model doesn't call these modules. (Some run for some inputs only, as for images.)",
+                stacklevel=2,
+            )
+
+
+def _family(path: str) -> str:
+    """A module and those that stand beside it, of which some run at a time: the experts of a mixture. Itself where there are none."""
+    numbers = list(_NUMBER.finditer(path))
+    return path if len(numbers) < 2 else f"{path[: numbers[-1].start()]}*{path[numbers[-1].end() :]}"
