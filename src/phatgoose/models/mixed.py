@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.models.hooks import Hooks
 from phatgoose.models.layers import follow_residual, given, is_plain, unseen
+from phatgoose.models.moe import Dispatched, Slot, context_at
 from phatgoose.models.part import Part
 from phatgoose.models.plan import Group, Plan
 from phatgoose.models.routed import routing_of
@@ -100,7 +101,9 @@ class Mixed:
         u, writable = given(args, kwargs), fresh and unseen(module)
         if not (tokens := output.numel() // output.shape[-1]):
             return None
-        groups = plan.groups(tokens)
+        # Of the tokens that reach one of a mixture's experts it is known which of the pass's they are.
+        dispatched = args[2] if isinstance(module, Slot) and len(args) > 2 else None
+        groups = plan.groups(tokens if dispatched is None else dispatched.of)
         if len(groups) == 1 and groups[0].index is None and not plan.watch:
             fused = groups[0].way.fused.get(path)
             try:
@@ -109,12 +112,20 @@ class Mixed:
             except Exception as error:  # the output may be half written
                 plan.fail(groups[0], error)
                 return None
-        return self._by_groups(path, plan, groups, u, output, writable)
+        whole = context_at(path, module, args, u, output.shape, self.streams)
+        return self._by_groups(whole, plan, groups, u, output, writable, dispatched)
 
     def _by_groups(
-        self, path: str, plan: Plan, groups: list[Group], u: Tensor, output: Tensor, writable: bool
+        self,
+        whole: RoutingContext,
+        plan: Plan,
+        groups: list[Group],
+        u: Tensor,
+        output: Tensor,
+        writable: bool,
+        dispatched: Dispatched | None,
     ) -> Tensor | None:
-        whole = self.streams.context(path, u, output.shape)
+        path = whole.path
         u = u.to(output.device)
         y = output.reshape(-1, output.shape[-1])
         apart = len(groups) > 1 or any(group.index is not None for group in groups)
@@ -128,19 +139,21 @@ class Mixed:
         changed, left = None, deque(groups)
         while left:
             group = left.popleft()
-            site, index = group.version.sites.get(path), group.index
-            if site is None:
+            site = group.version.sites.get(path)
+            part = group if dispatched is None else plan.picked(group, *dispatched)
+            if site is None or part is None:
                 continue
+            index = part.index
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
-            context = Part.of(plan, group, whole, self.streams)
+            context = Part.of(plan, part, whole, self.streams)
             try:
                 if index is None:
-                    changed = _act(path, plan, group, flat, y, context)
+                    changed = _act(path, plan, part, flat, y, context)
                     continue
                 with _of_residual(site.stack.residual, index):
-                    mixed = _act(path, plan, group, flat[index], y[index], context)
+                    mixed = _act(path, plan, part, flat[index], y[index], context)
             except Exception as error:
-                left.extendleft(plan.blamed(group, error, len(y)))
+                left.extendleft(plan.blamed(group, error, len(y) if dispatched is None else dispatched.of))
                 continue
             if changed is None:
                 changed = y if writable else y.clone()

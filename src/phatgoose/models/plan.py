@@ -7,7 +7,7 @@ which way each item goes; None is the base alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class Group:
     experts: Tensor | None
     texts: dict[tuple[str, int], Texts] = field(default_factory=dict, repr=False)
     """What the items were given to read, by stream and the number of tokens that a module saw."""
+    of: tuple[Group, int, Tensor] | None = None
+    """Where tokens were picked for one of a mixture's experts: the group in the whole pass, its number of tokens, and which of the group's
+    these are."""
 
 
 @dataclass(eq=False)
@@ -134,6 +137,23 @@ class Plan:
         index = None if index is None else index.to(device)
         return Group(way.version, way, tuple(members), len(members) if even else 1, index, own, experts)
 
+    def picked(self, group: Group, tokens: Tensor, of: int) -> Group | None:
+        """Those of a group's tokens that are among `tokens` (int64 [n], of the pass's `of`), with their places there; None if none is."""
+        own = torch.arange(of) if group.index is None else group.index.cpu()
+        place = torch.full((of,), -1).scatter(0, own, torch.arange(len(own)))[tokens.cpu()]
+        there = (place >= 0).nonzero().squeeze(1)
+        if not len(there):
+            return None
+        which = place[there]
+        return replace(
+            group,
+            rows=1,
+            index=None if len(there) == len(tokens) else there.to(tokens.device),
+            items=group.items[which],
+            experts=None if group.experts is None else group.experts[which.to(group.experts.device)],
+            of=(group, of, which),
+        )
+
     def blamed(self, group: Group, error: Exception, tokens: int) -> list[Group]:
         """What to try in place of a group that went wrong: each of its items alone. Of one that was alone nothing: it has failed.
 
@@ -164,6 +184,8 @@ class Plan:
 
     def places(self, group: Group, tokens: int) -> Tensor:
         """Packed: int64 [n], which token of its item each of a group's tokens is."""
+        if group.of is not None:
+            return self.places(*group.of[:2])[group.of[2]]
         assert self.lengths is not None
         place = torch.cat([torch.arange(length) for length in self.lengths])
         if self.few(tokens):

@@ -64,11 +64,6 @@ class Version:
         self.ops: Backend = backend(backend_name, base.device.type)
         self.routing = Routing(base.model, pool, _Open(), self.ops, dtype)
         self.sites = {site.path: site for site in self.routing.sites}
-        if inside := next((site.path for site in self.routing.sites if isinstance(site.module, Slot)), None):
-            raise RoutingError(
-                f"{inside} is inside a mixture's experts, where requests can't be routed apart from each other yet: serve adapters of "
-                "the attention alone, or use generate() with a routed model."
-            )
         for site in self.sites.values():  # where its module is, before anything is made of it
             weight = getattr(site.module, "weight", None)
             device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else base.device
@@ -114,6 +109,12 @@ class Way:
             raise RoutingError("every expert is switched off: switch one on, or ask for the base.")
         router.check(names)
         self.reads_text = router.reads == "texts"
+        inside = next((path for path, site in version.sites.items() if isinstance(site.module, Slot)), None)
+        if self.reads_text and inside is not None:
+            raise RoutingError(
+                f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart yet: take a router "
+                "that goes by gates or weights, or route() a model of its own."
+            )
         self.single: int | None = None
         """The one expert that acts, with weight 1; None if a router chooses."""
         self.bound: dict[str, BoundRouter] = {}
@@ -153,6 +154,9 @@ class Way:
         ]
         if observers:
             show_reference(base.model, base.tokenizer, observers)
+        for path, bound in self.bound.items():
+            if bound.needs_reference and isinstance(sites[path].module, Slot):
+                bound.check_observed()
 
     def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Chosen candidates int64 [N, k] (−1: none) and weights float32 [N, k] at one module, for its inputs u and outputs y [N, …]."""

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
+from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.fingerprint import fingerprint
 from phatgoose.models.mapped import mapped_base
 from phatgoose.models.modules import check_copies, module_at
+from phatgoose.models.moe_paths import inside_mixture
 from phatgoose.vllm.binding import bind, prepared
 from phatgoose.vllm.samples import sample
 from phatgoose.vllm.settings import Settings
@@ -39,6 +41,11 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
         check_copies(modules, pool.experts)
         samples = {}
         for path in pool.modules:
+            if inside_mixture(path):
+                raise RoutingError(
+                    f"{path} is inside a mixture's experts, which can't be routed in vLLM: use `phatgoose serve`, or adapters of the "
+                    "attention alone."
+                )
             module = module_at(modules, path, pool)
             bind(pool, router, path)
             samples[path] = sample(module, path)

@@ -1,0 +1,117 @@
+"""Tokens of one pass that go different ways, inside a mixture's experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_mixed import assert_rows, packed, run
+
+from conftest import hooked, make_tokenizer
+from moe_fixtures import ids, make, peft_adapter, per_expert, with_gates
+from phatgoose import Expert, Pool, Random, Single, Uniform, route, unroute
+from phatgoose.errors import RoutingError
+from phatgoose.models.base import Base
+from phatgoose.models.mixed import Mixed
+from phatgoose.models.plan import Plan
+from phatgoose.models.trace import trace
+from phatgoose.models.ways import Version, Way
+from phatgoose.routers import PHATGOOSE, Retrieval
+from phatgoose.routers.router import BoundRouter
+
+
+@pytest.fixture
+def base():
+    return Base(make("qwen3_moe"), make_tokenizer(), "qwen3_moe")
+
+
+@pytest.fixture
+def pools(base, tmp_path):
+    names = ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+    for i in range(2):
+        peft_adapter(base.model, tmp_path / str(i), i, r=2 + i, target_parameters=names)
+    per_expert(base.model, "qwen3_moe", tmp_path / "2", 2, router=True)
+    found = [with_gates(Expert.from_peft(tmp_path / str(i), name=str(i)), i) for i in range(3)]
+    return Pool(found[:2]), Pool(found)  # the second mixes old and new names
+
+
+def test_each_row_and_each_packed_sequence_goes_its_own_way(base, pools):
+    first, second = pools
+    asked = [
+        (first, PHATGOOSE()), None, (second, PHATGOOSE(top_k=1)), (first, Single("1")), (second, Single("2")), (second, Uniform()),
+        (first, Random(seed=3)), (second, PHATGOOSE()), (second, Single("0")),
+    ]  # fmt: skip
+    x = ids(len(asked), 11)
+    batch = {"input_ids": x, "attention_mask": torch.ones_like(x)}
+    batch["attention_mask"][0, :4] = 0
+    versions = {id(pool): Version(base, pool) for pool in (first, second)}
+    mixed = Mixed(base.model)
+    for version in versions.values():
+        mixed.attach(version)
+    ways = [None if one is None else Way(versions[id(one[0])], one[1]) for one in asked]
+    with mixed.following(Plan(ways)):
+        found = run(base, batch)
+    rows = [x[i, i:] for i in range(len(asked))]
+    with mixed.following(Plan(ways, lengths=[len(row) for row in rows])):
+        together = run(base, packed(base, rows))[0].split([len(row) for row in rows])
+    off = Way(versions[id(second)], PHATGOOSE(), off=["0"])
+    with mixed.following(Plan([off] * len(asked))):
+        without = run(base, batch)
+    with pytest.raises(RoutingError, match="Retrieval can't tell requests apart"):
+        Way(versions[id(second)], Retrieval())
+    for version in versions.values():
+        mixed.detach(version)
+    assert not hooked(base.model)
+    for row, one in enumerate(asked):
+        if one is not None:
+            route(base, *one)
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        assert_rows(found[row], run(base, alone)[0], torch.float32)
+        assert_rows(together[row], run(base, {"input_ids": rows[row][None]})[0], torch.float32)
+        unroute(base)
+    route(base, Pool(second.experts[1:]))
+    assert_rows(without[2], run(base, {"input_ids": x[2:3]})[0], torch.float32)
+
+
+def _loads(base, pool, row, skip=0):
+    """Weights of each expert by a trace, over all modules and the tokens from `skip` on."""
+    with torch.no_grad(), trace(base) as seen:
+        base.model(input_ids=row[None])
+    wanted = torch.zeros(len(pool), dtype=torch.float64)
+    for choices in seen.choices:
+        new = choices.tokens.positions >= skip
+        acted, weights = choices.experts[new].long(), choices.weights[new].double()
+        wanted.index_add_(0, acted[acted >= 0], weights[acted >= 0])
+    return wanted
+
+
+def test_loads_and_failures_inside_experts(base, pools):
+    _, pool = pools
+    version, mixed, x = Version(base, pool), Mixed(base.model), ids(4, 9)
+    mixed.attach(version)
+    good, bad = Way(version, PHATGOOSE()), Way(version, PHATGOOSE())
+
+    class Broken(BoundRouter):
+        def __call__(self, u, context, ops):
+            raise RuntimeError("broken")
+
+    bad.fused.clear()
+    for path in bad.bound:
+        if ".2." in path:
+            bad.bound[path] = Broken()
+    plan = Plan([good, bad, None, good], watch=True, failed={})
+    with mixed.following(plan):
+        found = run(base, {"input_ids": x})
+    assert list(plan.failed) == [1]
+    skipped = Plan([good] * 4, lengths=[9] * 4, watch=True, skip=[2, 0, 5, 8])
+    with mixed.following(skipped):
+        run(base, packed(base, list(x)))
+    mixed.close()
+    assert not hooked(base.model)
+    assert_rows(found[2], run(base, {"input_ids": x[2:3]})[0], torch.float32)
+    sums = [one.loads.summed(4, {id(version): 3})[id(version)][0] for one in (plan, skipped)]
+    route(base, pool)
+    for row in (0, 3):
+        assert_rows(found[row], run(base, {"input_ids": x[row : row + 1]})[0], torch.float32)
+        torch.testing.assert_close(sums[0][row], _loads(base, pool, x[row]), atol=0.02, rtol=1e-3)
+    for row, skip in enumerate(skipped.skip):
+        torch.testing.assert_close(sums[1][row], _loads(base, pool, x[row], skip), atol=0.02, rtol=1e-3)
