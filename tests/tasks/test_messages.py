@@ -36,6 +36,7 @@ def all_of(task):
         ({"chat": [USER, YES], "input": "x"}, "?messages=chat&ignore=input", [USER]),
         ({"messages": json.dumps([USER, YES])}, "", [USER]),
         ({"messages": [USER, {**YES, "weight": 1}, *MORE[:1], {**MORE[1], "weight": 0}]}, "", [USER]),
+        ({"messages": [USER, YES, *MORE[:1], {**MORE[1], "training": False}]}, "", [USER]),
         ({"messages": [USER, YES, *MORE[:1]]}, "", [USER]),
         ({"messages": [USER, {**YES, "content": None, "tool_calls": None, "value": "yes"}]}, "", [USER]),
     ],

@@ -6,7 +6,7 @@ then only turns of the completion are answers. Beside them it may have "tools" (
 first) and "choices" (for the last turn). What else a message holds (tool_calls, name, reasoning_content) goes to the template.
 
 Each turn of the assistant's is an example of its own, with all messages before it as its prompt, as they are when a model is asked
-for that turn. One that has `"weight": 0` or `"train": false` is context only.
+for that turn. One that has `"weight": 0`, `"train": false` or `"training": false` is context only.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _ROLES = {
     "model": "assistant",
     "observation": "tool",
 }
+_MARKS = ("weight", "train", "training")
+"""How OpenAI's and axolotl's rows say whether a turn is learnt from."""
 _KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -70,7 +72,7 @@ def to_examples(
     ]
     if not answers:
         raise ValueError("no turn of the assistant to learn from")
-    messages = [{k: v for k, v in m.items() if k not in ("weight", "train")} for m in messages]
+    messages = [{k: v for k, v in m.items() if k not in _MARKS} for m in messages]
     choices = row.get(options.get("choices", "choices"))
     found = [
         _example(messages, i, tools, _list(choices, "choices") if choices and i == answers[-1] else None)
@@ -113,7 +115,7 @@ def _message(given: Any) -> dict[str, Any]:
 
 
 def _left_out(message: Mapping[str, Any]) -> bool:
-    return message.get("weight") == 0 or message.get("train") is False
+    return any(message.get(mark) in (0, False) for mark in _MARKS if mark in message)
 
 
 def _text(message: Mapping[str, Any]) -> str:
