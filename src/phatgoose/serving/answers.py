@@ -32,7 +32,7 @@ T = TypeVar("T")
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No proxy keeps a stream back: nginx would, until its buffers are full."""
 AT_ONCE = 2000
-"""Log-probabilities that are written on the event loop."""
+"""Log-probabilities, or tokens of prompts that are repeated, that are written on the event loop."""
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 UNREAD_SECONDS = 30.0
 """How long after a request's time is up its client may take to read what was written."""
@@ -50,7 +50,7 @@ async def answer(service: Service, request: Request, body: Body) -> Response:
     stack = AsyncExitStack()
     try:
         ask = await _begin(service, request, body, stack, began, deadline)
-        form = _form(service, body, ask)
+        form = await _form(service, body, ask)
         stack.callback(_note, request, ask, body)
         if body.stream:
             return _Stream(_events(service, request, body, ask, form, deadline), stack, deadline)
@@ -99,16 +99,21 @@ async def _begin(
     return ask
 
 
-def _form(service: Service, body: Body, ask: Ask) -> Form:
+async def _form(service: Service, body: Body, ask: Ask) -> Form:
     chat, tokenizer = isinstance(body, ChatRequest), service.base.tokenizer
     echo: list[str] = []
     if isinstance(body, CompletionRequest) and body.echo:
         given = body.prompts
-        texts = [p if isinstance(p, str) else shown(tokenizer, p) for p in given]
+        make = partial(_texts, tokenizer, given)
+        texts = await away(make) if sum(map(len, ask.prompts)) > AT_ONCE else make()
         echo = [text for text in texts for _ in range(body.n or 1)]
     name = body.model or (service.catalogue.name if ask.found.way is not None else "base")
     kind = "chatcmpl" if chat else "cmpl"
     return Form(f"{kind}-{uuid.uuid4().hex}", name, int(time.time()), body, tokenizer, echo)
+
+
+def _texts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[str]:
+    return [p if isinstance(p, str) else shown(tokenizer, p) for p in prompts]
 
 
 async def _at_once(
