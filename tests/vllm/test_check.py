@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
+import moe_fixtures
+from conftest import make_tokenizer
 from phatgoose.errors import BaseModelError, PhatgooseError, PoolError, RoutingError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -164,3 +166,14 @@ def test_settings():
         Settings.parse({"pool": "here", "any_base": 1})
     with pytest.raises(RoutingError, match="router is 2, expected a text"):
         Settings.parse({"pool": "here", "router": 2})
+
+
+def test_layers_inside_a_mixture_are_refused_by_name(tmp_path):
+    model = moe_fixtures.make("qwen3_moe")
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    moe_fixtures.peft_adapter(model, tmp_path / "a", 1)
+    expert = moe_fixtures.with_gates(Expert.from_peft(tmp_path / "a", name="a"), 1)
+    Pool([expert]).save(tmp_path / "pool")
+    with pytest.raises(RoutingError, match="inside a mixture's experts, which can't be routed in vLLM"):
+        check(Settings(str(tmp_path / "pool")), str(tmp_path / "base"))
