@@ -70,7 +70,7 @@ def check_mixture(spec: str, pool: Pool) -> None:
         return
     model = empty_model(_source(spec))
     modules = modules_of(model, pool.modules)
-    placed = placed_pool(model, modules, pool)
+    placed = placed_pool(model, modules, pool)[0]
     check_parameters(modules, placed.experts)
     for path in placed.modules:
         module_at(modules, path, placed)
