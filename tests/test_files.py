@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from phatgoose.errors import ExpertError, StorageError, UnknownName
 from phatgoose.files import (
     atomic_folder,
     is_folder,
-    only_run,
     read_json,
     sha256_file,
     sha256_json,
@@ -64,28 +62,15 @@ def test_what_is_rewritten_keeps_its_permissions(tmp_path, monkeypatch):
         write_json(work / "kept.json", 2)
         write_json(work / "new.json", 2)
     assert (mode(path), mode(folder), mode(folder / "kept.json")) == ("0o600", "0o700", "0o640")
-    assert mode(folder / "new.json") == "0o644"
+    assert mode(folder / "new.json") == "0o640"  # no more open than what is rewritten beside it
+    (folder / "kept.json").chmod(0o444)
+    with atomic_folder(tmp_path / "copy", like=folder) as work:
+        write_json(work / "kept.json", 2)
+        write_json(work / "new.json", 2)
+    assert [mode(p) for p in (tmp_path / "copy", tmp_path / "copy" / "kept.json")] == ["0o700", "0o644"]
     monkeypatch.setattr(files, "_UMASK", 0o027)
     write_json(tmp_path / "new.json", 1)
     assert mode(tmp_path / "new.json") == "0o640"
-
-
-def test_one_run_at_a_time_and_a_killed_one_gives_way(tmp_path):
-    lock = tmp_path / ".thing.lock"
-    code = "import sys, time; from pathlib import Path; from phatgoose.files import only_run\n"
-    code += "with only_run(Path('thing'), Path(sys.argv[1])): print('at work', flush=True); time.sleep(600)"
-    other = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "at work\n"
-    with (
-        pytest.raises(StorageError, match=r"another run is at work in .*thing"),
-        only_run(tmp_path / "thing", lock),
-    ):
-        pass
-    other.kill()
-    other.communicate()
-    with only_run(tmp_path / "thing", lock):
-        assert lock.exists()
-    assert not lock.exists()
 
 
 def test_folder_takes_its_place_in_one_step_or_not_at_all(tmp_path):

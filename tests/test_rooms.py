@@ -14,7 +14,7 @@ import phatgoose
 ROOT = Path(phatgoose.__file__).parent
 ORDER = [
     {"errors", "records", "registry", "strict_json", "memory", "extras"},
-    {"files", "fetch", "pip_sdist", "fingerprints", "hub_errors"},
+    {"files", "fetch", "locks", "pip_sdist", "fingerprints", "hub_errors"},
     {"tasks", "experts", "ops"},
     {"routers"},
     {"models"},
@@ -25,7 +25,7 @@ ORDER = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Rooms on one level don't know each other, but for these.
-WITHIN = {("registry", "errors"), ("fetch", "files")}
+WITHIN = {("registry", "errors"), ("fetch", "files"), ("locks", "files")}
 
 
 def room_of(path):

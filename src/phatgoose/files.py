@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
+import operator
 import os
 import shutil
 import stat
@@ -56,12 +58,15 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, like: Path | None = None) -> Iterator[Path]:
     """A new folder beside `target` to write into; on success it takes `target`'s place in one rename, on error it goes.
 
-    What is replaced, folder and files, leaves its permissions to what takes its place; new ones go by the umask.
+    What is replaced leaves its permissions to what takes its place.
     An existing `target` changes places with the new one, or, where the system can't do that in one step, is moved aside first; it is
     removed once the new one stands, so a reader never sees half a folder.
+
+    Args:
+        like: a folder whose permissions a new one takes, because its content comes from there; None: the umask decides.
 
     Raises:
         StorageError: if there is no space or no permission, or `target` is there and is no folder: nothing but a folder is replaced.
@@ -77,11 +82,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         with storage_errors(target):
             yield work
+            _take_modes(work, next((f for f in (target, like) if f is not None and f.is_dir()), None))
             for file in work.rglob("*"):
                 if file.is_file():
-                    _keep_mode(file, target / file.relative_to(work))
                     _sync(file)
-            work.chmod(_mode(target, 0o777))  # mkdtemp's 0700 would keep others from reading a shared pool
             if target.exists() and _exchange(work, target):
                 pass  # what was there goes with `work`
             elif target.exists():
@@ -107,10 +111,20 @@ def _mode(path: Path, new: int) -> int:
     return new & ~_UMASK
 
 
-def _keep_mode(file: Path, before: Path) -> None:
-    """Gives a rewritten file the permissions of the one it replaces."""
-    with contextlib.suppress(OSError):
-        file.chmod(stat.S_IMODE(before.stat().st_mode))
+def _take_modes(work: Path, before: Path | None) -> None:
+    """Gives a new folder and its files the permissions of those in `before`. A file that is new is no more open than any that isn't.
+
+    Without `before`, the umask decides.
+    """
+    files = [p for p in work.rglob("*") if p.is_file()]
+    old = {p: before / p.relative_to(work) for p in files} if before else {}
+    known = {p: _mode(there, 0o666) | 0o600 for p, there in old.items() if there.is_file()}
+    new = functools.reduce(operator.and_, known.values(), 0o666 & ~_UMASK)
+    for file in files:
+        file.chmod(known.get(file, new))
+    work.chmod(
+        _mode(before, 0o777) | 0o700 if before else 0o777 & ~_UMASK
+    )  # mkdtemp's 0700 would keep everybody out of a shared pool
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -118,37 +132,6 @@ def _exchange(a: Path, b: Path) -> bool:
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
-
-
-@contextlib.contextmanager
-def only_run(folder: Path, lock: Path) -> Iterator[None]:
-    """Held while a command works towards what it writes to `folder`; a process that is killed gives it back.
-
-    Where the file system has no locks, two runs may do the same work; what they write is still whole.
-
-    Args:
-        lock: the file that is locked; it is removed in the end.
-
-    Raises:
-        StorageError: another process holds it, or it can't be written.
-    """
-    from filelock import FileLock, Timeout
-
-    with storage_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock, timeout=0.2)
-        try:
-            held.acquire()
-        except Timeout:
-            raise StorageError(
-                f"another run is at work in {folder}: wait until it has ended, end it, or choose another folder."
-            ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            lock.unlink()
-        held.release()
 
 
 @contextlib.contextmanager

@@ -194,11 +194,11 @@ def test_gates_keep_the_files_permissions(run, ready, base, task, tmp_path):
     for path in target.iterdir():
         path.chmod(0o600)
     assert run("gate", target, "--task", task, "--base", base, *SMALL).code == 0
-    assert {
-        p.name: oct(p.stat().st_mode & 0o777) for p in target.iterdir() if p.name != "gates.safetensors"
-    } == dict.fromkeys(
-        ("adapter_config.json", "adapter_model.safetensors", "expert.json", "README.md"), "0o600"
-    )
+    assert run("pool", "create", tmp_path / "pool", target).code == 0
+    for folder in (target, tmp_path / "pool" / "experts" / "two"):
+        modes = {p.name: oct(p.stat().st_mode & 0o777) for p in folder.iterdir()}
+        assert "gates.safetensors" in modes
+        assert set(modes.values()) == {"0o600"}
 
 
 def test_no_recorded_base(run, ready, task, tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phatgoose import files
+from phatgoose import locks
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card_facts import lowest_loss
 from phatgoose.experts.expert import Expert
@@ -55,7 +55,7 @@ def only_run(folder: Path, command: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with files.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
+    with locks.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
         yield
 
 

@@ -236,7 +236,7 @@ class Expert:
         return Expert(**read_folder(Path(folder), name, drop), origin=origin)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the expert's folder, whole or not at all; an existing one is replaced.
+        """Writes the expert's folder, whole or not at all; an existing one is replaced. Files keep their permissions, also in a copy.
 
         Raises:
             StorageError: no space or no permission; what was there is left as it was.
@@ -248,7 +248,7 @@ class Expert:
                 f"{folder} exists and holds something else than an expert; choose another folder."
             )
         check_replaceable(folder, keeps_card=self.folder is not None and self.folder == folder)
-        with atomic_folder(folder) as work:
+        with atomic_folder(folder, like=self.folder) as work:
             write_folder(self, work)
         return folder
 

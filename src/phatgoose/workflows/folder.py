@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from phatgoose.errors import StorageError
-from phatgoose.files import only_run, storage_errors
+from phatgoose.files import storage_errors
+from phatgoose.locks import only_run
 
 MADE = ("experts", "pool", "scores", "work")
 
