@@ -41,6 +41,8 @@ def test_from_the_refusal_to_an_answer(run, base, pissa, tmp_path):
     assert run("pool", "create", tmp_path / "pool", tmp_path / "plain").code == 0
     answered = run("generate", "red", "--pool", tmp_path / "pool", "--base", base, "--router", "single:0")
     assert answered.code == 0, answered.err
+    there = run("convert", pissa, "--base", base, "--out", tmp_path / "plain")
+    assert (there.code, "holds an expert already" in there.err) == (1, True)
     again = run("convert", tmp_path / "plain", "--base", base, "--out", tmp_path / "twice")
     assert (again.code, "needs no conversion" in again.err) == (1, True)
 

@@ -42,6 +42,7 @@ def command(
     computed from the base again; CorDA's, LoRA-GA's and fast PiSSA's (pissa_niter) need --initial, LoftQ needs its own base (--residual).
     """
     from phatgoose.cli import folders
+    from phatgoose.errors import ExpertError
     from phatgoose.experts.names import slug
     from phatgoose.models.convert import FAR, converted
     from phatgoose.models.load import load_weights
@@ -51,6 +52,8 @@ def command(
             "it is for an original base, and --residual says that this isn't one.", param_hint="--initial"
         )
     folders.check_target(out)
+    if out.exists() and any(out.iterdir()):
+        raise ExpertError(f"{out} holds an expert already: choose another folder with --out, or remove it.")
     expert, far = converted(
         adapter,
         load_weights(base, dtype),
