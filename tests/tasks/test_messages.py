@@ -100,6 +100,7 @@ def test_choices_are_of_the_last_turn(tmp_path):
     task = load(tmp_path, {"messages": [USER, YES, *MORE], "choices": ["yes", "no"]})
     first, last = sorted(all_of(task), key=lambda e: len(e.input))
     assert (first.choices, last.choices, last.targets) == (None, ("yes", "no"), ("no",))
+    assert load(tmp_path, {"messages": [USER, YES, *MORE]}, options="?choices=yes|no").hash == task.hash
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,19 @@ def test_malformed_rows_are_refused_with_their_line(tmp_path, row, says):
         load(tmp_path, row)
     with pytest.raises(TaskError, match=r"line 2.*every row holds messages"):
         load(tmp_path, {"messages": [USER, YES]}, {"input": "a", "target": "b"})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("target=x", "target= is not for messages"),
+        ("tools=x", "no such column"),
+        ("choices=x", "no such column"),
+    ],
+)
+def test_options_that_messages_do_not_have_are_refused(tmp_path, options, says):
+    with pytest.raises(TaskError, match=says):
+        load(tmp_path, {"messages": [USER, YES]}, options=f"?{options}")
 
 
 def test_hf_datasets(tmp_path):

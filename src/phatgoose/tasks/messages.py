@@ -3,7 +3,7 @@
 A row has its messages under "messages", "conversations" or "conversation" (or the column that `messages=` names), as a list of
 {"role", "content"} or, in ShareGPT's form, of {"from", "value"}; or under "prompt" and "completion", two lists, as TRL has them:
 then only turns of the completion are answers. Beside them it may have "tools" (a list, or its JSON), "system" (a text that goes
-first) and "choices" (for the last turn). What else a message holds (tool_calls, name, reasoning_content) goes to the template.
+first) and "choices" (for the last turn; or `choices=yes|no` for every row's). What else a message holds (tool_calls, name, reasoning_content) goes to the template.
 
 Each turn of the assistant's is an example of its own, with all messages before it as its prompt, as they are when a model is asked
 for that turn. One that has `"weight": 0`, `"train": false` or `"training": false` is context only.
@@ -58,6 +58,8 @@ def to_examples(
     Raises:
         ValueError: the row breaks a rule; the message says which.
     """
+    if odd := sorted(options.keys() & {"target", "answer_index", "answer_base", "values"}):
+        raise ValueError(f"{odd[0]}= is not for messages: the assistant's turns are the answers")
     parts = [[_message(m) for m in _list(row.get(name), name)] for name in columns]
     messages = [m for part in parts for m in part]
     first = len(parts[0]) if len(parts) > 1 else 0
@@ -66,19 +68,31 @@ def to_examples(
         if any(m["role"] == "system" for m in messages):
             raise ValueError('both a "system" field and a message of the system')
         messages, first = [{"role": "system", "content": system}, *messages], first + bool(first)
-    tools = _list(row[name], name) if row.get(name := options.get("tools", "tools")) else None
+    name = _named("tools", row, options)
+    tools = _list(row[name], name) if row.get(name) else None
     answers = [
         i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first and not _left_out(m)
     ]
     if not answers:
         raise ValueError("no turn of the assistant to learn from")
     messages = [{k: v for k, v in m.items() if k not in _MARKS} for m in messages]
-    choices = row.get(options.get("choices", "choices"))
-    found = [
-        _example(messages, i, tools, _list(choices, "choices") if choices and i == answers[-1] else None)
-        for i in answers
-    ]
+    choices = _choices(row, options)
+    found = [_example(messages, i, tools, choices if i == answers[-1] else None) for i in answers]
     return found if len(found) == 1 else [replace(e, group=group) for e in found]
+
+
+def _named(what: str, row: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    """The column of tools or choices. One that an option names must be there."""
+    if what in options and options[what] not in row:
+        raise ValueError(f"{what}={options[what]}: there is no such column")
+    return options.get(what, what)
+
+
+def _choices(row: Mapping[str, Any], options: Mapping[str, str]) -> list[Any] | None:
+    if "|" in (literal := options.get("choices", "")):
+        return list(literal.split("|"))
+    name = _named("choices", row, options)
+    return _list(row[name], name) if row.get(name) else None
 
 
 def _example(messages: list[dict[str, Any]], place: int, tools: Any, choices: list[Any] | None) -> Example:
