@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from test_adapterhub_zoo import base_of, expert_of
 
 from encoder_fixtures import make_encoder, signed
+from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import route
+from phatgoose.models.trace import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single
 
 THREADS, TURNS = 4, 12
@@ -83,3 +86,27 @@ def test_threads_read_their_own_prompts(make_base, make_expert, tmp_path, told):
             return base.model(input_ids=ids[:, -1:], past_key_values=first.past_key_values).logits
 
     check(run)
+
+
+@pytest.mark.parametrize("router", [Random(seed=3), PHATGOOSE()], ids=repr)
+def test_a_trace_records_one_thread_and_refuses_a_second(make_base, make_expert, router):
+    base = make_base("llama")
+    route(base, Pool([make_expert(base, f"e{i}", seed=i) for i in range(3)]), router)
+
+    @torch.no_grad()
+    def run(thread):
+        return base.model(input_ids=inputs_of(thread)).logits
+
+    with trace(base, margins=False) as recorded:
+        for thread in (1, 2):  # one after the other, as answers that are streamed
+            one = threading.Thread(target=run, args=(thread,))
+            one.start()
+            one.join()
+        run(3)
+        with ThreadPoolExecutor(1) as other, pytest.raises(RoutingError, match="passes of one thread"):
+            other.submit(run, 0).result()
+    whole = sum(inputs_of(thread).numel() for thread in (1, 2, 3))
+    assert all(len(choices.tokens) == whole for choices in recorded.choices)
+    with trace(base, margins=False) as recorded, ThreadPoolExecutor(1) as other:
+        other.submit(run, 0).result()
+    assert len(recorded.choices[0].tokens) == inputs_of(0).numel()

@@ -8,6 +8,7 @@ become indices of the pool's experts, and either choices or only sums are kept.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -164,6 +165,7 @@ class Recorder:
         self._led = False  # a decoder began them, as no module of the encoder is routed
         self._expanded: Expanded | None = None
         self._random = torch.Generator().manual_seed(0)
+        self._thread: threading.Thread | None = None  # whose passes these are
 
     def record(
         self,
@@ -176,6 +178,9 @@ class Recorder:
         """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates] or None.
 
         They are kept until the pass is over, so nobody may write into them.
+
+        Raises:
+            RoutingError: it can't be told which tokens these are, or another thread runs the model as well.
         """
         margin = None if scores is None else _margins(scores.detach(), chosen)
         seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
@@ -211,7 +216,19 @@ class Recorder:
                 room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.places), top_k)
         return room
 
+    def _check_thread(self) -> None:
+        """Refuses a second thread: passes that run at once can't be told apart by what is recorded of them."""
+        now = threading.current_thread()
+        if self._thread is not now:
+            if self._thread is not None and self._thread.is_alive():
+                raise RoutingError(
+                    "a trace records the passes of one thread, and another one runs this model as well. Run it in one thread while it "
+                    "is traced, or give each thread a copy of the model."
+                )
+            self._thread = now
+
     def _pass(self, context: RoutingContext) -> _Pass:
+        self._check_thread()
         context.check()
         assert context.sequences is not None
         if context.picked is not None:
