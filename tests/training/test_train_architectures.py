@@ -92,6 +92,16 @@ def test_routers_that_return_two_things_are_no_linear_layers(name):
         assert not any("router" in path for path in train().updates)
 
 
+def test_padding_whose_embedding_is_zero_has_no_gradient_of_its_own():
+    """Gemma-3n divides by the root of a mean of squares: at zero, where SDPA leaves masked rows, its gradient is NaN."""
+    base, _, train = trained("gemma3n_text")
+    base.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[0] = 0
+    losses = [loss for _, loss in train().provenance["validation_losses"]]
+    assert torch.tensor(losses).isfinite().all()
+
+
 def test_nothing_is_said_where_nothing_is_left_out(make_base):
     for family in ("llama", "gpt2", "t5"):
         model = make_base(family).model

@@ -156,9 +156,12 @@ def check_rows(model: PreTrainedModel) -> None:
 
 def batch_of(base: Base, rows: Sequence[Encoded]) -> dict[str, Tensor]:
     """`collate`, padded as the base wants it."""
-    return collate(
-        rows, pad_id(base.tokenizer), is_encoder_decoder=base.is_encoder_decoder, left=pads_left(base.model)
-    )
+    seq2seq, pad = base.is_encoder_decoder, pad_id(base.tokenizer)
+    if not seq2seq:
+        # The padding token's embedding may be zero, where the root of Gemma-3n's magnitudes has no gradient: NaN for every row.
+        zero = getattr(base.model.get_input_embeddings(), "padding_idx", None)
+        pad = next((token for row in rows for token in row.prompt_ids if token != zero), pad)
+    return collate(rows, pad, is_encoder_decoder=seq2seq, left=pads_left(base.model))
 
 
 def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
