@@ -9,11 +9,15 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from architectures import make
+from conftest import make_tokenizer
 from encoder_fixtures import make_encoder, signed
 from harness_fixtures import ROWS
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
+from phatgoose.models.limits import decoder_start
 from phatgoose.models.routed import route
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Retrieval, SoftCentroid
@@ -120,3 +124,30 @@ def test_a_router_that_reads_text_is_told_where_prompts_end(make_base, make_expe
             ]
             assert totals.index(max(totals)) == mine.acc
     assert len({c.acc for c in ours}) > 1
+
+
+@torch.no_grad()
+def test_rows_of_the_harness_do_not_change_each_other():
+    """A decoder starts as in generation, not with its last label; an encoder is padded on the right, a recurrent model not at all."""
+    from phatgoose.evaluation.harness import harness_model
+
+    base = Base(make("mbart"), make_tokenizer(), spec="mbart")
+    lm = harness_model(base)
+    ids, labels = torch.tensor([[5, 6, 7, 1], [8, 1, 0, 0]]), torch.tensor([[9, 10, 1], [11, 1, 0]])
+    logits = lm._model_call(ids, attn_mask=(ids != 0).long(), labels=labels)
+    start = decoder_start(base.model)
+    for row, (prompt, answer) in enumerate((([5, 6, 7, 1], [9, 10]), ([8, 1], [11]))):
+        alone = base.model(
+            input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[start, *answer]])
+        )
+        torch.testing.assert_close(logits[row, : len(answer) + 1], alone.logits[0], rtol=1e-4, atol=1e-4)
+    assert lm.tok_batch_encode(["yes no maybe", "yes"])[1][1].tolist()[0] == 1
+
+    base = Base(make("recurrent_gemma"), make_tokenizer(), spec="recurrent")
+    lm = harness_model(base)
+    context, mask = lm.tok_batch_encode(["yes no maybe the quick brown", "fox"])
+    written = lm._model_generate(context, context.shape[1] + 4, ["\n\n\n"], attention_mask=mask)
+    for row, real in enumerate(mask.bool()):
+        prompt = context[row, real][None]
+        alone = base.model.generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :].tolist()
+        assert written[row, context.shape[1] :].tolist()[: len(alone)] == alone

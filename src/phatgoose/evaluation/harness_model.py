@@ -7,16 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from phatgoose.errors import EvaluationError
 from phatgoose.models.prompted import prompted
 from phatgoose.models.routed import routing_of
+from phatgoose.models.sequences import decoder_inputs, pads_left
 
 
 class RoutedLM(HFLM):
-    """HFLM that says which tokens of a row are its prompt, for routers that read text. It computes the same."""
+    """HFLM that says which tokens of a row are its prompt, for routers that read text, and whose rows don't change each other.
+
+    Encoders' inputs are padded on the right, decoders start as in generation, and where a model reads padding its rows are written one
+    at a time. Else it computes the same.
+    """
 
     _prompts: dict[tuple[int, ...], tuple[int, ...]] | None = None
 
@@ -36,11 +43,37 @@ class RoutedLM(HFLM):
         finally:
             self._prompts = None
 
-    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Any:
+        if labels is not None:
+            model: Any = self.model
+            inputs = {
+                "input_ids": inps,
+                "attention_mask": attn_mask,
+                "decoder_input_ids": decoder_inputs(model, labels),
+            }
+            with torch.no_grad():
+                return model(**inputs, use_cache=False).logits
         if not self._prompts:
-            return super()._model_call(inps, *args, **kwargs)
+            return super()._model_call(inps)
         with prompted(self.model, [self._prompt_of(row) for row in inps.tolist()]):
-            return super()._model_call(inps, *args, **kwargs)
+            return super()._model_call(inps)
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", *args: Any, **kwargs: Any
+    ) -> Any:
+        side = "right" if self.backend == "seq2seq" else padding_side
+        return super().tok_batch_encode(strings, side, *args, **kwargs)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if self.backend != "causal" or mask is None or bool(mask.all()) or pads_left(self.model):
+            return super()._model_generate(context, max_length, stop, **kwargs)
+        written = []
+        for row, real in zip(context, mask.bool(), strict=True):
+            alone = {**kwargs, "attention_mask": mask.new_ones(1, int(real.sum()))}
+            found = super()._model_generate(row[real][None], max_length - int((~real).sum()), stop, **alone)
+            written.append(torch.cat([row[~real], found[0]]))
+        return pad_sequence(written, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
     def _prompt_of(self, row: list[int]) -> tuple[int, ...]:
         """The prompt of a row that the harness has padded on the right."""
