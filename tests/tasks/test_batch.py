@@ -112,6 +112,23 @@ def test_encoder_decoder_ids(special):
     assert t5.decode(e.target_ids) == "walked</s>"
 
 
+def test_targets_in_the_language_of_targets(special, monkeypatch):
+    """As NLLB's (a language before, the end after) and mBART's (the end, then a language): both are told apart by text_target."""
+    made = special("$A </s>")
+    kind = type("Translating", (type(made),), {})
+    made.__class__ = kind
+    source = made._tokenizer.post_processor
+    ids = [(t, made.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
+    kind._switch_to_input_mode = lambda self: setattr(self._tokenizer, "post_processor", source)
+    bare = made("walked", add_special_tokens=False)["input_ids"]
+    for template, wanted in (("<s> $A </s>", [ids[0][1], *bare, 1]), ("$A </s> <s>", [*bare, 1])):
+        target = TemplateProcessing(single=template, special_tokens=ids)
+        kind._switch_to_target_mode = lambda self, to=target: setattr(self._tokenizer, "post_processor", to)
+        (e,) = encode(made, [("walk?", "walked")], seq2seq=True)
+        assert list(e.prompt_ids) == [*made("walk?", add_special_tokens=False)["input_ids"], 1]
+        assert list(e.target_ids) == wanted
+
+
 def test_choices_share_one_prompt_even_when_cut(tokenizer):
     choices = ["a", "a rather long choice of several words"]
     whole = encode_choices(tokenizer, PAIRS[3][0], choices, is_encoder_decoder=False, max_length=512)

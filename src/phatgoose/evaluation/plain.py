@@ -45,6 +45,7 @@ def check_once(model: PreTrainedModel) -> None:
     if model.__dict__.get(_CHECKED):
         return
     routing = model.__dict__.get(ATTRIBUTE)
+    recorder = None if routing is None else routing.recorder
     if routing is not None:
         routing.detach()
     try:
@@ -54,4 +55,5 @@ def check_once(model: PreTrainedModel) -> None:
     finally:
         if routing is not None:
             routing.attach()
+            routing.record(recorder)
     model.__dict__[_CHECKED] = True

@@ -76,7 +76,7 @@ def encode_choices(
     end = _end_token(tokenizer)
     prompt_ids = _encode(tokenizer, prompt)
     if is_encoder_decoder:
-        targets = [_without_end(_encode(tokenizer, answer), end, True) for answer in answers]
+        targets = [_target(tokenizer, answer, end) for answer in answers]
     else:
         appended = _appends_end(tokenizer)
         prompt_ids = _without_end(prompt_ids, end, appended)
@@ -234,6 +234,17 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True)
         own = _encode(tokenizer, text, special=False)
         return ids[1:] if ids[1 : 1 + len(own)] == own else ids
     return ids
+
+
+def _target(tokenizer: PreTrainedTokenizerBase, answer: str, end: int) -> list[int]:
+    """An answer as an encoder–decoder writes it: in the vocabulary and with the language of targets (Marian, NLLB), without what the
+    tokenizer puts behind it (the end token; mBART's language, which its decoder starts from)."""
+    whole = list(tokenizer(text_target=answer, verbose=False)["input_ids"])
+    bare = list(tokenizer(text_target=answer, add_special_tokens=False, verbose=False)["input_ids"])
+    for first in range(len(whole) - len(bare) + 1):
+        if bare and whole[first : first + len(bare)] == bare:
+            return _without_end(whole[: first + len(bare)], end, True)
+    return _without_end(whole, end, True)
 
 
 def _appends_end(tokenizer: PreTrainedTokenizerBase) -> bool:

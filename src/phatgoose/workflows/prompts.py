@@ -17,6 +17,7 @@ from phatgoose.models.base import Base
 from phatgoose.models.encoding import encode_input
 from phatgoose.models.paths import layer_labels
 from phatgoose.models.routed import route, unroute
+from phatgoose.models.sequences import decoder_inputs
 from phatgoose.models.trace import Trace, trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import Router
@@ -110,9 +111,8 @@ def _profile(base: Base, task: Task) -> Trace:
                 continue
             batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
             if base.is_encoder_decoder:  # the decoder reads what it should write
-                batch["labels"] = base.tokenizer([row.targets[0]], return_tensors="pt")["input_ids"].to(
-                    base.device
-                )
+                labels = base.tokenizer([row.targets[0]], return_tensors="pt")["input_ids"].to(base.device)
+                batch["decoder_input_ids"] = decoder_inputs(base.model, labels)
             base.model(**batch)
     return recorded
 
