@@ -374,13 +374,26 @@ def test_stacks_with_rows_and_columns_exchanged_are_refused_even_in_a_square_bat
         logits(model, **given)
 
 
-@pytest.mark.parametrize(("family", "ending"), [("youtu", "kv_b_proj"), ("doge", "dt_proj")])
-def test_a_module_that_sees_the_whole_cache_again_is_refused_behind_one(family, ending):
+@pytest.mark.parametrize("settings", [{}, {"margins": False}])
+@pytest.mark.parametrize(
+    ("family", "ending"), [("youtu", "kv_b_proj"), ("deepseek_v3", "kv_b_proj"), ("doge", "dt_proj")]
+)
+def test_a_module_that_sees_the_whole_cache_again_is_counted_once_a_token(family, ending, settings):
+    """Random draws by the tokens themselves, which aren't known any more, and refuses."""
     model, ids = make(family), ids_of()
-    routed(model, ending)
-    whole = logits(model, input_ids=ids)
-    assert torch.allclose(logits(model, input_ids=ids[:1]), whole[:1], atol=1e-4)
-    with pytest.raises(RoutingError, match=rf"{ending}: a module saw \[2, (1, )?5\] tokens"):
+    routed(model, ending, router=PHATGOOSE())
+    with trace(model, **settings) as whole:
+        logits(model, input_ids=ids)
+    with trace(model, **settings) as steps:
+        step_by_step(model, ids, torch.ones_like(ids), 4)
+    for c in steps.choices:
+        order = (c.rows * 9 + c.positions).argsort()
+        for name in ("ids", "experts", "rows", "positions"):
+            assert torch.equal(getattr(c, name)[order], getattr(whole[c.path], name)), name
+    route(model, routing_of(model).pool, Random(seed=1))
+    batch = logits(model, input_ids=ids)
+    assert torch.allclose(logits(model, input_ids=ids[:1]), batch[:1], atol=1e-4)
+    with pytest.raises(RoutingError, match=f"{ending}: it sees the 4 tokens of the cache again"):
         step_by_step(model, ids, torch.ones_like(ids), 4)
 
 

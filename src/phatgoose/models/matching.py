@@ -51,20 +51,23 @@ def dispatching(model: nn.Module, path: str) -> bool:
 @dataclass(frozen=True)
 class Match:
     """The tokens are [rows, length]: all of each sequence, or those at `kept`. problem: why it isn't known which tokens; then the rows may
-    still be the pass's, `length` inputs each (by_row)."""
+    still be the pass's, `length` inputs each (by_row), and all but the first `again` of a row its new tokens."""
 
     rows: int
     length: int
     kept: Tensor | None = None
     problem: str | None = None
     by_row: bool = True
+    again: int = 0
 
 
-def match(lead: Sequence[int], batch: int, length: int, *, repeats: bool, dispatched: bool) -> Match:
+def match(
+    lead: Sequence[int], batch: int, length: int, *, repeats: bool, dispatched: bool, past: int = 0
+) -> Match:
     """What a module inside of a stack that runs over [batch, length] tokens sees, if its input is [*lead, d].
 
     repeats: each sequence may stand there several times (beams read what was encoded once). dispatched: the module may be given tokens that
-    were picked for it, in any order.
+    were picked for it, in any order. past: how many tokens a cache holds before these.
     """
     if len(lead) > 2:  # DeepSeek's kv_b_proj: a dimension of heads, of size 1
         lead = (lead[0], *(n for n in lead[1:] if n != 1))
@@ -78,6 +81,9 @@ def match(lead: Sequence[int], batch: int, length: int, *, repeats: bool, dispat
     flat = len(lead) == 1 or (len(lead) == 2 and lead[0] == 1)
     if flat and prod(lead) == batch * length and (not dispatched or batch * length == 1):
         return Match(batch, length)
+    if past and tuple(lead) == (batch, past + length):
+        why = f"it sees the {past} tokens of the cache again, which aren't known one by one: use_cache=False."
+        return Match(batch, past + length, None, why, again=past)
     by_row = (len(lead) > 1 and lead[0] == batch) or batch == 1
     rows = batch if by_row else 1
     what = unmatched(lead, batch, length)

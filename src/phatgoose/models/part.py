@@ -19,7 +19,7 @@ class Part(RoutingContext):
 
     plan: Plan | None = None
     group: Group | None = None
-    whole: RoutingContext | None = None
+    call: RoutingContext | None = None
     """All of what the module saw."""
     streams: Streams | None = None
 
@@ -29,7 +29,7 @@ class Part(RoutingContext):
         return Part(
             whole.path, group.rows, n // group.rows, None, kept=_columns(plan, group, whole.rows * whole.length),
             stream=whole.stream, problem=whole.problem, by_row=whole.by_row,
-            plan=plan, group=group, whole=whole, streams=streams,
+            plan=plan, group=group, call=whole, streams=streams,
         )  # fmt: skip
 
     def tokens(self) -> Sequences:
@@ -71,17 +71,24 @@ class Part(RoutingContext):
         if plan.skip is not None and plan.lengths is not None and any(plan.skip):
             new = plan.places(group, whole.rows * whole.length) >= torch.tensor(plan.skip)[items]
             items, chosen, weights = items[new], chosen[new], weights[new]
-        elif plan.lengths is None and not (real := self.tokens().real[0].cpu()).all():
+        elif plan.lengths is None and not (real := self._real()).all():
             items, chosen, weights = items[real], chosen[real], weights[real]
         members = group.version.sites[self.path].members
         plan.loads.note(id(group.version), members, items, chosen, weights)
 
+    def _real(self) -> Tensor:
+        """bool [n], on the CPU: which of the group's tokens are no padding, and aren't seen again."""
+        _, group, whole, _ = self._known()
+        real = torch.zeros(whole.rows, whole.length, dtype=torch.bool)
+        real[:, whole.again :] = whole.new().tokens().real.reshape(whole.rows, -1).cpu()
+        return real.flatten() if group.index is None else real.flatten()[group.index.cpu()]
+
     def _known(self) -> tuple[Plan, Group, RoutingContext, Streams]:
         assert self.plan is not None
         assert self.group is not None
-        assert self.whole is not None
+        assert self.call is not None
         assert self.streams is not None
-        return self.plan, self.group, self.whole, self.streams
+        return self.plan, self.group, self.call, self.streams
 
 
 def _columns(plan: Plan, group: Group, tokens: int) -> Tensor | None:

@@ -177,11 +177,15 @@ class Recorder:
     ) -> None:
         """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates] or None.
 
-        They are kept until the pass is over, so nobody may write into them.
+        They are kept until the pass is over, so nobody may write into them. Cached tokens that the module sees again were counted before.
 
         Raises:
             RoutingError: it can't be told which tokens these are, or another thread runs the model as well.
         """
+        if context.again:
+            chosen, weights = (_last(x, context) for x in (chosen, weights))
+            scores = None if scores is None else _last(scores, context)
+            context = context.new()
         margin = None if scores is None else _margins(scores.detach(), chosen)
         seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
         if any(context.path in room.paths for room in self._rooms.values()):
@@ -193,8 +197,9 @@ class Recorder:
 
     def room(
         self, top_k: int, path: str, members: tuple[int, ...], u: Tensor, shape: torch.Size, streams: Streams
-    ) -> Room:
-        """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written.
+    ) -> Room | None:
+        """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written. None: nowhere,
+        since not all of them are counted.
 
         top_k: how many experts each token gets. u: the module's input. shape: of its output, [..., d].
         """
@@ -209,7 +214,10 @@ class Recorder:
             or not streams.is_whole(path, stream, shape)
             or self._streams.get(path) != stream
         ):
-            seen = self._pass(streams.context(path, u, shape))
+            context = streams.context(path, u, shape)
+            if context.again:
+                return None
+            seen = self._pass(context)
             if room is not None and (room.seen is not seen or not room.fits(path, shape)):
                 self._pack()  # of this pass: a module runs again, or sees other tokens, or in another shape
             if (room := self._rooms.get(kind)) is None:
@@ -408,6 +416,11 @@ class Recorder:
                 torch.rand(len(rows), generator=self._random, dtype=torch.float32),
             )
         return one.tokens, one.real
+
+
+def _last(x: Tensor, context: RoutingContext) -> Tensor:
+    """x [rows·length, …] without the tokens that are seen again."""
+    return x.unflatten(0, (context.rows, -1))[:, context.again :].flatten(0, 1)
 
 
 def _margins(scores: Tensor, chosen: Tensor) -> Tensor:

@@ -150,8 +150,9 @@ class Site:
             room = recorder.room(
                 self.writer.chosen, self.path, self.members, u, output.shape, self.routing.streams
             )
-            done = self.writer(u, output, writable, room.next())
-            if done is not None:
+            if room is not None:
+                done = self.writer(u, output, writable, room.next())
+            if room is not None and done is not None:
                 room.paths[self.path] = None
         if done is not None:
             return done

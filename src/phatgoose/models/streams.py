@@ -131,13 +131,17 @@ class Streams:
             return RoutingContext(path, rows, length, None, None, reader, None, stream, problem)
         where, (batch, length) = self._where(path), run.shape
         if where.inside:
-            found = match(lead, batch, length, repeats=stream != where.stack, dispatched=where.dispatched)
+            repeats, past = stream != where.stack, run.past.tokens
+            found = match(lead, batch, length, repeats=repeats, dispatched=where.dispatched, past=past)
         else:
             found = match_head(lead, batch, length, self._now.keep)
         problem = problem or where.refusal or found.problem
         by_row = found.by_row if where.refusal is None else batch == 1
         rows, length, built = found.rows, found.length, run.built()
-        return RoutingContext(path, rows, length, built, None, reader, found.kept, stream, problem, by_row)
+        again = found.again if problem == found.problem else 0
+        return RoutingContext(
+            path, rows, length, built, None, reader, found.kept, stream, problem, by_row, again=again
+        )
 
     def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
         """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the pass's tokens in order."""

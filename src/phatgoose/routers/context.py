@@ -111,6 +111,8 @@ class RoutingContext:
     by_row: bool = True
     """Whether the pass's sequences are its rows even where there is a `problem`."""
     picked: Tensor | None = None
+    again: int = 0
+    """How many of each row's inputs, the first ones, are cached tokens that are seen again: the `problem`, then."""
 
     def texts(self) -> Texts:
         """What the sequences of this pass were given to read; the same object for every module that sees the pass.
@@ -142,6 +144,10 @@ class RoutingContext:
         assert positions is not None
         assert real is not None
         return Sequences(ids, positions, real, seen.past)
+
+    def new(self) -> RoutingContext:
+        """The same call without the tokens that are seen again."""
+        return replace(self, length=self.length - self.again, again=0, problem=None) if self.again else self
 
     def whole(self) -> RoutingContext:
         """Of tokens that were picked: a call that sees all of the pass's."""
