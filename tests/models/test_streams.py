@@ -442,3 +442,9 @@ def test_rejected_drafts_are_not_counted():
                 assert torch.equal(found["lm_head"].ids, text[0, prompt.shape[1] - 1 : -1])
     with pytest.raises(RoutingError, match="assistant_early_exit"), trace(model):
         model.generate(**plain, assistant_early_exit=1)
+
+
+def test_an_expert_of_switch_that_got_no_token_is_one_that_runs_sometimes(recwarn):
+    model = routed(make("switch_transformers"), ".wi", router=PHATGOOSE())
+    logits(model, input_ids=ids_of(1, 3), decoder_input_ids=ids_of(1, 3))
+    assert not [w for w in recwarn if "didn't run" in str(w.message)]

@@ -15,7 +15,7 @@ from phatgoose.models.hooks import Hooks, compiled_anything
 from phatgoose.models.moe import Slot
 
 SHOWN = 5
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")  # layers.3, and expert_3 of Switch
 
 
 class Unrun:
