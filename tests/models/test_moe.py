@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from conftest import VOCABULARY, hooked, make_model, make_tokenizer
@@ -467,3 +467,27 @@ def test_shared_experts_act_too(tmp_path):
     route(model, Pool([expert]), Single(0))
     by_hand = with_weights_added(make("deepseek_v3"), expert)
     torch.testing.assert_close(logits(model), logits(by_hand), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_what_peft_converts_and_saves_again(tmp_path, family):
+    """Bare parameter names, a doubled rank by a pattern, the router as a parameter, and linear layers beside them."""
+    folder = per_expert(make(family), family, tmp_path / "old", 1, router=True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for layer in range(2):
+        key = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora"
+        tensors[f"{key}_A.weight"] = torch.randn(4, D, generator=generator) * 0.2
+        tensors[f"{key}_B.weight"] = torch.randn(D, 4, generator=generator) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"].append("q_proj")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    wrapped = PeftModel.from_pretrained(make(family), folder).eval()
+    wrapped.save_pretrained(tmp_path / "new")
+    model = make(family)
+    for name in ("old", "new"):
+        expert = Expert.from_peft(tmp_path / name, name=name)
+        route(model, Pool([expert]), Single(0))
+        torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)

@@ -63,8 +63,8 @@ def of_parameters(
     for path in sorted(found, key=len):
         modules.setdefault(_unwrapped(path), []).append(path)
     for module, paths in modules.items():
-        names = _named(module, targets)
-        if not names or _is_linear(module, names, targets, [found[p] for p in paths], settings):
+        names = _named(module, targets, len(paths))
+        if not names or _is_linear(module, targets, [found[p] for p in paths], settings):
             continue
         if [p.removeprefix(module) for p in paths] != [_WRAPPED * i for i in range(len(names))]:
             raise ExpertError(
@@ -87,25 +87,23 @@ def _unwrapped(path: str) -> str:
     return path
 
 
-def _named(module: str, targets: tuple[str, ...]) -> list[str]:
-    """The parameters of a module that `targets` may mean, in the module's order."""
-    ends = {t.rpartition(".") for t in targets}
-    names = {name for owner, _, name in ends if not owner or f".{module}".endswith(f".{owner}")}
+def _named(module: str, targets: tuple[str, ...], number: int) -> list[str]:
+    """The parameters of a module that `targets` mean, in the module's order, where `number` of them have tensors.
+
+    A name without a module may mean a parameter of any, so names with this module go first.
+    """
+    ends = [t.rpartition(".") for t in targets]
+    own = {name for owner, _, name in ends if owner and f".{module}".endswith(f".{owner}")}
+    names = own if len(own) == number else own | {name for owner, _, name in ends if not owner}
     return sorted(names, key=[*PARAMETERS, "weight"].index)
 
 
 def _is_linear(
-    module: str,
-    names: list[str],
-    targets: tuple[str, ...],
-    wrappers: list[Mapping[str, Tensor]],
-    settings: Settings,
+    module: str, targets: tuple[str, ...], wrappers: list[Mapping[str, Tensor]], settings: Settings
 ) -> bool:
-    """Whether its tensors are those of an ordinary linear layer, which a bare parameter name can't exclude."""
-    if (
-        any("." in t and f".{module}".endswith(f".{t.rpartition('.')[0]}") for t in targets)
-        or len(wrappers) > 1
-    ):
+    """Whether its tensors are those of an ordinary linear layer, which a name without a module can't exclude."""
+    owners = [owner for t in targets if (owner := t.rpartition(".")[0])]
+    if len(wrappers) > 1 or any(f".{module}".endswith(f".{owner}") for owner in owners):
         return False
     a = wrappers[0].get("A")
     return a is None or a.shape[0] == settings.rank(module)
