@@ -448,3 +448,20 @@ def test_an_expert_of_switch_that_got_no_token_is_one_that_runs_sometimes(recwar
     model = routed(make("switch_transformers"), ".wi", router=PHATGOOSE())
     logits(model, input_ids=ids_of(1, 3), decoder_input_ids=ids_of(1, 3))
     assert not [w for w in recwarn if "didn't run" in str(w.message)]
+
+
+def test_a_module_may_read_both_the_decoders_tokens_and_the_encoders():
+    """As T5Gemma 2's keys do: each call draws by its own tokens, and a trace, which has one place a module, refuses."""
+    model = make("t5")
+    for block in model.decoder.block:
+        block.layer[1].EncDecAttention.k = block.layer[0].SelfAttention.k
+    ids, target = ids_of(2, 5), ids_of(2, 5, seed=1)
+    routed(model, "decoder.block.0.layer.0.SelfAttention.k", "decoder.block.1.layer.0.SelfAttention.k")
+    whole = logits(model, input_ids=ids, decoder_input_ids=target)
+    longer = torch.cat([target, target[:, :2]], 1)  # the encoder's tokens keep their draws
+    assert torch.allclose(logits(model, input_ids=ids, decoder_input_ids=longer)[:, :5], whole, atol=1e-4)
+    with (
+        pytest.raises(RoutingError, match="encoder's tokens in one call and the decoder's in another"),
+        trace(model),
+    ):
+        logits(model, input_ids=ids, decoder_input_ids=target)
