@@ -20,7 +20,7 @@ from phatgoose.models.ways import Way
 from phatgoose.routers import PHATGOOSE, Retrieval, Router, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
 from phatgoose.routers.router import BoundRouter
-from phatgoose.serving import attention, batch, passes
+from phatgoose.serving import attention, batch, batches, passes
 from phatgoose.serving.batches import BatchEngine
 from phatgoose.serving.continuous import ContinuousEngine, obstacle
 from phatgoose.serving.job import Job, ServingError
@@ -145,7 +145,8 @@ def test_one_job_that_fails_leaves_the_others_alone(make_base, engine):
 @pytest.mark.parametrize(
     ("family", "engine"), [("llama", "continuous"), ("gpt2", "continuous"), ("llama", "batches")]
 )
-def test_prompts_are_scored_as_one_pass_scores_them(make_base, make_expert, family, engine):
+def test_prompts_are_scored_as_one_pass_scores_them(make_base, make_expert, monkeypatch, family, engine):
+    monkeypatch.setattr(batches, "SCORED_ROWS", 25)
     base = make_base(family)
     pool = make_pool(base, make_expert)
     prompts = [[5] * 1, list(range(10, 70)), list(range(100, 130)), [9, 8]]  # longer than a pass, and shorter

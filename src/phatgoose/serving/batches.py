@@ -26,6 +26,8 @@ from phatgoose.serving.logs import log
 from phatgoose.serving.sampling import likelihoods
 from phatgoose.serving.settings import ServeSettings
 
+SCORED_ROWS = 512
+"""Tokens of a prompt that are scored at once."""
 GATHER_SECONDS = 0.01
 """How long the first that comes waits for others."""
 
@@ -178,4 +180,9 @@ class BatchEngine(Engine):
         ids = torch.tensor([list(job.prompt)], device=self.base.device)
         with self.mixed.following(Plan([job.way], told=[(tuple(job.prompt), ())])):
             logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
-        job.prompt_likelihoods += likelihoods(logits.cpu(), list(job.prompt[1:]), job.score)
+        following = list(job.prompt[1:])
+        for first in range(
+            0, len(following), SCORED_ROWS
+        ):  # whole, the scores of a long prompt would be there twice
+            rows = slice(first, first + SCORED_ROWS)
+            job.prompt_likelihoods += likelihoods(logits[rows].cpu(), following[rows], job.score)
