@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -491,3 +492,23 @@ def test_what_peft_converts_and_saves_again(tmp_path, family):
         expert = Expert.from_peft(tmp_path / name, name=name)
         route(model, Pool([expert]), Single(0))
         torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"down_proj": 5}, "alpha_pattern": {r".*\.gate_up_proj": 9}},
+        {"use_rslora": True, "rank_pattern": {"experts.gate_up_proj": 2}},
+        {"target_parameters": ["experts.down_proj"]},
+        {"target_parameters": ["gate_up_proj", "down_proj", "q_proj.weight"], "target_modules": ["k_proj"]},
+    ],
+)
+def test_ranks_scales_and_names_of_parameters_are_pefts(tmp_path, family, settings):
+    model = make(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of use_rslora beside patterns PEFT has much to say
+        wrapped = peft_adapter(model, tmp_path / "a", 1, **settings)
+    route(model, Pool([Expert.from_peft(tmp_path / "a", name="a")]), Single(0))
+    torch.testing.assert_close(logits(model), logits(wrapped), atol=1e-5, rtol=1e-4)
