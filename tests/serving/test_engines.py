@@ -10,9 +10,12 @@ import pytest
 import torch
 from serving_fixtures import PROMPTS, greedy, make_pool, settings
 
+from architectures import make
+from conftest import make_tokenizer
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.models.base import Base
 from phatgoose.models.plan import Plan
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.trace import trace
@@ -91,6 +94,14 @@ def test_tokens_are_generates_alone_and_among_others(make_base, make_expert, fam
     assert [one[0] for one in alone] == [wanted[pair] for pair in asked[:6]]
     assert together == [wanted[pair] for pair in asked]
     assert len({tuple(wanted[PROMPTS[0], model]) for model in ROUTERS}) > 3  # they do differ
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "rwkv", "lfm2"])
+def test_requests_of_other_lengths_are_no_padding_to_a_recurrent_base(name):
+    base = Base(make(name), make_tokenizer(), spec=name)
+    prompts = [*PROMPTS, PROMPTS[0][::-1]]
+    together = with_service(base, None, lambda service: served(service, [(p, "base") for p in prompts]))
+    assert together == [greedy(base, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("engine", ["continuous", "batches"])

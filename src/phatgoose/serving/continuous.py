@@ -24,6 +24,7 @@ from phatgoose.memory import available_bytes
 from phatgoose.models.base import Base
 from phatgoose.models.hooks import Hooks
 from phatgoose.models.limits import context_length
+from phatgoose.models.sequences import pads_left
 from phatgoose.serving import attention
 from phatgoose.serving.engine import Engine
 from phatgoose.serving.job import ENDING, Job, News, ServingError
@@ -44,6 +45,8 @@ def obstacle(base: Base) -> str | None:
         return "it knows no encoder–decoders"
     if not model._can_set_attn_implementation() or not hasattr(model, "init_continuous_batching"):
         return f"{type(model).__name__} doesn't take its attention from transformers' AttentionInterface"
+    if not pads_left(model):
+        return f"{type(model).__name__} keeps more than keys and values of single tokens, or isn't told their positions"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is spread over several devices"
     return None
