@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from test_adapterhub_zoo import base_of, expert_of
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, M2M100Config, M2M100ForConditionalGeneration
 
@@ -116,6 +117,21 @@ def test_any_routed_base_is_pickled(make_base, make_expert, router):
     assert isinstance(back, Base)
     assert torch.equal(logits(back.model), expected)
     assert routing_of(back).streams is not routing_of(base).streams
+
+
+@pytest.mark.parametrize("case", ["llama/pfeiffer", "llama/parallel"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_reads_its_own_residual_stream(case, how):
+    model = base_of("llama")
+    route(model, Pool([expert_of(case)]), Single(0), any_base=True)
+    ids = IDS % 24
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        twin = how(model)
+        unroute(model)
+        assert torch.equal(twin(input_ids=ids).logits, expected)
 
 
 def test_a_cast_model_is_as_if_it_was_routed_in_that_dtype(adapted):

@@ -10,8 +10,10 @@ from torch import nn
 
 from conftest import hooked
 from phatgoose.experts.pool import Pool
+from phatgoose.models.mixed import Mixed
 from phatgoose.models.routed import route, unroute
 from phatgoose.models.unrun import Unrun
+from phatgoose.models.ways import Version
 from phatgoose.routers import Single
 
 IDS = torch.randint(2, 300, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -39,6 +41,19 @@ def test_an_embedding_that_t5_never_calls_is_named_once(make_base, make_expert):
     assert hooked(unroute(base)) == []
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_it_is_said_where_several_versions_go_different_ways(make_base, make_expert):
+    base = make_base("t5")
+    mixed = Mixed(base.model)
+    version = Version(base, Pool([make_expert(base, targets=["shared", "q"], gates=False)]))
+    mixed.attach(version)
+    with pytest.warns(UserWarning, match="experts adapt shared, which didn't run"):
+        run(base.model)
+    run(base.model)
+    mixed.close()
+    assert hooked(base.model) == []
+
+
 def test_the_encoder_isnt_missed_where_only_the_decoder_runs(make_base, make_expert):
     base = make_base("t5")
     with torch.no_grad():
@@ -46,7 +61,13 @@ def test_the_encoder_isnt_missed_where_only_the_decoder_runs(make_base, make_exp
     route(base, Pool([make_expert(base)]))
     with torch.no_grad():
         base.model(encoder_outputs=encoded, decoder_input_ids=IDS)
-    route(base, Pool([make_expert(base)]))
+    unroute(base)
+    with torch.no_grad():
+        first = base.model(encoder_outputs=encoded, decoder_input_ids=IDS, use_cache=True)
+        route(base, Pool([make_expert(base)]))
+        base.model(
+            encoder_outputs=encoded, decoder_input_ids=IDS[:, :1], past_key_values=first.past_key_values
+        )
     base.model.generate(IDS, max_new_tokens=3)
 
 
@@ -74,7 +95,7 @@ class Mixture(nn.Module):
 def test_one_of_a_mixtures_experts_that_no_token_reaches_isnt_missed():
     model = Mixture()
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    watch = Unrun(model, [(path, model.get_submodule(path)) for path in paths], {})
+    watch = Unrun(model, [(path, model.get_submodule(path)) for path in paths])
     watch.attach()
     with pytest.warns(
         UserWarning, match=r"adapt layers\.1\.0, layers\.1\.1, layers\.1\.2, layers\.1\.3, beside, which"

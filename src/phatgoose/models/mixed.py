@@ -24,6 +24,7 @@ from phatgoose.models.part import Part
 from phatgoose.models.plan import Group, Plan
 from phatgoose.models.routed import routing_of
 from phatgoose.models.streams import Streams
+from phatgoose.models.unrun import Unrun
 from phatgoose.models.ways import Version
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.routers.context import RoutingContext
@@ -44,7 +45,7 @@ class Mixed:
         self.model = model
         self.plan: Plan | None = None
         self.streams = Streams(model)
-        self._versions: dict[int, tuple[Version, Hooks]] = {}
+        self._versions: dict[int, tuple[Version, Hooks, Unrun]] = {}
         self._hooks: dict[str, Hooks] = {}
         self._streams = Hooks()
 
@@ -59,13 +60,16 @@ class Mixed:
                 self._hooks[path] = Hooks([site.module.register_forward_hook(hook, with_kwargs=True)])
             if site.source is not None and site.stack.residual is not None:
                 handles.add(follow_residual(site.source, site.module, site.stack.residual))
-        self._versions[id(version)] = (version, handles)
+        unrun = Unrun(self.model, [(path, site.module) for path, site in version.sites.items()], self.streams)
+        unrun.attach()
+        self._versions[id(version)] = (version, handles, unrun)
 
     def detach(self, version: Version) -> None:
         """Takes a version off; its ways must not be used any more."""
-        _, handles = self._versions.pop(id(version))
+        _, handles, unrun = self._versions.pop(id(version))
         handles.remove()
-        used = {path for other, _ in self._versions.values() for path in other.sites}
+        unrun.hooks.remove()
+        used = {path for other, *_ in self._versions.values() for path in other.sites}
         for path in set(self._hooks) - used:
             self._hooks.pop(path).remove()
         if not self._versions:
@@ -73,7 +77,7 @@ class Mixed:
 
     def close(self) -> None:
         """Takes everything off: the model is as it was."""
-        for version, _ in list(self._versions.values()):
+        for version, *_ in list(self._versions.values()):
             self.detach(version)
 
     @contextlib.contextmanager

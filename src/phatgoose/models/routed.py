@@ -196,12 +196,8 @@ class Routing:
     def _watch(self) -> None:
         """Has it said after the first pass which modules didn't run. Once: what was attached before has been watched."""
         if self._unrun is None:
-            stacks = {
-                self.streams.prefixes[name]: stack
-                for name, stack in self.streams.stacks.items()
-                if self.streams.prefixes.get(name)
-            }
-            self._unrun = Unrun(self.model, [(site.path, site.module) for site in self.sites], stacks)
+            modules = [(site.path, site.module) for site in self.sites]
+            self._unrun = Unrun(self.model, modules, self.streams)
             self._unrun.attach()
 
     def detach(self) -> None:

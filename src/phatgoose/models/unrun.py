@@ -13,6 +13,7 @@ from torch import nn
 
 from phatgoose.models.hooks import Hooks, compiled_anything
 from phatgoose.models.moe import Slot
+from phatgoose.models.streams import Streams
 
 SHOWN = 5
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")  # layers.3, and expert_3 of Switch
@@ -23,16 +24,19 @@ class Unrun:
 
     Args:
         modules: (path, module) of each.
-        stacks: path prefixes of the encoder and the decoder, with the module of each. What is in a stack that hasn't run isn't spoken of.
+        streams: the model's. What is in an encoder or a decoder that hasn't run isn't spoken of.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], stacks: dict[str, nn.Module]
+        self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], streams: Streams | None = None
     ):
         # Which of a mixture's experts run is a matter of the tokens.
         self.modules = {path: module for path, module in modules if not isinstance(module, Slot)}
-        self.model, self.stacks, self.ran = model, stacks, set[str]()
-        self.hooks = Hooks()
+        self.model, self.ran = model, set[str]()
+        stacks = {} if streams is None else streams.stacks
+        prefixes = {} if streams is None else streams.prefixes
+        self.stacks = {prefixes[name]: stack for name, stack in stacks.items() if prefixes.get(name)}
+        self.hooks, self.whole = Hooks(), False
 
     def attach(self) -> None:
         if not self.modules:
@@ -41,14 +45,26 @@ class Unrun:
         self.hooks.add(
             [m.register_forward_pre_hook(partial(self._note, path)) for path, m in watched.items()]
         )
-        self.hooks.add([self.model.register_forward_hook(self._done)])
+        self.hooks.add(
+            [
+                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self.model.register_forward_hook(self._done),
+            ]
+        )
 
     def _note(self, path: str, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.ran.add(path)
 
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
+            self.whole = not int(
+                length
+            )  # behind a cache, cross-attention's keys and values aren't computed again
+
     def _done(self, *_: Any) -> None:
-        if torch.compiler.is_compiling() or not self.hooks:
+        if torch.compiler.is_compiling() or not self.hooks or not self.whole:
             return
         self.hooks.remove(forget=False)
         if compiled_anything():  # what runs there isn't seen
