@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from architectures import ALL, make
+from architectures import make
 from conftest import make_tokenizer
 from phatgoose import (
     Expert,
@@ -33,7 +31,6 @@ from phatgoose import (
     train_gate,
     unroute,
 )
-from phatgoose.errors import PhatgooseError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rows import encode
 from phatgoose.models.base import Base
@@ -343,40 +340,3 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "evaluate": check_evaluate,
     "training": check_training,
 }
-
-
-def outcome(name: str, check: str) -> str:
-    """ "yes", or "refused: " and our own error's message. Anything else that is raised is a fault."""
-    try:
-        found = case(name)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                CHECKS[check](found)
-        finally:
-            unroute(found.base)
-    except PhatgooseError as error:
-        return f"refused: {type(error).__name__}: {error}"
-    return "yes"
-
-
-def _show(names: list[str], checks: list[str]) -> None:
-    """Prints what isn't "yes", a line a cell: for whoever works on an architecture."""
-    for name in names:
-        lines = []
-        for check in checks:
-            try:
-                found = outcome(name, check)
-            except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                found = f"FAULT {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-            if found != "yes":
-                lines.append(f"    {check}: {' '.join(found.split())[:250]}")
-        print(name, "" if lines else "all yes", *lines, sep="\n" if lines else " ", flush=True)
-
-
-if (
-    __name__ == "__main__"
-):  # PYTHONPATH=tests python -W ignore tests/models/architecture_checks.py [architectures] [checks]
-    said = sys.argv[1:]
-    _show([n for n in said if n in ALL] or list(ALL), [c for c in said if c in CHECKS] or list(CHECKS))
