@@ -27,8 +27,10 @@ smoke: $(STAMP) ## the quickstart with two experts and a few steps
 ungated: $(STAMP) ## what experts without gates are worth, on the quickstart's pool (an hour on two cores)
 	$(BIN)/python benchmarks/ungated.py --pool quickstart-out/pool --out build/ungated
 
-test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+# Two processes of several threads each slow one another tenfold: one process a core, one thread each.
+WORKERS ?= logical
+test: $(STAMP) ## the tests, on WORKERS (by default all, at most eight) cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
 
 N ?= 1000000
 fuzz: $(STAMP) ## N (a million) changed files for every reader of files that others made (an hour on one core)
