@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 from architecture_checks import CHECKS, BaseFails, case
-from architectures import ALL
 
+from architectures import ALL
 from phatgoose import unroute
 from phatgoose.errors import PhatgooseError
 
@@ -28,7 +28,7 @@ def outcome(name: str, check: str) -> str:
             unroute(found.base)
     except (PhatgooseError, BaseFails) as error:
         words = " ".join(str(error).split())
-        return re.sub(r" \(?/[^ ,)]*/e\d\)?", "", words)[:400]  # without the adapter's temporary folder
+        return re.sub(r" \(?/[^ ,)]*/e\d\)?", "", words)  # without the adapter's temporary folder
     return "yes"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from architecture_checks import CHECKS
 from architecture_table import outcome, recorded
+
 from architectures import ALL, DECODERS, ENCODER_DECODERS
 
 

@@ -1,8 +1,10 @@
 import pytest
 
+from architectures import make
 from conftest import FAMILIES, TARGETS
 from phatgoose.errors import TrainingError
-from phatgoose.training.modules import sizes, target_paths
+from phatgoose.models.layers import linear_shape
+from phatgoose.training.modules import target_paths
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -19,8 +21,8 @@ def test_sizes(make_base, family):
     model = make_base(family).model
     for path in target_paths(model, "all-linear"):
         shape = tuple(model.get_submodule(path).weight.shape)
-        assert sizes(model.get_submodule(path)) == (shape if family == "gpt2" else shape[::-1])
-    assert sizes(model.get_input_embeddings()) is None
+        assert linear_shape(model.get_submodule(path)) == (shape if family == "gpt2" else shape[::-1])
+    assert linear_shape(model.get_input_embeddings()) is None
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,17 @@ def test_sizes(make_base, family):
 def test_names_that_cannot_be_meant(make_base, name, message):
     with pytest.raises(TrainingError, match=message):
         target_paths(make_base("llama").model, ["q_proj", name])
+
+
+@pytest.mark.parametrize("name", ["falcon", "phimoe"])
+def test_layers_with_a_forward_of_their_own_count_where_they_are_linear(name):
+    """Falcon's linear layers have one; PhiMoE's router is an nn.Linear that returns a tuple."""
+    model = make(name)
+    ends = {path.rpartition(".")[2] for path in target_paths(model, "all-linear")}
+    assert (
+        ends
+        == {
+            "falcon": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+            "phimoe": {"q_proj", "k_proj", "v_proj", "o_proj"},
+        }[name]
+    )

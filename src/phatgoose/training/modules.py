@@ -1,4 +1,4 @@
-"""Which modules an expert adapts and which it can't, the sizes of a linear layer whatever its kind, and first values."""
+"""Which modules an expert adapts and which it can't, and first values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import TrainingError
+from phatgoose.models.layers import linear_shape
 from phatgoose.registry import unknown
 
 
@@ -24,20 +25,6 @@ def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
-
-
-def sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer, None for anything else. Packed layers are asked, not their weight's shape.
-
-    A mixture's router is none, even where its class is made of one (PhiMoE's, Llama 4's): it returns what it chose, too.
-    """
-    if type(module).__module__.startswith("transformers.models.") and "Router" in type(module).__name__:
-        return None
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.nf)
-    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    return None
 
 
 def text_tower(model: PreTrainedModel) -> str:
@@ -61,7 +48,7 @@ def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     """
     head, tower = model.get_output_embeddings(), text_tower(model)
     modules = dict(model.named_modules())
-    linear = {path for path, m in modules.items() if sizes(m) is not None and m is not head}
+    linear = {path for path, m in modules.items() if linear_shape(m) is not None and m is not head}
     if targets == "all-linear":
         return sorted(path for path in linear if path.startswith(tower))
     names = [targets] if isinstance(targets, str) else list(targets)
@@ -103,7 +90,7 @@ def left_out(model: PreTrainedModel, paths: Collection[str]) -> list[str]:
             f"({sum(bare) / whole:.0%} of the base's weights)"
         )
     head, tower = model.get_output_embeddings(), text_tower(model)
-    layers = {path: m for path, m in model.named_modules() if sizes(m) is not None and m is not head}
+    layers = {path: m for path, m in model.named_modules() if linear_shape(m) is not None and m is not head}
     outside = [path for path in layers if not path.startswith(tower)]
     if outside:
         found.append(
