@@ -250,6 +250,18 @@ def test_text_to_tokens_and_back(http, base):
     assert used["prompt_token_ids"] == found["tokens"]
     chat = http.post("/tokenize", json={"messages": CHAT["messages"], "model": "a"}).json()
     assert chat["tokens"] == asked(http, {"return_token_ids": True}, "chat/completions")["prompt_token_ids"]
+    neutral = {
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "chat_template": None,
+        "tools": [],
+    }
+    assert http.post("/tokenize", json={"messages": CHAT["messages"]} | neutral).json() == chat
+    for change in ({"continue_final_message": True}, {"tools": [{}]}, {"add_generation_prompt": False}):
+        refused = http.post("/tokenize", json={"messages": CHAT["messages"]} | change)
+        assert refused.status_code == 400
+        (name,) = change
+        assert refused.json()["error"]["message"].startswith(f"{name} isn't supported: ")
     bare = http.post("/tokenize", json={"prompt": "the </s>", "add_special_tokens": False}).json()["tokens"]
     assert bare == base.tokenizer("the </s>", add_special_tokens=False)["input_ids"]
     assert http.post("/detokenize", json={"tokens": bare}).json() == {"prompt": base.tokenizer.decode(bare)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -106,6 +107,26 @@ def refused(param: str, message: str) -> PydanticCustomError:
 Text = Annotated[str, AfterValidator(_whole)]
 """Text that a tokenizer can read: JSON can carry half characters."""
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+def supported(
+    data: Any, unsupported: Mapping[str, tuple[tuple[Any, ...], str]], known: Collection[str]
+) -> Any:
+    """A request without the parameters that aren't honoured, where their values change nothing.
+
+    Args:
+        known: parameters that this kind of request honours.
+
+    Raises:
+        PydanticCustomError: a value would change something.
+    """
+    if not isinstance(data, dict):
+        return data
+    unsupported = {name: rule for name, rule in unsupported.items() if name not in known}
+    for name, (neutral, why) in unsupported.items():
+        if name in data and data[name] not in neutral:
+            raise refused(name, f"{name} isn't supported: {why}")
+    return {name: value for name, value in data.items() if name not in unsupported}
 
 
 def _as_whole(value: Any) -> Any:

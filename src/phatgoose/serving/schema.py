@@ -30,6 +30,7 @@ from phatgoose.serving.parameters import (
     none_if,
     one_or_many,
     refused,
+    supported,
 )
 
 
@@ -134,13 +135,10 @@ class Common(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
+        data = supported(data, cls.refused, cls.model_fields)
         if not isinstance(data, dict):
             return data
-        for name, (neutral, why) in cls.refused.items():
-            if name in data and name not in cls.model_fields and data[name] not in neutral:
-                raise refused(name, f"{name} isn't supported: {why}")
-        dropped = {name for name in (*IGNORED, *cls.refused) if name not in cls.model_fields}
-        kept = {key: value for key, value in data.items() if key not in dropped}
+        kept = {key: value for key, value in data.items() if key not in IGNORED}
         if kept.get("stop") == "":  # some clients' way to say nothing
             del kept["stop"]
         return kept

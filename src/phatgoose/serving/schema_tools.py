@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from phatgoose.serving.parameters import Strict, Text, TokenList, refused
+from phatgoose.serving.parameters import REFUSED, Strict, Text, TokenList, refused, supported
 from phatgoose.serving.schema import Message
+
+_REFUSED = {
+    name: REFUSED[name]
+    for name in (
+        "add_generation_prompt",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "media_io_kwargs",
+        "mm_processor_kwargs",
+        "tools",
+    )
+}
+"""Parameters of vLLM's /tokenize that aren't honoured."""
 
 
 class AddExpert(Strict):
@@ -24,8 +38,12 @@ class Tokenize(Strict):
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: Literal[True] | None = None
     return_token_strs: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        return supported(data, _REFUSED, cls.model_fields)
 
     @model_validator(mode="after")
     def _either(self) -> Self:
