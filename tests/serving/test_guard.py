@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import io
 import json
 import logging
@@ -233,6 +234,9 @@ def test_large_slow_and_strange_bodies(base):
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
             found = http.post("/v1/completions", content=json.dumps(ASK), headers={"content-type": kind})
             assert found.status_code == 415
+        packed = {"content-type": "application/json", "content-encoding": "gzip"}
+        found = http.post("/v1/completions", content=gzip.compress(json.dumps(ASK).encode()), headers=packed)
+        assert (found.status_code, "compressed" in found.text) == (415, True)
         for body in (b"", b"{", b"[" * 900, b"\xff", b"nul", b'{"prompt": "a"}}', b'"a"', b"3", b"[]"):
             found = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
             assert found.status_code == 400, body

@@ -136,6 +136,9 @@ class Guard:
             kind = (call.header(b"content-type") or "").partition(";")[0].strip().lower()
             if kind != "application/json" and not (call.path.startswith("/admin/") and not kind):
                 raise Refusal(415, "expected Content-Type: application/json.")
+            coding = (call.header(b"content-encoding") or "identity").strip().lower()
+            if coding != "identity":
+                raise Refusal(415, "compressed bodies aren't read: send it without Content-Encoding.")
 
 
 class _Call:
