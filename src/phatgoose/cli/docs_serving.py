@@ -34,7 +34,7 @@ Written by `python -m phatgoose.cli.docs` from the schema itself: change that, n
 | completions, chats | what `/v1/completions` and `/v1/chat/completions` take: a range or kind, and what holds if nothing is said (=) |
 | vLLM | whether vLLM's server has a parameter of this name (early in 2026), for one of the two at least |
 
-"only" values change nothing; others are refused with status 400, as are parameters that aren't here. Whole numbers may be written as 4.0, and `null` is as
+"only" values change nothing; others are refused with status 400, as are parameters that aren't here. Whole numbers but tokens may be written as 4.0, and `null` is as
 if nothing was said.
 
 ## Honoured
