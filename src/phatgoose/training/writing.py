@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from phatgoose.errors import TrainingError
 from phatgoose.models.base import Base
