@@ -62,6 +62,14 @@ def test_calls_tools_and_results_are_kept(tmp_path):
     assert json.loads(only.answers[0])["tool_calls"][0]["function"]["name"] == "add"
 
 
+def test_a_turn_with_a_text_and_a_call_isnt_the_text_alone(tmp_path):
+    both = {**CALL, "content": "yes"}
+    task = load(tmp_path, {"messages": [USER, both]}, {"messages": [USER, YES]})
+    (example,) = all_of(task)
+    assert sorted(example.targets) == ["yes", "yes\n" + json.dumps(CALL["tool_calls"])]
+    assert sorted(json.loads(a) == both for a in example.answers) == [False, True]
+
+
 def test_every_turn_is_an_example_and_shares_its_conversations_split(tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Is {i} even?"}, YES, *MORE]} for i in range(60)]
     task = load(tmp_path, *rows)
@@ -111,11 +119,13 @@ def test_choices_are_of_the_last_turn(tmp_path):
         ({"messages": [USER, {"role": "asistant", "content": "yes"}]}, "role is 'asistant'"),
         ({"messages": [USER, {"role": "assistant"}]}, "has no content"),
         ({"messages": [USER, {**YES, "content": " "}]}, "empty target"),
+        ({"messages": [USER, {**YES, "content": ""}]}, "empty target"),
+        ({"messages": [{"from": "human", "value": "2?"}, {"from": "function_call", "value": "add"}]}, "isn't JSON"),
         ({"messages": [USER, YES], "answer": "x"}, '"answer" is not read'),
         ({"messages": [SYSTEM, USER, YES], "system": "x"}, "both"),
         ({"messages": [USER, YES], "choices": ["no", "maybe"]}, "not among the choices"),
     ],
-)
+)  # fmt: skip
 def test_malformed_rows_are_refused_with_their_line(tmp_path, row, says):
     with pytest.raises(TaskError, match=f"line 1.*{says}"):
         load(tmp_path, row)

@@ -117,7 +117,10 @@ def _message(given: Any) -> dict[str, Any]:
     if "value" in message and "content" not in message:
         message["content"] = message.pop("value")
     if role == "function_call":  # ShareGPT's form of a call: its JSON as the text
-        call = json.loads(str(message.pop("content", "")))
+        try:
+            call = json.loads(str(message.pop("content", "")))
+        except ValueError as cause:
+            raise ValueError("a function_call isn't JSON") from cause
         role, message["tool_calls"] = "assistant", [{"type": "function", "function": call}]
     role = _ROLES.get(str(role), role)
     if role not in _KNOWN:
@@ -133,11 +136,12 @@ def _left_out(message: Mapping[str, Any]) -> bool:
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """A message for people, and for whatever compares texts: its content, or its calls where it has none."""
-    content = message.get("content")
+    """A message for people, and for whatever compares texts: its content, and the calls behind it."""
+    content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-    return content if content else _json(message.get("tool_calls", ""))
+    calls = message.get("tool_calls")
+    return "\n".join([*([content] if content else []), *([_json(calls)] if calls else [])])
 
 
 def _joined(messages: Sequence[Mapping[str, Any]]) -> str:
