@@ -45,6 +45,19 @@ def test_a_strangers_record_of_losses_is_read_with_care(make_base, make_expert, 
     assert card["made"].get("validation loss") == lowest
 
 
+def test_mean_inputs_begin_a_decoder_as_its_checkpoint_says(make_base):
+    """mBART's checkpoints say it in their config alone."""
+    base, seen = make_base("t5"), []
+    base.model.generation_config.decoder_start_token_id = None
+    base.model.config.decoder_start_token_id = 7
+    hook = base.model.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    mean_inputs(base, ["decoder.block.0.layer.0.SelfAttention.q"], ["yes no"])
+    hook.remove()
+    assert seen == [[[7]]]
+
+
 def test_cards_say_what_should_be_looked_at(make_base, make_expert, tmp_path):
     base = make_base("llama")
     path = "model.layers.0.mlp.up_proj"

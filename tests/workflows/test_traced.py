@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from phatgoose.analysis.measures import expert_shares
 from phatgoose.errors import EvaluationError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.models.encoding import encode_answers
 from phatgoose.models.routed import route, routing_of
 from phatgoose.models.trace import trace
 from phatgoose.records import Example, Task
-from phatgoose.routers import PHATGOOSE
+from phatgoose.routers import PHATGOOSE, Uniform
 from phatgoose.workflows.page import page, read_results
 from phatgoose.workflows.prompts import layer_shares, traced, with_cards
 
@@ -38,9 +41,8 @@ def test_profiles_are_means_over_modules(pooled, family):
         for row in ROWS:
             batch = base.tokenizer([row.input], return_tensors="pt", return_token_type_ids=False)
             if base.is_encoder_decoder:
-                batch["decoder_input_ids"] = torch.tensor(
-                    [[0, *base.tokenizer(row.targets[0])["input_ids"][:-1]]]
-                )
+                (encoded,) = encode_answers(base, row, row.targets, 64)
+                batch["decoder_input_ids"] = torch.tensor([[0, *encoded.target_ids[:-1]]])
             base.model(**batch)
     assert seen.shares["t"] == pytest.approx(expert_shares(t), abs=1e-3)
     layers = seen.layers["t"]
@@ -57,6 +59,22 @@ def test_profiles_are_means_over_modules(pooled, family):
     assert seen.prompts[1].correct is None
     assert [c["name"] for c in seen.cards] == ["a", "b"]
     assert layer_shares(t)["layers"] == layers["layers"]
+
+
+def test_an_adapter_that_names_its_modules_in_another_layout_is_shown(pooled, tmp_path):
+    base, pool = pooled()
+    pool.experts[0].save(tmp_path / "a")
+    for name in ("expert.json", "gates.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = {
+        key.replace(".model.model.", ".model.language_model.model."): t for key, t in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    other = Expert.from_peft(tmp_path / "a", name="other")
+    seen = traced(base, Pool([other, pool.experts[1]]), Uniform(), [TASK], shown=0)
+    assert seen.shares["t"] == pytest.approx({"other": 0.5, "b": 0.5}, abs=1e-3)
+    assert [card["name"] for card in seen.cards] == ["other", "b"]
 
 
 def test_what_was_measured_stands_before_cards():

@@ -17,6 +17,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
 from phatgoose.models.hooks import Hooks, apart
+from phatgoose.models.limits import decoder_start
 from phatgoose.models.moe import Slot
 from phatgoose.models.moe_paths import modules_of
 from phatgoose.ops.reference import standardise
@@ -52,13 +53,11 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
             batch = dict(base.tokenizer([text], return_tensors="pt").to(base.device))
             batch.pop("token_type_ids", None)
             if base.is_encoder_decoder:
-                start = base.model.generation_config.decoder_start_token_id
-                batch["decoder_input_ids"] = torch.full((1, 1), int(start or 0), device=base.device)
+                batch["decoder_input_ids"] = torch.full((1, 1), decoder_start(base.model), device=base.device)
             base.model(**batch)
     for path in modules:
-        if path not in sums and not isinstance(
-            found[path], Slot
-        ):  # a mixture may never ask one of its experts
+        # A mixture may never ask one of its experts.
+        if path not in sums and not isinstance(found[path], Slot):
             raise RoutingError(
                 f"{path} never ran on the {len(texts)} texts given: its inputs can't be averaged."
             )

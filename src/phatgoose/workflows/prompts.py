@@ -14,13 +14,14 @@ from phatgoose.analysis.measures import expert_shares, load
 from phatgoose.analysis.page import RoutedPrompt, routed_prompt
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base import Base
-from phatgoose.models.encoding import encode_input
+from phatgoose.models.encoding import encode_answers, encode_input
 from phatgoose.models.paths import layer_labels
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.routed import route, routing_of, unroute
 from phatgoose.models.sequences import decoder_inputs
 from phatgoose.models.trace import Trace, trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import Router
+from phatgoose.tasks.batch import UNLIMITED
 from phatgoose.workflows.greedy import greedy_answer
 
 PROFILE_ROWS = 16
@@ -63,7 +64,12 @@ def traced(
     """
     unroute(base)
     samples = [*texts, *(e.input for task in tasks for e in task.test[:MEAN_ROWS])]
-    means = mean_inputs(base, pool.modules, samples) if samples else None
+    route(base, pool, router, backend_name=backend)
+    routing = routing_of(base)
+    assert routing is not None
+    here = routing.pool  # under this model's names of its modules
+    unroute(base)
+    means = mean_inputs(base, here.modules, samples) if samples else None
     route(base, pool, router, backend_name=backend)
     try:
         profiles = {task.name: _profile(base, task) for task in tasks}
@@ -74,7 +80,7 @@ def traced(
     shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
     total = {n: sum(s[n] for s in shares.values()) / len(shares) for n in pool.names} if shares else None
     layers = {name: layer_shares(t) for name, t in profiles.items()}
-    return Seen(prompts, shares, layers, cards(pool, means=means, shares=total))
+    return Seen(prompts, shares, layers, cards(here, means=means, shares=total))
 
 
 def with_cards(
@@ -106,12 +112,10 @@ def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
 def _profile(base: Base, task: Task) -> Trace:
     with trace(base, histogram=True) as recorded, torch.no_grad():
         for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, and memory stays small
-            if row.conversation is not None:
-                base.model(input_ids=torch.tensor([encode_input(base, row)], device=base.device))
-                continue
-            batch = base.tokenizer([row.input], return_tensors="pt").to(base.device)
+            batch = {"input_ids": torch.tensor([encode_input(base, row)], device=base.device)}
             if base.is_encoder_decoder:  # the decoder reads what it should write
-                labels = base.tokenizer([row.targets[0]], return_tensors="pt")["input_ids"].to(base.device)
+                (encoded,) = encode_answers(base, row, row.targets[:1], UNLIMITED)
+                labels = torch.tensor([encoded.target_ids], device=base.device)
                 batch["decoder_input_ids"] = decoder_inputs(base.model, labels)
             base.model(**batch)
     return recorded
