@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from phatgoose.tasks.splits import CHAT
-from phatgoose.workflows.prompt_forms import endpoint, fitting_form, trained_form
+from phatgoose.workflows.prompt_forms import endpoint, fitting_form, read_of_turn, trained_form
 
 
 @dataclass
@@ -43,6 +43,11 @@ def pool(*styles):
 )  # fmt: skip
 def test_what_an_experts_record_says(provenance, form):
     assert trained_form(Stub("e", provenance)) == form
+
+
+def test_routers_read_whole_prompts_where_signatures_are_of_conversations():
+    assert read_of_turn(pool("as is", None), "hi") == ["hi"] == read_of_turn(None, "hi")
+    assert read_of_turn(pool("as is", CHAT), "hi") == []
 
 
 def test_the_endpoint_that_fits():

@@ -173,9 +173,9 @@ class Chat:
             return
         turn = [*self.messages, {"role": "user", "content": line}]
         from phatgoose.models.prompted import prompted
+        from phatgoose.workflows.prompt_forms import read_of_turn
 
-        # Routers that read text look at the turn, not at the template around all of them.
-        with prompted(self.base, [line]):
+        with prompted(self.base, read_of_turn(self.pool, line)):
             text = self.generate(encode_chat(self.base, turn))
         self.messages = [*turn, {"role": "assistant", "content": text}]
 

@@ -69,12 +69,12 @@ def command(
     from phatgoose.cli.streaming import stream
     from phatgoose.models.prompted import prompted
     from phatgoose.workflows.encoding import encode_chat, encode_prompt
-    from phatgoose.workflows.prompt_forms import fitting_form
+    from phatgoose.workflows.prompt_forms import fitting_form, read_of_turn
 
     _, remark = fitting_form(experts, "chat" if chat else "raw", model.tokenizer.chat_template is not None)
     if remark:
         show.note(f"note: {remark}")
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
-    with prompted(model, [text] if chat else []):  # not the chat template around it
+    with prompted(model, read_of_turn(experts, text) if chat else []):
         stream(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     show_cache_use(model)

@@ -25,6 +25,7 @@ from phatgoose.ui.pieces import Pieces
 from phatgoose.ui.turns import Job
 from phatgoose.workflows.encoding import encode_chat, encode_prompt, room_behind
 from phatgoose.workflows.greedy import greedy_answer
+from phatgoose.workflows.prompt_forms import read_of_turn
 
 BASE_ALONE = "base"
 
@@ -155,7 +156,7 @@ class Session:
         self._attach(ask)
         start = 1 if self.base.is_encoder_decoder else count
         job.tell({"event": "turn", "read": count, "generated_from": count, "room": room})
-        told = [ask.prompt] if ask.chat else []  # not the chat template around it
+        told = read_of_turn(self.pool, ask.prompt) if ask.chat else []
         with prompted(self.base, told):
             out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE_ALONE)
         answer = out[0, start:]

@@ -44,6 +44,15 @@ def endpoint(pool: Pool) -> str | None:
     )
 
 
+def read_of_turn(pool: Pool | None, turn: str) -> list[str]:
+    """What `prompted` is given for a chat's prompt, for routers that read text: the last turn without the template around it.
+
+    Nothing where experts were trained on conversations: their data signatures are of whole rendered prompts, so those are read.
+    """
+    forms = {trained_form(expert) for expert in pool.experts} if pool is not None else set()
+    return [] if "chat" in forms else [turn]
+
+
 def fitting_form(pool: Pool | None, asked: Form | None, has_template: bool) -> tuple[Form, str | None]:
     """(the form of prompts to take, what to say about it).
 
