@@ -17,6 +17,7 @@ from phatgoose.models.base import Base
 from phatgoose.models.load import load_base
 from phatgoose.serving.answers import _event
 from phatgoose.serving.guard import Keys
+from phatgoose.serving.job import hide_paths
 from phatgoose.serving.service import Service
 
 HEADERS = {"authorization": "Bearer the-admin-key"}
@@ -202,6 +203,18 @@ def test_a_folder_that_is_away_is_not_made_anew(make_base, tmp_path):
             assert not folder.exists()
         shutil.move(tmp_path / "away", folder)
         assert http.post("/admin/experts/a/off").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("'/srv/my pool/a' is damaged", "'a' is damaged"),
+        ("~/pool isn't there, nor C:\\pools\\b", "pool isn't there, nor b"),
+        (r"'<s>\n\nhi' against '</s> \nhi', org/name", r"'<s>\n\nhi' against '</s> \nhi', org/name"),
+    ],
+)
+def test_paths_are_hidden_and_nothing_else(text, told):
+    assert hide_paths(text) == told
 
 
 def test_no_message_says_where_the_server_keeps_its_files(make_base, tmp_path):

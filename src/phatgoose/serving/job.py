@@ -25,9 +25,9 @@ class ServingError(PhatgooseError):
     """The server can't be started as asked, or its engine can't do something."""
 
 
-# From the root, the home folder or a drive: quoted with whatever spaces, or up to the next one. Not what follows a host or a word.
-_QUOTED_PATH = re.compile(r"""(['"])(?:~|[A-Za-z]:)?[/\\][^'"\n]*?([^'"/\\\n]*)[/\\]?\1""")
-_PATH = re.compile(r"""(?<![\w.:/\\~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s'"/\\]+[/\\])*([^\s'"/\\]+)[/\\]?""")
+# From the root, the home folder or a drive: quoted with whatever spaces, or up to the next one. Not what follows a host, a word or a < (</s>).
+_QUOTED_PATH = re.compile(r"""(['"])(?:~?/|[A-Za-z]:[/\\])[^'"\n]*?([^'"/\\\n]*)[/\\]?\1""")
+_PATH = re.compile(r"""(?<![\w.:/\\~<-])(?:~?/|[A-Za-z]:[/\\])(?:[^\s'"/\\]+[/\\])*([^\s'"/\\]+)[/\\]?""")
 
 
 def told(error: BaseException) -> str:
