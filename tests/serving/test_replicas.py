@@ -18,7 +18,7 @@ import yaml
 from serving_fixtures import PROMPTS, greedy, random_pool, text
 
 from conftest import make_model, make_tokenizer
-from phatgoose.experts.pool import remove_from_folder
+from phatgoose.experts.pool import Pool, remove_from_folder
 from phatgoose.models.base import Base
 from phatgoose.models.routed import route, unroute
 from phatgoose.serving.job import ServingError
@@ -122,6 +122,18 @@ def test_what_is_no_setting_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=says):
             app({"base": "x", **wrong})
+
+
+@pytest.mark.parametrize(("gates", "router"), [(True, "phatgoose"), (False, "weight-only")])
+def test_a_pool_without_gates_gets_a_router_that_works(make_base, make_expert, tmp_path, gates, router):
+    from phatgoose.serving.replicas import ReplicaSettings, make_service
+
+    made = make_base("llama")
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    Pool([make_expert(made, "a", gates=gates)]).save(tmp_path / "pool")
+    args = ReplicaSettings(base=str(tmp_path / "base"), pool=str(tmp_path / "pool"))
+    assert make_service(args).experts.router == router
 
 
 def test_each_replica_serves_its_own_metrics():

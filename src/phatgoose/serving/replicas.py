@@ -15,6 +15,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
+from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.pool import Pool
+from phatgoose.routers.fitting import fitting_router
 from phatgoose.serving.apart import apart
 from phatgoose.serving.app import make_app
 from phatgoose.serving.guard import Keys
@@ -34,7 +37,8 @@ class ReplicaSettings(BaseModel):
     """An alias, a folder or a Hub id."""
     pool: str | None = None
     """A pool's folder, which every replica's machine must have."""
-    router: str = "phatgoose"
+    router: str | None = None
+    """Who chooses where a request doesn't say. None: phatgoose, or where experts lack gates a router that needs none."""
     name: str = "phatgoose"
     dtype: str = "auto"
     device: str = "cpu"
@@ -70,9 +74,15 @@ def make_service(args: ReplicaSettings) -> Service:
     """One replica's server."""
     from phatgoose.models.load import load_base
 
-    base = apart(lambda: load_base(args.base, dtype=args.dtype, device=args.device))
     folder = None if args.pool is None else Path(args.pool)
-    return Service(base, args.limits(), folder=folder, router=args.router, name=args.name)
+
+    def made() -> Service:
+        base = load_base(args.base, dtype=args.dtype, device=args.device)
+        pool = Pool.load(folder) if folder is not None and read_manifest(folder)["experts"] else None
+        router = args.router or ("phatgoose" if pool is None else fitting_router(pool.experts)[0])
+        return Service(base, args.limits(), pool=pool, folder=folder, router=router, name=args.name)
+
+    return apart(made)
 
 
 def serve_metrics(args: ReplicaSettings, registry: CollectorRegistry) -> int | None:
