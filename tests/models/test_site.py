@@ -144,6 +144,16 @@ def test_a_cast_model_is_as_if_it_was_routed_in_that_dtype(adapted):
         base.to(torch.bfloat16)  # the second twin is a float32 one of a bfloat16 model
 
 
+@pytest.mark.parametrize("case", ["llama/pfeiffer", "llama/parallel"])
+def test_a_cast_model_goes_on_reading_its_residual_stream(case):
+    model, pool = base_of("llama"), Pool([expert_of(case)])
+    route(model, pool, Single(0), any_base=True)
+    model.double()
+    with torch.no_grad():
+        found = model(input_ids=IDS % 24).logits
+        assert torch.equal(found, route(model, pool, Single(0), any_base=True)(input_ids=IDS % 24).logits)
+
+
 def test_a_stack_that_was_rounded_is_made_anew_in_the_wider_dtype(make_base, make_expert):
     base = make_base("llama", dtype=torch.bfloat16)
     pool = Pool([make_expert(base, f"e{i}", seed=i) for i in range(3)])

@@ -26,6 +26,7 @@ from phatgoose.models.layers import (
 from phatgoose.models.modules import shape_of
 from phatgoose.models.moe import Slot, context_at
 from phatgoose.ops import Fused, Prepared, Stack, make_stack
+from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.cached import Cached
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter, Candidates
@@ -48,6 +49,7 @@ class Site:
             members.append(-1)
         self.members = tuple(members)
         self.source = residual_source(routing.model, self._updates)
+        self._residual = Residual()  # hooks fill it, so a stack that is made anew must read the same
         self.layer = ModuleLayer(module)
         self.fresh = is_plain(module)
         self.fused: Prepared | None = None
@@ -65,7 +67,7 @@ class Site:
         self._parts = (*(acting(update, module, self.path) for update in self._updates), *null)
         rows, self.copied = pool.rows(self.path, self.dtype)
         there = None if rows is None else (rows.A, rows.B, (*rows.starts, *(0 for _ in null)))
-        self.stack: Stack = make_stack(self._parts, d_in, d_out, self.dtype, there)
+        self.stack: Stack = make_stack(self._parts, d_in, d_out, self.dtype, there, self._residual)
         if rows is not None and rows.file_bytes > routing.memory // 2:
             self.stack = replace(self.stack, ahead=True)
         names = [pool.experts[i].name for i in self.members if i >= 0]

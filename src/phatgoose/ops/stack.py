@@ -168,12 +168,13 @@ def make_stack(
     d_out: int,
     dtype: torch.dtype,
     rows: tuple[Tensor, Tensor, Sequence[int]] | None = None,
+    residual: Residual | None = None,
 ) -> Stack:
     """Stacks one update per expert, in order; None is the null candidate.
 
     `dtype` is that of A and B: the dtype the module computes in. Vectors are kept in float32 or wider, whatever it is.
     `rows`: A [R, d_in] and B transposed [R, d_out] of all parts in this dtype and where each part begins, if they stand side by
-    side already: then nothing of them is copied.
+    side already: then nothing of them is copied. `residual`: where bottleneck adapters read the residual stream; None: a new place.
     """
     wide = torch.promote_types(dtype, torch.float32)
     present = [(e, p) for e, p in enumerate(parts) if p is not None]
@@ -187,7 +188,8 @@ def make_stack(
         return Vectors(torch.tensor([e for e, _ in found]), rows)
 
     narrows = [(e, p.bottleneck) for e, p in present if p.bottleneck is not None]
-    residual = Residual() if any(b.residual is not None for _, b in narrows) else None
+    reads = any(b.residual is not None for _, b in narrows)
+    residual = (residual or Residual()) if reads else None
     if rows is None:
         a = torch.cat([torch.empty(0, d_in, dtype=dtype), *(p.A.detach().to(dtype) for p in low)])
         b = torch.cat([torch.empty(0, d_out, dtype=dtype), *(p.B.detach().T.to(dtype) for p in low)])
