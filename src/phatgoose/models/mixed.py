@@ -46,7 +46,8 @@ class Mixed:
         self.plan: Plan | None = None
         self.streams = Streams(model)
         self._versions: dict[int, tuple[Version, Hooks, Unrun]] = {}
-        self._hooks: dict[str, Hooks] = {}
+        # A router or an expert of a mixture is another stand-in in each version: the one that has the hook is the one that runs.
+        self._hooks: dict[str, tuple[nn.Module, Hooks]] = {}
         self._streams = Hooks()
 
     def attach(self, version: Version) -> None:
@@ -57,10 +58,11 @@ class Mixed:
         for path, site in version.sites.items():
             if path not in self._hooks:
                 hook = partial(self._hook, path, is_plain(site.module))
-                self._hooks[path] = Hooks([site.module.register_forward_hook(hook, with_kwargs=True)])
+                hooks = Hooks([site.module.register_forward_hook(hook, with_kwargs=True)])
+                self._hooks[path] = site.module, hooks
             if site.source is not None and site.stack.residual is not None:
                 handles.add(follow_residual(site.source, site.module, site.stack.residual))
-        unrun = Unrun(self.model, [(path, site.module) for path, site in version.sites.items()], self.streams)
+        unrun = Unrun(self.model, [(path, self._hooks[path][0]) for path in version.sites], self.streams)
         unrun.attach()
         self._versions[id(version)] = (version, handles, unrun)
 
@@ -71,7 +73,7 @@ class Mixed:
         unrun.hooks.remove()
         used = {path for other, *_ in self._versions.values() for path in other.sites}
         for path in set(self._hooks) - used:
-            self._hooks.pop(path).remove()
+            self._hooks.pop(path)[1].remove()
         if not self._versions:
             self._streams.remove()
 

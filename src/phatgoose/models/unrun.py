@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from phatgoose.models.caches import cache_of, length_of
 from phatgoose.models.hooks import Hooks, compiled_anything
 from phatgoose.models.moe import Slot
 from phatgoose.models.streams import Streams
@@ -58,10 +59,8 @@ class Unrun:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
-            self.whole = not int(
-                length
-            )  # behind a cache, cross-attention's keys and values aren't computed again
+            # Behind a cache, cross-attention's keys and values aren't computed again.
+            self.whole = not length_of(cache_of(kwargs))
 
     def _done(self, *_: Any) -> None:
         if torch.compiler.is_compiling() or not self.hooks or not self.whole:
