@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
 import pytest
 import torch
@@ -99,6 +101,23 @@ def test_neutral_values_of_chats_and_streams(http):
     for options, usage in (({"include_usage": None}, False), ({"include_usage": True}, True)):
         streamed = http.post("/v1/completions", json=ASK | {"stream": True, "stream_options": options}).text
         assert ('"total_tokens"' in streamed) == usage
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_usage_in_every_part_of_a_stream(http, path):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    ask = {"stream": True, "stream_options": options, "n": 2, "return_token_ids": True}
+    lines = http.post(f"/v1/{path}", json=(CHAT if path.startswith("chat") else ASK) | ask).text.splitlines()
+    *parts, last = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    read, written = last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]
+    for index in (0, 1):
+        mine = [p for p in parts if p["choices"][0]["index"] == index]
+        counts = [p["usage"]["completion_tokens"] for p in mine]
+        assert {p["usage"]["prompt_tokens"] for p in mine} == {read}
+        assert counts == sorted(counts)
+        assert counts[-1] == sum(len(p["choices"][0]["token_ids"]) for p in mine)
+        written -= counts[-1]
+    assert written == 0
 
 
 @pytest.mark.parametrize(

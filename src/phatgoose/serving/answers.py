@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from phatgoose.errors import PhatgooseError, UnknownName
 from phatgoose.serving.apart import away
-from phatgoose.serving.formats import Form, usage
+from phatgoose.serving.formats import Form, usage, usage_so_far
 from phatgoose.serving.job import ENDING
 from phatgoose.serving.refusals import Refusal
 from phatgoose.serving.sampling import RULED_OUT
@@ -164,9 +164,7 @@ async def _events(
             async for index, piece in pieces:
                 writer, first = ask.writers[index], index not in begun
                 begun.add(index)
-                make = partial(
-                    _chunk, form, index, _cut(body, piece, writer), writer, first=first, counted=counted
-                )
+                make = partial(_chunk, form, index, _cut(body, piece, writer), writer, first=first)
                 yield await _off_the_loop(form, [writer], make) if first else make()
         if counted:
             yield _event({**form.head(chunk=True), "choices": [], "usage": usage(ask)})
@@ -181,9 +179,12 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-def _chunk(form: Form, index: int, piece: Piece, writer: Writer, *, first: bool, counted: bool) -> str:
+def _chunk(form: Form, index: int, piece: Piece, writer: Writer, *, first: bool) -> str:
     choice = form.chunk(index, piece, writer, first=first)
-    more = (form.of_prompt(writer) if first else {}) | ({"usage": None} if counted else {})
+    more = form.of_prompt(writer) if first else {}
+    options = form.request.stream_options
+    if options is not None and options.include_usage:
+        more |= {"usage": usage_so_far(writer) if options.continuous_usage_stats else None}
     return _event({**form.head(chunk=True), "choices": [choice], **more})
 
 

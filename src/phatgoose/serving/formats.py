@@ -156,7 +156,15 @@ def finite(logprob: float) -> float:
 
 def usage(ask: Ask) -> dict[str, Any]:
     """Tokens read and written; a prompt counts once, however many answers it has."""
-    read, written = sum(map(len, ask.prompts)), sum(writer.tokens for writer in ask.writers)
+    return _usage(sum(map(len, ask.prompts)), sum(writer.tokens for writer in ask.writers))
+
+
+def usage_so_far(writer: Writer) -> dict[str, Any]:
+    """Of one answer and its prompt, while it is written."""
+    return _usage(len(writer.job.prompt), writer.tokens)
+
+
+def _usage(read: int, written: int) -> dict[str, Any]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 

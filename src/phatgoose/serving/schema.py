@@ -44,6 +44,7 @@ class Extension(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
     include_obfuscation: bool | None = None
 
 
@@ -127,7 +128,9 @@ class Common(Strict):
     )
     return_token_ids: bool | None = Field(False, description="Return the tokens of prompt and answer.")
     stream: bool | None = Field(False, description="Send the answer as it is written.")
-    stream_options: StreamOptions | None = Field(None, description="include_usage; with stream only.")
+    stream_options: StreamOptions | None = Field(
+        None, description="include_usage, and continuous_usage_stats: in every part. With stream only."
+    )
     phatgoose: Extension | None = Field(None, description="experts: who acted.")
 
     refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED
