@@ -7,11 +7,16 @@ import shlex
 import shutil
 
 import pytest
+from cli_fixtures import SMALL
 
 from conftest import make_model
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.models.load import load_base
 from phatgoose.routers.fitting import fitting_router
+from phatgoose.tasks import load_task
+from phatgoose.training.config import ExpertConfig
+from phatgoose.workflows.contribute import contribution_key
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -146,3 +151,33 @@ def test_the_router_fits_what_the_pool_holds(ready, plain):
     assert fitting_router([gated, *bare])[0] == "phatgoose:ungated=weights"
     assert fitting_router(bare)[0] == "weight-only"
     assert fitting_router(Pool([gated]).experts)[1] == ""
+
+
+def test_an_expert_of_conversations_is_of_one_chat_template(run, save_base, tmp_path):
+    """The same weights with another template make other prompts: what was trained through the first isn't "this very expert"."""
+    turns = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    bases = [save_base("llama", 0, turns + ask), save_base("llama", 0, "~" + turns + ask)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{split} {i}?"},
+                {"role": "assistant", "content": "yes"},
+            ],
+            "split": split,
+        }
+        for split in ("train", "validation", "test")
+        for i in range(8)
+    ]
+    path, out = tmp_path / "chat.jsonl", tmp_path / "expert"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    codes = []
+    for base in (bases[0], bases[0], bases[1]):
+        found = run("train", "--task", f"jsonl:{path}", "--out", out, "--base", base, *SMALL)
+        codes.append(found.code)
+    assert codes == [0, 0, 1], found.err
+    assert "another" in found.err
+    keys = {
+        contribution_key(load_base(base), load_task(f"jsonl:{path}"), ExpertConfig(), None) for base in bases
+    }
+    assert len(keys) == 2

@@ -19,6 +19,7 @@ from phatgoose.experts.pool import MANIFEST
 from phatgoose.experts.tensor_files import all_identical
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base import Base
+from phatgoose.models.encoding import template_of
 from phatgoose.records import Fingerprint, Task
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import autocast_dtype
@@ -68,6 +69,10 @@ def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, con
             same = same and record["task"]["hash"] == task.hash
         if not same or base is None:
             return same
+        if task is not None and record["task"].get("chat_template") != template_of(base, task).get(
+            "chat_template"
+        ):
+            return False
         precision = str(autocast_dtype(base.model, config) or "torch.float32").removeprefix("torch.")
         found = Fingerprint.from_json(record["base"])
         return same_base(found, base.fingerprint).level == "same" and record["precision"] == precision
