@@ -126,6 +126,6 @@ def test_in_words():
     assert text[0] == "The base alone would answer differently; the experts make this answer 20.1 times likelier (-5.00 → -2.00 nats)."  # fmt: skip
     assert text[1] == "x mattered: without it the answer is 10.0 times less likely (-2.30 nats) and the greedy answer is another; on its own it falls short of the pool (-3.00 nats)."  # fmt: skip
     assert text[2] == "z mattered: without it the answer is 1.6 times likelier (+0.50 nats); on its own it does better than the pool (-1.00 nats)."  # fmt: skip
-    assert text[3] == "y acted, but leaving any one of them out hardly changes the answer."
+    assert text[3] == "y acted, but leaving it out hardly changes the answer."
     none = Explanation("p", "a", ("a",), {}, -2.0, -2.0, True, (effect("x", 0.0),), 0)
     assert words(none)[1].startswith("No expert mattered by itself")

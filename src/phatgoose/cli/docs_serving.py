@@ -31,11 +31,11 @@ Written by `python -m phatgoose.cli.docs` from the schema itself: change that, n
 
 | column | |
 |---|---|
-| completions, chats | what `/v1/completions` and `/v1/chat/completions` take: a range or kind, and what holds if nothing is said (=) |
+| completions, chats | what `/v1/completions` and `/v1/chat/completions` take: a range or kind, and the default (=) |
 | vLLM | whether vLLM's server has a parameter of this name (early in 2026), for one of the two at least |
 
-"only" values change nothing; others are refused with status 400, as are parameters that aren't here. Whole numbers but tokens may be written as 4.0, and `null` is as
-if nothing was said.
+"only" values change nothing; others are refused with status 400, as are parameters that aren't here. Whole numbers but tokens may be written as 4.0, and `null` counts
+as not given.
 
 ## Honoured
 

@@ -143,7 +143,9 @@ class Prompts:
         try:
             return conversation_ids(self.base, turns, tokenizer=self.tokenizer)
         except TaskError as error:
-            raise Refusal(400, f"messages: {told(error)}"[:500], param="messages") from None
+            why = told(error)
+            why = why if why.startswith("messages") else f"messages: {why}"
+            raise Refusal(400, why[:500], param="messages") from None
 
     async def _run(self, do: Callable[[], T], length: int) -> T:
         thread = self._short if length < LONG else self._long

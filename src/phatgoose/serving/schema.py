@@ -88,7 +88,9 @@ class Common(Strict):
     )
     ignore_eos: bool | None = Field(False, description="The model's own end tokens don't end the answer.")
     min_tokens: Whole | None = Field(
-        0, ge=0, description="So many tokens come before an end token, and before stop texts are looked for."
+        0,
+        ge=0,
+        description="At least this many tokens come before an end token, and before stop texts are looked for.",
     )
     bad_words: list[Stop] | None = Field(
         None,
@@ -124,7 +126,7 @@ class Common(Strict):
         None,
         ge=0,
         le=MAX_TOP,
-        description="Return the log-probability of each of the prompt's tokens, and so many likeliest in its place.",
+        description="Return the log-probability of each of the prompt's tokens, and this many of the likeliest in its place.",
     )
     return_token_ids: bool | None = Field(False, description="Return the tokens of prompt and answer.")
     stream: bool | None = Field(False, description="Send the answer as it is written.")
@@ -204,10 +206,15 @@ class ChatRequest(Common):
         min_length=1, max_length=4096, fail_fast=True, description="The conversation so far."
     )
     max_tokens: Whole | None = Field(None, ge=1, description="The most tokens of an answer.")
-    max_completion_tokens: Whole | None = Field(None, ge=1, description="The same, by its newer name.")
+    max_completion_tokens: Whole | None = Field(
+        None, ge=1, description="The same as max_tokens, by OpenAI's newer name."
+    )
     logprobs: bool | None = Field(False, description="Return each token's log-probability.")
     top_logprobs: Whole | None = Field(
-        None, ge=0, le=MAX_TOP, description="And those of so many likeliest in its place."
+        None,
+        ge=0,
+        le=MAX_TOP,
+        description="With logprobs: also return this many of the likeliest tokens in each place.",
     )
 
     refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED | REFUSED_CHATS
@@ -237,9 +244,9 @@ class CompletionRequest(Common):
         None,
         ge=0,
         le=MAX_TOP,
-        description="Return each token's log-probability, with echo the prompt's too, and those of so many likeliest in its place.",
+        description="Return each token's log-probability, with echo the prompt's too, and this many of the likeliest in its place.",
     )
-    best_of: Whole | None = Field(None, ge=1, le=128, description="As n.")
+    best_of: Whole | None = Field(None, ge=1, le=128, description="Must equal n: answers aren't ranked.")
 
     refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED | REFUSED_COMPLETIONS
 

@@ -129,8 +129,9 @@ class ExpertConfig(LoopConfig):
     """AdamW's step size after warm-up. None: the kind's own: 5e-3 for lora, 3e-3 for ia3, 1e-3 for bottleneck."""
     target_modules: str | tuple[str, ...] = "auto"
     """Which linear layers a lora or ia3 adapts. "auto": with lora the same as "all-linear", with ia3 those that PEFT names for the
-    base's architecture. "all-linear": every linear layer of attention and feed-forward, not the output head. In a
-    vision-language base those that read text; of a mixture not its fused experts; none that PEFT refuses: what is left out is said.
+    base's architecture. "all-linear": every linear layer of attention and feed-forward, not the output head; in a
+    vision-language base only those that read text, in a mixture of experts not the fused experts, and none that PEFT refuses. A warning
+    says what is left out.
     Or names, each the whole path or the end of the path of linear layers: ("q_proj", "v_proj")."""
     rank: int = 16
     """lora: r, columns of B and rows of A."""

@@ -204,7 +204,8 @@ def words(found: Explanation) -> list[str]:
         lines.append(f"{line}; {alone} the pool ({e.alone:.2f} nats).")
     others = [e.expert for e in found.effects if not e.mattered]
     if mattered and others:
-        lines.append(f"{', '.join(others)} acted, but leaving any one of them out hardly changes the answer.")
+        left = "it" if len(others) == 1 else "any one of them"
+        lines.append(f"{', '.join(others)} acted, but leaving {left} out hardly changes the answer.")
     if found.left_out:
         lines.append(f"{found.left_out} more experts acted, with less weight, and were not looked at.")
     return lines
