@@ -90,6 +90,15 @@ def test_only_what_may_become_a_stop_string_is_held_back(strings, parts, shown):
     assert stops.push("more") == ("" if stops.stopped else "more")
 
 
+@given(st.lists(st.integers(2, len(BYTES) - 1), max_size=30))
+def test_offsets_are_where_a_tokens_text_stands(ids):
+    """Also behind bytes that never become a character."""
+    whole = BYTES.decode(ids)
+    for at, token in zip(offsets(BYTES, ids, whole), ids, strict=True):
+        own = BYTES.decode([token])
+        assert "\ufffd" in own or whole[at:].startswith(own)
+
+
 class Begins:
     """A tokenizer that puts a special token before every text."""
 

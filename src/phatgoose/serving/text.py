@@ -24,13 +24,22 @@ class Decoder:
     def __init__(self, tokenizer: Any, *, special: bool = False):
         """`special`: whether special tokens are shown as text."""
         self.tokenizer, self.special = tokenizer, special
+        self.began = 0
+        """Where in the text the last token begins; of a character's tokens each where the character does."""
         self._ids: list[int] = []
-        self._before, self._read = 0, 0
+        self._before, self._read, self._length = 0, 0, 0
 
     def push(self, token: int) -> str:
         """The text that is sure now."""
         self._ids.append(token)
-        return self._piece(last=False)
+        self.began, waiting = self._length, len(self._ids) - self._read > 1
+        piece = self._piece(last=False)
+        self._length += len(piece)
+        if piece and waiting:
+            own = self._text([token])
+            if own and UNFINISHED not in own and piece.endswith(own):
+                self.began = self._length - len(own)  # behind bytes that never became a character
+        return piece
 
     def rest(self) -> str:
         """What is left at the end: unfinished characters as they are."""
@@ -61,10 +70,10 @@ def offsets(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
     # What the tokenizer itself puts before a text isn't in it, though special tokens that the text spells out are.
     special = whole.endswith(text)
     before = len(whole) - len(text) if special else 0
-    decoder, at, found = Decoder(tokenizer, special=special), 0, []
+    decoder, found = Decoder(tokenizer, special=special), []
     for token in ids:
-        found.append(min(max(at - before, 0), len(text)))
-        at += len(decoder.push(token))
+        decoder.push(token)
+        found.append(min(max(decoder.began - before, 0), len(text)))
     return found
 
 

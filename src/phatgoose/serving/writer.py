@@ -39,7 +39,7 @@ class Writer:
         self.tokens = 0
         """Written so far, those of a stop string included, not what was written after it."""
         self._decoder, self._stops = Decoder(tokenizer), Stops(stops)
-        self._decoded = self._shown = 0
+        self._shown = 0
         self._held: list[tuple[int, Likelihood]] = []
         self._fresh: list[int] = []
 
@@ -62,7 +62,7 @@ class Writer:
                         yield self._piece(piece)
                 if news.finished:
                     ended = bool(self.job.written) and self.job.written[-1] in self.job.ends
-                    rest = self._stops.push(self._rest())
+                    rest = self._stops.push(self._decoder.rest())
                     rest += self._stops.rest()
                     yield self._last(rest, "stop" if ended or self._stops.stopped else "length")
                     return
@@ -72,17 +72,11 @@ class Writer:
     def _push(self, token: int) -> str:
         self.tokens += 1
         self._fresh.append(token)
-        if self.job.draw.settings.logprobs is not None:
-            self._held.append((self._decoded, self.job.draw.likelihoods[self.tokens - 1]))
         piece = self._decoder.push(token)
-        self._decoded += len(piece)
+        if self.job.draw.settings.logprobs is not None:
+            self._held.append((self._decoder.began, self.job.draw.likelihoods[self.tokens - 1]))
         # Stop strings are looked for behind the fewest tokens that were asked for.
         return piece if self.tokens <= self.job.draw.settings.min_tokens else self._stops.push(piece)
-
-    def _rest(self) -> str:
-        piece = self._decoder.rest()
-        self._decoded += len(piece)
-        return piece
 
     def _piece(self, text: str) -> Piece:
         self._shown += len(text)
