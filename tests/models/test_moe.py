@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -46,6 +47,7 @@ from phatgoose import (
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts.packing import pack, unpack
 from phatgoose.models.base import Base
+from phatgoose.models.modules import weight_norms
 from phatgoose.models.moe_paths import modules_of
 from phatgoose.models.skeleton import check_mixture
 from phatgoose.models.trace import trace
@@ -431,8 +433,11 @@ def test_dora_inside_experts(tmp_path):
             weight = modules[path].weight
             whole = weight + update.weight()
             weight.copy_(update.magnitude[:, None] * whole / whole.norm(dim=1, keepdim=True))
-    route(model, Pool([expert]), Single(0))
-    torch.testing.assert_close(logits(model), logits(by_hand), atol=1e-5, rtol=1e-4)
+    norms = weight_norms(model, expert.updates)
+    for routed in (model, cpu_offload(copy.deepcopy(model), "cpu")):
+        assert weight_norms(routed, expert.updates) == norms
+        route(routed, Pool([expert]), Single(0))
+        torch.testing.assert_close(logits(routed), logits(by_hand), atol=1e-5, rtol=1e-4)
 
 
 def test_experts_are_switched_off_for_each_row(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -121,10 +122,18 @@ class ModuleLayer(Layer):
         return y if bias is None else y - bias.to(y.device, y.dtype)
 
 
+def holder(module: nn.Module) -> nn.Module:
+    """The module that holds the weight, and fetches it where it is offloaded: that of a mixture's stand-ins, else the module itself."""
+    found: nn.Module = getattr(module, "holder", module)
+    return found
+
+
 def weight_state(module: nn.Module) -> tuple[object, ...] | None:
     """What changes when a module's weight is replaced, moved or written into (but not through `.data`); None while it is offloaded."""
+    from accelerate.utils import has_offloaded_params
+
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta:
+    if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(holder(module)):
         return None
     return weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
 
@@ -200,7 +209,9 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
     from accelerate.utils import align_module_device
     from peft.utils.integrations import dequantize_module_weight
 
-    with align_module_device(module):
+    # Where the weight is here already, to fetch it again would take it away from the pass that runs.
+    away = getattr(getattr(module, "weight", None), "is_meta", False)
+    with align_module_device(holder(module)) if away else nullcontext():
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             try:

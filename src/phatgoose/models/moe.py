@@ -70,6 +70,12 @@ class Slot(nn.Module):
         self.out_features, self.in_features = self.weight.shape
 
     @property
+    def holder(self) -> nn.Module:
+        """The module that holds the weight, and has it moved where it is offloaded."""
+        module: nn.Module = self.experts
+        return module
+
+    @property
     def weight(self) -> Tensor:
         """W [d_out, d_in], a view of the module's parameter."""
         whole = getattr(self.experts, self.parameter)[self.index]

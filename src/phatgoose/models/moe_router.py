@@ -28,6 +28,12 @@ class RouterSlot(nn.Module):
         self.out_features, self.in_features = self.weight.shape
 
     @property
+    def holder(self) -> nn.Module:
+        """The module that holds the weight, and has it moved where it is offloaded."""
+        module: nn.Module = self.router
+        return module
+
+    @property
     def weight(self) -> Tensor:
         weight: Tensor = self.router.weight
         return weight
