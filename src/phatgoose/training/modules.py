@@ -86,7 +86,7 @@ def left_out(model: PreTrainedModel, paths: Collection[str]) -> list[str]:
     ]
     if bare:
         found.append(
-            f"the matrices of the mixture's experts, which are fused into {len(bare)} parameters and no linear layers "
+            f"the matrices of the mixture's experts, which are fused into {len(bare)} parameters instead of linear layers "
             f"({sum(bare) / whole:.0%} of the base's weights)"
         )
     head, tower = model.get_output_embeddings(), text_tower(model)
