@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 
 import datasets
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Task
 from phatgoose.tasks import load_task
+from phatgoose.tasks.messages import to_examples
 from phatgoose.tasks.splits import CHAT
 
 USER, YES = {"role": "user", "content": "Is water wet?"}, {"role": "assistant", "content": "yes"}
@@ -121,6 +123,8 @@ def test_choices_are_of_the_last_turn(tmp_path):
         ({"messages": [USER, {**YES, "content": " "}]}, "empty target"),
         ({"messages": [USER, {**YES, "content": ""}]}, "empty target"),
         ({"messages": [{"from": "human", "value": "2?"}, {"from": "function_call", "value": "add"}]}, "isn't JSON"),
+        ({"messages": [{**USER, "content": [{"type": "image", "url": "a"}]}, YES]}, "part of type 'image'"),
+        ({"messages": [{**USER, "content": ["Is", "it?"]}, YES]}, "part of type 'str'"),
         ({"messages": [USER, YES], "answer": "x"}, '"answer" is not read'),
         ({"messages": [SYSTEM, USER, YES], "system": "x"}, "both"),
         ({"messages": [USER, YES], "choices": ["no", "maybe"]}, "not among the choices"),
@@ -144,6 +148,14 @@ def test_malformed_rows_are_refused_with_their_line(tmp_path, row, says):
 def test_options_that_messages_do_not_have_are_refused(tmp_path, options, says):
     with pytest.raises(TaskError, match=says):
         load(tmp_path, {"messages": [USER, YES]}, options=f"?{options}")
+
+
+def test_times_in_a_tables_messages_are_texts():
+    turn = {**USER, "timestamp": datetime(2024, 5, 6, tzinfo=UTC)}
+    (example,) = to_examples({"messages": [turn, YES]}, ("messages",), {}, "row")
+    assert example.messages()[0] == [{**USER, "timestamp": "2024-05-06T00:00:00+00:00"}]
+    with pytest.raises(ValueError, match="holds a bytes"):
+        to_examples({"messages": [{**USER, "audio": b"x"}, YES]}, ("messages",), {}, "row")
 
 
 def test_hf_datasets(tmp_path):

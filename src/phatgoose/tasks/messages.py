@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from phatgoose.records import Example
@@ -128,6 +129,12 @@ def _message(given: Any) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, str | list) and not (content is None and "tool_calls" in message):
         raise ValueError(f"a message of role {role!r} has no content")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"a message of role {role!r} has a part of type {kind!r}, and only texts are read"
+            )
     return {"role": role, **message}
 
 
@@ -139,7 +146,7 @@ def _text(message: Mapping[str, Any]) -> str:
     """A message for people, and for whatever compares texts: its content, and the calls behind it."""
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+        content = "".join(part["text"] for part in content)
     calls = message.get("tool_calls")
     return "\n".join([*([content] if content else []), *([_json(calls)] if calls else [])])
 
@@ -170,4 +177,11 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    """Tables have times beside texts (WildChat's turns)."""
+    if isinstance(value, date):
+        return value.isoformat()
+    raise ValueError(f"a message holds a {type(value).__name__}, which isn't JSON")
