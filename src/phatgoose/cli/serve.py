@@ -84,7 +84,7 @@ def command(
         routed_by = router or own_router(experts)
         model = load_for(experts, base, dtype, device, folder=pool)
         if experts and (path := endpoint(experts)):
-            show.note(f"note: the experts were trained on prompts as {path} gives them to the base.")
+            show.note(f"note: use {path}: the experts were trained on prompts in that form.")
         return Service(
             model, config, pool=experts, folder=pool, router=routed_by, name=name, backend_name=backend
         )
