@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -125,10 +126,17 @@ def test_a_file_that_memory_may_not_hold_is_read_ahead(make_base, tmp_path, back
     assert not any(site.stack.ahead for site in routing_of(base).sites)
 
 
-def test_a_routed_model_can_be_copied(make_base, tmp_path):
+@pytest.mark.parametrize("made", [make_plain, make_zoo])
+def test_a_routed_model_can_be_copied_and_pickled(make_base, tmp_path, made, monkeypatch):
     base = make_base("llama")
-    folder = pool_of(make_plain(base, tmp_path / "made"), tmp_path / "pool")
+    folder = pool_of(made(base, tmp_path / "made"), tmp_path / "pool")
     pack(folder)
-    model = route(base, Pool.load(folder))
+    monkeypatch.chdir(tmp_path)
+    model = route(base.model, Pool.load("pool"), Uniform())
     expected = logits(model, batch(base))
-    assert torch.equal(logits(copy.deepcopy(model), batch(base)), expected)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    monkeypatch.chdir("/")
+    for twin in twins:
+        assert torch.equal(logits(twin, batch(base)), expected)
+        route(twin, routing_of(twin).pool, Uniform())  # reads the pool's files again
+        assert torch.equal(logits(twin, batch(base)), expected)

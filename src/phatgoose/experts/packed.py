@@ -63,6 +63,12 @@ class Source:
     """sha256 of every file of the expert as it was before packing."""
     drop: tuple[str, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = {
+            key: value for key, value in vars(self).items() if key not in ("_rest", "_last")
+        }  # an open file
+        return {**state, "folder": self.folder.absolute()}
+
     def rows(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """A [r, d_in] and B transposed [r, d_out], as they stand in the stacks."""
         start, stacks = self.starts[pair.index], self.file.stacks

@@ -68,6 +68,9 @@ class StackFile:
     def __deepcopy__(self, memo: object) -> StackFile:
         return self
 
+    def __reduce__(self) -> tuple[type[StackFile], tuple[Path]]:
+        return StackFile, (self.path.absolute(),)  # a pickle names the file, and unpickling maps it again
+
 
 def check_format(path: Path, header: Header) -> None:
     found = (header.metadata.get("format"), header.metadata.get("version"))
