@@ -268,7 +268,7 @@ def test_unknown_tensors_are_refused(saved):
             to_contents(expert.adapter_config, {**expert.tensors, key: torch.zeros(2, 2)}, "here")
     up = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
     twice = {**expert.tensors, up: torch.ones(48), f"{up}.weight": torch.ones(48)}
-    with pytest.raises(ExpertError, match="stands there twice, under two names"):
+    with pytest.raises(ExpertError, match="is in the file twice, under two names"):
         to_contents(expert.adapter_config, twice, "here")
     one = dict(expert.tensors)
     del one["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]

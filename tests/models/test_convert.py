@@ -91,7 +91,7 @@ def test_the_initial_adapter_where_that_hangs_on_data_or_chance(init, make_base,
     model = trained(base, folder, "pissa_niter_4")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
-    with pytest.raises(ExpertError, match=r"hangs on data or chance.*--initial"):
+    with pytest.raises(ExpertError, match=r"depends on data or chance.*--initial"):
         converted(folder, copy.deepcopy(base.model), "base")
     expert, _ = converted(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "initial")
     checked(base, expert, model, tmp_path / "converted")

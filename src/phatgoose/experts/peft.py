@@ -76,7 +76,7 @@ def to_contents(
     _check_saved(config, copies, where, drop)
     if not found:
         raise ExpertError(
-            f"{where}: there is no tensor of an adapter in it, only {', '.join([*copies, *shared][:4]) or 'what is left out'}."
+            f"{where}: it holds no adapter tensors, only {', '.join([*copies, *shared][:4]) or 'what is left out'}."
         )
     updates = kind.updates(config, found, shared, where)
     if not updates:
@@ -94,7 +94,7 @@ _NO_TENSORS = f"its file of weights holds no tensors at all. {_SHARDED}"
 
 def _put(into: dict[str, Tensor], name: str, tensor: Tensor, key: str, where: str) -> None:
     if name in into:
-        raise ExpertError(f"{where}: tensor {key!r} stands there twice, under two names.")
+        raise ExpertError(f"{where}: tensor {key!r} is in the file twice, under two names.")
     into[name] = tensor
 
 

@@ -112,7 +112,7 @@ def _missing(init: str, folder: Path) -> str:
             "(save_pretrained of the model that replace_lora_weights_loftq or LoftQ's script made) with --base and --residual."
         )
     return (
-        f"{folder} began as {brief(init)}, which hangs on data or chance and can't be computed again. Give the adapter as it was before "
+        f"{folder} began as {brief(init)}, which depends on data or chance and can't be computed again. Give the adapter as it was before "
         "training (saved with save_pretrained then) with --initial, or the changed base with --base and --residual."
     )
 

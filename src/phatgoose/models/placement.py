@@ -83,7 +83,7 @@ def _names(model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Exp
         found = sorted(name for name in _meant(model, modules, path) if _fits(modules[name], size))
         if len(found) > 1:
             raise RoutingError(
-                f"expert {expert.name!r} adapts {path}, which this model lacks, and {' or '.join(found)} may be meant. Rename the "
+                f"expert {expert.name!r} adapts {path}, which this model lacks; it could mean {' or '.join(found)}. Rename the "
                 "adapter's keys after this model's modules."
             )
         if found:

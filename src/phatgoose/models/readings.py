@@ -257,6 +257,6 @@ def _repeated(told: Sequence[Prompt] | None, rows: int) -> tuple[Prompt, ...]:
 def _expanded(kept: Sequence[Any], rows: int) -> tuple[Any, ...]:
     if rows % len(kept):
         raise RoutingError(
-            f"a key-value cache of {len(kept)} sequences is gone on with in {rows} rows. {TELL}"
+            f"a key-value cache of {len(kept)} sequences can't be continued in {rows} rows. {TELL}"
         )
     return tuple(one for one in kept for _ in range(rows // len(kept)))

@@ -132,7 +132,7 @@ def check_rows(model: PreTrainedModel) -> None:
         return
     if config.model_type in _LENGTH_READ:
         raise BaseModelError(
-            f"{kind} computes each token from the length of the whole row, so what it makes likely hangs on what follows: take the "
+            f"{kind} computes each token from the length of the whole row, so its probabilities depend on what follows: use the "
             "encoder–decoder of this architecture."
         )
     ids = (

@@ -113,7 +113,7 @@ class Way:
         if self.reads_text and inside is not None:
             raise RoutingError(
                 f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart yet: take a router "
-                "that goes by gates or weights, or route() a model of its own."
+                "that goes by gates or weights, or route() a separate copy of the model."
             )
         self.single: int | None = None
         """The one expert that acts, with weight 1; None if a router chooses."""
