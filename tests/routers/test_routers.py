@@ -90,6 +90,9 @@ def test_a_name_goes_before_a_place():
     assert [parse_router(f"single:{text}").place(names) for text in ("2", "0", "007", "1")] == [0, 1, 2, 1]
     assert [Single(i).place(names) for i in range(3)] == [0, 1, 2]  # in Python a number is a place
     assert copy.deepcopy(parse_router("single:007")).place(names) == 2
+    assert (
+        parse_router("single:007").describe() != parse_router("single:7").describe()
+    )  # results are kept by it
     for text in ("single:7", "single:3"):
         with pytest.raises(RoutingError, match="there is no expert"):
             parse_router(text).check(names)

@@ -42,7 +42,9 @@ def parse_router(text: str) -> Router:
     name, _, rest = text.partition(":")
     kind = lookup("router", name.lower(), ROUTERS)
     if kind is Single:
-        return Single(Written(rest) if rest.isascii() and rest.isdigit() and len(rest) < 10 else rest)
+        # "007" is a name alone: as a place it would be recorded as that of "single:7".
+        place = rest.isascii() and rest.isdigit() and len(rest) < 10 and str(int(rest)) == rest
+        return Single(Written(rest) if place else rest)
     settings: dict[str, int | str] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")

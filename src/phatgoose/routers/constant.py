@@ -19,13 +19,6 @@ from phatgoose.routers.router import BoundRouter, Candidates, Router
 class Written(int):
     """An expert's place as somebody wrote it ("single:7"): an expert of this name goes before it."""
 
-    text: str
-
-    def __new__(cls, text: str) -> Written:
-        made = super().__new__(cls, text)
-        made.text = str(text)
-        return made
-
 
 @dataclass(frozen=True)
 class Single(Router):
@@ -40,7 +33,7 @@ class Single(Router):
         Raises:
             UnknownName, RoutingError: there is no such expert.
         """
-        name = self.expert.text if isinstance(self.expert, Written) else self.expert
+        name = str(int(self.expert)) if isinstance(self.expert, Written) else self.expert
         if name in names:
             return names.index(str(name))
         if not isinstance(self.expert, int):
