@@ -368,7 +368,7 @@ def test_stacks_with_rows_and_columns_exchanged_are_refused_even_in_a_square_bat
     routed(model, ending, router=PHATGOOSE())
     assert not torch.allclose(logits(model, **given), plain)
     with (
-        pytest.raises(RoutingError, match=f"in the .*coder of {family} modules see tokens in another order"),
+        pytest.raises(RoutingError, match=f"the modules of {family}'s .*coder see tokens in another order"),
         trace(model),
     ):
         logits(model, **given)

@@ -238,3 +238,10 @@ def test_no_message_says_where_the_server_keeps_its_files(make_base, tmp_path):
         ]
     assert [one.status_code for one in found] == [400, 404, 400, 200, 409]
     assert not any("my models" in one.text for one in found)
+
+
+def test_a_path_with_a_slash_too_many_is_unknown_not_a_redirect(server):
+    """A redirect would name the host and scheme that the client wrote."""
+    got, _ = answered(server, b"GET /health/ HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+    assert b" 404 " in got.partition(b"\r\n")[0]
+    assert b"evil.example" not in got

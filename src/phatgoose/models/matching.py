@@ -31,8 +31,8 @@ def refused_stacks(model: PreTrainedModel) -> dict[str, str]:
     if kind == "longt5" and model.config.encoder_attention_type == "local":
         return {}
     why = (
-        f"in the {{}} of {kind} modules see tokens in another order, or others than the text's, so which ones can't be told. "
-        "Traces, Random and what else asks for tokens can't be had there; PHATGOOSE, Single and others that look at activations can."
+        f"the modules of {kind}'s {{}} see tokens in another order, or more than the text's, so their tokens can't be told. "
+        "Traces and Random need them; take a router that reads activations alone, such as PHATGOOSE or Single."
     )
     return {name: why.format(name) for name in _OTHER_TOKENS.get(kind, ())}
 

@@ -54,6 +54,7 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name the host and scheme that a client wrote, not the proxy's
         responses=REFUSED,
     )
     app.state.service = service
