@@ -161,9 +161,7 @@ def by_hand(requirement: str, target: Path) -> str:
     """What a user can do where we can't download."""
     where = f"`pip download --no-deps {requirement}` where there is a network"
     if target.suffix != ".whl":  # which pip would build
-        where = (
-            f"from PyPI: {requirement.partition('==')[0]}/#files, where there is a network"
-        )
+        where = f"the source distribution of {requirement} on PyPI, where there is a network"
     return f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by PHATGOOSE_DOWNLOADS."
 
 
