@@ -45,6 +45,24 @@ class Hooks:
         self.remove()
 
 
+class StandInHandle(RemovableHandle):
+    """Removes a hook of a module that stands for a part of another one, and tells it (`closed`): the other may then run as it did."""
+
+    def __init__(self, handle: RemovableHandle, stand_in: Any) -> None:
+        self.handle, self.stand_in = handle, stand_in
+
+    def remove(self) -> None:
+        self.handle.remove()
+        self.stand_in.closed()
+
+    # RemovableHandle's own keep a weak reference, which this one doesn't have.
+    def __getstate__(self) -> Any:
+        return self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+
+
 @torch.compiler.disable
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls it as it is, between two graphs, where torch.compile compiles what is around it."""

@@ -8,6 +8,7 @@ module, its names and its state dict stay as they are, and when the last hook is
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.hooks import StandInHandle
 from phatgoose.models.streams import Streams
 from phatgoose.routers.context import RoutingContext, unmatched
 
@@ -109,29 +111,16 @@ class Slot(nn.Module):
         handle = super().register_forward_hook(hook, **how)
         opened = _opened(self.experts) or _Opened(self.experts)
         opened.add(self)
-        return SlotHandle(handle, self)
+        return StandInHandle(handle, self)
+
+    def closed(self) -> None:
+        """A hook was removed: with the last one of all its slots, the experts module runs as it did."""
+        opened = _opened(self.experts)
+        if opened is not None and not self._forward_hooks:
+            opened.drop(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, index={self.index}, part={self.part!r}"
-
-
-class SlotHandle(RemovableHandle):
-    """Removes a slot's hook; with the last hook of all its slots, the experts module runs as it did."""
-
-    def __init__(self, handle: RemovableHandle, slot: Slot):
-        self.handle, self.slot = handle, slot
-
-    def remove(self) -> None:
-        self.handle.remove()
-        opened = _opened(self.slot.experts)
-        if opened is not None and not self.slot._forward_hooks:
-            opened.drop(self.slot)
-
-    def __getstate__(self) -> Any:
-        return self.__dict__
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state)
 
 
 class _Opened:
@@ -165,7 +154,7 @@ class _Opened:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        given = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
         _, hidden, index, weights = given.values()
         nothing = hidden[:0]
         nothing._phatgoose_call = (hidden, index, weights)
@@ -238,6 +227,11 @@ class _Opened:
             if self.experts.is_concatenated
             else torch.stack([gate, up], -1).flatten(-2)
         )
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _opened(experts: nn.Module) -> _Opened | None:

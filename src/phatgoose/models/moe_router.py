@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from phatgoose.models.hooks import StandInHandle
+
 
 class RouterSlot(nn.Module):
     """W u (+ b) of a router, as a linear layer. router: a module of transformers' whose forward has exactly one such product."""
@@ -52,32 +54,19 @@ class RouterSlot(nn.Module):
         opened = _opened(self.router) or _Opened(self.router)
         if not any(slot is self for slot in opened.slots):
             opened.slots.append(self)
-        return RouterHandle(handle, self)
+        return StandInHandle(handle, self)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, of {type(self.router).__name__}"
-
-
-class RouterHandle(RemovableHandle):
-    """Removes a slot's hook; with the last, the router runs as it did."""
-
-    def __init__(self, handle: RemovableHandle, slot: RouterSlot):
-        self.handle, self.slot = handle, slot
-
-    def remove(self) -> None:
-        self.handle.remove()
-        opened = _opened(self.slot.router)
-        if opened is None or self.slot._forward_hooks:
+    def closed(self) -> None:
+        """A hook was removed: with the last one of all its slots, the router runs as it did."""
+        opened = _opened(self.router)
+        if opened is None or self._forward_hooks:
             return
-        opened.slots = [slot for slot in opened.slots if slot is not self.slot]
+        opened.slots = [slot for slot in opened.slots if slot is not self]
         if not opened.slots:
             opened.handle.remove()
 
-    def __getstate__(self) -> Any:
-        return self.__dict__
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state)
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, of {type(self.router).__name__}"
 
 
 class _Opened:
