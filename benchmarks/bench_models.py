@@ -27,8 +27,8 @@ from transformers import (
 
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import Routing
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import Routing
+from phatgoose.models.trace.trace import trace
 from phatgoose.ops import backend, fast
 from phatgoose.routers import PHATGOOSE
 

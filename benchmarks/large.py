@@ -31,7 +31,7 @@ from bench_machine import machine, medians
 from packed import memory, model_of, random_expert
 from torch import Tensor
 
-from phatgoose.ops import cpu
+from phatgoose.ops.cpu import backend as cpu
 
 STEPS = ((models.DECODE_1, 20), (models.DECODE_8, 10), (models.Step("prefill 128", 1, 128), 5))
 WAYS = {"asked for": True, "by faults": False}
@@ -41,9 +41,9 @@ CHECKED_MODULES = 6
 def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A packed pool on disk, and how long it took."""
     from phatgoose.experts.manifest import new_manifest, place_expert
-    from phatgoose.experts.packing import pack
+    from phatgoose.experts.packed.pack import pack
     from phatgoose.files import write_json
-    from phatgoose.models.fingerprint import fingerprint
+    from phatgoose.models.base.fingerprint import fingerprint
 
     base = fingerprint(model_of(options.layers), "random-smollm2")
     start, entries = time.perf_counter(), []
@@ -70,7 +70,7 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def measure(folder: Path, layers: int) -> dict[str, Any]:
     """Opening, routing and running, in this fresh process."""
     from phatgoose.experts.pool import Pool
-    from phatgoose.models.routed import Routing
+    from phatgoose.models.attach.attach import Routing
     from phatgoose.ops import backend
     from phatgoose.routers import PHATGOOSE
 

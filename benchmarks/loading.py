@@ -30,7 +30,7 @@ def measure(way: str, folder: Path, layers: int) -> dict[str, float]:
     import peft
 
     from phatgoose.experts.pool import Pool
-    from phatgoose.models.routed import route
+    from phatgoose.models.attach.attach import route
 
     model, before = model_of(layers), memory()
     places = sorted((folder / "experts").iterdir())
@@ -78,7 +78,7 @@ def main() -> None:
 def compared(folder: Path, experts: int, layers: int) -> dict[str, object]:
     import peft
 
-    from phatgoose.experts.packing import pack
+    from phatgoose.experts.packed.pack import pack
 
     tensors = write_pool(folder, experts, layers)
     result: dict[str, object] = {

@@ -87,7 +87,7 @@ def write_pool(folder: Path, experts: int, layers: int) -> int:
     """A pool of random experts; returns the bytes of their tensors."""
     from phatgoose.experts.manifest import new_manifest, place_expert
     from phatgoose.files import write_json
-    from phatgoose.models.fingerprint import fingerprint
+    from phatgoose.models.base.fingerprint import fingerprint
 
     base = fingerprint(model_of(layers), "random-smollm2")
     found = (random_expert(number, layers, base.to_json()) for number in range(experts))  # one at a time
@@ -119,7 +119,7 @@ def measure_open(folder: str) -> dict[str, object]:
 def measure_route(folder: str, layers: int) -> dict[str, object]:
     """Pool.load, route, one prompt of 16 tokens, then every expert at every module once."""
     from phatgoose.experts.pool import Pool
-    from phatgoose.models.routed import route, routing_of
+    from phatgoose.models.attach.attach import route, routing_of
 
     model = model_of(layers)
     ids = torch.randint(0, 49152, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def measured(folder: Path, experts: int, layers: int) -> dict[str, object]:
-    from phatgoose.experts.packing import pack, unpack, verify_folder
+    from phatgoose.experts.packed.pack import pack, unpack, verify_folder
     from phatgoose.experts.pool import add_to_folder, remove_from_folder
 
     def timed(work: object) -> float:

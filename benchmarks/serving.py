@@ -187,7 +187,7 @@ def make_pool(base: str, experts: int, folder: Path) -> Path:
     """A packed pool of random experts on disk, made in a process of its own, whose memory then is free."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[4])\n"
-        "from bench_models import random_pool\nfrom phatgoose import load_base\nfrom phatgoose.experts.packing import pack\n"
+        "from bench_models import random_pool\nfrom phatgoose import load_base\nfrom phatgoose.experts.packed.pack import pack\n"
         "base = load_base(sys.argv[1], dtype='bfloat16')\n"
         "random_pool(base.model, int(sys.argv[2]), 16).save(sys.argv[3])\npack(sys.argv[3])\n"
     )

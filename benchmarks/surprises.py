@@ -29,16 +29,16 @@ from phatgoose.evaluation.run import evaluate
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, write_json
-from phatgoose.models.paths import layer_and_kind
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import Trace, trace
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.text.batch import UNLIMITED, encode_pair
+from phatgoose.models.trace.module_names import layer_and_kind
+from phatgoose.models.trace.trace import Trace, trace
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, Router, Single
-from phatgoose.tasks.batch import UNLIMITED, encode_pair
 from phatgoose.training.gate import train_gate
 from phatgoose.workflows import show
-from phatgoose.workflows.experiment_lab import Lab
-from phatgoose.workflows.experiment_recipe import IN_POOL, ExperimentRecipe
+from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe
+from phatgoose.workflows.experiment.worker import Lab
 
 ANSWERED = ("phatgoose", "lag", "uniform", "ties", "fixed-random:seed=0")
 SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60

@@ -19,8 +19,8 @@ from bench_machine import machine, medians
 from bench_models import base_model, random_pool
 from transformers import DynamicCache, LlamaForCausalLM
 
-from phatgoose.models.routed import route
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE
 
 STEPS = 32

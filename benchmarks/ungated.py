@@ -18,10 +18,10 @@ import torch
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import write_json
-from phatgoose.models.base import Base
-from phatgoose.models.load import load_base
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.load import load_base
+from phatgoose.models.trace.trace import trace
 from phatgoose.ops.reference import standardise
 from phatgoose.records import Task, TaskScore
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Router, SpectR, Uniform, WeightOnly
@@ -31,7 +31,7 @@ from phatgoose.tasks import Fractions, load_task
 from phatgoose.training.generated import train_generated_gate
 from phatgoose.training.writing import WritingConfig
 from phatgoose.workflows import show, summary
-from phatgoose.workflows.measured import Measurements
+from phatgoose.workflows.experiment.scores import Measurements
 from phatgoose.workflows.recipes import QUICKSTART
 
 WRITING = WritingConfig(rows=256, temperature=1.0, max_new_tokens=48)

@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from phatgoose.models.base import Base, _contiguous
+from phatgoose.models.base.base import Base, _contiguous
 
 pytest.register_assert_rewrite(
     "cli_fixtures", "pages"

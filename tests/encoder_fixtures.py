@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 
 from conftest import CORPUS, VOCABULARY, make_tokenizer
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.models.encoder import load_encoder
+from phatgoose.models.base.sentence_encoder import load_encoder
 
 WORDS = " ".join(CORPUS).split()
 

@@ -394,7 +394,7 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
-    from phatgoose.experts import hub_files
+    from phatgoose.experts.hub import fetch as hub_files
 
     stand_in = Hub()
     for name, value in {

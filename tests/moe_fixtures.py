@@ -23,7 +23,7 @@ from transformers import (
 
 from conftest import VOCABULARY
 from phatgoose import Expert
-from phatgoose.models.moe_paths import modules_of
+from phatgoose.models.moe.names import modules_of
 
 D, F_, E = 32, 24, 5
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from encoder_fixtures import make_encoder
 from phatgoose.files import cache_folder, sha256_file
-from phatgoose.models import encoder, gguf, load
+from phatgoose.models.base import gguf, load
+from phatgoose.models.base import sentence_encoder as encoder
 from server_command import running
 
 ROOT = Path(__file__).parents[1]

@@ -99,7 +99,7 @@ def test_every_file_of_the_package_that_a_page_names_is_there(page):
 
 
 def test_the_table_of_peft_settings_is_what_the_code_decides():
-    from phatgoose.experts import adapterhub_rules, peft_rules
+    from phatgoose.experts.adapters import adapterhub_rules, peft_rules
 
     for rules in (peft_rules, adapterhub_rules):
         assert rules.main(["--check", str(ROOT / "docs" / "experts-and-pools.md")]) == 0
@@ -113,7 +113,7 @@ def test_the_page_of_pools_and_suites_is_current():
 
 def test_the_page_of_servings_parameters_is_current_and_complete():
     from phatgoose.cli import docs_serving
-    from phatgoose.serving.schema import ChatRequest, CompletionRequest
+    from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
 
     page = _page("serving-parameters")
     assert page == docs_serving.markdown(), "run python -m phatgoose.cli.docs"
@@ -126,9 +126,9 @@ def test_the_page_of_servings_parameters_is_current_and_complete():
 
 def test_the_page_of_pools_and_suites_is_complete():
     """Every entry has a row, once, in its own section, and every dataset that is left out or refused is named there."""
-    from phatgoose.tasks.pools import POOLS, pool_entries
-    from phatgoose.tasks.pools_bigbench import EXCLUDED
-    from phatgoose.tasks.suites import SUITES, suite
+    from phatgoose.tasks.lists.pools import POOLS, pool_entries
+    from phatgoose.tasks.lists.pools_bigbench import EXCLUDED
+    from phatgoose.tasks.lists.suites import SUITES, suite
 
     head, *parts = _page("pools-and-suites").split("\n## ")
     sections = dict(part.split("\n", 1) for part in parts)
@@ -170,7 +170,7 @@ def test_every_setting_of_peft_has_a_rule_that_holds():
     from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig
 
     from phatgoose.errors import ExpertError
-    from phatgoose.experts.peft_rules import RULES, check_config
+    from phatgoose.experts.adapters.peft_rules import RULES, check_config
 
     checked = ("peft_type", "target_parameters", "bias", "modules_to_save")
     for kind, config in (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.workflows.experiment_plot import plot
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe
-from phatgoose.workflows.experiment_text import markdown
+from phatgoose.workflows.experiment.markdown import markdown
+from phatgoose.workflows.experiment.plot import plot
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 
 ROOT = Path(__file__).parent.parent
 

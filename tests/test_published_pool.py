@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from phatgoose.cli.main import app
 from phatgoose.experts.pool import Pool
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 
 ROOT = Path(__file__).parent.parent
 

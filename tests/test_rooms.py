@@ -15,7 +15,8 @@ ROOT = Path(phatgoose.__file__).parent
 ORDER = [
     {"errors", "records", "registry", "strict_json", "memory", "extras"},
     {"files", "fetch", "locks", "pip_sdist", "fingerprints", "hub_errors"},
-    {"tasks", "experts", "ops"},
+    {"tasks", "ops"},
+    {"experts"},
     {"routers"},
     {"models"},
     {"training", "evaluation", "analysis", "serving", "vllm"},

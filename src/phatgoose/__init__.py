@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
     from phatgoose.experts.merge import merged
     from phatgoose.experts.pool import Pool
-    from phatgoose.models.base import Base
-    from phatgoose.models.device_memory import cache_use
-    from phatgoose.models.load import load_base
-    from phatgoose.models.prompted import prompted
-    from phatgoose.models.routed import route, unroute
-    from phatgoose.models.trace import trace
+    from phatgoose.models.attach.attach import route, unroute
+    from phatgoose.models.attach.device_memory import cache_use
+    from phatgoose.models.base.base import Base
+    from phatgoose.models.base.load import load_base
+    from phatgoose.models.context.prompted import prompted
+    from phatgoose.models.trace.trace import trace
     from phatgoose.records import Example, Task
     from phatgoose.routers import (
         LAG,
@@ -50,7 +50,7 @@ _PUBLIC = {
     "PHATGOOSE": "routers",
     "Arrow": "routers",
     "AverageActivation": "routers",
-    "Base": "models.base",
+    "Base": "models.base.base",
     "Centroid": "routers",
     "EvaluationConfig": "evaluation.run",
     "Example": "records",
@@ -69,20 +69,20 @@ _PUBLIC = {
     "Uniform": "routers",
     "WeightOnly": "routers",
     "WritingConfig": "training.generated",
-    "cache_use": "models.device_memory",
+    "cache_use": "models.attach.device_memory",
     "evaluate": "evaluation.run",
-    "load_base": "models.load",
+    "load_base": "models.base.load",
     "load_task": "tasks",
     "make_signature": "training.signature",
     "merged": "experts.merge",
-    "prompted": "models.prompted",
+    "prompted": "models.context.prompted",
     "report": "analysis.page",
-    "route": "models.routed",
-    "trace": "models.trace",
+    "route": "models.attach.attach",
+    "trace": "models.trace.trace",
     "train_expert": "training.expert",
     "train_gate": "training.gate",
     "train_generated_gate": "training.generated",
-    "unroute": "models.routed",
+    "unroute": "models.attach.attach",
 }
 __all__ = [
     "LAG",

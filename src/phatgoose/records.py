@@ -92,7 +92,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a base model is, independent of the dtype it was loaded in. See `phatgoose.models.fingerprint`.
+    """What a base model is, independent of the dtype it was loaded in. See `phatgoose.models.base.fingerprint`.
 
     `spec` is only a label for people. `architecture` must be equal for two bases to be the same;
     `samples` are groups of weights sampled at fixed places, compared within the error of a cast.

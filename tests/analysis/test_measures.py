@@ -22,10 +22,10 @@ from phatgoose.analysis.measures import (
     token_dependence,
 )
 from phatgoose.errors import EvaluationError, UnknownName
-from phatgoose.models.choices import Choices
-from phatgoose.models.paths import places
-from phatgoose.models.recorder import Tokens
-from phatgoose.models.trace import Trace
+from phatgoose.models.trace.choices import Choices
+from phatgoose.models.trace.module_names import places
+from phatgoose.models.trace.recorder import Tokens
+from phatgoose.models.trace.trace import Trace
 
 PATHS = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in ("q_proj", "up_proj")]
 NAMES = ("a", "b", "c", "d")

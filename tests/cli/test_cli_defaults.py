@@ -12,7 +12,7 @@ from cli_fixtures import SMALL
 from conftest import make_model
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.load import load_base
+from phatgoose.models.base.load import load_base
 from phatgoose.routers.fitting import fitting_router
 from phatgoose.tasks import load_task
 from phatgoose.training.config import ExpertConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from phatgoose.ops import build
+from phatgoose.ops.cpu import build
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phatgoose.cli.eval import _show_differences
+from phatgoose.cli.measure.eval import _show_differences
 from phatgoose.evaluation.statistics import paired_difference
 from phatgoose.records import Prediction, Scores, TaskScore
 

@@ -8,11 +8,11 @@ import math
 import pytest
 
 from harness_fixtures import ROWS
-from phatgoose.cli.harness import _plain, table
+from phatgoose.cli.measure.harness import _plain, table
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
-from phatgoose.models.load import load_base
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.load import load_base
 from phatgoose.records import Task
 from phatgoose.routers import PHATGOOSE
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.cli import docs, options
+from phatgoose.cli import docs
+from phatgoose.cli.common import options
 from phatgoose.training.config import ExpertConfig, GateConfig
 
 pytest_plugins = ["cli_fixtures"]
@@ -103,7 +104,7 @@ def test_every_command_has_help(run):
 def test_every_setting_is_an_option_with_its_docstring(run, name, config):
     from dataclasses import fields
 
-    from phatgoose.cli import gate, train
+    from phatgoose.cli.contribute import gate, train
 
     found = {p.name: p for p in docs.parameters({"train": train, "gate": gate}[name].command)}
     for field in fields(config):
@@ -114,7 +115,7 @@ def test_every_setting_is_an_option_with_its_docstring(run, name, config):
 
 
 def test_the_default_base_is_the_librarys():
-    from phatgoose.models.load import DEFAULT_BASE
+    from phatgoose.models.base.load import DEFAULT_BASE
 
     assert options.DEFAULT_BASE == DEFAULT_BASE
 
@@ -206,7 +207,7 @@ def test_tasks_show(run, bigbench):
 def test_tables_on_a_terminal_keep_every_cell(monkeypatch):
     from rich.console import Console
 
-    from phatgoose.cli import show
+    from phatgoose.cli.measure import show
 
     console = Console(force_terminal=True, width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr(show, "Console", lambda **_: console)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from cli_fixtures import SMALL
 
-from phatgoose.cli import folders
+from phatgoose.cli.common import folders
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 

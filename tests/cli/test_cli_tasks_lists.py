@@ -37,8 +37,8 @@ def test_names_with_their_numbers(run, kind, counts):
     [*(("pool", *p) for p in POOLS.items()), *(("suite", *s) for s in SUITES.items())],
 )
 def test_one_line_an_entry_with_all_it_reads(run, kind, name, count):
-    from phatgoose.tasks.pools import pool_entries
-    from phatgoose.tasks.suites import suite
+    from phatgoose.tasks.lists.pools import pool_entries
+    from phatgoose.tasks.lists.suites import suite
 
     entries = pool_entries(name) if kind == "pool" else suite(name).entries
     (_, *lines), *_ = listed(run, kind, name)
@@ -61,7 +61,7 @@ def test_what_differs_is_noted(run):
 
 
 def test_near_duplicates_that_are_left_out_are_named_with_their_reason(run):
-    from phatgoose.tasks.pools_bigbench import EXCLUDED
+    from phatgoose.tasks.lists.pools_bigbench import EXCLUDED
 
     _, (head, *lines) = listed(run, "pool", "bigbench")
     assert head.split() == ["left", "out", "why"]
@@ -70,7 +70,7 @@ def test_near_duplicates_that_are_left_out_are_named_with_their_reason(run):
 
 
 def test_datasets_a_suite_is_refused_for(run):
-    from phatgoose.tasks.suites import suite
+    from phatgoose.tasks.lists.suites import suite
 
     for name in ("t0ho", "bbl"):
         _, (line,) = listed(run, "suite", name)

@@ -16,9 +16,9 @@ from harness_fixtures import ROWS
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.routed import route
+from phatgoose.models.attach.attach import route
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import decoder_start
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Retrieval, SoftCentroid
 

@@ -15,10 +15,10 @@ from phatgoose.evaluation.continuations import Row, read
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.rank import score_choices
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base, device_of
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.routed import route, routing_of, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base.base import Base, device_of
+from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE
 from ranking_fixtures import assert_plain
 

@@ -18,12 +18,12 @@ from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.readings import readings
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.text.batch import padded
+from phatgoose.models.trace.trace import trace
 from phatgoose.records import Example
 from phatgoose.routers import LAG, PHATGOOSE, Random, Retrieval, Uniform
 from phatgoose.routers.masked import Masked
-from phatgoose.tasks.batch import padded
 from ranking_fixtures import assert_plain
 
 NARROW = EvaluationConfig(batch_tokens=90, cache_tokens=400, logit_values=4000, batch_rows=3)

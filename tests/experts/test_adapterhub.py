@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phatgoose.errors import ExpertError, PoolError
-from phatgoose.experts.adapterhub import ACTIVATIONS, to_contents
-from phatgoose.experts.adapterhub_places import FAMILIES
-from phatgoose.experts.adapterhub_rules import RULES
+from phatgoose.experts.adapters.adapterhub import ACTIVATIONS, to_contents
+from phatgoose.experts.adapters.adapterhub_layers import FAMILIES
+from phatgoose.experts.adapters.adapterhub_rules import RULES
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool, add_to_folder
 from phatgoose.ops import bottleneck
@@ -285,7 +285,7 @@ def test_gates_for_another_adapter_are_refused(folder, tmp_path):
 
 
 def test_a_packed_pool_refuses_it_by_name(folder, tmp_path):
-    from phatgoose.experts.packing import pack
+    from phatgoose.experts.packed.pack import pack
 
     Pool([Expert.from_adapterhub(folder)]).save(tmp_path / "pool")
     with pytest.raises(PoolError, match="'one' is an adapter in AdapterHub's format"):

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError, PoolError
-from phatgoose.experts.card_facts import Facts
+from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, describe
-from phatgoose.experts.packing import pack, unpack, verify_folder
+from phatgoose.experts.packed.pack import pack, unpack, verify_folder
 from phatgoose.experts.pool import add_to_folder
 from phatgoose.files import read_json, sha256_file, write_json
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import TARGETS
 from phatgoose.errors import ExpertError, StorageError
+from phatgoose.experts.adapters.peft import to_contents
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.names import slug
-from phatgoose.experts.peft import to_contents
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, sha256_file, write_json
 

@@ -11,8 +11,8 @@ from conftest import TARGETS
 from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.update import Bottleneck, Projections, SharedUpdate, Update, no_rows
-from phatgoose.models.modules import weight_norms
+from phatgoose.models.attach.modules import weight_norms
+from phatgoose.ops.update import Bottleneck, Projections, SharedUpdate, Update, no_rows
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose import Expert, Pool
 from phatgoose.errors import DownloadError, ExpertError, PoolError
-from phatgoose.experts import hub_files
+from phatgoose.experts.hub import fetch as hub_files
 from phatgoose.files import read_json, write_json
 from phatgoose.records import HubSource
 
@@ -661,7 +661,7 @@ def test_a_pool_keeps_where_its_experts_come_from(hub, one, plain, tmp_path):
 
 
 def test_where_an_expert_comes_from_survives_packing(hub, one, tmp_path):
-    from phatgoose.experts.packing import pack, unpack
+    from phatgoose.experts.packed.pack import pack, unpack
 
     hub.add("org/one", one[1])
     folder = Pool([Expert.from_hub("org/one")]).save(tmp_path / "pool")

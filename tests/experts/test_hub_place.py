@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import DownloadError
-from phatgoose.experts.hub_place import Place, is_place
+from phatgoose.experts.hub.place import Place, is_place
 
 
 @pytest.mark.parametrize(

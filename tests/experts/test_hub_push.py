@@ -11,9 +11,9 @@ import torch
 from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import PoolError, UploadError
-from phatgoose.experts.card import MARK
+from phatgoose.experts.card.card import MARK
 from phatgoose.experts.data_signature import SIGNATURE_FILE
-from phatgoose.experts.hub_push import push_folder
+from phatgoose.experts.hub.push import push_folder
 from phatgoose.experts.pool import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
 
@@ -157,7 +157,7 @@ def test_a_branch(login, pool):
 
 
 def test_a_packed_pool_is_published_unpacked(login, pool, tmp_path):
-    from phatgoose.experts.packing import pack
+    from phatgoose.experts.packed.pack import pack
 
     before = files_of(pool)
     pack(pool)
@@ -293,7 +293,7 @@ def test_local_paths_are_not_published_unasked(login, pool, tmp_path, file, chan
     "text", ["https://host/x", "org/llama", "a/b/c", "./llama", "train at 3/4", "", "hf:org/x", "1: /"]
 )
 def test_what_is_no_path(text):
-    from phatgoose.experts.hub_push import _PATH
+    from phatgoose.experts.hub.push import _PATH
 
     assert not _PATH.fullmatch(text)
 

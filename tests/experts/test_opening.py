@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from packing_fixtures import adapter, make_plain, pool_of
 from phatgoose import Pool
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts.opening import expand, runs
-from phatgoose.experts.packing import pack
+from phatgoose.experts.packed.open import expand, runs
+from phatgoose.experts.packed.pack import pack
 from phatgoose.files import read_json, sha256_file, write_json
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from packing_fixtures import adapter, contents, make_plain, make_zoo, pool_of
 from phatgoose import Expert, Pool
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts import packing
-from phatgoose.experts.packed import PackedExpert
-from phatgoose.experts.packing import pack, unpack, verify_folder
+from phatgoose.experts.packed import pack as packing
+from phatgoose.experts.packed.expert import PackedExpert
+from phatgoose.experts.packed.pack import pack, unpack, verify_folder
 from phatgoose.experts.pool import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, sha256_file, write_json
 
@@ -139,7 +139,7 @@ def items_of(path):
     """The items of a file of stacks, with offsets from the file's beginning."""
     from dataclasses import replace
 
-    from phatgoose.experts.headers import read_header
+    from phatgoose.experts.files.safetensors_header import read_header
 
     raw, header = read_header(path)
     return {n: replace(i, begin=i.begin + len(raw), end=i.end + len(raw)) for n, i in header.items.items()}

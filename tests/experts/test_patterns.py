@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts import patterns
-from phatgoose.experts.patterns import Patterns
+from phatgoose.experts.adapters import peft_patterns as patterns
+from phatgoose.experts.adapters.peft_patterns import Patterns
 
 PATHS = st.text("ab.1_-", min_size=1, max_size=12)
 ATOMS = st.sampled_from(

@@ -14,10 +14,10 @@ import torch
 from phatgoose import PHATGOOSE, Expert, Pool, route, unroute
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts import reference_checkpoint
-from phatgoose.experts.packing import pack, unpack
+from phatgoose.experts.packed.pack import pack, unpack
 from phatgoose.experts.reference_checkpoint import BaseShape, import_reference
-from phatgoose.models.layers import linear_shape, same_weights
-from phatgoose.models.routed import routing_of
+from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.base.layers import linear_shape, same_weights
 
 EXPERTS = 5
 Q = "decoder.block.1.layer.1.EncDecAttention.q"

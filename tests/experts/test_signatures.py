@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts.signatures import signature, why_no_signature
-from phatgoose.experts.update import Bottleneck, Update
+from phatgoose.experts.weight_signature import signature, why_no_signature
+from phatgoose.ops.update import Bottleneck, Update
 
 
 def update(d_in=63, d_out=40, rank=5, scale=0.37, seed=0, dtype=torch.float64, **more):

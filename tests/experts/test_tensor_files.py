@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts import tensor_files
-from phatgoose.experts.tensor_files import read_tensor_file
+from phatgoose.experts.files import safetensors_file as tensor_files
+from phatgoose.experts.files.safetensors_file import read_tensor_file
 
 DTYPES = (
     torch.float64,
@@ -139,7 +139,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path, monkeypatch, dtype):
 
 def test_a_file_that_is_cut_later_takes_nothing_with_it(tmp_path):
     code = (
-        "import os, sys, torch; from phatgoose.experts.tensor_files import read_tensor_file\n"
+        "import os, sys, torch; from phatgoose.experts.files.safetensors_file import read_tensor_file\n"
         "found = read_tensor_file(sys.argv[1]).tensors['a']; os.truncate(sys.argv[1], 100)\n"
         "assert float(found.sum()) == found.numel()"  # of a mapped file: SIGBUS, the end of the process
     )

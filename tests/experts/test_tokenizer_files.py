@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import make_model, make_tokenizer
 from phatgoose import Expert, Pool
-from phatgoose.experts.tokenizer_files import brought, differences, sha256_of
+from phatgoose.experts.files.tokenizer_files import brought, differences, sha256_of
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

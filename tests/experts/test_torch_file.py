@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts import torch_file
-from phatgoose.experts.torch_file import map_torch_file
+from phatgoose.experts.files import torch_file
+from phatgoose.experts.files.torch_file import map_torch_file
 
 
 @pytest.fixture

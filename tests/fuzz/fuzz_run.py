@@ -32,7 +32,7 @@ import torch
 from fuzz_targets import BROKEN, TARGETS
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.experts import patterns
+from phatgoose.experts.adapters import peft_patterns as patterns
 
 MEMORY_BYTES = 2**30
 """What one input's reading may allocate."""

@@ -20,13 +20,13 @@ import fuzz_seeds
 import torch
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.experts.adapters.peft_patterns import Patterns
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.headers import parse_header, read_header
-from phatgoose.experts.hub_place import Place
-from phatgoose.experts.patterns import Patterns
+from phatgoose.experts.files.safetensors_file import read_tensor_file
+from phatgoose.experts.files.safetensors_header import parse_header, read_header
+from phatgoose.experts.hub.place import Place
 from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
-from phatgoose.experts.tensor_files import read_tensor_file
 from phatgoose.fingerprints import same_base
 from phatgoose.records import Fingerprint
 from phatgoose.strict_json import parse_json
@@ -98,7 +98,7 @@ def _pool(folder: Path, rng: random.Random) -> None:
 
 def _packed(folder: Path, rng: random.Random) -> None:
     """Opening reads no values of a packed pool; `pool verify` does."""
-    from phatgoose.experts.packing import verify_folder
+    from phatgoose.experts.packed.pack import verify_folder
 
     whole = rng.random() < 0.4
     pool = verify_folder(folder) if whole else Pool.load(folder, verify=rng.random() < 0.3)
@@ -226,7 +226,7 @@ def _adapterhub_folders(folder: Path) -> list[Path]:
 
 
 def _packed_folders(folder: Path) -> list[Path]:
-    from phatgoose.experts.packing import pack
+    from phatgoose.experts.packed.pack import pack
 
     return fuzz_seeds.pool_folders(folder, pack)
 

@@ -33,7 +33,7 @@ from phatgoose import (
 )
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rows import encode
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 from phatgoose.records import Example
 from phatgoose.training.expert import adapted_paths
 from phatgoose.training.modules import is_conv1d

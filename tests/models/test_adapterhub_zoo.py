@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
 from phatgoose.routers import PHATGOOSE, Single, Uniform
 
 DATA = Path(__file__).parent.parent / "data" / "adapterhub"

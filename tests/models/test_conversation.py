@@ -6,8 +6,8 @@ import pytest
 
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import TaskError
-from phatgoose.models.base import Base
-from phatgoose.models.conversation import answered, conversation_ids
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.conversation import answered, conversation_ids
 
 HEAD = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 CHATML = (

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from conftest import TARGETS, make_tokenizer
 from phatgoose import Expert, Pool, load_base, route, unroute
 from phatgoose.errors import BaseModelError, ExpertError
-from phatgoose.models.convert import converted
+from phatgoose.models.base.convert import converted
 from phatgoose.routers import Single
 
 # What PEFT says of patterns that match nothing, and of rsLoRA with patterns.

@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from encoder_fixtures import make_encoder, texts
 from phatgoose.errors import BaseModelError, DownloadError
-from phatgoose.experts import hub_files
-from phatgoose.models import encoder as encoders
-from phatgoose.models.encoder import DEFAULT_ENCODER, SentenceEncoder, load_encoder
+from phatgoose.experts.hub import fetch as hub_files
+from phatgoose.models.base import sentence_encoder as encoders
+from phatgoose.models.base.sentence_encoder import DEFAULT_ENCODER, SentenceEncoder, load_encoder
 
 
 def formula(folder, text, most):

@@ -16,11 +16,11 @@ from phatgoose import (
     train_expert,
     train_gate,
 )
-from phatgoose.experts.tokenizer_files import differences
-from phatgoose.models.base import Base
-from phatgoose.models.encoding import encode_answers, encode_input, template_of
+from phatgoose.experts.files.tokenizer_files import differences
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.encoding import encode_answers, encode_input, template_of
 from phatgoose.tasks.splits import CHAT
-from phatgoose.training.rows import rows_of
+from phatgoose.training.trainer.rows import rows_of
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"

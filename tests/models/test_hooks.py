@@ -11,12 +11,12 @@ from transformers import CompileConfig
 from phatgoose.analysis.activations import mean_inputs
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.mixed import Mixed
-from phatgoose.models.plan import Plan
-from phatgoose.models.routed import route, routing_of, unroute
-from phatgoose.models.trace import trace
-from phatgoose.models.ways import Version, Way
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.batched.attach import Mixed
+from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.trace.trace import trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Arrow, Random, Single
 from phatgoose.training.config import GateConfig

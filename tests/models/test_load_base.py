@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import FAMILIES, make_tokenizer
 from phatgoose.errors import BaseModelError, StorageError
-from phatgoose.models.base import Base
-from phatgoose.models.fingerprint import same_base
-from phatgoose.models.load import DEFAULT_BASE, load_base
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.fingerprint import same_base
+from phatgoose.models.base.load import DEFAULT_BASE, load_base
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.mixed import Mixed
-from phatgoose.models.plan import Plan
-from phatgoose.models.prompted import prompted
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import trace
-from phatgoose.models.ways import Version, Way
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.batched.attach import Mixed
+from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.context.prompted import prompted
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Router, Single, SoftCentroid, Uniform, WeightOnly
 from phatgoose.routers.router import BoundRouter
 

@@ -10,11 +10,11 @@ from conftest import hooked, make_tokenizer
 from moe_fixtures import ids, make, peft_adapter, per_expert, with_gates
 from phatgoose import Expert, Pool, Random, Single, Uniform, route, unroute
 from phatgoose.errors import RoutingError
-from phatgoose.models.base import Base
-from phatgoose.models.mixed import Mixed
-from phatgoose.models.plan import Plan
-from phatgoose.models.trace import trace
-from phatgoose.models.ways import Version, Way
+from phatgoose.models.base.base import Base
+from phatgoose.models.batched.attach import Mixed
+from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Retrieval
 from phatgoose.routers.router import BoundRouter
 

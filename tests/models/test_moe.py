@@ -45,12 +45,12 @@ from phatgoose import (
     unroute,
 )
 from phatgoose.errors import ExpertError, RoutingError
-from phatgoose.experts.packing import pack, unpack
-from phatgoose.models.base import Base
-from phatgoose.models.modules import weight_norms
-from phatgoose.models.moe_paths import modules_of
-from phatgoose.models.skeleton import check_mixture
-from phatgoose.models.trace import trace
+from phatgoose.experts.packed.pack import pack, unpack
+from phatgoose.models.attach.modules import weight_norms
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.without_weights import check_mixture
+from phatgoose.models.moe.names import modules_of
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers.context import RoutingContext, Sequences
 from phatgoose.routers.masked import Masked, Switches
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from conftest import TARGETS
 from phatgoose import PHATGOOSE, Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import ExpertError, RoutingError
-from phatgoose.experts.packing import pack, unpack
-from phatgoose.experts.peft import to_contents
+from phatgoose.experts.adapters.peft import to_contents
+from phatgoose.experts.packed.pack import pack, unpack
 from phatgoose.records import Example
 from phatgoose.routers import Single, Uniform
 

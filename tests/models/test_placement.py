@@ -22,11 +22,11 @@ from conftest import make_tokenizer
 from phatgoose import Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import RoutingError, TrainingError
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.packing import pack
+from phatgoose.experts.packed.pack import pack
 from phatgoose.experts.placed import placed_expert
-from phatgoose.experts.update import Projections, SharedUpdate, Update, no_rows
-from phatgoose.models.base import Base
-from phatgoose.models.routed import routing_of
+from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.base.base import Base
+from phatgoose.ops.update import Projections, SharedUpdate, Update, no_rows
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, AverageActivation, Single, Uniform
 

@@ -13,8 +13,8 @@ from conftest import FAMILIES, TARGETS, hooked
 from phatgoose.errors import BaseModelError, RoutingError, UnknownName
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, routing_of, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Random, Single, Uniform
 
 TEXTS = [

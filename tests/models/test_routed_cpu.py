@@ -23,7 +23,7 @@ from test_routed import (
 )
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.routed import unroute
+from phatgoose.models.attach.attach import unroute
 
 __all__ = ["mixed"]  # a fixture
 

@@ -16,9 +16,9 @@ from phatgoose.evaluation.continuations import extend, read
 from phatgoose.evaluation.rank import score_choice_plainly, score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
-from phatgoose.models.encoder import load_encoder
-from phatgoose.models.prompted import prompted
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.sentence_encoder import load_encoder
+from phatgoose.models.context.prompted import prompted
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, AverageActivation, Centroid, Retrieval, Single, SoftCentroid
 from phatgoose.routers.masked import Masked, Switches

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_routed import PHATGOOSE, Pool, Random, batch_of, logits, mixed, relative, route, routing_of, trace
 
-from phatgoose.ops import Stack, triton_launch
+from phatgoose.ops import Stack
+from phatgoose.ops.triton import launch as triton_launch
 
 pytest.importorskip("triton")
 __all__ = ["mixed"]  # a fixture

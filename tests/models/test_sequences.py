@@ -6,9 +6,10 @@ import torch
 from architectures import ENCODER_DECODERS, make
 from conftest import make_tokenizer
 from phatgoose.errors import BaseModelError
-from phatgoose.models.base import Base
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.sequences import (
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.text.batch import IGNORED, Encoded
+from phatgoose.models.text.sequences import (
     batch_of,
     check_rows,
     decoder_inputs,
@@ -17,7 +18,6 @@ from phatgoose.models.sequences import (
     target_logits,
     together,
 )
-from phatgoose.tasks.batch import IGNORED, Encoded
 
 ABSOLUTE = ["bart", "marian", "m2m_100", "blenderbot", "led", "fsmt"]
 LEFT = ["gpt2", "opt", "bloom", "mpt", "gemma3n_text", "deepseek_v2", "minicpm3"]

@@ -18,9 +18,9 @@ from conftest import TARGETS, VOCABULARY, hooked, make_model
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.layers import linear_shape
-from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.layers import linear_shape
 from phatgoose.routers import PHATGOOSE, Arrow, Random, Single
 
 IDS = torch.randint(2, 300, (3, 7), generator=torch.Generator().manual_seed(0))

@@ -24,10 +24,11 @@ from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models import paths, streams
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route, routing_of, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.context import streams
+from phatgoose.models.trace import module_names as paths
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single
 
 

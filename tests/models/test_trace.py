@@ -11,12 +11,12 @@ from transformers.generation import StoppingCriteriaList
 
 from phatgoose.errors import RoutingError, StorageError, UnknownName
 from phatgoose.experts.pool import Pool
-from phatgoose.models import recorder
-from phatgoose.models.choices import load_of
-from phatgoose.models.paths import layer_labels, places
-from phatgoose.models.routed import route, routing_of
-from phatgoose.models.trace import Trace, trace
-from phatgoose.ops import build
+from phatgoose.models.attach.attach import route, routing_of
+from phatgoose.models.trace import recorder
+from phatgoose.models.trace.choices import load_of
+from phatgoose.models.trace.module_names import layer_labels, places
+from phatgoose.models.trace.trace import Trace, trace
+from phatgoose.ops.cpu import build
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, SpectR, Uniform, WeightOnly
 
 TOKENS = set(recorder.TOKEN_FIELDS) - {"draws"}  # which depend on the order in which passes are summed up

@@ -10,10 +10,10 @@ from torch import nn
 
 from conftest import hooked
 from phatgoose.experts.pool import Pool
-from phatgoose.models.mixed import Mixed
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.unrun import Unrun
-from phatgoose.models.ways import Version
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.unrun import Unrun
+from phatgoose.models.batched.attach import Mixed
+from phatgoose.models.batched.version import Version
 from phatgoose.routers import Single
 
 IDS = torch.randint(2, 300, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from phatgoose.ops import Stack, triton_launch
+from phatgoose.ops import Stack
+from phatgoose.ops.triton import launch as triton_launch
 
 TYPES = {
     torch.float32: "fp32",

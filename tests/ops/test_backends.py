@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError, UnknownName
-from phatgoose.experts import update
-from phatgoose.experts.update import Bottleneck, Update
-from phatgoose.ops import BACKENDS, Layer, backend, bottleneck, fast, make_stack, reference
+from phatgoose.ops import BACKENDS, Layer, backend, bottleneck, fast, make_stack, reference, update
+from phatgoose.ops.update import Bottleneck, Update
 
 DIFFERENTIABLE = ["torch", "auto"]
 NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton isn't installed")

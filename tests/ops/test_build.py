@@ -14,7 +14,8 @@ import time
 import pytest
 
 from phatgoose.errors import RoutingError, StorageError
-from phatgoose.ops import BACKENDS, auto_is, backend, build
+from phatgoose.ops import BACKENDS, auto_is, backend
+from phatgoose.ops.cpu import build
 
 
 @pytest.fixture
@@ -227,7 +228,7 @@ def test_a_cache_that_can_t_be_written(fresh, monkeypatch):
 def test_it_shares_torchs_threads():
     """A second OpenMP library would bring threads of its own, which fight torch's for the same cores."""
     code = (
-        "import os, torch\nfrom phatgoose.ops import build\nbuild.library()\ntorch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
+        "import os, torch\nfrom phatgoose.ops.cpu import build\nbuild.library()\ntorch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
         "files = {l.split(maxsplit=5)[5].strip() for l in open('/proc/self/maps') if 'omp' in l and '/' in l}\n"
         "print(*{os.path.realpath(f) for f in files if os.path.basename(f).startswith(('libgomp', 'libiomp', 'libomp'))})"
     )
@@ -241,7 +242,7 @@ def test_processes_may_compile_at_once(fresh, tmp_path):
     """Each writes the whole file and puts it in place in one step."""
     (tmp_path / "compiled").write_bytes(fresh)
     code = (
-        "import pathlib\nfrom phatgoose.ops import build\n"
+        "import pathlib\nfrom phatgoose.ops.cpu import build\n"
         f"build._compiled = lambda: pathlib.Path({str(tmp_path / 'compiled')!r}).read_bytes()\n"
         "print(build.library().path)"
     )

@@ -11,10 +11,12 @@ import torch
 from test_backends import NAMES, general, problem, relative
 
 from phatgoose.errors import RoutingError
-from phatgoose.ops import Layer, backend, cached, coarse, make_stack, reference
-from phatgoose.ops import slots as slots_module
-from phatgoose.ops.cached import Cached, Room
-from phatgoose.ops.slots import Slots
+from phatgoose.ops import Layer, backend, make_stack, reference
+from phatgoose.ops.offload import experts as cached
+from phatgoose.ops.offload import quantized_gates as coarse
+from phatgoose.ops.offload import slots as slots_module
+from phatgoose.ops.offload.experts import Cached, Room
+from phatgoose.ops.offload.slots import Slots
 
 CPU = torch.device("cpu")
 

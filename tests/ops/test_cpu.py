@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.update import Update
-from phatgoose.ops import BACKENDS, Fused, Layer, auto_is, backend, build, cpu, fast, make_stack, reference
-from phatgoose.ops.scan import scan
+from phatgoose.ops import BACKENDS, Fused, Layer, auto_is, backend, fast, make_stack, reference
+from phatgoose.ops.cpu import backend as cpu
+from phatgoose.ops.cpu import build
+from phatgoose.ops.cpu.scan import scan
+from phatgoose.ops.update import Update
 
 VARIANTS = build.library().variants
 BOTH = [torch.float32, torch.bfloat16]

@@ -17,19 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.update import Update
-from phatgoose.ops import (
-    BACKENDS,
-    Layer,
-    auto_is,
-    backend,
-    fast,
-    make_stack,
-    reference,
-    triton_backend,
-    triton_launch,
-)
-from phatgoose.ops.triton_backend import Fused
+from phatgoose.ops import BACKENDS, Layer, auto_is, backend, fast, make_stack, reference
+from phatgoose.ops.triton import backend as triton_backend
+from phatgoose.ops.triton import launch as triton_launch
+from phatgoose.ops.triton.backend import Fused
+from phatgoose.ops.update import Update
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if triton_launch.kernels().INTERPRETED else "cuda"

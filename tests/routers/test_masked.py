@@ -7,8 +7,8 @@ import torch
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, Single, SpectR, Uniform, WeightOnly
 from phatgoose.routers.controls import FixedRandom
 from phatgoose.routers.masked import Masked, Switches

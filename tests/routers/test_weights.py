@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.signatures import signature
-from phatgoose.experts.update import Update
+from phatgoose.experts.weight_signature import signature
 from phatgoose.ops import backend
 from phatgoose.ops.reference import standardise
+from phatgoose.ops.update import Update
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, SpectR, WeightOnly, parse_router
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import Candidates

@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from conftest import TARGETS, make_tokenizer
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.serving.guard import Keys
-from phatgoose.serving.run import uvicorn_config
+from phatgoose.models.base.base import Base
+from phatgoose.serving.http.guard import Keys
+from phatgoose.serving.http.server import uvicorn_config
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 

@@ -18,13 +18,13 @@ from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, runnin
 
 import server_command
 from conftest import hooked, make_model, make_tokenizer
-from phatgoose.experts.packing import pack
+from phatgoose.experts.packed.pack import pack
 from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
 from phatgoose.routers import PHATGOOSE
-from phatgoose.serving import changes
-from phatgoose.serving.guard import Keys
+from phatgoose.serving.http.guard import Keys
+from phatgoose.serving.pool import changes
 from phatgoose.serving.service import Service
 
 KEYS = Keys.of(admin=["the-admin-key"])
@@ -170,9 +170,9 @@ sys.path[:0] = {paths!r}
 from conftest import make_model, make_tokenizer
 from serving_fixtures import settings
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.serving.guard import Keys
-from phatgoose.serving.run import serve
+from phatgoose.models.base.base import Base
+from phatgoose.serving.http.guard import Keys
+from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
 folder = Path({folder!r})
 base = Base(make_model("llama"), make_tokenizer(), "tiny-llama-0")

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from phatgoose.serving.apart import apart, away, wait_briefly
+from phatgoose.serving.threads import apart, away, wait_briefly
 
 
 def compute():

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from serving_fixtures import PROMPTS, greedy, random_pool, running, settings, text, with_template
 
 from conftest import make_model, make_tokenizer
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
 from phatgoose.routers import PHATGOOSE, Single
-from phatgoose.serving.refusals import of_validation
-from phatgoose.serving.schema import ChatRequest, CompletionRequest
+from phatgoose.serving.api.errors import of_validation
+from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Service
 
 MODELS = {"phatgoose": PHATGOOSE(), "base": None, "b": Single("b"), "phatgoose:top_k=1": PHATGOOSE(top_k=1)}

@@ -15,19 +15,22 @@ from conftest import make_tokenizer
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.plan import Plan
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.trace import trace
-from phatgoose.models.ways import Way
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.version import Way
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Retrieval, Router, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
 from phatgoose.routers.router import BoundRouter
-from phatgoose.serving import attention, batch, batches, passes
-from phatgoose.serving.batches import BatchEngine
-from phatgoose.serving.continuous import ContinuousEngine, obstacle
-from phatgoose.serving.job import Job, ServingError
-from phatgoose.serving.sampling import Draw, Sampling
+from phatgoose.serving.engine import attention
+from phatgoose.serving.engine import batched as batches
+from phatgoose.serving.engine import continuous_hooks as passes
+from phatgoose.serving.engine import generate_call as batch
+from phatgoose.serving.engine.batched import BatchEngine
+from phatgoose.serving.engine.continuous import ContinuousEngine, obstacle
+from phatgoose.serving.engine.job import Job, ServingError
+from phatgoose.serving.engine.sampling import Draw, Sampling
 from phatgoose.serving.service import Service
 
 GREEDY = Sampling(temperature=0)

@@ -10,7 +10,7 @@ from test_engines import served, with_service
 from conftest import make_tokenizer
 from moe_fixtures import make, peft_adapter, with_gates
 from phatgoose import PHATGOOSE, Expert, Pool, Single, Uniform, route, unroute
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 
 ROUTERS = {"phatgoose": PHATGOOSE(), "base": None, "a": Single("a"), "uniform": Uniform()}
 

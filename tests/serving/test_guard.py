@@ -22,11 +22,11 @@ import pytest
 import uvicorn
 from serving_fixtures import running, settings
 
-from phatgoose.serving.app import make_app
-from phatgoose.serving.guard import Keys
-from phatgoose.serving.job import ServingError
+from phatgoose.serving.engine.job import ServingError
+from phatgoose.serving.http.app import make_app
+from phatgoose.serving.http.guard import Keys
+from phatgoose.serving.http.server import LOCAL_NAMES, check_host, is_local, names_of, read_keys, serve
 from phatgoose.serving.logs import Lines, log
-from phatgoose.serving.run import LOCAL_NAMES, check_host, is_local, names_of, read_keys, serve
 from phatgoose.serving.service import Service
 
 ASK = {"prompt": "the", "max_tokens": 2}
@@ -310,8 +310,8 @@ import sys, torch
 sys.path[:0] = {paths!r}
 from conftest import make_model, make_tokenizer
 from serving_fixtures import settings
-from phatgoose.models.base import Base
-from phatgoose.serving.run import serve
+from phatgoose.models.base.base import Base
+from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
 serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(drain_seconds={drain})), port=0)
 """
@@ -324,8 +324,8 @@ from pathlib import Path
 from conftest import make_model, make_tokenizer
 from serving_fixtures import settings
 from phatgoose.errors import PhatgooseError
-from phatgoose.models.base import Base
-from phatgoose.serving.run import serve
+from phatgoose.models.base.base import Base
+from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
 try:
     serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(), folder={folder!r} and Path({folder!r})), port={port})

@@ -8,7 +8,7 @@ from serving_fixtures import PROMPTS, greedy, running, settings, text
 from harness_fixtures import ROWS
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
 from phatgoose.records import Task
 from phatgoose.serving.service import Service
 

@@ -17,8 +17,8 @@ from mutations import mutated
 from serving_fixtures import random_pool, running, settings, with_template
 
 from conftest import make_model, make_tokenizer
-from phatgoose.models.base import Base
-from phatgoose.serving.guard import Keys
+from phatgoose.models.base.base import Base
+from phatgoose.serving.http.guard import Keys
 from phatgoose.serving.service import Service
 
 COUNT = int(os.environ.get("PHATGOOSE_MUTATED_REQUESTS", "10000"))

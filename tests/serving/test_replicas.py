@@ -19,9 +19,9 @@ from serving_fixtures import PROMPTS, greedy, random_pool, text
 
 from conftest import make_model, make_tokenizer
 from phatgoose.experts.pool import Pool, remove_from_folder
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route, unroute
-from phatgoose.serving.job import ServingError
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.serving.engine.job import ServingError
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip(
@@ -157,7 +157,7 @@ def test_each_replica_serves_its_own_metrics():
 
 
 def test_without_a_key_names_of_other_places_are_refused():
-    from phatgoose.serving.guard import Keys
+    from phatgoose.serving.http.guard import Keys
     from phatgoose.serving.replicas import ReplicaSettings
 
     assert ReplicaSettings(base="x").names(Keys()) == {"localhost", "127.0.0.1", "[::1]"}

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from phatgoose.serving.sampling import HEAD, Draw, Sampling, choose, likelihoods
+from phatgoose.serving.engine.sampling import HEAD, Draw, Sampling, choose, likelihoods
 
 
 def logits_of(size=50, seed=0, scale=2.0):

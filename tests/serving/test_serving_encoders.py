@@ -11,10 +11,10 @@ from serving_fixtures import PROMPTS, greedy, running, settings, text
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models import encoder as encoders
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base import sentence_encoder as encoders
 from phatgoose.routers import Retrieval
-from phatgoose.serving.guard import Keys
+from phatgoose.serving.http.guard import Keys
 from phatgoose.serving.service import Service
 
 ASK = {"prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0}

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving_fixtures import running, settings, with_template
 
-from phatgoose.serving import answers, asking
+from phatgoose.serving import asking
+from phatgoose.serving.http import completions as answers
 from phatgoose.serving.prompts import LONG, Prompts
 from phatgoose.serving.service import Service
 

@@ -16,8 +16,8 @@ from serving_fixtures import make_pool, settings
 from test_guard import server_process
 from transformers.generation.continuous_batching import continuous_api
 
-from phatgoose.serving.batches import BatchEngine
-from phatgoose.serving.job import ServingError
+from phatgoose.serving.engine.batched import BatchEngine
+from phatgoose.serving.engine.job import ServingError
 from phatgoose.serving.service import Service
 
 LONG = {"model": "base", "prompt": "the", "max_tokens": 480, "logit_bias": {"1": -100}}
@@ -75,9 +75,9 @@ import sys
 sys.path[:0] = {paths!r}
 from conftest import make_model, make_tokenizer
 from serving_fixtures import settings
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 from phatgoose.serving import continuous
-from phatgoose.serving.run import serve
+from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
 continuous.ContinuousEngine._manager, made = lambda self: broken(made(self)), continuous.ContinuousEngine._manager
 def broken(manager):

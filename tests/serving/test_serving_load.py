@@ -10,7 +10,7 @@ from pathlib import Path
 from serving_fixtures import random_pool
 
 from conftest import make_model, make_tokenizer
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from serving_fixtures import PROMPTS, random_pool, running, settings, with_templ
 from transformers import GenerationConfig
 
 from conftest import make_model, make_tokenizer
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 from phatgoose.serving.service import Service
 
 ASK = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}

@@ -13,11 +13,11 @@ import requests
 from serving_fixtures import random_pool, running, settings, with_template
 
 from conftest import make_model, make_tokenizer
-from phatgoose.models.base import Base
-from phatgoose.models.load import load_base
-from phatgoose.serving.answers import _event
-from phatgoose.serving.guard import Keys
-from phatgoose.serving.job import hide_paths
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.load import load_base
+from phatgoose.serving.engine.job import hide_paths
+from phatgoose.serving.http.completions import _event
+from phatgoose.serving.http.guard import Keys
 from phatgoose.serving.service import Service
 
 HEADERS = {"authorization": "Bearer the-admin-key"}

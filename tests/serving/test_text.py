@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
-from phatgoose.serving.text import Decoder, Stops, offsets
+from phatgoose.serving.engine.text import Decoder, Stops, offsets
 
 BYTES = make_tokenizer()
 

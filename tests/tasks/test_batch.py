@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2LMHeadModel
 
 from phatgoose.errors import TaskError
-from phatgoose.models.sequences import target_logits
-from phatgoose.tasks.batch import (
+from phatgoose.models.text.batch import (
     Encoded,
     collate,
     encode_choices,
@@ -22,6 +21,7 @@ from phatgoose.tasks.batch import (
     pad_id,
     target_loss,
 )
+from phatgoose.models.text.sequences import target_logits
 
 FAMILIES = ("llama", "qwen", "gpt2", "t5")
 PAIRS = [

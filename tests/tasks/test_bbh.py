@@ -5,7 +5,8 @@ import pytest
 
 from phatgoose.errors import DownloadError, TaskError, UnknownName
 from phatgoose.records import Example
-from phatgoose.tasks import bbh, list_tasks, load_task
+from phatgoose.tasks import list_tasks, load_task
+from phatgoose.tasks.sources import bbh
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 from phatgoose import fetch
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.records import SPLITS, Example
-from phatgoose.tasks import bigbench, bigbench_files, list_tasks, load_task
+from phatgoose.tasks import list_tasks, load_task
+from phatgoose.tasks.sources import bigbench, bigbench_files
 
 HEADER = {"canary": "c", "name": "n", "description": "d", "keywords": []}
 

@@ -3,7 +3,8 @@
 import pytest
 
 from phatgoose.errors import DownloadError, StorageError
-from phatgoose.tasks import bigbench_files, list_tasks, load_task
+from phatgoose.tasks import list_tasks, load_task
+from phatgoose.tasks.sources import bigbench_files
 from phatgoose.tasks.splits import normalise
 
 pytestmark = pytest.mark.network

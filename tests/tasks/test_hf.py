@@ -8,9 +8,9 @@ import pytest
 from phatgoose.errors import DownloadError, TaskError, UnknownName
 from phatgoose.records import Example
 from phatgoose.tasks import load_task
-from phatgoose.tasks.hf import load_data
+from phatgoose.tasks.sources.hf import load_data
+from phatgoose.tasks.sources.promptsource import templates
 from phatgoose.tasks.spec import TaskSpec
-from phatgoose.tasks.templates import templates
 
 pytest_plugins = ["hub_stand_in"]
 

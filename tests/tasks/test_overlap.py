@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phatgoose.records import Example
-from phatgoose.tasks.overlap import Overlaps, runs
+from phatgoose.tasks.contamination import Overlaps, runs
 
 
 def overlap(n, trained, rows, own=None):

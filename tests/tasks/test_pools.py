@@ -9,10 +9,8 @@ import pytest
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
-from phatgoose.tasks import pools_bigbench, pools_flan, suites
-from phatgoose.tasks.bbh import NAMES
-from phatgoose.tasks.datasets import bigbench_name, datasets_of
-from phatgoose.tasks.entries import (
+from phatgoose.tasks.lists import pools_bigbench, pools_flan, suites
+from phatgoose.tasks.lists.entries import (
     Entry,
     check_apart,
     even_shares,
@@ -20,12 +18,14 @@ from phatgoose.tasks.entries import (
     load_entry,
     with_validation,
 )
+from phatgoose.tasks.lists.pools import POOLS, pool_entries
+from phatgoose.tasks.lists.same_dataset import bigbench_name, datasets_of
+from phatgoose.tasks.lists.suites import SUITES, suite
 from phatgoose.tasks.load import SOURCES
-from phatgoose.tasks.pools import POOLS, pool_entries
-from phatgoose.tasks.prompted import choose
+from phatgoose.tasks.sources.bbh import NAMES
+from phatgoose.tasks.sources.prompted import choose
+from phatgoose.tasks.sources.promptsource import SHA256, templates
 from phatgoose.tasks.spec import split_spec
-from phatgoose.tasks.suites import SUITES, suite
-from phatgoose.tasks.templates import SHA256, templates
 
 
 @pytest.mark.parametrize(("name", "count"), [("t0-held-in", 36), ("flan", 166), ("bigbench", 73)])
@@ -109,7 +109,8 @@ def test_bigbench_pool_keeps_away_from_hard_lite_and_what_is_near_them():
 
 def test_bigbench_names_exist():
     """Where BIG-bench is in the cache already: nothing is fetched for this."""
-    from phatgoose.tasks import bigbench_files, list_tasks
+    from phatgoose.tasks import list_tasks
+    from phatgoose.tasks.sources import bigbench_files
 
     if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.SHA256[:12]}").is_dir():
         pytest.skip("BIG-bench is not in the cache (`phatgoose tasks list bigbench` fetches it)")

@@ -9,8 +9,8 @@ import pytest
 
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.tasks import load_task
-from phatgoose.tasks.raw_rows import normalised
-from phatgoose.tasks.templates import Template, templates
+from phatgoose.tasks.sources.known_rows import normalised
+from phatgoose.tasks.sources.promptsource import Template, templates
 
 YAML = """
 dataset: toy

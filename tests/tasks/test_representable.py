@@ -12,11 +12,11 @@ from phatgoose.errors import DownloadError
 from phatgoose.fetch import fetch_pypi
 from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task
-from phatgoose.tasks import bigbench_files
-from phatgoose.tasks.entries import load_entry
+from phatgoose.tasks.lists.entries import load_entry
+from phatgoose.tasks.lists.suites import suite
 from phatgoose.tasks.representable import loss
+from phatgoose.tasks.sources import bigbench_files
 from phatgoose.tasks.splits import Fractions
-from phatgoose.tasks.suites import suite
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from test_student import batch_of, plain_loss
 from test_train_expert import equal
 from training_helpers import SMALL, make_task
 
-from phatgoose.experts import adapterhub
-from phatgoose.experts.adapterhub_rules import RULES
+from phatgoose.experts.adapters import adapterhub
+from phatgoose.experts.adapters.adapterhub_rules import RULES
 from phatgoose.training.bottleneck import BottleneckStudent, places, settings_of
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import decode_path
-from phatgoose.training.progress import silent
+from phatgoose.training.trainer.progress import silent
 
 DATA = Path(__file__).parent.parent / "data" / "adapterhub"
 CONFIG = {**SMALL, "kind": "bottleneck", "reduction": 8}

@@ -13,13 +13,13 @@ import phatgoose
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route
+from phatgoose.models.attach.attach import route
 from phatgoose.routers import Single
 from phatgoose.training import generated
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.generated import train_generated_gate, write_task
-from phatgoose.training.progress import silent
+from phatgoose.training.trainer.progress import silent
 from phatgoose.training.writing import WritingConfig, sorted_out, write
 
 CONFIG = GateConfig(**SMALL)

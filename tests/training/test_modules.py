@@ -3,7 +3,7 @@ import pytest
 from architectures import make
 from conftest import FAMILIES, TARGETS
 from phatgoose.errors import TrainingError
-from phatgoose.models.layers import linear_shape
+from phatgoose.models.base.layers import linear_shape
 from phatgoose.training.modules import target_paths
 
 

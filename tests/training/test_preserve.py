@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from training_helpers import state_of
 
 from conftest import FAMILIES
-from phatgoose.training.preserve import preserved, preserved_random_state
+from phatgoose.training.trainer.preserve import preserved, preserved_random_state
 
 
 @pytest.mark.parametrize("family", FAMILIES)

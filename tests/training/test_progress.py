@@ -1,8 +1,8 @@
 import io
 import sys
 
-from phatgoose.training import progress
-from phatgoose.training.progress import Progress, display, lines, silent
+from phatgoose.training.trainer import progress
+from phatgoose.training.trainer.progress import Progress, display, lines, silent
 
 
 def at(step: int, **more) -> Progress:

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 
 from phatgoose.errors import StorageError, TrainingError
 from phatgoose.experts.expert import Expert
-from phatgoose.training import checkpoints
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
-from phatgoose.training.progress import silent
+from phatgoose.training.trainer import checkpoints
+from phatgoose.training.trainer.progress import silent
 
 CONFIG = ExpertConfig(**SMALL, **LORA, learning_rate=2e-3, dropout=0.2)
 

@@ -12,8 +12,8 @@ from training_helpers import make_task, state_of
 from encoder_fixtures import make_encoder
 from phatgoose.errors import BaseModelError, TrainingError
 from phatgoose.experts.expert import Expert
-from phatgoose.models.encoder import load_encoder
-from phatgoose.models.routed import route
+from phatgoose.models.attach.attach import route
+from phatgoose.models.base.sentence_encoder import load_encoder
 from phatgoose.training import activations
 from phatgoose.training.signature import SignatureConfig, make_signature
 

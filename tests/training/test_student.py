@@ -8,13 +8,13 @@ from training_helpers import LORA, SMALL, make_task
 
 from conftest import FAMILIES
 from phatgoose.errors import TrainingError
-from phatgoose.tasks.batch import collate
+from phatgoose.models.text.batch import collate
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import adapted
 from phatgoose.training.gate import GatedStudent
 from phatgoose.training.modules import is_conv1d, target_paths
-from phatgoose.training.rows import rows_of
 from phatgoose.training.student import Student
+from phatgoose.training.trainer.rows import rows_of
 
 CONFIG = ExpertConfig(**SMALL, **LORA)
 

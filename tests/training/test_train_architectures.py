@@ -12,8 +12,8 @@ from architectures import make
 from conftest import make_tokenizer
 from phatgoose.errors import TrainingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
 from phatgoose.routers import Single
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import _check_readable, adapted, adapted_paths, train_expert

@@ -15,9 +15,9 @@ from phatgoose.experts.expert import Expert
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import adapted, train_expert
 from phatgoose.training.modules import target_paths
-from phatgoose.training.progress import silent
-from phatgoose.training.rows import rows_of
 from phatgoose.training.student import Student
+from phatgoose.training.trainer.progress import silent
+from phatgoose.training.trainer.rows import rows_of
 
 CONFIG = ExpertConfig(**SMALL, **LORA, learning_rate=2e-3)
 

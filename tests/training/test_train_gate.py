@@ -14,13 +14,13 @@ from conftest import FAMILIES, make_tokenizer
 from phatgoose.errors import BaseModelError, RoutingError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route
+from phatgoose.models.attach.attach import route
+from phatgoose.models.base.base import Base
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import GatedStudent, decode_path, encode_path, train_gate
 from phatgoose.training.modules import target_paths
-from phatgoose.training.progress import silent
-from phatgoose.training.rows import rows_of
+from phatgoose.training.trainer.progress import silent
+from phatgoose.training.trainer.rows import rows_of
 
 CONFIG = GateConfig(**SMALL)
 

@@ -18,14 +18,14 @@ from conftest import make_model
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.routed import route, unroute
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
 from phatgoose.routers import Single
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import adapted_paths, train_expert
 from phatgoose.training.gate import GatedStudent, train_gate
-from phatgoose.training.progress import silent
-from phatgoose.training.rows import rows_of
+from phatgoose.training.trainer.progress import silent
+from phatgoose.training.trainer.rows import rows_of
 
 KINDS = {
     "rslora": {"rank": 3, "alpha": 2.0, "rslora": True},

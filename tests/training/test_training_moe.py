@@ -12,7 +12,7 @@ from training_helpers import SMALL, make_task, state_of
 from conftest import make_tokenizer
 from moe_fixtures import by_hand, change, fused_experts, make, peft_adapter, per_expert
 from phatgoose import Expert, Pool, route
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import GatedStudent, decode_path, train_gate
 from phatgoose.training.signature import SignatureConfig, make_signature

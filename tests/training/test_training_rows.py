@@ -2,10 +2,10 @@ import pytest
 from training_helpers import make_task
 
 from phatgoose.errors import TrainingError
+from phatgoose.models.text.batch import encode_pair
 from phatgoose.records import Example, Task
-from phatgoose.tasks.batch import encode_pair
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.rows import draw, rows_of
+from phatgoose.training.trainer.rows import draw, rows_of
 
 CONFIG = ExpertConfig(steps=7, rows_per_step=6, rows_per_batch=3)
 

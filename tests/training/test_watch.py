@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from training_helpers import SMALL, make_task
 
-from phatgoose.training import watch
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import train_expert
+from phatgoose.training.trainer import watch
 
 
 @pytest.mark.parametrize(("seconds", "parts"), [(0.0, [0.25, 0.5, 0.75]), (600.0, [])])

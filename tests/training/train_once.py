@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from training_helpers import LORA, SMALL, make_task
 
 from conftest import make_model, make_tokenizer
-from phatgoose.models.base import Base
-from phatgoose.training import checkpoints
+from phatgoose.models.base.base import Base
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import train_expert
-from phatgoose.training.progress import Progress
+from phatgoose.training.trainer import checkpoints
+from phatgoose.training.trainer.progress import Progress
 
 CONFIG = ExpertConfig(**{**SMALL, "rows_per_batch": 1}, **LORA, learning_rate=2e-3)
 

@@ -15,12 +15,12 @@ from phatgoose.analysis.prompts import encoded as page_data
 from phatgoose.analysis.prompts import routed_prompt, unpacked
 from phatgoose.errors import BaseModelError, PhatgooseError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, routing_of, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.text.greedy import greedy_answer
+from phatgoose.models.text.prompt import encode_prompt
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Arrow
 from phatgoose.ui.session import Ask, Limits, Session, offered_routers
-from phatgoose.workflows.encoding import encode_prompt
-from phatgoose.workflows.greedy import greedy_answer
 
 pytest_plugins = ["ui_fixtures"]
 

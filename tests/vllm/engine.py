@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from phatgoose.experts.pool import Pool
-from phatgoose.models.load import load_base
-from phatgoose.models.routed import route
+from phatgoose.models.attach.attach import route
+from phatgoose.models.base.load import load_base
 from phatgoose.routers import parse_router
 
 SECONDS = 1800

@@ -56,7 +56,7 @@ def peft_expert(base, config, folder, name):
 
 
 def test_samples_are_the_weights_of_every_adapted_module(folder, pool, make_base):
-    from phatgoose.models.fingerprint import places
+    from phatgoose.models.base.fingerprint import places
 
     settings = Settings(pool())
     found = check(settings, folder())

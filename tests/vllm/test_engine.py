@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from phatgoose.errors import BaseModelError, PoolError, RoutingError, UnknownName
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.load import DEFAULT_BASE, load_base
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.load import DEFAULT_BASE, load_base
 
 found = importlib.util.find_spec("vllm")
 if found is None or found.origin is None:  # this folder, which is called the same

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from layers_fixtures import MERGED, Ranks, linears
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.packing import pack
+from phatgoose.experts.packed.pack import pack
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route
-from phatgoose.ops import build
+from phatgoose.models.attach.attach import route
+from phatgoose.ops.cpu import build
 from phatgoose.routers import parse_router
 from phatgoose.vllm.check import check
 from phatgoose.vllm.layers import Layers

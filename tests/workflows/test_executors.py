@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError
-from phatgoose.workflows.executors import Inline, Processes, Step
+from phatgoose.workflows.experiment.executors import Inline, Processes, Step
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "smoke.toml"
@@ -90,7 +90,7 @@ def gone(process):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_the_process_that_started_them(tmp_path, end):
     run = (
-        "import sys; from phatgoose.workflows.executors import Processes, Step\n"
+        "import sys; from phatgoose.workflows.experiment.executors import Processes, Step\n"
         "if __name__ == '__main__':\n"
         "    step = Step('linger', 'step_functions:linger', {'folder': sys.argv[1]})\n"
         "    Processes(1).run([step], lambda *said: None)\n"
@@ -162,7 +162,7 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_executors import step, steps
 from phatgoose.errors import PhatgooseError
-from phatgoose.workflows.ray_executor import RayExecutor
+from phatgoose.workflows.experiment.ray_executor import RayExecutor
 for asked in ({{"cpus": 4096}}, {{"gpus": 64}}, {{"gpus": 1.5}}):
     try:
         RayExecutor(**asked)
@@ -180,7 +180,7 @@ print("RESULT" + json.dumps([{{n: [o.value, o.error, o.attempts] for n, o in fou
 def test_ray_outlives_its_workers(tmp_path):
     """A real local cluster in a process of its own: Ray leaves threads and sockets behind, which are errors in this one."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'phatgoose[ray]'")
-    from phatgoose.workflows.executors import Outcome
+    from phatgoose.workflows.experiment.executors import Outcome
 
     environment = os.environ | {"PYTHONPATH": str(HERE), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     done = subprocess.run(

@@ -26,21 +26,22 @@ from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingEr
 from phatgoose.evaluation.statistics import paired_difference, suite_interval
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.load import load_base
+from phatgoose.models.base.load import load_base
 from phatgoose.records import Prediction, TaskScore
 from phatgoose.routers import Single
-from phatgoose.tasks.pools import pool_entries
+from phatgoose.tasks.lists.pools import pool_entries
+from phatgoose.tasks.lists.suites import suite as named_suite
 from phatgoose.tasks.representable import Loss
+from phatgoose.tasks.sources.promptsource import config_name, templates
 from phatgoose.tasks.spec import split_spec
-from phatgoose.tasks.suites import suite as named_suite
-from phatgoose.tasks.templates import config_name, templates
-from phatgoose.workflows import experiment_lab, experiment_steps
-from phatgoose.workflows.executors import Processes
-from phatgoose.workflows.experiment import run_experiment
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError
-from phatgoose.workflows.experiment_results import ALIKE, RESAMPLES, suite_results
-from phatgoose.workflows.experiment_text import _computed
-from phatgoose.workflows.measured import Measurements
+from phatgoose.workflows.experiment import steps as experiment_steps
+from phatgoose.workflows.experiment import worker as experiment_lab
+from phatgoose.workflows.experiment.executors import Processes
+from phatgoose.workflows.experiment.markdown import _computed
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError
+from phatgoose.workflows.experiment.results import ALIKE, RESAMPLES, suite_results
+from phatgoose.workflows.experiment.run import run_experiment
+from phatgoose.workflows.experiment.scores import Measurements
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMON = {
@@ -106,9 +107,9 @@ def outcome(out):
 
 RUN = """
 import json, sys
-from phatgoose.workflows.experiment import run_experiment
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe
-from phatgoose.workflows.executors import Processes
+from phatgoose.workflows.experiment.run import run_experiment
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
+from phatgoose.workflows.experiment.executors import Processes
 if __name__ == "__main__":
     executor = Processes(1)
     run_experiment(ExperimentRecipe.from_json(json.loads(sys.argv[1])), sys.argv[2], executor=executor)

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from phatgoose.workflows.executors import Step
-from phatgoose.workflows.experiment_board import Board
+from phatgoose.workflows.experiment.board import Board
+from phatgoose.workflows.experiment.executors import Step
 
 
 def steps(*names):
@@ -18,7 +18,7 @@ def steps(*names):
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("phatgoose.workflows.experiment_board.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("phatgoose.workflows.experiment.board.time.monotonic", lambda: now[0])
     return now
 
 

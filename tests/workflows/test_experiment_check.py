@@ -11,14 +11,15 @@ from typer.testing import CliRunner
 from phatgoose.cli.main import app
 from phatgoose.errors import DownloadError, PhatgooseError, StorageError, TaskError, UnknownName
 from phatgoose.experts.pool import Pool
-from phatgoose.tasks import load_task, templates
-from phatgoose.tasks.known_splits import KNOWN, check_splits
+from phatgoose.tasks import load_task
+from phatgoose.tasks.lists.pools import POOLS, pool_entries
+from phatgoose.tasks.lists.suites import SUITES, suite
 from phatgoose.tasks.load import look
-from phatgoose.tasks.pools import POOLS, pool_entries
+from phatgoose.tasks.sources import promptsource as templates
+from phatgoose.tasks.sources.known_splits import KNOWN, check_splits
 from phatgoose.tasks.spec import split_spec
-from phatgoose.tasks.suites import SUITES, suite
-from phatgoose.workflows.experiment_check import check_data
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe
+from phatgoose.workflows.experiment.check import check_data
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -33,7 +34,7 @@ def nothing_cached(tmp_path, monkeypatch):
 @pytest.mark.network
 def test_the_papers_recipe_holds_in_full():
     """Every name, split and prompt of its 36 experts and three suites; only rows are left to the Hub."""
-    from phatgoose.tasks import bigbench_files
+    from phatgoose.tasks.sources import bigbench_files
 
     try:
         templates.root()

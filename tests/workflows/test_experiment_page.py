@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phatgoose.errors import EvaluationError
-from phatgoose.workflows.experiment_page import kind_of, page_data
+from phatgoose.workflows.experiment.page import kind_of, page_data
 from phatgoose.workflows.page import page, read_results
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results"

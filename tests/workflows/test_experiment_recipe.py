@@ -14,9 +14,9 @@ from phatgoose.experts.merge import dare, ties
 from phatgoose.experts.padding import padded
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.spec import split_spec
-from phatgoose.workflows.experiment_recipe import ExperimentRecipe, RecipeError, without_own_copies
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError, without_own_copies
+from phatgoose.workflows.experiment.systems import build, check_system, expanded
 from phatgoose.workflows.recipes import QUICKSTART
-from phatgoose.workflows.systems import build, check_system, expanded
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 SMALL = {"base": "b", "pool": {"tasks": {"a": "jsonl:a.jsonl"}}}

@@ -7,9 +7,9 @@ import torch
 
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.routed import route, routing_of, unroute
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.text.batch import pad_id
 from phatgoose.routers import PHATGOOSE, Random, Single
-from phatgoose.tasks.batch import pad_id
 from phatgoose.workflows import explain as module
 from phatgoose.workflows.explain import Effect, Explanation, explain, words
 

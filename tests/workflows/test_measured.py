@@ -9,8 +9,8 @@ import torch
 
 from phatgoose.files import read_json
 from phatgoose.records import Example, Task
-from phatgoose.workflows import measured
-from phatgoose.workflows.measured import Measurements, code_version
+from phatgoose.workflows.experiment import scores as measured
+from phatgoose.workflows.experiment.scores import Measurements, code_version
 
 
 @pytest.fixture
@@ -42,13 +42,13 @@ def test_raw_rows_are_told_apart_though_the_task_is_the_same(make_base, task, tm
 
 
 def test_the_codes_version_follows_what_decides_scores(tmp_path, monkeypatch):
-    for folder in ("evaluation", "experts", "models", "ops/kernel", "routers", "tasks"):
+    for folder in ("evaluation", "experts", "models", "ops/cpu/kernel", "routers", "tasks"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("__init__.py", "records.py", "ops/kernel/update.cpp"):
+    for name in ("__init__.py", "records.py", "ops/cpu/kernel/update.cpp"):
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(measured.phatgoose, "__file__", str(tmp_path / "__init__.py"))
     seen = []
-    for name in ("records.py", "ops/kernel/update.cpp", "__init__.py"):
+    for name in ("records.py", "ops/cpu/kernel/update.cpp", "__init__.py"):
         (tmp_path / name).write_text("2")
         code_version.cache_clear()
         seen.append(code_version())

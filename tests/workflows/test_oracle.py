@@ -11,7 +11,7 @@ from rich.console import Console
 
 from phatgoose.records import Example, Prediction, Task, TaskScore
 from phatgoose.workflows import quickstart
-from phatgoose.workflows.oracle import best, picks, rank, standing
+from phatgoose.workflows.experiment.oracle import best, picks, rank, standing
 from phatgoose.workflows.quickstart import _Run
 
 ROWS = (Example("x", ("b",), ("a", "b")), Example("y", ("c",)), Example("z", ("a", "b"), ("a", "b", "c")))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import StorageError
-from phatgoose.workflows.experiment import run_experiment
-from phatgoose.workflows.folder import forget, held
+from phatgoose.workflows.experiment.run import run_experiment
 from phatgoose.workflows.quickstart import run_quickstart
+from phatgoose.workflows.run_folder import forget, held
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -10,13 +10,13 @@ from phatgoose.analysis.measures import expert_shares
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.encoding import encode_answers
-from phatgoose.models.routed import route, routing_of
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, routing_of
+from phatgoose.models.text.encoding import encode_answers
+from phatgoose.models.trace.trace import trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Uniform
 from phatgoose.workflows.page import page, read_results
-from phatgoose.workflows.prompts import layer_shares, traced, with_cards
+from phatgoose.workflows.traced import layer_shares, traced, with_cards
 
 ROWS = tuple(Example(f"{word} number {i}?", ("yes",)) for i, word in enumerate(["walk", "true", "the fox"]))
 TASK = Task("t", ROWS, ROWS, ROWS)

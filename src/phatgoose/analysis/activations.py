@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.hooks import Hooks, apart
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.moe import Slot
-from phatgoose.models.moe_paths import modules_of
+from phatgoose.models.attach.hooks import Hooks, apart
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.moe.names import modules_of
+from phatgoose.models.moe.slots import Slot
 from phatgoose.ops.reference import standardise
 
 

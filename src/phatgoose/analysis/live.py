@@ -10,7 +10,7 @@ from phatgoose.analysis.checks import checked
 from phatgoose.analysis.page import rendered
 from phatgoose.analysis.view import legend, view
 from phatgoose.experts.pool import Pool
-from phatgoose.models.paths import Place, layer_labels
+from phatgoose.models.trace.module_names import Place, layer_labels
 
 
 def live_page(

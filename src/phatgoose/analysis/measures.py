@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import EvaluationError
-from phatgoose.models.choices import Choices
-from phatgoose.models.paths import layer_and_kind
-from phatgoose.models.recorder import TOKEN_FIELDS
-from phatgoose.models.trace import Trace
+from phatgoose.models.trace.choices import Choices
+from phatgoose.models.trace.module_names import layer_and_kind
+from phatgoose.models.trace.recorder import TOKEN_FIELDS
+from phatgoose.models.trace.trace import Trace
 from phatgoose.registry import unknown
 
 __all__ = [

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from phatgoose.errors import EvaluationError, RoutingError
-from phatgoose.models.base import Base
-from phatgoose.models.paths import layer_and_kind
-from phatgoose.models.trace import Choices, Trace
+from phatgoose.models.base.base import Base
+from phatgoose.models.trace.module_names import layer_and_kind
+from phatgoose.models.trace.trace import Choices, Trace
 
 Pairs = tuple[tuple[int, float], ...]
 UNSEEN = -2

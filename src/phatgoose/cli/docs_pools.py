@@ -10,13 +10,13 @@ import html
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from phatgoose.cli.tasks import left_out, remarks
-from phatgoose.tasks import bbh, flan
-from phatgoose.tasks.bigbench_files import REQUIREMENT as BIGBENCH
-from phatgoose.tasks.entries import Entry
-from phatgoose.tasks.pools import POOLS, pool_entries
+from phatgoose.cli.measure.tasks import left_out, remarks
+from phatgoose.tasks.lists.entries import Entry
+from phatgoose.tasks.lists.pools import POOLS, pool_entries
+from phatgoose.tasks.lists.suites import SUITES, Suite, suite
+from phatgoose.tasks.sources import bbh, flan
+from phatgoose.tasks.sources.bigbench_files import REQUIREMENT as BIGBENCH
 from phatgoose.tasks.spec import TaskSpec, split_spec
-from phatgoose.tasks.suites import SUITES, Suite, suite
 
 HEAD = f"""\
 # Pools and suites

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phatgoose.cli import show
+from phatgoose.cli.measure import show
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -19,7 +19,8 @@ def command() -> None:
 
     import torch
 
-    from phatgoose.ops import auto_is, build
+    from phatgoose.ops import auto_is
+    from phatgoose.ops.cpu import build
 
     rows = [
         ("phatgoose", version("phatgoose")),

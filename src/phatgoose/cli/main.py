@@ -8,28 +8,13 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli import (
-    chat,
-    convert,
-    doctor,
-    eval,
-    experiment,
-    explain,
-    gate,
-    generate,
-    import_reference,
-    pool,
-    push,
-    quickstart,
-    report,
-    serve,
-    signature,
-    tasks,
-    train,
-    ui,
-)
-from phatgoose.cli.group import Commands
-from phatgoose.serving.apart import wait_briefly
+from phatgoose.cli import doctor
+from phatgoose.cli.ask import chat, explain, generate, serve, ui
+from phatgoose.cli.common.group import Commands
+from phatgoose.cli.contribute import convert, gate, import_reference, push, signature, train
+from phatgoose.cli.measure import eval, experiment, quickstart, report, tasks
+from phatgoose.cli.pools import pool
+from phatgoose.serving.threads import wait_briefly
 
 app = typer.Typer(
     name="phatgoose",

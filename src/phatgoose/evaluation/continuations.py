@@ -23,11 +23,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.plain import check_once, plain_logits
-from phatgoose.models.base import device_of
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.prompted import ATTRIBUTE, prompted
-from phatgoose.models.sequences import keeps_only_keys, may_look_ahead, mixes_up_to, shares_cache, takes
-from phatgoose.tasks.batch import UNLIMITED, padded
+from phatgoose.models.base.base import device_of
+from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.context.prompted import ATTRIBUTE, prompted
+from phatgoose.models.text.batch import UNLIMITED, padded
+from phatgoose.models.text.sequences import keeps_only_keys, may_look_ahead, mixes_up_to, shares_cache, takes
 
 OVERHEAD = 64
 """What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""

@@ -36,12 +36,12 @@ from phatgoose.evaluation.continuations import (
 )
 from phatgoose.evaluation.plain import plain_logits
 from phatgoose.evaluation.readings import readings
-from phatgoose.models.base import device_of
-from phatgoose.models.generation import generation_settings
-from phatgoose.models.limits import context_length, settings_are_own
-from phatgoose.models.sequences import keeps_cache, mixes_up_to, together
+from phatgoose.models.base.base import device_of
+from phatgoose.models.base.limits import context_length, settings_are_own
+from phatgoose.models.text.batch import padded
+from phatgoose.models.text.generation import generation_settings
+from phatgoose.models.text.sequences import keeps_cache, mixes_up_to, together
 from phatgoose.records import Prediction
-from phatgoose.tasks.batch import padded
 
 
 def match_exactly(

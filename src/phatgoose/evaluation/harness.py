@@ -24,9 +24,9 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import best, score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.extras import install
-from phatgoose.models.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.text.batch import pad_id
 from phatgoose.records import Example, SplitName, Task
-from phatgoose.tasks.batch import pad_id
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from phatgoose.errors import EvaluationError
-from phatgoose.models.prompted import prompted
-from phatgoose.models.routed import routing_of
-from phatgoose.models.sequences import decoder_inputs, pads_left
+from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.context.prompted import prompted
+from phatgoose.models.text.sequences import decoder_inputs, pads_left
 
 
 class RoutedLM(HFLM):

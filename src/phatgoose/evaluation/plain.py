@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError, EvaluationError
-from phatgoose.models.base import device_of
-from phatgoose.models.prompted import ATTRIBUTE, prompted
-from phatgoose.models.sequences import check_rows, pads_left, target_logits
-from phatgoose.tasks.batch import Encoded, collate
+from phatgoose.models.base.base import device_of
+from phatgoose.models.context.prompted import ATTRIBUTE, prompted
+from phatgoose.models.text.batch import Encoded, collate
+from phatgoose.models.text.sequences import check_rows, pads_left, target_logits
 
 _CHECKED = "_phatgoose_rows_checked"
 

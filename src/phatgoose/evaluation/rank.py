@@ -20,10 +20,10 @@ from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import Read, Row, anew, continuations, reach
 from phatgoose.evaluation.readings import readings
-from phatgoose.models.base import device_of
-from phatgoose.models.limits import decoder_start
-from phatgoose.models.prompted import prompted
-from phatgoose.models.sequences import takes
+from phatgoose.models.base.base import device_of
+from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.context.prompted import prompted
+from phatgoose.models.text.sequences import takes
 
 _CHUNK = 2**24  # logits turned to float32 at a time
 

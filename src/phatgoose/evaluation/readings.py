@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import OVERHEAD, Read, groups, read, reads_on, select
 from phatgoose.evaluation.prefixes import Prefix, prefixes
-from phatgoose.models.base import device_of
-from phatgoose.tasks.batch import padded
+from phatgoose.models.base.base import device_of
+from phatgoose.models.text.batch import padded
 
 
 def readings(

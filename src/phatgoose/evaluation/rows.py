@@ -8,11 +8,11 @@ from phatgoose.errors import EvaluationError, TaskError
 from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import Row
-from phatgoose.models.base import Base
-from phatgoose.models.encoding import encode_answers
-from phatgoose.models.limits import context_length, end_tokens
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import context_length, end_tokens
+from phatgoose.models.text.batch import UNLIMITED, Encoded, decoded
+from phatgoose.models.text.encoding import encode_answers
 from phatgoose.records import Example
-from phatgoose.tasks.batch import UNLIMITED, Encoded, decoded
 
 
 def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -> tuple[Row, Rule | None]:

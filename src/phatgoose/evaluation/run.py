@@ -16,10 +16,10 @@ from phatgoose.evaluation.rank import best, score_choices
 from phatgoose.evaluation.rouge import graded
 from phatgoose.evaluation.rows import encode
 from phatgoose.evaluation.statistics import bootstrap_interval, suite_interval
-from phatgoose.models.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.text.batch import pad_id
 from phatgoose.records import SPLITS, Example, Prediction, Scores, SplitName, Task, TaskScore, groups_of
 from phatgoose.registry import unknown
-from phatgoose.tasks.batch import pad_id
 
 RANK, MATCH = "accuracy (rank)", "exact match"
 

@@ -1,6 +1,6 @@
 """What an expert is, on disk and in memory, and pools of them."""
 
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.update import Update
+from phatgoose.ops.update import Update
 
 __all__ = ["Expert", "Update"]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.headers import Header, Item, write_header
-from phatgoose.experts.peft import WEIGHTS_FILE
-from phatgoose.experts.tensor_files import all_identical, check_finite, read_tensor_file
-from phatgoose.experts.update import Update, sizes_agree
+from phatgoose.experts.adapters.peft import WEIGHTS_FILE
+from phatgoose.experts.files.safetensors_file import all_identical, check_finite, read_tensor_file
+from phatgoose.experts.files.safetensors_header import Header, Item, write_header
 from phatgoose.files import write_bytes
+from phatgoose.ops.update import Update, sizes_agree
 
 SIGNATURE_FILE = "signature.safetensors"
 MOST_TEXTS, MOST_WIDTH = 1000, 8192

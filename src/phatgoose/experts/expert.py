@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
+from phatgoose.experts.adapters.formats import to_contents, weights_file
+from phatgoose.experts.adapters.peft import CONFIG_FILE, read_tensors
+from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.expert_folder import check_replaceable, read_folder, read_plain, write_folder
-from phatgoose.experts.formats import to_contents, weights_file
+from phatgoose.experts.files.safetensors_file import all_identical, read_tensor_file
+from phatgoose.experts.folder import check_replaceable, read_folder, read_plain, write_folder
 from phatgoose.experts.gates import GATES_FILE, checked_gates
 from phatgoose.experts.names import check_name
-from phatgoose.experts.peft import CONFIG_FILE, read_tensors
-from phatgoose.experts.peft_rules import check_drop
-from phatgoose.experts.tensor_files import all_identical, read_tensor_file
-from phatgoose.experts.update import Update
 from phatgoose.files import atomic_folder, read_json, write_bytes, write_json
+from phatgoose.ops.update import Update
 from phatgoose.records import Fingerprint, HubSource
 
 
@@ -193,7 +193,7 @@ class Expert:
         Raises:
             DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
         """
-        from phatgoose.experts import hub
+        from phatgoose.experts.hub import pull as hub
 
         place = hub.Place.parse(repo, revision, subfolder)
         limit = hub.MAX_BYTES if max_bytes is None else max_bytes
@@ -217,7 +217,7 @@ class Expert:
         Raises:
             UploadError: it can't be published, its records hold local paths, or the repository holds something else.
         """
-        from phatgoose.experts import hub_push
+        from phatgoose.experts.hub import push as hub_push
 
         return hub_push.push_expert(self, repo, private, revision, subfolder, token, message, allow_paths)
 

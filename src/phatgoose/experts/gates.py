@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.peft import WEIGHTS_FILE as PEFT_WEIGHTS
-from phatgoose.experts.tensor_files import check_sha256
-from phatgoose.experts.update import Update, sizes_agree
+from phatgoose.experts.adapters.peft import WEIGHTS_FILE as PEFT_WEIGHTS
+from phatgoose.experts.files.safetensors_file import check_sha256
+from phatgoose.ops.update import Update, sizes_agree
 
 GATES_FILE = "gates.safetensors"
 GATES_VERSION = 1

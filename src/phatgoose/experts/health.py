@@ -17,9 +17,9 @@ from torch import Tensor
 
 from phatgoose.errors import brief
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.tensor_files import all_identical
-from phatgoose.experts.tokenizer_files import differences, said
-from phatgoose.experts.update import Update
+from phatgoose.experts.files.safetensors_file import all_identical
+from phatgoose.experts.files.tokenizer_files import differences, said
+from phatgoose.ops.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
 """Wildly off: more than a factor of 20 · e^(3σ) from the median at the same module, where σ is 1.4826 times the median absolute

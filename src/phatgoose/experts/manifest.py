@@ -13,16 +13,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, brief
-from phatgoose.experts.card import write_pool_card
-from phatgoose.experts.card_facts import Facts, read_object
+from phatgoose.experts.adapters.formats import WEIGHTS_FILES
+from phatgoose.experts.adapters.peft import CONFIG_FILE
+from phatgoose.experts.card.card import write_pool_card
+from phatgoose.experts.card.facts import Facts, read_object
 from phatgoose.experts.data_signature import SIGNATURE_FILE
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.expert_folder import RECORD_FILE
-from phatgoose.experts.formats import WEIGHTS_FILES
+from phatgoose.experts.folder import RECORD_FILE
 from phatgoose.experts.gates import GATES_FILE
 from phatgoose.experts.names import check_name
-from phatgoose.experts.packed import HEADERS, REST_FILE
-from phatgoose.experts.peft import CONFIG_FILE
+from phatgoose.experts.packed.expert import HEADERS, REST_FILE
 from phatgoose.files import inside as in_folder
 from phatgoose.files import is_folder, read_json, sha256_file, storage_errors
 from phatgoose.memory import available_bytes

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PoolError
+from phatgoose.experts.adapters.peft import PREFIX
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft import PREFIX
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.update import Update
+from phatgoose.ops.update import Update
 
 
 def merged(pool: Pool, name: str = "merged") -> Expert:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.update import Update
+from phatgoose.ops.update import Update
 
 T = TypeVar("T")
 

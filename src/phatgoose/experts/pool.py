@@ -26,11 +26,11 @@ from phatgoose.experts.manifest import (
     unfinished,
     verify_files,
 )
-from phatgoose.experts.opening import PackedFolder
-from phatgoose.experts.packed import PackedExpert, Rows, gate_stack, rows_in_place
-from phatgoose.experts.update import sizes_agree
+from phatgoose.experts.packed.expert import PackedExpert, Rows, gate_stack, rows_in_place
+from phatgoose.experts.packed.open import PackedFolder
 from phatgoose.files import storage_errors, write_json
 from phatgoose.fingerprints import check_same_base
+from phatgoose.ops.update import sizes_agree
 from phatgoose.records import Fingerprint, HubSource
 from phatgoose.registry import unknown
 
@@ -223,7 +223,7 @@ class Pool:
             DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
             PoolError, ExpertError: as `load` does, or `folder` holds something else.
         """
-        from phatgoose.experts import hub
+        from phatgoose.experts.hub import pull as hub
 
         return hub.pull_pool(
             hub.Place.parse(repo, revision, subfolder),
@@ -256,7 +256,7 @@ class Pool:
         Raises:
             UploadError: it can't be published, its records hold local paths, or the repository holds something else.
         """
-        from phatgoose.experts import hub_push
+        from phatgoose.experts.hub import push as hub_push
 
         return hub_push.push_pool(self, repo, private, revision, token, message, allow_paths)
 
@@ -300,7 +300,7 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
         entry = place_expert(folder, expert, entries)
         base = pool.base.to_json() if pool.base else None
         if "packed" in manifest:
-            from phatgoose.experts.packing import append  # which packs pools, so it imports this file
+            from phatgoose.experts.packed.pack import append  # which packs pools, so it imports this file
 
             append(folder, {**manifest, "base": base}, entry)
         else:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, PoolError, brief
+from phatgoose.experts.adapters.peft import PREFIX
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.files.safetensors_file import check_finite
+from phatgoose.experts.files.torch_file import map_torch_file
 from phatgoose.experts.manifest import MANIFEST, describe, new_manifest, place_expert
 from phatgoose.experts.names import check_name
-from phatgoose.experts.peft import PREFIX
-from phatgoose.experts.tensor_files import check_finite
-from phatgoose.experts.torch_file import map_torch_file
 from phatgoose.files import atomic_folder, write_json
 from phatgoose.records import Fingerprint
 

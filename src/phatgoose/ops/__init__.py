@@ -10,9 +10,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from phatgoose.ops import build, cpu, fast, reference, triton_backend
-from phatgoose.ops.cpu import Fused
+from phatgoose.ops import fast, reference
+from phatgoose.ops.cpu import backend as cpu_backend
+from phatgoose.ops.cpu import build
+from phatgoose.ops.cpu.backend import Fused
 from phatgoose.ops.stack import Layer, Part, Stack, make_stack
+from phatgoose.ops.triton import backend as triton_backend
 from phatgoose.registry import unknown
 
 
@@ -67,7 +70,7 @@ def _auto_mix(
     layer: Layer | None = None,
 ) -> Tensor:
     """By these kernels where they can, else by torch."""
-    own: ModuleType = {"cpu": cpu, "triton": triton_backend}[kernels]
+    own: ModuleType = {"cpu": cpu_backend, "triton": triton_backend}[kernels]
     way = fast if own.obstacle(u, y, stack) else own
     return way.mix(u, y, stack, chosen, weights, layer)
 
@@ -77,7 +80,7 @@ def _fuse(gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None) -
 
 
 def _auto_fuse(gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None) -> Prepared | None:
-    fits = stack.A.is_cpu and stack.A.dtype in cpu.DTYPES and not stack.embedding
+    fits = stack.A.is_cpu and stack.A.dtype in cpu_backend.DTYPES and not stack.embedding
     return Fused(gates, top_k, stack, layer, strict=False) if fits else None
 
 
@@ -92,7 +95,7 @@ def _triton_fuse(
 BACKENDS = {
     "reference": Backend("reference", reference.gate_scores, reference.choose, reference.mix),
     "torch": Backend("torch", fast.gate_scores, fast.choose, fast.mix),
-    "cpu": Backend("cpu", cpu.gate_scores, cpu.choose, cpu.mix, _fuse),
+    "cpu": Backend("cpu", cpu_backend.gate_scores, cpu_backend.choose, cpu_backend.mix, _fuse),
     "triton": Backend(
         "triton", triton_backend.gate_scores, triton_backend.choose, triton_backend.mix, _triton_fuse
     ),

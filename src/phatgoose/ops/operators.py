@@ -20,10 +20,10 @@ def routed_update(
         RoutingError: a tensor is of another shape or dtype. That the stack has the rows that `owners` names isn't looked at.
     """
     if codes.numel():
-        from phatgoose.ops import cpu
+        from phatgoose.ops.cpu import backend as cpu
 
         return cpu.scanned_update(u, y, (gates, codes, facts), (a, b, owners, scales), top_k)
-    from phatgoose.ops import triton_launch as triton
+    from phatgoose.ops.triton import launch as triton
 
     rows = triton.Rows(a, b, owners, scales, widest)
     out = triton.updated(rows, u, y, gates, top_k)[0]
@@ -50,10 +50,10 @@ def routed_mix(
         RoutingError: as `routed_update`; or, on CPUs, an expert is chosen that there isn't.
     """
     if not widest:
-        from phatgoose.ops import cpu
+        from phatgoose.ops.cpu import backend as cpu
 
         return cpu.chosen_update(u, y, chosen, weights, (a, b, owners, scales))
-    from phatgoose.ops import triton_launch as triton
+    from phatgoose.ops.triton import launch as triton
 
     rows = triton.Rows(a, b, owners, scales, widest)
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.signatures import why_no_signature
+from phatgoose.experts.weight_signature import why_no_signature
 
 
 def fitting_router(experts: Sequence[Expert]) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.update import Update
 from phatgoose.ops import Backend
+from phatgoose.ops.update import Update
 from phatgoose.routers.context import RoutingContext
 
 

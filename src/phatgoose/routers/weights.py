@@ -1,4 +1,4 @@
-"""Routers that score every token by what an expert's weights say (`experts/signatures.py`): no data, no training.
+"""Routers that score every token by what an expert's weights say (`experts/weight_signature.py`): no data, no training.
 
 V is the matrix of right-singular vectors of an expert's ΔW, S its singular values, u a token's input of the module.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.signatures import Signature, signature, why_no_signature
+from phatgoose.experts.weight_signature import Signature, signature, why_no_signature
 from phatgoose.ops import Backend
 from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext

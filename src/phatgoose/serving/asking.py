@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
+from phatgoose.serving.api.errors import Refusal
+from phatgoose.serving.api.schema import ChatRequest, Common, CompletionRequest
+from phatgoose.serving.engine.sampling import Sampling
 from phatgoose.serving.prompts import Prompts, too_long
-from phatgoose.serving.refusals import Refusal
-from phatgoose.serving.sampling import Sampling
-from phatgoose.serving.schema import ChatRequest, Common, CompletionRequest
 from phatgoose.serving.settings import ServeSettings
 
 MAX_REPORTED = 2**19

@@ -7,8 +7,8 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import Tensor
 
-from phatgoose.serving.engine import Engine
-from phatgoose.serving.job import Job
+from phatgoose.serving.engine.engine import Engine
+from phatgoose.serving.engine.job import Job
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from phatgoose.errors import TaskError
-from phatgoose.models.base import Base
-from phatgoose.models.conversation import conversation_ids
-from phatgoose.serving.job import told
-from phatgoose.serving.refusals import Refusal
-from phatgoose.serving.schema import Message
-from phatgoose.tasks.batch import prompt_ids
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.batch import prompt_ids
+from phatgoose.models.text.conversation import conversation_ids
+from phatgoose.serving.api.errors import Refusal
+from phatgoose.serving.api.schema import Message
+from phatgoose.serving.engine.job import told
 
 T = TypeVar("T")
 _LETTERS = (string.ascii_letters + string.digits).encode()

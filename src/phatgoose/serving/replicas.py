@@ -18,14 +18,14 @@ from ray import serve
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
 from phatgoose.routers.fitting import fitting_router
-from phatgoose.serving.apart import apart
-from phatgoose.serving.app import make_app
-from phatgoose.serving.guard import Keys
-from phatgoose.serving.job import ServingError
+from phatgoose.serving.engine.job import ServingError
+from phatgoose.serving.http.app import make_app
+from phatgoose.serving.http.guard import Keys
+from phatgoose.serving.http.server import LOCAL_NAMES, names_of, read_keys
 from phatgoose.serving.logs import log, set_up
-from phatgoose.serving.run import LOCAL_NAMES, names_of, read_keys
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
+from phatgoose.serving.threads import apart
 
 
 class ReplicaSettings(BaseModel):
@@ -72,7 +72,7 @@ class ReplicaSettings(BaseModel):
 
 def make_service(args: ReplicaSettings) -> Service:
     """One replica's server."""
-    from phatgoose.models.load import load_base
+    from phatgoose.models.base.load import load_base
 
     folder = None if args.pool is None else Path(args.pool)
 

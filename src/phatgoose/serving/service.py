@@ -11,22 +11,23 @@ from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.limits import decoder_start, end_tokens
-from phatgoose.serving import batches, continuous
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import decoder_start, end_tokens
+from phatgoose.serving.api.errors import Refusal
+from phatgoose.serving.api.schema import ChatRequest, Common, CompletionRequest
 from phatgoose.serving.asking import check_prompt, check_reported, room, sampling_of, scored
-from phatgoose.serving.catalogue import Catalogue, Found
-from phatgoose.serving.changes import Changes
-from phatgoose.serving.engine import Engine
-from phatgoose.serving.experts import Experts
-from phatgoose.serving.job import ENDING, Job, News, ServingError, hide_paths
+from phatgoose.serving.engine import batched as batches
+from phatgoose.serving.engine import continuous
+from phatgoose.serving.engine.engine import Engine
+from phatgoose.serving.engine.job import ENDING, Job, News, ServingError, hide_paths
+from phatgoose.serving.engine.sampling import Draw, Sampling
+from phatgoose.serving.engine.text_stream import Writer
 from phatgoose.serving.metrics import Metrics
+from phatgoose.serving.pool.changes import Changes
+from phatgoose.serving.pool.names import Catalogue, Found
+from phatgoose.serving.pool.versions import Experts
 from phatgoose.serving.prompts import Prompts
-from phatgoose.serving.refusals import Refusal
-from phatgoose.serving.sampling import Draw, Sampling
-from phatgoose.serving.schema import ChatRequest, Common, CompletionRequest
 from phatgoose.serving.settings import ServeSettings
-from phatgoose.serving.writer import Writer
 
 
 @dataclass

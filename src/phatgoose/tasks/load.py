@@ -13,17 +13,17 @@ from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions
 
 SOURCES = {
-    "bigbench": "phatgoose.tasks.bigbench:load",
-    "bbh": "phatgoose.tasks.bbh:load",
-    "jsonl": "phatgoose.tasks.jsonl:load",
-    "hf": "phatgoose.tasks.hf:load",
-    "p3": "phatgoose.tasks.p3:load",
-    "prompted": "phatgoose.tasks.prompted:load",
-    "flan": "phatgoose.tasks.flan:load",
+    "bigbench": "phatgoose.tasks.sources.bigbench:load",
+    "bbh": "phatgoose.tasks.sources.bbh:load",
+    "jsonl": "phatgoose.tasks.sources.jsonl:load",
+    "hf": "phatgoose.tasks.sources.hf:load",
+    "p3": "phatgoose.tasks.sources.p3:load",
+    "prompted": "phatgoose.tasks.sources.prompted:load",
+    "flan": "phatgoose.tasks.sources.flan:load",
 }
 LISTS = {
-    "bigbench": "phatgoose.tasks.bigbench:names",
-    "bbh": "phatgoose.tasks.bbh:names",
+    "bigbench": "phatgoose.tasks.sources.bigbench:names",
+    "bbh": "phatgoose.tasks.sources.bbh:names",
 }
 
 

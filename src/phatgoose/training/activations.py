@@ -17,18 +17,18 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.tensor_files import read_tensor_file
+from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.files import write_bytes
-from phatgoose.models.base import Base
-from phatgoose.models.hooks import Hooks, apart
-from phatgoose.models.layers import given
-from phatgoose.models.moe import Slot, context_at
-from phatgoose.models.moe_paths import modules_of
-from phatgoose.models.routed import Routing, routing_of
-from phatgoose.models.sequences import batch_of, decoder_inputs, target_logits
-from phatgoose.tasks.batch import Encoded
-from phatgoose.training.preserve import alone
-from phatgoose.training.progress import Progress, Report, display
+from phatgoose.models.attach.attach import Routing, routing_of
+from phatgoose.models.attach.hooks import Hooks, apart
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.layers import given
+from phatgoose.models.moe.names import modules_of
+from phatgoose.models.moe.slots import Slot, context_at
+from phatgoose.models.text.batch import Encoded
+from phatgoose.models.text.sequences import batch_of, decoder_inputs, target_logits
+from phatgoose.training.trainer.preserve import alone
+from phatgoose.training.trainer.progress import Progress, Report, display
 
 SAVE_SECONDS = 20.0
 """Time between writing down how far the sums are."""

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.errors import TrainingError
-from phatgoose.experts import adapterhub, adapterhub_places
-from phatgoose.experts.peft import CONFIG_FILE
-from phatgoose.experts.update import Bottleneck, Update, no_rows
+from phatgoose.experts.adapters import adapterhub
+from phatgoose.experts.adapters import adapterhub_layers as adapterhub_places
+from phatgoose.experts.adapters.peft import CONFIG_FILE
 from phatgoose.files import write_json
-from phatgoose.models.base import Base
-from phatgoose.models.hooks import Hooks
-from phatgoose.models.layers import follow_residual, linear_shape
+from phatgoose.models.attach.hooks import Hooks
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.layers import follow_residual, linear_shape
 from phatgoose.ops.bottleneck import Branch, Residual, narrow
-from phatgoose.training.checkpoints import tensor_bytes
+from phatgoose.ops.update import Bottleneck, Update, no_rows
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.gate import decode_path, encode_path
 from phatgoose.training.modules import normal
 from phatgoose.training.student import Student
+from phatgoose.training.trainer.checkpoints import tensor_bytes
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "pfeiffer": {"mh_adapter": False, "original_ln_before": True, "is_parallel": False, "scaling": 1.0},

@@ -21,19 +21,19 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from phatgoose.errors import ExpertError, StorageError, TrainingError
+from phatgoose.experts.adapters.peft import CONFIG_FILE, to_contents
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.names import slug
-from phatgoose.experts.peft import CONFIG_FILE, to_contents
 from phatgoose.files import read_json, write_json
-from phatgoose.models.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Task
 from phatgoose.training import bottleneck
-from phatgoose.training.arguments import Logger
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.modules import is_conv1d, left_out, normal, target_paths
-from phatgoose.training.progress import Report
-from phatgoose.training.run import Job, run
 from phatgoose.training.student import Student
+from phatgoose.training.trainer.arguments import Logger
+from phatgoose.training.trainer.progress import Report
+from phatgoose.training.trainer.run import Job, run
 
 __all__ = ["ExpertConfig", "train_expert"]
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError, TrainingError
+from phatgoose.experts.adapters.peft import read_tensors
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft import read_tensors
-from phatgoose.experts.update import Update, sizes_agree
 from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
-from phatgoose.models.base import Base, as_base, device_of
-from phatgoose.models.hooks import Hooks
-from phatgoose.models.layers import (
+from phatgoose.models.attach.hooks import Hooks
+from phatgoose.models.attach.modules import check_copies, check_parameters
+from phatgoose.models.attach.placement import placed
+from phatgoose.models.base.base import Base, as_base, device_of
+from phatgoose.models.base.layers import (
     ModuleLayer,
     acting,
     embedding_shape,
@@ -28,17 +29,16 @@ from phatgoose.models.layers import (
     linear_shape,
     residual_source,
 )
-from phatgoose.models.modules import check_copies, check_parameters
-from phatgoose.models.moe_paths import modules_of
-from phatgoose.models.placement import placed
+from phatgoose.models.moe.names import modules_of
 from phatgoose.ops import Layer, Stack, backend, make_stack
+from phatgoose.ops.update import Update, sizes_agree
 from phatgoose.records import Task
-from phatgoose.training.arguments import Logger
-from phatgoose.training.checkpoints import tensor_bytes
 from phatgoose.training.config import GateConfig
-from phatgoose.training.progress import Report
-from phatgoose.training.run import Job, run
 from phatgoose.training.student import Student
+from phatgoose.training.trainer.arguments import Logger
+from phatgoose.training.trainer.checkpoints import tensor_bytes
+from phatgoose.training.trainer.progress import Report
+from phatgoose.training.trainer.run import Job, run
 
 __all__ = ["GateConfig", "train_gate"]
 FILE = "gates.safetensors"

@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.files import read_json, sha256_json, work_place, write_json
-from phatgoose.models.base import Base, as_base
-from phatgoose.models.routed import routing_of
+from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Example, Task
 from phatgoose.tasks.columns import trimmed
-from phatgoose.training.arguments import Logger
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
-from phatgoose.training.preserve import alone
-from phatgoose.training.progress import Progress, Report, display
+from phatgoose.training.trainer.arguments import Logger
+from phatgoose.training.trainer.preserve import alone
+from phatgoose.training.trainer.progress import Progress, Report, display
 from phatgoose.training.writing import Text, WritingConfig, sorted_out, write
 
 __all__ = ["WritingConfig", "train_generated_gate", "write_task"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.layers import linear_shape
+from phatgoose.models.base.layers import linear_shape
 from phatgoose.registry import unknown
 
 

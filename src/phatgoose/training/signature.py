@@ -15,19 +15,19 @@ from phatgoose.errors import TrainingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json, work_place
-from phatgoose.models.base import Base, as_base
-from phatgoose.models.encoder import SentenceEncoder, load_encoder
-from phatgoose.models.encoding import encode_input, template_of
-from phatgoose.models.routed import routing_of
-from phatgoose.models.sequences import check_rows
+from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.base.sentence_encoder import SentenceEncoder, load_encoder
+from phatgoose.models.text.batch import Encoded, decoded
+from phatgoose.models.text.encoding import encode_input, template_of
+from phatgoose.models.text.sequences import check_rows
 from phatgoose.records import Example, Task
-from phatgoose.tasks.batch import Encoded, decoded
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.activations import mean_activations
 from phatgoose.training.gate import check_fits
-from phatgoose.training.progress import Report
-from phatgoose.training.rows import draw, encode_rows
 from phatgoose.training.signature_config import SignatureConfig
+from phatgoose.training.trainer.progress import Report
+from phatgoose.training.trainer.rows import draw, encode_rows
 
 __all__ = ["SignatureConfig", "make_signature"]
 FOLDER, FILE = "signature", "sums.safetensors"

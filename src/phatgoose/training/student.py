@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.base import device_of
-from phatgoose.models.sequences import target_logits
-from phatgoose.tasks.batch import IGNORED
+from phatgoose.models.base.base import device_of
+from phatgoose.models.text.batch import IGNORED
+from phatgoose.models.text.sequences import target_logits
 from phatgoose.training.config import LoopConfig
 
 SHORT = 128

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.base import Base
-from phatgoose.models.generation import generation_settings
-from phatgoose.models.limits import end_tokens, settings_are_own
-from phatgoose.models.sequences import together
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import end_tokens, settings_are_own
+from phatgoose.models.text.batch import pad_id, padded, prompt_ids
+from phatgoose.models.text.generation import generation_settings
+from phatgoose.models.text.sequences import together
 from phatgoose.records import Example
-from phatgoose.tasks.batch import pad_id, padded, prompt_ids
-from phatgoose.training.preserve import preserved_random_state
+from phatgoose.training.trainer.preserve import preserved_random_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from phatgoose.analysis.prompts import UNSEEN, TokenTexts
 from phatgoose.errors import RoutingError
-from phatgoose.models.choices import Choices
-from phatgoose.models.paths import Place
+from phatgoose.models.trace.choices import Choices
+from phatgoose.models.trace.module_names import Place
 
 
 class Pieces:

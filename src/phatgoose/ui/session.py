@@ -12,19 +12,19 @@ from torch import Tensor
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.paths import Place, places
-from phatgoose.models.prompted import prompted
-from phatgoose.models.routed import route, routing_of, unroute
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.context.prompted import prompted
+from phatgoose.models.text.greedy import greedy_answer
+from phatgoose.models.text.prompt import encode_chat, encode_prompt, room_behind
+from phatgoose.models.trace.module_names import Place, places
+from phatgoose.models.trace.trace import trace
 from phatgoose.registry import lookup, unknown
 from phatgoose.routers import ROUTERS, Router, parse_router
 from phatgoose.routers.fitting import fitting_router
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.ui.pieces import Pieces
 from phatgoose.ui.turns import Job
-from phatgoose.workflows.encoding import encode_chat, encode_prompt, room_behind
-from phatgoose.workflows.greedy import greedy_answer
 from phatgoose.workflows.prompt_forms import read_of_turn
 
 BASE_ALONE = "base"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.update import Update
-from phatgoose.models.fits import check_finite_stack
+from phatgoose.models.attach.fits import check_finite_stack
 from phatgoose.ops import Stack, make_stack
+from phatgoose.ops.update import Update
 from phatgoose.routers import Router, parse_router
 from phatgoose.routers.router import Candidates, Encoder, Setup
 

@@ -10,10 +10,10 @@ import torch
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
-from phatgoose.models.fingerprint import fingerprint
-from phatgoose.models.mapped import mapped_base
-from phatgoose.models.modules import check_copies, module_at
-from phatgoose.models.moe_paths import inside_mixture
+from phatgoose.models.attach.modules import check_copies, module_at
+from phatgoose.models.base.fingerprint import fingerprint
+from phatgoose.models.base.mapped_weights import mapped_base
+from phatgoose.models.moe.names import inside_mixture
 from phatgoose.vllm.binding import bind, prepared
 from phatgoose.vllm.samples import sample
 from phatgoose.vllm.settings import Settings

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.fingerprints import ABSOLUTE, RELATIVE
-from phatgoose.models.fingerprint import places
+from phatgoose.models.base.fingerprint import places
 
 SAMPLES = 32
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from phatgoose.ops.cpu.scan import scan
 from phatgoose.ops.fast import choose, gate_scores
 from phatgoose.ops.operators import routed_mix, routed_update
-from phatgoose.ops.scan import scan
 from phatgoose.ops.sharded import partial_scores, scores
 from phatgoose.ops.stack import Stack
-from phatgoose.ops.triton_backend import MOST_FUSED
+from phatgoose.ops.triton.backend import MOST_FUSED
 
 AllReduce = Callable[[Tensor], Tensor]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json
-from phatgoose.models.base import Base
-from phatgoose.models.encoding import template_of
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.encoding import template_of
 from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
-from phatgoose.training.progress import Report
 from phatgoose.training.signature import SignatureConfig, load_encoder, make_signature, signature_key
+from phatgoose.training.trainer.progress import Report
 
 KEY = "contribution_key"
 

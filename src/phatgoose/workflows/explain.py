@@ -15,15 +15,15 @@ from phatgoose.analysis.measures import expert_shares
 from phatgoose.analysis.prompts import RoutedPrompt, routed_prompt
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
-from phatgoose.models.prompted import prompted
-from phatgoose.models.routed import route, unroute
-from phatgoose.models.sequences import target_logits
-from phatgoose.models.trace import trace
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.context.prompted import prompted
+from phatgoose.models.text.batch import IGNORED
+from phatgoose.models.text.greedy import greedy_answer
+from phatgoose.models.text.sequences import target_logits
+from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches
-from phatgoose.tasks.batch import IGNORED
-from phatgoose.workflows.greedy import greedy_answer
 
 MATTERS = 0.1
 """An expert mattered if leaving it out changes the answer's log-likelihood by at least this many nats (a tenth of its

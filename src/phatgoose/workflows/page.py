@@ -10,11 +10,11 @@ from phatgoose.analysis.page import report
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 from phatgoose.records import Task
 from phatgoose.routers import PHATGOOSE, Router
-from phatgoose.workflows.experiment_page import FORMAT, page_data
-from phatgoose.workflows.prompts import traced, with_cards
+from phatgoose.workflows.experiment.page import FORMAT, page_data
+from phatgoose.workflows.traced import traced, with_cards
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -20,19 +20,19 @@ from phatgoose.experts.merge import merged
 from phatgoose.experts.names import slug
 from phatgoose.experts.pool import Pool
 from phatgoose.files import write_json
-from phatgoose.models.base import Base
-from phatgoose.models.load import load_base
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.load import load_base
 from phatgoose.records import Task, TaskScore
 from phatgoose.routers import PHATGOOSE, Random, Router, Single, Uniform
 from phatgoose.tasks import Fractions, load_task
 from phatgoose.workflows import show, summary
 from phatgoose.workflows.contribute import contribute, record
-from phatgoose.workflows.folder import forget, held
-from phatgoose.workflows.measured import Measurements
-from phatgoose.workflows.oracle import best, standing
-from phatgoose.workflows.prompts import traced, with_cards
+from phatgoose.workflows.experiment.oracle import best, standing
+from phatgoose.workflows.experiment.scores import Measurements
 from phatgoose.workflows.recipe import Recipe
 from phatgoose.workflows.recipes import QUICKSTART, SMOKE
+from phatgoose.workflows.run_folder import forget, held
+from phatgoose.workflows.traced import traced, with_cards
 
 BASELINES = ("base", "random", "uniform", "merged")
 

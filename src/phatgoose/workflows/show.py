@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base import Base
+from phatgoose.models.base.base import Base
 from phatgoose.records import Task, TaskScore
 from phatgoose.workflows.recipe import RECOVERED_FLOOR, Recipe
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from phatgoose.evaluation.statistics import paired_difference, resampled, suite_interval
 from phatgoose.records import TaskScore
-from phatgoose.workflows.systems import BASE, ORACLE
+from phatgoose.workflows.experiment.systems import BASE, ORACLE
 
 GROUPS = ("in-pool", "held-out")
 RESAMPLES = 20_000

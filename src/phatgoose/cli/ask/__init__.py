@@ -1,0 +1,1 @@
+"""Commands that answer prompts: generate, chat, explain, and two servers."""

@@ -1,0 +1,100 @@
+"""`phatgoose explain`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli.common.options import (
+    ROUTER_HELP,
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    PoolBaseOption,
+)
+from phatgoose.cli.measure import show
+
+if TYPE_CHECKING:
+    from phatgoose.workflows.explain import Explanation
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    pool: Annotated[Path, typer.Option("--pool", help="The pool's folder.")],
+    base: PoolBaseOption = None,
+    router: Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")
+    ] = 64,
+    most: Annotated[
+        int | None,
+        typer.Option("--most", min=1, help="Look only at this many experts, those with the most weight."),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--raw", help="Put the prompt through the model's chat template, or give it as it is."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Say which experts an answer rests on: what changes without each of them, with each alone, and with none.
+
+    Only a greedy answer can be explained, and only of a router that chooses by scores.
+    """
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if not text.strip():
+        raise typer.BadParameter("it is empty.", param_hint="PROMPT")
+    from phatgoose.cli.common.loading import choose, load_for, load_pool
+    from phatgoose.errors import RoutingError
+    from phatgoose.workflows.explain import explain, words
+
+    experts = load_pool(pool)
+    choice = choose(router, experts, backend)
+    if experts is None or choice.router is None or choice.merged:
+        raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
+    model = load_for(experts, base, dtype, device)
+    from phatgoose.cli.common.streaming import room_for
+    from phatgoose.models.text.prompt import encode_chat, encode_prompt
+    from phatgoose.workflows.prompt_forms import fitting_form
+
+    _, remark = fitting_form(experts, "chat" if chat else "raw", model.tokenizer.chat_template is not None)
+    if remark:
+        show.note(f"note: {remark}")
+    ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
+    found, _ = explain(
+        model, experts, ids, choice.router, prompt=text, most=most, backend=backend,
+        max_new_tokens=room_for(model, ids, max_new_tokens),
+    )  # fmt: skip
+    if as_json:
+        show.say(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    _show(found, words(found))
+
+
+def _show(found: Explanation, lines: list[str]) -> None:
+    show.say(found.answer.strip() or "(nothing but the end)")
+    show.say()
+    for line in lines:
+        show.say(line)
+    show.say()
+    columns = ("expert", "share of routing", "without it", "answer kept", "it alone")
+    rows = [
+        (
+            e.expert, f"{100 * e.share:.1f} %", f"{e.change:+.3f}", "yes" if e.keeps_answer else "no",
+            f"{e.alone - found.log_likelihood:+.3f}",
+        )
+        for e in found.effects
+    ]  # fmt: skip
+    rows.append(("(base alone)", "", f"{found.base_log_likelihood - found.log_likelihood:+.3f}", "yes" if found.base_keeps_answer else "no", ""))  # fmt: skip
+    show.table(columns, rows, numbers=columns[1:])
+    show.note(
+        f"in nats, against the whole pool, under which the answer's log-likelihood is {found.log_likelihood:.3f}"
+    )

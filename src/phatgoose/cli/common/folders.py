@@ -1,0 +1,153 @@
+"""Where train and gate write: what may be replaced, what is finished already, and what to clear away afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from phatgoose import locks
+from phatgoose.errors import ExpertError
+from phatgoose.experts.card.facts import lowest_loss
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.files.safetensors_file import all_identical
+from phatgoose.experts.folder import check_replaceable
+from phatgoose.experts.pool import MANIFEST
+from phatgoose.fingerprints import same_base
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.encoding import template_of
+from phatgoose.records import Fingerprint, Task
+from phatgoose.training.config import LoopConfig
+from phatgoose.training.student import autocast_dtype
+
+
+def check_target(folder: Path, keeps_card: bool = False) -> None:
+    """Refuses to write an expert over anything that isn't one; `keeps_card` as in `check_replaceable`.
+
+    Raises:
+        ExpertError: a file, a folder with other files, one that belongs to a pool, or one that somebody stands in.
+    """
+    if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
+        raise ExpertError(
+            f"{folder} is replaced as a whole, and you are in it: run this from outside, or choose another folder with --out."
+        )
+    pool = folder.absolute().parent.parent
+    if folder.absolute().parent.name == "experts" and (pool / MANIFEST).exists():
+        raise ExpertError(
+            f"{folder} belongs to the pool {pool}, which records its files' hashes: write to another folder with --out, "
+            "then use `phatgoose pool remove` and `phatgoose pool add`."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ExpertError(f"{folder} is a file; give a folder.")
+    check_replaceable(folder, keeps_card)
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, command: str) -> Iterator[None]:
+    """Held while `command` makes what goes to `folder`. Of the processes that torchrun started, the first holds it for all.
+
+    Raises:
+        StorageError: another run of this command does.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with locks.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
+        yield
+
+
+def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:
+    """Whether a training's record says that it was this training; without a base or task, as far as that can be said."""
+    try:
+        settings = type(config)(**record["config"]).key()
+        same = _json(settings) == _json(config.key())
+        if task is not None:
+            same = same and record["task"]["hash"] == task.hash
+        if not same or base is None:
+            return same
+        if task is not None and record["task"].get("chat_template") != template_of(base, task).get(
+            "chat_template"
+        ):
+            return False
+        precision = str(autocast_dtype(base.model, config) or "torch.float32").removeprefix("torch.")
+        found = Fingerprint.from_json(record["base"])
+        return same_base(found, base.fingerprint).level == "same" and record["precision"] == precision
+    except (KeyError, TypeError, ValueError):  # somebody else's record
+        return False
+
+
+LEFT = {
+    "train": ("expert-training", "adapter"),
+    "gate": ("gate-training", "gates", "generated"),
+    "signature": ("signature",),
+}
+
+
+def standing(folder: Path) -> Expert | None:
+    """The expert in a folder, None if there is nothing."""
+    return Expert.load(folder) if folder.exists() and any(folder.iterdir()) else None
+
+
+def laid_over(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
+    """`made`, an expert with new gates or a new signature (`part`: "gate" or "signature"), on what stands in `target` by now: while
+    one of them was made, the other may have come.
+
+    Args:
+        before: what stood there when this began, None if nothing did.
+
+    Raises:
+        ExpertError: the adapter or the same part was changed meanwhile.
+    """
+    if (now := standing(target)) is None:
+        return made
+    if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
+        raise ExpertError(
+            f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the same command again "
+            f"with another --out and --work {work}."
+        )
+    if not all_identical(now.tensors, made.tensors):  # another expert, to be replaced
+        return made
+    if part == "gate":
+        assert made.gates is not None
+        return now.with_gates(made.gates, made.provenance["gate"])
+    assert made.signature is not None
+    return now.with_signature(made.signature, made.provenance["signature"])
+
+
+def _same_part(a: Expert, b: Expert, part: str) -> bool:
+    if part == "gate":
+        return all_identical(a.gates or {}, b.gates or {})
+    return b.signature is None if a.signature is None else a.signature.equals(b.signature)
+
+
+def clear_work(work: Path, command: str) -> None:
+    """Removes what a command's own training left in a work folder, and the folder if that was all."""
+    for name in LEFT[command]:
+        shutil.rmtree(work / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
+
+
+def best_loss(expert: Expert) -> float | None:
+    """The lowest validation loss in an expert's record, nats per target token."""
+    return lowest_loss(expert.provenance)
+
+
+def validation(record: Mapping[str, Any]) -> str:
+    """The validation losses of a training in a few words."""
+    best = lowest_loss(record)
+    if best is None:
+        return "none (validate_every is 0)"
+    first, last = record["validation_losses"][0], record["validation_losses"][-1]
+    text = f"{best:.4f} nats per target token, at step {record.get('best_step', last[0])}"
+    return text + (
+        f" (step {first[0]}: {first[1]:.4f}, step {last[0]}: {last[1]:.4f})" if first != last else ""
+    )
+
+
+def _json(data: Any) -> Any:
+    return json.loads(json.dumps(data))

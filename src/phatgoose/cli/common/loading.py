@@ -1,0 +1,213 @@
+"""Loading a base, and attaching to it what a router's name on the command line means. Imports torch: import it lazily."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from phatgoose.cli.common.options import DEFAULT_BASE
+from phatgoose.cli.measure import show
+from phatgoose.cli.pools.packing import show_copied
+from phatgoose.errors import BaseModelError, ExpertError, RoutingError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.files.tokenizer_files import differences
+from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.attach.device_memory import cache_use, parse_bytes
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.load import load_base
+from phatgoose.models.base.without_weights import check_mixture
+from phatgoose.ops import backend as find_backend
+from phatgoose.registry import unknown
+from phatgoose.routers import ROUTERS, Router, Single, parse_router
+from phatgoose.routers.fitting import fitting_router
+from phatgoose.workflows.experiment.systems import STATIC, check_system, combined
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A router as the command line names it."""
+
+    text: str
+    router: Router | None
+    """None: the base alone."""
+    merged: bool = False
+    """Attach the one expert that all are merged into instead of the experts: their average, or by TIES or DARE."""
+    device_memory: str | None = None
+    """What the pool may take of the device, as the command line has it; None: all that it needs."""
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """For results."""
+        return self.router.describe() if self.router and not self.merged else {"router": self.text}
+
+
+def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
+    """`load_base` with the command line's device, telling the user what the base's notes say."""
+    transformers_logging.disable_progress_bar()
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    base = load_base(spec, dtype=dtype, device=device)
+    for text in base.notes:
+        show.note(f"note: {text}")
+    return base
+
+
+def recorded_base(experts: Sequence[Expert]) -> str | None:
+    """The base that experts record: the one they were trained on here, else the one that all their PEFT configs name.
+
+    None if they record none, or name several.
+    """
+    if (base := next((e.base for e in experts if e.base is not None), None)) is not None:
+        return base.spec
+    names = {e.base_name for e in experts}
+    return names.pop() if len(names) == 1 else None
+
+
+def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, device: str) -> Base:
+    """`load` of the base that is asked for, or else of the one that these experts record, which is said.
+
+    Raises:
+        ExpertError: they record none. BaseModelError: what they record can't be loaded here.
+    """
+    if spec is not None:
+        check_mixture(spec, Pool(experts))
+        return _compared(load(spec, dtype, device), experts)
+    who = (
+        f"expert {experts[0].name!r} doesn't record its base"
+        if len(experts) == 1
+        else "the experts record no base, or different ones"
+    )
+    if (spec := recorded_base(experts)) is None:
+        raise ExpertError(f"{who}: say which one with --base.")
+    check_mixture(spec, Pool(experts))
+    return _compared(_load_named(spec, dtype, device), experts)
+
+
+def _compared(base: Base, experts: Sequence[Expert]) -> Base:
+    """The base; what experts bring beside it that isn't its own is said."""
+    for text in differences(experts, base.tokenizer):
+        show.note(f"note: {text}")
+    return base
+
+
+def load_for(
+    pool: Pool | None, spec: str | None, dtype: str, device: str, folder: Path | None = None
+) -> Base:
+    """The base for a pool: the one that is asked for, else the one that the pool records, or the default base without a pool.
+
+    Args:
+        folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
+
+    Raises:
+        ExpertError, BaseModelError: as `load_recorded`.
+    """
+    if pool is not None:
+        return load_recorded(pool.experts, spec, dtype, device)
+    if spec is None and folder is not None:
+        named = read_manifest(folder).get("base")
+        if isinstance(named, dict) and isinstance(named.get("spec"), str):
+            return _load_named(named["spec"], dtype, device)
+    return load(spec or DEFAULT_BASE, dtype, device)
+
+
+def _load_named(spec: str, dtype: str, device: str) -> Base:
+    show.note(f"base: {spec} (recorded with the experts)")
+    try:
+        return load(spec, dtype, device)
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"the base that the experts record can't be loaded here: {error} If it is elsewhere, say where with --base."
+        ) from error
+
+
+def load_pool(folder: Path | None) -> Pool | None:
+    """The pool, verified; what there is to know about it goes to standard error only from `pool verify`."""
+    return None if folder is None else Pool.load(folder)
+
+
+def own_router(pool: Pool | None) -> str:
+    """The router for a pool where the user names none: "phatgoose", or what serves experts without gates, which is said."""
+    text, why = ("phatgoose", "") if pool is None else fitting_router(pool.experts)
+    if why:
+        show.note(f"router: {text} ({why}; --router chooses another)")
+    return text
+
+
+def choose(
+    text: str | None, pool: Pool | None, backend: str = "auto", device_memory: str | None = None
+) -> Choice:
+    """What `text` means for this pool, checked as far as that goes without a base.
+
+    Raises:
+        UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
+    """
+    find_backend(backend)
+    if device_memory is not None:
+        parse_bytes(device_memory)
+        if pool is None:
+            raise RoutingError("--device-memory is for a pool's experts: give --pool.")
+    if not text:
+        text = "base" if pool is None else own_router(pool)
+    name = text.partition(":")[0].lower()
+    if name == "base" and name != text.lower():
+        raise RoutingError(f"router {name!r} has no settings, got {text!r}.")
+    if name not in (*ROUTERS, "base", *STATIC):
+        raise unknown("router", name, [*ROUTERS, "base", *STATIC])
+    if name == "base":
+        return Choice("base", None, device_memory=device_memory)
+    if pool is None:
+        raise RoutingError(f"router {text!r} needs experts: give --pool.")
+    if name in STATIC:
+        text = name + text[len(name) :]
+        check_system(text)
+        return Choice(text, Single(0), merged=True, device_memory=device_memory)
+    router = parse_router(text)
+    router.check(pool.names)
+    return Choice(text, router, device_memory=device_memory)
+
+
+def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto") -> None:
+    """Makes the base answer as `choice` says.
+
+    Raises:
+        BaseModelError: the pool is of another base. RoutingError: the router can't serve this pool.
+    """
+    if choice.router is None or pool is None:
+        unroute(base)
+        return
+    route(
+        base,
+        combined(choice.text, pool) if choice.merged else pool,
+        choice.router,
+        backend_name=backend,
+        device_memory=choice.device_memory,
+    )
+    show_copied(routing_of(base))
+
+
+def show_cache_use(base: Base) -> dict[str, object]:
+    """Says how well the experts fitted into --device-memory, if that was given; the same for results."""
+    if (use := cache_use(base)) is None:
+        return {}
+    experts = use.experts
+    asked = max(1, experts.hits + experts.misses)
+    show.note(
+        f"device memory: {use.resident_bytes / 1e6:.1f} MB always, {use.cache_bytes / 1e6:.1f} MB for experts used last, of "
+        f"{use.pool_bytes / 1e6:.1f} MB that all would take; {100 * experts.hits / asked:.1f} % of {asked:,} needed experts were there, "
+        f"{(experts.bytes_copied + use.gates.bytes_copied) / 1e6:.1f} MB were copied."
+    )
+    return {"device_memory": asdict(use)}
+
+
+def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice], backend: str) -> None:
+    """Attaches every choice once, so that the last one's refusal doesn't come after hours of the first one's work."""
+    for choice in choices:
+        attach(base, pool, choice, backend)
+    unroute(base)

@@ -1,0 +1,67 @@
+"""Prompt → text on standard output, token by token. Imports torch: import it lazily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from phatgoose.cli.measure import show
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import context_length, end_tokens, settings_are_own
+from phatgoose.models.text.batch import pad_id
+from phatgoose.models.text.generation import generation_settings
+from phatgoose.models.text.prompt import room_behind
+
+
+class Printer(TextStreamer):
+    """Prints as it comes, without the space that stands between a prompt and its answer, and keeps the text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self.text:
+            text = text.lstrip()
+        self.text += text
+        super().on_finalized_text(text, stream_end)
+
+
+def room_for(base: Base, ids: Tensor, max_new_tokens: int) -> int:
+    """How many tokens may follow ids [1, T]: `max_new_tokens`, or what fits, which is then noted.
+
+    Raises:
+        PhatgooseError: the prompt leaves no room in the model's context.
+    """
+    room = room_behind(base, ids.shape[1], max_new_tokens)
+    if room < max_new_tokens:
+        context = context_length(base.model)
+        show.note(f"note: at most {room} tokens fit into the model's context of {context}")
+    return room
+
+
+def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text.
+
+    Raises:
+        PhatgooseError: the prompt leaves no room in the model's context.
+    """
+    room = room_for(base, ids, max_new_tokens)
+    own = generation_settings(
+        base.model,
+        pad=pad_id(base.tokenizer),
+        max_new_tokens=room,
+        ends=end_tokens(base.model, base.tokenizer.eos_token_id),
+        temperature=temperature,
+    )
+    if temperature > 0:
+        torch.manual_seed(seed)
+    printer = Printer(base.tokenizer)
+    ids = ids.to(base.device)
+    run: Any = base.model.generate
+    with settings_are_own(base.model, own), torch.no_grad():
+        run(inputs=ids, attention_mask=torch.ones_like(ids), streamer=printer, generation_config=own)
+    return printer.text

@@ -1,0 +1,1 @@
+"""Commands of a contributor: train an expert, its gates, its data signature; convert and publish."""

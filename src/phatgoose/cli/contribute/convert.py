@@ -1,0 +1,79 @@
+"""`phatgoose convert`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phatgoose.cli.common.options import BASE_HELP, DtypeOption
+from phatgoose.cli.measure import show
+
+
+def command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, as PEFT saved it after training.")],
+    base: Annotated[str, typer.Option("--base", help=f"{BASE_HELP} The one that the result is for.")],
+    out: Annotated[Path, typer.Option("--out", help="The expert's folder, which plain PEFT can load too.")],
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            "--initial",
+            help="The adapter as it was before training. Without it, its initialisation is run again on the base.",
+        ),
+    ] = None,
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual",
+            help="The base is the changed one that the adapter was trained on (LoftQ's, PiSSA's residual).",
+        ),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What the expert is called; like the folder OUT if not given."),
+    ] = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Make a plain LoRA of an adapter whose training began by changing the base: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ.
+
+    PEFT's own conversion: ΔW = s (BA − B₀A₀), of twice the rank, with A₀ and B₀ as they were before training. PiSSA's and OLoRA's are
+    computed from the base again; CorDA's, LoRA-GA's and fast PiSSA's (pissa_niter) need --initial, LoftQ needs its own base (--residual).
+    """
+    from phatgoose.cli.common import folders
+    from phatgoose.errors import ExpertError
+    from phatgoose.experts.names import slug
+    from phatgoose.models.base.convert import FAR, converted
+    from phatgoose.models.base.load import load_weights
+
+    if initial is not None and residual:
+        raise typer.BadParameter(
+            "it is for an original base, and --residual says that this isn't one.", param_hint="--initial"
+        )
+    folders.check_target(out)
+    if out.exists() and any(out.iterdir()):
+        raise ExpertError(f"{out} holds an expert already: choose another folder with --out, or remove it.")
+    expert, far = converted(
+        adapter,
+        load_weights(base, dtype),
+        base,
+        initial=initial,
+        residual=residual,
+        name=name or slug(out.name),
+    )
+    expert.save(out)
+    if far is not None and far > FAR:
+        show.warn(
+            f"training moved a module's product of A and B by {far:.3g} times its norm: is {base} the base that it was trained on?"
+        )
+    show.facts(
+        [
+            (
+                "expert",
+                f"{expert.name}: LoRA of rank {max(u.rank for u in expert.updates.values())}, {len(expert.updates)} modules",
+            ),
+            ("saved", str(out)),
+            ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(out)])),
+        ]
+    )

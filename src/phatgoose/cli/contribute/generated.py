@@ -1,0 +1,78 @@
+"""What `phatgoose gate --generated` adds to `phatgoose gate`: texts instead of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from phatgoose.cli.measure import show
+from phatgoose.errors import TaskError
+from phatgoose.experts.expert import Expert
+from phatgoose.files import sha256_json
+from phatgoose.models.base.base import Base
+from phatgoose.records import Task
+from phatgoose.training.generated import write_task
+from phatgoose.training.writing import WritingConfig
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Texts that are to be written."""
+
+    config: WritingConfig
+    prompts: tuple[str, ...]
+
+    def made(self, record: Mapping[str, Any]) -> bool:
+        """Whether a gate's record says that it was trained on such texts."""
+        try:
+            source = record["task"]["source"]
+            prompts = (source["prompts"] or {}).get("sha256")
+            same = source["source"] == "generated" and source["config"] == asdict(self.config)
+            return bool(same and prompts == (sha256_json(list(self.prompts)) if self.prompts else None))
+        except (KeyError, TypeError, AttributeError):  # somebody else's record
+            return False
+
+    def task(self, base: Base, expert: Expert, work: Path) -> Task:
+        """The texts as a task, with what became of them on standard error."""
+        task = write_task(base, expert, self.config, prompts=self.prompts, work_folder=work)
+        counts = task.source["texts"]
+        show.note(
+            "texts: "
+            + ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
+        )
+        return task
+
+
+def wanted(
+    generated: bool, task: str | None, prompts: Path | None, given: Mapping[str, Any], seed: int
+) -> Wanted | None:
+    """What the options ask for; None if they name a task.
+
+    Raises:
+        BadParameter: both or neither of task and --generated, or options that go with --generated only.
+        TaskError: the file of prompts can't be read or is empty. TrainingError: a setting is out of range.
+    """
+    if generated == (task is not None):
+        raise typer.BadParameter("give the expert's --task, or --generated if its data are not at hand.")
+    config = WritingConfig(**given, seed=seed)
+    if generated:
+        return Wanted(config, lines(prompts) if prompts is not None else ())
+    if prompts is not None or config != WritingConfig(seed=seed):
+        raise typer.BadParameter("--prompts, --texts, --text-tokens and --temperature go with --generated.")
+    return None
+
+
+def lines(file: Path) -> tuple[str, ...]:
+    """The prompts in a file, one a line; a line break inside a prompt is written \\n there."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise TaskError(f"{file} can't be read as text: {cause}.") from cause
+    found = tuple(line.strip().replace("\\n", "\n") for line in text.splitlines() if line.strip())
+    if not found:
+        raise TaskError(f"{file} has no prompts: write one a line.")
+    return found

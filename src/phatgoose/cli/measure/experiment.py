@@ -1,0 +1,212 @@
+"""`phatgoose experiment`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli.measure import show
+
+PROBLEMS = 12
+"""Of a check, how many are told in full."""
+
+if TYPE_CHECKING:
+    from phatgoose.workflows.experiment.executors import Executor
+    from phatgoose.workflows.experiment.recipe import ExperimentRecipe
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder for everything; RECIPE's name with -out if not given."),
+    ] = None,
+    folder: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--folder",
+            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…).",
+        ),
+    ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            "--pool",
+            help="A pool that is there: its experts are taken, not trained. Of the recipe's tasks, the others are trained.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only check the recipe, and that names, splits, prompts and files are there as far as that can be said here; "
+            "nothing is loaded or fetched.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Processes on this machine, 1 if not given; 0: everything in this one.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help="Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."
+        ),
+    ] = None,
+    cpus: Annotated[
+        float | None,
+        typer.Option("--cpus", min=0, help="With --ray: CPUs that a step asks for; 1 if not given."),
+    ] = None,
+    gpus: Annotated[
+        float,
+        typer.Option(
+            "--gpus",
+            min=0,
+            help="GPUs that a step asks for (with --ray, parts of one too); else how many to share.",
+        ),
+    ] = 0,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often a step is run again whose worker died.")
+    ] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")
+    ] = False,
+) -> None:
+    """Train a pool's experts and gates, measure every router and baseline on the same rows, and compare them.
+
+    Writes results.json, results.md and plot.svg. Stopped or killed, the same command goes on where it was. A step that fails costs
+    only itself; the exit code is then 1, and the same command runs it again.
+    """
+    from phatgoose.errors import PhatgooseError
+    from phatgoose.workflows.experiment.recipe import ExperimentRecipe
+    from phatgoose.workflows.experiment.run import run_experiment
+
+    found = ExperimentRecipe.read(recipe, _folders(folder or []), pool)
+    if check:
+        _say(found)
+        _say_data(found)
+        return
+    target = out or Path(f"{recipe.stem}-out")
+    if fresh:
+        inside = found.pool.folder and Path(found.pool.folder).resolve().is_relative_to(target.resolve())
+        if inside:
+            raise PhatgooseError(
+                f"--fresh would remove the pool that is to be taken, {found.pool.folder}: choose another --out."
+            )
+    executor = _executor(workers, ray, cpus, gpus, retries)
+    try:
+        results = run_experiment(found, target, executor=executor, fresh=fresh)
+    finally:
+        executor.close()
+    for name, suite in results["suites"].items():
+        ranked = sorted(
+            ((s, v) for s, v in suite["systems"].items() if "mean" in v), key=lambda item: -item[1]["mean"]
+        )
+        show.say(f"{name}, mean of {len(suite['common_tasks'])} tasks")
+        show.table(
+            ("system", "mean", "95 %"),
+            [(s, f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}") for s, v in ranked],
+        )
+        show.say()
+    show.note(f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}")
+    if results["failed"]:
+        for what, why in results["failed"].items():
+            show.warn(f"{what}: {why}")
+        raise typer.Exit(1)
+
+
+def _folders(given: list[str]) -> dict[str, str]:
+    from phatgoose.errors import TaskError
+
+    found = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise TaskError(f"--folder {text!r} should read NAME=FOLDER.")
+        found[name] = path
+    return found
+
+
+def _executor(
+    workers: int | None, ray: str | None, cpus: float | None, gpus: float, retries: int
+) -> Executor:
+    from phatgoose.errors import PhatgooseError
+    from phatgoose.workflows.experiment.executors import Inline, Processes
+
+    for option, asked in (("--cpus", cpus), ("--gpus", gpus)):
+        if asked is not None and not math.isfinite(asked):
+            raise PhatgooseError(f"{option} {asked}: expected a number that is finite.")
+    if cpus == 0:
+        raise PhatgooseError("--cpus 0: all steps would start at once; expected more than 0.")
+    if ray is not None:
+        if workers is not None:
+            raise PhatgooseError(
+                "--workers: with --ray, as many steps run as its CPUs and GPUs allow (--cpus)."
+            )
+        from phatgoose.workflows.experiment.ray_executor import RayExecutor
+
+        asked = 1 if cpus is None else cpus
+        return RayExecutor(None if ray == "local" else ray, cpus=asked, gpus=gpus, retries=retries)
+    if cpus is not None:
+        raise PhatgooseError(
+            "--cpus: only with --ray does a step ask for CPUs; elsewhere they are shared out (--workers)."
+        )
+    if gpus != int(gpus):
+        raise PhatgooseError(f"--gpus {gpus}: only with --ray can a step ask for a part of a GPU.")
+    if workers is None:
+        workers = 1
+    if workers == 0:
+        if gpus:
+            raise PhatgooseError(f"--gpus {gpus:g}: GPUs are dealt out to workers, and --workers is 0.")
+        return Inline(retries)
+    return Processes(workers, gpus=int(gpus), retries=retries)
+
+
+def _say(recipe: ExperimentRecipe) -> None:
+    """What a recipe comes to."""
+    show.facts(
+        [
+            ("base", recipe.base),
+            ("experts", _experts(recipe)),
+            ("systems", ", ".join(recipe.all_systems)),
+            *((f"suite {s.name}", f"{len(s.entries)} tasks") for s in recipe.suites),
+        ]
+    )
+
+
+def _say_data(recipe: ExperimentRecipe) -> None:
+    """What is known of its data; the exit code is 1 where some can't be loaded."""
+    from phatgoose.workflows.experiment.check import check_data
+
+    found = check_data(recipe)
+    if found.prompts:
+        show.facts([("prompts", f"{sum(found.prompts.values())} of {len(found.prompts)} datasets")])
+    for what, tasks in found.unknown.items():
+        names = list(dict.fromkeys(tasks))
+        some = f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 5 else ", ".join(names)
+        show.note(f"not looked into: {what} ({some})")
+    for task, why in list(found.problems.items())[:PROBLEMS]:
+        show.warn(f"{task}: {why}")
+    if (more := len(found.problems) - PROBLEMS) > 0:
+        show.warn(f"and {more} more tasks that can't be loaded.")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _experts(recipe: ExperimentRecipe) -> str:
+    """How many are trained, and which are there."""
+    from phatgoose.experts.manifest import read_manifest
+
+    tasks = [e.name for e in recipe.pool_entries]
+    if not recipe.pool.folder:
+        return str(len(tasks))
+    there = [expert["name"] for expert in read_manifest(Path(recipe.pool.folder))["experts"]]
+    taken = recipe.taken(there)
+    return f"{len({*tasks, *taken})}: {len(taken)} of {recipe.pool.folder}, {len(set(tasks) - set(taken))} to train"

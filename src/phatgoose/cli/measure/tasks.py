@@ -1,0 +1,147 @@
+"""`phatgoose tasks`: what can be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli.measure import show
+
+if TYPE_CHECKING:
+    from phatgoose.tasks.lists.entries import Entry
+
+app = typer.Typer(
+    help="List the tasks of a collection (bigbench if none is named), of a named pool or suite, or look into one. "
+    "Other sources need no list: jsonl:PATH, hf:DATASET, p3:CONFIG.",
+    invoke_without_command=True,
+)
+MatchOption = Annotated[str, typer.Option("--match", help="Only names that contain this, in any case.")]
+FolderOption = Annotated[
+    Path | None, typer.Option("--folder", help="Where the collection's files are, instead of fetching them.")
+]
+
+
+@app.callback()
+def tasks(ctx: typer.Context, match: MatchOption = "", folder: FolderOption = None) -> None:
+    if ctx.invoked_subcommand is None:
+        _list("bigbench", match, folder)
+
+
+@app.command("bigbench")
+def bigbench(match: MatchOption = "", folder: FolderOption = None) -> None:
+    """List BIG-bench's JSON tasks and their subtasks; fetched on first use (358 MB)."""
+    _list("bigbench", match, folder)
+
+
+@app.command("bbh")
+def bbh(match: MatchOption = "", folder: FolderOption = None) -> None:
+    """List BIG-bench Hard's tasks."""
+    _list("bbh", match, folder)
+
+
+@app.command("pool")
+def pool(
+    name: Annotated[
+        str | None, typer.Argument(help="The pool; if not given, the names of all.", show_default=False)
+    ] = None,
+) -> None:
+    """List a named pool: each expert and what it is trained on. Nothing is fetched."""
+    from phatgoose.tasks.lists.pools import POOLS, pool_entries
+
+    if name is None:
+        _counts("pool", "experts", {known: len(pool_entries(known)) for known in POOLS})
+        return
+    _entries("expert", pool_entries(name))
+    if excluded := left_out(name):
+        show.say()
+        show.table(["left out", "why"], list(excluded.items()))
+
+
+@app.command("suite")
+def suite(
+    name: Annotated[
+        str | None, typer.Argument(help="The suite; if not given, the names of all.", show_default=False)
+    ] = None,
+) -> None:
+    """List a named suite: each task, what it reads, and for experts on which datasets it is refused. Nothing is fetched."""
+    from phatgoose.tasks.lists import suites
+
+    if name is None:
+        _counts("suite", "tasks", {known: len(suites.suite(known).entries) for known in suites.SUITES})
+        return
+    found = suites.suite(name)
+    _entries("task", found.entries, found.own_copy)
+    if found.refuses:
+        show.say(f"\nrefused too for a pool with experts on: {', '.join(sorted(found.refuses))}")
+
+
+@app.command("show")
+def show_(
+    spec: Annotated[
+        str, typer.Argument(help="The task: bigbench:NAME, bbh:NAME, jsonl:PATH, hf:DATASET or p3:CONFIG.")
+    ],
+    folder: FolderOption = None,
+) -> None:
+    """Show a task's splits, its hash, and two prompts as the model sees them."""
+    from phatgoose.records import SPLITS
+    from phatgoose.tasks import load_task
+
+    task = load_task(spec, folder=folder)
+    rows = [("task", task.name), ("hash", task.hash)]
+    rows += [(split, f"{len(task.split(split))} rows") for split in SPLITS]
+    show.facts(rows)
+    examples = [e for split in SPLITS for e in task.split(split)][:2]
+    for number, example in enumerate(examples, start=1):
+        show.say(f"\n--- example {number} ---")
+        if example.conversation is None:
+            show.say(example.input)
+        else:  # the base's chat template makes the prompt
+            for message in example.messages()[0]:
+                show.say(f"[{message['role']}] {message.get('content') or message.get('tool_calls')}")
+        show.say(f"--- answer{'s' if len(example.targets) > 1 else ''}: {' | '.join(example.targets)}")
+        if example.choices is not None:
+            show.say(f"--- choices: {' | '.join(example.choices)}")
+
+
+def _list(source: str, match: str, folder: Path | None) -> None:
+    from phatgoose.errors import TaskError
+    from phatgoose.tasks import list_tasks
+
+    found = [name for name in list_tasks(source, folder=folder) if match.casefold() in name.casefold()]
+    if not found:
+        raise TaskError(f"no task of {source} has {match!r} in its name.")
+    for name in found:
+        show.say(f"{source}:{name}")
+
+
+def remarks(entry: Entry, own_copy: Sequence[str] = ()) -> str:
+    """What must be known of an entry beside what it reads; `own_copy` as in `Suite`."""
+    found = [
+        entry.note,
+        f"scored by {entry.metric}" if entry.metric else "",
+        "from your own copy" if entry.name in own_copy else "",
+    ]
+    return "; ".join(filter(None, found))
+
+
+def left_out(name: str) -> Mapping[str, str]:
+    """Near-duplicates of held-out tasks that a named pool goes without, and what each is near to."""
+    from phatgoose.tasks.lists import pools_bigbench
+
+    return pools_bigbench.EXCLUDED if name == "bigbench" else {}
+
+
+def _counts(kind: str, what: str, counts: Mapping[str, int]) -> None:
+    show.table([kind, what], [(name, str(count)) for name, count in counts.items()], numbers=[what])
+
+
+def _entries(first: str, entries: Sequence[Entry], own_copy: Sequence[str] = ()) -> None:
+    """One a line. What it reads comes last, since it may be long; it is written as `phatgoose tasks show` takes it."""
+    rows = [(e.name, remarks(e, own_copy), " + ".join(e.specs)) for e in entries]
+    if any(note for _, note, _ in rows):
+        show.table([first, "note", "reads"], rows)
+    else:
+        show.table([first, "reads"], [(name, reads) for name, _, reads in rows])

@@ -1,0 +1,308 @@
+"""`phatgoose pool`: create, add, remove, list, verify, push, pull."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.cli.common.hub_options import (
+    MAX_GB,
+    BranchOption,
+    MaxOption,
+    MessageOption,
+    PathsOption,
+    PrivateOption,
+    RepoArgument,
+    in_bytes,
+)
+from phatgoose.cli.common.options import BASE_HELP, DeviceOption, DtypeOption
+from phatgoose.cli.measure import show
+from phatgoose.cli.pools import packing
+from phatgoose.cli.pools.packing import show_copied
+
+if TYPE_CHECKING:
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.pool import Pool
+
+app = typer.Typer(
+    help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
+)
+PoolArgument = Annotated[Path, typer.Argument(help="The pool's folder.")]
+ExpertsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Experts: folders, or on the Hub org/name, org/name@revision, org/name@revision:folder. Plain PEFT adapters will do."
+    ),
+]
+
+DropOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drop",
+        help="Leave this out of the adapters, which then compute something else: modules_to_save, trainable_token_indices or "
+        "prediction_head.",
+    ),
+]
+
+
+@app.command("create")
+def create(
+    pool: PoolArgument, experts: ExpertsArgument, drop: DropOption = None, max_gb: MaxOption = MAX_GB
+) -> None:
+    """Make a pool of experts; their folders are copied into it, with the commits of those that come from the Hub.
+
+    Of several files and folders, those that hold no expert are left out, and named: `phatgoose pool create POOL runs/*`.
+    """
+    from phatgoose.errors import PoolError
+    from phatgoose.experts.pool import MANIFEST, Pool
+
+    if (pool / MANIFEST).exists():
+        raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
+    found, left_out = _read_all(experts, None, drop, max_gb)
+    made = Pool(found)
+    made.save(pool, replace=False)
+    show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
+    _warn(left_out)
+    _warn(made.warnings())
+    show.facts(_next(pool, made))
+
+
+@app.command("add")
+def add(
+    pool: PoolArgument,
+    experts: ExpertsArgument,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What the expert is called in the pool; for one expert only.")
+    ] = None,
+    drop: DropOption = None,
+    max_gb: MaxOption = MAX_GB,
+) -> None:
+    """Add experts to a pool; of several files and folders, those that hold no expert are left out, and named."""
+    from phatgoose.errors import PoolError
+    from phatgoose.experts.health import DIFFERENT_BASES
+    from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder
+
+    if name is not None and len(experts) != 1:
+        raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
+    if not (pool / MANIFEST).exists():
+        raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
+    new, left_out = _read_all(experts, name, drop, max_gb)
+    there = Pool.load(pool).experts if _names(pool) else ()
+    whole = Pool([*there, *new])  # all of them are checked before the first is written
+    for expert in new:
+        add_to_folder(pool, expert)
+    show.say(f"{pool}: {_count(len(whole))}: {', '.join(whole.names)}")
+    _warn(left_out)
+    about = (DIFFERENT_BASES, *(expert.name for expert in new))
+    _warn(w for w in whole.warnings() if any(text in w for text in about))
+
+
+@app.command("remove")
+def remove(
+    pool: PoolArgument, names: Annotated[list[str], typer.Argument(help="Names of experts in the pool.")]
+) -> None:
+    """Remove experts from a pool; damaged ones can be removed too."""
+    from phatgoose.experts.pool import remove_from_folder
+    from phatgoose.registry import unknown
+
+    known = _names(pool)
+    for name in names:
+        if name not in known:
+            raise unknown("expert", name, known)
+    for name in dict.fromkeys(names):
+        remove_from_folder(pool, name)
+    show.say(f"{pool}: {_count(len(known) - len(set(names)))}; removed {', '.join(dict.fromkeys(names))}")
+
+
+@app.command("list")
+def list_(pool: PoolArgument) -> None:
+    """Show what is in a pool, and which experts are wildly off the others'."""
+    from phatgoose.experts.health import wildly_off
+    from phatgoose.experts.packed.expert import PackedExpert
+    from phatgoose.experts.pool import Pool
+
+    loaded = Pool.load(pool, verify=False)
+    columns = ["name", "task", "rank", "modules", "parameters", "gates", "base", "validation loss"]
+    rows = [_row(e) for e in loaded.experts]
+    if any(e.origin for e in loaded.experts):
+        columns.append("from the Hub")
+        rows = [(*row, str(e.origin or "-")) for row, e in zip(rows, loaded.experts, strict=True)]
+    show.table(columns, rows, numbers=("modules", "parameters", "validation loss"))
+    if any(isinstance(e, PackedExpert) for e in loaded.experts):
+        show.note(
+            "the experts' values, mapped into memory, were not read: `phatgoose pool verify` checks them"
+        )
+    else:
+        _warn(wildly_off(loaded.experts))
+
+
+@app.command("verify")
+def verify(
+    pool: PoolArgument,
+    base: Annotated[
+        str | None, typer.Option("--base", help=f"{BASE_HELP} Given, the experts are checked against it.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Check every file of a pool: hashes, shapes, finite values, one base; warn of experts that are wildly off the others'. Exit code
+    1 if anything is damaged."""
+    from phatgoose.experts.packed.pack import verify_folder
+
+    loaded, norms, tokenizer = verify_folder(pool), None, None
+    here = loaded
+    if base is not None:
+        from phatgoose.cli.common.loading import load
+        from phatgoose.models.attach.attach import route, routing_of, unroute
+        from phatgoose.models.attach.modules import weight_norms
+        from phatgoose.routers import Uniform
+
+        model = load(base, dtype, device)
+        route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
+        routing = routing_of(model)
+        show_copied(routing)
+        assert routing is not None
+        here = routing.pool  # under this model's names of its modules
+        unroute(model)
+        norms, tokenizer = weight_norms(model.model, here.modules), model.tokenizer
+    _warn(here.warnings(norms, tokenizer))
+    recorded = loaded.base.spec if loaded.base else "none recorded"
+    show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
+    if base is not None:
+        show.say(f"{base} has every module the experts adapt" + (" and is their base" if loaded.base else ""))
+
+
+app.command("pack")(packing.pack)
+app.command("unpack")(packing.unpack)
+
+
+@app.command("push")
+def push(
+    pool: PoolArgument,
+    repo: RepoArgument,
+    private: PrivateOption = False,
+    branch: BranchOption = None,
+    message: MessageOption = None,
+    allow_paths: PathsOption = False,
+) -> None:
+    """Publish a pool on the Hub, in one commit; a pool that is there already becomes this one. Log in with `hf auth login`."""
+    from phatgoose.experts.hub.push import push_folder
+    from phatgoose.experts.pool import Pool
+
+    loaded = Pool.load(pool)  # nothing damaged is published
+    done = push_folder(pool, repo, private or None, branch, None, message, allow_paths)
+    show.say(f"{done}: {_count(len(loaded))}: {', '.join(loaded.names)}")
+    _warn(loaded.warnings())
+    show.facts([("next", shlex.join(["phatgoose", "pool", "pull", str(done), "POOL"]))])
+
+
+@app.command("pull")
+def pull(
+    repo: Annotated[
+        str,
+        typer.Argument(help="A pool on the Hub: org/name, org/name@revision or org/name@revision:folder."),
+    ],
+    pool: Annotated[Path, typer.Argument(help="The folder to make.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another pool that is there already.")
+    ] = False,
+    max_gb: MaxOption = MAX_GB,
+) -> None:
+    """Fetch a pool from the Hub: the same files, verified. What was fetched before needs no network."""
+    from phatgoose.experts.hub.place import Place
+    from phatgoose.experts.hub.pull import pull_pool
+
+    loaded = pull_pool(Place.parse(repo), pool, overwrite=overwrite, max_bytes=in_bytes(max_gb))
+    show.say(f"{pool}: {_count(len(loaded))}: {', '.join(loaded.names)}")
+    _warn(loaded.warnings())
+
+
+def _read_all(
+    texts: list[str], name: str | None, drop: list[str] | None, max_gb: float
+) -> tuple[list[Expert], list[str]]:
+    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among what lies there.
+
+    Raises:
+        PhatgooseError: one that isn't there: it was mistyped. PoolError: none of them is an expert.
+    """
+    from phatgoose.errors import PhatgooseError, PoolError
+
+    found, failed = [], {}
+    for text in texts:
+        try:
+            found.append(_read(text, name, drop, max_gb))
+        except PhatgooseError as error:
+            if len(texts) == 1 or not Path(text).exists():
+                raise
+            failed[text] = str(error)
+    if not found:
+        raise PoolError(
+            "\n".join(
+                ["none of these can be taken as an expert:", *(f"{t}: {why}" for t, why in failed.items())]
+            )
+        )
+    return found, [f"left out: {text}: {why}" for text, why in failed.items()]
+
+
+def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) -> Expert:
+    """An expert from a folder here or, where there is none, from the Hub."""
+    from phatgoose.errors import DownloadError
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.hub.place import is_place
+
+    if Path(text).exists() or not is_place(text):
+        return Expert.load(Path(text), name=name, drop=drop or ())
+    show.note(f"there is no folder {text} here: fetching it from the Hub")
+    try:
+        return Expert.from_hub(text, name=name, drop=drop or (), max_bytes=in_bytes(max_gb))
+    except DownloadError as error:
+        raise DownloadError(f"{error} There is also no folder {text} here.") from error
+
+
+def _next(folder: Path, pool: Pool) -> list[tuple[str, str]]:
+    """What to type next: `generate`, or where nothing says which base it needs, `verify` before it."""
+    from phatgoose.cli.common.loading import recorded_base
+
+    generate = shlex.join(["phatgoose", "generate", "--pool", str(folder)])
+    if recorded_base(pool.experts) is not None:
+        return [("next", f'{generate} "PROMPT"')]
+    verify = shlex.join(["phatgoose", "pool", "verify", str(folder)])
+    return [
+        ("next", verify),
+        ("then", f'{generate} --base BASE "PROMPT" (no expert says which base it is for)'),
+    ]
+
+
+def _row(expert: Expert) -> tuple[str, ...]:
+    from phatgoose.cli.common.folders import best_loss
+
+    task, loss = expert.provenance.get("task"), best_loss(expert)
+    return (
+        expert.name,
+        str(task.get("name", "-")) if isinstance(task, dict) else "-",
+        ",".join(str(w or "-") for w in sorted({u.width for u in expert.updates.values()})),
+        str(len(expert.updates)),
+        f"{expert.parameters:,}",
+        "no" if expert.gates is None else "yes",
+        expert.base.spec if expert.base else expert.base_name or "-",
+        "-" if loss is None else f"{loss:.4f}",
+    )
+
+
+def _names(pool: Path) -> list[str]:
+    """The manifest's names, read without the experts: one of them may be damaged."""
+    from phatgoose.experts.manifest import read_manifest
+
+    return [entry["name"] for entry in read_manifest(pool)["experts"]]
+
+
+def _warn(warnings: object) -> None:
+    for text in warnings:  # type: ignore[attr-defined]
+        show.warn(text)
+
+
+def _count(experts: int) -> str:
+    return f"{experts} expert" + ("" if experts == 1 else "s")

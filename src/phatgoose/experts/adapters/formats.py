@@ -1,0 +1,147 @@
+"""The two formats of adapters that are read, PEFT's and AdapterHub's, told apart by their adapter_config.json."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phatgoose.errors import ExpertError
+from phatgoose.experts.adapters import adapterhub, peft
+from phatgoose.experts.adapters.adapterhub_layers import INTERFACE_FILE, check_interface
+from phatgoose.experts.adapters.peft import CONFIG_FILE, Contents
+from phatgoose.experts.adapters.peft_rules import check_type
+from phatgoose.experts.files.safetensors_file import TensorFile, read_tensor_file
+from phatgoose.files import inside, is_folder, read_json
+
+WEIGHTS_FILES = (peft.WEIGHTS_FILE, adapterhub.WEIGHTS_FILE)
+"""What an adapter's tensors are called, one name a format."""
+CONFIG_LIMIT_BYTES = 16 * 2**20
+_PICKLES = {
+    "adapter_model.bin": "PEFT where you trust it and save it again with safe_serialization=True",
+    "adapter_model.pt": "PEFT where you trust it and save it again with safe_serialization=True",
+    "pytorch_adapter.bin": "the adapters library where you trust it and save it again with save_adapter(…, use_safetensors=True)",
+}
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """ "PEFT" or "AdapterHub"."""
+    return "AdapterHub" if "peft_type" not in config and "config" in config else "PEFT"
+
+
+def weights_file(config: Mapping[str, Any]) -> str:
+    """The name of the file that holds the tensors of an adapter with this config."""
+    return adapterhub.WEIGHTS_FILE if format_of(config) == "AdapterHub" else peft.WEIGHTS_FILE
+
+
+def to_contents(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, drop: Collection[str] = ()
+) -> Contents:
+    """The update of every adapted module, in either format.
+
+    Raises:
+        ExpertError: for a setting that isn't handled, or a tensor that is unknown, missing or of the wrong shape.
+    """
+    if format_of(config) == "AdapterHub":
+        return adapterhub.to_contents(config, tensors, where)
+    return peft.to_contents(config, tensors, where, drop)
+
+
+def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, Any], TensorFile]:
+    """The config and the tensors of an adapter's folder, as they stand on disk.
+
+    Raises:
+        ExpertError: naming the file, and the tensor, that is missing, damaged, non-finite or not floating point.
+    """
+    folder = Path(folder)
+    if not is_folder(folder, ExpertError):
+        raise ExpertError(
+            f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and {' or '.join(WEIGHTS_FILES)}."
+        )
+    if not os.path.lexists(folder / CONFIG_FILE):
+        _refuse_other_folder(folder)
+    config = read_json(inside(folder, CONFIG_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
+    if not isinstance(config, dict):
+        raise ExpertError(f"{folder / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
+    weights = inside(folder, weights_file(config), ExpertError)
+    if not os.path.lexists(weights):
+        _refuse_other_weights(folder)
+        raise ExpertError(f"{weights} does not exist.")
+    if format_of(config) == "AdapterHub":
+        _check_beside(folder, config, drop)
+        return config, read_tensor_file(weights)
+    check_type(config, str(folder))  # other kinds have tensors that aren't read at all
+    return config, read_tensor_file(weights, empty=True)
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Says what a folder without an adapter of its own holds, if that can be said: a training's checkpoints, named adapters, …"""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except OSError as cause:
+        raise ExpertError(f"{folder} can't be read: {cause.strerror}.") from cause
+    if "pool.json" in names:
+        raise ExpertError(
+            f"{folder} is a pool: give folders of experts in it ({folder / 'experts' / 'NAME'})."
+        )
+    found = [name for name in names if os.path.lexists(folder / name / CONFIG_FILE)]
+    steps = sorted((int(m[1]), m[0]) for name in found if (m := _CHECKPOINT.fullmatch(name)))
+    if steps:
+        last = folder / steps[-1][1]
+        raise ExpertError(
+            f"{folder} holds no adapter itself, but checkpoints of a training: {_few([name for _, name in steps])}. Give one of them; "
+            f"the last is {last}."
+        )
+    if found:
+        raise ExpertError(
+            f"{folder} holds no adapter itself, but adapters in folders of their own: {_few(found)}. Give them one by one: "
+            f"{' '.join(str(folder / name) for name in found[:3])}{' …' if len(found) > 3 else ''}"
+        )
+    if "config.json" in names and any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise ExpertError(
+            f"{folder} holds a whole model (config.json), not an adapter. If an adapter was merged into it, give the adapter as it was "
+            "before."
+        )
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)})" if len(names) > 8 else "")
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    if os.path.lexists(folder / "adapter_model.header"):
+        raise ExpertError(
+            f"{folder} belongs to a packed pool, whose file holds its tensors: unpack the pool (`phatgoose pool unpack`)."
+        )
+    for name, advice in _PICKLES.items():
+        if os.path.lexists(folder / name):
+            raise ExpertError(
+                f"{folder} has its weights in {name}, a pickle, which is refused because loading it can run code. "
+                f"Load it with {advice}."
+            )
+    for name in (f"{peft.WEIGHTS_FILE}.index.json", "adapter_model.bin.index.json"):
+        if os.path.lexists(folder / name):
+            raise ExpertError(
+                f"{folder} has its weights in several files ({name}), which is refused: an index can name any file. "
+                f"Load it with PEFT and save it again as one {peft.WEIGHTS_FILE}."
+            )
+
+
+def _check_beside(folder: Path, config: Mapping[str, Any], drop: Collection[str]) -> None:
+    """What the library keeps in files of its own, and what would be lost without them."""
+    for name in adapterhub.HEAD_FILES:
+        if os.path.lexists(folder / name) and "prediction_head" not in drop:
+            raise ExpertError(
+                f"{folder} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "
+                "base's own, leave it out with drop=['prediction_head'] (--drop). A head that was trained can't be routed."
+            )
+    if os.path.lexists(folder / INTERFACE_FILE):
+        interface = read_json(inside(folder, INTERFACE_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
+        check_interface(interface, config, str(folder))

@@ -1,0 +1,165 @@
+"""PEFT's adapter format → updates. What can't be handled exactly is refused by name; nothing is dropped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.adapters.peft_keys import PREFIX, SHARED, plain_keys
+from phatgoose.experts.adapters.peft_rules import check_config
+from phatgoose.experts.adapters.peft_updates import KINDS
+from phatgoose.experts.files.safetensors_file import read_tensor_file
+from phatgoose.ops.update import Update
+
+__all__ = ["CONFIG_FILE", "PREFIX", "WEIGHTS_FILE", "Contents", "read_tensors", "to_contents"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, checked to be floating point and finite; some may have no values.
+
+    Raises:
+        ExpertError: naming the file and the tensor.
+    """
+    return read_tensor_file(path, empty=True).tensors
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter's tensors are."""
+
+    updates: dict[str, Update]
+    """By the module's path in the base model."""
+    base_copies: dict[str, Tensor]
+    """Weights of the base that PEFT saved along ("lm_head.weight" → tensor): to be compared with the base's own, never used."""
+
+
+def to_contents(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, drop: Collection[str] = ()
+) -> Contents:
+    """The update of every adapted module.
+
+    Raises:
+        ExpertError: for a setting that isn't handled, or a tensor that is unknown, unpaired or of the wrong shape.
+    """
+    check_config(config, where, drop)
+    if not tensors:
+        raise ExpertError(f"{where}: {_NO_TENSORS}")
+    kind = KINDS[config["peft_type"]]
+    found: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key, plain in plain_keys(tensors, where).items():
+        tensor = tensors[key]
+        if _dropped(plain, config, drop) or _for_training(plain, config):
+            continue
+        if tensor.numel() == 0 and not kind.empty:
+            raise ExpertError(
+                f"{where}: tensor {brief(key)} has shape {list(tensor.shape)}, so no values. {_SHARDED}"
+            )
+        if plain in SHARED:
+            _put(shared, SHARED[plain], tensor, key, where)
+        elif part := kind.part(plain):
+            _put(found.setdefault(part[0], {}), part[1], tensor, key, where)
+        elif name := _copied(plain):
+            _put(copies, name, tensor, key, where)
+        else:
+            raise _refused(key, plain, config, where)
+    _check_saved(config, copies, where, drop)
+    if not found:
+        raise ExpertError(
+            f"{where}: it holds no adapter tensors, only {', '.join([*copies, *shared][:4]) or 'what is left out'}."
+        )
+    updates = kind.updates(config, found, shared, where)
+    if not updates:
+        raise ExpertError(f"{where}: every module has rank 0, so the adapter does nothing.")
+    return Contents(updates, copies)
+
+
+_SHARDED = (
+    "Adapters saved from sharded training (DeepSpeed ZeRO-3, FSDP) look so where the weights weren't gathered first. Save it again "
+    "with stage3_gather_16bit_weights_on_model_save (FSDP: with a full state dict), or make whole weights of the checkpoint with its "
+    "zero_to_fp32.py."
+)
+_NO_TENSORS = f"its file of weights holds no tensors at all. {_SHARDED}"
+
+
+def _put(into: dict[str, Tensor], name: str, tensor: Tensor, key: str, where: str) -> None:
+    if name in into:
+        raise ExpertError(f"{where}: tensor {key!r} is in the file twice, under two names.")
+    into[name] = tensor
+
+
+_COPIED = ("embed", "wte", "shared", "lm_head", "output")
+
+
+def _copied(name: str) -> str | None:
+    """The base's parameter that is saved along under this name, if it is one.
+
+    PEFT does so with embeddings and heads: under base_layer where they are adapted, bare where the vocabulary was resized or they
+    are among modules_to_save.
+    """
+    path, _, kind = name.rpartition(".")
+    path = path.removesuffix(".base_layer").removesuffix(".modules_to_save")
+    last = re.split(r"\W", path)[-1]
+    return f"{path}.{kind}" if kind in ("weight", "bias") and any(word in last for word in _COPIED) else None
+
+
+def _dropped(plain: str, config: Mapping[str, Any], drop: Collection[str]) -> bool:
+    """Whether a tensor belongs to what the caller asked to leave out."""
+    if "trainable_token_indices" in drop and "token_adapter." in plain:
+        return True
+    if "modules_to_save" not in drop:
+        return False
+    return _saved_by(plain, config) is not None or _copied(plain) is not None
+
+
+def _saved_by(plain: str, config: Mapping[str, Any]) -> str | None:
+    """The name in modules_to_save of the module that a tensor is below: PEFT takes modules whose path ends in the name."""
+    saved = config.get("modules_to_save") or ()
+    return next((name for name in saved if f"{name}." in plain), None)
+
+
+def _for_training(plain: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is what VeLoRA or MonteCLoRA keep for further training: PEFT doesn't read it at inference."""
+    return bool(
+        (config.get("velora_config") and plain.endswith(".lora_velora_embed"))
+        or (config.get("monteclora_config") and ".lora_monteclora_sampler." in plain)
+    )
+
+
+def _refused(key: str, plain: str, config: Mapping[str, Any], where: str) -> ExpertError:
+    """Why a tensor can't be routed."""
+    if _saved_by(plain, config) is not None:
+        return ExpertError(
+            f"{where}: modules_to_save = {brief(config['modules_to_save'])}: the adapter brings a whole module of its own "
+            f"({brief(key)}), which can't be routed token by token; or leave such modules out with drop='modules_to_save' (--drop)."
+        )
+    if plain.endswith(".bias") and config.get("bias") not in (None, "none"):
+        return ExpertError(
+            f"{where}: bias = {config['bias']!r}, and the adapter brings the base's own biases, retrained ({brief(key)}), which "
+            "can't be routed token by token; train it with bias='none', or with lora_bias=True."
+        )
+    return ExpertError(
+        f"{where}: tensor {brief(key)} is no part of a {config['peft_type']} adapter; it can't be routed."
+    )
+
+
+def _check_saved(
+    config: Mapping[str, Any], copies: Collection[str], where: str, drop: Collection[str]
+) -> None:
+    """Refuses an adapter that says it saved whole modules, where none of them is in it."""
+    saved = config.get("modules_to_save") or ()
+    if saved and "modules_to_save" not in drop and not any(_saved_by(name, config) for name in copies):
+        raise ExpertError(
+            f"{where}: modules_to_save = {brief(saved)}, but none of these modules is in the file: the adapter is incomplete; or leave "
+            "them out with drop='modules_to_save' (--drop)."
+        )

@@ -1,0 +1,184 @@
+"""The tensors of a PEFT adapter at one module → an update, for each kind of adapter that is an exact update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.adapters.peft_lora import Settings, finite, in_float32, lora_update
+from phatgoose.experts.adapters.peft_target_parameters import check_targets, of_parameters
+from phatgoose.ops.update import Projections, SharedUpdate, Update, no_rows
+
+Parts = Mapping[str, Tensor]
+"""The tensors of one module, by part."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of PEFT's kinds of adapter."""
+
+    patterns: Mapping[str, re.Pattern[str]]
+    """Part → the keys that hold it; the first group is the module's path."""
+    updates: Callable[[Mapping[str, Any], Mapping[str, Parts], Parts, str], dict[str, Update]]
+    """Of config, parts by module path, tensors that all modules share, and a name for messages."""
+    empty: bool = False
+    """Whether tensors without values are in order."""
+
+    def part(self, plain: str) -> tuple[str, str] | None:
+        """The module's path and the part that a key stands for."""
+        for name, pattern in self.patterns.items():
+            if match := pattern.fullmatch(plain):
+                return match[1], name
+        return None
+
+
+def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
+    """PEFT keeps l as [d_out, 1] where it scales the output, bias included, and as [1, d_in] where it scales the input."""
+    if parts.keys() != {"ia3"}:
+        raise ExpertError(
+            f"{where}: module {path} has {', '.join(sorted(parts))}; an (IA)³ adapter has one ia3_l."
+        )
+    vector = parts["ia3"]
+    if vector.ndim != 2 or 1 not in vector.shape:
+        raise ExpertError(
+            f"{where}: module {path} has ia3_l {list(vector.shape)}, expected [d_out, 1] or [1, d_in]."
+        )
+    if vector.shape[0] == 1 and vector.shape[1] != 1:
+        return Update(*no_rows(vector.shape[1], None), input_scale=vector.reshape(-1))
+    if vector.shape == (1, 1):
+        raise ExpertError(
+            f"{where}: module {path} has an ia3_l of one value, which may scale its input or its output."
+        )
+    return Update(*no_rows(None, vector.shape[0]), output_scale=vector.reshape(-1))
+
+
+def _all_lora(
+    config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
+) -> dict[str, Update]:
+    """LoRA's scale is alpha/r, or alpha/√r with rsLoRA, where rank_pattern and alpha_pattern give a module's own r and alpha."""
+    settings = Settings(config, where)
+    rest = dict(found)
+    updates = of_parameters(rest, check_targets(config, where), settings, where)
+    return updates | {path: lora_update(settings, path, parts, where) for path, parts in rest.items()}
+
+
+def _all_ia3(_: Mapping[str, Any], found: Mapping[str, Parts], __: Parts, where: str) -> dict[str, Update]:
+    return {path: _ia3(path, parts, where) for path, parts in found.items()}
+
+
+def _all_adalora(
+    config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
+) -> dict[str, Update]:
+    """AdaLoRA (Zhang et al. 2023): ΔW = alpha/(init_r + 1e-5) · B (E ⊙ A), E [r, 1]; modules whose rank became 0 are left as they are."""
+    first = finite(config.get("init_r", 12), f"{where}: init_r")
+    alpha = finite(config.get("lora_alpha", 8), f"{where}: lora_alpha")
+    if first != int(first) or first < 0:
+        raise ExpertError(f"{where}: init_r is {brief(first)}, expected a whole number of at least 0.")
+    kept = _kept_ranks(config.get("rank_pattern"), where)
+    updates = {}
+    for path, parts in found.items():
+        if parts.keys() != {"A", "B", "E"}:
+            raise ExpertError(
+                f"{where}: module {path} has {', '.join(sorted(parts))}; AdaLoRA has lora_A, lora_B and lora_E."
+            )
+        a, b, e = parts["A"], parts["B"], parts["E"]
+        rank = kept.get(path, int(first))
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1], tuple(e.shape)) != (rank, rank, (rank, 1)):
+            raise ExpertError(
+                f"{where}: module {path} has lora_A {list(a.shape)}, lora_B {list(b.shape)} and lora_E {list(e.shape)}; expected "
+                f"[{rank}, d_in], [d_out, {rank}] and [{rank}, 1]: its rank is {rank} by init_r and rank_pattern."
+            )
+        if rank:
+            scale = in_float32(
+                (alpha if alpha > 0 else rank) / (first + 1e-5), f"{where}: lora_alpha is {brief(alpha)}"
+            )
+            wide = torch.promote_types(torch.promote_types(a.dtype, e.dtype), torch.float32)
+            updates[path] = Update(a.to(wide) * e.to(wide), b, scale)
+    return updates
+
+
+def _kept_ranks(pattern: Any, where: str) -> dict[str, int]:
+    """AdaLoRA's rank_pattern ("PATH.lora_E" → which of the init_r ranks were kept) as ranks by module path."""
+    ranks = {}
+    for name, kept in (pattern or {}).items() if isinstance(pattern, dict | None) else [("", None)]:
+        if not isinstance(kept, list) or not all(isinstance(one, bool) for one in kept):
+            raise ExpertError(
+                f"{where}: rank_pattern has {brief(kept)} for {brief(name)}, expected a list of true and false."
+            )
+        ranks[name.removesuffix(".default").removesuffix(".lora_E")] = sum(kept)
+    return ranks
+
+
+def _all_vera(
+    config: Mapping[str, Any], found: Mapping[str, Parts], shared: Parts, where: str
+) -> dict[str, Update]:
+    """VeRA (Kopiczko et al. 2024): ΔW = diag(b) B diag(d) A, with one A and one B for all modules, saved or drawn from a seed."""
+    saved, seed = config.get("save_projection", True), config.get("projection_prng_key", 0)
+    if (
+        not isinstance(saved, bool)
+        or (saved and shared.keys() != {"vera_A", "vera_B"})
+        or (not saved and shared)
+    ):
+        raise ExpertError(
+            f"{where}: save_projection is {brief(saved)}, and of vera_A and vera_B the file holds {', '.join(sorted(shared)) or 'none'}."
+        )
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ExpertError(f"{where}: projection_prng_key is {brief(seed)}, expected a whole number.")
+    projections, rank = (
+        Projections(shared.get("vera_A"), shared.get("vera_B"), None if saved else seed),
+        config.get("r", 256),
+    )
+    updates = {}
+    for path, parts in found.items():
+        if parts.keys() != {"b", "d"}:
+            raise ExpertError(
+                f"{where}: module {path} has {', '.join(sorted(parts))}; VeRA has vera_lambda_b and vera_lambda_d."
+            )
+        b, d = parts["b"], parts["d"]
+        if b.ndim != 1 or tuple(d.shape) != (rank,):
+            raise ExpertError(
+                f"{where}: module {path} has vera_lambda_b {list(b.shape)} and vera_lambda_d {list(d.shape)}; expected [d_out] and "
+                f"[{brief(rank)}] for the configured rank."
+            )
+        if saved and (shared["vera_A"].ndim, shared["vera_B"].ndim) != (2, 2):
+            raise ExpertError(f"{where}: vera_A and vera_B are no matrices.")
+        if saved and (shared["vera_A"].shape[0], shared["vera_B"].shape[1]) != (rank, rank):
+            raise ExpertError(
+                f"{where}: vera_A is {list(shared['vera_A'].shape)} and vera_B {list(shared['vera_B'].shape)}; expected [{rank}, …] "
+                f"and […, {rank}]."
+            )
+        if saved and shared["vera_B"].shape[0] < b.shape[0]:
+            raise ExpertError(
+                f"{where}: module {path} has {b.shape[0]} outputs, and vera_B only {shared['vera_B'].shape[0]} rows."
+            )
+        updates[path] = Update(*no_rows(None, b.shape[0]), shared=SharedUpdate(b, d, projections))
+    return updates
+
+
+def _patterns(**parts: str) -> dict[str, re.Pattern[str]]:
+    return {name: re.compile(rf"(.+)\.{pattern}") for name, pattern in parts.items()}
+
+
+KINDS = {
+    "LORA": Kind(
+        _patterns(
+            A=r"lora_A\.weight",
+            B=r"lora_B\.weight",
+            bias=r"lora_B\.bias",
+            magnitude=r"lora_magnitude_vector(?:\.weight)?",
+            embedding_A="lora_embedding_A",
+            embedding_B="lora_embedding_B",
+        ),
+        _all_lora,
+    ),
+    "IA3": Kind(_patterns(ia3="ia3_l"), _all_ia3),
+    "ADALORA": Kind(_patterns(A="lora_A", B="lora_B", E="lora_E"), _all_adalora, empty=True),
+    "VERA": Kind(_patterns(b="vera_lambda_b", d="vera_lambda_d"), _all_vera),
+}
+"""By PEFT's name for it."""

@@ -1,0 +1,116 @@
+"""Reading a whole safetensors file that somebody else wrote: header first, then as much as it says, once.
+
+It is read, not mapped into memory: a mapped file that is cut short later ends the process (SIGBUS), and one that is changed
+later changes tensors that were checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import ExpertError, PhatgooseError, brief
+from phatgoose.experts.files.safetensors_header import Item, header_of
+from phatgoose.files import open_regular
+from phatgoose.memory import available_bytes
+
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFile:
+    """What a safetensors file holds, all of it from the bytes whose sha256 this is."""
+
+    tensors: dict[str, Tensor]
+    """Floating point, every value finite."""
+    metadata: dict[str, str]
+    sha256: str
+
+
+def read_tensor_file(
+    path: Path, error: type[PhatgooseError] = ExpertError, *, empty: bool = False
+) -> TensorFile:
+    """Reads a safetensors file. `empty`: whether tensors without values are taken too; whoever reads them must look.
+
+    Raises:
+        PhatgooseError: of the type `error`, naming the file, and the tensor where there is one: no whole safetensors file,
+            not floating point, a value that isn't finite, a tensor without values, or more than fits into memory.
+    """
+    with open_regular(Path(path), error) as (file, size):
+        raw, header = header_of(file, size, str(path), error)
+        if header.data_bytes > (free := available_bytes()):
+            raise error(
+                f"{path} holds {header.data_bytes} bytes of tensors, and this machine has {free} bytes of memory free."
+            )
+        digest = hashlib.sha256(raw)
+        tensors: dict[str, Tensor] = {}
+        for name, item in header.in_order():
+            where = f"{path}: tensor {name!r}"
+            if 0 in item.shape and not empty:
+                raise error(f"{where} has shape {list(item.shape)}, so no values.")
+            tensors[name] = _read(file, item, where, error, digest)
+        if file.read(1):
+            raise error(f"{path} grew while it was read; is somebody writing it?")
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{path}: tensor {name!r}", error)
+    return TensorFile(
+        {name: tensors[name] for name in header.items}, dict(header.metadata), digest.hexdigest()
+    )
+
+
+def _read(
+    file: BufferedReader, item: Item, where: str, error: type[PhatgooseError], digest: hashlib._Hash
+) -> Tensor:
+    try:
+        tensor = torch.empty(item.shape, dtype=item.dtype)
+    except (RuntimeError, MemoryError) as cause:
+        raise error(f"{where}: no memory for its {item.end - item.begin} bytes.") from cause
+    if not tensor.numel():
+        return tensor
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
+    if file.readinto(view) != len(view):
+        raise error(f"{where} ends early; the file was cut short while it was read.")
+    digest.update(view)
+    return tensor
+
+
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors would be written as the same bytes: dtype, shape, every bit. (torch.equal knows no float8.)"""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(a, b)
+
+
+def all_identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors have the same names, and `identical` tensors under each."""
+    return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
+
+
+def check_sha256(expected: Any, found: str, path: Path, what: str) -> None:
+    """Raises ExpertError unless `path` has the sha256 that `what` recorded."""
+    if expected != found:
+        raise ExpertError(
+            f"{path} is damaged or was changed: {what} is {brief(expected)}, the file's is {found}."
+        )
+
+
+def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = ExpertError) -> None:
+    """Refuses NaN and infinity, in pieces: the check of a large tensor needs little memory of its own.
+
+    Raises:
+        PhatgooseError: of the type `error`, with the number of such values.
+    """
+    bad = 0
+    for piece in tensor.detach().reshape(-1).split(_CHUNK):
+        wide = piece if piece.dtype.itemsize > 1 else piece.float()  # float8 knows no isfinite
+        bad += int(wide.numel() - torch.isfinite(wide).sum())
+    if bad:
+        raise error(f"{where} has {bad} of {tensor.numel()} values that are NaN or infinite.")

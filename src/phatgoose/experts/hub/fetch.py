@@ -1,0 +1,256 @@
+"""Fetching files of one commit from the Hub, into huggingface_hub's own cache: bounded, and checked against the Hub's hashes.
+
+huggingface_hub compares the size of what it fetched, not the hash (only its Xet transfers are verified), and a body that
+never ends or breaks off again and again would be read forever. Both are checked here. Nothing is unpacked, imported or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import tqdm
+
+from phatgoose.errors import DownloadError
+from phatgoose.experts.hub.place import Place
+from phatgoose.files import sha256_file
+from phatgoose.hub_errors import is_network, status
+
+MAX_BYTES = 4 * 2**30
+TEXT_BYTES = 64 * 2**20
+"""The largest JSON or README.md that is fetched."""
+TIMEOUT_SECONDS = 10.0
+RETRY_SECONDS = (1.0, 3.0)
+"""How long to wait before the Hub is asked again for a listing; then it is given up."""
+SLACK_BYTES = 2**20
+"""How much more than three times a file's size may come before a transfer is ended."""
+THREADS = 8
+LIBRARY = "phatgoose"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the Hub lists it: its size in bytes, and the sha256 of its bytes (LFS) or git's sha1 (other files)."""
+
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a commit holds, as the Hub says."""
+
+    revision: str
+    """The commit's sha."""
+    files: Mapping[str, RemoteFile] = field(repr=False)
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Files of one commit that lie here now."""
+
+    revision: str
+    """The commit's sha."""
+    paths: Mapping[str, Path] = field(repr=False)
+    """By their paths in the repository; an optional one that the commit doesn't have is absent."""
+
+
+def fetch(
+    place: Place,
+    listing: Listing,
+    required: Sequence[str],
+    optional: Sequence[str],
+    token: str | bool | None,
+    max_bytes: int = MAX_BYTES,
+) -> Fetched:
+    """The files `required` and `optional` (paths in the repository) of the commit that is listed.
+
+    Raises:
+        DownloadError: a file is missing, too large, or not what the Hub's listing says. Others from huggingface_hub.
+    """
+    wanted = [*required, *(name for name in optional if name in listing.files)]
+    for name in wanted:
+        _check_size(place, name, listing, max_bytes)
+    session = _Session(place.repo, listing, token)
+    # The first by the revision's name, so that huggingface_hub notes which commit it stands for, for use without a network.
+    paths = [session.get(name, place.revision) for name in wanted[:1]]
+    paths += _in_threads(session.get, wanted[1:])
+    _in_threads(session.note_absence, [name for name in optional if name not in listing.files])
+    return Fetched(listing.revision, dict(zip(wanted, paths, strict=True)))
+
+
+def list_files(repo: str, revision: str | None, token: str | bool | None) -> Listing:
+    """Every file of a revision, with sizes and hashes, in one call. Asks again after a failure of the Hub or the network."""
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            info = HfApi(token=token, library_name=LIBRARY).model_info(
+                repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
+            )
+            break
+        except Exception as error:
+            if wait is None or not (is_network(error) or (status(error) or 0) >= 500):
+                raise
+            time.sleep(wait)
+    if not info.sha:
+        raise DownloadError(f"the Hub names no commit for {repo}; it may be empty.")
+    files = {
+        s.rfilename: RemoteFile(s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
+        for s in info.siblings or []
+    }
+    return Listing(info.sha, files, bool(info.private))
+
+
+def from_cache(place: Place, required: Sequence[str], optional: Sequence[str]) -> Fetched:
+    """What huggingface_hub's cache has, without asking the Hub.
+
+    Raises:
+        LookupError: the cache lacks a file, or doesn't know whether the commit has it.
+        DownloadError: a file is damaged.
+    """
+    found: dict[str, Path] = {}
+    revision = place.commit or ""
+    for name in (*required, *optional):
+        path = try_to_load_from_cache(place.repo, name, revision=place.revision)
+        if isinstance(path, str):
+            found[name] = Path(path)
+            revision = _commit_of(found[name], name)
+            _check_named(place.repo, name, found[name])
+        elif path is None or name in required:
+            raise LookupError(name)
+    return Fetched(revision, found)
+
+
+class _Session:
+    """Downloads from one commit."""
+
+    def __init__(self, repo: str, listing: Listing, token: str | bool | None) -> None:
+        self.repo, self.listing, self.token = repo, listing, token
+
+    def get(self, name: str, revision: str | None = "") -> Path:
+        """A file's path in the cache; `revision` stands for the commit if it is given."""
+        file = self.listing.files[name]
+        path = Path(self._download(name, self.listing.revision if revision == "" else revision, file.size))
+        if _commit_of(path, name) != self.listing.revision:
+            raise DownloadError(f"{self.repo} was changed while it was being fetched: try again.")
+        _check_hash(self.repo, name, path, file)
+        return path
+
+    def note_absence(self, name: str) -> None:
+        """Asks for a file that isn't there, so that the cache knows it and will do without the network."""
+        known = try_to_load_from_cache(self.repo, name, revision=self.listing.revision)
+        if known is not None and not isinstance(known, str):
+            return
+        try:
+            self._download(name, self.listing.revision, 0)
+        except RemoteEntryNotFoundError:
+            return
+        raise DownloadError(f"{self.repo} has a file {name} that it doesn't list: try again.")
+
+    def _download(self, name: str, revision: str | None, size: int) -> str:
+        return hf_hub_download(
+            self.repo,
+            name,
+            revision=revision,
+            token=self.token,
+            library_name=LIBRARY,
+            etag_timeout=TIMEOUT_SECONDS,
+            tqdm_class=_meter(f"{self.repo}: {name}", size, shown=len(self.listing.files) < 20),
+        )
+
+
+def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
+    """A progress bar that ends a transfer of much more than `size` bytes, which huggingface_hub would go on with."""
+    limit = 3 * size + SLACK_BYTES
+
+    class Meter(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            self.received = 0
+            super().__init__(*args, **({} if shown else {"disable": True}) | settings)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += max(0, int(n or 0))
+            if self.received > limit:
+                raise DownloadError(
+                    f"{what}: the Hub lists {size} bytes, and {self.received} came without an end: the transfer breaks off "
+                    "again and again, or sends something else. Try again later."
+                )
+            return super().update(n)
+
+    return Meter
+
+
+def _in_threads(function: Callable[[str], Result], names: Iterable[str]) -> list[Result]:
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        return list(threads.map(function, names))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _check_size(place: Place, name: str, listing: Listing, max_bytes: int) -> None:
+    if name not in listing.files:
+        raise DownloadError(f"{place.repo} at {listing.revision} has no file {name}.")
+    limit = max_bytes if name.endswith(".safetensors") else min(TEXT_BYTES, max_bytes)
+    if (size := listing.files[name].size) > limit:
+        raise DownloadError(
+            f"{place.repo}: {name} is {size:,} bytes, and at most {limit:,} are fetched; it was not. If that is right, allow more "
+            "with max_bytes (--max-gb on the command line)."
+        )
+
+
+def _check_hash(repo: str, name: str, path: Path, file: RemoteFile) -> None:
+    """Compares a fetched file with the hash that the Hub lists."""
+    expected = file.sha256 or file.git_sha1
+    if expected is None:
+        raise DownloadError(f"{repo}: the Hub lists no hash of {name}, so it can't be checked.")
+    found = sha256_file(path) if file.sha256 else _git_sha1(path)
+    if found != expected:
+        raise _wrong(repo, name, path, expected, found)
+    called = _called(path)
+    if len(called) == len(expected) and called != expected:
+        raise _wrong(repo, name, path, expected, called)
+
+
+def _check_named(repo: str, name: str, path: Path) -> None:
+    """Compares a cached file with the hash that it is called by."""
+    called = _called(path)
+    if len(called) in (40, 64):
+        found = sha256_file(path) if len(called) == 64 else _git_sha1(path)
+        if found != called:
+            raise _wrong(repo, name, path, called, found)
+
+
+def _called(path: Path) -> str:
+    """The hash that huggingface_hub's cache keeps a file under, where it can link; "" elsewhere."""
+    return path.readlink().name if path.is_symlink() else ""
+
+
+def _wrong(repo: str, name: str, path: Path, expected: str, found: str) -> DownloadError:
+    """The refusal of a file, which is removed from the cache."""
+    named = path.parent / path.readlink() if path.is_symlink() else path
+    for victim in (path.resolve(), named, path):
+        victim.unlink(missing_ok=True)
+    kind = "sha256" if len(expected) == 64 else "git's sha1"
+    return DownloadError(
+        f"{repo}: {name} is not the file that the Hub lists: {kind} expected {expected}, found {found}. It was not kept: try again."
+    )
+
+
+def _git_sha1(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _commit_of(path: Path, name: str) -> str:
+    """The commit that a path in the cache belongs to: …/snapshots/COMMIT/NAME."""
+    return path.parents[name.count("/")].name

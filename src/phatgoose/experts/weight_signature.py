@@ -1,0 +1,62 @@
+"""What an expert's weights alone say about the inputs it is for: the singular value decomposition of its ΔW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import ExpertError
+from phatgoose.ops.update import Update
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """ΔW = U diag(values) vectors without U: which input directions an update reads, and how strongly.
+
+    values: float64 [q], the singular values above rounding, largest first; vectors: float64 [q, d_in], the right-singular
+    vectors as rows, each of length 1 and of either sign. q is the rank of ΔW, 0 where ΔW is zero.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def arrow(self) -> Tensor:
+        """The direction that ΔW stretches most (Arrow, arXiv 2405.11157): float64 [d_in]; zeros where ΔW is zero."""
+        return self.vectors[0] if len(self.values) else self.vectors.new_zeros(self.vectors.shape[1])
+
+
+def why_no_signature(update: Update) -> str | None:
+    """What keeps an update from having a signature, or None: ΔW must be the low-rank part, and there must be one."""
+    if update.embedding:
+        return "an embedding's input is a token's number, which has no direction"
+    if update.shared is not None:
+        return "it is VeRA, whose matrices are known only where it is routed in its base"
+    parts = (update.output_scale, update.input_scale, update.magnitude, update.bottleneck)
+    if update.rank == 0 or any(part is not None for part in parts):
+        return f"it is {update.kind}, and only LoRA's update is a low-rank matrix"
+    return None
+
+
+def signature(update: Update) -> Signature:
+    """The singular value decomposition of ΔW = scale · B A, from its factors, in float64.
+
+    With Aᵀ = Q_A R_A and B = Q_B R_B it is that of R_B R_Aᵀ, a matrix of at most r × r, turned by Q_A: exact, and
+    nothing of the size of ΔW is made. A bias of the update plays no part: it doesn't depend on the input.
+
+    Raises:
+        ExpertError: the update is no low-rank matrix ((IA)³, DoRA, bottleneck, embedding).
+    """
+    if (reason := why_no_signature(update)) is not None:
+        raise ExpertError(f"there is no signature in the weights of this update: {reason}.")
+    a, b = (t.detach().to("cpu", torch.float64) for t in (update.A, update.B))
+    q_a, r_a = torch.linalg.qr(a.T)
+    r_b = torch.linalg.qr(b, mode="r").R
+    _, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    values = values * abs(update.scale)
+    # Below rounding the vectors are arbitrary: B or A may have less than full rank, and zero padding has none.
+    tiny = max(*a.shape, *b.shape) * torch.finfo(torch.float64).eps
+    known = values > tiny * values[0]
+    return Signature(values[known], (right @ q_a.T)[known])

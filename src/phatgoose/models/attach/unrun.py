@@ -1,0 +1,90 @@
+"""Experts at modules that don't run: said once, after the model's first whole pass."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from phatgoose.models.attach.hooks import Hooks, compiled_anything
+from phatgoose.models.context.caches import cache_of, length_of
+from phatgoose.models.context.streams import Streams
+from phatgoose.models.moe.slots import Slot
+
+SHOWN = 5
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")  # layers.3, and expert_3 of Switch
+
+
+class Unrun:
+    """Watches which of these modules run, until the model has run once as a whole; after that it costs nothing.
+
+    Args:
+        modules: (path, module) of each.
+        streams: the model's. What is in an encoder or a decoder that hasn't run isn't spoken of.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], streams: Streams | None = None
+    ):
+        # Which of a mixture's experts run is a matter of the tokens.
+        self.modules = {path: module for path, module in modules if not isinstance(module, Slot)}
+        self.model, self.ran = model, set[str]()
+        stacks = {} if streams is None else streams.stacks
+        prefixes = {} if streams is None else streams.prefixes
+        self.stacks = {prefixes[name]: stack for name, stack in stacks.items() if prefixes.get(name)}
+        self.hooks, self.whole = Hooks(), False
+
+    def attach(self) -> None:
+        if not self.modules:
+            return
+        watched = self.modules | self.stacks
+        self.hooks.add(
+            [m.register_forward_pre_hook(partial(self._note, path)) for path, m in watched.items()]
+        )
+        self.hooks.add(
+            [
+                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self.model.register_forward_hook(self._done),
+            ]
+        )
+
+    def _note(self, path: str, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.ran.add(path)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            # Behind a cache, cross-attention's keys and values aren't computed again.
+            self.whole = not length_of(cache_of(kwargs))
+
+    def _done(self, *_: Any) -> None:
+        if torch.compiler.is_compiling() or not self.hooks or not self.whole:
+            return
+        self.hooks.remove(forget=False)
+        if compiled_anything():  # what runs there isn't seen
+            return
+        waiting = {p for p, stack in self.stacks.items() if p not in self.ran}
+        sometimes = {_family(path) for path in self.ran}
+        found = [
+            path
+            for path in self.modules
+            if path not in self.ran and _family(path) not in sometimes and not path.startswith(tuple(waiting))
+        ]
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            warnings.warn(
+                f"experts adapt {', '.join(found[:SHOWN])}{more}, which didn't run in the model's first pass: there they have done nothing "
+                "yet, and never will if the model doesn't call these modules. (Some run for some inputs only, as for images.)",
+                stacklevel=2,
+            )
+
+
+def _family(path: str) -> str:
+    """A module and those that stand beside it, of which some run at a time: the experts of a mixture. Itself where there are none."""
+    numbers = list(_NUMBER.finditer(path))
+    return path if len(numbers) < 2 else f"{path[: numbers[-1].start()]}*{path[numbers[-1].end() :]}"

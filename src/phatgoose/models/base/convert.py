@@ -1,0 +1,195 @@
+"""LoRA whose training began by changing the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA of a base.
+
+With W = R + s B₀A₀, R what the base became and A₀, B₀ what the adapter began as, the trained model is R + s BA, so
+ΔW = s (BA − B₀A₀): one LoRA of twice the rank, as PEFT's `path_initial_model_for_weight_conversion` has it.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.adapters.formats import read_adapter, to_contents
+from phatgoose.experts.adapters.peft_keys import PREFIX
+from phatgoose.experts.adapters.peft_rules import PLAIN_INITS
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.names import slug
+from phatgoose.models.base.fingerprint import fingerprint
+from phatgoose.ops.update import Update
+
+AGAIN = ("pissa", "olora")
+"""Values of init_lora_weights that PEFT computes from the base's weights alone, so that they can be computed again."""
+WITH_INITIAL = ("pissa", "olora", "corda", "lora_ga")
+"""Values where the initial adapter is all that is missing. (LoftQ's base is quantised: nothing of low rank leads to it.)"""
+FAR = 1.0
+"""Training that moves BA further than so many times ‖B₀A₀‖ hints at another base."""
+
+
+def converted(
+    folder: Path,
+    model: PreTrainedModel,
+    spec: str,
+    *,
+    initial: Path | None = None,
+    residual: bool = False,
+    name: str | None = None,
+) -> tuple[Expert, float | None]:
+    """The adapter in `folder` as a plain LoRA, which records `model` as its base; and ‖BA − B₀A₀‖/‖B₀A₀‖, the largest of all modules.
+
+    Args:
+        model: the base that the result is for; its weights are used up. `spec`: what it is called.
+        initial: the adapter as it was before training. Without it PEFT's initialisation is run again on `model`.
+        residual: `model` is the changed base itself, on which the adapter is a plain LoRA already.
+
+    Raises:
+        ExpertError: another kind of adapter, or what is missing for it.
+        BaseModelError: a base that has no fingerprint.
+    """
+    config, file = read_adapter(folder)
+    init = _init(config, folder)
+    plain = {
+        **config,
+        "init_lora_weights": True,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "loftq_config": {},
+    }
+    updates = to_contents(plain, file.tensors, str(folder)).updates
+    base = fingerprint(model, spec)
+    record = {"kind": "converted", "from": init, "base": base.to_json()}
+    name = name or slug(folder.resolve().name)
+    if residual:
+        return Expert(name, plain, file.tensors, provenance={**record, "by": "the changed base"}), None
+    own = set(map(id, file.tensors.values()))
+    if not all(u.is_low_rank and {id(u.A), id(u.B)} <= own for u in updates.values()):
+        raise ExpertError(
+            f"{folder} is {init} with more than A and B of linear layers (DoRA, a bias, an embedding, bare parameters), which can't be "
+            "converted. If you have the base that its training changed, give that with --base and --residual."
+        )
+    if initial is not None:
+        first = _initial(initial, updates, init, folder)
+    elif _named(init, AGAIN) and "_niter_" not in init:
+        first = _again(config, model, updates, folder)
+    else:
+        raise ExpertError(_missing(init, folder))
+    tensors, far = _difference(file.tensors, updates, first)
+    by = "PEFT's initialisation, run again" if initial is None else "the initial adapter"
+    return Expert(name, _twice(plain), tensors, provenance={**record, "by": by}), far
+
+
+def _named(init: str, names: tuple[str, ...]) -> bool:
+    return init.lower().startswith(names)
+
+
+def _init(config: Mapping[str, Any], folder: Path) -> str:
+    """The adapter's init_lora_weights, which changes the base."""
+    init = config.get("init_lora_weights", True)
+    if config.get("peft_type") != "LORA" or init in PLAIN_INITS:
+        raise ExpertError(
+            f"{folder} needs no conversion: it is {brief(config.get('peft_type'))} with init_lora_weights = {brief(init)}, which "
+            "changes no weights of the base."
+        )
+    if not isinstance(init, str) or not _named(init, (*WITH_INITIAL, "loftq")):
+        raise ExpertError(
+            f"{folder} has init_lora_weights = {brief(init)}, which isn't known; known are {', '.join((*WITH_INITIAL, 'loftq'))}."
+        )
+    return init
+
+
+def _missing(init: str, folder: Path) -> str:
+    if init.lower() == "loftq":
+        return (
+            f"{folder} was trained on LoftQ's quantised base, from which no update of low rank leads to the original. Give that base "
+            "(save_pretrained of the model that replace_lora_weights_loftq or LoftQ's script made) with --base and --residual."
+        )
+    return (
+        f"{folder} began as {brief(init)}, which depends on data or chance and can't be computed again. Give the adapter as it was before "
+        "training (saved with save_pretrained then) with --initial, or the changed base with --base and --residual."
+    )
+
+
+def _initial(
+    folder: Path, updates: Mapping[str, Update], init: str, trained: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A₀ and B₀ of a saved adapter, by module path."""
+    if not _named(init, WITH_INITIAL):
+        raise ExpertError(_missing(init, trained))
+    config, file = read_adapter(folder)
+    plain = {**config, "init_lora_weights": True, "corda_config": None, "lora_ga_config": None}
+    found = to_contents(plain, file.tensors, str(folder)).updates
+    if found.keys() != updates.keys():
+        odd = sorted(found.keys() ^ updates.keys())[0]
+        raise ExpertError(f"{folder} isn't what {trained} began as: only one of them adapts {odd}.")
+    for path, update in updates.items():
+        first = found[path]
+        if (first.A.shape, first.B.shape, first.scale) != (update.A.shape, update.B.shape, update.scale):
+            raise ExpertError(
+                f"{folder} isn't what {trained} began as: at {path} it has rank {first.rank} and scale {first.scale:g}, the trained one "
+                f"{update.rank} and {update.scale:g}."
+            )
+    return {path: (update.A, update.B) for path, update in found.items()}
+
+
+def _again(
+    config: Mapping[str, Any], model: PreTrainedModel, updates: Mapping[str, Update], folder: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A₀ and B₀ as PEFT computes them from the base's weights, by module path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT says of initialisations that change the base
+        settings: Any = LoraConfig.from_pretrained(str(folder))
+        settings.target_modules = "|".join(map(re.escape, updates))  # one regular expression of whole paths
+        settings.exclude_modules = settings.layers_to_transform = settings.layers_pattern = None
+        settings.modules_to_save, settings.inference_mode = None, True
+        try:
+            whole: Any = get_peft_model(model, settings)
+        except Exception as cause:  # PEFT has many: no such module, a packed weight, ranks above the module's
+            raise ExpertError(f"PEFT can't initialise {folder} on this base: {cause}") from cause
+    found = {}
+    for path, update in updates.items():
+        layer = whole.get_base_model().get_submodule(path)
+        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        if a.shape != update.A.shape or b.shape != update.B.shape:
+            raise ExpertError(
+                f"{folder}: {path} has lora_A {list(update.A.shape)} and lora_B {list(update.B.shape)}; on this base they would be "
+                f"{list(a.shape)} and {list(b.shape)}: it is of another base."
+            )
+        found[path] = a.cpu(), b.cpu()
+    return found
+
+
+def _difference(
+    tensors: Mapping[str, Tensor], updates: Mapping[str, Update], first: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Tensor], float]:
+    """The tensors of ΔW = s (BA − B₀A₀) and of whatever else the adapter brings, and how far they are from the beginning."""
+    keys = {id(tensor): key for key, tensor in tensors.items()}
+    used = {keys[id(part)] for update in updates.values() for part in (update.A, update.B)}
+    made = {key: tensor for key, tensor in tensors.items() if key not in used}
+    far = 0.0
+    for path, update in updates.items():
+        a, b, a0, b0 = (t.float() for t in (update.A, update.B, *first[path]))
+        made[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([a, a0])
+        made[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([b, -b0], dim=1)
+        start = torch.linalg.matrix_norm(b0 @ a0)
+        far = max(far, float(torch.linalg.matrix_norm(b @ a - b0 @ a0) / start) if start > 0 else 0.0)
+    return made, far
+
+
+def _twice(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of twice the rank and the same scale: alpha/r, or alpha/√r with rsLoRA."""
+    more = 2**0.5 if config.get("use_rslora") else 2
+    return {
+        **config,
+        "r": 2 * config.get("r", 8),
+        "lora_alpha": more * config.get("lora_alpha", 8),
+        "rank_pattern": {key: 2 * value for key, value in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {key: more * value for key, value in (config.get("alpha_pattern") or {}).items()},
+    }

@@ -1,0 +1,159 @@
+"""Taking a base's fingerprint: its architecture and a few hundred weights from fixed places. See docs/bases.md.
+
+Comparing two is `phatgoose.fingerprints` (it needs no model), whose names are here as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from phatgoose.errors import BaseModelError
+from phatgoose.fingerprints import Verdict, check_same_base, same_base
+from phatgoose.models.trace.module_names import plain_name
+from phatgoose.records import Fingerprint
+
+__all__ = ["Verdict", "check_same_base", "fingerprint", "same_base"]
+
+EMBEDDING_VALUES = 192
+NORM_TENSORS, NORM_VALUES = 16, 4
+LINEAR_TENSORS, LINEAR_VALUES = 24, 8
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size",),
+    "layers": ("num_hidden_layers",),
+    "decoder_layers": ("num_decoder_layers", "decoder_layers"),
+    "attention_heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "intermediate_size": ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim"),
+    "vocab_size": ("vocab_size",),
+}
+"""Architecture field → the names that configs give it (transformers' attribute_map covers most of GPT-2's and T5's)."""
+_NORM = re.compile(r"(norm|(^|[._])ln)[^.]*\.weight$|norm[^.]*$", re.IGNORECASE)
+
+
+def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
+    """The fingerprint of a base, the same whatever dtype it is loaded in and whether routing is attached.
+
+    `samples` has the groups "embedding" (192 values of the input embedding), "norm:NAME" (4 values of each of up to 16
+    norm weights) and "linear:NAME" (8 values of each of up to 24 weight matrices), tensors spread evenly over the
+    model, places a hash of name and shape; float32 rounded to 6 significant digits. Packed (4-/8-bit) and offloaded
+    tensors are left out: what two fingerprints have in common is compared.
+
+    Raises:
+        BaseModelError: `model` is wrapped by PEFT, its embedding is packed or not in memory, or a sample isn't finite.
+    """
+    _refuse_adapted(model)
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or not _readable(weight):
+        raise BaseModelError(
+            f"{spec}: the input embedding is {_state(weight)}, so this base has no fingerprint. Keep the embedding in memory "
+            'and unpacked (a device_map that puts it on a device, not on "disk" or "meta"; GGUF files through load_base()).'
+        )
+    samples = {"embedding": _sample("embedding", weight, EMBEDDING_VALUES)}
+    heads = {id(m.weight) for m in (embedding, model.get_output_embeddings()) if m is not None}
+    named = [(plain_name(n), p) for n, p in model.named_parameters() if id(p) not in heads]
+    norms = [(n, p) for n, p in named if p.dim() == 1 and _NORM.search(n)]
+    # A packed matrix counts here, and is left out below: the choice of tensors then doesn't depend on the packing.
+    linears = [(n, p) for n, p in named if p.dim() == 2 and n.endswith(".weight")]
+    for name, tensor in _spread(norms, NORM_TENSORS):
+        if _readable(tensor):
+            samples[f"norm:{name}"] = _sample(name, tensor, NORM_VALUES)
+    for name, tensor in _spread(linears, LINEAR_TENSORS):
+        if _readable(tensor):
+            samples[f"linear:{name}"] = _sample(name, tensor, LINEAR_VALUES)
+    for group, values in samples.items():
+        if not all(map(math.isfinite, values)):
+            raise BaseModelError(
+                f"{spec}: {group!r} holds NaN or infinity. The checkpoint is damaged, or too large for this dtype: "
+                'load it with dtype="float32" or "bfloat16".'
+            )
+    return Fingerprint(spec, architecture(model), samples)
+
+
+def architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields that two bases must share, under one set of names for all model families."""
+    config = model.config.get_text_config()
+    found: dict[str, Any] = {"model_type": config.model_type}
+    for field, names in _FIELDS.items():
+        values = (getattr(config, name, None) for name in names)
+        found[field] = next((v for v in values if v is not None), None)
+    found["kv_heads"] = found["kv_heads"] or found["attention_heads"]
+    if found["intermediate_size"] is None and found["hidden_size"]:
+        found["intermediate_size"] = 4 * found["hidden_size"]  # what GPT-2 means by n_inner=None
+    found["encoder_decoder"] = bool(model.config.is_encoder_decoder)
+    if not found["encoder_decoder"]:
+        found["decoder_layers"] = None
+    found["tied_embeddings"] = _tied(model)
+    return found
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    """From the weights, not from the config: T5's says "tied" of every checkpoint, whatever is in it."""
+    into, out = model.get_input_embeddings(), model.get_output_embeddings()
+    if into is None or out is None:
+        return False
+    a: Any = into.weight
+    b: Any = out.weight
+    if a is b or (a.device.type != "meta" and a.device == b.device):
+        return bool(a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr()))
+    name = next(
+        (n for n, m in model.named_modules() if m is out), ""
+    )  # split over devices: one value, two copies
+    return f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _refuse_adapted(model: Any) -> None:
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise BaseModelError(
+                f"{name or type(model).__name__} is wrapped by PEFT ({type(module).__name__}): a base has no adapter. "
+                "Pass the model as it was before get_peft_model(), or model.unload()."
+            )
+
+
+def _readable(weight: Tensor) -> bool:
+    # A subclass (bitsandbytes, torchao, GGUF, a sharded tensor) may call itself floating point and hold something else.
+    dense = type(weight) in (Tensor, Parameter) and weight.is_floating_point()
+    return dense and weight.device.type != "meta" and weight.numel() > 0
+
+
+def _state(weight: Any) -> str:
+    if not isinstance(weight, Tensor):
+        return "missing"
+    if weight.device.type == "meta":
+        return "offloaded (on the meta device)"
+    return (
+        "held elsewhere (empty here)"
+        if weight.numel() == 0
+        else f"packed ({type(weight).__name__}, {weight.dtype})"
+    )
+
+
+def _spread(items: Sequence[tuple[str, Tensor]], count: int) -> list[tuple[str, Tensor]]:
+    """At most `count` of the items at even distances, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def places(name: str, shape: Sequence[int], count: int) -> list[int]:
+    """Flat row-major indices into a tensor: the i-th is sha256("NAME|D0xD1|i"), its first 8 bytes big-endian, mod numel."""
+    key = f"{name}|{'x'.join(map(str, shape))}|"
+    digests = (hashlib.sha256(f"{key}{i}".encode()).digest() for i in range(count))
+    return [int.from_bytes(digest[:8], "big") % math.prod(shape) for digest in digests]
+
+
+def _sample(name: str, weight: Tensor, count: int) -> tuple[float, ...]:
+    flat = torch.tensor(places(name, weight.shape, count), device=weight.device)
+    values = weight.detach()[torch.unravel_index(flat, weight.shape)]
+    return tuple(float(f"{v:.6g}") for v in values.float().tolist())

@@ -1,0 +1,254 @@
+"""What routing must know of the modules it attaches to: their sizes, their dtype, their weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from phatgoose.errors import RoutingError
+from phatgoose.ops import Layer
+from phatgoose.ops.bottleneck import Residual
+from phatgoose.ops.update import Update
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer of any kind (plain, Conv1D, quantised), None if it isn't one.
+
+    Taken from the layer's own record of its sizes: a packed quantised weight has another shape. A class with a forward of its own
+    over a plain weight, as routers of mixtures have, is tried: it may return several tensors, or of another size.
+    """
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # the second pair is transformers' Conv1D
+        d_in, d_out = (getattr(module, name, None) for name in names)
+        if isinstance(d_in, int) and isinstance(d_out, int):
+            return (d_in, d_out) if _gives_one_tensor(module, d_in, d_out) else None
+    return None
+
+
+@torch.no_grad()
+def _gives_one_tensor(module: nn.Module, d_in: int, d_out: int) -> bool:
+    weight = getattr(module, "weight", None)
+    usual = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if usual or not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        return True
+    device = "cpu" if weight.is_meta and hasattr(module, "_hf_hook") else weight.device
+    try:
+        y = module.forward(torch.zeros(1, 2, d_in, dtype=weight.dtype, device=device))
+    except Exception:  # whatever it is, the module isn't called as a linear layer is
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, 2, d_out)
+
+
+def embedding_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(vocabulary, d_out) of an embedding whose output is its weight's rows, or those times one number (`embed_scale`); None for others."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return None
+    if type(module).forward is not nn.Embedding.forward and not _only_scales(module):
+        return None
+    return module.num_embeddings, module.embedding_dim
+
+
+def embed_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by: Gemma's, BART's and M2M100's do it in the module."""
+    return 1.0 if type(module).forward is nn.Embedding.forward else float(getattr(module, "embed_scale", 1.0))
+
+
+@torch.no_grad()
+def _only_scales(module: nn.Embedding) -> bool:
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        if module.weight.is_meta:
+            return hasattr(module, "embed_scale")
+        ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
+        rows = F.embedding(ids, module.weight)
+        try:
+            y = type(module).forward(module, ids)
+            return torch.allclose(y, rows * embed_scale(module), rtol=1e-2)
+        except Exception:  # it isn't called as an embedding is
+            return False
+
+
+def compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
+    """The dtype the module computes in: its weight's, or the model's if the weight is packed."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in FLOATS:
+        return weight.dtype
+    return model.dtype
+
+
+class ModuleLayer(Layer):
+    """A module's bias and its product x → W x, without its hooks, as they are when they are asked for.
+
+    An offloaded or packed module is asked to run, and its bias taken off again, which costs the bias' rounding.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # Not the weights: they change when the model is copied, moved, offloaded or trained.
+        object.__setattr__(self, "module", module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        from accelerate.utils import align_module_device
+
+        module: nn.Module = self.__dict__["module"]
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor) and bias.is_meta:
+            with align_module_device(module):
+                bias = module.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def product(self, x: Tensor) -> Tensor:
+        module: Any = self.__dict__["module"]
+        if is_plain(module) and not hasattr(module, "_hf_hook"):
+            if type(module) is nn.Linear:
+                return F.linear(x, module.weight)
+            return (x.reshape(-1, x.shape[-1]) @ module.weight).reshape(*x.shape[:-1], -1)
+        y: Tensor = module.forward(x)
+        bias = self.bias
+        return y if bias is None else y - bias.to(y.device, y.dtype)
+
+
+def holder(module: nn.Module) -> nn.Module:
+    """The module that holds the weight, and fetches it where it is offloaded: that of a mixture's stand-ins, else the module itself."""
+    found: nn.Module = getattr(module, "holder", module)
+    return found
+
+
+def weight_state(module: nn.Module) -> tuple[object, ...] | None:
+    """What changes when a module's weight is replaced, moved or written into (but not through `.data`); None while it is offloaded."""
+    from accelerate.utils import has_offloaded_params
+
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(holder(module)):
+        return None
+    return weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
+
+
+def acting(update: Update, module: nn.Module, path: str) -> Update:
+    """The update as it acts at this module: DoRA with the base's weight put in, an embedding's times what the module multiplies by.
+
+    Raises:
+        RoutingError: DoRA needs the weight, which is packed and can't be unpacked.
+    """
+    if update.magnitude is not None:
+        return update.resolved(dense_weight(module, path))
+    if update.embedding and (scale := embed_scale(module)) != 1:
+        return replace(update, scale=update.scale * scale)
+    return update
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module was called with, however it was passed: its first argument."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is torch's or transformers' own linear layer, which makes a new tensor in every call."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def unseen(module: nn.Module) -> bool:
+    """Whether nobody but the hook that asks has seen the output of a plain module: then it may be written into."""
+    return len(module._forward_hooks) == 1 and not _global_forward_hooks
+
+
+def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Module | None:
+    """The module whose input is the residual stream that one of these updates of one module reads; None if none does.
+
+    Raises:
+        RoutingError: the model has no such module.
+    """
+    found = (p.bottleneck.residual for p in parts if p is not None and p.bottleneck is not None)
+    if (path := next((path for path in found if path is not None), None)) is None:
+        return None
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise RoutingError(
+            f"a bottleneck adapter reads the input of {path}, which this model lacks: it is of another architecture."
+        ) from None
+
+
+def follow_residual(source: nn.Module, module: nn.Module, residual: Residual) -> list[RemovableHandle]:
+    """Hooks that fill `residual` with what `source` is given, and empty it after `module`, whose own hooks stand already."""
+    return [
+        source.register_forward_pre_hook(partial(_fill, residual), with_kwargs=True),
+        module.register_forward_hook(partial(_empty, residual)),
+    ]
+
+
+# No closures: a copied or pickled model's hooks must fill the copy's own.
+def _fill(residual: Residual, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    residual.value = given(args, kwargs)
+
+
+def _empty(residual: Residual, *_: Any) -> None:
+    residual.value = None
+
+
+def dense_weight(module: nn.Module, path: str) -> Tensor:
+    """W as [d_out, d_in], of a plain, Conv1D, offloaded or packed linear layer, which stays as it is.
+
+    Raises:
+        RoutingError: if a packed weight can't be unpacked.
+    """
+    from accelerate.utils import align_module_device
+    from peft.utils.integrations import dequantize_module_weight
+
+    # Where the weight is here already, to fetch it again would take it away from the pass that runs.
+    away = getattr(getattr(module, "weight", None), "is_meta", False)
+    with align_module_device(holder(module)) if away else nullcontext():
+        weight = module.weight
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+            try:
+                weight = dequantize_module_weight(_twin(module))
+            except Exception as cause:  # each packing has its own errors
+                raise RoutingError(
+                    f"{path}: a DoRA expert needs the base's weight, which is packed and can't be unpacked ({cause}); "
+                    "load the base unpacked."
+                ) from cause
+        weight = weight.detach().clone()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of a packed layer with tensors and a state of its own: unpacking moves tensors, and puts others in their place."""
+    twin = copy.copy(module)
+    memo: dict[int, Any] = {}
+    for name in ("_parameters", "_buffers", "state", "quant_state"):
+        if name in twin.__dict__:
+            twin.__dict__[name] = copy.deepcopy(twin.__dict__[name], memo)
+    return twin
+
+
+def same_weights(module: nn.Module, name: str, copy: Tensor, *, cut: bool = False) -> bool:
+    """Whether `copy` is the module's own parameter, up to the rounding to its dtype.
+
+    `cut`: the copy may lack the last rows: those of an embedding or a head that no token of the tokenizer has.
+    """
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        own = getattr(module, name, None)
+        if isinstance(own, Tensor) and cut and own.ndim == copy.ndim and len(copy) < len(own):
+            own = own[: len(copy)]
+        if not isinstance(own, Tensor) or own.shape != copy.shape:
+            return False
+        return torch.equal(copy.to(own.device, own.dtype), own) or torch.equal(
+            copy.to(own.device, torch.float64),
+            own.to(copy.dtype).double(),  # torch.equal knows no float8
+        )

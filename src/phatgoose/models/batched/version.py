@@ -1,0 +1,203 @@
+"""A pool made ready to act on a model, and the ways in which a token may go through it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.fingerprints import check_same_base
+from phatgoose.models.attach.attach import Routing
+from phatgoose.models.attach.reference_text import show_reference
+from phatgoose.models.base.base import Base
+from phatgoose.models.context.prompted import setup_of
+from phatgoose.models.moe.slots import Slot
+from phatgoose.ops import Backend, Prepared, backend
+from phatgoose.registry import unknown
+from phatgoose.routers import Router, Single
+from phatgoose.routers.constant import Fixed
+from phatgoose.routers.context import RoutingContext
+from phatgoose.routers.masked import Masked, Switches
+from phatgoose.routers.router import BoundRouter, Candidates, Encoder
+
+REMEMBERED = 1024
+"""Texts whose embeddings are kept."""
+
+
+@dataclass(frozen=True)
+class _Open(Router):
+    """Binds to nothing: keeps a place for the null candidate, so that routers with and without one can share the stacks."""
+
+    offers_null = True
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        return Fixed((), 1.0)
+
+
+class Version:
+    """A pool's experts at every module of one model, side by side: made once, shared by all routers.
+
+    Nothing is attached to the model; `Mixed.attach` does that.
+
+    Raises:
+        BaseModelError: the model is not the base that the pool records. RoutingError: a module is missing or of another shape.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        pool: Pool,
+        *,
+        backend_name: str = "auto",
+        any_base: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        if not any_base and pool.base is not None:
+            check_same_base(pool.base, base.fingerprint, "the pool's experts")
+        self.base, self.pool = base, pool
+        self.ops: Backend = backend(backend_name, base.device.type)
+        self.routing = Routing(base.model, pool, _Open(), self.ops, dtype)
+        self.sites = {site.path: site for site in self.routing.sites}
+        for site in self.sites.values():  # where its module is, before anything is made of it
+            weight = getattr(site.module, "weight", None)
+            device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else base.device
+            if site.stack.A.device != device:
+                site.stack = site.stack.to(device)
+        # The candidate that an expert is at a module; −1 where it has nothing there.
+        self.slots: dict[str, Tensor] = {}
+        for path, site in self.sites.items():
+            table = torch.full((len(pool),), -1, dtype=torch.long)
+            for slot, member in enumerate(site.members):
+                if member >= 0:
+                    table[member] = slot
+            self.slots[path] = table
+
+
+class Way:
+    """One router over the experts of a version that aren't switched off.
+
+    Args:
+        router: any but one that needs a reference text, unless `calibrate` is called before the way is used.
+        off: names of experts that are switched off: as if the pool didn't have them.
+        encoder: which sentence encoder to load, for the name that the router or the experts' signatures give; may raise a
+            RoutingError. A server must not load whatever an expert's author names.
+
+    Raises:
+        RoutingError: the router can't serve this pool, can't switch experts off, or every expert is off.
+        UnknownName: an expert that the pool lacks.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        router: Router,
+        off: Collection[str] = (),
+        encoder: Callable[[str], str] = str,
+    ):
+        self.version, self.router, self.off = version, router, frozenset(off)
+        names = version.pool.names
+        for name in sorted(self.off):
+            if name not in names:
+                raise unknown("expert", name, names)
+        if len(self.off) == len(names):
+            raise RoutingError("every expert is switched off: switch one on, or ask for the base.")
+        router.check(names)
+        self.reads_text = router.reads == "texts"
+        inside = next((path for path, site in version.sites.items() if isinstance(site.module, Slot)), None)
+        if self.reads_text and inside is not None:
+            raise RoutingError(
+                f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart yet: take a router "
+                "that goes by gates or weights, or route() a separate copy of the model."
+            )
+        self.single: int | None = None
+        """The one expert that acts, with weight 1; None if a router chooses."""
+        self.bound: dict[str, BoundRouter] = {}
+        self.fused: dict[str, Prepared] = {}
+        if isinstance(router, Single):
+            self.single = router.place(names)
+            if names[self.single] in self.off:
+                raise RoutingError(f"expert {names[self.single]!r} is switched off.")
+            return
+        if self.off:
+            on = torch.tensor([[name not in self.off for name in names]])
+            router = Masked(router, Switches(on))
+        setup = setup_of(version.base.model, version.routing.pool)
+        router = router.prepared(
+            replace(setup, encoder=lambda name: _Remembering(setup.encoder(encoder(name))))
+        )
+        for path, site in version.sites.items():
+            self.bound[path] = router.bind(_seen(site.candidates, router.offers_null))
+        self._fuse()
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(bound.needs_reference for bound in self.bound.values())
+
+    def calibrate(self) -> None:
+        """Shows the base's inputs on the reference text to routers that need them. Nothing may be attached to the model's modules
+        that changes what they compute, and no other pass may run.
+
+        Raises:
+            RoutingError: the base computes values that aren't finite on it.
+        """
+        sites, base = self.version.sites, self.version.base
+        observers = [
+            (sites[path].module, sites[path].embedding, partial(bound.observe, ops=self.version.ops))
+            for path, bound in self.bound.items()
+            if bound.needs_reference
+        ]
+        if observers:
+            show_reference(base.model, base.tokenizer, observers)
+        for path, bound in self.bound.items():
+            if bound.needs_reference and isinstance(sites[path].module, Slot):
+                bound.check_observed()
+
+    def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Chosen candidates int64 [N, k] (−1: none) and weights float32 [N, k] at one module, for its inputs u and outputs y [N, …]."""
+        site = self.version.sites[path]
+        return self.bound[path](y if site.embedding else u, context, self.version.ops)
+
+    def _fuse(self) -> None:
+        for path, site in self.version.sites.items():
+            by_gates, fuse = self.bound[path].by_gates, self.version.ops.fuse
+            if fuse is None or by_gates is None or site.embedding or len(by_gates[0]) != site.stack.experts:
+                continue
+            if (fused := fuse(*by_gates, site.stack, site.layer)) is not None:
+                self.fused[path] = fused
+
+
+class _Remembering:
+    """An encoder that keeps what it made of the last texts: a sequence's prompt is asked for at every pass."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.name, self.sha256 = encoder, encoder.name, encoder.sha256
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self.encoder(new), strict=True))
+        found = [self._known[text] for text in texts]
+        for text in texts:
+            self._known.move_to_end(text)
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return torch.stack(found) if found else self.encoder([])
+
+
+def _seen(candidates: Candidates, null: bool) -> Candidates:
+    """The candidates as a router with or without a null candidate is to see them; the null candidate is the last."""
+    if null or -1 not in candidates.members:
+        return candidates
+    return replace(
+        candidates,
+        members=candidates.members[:-1],
+        gates=candidates.gates[:-1],
+        updates=candidates.updates[:-1],
+    )

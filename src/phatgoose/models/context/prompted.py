@@ -1,0 +1,64 @@
+"""What routers that read text need of a model: its tokenizer, a sentence encoder, and to be told prompts where they can't be seen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedModel
+
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base.base import Base, bare_of
+from phatgoose.models.text.batch import decoded
+from phatgoose.routers.router import Encoder, Setup
+
+ATTRIBUTE = "_phatgoose_routing"
+"""Where a model keeps the routing that is attached to it."""
+
+
+@contextlib.contextmanager
+def prompted(
+    model: Base | PreTrainedModel,
+    prompts: Sequence[str | Sequence[int]],
+    written: Sequence[Sequence[int]] | None = None,
+) -> Iterator[None]:
+    """Inside, the rows of every call of the model that this thread makes work on these prompts, one each (beams repeat them).
+
+    Only for routers that read text (Retrieval, Centroid, SoftCentroid), which else take what a call without a cache is given to read:
+    where that isn't the prompt alone, as a prompt with its answer behind it, or isn't what should be compared, as a chat's template.
+
+    Args:
+        prompts: texts, or token ids; given as ids, what follows them in a row counts as written.
+        written: where a key-value cache that this routing didn't see made is gone on with: what stands in it behind each prompt.
+    """
+    bare = bare_of(model)
+    routing = bare.__dict__.get(ATTRIBUTE)
+    if routing is None or not prompts:
+        yield
+        return
+    told = tuple(p if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts)
+    behind = None if written is None else tuple(tuple(int(i) for i in w) for w in written)
+    before = routing.streams.tell((told, behind))
+    try:
+        yield
+    finally:
+        routing.streams.tell(before)
+
+
+def setup_of(model: PreTrainedModel, pool: Pool) -> Setup:
+    """What a router is shown of a model and a pool before it is bound."""
+    base: Base | None = model.__dict__.get("_phatgoose_base")
+
+    def decode(ids: Sequence[int]) -> str:
+        assert base is not None
+        return decoded(base.tokenizer, ids)
+
+    signature = pool.experts[0].signature
+    expected = None if signature is None else signature.encoder_sha256
+
+    def encoder(name: str) -> Encoder:
+        from phatgoose.models.base.sentence_encoder import load_encoder
+
+        return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
+
+    return Setup(pool.experts, decode if base is not None else None, encoder)

@@ -1,0 +1,254 @@
+"""Which tokens a model is running over right now: seen by hooks on its encoder and decoder, asked for by routers and traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from phatgoose.errors import RoutingError
+from phatgoose.models.attach.hooks import apart
+from phatgoose.models.context.caches import Caches, named
+from phatgoose.models.context.matching import dispatching, match, match_head, refused_stacks, same_memory
+from phatgoose.models.context.prompts import Pass, Readings, Told
+from phatgoose.models.context.runs import Encoders, Run, run_of
+from phatgoose.models.trace.module_names import plain_name, reads_encoder
+from phatgoose.ops.running import Running
+from phatgoose.routers.context import RoutingContext, Sequences, Texts
+
+
+class _Now(Running):
+    """What runs in a thread: the last run of each stack; the stack that runs, if any; what the head was asked for."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.outer: nn.Module | None = None
+        self.keep: Any = None
+        self.encoded: Tensor | None = None  # what the encoder returned, until a decoder reads it
+
+
+class _Where(NamedTuple):
+    """What a module's path says. stack: the one it stands in, or behind (not `inside`). named_so: whether it is called as keys and values of
+    cross-attention are. refusal: why shapes don't say which tokens it sees, else None. dispatched: whether tokens may be picked for it.
+    """
+
+    stack: str
+    inside: bool
+    named_so: bool
+    refusal: str | None
+    dispatched: bool
+
+
+class Streams:
+    """Remembers the arguments of the running pass of each stack; builds `Sequences` from them only when asked.
+
+    Where a router reads text, it also follows which key-value cache continues which prompt (`readings.py`).
+    """
+
+    def __init__(self, model: PreTrainedModel, reads_text: bool = False):
+        self.model = model
+        encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.readings = Readings(encoder_decoder, self._sequences_of) if reads_text else None
+        self.stacks: dict[str, nn.Module] = {"decoder": model.base_model}
+        if encoder_decoder:
+            self.stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+        self._inner = None if encoder_decoder else _inner_decoder(model)
+        paths = {module: plain_name(path) + "." if path else "" for path, module in model.named_modules()}
+        self.prefixes = {name: paths[stack] for name, stack in self.stacks.items() if stack in paths}
+        self._text = paths[self._inner] if self._inner is not None else ""
+        self._now = _Now()
+        self._caches = Caches()
+        self._encoders = Encoders()
+        self._refused = refused_stacks(model)
+        self._known: dict[str, _Where] = {}
+        self.asked = True
+        """Whether anybody may ask for the tokens of a pass; where nobody does, a compiled pass has no need to leave its graph."""
+
+    def attach(self) -> list[RemovableHandle]:
+        # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
+        watched = list(self.stacks.items())
+        if self._inner is not None:
+            watched.append(("decoder", self._inner))
+        handles: list[RemovableHandle] = []
+        for name, stack in watched:
+            enter, leave = (partial(self._beside, hook, name) for hook in (self._enter, self._leave))
+            handles.append(stack.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(stack.register_forward_hook(leave, with_kwargs=True))
+        if all(stack is not self.model for _, stack in watched):
+            enter, leave = (partial(self._beside, hook) for hook in (self._enter_head, self._leave_head))
+            handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(self.model.register_forward_hook(leave))
+        return handles
+
+    def _beside(self, hook: Callable[..., None], *call: Any) -> None:
+        if not torch.compiler.is_compiling():
+            hook(*call)
+        elif self.asked:
+            apart(hook, *call)
+
+    def texts_of(self, stream: str) -> Texts:
+        """What the sequences of the pass that a stack runs were given to read.
+
+        Raises:
+            RoutingError: it can't be known.
+        """
+        if self.readings is None:
+            raise RoutingError("this routing doesn't follow texts: attach the router with route().")
+        return self.readings.of(stream)
+
+    def tell(self, told: Told | None) -> Told | None:
+        """Says what the rows of the passes to come were given to read, instead of finding out; returns what was said before."""
+        if self.readings is None:
+            return None
+        before, self.readings.told_all = self.readings.told_all, told
+        return before
+
+    def stream_of(self, path: str) -> str:
+        """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says it; `context` knows it."""
+        if "encoder" not in self.stacks:
+            return "decoder"
+        where = self._where(path)
+        return "encoder" if where.named_so else where.stack
+
+    def current(self, stream: str) -> Sequences | None:
+        """The tokens of a stack's running pass, if they were asked for."""
+        run = self._now.runs.get(stream)
+        return None if run is None else run.sequences
+
+    def context(self, path: str, u: object, shape: torch.Size) -> RoutingContext:
+        """One call of the module at `path`, on `u`, with an output of this shape: [..., d]."""
+        stream, run, problem = self._reads(path, u)
+        lead, reader = tuple(shape[:-1]), self.texts_of
+        if run is None:
+            rows = lead[0] if len(lead) > 1 else 1
+            length = shape[:-1].numel() // max(rows, 1)
+            return RoutingContext(path, rows, length, None, None, reader, None, stream, problem)
+        where, (batch, length) = self._where(path), run.shape
+        if where.inside:
+            repeats, past = stream != where.stack, run.past.tokens
+            found = match(lead, batch, length, repeats=repeats, dispatched=where.dispatched, past=past)
+        else:
+            found = match_head(lead, batch, length, self._now.keep)
+        problem = problem or where.refusal or found.problem
+        by_row = found.by_row if where.refusal is None else batch == 1
+        rows, length, built = found.rows, found.length, run.built()
+        again = found.again if problem == found.problem else 0
+        return RoutingContext(
+            path, rows, length, built, None, reader, found.kept, stream, problem, by_row, again=again
+        )
+
+    def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
+        """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the pass's tokens in order."""
+        run, where = self._now.runs.get(stream), self._where(path)
+        return run is not None and run.shape == shape[:-1] and where.inside and where.refusal is None
+
+    def _where(self, path: str) -> _Where:
+        if path not in self._known:
+            inside = not self.prefixes or path.startswith(tuple(self.prefixes.values()))
+            stack = "encoder" if path.startswith(self.prefixes.get("encoder", "\0")) else "decoder"
+            refusal = self._refused.get(stack) if inside else None
+            if inside and self._inner is not None and not path.startswith(self._text):
+                refusal = "it isn't in the part of the model that reads the text, so it sees no tokens."
+            dispatched = dispatching(self.model, path)
+            self._known[path] = _Where(stack, inside, reads_encoder(path), refusal, dispatched)
+        return self._known[path]
+
+    def tokens_of(self, path: str, u: object) -> Sequences | None:
+        """All tokens of the pass that a call of the module at `path` on `u` sees some of; None if no pass was seen."""
+        _, run, problem = self._reads(path, u)
+        if run is None:
+            return None
+        seen, problem = run.built(), problem or self._where(path).refusal
+        return seen if problem is None else replace(seen, problem=problem)
+
+    def stream_at(self, path: str, u: object) -> str:
+        """ "encoder" or "decoder": whose tokens a call of the module at `path` on `u` sees."""
+        return self._reads(path, u)[0]
+
+    def _reads(self, path: str, u: object) -> tuple[str, Run | None, str | None]:
+        """Whose tokens a call sees, the run they are of, and why that can't be known, if it can't."""
+        runs, where = self._now.runs, self._where(path)
+        if where.stack == "encoder":
+            return "encoder", runs.get("encoder"), None
+        run, named_so = runs.get("decoder"), where.named_so
+        encoded = None if run is None or run.encoded is None else run.encoded()
+        if encoded is None or not isinstance(u, Tensor):
+            if named_so and run is not None:
+                return "encoder", None, "it reads states that the decoder wasn't given."
+            return "decoder", run, None
+        if same_memory(u, encoded):
+            stands = u.shape == encoded.shape and u.stride() == encoded.stride()
+        elif named_so or u.device != encoded.device:  # moved to another device, it is a copy
+            stands = u.shape == encoded.shape and torch.equal(u.to(encoded.device), encoded)
+            if not stands and not named_so:
+                return "decoder", run, None
+        else:
+            return "decoder", run, None
+        if not stands:
+            return "encoder", None, "it reads the encoder's states in another form than the decoder."
+        if run is None or (of := self._encoders.run_of(encoded, run.before)) is None:
+            return "encoder", None, "it reads states that this model's encoder didn't compute while routed."
+        return "encoder", of, None
+
+    def _sequences_of(self, name: str) -> Sequences | None:
+        run = self._now.runs.get(name)
+        return None if run is None else run.built()
+
+    def _enter_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._now.outer, self._now.keep = None, named(module, args, kwargs).get("logits_to_keep")
+
+    def _leave_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._now.keep = None
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        now = self._now
+        if name == "decoder":
+            if now.outer is not None and now.outer is not module:
+                return  # it runs inside of the other
+            now.outer = module
+        given = named(module, args, kwargs)
+        run = run_of(given, self._caches)
+        if given.get("cu_seq_lens_q") is not None and getattr(given.get("attention_mask"), "ndim", 0) != 2:
+            run.given["attention_mask"] = None  # continuous batching: there is no padding
+        now.runs[name] = run
+        if name == "decoder" and run.encoded is not None:
+            run.before = None if now.encoded is run.encoded() else now.encoded
+            now.encoded = None
+        if self.readings is not None:
+            encoded = given.get("encoder_hidden_states")
+            self.readings.enter(name, Pass(run.past, given.get("attention_mask"), encoded))
+
+    def _leave(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        now = self._now
+        if name == "decoder":
+            if now.outer is not module:
+                return
+            now.outer = None
+        run = now.runs.get(name)
+        if run is None:
+            return
+        self._caches.after(run.given, output, run.past, *run.shape)
+        if name == "encoder":
+            states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+            if isinstance(states, Tensor):
+                self._encoders.keep(states, run)
+                now.encoded = states
+        if self.readings is not None:
+            self.readings.leave(name, output)
+
+
+def _inner_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The text decoder inside of a model without an encoder, if the base model isn't it: OPT's head model calls it directly; in a
+    vision-language model everything beside it sees no text."""
+    inner = model.get_decoder()
+    if inner is model.base_model or not isinstance(inner, PreTrainedModel):
+        return None
+    return inner if any(inner is module for module in model.base_model.modules()) else None

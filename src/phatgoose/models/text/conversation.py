@@ -1,0 +1,259 @@
+"""Conversations → token ids, by the tokenizer's chat template: the same for chat, serve, ui, explain, training and evaluation.
+
+What a template would leave out is refused: a message, its name, its tool calls, the tools. What users and tools write is text: a
+control token in it ("<|im_end|>") is split into ordinary tokens, so that nobody can end a turn or begin one from inside a message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from phatgoose.errors import TaskError
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.limits import end_tokens
+
+Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
+TRUSTED = ("system", "developer", "assistant")
+"""Roles whose control tokens are parsed: those of whoever runs the conversation, and of the model itself."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def conversation_ids(
+    base: Base,
+    messages: Sequence[Message],
+    tools: Tools = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[int]:
+    """The tokens of a conversation up to where the model is to answer: those of `apply_chat_template(add_generation_prompt=True)`.
+
+    Args:
+        messages: {"role", "content", …} each, as the template takes them. `developer` is `system` where the template knows none.
+        tokenizer: a copy of the base's, where another thread uses that.
+
+    Raises:
+        TaskError: there is no template, it refuses the conversation, or it would leave a part of it out.
+    """
+    return _Conversation(base, tokenizer or base.tokenizer, messages, tools).prompt
+
+
+def answered(
+    base: Base, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = None
+) -> tuple[list[int], list[list[int]]]:
+    """`conversation_ids`, and for each answer (a message of the assistant's) the tokens that the model is to write behind them.
+
+    An answer ends with its first end token, where the model that is served stops; what the template puts behind that isn't part of
+    it. A template that marks what the assistant writes ({% generation %}) is followed instead.
+
+    Raises:
+        TaskError: as `conversation_ids`, or the conversation with its answer doesn't begin as the one without: a model trained on the
+            one would be served the other. Encoder–decoders.
+    """
+    if base.is_encoder_decoder:
+        raise TaskError(
+            "conversations are for decoder-only bases: give this encoder–decoder rows with input and target."
+        )
+    conversation = _Conversation(base, base.tokenizer, messages, tools)
+    return conversation.prompt, [conversation.behind(answer) for answer in answers]
+
+
+class _Conversation:
+    """What stands before an answer, rendered and as tokens."""
+
+    def __init__(
+        self, base: Base, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools
+    ) -> None:
+        self.base, self.tokenizer = base, tokenizer
+        if self.tokenizer.chat_template is None:
+            raise TaskError(f"the tokenizer of {base.spec} has no chat template.")
+        self.tools = [dict(tool) for tool in tools] if tools else None
+        source = self.source = _source(self.tokenizer, self.tools)
+        self.marks_answers = _GENERATION.search(source) is not None
+        plain = [_given(message) for message in messages]
+        if "developer" not in source:
+            plain = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in plain]
+        self.messages, self.marked = _marked(self.tokenizer, source, plain)
+        self.text = self._render(self.messages, self.tools, True)
+        self._refuse_what_is_dropped()
+        self.prompt = self._encode(self.text)
+        if not self.prompt:
+            raise TaskError("the model's chat template makes no tokens of the messages.")
+
+    def behind(self, answer: Message) -> list[int]:
+        """The answer's tokens."""
+        given = {"role": "assistant", **_given(answer)}
+        whole = [*self.messages, given]
+        text = self._render(whole, self.tools, False)
+        if "tool_calls" in given:
+            self._matters(
+                "tool_calls", text, [*self.messages, _without(given, "tool_calls")], self.tools, False
+            )
+        if not text.startswith(self.text):
+            system = any(m.get("role") == "system" for m in self.messages)
+            raise TaskError(
+                "the chat template renders a conversation with its answer otherwise than up to the answer: "
+                f"{_parting(text, self.text)}. Trained on the one, a model would be served the other."
+                + (
+                    " Some templates do so with a system turn: write it into the first user turn."
+                    if system
+                    else ""
+                )
+            )
+        end = self._end_of_answer(whole, text)
+        ids, count = self._encode(text[:end]), len(self.prompt)
+        tokens = ids[count:]
+        if ids[:count] != self.prompt:
+            # The tokenizer joins the prompt's end and the answer's beginning; a served model writes behind the prompt's own tokens.
+            tokens = self._encode(text[len(self.text) : end])
+            if self._decoded([*self.prompt, *tokens]) != self._decoded(ids):
+                raise TaskError("the tokenizer can't write the answer behind the prompt's own tokens.")
+        if not self.marks_answers:
+            ends = end_tokens(self.base.model, self.tokenizer.eos_token_id)
+            tokens = tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+        if not tokens:
+            raise TaskError("the chat template makes no tokens of an answer.")
+        return tokens
+
+    def _end_of_answer(self, messages: list[dict[str, Any]], text: str) -> int:
+        """Where in the rendered text the answer ends: at the end of what the template marks as the assistant's, or of all."""
+        if not self.marks_answers:
+            return len(text)
+        spans = [(a, b) for a, b in self._spans(messages) if b > len(self.text)]
+        starts, ends = [a for a, _ in spans], [b for _, b in spans]
+        if not spans or starts[0] > len(self.text) or starts[1:] != ends[:-1]:
+            raise TaskError(
+                "what the chat template marks with {% generation %} doesn't begin where its generation prompt ends, or has gaps: "
+                "the model would have to write what isn't in the loss."
+            )
+        return ends[-1]
+
+    def _spans(self, messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        rendered = render(
+            conversations=[messages], tools=self.tools, chat_template=self.source,
+            return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
+        )  # fmt: skip
+        return list(rendered[1][0])
+
+    def _refuse_what_is_dropped(self) -> None:
+        """Compares with the rendering without each part that templates are known to pass over."""
+        messages = self.messages
+        if self.tools:
+            self._matters("tools", self.text, messages, None)
+        if any("tool_calls" in m for m in messages):
+            self._matters("tool_calls", self.text, [_without(m, "tool_calls") for m in messages], self.tools)
+        # Templates go by roles: one comparison a role, not a message, of which a client may send thousands.
+        for role in dict.fromkeys(m.get("role") for m in messages):
+            places = [i for i, m in enumerate(messages) if m.get("role") == role]
+            # A tool's name says again what its call said.
+            if role != "tool" and (named := [i for i in places if "name" in messages[i]]):
+                nameless = [_without(m, "name") if i in named else m for i, m in enumerate(messages)]
+                self._matters(f"messages.{named[0]}.name", self.text, nameless, self.tools)
+            for i in {places[0], places[-1]} if role != "assistant" else ():
+                content = messages[i].get("content")
+                if isinstance(content, str) and content.strip() not in self.text and len(messages) > 1:
+                    others = [*messages[:i], *messages[i + 1 :]]
+                    self._matters(f"messages.{i} (role {role!r})", self.text, others, self.tools)
+
+    def _matters(
+        self, part: str, text: str, messages: list[dict[str, Any]], tools: Any, prompt: bool = True
+    ) -> None:
+        try:
+            same = self._render(messages, tools, prompt) == text
+        except TaskError:
+            return
+        if same:
+            raise TaskError(f"{part}: the model's chat template has no place for it, and would leave it out.")
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+        apply: Any = self.tokenizer.apply_chat_template
+        try:
+            return str(apply(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise TaskError(
+                f"the model's chat template refuses the conversation ({type(error).__name__}: {error})."[:500]
+            ) from error
+
+    def _encode(self, text: str) -> list[int]:
+        if not self.marked:
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        from transformers.utils import chat_template_utils as utils
+
+        try:
+            return list(utils.encode_marked_chat(self.tokenizer, text))
+        except ValueError as error:
+            raise TaskError(
+                f"a message holds a control token that can't be written as text: {error}."
+            ) from error
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], bool]:
+    """The messages with the control tokens marked that users and tools wrote, and whether there are any."""
+    written = [text for m in messages if m.get("role") not in TRUSTED for text in _texts(m)]
+    known: Any = tokenizer
+    try:
+        from transformers.utils.chat_template_utils import _get_control_token_patterns, mark_control_tokens
+
+        pattern, _ = _get_control_token_patterns(known._get_control_tokens(source))
+    except (ImportError, AttributeError):
+        if any(str(token) in text for text in written for token in tokenizer.all_special_tokens):
+            raise TaskError(
+                "a message holds a control token of the tokenizer, which this version of transformers can't write as text: take it "
+                "out, or install transformers 5.23 or newer."
+            ) from None
+        return messages, False
+    if not any(pattern.search(text) for text in written):
+        return messages, False
+    return [
+        m if m.get("role") in TRUSTED else {**mark_control_tokens(m, pattern), "role": m.get("role")}
+        for m in messages
+    ], True
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a message, however deep."""
+    if isinstance(value, str):
+        return [value]
+    inside = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    )
+    return [text for part in inside for text in _texts(part)]
+
+
+def _source(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
+    try:
+        return str(tokenizer.get_chat_template(None, tools))
+    except ValueError as error:
+        raise TaskError(f"the tokenizer's chat template can't be chosen: {error}") from error
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """A copy without the keys that hold nothing, which templates would render as "None"."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _without(message: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != key}
+
+
+def _parting(one: str, other: str) -> str:
+    """Where two texts part, for people; without the marks of control tokens."""
+    one, other = (text.translate({0xF0000: None, 0xF0001: None}) for text in (one, other))
+    place = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    near = max(0, place - 20)
+    return f"{one[near : place + 20]!r} against {other[near : place + 20]!r}"

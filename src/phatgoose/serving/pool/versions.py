@@ -1,0 +1,198 @@
+"""The experts that answer now, and the ways through them, which come and go while the server runs.
+
+Every change makes a new state; a request keeps the one it began with. Experts that were replaced stay attached until the last
+answer by them is finished, so no answer mixes two pools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.sentence_encoder import DEFAULT_ENCODER
+from phatgoose.models.batched.version import Version, Way
+from phatgoose.routers import Router, Single, parse_router
+from phatgoose.routers.example import AUTO
+from phatgoose.serving.engine.engine import Engine
+from phatgoose.serving.threads import away
+
+
+class Encoders:
+    """Which sentence encoders a server loads.
+
+    Args:
+        chosen: by the operator; None: none.
+        router: the default router, which may name one.
+    """
+
+    def __init__(self, chosen: str | None, router: str):
+        own = getattr(parse_router(router), "encoder", AUTO)
+        self.chosen = [name for name in (chosen, own) if name not in (None, AUTO)]
+
+    def allowed(self, name: str) -> str:
+        """The encoder to load where an expert's author or the default router names one.
+
+        Raises:
+            RoutingError: it is neither the pinned one nor the operator's.
+        """
+        if name == DEFAULT_ENCODER or name in self.chosen:
+            return name
+        if self.chosen:
+            return str(self.chosen[0])  # whether it is the same encoder, its sha256 says
+        raise RoutingError(
+            f"the experts' texts were embedded with another encoder than {DEFAULT_ENCODER}, and a server loads none that experts name: "
+            "whoever runs it can choose one with --encoder."
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """The experts as they are now."""
+
+    version: Version | None = None
+    """None: there are no experts."""
+    off: frozenset[str] = frozenset()
+
+
+class Experts:
+    """Lives on the event loop; what takes long runs in threads.
+
+    Args:
+        router: who chooses, where a request doesn't say.
+        max_routers: how many others are kept ready.
+        encoder: the sentence encoder that the operator chose for routers that read text, a folder or a Hub id. Beside it only the
+            pinned one and that of `router` are loaded: what an expert's author names is never fetched or opened.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        engine: Engine,
+        *,
+        router: str = "phatgoose",
+        backend_name: str = "auto",
+        max_routers: int = 8,
+        encoder: str | None = None,
+    ):
+        self.base, self.engine, self.router = base, engine, router
+        self.backend_name, self.max_routers = backend_name, max_routers
+        self.state = State()
+        self._ways: OrderedDict[tuple[int, str, frozenset[str]], Way] = OrderedDict()
+        self._users: dict[int, int] = {}
+        self._retired: dict[int, Version] = {}
+        self._tasks: set[asyncio.Future[Any]] = set()  # the event loop alone wouldn't keep them
+        self._encoders = Encoders(encoder, router)
+        self._being_bound: dict[tuple[int, str, frozenset[str]], asyncio.Task[Way]] = {}
+        # Requests' routers are bound one at a time. Those that may wait for an encoder don't hold the others up, and neither do they
+        # the default router, which changes of the experts need.
+        self._turns = {reads: asyncio.Semaphore(1) for reads in (True, False)}
+
+    @property
+    def being_bound(self) -> int:
+        """How many routers are being made ready."""
+        return len(self._being_bound)
+
+    async def way(self, state: State, text: str) -> Way:
+        """The way of the router `text` names through these experts.
+
+        Raises:
+            PhatgooseError: there is no such router, or it can't serve them.
+        """
+        version, router = state.version, parse_router(text)
+        assert version is not None
+        if isinstance(router, Single):
+            return Way(version, router, state.off)
+        key = (id(version), text, state.off)
+        if key in self._ways:
+            self._ways.move_to_end(key)
+            return self._ways[key]
+        if key not in self._being_bound:
+            task = asyncio.ensure_future(self._made(key, state, router))
+            self._being_bound[key] = task
+            task.add_done_callback(partial(self._bound, key))
+        # Whoever waits may leave; the others who wait for the same router, and those to come, don't.
+        return await asyncio.shield(self._being_bound[key])
+
+    async def _made(self, key: tuple[int, str, frozenset[str]], state: State, router: Router) -> Way:
+        version = state.version
+        assert version is not None
+        turn = self._turns[router.reads == "texts"] if key[1] != self.router else contextlib.nullcontext()
+        with self.pinned(version):
+            async with turn:
+                way = await away(self._bind, version, router, state.off)
+            self._ways[key] = way
+            self._trim(state)
+        return way
+
+    def _bound(self, key: tuple[int, str, frozenset[str]], task: asyncio.Task[Way]) -> None:
+        del self._being_bound[key]
+        if not task.cancelled():
+            task.exception()  # whoever waits is told of it; perhaps nobody does any more
+
+    def _bind(self, version: Version, router: Router, off: frozenset[str]) -> Way:
+        way = Way(version, router, off, self._encoders.allowed)
+        if way.needs_reference:
+            self.engine.between(way.calibrate)
+        return way
+
+    def _trim(self, state: State) -> None:
+        """Lets go of routers that weren't asked for lately; whoever answers by one still has it."""
+        default = (id(state.version), self.router, state.off)
+        for key in [k for k in self._ways if k != default][: max(len(self._ways) - self.max_routers - 1, 0)]:
+            del self._ways[key]
+
+    @contextlib.contextmanager
+    def pinned(self, version: Version | None) -> Iterator[None]:
+        """Keeps a version attached."""
+        if version is None:
+            yield
+            return
+        key = id(version)
+        self._users[key] = self._users.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+                if key in self._retired:
+                    self._let_go(key)
+
+    def _let_go(self, key: int) -> None:
+        version = self._retired.pop(key)
+        for stale in [k for k in self._ways if k[0] == key]:
+            del self._ways[stale]
+        take_off = partial(self.engine.between, lambda: self.engine.mixed.detach(version))
+        task = asyncio.ensure_future(away(take_off))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def prepared(self, pool: Pool | None, off: frozenset[str]) -> State:
+        """These experts, ready but not attached; raises whatever is wrong with them."""
+        if pool is None:
+            return State()
+        made = partial(Version, self.base, pool, backend_name=self.backend_name)
+        state = State(await away(made), off)
+        if off != frozenset(pool.names):
+            await self.way(state, self.router)
+        return state
+
+    async def activate(self, state: State) -> None:
+        """Makes these the experts that new requests get."""
+        old, version = self.state.version, state.version
+        if version is not None:
+            await away(self.engine.between, lambda: self.engine.mixed.attach(version))
+        self.state = state
+        if old is not None:
+            key = id(old)
+            self._retired[key] = old
+            if key not in self._users:
+                self._let_go(key)

@@ -1,0 +1,179 @@
+"""An entry: one task of a named pool or suite, and whether a pool and a suite are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phatgoose.errors import TaskError
+from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
+from phatgoose.tasks.lists.same_dataset import Dataset, datasets_of, shared
+from phatgoose.tasks.load import SOURCES, load_task
+from phatgoose.tasks.sources.prompted import ROWS
+from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.splits import Fractions, build_task
+
+Folders = Mapping[str, str | Path]
+"""Where data is read from instead of being fetched: by the name of a task, of a suite or pool, or of a source (bigbench, prompted, …)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task under a name of its own."""
+
+    name: str
+    """Of the expert, or of the column in a table."""
+    specs: tuple[str, ...]
+    """Specs whose rows together are the task."""
+    metric: str | None = None
+    """How rows without choices are scored, if not by exact match: "rougeL"."""
+    note: str = ""
+    """Where it differs from what it is named after."""
+
+    def datasets(self, folders: Folders, group: str = "") -> frozenset[Dataset]:
+        """What its specs read, by common names (`tasks/lists/same_dataset.py`); `group` as for `load_entry`."""
+        found = [datasets_of(spec, folder_for(spec, (self.name, group), folders)) for spec in self.specs]
+        return frozenset[Dataset]().union(*found)
+
+
+def load_entry(
+    entry: Entry,
+    *,
+    group: str = "",
+    folders: Folders | None = None,
+    fractions: Fractions | None = None,
+    limit: int | Mapping[SplitName, int] | None = None,
+    needed: int | None = None,
+) -> Task:
+    """The entry as one Task, named after the entry; several specs' rows are put together, a prompt in one split only.
+
+    Args:
+        group: the pool or suite it is of; a folder given for the entry goes before one for that, and that before one of the source.
+        limit: as for `load_task`, of the whole entry: several specs have like parts in it, as far as they have rows.
+        needed: how many rows of a split are wanted, for sources that render each; None: the largest `limit`.
+
+    Raises:
+        TaskError, UnknownName, DownloadError: as `load_task`.
+    """
+    fractions, parts = fractions or Fractions(), []
+    most = needed or (limit if isinstance(limit, int) else max((limit or {}).values(), default=0))
+    for spec in entry.specs:
+        folder = folder_for(spec, (entry.name, group), folders or {})
+        parts.append(load_task(_capped(spec, most), folder=folder, fractions=fractions, limit=limit))
+    if len(parts) == 1:
+        source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
+    else:
+        union = _union(entry, _within(parts, limit), fractions)
+        source_record, rows = union.source, {name: union.split(name) for name in SPLITS}
+    if entry.metric:
+        source_record = source_record | {"metric": entry.metric}
+    return Task(entry.name, rows["train"], rows["validation"], rows["test"], source_record)
+
+
+def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path | None:
+    """Where a spec's data is read from, by the first of `names` (the entry's, its pool's or suite's) that has a folder, else by its
+    source; None: it is fetched.
+
+    A folder under a name that is a suite's or pool's as well as a source's ("bbh", "bigbench", "flan") is the source's: such a suite
+    also has tasks of other sources, whose data doesn't lie there.
+    """
+    own = next((folders[name] for name in names if name in folders and name not in SOURCES), None)
+    return own or folders.get(split_spec(spec).source)
+
+
+def check_apart(
+    pool: Sequence[Entry],
+    held_out: Sequence[Entry],
+    refused: frozenset[str],
+    suite: str,
+    folders: Folders | None = None,
+) -> None:
+    """Refuses a suite for a pool that was trained on its data, as far as their names tell.
+
+    Args:
+        refused: names of further datasets that the suite isn't measured with, since they contain its own.
+        folders: where both are read from.
+
+    Raises:
+        TaskError: naming the experts and the datasets.
+    """
+    places = folders or {}
+    wanted = {Dataset(name) for name in refused}.union(*(e.datasets(places, suite) for e in held_out))
+    found = {e.name: both for e in pool if (both := shared(e.datasets(places), wanted))}
+    if found:
+        listed = "; ".join(f"{name} ({', '.join(map(str, d))})" for name, d in list(found.items())[:6])
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise TaskError(
+            f"suite {suite!r} is for models that never saw its data, and {len(found)} of the pool's experts were trained on it: "
+            f"{listed}{more}. Leave out the suite or those experts."
+        )
+
+
+def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
+    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows, which are in random order.
+
+    Where that is less than `validation_rows`, up to 3 of 10 rows. Where raw rows are shown under several prompts, no raw row is on
+    both sides: the validation rows are all prompts of the raw rows that the test rows leave, of which 1 in 10 is set aside if
+    they leave fewer. These may be less than `validation_rows`; a lone raw row leaves none.
+    """
+    if task.validation or not validation_rows or len(task.test) < 2:
+        return task
+    rows, raw = task.test, list(dict.fromkeys(groups_of(task.test)))
+    if len(raw) == len(rows):
+        kept = min(test_rows, max(1, len(rows) * 7 // 10, len(rows) - validation_rows))
+        test, rest, behind = rows[:kept], rows[kept:], "rows behind the test rows"
+    else:
+        shown = len(set(groups_of(rows[:test_rows])))
+        measured = set(raw[: min(shown, max(1, min(len(raw) - 1, len(raw) * 9 // 10)))])
+        sides = [group in measured for group in groups_of(rows)]
+        test = tuple(e for e, in_test in zip(rows, sides, strict=True) if in_test)[:test_rows]
+        rest = tuple(e for e, in_test in zip(rows, sides, strict=True) if not in_test)
+        behind = "raw rows behind the test rows'"
+    if not rest:
+        return task
+    return replace(task, test=test, validation=rest, source=task.source | {"validation": behind})
+
+
+def _capped(spec: str, most: int) -> str:
+    """Rendering every row under every prompt is slow: sources that can are told how many rows are wanted at most."""
+    parsed = split_spec(spec)
+    if parsed.source not in ("prompted", "flan") or "rows" in parsed.options or not most:
+        return spec
+    # Ten times as many, since duplicates go and splits are carved out of these; no more than the sources' own cap, which is T0's.
+    return f"{spec}{'&' if '?' in spec else '?'}rows={max(most, min(10 * most, ROWS))}"
+
+
+def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) -> list[Task]:
+    """The parts with no more rows than `limit` together: each its first ones, which are a random sample."""
+    limits = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else limit or {}
+    shares = {name: even_shares([len(t.split(name)) for t in parts], most) for name, most in limits.items()}
+    cut = []
+    for place, part in enumerate(parts):
+        rows = {name: part.split(name)[: shares[name][place] if name in shares else None] for name in SPLITS}
+        cut.append(Task(part.name, rows["train"], rows["validation"], rows["test"], part.source))
+    return cut
+
+
+def even_shares(sizes: Sequence[int], most: int) -> list[int]:
+    """How many of each size to take for at most `most` together, as even as can be; what is left over goes to the first ones."""
+    shares, left = [0] * len(sizes), most
+    for done, place in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))):
+        shares[place] = min(sizes[place], left // (len(sizes) - done))
+        left -= shares[place]
+    return shares
+
+
+def _union(entry: Entry, parts: Sequence[Task], fractions: Fractions) -> Task:
+    own: dict[SplitName, list[Example]] = {
+        name: [_of_part(e, number) for number, t in enumerate(parts) for e in t.split(name)]
+        for name in SPLITS
+    }
+    source = {"spec": " + ".join(entry.specs), "source": "union", "parts": [t.source for t in parts]}
+    source["prompt_style"] = "each part's own"
+    return build_task(entry.name, own, source, fractions)
+
+
+def _of_part(example: Example, number: int) -> Example:
+    """Raw rows of two parts may have one number."""
+    return example if example.group is None else replace(example, group=f"{number} {example.group}")

@@ -1,0 +1,239 @@
+"""`bigbench:NAME[/SUBTASK][?ranked=true]`: BIG-bench's JSON tasks, with BIG-bench's own meaning of their fields.
+
+The prompt is (task_prefix + input prefix + input + choices + output prefix).strip() + "\\nAnswer:", as in the paper:
+"Today I walk. Yesterday I\\nAnswer:". A task's prompt must carry its instruction, so task_prefix and prefixes that say
+something ("Today I ", "\\nJoke or not? ") stay; generic labels ("Q:", "Input:", "A:") give way to "\\nAnswer:".
+
+Choices are shown (unless append_choices_to_input is false) in an order that depends on nothing but their text and the
+row's input, since the files often list the right one first. Every choice with the highest score is right. A row that
+has both target and target_scores is ranked if the task's preferred score is multiple_choice_grade or the spec says ranked=true, else
+matched.
+A name with subtasks is all of them together, each row under its own instruction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import TaskError
+from phatgoose.records import Example, Task
+from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.sources import bigbench_files
+from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.splits import Fractions, build_task
+
+GENERIC_LABELS = frozenset(
+    {
+        "",
+        "q",
+        "question",
+        "input",
+        "text",
+        "sentence",
+        "example",
+        "a",
+        "answer",
+        "output",
+        "the answer is",
+        "best choice",
+    }
+)
+"""Prefixes (without colon, case folded) that say nothing about what to do."""
+
+RANKED, MATCHED = "multiple_choice_grade", "exact_str_match"
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a task.json says about all of its rows."""
+
+    opening: str
+    """Instruction and input prefix, before the input."""
+    closing: str
+    """Output prefix, after input and choices; empty if generic."""
+    choice_prefix: str
+    """What stands before each choice."""
+    show_choices: bool
+    """Whether choices are part of the prompt."""
+    prefer_rank: bool
+    """Whether a row with both target and target_scores is ranked."""
+
+
+def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
+    """One task, or all subtasks of one together.
+
+    Raises:
+        UnknownName: no such task or subtask.
+        TaskError: a file is malformed (named, with the row), has no examples, the task is programmatic, or its rows have no choices and
+            ranked=true.
+        DownloadError, StorageError: BIG-bench can't be fetched or unpacked.
+    """
+    ranked = _ranked(spec)
+    place = bigbench_files.root(folder)
+    name = spec.name.strip("/")
+    parts = bigbench_files.find(place, name)
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    for _, path, data in parts:
+        examples += _examples(path, data, dropped, ranked)
+    preferred = {part: data.get("preferred_score") for part, _, data in parts}
+    scores = sorted({str(s) for s in preferred.values()})
+    source: dict[str, Any] = {"spec": spec.text, "source": "bigbench"}
+    if bigbench_files.is_sdist(place):
+        source |= {"package": bigbench_files.REQUIREMENT, "sha256": bigbench_files.SHA256}
+    source |= {
+        "subtasks": [part for part, _, _ in parts] if len(parts) > 1 else [],
+        "prompt_style": "bigbench/1: task_prefix, input prefix, input, choices, output prefix, then \\nAnswer:",
+        "preferred_score": scores[0] if len(scores) == 1 else preferred,
+        "scored_as": sorted(
+            {"exact match" if e.choices is None else "rank classification" for e in examples}
+        ),
+        "other_metric": any(s not in (RANKED, MATCHED, "None") for s in scores),
+    }
+    return build_task(f"bigbench:{name}", {"train": examples}, source, fractions, dropped)
+
+
+def names(folder: Path | None) -> list[str]:
+    """Every task and NAME/SUBTASK."""
+    return bigbench_files.names(bigbench_files.root(folder))
+
+
+def is_generic(prefix: str) -> bool:
+    """Whether a prefix is a mere label."""
+    return prefix.strip().rstrip(":").rstrip().casefold() in GENERIC_LABELS
+
+
+def style(path: Path, data: dict[str, Any]) -> Style:
+    """The Style of one task.json.
+
+    Raises:
+        TaskError: a field has another type than BIG-bench gives it.
+    """
+
+    def text(key: str, default: str) -> str:
+        value = data.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise TaskError(f'{path}: "{key}" must be text, got {type(value).__name__}.')
+        return value
+
+    show = data.get("append_choices_to_input", True)
+    show = {"true": True, "false": False}.get(show.casefold(), show) if isinstance(show, str) else show
+    if not isinstance(show, bool):
+        raise TaskError(f'{path}: "append_choices_to_input" must be true or false, got {show!r}.')
+    metrics = data.get("metrics") or []
+    preferred = data.get("preferred_score") or (RANKED if RANKED in metrics else MATCHED)
+    prefix, before, after = (
+        text("task_prefix", ""),
+        text("example_input_prefix", ""),
+        text("example_output_prefix", ""),
+    )
+    if is_generic(before):
+        # The label also kept the instruction and the input apart; a line break does so in its place.
+        before = "" if not prefix or prefix[-1].isspace() else "\n"
+    return Style(
+        opening=prefix + before,
+        closing="" if is_generic(after) else after,
+        choice_prefix=text("choice_prefix", "\n  choice: "),
+        show_choices=show,
+        prefer_rank=preferred == RANKED,
+    )
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    _ranked(spec)
+    if not bigbench_files.at_hand(folder):
+        return "BIG-bench, which isn't in the cache"
+    bigbench_files.find(bigbench_files.root(folder), spec.name.strip("/"))
+    return None
+
+
+def _ranked(spec: TaskSpec) -> bool:
+    spec.check_options(("ranked",))
+    value = spec.options.get("ranked", "false")
+    if value not in ("true", "false"):
+        raise TaskError(f"{spec.text}: ranked is true or false, got {value!r}.")
+    return value == "true"
+
+
+def _examples(path: Path, data: dict[str, Any], dropped: Counter[str], ranked: bool) -> list[Example]:
+    rows = data.get("examples")
+    if not isinstance(rows, list) or not rows:
+        raise TaskError(f'{path}: "examples" must be a list of at least one row.')
+    how = style(path, data)
+    how = replace(how, prefer_rank=how.prefer_rank or ranked)
+    examples = []
+    for i, row in enumerate(rows):
+        try:
+            made = to_example(row, how)
+            if ranked and isinstance(made, Example) and made.choices is None:
+                raise ValueError('no "target_scores", and the spec says ranked=true')
+        except ValueError as cause:
+            raise TaskError(f"{path}, example {i}: {cause}.") from cause
+        if isinstance(made, str):
+            dropped[made] += 1
+        else:
+            examples.append(made)
+    return examples
+
+
+def to_example(row: Any, how: Style) -> Example | str:
+    """The Example of a row, or why a well-formed row can't be used: "no_right_choice", "one_choice", "empty_answer".
+
+    Raises:
+        ValueError: the row is malformed.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("input"), str):
+        raise ValueError('expected an object with a text "input"')
+    if row.get("target") is None and row.get("target_scores") is None:
+        raise ValueError('neither "target" nor "target_scores"')
+    ranked = row.get("target_scores") is not None and (how.prefer_rank or row.get("target") is None)
+    scores = _scores(row["target_scores"]) if row.get("target_scores") is not None else {}
+    choices = shuffled(row["input"], scores)
+    prompt = how.opening + row["input"]
+    if how.show_choices:
+        prompt += "".join(how.choice_prefix + choice for choice in choices)
+    prompt = (prompt + how.closing).strip() + "\nAnswer:"
+    if not ranked:
+        targets = _targets(row["target"])
+        return make_example(prompt, targets) if targets else "empty_answer"
+    if "" in scores:
+        return "empty_answer"
+    if len(scores) < 2:
+        return "one_choice"
+    best = max(scores.values())
+    if best == min(scores.values()):
+        return "no_right_choice"
+    return make_example(prompt, [c for c in choices if scores[c] == best], choices)
+
+
+def shuffled(text: str, choices: dict[str, float]) -> list[str]:
+    """The choices in the order of sha256(input, choice): a shuffle seeded by the row, the same on every machine."""
+    return sorted(choices, key=lambda choice: hashlib.sha256(f"{text}\0{choice}".encode()).digest())
+
+
+def _scores(raw: Any) -> dict[str, float]:
+    """Stripped choice → score; choices that differ in white space only are one, with the higher score."""
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError('"target_scores" must be an object of choice: score')
+    scores: dict[str, float] = {}
+    for choice, score in raw.items():
+        if not isinstance(score, int | float) or score != score:
+            raise ValueError(f'"target_scores" gives {choice!r} the score {score!r}, expected a number')
+        scores[choice.strip()] = max(score, scores.get(choice.strip(), score))
+    return scores
+
+
+def _targets(raw: Any) -> list[str]:
+    """Acceptable answers as text; empty ones can't be generated and go."""
+    values = raw if isinstance(raw, list) else [raw]
+    for value in values:
+        if not isinstance(value, str | int | float):
+            raise ValueError(f'"target" holds {type(value).__name__}, expected text or a number')
+    return [text for value in values if (text := str(value).strip())]

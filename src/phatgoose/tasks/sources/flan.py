@@ -1,0 +1,131 @@
+"""`flan:COLLECTION/TASK`: a task of the FLAN collection (Open-Orca/FLAN), zero-shot prompts only.
+
+    flan:flan2021/ai2_arc/ARC-Easy:1.0.0     flan:dialog/qrecc     flan:niv2/Translation
+
+Rows: {"inputs", "targets"}, with "_task_name" and "_template_type" in the Hub's files. With a folder, COLLECTION_TASK.jsonl,
+.jsonl.gz or .parquet is read from there (every character of the name but letters, digits, . and - written _); rows with a
+few-shot "_template_type" are dropped. Without one the Hub's zero-shot files are streamed until `rows=` (500,000) were found: hours.
+A `niv2/` task is a category of Natural Instructions, which Open-Orca's files don't name: it needs a folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import DownloadError, TaskError
+from phatgoose.records import Example, Task
+from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.sources.jsonl import read_lines
+from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.splits import Fractions, build_task
+
+HUB = "Open-Orca/FLAN"
+FILES = {
+    "flan2021": ("flan_zsopt_data", "flan_zsnoopt_data"),
+    "dialog": ("dialog_zsopt_data",),
+    "niv2": ("niv2_zsopt_data",),
+}
+"""Folders of the Hub's dataset that hold zero-shot prompts, by collection."""
+NAMELESS = ("niv2",)
+"""Collections whose tasks the Hub's rows don't name."""
+ROWS = 500_000
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
+    """One task, split by the split rule.
+
+    Raises:
+        TaskError: no such collection or file, a `niv2/` task without a folder, or malformed rows.
+        DownloadError: the Hub can't be reached.
+    """
+    collection, task = _parts(spec)
+    most = int(spec.options.get("rows", ROWS))
+    rows = _local(spec.name, folder) if folder is not None else _hub(collection, task, spec.text)
+    dropped: Counter[str] = Counter()
+    examples = list(itertools.islice(_examples(rows, spec.text, dropped), most))
+    source = {"spec": spec.text, "source": "flan", "from": HUB if folder is None else "folder"}
+    source["prompt_style"] = "FLAN, as rendered, zero-shot"
+    return build_task(f"flan:{spec.name}", {"train": examples}, source, fractions, dropped)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    collection, task = _parts(spec)
+    if folder is not None:
+        _file(spec.name, folder)
+        return None
+    if collection in NAMELESS:
+        raise _nameless(collection, task, spec.text)
+    return "the Hub"
+
+
+def _parts(spec: TaskSpec) -> tuple[str, str]:
+    """(collection, task)"""
+    spec.check_options(("rows",))
+    collection, _, task = spec.name.partition("/")
+    if collection not in FILES or not task:
+        raise TaskError(f"{spec.text} should read flan:COLLECTION/TASK, COLLECTION being {', '.join(FILES)}.")
+    return collection, task
+
+
+def file_stem(name: str) -> str:
+    """flan2021/ai2_arc/ARC-Easy:1.0.0 → flan2021_ai2_arc_ARC-Easy_1.0.0."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _examples(rows: Iterable[Mapping[str, Any]], where: str, dropped: Counter[str]) -> Iterable[Example]:
+    for number, row in enumerate(rows):
+        prompt, target = row.get("inputs"), row.get("targets")
+        if not isinstance(prompt, str) or not isinstance(target, str):
+            raise TaskError(f'{where}, row {number}: expected texts in "inputs" and "targets".')
+        if str(row.get("_template_type", "zs")).startswith("fs"):
+            dropped["few_shot"] += 1
+        elif prompt.strip() and target.strip():
+            yield make_example(prompt, [target])
+        else:
+            dropped["empty"] += 1
+
+
+def _file(name: str, folder: Path) -> Path:
+    paths = [folder / f"{file_stem(name)}{ending}" for ending in ENDINGS]
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        raise TaskError(f"{folder} has no {file_stem(name)}.jsonl, .jsonl.gz or .parquet for flan:{name}.")
+    return path
+
+
+def _local(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
+    path = _file(name, folder)
+    if path.suffix == ".parquet":
+        import datasets
+
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    return (row for _, row in read_lines(path))
+
+
+def _nameless(collection: str, task: str, where: str) -> TaskError:
+    return TaskError(
+        f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their category. Gather "
+        f"them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
+    )
+
+
+def _hub(collection: str, task: str, where: str) -> Iterable[Mapping[str, Any]]:
+    if collection in NAMELESS:
+        raise _nameless(collection, task, where)
+    import datasets
+
+    try:
+        for part in FILES[collection]:
+            rows = datasets.load_dataset(HUB, data_files=f"{part}/*", split="train", streaming=True)
+            yield from (row for row in rows if row["_task_name"] == task)
+    except Exception as cause:
+        raise DownloadError(
+            f"can't read {HUB} from the Hub: {cause}. Or give a folder with {file_stem(f'{collection}/{task}')}.jsonl."
+        ) from cause

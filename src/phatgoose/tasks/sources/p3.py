@@ -1,0 +1,115 @@
+"""`p3:CONFIG`: a config of `bigscience/P3`, T0's data with its prompts rendered.
+
+Columns: inputs_pretokenized, targets_pretokenized, and answer_choices where a prompt has choices. In `*_score_eval`
+configs a row is one choice: rows with one idx (its first number) and input are one example, is_correct marks the right
+ones. With `folder`, CONFIG is read from there (`folder/CONFIG` as a folder of parquet, or `CONFIG.parquet`, `.jsonl`,
+`.jsonl.gz`). Splits: as for `hf:`. The prompt is the rendered input, with nothing added.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import TaskError
+from phatgoose.files import is_folder
+from phatgoose.records import SPLITS, Example, SplitName, Task
+from phatgoose.registry import unknown
+from phatgoose.tasks.columns import Unlabelled, make_example
+from phatgoose.tasks.sources import hf
+from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.splits import Fractions, build_task
+
+HUB = "bigscience/P3"
+ALL_OPTIONS = (*SPLITS, "revision")
+ENDINGS = ("", ".parquet", ".jsonl", ".jsonl.gz", ".json")
+
+
+def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
+    """One prompt of one dataset.
+
+    Raises:
+        UnknownName: the folder has no such config.
+        TaskError: a row lacks what P3's rows have.
+        DownloadError: the Hub can't be reached.
+    """
+    spec.check_options(ALL_OPTIONS)
+    copy: dict[str, Any] = {}
+    if folder is None:
+        options = spec.options | {"config": spec.name}
+        data = hf.load_data(TaskSpec("p3", HUB, options, spec.text), source=copy)
+    else:
+        data = hf.load_data(TaskSpec("p3", str(_local(spec.name, folder).resolve()), {}, spec.text))
+    columns = {name for part in data.values() for name in part.features}
+    if missing := {"inputs_pretokenized", "targets_pretokenized"} - columns:
+        raise TaskError(
+            f"p3:{spec.name} has no column {', '.join(sorted(missing))} (columns: {', '.join(sorted(columns))})."
+        )
+    own, dropped = _grouped(data, spec) if "is_correct" in columns else hf.collect(data, spec, _plain)
+    source = {
+        "spec": spec.text,
+        "source": "p3",
+        "from": HUB if folder is None else "folder",
+        "prompt_style": "P3, as rendered",
+        **copy,
+    }
+    return build_task(f"p3:{spec.name}", own, source, fractions, dropped)
+
+
+def look(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `load.look`."""
+    spec.check_options(ALL_OPTIONS)
+    if folder is None:
+        return "the Hub"
+    _local(spec.name, folder)
+    return None
+
+
+def _local(name: str, folder: Path) -> Path:
+    if not is_folder(folder, TaskError):
+        raise TaskError(f"{folder} is not a folder; expected one with a file or folder for each P3 config.")
+    for ending in ENDINGS:
+        if (folder / f"{name}{ending}").exists():
+            return folder / f"{name}{ending}"
+    raise unknown(
+        "P3 config", name, {p.name.partition(".")[0] for p in folder.iterdir() if not p.name.startswith(".")}
+    )
+
+
+def _plain(row: Mapping[str, Any], _: Mapping[str, list[str]], __: str) -> list[Example]:
+    """A row is an example; it has choices if there are at least two and the target is one of them."""
+    target = (row["targets_pretokenized"] or "").strip()
+    if not target:
+        raise Unlabelled("no target")
+    choices = [c.strip() for c in row.get("answer_choices") or ()]
+    ranked = len(set(choices)) > 1 and target in choices and "" not in choices
+    return [make_example(row["inputs_pretokenized"] or "", [target], choices if ranked else None)]
+
+
+def _grouped(data: Mapping[str, Any], spec: TaskSpec) -> tuple[dict[SplitName, list[Example]], Counter[str]]:
+    """Score-eval rows, one for each choice, gathered into examples; a group without a right choice is dropped."""
+    own: dict[SplitName, list[Example]] = {}
+    dropped: Counter[str] = Counter()
+    for split, part in hf.choose_splits(data, spec).items():
+        groups: dict[tuple[int, str], dict[str, bool]] = {}
+        for i, row in enumerate(part):
+            number = row["idx"][0] if isinstance(row.get("idx"), list) and row["idx"] else row.get("idx")
+            if not isinstance(number, int):
+                raise TaskError(
+                    f"{spec.text}, {split} row {i}: idx must be a number or a list of numbers, got {number!r}."
+                )
+            group = groups.setdefault((number, row["inputs_pretokenized"] or ""), {})
+            choice = (row["targets_pretokenized"] or "").strip()
+            group[choice] = group.get(choice, False) or bool(row["is_correct"])
+        own[split] = []
+        for (number, prompt), choices in groups.items():
+            if len(set(choices.values())) == 1:
+                dropped["no_right_choice" if not any(choices.values()) else "all_choices_right"] += 1
+                continue
+            try:
+                own[split].append(make_example(prompt, [c for c, right in choices.items() if right], choices))
+            except ValueError as cause:
+                raise TaskError(f"{spec.text}, {split} idx {number}: {cause}.") from cause
+    return own, dropped

@@ -1,0 +1,77 @@
+"""Our settings as Trainer's arguments, and what all processes of one training have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainingArguments
+
+from phatgoose.errors import TrainingError
+from phatgoose.models.base.base import Base
+from phatgoose.training.config import LoopConfig
+
+Logger = str | TrainerCallback
+
+
+def arguments(
+    base: Base, config: LoopConfig, folder: Path, loggers: Sequence[Logger] = ()
+) -> TrainingArguments:
+    """Trainer's arguments; building them joins the process group that torchrun or accelerate launch asks for.
+
+    Raises:
+        TrainingError: the rows of a step can't be shared out evenly, or the base is on another device than this process's.
+    """
+    device = base.device.type
+    built = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.rows_per_batch,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type="constant_with_warmup",
+        max_grad_norm=config.max_grad_norm or 0.0,
+        optim="adamw_torch_fused" if device in ("cpu", "cuda") else "adamw_torch",
+        seed=config.seed,
+        use_cpu=device == "cpu",
+        train_sampling_strategy="sequential",  # OrderedRows has the order
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        eval_strategy="no",
+        save_strategy="no",  # Watch says when
+        logging_strategy="steps" if loggers else "no",
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=[name for name in loggers if isinstance(name, str)],
+        disable_tqdm=True,
+    )
+    own = built.device
+    if own.type != device or (base.device.index or 0) != (own.index or 0):
+        raise TrainingError(
+            f"the base is on {base.device}, this process trains on {own}: load the base there "
+            f"(load_base(..., device={str(own)!r})), or set CUDA_VISIBLE_DEVICES."
+        )
+    built._n_gpu = min(
+        built._n_gpu, 1
+    )  # several devices are used by several processes, never by DataParallel
+    share, rest = divmod(config.rows_per_step, config.rows_per_batch * built.world_size)
+    if rest:
+        raise TrainingError(
+            f"rows_per_step = {config.rows_per_step} is not a multiple of rows_per_batch x processes = "
+            f"{config.rows_per_batch} x {built.world_size}: change one of them."
+        )
+    built.gradient_accumulation_steps = share
+    return built
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]

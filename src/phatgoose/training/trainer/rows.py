@@ -1,0 +1,110 @@
+"""A task's rows → the encoded rows of every step, in an order that depends on nothing but the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+
+from phatgoose.errors import TaskError, TrainingError
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.batch import Encoded
+from phatgoose.models.text.encoding import encode_answers
+from phatgoose.records import Example, Task
+from phatgoose.training.config import LoopConfig
+
+
+class OrderedRows(Dataset):
+    """The rows of a whole training, one after the other: rows_per_step for each step."""
+
+    def __init__(self, encoded: dict[int, Encoded], order: Sequence[int]) -> None:
+        self.encoded = encoded
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> Encoded:
+        return self.encoded[self.order[place]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one training reads."""
+
+    train: OrderedRows
+    validation: list[Encoded]
+    truncated: int
+    """Different training and validation rows whose prompt was cut."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in training, padding not counted."""
+        return sum(row.length for row in self._seen())
+
+    @property
+    def target_tokens(self) -> int:
+        """Target tokens seen in training: what the loss is a mean of."""
+        return sum(len(row.target_ids) for row in self._seen())
+
+    def _seen(self) -> list[Encoded]:
+        return [self.train[i] for i in range(len(self.train))]
+
+
+def rows_of(base: Base, task: Task, config: LoopConfig) -> Rows:
+    """Draws and encodes the rows of a training; rows that are never drawn are not encoded.
+
+    Raises:
+        TrainingError: no training rows, no validation rows although validation is asked for, or a row that can't be
+            encoded (its target is longer than max_length).
+    """
+    if not task.train:
+        raise TrainingError(f"task {task.name!r} has no training rows: there is nothing to train on.")
+    if config.validate_every and not task.validation:
+        raise TrainingError(
+            f"task {task.name!r} has no validation rows, on which the best checkpoint would be chosen: "
+            "set validate_every=0 to take the last one, or give the task a validation split."
+        )
+    order = draw(len(task.train), config.steps * config.rows_per_step, config.seed)
+    train = encode_rows(base, task.name, "training", task.train, sorted(set(order)), config.max_length)
+    lengths = {index: row.length for index, row in train.items()}
+    size = config.rows_per_step
+    for start in range(0, len(order), size):
+        # Longest first within a step: its batches then hold rows of like lengths, and its gradient stays the same.
+        order[start : start + size] = sorted(order[start : start + size], key=lambda i: (-lengths[i], i))
+    chosen: list[int] = []
+    if config.validate_every:
+        count = min(config.validation_rows, len(task.validation))
+        chosen = sorted(draw(len(task.validation), len(task.validation), seed=0)[:count])
+    validation = encode_rows(base, task.name, "validation", task.validation, chosen, config.max_length)
+    truncated = sum(row.truncated for row in [*train.values(), *validation.values()])
+    return Rows(OrderedRows(train, order), list(validation.values()), truncated)
+
+
+def draw(rows: int, count: int, seed: int) -> list[int]:
+    """`count` row numbers below `rows` from shuffled passes: every row comes once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[int] = []
+    while len(drawn) < count:
+        drawn.extend(torch.randperm(rows, generator=generator).tolist())
+    return drawn[:count]
+
+
+def encode_rows(
+    base: Base, name: str, split: str, examples: Sequence[Example], which: Sequence[int], max_length: int
+) -> dict[int, Encoded]:
+    """Rows number `which` of a task's split, with their first target, by their number.
+
+    Raises:
+        TrainingError: naming the row, if it can't be encoded.
+    """
+    encoded = {}
+    for index in which:
+        example = examples[index]
+        try:
+            (encoded[index],) = encode_answers(base, example, example.targets[:1], max_length)
+        except TaskError as cause:
+            raise TrainingError(f"task {name!r}, {split} row {index}: {cause}") from cause
+    return encoded

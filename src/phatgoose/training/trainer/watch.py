@@ -1,0 +1,78 @@
+"""What happens between the steps of a loop: the loss is checked, validation and checkpoints are due, progress is shown."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl
+
+from phatgoose.errors import TrainingError
+from phatgoose.training.config import LoopConfig
+from phatgoose.training.trainer.progress import Progress, Report
+
+ADVICE = (
+    "lower learning_rate, set max_grad_norm=1.0, or compute in float32. Nothing of this step was written."
+)
+
+WITHIN_SECONDS = 15.0
+"""After how long within a step its progress is shown."""
+
+
+class Watch(TrainerCallback):
+    """Stops at a loss that isn't finite, says when to validate and save, and shows how far it is."""
+
+    def __init__(self, loop: Any, config: LoopConfig, label: str, report: Report) -> None:
+        self.loop, self.config, self.label, self.report = loop, config, label, report
+        self.first, self.since = 0, time.monotonic()
+        self.shown, self.batches = self.since, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.first, self.since = state.global_step, time.monotonic()
+        self.loop.started = self.since
+        self._show(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.batches = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.batches += 1
+        if time.monotonic() - self.shown >= WITHIN_SECONDS:
+            self._show(state, self.batches / args.gradient_accumulation_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        loss = self.loop.take_step_loss()
+        if not math.isfinite(loss):
+            raise TrainingError(f"{self.label}: the loss is {loss} at step {state.global_step + 1}: {ADVICE}")
+        self.loop.history.losses.append(loss)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        step, last = state.global_step, state.global_step == self.config.steps
+        every, save = self.config.validate_every, self.config.save_every
+        control.should_evaluate = bool(every) and (step % every == 0 or last)
+        control.should_save = bool(save) and step % save == 0 and not last
+        if not control.should_evaluate:
+            self._show(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self._show(state)
+
+    def _show(self, state: Any, part: float = 0.0) -> None:
+        self.shown = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        history, step = self.loop.history, state.global_step
+        pace = (step + part - self.first) / max(time.monotonic() - self.since, 1e-9)
+        self.report(
+            Progress(
+                self.label,
+                step,
+                self.config.steps,
+                history.losses[-1] if history.losses else None,
+                list(history.validation.values())[-1] if history.validation else None,
+                pace * self.config.rows_per_step,
+                (self.config.steps - step - part) / pace if pace else math.inf,
+                part,
+            )
+        )

@@ -1,0 +1,158 @@
+"""Steps as Ray tasks: on this machine or a cluster. Folders must be where every node can read and write them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.extras import install
+from phatgoose.workflows.experiment.executors import Outcome, Step, Tell, attempt
+
+_LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
+
+
+class _Begun:
+    """An actor to which workers say what they begin; without it nobody here knows what of all that was sent runs already."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def say(self, step: str, where: str) -> None:
+        self.said.append((step, where))
+
+    def take(self) -> list[tuple[str, str]]:
+        said, self.said = self.said, []
+        return said
+
+
+def _attempt_in(
+    folder: str, begun: Any, name: str, function: str, arguments: Mapping[str, Any]
+) -> tuple[str, Any]:
+    """`attempt` where the driver runs, so that relative paths mean the same: a cluster's workers have a current folder of their own."""
+    begun.say.remote(name, platform.node())
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    return attempt(function, arguments)
+
+
+class RayExecutor:
+    """Runs every step as a Ray task with its own request for CPUs and GPUs.
+
+    Ray starts a task again whose worker process died, `retries` times; a step that raised something that may not come again is
+    submitted again here. Worker processes are reused, so what one loaded serves its next step; those with a GPU are not.
+
+    Args:
+        address: of a running cluster ("auto", "ray://host:10001"); None starts Ray on this machine for the time of the run.
+        cpus, gpus: what one step asks for; fractions of a GPU let several steps share it.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        cpus: float = 1,
+        gpus: float = 0,
+        retries: int = 1,
+    ):
+        try:
+            import ray
+        except ImportError as cause:
+            raise PhatgooseError(f"--ray needs Ray: {install('ray')}") from cause
+        if gpus > 1 and gpus != int(gpus):
+            raise PhatgooseError(f"a step asks for {gpus:g} GPUs: Ray gives a part of one, or whole ones.")
+        self.ray, self.retries = ray, retries
+        self._begun: Any = None
+        self._asked: Any = None
+        self._started = not ray.is_initialized()
+        if self._started:
+            settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+            if address is None:  # without an address, Ray would join a cluster that it finds
+                settings |= {"include_dashboard": False}
+            try:
+                ray.init(address=address or "local", **settings)
+            except (ConnectionError, RuntimeError, ValueError) as cause:
+                raise PhatgooseError(
+                    f"can't reach Ray{f' at {address}' if address else ''}: {cause}"
+                ) from cause
+        if address is None:
+            self._check(cpus, gpus)
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
+        if not gpus:  # with one, Ray's own way: a process that it gives another GPU would stay on its first
+            options["max_calls"] = 0
+        self._attempt = ray.remote(**options)(_attempt_in)
+        actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Begun)
+        self._begun = actor.remote()
+
+    def _check(self, cpus: float, gpus: float) -> None:
+        """Steps that ask for more than this machine has would wait for ever. (A cluster may grow.)"""
+        there = self.ray.cluster_resources()
+        for name, asked in (("CPU", cpus), ("GPU", gpus)):
+            if asked > there.get(name, 0):
+                self.close()
+                raise PhatgooseError(
+                    f"a step asks for {asked:g} {name}s, and this machine has {there.get(name, 0):g}."
+                )
+
+    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
+        found: dict[str, Outcome] = {}
+        pending: dict[Any, tuple[Step, int]] = {}
+
+        def submit(step: Step, number: int) -> None:
+            sent = self._attempt.options(name=step.name).remote(
+                os.getcwd(), self._begun, step.name, step.function, dict(step.arguments)
+            )
+            pending[sent] = step, number
+            tell(step, "queued", "with Ray")
+
+        for step in steps:
+            submit(step, 1)
+        while pending:
+            ready, _ = self.ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
+            waiting = {step.name: step for step, _ in pending.values()}
+            for name, where in self._just_begun():
+                if name in waiting:
+                    tell(waiting[name], "running", where)
+            for reference in ready:
+                step, number = pending.pop(reference)
+                kind, value = self._result(reference)
+                if kind == "ok":
+                    found[step.name] = Outcome(value, attempts=number)
+                    tell(step, "done", "")
+                elif kind == "error" and number <= self.retries:
+                    tell(step, "retry", value)
+                    submit(step, number + 1)
+                else:
+                    found[step.name] = Outcome(error=value, attempts=number)
+                    tell(step, "failed", value)
+        return found
+
+    def _just_begun(self) -> list[tuple[str, str]]:
+        """What workers have said since the last answer. One that takes its time is waited for the next time: nothing is lost."""
+        self._asked = self._asked or self._begun.take.remote()
+        if not self.ray.wait([self._asked], timeout=_ANSWER_SECONDS)[0]:
+            return []
+        answer, self._asked = self._asked, None
+        try:
+            return self.ray.get(answer)
+        except self.ray.exceptions.RayError:  # its node died: what runs isn't shown for a moment
+            return []
+
+    def close(self) -> None:
+        if self._started:
+            self.ray.shutdown()
+        elif self._begun is not None:
+            self.ray.kill(self._begun)
+
+    def _result(self, reference: Any) -> tuple[str, Any]:
+        try:
+            return self.ray.get(reference)
+        except (
+            self.ray.exceptions.RayError
+        ) as error:  # the worker or its node died, more often than `retries` allows
+            return (
+                "died",
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'the worker died'}",
+            )

@@ -1,0 +1,377 @@
+"""A recipe: one readable TOML file that says everything about an experiment.
+
+base = "smollm2-135m-instruct-q4"
+systems = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
+seeds = [0, 1]
+
+[pool]
+names = ["bigbench"]                # named pools, tasks' specs under names of their own, or both
+tasks = { colours = "jsonl:colours.jsonl" }
+leave_out = ["cryptonite"]
+folder = "my-pool"                  # experts that are there: taken, not trained
+
+[measure]
+suites = ["in-pool", "bbh", "bbl"]
+test_rows = 100
+
+[expert]                            # settings of ExpertConfig and GateConfig
+steps = 300
+[gate]
+steps = 100
+[signature]                         # of SignatureConfig, for systems that need data signatures
+rows = 500
+[multitask]                         # of ExpertConfig, for the system "multitask"; as [expert] if left out
+steps = 3000
+
+[folders]                           # by task, suite or pool, or by source; everything else is fetched
+bbh = "data/bbh"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import PhatgooseError, TaskError
+from phatgoose.experts.names import check_name
+from phatgoose.models.base.load_options import DTYPES
+from phatgoose.ops import BACKENDS
+from phatgoose.registry import unknown
+from phatgoose.routers import ROUTERS, parse_router
+from phatgoose.tasks.lists.entries import Entry, check_apart, folder_for
+from phatgoose.tasks.lists.pools import POOLS, pool_entries
+from phatgoose.tasks.lists.suites import SUITES, Suite, suite
+from phatgoose.tasks.load import SOURCES
+from phatgoose.tasks.spec import split_spec, without_path
+from phatgoose.training.config import ExpertConfig, GateConfig
+from phatgoose.training.signature_config import SignatureConfig
+from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, OWN, check_system, expanded, reads
+
+IN_POOL, UNSEEN = "in-pool", "unseen"
+
+
+class RecipeError(PhatgooseError):
+    """A recipe that can't be read or contradicts itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolPart:
+    """Which experts there are: trained, or taken from a pool."""
+
+    names: tuple[str, ...] = ()
+    """Named pools (`tasks/lists/pools.py`)."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Further tasks: expert's name → spec."""
+    only: tuple[str, ...] = ()
+    """Keep only the experts of these names; empty: all."""
+    leave_out: tuple[str, ...] = ()
+    """Leave out the experts of these names."""
+    folder: str = ""
+    """A pool of experts that are there already. Those of the tasks above are taken from it instead of being trained; the others act
+    beside them, and have no task of their own in "in-pool"."""
+    train_rows: int = 2000
+    """At most this many rows of a task's training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurePart:
+    """What the pool is measured on."""
+
+    suites: tuple[str, ...] = (IN_POOL,)
+    """Named suites (`tasks/lists/suites.py`), "in-pool" (the experts' own tasks), "unseen" (`tasks` below)."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    """Tasks of the suite "unseen": name → spec."""
+    test_rows: int = 100
+    """At most this many test rows of each task, a fixed random part, the same for all systems."""
+    choice_rows: int = 32
+    """Validation rows of each task on which oracle and best-single choose."""
+    backend: str = "auto"
+    """The backend that routes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentRecipe:
+    """One experiment."""
+
+    base: str
+    """Spec of the base model."""
+    dtype: str = "auto"
+    """What it is computed in: auto, float32, bfloat16, float16."""
+    systems: tuple[str, ...] = (
+        "base",
+        "phatgoose",
+        "uniform",
+        "merged",
+        "random:seed={seed}",
+        "best-single",
+        "oracle",
+    )
+    """What is compared (`workflows/experiment/systems.py`); one with {seed} in it is run for every seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Of systems that draw."""
+    pool: PoolPart = field(default_factory=PoolPart)
+    measure: MeasurePart = field(default_factory=MeasurePart)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    signature: SignatureConfig = field(default_factory=SignatureConfig)
+    multitask: ExpertConfig | None = None
+    """How the system "multitask" is trained; None: as the experts."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Where data is read from instead of being fetched."""
+
+    def __post_init__(self) -> None:
+        for part, given in (("systems", self.systems), ("[measure] suites", self.measure.suites)):
+            if not given:
+                raise RecipeError(f"{part} is empty: there would be nothing to compare.")
+        for name in self.all_systems:
+            check_system(name)
+        if self.measure.test_rows < 1:
+            raise RecipeError("[measure] test_rows is 0: there would be nothing to measure.")
+        if self.measure.choice_rows < 1 and (told := [s for s in self.all_systems if s in CHOSEN]):
+            raise RecipeError(
+                f"[measure] choice_rows is 0, and {' and '.join(told)} choose by such rows: leave these systems out, or set it."
+            )
+        if self.measure.backend not in ("auto", *BACKENDS):
+            raise unknown("backend", self.measure.backend, ("auto", *BACKENDS))
+        if self.measure.tasks and UNSEEN not in self.measure.suites:
+            raise RecipeError(
+                f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it there, or leave out the tasks."
+            )
+        if self.dtype not in ("auto", *DTYPES):
+            raise unknown("dtype", self.dtype, ("auto", *DTYPES))
+        for name in self.pool.tasks:
+            check_name(name)
+        for spec in (*self.pool.tasks.values(), *self.measure.tasks.values()):
+            if (source := split_spec(spec).source) not in SOURCES:
+                raise unknown("task source", source, SOURCES)
+        entries = self.pool_entries
+        if not entries and not self.pool.folder:
+            raise RecipeError(
+                "the recipe's pool has no tasks: name pools or tasks under [pool], or the folder of a pool that is there."
+            )
+        if OWN in self.all_systems and IN_POOL not in self.measure.suites:
+            raise RecipeError(
+                f"the system {OWN} is measured on {IN_POOL}, which isn't among the suites: add it there, or leave out the system."
+            )
+        if not self.pool.folder:
+            self._check_routers([e.name for e in entries])
+        for found in self.suites:
+            if found.name != IN_POOL:
+                check_apart(entries, found.entries, found.refuses, found.name, self.folders)
+        # Also those of suites and tasks that this recipe leaves out: several recipes may have one list of folders.
+        known = {
+            *SOURCES,
+            *POOLS,
+            *SUITES,
+            UNSEEN,
+            *self.measure.tasks,
+            *(e.name for e in self._all_entries()),
+        }
+        known |= {e.name for name in SUITES for e in suite(name).entries}
+        for name in self.folders:
+            if name not in known:
+                raise unknown("suite, pool, source or task of a folder", name, known)
+
+    def _check_routers(self, names: Sequence[str]) -> None:
+        """Refuses routers that can't serve a pool of these experts."""
+        for system in self.all_systems:
+            if system.partition(":")[0] in ROUTERS:
+                parse_router(system).check(names)
+
+    @property
+    def needs_signatures(self) -> bool:
+        """Whether any system reads the experts' data signatures."""
+        return any(reads(name) for name in self.all_systems)
+
+    @property
+    def all_systems(self) -> tuple[str, ...]:
+        return expanded(self.systems, self.seeds)
+
+    @property
+    def pool_entries(self) -> tuple[Entry, ...]:
+        """The entries that experts are trained on, names unique."""
+        found = self._all_entries()
+        names = [e.name for e in found]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise RecipeError(
+                f"two of the pool's tasks are named {', '.join(twice)}: leave one out by another name."
+            )
+        for name in (*self.pool.only, *self.pool.leave_out):
+            if name not in names and not self.pool.folder:  # whose experts are known once it is read
+                raise unknown("task of the pool", name, names)
+        only = set(self.pool.only) or set(names)
+        return tuple(e for e in found if e.name in only and e.name not in self.pool.leave_out)
+
+    def _all_entries(self) -> list[Entry]:
+        found = [e for name in self.pool.names for e in pool_entries(name)]
+        return found + [Entry(name, (spec,)) for name, spec in self.pool.tasks.items()]
+
+    def taken(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the experts `names`, all that are in `pool.folder`, that the recipe's pool has.
+
+        Raises:
+            UnknownName, RoutingError: what is to be kept or left out is neither among them nor a task, or a system can't serve these
+                experts. RecipeError: nothing is left, or there is no data of an expert's for the multitask expert.
+        """
+        tasks, known = [e.name for e in self.pool_entries], [e.name for e in self._all_entries()]
+        for name in (*self.pool.only, *self.pool.leave_out):
+            if name not in (*names, *known):
+                raise unknown("expert or task of the pool", name, [*names, *known])
+        kept = tuple(
+            n for n in names if (not self.pool.only or n in self.pool.only) and n not in self.pool.leave_out
+        )
+        if not kept and not tasks:
+            raise RecipeError(f"no expert of {self.pool.folder} is left.")
+        self._check_routers(list(dict.fromkeys((*tasks, *kept))))
+        if MULTITASK in self.all_systems and (without := [n for n in kept if n not in tasks]):
+            raise RecipeError(
+                f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], or leave it out."
+            )
+        return kept
+
+    def group_of(self, name: str) -> str:
+        """The named pool that the expert `name` is of; "" if it is one of the recipe's own tasks."""
+        return next((g for g in self.pool.names if any(e.name == name for e in pool_entries(g))), "")
+
+    @property
+    def suites(self) -> tuple[Suite, ...]:
+        """What is measured; a suite's own-copy tasks are left out where no folder has been given for them."""
+        found = []
+        for name in self.measure.suites:
+            if name == IN_POOL:
+                found.append(Suite(IN_POOL, self.pool_entries))
+            elif name == UNSEEN:
+                found.append(Suite(UNSEEN, tuple(Entry(n, (s,)) for n, s in self.measure.tasks.items())))
+            else:
+                found.append(suite(name))
+            if not found[-1].entries:
+                raise RecipeError(f"the suite {name!r} has no tasks.")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def without_paths(self) -> dict[str, Any]:
+        """As `to_json`, to be given away: of files and folders of this machine only the names."""
+        data = self.to_json()
+        data["base"] = local_name(self.base)
+        data["signature"]["encoder"] = local_name(self.signature.encoder)
+        data["folders"] = {name: Path(folder).name for name, folder in self.folders.items()}
+        data["pool"]["folder"] = Path(self.pool.folder).name
+        for part in ("pool", "measure"):
+            data[part]["tasks"] = {name: without_path(spec) for name, spec in data[part]["tasks"].items()}
+        return data
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], where: str = "the recipe") -> ExperimentRecipe:
+        """The recipe that `to_json` or a TOML file describes.
+
+        Raises:
+            UnknownName: a setting that doesn't exist. RecipeError: one of the wrong type.
+        """
+        parts = {
+            "pool": PoolPart, "measure": MeasurePart, "expert": ExpertConfig, "gate": GateConfig, "signature": SignatureConfig,
+            "multitask": ExpertConfig,
+        }  # fmt: skip
+        given = {k: v for k, v in data.items() if k != "multitask" or v is not None}
+        values = {k: _part(parts[k], v, f"{where}, [{k}]") if k in parts else v for k, v in given.items()}
+        made = _part(ExperimentRecipe, values, where)
+        assert isinstance(made, ExperimentRecipe)
+        return made
+
+    @staticmethod
+    def read(
+        path: str | Path, folders: Mapping[str, str] | None = None, pool: str | Path | None = None
+    ) -> ExperimentRecipe:
+        """The recipe in a TOML file; `folders` and `pool` go before its own. Relative folders of the file start where the file is.
+
+        Raises:
+            RecipeError: the file is missing or no TOML; others as `from_json`.
+        """
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
+            raise RecipeError(f"{path} can't be read as a recipe: {cause}") from cause
+        own = data.get("folders", {})
+        if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
+            raise RecipeError(f'{path}, [folders]: expected name = "folder".')
+        placed = {k: _absolute(path.parent / Path(v).expanduser()) for k, v in own.items()}
+        data["folders"] = placed | {k: _absolute(v) for k, v in (folders or {}).items()}
+        for name, folder in data["folders"].items():
+            if not Path(folder).is_dir():
+                raise TaskError(f"the folder for {name!r} is {folder}, which is not a folder.")
+        own_pool = data.get("pool", {})
+        if isinstance(own_pool, dict):
+            if isinstance(own_pool.get("folder"), str):
+                own_pool["folder"] = _absolute(path.parent / Path(own_pool["folder"]).expanduser())
+            if pool is not None:
+                data["pool"] = own_pool | {"folder": _absolute(pool)}
+        return ExperimentRecipe.from_json(data, str(path))
+
+
+def _absolute(path: str | Path) -> str:
+    """A worker elsewhere may have another current folder."""
+    return str(Path(path).expanduser().absolute())
+
+
+def local_name(spec: str) -> str:
+    """The last part of a path to a folder of this machine; anything else as it is."""
+    return Path(spec).name if spec.startswith(("/", ".", "~")) else spec
+
+
+def _part(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where}: expected settings, got {type(data).__name__}.")
+    known = {f.name for f in fields(kind)}
+    for name in data:
+        if name not in known:
+            raise unknown(f"setting in {where}", name, known)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    for f in fields(kind):
+        value = values.get(f.name)
+        wrong = f.name in values and _wrong_type(value, str(f.type))
+        if wrong:
+            raise RecipeError(f"{where}: {f.name} is {value!r}, expected {wrong}.")
+    try:
+        return kind(**values)
+    except TypeError as cause:
+        raise RecipeError(f"{where}: {str(cause).partition('() ')[2] or cause}.") from cause
+
+
+def _wrong_type(value: Any, expected: str) -> str | None:
+    """What was expected, if `value` is something else."""
+    if expected == "tuple[str, ...]":
+        return (
+            None if isinstance(value, tuple) and all(isinstance(v, str) for v in value) else "a list of texts"
+        )
+    if expected == "tuple[int, ...]":
+        numbers = isinstance(value, tuple) and value and all(isinstance(v, int) for v in value)
+        return None if numbers else "a list of whole numbers"
+    if expected == "str":
+        return None if isinstance(value, str) else "a text"
+    if expected == "int":
+        return (
+            None
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            else "a whole number"
+        )
+    if expected == "float":
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    if expected == "Mapping[str, str]":
+        good = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
+        return None if good else "names and texts"
+    return None
+
+
+def without_own_copies(recipe: ExperimentRecipe, found: Suite) -> tuple[Suite, tuple[str, ...]]:
+    """The suite without those of its own-copy tasks for which there is no file, and their names."""
+    missing = []
+    for one in (e for e in found.entries if e.name in found.own_copy):
+        folder = folder_for(one.specs[0], (one.name, found.name), recipe.folders)
+        if folder is None or not any(Path(folder).glob(f"{one.name}.*")):
+            missing.append(one.name)
+    return replace(found, entries=tuple(e for e in found.entries if e.name not in missing)), tuple(missing)

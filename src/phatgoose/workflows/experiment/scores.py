@@ -1,0 +1,138 @@
+"""Evaluations that are done once: scores kept on disk under a key of everything they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import phatgoose
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.results import scores_from_json, scores_to_json
+from phatgoose.evaluation.run import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.files import read_json, sha256_json, write_json
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.encoding import template_of
+from phatgoose.ops import auto_is
+from phatgoose.records import SplitName, Task, TaskScore, groups_of
+from phatgoose.routers import Router
+
+Progress = Callable[[str, int, int], None]
+
+_DECIDES = ("records.py", "evaluation", "experts", "models", "ops", "routers", "tasks")
+"""What of the package's source can change a score."""
+_ENDINGS = (".py", ".cpp", ".h", ".inc")
+
+
+@cache
+def code_version() -> str:
+    """phatgoose's version and a hash of its source that scores hang on, so that no mended router goes on from older scores.
+
+    An edit that changes no score measures again too; training, serving and pages are no part of it.
+    """
+    root, digest = Path(phatgoose.__file__).parent, hashlib.sha256()
+    for part in _DECIDES:
+        place = root / part
+        files = [p for p in place.rglob("*") if p.suffix in _ENDINGS] if place.is_dir() else [place]
+        for path in sorted(files):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()} {len(content)} ".encode() + content)
+    return f"{version('phatgoose')}+{digest.hexdigest()[:16]}"
+
+
+class Measurements:
+    """Scores of one base with different pools and routers, in one folder; a killed run repeats at most one evaluation."""
+
+    def __init__(
+        self, base: Base, folder: Path, config: EvaluationConfig | None = None, backend: str = "auto"
+    ):
+        self.base, self.folder, self.backend = base, folder, backend
+        self.config = config or EvaluationConfig()
+
+    def score(
+        self,
+        task: Task,
+        pool: Pool | None,
+        router: Router | None,
+        *,
+        split: SplitName = "test",
+        limit: int,
+        progress: Progress | bool = False,
+    ) -> TaskScore:
+        """The score, as `measure` puts it into a file."""
+        return self.read(self.measure(task, pool, router, split=split, limit=limit, progress=progress))
+
+    def measure(
+        self,
+        task: Task,
+        pool: Pool | None,
+        router: Router | None,
+        *,
+        split: SplitName = "test",
+        limit: int,
+        progress: Progress | bool = False,
+    ) -> Path:
+        """The file with the score of `router` over `pool` (of the bare base if they are None) on the first `limit` rows of a split."""
+        experts = [] if pool is None else [[e.name, e.hash] for e in pool.experts]
+        key: dict[str, Any] = {
+            "base": self.base.fingerprint.to_json(),
+            "dtype": str(self.base.model.dtype),
+            "experts": experts,
+            "router": None if router is None else router.describe(),
+            "task": task.hash,
+            **template_of(self.base, task),
+            "split": split,
+            "limit": limit,
+            "evaluation": [self.config.level, self.config.resamples, self.config.seed],
+            "code": code_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "device": self.base.device.type,
+        }
+        if metric := task.source.get("metric"):
+            key["metric"] = metric
+        if pool is not None:
+            auto = self.backend == "auto"
+            key["backend"] = auto_is(self.base.device.type)[0] if auto else self.backend
+        groups = groups_of(task.split(split)[:limit])
+        if len(set(groups)) < len(groups):
+            key["groups"] = groups  # no part of the task's hash
+        if pool is not None and router is not None and router.reads:
+            key["signatures"] = [e.signature.hash if e.signature else None for e in pool.experts]
+        path = self.folder / f"{sha256_json(key)[:24]}.json"
+        if path.exists():
+            return path
+        started = time.monotonic()
+        try:
+            if pool is not None:
+                route(self.base, pool, router, backend_name=self.backend)
+            scores = evaluate(
+                self.base, task, split=split, limit=limit, config=self.config, progress=progress
+            )
+        finally:
+            unroute(self.base)
+        # Threads decide the order of sums, so at most the last bits: said, not told apart.
+        made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 3)}
+        write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
+        return path
+
+    @staticmethod
+    def read(path: Path) -> TaskScore:
+        """The score in a file that `measure` wrote.
+
+        Raises:
+            EvaluationError: it is damaged.
+        """
+        data: Any = read_json(path, EvaluationError)
+        if not isinstance(data, dict):
+            raise EvaluationError(f"{path} is not a measurement; delete it to measure again.")
+        return scores_from_json(data.get("scores")).tasks[0]

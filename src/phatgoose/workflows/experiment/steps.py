@@ -1,0 +1,262 @@
+"""The steps of an experiment as functions of plain data, to be run in any process: take or train experts, choose, measure.
+
+Each finds what it made before and does only what is missing, so a step may be killed and run again at any time. What a process keeps
+between steps: `experiment_lab.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import PhatgooseError, TaskError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.files import sha256_json
+from phatgoose.records import Example, Task, groups_of
+from phatgoose.routers import Single
+from phatgoose.tasks.contamination import Overlaps
+from phatgoose.tasks.lists.entries import Entry
+from phatgoose.tasks.lists.same_dataset import datasets_of
+from phatgoose.tasks.representable import loss
+from phatgoose.tasks.spec import is_local, without_path, without_paths
+from phatgoose.training.gate import check_fits
+from phatgoose.training.trainer.rows import draw
+from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
+from phatgoose.workflows.experiment.executors import why
+from phatgoose.workflows.experiment.oracle import standing
+from phatgoose.workflows.experiment.recipe import IN_POOL
+from phatgoose.workflows.experiment.systems import MULTITASK, OTHER
+from phatgoose.workflows.experiment.worker import Lab, Run, folder_of, lab, multitask_folder, trained_on
+
+
+def check_tasks(run: Run, suite: str) -> dict[str, Any]:
+    """Loads every task of a suite: {task: {spec, hash, rows, …}} or {task: {"error"}}; what the tokenizer can't write is said."""
+    here = lab(run)
+    found: dict[str, Any] = {}
+    for entry in here.suites[suite].entries:
+        try:
+            task = here.task(suite, entry.name)
+            if not task.test or (suite == IN_POOL and not task.train):
+                raise PhatgooseError(f"it has {len(task.test)} test and {len(task.train)} training rows.")
+            lost, measure = loss(here.base.tokenizer, task), here.recipe.measure
+            test, choice = task.test[: measure.test_rows], task.validation[: measure.choice_rows]
+            found[entry.name] = {
+                "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
+                "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric, "note": entry.note,
+                "commonest": None if entry.metric else commonest(test), "chance": chance(test),
+                "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
+                "source": without_paths(task.source),
+                "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
+            }  # fmt: skip
+        except Exception as error:  # whatever it is: the other tasks go on
+            found[entry.name] = {"error": why(error)}
+    return found
+
+
+def _spec(entry: Entry) -> str:
+    return " + ".join(without_path(spec) for spec in entry.specs)
+
+
+def commonest(rows: Sequence[Example]) -> float:
+    """The share of rows that one and the same answer is right for: what saying nothing else would score."""
+    found = Counter(answer for row in rows for answer in set(row.targets))
+    return found.most_common(1)[0][1] / len(rows)
+
+
+def chance(rows: Sequence[Example]) -> float | None:
+    """What choosing blindly among each row's choices scores on average; None where rows have none."""
+    shares = [sum(c in row.targets for c in row.choices) / len(row.choices) for row in rows if row.choices]
+    return sum(shares) / len(rows) if shares else None
+
+
+def train(run: Run, name: str) -> dict[str, Any]:
+    """One contributor's work: an expert and its gates. Returns what they cost."""
+    here = lab(run)
+    entry = next(e for e in here.recipe.pool_entries if e.name == name)
+    task = trained_on(here, name)
+    folder = folder_of(here.recipe, here.out, entry)
+    key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
+    expert = contribute(
+        here.base, task, here.recipe.expert, here.recipe.gate, name=name, folder=folder,
+        work=_work(here, folder, key), report=lambda progress: None,
+    )  # fmt: skip
+    return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
+
+
+def _work(here: Lab, folder: Path, key: str) -> Path:
+    """Where the training of this very data and these settings goes on; what an interrupted one of others left there is removed."""
+    place = here.out / "work" / f"{folder.name}-{key[:10]}"
+    for other in place.parent.glob(f"{folder.name}-*"):
+        if other != place:
+            shutil.rmtree(other, ignore_errors=True)
+    return place
+
+
+def take(run: Run) -> dict[str, Any]:
+    """Copies of the experts that the recipe takes from a pool: {"taken": {name: record}, "failed": {name: why}}.
+
+    Raises:
+        PoolError: the pool can't be read. UnknownName, RecipeError: as `ExperimentRecipe.taken`.
+    """
+    here = lab(run)
+    pool = Pool.load(here.recipe.pool.folder)
+    tasks = {e.name: e for e in here.recipe.pool_entries}
+    taken, failed = {}, {}
+    for name in here.recipe.taken(pool.names):
+        expert = pool[name]
+        brought = None if expert.signature is None else expert.signature.hash
+        place = here.out / "experts" / f"{name}-{sha256_json([expert.hash, brought])[:10]}"
+        try:
+            check_fits(here.base, expert)
+            if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
+                expert.save(place)
+        except Exception as error:
+            failed[name] = why(error)
+            continue
+        task = tasks.get(name)
+        taken[name] = {
+            "name": name, "task": task and task.name, "spec": task and _spec(task), "taken": True,
+            **sizes(expert), "folder": place.name, "hash": expert.hash, "trained_on": _said(expert),
+        }  # fmt: skip
+        if brought is not None:
+            taken[name]["signature"] = brought
+    return {"taken": taken, "failed": failed}
+
+
+def _said(expert: Expert) -> list[str] | None:
+    """The specs that an expert's record says it was trained on; None if it names none that can be read.
+
+    Local files aren't among them: a record keeps their name alone, and two files of one name may hold anything. (A local folder that
+    `hf:` read counts as a dataset of its name.)
+    """
+    task = expert.provenance.get("task")
+    source = task.get("source") if isinstance(task, Mapping) else None
+    parts = source.get("parts", [source]) if isinstance(source, Mapping) else []
+    specs = [p.get("spec") for p in parts if isinstance(p, Mapping)] if isinstance(parts, list) else []
+    return [s for s in specs if isinstance(s, str) and _readable(s)] or None
+
+
+def _readable(spec: str) -> bool:
+    try:
+        return not is_local(spec) and bool(datasets_of(spec))
+    except TaskError:
+        return False
+
+
+def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
+    """A contributor's data signature, beside the expert. Returns what it cost."""
+    here = lab(run)
+    place = here.out / "experts" / folder
+    work = here.out / "work" / f"{folder}.signature"
+    signed = sign(
+        here.base, trained_on(here, name), here.recipe.signature, folder=place, work=work, report=lambda progress: None
+    )  # fmt: skip
+    assert signed.signature is not None
+    made = signed.provenance["signature"]
+    return {"signature": signed.signature.hash} | {
+        f"signature_{k}": made[k] for k in ("seconds", "rows", "texts")
+    }
+
+
+def multitask(run: Run, names: list[str]) -> dict[str, Any]:
+    """What pooling all contributors' data would give: one expert on the union of their rows. Returns what it cost.
+
+    Of every task the rows that its expert was trained on, in that number, some twice if need be: drawn from all rows, a task with
+    many would be most of what it learns. Validation rows are as many of each task, as far as it has them.
+    """
+    here = lab(run)
+    config, own = here.recipe.multitask or here.recipe.expert, here.recipe.expert
+    tasks = [trained_on(here, n) for n in names]
+    seen = [draw(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
+    train = tuple(t.train[i] for t, rows in zip(tasks, seen, strict=True) for i in rows)
+    each = max(1, config.validation_rows // len(tasks))
+    validation = tuple(e for t in tasks for e in t.validation[:each])
+    parts = [{"name": t.name, "hash": t.hash} for t in tasks]
+    union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
+    folder = multitask_folder(here.recipe, here.out, names)
+    work = _work(here, folder, contribution_key(here.base, union, config, None))
+    expert = contribute(
+        here.base, union, config, None, name=MULTITASK, folder=folder, work=work, report=lambda progress: None
+    )
+    return {**record(expert, union), "folder": folder.name, "hash": expert.hash}
+
+
+def choose(run: Run, pool: str, expert: str, suite: str, tasks: list[str]) -> dict[str, dict[str, Any]]:
+    """One expert on the validation rows of a suite's tasks: {"scores": {task: [mean, likelihood]}, "failed": {task: why}}.
+
+    The likelihood is the mean log-likelihood of right choices, a token; None where no row has choices.
+    """
+    here = lab(run, pool)
+    alone, limit = Pool([here.pool[expert]]), here.recipe.measure.choice_rows
+    scores: dict[str, list[float | None]] = {}
+    failed: dict[str, str] = {}
+    for name in tasks:
+        try:
+            task = here.task(suite, name)
+            score = here.measurements.score(task, alone, Single(0), split="validation", limit=limit)
+            scores[name] = standing(score, task.validation[:limit])
+        except Exception as error:
+            failed[name] = why(error)
+    return {"scores": scores, "failed": failed}
+
+
+def measure(
+    run: Run,
+    pool: str,
+    system: str,
+    suite: str,
+    tasks: list[str],
+    experts: Mapping[str, str],
+) -> dict[str, dict[str, str]]:
+    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: `Lab.system`'s, by task."""
+    here = lab(run, pool)
+    scores: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name in tasks:
+        try:
+            task = here.task(suite, name)
+            kind, _, spec = system.partition(":")
+            if kind == OTHER:
+                by, attached, router = here.other(spec), None, None
+                if (lost := loss(by.base.tokenizer, task)).too_much:
+                    raise PhatgooseError(f"{spec}'s tokenizer can't write it: {lost}.")
+            else:
+                by, (attached, router) = here.measurements, here.system(system, experts.get(name))
+            path = by.measure(task, attached, router, limit=here.recipe.measure.test_rows)
+            scores[name] = path.name
+        except Exception as error:
+            failed[name] = why(error)
+    return {"scores": scores, "failed": failed}
+
+
+def contamination(
+    run: Run, words: int, suites: Mapping[str, list[str]], trained: list[str]
+) -> dict[str, Any]:
+    """{"suites": {suite: {task: {rows, flagged, trained}}}, "read": names}: which measured rows share a run of words with a row that
+    experts were trained on, and whose rows these are: not those of an expert that was taken and whose record names other rows, or none.
+
+    A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
+    """
+    here, overlaps = lab(run), Overlaps(words)
+    asked = [(suite, name) for suite, tasks in suites.items() for name in tasks]
+    for suite, name in asked:
+        rows = here.task(suite, name).test[: here.recipe.measure.test_rows]
+        overlaps.measured(name, rows, own=name if suite == IN_POOL else None)
+    read = []
+    for name in trained:
+        try:
+            task = trained_on(here, name)
+        except PhatgooseError:  # of an expert that was taken: its rows can't be looked at, and results say so
+            continue
+        saw = here.pool[name].provenance.get("task")
+        if isinstance(saw, Mapping) and saw.get("hash") == task.hash:
+            overlaps.trained(name, task.train)
+            read.append(name)
+    found: dict[str, Any] = {suite: {} for suite in suites}
+    for (suite, name), one in zip(asked, overlaps.found(), strict=True):
+        found[suite][name] = {"rows": one.rows, "flagged": list(one.flagged), "trained": list(one.trained)}
+    return {"suites": found, "read": read}

@@ -1,0 +1,160 @@
+"""What one process keeps of an experiment between its steps: base, tasks, pool, scores; and where its experts lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.files import sha256_json
+from phatgoose.models.base.base import Base
+from phatgoose.models.base.load import load_base
+from phatgoose.records import Task
+from phatgoose.routers import Router, Single
+from phatgoose.routers.example import AUTO, ByText
+from phatgoose.tasks.lists.entries import Entry, load_entry, with_validation
+from phatgoose.tasks.lists.suites import Suite
+from phatgoose.tasks.splits import Fractions
+from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, without_own_copies
+from phatgoose.workflows.experiment.scores import Measurements
+from phatgoose.workflows.experiment.systems import MULTITASK, build
+
+UNSEEN_FRACTIONS = Fractions(test=0.7, validation=0.3)
+"""Nothing is trained on a suite's tasks: what has no splits is all test and validation."""
+
+
+KEPT_ROWS = 1_000_000
+"""Training rows that a process keeps in memory, of all its tasks, a kilobyte or two each; the oldest tasks go."""
+
+
+class Lab:
+    """One process's view of an experiment."""
+
+    def __init__(self, recipe: ExperimentRecipe, out: Path):
+        self.recipe, self.out = recipe, out
+        self.suites = {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
+        self._tasks: dict[tuple[str, str], Task] = {}
+        self._systems: dict[Any, tuple[Pool | None, Router | None]] = {}
+        self._other: tuple[str, Measurements] | None = None
+
+    @cached_property
+    def base(self) -> Base:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        return load_base(self.recipe.base, dtype=self.recipe.dtype, device=device)
+
+    @cached_property
+    def measurements(self) -> Measurements:
+        return Measurements(self.base, self.out / "scores", backend=self.recipe.measure.backend)
+
+    @cached_property
+    def pool(self) -> Pool:
+        return Pool.load(self.out / "pool")
+
+    def other(self, spec: str) -> Measurements:
+        """Another model, measured by itself; the last one is kept."""
+        if self._other is None or self._other[0] != spec:
+            self._other = None  # two don't fit everywhere
+            base = load_base(spec, dtype=self.recipe.dtype, device=str(self.base.device))
+            self._other = spec, Measurements(base, self.out / "scores")
+        return self._other[1]
+
+    def task(self, suite: str, name: str) -> Task:
+        """A task of a suite, as it is measured; one of "in-pool" also as it is trained on."""
+        if (suite, name) not in self._tasks:
+            entry = next(e for e in self.suites[suite].entries if e.name == name)
+            loaded = self._in_pool(entry) if suite == IN_POOL else self._unseen(suite, entry)
+            self._tasks[suite, name] = loaded
+            while len(self._tasks) > 1 and sum(len(t.train) for t in self._tasks.values()) > KEPT_ROWS:
+                del self._tasks[next(k for k in self._tasks if k != (suite, name))]
+            return loaded
+        return self._tasks[suite, name]
+
+    def _in_pool(self, entry: Entry) -> Task:
+        group, rows = self.recipe.group_of(entry.name), {"train": self.recipe.pool.train_rows}
+        return load_entry(entry, group=group, folders=self.recipe.folders, limit=rows)  # type: ignore[arg-type]
+
+    def _unseen(self, suite: str, entry: Entry) -> Task:
+        measure = self.recipe.measure
+        most = measure.test_rows + measure.choice_rows
+        task = load_entry(
+            entry, group=suite, folders=self.recipe.folders, fractions=UNSEEN_FRACTIONS, needed=most,
+            limit={"train": 0, "validation": measure.choice_rows},
+        )  # fmt: skip
+        # All test rows are looked through: a raw row that isn't measured may be far behind those that are.
+        task = with_validation(task, measure.test_rows, measure.choice_rows)
+        return replace(task, test=task.test[:most], validation=task.validation[: measure.choice_rows])
+
+    def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
+        """What to attach for a system; `expert` is the one that was chosen, or the hash of this run's multitask expert."""
+        if name == MULTITASK:
+            found = Expert.load(multitask_folder(self.recipe, self.out, self.pool.names))
+            if found.hash != expert:
+                raise PhatgooseError(f"the multitask expert that lies there isn't this run's, {expert}.")
+            return Pool([found]), Single(0)
+        if (name, expert) not in self._systems:
+            if len(self._systems) > 4:  # a merged pool is as large as the pool
+                self._systems.clear()
+            pool, router = build(name, self.pool, expert) if name != "base" else (None, None)
+            if isinstance(router, ByText) and router.encoder == AUTO:
+                router = replace(router, encoder=self.recipe.signature.encoder)
+            self._systems[name, expert] = pool, router
+        return self._systems[name, expert]
+
+
+Run = Mapping[str, Any]
+"""Of which run a step is: its "recipe" as JSON, its folder "out", and a "number" of its own."""
+
+
+@lru_cache(maxsize=1)
+def _lab(run: str, pool: str) -> Lab:
+    """`pool` is what the pool holds: a process that knew another one must not go on with it, nor with what an earlier run read."""
+    known = json.loads(run)
+    return Lab(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
+
+
+def lab(run: Run, pool: str = "") -> Lab:
+    """This process's Lab for a run."""
+    _quiet()
+    return _lab(json.dumps(run), pool)  # unsorted: tasks keep their order
+
+
+@cache
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def folder_of(recipe: ExperimentRecipe, out: Path, entry: Entry) -> Path:
+    """Where an expert is made: named after it and what it is asked to be, so that another recipe's is never overwritten."""
+    asked = [
+        recipe.base,
+        recipe.dtype,
+        recipe.expert.key(),
+        recipe.gate.key(),
+        list(entry.specs),
+        recipe.pool.train_rows,
+    ]
+    return out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
+
+
+def trained_on(here: Lab, name: str) -> Task:
+    """The task that an expert of the pool is trained on."""
+    if IN_POOL not in here.suites:
+        here.suites[IN_POOL] = Suite(IN_POOL, here.recipe.pool_entries)
+    return here.task(IN_POOL, name)
+
+
+def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) -> Path:
+    """Where the one expert on the data of all of these is made."""
+    specs = {e.name: list(e.specs) for e in recipe.pool_entries}
+    asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
+    return out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"

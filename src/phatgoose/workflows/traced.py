@@ -1,0 +1,134 @@
+"""Which experts acted where: routed prompts for the page, every task's routing profile, and what there is to say of each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from phatgoose.analysis.activations import mean_inputs
+from phatgoose.analysis.cards import cards
+from phatgoose.analysis.measures import expert_shares, load
+from phatgoose.analysis.page import RoutedPrompt, routed_prompt
+from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base.base import Base
+from phatgoose.models.text.batch import UNLIMITED
+from phatgoose.models.text.encoding import encode_answers, encode_input
+from phatgoose.models.text.greedy import greedy_answer
+from phatgoose.models.text.sequences import decoder_inputs
+from phatgoose.models.trace.module_names import layer_labels
+from phatgoose.models.trace.trace import Trace, trace
+from phatgoose.records import Example, Task
+from phatgoose.routers import Router
+
+PROFILE_ROWS = 16
+MEAN_ROWS = 2
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What tracing a pool on some tasks showed, in the forms that results.json and `report` take."""
+
+    prompts: list[RoutedPrompt]
+    """A greedy answer to the first test row of some tasks (and to given texts), with every choice."""
+    shares: dict[str, dict[str, float]]
+    """For each task, the share of the routing weight that each expert gets on the prompts of its first test rows (and on their
+    answers, in an encoder–decoder's decoder)."""
+    layers: dict[str, dict[str, Any]]
+    """The same for each layer."""
+    cards: list[dict[str, Any]]
+    """One for each expert."""
+
+
+def traced(
+    base: Base,
+    pool: Pool,
+    router: Router,
+    tasks: Sequence[Task],
+    *,
+    shown: int = 6,
+    texts: Sequence[str] = (),
+    new_tokens: int = NEW_TOKENS,
+    backend: str = "auto",
+) -> Seen:
+    """Traces a pool; the base is left without routing.
+
+    Args:
+        tasks: all of them get a profile, from their first 16 test rows.
+        shown: of how many tasks the first test row is answered.
+        texts: prompts that are answered as well, after those of the tasks.
+    """
+    unroute(base)
+    samples = [*texts, *(e.input for task in tasks for e in task.test[:MEAN_ROWS])]
+    route(base, pool, router, backend_name=backend)
+    routing = routing_of(base)
+    assert routing is not None
+    here = routing.pool  # under this model's names of its modules
+    unroute(base)
+    means = mean_inputs(base, here.modules, samples) if samples else None
+    route(base, pool, router, backend_name=backend)
+    try:
+        profiles = {task.name: _profile(base, task) for task in tasks}
+        prompts = [_answer(base, task.name, task.test[0], new_tokens) for task in tasks[:shown]]
+        prompts += [_answer(base, "", Example(text, ()), new_tokens) for text in texts]
+    finally:
+        unroute(base)
+    shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
+    total = {n: sum(s[n] for s in shares.values()) / len(shares) for n in pool.names} if shares else None
+    layers = {name: layer_shares(t) for name, t in profiles.items()}
+    return Seen(prompts, shares, layers, cards(here, means=means, shares=total))
+
+
+def with_cards(
+    records: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records of results.json's experts, with what their cards add; what was measured stands."""
+    known = {card["name"]: card for card in found}
+    return [{**known.get(record["name"], {}), **record} for record in records]
+
+
+def layer_shares(t: Trace) -> dict[str, Any]:
+    """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their load."""
+    loads = load(t)
+    groups: dict[str, list[torch.Tensor]] = {}
+    for path, label in layer_labels(t.places).items():
+        if path in loads:
+            groups.setdefault(label, []).append(loads[path])
+    return {
+        "layers": list(groups),
+        "experts": list(t.experts),
+        "shares": [[round(s, 4) for s in torch.stack(of).mean(0).tolist()] for of in groups.values()],
+    }
+
+
+def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(share, 4) for name, share in shares.items()}
+
+
+def _profile(base: Base, task: Task) -> Trace:
+    with trace(base, histogram=True) as recorded, torch.no_grad():
+        for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, and memory stays small
+            batch = {"input_ids": torch.tensor([encode_input(base, row)], device=base.device)}
+            if base.is_encoder_decoder:  # the decoder reads what it should write
+                (encoded,) = encode_answers(base, row, row.targets[:1], UNLIMITED)
+                labels = torch.tensor([encoded.target_ids], device=base.device)
+                batch["decoder_input_ids"] = decoder_inputs(base.model, labels)
+            base.model(**batch)
+    return recorded
+
+
+def _answer(base: Base, task: str, example: Example, new_tokens: int) -> RoutedPrompt:
+    text, targets = example.input, example.targets
+    ids = torch.tensor([encode_input(base, example)], device=base.device)
+    with trace(base, margins=False) as recorded:
+        out = greedy_answer(base, ids, new_tokens)
+    start = 1 if base.is_encoder_decoder else ids.shape[1]
+    answer = str(base.tokenizer.decode(out[0, start:], skip_special_tokens=True)).split("\n")[0].strip()
+    return routed_prompt(
+        recorded, base, task=task, prompt=text, expected=" / ".join(targets), answer=answer,
+        correct=answer in targets if targets else None,
+    )  # fmt: skip
