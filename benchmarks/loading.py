@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--way", choices=["peft", "folders", "packed"], default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.way is not None:
-        print(json.dumps(measure(options.way, options.work, options.layers)))
+    if options.route is not None:
+        print(json.dumps(measure(options.route, options.work, options.layers)))
         return
     work = Path(tempfile.mkdtemp(prefix="loading-", dir=options.work))
     try:

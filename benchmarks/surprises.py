@@ -30,8 +30,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, write_json
 from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.text.batch import UNLIMITED, encode_pair
-from phatgoose.models.trace.module_names import layer_and_kind
 from phatgoose.models.trace.trace import Trace, trace
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, Router, Single

@@ -22,8 +22,8 @@ from phatgoose.analysis.measures import (
     token_dependence,
 )
 from phatgoose.errors import EvaluationError, UnknownName
+from phatgoose.models.base.module_names import locate_modules
 from phatgoose.models.trace.choices import Choices
-from phatgoose.models.trace.module_names import places
 from phatgoose.models.trace.recorder import Tokens
 from phatgoose.models.trace.trace import Trace
 
@@ -48,7 +48,9 @@ def choices(path, experts, weights, shared=None, generated=None):
 
 def made(*members, experts=NAMES):
     paths = [c.path for c in members]
-    return Trace(experts, places(paths, ["decoder"] * len(paths)), _choices={c.path: [c] for c in members})
+    return Trace(
+        experts, locate_modules(paths, ["decoder"] * len(paths)), _choices={c.path: [c] for c in members}
+    )
 
 
 @pytest.fixture
@@ -197,4 +199,7 @@ def test_layer_and_kind():
         (0, "encoder layer.0.SelfAttention.q"),
         (3, "decoder layer.1.EncDecAttention.k"),
     ]
-    assert [p.part for p in places(both, ["encoder", "encoder"]).values()] == ["encoder", "cross-attention"]
+    assert [p.part for p in locate_modules(both, ["encoder", "encoder"]).values()] == [
+        "encoder",
+        "cross-attention",
+    ]

@@ -13,9 +13,9 @@ from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base
-from phatgoose.models.batched.attach import Mixed
-from phatgoose.models.batched.plan import Plan
-from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.batched.attach import MultiRouter
+from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.trace.trace import trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Arrow, Random, Single
@@ -163,11 +163,11 @@ def test_a_compiled_model_serves_several_ways(made, compiled):
     found = []
     for one in (base, plain):
         logits(one)
-        mixed, version = Mixed(one.model), Version(one, pool)
+        mixed, version = MultiRouter(one.model), PoolVersion(one, pool)
         mixed.attach(version)
-        ways = [Way(version, Single("e1")), Way(version, PHATGOOSE()), None]
+        ways = [Route(version, Single("e1")), Route(version, PHATGOOSE()), None]
         for pair in (ways[:2], ways[1:]):
-            with mixed.following(Plan(pair)):
+            with mixed.following(BatchPlan(pair)):
                 found.append(logits(one))
         mixed.close()
         found.append(logits(one))

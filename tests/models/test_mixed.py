@@ -16,9 +16,9 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
-from phatgoose.models.batched.attach import Mixed
-from phatgoose.models.batched.plan import Plan
-from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.batched.attach import MultiRouter
+from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Router, Single, SoftCentroid, Uniform, WeightOnly
@@ -66,11 +66,11 @@ def test_each_row_goes_its_own_way(make_base, make_expert, family, dtype):
         (first, PHATGOOSE()), None, (second, PHATGOOSE(top_k=1)), (first, Single("c")), (first, Single("a")),
         (second, Uniform()), (first, Random(seed=3)), (second, PHATGOOSE(top_k=2)),
     ]  # fmt: skip
-    versions = {id(pool): Version(base, pool) for pool in (first, second)}
-    mixed = Mixed(base.model)
+    versions = {id(pool): PoolVersion(base, pool) for pool in (first, second)}
+    mixed = MultiRouter(base.model)
     for version in versions.values():
         mixed.attach(version)
-    plan = Plan([None if one is None else Way(versions[id(one[0])], one[1]) for one in asked])
+    plan = BatchPlan([None if one is None else Route(versions[id(one[0])], one[1]) for one in asked])
     with mixed.following(plan):
         found = run(base, batch)
     for version in versions.values():
@@ -90,9 +90,9 @@ def test_one_way_for_all_is_what_route_gives(make_base, make_expert):
     base = make_base("llama")
     pool, _ = pools(base, make_expert)
     batch = inputs(base)
-    version, mixed = Version(base, pool), Mixed(base.model)
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
     mixed.attach(version)
-    with mixed.following(Plan([Way(version, PHATGOOSE())] * 8)):
+    with mixed.following(BatchPlan([Route(version, PHATGOOSE())] * 8)):
         found = run(base, batch)
     assert torch.equal(run(base, batch), run(copy.copy(base), batch))  # without a plan: the base
     mixed.detach(version)
@@ -106,12 +106,12 @@ def test_experts_that_are_off_are_as_if_the_pool_lacked_them(make_base, make_exp
     targets = [None, ["q_proj", "up_proj"], ["q_proj"]]
     experts = [make_expert(base, n, seed=i, targets=targets[i]) for i, n in enumerate("abc")]
     pool, batch = Pool(experts), inputs(base)
-    version, mixed = Version(base, pool), Mixed(base.model)
-    way = Way(version, router, off=["b"])
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
+    way = Route(version, router, off=["b"])
     if way.needs_reference:
         way.calibrate()
     mixed.attach(version)
-    with mixed.following(Plan([way, None] * 4)):
+    with mixed.following(BatchPlan([way, None] * 4)):
         found = run(base, batch)
     mixed.detach(version)
     route(base, pool.remove("b"), router)
@@ -126,12 +126,12 @@ def test_residual_streams_of_bottlenecks_follow_their_rows():
     ids = torch.randint(2, model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
     base = Base(model, make_tokenizer(), "zoo")
     bare = model(ids).logits
-    version, mixed = Version(base, Pool([expert]), any_base=True), Mixed(model)
+    version, mixed = PoolVersion(base, Pool([expert]), any_base=True), MultiRouter(model)
     mixed.attach(version)
-    way = Way(version, Single(0))
-    with mixed.following(Plan([None, way, way])):
+    way = Route(version, Single(0))
+    with mixed.following(BatchPlan([None, way, way])):
         found = model(ids).logits
-    with mixed.following(Plan([None, way, way], lengths=[7, 7, 7])):
+    with mixed.following(BatchPlan([None, way, way], lengths=[7, 7, 7])):
         model(ids.reshape(1, -1))  # packed: the streams of its rows run as one, which mustn't raise
     mixed.detach(version)
     assert not hooked(model)
@@ -160,13 +160,13 @@ def test_packed_sequences_go_their_own_ways_also_where_few_logits_are_asked(make
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, 300, (n,), generator=generator) for n in (5, 1, 7, 1)]
     routers = [PHATGOOSE(), None, Random(seed=5), Single("b")]
-    version, mixed = Version(base, pool), Mixed(base.model)
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
     mixed.attach(version)
     last = torch.tensor([4, 5, 12, 13])
-    plan = Plan([None if r is None else Way(version, r) for r in routers], [5, 1, 7, 1], kept=last)
+    plan = BatchPlan([None if r is None else Route(version, r) for r in routers], [5, 1, 7, 1], kept=last)
     with mixed.following(plan), torch.no_grad():
         found = base.model(**packed(base, rows), logits_to_keep=last).logits[0]
-    with mixed.following(Plan(plan.ways, plan.lengths)), torch.no_grad():
+    with mixed.following(BatchPlan(plan.routes, plan.lengths)), torch.no_grad():
         whole = base.model(**packed(base, rows)).logits[0, last]
     mixed.detach(version)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
@@ -189,22 +189,22 @@ def test_routers_that_read_text_are_told_it(make_base, make_expert, tmp_path, fa
         tuple(row[mask.bool()].tolist())
         for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    version, mixed = Version(base, pool), Mixed(base.model)
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
     mixed.attach(version)
-    made = {r: Way(version, r) for r in routers if r is not None}
+    made = {r: Route(version, r) for r in routers if r is not None}
     ways = [None if r is None else made[r] for r in routers]
     cut = 0 if base.is_encoder_decoder else 3  # the last tokens count as written
     told = [(p[: len(p) - cut], ()) for p in prompts]
-    with mixed.following(Plan(ways, told=told)):
+    with mixed.following(BatchPlan(ways, told=told)):
         found = base.model(**batch).logits
     if family == "llama":  # the same, packed, and with what was read before
         rows = [torch.tensor(p) for p in prompts]
         lengths = [len(r) for r in rows]
-        with mixed.following(Plan(ways, lengths, told=told)):
+        with mixed.following(BatchPlan(ways, lengths, told=told)):
             flat = base.model(**packed(base, rows)).logits[0].split(lengths)
         for row, mask in enumerate(batch["attention_mask"].bool()):
             torch.testing.assert_close(found[row][mask], flat[row], rtol=1e-4, atol=1e-4)
-    with mixed.following(Plan(ways)), pytest.raises(RoutingError, match="is unknown"):
+    with mixed.following(BatchPlan(ways)), pytest.raises(RoutingError, match="is unknown"):
         base.model(**batch)
     mixed.detach(version)
     for row, router in enumerate(routers):
@@ -225,13 +225,18 @@ def test_loads_are_what_a_trace_sums_up(make_base, make_expert, skip):
     pool = Pool([make_expert(base, n, seed=i, targets=targets[i]) for i, n in enumerate("abc")])
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, 300, (5,), generator=generator) for _ in range(8)]
-    version, mixed = Version(base, pool), Mixed(base.model)
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
     mixed.attach(version)
-    ways = [Way(version, PHATGOOSE()), None, Way(version, Single("c")), Way(version, PHATGOOSE(top_k=1))] * 2
-    plan = Plan(ways, [5] * 8, watch=True, skip=skip)
+    ways = [
+        Route(version, PHATGOOSE()),
+        None,
+        Route(version, Single("c")),
+        Route(version, PHATGOOSE(top_k=1)),
+    ] * 2
+    plan = BatchPlan(ways, [5] * 8, watch=True, skip=skip)
     with mixed.following(plan):
         watched = run(base, packed(base, rows))
-    with mixed.following(Plan(ways, [5] * 8)):
+    with mixed.following(BatchPlan(ways, [5] * 8)):
         assert torch.equal(run(base, packed(base, rows)), watched)  # watching changes nothing
     mixed.detach(version)
     weight, times = plan.loads.summed(8, {id(version): 3})[id(version)]
@@ -257,25 +262,25 @@ def test_loads_are_what_a_trace_sums_up(make_base, make_expert, skip):
 def test_what_cannot_be_is_refused(make_base, make_expert):
     base = make_base("llama")
     pool, _ = pools(base, make_expert)
-    version, mixed = Version(base, pool), Mixed(base.model)
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
     with pytest.raises(UnknownName, match="'e'"):
-        Way(version, PHATGOOSE(), off=["e"])
+        Route(version, PHATGOOSE(), off=["e"])
     with pytest.raises(RoutingError, match="every expert is switched off"):
-        Way(version, PHATGOOSE(), off=["a", "b", "c"])
+        Route(version, PHATGOOSE(), off=["a", "b", "c"])
     with pytest.raises(RoutingError, match="'a' is switched off"):
-        Way(version, Single("a"), off=["a"])
+        Route(version, Single("a"), off=["a"])
     with pytest.raises(RoutingError, match="doesn't choose by scores"):
-        Way(version, Random(), off=["a"])
+        Route(version, Random(), off=["a"])
     mixed.attach(version)
-    way = Way(version, PHATGOOSE())
-    with mixed.following(Plan([way, None, None])), pytest.raises(RoutingError, match="batch of 3 rows"):
+    way = Route(version, PHATGOOSE())
+    with mixed.following(BatchPlan([way, None, None])), pytest.raises(RoutingError, match="batch of 3 rows"):
         run(base, inputs(base))
-    with mixed.following(Plan([way, None], [3, 4])), pytest.raises(RoutingError, match="7 packed"):
+    with mixed.following(BatchPlan([way, None], [3, 4])), pytest.raises(RoutingError, match="7 packed"):
         run(base, inputs(base))
     mixed.detach(version)
     route(base, pool)
     with pytest.raises(RoutingError, match="routed already"):
-        Mixed(base.model)
+        MultiRouter(base.model)
 
 
 class Fussy(Router):
@@ -302,21 +307,21 @@ class _Fussy(BoundRouter):
 def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base, make_expert):
     base = make_base("llama")
     pool, _ = pools(base, make_expert)
-    version, mixed = Version(base, pool), Mixed(base.model)
+    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
     mixed.attach(version)
-    fussy, other = Way(version, Fussy()), Way(version, PHATGOOSE())
+    fussy, other = Route(version, Fussy()), Route(version, PHATGOOSE())
     batch = inputs(base, rows=5)
     batch["attention_mask"][:] = 1
     batch["input_ids"][batch["input_ids"] == 77] = 78
     ways = [fussy, fussy, other, None, fussy]
-    with mixed.following(Plan(ways)):
+    with mixed.following(BatchPlan(ways)):
         whole = run(base, batch)
     bare = run(base, batch)
     batch["input_ids"][1, 4] = 77
     bare_now = run(base, batch)
     rows = list(batch["input_ids"])
     for lengths in (None, [11] * 5):
-        plan = Plan(ways, lengths, failed={})
+        plan = BatchPlan(ways, lengths, failed={})
         with mixed.following(plan):
             if lengths is None:
                 found = run(base, batch)
@@ -328,15 +333,15 @@ def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base,
         for row in (0, 2, 3, 4):
             torch.testing.assert_close(found[row], whole[row], atol=1e-4, rtol=1e-4)
     assert (whole[0] - bare[0]).abs().max() > 0.01
-    with mixed.following(Plan(ways)), pytest.raises(IndexError, match="fussy"):  # nobody collects it
+    with mixed.following(BatchPlan(ways)), pytest.raises(IndexError, match="fussy"):  # nobody collects it
         run(base, batch)
-    lost = Plan([Way(version, Fussy(MemoryError))] * 5, failed={})
+    lost = BatchPlan([Route(version, Fussy(MemoryError))] * 5, failed={})
     with mixed.following(lost), pytest.raises(MemoryError):
         run(base, batch)
     # All of a pass, by a kernel that takes it whole.
     for path in other.fused:
         other.fused[path] = lambda *_: 1 // 0
-    alone = Plan([other] * 5, failed={})
+    alone = BatchPlan([other] * 5, failed={})
     with mixed.following(alone):
         found = run(base, batch)
     assert sorted(alone.failed) == ([0, 1, 2, 3, 4] if other.fused else [])
@@ -347,18 +352,18 @@ def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base,
 def test_versions_come_and_go_while_others_stay(make_base, make_expert):
     base = make_base("llama")
     first, second = pools(base, make_expert)
-    batch, mixed = inputs(base), Mixed(base.model)
-    old, new = Version(base, first), Version(base, second)
+    batch, mixed = inputs(base), MultiRouter(base.model)
+    old, new = PoolVersion(base, first), PoolVersion(base, second)
     mixed.attach(old)
-    way = Way(old, PHATGOOSE())
-    with mixed.following(Plan([way] * 8)):
+    way = Route(old, PHATGOOSE())
+    with mixed.following(BatchPlan([way] * 8)):
         before = run(base, batch)
     mixed.attach(new)
-    with mixed.following(Plan([way, Way(new, PHATGOOSE())] * 4)):
+    with mixed.following(BatchPlan([way, Route(new, PHATGOOSE())] * 4)):
         both = run(base, batch)
     assert_rows(both[::2], before[::2], torch.float32)
     mixed.detach(old)
-    with mixed.following(Plan([Way(new, PHATGOOSE()), None] * 4)):
+    with mixed.following(BatchPlan([Route(new, PHATGOOSE()), None] * 4)):
         after = run(base, batch)
     assert_rows(
         after[::2],

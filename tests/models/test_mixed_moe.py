@@ -11,9 +11,9 @@ from moe_fixtures import ids, make, peft_adapter, per_expert, with_gates
 from phatgoose import Expert, Pool, Random, Single, Uniform, route, unroute
 from phatgoose.errors import RoutingError
 from phatgoose.models.base.base import Base
-from phatgoose.models.batched.attach import Mixed
-from phatgoose.models.batched.plan import Plan
-from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.batched.attach import MultiRouter
+from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Retrieval
 from phatgoose.routers.router import BoundRouter
@@ -43,21 +43,21 @@ def test_each_row_and_each_packed_sequence_goes_its_own_way(base, pools):
     x = ids(len(asked), 11)
     batch = {"input_ids": x, "attention_mask": torch.ones_like(x)}
     batch["attention_mask"][0, :4] = 0
-    versions = {id(pool): Version(base, pool) for pool in (first, second)}
-    mixed = Mixed(base.model)
+    versions = {id(pool): PoolVersion(base, pool) for pool in (first, second)}
+    mixed = MultiRouter(base.model)
     for version in versions.values():
         mixed.attach(version)
-    ways = [None if one is None else Way(versions[id(one[0])], one[1]) for one in asked]
-    with mixed.following(Plan(ways)):
+    ways = [None if one is None else Route(versions[id(one[0])], one[1]) for one in asked]
+    with mixed.following(BatchPlan(ways)):
         found = run(base, batch)
     rows = [x[i, i:] for i in range(len(asked))]
-    with mixed.following(Plan(ways, lengths=[len(row) for row in rows])):
+    with mixed.following(BatchPlan(ways, lengths=[len(row) for row in rows])):
         together = run(base, packed(base, rows))[0].split([len(row) for row in rows])
-    off = Way(versions[id(second)], PHATGOOSE(), off=["0"])
-    with mixed.following(Plan([off] * len(asked))):
+    off = Route(versions[id(second)], PHATGOOSE(), off=["0"])
+    with mixed.following(BatchPlan([off] * len(asked))):
         without = run(base, batch)
     with pytest.raises(RoutingError, match="Retrieval can't tell requests apart"):
-        Way(versions[id(second)], Retrieval())
+        Route(versions[id(second)], Retrieval())
     for version in versions.values():
         mixed.detach(version)
     assert not hooked(base.model)
@@ -86,9 +86,9 @@ def _loads(base, pool, row, skip=0):
 
 def test_loads_and_failures_inside_experts(base, pools):
     _, pool = pools
-    version, mixed, x = Version(base, pool), Mixed(base.model), ids(4, 9)
+    version, mixed, x = PoolVersion(base, pool), MultiRouter(base.model), ids(4, 9)
     mixed.attach(version)
-    good, bad = Way(version, PHATGOOSE()), Way(version, PHATGOOSE())
+    good, bad = Route(version, PHATGOOSE()), Route(version, PHATGOOSE())
 
     class Broken(BoundRouter):
         def __call__(self, u, context, ops):
@@ -98,11 +98,11 @@ def test_loads_and_failures_inside_experts(base, pools):
     for path in bad.bound:
         if ".2." in path:
             bad.bound[path] = Broken()
-    plan = Plan([good, bad, None, good], watch=True, failed={})
+    plan = BatchPlan([good, bad, None, good], watch=True, failed={})
     with mixed.following(plan):
         found = run(base, {"input_ids": x})
     assert list(plan.failed) == [1]
-    skipped = Plan([good] * 4, lengths=[9] * 4, watch=True, skip=[2, 0, 5, 8])
+    skipped = BatchPlan([good] * 4, lengths=[9] * 4, watch=True, skip=[2, 0, 5, 8])
     with mixed.following(skipped):
         run(base, packed(base, list(x)))
     mixed.close()

@@ -25,9 +25,9 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.base import module_names as paths
 from phatgoose.models.base.base import Base
 from phatgoose.models.context import streams
-from phatgoose.models.trace import module_names as paths
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single
 
@@ -319,7 +319,7 @@ def test_keys_of_cross_attention_are_the_encoders_tokens_whatever_it_is_called(f
     with trace(model) as t:
         logits(model, input_ids=ids, attention_mask=mask, decoder_input_ids=target)
     for c in t.choices:
-        place = t.places[c.path]
+        place = t.locations[c.path]
         assert place.part == "cross-attention"
         assert place.reads == ("encoder" if c.path.endswith(key) else "decoder")
         assert torch.equal((ids if place.reads == "encoder" else target)[c.rows, c.positions], c.ids)

@@ -12,9 +12,9 @@ from transformers.generation import StoppingCriteriaList
 from phatgoose.errors import RoutingError, StorageError, UnknownName
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of
+from phatgoose.models.base.module_names import layer_labels, locate_modules
 from phatgoose.models.trace import recorder
 from phatgoose.models.trace.choices import load_of
-from phatgoose.models.trace.module_names import layer_labels, places
 from phatgoose.models.trace.trace import Trace, trace
 from phatgoose.ops.cpu import build
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, SpectR, Uniform, WeightOnly
@@ -145,7 +145,7 @@ def test_prompt_and_generated_tokens_are_told_apart(routed, family):
     prompts = int(mask.sum())
     new = 3 * len(TEXTS)  # the last token is never read
     for c in t.choices:
-        place, made = t.places[c.path], c.tokens.generated
+        place, made = t.locations[c.path], c.tokens.generated
         if place.reads == "encoder":
             assert (len(made), int(made.sum())) == (prompts, 0)
             assert torch.equal(c.ids, batch["input_ids"][mask.bool()])
@@ -158,7 +158,7 @@ def test_prompt_and_generated_tokens_are_told_apart(routed, family):
                 mine = c.tokens[made & (c.tokens.inputs == row)]
                 assert mine.ids.tolist() == out[row, -4:-1].tolist()
                 assert mine.positions.diff().tolist() == [1, 1]
-    assert {p.part for p in t.places.values()} == (
+    assert {p.part for p in t.locations.values()} == (
         {"decoder"} if family == "llama" else {"encoder", "decoder", "cross-attention"}
     )
 
@@ -430,10 +430,10 @@ def test_what_is_drained_is_all_of_it_once(routed, family):
 
 def test_layers_are_labelled_in_the_order_they_are_shown():
     paths = ["head", "decoder.block.0.layer.1.EncDecAttention.k", "decoder.block.1.layer.0.SelfAttention.q", "encoder.block.0.layer.0.SelfAttention.q"]  # fmt: skip
-    found = layer_labels(places(paths, ["decoder", "encoder", "decoder", "encoder"]))
+    found = layer_labels(locate_modules(paths, ["decoder", "encoder", "decoder", "encoder"]))
     assert list(found.values()) == ["enc 0", "dec 0", "dec 1", "other"]
     assert list(found) == [paths[3], paths[1], paths[2], paths[0]]
-    one = layer_labels(places(["layers.10.q", "layers.9.q", "layers.9.v"], ["decoder"] * 3))
+    one = layer_labels(locate_modules(["layers.10.q", "layers.9.q", "layers.9.v"], ["decoder"] * 3))
     assert list(one.items()) == [("layers.9.q", "9"), ("layers.9.v", "9"), ("layers.10.q", "10")]
 
 
@@ -444,9 +444,9 @@ def test_saved_and_loaded(routed, family, histogram, tmp_path):
     with trace(base, histogram=histogram) as t:
         forward(base, batch_of(base))
     again = Trace.load(t.save(tmp_path / "deep" / "t.safetensors"))
-    assert (again.experts, again.places, again.share, again.sums_only) == (
+    assert (again.experts, again.locations, again.share, again.sums_only) == (
         t.experts,
-        t.places,
+        t.locations,
         1.0,
         histogram,
     )
@@ -538,7 +538,9 @@ def test_an_error_inside_stops_the_recording(routed):
         forward(base, batch_of(base))
         raise ZeroDivisionError
     assert routing_of(base).recorder is None
-    assert len(t.choices) == len(t.places)
+    assert len(t.choices) == len(t.locations)
+    with pytest.warns(DeprecationWarning, match=r"Trace\.locations"):
+        assert t.places is t.locations
 
 
 def test_training_can_be_traced(routed):

@@ -12,8 +12,8 @@ from conftest import hooked
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.attach.unrun import Unrun
-from phatgoose.models.batched.attach import Mixed
-from phatgoose.models.batched.version import Version
+from phatgoose.models.batched.attach import MultiRouter
+from phatgoose.models.batched.version import PoolVersion
 from phatgoose.routers import Single
 
 IDS = torch.randint(2, 300, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -44,8 +44,8 @@ def test_an_embedding_that_t5_never_calls_is_named_once(make_base, make_expert):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_it_is_said_where_several_versions_go_different_ways(make_base, make_expert):
     base = make_base("t5")
-    mixed = Mixed(base.model)
-    version = Version(base, Pool([make_expert(base, targets=["shared", "q"], gates=False)]))
+    mixed = MultiRouter(base.model)
+    version = PoolVersion(base, Pool([make_expert(base, targets=["shared", "q"], gates=False)]))
     mixed.attach(version)
     with pytest.warns(UserWarning, match="experts adapt shared, which didn't run"):
         run(base.model)

@@ -98,7 +98,7 @@ def test_experts_come_and_go(base, pool, fourth, wanted, tmp_path, kind):
             answer(server, model="d")
         if folder is not None:
             assert Pool.load(folder).names == ("a", "b", "c")
-        server.until(lambda: len(server.service.engine.mixed._versions) == 1)
+        server.until(lambda: len(server.service.engine.multi_router._versions) == 1)
         for name in "abc":
             assert http.delete(f"/admin/experts/{name}").status_code == 200
         assert [m.id for m in server.client().models.list()] == ["base"]
@@ -333,7 +333,7 @@ def test_switching_under_load_never_mixes_two_pools(base, pool, fourth, wanted, 
 
     with running(Service(base, settings(), pool=pool), KEYS) as server:
         found = asyncio.run(all_of_it(server))
-        server.until(lambda: len(server.service.engine.mixed._versions) == 1)
+        server.until(lambda: len(server.service.engine.multi_router._versions) == 1)
     seen = set()
     for prompt, made in found:
         names = [n for n, texts in wanted.items() if texts[prompt] == made]

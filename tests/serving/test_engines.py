@@ -17,8 +17,8 @@ from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
-from phatgoose.models.batched.plan import Plan
-from phatgoose.models.batched.version import Way
+from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.batched.version import Route
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Retrieval, Router, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
@@ -60,7 +60,7 @@ async def served(service, asked, new=12, **more):
     async def one(prompt, model):
         async with service.catalogue.found(model) as found:
             ids = await service.prompts.of_text(prompt)
-            job = Job(ids, found.way, Draw(GREEDY), new, service.ends, **more)
+            job = Job(ids, found.route, Draw(GREEDY), new, service.ends, **more)
             return await finish(service.engine, job)
 
     return await asyncio.gather(*(one(*pair) for pair in asked))
@@ -168,10 +168,10 @@ def test_prompts_are_scored_as_one_pass_scores_them(make_base, make_expert, monk
     async def do(service):
         async with service.catalogue.found("phatgoose") as way:
             jobs = [
-                Job(p, w, Draw(GREEDY), 3, service.ends, score=2) for p in prompts for w in (way.way, None)
+                Job(p, w, Draw(GREEDY), 3, service.ends, score=2) for p in prompts for w in (way.route, None)
             ]
             await asyncio.gather(*(finish(service.engine, job) for job in jobs))
-            return [(job.prompt, job.way is not None, job.prompt_likelihoods) for job in jobs]
+            return [(job.prompt, job.route is not None, job.prompt_likelihoods) for job in jobs]
 
     for prompt, routed, scored in with_service(base, pool, do, engine=engine):
         route(base, pool) if routed else unroute(base)
@@ -191,7 +191,7 @@ def test_prompts_are_scored_by_routers_that_read_text(make_base, make_expert, tm
     ids = list(range(10, 20))
 
     async def do(service):
-        way = await service.experts.way(service.experts.state, service.experts.router)
+        way = await service.experts.route(service.experts.state, service.experts.router)
         scored = Job(ids, way, Draw(GREEDY), 2, service.ends, score=0)
         nothing = Job([1], way, Draw(GREEDY), 2, service.ends, score=0)  # special tokens only: no text
         await asyncio.gather(finish(service.engine, scored), finish(service.engine, nothing))
@@ -208,7 +208,7 @@ def test_a_prompt_that_cannot_be_scored_takes_nobody_with_it(make_base, make_exp
     base = make_base("llama")
 
     async def do(service):
-        way = Way(service.experts.state.version, Fussy())
+        way = Route(service.experts.state.version, Fussy())
         bad = Job([77, 5], way, Draw(GREEDY), 4, service.ends, score=0)
         good = [Job([5, 6], way, Draw(GREEDY), 4, service.ends, score=s) for s in (None, 0)]
         service.engine.submit(bad)
@@ -233,7 +233,7 @@ def test_who_acted_is_what_a_trace_records(make_base, make_expert, family, engin
         found = {}
         async with service.catalogue.found("phatgoose") as way:
             jobs = [
-                Job(await service.prompts.of_text(p), way.way, Draw(GREEDY), 5, frozenset(), watch=True)
+                Job(await service.prompts.of_text(p), way.route, Draw(GREEDY), 5, frozenset(), watch=True)
                 for p in PROMPTS
             ]
             await asyncio.gather(*(finish(service.engine, job) for job in jobs))
@@ -273,7 +273,7 @@ def test_routers_that_read_text_follow_prompt_and_answer(make_base, make_expert,
         state = service.experts.state
         found = {}
         for name in names:
-            way = await service.experts.way(state, name)
+            way = await service.experts.route(state, name)
             jobs = [
                 Job(await service.prompts.of_text(p), way, Draw(GREEDY), 8, service.ends) for p in PROMPTS
             ]
@@ -294,14 +294,14 @@ def test_no_pass_goes_by_experts_that_were_taken_off(make_base, make_expert, mon
 
     def planned(ways, *args, **more):
         plans.append(list(ways))
-        return Plan(ways, *args, **more)
+        return BatchPlan(ways, *args, **more)
 
     for module in (passes, batch):
-        monkeypatch.setattr(module, "Plan", planned)
+        monkeypatch.setattr(module, "BatchPlan", planned)
 
     async def do(service):
         engine, loop = service.engine, asyncio.get_running_loop()
-        way = await service.experts.way(service.experts.state, "uniform")
+        way = await service.experts.route(service.experts.state, "uniform")
         gone = Job([5, 6], way, Draw(GREEDY), 60, frozenset())
         stays = Job([7, 8], None, Draw(GREEDY), 60, frozenset())
         engine.submit(gone)
@@ -314,7 +314,7 @@ def test_no_pass_goes_by_experts_that_were_taken_off(make_base, make_expert, mon
             heard = threading.Event()
             loop.call_soon_threadsafe(lambda: (engine.cancel(gone), heard.set()))
             assert heard.wait(30)
-            engine.mixed.detach(way.version)
+            engine.multi_router.detach(way.version)
             plans.clear()
 
         await asyncio.to_thread(engine.between, take_off)
@@ -368,15 +368,15 @@ def test_a_router_is_calibrated_by_the_base_whoever_is_answering(make_base, make
     async def do(service):
         state, found = service.experts.state, []
         for single in (None, "a"):
-            service.experts._ways.clear()
+            service.experts._routes.clear()
             if single is None:
-                found.append(sums(await service.experts.way(state, name)))
+                found.append(sums(await service.experts.route(state, name)))
                 continue
-            running = Job([5, 6], Way(state.version, Single(single)), Draw(GREEDY), 300, frozenset())
+            running = Job([5, 6], Route(state.version, Single(single)), Draw(GREEDY), 300, frozenset())
             written = asyncio.ensure_future(finish(service.engine, running))
             while not running.written:
                 await asyncio.sleep(0.01)
-            found.append(sums(await service.experts.way(state, name)))
+            found.append(sums(await service.experts.route(state, name)))
             assert not written.done()
             service.engine.cancel(running)
             written.cancel()
@@ -406,9 +406,9 @@ def test_a_way_that_fails_for_one_fails_for_nobody_else(make_base, make_expert, 
     prompts = [[5, 6], [7, 8, 9], list(range(10, 40))]
 
     async def do(service):
-        way, other = Way(service.experts.state.version, Fussy()), None
+        way, other = Route(service.experts.state.version, Fussy()), None
         async with service.catalogue.found("phatgoose") as found:
-            other = found.way
+            other = found.route
 
             def jobs():
                 ways = [*([p, way] for p in prompts), [prompts[0], other], [prompts[0], None]]
@@ -446,7 +446,7 @@ def test_more_experts_than_the_pool_has_are_all_of_it(make_base, make_expert, en
         version, found = service.experts.state.version, []
         ids = await service.prompts.of_text(PROMPTS[0])
         for router in asked:
-            job = Job(ids, Way(version, router), Draw(GREEDY), 8, service.ends)
+            job = Job(ids, Route(version, router), Draw(GREEDY), 8, service.ends)
             found.append(await finish(service.engine, job))
         return found
 

@@ -38,7 +38,7 @@ def test_a_server_is_ready_when_it_has_written_an_answer(make_base, make_expert,
             assert not others
             assert not started
             assert len(job.written) == 1
-            assert job.way is not None
+            assert job.route is not None
             assert not service.engine.jobs
             if engine == "continuous":
                 assert service.engine.manager.batch_processor is not None  # which has the cache

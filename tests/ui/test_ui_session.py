@@ -92,7 +92,7 @@ def test_the_events_are_the_answer_and_its_routing(make_session, pool_of, family
     assert end["why"] == "length"
     assert end["answer"] == session.base.tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert (turn["event"], turn["generated_from"], turn["room"]) == ("turn", page["generated_from"], 9)
-    modules = list(session.places)
+    modules = list(session.locations)
     chosen, weights, texts = choices_of(job, len(modules))
     same_texts(texts, page["tokens"])
     assert len(job.of("tokens")) == 9
@@ -125,10 +125,10 @@ def test_experts_off_is_a_pool_without_them_and_back(make_session):
         without.events[-1]["answer"]
         == session.base.tokenizer.decode(answer, skip_special_tokens=True).strip()
     )
-    chosen, _, texts = choices_of(without, len(session.places))
+    chosen, _, texts = choices_of(without, len(session.locations))
     same_texts(texts, page["tokens"])
     assert set(np.unique(chosen)) <= {-2, -1, 1, 2}
-    assert not set(np.unique(choices_of(nobody, len(session.places))[0])) - {-2, -1}
+    assert not set(np.unique(choices_of(nobody, len(session.locations))[0])) - {-2, -1}
     assert [e for e in again.events if e["event"] == "tokens"] == whole.of("tokens")
     assert nobody.events[-1]["answer"] == alone.events[-1]["answer"]
     assert {e["k"] for e in alone.of("tokens")} == {0}
@@ -251,8 +251,8 @@ def test_modules_with_fewer_experts_are_told_as_wide_as_the_others(make_base, ma
     session = Session(base, Pool([make_expert(base, "x", seed=3), *some]))
     job = answered(session, router="uniform")
     assert [e["k"] for e in job.of("tokens")] == [3] * 9
-    chosen, _, _ = choices_of(job, len(session.places))
-    for path, row in zip(session.places, chosen, strict=True):
+    chosen, _, _ = choices_of(job, len(session.locations))
+    for path, row in zip(session.locations, chosen, strict=True):
         assert (row[:, 1:] >= 0).any() == ("encoder" in path and path.endswith((".q", ".v")))
 
 
@@ -260,7 +260,7 @@ def test_characters_of_several_tokens_are_told_when_they_are_whole(make_session)
     session = make_session()
     job = Job()
     session.answer(replace(Ask("né → 日本"), max_new_tokens=3), job)
-    _, _, texts = choices_of(job, len(session.places))
+    _, _, texts = choices_of(job, len(session.locations))
     ids = encode_prompt(session.base, "né → 日本")
     assert "".join(texts[: ids.shape[1]]) == session.base.tokenizer.decode(ids[0])
     assert "" in texts

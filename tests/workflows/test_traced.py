@@ -52,7 +52,7 @@ def test_profiles_are_means_over_modules(pooled, family):
     for label, row in zip(layers["layers"], layers["shares"], strict=True):
         stack = {"enc": "encoder.", "dec": "decoder."}.get(label[:3], "")
         mine = [
-            v for p, v in t.shares().items() if t.places[p].layer == int(label[-1]) and p.startswith(stack)
+            v for p, v in t.shares().items() if t.locations[p].layer == int(label[-1]) and p.startswith(stack)
         ]
         assert row == pytest.approx(torch.stack(mine).mean(0).tolist(), abs=1e-3)
     assert [p.prompt for p in seen.prompts] == [ROWS[0].input, "maybe"]

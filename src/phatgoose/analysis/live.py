@@ -10,14 +10,14 @@ from phatgoose.analysis.checks import checked
 from phatgoose.analysis.page import rendered
 from phatgoose.analysis.view import legend, view
 from phatgoose.experts.pool import Pool
-from phatgoose.models.trace.module_names import Place, layer_labels
+from phatgoose.models.base.module_names import ModuleLocation, layer_labels
 
 
 def live_page(
     *,
     base: str,
     pool: Pool,
-    places: Mapping[str, Place],
+    places: Mapping[str, ModuleLocation],
     routers: Sequence[Mapping[str, Any]],
     chat: bool,
     form: str | None = None,

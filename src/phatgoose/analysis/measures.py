@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import EvaluationError
+from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.trace.choices import Choices
-from phatgoose.models.trace.module_names import layer_and_kind
 from phatgoose.models.trace.recorder import TOKEN_FIELDS
 from phatgoose.models.trace.trace import Trace
 from phatgoose.registry import unknown
@@ -91,7 +91,7 @@ def agreement_between_layers(trace: Trace) -> dict[str, Tensor]:
     """
     kinds: dict[str, list[tuple[int, Choices]]] = {}
     for c in _choices(trace):
-        place = trace.places[c.path]
+        place = trace.locations[c.path]
         if place.layer is not None:
             kinds.setdefault(place.kind, []).append((place.layer, c))
     found = {}
@@ -107,7 +107,7 @@ def agreement_within_blocks(trace: Trace) -> dict[int, float]:
     out. An encoder's and a decoder's block of one number are averaged."""
     blocks: dict[tuple[int, str], list[Choices]] = {}
     for c in _choices(trace):
-        place = trace.places[c.path]
+        place = trace.locations[c.path]
         if place.layer is not None:
             blocks.setdefault((place.layer, place.reads), []).append(c)
     values: dict[int, list[float]] = {}

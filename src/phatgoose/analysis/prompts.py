@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.models.base.base import Base
-from phatgoose.models.trace.module_names import layer_and_kind
+from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.trace.trace import Choices, Trace
 
 Pairs = tuple[tuple[int, float], ...]
@@ -77,7 +77,7 @@ def routed_prompt(
         raise RoutingError(
             "beam search moved sequences between rows, so a row is no prompt: trace with num_beams=1."
         )
-    calls = [(trace.places[c.path].reads, c) for c in trace.choices if bool((c.rows == row).any())]
+    calls = [(trace.locations[c.path].reads, c) for c in trace.choices if bool((c.rows == row).any())]
     if not calls:
         raise RoutingError(f"the trace has no tokens of row {row}: run the model inside `with trace(model)`.")
     ids = {name: _ids(name, [c for s, c in calls if s == name], row) for name in ("encoder", "decoder")}

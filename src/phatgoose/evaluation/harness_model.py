@@ -29,7 +29,7 @@ class RoutedLM(HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         routing = routing_of(self.model)
-        if self.backend != "causal" or routing is None or routing.streams.readings is None:
+        if self.backend != "causal" or routing is None or routing.streams.prompt_tracker is None:
             # An encoder reads the prompt and nothing else; and nobody else asks for it.
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         self._prompts = {}

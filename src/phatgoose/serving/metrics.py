@@ -76,8 +76,8 @@ class Metrics:
 
     def take_load(self, job: Job, weights: Tensor, choices: int) -> None:
         """One job's part in a watched pass."""
-        assert job.way is not None
-        names = job.way.version.pool.names
+        assert job.route is not None
+        names = job.route.version.pool.names
         for i in weights.nonzero().squeeze(1).tolist():
             self.weight.labels(names[i]).inc(float(weights[i]))
         self.choices.inc(choices)

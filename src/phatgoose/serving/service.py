@@ -110,7 +110,7 @@ class Service:
     async def _try(self) -> None:
         """Writes one token as the default model: what is made on first use, as the cache, is there then, or can't be made."""
         async with self.catalogue.found(self.catalogue.default) as found:
-            job = Job([min(self.ends)], found.way, Draw(Sampling(temperature=0)), 1, frozenset())
+            job = Job([min(self.ends)], found.route, Draw(Sampling(temperature=0)), 1, frozenset())
             self.engine.submit(job)
             async for news in job.news():
                 if news.error is not None:
@@ -138,7 +138,7 @@ class Service:
             self._following.cancel()
             await asyncio.wait([self._following])
         await asyncio.to_thread(self.engine.stop)
-        self.engine.mixed.close()
+        self.engine.multi_router.close()
 
     @property
     def obstacle(self) -> str | None:
@@ -220,7 +220,7 @@ class Service:
             for i in range(n):
                 job = Job(
                     prompt,
-                    found.way,
+                    found.route,
                     Draw(sampling, p * n + i, self._before(prompt)),
                     max(limit, 1),
                     ends,

@@ -31,7 +31,7 @@ def make_app(session: Session) -> FastAPI:
     html, policy = live_page(
         base=session.base.spec,
         pool=session.pool,
-        places=session.places,
+        places=session.locations,
         routers=list(session.routers.values()),
         chat=session.base.tokenizer.chat_template is not None,
         form=trained.pop() if len(trained) == 1 else None,

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from phatgoose.analysis.prompts import UNSEEN, TokenTexts
 from phatgoose.errors import RoutingError
+from phatgoose.models.base.module_names import ModuleLocation
 from phatgoose.models.trace.choices import Choices
-from phatgoose.models.trace.module_names import Place
 
 
 class Pieces:
@@ -27,7 +27,7 @@ class Pieces:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        where: Mapping[str, Place],
+        where: Mapping[str, ModuleLocation],
         ids: Tensor,
         encoder_decoder: bool,
     ):

@@ -14,10 +14,10 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base
+from phatgoose.models.base.module_names import ModuleLocation, locate_modules
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.greedy import greedy_answer
 from phatgoose.models.text.prompt import encode_chat, encode_prompt, room_behind
-from phatgoose.models.trace.module_names import Place, places
 from phatgoose.models.trace.trace import trace
 from phatgoose.registry import lookup, unknown
 from phatgoose.routers import ROUTERS, Router, parse_router
@@ -104,14 +104,14 @@ class Session:
         self.routers = {router["name"]: router for router in offered_routers(pool)}
         self._attached: tuple[str, Switches | None] | None = None  # what is routed now
         route(base, pool, parse_router("uniform"), backend_name=backend)  # refuses a pool of another base
-        self.places = self._places()
+        self.locations = self._locations()
         unroute(base)
 
-    def _places(self) -> dict[str, Place]:
+    def _locations(self) -> dict[str, ModuleLocation]:
         routing = routing_of(self.base)
         assert routing is not None
         modules = routing.pool.modules
-        return places(modules, [routing.streams.stream_of(path) for path in modules])
+        return locate_modules(modules, [routing.streams.stream_of(path) for path in modules])
 
     def check(self, ask: Ask) -> None:
         """Refuses what can be refused before the model is asked.
@@ -186,9 +186,9 @@ class Session:
         k = (
             min(len(self.pool), ask.top_k or own or len(self.pool)) + 1
         )  # a null candidate may be chosen as well
-        if (need := tokens * len(self.places) * k) > self.limits.choices:
+        if (need := tokens * len(self.locations) * k) > self.limits.choices:
             raise PhatgooseError(
-                f"{tokens} tokens at {len(self.places)} modules with up to {k} choices are {need:,} choices to show, at most "
+                f"{tokens} tokens at {len(self.locations)} modules with up to {k} choices are {need:,} choices to show, at most "
                 f"{self.limits.choices:,} are taken: shorten the prompt or the answer, or take a smaller top-k."
             )
 
@@ -212,7 +212,7 @@ class Session:
             switches.allowed = allowed if ask.off else None
 
     def _generate(self, ids: Tensor, room: int, job: Job, *, alone: bool) -> Tensor:
-        where = {} if alone else self.places
+        where = {} if alone else self.locations
         pieces = Pieces(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
         if alone:
             return greedy_answer(self.base, ids, room, lambda so_far: _told(job, pieces.event(so_far, ())))

@@ -15,11 +15,11 @@ from phatgoose.analysis.page import RoutedPrompt, routed_prompt
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base
+from phatgoose.models.base.module_names import layer_labels
 from phatgoose.models.text.batch import UNLIMITED
 from phatgoose.models.text.encoding import encode_answers, encode_input
 from phatgoose.models.text.greedy import greedy_answer
 from phatgoose.models.text.sequences import decoder_inputs
-from phatgoose.models.trace.module_names import layer_labels
 from phatgoose.models.trace.trace import Trace, trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import Router
@@ -30,7 +30,7 @@ NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Seen:
+class TraceReport:
     """What tracing a pool on some tasks showed, in the forms that results.json and `report` take."""
 
     prompts: list[RoutedPrompt]
@@ -54,7 +54,7 @@ def traced(
     texts: Sequence[str] = (),
     new_tokens: int = NEW_TOKENS,
     backend: str = "auto",
-) -> Seen:
+) -> TraceReport:
     """Traces a pool; the base is left without routing.
 
     Args:
@@ -80,7 +80,7 @@ def traced(
     shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
     total = {n: sum(s[n] for s in shares.values()) / len(shares) for n in pool.names} if shares else None
     layers = {name: layer_shares(t) for name, t in profiles.items()}
-    return Seen(prompts, shares, layers, cards(here, means=means, shares=total))
+    return TraceReport(prompts, shares, layers, cards(here, means=means, shares=total))
 
 
 def with_cards(
@@ -95,7 +95,7 @@ def layer_shares(t: Trace) -> dict[str, Any]:
     """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their load."""
     loads = load(t)
     groups: dict[str, list[torch.Tensor]] = {}
-    for path, label in layer_labels(t.places).items():
+    for path, label in layer_labels(t.locations).items():
         if path in loads:
             groups.setdefault(label, []).append(loads[path])
     return {

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError
 from phatgoose.fingerprints import Verdict, check_same_base, same_base
-from phatgoose.models.trace.module_names import plain_name
+from phatgoose.models.base.module_names import plain_name
 from phatgoose.records import Fingerprint
 
 __all__ = ["Verdict", "check_same_base", "fingerprint", "same_base"]

@@ -21,16 +21,16 @@ from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.unrun import Unrun
 from phatgoose.models.base.layers import follow_residual, given, is_plain, unseen
-from phatgoose.models.batched.part import Part
-from phatgoose.models.batched.plan import Group, Plan
-from phatgoose.models.batched.version import Version
+from phatgoose.models.batched.part import SubsetContext
+from phatgoose.models.batched.plan import BatchPlan, Group
+from phatgoose.models.batched.version import PoolVersion
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.slots import Dispatched, Slot, context_at
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.routers.context import RoutingContext
 
 
-class Mixed:
+class MultiRouter:
     """What is attached to a model so that its tokens can go different ways.
 
     Versions are attached and taken off, and plans are set, by whoever runs the model, while no pass is running.
@@ -43,14 +43,14 @@ class Mixed:
         if routing_of(model) is not None:
             raise RoutingError("this model is routed already: unroute it first.")
         self.model = model
-        self.plan: Plan | None = None
+        self.plan: BatchPlan | None = None
         self.streams = Streams(model)
-        self._versions: dict[int, tuple[Version, Hooks, Unrun]] = {}
+        self._versions: dict[int, tuple[PoolVersion, Hooks, Unrun]] = {}
         # A router or an expert of a mixture is another stand-in in each version: the one that has the hook is the one that runs.
         self._hooks: dict[str, tuple[nn.Module, Hooks]] = {}
         self._streams = Hooks()
 
-    def attach(self, version: Version) -> None:
+    def attach(self, version: PoolVersion) -> None:
         """Makes a version's ways possible. Without a plan that uses them, nothing changes."""
         if not self._versions:
             self._streams.add(self.streams.attach())
@@ -66,7 +66,7 @@ class Mixed:
         unrun.attach()
         self._versions[id(version)] = (version, handles, unrun)
 
-    def detach(self, version: Version) -> None:
+    def detach(self, version: PoolVersion) -> None:
         """Takes a version off; its ways must not be used any more."""
         _, handles, unrun = self._versions.pop(id(version))
         handles.remove()
@@ -83,7 +83,7 @@ class Mixed:
             self.detach(version)
 
     @contextlib.contextmanager
-    def following(self, plan: Plan) -> Iterator[None]:
+    def following(self, plan: BatchPlan) -> Iterator[None]:
         """Passes inside go by this plan."""
         self.plan = plan
         try:
@@ -111,7 +111,7 @@ class Mixed:
         dispatched = args[2] if isinstance(module, Slot) and len(args) > 2 else None
         groups = plan.groups(tokens if dispatched is None else dispatched.of)
         if len(groups) == 1 and groups[0].index is None and not plan.watch:
-            fused = groups[0].way.fused.get(path)
+            fused = groups[0].route.fused.get(path)
             try:
                 if fused is not None and (done := fused(u, output, writable)) is not None:
                     return done
@@ -124,7 +124,7 @@ class Mixed:
     def _by_groups(
         self,
         whole: RoutingContext,
-        plan: Plan,
+        plan: BatchPlan,
         groups: list[Group],
         u: Tensor,
         output: Tensor,
@@ -151,7 +151,7 @@ class Mixed:
                 continue
             index = part.index
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
-            context = Part.of(plan, part, whole, self.streams)
+            context = SubsetContext.of(plan, part, whole, self.streams)
             try:
                 if index is None:
                     changed = _act(path, plan, part, flat, y, context)
@@ -167,18 +167,18 @@ class Mixed:
         return None if changed is None else changed.reshape(output.shape)
 
 
-def _unordered(plan: Plan, whole: RoutingContext) -> str | None:
+def _unordered(plan: BatchPlan, whole: RoutingContext) -> str | None:
     """Why it can't be known whose tokens a module saw; None if they are the plan's items' in order."""
     return whole.problem if plan.lengths is not None or not whole.by_row else None
 
 
-def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: Part) -> Tensor:
+def _act(path: str, plan: BatchPlan, group: Group, u: Tensor, y: Tensor, context: SubsetContext) -> Tensor:
     """y + Σ w Δ(u) for a group's tokens."""
-    way, site = group.way, group.version.sites[path]
+    route, site = group.route, group.version.sites[path]
     if site.stack.A.device != u.device:
         site.stack = site.stack.to(u.device)
-        way.fused.pop(path, None)  # it was made of the other
-    fused = None if group.experts is not None else way.fused.get(path)
+        route.fused.pop(path, None)  # it was made of the other
+    fused = None if group.experts is not None else route.fused.get(path)
     mixed = None
     if fused is not None and not plan.watch:
         mixed = fused(u, y)
@@ -190,7 +190,7 @@ def _act(path: str, plan: Plan, group: Group, u: Tensor, y: Tensor, context: Par
             weights = (chosen >= 0).float()
             mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
         else:
-            chosen, weights = way.choose(path, u, y, context)
+            chosen, weights = route.choose(path, u, y, context)
             mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
         if plan.watch:
             context.note(chosen, weights)

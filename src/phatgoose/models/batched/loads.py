@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Loads:
+class ExpertLoads:
     """What is noted at every module, and summed up once the pass is over."""
 
     _noted: dict[tuple[int, tuple[int, ...], int], list[tuple[Tensor, Tensor, Tensor]]] = field(

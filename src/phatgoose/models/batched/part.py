@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.batched.plan import Group, Plan
+from phatgoose.models.batched.plan import BatchPlan, Group
 from phatgoose.models.context.streams import Streams
 from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
 
 @dataclass(frozen=True, eq=False)
-class Part(RoutingContext):
+class SubsetContext(RoutingContext):
     """A group's tokens, as rows of one length where they are, else as one row."""
 
-    plan: Plan | None = None
+    plan: BatchPlan | None = None
     group: Group | None = None
     call: RoutingContext | None = None
     """All of what the module saw."""
     streams: Streams | None = None
 
     @staticmethod
-    def of(plan: Plan, group: Group, whole: RoutingContext, streams: Streams) -> Part:
+    def of(plan: BatchPlan, group: Group, whole: RoutingContext, streams: Streams) -> SubsetContext:
         n = len(group.items)
-        return Part(
+        return SubsetContext(
             whole.path, group.rows, n // group.rows, None, kept=_columns(plan, group, whole.rows * whole.length),
             stream=whole.stream, problem=whole.problem, by_row=whole.by_row,
             plan=plan, group=group, call=whole, streams=streams,
@@ -83,7 +83,7 @@ class Part(RoutingContext):
         real[:, whole.again :] = whole.new().tokens().real.reshape(whole.rows, -1).cpu()
         return real.flatten() if group.index is None else real.flatten()[group.index.cpu()]
 
-    def _known(self) -> tuple[Plan, Group, RoutingContext, Streams]:
+    def _known(self) -> tuple[BatchPlan, Group, RoutingContext, Streams]:
         assert self.plan is not None
         assert self.group is not None
         assert self.call is not None
@@ -91,14 +91,14 @@ class Part(RoutingContext):
         return self.plan, self.group, self.call, self.streams
 
 
-def _columns(plan: Plan, group: Group, tokens: int) -> Tensor | None:
+def _columns(plan: BatchPlan, group: Group, tokens: int) -> Tensor | None:
     """Packed: which tokens of each of the group's items the module saw, if not all: int64, the same for each."""
-    if not plan.few(tokens) or not group.way.reads_text:
+    if not plan.few(tokens) or not group.route.reads_text:
         return None
     return plan.places(group, tokens)[: len(group.items) // len(group.members)]
 
 
-def _texts(plan: Plan, group: Group, seen: Sequences, stream: str, encoder_decoder: bool) -> Texts:
+def _texts(plan: BatchPlan, group: Group, seen: Sequences, stream: str, encoder_decoder: bool) -> Texts:
     """As `Texts` describes them, of a group's items, one a row."""
     assert plan.told is not None
     if plan.lengths is None:

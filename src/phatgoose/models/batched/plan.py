@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.batched.loads import Loads
-from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.batched.loads import ExpertLoads
+from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.routers.context import Texts
 
-Told = tuple[tuple[int, ...], tuple[int, ...]]
+TextSoFar = tuple[tuple[int, ...], tuple[int, ...]]
 """What an item was given to read, and what stood behind that before this pass."""
 _EVERYBODYS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
@@ -31,8 +31,8 @@ class Group:
     `way` chooses.
     """
 
-    version: Version
-    way: Way
+    version: PoolVersion
+    route: Route
     members: tuple[int, ...]
     rows: int
     index: Tensor | None
@@ -46,10 +46,10 @@ class Group:
 
 
 @dataclass(eq=False)
-class Plan:
+class BatchPlan:
     """Who goes which way in a pass."""
 
-    ways: Sequence[Way | None]
+    routes: Sequence[Route | None]
     """Of each item; None: the base alone."""
     lengths: Sequence[int] | None = None
     """Packed: how many tokens each item has, one after the other in one row. None: each item is a row."""
@@ -59,18 +59,18 @@ class Plan:
     """Whether `loads` are summed up."""
     skip: Sequence[int] | None = None
     """How many of each item's first tokens are left out of the loads: those that were counted before."""
-    told: Sequence[Told] | None = None
+    told: Sequence[TextSoFar] | None = None
     """Of each item, for ways that read text."""
     failed: dict[int, Exception] | None = None
     """What went wrong with which items, where that is collected: they go by the base for the rest of the pass, the others as if those
     hadn't been there. None: it is raised."""
-    loads: Loads = field(default_factory=Loads)
+    loads: ExpertLoads = field(default_factory=ExpertLoads)
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
 
     @property
     def idle(self) -> bool:
-        return all(way is None for way in self.ways)
+        return all(route is None for route in self.routes)
 
     def items(self, tokens: int) -> Tensor:
         """int64 [tokens]: the item of each token that a module saw.
@@ -83,7 +83,7 @@ class Plan:
         return self._items[tokens]
 
     def _owners(self, tokens: int) -> Tensor:
-        n = len(self.ways)
+        n = len(self.routes)
         if self.lengths is None:
             if not n or tokens % n:
                 raise RoutingError(
@@ -107,35 +107,35 @@ class Plan:
 
     def _grouped(self, tokens: int) -> list[Group]:
         owners = self.items(tokens)
-        counts = owners.bincount(minlength=len(self.ways)).tolist()
+        counts = owners.bincount(minlength=len(self.routes)).tolist()
         members: dict[tuple[object, ...], list[int]] = {}
-        for item, way in enumerate(self.ways):
-            if way is not None and counts[item] and item not in (self.failed or ()):
-                members.setdefault(self._key(item, way, counts[item]), []).append(item)
+        for item, route in enumerate(self.routes):
+            if route is not None and counts[item] and item not in (self.failed or ()):
+                members.setdefault(self._key(item, route, counts[item]), []).append(item)
         return [self._group(items, owners, counts) for items in members.values()]
 
-    def _key(self, item: int, way: Way, count: int) -> tuple[object, ...]:
+    def _key(self, item: int, route: Route, count: int) -> tuple[object, ...]:
         """Items with the same key run together."""
-        if way.single is not None:
-            return (id(way.version),)
-        if way.reads_text and self.lengths is not None:  # its texts are rows of one length
-            return id(way.version), id(way), self.lengths[item], count
-        return id(way.version), id(way)
+        if route.single is not None:
+            return (id(route.version),)
+        if route.reads_text and self.lengths is not None:  # its texts are rows of one length
+            return id(route.version), id(route), self.lengths[item], count
+        return id(route.version), id(route)
 
     def _group(self, members: list[int], owners: Tensor, counts: list[int]) -> Group:
-        way = self.ways[members[0]]
-        assert way is not None
-        index, device = None, way.version.base.device
+        route = self.routes[members[0]]
+        assert route is not None
+        index, device = None, route.version.base.device
         if sum(counts[i] for i in members) < len(owners):
             index = torch.isin(owners, torch.tensor(members)).nonzero().squeeze(1)
         own = owners if index is None else owners[index]
         experts = None
-        if way.single is not None:
-            table = torch.tensor([-1 if w is None or w.single is None else w.single for w in self.ways])
+        if route.single is not None:
+            table = torch.tensor([-1 if w is None or w.single is None else w.single for w in self.routes])
             experts = table[own].to(device)
-        even = self.lengths is None or way.reads_text
+        even = self.lengths is None or route.reads_text
         index = None if index is None else index.to(device)
-        return Group(way.version, way, tuple(members), len(members) if even else 1, index, own, experts)
+        return Group(route.version, route, tuple(members), len(members) if even else 1, index, own, experts)
 
     def picked(self, group: Group, tokens: Tensor, of: int) -> Group | None:
         """Those of a group's tokens that are among `tokens` (int64 [n], of the pass's `of`), with their places there; None if none is."""
@@ -166,7 +166,7 @@ class Plan:
             self.fail(group, error)
             return []
         owners = self.items(tokens)
-        counts = owners.bincount(minlength=len(self.ways)).tolist()
+        counts = owners.bincount(minlength=len(self.routes)).tolist()
         return [self._group([item], owners, counts) for item in group.members]
 
     def fail(self, group: Group, error: Exception) -> None:

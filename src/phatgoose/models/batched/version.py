@@ -40,7 +40,7 @@ class _Open(Router):
         return Fixed((), 1.0)
 
 
-class Version:
+class PoolVersion:
     """A pool's experts at every module of one model, side by side: made once, shared by all routers.
 
     Nothing is attached to the model; `Mixed.attach` does that.
@@ -79,7 +79,7 @@ class Version:
             self.slots[path] = table
 
 
-class Way:
+class Route:
     """One router over the experts of a version that aren't switched off.
 
     Args:
@@ -95,7 +95,7 @@ class Way:
 
     def __init__(
         self,
-        version: Version,
+        version: PoolVersion,
         router: Router,
         off: Collection[str] = (),
         encoder: Callable[[str], str] = str,

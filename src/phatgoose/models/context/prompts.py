@@ -56,7 +56,7 @@ class _Now(Running):
         self.encoded: Tensor | None = None
 
 
-class Readings:
+class PromptTracker:
     """Follows the prompts of one model's passes. A cache may be gone on with in another thread than the one it was made in."""
 
     def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import apart
+from phatgoose.models.base.module_names import plain_name, reads_encoder
 from phatgoose.models.context.caches import Caches, named
 from phatgoose.models.context.matching import dispatching, match, match_head, refused_stacks, same_memory
-from phatgoose.models.context.prompts import Pass, Readings, Told
+from phatgoose.models.context.prompts import Pass, PromptTracker, Told
 from phatgoose.models.context.runs import Encoders, Run, run_of
-from phatgoose.models.trace.module_names import plain_name, reads_encoder
 from phatgoose.ops.running import Running
 from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
@@ -54,7 +54,7 @@ class Streams:
     def __init__(self, model: PreTrainedModel, reads_text: bool = False):
         self.model = model
         encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.readings = Readings(encoder_decoder, self._sequences_of) if reads_text else None
+        self.prompt_tracker = PromptTracker(encoder_decoder, self._sequences_of) if reads_text else None
         self.stacks: dict[str, nn.Module] = {"decoder": model.base_model}
         if encoder_decoder:
             self.stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
@@ -98,15 +98,15 @@ class Streams:
         Raises:
             RoutingError: it can't be known.
         """
-        if self.readings is None:
+        if self.prompt_tracker is None:
             raise RoutingError("this routing doesn't follow texts: attach the router with route().")
-        return self.readings.of(stream)
+        return self.prompt_tracker.of(stream)
 
     def tell(self, told: Told | None) -> Told | None:
         """Says what the rows of the passes to come were given to read, instead of finding out; returns what was said before."""
-        if self.readings is None:
+        if self.prompt_tracker is None:
             return None
-        before, self.readings.told_all = self.readings.told_all, told
+        before, self.prompt_tracker.told_all = self.prompt_tracker.told_all, told
         return before
 
     def stream_of(self, path: str) -> str:
@@ -220,9 +220,9 @@ class Streams:
         if name == "decoder" and run.encoded is not None:
             run.before = None if now.encoded is run.encoded() else now.encoded
             now.encoded = None
-        if self.readings is not None:
+        if self.prompt_tracker is not None:
             encoded = given.get("encoder_hidden_states")
-            self.readings.enter(name, Pass(run.past, given.get("attention_mask"), encoded))
+            self.prompt_tracker.enter(name, Pass(run.past, given.get("attention_mask"), encoded))
 
     def _leave(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -241,8 +241,8 @@ class Streams:
             if isinstance(states, Tensor):
                 self._encoders.keep(states, run)
                 now.encoded = states
-        if self.readings is not None:
-            self.readings.leave(name, output)
+        if self.prompt_tracker is not None:
+            self.prompt_tracker.leave(name, output)
 
 
 def _inner_decoder(model: PreTrainedModel) -> PreTrainedModel | None:

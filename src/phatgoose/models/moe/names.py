@@ -19,9 +19,9 @@ from transformers.core_model_loading import (
 )
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.base.module_names import plain_name
 from phatgoose.models.moe.router_slot import RouterSlot, router_slot
 from phatgoose.models.moe.slots import Slot, check_fused, is_fused
-from phatgoose.models.trace.module_names import plain_name
 
 _ROUTERS = ("gate", "router")
 _LAYER = re.compile(r"(.+)\.(\d+)\.(\w+)")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.files import write_bytes
+from phatgoose.models.base.module_names import ModuleLocation
 from phatgoose.models.trace.choices import Choices, Load
-from phatgoose.models.trace.module_names import Place
 from phatgoose.models.trace.recorder import TOKEN_FIELDS, Tokens
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def save(trace: Trace, path: Path) -> Path:
             tensors |= {f"loads.{i}.{name}": getattr(load, name) for name in _LOAD_FIELDS}
     header = {
         "experts": trace.experts,
-        "places": [dataclasses.asdict(place) for place in trace.places.values()],
+        "places": [dataclasses.asdict(place) for place in trace.locations.values()],
         "modules": modules,
         **{name: getattr(trace, name) for name in ("encoder_decoder", "share", "sums_only", "reordered")},
     }
@@ -87,7 +87,7 @@ def load(path: Path) -> Trace:
         experts = tuple(map(str, header["experts"]))
         trace = Trace(
             experts,
-            {p["path"]: Place(**p) for p in header["places"]},
+            {p["path"]: ModuleLocation(**p) for p in header["places"]},
             bool(header["encoder_decoder"]),
             float(header["share"]),
             bool(header["sums_only"]),
@@ -138,7 +138,7 @@ def _check(trace: Trace, path: Path) -> None:
         if shapes != [(2, e + 1)] * 3 + [(2,)]:
             raise RoutingError(f"{path}: {name} has sums of shapes {shapes} for {e} experts.")
     for name in (*trace._choices, *trace._loads):
-        if name not in trace.places:
+        if name not in trace.locations:
             raise RoutingError(f"{path}: module {name} has no place.")
 
 
@@ -157,7 +157,7 @@ def to_pandas(trace: Trace) -> DataFrame:
     parts = []
     for c in trace.choices:
         n, k = c.experts.shape
-        place = trace.places[c.path]
+        place = trace.locations[c.path]
         columns: dict[str, Any] = {
             name: getattr(c.tokens, name).repeat_interleave(k).numpy()
             for name in ("inputs", "rows", "positions", "ids", "generated")

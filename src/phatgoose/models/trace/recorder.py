@@ -221,7 +221,7 @@ class Recorder:
             if room is not None and (room.seen is not seen or not room.fits(path, shape)):
                 self._pack()  # of this pass: a module runs again, or sees other tokens, or in another shape
             if (room := self._rooms.get(kind)) is None:
-                room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.places), top_k)
+                room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.locations), top_k)
         return room
 
     def _check_thread(self) -> None:
@@ -263,7 +263,7 @@ class Recorder:
                 f"{path} reads the encoder's tokens in one call and the decoder's in another, which a trace can't tell apart. "
                 "Trace a pool whose experts leave it alone."
             )
-        if known != self.trace.places[path].reads:
+        if known != self.trace.locations[path].reads:
             self.trace.move(path, stream)
 
     def _new_sequences(self, path: str, sequences: Sequences) -> None:
@@ -273,7 +273,7 @@ class Recorder:
             self._pending >= FLUSH
         ):  # only between passes, so that all modules of a pass are summed up together
             self.flush()
-        place = self.trace.places[path]
+        place = self.trace.locations[path]
         self._passes = {key: one for key, one in self._passes.items() if key[0] != place.reads}
         begins = sequences.past == 0
         if self.trace.encoder_decoder and place.reads == "decoder":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base
+from phatgoose.models.base.module_names import ModuleLocation, locate_modules
 from phatgoose.models.context.caches import cache_of
 from phatgoose.models.trace.choices import Choices, Load, load_of, loads_of, merged
-from phatgoose.models.trace.module_names import Place, places
 from phatgoose.models.trace.recorder import TOKEN_FIELDS, Recorder, Tokens
 from phatgoose.registry import unknown
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAX_BYTES = 2**29
-__all__ = ["Choices", "Load", "Place", "Tokens", "Trace", "trace"]
+__all__ = ["Choices", "Load", "ModuleLocation", "Tokens", "Trace", "trace"]
 
 
 @dataclass(eq=False)
@@ -33,7 +34,7 @@ class Trace:
     """Everything recorded. While recording goes on, `choices` and `loads` hold what came so far."""
 
     experts: tuple[str, ...]
-    places: dict[str, Place] = field(default_factory=dict)
+    locations: dict[str, ModuleLocation] = field(default_factory=dict)
     """Every routed module, in the pool's order."""
     encoder_decoder: bool = False
     share: float = 1.0
@@ -45,6 +46,12 @@ class Trace:
     _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False)
     _loads: dict[str, Load] = field(default_factory=dict, repr=False)
     _flush: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    @property
+    def places(self) -> dict[str, ModuleLocation]:
+        """The former name of `locations`."""
+        warnings.warn("Trace.places is now Trace.locations.", DeprecationWarning, stacklevel=2)
+        return self.locations
 
     @property
     def choices(self) -> list[Choices]:
@@ -116,11 +123,11 @@ class Trace:
 
     def move(self, path: str, stream: str) -> None:
         """Says that the module at `path` reads the tokens of `stream`: another than its name says, so its block is cross-attention."""
-        self.places[path] = replace(self.places[path], reads=stream)
+        self.locations[path] = replace(self.locations[path], reads=stream)
         block = path.rpartition(".")[0]
-        for other, place in self.places.items():
+        for other, place in self.locations.items():
             if stream == "encoder" and other.rpartition(".")[0] == block:
-                self.places[other] = replace(place, part="cross-attention")
+                self.locations[other] = replace(place, part="cross-attention")
 
     def arrange(self, order: Iterable[str]) -> None:
         """Puts modules into this order."""
@@ -170,9 +177,9 @@ class Trace:
             )
         for word, asked, known in (
             ("expert", experts, self.experts),
-            ("module", modules, tuple(self.places)),
-            ("kind of module", kinds, tuple(p.kind for p in self.places.values())),
-            ("part", parts, tuple(p.part for p in self.places.values())),
+            ("module", modules, tuple(self.locations)),
+            ("kind of module", kinds, tuple(p.kind for p in self.locations.values())),
+            ("part", parts, tuple(p.part for p in self.locations.values())),
         ):
             for name in asked or ():
                 if name not in known:
@@ -180,7 +187,7 @@ class Trace:
         found: dict[str, list[Choices]] = {}
         kept: dict[int, tuple[Tensor, Tokens]] = {}
         for c in self.choices:
-            place = self.places[c.path]
+            place = self.locations[c.path]
             wanted = ((c.path, modules), (place.layer, layers), (place.kind, kinds), (place.part, parts))
             if any(only is not None and value not in only for value, only in wanted):
                 continue
@@ -269,7 +276,7 @@ def trace(
     if max_bytes < 2**20:
         raise RoutingError(f"max_bytes is {max_bytes!r}, expected at least {2**20} (1 MiB).")
     paths = [site.path for site in routing.sites]
-    where = places(paths, [routing.streams.stream_of(path) for path in paths])
+    where = locate_modules(paths, [routing.streams.stream_of(path) for path in paths])
     recorded = Trace(routing.pool.names, where, "encoder" in routing.streams.stacks, sums_only=histogram)
     recorder = Recorder(recorded, histogram=histogram, margins=margins, sample=sample, max_bytes=max_bytes)
     recorded._flush = recorder.flush

@@ -17,7 +17,7 @@ import torch
 
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.limits import context_length
-from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.text.sequences import together
 from phatgoose.serving.engine.engine import Engine
 from phatgoose.serving.engine.generate_call import Batch
@@ -178,7 +178,7 @@ class BatchEngine(Engine):
     def _score(self, job: Job) -> None:
         assert job.score is not None
         ids = torch.tensor([list(job.prompt)], device=self.base.device)
-        with self.mixed.following(Plan([job.way], told=[(tuple(job.prompt), ())])):
+        with self.multi_router.following(BatchPlan([job.route], told=[(tuple(job.prompt), ())])):
             logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
         following = list(job.prompt[1:])
         for first in range(

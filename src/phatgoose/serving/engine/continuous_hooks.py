@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from phatgoose.models.attach.hooks import Hooks
-from phatgoose.models.batched.plan import Plan, Told
+from phatgoose.models.batched.plan import BatchPlan, TextSoFar
 from phatgoose.serving.engine import attention
 from phatgoose.serving.engine.engine import Engine
 from phatgoose.serving.engine.job import Job
@@ -26,7 +26,7 @@ class Passes:
 
     def __init__(self, engine: Engine, manager: Any):
         self.engine, self.manager = engine, manager
-        self._running: tuple[Plan, list[Job], list[Any], list[slice]] | None = None
+        self._running: tuple[BatchPlan, list[Job], list[Any], list[slice]] | None = None
 
     def attach(self, model: PreTrainedModel) -> Hooks:
         return Hooks(
@@ -58,16 +58,16 @@ class Passes:
             max(job.counted - start, 0) if job.watch else 0 for job, start in zip(jobs, starts, strict=True)
         ]
         told = None
-        if any(job.way is not None and job.way.reads_text for job in jobs):
+        if any(job.route is not None and job.route.reads_text for job in jobs):
             told = [
                 _told(job, one.state.generated_tokens, s)
                 for job, one, s in zip(jobs, batch, starts, strict=True)
             ]
         # One that was cancelled just now goes by the base: what its way was made of may be taken off the model by now. So does one whose
         # way failed, until it is told.
-        ways = [job.way if job.id in self.engine.jobs and job.failure is None else None for job in jobs]
-        plan = Plan(ways, lengths, kept, self.engine.watched(jobs), skip, told, failed={})
-        self._running, self.engine.mixed.plan = (plan, jobs, batch, rows), plan
+        routes = [job.route if job.id in self.engine.jobs and job.failure is None else None for job in jobs]
+        plan = BatchPlan(routes, lengths, kept, self.engine.watched(jobs), skip, told, failed={})
+        self._running, self.engine.multi_router.plan = (plan, jobs, batch, rows), plan
         if self.engine.base.model.config._attn_implementation == attention.NAME:
             kwargs["attention_mask"] = _NO_MASK  # or one would be made, to be ignored
         if "logits_to_keep" in kwargs:
@@ -78,7 +78,7 @@ class Passes:
         """After a pass: takes the prompts' scores, and leaves the logits that transformers expects."""
         if self._running is None:
             return None
-        (plan, jobs, batch, rows), self._running, self.engine.mixed.plan = self._running, None, None
+        (plan, jobs, batch, rows), self._running, self.engine.multi_router.plan = self._running, None, None
         starts = [one.state.position_offset - one.query_length for one in batch]
         self.engine.take_failures(plan, jobs)
         if plan.watch:
@@ -125,7 +125,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def _told(job: Job, written: Sequence[int], start: int) -> Told:
+def _told(job: Job, written: Sequence[int], start: int) -> TextSoFar:
     """A job's prompt, and what of its answer was read before the token at `start`."""
     return tuple(job.prompt), tuple(written[: max(start - len(job.prompt), 0)])
 

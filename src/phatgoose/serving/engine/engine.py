@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from phatgoose.models.base.base import Base
-from phatgoose.models.batched.attach import Mixed
-from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.attach import MultiRouter
+from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.serving.engine.job import Job, told
 from phatgoose.serving.logs import log
 from phatgoose.serving.settings import ServeSettings
@@ -27,7 +27,7 @@ class Engine(ABC):
 
     def __init__(self, base: Base, settings: ServeSettings):
         self.base, self.settings = base, settings
-        self.mixed = Mixed(base.model)
+        self.multi_router = MultiRouter(base.model)
         self.jobs: dict[str, Job] = {}
         self.passes = 0
         self.on_load: Callable[[Job, Tensor, int], None] = lambda job, weights, choices: None
@@ -81,7 +81,7 @@ class Engine(ABC):
         self.passes += 1
         return any(j.watch for j in jobs) or self.passes % self.settings.watch_every == 0
 
-    def take_failures(self, plan: Plan, jobs: Sequence[Job]) -> None:
+    def take_failures(self, plan: BatchPlan, jobs: Sequence[Job]) -> None:
         """Marks the jobs whose way went wrong in a pass."""
         if not plan.failed:
             return
@@ -90,14 +90,14 @@ class Engine(ABC):
         for item, error in plan.failed.items():
             jobs[item].failure = f"the router or its experts failed: {told(error)}"
 
-    def take_loads(self, plan: Plan, jobs: Sequence[Job], phases: Sequence[str]) -> None:
+    def take_loads(self, plan: BatchPlan, jobs: Sequence[Job], phases: Sequence[str]) -> None:
         """Hands out what a watched pass summed up. phases: of each job "prompt" or "answer", or "" if its tokens don't count."""
-        sizes = {id(j.way.version): len(j.way.version.pool) for j in jobs if j.way is not None}
+        sizes = {id(j.route.version): len(j.route.version.pool) for j in jobs if j.route is not None}
         found = plan.loads.summed(len(jobs), sizes)
         for i, job in enumerate(jobs):
-            if job.way is None or not phases[i]:
+            if job.route is None or not phases[i]:
                 continue
-            weights, times = found.get(id(job.way.version), (None, None))
+            weights, times = found.get(id(job.route.version), (None, None))
             if weights is None or times is None or not (n := int(times[i])):
                 continue
             self.on_load(job, weights[i], n)

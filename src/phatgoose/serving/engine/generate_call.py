@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.models.base.limits import decoder_start, settings_are_own
-from phatgoose.models.batched.plan import Plan
+from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.text.batch import pad_id, padded
 from phatgoose.models.text.generation import generation_settings
 from phatgoose.serving.engine.job import Job, News
@@ -38,7 +38,7 @@ class Batch:
         own = generation_settings(base.model, pad=pad_id(base.tokenizer), max_new_tokens=longest)
         ids, mask = self._inputs()
         call: Any = base.model.generate
-        with settings_are_own(base.model, own), self.owner.mixed.following(self.plan):
+        with settings_are_own(base.model, own), self.owner.multi_router.following(self.plan):
             call(
                 inputs=ids,
                 attention_mask=mask,
@@ -51,7 +51,9 @@ class Batch:
         """After a pass: the next token of every open row from scores [B, V], passed on at once; scores that leave no other choice."""
         self._take_loads()
         self._take_failures()
-        self.owner.mixed.plan = None  # what others want done, as calibrating a router, sees the base alone
+        self.owner.multi_router.plan = (
+            None  # what others want done, as calibrating a router, sees the base alone
+        )
         self.owner.step()
         self.open = [o and self.owner.wanted(job) for o, job in zip(self.open, self.jobs, strict=True)]
         rows = [i for i, is_open in enumerate(self.open) if is_open]
@@ -60,7 +62,7 @@ class Batch:
         for place, (i, token) in enumerate(zip(rows, tokens, strict=True)):
             chosen[i] = token
             self._pass_on(i, token, failed.get(place))
-        self.plan = self.owner.mixed.plan = self._plan()  # of the pass to come
+        self.plan = self.owner.multi_router.plan = self._plan()  # of the pass to come
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
 
     def _pass_on(self, row: int, token: int, failure: Exception | None) -> None:
@@ -73,13 +75,13 @@ class Batch:
         else:
             self.owner.tell(job, News((token,), over))
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> BatchPlan:
         told = None
-        if any(job.way is not None and job.way.reads_text for job in self.jobs):
+        if any(job.route is not None and job.route.reads_text for job in self.jobs):
             told = [(tuple(job.prompt), self._before(i)) for i, job in enumerate(self.jobs)]
         # A row that is over goes by the base: what its way was made of may be taken off the model by now.
-        ways = [job.way if o else None for o, job in zip(self.open, self.jobs, strict=True)]
-        return Plan(ways, watch=self.owner.watched(self.jobs), told=told, failed={})
+        routes = [job.route if o else None for o, job in zip(self.open, self.jobs, strict=True)]
+        return BatchPlan(routes, watch=self.owner.watched(self.jobs), told=told, failed={})
 
     def _before(self, row: int) -> tuple[int, ...]:
         """What was read behind a row's prompt before the pass to come; the last token written is read in it."""

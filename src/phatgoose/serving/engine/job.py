@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.models.batched.version import Way
+from phatgoose.models.batched.version import Route
 from phatgoose.serving.engine.sampling import Draw, Likelihood
 
 _numbers = itertools.count()
@@ -62,7 +62,7 @@ class Job:
     """
 
     prompt: Sequence[int]
-    way: Way | None
+    route: Route | None
     """None: the base alone."""
     draw: Draw
     max_new_tokens: int

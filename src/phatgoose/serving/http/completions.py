@@ -107,7 +107,7 @@ async def _form(service: Service, body: Body, ask: Ask) -> Form:
         make = partial(_texts, tokenizer, given)
         texts = await away(make) if sum(map(len, ask.prompts)) > AT_ONCE else make()
         echo = [text for text in texts for _ in range(body.n or 1)]
-    name = body.model or (service.catalogue.name if ask.found.way is not None else "base")
+    name = body.model or (service.catalogue.name if ask.found.route is not None else "base")
     kind = "chatcmpl" if chat else "cmpl"
     return Form(f"{kind}-{uuid.uuid4().hex}", name, int(time.time()), body, tokenizer, echo)
 

@@ -173,7 +173,7 @@ def acted(writer: Writer) -> dict[str, Any]:
     job = writer.job
     if not job.watch:
         return {}
-    names = () if job.way is None else job.way.version.pool.names
+    names = () if job.route is None else job.route.version.pool.names
     shares = {}
     for phase in ("prompt", "answer"):
         found = []

@@ -200,7 +200,7 @@ class Changes:
         """The experts as they are but for those that are off, ready to answer."""
         state = replace(self.experts.state, off=off)
         if state.version is not None and off != frozenset(state.version.pool.names):
-            await self.experts.way(state, self.experts.router)
+            await self.experts.route(state, self.experts.router)
         return state
 
     def _off(self, pool: Pool | None) -> frozenset[str]:

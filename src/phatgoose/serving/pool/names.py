@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.batched.version import Way
+from phatgoose.models.batched.version import Route
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, Single, parse_router
 from phatgoose.routers.example import AUTO
@@ -23,7 +23,7 @@ class Found:
 
     kind: str
     """pool, base, expert or router."""
-    way: Way | None
+    route: Route | None
 
 
 class Catalogue:
@@ -79,7 +79,7 @@ class Catalogue:
             raise unknown("model", name, [BASE, self.base_name])
         names = state.version.pool.names
         if name == self.name:
-            return Found("pool", await self.experts.way(state, self.experts.router))
+            return Found("pool", await self.experts.route(state, self.experts.router))
         if name.partition(":")[0].lower() in ROUTERS:
             router = parse_router(name)
             if getattr(router, "encoder", AUTO) != AUTO:
@@ -87,7 +87,7 @@ class Catalogue:
                     "a request can't name an encoder, which is a file of the server's: start it with --router."
                 )
             kind = "expert" if isinstance(router, Single) else "router"
-            return Found(kind, await self.experts.way(state, name))
+            return Found(kind, await self.experts.route(state, name))
         if name in names:
-            return Found("expert", Way(state.version, Single(name), state.off))
+            return Found("expert", Route(state.version, Single(name), state.off))
         raise unknown("model", name, [self.name, BASE, *names, *ROUTERS])

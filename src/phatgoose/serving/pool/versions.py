@@ -18,7 +18,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.sentence_encoder import DEFAULT_ENCODER
-from phatgoose.models.batched.version import Version, Way
+from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.routers import Router, Single, parse_router
 from phatgoose.routers.example import AUTO
 from phatgoose.serving.engine.engine import Engine
@@ -57,7 +57,7 @@ class Encoders:
 class State:
     """The experts as they are now."""
 
-    version: Version | None = None
+    version: PoolVersion | None = None
     """None: there are no experts."""
     off: frozenset[str] = frozenset()
 
@@ -85,12 +85,12 @@ class Experts:
         self.base, self.engine, self.router = base, engine, router
         self.backend_name, self.max_routers = backend_name, max_routers
         self.state = State()
-        self._ways: OrderedDict[tuple[int, str, frozenset[str]], Way] = OrderedDict()
+        self._routes: OrderedDict[tuple[int, str, frozenset[str]], Route] = OrderedDict()
         self._users: dict[int, int] = {}
-        self._retired: dict[int, Version] = {}
+        self._retired: dict[int, PoolVersion] = {}
         self._tasks: set[asyncio.Future[Any]] = set()  # the event loop alone wouldn't keep them
         self._encoders = Encoders(encoder, router)
-        self._being_bound: dict[tuple[int, str, frozenset[str]], asyncio.Task[Way]] = {}
+        self._being_bound: dict[tuple[int, str, frozenset[str]], asyncio.Task[Route]] = {}
         # Requests' routers are bound one at a time. Those that may wait for an encoder don't hold the others up, and neither do they
         # the default router, which changes of the experts need.
         self._turns = {reads: asyncio.Semaphore(1) for reads in (True, False)}
@@ -100,7 +100,7 @@ class Experts:
         """How many routers are being made ready."""
         return len(self._being_bound)
 
-    async def way(self, state: State, text: str) -> Way:
+    async def route(self, state: State, text: str) -> Route:
         """The way of the router `text` names through these experts.
 
         Raises:
@@ -109,11 +109,11 @@ class Experts:
         version, router = state.version, parse_router(text)
         assert version is not None
         if isinstance(router, Single):
-            return Way(version, router, state.off)
+            return Route(version, router, state.off)
         key = (id(version), text, state.off)
-        if key in self._ways:
-            self._ways.move_to_end(key)
-            return self._ways[key]
+        if key in self._routes:
+            self._routes.move_to_end(key)
+            return self._routes[key]
         if key not in self._being_bound:
             task = asyncio.ensure_future(self._made(key, state, router))
             self._being_bound[key] = task
@@ -121,36 +121,38 @@ class Experts:
         # Whoever waits may leave; the others who wait for the same router, and those to come, don't.
         return await asyncio.shield(self._being_bound[key])
 
-    async def _made(self, key: tuple[int, str, frozenset[str]], state: State, router: Router) -> Way:
+    async def _made(self, key: tuple[int, str, frozenset[str]], state: State, router: Router) -> Route:
         version = state.version
         assert version is not None
         turn = self._turns[router.reads == "texts"] if key[1] != self.router else contextlib.nullcontext()
         with self.pinned(version):
             async with turn:
-                way = await away(self._bind, version, router, state.off)
-            self._ways[key] = way
+                route = await away(self._bind, version, router, state.off)
+            self._routes[key] = route
             self._trim(state)
-        return way
+        return route
 
-    def _bound(self, key: tuple[int, str, frozenset[str]], task: asyncio.Task[Way]) -> None:
+    def _bound(self, key: tuple[int, str, frozenset[str]], task: asyncio.Task[Route]) -> None:
         del self._being_bound[key]
         if not task.cancelled():
             task.exception()  # whoever waits is told of it; perhaps nobody does any more
 
-    def _bind(self, version: Version, router: Router, off: frozenset[str]) -> Way:
-        way = Way(version, router, off, self._encoders.allowed)
-        if way.needs_reference:
-            self.engine.between(way.calibrate)
-        return way
+    def _bind(self, version: PoolVersion, router: Router, off: frozenset[str]) -> Route:
+        route = Route(version, router, off, self._encoders.allowed)
+        if route.needs_reference:
+            self.engine.between(route.calibrate)
+        return route
 
     def _trim(self, state: State) -> None:
         """Lets go of routers that weren't asked for lately; whoever answers by one still has it."""
         default = (id(state.version), self.router, state.off)
-        for key in [k for k in self._ways if k != default][: max(len(self._ways) - self.max_routers - 1, 0)]:
-            del self._ways[key]
+        for key in [k for k in self._routes if k != default][
+            : max(len(self._routes) - self.max_routers - 1, 0)
+        ]:
+            del self._routes[key]
 
     @contextlib.contextmanager
-    def pinned(self, version: Version | None) -> Iterator[None]:
+    def pinned(self, version: PoolVersion | None) -> Iterator[None]:
         """Keeps a version attached."""
         if version is None:
             yield
@@ -168,9 +170,9 @@ class Experts:
 
     def _let_go(self, key: int) -> None:
         version = self._retired.pop(key)
-        for stale in [k for k in self._ways if k[0] == key]:
-            del self._ways[stale]
-        take_off = partial(self.engine.between, lambda: self.engine.mixed.detach(version))
+        for stale in [k for k in self._routes if k[0] == key]:
+            del self._routes[stale]
+        take_off = partial(self.engine.between, lambda: self.engine.multi_router.detach(version))
         task = asyncio.ensure_future(away(take_off))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -179,17 +181,17 @@ class Experts:
         """These experts, ready but not attached; raises whatever is wrong with them."""
         if pool is None:
             return State()
-        made = partial(Version, self.base, pool, backend_name=self.backend_name)
+        made = partial(PoolVersion, self.base, pool, backend_name=self.backend_name)
         state = State(await away(made), off)
         if off != frozenset(pool.names):
-            await self.way(state, self.router)
+            await self.route(state, self.router)
         return state
 
     async def activate(self, state: State) -> None:
         """Makes these the experts that new requests get."""
         old, version = self.state.version, state.version
         if version is not None:
-            await away(self.engine.between, lambda: self.engine.mixed.attach(version))
+            await away(self.engine.between, lambda: self.engine.multi_router.attach(version))
         self.state = state
         if old is not None:
             key = id(old)

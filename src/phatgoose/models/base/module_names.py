@@ -15,7 +15,7 @@ _KEYS_VALUES = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleLocation:
     """One module. reads: whose tokens it sees, "encoder" or "decoder". part: "encoder", "decoder" or "cross-attention" (whose
     keys and values read the encoder's tokens). layer: number of its block or None. kind: what it is there, e.g. "mlp.up_proj".
     """
@@ -37,21 +37,21 @@ def plain_name(path: str) -> str:
     return path.replace("_orig_mod.", "")
 
 
-def places(paths: Sequence[str], reads: Sequence[str]) -> dict[str, Place]:
+def locate_modules(paths: Sequence[str], reads: Sequence[str]) -> dict[str, ModuleLocation]:
     """The place of each module; `reads[i]` says whose tokens the i-th sees."""
     sites = layer_and_kind(paths)
     return {
-        path: Place(path, stream, "cross-attention" if _CROSS.search(path) else stream, layer, kind)
+        path: ModuleLocation(path, stream, "cross-attention" if _CROSS.search(path) else stream, layer, kind)
         for path, stream, (layer, kind) in zip(paths, reads, sites, strict=True)
     }
 
 
-def layer_labels(where: Mapping[str, Place]) -> dict[str, str]:
+def layer_labels(where: Mapping[str, ModuleLocation]) -> dict[str, str]:
     """Each module's layer in words ("3"; "enc 3" and "dec 3" where there is an encoder; "other" outside of the layers), in the
     order in which layers are shown: the encoder's first."""
     several = any(place.reads == "encoder" for place in where.values())
 
-    def label(place: Place) -> str:
+    def label(place: ModuleLocation) -> str:
         if place.layer is None:
             return "other"
         return f"{'enc' if place.part == 'encoder' else 'dec'} {place.layer}" if several else str(place.layer)
