@@ -3,8 +3,13 @@ import json
 import pytest
 
 from phatgoose.errors import TaskError, UnknownName
+from phatgoose.records import SPLITS
 from phatgoose.tasks import Fractions, list_tasks, load_task, split_spec
+from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.load import SOURCES, check_task, find_source
+from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import without_paths
+from phatgoose.tasks.splits import RULE, build_task
 
 
 @pytest.fixture
@@ -72,3 +77,27 @@ def test_same_source_same_hash(file):
 )
 def test_what_is_given_away_holds_no_local_path(spec, shared):
     assert without_paths({"spec": spec, "folder": "/home/me", "rows": 3}) == {"spec": shared, "rows": 3}
+
+
+TOY = TaskSource(
+    load=lambda spec, folder, fractions: build_task(
+        spec.name, {"train": [make_example(f"{spec.name} {i}", ["x"]) for i in range(40)]}, {}, fractions
+    ),
+    check=lambda spec, folder: None if folder else "the toy shop",
+    options=("size",),
+)
+
+
+def test_a_source_is_one_object(monkeypatch):
+    monkeypatch.setitem(SOURCES, "toy", f"{__name__}:TOY")
+    task = load_task("toy:ball?size=3")
+    assert sum(len(task.split(split)) for split in SPLITS) == 40
+    assert task.source["split_rule"]["version"] == RULE
+    assert check_task("toy:ball") == "the toy shop"
+    assert check_task("toy:ball", "/") is None
+    for call in (load_task, check_task):
+        with pytest.raises(UnknownName, match="option of toy: specs 'sise': did you mean 'size'"):
+            call("toy:ball?sise=3")
+    with pytest.raises(UnknownName, match="can be listed 'toy': known: bbh, bigbench"):
+        list_tasks("toy")
+    assert all(isinstance(find_source(name), TaskSource) for name in SOURCES)

@@ -14,7 +14,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.tasks import load_task
 from phatgoose.tasks.lists.pools import POOLS, pool_entries
 from phatgoose.tasks.lists.suites import SUITES, suite
-from phatgoose.tasks.load import look
+from phatgoose.tasks.load import check_task
 from phatgoose.tasks.sources import promptsource as templates
 from phatgoose.tasks.sources.known_splits import KNOWN, check_splits
 from phatgoose.tasks.spec import split_spec
@@ -62,9 +62,9 @@ def test_every_named_datasets_splits_are_known():
 
 def test_splits_that_are_not_there_are_named():
     with pytest.raises(UnknownName, match="split of wiki_bio 'validation': known: test, train, val"):
-        look("prompted:wiki_bio?test=validation")
+        check_task("prompted:wiki_bio?test=validation")
     with pytest.raises(TaskError, match="anli has the splits train_r1, dev_r1"):
-        look("prompted:anli")
+        check_task("prompted:anli")
     assert not check_splits(split_spec("prompted:wiki_bio?hub=me/wiki_bio&test=validation"))
     assert not check_splits(split_spec("prompted:another"))
 
@@ -84,9 +84,12 @@ def test_files_in_a_folder_have_splits_of_their_own(tmp_path, spec):
             json.dumps({"template": "t", "i": i, "prompt": f"p {i}", "completion": "yes"}) for i in range(20)
         ]
         (tmp_path / f"{name}.{split}.jsonl").write_text("\n".join(rows) + "\n")
-    assert look(f"prompted:{spec}", tmp_path) in (None, "promptsource's prompts, which aren't in the cache")
+    assert check_task(f"prompted:{spec}", tmp_path) in (
+        None,
+        "promptsource's prompts, which aren't in the cache",
+    )
     with pytest.raises((UnknownName, TaskError)):
-        look(f"prompted:{spec}")
+        check_task(f"prompted:{spec}")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_files_in_a_folder_have_splits_of_their_own(tmp_path, spec):
     ],
 )
 def test_a_look_finds_what_loading_would_stumble_on(spec, says, nothing_cached):
-    for find in (look, load_task):
+    for find in (check_task, load_task):
         with pytest.raises(PhatgooseError, match=says):
             find(spec)
 
@@ -114,11 +117,11 @@ def test_a_look_finds_what_loading_would_stumble_on(spec, says, nothing_cached):
 )
 def test_a_folder_is_looked_into(spec, tmp_path, nothing_cached):
     with pytest.raises(PhatgooseError):
-        look(spec, tmp_path)
+        check_task(spec, tmp_path)
     row = '{"inputs": "a", "targets": "b"}\n'
     for name in ("flan2021_x.jsonl", "one.jsonl", "piqa.train.jsonl", "snarks.json", "a.jsonl"):
         (tmp_path / name).write_text(row)
-    assert look(spec, tmp_path) in (None, "promptsource's prompts, which aren't in the cache")
+    assert check_task(spec, tmp_path) in (None, "promptsource's prompts, which aren't in the cache")
 
 
 def test_missing_rows_of_experts_that_are_there_end_no_run(tmp_path, make_base, make_expert, nothing_cached):

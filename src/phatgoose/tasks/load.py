@@ -1,4 +1,4 @@
-"""`load_task`: a spec → a Task, through the registry of sources."""
+"""`load_task`: a spec → a Task, through the table of task sources."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from pathlib import Path
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, SplitName, Task
-from phatgoose.registry import lookup
-from phatgoose.tasks.spec import split_spec
+from phatgoose.registry import lookup, unknown
+from phatgoose.tasks.sources import TaskSource
+from phatgoose.tasks.spec import TaskSpec, split_spec
 from phatgoose.tasks.splits import Fractions
 
 SOURCES = {
-    "bigbench": "phatgoose.tasks.sources.bigbench:load",
-    "bbh": "phatgoose.tasks.sources.bbh:load",
-    "jsonl": "phatgoose.tasks.sources.jsonl:load",
-    "hf": "phatgoose.tasks.sources.hf:load",
-    "p3": "phatgoose.tasks.sources.p3:load",
-    "prompted": "phatgoose.tasks.sources.prompted:load",
-    "flan": "phatgoose.tasks.sources.flan:load",
+    "bigbench": "phatgoose.tasks.sources.bigbench:SOURCE",
+    "bbh": "phatgoose.tasks.sources.bbh:SOURCE",
+    "jsonl": "phatgoose.tasks.sources.jsonl:SOURCE",
+    "hf": "phatgoose.tasks.sources.hf:SOURCE",
+    "p3": "phatgoose.tasks.sources.p3:SOURCE",
+    "prompted": "phatgoose.tasks.sources.prompted:SOURCE",
+    "flan": "phatgoose.tasks.sources.flan:SOURCE",
 }
-LISTS = {
-    "bigbench": "phatgoose.tasks.sources.bigbench:names",
-    "bbh": "phatgoose.tasks.sources.bbh:names",
-}
+"""Name of a source → where its `TaskSource` is, imported on first use."""
+
+
+def find_source(name: str) -> TaskSource:
+    """The source of this name.
+
+    Raises:
+        UnknownName: there is none (with suggestions).
+    """
+    source: TaskSource = lookup("task source", name, SOURCES)
+    return source
 
 
 def load_task(
@@ -48,34 +56,31 @@ def load_task(
         TaskError: the data is missing, malformed or empty.
         DownloadError, StorageError: it can't be fetched or kept.
     """
-    parsed = split_spec(spec)
-    load = lookup("task source", parsed.source, SOURCES)
-    where = None if folder is None else Path(folder).expanduser()
-    task: Task = load(parsed, where, fractions or Fractions())
-    source = task.source | ({"folder": str(folder)} if folder is not None else {})
+    source, parsed = _parse(spec)
+    task = source.load(parsed, _expanded(folder), fractions or Fractions())
+    record = task.source | ({"folder": str(folder)} if folder is not None else {})
     if limit is None:
-        return replace(task, source=source)
+        return replace(task, source=record)
     limits: dict[SplitName, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit)
     if wrong := [f"{k}: {v}" for k, v in limits.items() if k not in SPLITS or v < 0]:
         raise TaskError(
             f"limit of {', '.join(wrong)}: expected train, validation or test and a number of at least 0."
         )
     rows = {name: task.split(name)[: limits.get(name)] for name in SPLITS}
-    return Task(task.name, rows["train"], rows["validation"], rows["test"], source | {"limit": limits})
+    return Task(task.name, rows["train"], rows["validation"], rows["test"], record | {"limit": limits})
 
 
-def look(spec: str, folder: str | Path | None = None) -> str | None:
-    """What can't be told of a task without fetching or reading rows, for people; None: `load_task` finds it.
+def check_task(spec: str, folder: str | Path | None = None) -> str | None:
+    """Checks a spec without fetching anything or reading rows.
+
+    Returns:
+        None if `load_task` will find the task, or what remains unknown, in words for people.
 
     Raises:
-        As `load_task` would, as far as that can be told: an unknown source, name, split or option, a missing file.
+        What `load_task` would, as far as that can be told: an unknown source, name, split or option, a missing file.
     """
-    parsed = split_spec(spec)
-    module = lookup(
-        "task source", parsed.source, {s: f"{f.partition(':')[0]}:look" for s, f in SOURCES.items()}
-    )
-    found: str | None = module(parsed, None if folder is None else Path(folder).expanduser())
-    return found
+    source, parsed = _parse(spec)
+    return source.check(parsed, _expanded(folder))
 
 
 def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
@@ -84,6 +89,19 @@ def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
     Raises:
         UnknownName: `source` isn't one of those that can be listed.
     """
-    return lookup("task source that can be listed", source, LISTS)(
-        None if folder is None else Path(folder).expanduser()
-    )
+    list_names = find_source(source).list_names if source in SOURCES else None
+    if list_names is None:
+        can = [name for name in SOURCES if find_source(name).list_names is not None]
+        raise unknown("task source that can be listed", source, can)
+    return list_names(_expanded(folder))
+
+
+def _parse(spec: str) -> tuple[TaskSource, TaskSpec]:
+    parsed = split_spec(spec)
+    source = find_source(parsed.source)
+    parsed.check_options(source.options)
+    return source, parsed
+
+
+def _expanded(folder: str | Path | None) -> Path | None:
+    return None if folder is None else Path(folder).expanduser()

@@ -9,7 +9,7 @@ from pathlib import Path
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
 from phatgoose.tasks.lists.same_dataset import Dataset, datasets_of, shared
-from phatgoose.tasks.load import SOURCES, load_task
+from phatgoose.tasks.load import SOURCES, find_source, load_task
 from phatgoose.tasks.sources.prompted import ROWS
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
@@ -138,7 +138,7 @@ def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
 def _capped(spec: str, most: int) -> str:
     """Rendering every row under every prompt is slow: sources that can are told how many rows are wanted at most."""
     parsed = split_spec(spec)
-    if parsed.source not in ("prompted", "flan") or "rows" in parsed.options or not most:
+    if "rows" not in find_source(parsed.source).options or "rows" in parsed.options or not most:
         return spec
     # Ten times as many, since duplicates go and splits are carved out of these; no more than the sources' own cap, which is T0's.
     return f"{spec}{'&' if '?' in spec else '?'}rows={max(most, min(10 * most, ROWS))}"

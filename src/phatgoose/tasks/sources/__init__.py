@@ -1,5 +1,32 @@
-"""Task sources: one file each, with `load(spec, folder, fractions) -> Task`.
+"""Task sources: one file each, which turns a spec `source:name?options` into a Task.
 
-In: what stands behind the colon of `source:name`, and a folder or the Hub. Out: a `Task` with its three splits.
-A new source is a file here and a line in `SOURCES` of `tasks/load.py`.
+In: a parsed spec, and a folder or the Hub. Out: a `Task` with its three splits, made by `build_task`.
+A new source is a file here that ends in `SOURCE = TaskSource(…)`, a line in `SOURCES` of `tasks/load.py`, a test, and a line in
+docs/tasks.md. Another package registers its own under the entry-point group `phatgoose.tasks`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from phatgoose.records import Task
+from phatgoose.tasks.spec import TaskSpec
+from phatgoose.tasks.splits import Fractions
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """How the specs of one source are loaded, checked and listed. `folder` is what `load_task` was given, `~` expanded."""
+
+    load: Callable[[TaskSpec, Path | None, Fractions], Task]
+    """(spec, folder, fractions) → the task; ends in `build_task`, which applies the split rule."""
+    check: Callable[[TaskSpec, Path | None], str | None]
+    """(spec, folder) → None if `load` will find the task, or what remains unknown without fetching or reading rows, e.g. "the Hub".
+    Raises what `load` would raise, as far as that can be told."""
+    options: tuple[str, ...] = ()
+    """Options that a spec may have; others are refused before `load` and `check` are called. With `rows` among them, a named pool or
+    suite says how many rows it needs."""
+    list_names: Callable[[Path | None], list[str]] | None = None
+    """(folder) → all names, sorted, for sources that can list them."""

@@ -21,6 +21,7 @@ from phatgoose.files import is_folder
 from phatgoose.records import Example, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -68,14 +69,13 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"bbh:{spec.name}", {"test": examples}, source, fractions)
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     return "the Hub" if _find(spec, folder) is None else None
 
 
 def _find(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
     """The files of the folder, the one that is asked for among them; None: the Hub's copy is read."""
-    spec.check_options(("choices",))
     files = _files(folder)
     known = NAMES if files is None else tuple(files)
     if spec.name not in known:
@@ -83,7 +83,7 @@ def _find(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
     return files
 
 
-def names(folder: Path | None) -> list[str]:
+def list_names(folder: Path | None) -> list[str]:
     """The tasks in the folder, or those of the published set."""
     files = _files(folder)
     return sorted(NAMES if files is None else files)
@@ -133,3 +133,6 @@ def _hub(name: str) -> list[Any]:
             f"can't load {HUB} ({name}) from the Hub: {cause}. Without a network, set PHATGOOSE_BBH to a folder with "
             "the published NAME.json files."
         ) from cause
+
+
+SOURCE = TaskSource(load, check, ("choices",), list_names)

@@ -22,7 +22,7 @@ from typing import Any
 from phatgoose.errors import TaskError
 from phatgoose.records import Example, Task
 from phatgoose.tasks.columns import make_example
-from phatgoose.tasks.sources import bigbench_files
+from phatgoose.tasks.sources import TaskSource, bigbench_files
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -97,7 +97,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"bigbench:{name}", {"train": examples}, source, fractions, dropped)
 
 
-def names(folder: Path | None) -> list[str]:
+def list_names(folder: Path | None) -> list[str]:
     """Every task and NAME/SUBTASK."""
     return bigbench_files.names(bigbench_files.root(folder))
 
@@ -145,8 +145,8 @@ def style(path: Path, data: dict[str, Any]) -> Style:
     )
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     _ranked(spec)
     if not bigbench_files.at_hand(folder):
         return "BIG-bench, which isn't in the cache"
@@ -155,7 +155,6 @@ def look(spec: TaskSpec, folder: Path | None) -> str | None:
 
 
 def _ranked(spec: TaskSpec) -> bool:
-    spec.check_options(("ranked",))
     value = spec.options.get("ranked", "false")
     if value not in ("true", "false"):
         raise TaskError(f"{spec.text}: ranked is true or false, got {value!r}.")
@@ -237,3 +236,6 @@ def _targets(raw: Any) -> list[str]:
         if not isinstance(value, str | int | float):
             raise ValueError(f'"target" holds {type(value).__name__}, expected text or a number')
     return [text for value in values if (text := str(value).strip())]
+
+
+SOURCE = TaskSource(load, check, ("ranked",), list_names)

@@ -20,6 +20,7 @@ from typing import Any
 from phatgoose.errors import DownloadError, TaskError
 from phatgoose.records import Example, Task
 from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.sources.jsonl import read_lines
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
@@ -54,8 +55,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"flan:{spec.name}", {"train": examples}, source, fractions, dropped)
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     collection, task = _parts(spec)
     if folder is not None:
         _file(spec.name, folder)
@@ -67,7 +68,6 @@ def look(spec: TaskSpec, folder: Path | None) -> str | None:
 
 def _parts(spec: TaskSpec) -> tuple[str, str]:
     """(collection, task)"""
-    spec.check_options(("rows",))
     collection, _, task = spec.name.partition("/")
     if collection not in FILES or not task:
         raise TaskError(f"{spec.text} should read flan:COLLECTION/TASK, COLLECTION being {', '.join(FILES)}.")
@@ -129,3 +129,6 @@ def _hub(collection: str, task: str, where: str) -> Iterable[Mapping[str, Any]]:
         raise DownloadError(
             f"can't read {HUB} from the Hub: {cause}. Or give a folder with {file_stem(f'{collection}/{task}')}.jsonl."
         ) from cause
+
+
+SOURCE = TaskSource(load, check, ("rows",))

@@ -26,11 +26,11 @@ from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, Unlabelled, to_example
+from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import TaskSpec, is_local
 from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
-ALL_OPTIONS = (*OPTIONS, *messages.OPTIONS, *SPLITS, "config", "revision")
 COPY = "refs/convert/parquet"
 """The branch on which the Hub keeps a copy of a dataset, as CONFIG/SPLIT/0000.parquet."""
 OWN_COPY = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
@@ -44,7 +44,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         UnknownName: an option or column isn't there.
         DownloadError: the Hub can't be reached, has no such dataset, or holds a script without a copy.
     """
-    spec.check_options(ALL_OPTIONS)
     source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
     data = load_data(spec, folder, source)
     columns = Columns.of(spec, Columns(target="target"))
@@ -60,9 +59,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"hf:{_short(spec.name)}", own, source, fractions, dropped)
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
-    spec.check_options(ALL_OPTIONS)
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     path = (folder or Path()) / Path(spec.name).expanduser()
     if path.exists():
         return None
@@ -254,3 +252,6 @@ def _filled(value: Any) -> Any:
 def _short(name: str) -> str:
     """A local path by its last part, a Hub name as it is."""
     return Path(name).stem if name.startswith((".", "/", "~")) else name
+
+
+SOURCE = TaskSource(load, check, (*OPTIONS, *messages.OPTIONS, *SPLITS, "config", "revision"))

@@ -21,6 +21,7 @@ from phatgoose.files import sha256_file
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, to_example
+from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
@@ -58,8 +59,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"jsonl:{path.name.partition('.')[0]}", own, source, fractions)
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     path = _path(spec, folder)
     if not path.is_file():
         raise TaskError(f"{path} does not exist.")
@@ -67,7 +68,6 @@ def look(spec: TaskSpec, folder: Path | None) -> str | None:
 
 
 def _path(spec: TaskSpec, folder: Path | None) -> Path:
-    spec.check_options((*OPTIONS, *messages.OPTIONS, "ignore", "split"))
     return (folder or Path()) / Path(spec.name).expanduser()
 
 
@@ -149,3 +149,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as cause:
         past = f" past line {number}" if number else ""
         raise TaskError(f"{path} can't be read{past}: {cause}.") from cause
+
+
+SOURCE = TaskSource(load, check, (*OPTIONS, *messages.OPTIONS, "ignore", "split"))

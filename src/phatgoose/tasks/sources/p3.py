@@ -18,12 +18,11 @@ from phatgoose.files import is_folder
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.columns import Unlabelled, make_example
-from phatgoose.tasks.sources import hf
+from phatgoose.tasks.sources import TaskSource, hf
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
 HUB = "bigscience/P3"
-ALL_OPTIONS = (*SPLITS, "revision")
 ENDINGS = ("", ".parquet", ".jsonl", ".jsonl.gz", ".json")
 
 
@@ -35,7 +34,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: a row lacks what P3's rows have.
         DownloadError: the Hub can't be reached.
     """
-    spec.check_options(ALL_OPTIONS)
     copy: dict[str, Any] = {}
     if folder is None:
         options = spec.options | {"config": spec.name}
@@ -58,9 +56,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"p3:{spec.name}", own, source, fractions, dropped)
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
-    spec.check_options(ALL_OPTIONS)
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     if folder is None:
         return "the Hub"
     _local(spec.name, folder)
@@ -113,3 +110,6 @@ def _grouped(data: Mapping[str, Any], spec: TaskSpec) -> tuple[dict[SplitName, l
             except ValueError as cause:
                 raise TaskError(f"{spec.text}, {split} idx {number}: {cause}.") from cause
     return own, dropped
+
+
+SOURCE = TaskSource(load, check, (*SPLITS, "revision"))

@@ -27,7 +27,7 @@ from phatgoose.files import is_folder, sha256_json
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.columns import make_example
-from phatgoose.tasks.sources import hf
+from phatgoose.tasks.sources import TaskSource, hf
 from phatgoose.tasks.sources.jsonl import read_lines
 from phatgoose.tasks.sources.known_rows import normalised
 from phatgoose.tasks.sources.known_splits import check_splits
@@ -36,7 +36,6 @@ from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task, position
 
 ROWS = 500_000
-OPTIONS = ("templates", "without", "hub", "subset", "revision", "files", "rows", *SPLITS)
 ENDINGS = (".jsonl", ".jsonl.gz")
 _SPLIT_FILES = {"validation": ("validation", "dev", "val"), "train": ("train",), "test": ("test",)}
 
@@ -51,7 +50,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: no file in the folder, or a row that no template can render.
         DownloadError: the Hub or the prompts can't be fetched.
     """
-    spec.check_options(OPTIONS)
     most = _count(spec)
     chosen = choose(spec)
     copy: dict[str, Any] = {}
@@ -70,9 +68,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"prompted:{spec.name}{_suffix(spec)}", own, source, fractions, dropped)
 
 
-def look(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `load.look`."""
-    spec.check_options(OPTIONS)
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
     _count(spec)
     known = True
     if folder is not None:
@@ -243,3 +240,8 @@ def _sample(count: int, most: int) -> list[int]:
 
 def _plain(row: Mapping[str, Any]) -> Any:
     return {key: str(value) for key, value in row.items()}
+
+
+SOURCE = TaskSource(
+    load, check, ("templates", "without", "hub", "subset", "revision", "files", "rows", *SPLITS)
+)

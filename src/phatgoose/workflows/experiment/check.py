@@ -8,7 +8,7 @@ from pathlib import Path
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.tasks.lists.entries import Entry, folder_for
-from phatgoose.tasks.load import look
+from phatgoose.tasks.load import check_task
 from phatgoose.tasks.sources import prompted
 from phatgoose.tasks.sources import promptsource as templates
 from phatgoose.tasks.spec import split_spec
@@ -58,7 +58,7 @@ def _check(
     for spec in entry.specs:
         folder = folder_for(spec, (entry.name, group), recipe.folders)
         try:
-            unsure = look(spec, folder)
+            unsure = check_task(spec, folder)
         except PhatgooseError as error:
             if not spared:
                 found.problems[f"{group}: {entry.name}" if group else entry.name] = str(error)
