@@ -118,7 +118,7 @@ def test_the_page_of_servings_parameters_is_current_and_complete():
     page = _page("serving-parameters")
     assert page == docs_serving.markdown(), "run python -m phatgoose.cli.docs"
     names = {
-        name for kind in (ChatRequest, CompletionRequest) for name in (*kind.model_fields, *kind.refused)
+        name for kind in (ChatRequest, CompletionRequest) for name in (*kind.model_fields, *kind.unsupported)
     }
     for name in names | docs_serving.VLLM:
         assert page.count(f"| `{name}` |") == 1, name

@@ -16,7 +16,7 @@ from conftest import make_model, make_tokenizer
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.routers import PHATGOOSE, Single
-from phatgoose.serving.api.errors import of_validation
+from phatgoose.serving.api.errors import from_validation_errors
 from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Service
 
@@ -382,7 +382,7 @@ def test_a_body_that_is_wrong_in_many_places_is_told_of_few(kind, body, says):
         kind.model_validate(body)
     found = refused.value.errors(include_url=False)
     assert len(found) <= 100
-    assert says in of_validation(list(found)).message
+    assert says in from_validation_errors(list(found)).message
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from phatgoose.serving.api.parameters import IGNORED
-from phatgoose.serving.api.schema import ChatRequest, Common, CompletionRequest
+from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
 
 _VLLM = """
 add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs
@@ -54,13 +54,13 @@ LAST = """
 | parameter | vLLM |
 |---|---|
 """
-KINDS: tuple[type[Common], ...] = (CompletionRequest, ChatRequest)
+KINDS: tuple[type[AnswerRequest], ...] = (CompletionRequest, ChatRequest)
 
 
 def markdown() -> str:
     """The whole page."""
     names = dict.fromkeys(name for kind in KINDS for name in kind.model_fields)
-    refused = sorted({name for kind in KINDS for name in kind.refused} - set(names))
+    refused = sorted({name for kind in KINDS for name in kind.unsupported} - set(names))
     rows = [*map(_honoured, names)], [*map(_refused, refused)]
     ignored = [f"| `{name}` | {_in_vllm(name)} |\n" for name in sorted(IGNORED)]
     return "".join([HEAD, *rows[0], MIDDLE, *rows[1], LAST, *ignored])
@@ -73,7 +73,7 @@ def _honoured(name: str) -> str:
 
 
 def _refused(name: str) -> str:
-    whys = dict.fromkeys(kind.refused[name][1] for kind in KINDS if name in kind.refused)
+    whys = dict.fromkeys(kind.unsupported[name].why for kind in KINDS if name in kind.unsupported)
     cells = [_only(kind, name) for kind in KINDS]
     return f"| `{name}` | {' | '.join(cells)} | {_in_vllm(name)} | {'; '.join(whys)} |\n"
 
@@ -82,7 +82,7 @@ def _in_vllm(name: str) -> str:
     return "yes" if name in VLLM else ""
 
 
-def _cell(kind: type[Common], name: str) -> str:
+def _cell(kind: type[AnswerRequest], name: str) -> str:
     """What a kind of request takes as this parameter."""
     field = kind.model_fields.get(name)
     if field is None:
@@ -136,9 +136,9 @@ def _range(field: FieldInfo) -> str:
     return f"{least:g} to {most:g}" if most is not None else f"{least:g} or more"
 
 
-def _only(kind: type[Common], name: str) -> str:
+def _only(kind: type[AnswerRequest], name: str) -> str:
     """The values that change nothing."""
-    if name not in kind.refused:
+    if name not in kind.unsupported:
         return "refused"
-    values = [f"`{json.dumps(value)}`" for value in kind.refused[name][0] if value is not None]
+    values = [f"`{json.dumps(value)}`" for value in kind.unsupported[name].neutral if value is not None]
     return f"only {' or '.join(values)}" if values else "only `null`"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phatgoose.models.base.base import Base
-from phatgoose.serving.api.errors import Refusal
-from phatgoose.serving.api.schema import ChatRequest, Common, CompletionRequest
+from phatgoose.serving.api.errors import APIError
+from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
 from phatgoose.serving.engine.sampling import Sampling
 from phatgoose.serving.prompts import Prompts, too_long
 from phatgoose.serving.settings import ServeSettings
@@ -16,19 +16,19 @@ MAX_REPORTED = 2**19
 about 30 MB."""
 
 
-def room(request: Common, prompt: Sequence[int], settings: ServeSettings, limit: int | None) -> int:
+def room(request: AnswerRequest, prompt: Sequence[int], settings: ServeSettings, limit: int | None) -> int:
     """How many tokens an answer may have.
 
     Args:
         limit: of prompt and answer together; None: they don't share a context (encoder–decoders).
 
     Raises:
-        Refusal: the prompt is too long, or more tokens are asked for than are given, or than fit behind it.
+        APIError: the prompt is too long, or more tokens are asked for than are given, or than fit behind it.
     """
     asked, name = _asked(request)
     most, param = settings.max_tokens, "messages" if isinstance(request, ChatRequest) else "prompt"
     if asked is not None and asked > most:
-        raise Refusal(400, f"{name}: at most {most} tokens are written in an answer.", param=name)
+        raise APIError(400, f"{name}: at most {most} tokens are written in an answer.", param=name)
     if limit is None:
         if len(prompt) > settings.max_prompt_tokens:
             raise too_long(f"{len(prompt)} tokens", settings.max_prompt_tokens, param=param)
@@ -40,7 +40,7 @@ def room(request: Common, prompt: Sequence[int], settings: ServeSettings, limit:
     return min(most, behind) if asked is None else asked
 
 
-def _asked(request: Common) -> tuple[int | None, str]:
+def _asked(request: AnswerRequest) -> tuple[int | None, str]:
     """How many tokens a request asks for, and the parameter that says so."""
     if isinstance(request, ChatRequest):
         if request.max_completion_tokens is not None:
@@ -50,25 +50,25 @@ def _asked(request: Common) -> tuple[int | None, str]:
     return 16 if request.max_tokens is None else request.max_tokens, "max_tokens"
 
 
-def scored(request: Common) -> int | None:
+def scored(request: AnswerRequest) -> int | None:
     """How many likeliest tokens are reported in place of each token of the prompt; None: the prompt isn't scored."""
     echoed = request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
     return max((n for n in (echoed, request.prompt_logprobs) if n is not None), default=None)
 
 
-def check_prompt(request: Common, base: Base) -> None:
+def check_prompt(request: AnswerRequest, base: Base) -> None:
     """Refuses what can't be said of an encoder–decoder's prompt."""
     if not base.is_encoder_decoder:
         return
     if isinstance(request, CompletionRequest) and request.echo:
-        raise Refusal(400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo")
+        raise APIError(400, "echo: the prompt isn't a part of what an encoder–decoder writes.", param="echo")
     if request.prompt_logprobs is not None:
-        raise Refusal(
+        raise APIError(
             400, "prompt_logprobs: an encoder–decoder doesn't predict its prompt.", param="prompt_logprobs"
         )
 
 
-def check_reported(request: Common, sampling: Sampling, prompts: int, tokens: int) -> None:
+def check_reported(request: AnswerRequest, sampling: Sampling, prompts: int, tokens: int) -> None:
     """Refuses to report more log-probabilities than can be written while others are answered.
 
     Args:
@@ -78,29 +78,29 @@ def check_reported(request: Common, sampling: Sampling, prompts: int, tokens: in
     reported = (0 if score is None else prompts * (1 + score)) + (0 if top is None else tokens * (1 + top))
     if reported > MAX_REPORTED:
         param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
-        raise Refusal(
+        raise APIError(
             400, f"{param}: {reported} log-probabilities are asked for, and at most {MAX_REPORTED} are reported in a response: ask for "
             "fewer prompts, answers, tokens or likeliest tokens at a time.", param=param,
         )  # fmt: skip
 
 
-async def sampling_of(request: Common, prompts: Prompts, ends: frozenset[int], limit: int) -> Sampling:
+async def sampling_of(request: AnswerRequest, prompts: Prompts, ends: frozenset[int], limit: int) -> Sampling:
     """A request's way of drawing tokens.
 
     Args:
         ends: the model's own end tokens. limit: the fewest tokens that one of the answers may have.
 
     Raises:
-        Refusal: a token that the model doesn't have, or more tokens at least than an answer may have.
+        APIError: a token that the model doesn't have, or more tokens at least than an answer may have.
     """
     if (request.min_tokens or 0) > limit:
-        raise Refusal(
+        raise APIError(
             400, f"min_tokens is {request.min_tokens}, and an answer may have {limit}.", param="min_tokens"
         )
     bias = {}
     for key, value in (request.logit_bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise Refusal(400, "logit_bias: its keys are token ids, whole numbers.", param="logit_bias")
+            raise APIError(400, "logit_bias: its keys are token ids, whole numbers.", param="logit_bias")
         bias[int(key)] = value
     for param, tokens in (
         ("logit_bias", bias),

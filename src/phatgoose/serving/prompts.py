@@ -15,7 +15,7 @@ from phatgoose.errors import TaskError
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.batch import prompt_ids
 from phatgoose.models.text.conversation import conversation_ids
-from phatgoose.serving.api.errors import Refusal
+from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.api.schema import Message
 from phatgoose.serving.engine.job import told
 
@@ -56,7 +56,7 @@ class Prompts:
         """A prompt given as text or as tokens.
 
         Raises:
-            Refusal: it has no tokens, or tokens that the model doesn't have.
+            APIError: it has no tokens, or tokens that the model doesn't have.
         """
         if not isinstance(prompt, str):
             self.check(prompt, "prompt")
@@ -68,10 +68,10 @@ class Prompts:
         """A conversation through the tokenizer's chat template, up to where the model is to answer.
 
         Raises:
-            Refusal: there is no template, or it refuses the conversation.
+            APIError: there is no template, or it refuses the conversation.
         """
         if self.base.tokenizer.chat_template is None:
-            raise Refusal(
+            raise APIError(
                 400, "this model's tokenizer has no chat template: use /v1/completions.", param="messages"
             )
         text = "".join(m.text for m in messages)
@@ -86,7 +86,7 @@ class Prompts:
         """The tokens of words that aren't to be written, each as it is at the beginning and behind a space: vLLM's rule.
 
         Raises:
-            Refusal: a word has no tokens.
+            APIError: a word has no tokens.
         """
         if not words:
             return ()
@@ -97,7 +97,7 @@ class Prompts:
             bare = self._bare(word.lstrip())
             spaced = self._bare(" " + word.lstrip())
             if not bare:
-                raise Refusal(400, "bad_words: one has no tokens.", param="bad_words")
+                raise APIError(400, "bad_words: one has no tokens.", param="bad_words")
             yield tuple(bare)
             # As long, with another first token: a token for the word behind a space. Else the space is a token before the same ones.
             if spaced[0] != bare[0] and len(spaced) == len(bare):
@@ -129,7 +129,7 @@ class Prompts:
     def check(self, tokens: Sequence[int], param: str) -> None:
         """Refuses tokens that the model doesn't have."""
         if (worst := max(tokens)) >= self.vocabulary:
-            raise Refusal(
+            raise APIError(
                 400, f"{param}: there is no token {worst}; the model has {self.vocabulary}.", param=param
             )
 
@@ -137,7 +137,7 @@ class Prompts:
         try:
             return list(prompt_ids(self.tokenizer, text, self.base.is_encoder_decoder))
         except TaskError:
-            raise Refusal(400, "prompt: it has no tokens.", param="prompt") from None
+            raise APIError(400, "prompt: it has no tokens.", param="prompt") from None
 
     def _render(self, turns: list[dict[str, Any]]) -> list[int]:
         try:
@@ -145,16 +145,16 @@ class Prompts:
         except TaskError as error:
             why = told(error)
             why = why if why.startswith("messages") else f"messages: {why}"
-            raise Refusal(400, why[:500], param="messages") from None
+            raise APIError(400, why[:500], param="messages") from None
 
     async def _run(self, do: Callable[[], T], length: int) -> T:
         thread = self._short if length < LONG else self._long
         return await asyncio.get_running_loop().run_in_executor(thread, do)
 
 
-def too_long(what: str, most: int, *, param: str) -> Refusal:
+def too_long(what: str, most: int, *, param: str) -> APIError:
     """The refusal of a prompt that doesn't fit, in words that clients look for."""
-    return Refusal(
+    return APIError(
         400, f"This model's maximum context length is {most} tokens. However, your request has {what}.",
         param=param, code="context_length_exceeded",
     )  # fmt: skip

@@ -13,8 +13,8 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.limits import decoder_start, end_tokens
-from phatgoose.serving.api.errors import Refusal
-from phatgoose.serving.api.schema import ChatRequest, Common, CompletionRequest
+from phatgoose.serving.api.errors import APIError
+from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
 from phatgoose.serving.asking import check_prompt, check_reported, room, sampling_of, scored
 from phatgoose.serving.engine import batched as batches
 from phatgoose.serving.engine import continuous
@@ -159,7 +159,7 @@ class Service:
         if self.obstacle is not None:
             raise self.unready()
         if answers > (most := min(self.settings.max_answers, self.places)):
-            raise Refusal(
+            raise APIError(
                 400, f"{answers} answers are asked for, and at most {most} are given to a request.", param="n"
             )  # fmt: skip
         if len(self.engine.jobs) + answers > self.places:
@@ -170,11 +170,11 @@ class Service:
         """How many answers may be written or wait."""
         return self.settings.max_running + self.settings.max_waiting
 
-    def unready(self) -> Refusal:
-        return Refusal(503, f"{self.obstacle}.", headers={"Retry-After": "5"})
+    def unready(self) -> APIError:
+        return APIError(503, f"{self.obstacle}.", headers={"Retry-After": "5"})
 
-    def busy(self) -> Refusal:
-        return Refusal(
+    def busy(self) -> APIError:
+        return APIError(
             429, "the server is busy: too many answers are waiting.", code="busy", headers={"Retry-After": str(self._wait())}
         )  # fmt: skip
 
@@ -183,11 +183,11 @@ class Service:
         ages = [time.perf_counter() - job.began for job in self.engine.jobs.values() if job.started]
         return max(1, min(60, round(max(ages, default=1) / max(len(ages), 1))))
 
-    async def read(self, request: Common) -> list[list[int]]:
+    async def read(self, request: AnswerRequest) -> list[list[int]]:
         """The tokens of a request's prompts, one prompt after the other, so that it can be broken off between two.
 
         Raises:
-            Refusal: there are too many, or one can't be read.
+            APIError: there are too many, or one can't be read.
         """
         n = request.n or 1
         check_prompt(request, self.base)
@@ -202,11 +202,11 @@ class Service:
             room(request, found[-1], self.settings, self.engine.limit)  # or all of them are read for nothing
         return found
 
-    async def ask(self, found: Found, request: Common, prompts: list[list[int]], began: float) -> Ask:
+    async def ask(self, found: Found, request: AnswerRequest, prompts: list[list[int]], began: float) -> Ask:
         """The jobs of a request whose prompts were read, handed to the engine.
 
         Raises:
-            Refusal: what is asked can't be written.
+            APIError: what is asked can't be written.
         """
         n, score = request.n or 1, scored(request)
         limits = [room(request, prompt, self.settings, self.engine.limit) for prompt in prompts]

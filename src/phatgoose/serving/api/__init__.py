@@ -1,4 +1,5 @@
-"""What OpenAI's and vLLM's APIs say a request may hold, and the errors for what it may not.
+"""The request bodies of OpenAI's and vLLM's APIs, and their error responses.
 
-A new request parameter is described in `schema.py` and listed in `parameters.py`.
+In: JSON. Out: validated requests, or an APIError. To add a request parameter, add a field to `schema.py` (a new type
+to `parameters.py`) and use it in `serving/asking.py`; list a parameter that isn't honoured in `unsupported.toml`.
 """

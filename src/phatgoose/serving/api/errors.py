@@ -1,4 +1,4 @@
-"""What is refused, as OpenAI's clients expect to be told."""
+"""Error responses in the form that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from phatgoose.serving.api.parameters import FORMS
 
-KINDS = {
+TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -17,8 +17,8 @@ KINDS = {
 }
 
 
-class Refusal(Exception):
-    """A request that isn't answered: HTTP status, why, and which parameter it is about."""
+class APIError(Exception):
+    """A request that isn't answered: the HTTP status, why, and which parameter it is about."""
 
     def __init__(
         self,
@@ -33,36 +33,30 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     def body(self) -> dict[str, Any]:
-        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {
-            "error": {
-                "message": plain(self.message),
-                "type": kind,
-                "param": plain(self.param),
-                "code": self.code,
-            }
-        }
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        message, param = _replace_surrogates(self.message), self.param and _replace_surrogates(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, dict(self.headers or {}))
 
 
-def plain(text: str | None) -> str | None:
-    """Text that UTF-8 can hold: half characters, which JSON can carry, replaced."""
-    return None if text is None else text.encode("utf-8", "replace").decode()
+def _replace_surrogates(text: str) -> str:
+    """Replaces lone surrogates: JSON can carry them, UTF-8 can't."""
+    return text.encode("utf-8", "replace").decode()
 
 
-def of_validation(errors: list[Any]) -> Refusal:
-    """The first of pydantic's errors; nothing of the request is repeated but the parameter's name."""
+def from_validation_errors(errors: list[Any]) -> APIError:
+    """The first of pydantic's errors. Of the request, only the parameter's name is repeated."""
     error = errors[0]
     named, *inside = [str(part) for part in error["loc"] if part != "body"] or [""]
-    place = [named, *(part for part in inside if part not in FORMS)]
-    param = plain(".".join(place)[:200]) or None
+    path = [named, *(part for part in inside if part not in FORMS)]
+    param = _replace_surrogates(".".join(path)[:200]) or None
     if error["type"] == "extra_forbidden":
-        return Refusal(400, f"unknown parameter {param!r}.", param=param, code="unknown_parameter")
+        return APIError(400, f"unknown parameter {param!r}.", param=param, code="unknown_parameter")
     if error["type"] == "json_invalid":
-        return Refusal(400, "the request's body is not JSON.")
+        return APIError(400, "the request's body is not JSON.")
     message = str(error["msg"]).removeprefix("Value error, ")
-    if (about := error.get("ctx", {}).get("param")) is not None:  # of several parameters together
-        return Refusal(400, f"{message}.", param=plain(about))
-    return Refusal(400, f"{param}: {message}." if param else f"{message}.", param=param)
+    if (about := error.get("ctx", {}).get("param")) is not None:  # an error about several parameters together
+        return APIError(400, f"{message}.", param=_replace_surrogates(about))
+    return APIError(400, f"{param}: {message}." if param else f"{message}.", param=param)

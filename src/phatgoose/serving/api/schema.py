@@ -1,4 +1,4 @@
-"""What requests may say: OpenAI's parameters and vLLM's as far as they can be honoured, the others refused by name."""
+"""Request bodies: OpenAI's parameters and vLLM's as far as they are honoured; others are refused by name."""
 
 from __future__ import annotations
 
@@ -12,148 +12,121 @@ from phatgoose.serving.api.parameters import (
     MANY_TEXTS,
     MAX_BIASES,
     MAX_STOPS,
-    MAX_TOP,
     MAX_WORDS,
     NUMBERS,
     ONE,
-    REFUSED,
-    REFUSED_CHATS,
-    REFUSED_COMPLETIONS,
+    UNSUPPORTED,
+    UNSUPPORTED_CHAT,
+    UNSUPPORTED_COMPLETION,
+    UNSUPPORTED_TOKENIZE,
+    Answers,
+    Count,
+    Integer,
+    Name,
+    OneOrMany,
+    Penalty,
+    PositiveCount,
     Stop,
-    Strict,
+    StrictModel,
     Text,
     TokenList,
     Tokens,
-    Whole,
-    few,
-    form,
-    none_if,
-    one_or_many,
-    refused,
-    supported,
+    TopLogprobs,
+    Unsupported,
+    invalid,
+    prompt_form,
 )
 
 
-class Extension(Strict):
-    """What is asked for beyond OpenAI's interface."""
+def _limit_biases(value: Any) -> Any:
+    # Before pydantic validates each entry: there may be very many.
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"it has {len(value)} entries, at most {MAX_BIASES} are taken")
+    return value
 
-    experts: bool = Field(
-        False, description="Return how much each expert acted on the prompt and on the answer."
-    )
+
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_limit_biases)]
 
 
-class StreamOptions(Strict):
+class Extension(StrictModel):
+    """What can be requested beyond OpenAI's API."""
+
+    experts: bool = False
+    """Return how much each expert acted on the prompt and on the answer."""
+
+
+class StreamOptions(StrictModel):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
     include_obfuscation: bool | None = None
 
 
-class Common(Strict):
-    """What both kinds of completion take."""
+class AnswerRequest(StrictModel):
+    """The parameters that chats and completions share."""
 
-    model: Text | None = Field(
-        None,
-        max_length=256,
-        description="The routed pool, base, the name of an expert, or a router (phatgoose:top_k=3). The pool, if it isn't given.",
-    )
-    n: Whole | None = Field(1, ge=1, le=128, description="How many answers to each prompt.")
-    temperature: float | None = Field(1.0, ge=0, le=2, description="0: the likeliest token.")
-    top_p: float | None = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Draw among the fewest likeliest tokens that have this probability together.",
-    )
-    top_k: Whole | None = Field(
-        None, ge=-1, description="Draw among this many likeliest tokens; 0 or −1: among all."
-    )
-    min_p: float | None = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Draw among tokens that are at least this part as likely as the likeliest.",
-    )
-    stop: (
-        Annotated[
-            Annotated[Stop, Tag(ONE)]
-            | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), Tag(MANY_TEXTS)],
-            Discriminator(one_or_many),
-        ]
-        | None
-    ) = Field(None, description="The answer ends before any of these texts, up to 16.")
-    stop_token_ids: TokenList | None = Field(
-        None,
-        max_length=MAX_BIASES,
-        description="The answer ends with any of these tokens, beside the model's own ends.",
-    )
-    ignore_eos: bool | None = Field(False, description="The model's own end tokens don't end the answer.")
-    min_tokens: Whole | None = Field(
-        0,
-        ge=0,
-        description="At least this many tokens come before an end token, and before stop texts are looked for.",
-    )
-    bad_words: list[Stop] | None = Field(
-        None,
-        max_length=MAX_WORDS,
-        fail_fast=True,
-        description="Words whose tokens, with and without a space before them, aren't written one after the other.",
-    )
-    allowed_token_ids: Annotated[TokenList, Field(min_length=1)] | None = Field(
-        None, description="Only these tokens are written."
-    )
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63, description="Draws the same tokens again.")
-    presence_penalty: float | None = Field(
-        0.0, ge=-2, le=2, description="Taken off the logit of tokens that the answer has."
-    )
-    frequency_penalty: float | None = Field(
-        0.0, ge=-2, le=2, description="Taken off the logit of a token for each time that the answer has it."
-    )
-    repetition_penalty: float | None = Field(
-        1.0,
-        gt=0,
-        le=100,
-        description="Logits of tokens that prompt or answer have are divided by it (negative ones multiplied).",
-    )
-    logit_bias: (
-        Annotated[
-            dict[str, Annotated[float, Field(ge=-100, le=100)]],
-            BeforeValidator(few),
-            Field(max_length=MAX_BIASES),
-        ]
-        | None
-    ) = Field(None, description="Added to the logits of these tokens, up to 1,024.")
-    prompt_logprobs: Whole | None = Field(
-        None,
-        ge=0,
-        le=MAX_TOP,
-        description="Return the log-probability of each of the prompt's tokens, and this many of the likeliest in its place.",
-    )
-    return_token_ids: bool | None = Field(False, description="Return the tokens of prompt and answer.")
-    stream: bool | None = Field(False, description="Send the answer as it is written.")
-    stream_options: StreamOptions | None = Field(
-        None, description="include_usage, and continuous_usage_stats: in every part. With stream only."
-    )
-    phatgoose: Extension | None = Field(None, description="experts: who acted.")
+    model: Name = None
+    """The routed pool, base, the name of an expert, or a router (phatgoose:top_k=3). Default: the pool."""
+    n: Answers = 1
+    """The number of answers to each prompt."""
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = 1.0
+    """0: take the likeliest token."""
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of likeliest tokens whose probabilities add up to this."""
+    top_k: Annotated[Integer | None, Field(ge=-1)] = None
+    """Sample from this many likeliest tokens; 0 or −1: from all."""
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = 0.0
+    """Sample from tokens whose probability is at least this fraction of the likeliest token's."""
+    stop: OneOrMany[Stop, Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]] | None = None
+    """The answer ends before any of these texts, up to 16."""
+    stop_token_ids: Annotated[TokenList | None, Field(max_length=MAX_BIASES)] = None
+    """The answer ends with any of these tokens, in addition to the model's own end tokens."""
+    ignore_eos: bool | None = False
+    """The model's own end tokens don't end the answer."""
+    min_tokens: Count = 0
+    """At least this many tokens come before an end token, and before stop texts are looked for."""
+    bad_words: Annotated[list[Stop] | None, Field(max_length=MAX_WORDS, fail_fast=True)] = None
+    """Words whose token sequences are never written, with and without a space before them."""
+    allowed_token_ids: Tokens | None = None
+    """Only these tokens are written."""
+    seed: Annotated[Integer | None, Field(ge=-(2**63), lt=2**63)] = None
+    """The same seed samples the same tokens again."""
+    presence_penalty: Penalty = 0.0
+    """Subtracted from the logit of every token that is in the answer already."""
+    frequency_penalty: Penalty = 0.0
+    """Subtracted from the logit of a token once for each time it is in the answer already."""
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = 1.0
+    """Logits of tokens that are in the prompt or answer are divided by it (negative ones are multiplied)."""
+    logit_bias: Annotated[Biases | None, Field(max_length=MAX_BIASES)] = None
+    """Added to the logits of these tokens, up to 1,024."""
+    prompt_logprobs: TopLogprobs = None
+    """Return the log-probability of each prompt token, and of this many of the likeliest tokens in its place."""
+    return_token_ids: bool | None = False
+    """Return the token ids of prompt and answer."""
+    stream: bool | None = False
+    """Send the answer while it is written."""
+    stream_options: StreamOptions | None = None
+    """include_usage, and continuous_usage_stats: in every chunk. With stream only."""
+    phatgoose: Extension | None = None
+    """experts: which experts acted."""
 
-    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED
+    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        data = supported(data, cls.refused, cls.model_fields)
+    def _drop_ignored(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         kept = {key: value for key, value in data.items() if key not in IGNORED}
-        if kept.get("stop") == "":  # some clients' way to say nothing
+        if kept.get("stop") == "":  # some clients send this for no stop string
             del kept["stop"]
         return kept
 
     @model_validator(mode="after")
-    def _streamed(self) -> Self:
+    def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise refused("stream_options", "stream_options needs stream to be true")
+            raise invalid("stream_options", "stream_options needs stream to be true")
         if self.prompt_logprobs is not None and self.stream:
-            raise refused("prompt_logprobs", "prompt_logprobs can't be streamed: leave stream out")
+            raise invalid("prompt_logprobs", "prompt_logprobs can't be streamed: leave stream out")
         return self
 
     @property
@@ -163,21 +136,15 @@ class Common(Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: Text
 
 
-class Message(Strict):
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: (
-        Annotated[
-            Annotated[Text, Tag(ONE)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(MANY_TEXTS)],
-            Discriminator(one_or_many),
-        ]
-        | None
-    )
-    name: Text | None = Field(None, max_length=256)
+    content: OneOrMany[Text, Annotated[list[TextPart], Field(fail_fast=True)]] | None
+    name: Name = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -185,10 +152,10 @@ class Message(Strict):
     annotations: list[Any] | None = None
 
     @model_validator(mode="after")
-    def _said(self) -> Self:
+    def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise ValueError(
-                f"content is null, which it may be of the assistant's messages only, not of {self.role}'s"
+                f"content is null, which only an assistant's message may have, not the {self.role}'s"
             )
         return self
 
@@ -199,70 +166,67 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Common):
-    """A conversation; the tokenizer's chat template makes a prompt of it."""
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
-    messages: list[Message] = Field(
-        min_length=1, max_length=4096, fail_fast=True, description="The conversation so far."
-    )
-    max_tokens: Whole | None = Field(None, ge=1, description="The most tokens of an answer.")
-    max_completion_tokens: Whole | None = Field(
-        None, ge=1, description="The same as max_tokens, by OpenAI's newer name."
-    )
-    logprobs: bool | None = Field(False, description="Return each token's log-probability.")
-    top_logprobs: Whole | None = Field(
-        None,
-        ge=0,
-        le=MAX_TOP,
-        description="With logprobs: also return this many of the likeliest tokens in each place.",
-    )
 
-    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED | REFUSED_CHATS
+class ChatRequest(AnswerRequest):
+    """A conversation, which the tokenizer's chat template turns into a prompt."""
+
+    messages: Messages
+    """The conversation so far."""
+    max_tokens: PositiveCount = None
+    """The most tokens of an answer."""
+    max_completion_tokens: PositiveCount = None
+    """The same as max_tokens, by OpenAI's newer name."""
+    logprobs: bool | None = False
+    """Return each token's log-probability."""
+    top_logprobs: TopLogprobs = None
+    """With logprobs: also return this many of the likeliest tokens in each place."""
+
+    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED_CHAT
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
+    def _check_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise refused("top_logprobs", "top_logprobs needs logprobs to be true")
+            raise invalid("top_logprobs", "top_logprobs needs logprobs to be true")
         return self
 
 
-class CompletionRequest(Common):
-    """A text to go on with, or several; as text or as tokens."""
+class CompletionRequest(AnswerRequest):
+    """One or several texts to continue, as text or as tokens."""
 
     prompt: Annotated[
         Annotated[Text, Tag(ONE)]
         | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(MANY_TEXTS)]
         | Annotated[Tokens, Tag(NUMBERS)]
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
-        Discriminator(form),
-    ] = Field(description="One text or list of tokens, or several.")
-    max_tokens: Whole | None = Field(
-        16, ge=0, description="The most tokens of an answer; 0 with echo or prompt_logprobs only."
-    )
-    echo: bool | None = Field(False, description="Repeat the prompt before the answer.")
-    logprobs: Whole | None = Field(
-        None,
-        ge=0,
-        le=MAX_TOP,
-        description="Return each token's log-probability, with echo the prompt's too, and this many of the likeliest in its place.",
-    )
-    best_of: Whole | None = Field(None, ge=1, le=128, description="Must equal n: answers aren't ranked.")
+        Discriminator(prompt_form),
+    ]
+    """One text or list of tokens, or several."""
+    max_tokens: Count = 16
+    """The most tokens of an answer; 0 with echo or prompt_logprobs only."""
+    echo: bool | None = False
+    """Repeat the prompt before the answer."""
+    logprobs: TopLogprobs = None
+    """Return each token's log-probability (with echo also the prompt's), and this many likeliest in its place."""
+    best_of: Answers = None
+    """Must equal n: answers aren't ranked."""
 
-    refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = REFUSED | REFUSED_COMPLETIONS
+    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED_COMPLETION
 
     @field_validator("logprobs", mode="before")
     @classmethod
-    def _none(cls, value: Any) -> Any:
-        return none_if(value, False)
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value
 
     @model_validator(mode="after")
-    def _consistent(self) -> CompletionRequest:
+    def _check_counts(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise refused(
+            raise invalid(
                 "best_of", "best_of isn't supported: answers aren't ranked; leave it out, or make it n"
             )
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise refused(
+            raise invalid(
                 "max_tokens", "max_tokens is 0, which makes sense with echo or prompt_logprobs only"
             )
         return self
@@ -274,3 +238,39 @@ class CompletionRequest(Common):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+
+class AddExpert(StrictModel):
+    """An expert to add: a folder on the server's machine."""
+
+    folder: Text = Field(min_length=1, max_length=4096)
+    name: Annotated[Text | None, Field(min_length=1, max_length=256)] = None
+
+
+class Tokenize(StrictModel):
+    """A text, read as /v1/completions reads it, or a conversation, read as /v1/chat/completions reads it."""
+
+    model: Name = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = False
+
+    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED_TOKENIZE
+
+    @model_validator(mode="after")
+    def _check_one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("prompt", "give either a prompt or messages to tokenize")
+        if self.messages is not None and self.add_special_tokens:
+            raise invalid(
+                "add_special_tokens", "add_special_tokens isn't supported: the chat template has them"
+            )
+        return self
+
+
+class Detokenize(StrictModel):
+    """Tokens to turn into text."""
+
+    model: Name = None
+    tokens: TokenList

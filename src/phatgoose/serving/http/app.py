@@ -16,10 +16,8 @@ from starlette.exceptions import HTTPException
 
 from phatgoose import __version__
 from phatgoose.errors import PhatgooseError, UnknownName
-from phatgoose.serving.api import errors as refusals
-from phatgoose.serving.api.errors import Refusal
-from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
-from phatgoose.serving.api.schema_tools import AddExpert, Detokenize, Tokenize
+from phatgoose.serving.api.errors import APIError, from_validation_errors
+from phatgoose.serving.api.schema import AddExpert, ChatRequest, CompletionRequest, Detokenize, Tokenize
 from phatgoose.serving.engine.text import shown
 from phatgoose.serving.http.completions import answer
 from phatgoose.serving.http.guard import Guard, Keys
@@ -68,18 +66,18 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
 
 
 def _errors(app: FastAPI) -> None:
-    @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(APIError)
+    async def refused(_: Request, error: APIError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return refusals.of_validation(list(error.errors())).response()
+        return from_validation_errors(list(error.errors())).response()
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         message = "the request's body is not JSON." if error.status_code == 400 else str(error.detail)
-        return Refusal(error.status_code, message, headers=error.headers).response()
+        return APIError(error.status_code, message, headers=error.headers).response()
 
 
 def _answers(app: FastAPI, service: Service) -> None:
@@ -108,7 +106,7 @@ def _answers(app: FastAPI, service: Service) -> None:
             why = f"there is no model {name[:256]!r}."
         except PhatgooseError as error:
             why = service.told(error)[:500]
-        raise Refusal(404, why, param="model", code="model_not_found")
+        raise APIError(404, why, param="model", code="model_not_found")
 
     _get(app, "/v1/models", models)
     _get(app, "/v1/models/{name:path}", one_model)
@@ -123,9 +121,9 @@ def _tokens(app: FastAPI, service: Service) -> None:
             async with service.catalogue.found(model or service.catalogue.default):
                 yield
         except UnknownName as error:
-            raise Refusal(404, service.told(error)[:500], param="model", code="model_not_found") from None
+            raise APIError(404, service.told(error)[:500], param="model", code="model_not_found") from None
         except PhatgooseError as error:
-            raise Refusal(400, service.told(error)[:500], param="model") from None
+            raise APIError(400, service.told(error)[:500], param="model") from None
 
     @app.post("/tokenize")
     async def tokenize(body: Tokenize) -> dict[str, Any]:
@@ -181,9 +179,9 @@ def _admin(app: FastAPI, service: Service) -> None:
         try:
             yield
         except UnknownName as error:
-            raise Refusal(404, service.told(error, *folders)[:500]) from None
+            raise APIError(404, service.told(error, *folders)[:500]) from None
         except PhatgooseError as error:
-            raise Refusal(409, service.told(error, *folders)[:1000]) from None
+            raise APIError(409, service.told(error, *folders)[:1000]) from None
 
     def listed() -> dict[str, Any]:
         return {"experts": service.changes.listed()}
@@ -207,7 +205,7 @@ def _admin(app: FastAPI, service: Service) -> None:
     @app.post("/admin/experts/{name}/{state}", responses={409: _ERROR})
     async def switch(name: str, state: str) -> dict[str, Any]:
         if state not in ("on", "off"):
-            raise Refusal(404, f"there is no {state!r}: an expert is switched on or off.")
+            raise APIError(404, f"there is no {state!r}: an expert is switched on or off.")
         with said():
             await asyncio.shield(service.changes.switch(name, on=state == "on"))
         return listed()

@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from phatgoose.errors import PhatgooseError, UnknownName
-from phatgoose.serving.api.errors import Refusal
+from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.engine.job import ENDING
 from phatgoose.serving.engine.sampling import RULED_OUT
@@ -42,7 +42,7 @@ async def answer(service: Service, request: Request, body: Body) -> Response:
     """An answer, whole or as a stream.
 
     Raises:
-        Refusal: the request can't be answered.
+        APIError: the request can't be answered.
     """
     service.check_room(1)
     began = time.perf_counter()
@@ -85,9 +85,9 @@ async def _begin(
             prompts = await _until_gone(service, request, service.read(body))
             ask = await service.ask(found, body, prompts, began)
     except UnknownName as error:
-        raise Refusal(404, service.told(error)[:500], param="model", code="model_not_found") from None
+        raise APIError(404, service.told(error)[:500], param="model", code="model_not_found") from None
     except PhatgooseError as error:
-        raise Refusal(400, service.told(error)[:500], param="model") from None
+        raise APIError(400, service.told(error)[:500], param="model") from None
     except TimeoutError as error:
         raise _refused(error) from None
 
@@ -198,7 +198,7 @@ def _json(data: dict[str, Any]) -> str:
 
 
 async def _until_gone(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; broken off when the client leaves, which raises a Refusal."""
+    """What `work` gives; broken off when the client leaves, which raises a APIError."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -206,7 +206,7 @@ async def _until_gone(service: Service, request: Request, work: Coroutine[Any, A
         if task.done():
             return task.result()
         _left(service, request)
-        raise Refusal(499, "the client left.")
+        raise APIError(499, "the client left.")
     finally:
         for one in (task, gone):
             one.cancel()
@@ -218,15 +218,15 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _refused(error: BaseException) -> Refusal:
+def _refused(error: BaseException) -> APIError:
     if isinstance(error, TimeoutError):
-        return Refusal(504, "the answer wasn't finished in time.", code="timeout")
+        return APIError(504, "the answer wasn't finished in time.", code="timeout")
     if isinstance(error, EngineFailure) and str(error) == ENDING:
-        return Refusal(503, f"{ENDING}.", code="server_ending", headers={"Retry-After": "5"})
+        return APIError(503, f"{ENDING}.", code="server_ending", headers={"Retry-After": "5"})
     if isinstance(error, EngineFailure) and str(error) == RULED_OUT:
-        return Refusal(400, f"{RULED_OUT}.", param="allowed_token_ids")
+        return APIError(400, f"{RULED_OUT}.", param="allowed_token_ids")
     if isinstance(error, EngineFailure):
-        return Refusal(500, f"{error}.".replace("..", "."), code="engine_failure")
+        return APIError(500, f"{error}.".replace("..", "."), code="engine_failure")
     raise error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phatgoose.serving.api.errors import Refusal
+from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.logs import log
 from phatgoose.serving.service import Service
 
@@ -43,12 +43,12 @@ class Keys:
         return Keys(tuple(map(_digest, api)), tuple(map(_digest, admin)))
 
     def check(self, path: str, given: str | None) -> None:
-        """Raises a Refusal, unless `given` opens `path`."""
+        """Raises a APIError, unless `given` opens `path`."""
         if path in OPEN:
             return
         administers = path == "/admin" or path.startswith("/admin/")
         if administers and not self.admin:
-            raise Refusal(403, "nothing can be changed: the server was started without an admin key.")
+            raise APIError(403, "nothing can be changed: the server was started without an admin key.")
         wanted = self.admin if administers else self.api
         if not wanted:
             return
@@ -56,7 +56,7 @@ class Keys:
         # Every key is compared, so that time doesn't tell which of them was near.
         fits = [hmac.compare_digest(digest, key) for key in wanted]
         if given is None or not any(fits):
-            raise Refusal(
+            raise APIError(
                 401, "the key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
@@ -90,12 +90,12 @@ class Guard:
             with self._place(call):
                 await call.read()
                 await self.app(scope, call.replay, call.send)
-        except Refusal as refusal:
+        except APIError as refusal:
             await call.refuse(refusal)
         except Exception as error:
             call.facts["error"] = type(error).__name__
             log.exception("failed", extra={"facts": {"id": call.id}})
-            await call.refuse(Refusal(500, "the server failed.", code="internal_error"))
+            await call.refuse(APIError(500, "the server failed.", code="internal_error"))
         finally:
             call.finish()
 
@@ -118,27 +118,27 @@ class Guard:
     def _check(self, call: _Call) -> None:
         if call.header(b"transfer-encoding") and call.header(b"content-length"):
             # A proxy may have gone by the one, and the server by the other: what follows would be another request.
-            raise Refusal(400, "a request has either Transfer-Encoding or Content-Length.")
+            raise APIError(400, "a request has either Transfer-Encoding or Content-Length.")
         if self.hosts is not None:
             found = _HOST.fullmatch(call.header(b"host") or "")
             if found is None or found[1].lower() not in self.hosts:
-                raise Refusal(
+                raise APIError(
                     403, "this server answers to local names only; start it with a key to change that."
                 )
         if _CONTROL.search(
             call.path
         ):  # a route matches a path before a line's end, too, which is compared here
-            raise Refusal(404, "Not Found")
+            raise APIError(404, "Not Found")
         given = call.header(b"authorization")
         scheme, _, key = (given or "").partition(" ")
         self.keys.check(call.path, key.strip() if scheme.lower() == "bearer" else None)
         if call.scope["method"] in ("POST", "PUT", "PATCH"):
             kind = (call.header(b"content-type") or "").partition(";")[0].strip().lower()
             if kind != "application/json" and not (call.path.startswith("/admin/") and not kind):
-                raise Refusal(415, "expected Content-Type: application/json.")
+                raise APIError(415, "expected Content-Type: application/json.")
             coding = (call.header(b"content-encoding") or "identity").strip().lower()
             if coding != "identity":
-                raise Refusal(415, "compressed bodies aren't read: send it without Content-Encoding.")
+                raise APIError(415, "compressed bodies aren't read: send it without Content-Encoding.")
 
 
 class _Call:
@@ -165,7 +165,7 @@ class _Call:
     async def read(self) -> None:
         """The whole body, if it isn't too long and doesn't take too long."""
         settings, length = self.service.settings, self.header(b"content-length")
-        too_large = Refusal(413, f"the request's body is larger than {settings.max_body_bytes} bytes.")
+        too_large = APIError(413, f"the request's body is larger than {settings.max_body_bytes} bytes.")
         if length is not None and length.isdigit() and int(length) > settings.max_body_bytes:
             raise too_large
         parts, size = [], 0
@@ -174,7 +174,7 @@ class _Call:
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        raise Refusal(499, "the client left.")
+                        raise APIError(499, "the client left.")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > settings.max_body_bytes:
@@ -183,7 +183,7 @@ class _Call:
                         self.whole = True
                         break
         except TimeoutError:
-            raise Refusal(
+            raise APIError(
                 408, f"the request's body took longer than {settings.body_seconds:g} seconds."
             ) from None
         self.body = b"".join(parts)
@@ -204,7 +204,7 @@ class _Call:
             message = {**message, "headers": [*message["headers"], *more]}
         await self._send(message)
 
-    async def refuse(self, refusal: Refusal) -> None:
+    async def refuse(self, refusal: APIError) -> None:
         if not self.begun:
             await refusal.response()(self.scope, self._receive, self.send)
 
