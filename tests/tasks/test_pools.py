@@ -24,7 +24,7 @@ from phatgoose.tasks.lists.suites import SUITES, suite
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.sources.prompted import choose
-from phatgoose.tasks.sources.promptsource import SHA256, templates
+from phatgoose.tasks.sources.promptsource import PACKAGE, templates
 from phatgoose.tasks.spec import split_spec
 
 
@@ -112,7 +112,7 @@ def test_bigbench_names_exist():
     from phatgoose.tasks import list_tasks
     from phatgoose.tasks.sources import bigbench_files
 
-    if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.SHA256[:12]}").is_dir():
+    if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.PACKAGE.sha256[:12]}").is_dir():
         pytest.skip("BIG-bench is not in the cache (`phatgoose tasks list bigbench` fetches it)")
     known = set(list_tasks("bigbench"))
     entries = [
@@ -145,7 +145,7 @@ ORIGINAL = {
 
 def test_every_prompted_dataset_has_its_templates():
     """The paper's prompt counts, against promptsource's own files where they are in the cache."""
-    if not (cache_folder() / "promptsource" / f"0.2.3-{SHA256[:12]}").is_dir():
+    if not (cache_folder() / "promptsource" / f"0.2.3-{PACKAGE.sha256[:12]}").is_dir():
         pytest.skip("promptsource's prompts are not in the cache (any `prompted:` task fetches them)")
     assert len(PROMPTED) == 42 + 11
     counts = {spec: len(choose(split_spec(spec))) for spec in PROMPTED}

@@ -15,7 +15,7 @@ from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.lists.pools import POOLS, pool_entries
 from phatgoose.tasks.lists.suites import SUITES, Suite, suite
 from phatgoose.tasks.sources import bbh, flan
-from phatgoose.tasks.sources.bigbench_files import REQUIREMENT as BIGBENCH
+from phatgoose.tasks.sources.bigbench_files import PACKAGE as BIGBENCH
 from phatgoose.tasks.spec import TaskSpec, split_spec
 
 HEAD = f"""\
@@ -32,7 +32,7 @@ Written by `python -m phatgoose.cli.docs` from the lists themselves: change thos
 | test split | the dataset's, measured; empty: its own test split, or else a part of train. An expert's validation rows are of train |
 | prompts | promptsource's: all of the dataset's, or the original task's only |
 | FLAN | COLLECTION/TASK of `{flan.HUB}`; a category of `niv2` needs a folder. Experts' are [split by the rule](tasks.md#splits) |
-| BIG-bench | tasks of `{BIGBENCH}` on PyPI; several are put together. Experts' are [split by the rule](tasks.md#splits); of a suite's, seven rows of ten are test rows, the others are to choose by |
+| BIG-bench | tasks of `{BIGBENCH.requirement}` on PyPI; several are put together. Experts' are [split by the rule](tasks.md#splits); of a suite's, seven rows of ten are test rows, the others are to choose by |
 | BIG-bench Hard | files of `{bbh.HUB}` on the Hub; all rows are test rows, those behind the measured ones are to choose by |
 """
 HUB_COLUMNS = ("dataset", "config", "test split", "prompts")

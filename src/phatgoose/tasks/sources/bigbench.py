@@ -84,7 +84,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     scores = sorted({str(s) for s in preferred.values()})
     source: dict[str, Any] = {"spec": spec.text, "source": "bigbench"}
     if bigbench_files.is_sdist(place):
-        source |= {"package": bigbench_files.REQUIREMENT, "sha256": bigbench_files.SHA256}
+        source |= {"package": bigbench_files.PACKAGE.requirement, "sha256": bigbench_files.PACKAGE.sha256}
     source |= {
         "subtasks": [part for part, _, _ in parts] if len(parts) > 1 else [],
         "prompt_style": "bigbench/1: task_prefix, input prefix, input, choices, output prefix, then \\nAnswer:",
@@ -148,7 +148,7 @@ def style(path: Path, data: dict[str, Any]) -> Style:
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
     _ranked(spec)
-    if not bigbench_files.at_hand(folder):
+    if not bigbench_files.is_available(folder):
         return "BIG-bench, which isn't in the cache"
     bigbench_files.find(bigbench_files.root(folder), spec.name.strip("/"))
     return None

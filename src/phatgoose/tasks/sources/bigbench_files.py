@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import TaskError, UnknownName
-from phatgoose.fetch import exclusive, fetch_pypi
-from phatgoose.files import atomic_folder, cache_folder
+from phatgoose.fetch import PinnedPackage, build_once
+from phatgoose.files import cache_folder
 from phatgoose.registry import unknown
 
-REQUIREMENT = "bigbench==1.0.0"
-SDIST = "bigbench-1.0.0.tar.gz"
-SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+PACKAGE = PinnedPackage(
+    "bigbench==1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    "bigbench-1.0.0.tar.gz",
+)
 _MEMBER = re.compile(r"bigbench-1\.0\.0/bigbench/benchmark_tasks/(\w[\w.-]*(?:/\w[\w.-]*)?)/task\.(json|py)")
 _FILES = ("task.json", "task.json.gz")
 _PROGRAMS = "programmatic.json"
@@ -34,7 +36,7 @@ def root(folder: Path | None) -> Path:
     if folder is None and (named := os.environ.get("PHATGOOSE_BIGBENCH")):
         folder = Path(named).expanduser()
     if folder is None:
-        return _unpacked()
+        return build_once(cached(), _unpack)
     for place in (folder, folder / "benchmark_tasks", folder / "bigbench" / "benchmark_tasks"):
         if place.is_dir() and any(place.glob("*/task.json*")):
             return place
@@ -112,33 +114,23 @@ def _programs(folder: Path) -> set[str]:
     return {p.parent.relative_to(folder).as_posix() for p in folder.glob("*/task.py")}
 
 
-def at_hand(folder: Path | None) -> bool:
+def is_available(folder: Path | None) -> bool:
     """Whether the tasks can be read without fetching anything."""
-    return bool(folder or os.environ.get("PHATGOOSE_BIGBENCH")) or _cached().is_dir()
+    return bool(folder or os.environ.get("PHATGOOSE_BIGBENCH")) or cached().is_dir()
 
 
-def _cached() -> Path:
-    return cache_folder() / "bigbench" / f"1.0.0-{SHA256[:12]}"
-
-
-def _unpacked() -> Path:
+def cached() -> Path:
+    """Where the tasks are kept, once they were fetched."""
     # The first letters of the hash are part of the name: another pin never meets an older pin's files.
-    target = _cached()
-    if target.is_dir():
-        return target
-    with exclusive(target):
-        if not target.is_dir():
-            _unpack(fetch_pypi(REQUIREMENT, SHA256, SDIST), target)
-    return target
+    return cache_folder() / "bigbench" / f"{PACKAGE.version}-{PACKAGE.sha256[:12]}"
 
 
-def _unpack(archive: Path, target: Path) -> None:
+def _unpack(work: Path) -> None:
     import rich.progress
     from rich.console import Console
 
-    programs = set()
+    archive, programs = PACKAGE.fetch(), set()
     with (
-        atomic_folder(target) as work,
         rich.progress.open(
             archive, "rb", description="unpacking BIG-bench", console=Console(stderr=True)
         ) as file,

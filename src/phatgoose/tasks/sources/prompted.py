@@ -31,7 +31,7 @@ from phatgoose.tasks.sources import TaskSource, hf
 from phatgoose.tasks.sources.jsonl import read_lines
 from phatgoose.tasks.sources.known_rows import normalised
 from phatgoose.tasks.sources.known_splits import check_splits
-from phatgoose.tasks.sources.promptsource import REQUIREMENT, Template, at_hand, config_name, templates
+from phatgoose.tasks.sources.promptsource import PACKAGE, Template, config_name, is_available, templates
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task, position
 
@@ -62,7 +62,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     }
     source = {
         "spec": spec.text, "source": "prompted", "from": "folder" if folder is not None else "Hub",
-        "prompt_style": f"{REQUIREMENT}, as rendered", "templates": [t.name for t in chosen],
+        "prompt_style": f"{PACKAGE.requirement}, as rendered", "templates": [t.name for t in chosen],
         **copy,
     }  # fmt: skip
     return build_task(f"prompted:{spec.name}{_suffix(spec)}", own, source, fractions, dropped)
@@ -76,7 +76,7 @@ def check(spec: TaskSpec, folder: Path | None) -> str | None:
         files(spec, folder)
     else:
         known = check_splits(spec)
-    if not at_hand():
+    if not is_available():
         return "promptsource's prompts, which aren't in the cache" + ("" if folder else ", and the Hub")
     choose(spec)
     return None if folder else "the Hub" if known else "splits that only the Hub knows"

@@ -24,13 +24,15 @@ from jinja2.filters import do_truncate
 from jinja2.sandbox import SandboxedEnvironment
 
 from phatgoose.errors import TaskError
-from phatgoose.fetch import exclusive, fetch_pypi
-from phatgoose.files import atomic_folder, cache_folder
+from phatgoose.fetch import PinnedPackage, build_once
+from phatgoose.files import cache_folder
 from phatgoose.registry import unknown
 
-REQUIREMENT = "promptsource==0.2.3"
-SDIST = "promptsource-0.2.3.tar.gz"
-SHA256 = "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5"
+PACKAGE = PinnedPackage(
+    "promptsource==0.2.3",
+    "f106c889778a0fe5590e7183904bf964e1a01691c8a29451e44f3df5ddef05f5",
+    "promptsource-0.2.3.tar.gz",
+)
 LONGEST = 2048
 _MEMBER = re.compile(r"promptsource-0\.2\.3/promptsource/templates/(\w[\w./-]*)/templates\.yaml")
 _PIPE, _PIPE_STAND_IN = "|||", "\ue000\ue001\ue000"  # a row's own "|||" must not part anything
@@ -105,25 +107,22 @@ def root() -> Path:
         if not folder.is_dir():
             raise TaskError(f"PHATGOOSE_PROMPTSOURCE is {folder}, which is not a folder.")
         return folder
-    target = _cached()
-    if not target.is_dir():
-        with exclusive(target):
-            if not target.is_dir():
-                _unpack(fetch_pypi(REQUIREMENT, SHA256, SDIST), target)
-    return target
+    return build_once(cached(), _unpack)
 
 
-def at_hand() -> bool:
+def is_available() -> bool:
     """Whether the prompts can be read without fetching anything."""
-    return bool(os.environ.get("PHATGOOSE_PROMPTSOURCE")) or _cached().is_dir()
+    return bool(os.environ.get("PHATGOOSE_PROMPTSOURCE")) or cached().is_dir()
 
 
-def _cached() -> Path:
-    return cache_folder() / "promptsource" / f"0.2.3-{SHA256[:12]}"
+def cached() -> Path:
+    """Where the prompts are kept, once they were fetched."""
+    return cache_folder() / "promptsource" / f"{PACKAGE.version}-{PACKAGE.sha256[:12]}"
 
 
-def _unpack(archive: Path, target: Path) -> None:
-    with atomic_folder(target) as work, tarfile.open(archive, "r:gz") as tar:
+def _unpack(work: Path) -> None:
+    archive = PACKAGE.fetch()
+    with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             match = _MEMBER.fullmatch(member.name)
             content = tar.extractfile(member) if match and member.isfile() else None

@@ -67,5 +67,5 @@ def _check(
         if unsure is not None:
             found.unknown.setdefault(unsure, []).append(entry.name)
         parsed = split_spec(spec)
-        if parsed.source == "prompted" and templates.at_hand():
+        if parsed.source == "prompted" and templates.is_available():
             found.prompts[spec] = len(prompted.choose(parsed))
