@@ -120,8 +120,8 @@ class Pages:
     def __post_init__(self) -> None:
         self.file = self.routing.pool.experts[0].source.file
         for site in self.routing.sites:
-            if not site.stack.ahead:  # a file that memory can hold
-                site.stack = replace(site.stack, ahead=True)
+            if not site.stack.prefetch:  # a file that memory can hold
+                site.stack = replace(site.stack, prefetch=True)
                 site.prepare()
         self.asking = [(site.fused._struct, site.fused._struct.ahead) for site in self.routing.sites]
 

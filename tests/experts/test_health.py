@@ -12,7 +12,8 @@ from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.modules import weight_norms
-from phatgoose.ops.update import Bottleneck, Projections, SharedUpdate, Update, no_rows
+from phatgoose.ops.bottleneck import Bottleneck
+from phatgoose.ops.update import Projections, SharedUpdate, Update, no_rows
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.weight_signature import signature, why_no_signature
-from phatgoose.ops.update import Bottleneck, Update
+from phatgoose.ops.bottleneck import Bottleneck
+from phatgoose.ops.update import Update
 
 
 def update(d_in=63, d_out=40, rank=5, scale=0.37, seed=0, dtype=torch.float64, **more):

@@ -117,13 +117,13 @@ def test_a_file_that_memory_may_not_hold_is_read_ahead(make_base, tmp_path, back
     folder = pool_of(make_plain(base, tmp_path / "made"), tmp_path / "pool")
     pack(folder)
     expected = logits(route(base, Pool.load(folder), backend_name=backend), batch(base))
-    assert not any(site.stack.ahead for site in routing_of(base).sites)
+    assert not any(site.stack.prefetch for site in routing_of(base).sites)
     size = Pool.load(folder).experts[0].source.file.bytes
     monkeypatch.setattr(routed, "available_bytes", lambda: 2 * size - 2)
     assert torch.equal(logits(route(base, Pool.load(folder), backend_name=backend), batch(base)), expected)
-    assert all(site.stack.ahead for site in routing_of(base).sites)
+    assert all(site.stack.prefetch for site in routing_of(base).sites)
     route(base, Pool(Pool.load(folder).experts), dtype=torch.bfloat16)  # copied rows are in memory
-    assert not any(site.stack.ahead for site in routing_of(base).sites)
+    assert not any(site.stack.prefetch for site in routing_of(base).sites)
 
 
 @pytest.mark.parametrize("made", [make_plain, make_zoo])

@@ -558,7 +558,7 @@ def in_a_file(stack, folder):
             str(folder / name), shared=False, size=matrix.numel() + 136 // matrix.itemsize, dtype=matrix.dtype
         )
         matrices.append(flat[100 // matrix.itemsize :][: matrix.numel()].view(matrix.shape))
-    return dataclasses.replace(stack, A=matrices[0], B=matrices[1], ahead=True)
+    return dataclasses.replace(stack, A=matrices[0], B=matrices[1], prefetch=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 40])

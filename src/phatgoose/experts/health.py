@@ -110,11 +110,9 @@ def strengths(update: Update) -> Iterator[tuple[str, float]]:
     if update.rank:
         a, b = update.A.double(), update.B.double()
         yield "update", abs(update.scale) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
-    if update.bias is not None:
-        yield "bias", abs(update.scale) * float(update.bias.double().norm())
-    for name, scale in (("output scale", update.output_scale), ("input scale", update.input_scale)):
-        if scale is not None:
-            yield name, float((scale.double() - 1).square().mean().sqrt())
+    for name, vector in update.vectors(torch.float64).items():
+        root_mean_square = float(vector.square().mean().sqrt())
+        yield name.replace("_", " "), float(vector.norm()) if name == "bias" else root_mean_square
     if update.magnitude is not None:
         yield "DoRA magnitude", float(update.magnitude.double().norm())
     if update.shared is not None:

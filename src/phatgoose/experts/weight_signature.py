@@ -34,8 +34,7 @@ def why_no_signature(update: Update) -> str | None:
         return "an embedding's input is a token's number, which has no direction"
     if update.shared is not None:
         return "it is VeRA, whose matrices are known only where it is routed in its base"
-    parts = (update.output_scale, update.input_scale, update.magnitude, update.bottleneck)
-    if update.rank == 0 or any(part is not None for part in parts):
+    if update.rank == 0 or update.kind != "LoRA":
         return f"it is {update.kind}, and only LoRA's update is a low-rank matrix"
     return None
 

@@ -14,7 +14,7 @@ from phatgoose.ops import fast, reference
 from phatgoose.ops.cpu import backend as cpu_backend
 from phatgoose.ops.cpu import build
 from phatgoose.ops.cpu.backend import Fused
-from phatgoose.ops.stack import Layer, Part, Stack, make_stack
+from phatgoose.ops.stack import Layer, Stack, make_stack
 from phatgoose.ops.triton import backend as triton_backend
 from phatgoose.registry import unknown
 
@@ -150,7 +150,6 @@ __all__ = [
     "Backend",
     "Fused",
     "Layer",
-    "Part",
     "Prepared",
     "Stack",
     "auto_is",

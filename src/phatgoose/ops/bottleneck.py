@@ -1,17 +1,17 @@
-"""Bottleneck adapters as an operation."""
+"""Bottleneck adapters: their tensors, and what they compute from a module's output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.ops.running import Running
+from phatgoose.ops.forward_state import ForwardState
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -28,105 +28,78 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "identity": lambda x: x,
 }
+"""Nonlinearities that are computed exactly."""
 NORM_EPS = 1e-5
-_TENSORS = ("down", "up", "down_bias", "up_bias", "norm_weight", "norm_bias")
 
 
-class Narrow(Protocol):
-    """A bottleneck adapter: scale · (up f(down x + down_bias) + up_bias), x the module's own output y if nothing else is said."""
+class Residual(ForwardState):
+    """h, the residual stream that a module's output y is added to. Some bottleneck adapters read it.
 
-    @property
-    def down(self) -> Tensor: ...
-    @property
-    def up(self) -> Tensor: ...
-    @property
-    def down_bias(self) -> Tensor | None: ...
-    @property
-    def up_bias(self) -> Tensor | None: ...
-    @property
-    def activation(self) -> str: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def norm_weight(self) -> Tensor | None: ...
-    @property
-    def norm_bias(self) -> Tensor | None: ...
-    @property
-    def residual(self) -> str | None: ...
-    @property
-    def reads_output(self) -> bool: ...
-
-
-class Residual(Running):
-    """h, the stream that a module's output y is added to, from where it appears until the module has run.
-
-    Hooks fill and empty it: h is no input of the module, and some bottleneck adapters read it.
+    h is no input of the module, so hooks fill this before the module runs and empty it afterwards.
     """
 
     value: Tensor | None = None
 
     def read(self, y: Tensor) -> Tensor:
-        """h in y's shape, dtype and place.
+        """h in y's shape, dtype and device.
 
         Raises:
             RoutingError: the module was run without the layer around it.
         """
         if self.value is None:
             raise RoutingError(
-                "a bottleneck adapter reads the residual stream that its module's output is added to, and there is none: the module "
-                "was run by itself. Run the whole model."
+                "a bottleneck adapter reads the residual stream that its module's output is added to, and there is none: "
+                "the module was run by itself. Run the whole model."
             )
         return self.value.reshape(y.shape).to(y.device, y.dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
-    """A bottleneck adapter in a stack, as `Narrow`; residual: where h is found, None if it isn't read."""
+class Bottleneck:
+    """scale · (U f(D x + d) + u₀), a bottleneck adapter without its residual connection.
+
+    Houlsby et al. 2019; Pfeiffer et al. 2021. down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias: u₀ [d_out];
+    `activation` is one of ACTIVATIONS. x is the module's own output y unless `residual` and `reads_output` say otherwise.
+    """
 
     down: Tensor
     up: Tensor
-    down_bias: Tensor | None
-    up_bias: Tensor | None
-    activation: str
-    scale: float
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: str = "relu"
+    scale: float = 1.0
     norm_weight: Tensor | None = None
+    """[d_out], with norm_bias: x goes through this layer norm first (eps 1e-5)."""
     norm_bias: Tensor | None = None
-    residual: Residual | None = None
+    residual: str | None = None
+    """Path of the module whose input is h, the residual stream that y is added to; x is then y + h, or h."""
     reads_output: bool = True
+    """Whether y is part of x. False only with a residual (parallel adapters, He et al. 2021)."""
 
-    def to(self, *target: Any) -> Branch:
-        changed = {n: t.to(*target) for n in _TENSORS if (t := getattr(self, n)) is not None}
-        return replace(self, **changed)
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by field name."""
+        named = ((item.name, getattr(self, item.name)) for item in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
 
+    def to(self, *target: Any) -> Bottleneck:
+        """A copy whose tensors are on this device or in this dtype, as `Tensor.to` takes them."""
+        moved: dict[str, Any] = {name: tensor.to(*target) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
-def narrow(y: Tensor, b: Branch) -> Tensor:
-    """scale · (up f(down x + down_bias) + up_bias) in the dtype of its weights; x is y, y + h or h: [N, d_out] → [N, d_out]."""
-    x = y
-    if b.residual is not None:
-        h = b.residual.read(y)
-        x = y + h if b.reads_output else h
-    x = x.to(b.down.dtype)
-    if b.norm_weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], b.norm_weight, b.norm_bias, NORM_EPS)
-    hidden = ACTIVATIONS[b.activation](F.linear(x, b.down, b.down_bias))
-    return F.linear(hidden, b.up, b.up_bias) * b.scale
+    def detached(self, dtype: torch.dtype) -> Bottleneck:
+        """A copy in this dtype that no gradient reaches."""
+        moved: dict[str, Any] = {name: tensor.detach().to(dtype) for name, tensor in self.tensors().items()}
+        return replace(self, scale=float(self.scale), **moved)
 
-
-def branch(b: Narrow, residual: Residual | None, dtype: torch.dtype) -> Branch:
-    """A bottleneck adapter as a stack keeps it: tensors in `dtype`, h from `residual` where it reads h."""
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(dtype)
-
-    return Branch(
-        down=b.down.detach().to(dtype),
-        up=b.up.detach().to(dtype),
-        down_bias=cast(b.down_bias),
-        up_bias=cast(b.up_bias),
-        activation=b.activation,
-        scale=float(b.scale),
-        norm_weight=cast(b.norm_weight),
-        norm_bias=cast(b.norm_bias),
-        residual=residual if b.residual is not None else None,
-        reads_output=b.reads_output,
-    )
+    def apply(self, y: Tensor, residual: Residual | None) -> Tensor:
+        """What it adds to the module's output y [N, d_out], in the dtype of its weights. `residual`: where h is found."""
+        x = y
+        if self.residual is not None:
+            assert residual is not None
+            h = residual.read(y)
+            x = y + h if self.reads_output else h
+        x = x.to(self.down.dtype)
+        if self.norm_weight is not None:
+            x = F.layer_norm(x, x.shape[-1:], self.norm_weight, self.norm_bias, NORM_EPS)
+        hidden = ACTIVATIONS[self.activation](F.linear(x, self.down, self.down_bias))
+        return F.linear(hidden, self.up, self.up_bias) * self.scale

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phatgoose.ops.reference import EPS
-from phatgoose.ops.stack import Layer, Stack, narrow
+from phatgoose.ops.stack import VECTOR_TERMS, Layer, Stack
 
 # Measured by benchmarks/ops.py on a CPU (576 → 1536, rank 16, k = 2). In 16 bits, up to DENSE_ROWS stacked rows one product over
 # all experts is cheapest, unless fewer than one row in DENSE_SHARE is wanted; above, up to GATHER_TOKENS tokens gather their own rows.
@@ -82,22 +82,12 @@ def _others(
     per_expert = _per_expert(stack, chosen, weights)
     own = y.to(torch.promote_types(y.dtype, torch.float32))
     total = torch.zeros_like(own)
-    if stack.bias is not None:
-        total = total + stack.bias.sum(per_expert)
-    if stack.output_scale is not None:
-        total = total + stack.output_scale.sum(per_expert) * own
-    if stack.linear_scale is not None:
-        assert layer is not None
-        product = own if layer.bias is None else own - layer.bias.to(own.dtype)
-        total = total + stack.linear_scale.sum(per_expert) * product
-    if stack.input_scale is not None:
-        assert layer is not None
-        scaled = (stack.input_scale.sum(per_expert) * u.to(own.dtype)).to(u.dtype)
-        total = total + layer.product(scaled).to(own.dtype)
+    for name, vectors in stack.vectors.items():
+        total = total + VECTOR_TERMS[name](vectors.sum(per_expert), u, own, layer)
     for expert, bottleneck in stack.bottlenecks:
         weight = per_expert[:, expert, None].to(own.dtype)
         if weight.is_cuda or bool((weight != 0).any()):  # to ask a GPU is to wait for it
-            delta = weight * narrow(y, bottleneck).to(own.dtype)
+            delta = weight * bottleneck.apply(y, stack.residual).to(own.dtype)
             total = total + torch.where(weight != 0, delta, 0)
     return total
 

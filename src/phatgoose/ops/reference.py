@@ -1,6 +1,7 @@
-"""Routing at one module, written as plainly as the paper has it. Slow; every other backend is held to it.
+"""Score, choose and mix written as plainly as in the paper. Every other backend is tested against it.
 
-N tokens, E experts, k choices per token. Computes in float32, or in float64 if its inputs are float64.
+Slow. N tokens, E experts, k choices per token. Computes in float32, or in float64 if its inputs
+are float64.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phatgoose.ops.bottleneck import narrow
-from phatgoose.ops.stack import Layer, Stack, Vectors
+from phatgoose.ops.stack import VECTOR_TERMS, Layer, Stack
 
 EPS = 1e-5
 
@@ -53,26 +53,14 @@ def mix(
 
 
 def _delta(u: Tensor, y: Tensor, stack: Stack, expert: int, layer: Layer | None) -> Tensor:
-    """Δ_e(u) = scale·(B A u + bias) + (c−1) ⊙ y + W((l−1) ⊙ u) + bottleneck(y), term by term: [N, d_out] in y's dtype."""
+    """Δ_e(u) = scale·B A u + its vectors' terms (`stack.VECTOR_TERMS`) + bottleneck(y), one by one: [N, d_out] in y's dtype."""
     a, b = stack.A[stack.rows(expert)].to(y.dtype), stack.B[stack.rows(expert)].to(y.dtype)
     delta = (a[:, u].T if stack.embedding else u.to(y.dtype) @ a.T) @ b * stack.scales[expert]
-    if (own := _vector(stack.bias, expert)) is not None:
-        delta = delta + own.to(y.dtype)
-    if (own := _vector(stack.output_scale, expert)) is not None:
-        delta = delta + own.to(y.dtype) * y
-    if (own := _vector(stack.linear_scale, expert)) is not None:
-        assert layer is not None
-        delta = delta + own.to(y.dtype) * (y if layer.bias is None else y - layer.bias.to(y.dtype))
-    if (own := _vector(stack.input_scale, expert)) is not None:
-        assert layer is not None
-        delta = delta + layer.product((own.to(y.dtype) * u.to(y.dtype)).to(u.dtype)).to(y.dtype)
+    for name, vectors in stack.vectors.items():
+        for owner, values in zip(vectors.experts.tolist(), vectors.values, strict=True):
+            if owner == expert:
+                delta = delta + VECTOR_TERMS[name](values.to(y.dtype), u, y, layer)
     for owner, bottleneck in stack.bottlenecks:
         if owner == expert:
-            delta = delta + narrow(y, bottleneck).to(y.dtype)
+            delta = delta + bottleneck.apply(y, stack.residual).to(y.dtype)
     return delta
-
-
-def _vector(vectors: Vectors | None, expert: int) -> Tensor | None:
-    if vectors is None or not (vectors.experts == expert).any():
-        return None
-    return vectors.values[vectors.experts == expert][0]

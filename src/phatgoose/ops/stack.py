@@ -1,40 +1,16 @@
-"""All experts' updates at one module, side by side."""
+"""All experts' updates at one module, side by side, as every backend takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from phatgoose.ops.bottleneck import Branch, Narrow, Residual, branch
-from phatgoose.ops.bottleneck import narrow as narrow  # backends have it from here
-
-
-class Part(Protocol):
-    """One expert's update at the module: Δ(u) = scale·(B A u + bias) + (c−1) ⊙ y + W((l−1) ⊙ u) + bottleneck(y)."""
-
-    @property
-    def A(self) -> Tensor: ...
-    @property
-    def B(self) -> Tensor: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def output_scale(self) -> Tensor | None: ...
-    @property
-    def covers_bias(self) -> bool: ...
-    @property
-    def input_scale(self) -> Tensor | None: ...
-    @property
-    def bottleneck(self) -> Narrow | None: ...
-    @property
-    def embedding(self) -> bool: ...
+from phatgoose.ops.bottleneck import Bottleneck, Residual
+from phatgoose.ops.update import Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +19,30 @@ class Layer:
 
     bias: Tensor | None
     product: Callable[[Tensor], Tensor]
+
+
+VectorTerm = Callable[[Tensor, Tensor, Tensor, Layer | None], Tensor]
+"""(v, u, y, layer) → what the vectors v add to the output, in y's dtype. v: one per token, or one for all; y: [N, d_out]."""
+
+
+def _linear_scale(v: Tensor, u: Tensor, y: Tensor, layer: Layer | None) -> Tensor:
+    assert layer is not None
+    return v * (y if layer.bias is None else y - layer.bias.to(y.dtype))
+
+
+def _input_scale(v: Tensor, u: Tensor, y: Tensor, layer: Layer | None) -> Tensor:
+    assert layer is not None
+    return layer.product((v * u.to(y.dtype)).to(u.dtype)).to(y.dtype)
+
+
+VECTOR_TERMS: dict[str, VectorTerm] = {
+    "bias": lambda v, u, y, layer: v,
+    "output_scale": lambda v, u, y, layer: v * y,
+    "linear_scale": _linear_scale,
+    "input_scale": _input_scale,
+}
+"""The terms of Δ(u) that a vector per expert makes, by the names that `Update.vectors` gives. Each is linear in its vectors, so a
+weighted sum of experts needs it once. They are added in this order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,9 @@ class Vectors:
 class Stack:
     """The updates of E experts at one module.
 
-    The low-rank rows of all experts share two matrices, A: [R, d_in] and B: [R, d_out] (B transposed); expert e owns
-    ranks[e] rows from starts[e] and multiplies them by scales[e]. Ranks differ freely; rank 0 is no low-rank part, and an expert
-    without any part is the null candidate. Rows that nobody owns are allowed and never used.
+    The low-rank rows of all experts share two matrices, A: [R, d_in] and B: [R, d_out] (B transposed). Expert e owns
+    ranks[e] rows from starts[e] and multiplies them by scales[e]. Ranks may differ. Rank 0 means no low-rank part, and an
+    expert without any part is the null candidate. Rows that nobody owns are allowed and never used.
     """
 
     A: Tensor
@@ -71,22 +71,16 @@ class Stack:
     starts: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    bias: Vectors | None = None
-    """scale · bias, added as it is."""
-    output_scale: Vectors | None = None
-    """c − 1, times W u + b."""
-    linear_scale: Vectors | None = None
-    """c − 1, times W u."""
-    input_scale: Vectors | None = None
-    """l − 1, times u, before W."""
-    bottlenecks: tuple[tuple[int, Branch], ...] = ()
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
+    """By the names of VECTOR_TERMS, in their order; terms that no expert has are absent."""
+    bottlenecks: tuple[tuple[int, Bottleneck], ...] = ()
     """(expert, its bottleneck adapter)."""
     residual: Residual | None = None
-    """Where bottleneck adapters look for h; None if none reads it. Whoever runs the module fills it."""
+    """Where bottleneck adapters find h; None if none reads it. Whoever runs the module fills it."""
     embedding: bool = False
     """Whether u are token ids, int64 [N], and A u are columns of A."""
-    ahead: bool = False
-    """Whether A and B stand in a file that memory may not hold, so that rows are best asked for before they are read."""
+    prefetch: bool = False
+    """Whether A and B are mapped from a file that may not fit into memory: rows are then best asked for before they are read."""
 
     @property
     def experts(self) -> int:
@@ -95,8 +89,7 @@ class Stack:
     @property
     def low_rank_only(self) -> bool:
         """Whether no expert has anything but low-rank rows."""
-        vectors = (self.bias, self.output_scale, self.linear_scale, self.input_scale)
-        return not self.bottlenecks and all(v is None for v in vectors)
+        return not self.bottlenecks and not self.vectors
 
     @property
     def has_gaps(self) -> bool:
@@ -105,6 +98,13 @@ class Stack:
 
     def rows(self, expert: int) -> slice:
         return slice(self.starts[expert], self.starts[expert] + self.ranks[expert])
+
+    def other_tensors(self) -> Iterator[Tensor]:
+        """Every tensor but A and B."""
+        for vectors in self.vectors.values():
+            yield from (vectors.experts, vectors.values)
+        for _, bottleneck in self.bottlenecks:
+            yield from bottleneck.tensors().values()
 
     def hidden(self, u: Tensor, rows: slice = slice(None)) -> Tensor:
         """A u of these rows: [N, d_in] (ids [N] for an embedding) → [N, rows]."""
@@ -117,7 +117,10 @@ class Stack:
         spread = values[:, index]
         return spread if owned is None else spread * owned
 
+    # What is derived from a stack is kept in its __dict__, and made anew where the stack was moved. `replace` drops it.
+
     def _owners(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Which expert owns each row, and which rows have an owner (None: all)."""
         if (known := self.__dict__.get("_known_owners")) is None or known[0].device != device:
             owner = torch.full((self.A.shape[0],), -1, dtype=torch.int64)
             for expert in range(self.experts):
@@ -142,28 +145,21 @@ class Stack:
         return known
 
     def to(self, device: torch.device) -> Stack:
-        """Itself, if it is there."""
+        """The stack on this device: itself, if it is there."""
         if self.A.device == device:
             return self
-
-        def moved(v: Vectors | None) -> Vectors | None:
-            return None if v is None else Vectors(v.experts.to(device), v.values.to(device))
-
         return replace(
             self,
             A=self.A.to(device),
             B=self.B.to(device),
-            bias=moved(self.bias),
-            output_scale=moved(self.output_scale),
-            linear_scale=moved(self.linear_scale),
-            input_scale=moved(self.input_scale),
-            bottlenecks=tuple((e, b.to(device)) for e, b in self.bottlenecks),
-            ahead=False,
+            vectors={n: Vectors(v.experts.to(device), v.values.to(device)) for n, v in self.vectors.items()},
+            bottlenecks=tuple((expert, bottleneck.to(device)) for expert, bottleneck in self.bottlenecks),
+            prefetch=False,
         )
 
 
 def make_stack(
-    parts: Sequence[Part | None],
+    updates: Sequence[Update | None],
     d_in: int,
     d_out: int,
     dtype: torch.dtype,
@@ -172,40 +168,41 @@ def make_stack(
 ) -> Stack:
     """Stacks one update per expert, in order; None is the null candidate.
 
-    `dtype` is that of A and B: the dtype the module computes in. Vectors are kept in float32 or wider, whatever it is.
-    `rows`: A [R, d_in] and B transposed [R, d_out] of all parts in this dtype and where each part begins, if they stand side by
-    side already: then nothing of them is copied. `residual`: where bottleneck adapters read the residual stream; None: a new place.
+    Args:
+        dtype: of A and B: the dtype the module computes in. Vectors are kept in float32 or wider, whatever it is.
+        rows: A [R, d_in], B transposed [R, d_out], both in `dtype`, and where each update's rows begin, if all of them stand
+            side by side already. Nothing is copied then.
+        residual: where bottleneck adapters read the residual stream; None: a new place.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    present = [(e, p) for e, p in enumerate(parts) if p is not None]
-    low = [p for _, p in present if p.A.shape[0]]
-    ranks = tuple(0 if p is None else p.A.shape[0] for p in parts)
-
-    def vectors(found: list[tuple[int, Tensor]]) -> Vectors | None:
-        if not found:
-            return None
-        rows = torch.stack([v.detach().to("cpu", wide).reshape(-1) for _, v in found])
-        return Vectors(torch.tensor([e for e, _ in found]), rows)
-
-    narrows = [(e, p.bottleneck) for e, p in present if p.bottleneck is not None]
-    reads = any(b.residual is not None for _, b in narrows)
-    residual = (residual or Residual()) if reads else None
+    present = [(e, update) for e, update in enumerate(updates) if update is not None]
+    ranks = tuple(0 if update is None else update.rank for update in updates)
     if rows is None:
-        a = torch.cat([torch.empty(0, d_in, dtype=dtype), *(p.A.detach().to(dtype) for p in low)])
-        b = torch.cat([torch.empty(0, d_out, dtype=dtype), *(p.B.detach().T.to(dtype) for p in low)])
+        low = [update for _, update in present if update.rank]
+        a = torch.cat([torch.empty(0, d_in, dtype=dtype), *(update.A.detach().to(dtype) for update in low)])
+        b = torch.cat(
+            [torch.empty(0, d_out, dtype=dtype), *(update.B.detach().T.to(dtype) for update in low)]
+        )
         rows = a, b, tuple(accumulate(ranks, initial=0))[:-1]
-    scaled = [(e, p.output_scale.to(wide) - 1, p) for e, p in present if p.output_scale is not None]
+    bottlenecks = [(e, update.bottleneck) for e, update in present if update.bottleneck is not None]
+    reads_residual = any(bottleneck.residual is not None for _, bottleneck in bottlenecks)
     return Stack(
         A=rows[0],
         B=rows[1],
         starts=tuple(rows[2]),
         ranks=ranks,
-        scales=tuple(1.0 if p is None else float(p.scale) for p in parts),
-        bias=vectors([(e, p.bias.to(wide) * p.scale) for e, p in present if p.bias is not None]),
-        output_scale=vectors([(e, c) for e, c, p in scaled if p.covers_bias]),
-        linear_scale=vectors([(e, c) for e, c, p in scaled if not p.covers_bias]),
-        input_scale=vectors([(e, p.input_scale.to(wide) - 1) for e, p in present if p.input_scale is not None]),
-        bottlenecks=tuple((e, branch(b, residual, dtype)) for e, b in narrows),
-        residual=residual,
-        embedding=any(p.embedding for _, p in present),
-    )  # fmt: skip
+        scales=tuple(1.0 if update is None else float(update.scale) for update in updates),
+        vectors=_stacked_vectors(present, torch.promote_types(dtype, torch.float32)),
+        bottlenecks=tuple((e, bottleneck.detached(dtype)) for e, bottleneck in bottlenecks),
+        residual=(residual or Residual()) if reads_residual else None,
+        embedding=any(update.embedding for _, update in present),
+    )
+
+
+def _stacked_vectors(present: Sequence[tuple[int, Update]], dtype: torch.dtype) -> dict[str, Vectors]:
+    of_experts = [(e, update.vectors(dtype)) for e, update in present]
+    stacked = {}
+    for name in VECTOR_TERMS:
+        if owners := [e for e, vectors in of_experts if name in vectors]:
+            rows = [vectors[name].cpu().reshape(-1) for _, vectors in of_experts if name in vectors]
+            stacked[name] = Vectors(torch.tensor(owners), torch.stack(rows))
+    return stacked

@@ -1,53 +1,15 @@
-"""What an expert does at one module."""
+"""What one expert does at one module: an update Δ(u) of what the module computes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = (
-    "relu",
-    "gelu",
-    "gelu_new",
-    "quick_gelu",
-    "silu",
-    "mish",
-    "hardswish",
-    "tanh",
-    "sigmoid",
-    "leakyrelu",
-    "relu6",
-    "relu2",
-    "identity",
-)
-"""Nonlinearities of bottleneck adapters that are computed exactly."""
-
-
-@dataclass(frozen=True, eq=False)
-class Bottleneck:
-    """scale · (U f(D x + d) + u₀), a bottleneck adapter without its residual (Houlsby et al. 2019; Pfeiffer et al. 2021).
-
-    down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias: u₀ [d_out]; `activation` is one of ACTIVATIONS. x is the
-    module's own output y, or what `residual` and `reads_output` say.
-    """
-
-    down: Tensor
-    up: Tensor
-    down_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    activation: str = "relu"
-    scale: float = 1.0
-    norm_weight: Tensor | None = None
-    """[d_out], with norm_bias: x goes through this layer norm first (eps 1e-5)."""
-    norm_bias: Tensor | None = None
-    residual: str | None = None
-    """Path of the module whose input is h, the residual stream that y is added to; x is then y + h, or h."""
-    reads_output: bool = True
-    """Whether y is part of x; False only with a residual (parallel adapters, He et al. 2021)."""
+from phatgoose.ops.bottleneck import Bottleneck
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +22,15 @@ class Projections:
     A: Tensor | None = None
     B: Tensor | None = None
     seed: int | None = None
-    """What PEFT draws them from where they weren't saved along."""
+    """What PEFT draws them from, where they weren't saved along."""
 
     def drawn(self, rank: int, d_in: int, d_out: int) -> Projections:
         """These, or those that PEFT draws from the seed for modules of at most these sizes."""
         if self.seed is None:
             return self
         generator = torch.Generator().manual_seed(self.seed)
-        shapes = ((rank, d_in), (d_out, rank))  # Kaiming's uniform distribution, as PEFT has it
+        shapes = ((rank, d_in), (d_out, rank))
+        # Kaiming's uniform distribution. PEFT rounds its bound in this order, and other bounds would draw other numbers.
         bounds = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns)) for _, columns in shapes)
         a, b = (
             torch.empty(shape).uniform_(-bound, bound, generator=generator)
@@ -87,12 +50,12 @@ class SharedUpdate:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """Δ(u) of an expert at one module that computes y = W u + b. Absent parts are None, an absent low-rank part has rank 0.
+    """Δ(u) of an expert at one module that computes y = W u + b. Absent parts are None; an absent low-rank part has rank 0.
 
     Δ(u) = scale·(B A u + bias) + (c−1) ⊙ y + W((l−1) ⊙ u) + bottleneck(y)
 
-    LoRA and rsLoRA are the first term, (IA)³ one of the next two, DoRA the first two with W u in place of y, after
-    `resolved` has put the base's weight in. All tensors as trained, of any float dtype.
+    LoRA and rsLoRA are the first term, (IA)³ is one of the next two. DoRA is the first two with W u in place of y, after
+    `resolved` has put the base's weight in. Tensors are kept as trained, in any float dtype.
     """
 
     A: Tensor
@@ -109,7 +72,7 @@ class Update:
     input_scale: Tensor | None = None
     """l: [d_in]."""
     magnitude: Tensor | None = None
-    """DoRA's m: [d_out]. Must be resolved before the update can be computed."""
+    """DoRA's m: [d_out]. Must be `resolved` before the update can be computed."""
     bottleneck: Bottleneck | None = None
     embedding: bool = False
     """Whether the module is an embedding: u are token ids, A u are columns of A."""
@@ -122,7 +85,7 @@ class Update:
 
     @property
     def width(self) -> int:
-        """r of the low-rank part or of the bottleneck; 0 if there is neither."""
+        """r of the low-rank part or of the bottleneck, whichever is larger; 0 if there is neither."""
         if self.shared is not None:
             return self.shared.d.shape[0]
         return self.rank if self.bottleneck is None else max(self.rank, self.bottleneck.down.shape[0])
@@ -155,9 +118,22 @@ class Update:
         )
         return all(part is None for part in others) and not self.embedding
 
+    def vectors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The vectors of Δ(u) in this dtype, by the names of `stack.VECTOR_TERMS`, ready to be applied: 0 would change nothing."""
+        found = {}
+        if self.bias is not None:
+            found["bias"] = self.bias.detach().to(dtype) * self.scale
+        if self.output_scale is not None:
+            found["output_scale" if self.covers_bias else "linear_scale"] = (
+                self.output_scale.detach().to(dtype) - 1
+            )
+        if self.input_scale is not None:
+            found["input_scale"] = self.input_scale.detach().to(dtype) - 1
+        return found
+
     @property
     def kind(self) -> str:
-        """What it is called where it comes from: "LoRA", "DoRA", "(IA)³", "VeRA", "bottleneck", or several joined by "+"."""
+        """The method's name: "LoRA", "DoRA", "(IA)³", "VeRA", "bottleneck", or several joined by "+"."""
         names = []
         if self.shared is not None:
             names.append("VeRA")
@@ -172,32 +148,24 @@ class Update:
 
     @property
     def described(self) -> str:
-        """Its kind, and what of it plain LoRA lacks: "an embedding's LoRA", "LoRA with a bias"."""
+        """Its kind, and what plain LoRA lacks: "an embedding's LoRA", "LoRA with a bias"."""
         name = f"an embedding's {self.kind}" if self.embedding else self.kind
         return name + " with a bias" * (self.bias is not None)
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of it, by name."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                yield item.name, value
-        more: dict[str, Bottleneck | SharedUpdate | Projections | None] = {
-            "bottleneck": self.bottleneck,
-            "shared": self.shared,
-        }
+        owners: list[tuple[str, object]] = [("", self)]
+        if self.bottleneck is not None:
+            owners.append(("bottleneck.", self.bottleneck))
         if self.shared is not None:
-            more["projections"] = self.shared.projections
-        for name, part in more.items():
-            if part is None:
-                continue
-            for item in fields(part):
-                value = getattr(part, item.name)
+            owners += [("shared.", self.shared), ("projections.", self.shared.projections)]
+        for prefix, owner in owners:
+            for name, value in vars(owner).items():
                 if isinstance(value, Tensor):
-                    yield f"{name}.{item.name}", value
+                    yield prefix + name, value
 
     def numbers(self) -> dict[str, object]:
-        """Everything else that decides what it computes, where it isn't the default."""
+        """Everything but its tensors that decides what it computes, where it isn't the default."""
         found: dict[str, object] = {"scale": self.scale}
         if not self.covers_bias:
             found["covers_bias"] = False

@@ -17,8 +17,8 @@ from phatgoose.files import write_json
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.layers import follow_residual, linear_shape
-from phatgoose.ops.bottleneck import Branch, Residual, narrow
-from phatgoose.ops.update import Bottleneck, Update, no_rows
+from phatgoose.ops.bottleneck import Bottleneck, Residual
+from phatgoose.ops.update import Update, no_rows
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.gate import decode_path, encode_path
 from phatgoose.training.modules import normal
@@ -66,8 +66,12 @@ def places(base: Base, config: ExpertConfig) -> dict[str, str]:
 class Adapter(nn.Module):
     """scale · (U f(D x + d) + u₀) of one module, in float32; starts as zero."""
 
-    def __init__(self, size: int, config: ExpertConfig, path: str, device: torch.device) -> None:
+    def __init__(
+        self, size: int, config: ExpertConfig, path: str, device: torch.device, source: str | None
+    ) -> None:
+        """`source`: path of the module whose input is the residual stream; None if the adapter doesn't read it."""
         super().__init__()
+        self.source = source
         r = max(1, size // config.reduction)
         self.down = nn.Linear(size, r, device=device, dtype=torch.float32)
         self.up = nn.Linear(r, size, device=device, dtype=torch.float32)
@@ -82,23 +86,21 @@ class Adapter(nn.Module):
 
     def forward(self, y: Tensor, residual: Residual | None) -> Tensor:
         """What is added to y: [..., d] → [..., d] in y's dtype."""
-        down, up = self.down, self.up
-        branch = Branch(
-            down.weight, up.weight, down.bias, up.bias, self.activation, self.scale, residual=residual,
-            reads_output=self.reads_output,
-        )  # fmt: skip
-        return self.dropout(narrow(y, branch)).to(y.dtype)
+        return self.dropout(self._bottleneck(self._tensors()).apply(y, residual)).to(y.dtype)
 
-    def update(self, residual: str | None) -> Update:
+    def update(self) -> Update:
         """What it is, on the CPU."""
-        down, d, up, u0 = (
-            p.detach().to("cpu", copy=True)
-            for p in (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        )
-        bottleneck = Bottleneck(
-            down, up, d, u0, self.activation, self.scale, residual=residual, reads_output=self.reads_output
-        )
-        return Update(*no_rows(None, up.shape[0]), bottleneck=bottleneck)
+        copies = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
+        return Update(*no_rows(None, self.up.out_features), bottleneck=self._bottleneck(copies))
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.down.weight, self.up.weight, self.down.bias, self.up.bias]
+
+    def _bottleneck(self, tensors: list[Tensor]) -> Bottleneck:
+        down, up, down_bias, up_bias = tensors
+        return Bottleneck(
+            down, up, down_bias, up_bias, self.activation, self.scale, residual=self.source, reads_output=self.reads_output
+        )  # fmt: skip
 
 
 class BottleneckStudent(Student):
@@ -117,7 +119,7 @@ class BottleneckStudent(Student):
         for path, source in self.sources.items():
             module = model.get_submodule(path)
             _, self.size = linear_shape(module) or (0, 0)
-            adapter = Adapter(self.size, config, path, next(module.parameters()).device)
+            adapter = Adapter(self.size, config, path, next(module.parameters()).device, source)
             self.adapters[encode_path(path)] = adapter
             residual = Residual() if source is not None else None
             hooks.add([module.register_forward_hook(_adding(adapter, residual))])
@@ -138,8 +140,7 @@ class BottleneckStudent(Student):
         found = {}
         for key, adapter in self.adapters.items():
             assert isinstance(adapter, Adapter)
-            path = decode_path(key)
-            found[path] = adapter.update(self.sources[path])
+            found[decode_path(key)] = adapter.update()
         return found
 
 

@@ -19,7 +19,8 @@ from phatgoose.experts.adapters.adapterhub_layers import FAMILIES, Family, Locat
 from phatgoose.experts.adapters.adapterhub_rules import check_settings
 from phatgoose.experts.adapters.peft import Contents
 from phatgoose.experts.files.safetensors_file import identical
-from phatgoose.ops.update import Bottleneck, Update, no_rows
+from phatgoose.ops.bottleneck import Bottleneck
+from phatgoose.ops.update import Update, no_rows
 
 WEIGHTS_FILE = "adapter.safetensors"
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
@@ -29,7 +30,7 @@ ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "mish": "mish", "hardswish": "hardswish", "tanh": "tanh", "sigmoid": "sigmoid",
     "leakyrelu": "leakyrelu", "leaky_relu": "leakyrelu", "relu6": "relu6", "relu2": "relu2", "linear": "identity",
 }  # fmt: skip
-"""The library's names (those of transformers' ACT2FN, and its own "leakyrelu") → those of `update.ACTIVATIONS`."""
+"""The library's names (those of transformers' ACT2FN, and its own "leakyrelu") → those of `ops.bottleneck.ACTIVATIONS`."""
 # What configs without a version mean by these names.
 _BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _PARTS = {

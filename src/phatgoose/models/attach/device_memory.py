@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
@@ -117,11 +116,7 @@ def _between(least: Room, most: Room, share: float) -> Room:
 def _whole_bytes(site: Site) -> int:
     """What a site that isn't cached takes: its stack, and its gates in float32."""
     stack = site.stack
-    tensors = [stack.A, stack.B]
-    for vectors in (stack.bias, stack.output_scale, stack.linear_scale, stack.input_scale):
-        tensors += [] if vectors is None else [vectors.experts, vectors.values]
-    for _, narrow in stack.bottlenecks:
-        tensors += [t for t in vars(narrow).values() if isinstance(t, torch.Tensor)]
+    tensors = [stack.A, stack.B, *stack.other_tensors()]
     if site.router.by_gates is not None:
         tensors.append(site.router.by_gates[0])
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)

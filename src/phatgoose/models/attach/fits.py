@@ -22,11 +22,10 @@ def check_finite_stack(stack: Stack, names: Sequence[str], path: str, mapped: bo
     if not mapped and not (_finite(stack.A) and _finite(stack.B)):
         rows = range(stack.experts)
         bad |= {e for e in rows if not (_finite(stack.A[stack.rows(e)]) and _finite(stack.B[stack.rows(e)]))}
-    for vectors in (stack.bias, stack.output_scale, stack.linear_scale, stack.input_scale):
-        if vectors is not None:
-            bad |= set(vectors.experts[~vectors.values.isfinite().all(1)].tolist())
-    for expert, narrow in stack.bottlenecks:
-        if not all(_finite(value) for value in vars(narrow).values() if isinstance(value, Tensor)):
+    for vectors in stack.vectors.values():
+        bad |= set(vectors.experts[~vectors.values.isfinite().all(1)].tolist())
+    for expert, bottleneck in stack.bottlenecks:
+        if not all(map(_finite, bottleneck.tensors().values())):
             bad.add(expert)
     if bad:
         raise RoutingError(

@@ -69,7 +69,7 @@ class Site:
         there = None if rows is None else (rows.A, rows.B, (*rows.starts, *(0 for _ in null)))
         self.stack: Stack = make_stack(self._parts, d_in, d_out, self.dtype, there, self._residual)
         if rows is not None and rows.file_bytes > routing.memory // 2:
-            self.stack = replace(self.stack, ahead=True)
+            self.stack = replace(self.stack, prefetch=True)
         names = [pool.experts[i].name for i in self.members if i >= 0]
         check_finite_stack(self.stack, names, self.path, mapped=there is not None)
         self._at: tuple[torch.device, torch.dtype] = self.stack.A.device, compute_dtype(module, routing.model)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.context.caches import Past, cache_of
-from phatgoose.ops.running import Running
+from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
 TELL = "Say what each row was given to read: `with prompted(model, [...]):` around the call."
@@ -45,7 +45,7 @@ class Kept:
     written: tuple[tuple[int, ...] | str, ...]
 
 
-class _Now(Running):
+class _Now(ForwardState):
     """What was told of the rows of one thread's passes, and each stack's running pass."""
 
     def __init__(self) -> None:

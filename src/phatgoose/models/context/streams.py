@@ -19,11 +19,11 @@ from phatgoose.models.context.caches import Caches, named
 from phatgoose.models.context.matching import dispatching, match, match_head, refused_stacks, same_memory
 from phatgoose.models.context.prompts import Pass, PromptTracker, Told
 from phatgoose.models.context.runs import Encoders, Run, run_of
-from phatgoose.ops.running import Running
+from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
 
-class _Now(Running):
+class _Now(ForwardState):
     """What runs in a thread: the last run of each stack; the stack that runs, if any; what the head was asked for."""
 
     def __init__(self) -> None:

@@ -72,7 +72,7 @@ def _site(a: Tensor, b: Tensor, owners: Tensor, scales: Tensor, top_k: int, *by_
 
 def _ask_ahead(site: _Site, stack: Stack) -> None:
     """Has the kernel ask for rows before it reads them, where they stand in a file that memory may not hold."""
-    if stack.ahead:
+    if stack.prefetch:
         asked = stack.__dict__.setdefault("_known_asked", torch.zeros(stack.experts, dtype=torch.int32))
         site.ahead, site.asked = ctypes.addressof(_ahead()), asked.data_ptr()
         site.tensors = (*site.tensors, asked)

@@ -99,9 +99,7 @@ class Cached:
     @property
     def resident_bytes(self) -> int:
         """What is always on the device: coarse gates and vectors."""
-        vectors = (self.stack.bias, self.stack.output_scale, self.stack.linear_scale, self.stack.input_scale)
-        tensors = [t for v in vectors if v is not None for t in (v.experts, v.values)]
-        return self.coarse.bytes + sum(t.numel() * t.element_size() for t in tensors)
+        return self.coarse.bytes + sum(t.nbytes for t in self.stack.other_tensors())
 
     @property
     def counts(self) -> tuple[Counts, Counts]:
@@ -162,7 +160,9 @@ class Cached:
                     device,
                     self.coarse.to(device),
                     Slots([self.gates], range(stack.experts), [1] * stack.experts, self.room.gates, device),
-                    Slots([stack.A, stack.B], stack.starts, stack.ranks, self.room.rows, device, stack.ahead),
+                    Slots(
+                        [stack.A, stack.B], stack.starts, stack.ranks, self.room.rows, device, stack.prefetch
+                    ),
                     rest,
                 )
         return self._there
