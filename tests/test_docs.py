@@ -126,9 +126,7 @@ def test_the_page_of_servings_parameters_is_current_and_complete():
 
 def test_the_page_of_pools_and_suites_is_complete():
     """Every entry has a row, once, in its own section, and every dataset that is left out or refused is named there."""
-    from phatgoose.tasks.lists.pools import POOLS, pool_entries
-    from phatgoose.tasks.lists.pools_bigbench import EXCLUDED
-    from phatgoose.tasks.lists.suites import SUITES, suite
+    from phatgoose.tasks.lists.named import POOLS, SUITES, pool_entries, pool_excluded, suite
 
     head, *parts = _page("pools-and-suites").split("\n## ")
     sections = dict(part.split("\n", 1) for part in parts)
@@ -139,7 +137,7 @@ def test_the_page_of_pools_and_suites_is_complete():
     assert rows["Pool t0-held-in"] == held_in
     assert "all 36 of [pool t0-held-in](#pool-t0-held-in)" in sections["Pool flan"]
     assert held_in + rows["Pool flan"] == [e.name for e in pool_entries("flan")]
-    assert rows["Pool bigbench"] == [*(e.name for e in pool_entries("bigbench")), *EXCLUDED]
+    assert rows["Pool bigbench"] == [*(e.name for e in pool_entries("bigbench")), *pool_excluded("bigbench")]
     for name in SUITES:
         assert rows[f"Suite {name}"] == [e.name for e in suite(name).entries]
         for dataset in suite(name).refuses:

@@ -37,8 +37,7 @@ def test_names_with_their_numbers(run, kind, counts):
     [*(("pool", *p) for p in POOLS.items()), *(("suite", *s) for s in SUITES.items())],
 )
 def test_one_line_an_entry_with_all_it_reads(run, kind, name, count):
-    from phatgoose.tasks.lists.pools import pool_entries
-    from phatgoose.tasks.lists.suites import suite
+    from phatgoose.tasks.lists.named import pool_entries, suite
 
     entries = pool_entries(name) if kind == "pool" else suite(name).entries
     (_, *lines), *_ = listed(run, kind, name)
@@ -61,16 +60,16 @@ def test_what_differs_is_noted(run):
 
 
 def test_near_duplicates_that_are_left_out_are_named_with_their_reason(run):
-    from phatgoose.tasks.lists.pools_bigbench import EXCLUDED
+    from phatgoose.tasks.lists.named import pool_excluded
 
     _, (head, *lines) = listed(run, "pool", "bigbench")
     assert head.split() == ["left", "out", "why"]
-    assert {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines} == EXCLUDED
+    assert {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines} == pool_excluded("bigbench")
     assert len(listed(run, "pool", "flan")) == 1
 
 
 def test_datasets_a_suite_is_refused_for(run):
-    from phatgoose.tasks.lists.suites import suite
+    from phatgoose.tasks.lists.named import suite
 
     for name in ("t0ho", "bbl"):
         _, (line,) = listed(run, "suite", name)

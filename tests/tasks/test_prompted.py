@@ -9,7 +9,7 @@ import pytest
 
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.tasks import load_task
-from phatgoose.tasks.sources.known_rows import normalised
+from phatgoose.tasks.sources.known_datasets import to_hub_row
 from phatgoose.tasks.sources.promptsource import Template, templates
 
 YAML = """
@@ -148,7 +148,7 @@ def test_a_row_without_what_the_template_reads_is_named(place):
     ],
 )
 def test_published_forms_become_the_hubs(dataset, row, label):
-    found = normalised(dataset, row)
+    found = to_hub_row(dataset, row)
     assert found["label"] == label
     if "hypothesis" in found:
         assert found["premise"] == "p"

@@ -13,7 +13,7 @@ from phatgoose.fetch import fetch_pypi
 from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task
 from phatgoose.tasks.lists.entries import load_entry
-from phatgoose.tasks.lists.suites import suite
+from phatgoose.tasks.lists.named import suite
 from phatgoose.tasks.representable import loss
 from phatgoose.tasks.sources import bigbench_files
 from phatgoose.tasks.splits import Fractions

@@ -29,8 +29,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.base.load import load_base
 from phatgoose.records import Prediction, TaskScore
 from phatgoose.routers import Single
-from phatgoose.tasks.lists.pools import pool_entries
-from phatgoose.tasks.lists.suites import suite as named_suite
+from phatgoose.tasks.lists.named import pool_entries
+from phatgoose.tasks.lists.named import suite as named_suite
 from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.sources.promptsource import config_name, templates
 from phatgoose.tasks.spec import split_spec

@@ -12,11 +12,10 @@ from phatgoose.cli.main import app
 from phatgoose.errors import DownloadError, PhatgooseError, StorageError, TaskError, UnknownName
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks import load_task
-from phatgoose.tasks.lists.pools import POOLS, pool_entries
-from phatgoose.tasks.lists.suites import SUITES, suite
+from phatgoose.tasks.lists.named import POOLS, SUITES, pool_entries, suite
 from phatgoose.tasks.load import check_task
 from phatgoose.tasks.sources import promptsource as templates
-from phatgoose.tasks.sources.known_splits import KNOWN, check_splits
+from phatgoose.tasks.sources.known_datasets import KNOWN_SPLITS, check_splits
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.check import check_data
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe
@@ -57,7 +56,7 @@ def test_every_named_datasets_splits_are_known():
     specs += [s for n in SUITES for e in suite(n).entries for s in e.specs]
     asked = {s for s in specs if s.startswith("prompted:")}
     assert all(check_splits(split_spec(s)) for s in asked)
-    assert {s.removeprefix("prompted:").partition("?")[0] for s in asked} == set(KNOWN)
+    assert {s.removeprefix("prompted:").partition("?")[0] for s in asked} == set(KNOWN_SPLITS)
 
 
 def test_splits_that_are_not_there_are_named():

@@ -10,10 +10,9 @@ import html
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from phatgoose.cli.measure.tasks import left_out, remarks
+from phatgoose.cli.measure.tasks import remarks
 from phatgoose.tasks.lists.entries import Entry
-from phatgoose.tasks.lists.pools import POOLS, pool_entries
-from phatgoose.tasks.lists.suites import SUITES, Suite, suite
+from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, pool_excluded, suite
 from phatgoose.tasks.sources import bbh, flan
 from phatgoose.tasks.sources.bigbench_files import PACKAGE as BIGBENCH
 from phatgoose.tasks.spec import TaskSpec, split_spec
@@ -61,7 +60,7 @@ def _pool(name: str) -> Iterator[str]:
     yield f"## Pool {name}\n"
     yield f"{len(entries)} experts{f': {links}, and these' if inside else ''}.\n"
     yield from _tables("expert", [e for e in entries if e not in known])
-    if excluded := left_out(name):
+    if excluded := pool_excluded(name):
         yield "Left out as near-duplicates of held-out tasks:\n"
         yield from _table(["BIG-bench", "why"], [(_code(task), why) for task, why in excluded.items()])
 

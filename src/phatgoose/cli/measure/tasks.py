@@ -49,13 +49,13 @@ def pool(
     ] = None,
 ) -> None:
     """List a named pool: each expert and what it is trained on. Nothing is fetched."""
-    from phatgoose.tasks.lists.pools import POOLS, pool_entries
+    from phatgoose.tasks.lists.named import POOLS, pool_entries, pool_excluded
 
     if name is None:
         _counts("pool", "experts", {known: len(pool_entries(known)) for known in POOLS})
         return
     _entries("expert", pool_entries(name))
-    if excluded := left_out(name):
+    if excluded := pool_excluded(name):
         show.say()
         show.table(["left out", "why"], list(excluded.items()))
 
@@ -67,12 +67,12 @@ def suite(
     ] = None,
 ) -> None:
     """List a named suite: each task, what it reads, and for experts on which datasets it is refused. Nothing is fetched."""
-    from phatgoose.tasks.lists import suites
+    from phatgoose.tasks.lists import named
 
     if name is None:
-        _counts("suite", "tasks", {known: len(suites.suite(known).entries) for known in suites.SUITES})
+        _counts("suite", "tasks", {known: len(named.suite(known).entries) for known in named.SUITES})
         return
-    found = suites.suite(name)
+    found = named.suite(name)
     _entries("task", found.entries, found.own_copy)
     if found.refuses:
         show.say(f"\nrefused too for a pool with experts on: {', '.join(sorted(found.refuses))}")
@@ -125,13 +125,6 @@ def remarks(entry: Entry, own_copy: Sequence[str] = ()) -> str:
         "from your own copy" if entry.name in own_copy else "",
     ]
     return "; ".join(filter(None, found))
-
-
-def left_out(name: str) -> Mapping[str, str]:
-    """Near-duplicates of held-out tasks that a named pool goes without, and what each is near to."""
-    from phatgoose.tasks.lists import pools_bigbench
-
-    return pools_bigbench.EXCLUDED if name == "bigbench" else {}
 
 
 def _counts(kind: str, what: str, counts: Mapping[str, int]) -> None:

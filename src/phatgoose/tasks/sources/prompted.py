@@ -29,8 +29,7 @@ from phatgoose.registry import unknown
 from phatgoose.tasks.columns import make_example
 from phatgoose.tasks.sources import TaskSource, hf
 from phatgoose.tasks.sources.jsonl import read_lines
-from phatgoose.tasks.sources.known_rows import normalised
-from phatgoose.tasks.sources.known_splits import check_splits
+from phatgoose.tasks.sources.known_datasets import check_splits, to_hub_row
 from phatgoose.tasks.sources.promptsource import PACKAGE, Template, config_name, is_available, templates
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task, position
@@ -176,7 +175,7 @@ def _prompted(
     examples = []
     for number in _sample(len(rows) * len(chosen), most):
         template = chosen[number % len(chosen)]
-        row = normalised(spec.name, rows[number // len(chosen)])
+        row = to_hub_row(spec.name, rows[number // len(chosen)])
         made = example(template, row, spec.text, number // len(chosen))
         if isinstance(made, str):
             dropped[made] += 1

@@ -42,8 +42,7 @@ from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers import ROUTERS, parse_router
 from phatgoose.tasks.lists.entries import Entry, check_apart, folder_for
-from phatgoose.tasks.lists.pools import POOLS, pool_entries
-from phatgoose.tasks.lists.suites import SUITES, Suite, suite
+from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.spec import split_spec, without_path
 from phatgoose.training.config import ExpertConfig, GateConfig
@@ -81,7 +80,7 @@ class MeasurePart:
     """What the pool is measured on."""
 
     suites: tuple[str, ...] = (IN_POOL,)
-    """Named suites (`tasks/lists/suites.py`), "in-pool" (the experts' own tasks), "unseen" (`tasks` below)."""
+    """Named suites (`tasks/lists/suites.toml`), "in-pool" (the experts' own tasks), "unseen" (`tasks` below)."""
     tasks: Mapping[str, str] = field(default_factory=dict)
     """Tasks of the suite "unseen": name → spec."""
     test_rows: int = 100

@@ -21,7 +21,7 @@ from phatgoose.records import Task
 from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
 from phatgoose.tasks.lists.entries import Entry, load_entry, with_validation
-from phatgoose.tasks.lists.suites import Suite
+from phatgoose.tasks.lists.named import Suite
 from phatgoose.tasks.splits import Fractions
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.experiment.scores import Measurements
