@@ -14,6 +14,10 @@ class UnknownName(PhatgooseError):
     """A name (task, expert, router, backend, alias) that nothing answers to."""
 
 
+class PluginError(PhatgooseError):
+    """A package that adds routers or task sources can't be imported, or takes a name that is in use."""
+
+
 class TaskError(PhatgooseError):
     """A task's source is missing, malformed or empty."""
 

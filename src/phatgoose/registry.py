@@ -1,13 +1,15 @@
-"""Names → objects, loaded on first use, with suggestions for a misspelt name."""
+"""Names → objects that are imported on first use: ours, and those that other packages add."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from phatgoose.errors import UnknownName
+from phatgoose.errors import PluginError, UnknownName
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownName:
@@ -24,7 +26,7 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Unkno
 
 
 def lookup(kind: str, name: str, table: Mapping[str, str]) -> Any:
-    """The object that `table` gives for `name` as "module:attribute", imported now.
+    """The object that `table` gives for `name` as "module:attribute" or "module", imported now.
 
     Raises:
         UnknownName: if `name` is not in `table`.
@@ -32,4 +34,64 @@ def lookup(kind: str, name: str, table: Mapping[str, str]) -> Any:
     if name not in table:
         raise unknown(kind, name, table)
     module, _, attribute = table[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+class Registry(Mapping[str, Any]):
+    """Objects of one kind by name: a table of ours, then the entry points that installed packages declare in `group`.
+
+    Names are listed without importing anything. `registry[name]` imports the object.
+    """
+
+    def __init__(self, kind: str, group: str, table: Mapping[str, str], reserved: Iterable[str] = ()):
+        """`reserved`: further names that mean something else where these are used, so that a package can't take them."""
+        self.kind, self.group, self.table, self.reserved = kind, group, table, frozenset(reserved)
+
+    @cached_property
+    def plugins(self) -> dict[str, list[EntryPoint]]:
+        """What other packages add, by name in small letters. More than one entry point under a name is a clash."""
+        found: dict[str, list[EntryPoint]] = {}
+        for point in sorted(entry_points(group=self.group), key=lambda p: (p.name, _package(p))):
+            found.setdefault(point.name.lower(), []).append(point)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self.table, *self.plugins)))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.table or name in self.plugins
+
+    def __getitem__(self, name: str) -> Any:
+        """The object of this name.
+
+        Raises:
+            UnknownName: there is none. PluginError: a package's can't be imported, or two have this name.
+        """
+        if not (points := self.plugins.get(name, [])):
+            return lookup(self.kind, name, self.table)
+        if name in self.table or name in self.reserved or len(points) > 1:
+            ours = ["phatgoose"] * (name in self.table or name in self.reserved)
+            packages = " and ".join([*ours, *map(_package, points)])
+            raise PluginError(
+                f"the {self.kind} name {name!r} is taken by {packages}, so it isn't known which one is meant. "
+                "Uninstall a package, or ask its author for another name."
+            )
+        try:
+            return points[0].load()
+        except Exception as cause:  # whatever a stranger's module raises
+            raise PluginError(
+                f"the {self.kind} {name!r} of the package {_package(points[0])} can't be imported from {points[0].value!r}: "
+                f"{type(cause).__name__}: {cause}. Mend or uninstall that package."
+            ) from cause
+
+    def package(self, name: str) -> str:
+        """The package that brings this name."""
+        return "phatgoose" if name in self.table else ", ".join(map(_package, self.plugins[name]))
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.module

@@ -142,7 +142,7 @@ def test_soft_centroid_is_its_formula_at_every_token(every, temperature):
 
 def test_an_encoder_decoders_answer_is_a_text_of_its_own():
     experts, _ = pool(4, 3)
-    library = SoftCentroid().library(setup(experts))
+    library = SoftCentroid().embeddings(setup(experts))
     texts = Texts(((1, 2),), torch.tensor([[True]]), torch.tensor([[5]]), ((3,),), apart=True)
     assert torch.equal(library.so_far(texts, 1)[0, 0], Toy()([f"{decode([1, 2])} {decode([3, 5])}"])[0])
 

@@ -9,8 +9,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.trace.trace import trace
-from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, Single, SpectR, Uniform, WeightOnly
-from phatgoose.routers.controls import FixedRandom
+from phatgoose.routers import LAG, PHATGOOSE, Arrow, FixedRandom, Random, Single, SpectR, Uniform, WeightOnly
 from phatgoose.routers.masked import Masked, Switches
 
 SETS = [s for n in range(5) for s in itertools.combinations(range(4), n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
 from phatgoose.registry import unknown
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Router
+from phatgoose.routers.router import BoundRouter, Candidates, Router, check_at_least
 
 
-class Written(int):
-    """An expert's place as somebody wrote it ("single:7"): an expert of this name goes before it."""
+class TypedIndex(int):
+    """A number as somebody typed it ("single:7"): first an expert of this name is looked for, then the expert at this index."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,22 @@ class Single(Router):
     expert: str | int
     """Its name, or its index in the pool."""
 
+    chooses = "1 expert, always"
+
+    @classmethod
+    def from_text(cls, text: str) -> Single:
+        """From the command line: a name, or an index if no expert has that name."""
+        # "007" can only be a name. As an index it would be recorded like "single:7".
+        is_index = text.isascii() and text.isdigit() and len(text) < 10 and str(int(text)) == text
+        return Single(TypedIndex(text) if is_index else text)
+
     def place(self, names: Sequence[str]) -> int:
         """The expert's index among a pool's names.
 
         Raises:
             UnknownName, RoutingError: there is no such expert.
         """
-        name = str(int(self.expert)) if isinstance(self.expert, Written) else self.expert
+        name = str(int(self.expert)) if isinstance(self.expert, TypedIndex) else self.expert
         if name in names:
             return names.index(str(name))
         if not isinstance(self.expert, int):
@@ -56,8 +66,10 @@ class Single(Router):
 class Uniform(Router):
     """Every expert of the pool on every token, each with weight 1/E.
 
-    For low-rank updates this is the same function as the merged expert (average of the ΔW), computed another way.
+    For low-rank updates this is the same function as the merged expert (the average of the ΔW), computed another way.
     """
+
+    chooses = "all experts, always (a control)"
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return Fixed(tuple(range(len(candidates.members))), 1.0 / len(candidates.names))
@@ -71,14 +83,41 @@ class Random(Router):
     """
 
     seed: int = 0
+    """Seed of the draws."""
     top_k: int = 2
+    """How many experts act on each token."""
+
+    chooses = "2 random experts per token and module (a control)"
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise RoutingError(f"top_k is {self.top_k!r}, expected a whole number of at least 1.")
+        check_at_least(self, top_k=1)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return _Random(self.seed, min(self.top_k, len(candidates.names)), candidates)
+
+
+@dataclass(frozen=True)
+class FixedRandom(Router):
+    """`top_k` experts drawn once for the whole pool, on every token at every module, each with weight 1/top_k: a control.
+
+    Against `Random` it says what is lost by mixing ever new experts.
+    """
+
+    seed: int = 0
+    """Seed of the draw."""
+    top_k: int = 2
+    """How many experts act."""
+
+    chooses = "2 random experts, always (a control)"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, top_k=1)
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        experts = range(len(candidates.names))
+        drawn = random.Random(self.seed).sample(experts, min(self.top_k, len(experts)))
+        places = tuple(candidates.members.index(e) for e in drawn if e in candidates.members)
+        return Fixed(places, 1.0 / len(drawn))
 
 
 class Fixed(BoundRouter):
@@ -88,37 +127,34 @@ class Fixed(BoundRouter):
         self.chosen, self.weight = chosen, weight
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor(self.chosen, dtype=torch.long, device=u.device).expand(
-            u.shape[0], len(self.chosen)
-        )
+        chosen = torch.tensor(self.chosen, dtype=torch.long, device=u.device)
+        chosen = chosen.expand(u.shape[0], len(self.chosen))
         return chosen, torch.full(chosen.shape, self.weight, dtype=torch.float32, device=u.device)
 
 
 class _Random(BoundRouter):
-    """Draws among all of the pool's experts; one that has nothing at this module is drawn like the others and does nothing."""
+    """Draws among all experts of the pool. One that has nothing at this module is drawn like the others and does nothing."""
 
     def __init__(self, seed: int, top_k: int, candidates: Candidates):
         self.key = zlib.crc32(f"{seed}\0{candidates.path}".encode())
         self.top_k = top_k
-        slots = {member: slot for slot, member in enumerate(candidates.members)}
-        self.slots = torch.tensor([slots.get(e, -1) for e in range(len(candidates.names))])
+        self.by_expert = candidates.by_expert()
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         tokens = context.tokens()
         state = _scramble(tokens.positions.reshape(-1, 1) + self.key)
         if tokens.ids is not None:
             state = _scramble(state ^ tokens.ids.reshape(-1, 1))
-        if self.slots.device != u.device:
-            self.slots = self.slots.to(u.device)
-        draws = _scramble(
-            state + torch.arange(len(self.slots), device=u.device)
-        )  # [N, E] pseudo-random int64
-        chosen = self.slots[draws.topk(self.top_k, dim=-1).indices]
+        if self.by_expert.device != u.device:
+            self.by_expert = self.by_expert.to(u.device)
+        # Pseudo-random int64 [N, E]: each token takes the experts that drew the largest numbers.
+        draws = _scramble(state + torch.arange(len(self.by_expert), device=u.device))
+        chosen = self.by_expert[draws.topk(self.top_k, dim=-1).indices]
         return chosen, torch.full(chosen.shape, 1.0 / self.top_k, dtype=torch.float32, device=u.device)
 
 
 def _scramble(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 tensors (multiplication wraps around, shifts made logical by masking)."""
+    """splitmix64's finaliser on int64 tensors: multiplication wraps around, and masks make the shifts logical."""
     x = x + -7046029254386353131
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685

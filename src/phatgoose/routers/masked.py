@@ -1,7 +1,8 @@
-"""Experts switched on and off, for each row of a batch by itself."""
+"""Experts switched on and off, for each row of a batch separately."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,14 +13,14 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
 from phatgoose.routers.constant import Single, Uniform
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Router, Setup
+from phatgoose.routers.router import BoundRouter, ByScores, Candidates, Router, Setup
 
 
 @dataclass(eq=False)
 class Switches:
     """Which experts may act now. Whoever runs a batch sets `allowed` before it: bool [rows, experts of the pool], or None for all.
 
-    Where the model repeats its rows (beams), each row's switches are repeated with it.
+    If the model repeats its rows (beams), each row's switches are repeated with it.
     """
 
     allowed: Tensor | None = None
@@ -29,25 +30,25 @@ class Switches:
 class Masked(Router):
     """`router`, on each row as if the pool had been made of that row's experts only.
 
-    For routers that compare scores, Single and Uniform; the others' choices depend on the whole pool and are refused.
+    For routers that compare scores (`ByScores`), Single and Uniform. The choices of others depend on the whole pool: they are refused.
     """
 
     router: Router
     """The router that chooses among the experts that are on."""
     switches: Switches = field(default_factory=Switches)
-    """Who is on; may be changed between two calls of the model."""
+    """Which experts are on; may be changed between two calls of the model."""
 
     by_token = False  # switches are a row's
 
     @property
-    def offers_null(self) -> bool:  # type: ignore[override]
+    def offers_null(self) -> bool:  # type: ignore[override]  # the contract has a class attribute
         return self.router.offers_null
 
     @property
-    def reads(self) -> str:  # type: ignore[override]
+    def reads(self) -> str:  # type: ignore[override]  # the contract has a class attribute
         return self.router.reads
 
-    def check(self, names: Any) -> None:
+    def check(self, names: Sequence[str]) -> None:
         self.router.check(names)
 
     def prepared(self, setup: Setup) -> Router:
@@ -55,21 +56,28 @@ class Masked(Router):
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         inner = self.router.bind(candidates)
-        by_scores = type(inner).scores is not BoundRouter.scores
-        if not by_scores and not isinstance(self.router, Single | Uniform):
-            raise RoutingError(
-                f"{type(self.router).__name__} doesn't choose by scores: experts can't be switched off one by one. Make a pool "
-                "without them instead."
-            )
-        return _Masked(inner, candidates, self)
+        if isinstance(inner, ByScores):
+            if not isinstance(getattr(inner, "top_k", None), int):
+                raise RoutingError(
+                    f"{type(inner).__name__} doesn't say how many experts act: call super().__init__(top_k) in its __init__."
+                )
+            return _MaskedScores(inner, candidates, self.switches)
+        if isinstance(self.router, Single | Uniform):
+            return _MaskedFixed(inner, candidates, self.switches, isinstance(self.router, Uniform))
+        name = type(getattr(self.router, "settings", self.router)).__name__
+        raise RoutingError(
+            f"{name} doesn't choose by scores: experts can't be switched off one by one. Make a pool without them instead."
+        )
 
     def describe(self) -> dict[str, Any]:
         return self.router.describe()
 
 
 class _Masked(BoundRouter):
-    def __init__(self, inner: BoundRouter, candidates: Candidates, settings: Masked):
-        self.inner, self.settings, self.names = inner, settings, candidates.names
+    """What every masked router does at one module."""
+
+    def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches):
+        self.inner, self.switches, self.names = inner, switches, candidates.names
         self.needs_reference = inner.needs_reference
         self.members = torch.tensor(candidates.members)
         absent = set(range(len(candidates.names))) - set(candidates.members)
@@ -77,7 +85,7 @@ class _Masked(BoundRouter):
 
     @property
     def by_gates(self) -> tuple[Tensor, int] | None:  # type: ignore[override]  # it changes with the switches
-        return self.inner.by_gates if self.settings.switches.allowed is None else None
+        return self.inner.by_gates if self.switches.allowed is None else None
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.inner.observe(u, ops)
@@ -86,47 +94,64 @@ class _Masked(BoundRouter):
         self.inner.check_observed()
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        if self.settings.switches.allowed is None:
+        if self.switches.allowed is None:
             return self.inner(u, context, ops)
-        allowed, experts = self._allowed(context, u.device)
-        scores = self._scores(u, context, ops, allowed)
-        if scores is None:
-            chosen, weights = self.inner(u, context, ops)
-            off = (chosen < 0) | ~allowed.gather(1, chosen.clamp(min=0))
-            if isinstance(self.settings.router, Uniform):
-                weights = (1.0 / experts.clamp(min=1)).to(weights.dtype)[:, None].expand_as(weights)
-        else:
-            chosen, weights = ops.choose(scores, self.inner.top_k)  # type: ignore[attr-defined]
-            off = scores.gather(1, chosen) == -torch.inf
+        chosen, weights, off = self.choose(u, context, ops)
         return chosen.masked_fill(off, -1), weights.masked_fill(off, 0.0)
 
-    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
-        if self.settings.switches.allowed is None:
-            return self.inner.scores(u, context, ops)
-        return self._scores(u, context, ops, self._allowed(context, u.device)[0])
+    def choose(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        """A choice, its weights, and bool [N, k]: what of it must not act."""
+        raise NotImplementedError
 
-    def _scores(self, u: Tensor, context: RoutingContext, ops: Backend, allowed: Tensor) -> Tensor | None:
-        scores = self.inner.scores(u, replace(context, allowed=allowed), ops)
-        return None if scores is None else scores.masked_fill(~allowed, -torch.inf)
-
-    def _allowed(self, context: RoutingContext, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which candidates may be chosen on each token: bool [N, candidates], and how many of all experts are on: int64 [N]."""
-        on = self.settings.switches.allowed
+    def allowed(self, context: RoutingContext, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which candidates may be chosen for each token, bool [N, candidates], and how many experts of the pool are on, int64 [N]."""
+        on = self.switches.allowed
         assert on is not None
         if context.picked is not None:
-            return self._of(context.spread(on.to(device)[:, None, :]))
+            return self._by_candidate(context.spread(on.to(device)[:, None, :]))
         if on.ndim != 2 or on.shape[1] != len(self.names) or not on.shape[0] or context.rows % on.shape[0]:
             raise RoutingError(
                 f"experts are switched by a table of {list(on.shape)}, and {context.path} saw {context.rows} rows of a pool of "
                 f"{len(self.names)}: expected one row for each row of the batch, one column for each expert."
             )
         on = on.to(device).repeat_interleave(context.rows // on.shape[0], dim=0)
-        allowed, number = self._of(on)
+        allowed, number = self._by_candidate(on)
         return allowed.repeat_interleave(context.length, dim=0), number.repeat_interleave(context.length)
 
-    def _of(self, on: Tensor) -> tuple[Tensor, Tensor]:
-        """Of switches, one row for each token or sequence: which candidates are on, and how many of all experts."""
+    def _by_candidate(self, on: Tensor) -> tuple[Tensor, Tensor]:
+        """Which candidates are on for each row of switches, and how many experts of the pool are."""
         allowed = on[:, self.members.clamp(min=0)]
-        # Nothing is offered in place of an expert only where one that is on has nothing at this module.
+        # The null candidate stands for experts that are on and have nothing at this module. Without any it isn't offered.
         null = on[:, self.absent].any(1, keepdim=True)
         return torch.where((self.members < 0).to(on.device), null, allowed), on.sum(1)
+
+
+class _MaskedScores(_Masked):
+    inner: ByScores
+
+    def choose(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.scores(u, context, ops)
+        chosen, weights = ops.choose(scores, self.inner.top_k)
+        return chosen, weights, scores.gather(1, chosen) == -torch.inf
+
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
+        if self.switches.allowed is None:
+            return self.inner.scores(u, context, ops)
+        allowed, _ = self.allowed(context, u.device)
+        scores = self.inner.scores(u, replace(context, allowed=allowed), ops)
+        return scores.masked_fill(~allowed, -torch.inf)
+
+
+class _MaskedFixed(_Masked):
+    """Single, or Uniform, whose weight is shared by the experts that are on."""
+
+    def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches, uniform: bool):
+        super().__init__(inner, candidates, switches)
+        self.uniform = uniform
+
+    def choose(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        allowed, experts = self.allowed(context, u.device)
+        chosen, weights = self.inner(u, context, ops)
+        if self.uniform:
+            weights = (1.0 / experts.clamp(min=1)).to(weights.dtype)[:, None].expand_as(weights)
+        return chosen, weights, (chosen < 0) | ~allowed.gather(1, chosen.clamp(min=0))

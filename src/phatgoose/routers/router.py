@@ -1,14 +1,16 @@
-"""The contract of a router: settings, bound to each module of a pool, give a choice per token."""
+"""The contract of a router: settings that are bound to each module of a pool and choose experts for its tokens."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.ops import Backend
 from phatgoose.ops.update import Update
@@ -19,9 +21,9 @@ from phatgoose.routers.context import RoutingContext
 class Candidates:
     """The experts that can act at one module, in the order of the stack.
 
-    `names` are of all experts in the pool; `members` index them: candidate i is names[members[i]], and −1 is the null
-    candidate (no update). `gates`: one float32 vector [d_in] per candidate, or None where it has none. `updates`: what each
-    candidate does here, None for the null candidate; nothing of them is read or copied unless a router does.
+    `names` are those of all experts in the pool. `members` index them: candidate i is names[members[i]], and −1 is the null
+    candidate, which has no update. `gates` holds one float32 vector [d_in] per candidate, or None where it has none. `updates` is
+    what each candidate does here, None for the null candidate. Updates are only read or copied if a router does so.
     """
 
     path: str
@@ -30,6 +32,11 @@ class Candidates:
     gates: tuple[Tensor | None, ...]
     d_in: int
     updates: tuple[Update | None, ...] = ()
+
+    def by_expert(self) -> Tensor:
+        """int64 [experts of the pool]: the candidate that each expert is here, −1 where it has none."""
+        found = {member: candidate for candidate, member in enumerate(self.members)}
+        return torch.tensor([found.get(expert, -1) for expert in range(len(self.names))])
 
 
 class Encoder(Protocol):
@@ -46,60 +53,87 @@ class Setup:
     """What a router may look at once, before it is bound to any module."""
 
     experts: tuple[Expert, ...]
-    """The pool's, in its order."""
+    """The pool's experts, in its order."""
     decode: Callable[[Sequence[int]], str] | None
-    """Token ids → text, without special tokens; None where the base's tokenizer is unknown."""
+    """Token ids → text without special tokens. None if the base's tokenizer is unknown."""
     encoder: Callable[[str], Encoder]
     """Loads a sentence encoder by name."""
 
 
 class BoundRouter(ABC):
-    """A router at one module."""
+    """A router at one module. One that compares scores extends `ByScores` instead."""
 
     needs_reference = False
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
 
     by_gates: tuple[Tensor, int] | None = None
-    """(gates v̄ [candidates, d], top_k) where calling this router is gate_scores, then choose: a backend may fuse that with mix."""
+    """(gates v̄ [candidates, d], top_k) if calling this router is gate_scores, then choose. A backend may fuse that with mix."""
 
     def observe(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
-        """Takes in inputs [N, d] of the module on reference text; called before routing, if `needs_reference`."""
+        """Takes in inputs [N, d] of the module on reference text. Called before routing, if `needs_reference`."""
 
     @abstractmethod
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         """Chosen candidates int64 [N, k] (−1: none) and their weights float32 [N, k] for inputs u [N, d]."""
 
     def check_observed(self) -> None:  # noqa: B027 - most routers need none
-        """Called when `observe` has had all of the reference text.
+        """Called after `observe` has seen all of the reference text.
 
         Raises:
-            RoutingError: it was too little to go by.
+            RoutingError: it was too little.
         """
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
-        """What the choice goes by, [N, candidates]; None if this router compares nothing. Asked for only by a trace with margins,
-        beside the call above, so that nothing is kept or handed over where nobody looks."""
+        """The scores that the choice compares, [N, candidates], or None if it compares none.
+
+        Only a trace with margins asks for them, beside the call above. Nothing is kept otherwise.
+        """
         return None
 
 
+class ByScores(BoundRouter):
+    """A router that compares scores: the `top_k` candidates with the highest act, weighted by a softmax over their scores.
+
+    Experts can be switched off for any router of this kind (`Masked`): their scores become −∞. A router whose score for one
+    candidate depends on the others must heed `context.allowed` itself. Overriding `__call__` is only right if the result is the same.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        return ops.choose(self.scores(u, context, ops), self.top_k)
+
+    @abstractmethod
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
+        """The score of each candidate on each token, [N, candidates]."""
+
+
 class Router(ABC):
-    """Frozen settings of a way to route. Subclasses are dataclasses, so that their repr says it all."""
+    """Frozen settings of a router. Subclasses are dataclasses; their fields are what the command line can set."""
+
+    paper: ClassVar[str] = ""
+    """Where it comes from, for the table of routers."""
+    needs: ClassVar[str] = ""
+    """What it needs of the pool, for the table of routers."""
+    chooses: ClassVar[str] = ""
+    """How many experts act, on what, for the table of routers."""
 
     offers_null = False
     """Whether a null candidate (no update, score 0) is offered at modules that only some experts adapt."""
 
     reads: str = ""
-    """What of the experts' data signatures it needs: "activations", "texts", or nothing."""
+    """Which part of the experts' data signatures it needs: "activations", "texts", or nothing."""
 
     by_token = True
-    """Whether a token's choice depends on nothing but its input, its id and its position. If not, evaluation shows the model each prompt
-    whole and each answer alone, instead of what many have in common once."""
+    """Whether a token's choice depends on nothing but its input, its id and its position. If False, an evaluation runs each prompt
+    and answer separately, instead of computing once what several prompts have in common."""
 
     def prepared(self, setup: Setup) -> Router:
         """The router that is bound to the modules: this one, unless it must look at the pool as a whole first.
 
         Raises:
-            RoutingError: an expert lacks what this router needs, by name.
+            RoutingError: an expert, given by name, lacks what this router needs.
         """
         return self
 
@@ -108,30 +142,58 @@ class Router(ABC):
         """This router at one module.
 
         Raises:
-            RoutingError: if an expert lacks what this router needs, by name.
+            RoutingError: an expert, given by name, lacks what this router needs.
         """
 
     def check(self, names: Sequence[str]) -> None:  # noqa: B027 - most routers need no check
-        """Refuses a pool this router can't serve, before anything is attached."""
+        """Refuses a pool with experts of these names, before anything is attached."""
 
     def describe(self) -> dict[str, Any]:
         """Name and settings, for results."""
         return {"router": type(self).__name__, **getattr(self, "__dict__", {})}
 
 
-class Prepared(Router):
-    """A router that has looked at its pool; in all else it is `settings`."""
+@dataclass(frozen=True)
+class TopK(Router):
+    """A router whose only setting, or first one, is how many experts act."""
+
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    chooses = "2 experts per token and module"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, top_k=1)
+
+
+class SignatureRouter(Router):
+    """A router that reads the experts' data signatures, so that `prepared` must come before `bind`."""
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        raise RoutingError(f"{type(self).__name__} reads data signatures: attach it with route().")
+
+
+class PreparedRouter(Router):
+    """A router that has looked at its pool. Otherwise it is like `settings`, which it was made from."""
 
     def __init__(self, settings: Router):
         self.settings = settings
 
     @property
-    def offers_null(self) -> bool:  # type: ignore[override]
+    def offers_null(self) -> bool:  # type: ignore[override]  # the contract has a class attribute
         return self.settings.offers_null
 
     @property
-    def reads(self) -> str:  # type: ignore[override]
+    def reads(self) -> str:  # type: ignore[override]  # the contract has a class attribute
         return self.settings.reads
 
     def describe(self) -> dict[str, Any]:
         return self.settings.describe()
+
+
+def check_at_least(router: Router, **least: int) -> None:
+    """Raises RoutingError unless each of these settings is a whole number of at least the given value."""
+    for name, value in least.items():
+        found = getattr(router, name)
+        if isinstance(found, bool) or not isinstance(found, int) or found < value:
+            raise RoutingError(f"{name} is {found!r}, expected a whole number of at least {value}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,30 +15,42 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
 from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Prepared, Router, Setup
-from phatgoose.routers.weights import Comparable, at_least_one
+from phatgoose.routers.router import (
+    BoundRouter,
+    ByScores,
+    Candidates,
+    PreparedRouter,
+    Router,
+    Setup,
+    SignatureRouter,
+    TopK,
+    check_at_least,
+)
+from phatgoose.routers.weights import Comparable
 
 UNGATED = ("refuse", "weights")
 
 
 @dataclass(frozen=True)
-class PHATGOOSE(Router):
+class PHATGOOSE(TopK):
     """Top-k by standardised gates (Muqeeth et al. 2024, arXiv 2402.05859): score_e = v̄_eᵀū/√d, softmax over the top k.
 
     Needs a trained gate per expert and module. At a module that only some of the pool's experts adapt, a null candidate
-    (score 0, no update) stands for the others; without it the few that do adapt it would act on every token.
+    (score 0, no update) stands for the others. Without it the few that adapt the module would act on every token.
     """
 
     top_k: int = 2
-    """How many experts act on each token; the paper's value is 2. More than the pool has means all of them."""
+    """How many experts act on each token. The paper's value is 2; a value above the pool's size means all experts."""
     ungated: Literal["refuse", "weights"] = "refuse"
     """What to do about experts without gates: "refuse" them by name, or let their "weights" score them. Then all scores at a
     module with such an expert are standardised on reference text (docs/method.md, "Experts without gates")."""
 
+    paper = "Muqeeth et al. 2024, arXiv 2402.05859"
+    needs = "gates, trained on the expert's data (none with ungated=weights)"
     offers_null = True
 
     def __post_init__(self) -> None:
-        at_least_one(self, "top_k")
+        super().__post_init__()
         if self.ungated not in UNGATED:
             raise RoutingError(f"ungated is {self.ungated!r}, expected one of: {', '.join(UNGATED)}.")
 
@@ -53,34 +67,58 @@ class PHATGOOSE(Router):
                 "that needs no gates."
             )
         # In float64 until the very end: the mean of v̄ must be zero to the last bit that float32 has.
-        bars = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
+        gates = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
         if missing:
-            return Comparable(candidates, bars, self.top_k, 'PHATGOOSE(ungated="weights")')
-        nothing = torch.zeros(candidates.d_in, dtype=torch.float32)
-        return _ByVectors(torch.stack([nothing if g is None else g for g in bars]), self.top_k)
+            return Comparable(candidates, gates, self.top_k, 'PHATGOOSE(ungated="weights")')
+        null = torch.zeros(candidates.d_in, dtype=torch.float32)
+        return _ByVectors(torch.stack([null if g is None else g for g in gates]), self.top_k)
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings; `ungated` only where it may matter, so that results of pools with gates keep their description."""
-        whole = super().describe()
-        return whole if self.ungated != "refuse" else {k: v for k, v in whole.items() if k != "ungated"}
+        """Name and settings; `ungated` only if it isn't the default, so that results of pools with gates keep their description."""
+        return {k: v for k, v in super().describe().items() if (k, v) != ("ungated", "refuse")}
 
 
 @dataclass(frozen=True)
-class AverageActivation(Router):
-    """PHATGOOSE with the mean input of an expert's own data at each module in its gate's place: the paper's baseline of that name.
+class ShuffledGates(Router):
+    """PHATGOOSE with the gates of each module dealt anew to its experts: a control.
+
+    The gates' norms and directions stay, and the choices are as concentrated, but they say nothing about the experts.
+    """
+
+    seed: int = 0
+    """Seed of the shuffling; each module is shuffled differently."""
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    needs = "gates"
+    chooses = "2 experts per token and module, by another expert's gate (a control)"
+    offers_null = True
+
+    def __post_init__(self) -> None:
+        check_at_least(self, top_k=1)
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        real = [i for i, member in enumerate(candidates.members) if member >= 0]
+        dealt = real.copy()
+        random.Random(zlib.crc32(f"{self.seed}\0{candidates.path}".encode())).shuffle(dealt)
+        gates = list(candidates.gates)
+        for place, source in zip(real, dealt, strict=True):
+            gates[place] = candidates.gates[source]
+        return PHATGOOSE(self.top_k).bind(replace(candidates, gates=tuple(gates)))
+
+
+@dataclass(frozen=True)
+class AverageActivation(TopK, SignatureRouter):
+    """PHATGOOSE with the mean input of an expert's own data at each module as its gate: the paper's baseline of that name.
 
     v is the raw mean over tokens, standardised once; score_e = v̄_eᵀū/√d, softmax over the top k. Needs each expert's data signature
     (`phatgoose signature`), no gates. Every token at every module chooses for itself.
     """
 
-    top_k: int = 2
-    """How many experts act on each token."""
-
+    paper = "the same, a baseline"
+    needs = "data signatures: activations; nothing trained"
     offers_null = True
     reads = "activations"
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "top_k")
 
     def prepared(self, setup: Setup) -> Router:
         vectors = []
@@ -92,34 +130,29 @@ class AverageActivation(Router):
                     "contributor makes them with `phatgoose signature`. Or choose another router."
                 )
             vectors.append(found)
-        return _Averaged(self, vectors)
-
-    def bind(self, candidates: Candidates) -> BoundRouter:
-        raise RoutingError(f"{type(self).__name__} reads data signatures: attach it with route().")
+        return _PreparedAverage(self, vectors)
 
 
-class _Averaged(Prepared):
+class _PreparedAverage(PreparedRouter):
     def __init__(self, settings: AverageActivation, vectors: list[Mapping[str, Tensor]]):
         super().__init__(settings)
         self.vectors, self.top_k = vectors, settings.top_k
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        nothing = torch.zeros(candidates.d_in, dtype=torch.float32)
-        bars = [
-            nothing if m < 0 else standardise(self.vectors[m][candidates.path].double()).float()
+        null = torch.zeros(candidates.d_in, dtype=torch.float32)
+        gates = [
+            null if m < 0 else standardise(self.vectors[m][candidates.path].double()).float()
             for m in candidates.members
         ]
-        return _ByVectors(torch.stack(bars), self.top_k)
+        return _ByVectors(torch.stack(gates), self.top_k)
 
 
-class _ByVectors(BoundRouter):
+class _ByVectors(ByScores):
     def __init__(self, gates: Tensor, top_k: int):
-        # More than there are means all of them; kernels hold the number in 64 bits.
-        self.gates, self.top_k = gates, min(top_k, len(gates))
+        # A larger top_k means all of them; kernels hold the number in 64 bits.
+        super().__init__(min(top_k, len(gates)))
+        self.gates = gates
         self.by_gates = (gates, self.top_k)
-
-    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        return ops.choose(self.scores(u, context, ops), self.top_k)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         if self.gates.device != u.device:

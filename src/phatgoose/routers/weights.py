@@ -16,39 +16,33 @@ from phatgoose.experts.weight_signature import Signature, signature, why_no_sign
 from phatgoose.ops import Backend
 from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Router
+from phatgoose.routers.router import BoundRouter, ByScores, Candidates, Router, TopK, check_at_least
 
 
 @dataclass(frozen=True)
-class Arrow(Router):
+class Arrow(TopK):
     """Top-k by |v₁ᵀu|, v₁ the direction that ΔW stretches most; softmax over the top k (Ostapenko et al. 2024, arXiv 2405.11157).
 
     Needs LoRA weights, nothing else. Every token at every module chooses for itself.
     """
 
-    top_k: int = 2
-    """How many experts act on each token."""
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "top_k")
+    paper = "Ostapenko et al. 2024, arXiv 2405.11157"
+    needs = "LoRA weights"
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        arrows = torch.stack([s.arrow for s in signatures(candidates, type(self).__name__)])
-        return _ByNorms(Projections([a[None] for a in arrows]), self.top_k)
+        arrows = [s.arrow[None] for s in signatures(candidates, type(self).__name__)]
+        return _ByNorms(Projections(arrows), self.top_k)
 
 
 @dataclass(frozen=True)
-class SpectR(Router):
+class SpectR(TopK):
     """Top-k by ‖S Vᵀu‖ = ‖ΔW u‖, how much the update does to u; softmax over the top k (Fleshman & Van Durme, arXiv 2504.03454).
 
     Needs LoRA weights, nothing else. Every token at every module chooses for itself. ΔW includes LoRA's scale.
     """
 
-    top_k: int = 2
-    """How many experts act on each token."""
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "top_k")
+    paper = "Fleshman & Van Durme 2025, arXiv 2504.03454"
+    needs = "LoRA weights"
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         found = signatures(candidates, type(self).__name__)
@@ -68,42 +62,33 @@ class LAG(Router):
     top_k: int = 1
     """How many experts act on each token; the paper's method applies one."""
 
+    paper = "Fleshman & Van Durme 2025, arXiv 2507.05346"
+    needs = "LoRA weights"
+    chooses = "1 expert per token and module"
+
     def __post_init__(self) -> None:
-        at_least_one(self, "first")
-        at_least_one(self, "top_k")
+        check_at_least(self, first=1, top_k=1)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         found = signatures(candidates, type(self).__name__)
-        return _Lag(
-            Projections([s.arrow[None] for s in found]), Projections([s.vectors for s in found]), self
-        )
+        arrows, spaces = [s.arrow[None] for s in found], [s.vectors for s in found]
+        return _Lag(Projections(arrows), Projections(spaces), self)
 
 
 @dataclass(frozen=True)
-class WeightOnly(Router):
+class WeightOnly(TopK):
     """Top-k by ‖Vᵀū‖, standardised on reference text (docs/method.md, "Experts without gates"); softmax over the top k.
 
     What PHATGOOSE(ungated="weights") does for experts without gates, for all experts: gates are not used. Needs LoRA weights
     and, when it is attached, one pass of the base over a built-in text. Every token at every module chooses for itself.
     """
 
-    top_k: int = 2
-    """How many experts act on each token."""
-
+    paper = "ours"
+    needs = "LoRA weights, one pass of the base"
     offers_null = True
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "top_k")
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return Comparable(candidates, (None,) * len(candidates.members), self.top_k, type(self).__name__)
-
-
-def at_least_one(router: Router, setting: str) -> None:
-    """Refuses a setting that isn't a whole number of at least 1."""
-    value = getattr(router, setting)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RoutingError(f"{setting} is {value!r}, expected a whole number of at least 1.")
 
 
 def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | None = None) -> list[Signature]:
@@ -145,35 +130,31 @@ class Projections:
         return ((u.to(dtype) @ self.rows.to(dtype).T).square() @ self.owners.to(dtype)).sqrt()
 
 
-class _ByNorms(BoundRouter):
+class _ByNorms(ByScores):
     def __init__(self, projections: Projections, top_k: int):
-        self.projections, self.top_k = projections, top_k
-
-    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        return ops.choose(self.scores(u, context, ops), self.top_k)
+        super().__init__(top_k)
+        self.projections = projections
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         return self.projections.norms(u)
 
 
-class _Lag(BoundRouter):
+class _Lag(ByScores):
     def __init__(self, arrows: Projections, spaces: Projections, settings: LAG):
-        self.arrows, self.spaces, self.settings = arrows, spaces, settings
-        self.top_k = min(settings.top_k, settings.first)
-
-    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        return ops.choose(self.scores(u, context, ops), self.top_k)
+        super().__init__(min(settings.top_k, settings.first))
+        self.arrows, self.spaces, self.first = arrows, spaces, settings.first
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         arrows = self.arrows.norms(u)
+        # An expert that is switched off must not take one of the first places.
         if context.allowed is not None:
             arrows = arrows.masked_fill(~context.allowed, -torch.inf)
-        first = ops.choose(arrows, self.settings.first)[0]
+        first = ops.choose(arrows, self.first)[0]
         scores = self.spaces.norms(u)
         return torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
 
 
-class Comparable(BoundRouter):
+class Comparable(ByScores):
     """Scores of gates, and of weights where there is no gate, each standardised on reference text, then the top k.
 
     t_e(u) = v̄_eᵀū/√d with a gate, ‖V_eᵀū‖^⅔ without; score_e = (t_e − mean of t_e)/(its standard deviation), both over the
@@ -186,13 +167,15 @@ class Comparable(BoundRouter):
         self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str
     ) -> None:
         """`gates`: one standardised v̄ [d] per candidate, None where weights (or, for the null candidate, nothing) score it."""
-        self.path, self.top_k = candidates.path, top_k
+        super().__init__(top_k)
+        self.path = candidates.path
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
         self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
         found = signatures(candidates, needed_by, self.by_weights)
         self.spaces = Projections([s.vectors for s in found]) if found else None
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)  # of 1, t and t²
+        self._statistics: tuple[Tensor, Tensor] | None = None
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         t = self.raw(u, ops).double().cpu()
@@ -232,12 +215,8 @@ class Comparable(BoundRouter):
         varies = spread > 1e-6 * mean.abs().clamp(min=1e-6)
         return mean, torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
 
-    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        return ops.choose(self.scores(u, context, ops), self.top_k)
-
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        known = self.__dict__.get("_known")
-        if known is None or known[0].device != u.device:
+        if self._statistics is None or self._statistics[0].device != u.device:
             mean, inverse = (x.float().to(u.device) for x in self.statistics())
-            known = self.__dict__["_known"] = (mean, inverse)
-        return (self.raw(u, ops) - known[0]) * known[1]
+            self._statistics = mean, inverse
+        return (self.raw(u, ops) - self._statistics[0]) * self._statistics[1]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from phatgoose.errors import PhatgooseError, RoutingError
+from phatgoose.errors import PhatgooseError, PluginError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
@@ -19,15 +19,14 @@ from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.greedy import greedy_answer
 from phatgoose.models.text.prompt import encode_chat, encode_prompt, room_behind
 from phatgoose.models.trace.trace import trace
-from phatgoose.registry import lookup, unknown
-from phatgoose.routers import ROUTERS, Router, parse_router
+from phatgoose.registry import unknown
+from phatgoose.routers import Router
 from phatgoose.routers.fitting import fitting_router
 from phatgoose.routers.masked import Masked, Switches
+from phatgoose.routers.parse import BASE, REQUIRED, ROUTERS, parse_router, router_class, settings_of
 from phatgoose.ui.pieces import Pieces
 from phatgoose.ui.turns import Job
 from phatgoose.workflows.prompt_forms import read_of_turn
-
-BASE_ALONE = "base"
 
 
 @dataclass(frozen=True)
@@ -65,27 +64,31 @@ class Ask:
 
 
 def offered_routers(pool: Pool | None = None) -> list[dict[str, Any]]:
-    """{"name", "top_k"} of every router that needs nothing but a pool, and the base; top_k is None where it has none.
+    """{"name", "top_k"} of every router that needs nothing but a pool, and the base; top_k is None if it has none.
 
-    The first one suits the pool best: PHATGOOSE if all experts have gates. Routers that read gates or data signatures which this
-    pool's experts lack are left out.
+    The first one suits the pool best: PHATGOOSE if all experts have gates. Routers that read gates or data signatures which some
+    of this pool's experts lack are left out, and so are routers of other packages that can't be imported.
     """
     found = []
     first = fitting_router(pool.experts)[0] if pool else "phatgoose"
     if first.startswith("phatgoose:"):  # the page has no setting for experts without gates
         first = "weight-only"
     for name in sorted(ROUTERS, key=lambda name: (name != first, name)):
-        if name in ("phatgoose", "shuffled-gates") and first != "phatgoose":
+        # Single is left out: one expert alone is what is left when the others are switched off.
+        if name == "single" or (name in ("phatgoose", "shuffled-gates") and first != "phatgoose"):
             continue
-        kind = lookup("router", name, ROUTERS)
-        fields = kind.__dataclass_fields__
+        try:
+            kind = router_class(name)
+        except PluginError:
+            continue
         if kind.reads and not (pool and all(_has(expert, kind.reads) for expert in pool.experts)):
             continue
-        # One expert alone is what is left when the others are switched off.
-        if name != "single":
-            top_k = fields["top_k"].default if "top_k" in fields else None
-            found.append({"name": name, "top_k": min(top_k, len(pool)) if top_k and pool else top_k})
-    return [*found, {"name": BASE_ALONE, "top_k": None}]
+        settings = settings_of(kind)
+        if any(default is REQUIRED for _, default in settings.values()):
+            continue
+        _, top_k = settings.get("top_k", (int, None))
+        found.append({"name": name, "top_k": min(top_k, len(pool)) if top_k and pool else top_k})
+    return [*found, {"name": BASE, "top_k": None}]
 
 
 def _has(expert: Expert, what: str) -> bool:
@@ -158,7 +161,7 @@ class Session:
         job.tell({"event": "turn", "read": count, "generated_from": count, "room": room})
         told = read_of_turn(self.pool, ask.prompt) if ask.chat else []
         with prompted(self.base, told):
-            out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE_ALONE)
+            out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE)
         answer = out[0, start:]
         why = "stopped" if job.stopped.is_set() else "length" if len(answer) >= room else "end"
         text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))
@@ -180,7 +183,7 @@ class Session:
         return ids
 
     def _bounded(self, ask: Ask, tokens: int) -> None:
-        if ask.router == BASE_ALONE:
+        if ask.router == BASE:
             return
         own = self.routers[ask.router]["top_k"]
         k = (
@@ -193,7 +196,7 @@ class Session:
             )
 
     def _attach(self, ask: Ask) -> None:
-        if ask.router == BASE_ALONE:
+        if ask.router == BASE:
             unroute(self.base)
             self._attached = None
             return

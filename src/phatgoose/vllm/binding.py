@@ -13,7 +13,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.fits import check_finite_stack
 from phatgoose.ops import Stack, make_stack
 from phatgoose.ops.update import Update
-from phatgoose.routers import Router, parse_router
+from phatgoose.routers import Router
+from phatgoose.routers.parse import parse_router
 from phatgoose.routers.router import Candidates, Encoder, Setup
 
 

@@ -58,7 +58,7 @@ def command(
 
     experts = load_pool(pool)
     choice = choose(router, experts, backend)
-    if experts is None or choice.router is None or choice.merged:
+    if experts is None or choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
     model = load_for(experts, base, dtype, device)
     from phatgoose.cli.common.streaming import room_for

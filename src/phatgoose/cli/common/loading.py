@@ -24,28 +24,16 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
 from phatgoose.models.base.without_weights import check_mixture
 from phatgoose.ops import backend as find_backend
-from phatgoose.registry import unknown
-from phatgoose.routers import ROUTERS, Router, Single, parse_router
 from phatgoose.routers.fitting import fitting_router
-from phatgoose.workflows.experiment.systems import STATIC, check_system, combined
+from phatgoose.routers.parse import System, parse_system
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A router as the command line names it."""
+class Choice(System):
+    """What the command line names as a router."""
 
-    text: str
-    router: Router | None
-    """None: the base alone."""
-    merged: bool = False
-    """Attach the one expert that all are merged into instead of the experts: their average, or by TIES or DARE."""
     device_memory: str | None = None
     """What the pool may take of the device, as the command line has it; None: all that it needs."""
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """For results."""
-        return self.router.describe() if self.router and not self.merged else {"router": self.text}
 
 
 def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
@@ -155,22 +143,12 @@ def choose(
             raise RoutingError("--device-memory is for a pool's experts: give --pool.")
     if not text:
         text = "base" if pool is None else own_router(pool)
-    name = text.partition(":")[0].lower()
-    if name == "base" and name != text.lower():
-        raise RoutingError(f"router {name!r} has no settings, got {text!r}.")
-    if name not in (*ROUTERS, "base", *STATIC):
-        raise unknown("router", name, [*ROUTERS, "base", *STATIC])
-    if name == "base":
-        return Choice("base", None, device_memory=device_memory)
-    if pool is None:
+    system = parse_system(text)
+    if system.router is not None and pool is None:
         raise RoutingError(f"router {text!r} needs experts: give --pool.")
-    if name in STATIC:
-        text = name + text[len(name) :]
-        check_system(text)
-        return Choice(text, Single(0), merged=True, device_memory=device_memory)
-    router = parse_router(text)
-    router.check(pool.names)
-    return Choice(text, router, device_memory=device_memory)
+    if system.router is not None and system.merge is None and pool is not None:
+        system.router.check(pool.names)
+    return Choice(system.text, system.router, system.merge, device_memory)
 
 
 def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto") -> None:
@@ -182,13 +160,9 @@ def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto")
     if choice.router is None or pool is None:
         unroute(base)
         return
-    route(
-        base,
-        combined(choice.text, pool) if choice.merged else pool,
-        choice.router,
-        backend_name=backend,
-        device_memory=choice.device_memory,
-    )
+    experts, router = choice.on(pool)
+    assert experts is not None
+    route(base, experts, router, backend_name=backend, device_memory=choice.device_memory)
     show_copied(routing_of(base))
 
 

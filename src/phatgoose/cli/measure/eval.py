@@ -152,7 +152,7 @@ def _measure(
         found = evaluate(base, tasks, split=split, limit=limit, config=config, progress=True)
         scores[choice.text] = found
         used = show_cache_use(base)
-        results[choice.text] = {"router": choice.settings, "scores": scores_to_json(found), **used}
+        results[choice.text] = {"router": choice.describe(), "scores": scores_to_json(found), **used}
         if out is not None:
             done = len(results) == len(choices)
             write_json(out, {**recipe, "config": asdict(config), "complete": done, "results": results})

@@ -40,7 +40,7 @@ def measure_by_harness(
         }
         used = show_cache_use(base)
         metrics[choice.text] = found["results"]
-        results[choice.text] = {"router": choice.settings, "harness": _plain(kept), **used}
+        results[choice.text] = {"router": choice.describe(), "harness": _plain(kept), **used}
         if out is not None:
             write_json(out, {**recipe, "format": "phatgoose-harness", "results": results})
     show.table(("task", "metric", *metrics), table(metrics), numbers=list(metrics))

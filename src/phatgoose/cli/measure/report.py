@@ -67,7 +67,7 @@ def command(
 
     experts = load_pool(pool)
     choice = choose(router, experts, backend)
-    if choice.router is None or choice.merged:
+    if choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
     tasks = [load_task(spec) for spec in task or ()]
     model = load_for(experts, base, dtype, device)

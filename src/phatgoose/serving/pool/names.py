@@ -10,8 +10,9 @@ from pathlib import Path
 from phatgoose.errors import RoutingError
 from phatgoose.models.batched.version import Route
 from phatgoose.registry import unknown
-from phatgoose.routers import ROUTERS, Single, parse_router
+from phatgoose.routers import Single
 from phatgoose.routers.example import AUTO
+from phatgoose.routers.parse import ROUTERS, is_router, parse_router
 from phatgoose.serving.pool.versions import Experts, State
 
 BASE = "base"
@@ -56,7 +57,7 @@ class Catalogue:
 
     def _called(self, expert: str) -> str:
         """An expert's name, or single:NAME where that name means something else."""
-        taken = expert in (self.name, BASE, self.base_name) or expert.partition(":")[0].lower() in ROUTERS
+        taken = expert in (self.name, BASE, self.base_name) or is_router(expert)
         return f"single:{expert}" if taken else expert
 
     @contextlib.asynccontextmanager
@@ -80,7 +81,7 @@ class Catalogue:
         names = state.version.pool.names
         if name == self.name:
             return Found("pool", await self.experts.route(state, self.experts.router))
-        if name.partition(":")[0].lower() in ROUTERS:
+        if is_router(name):
             router = parse_router(name)
             if getattr(router, "encoder", AUTO) != AUTO:
                 raise RoutingError(

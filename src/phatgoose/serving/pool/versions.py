@@ -19,8 +19,9 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.sentence_encoder import DEFAULT_ENCODER
 from phatgoose.models.batched.version import PoolVersion, Route
-from phatgoose.routers import Router, Single, parse_router
+from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO
+from phatgoose.routers.parse import parse_router
 from phatgoose.serving.engine.engine import Engine
 from phatgoose.serving.threads import away
 

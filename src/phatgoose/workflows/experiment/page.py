@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phatgoose.errors import EvaluationError
+from phatgoose.routers.parse import MERGES
 from phatgoose.workflows.experiment.systems import (
     BASE,
     BEST_SINGLE,
@@ -14,7 +15,6 @@ from phatgoose.workflows.experiment.systems import (
     ORACLE,
     OTHER,
     OWN,
-    STATIC,
 )
 
 FORMAT = "phatgoose-experiment"
@@ -96,7 +96,7 @@ def kind_of(system: str) -> str:
         return kind
     if kind in (BEST_SINGLE, OWN, "single"):
         return "single"
-    if kind in (*STATIC, MULTITASK, OTHER):
+    if kind in (*MERGES, MULTITASK, OTHER):
         return "static"
     return "control" if kind in CONTROLS else "router"
 

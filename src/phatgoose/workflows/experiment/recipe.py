@@ -40,7 +40,7 @@ from phatgoose.experts.names import check_name
 from phatgoose.models.base.load_options import DTYPES
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
-from phatgoose.routers import ROUTERS, parse_router
+from phatgoose.routers.parse import is_router, parse_router
 from phatgoose.tasks.lists.entries import Entry, check_apart, folder_for
 from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
 from phatgoose.tasks.load import SOURCES
@@ -177,7 +177,7 @@ class ExperimentRecipe:
     def _check_routers(self, names: Sequence[str]) -> None:
         """Refuses routers that can't serve a pool of these experts."""
         for system in self.all_systems:
-            if system.partition(":")[0] in ROUTERS:
+            if is_router(system):
                 parse_router(system).check(names)
 
     @property

@@ -13,11 +13,11 @@ from phatgoose.routers.context import Prompt, Texts
 from phatgoose.routers.router import Encoder, Setup
 
 
-class Library:
-    """The texts of all experts of a pool, embedded by one encoder.
+class PoolEmbeddings:
+    """The training texts of all experts of a pool, embedded by one encoder.
 
     Raises:
-        RoutingError: an expert without texts, two encoders, an encoder that can't be had or isn't theirs, or no tokenizer.
+        RoutingError: an expert without texts, two encoders, an encoder that can't be loaded or isn't theirs, or no tokenizer.
     """
 
     def __init__(self, setup: Setup, encoder: str | None, needed_by: str):
@@ -48,10 +48,10 @@ class Library:
 
     def prompts(self, texts: Texts) -> Tensor:
         """The prompts of a pass, embedded: [B, width]."""
-        return self._embedded([self._text(p) for p in texts.prompts])
+        return self.encode([self._text(p) for p in texts.prompts])
 
     def so_far(self, texts: Texts, every: int) -> Tensor:
-        """The text up to each token, embedded anew after every `every` tokens behind the prompt (0: never): [B, T, width].
+        """The text up to each token, embedded: [B, T, width]. Behind the prompt it is embedded anew after every `every` tokens (0: never).
 
         Raises:
             RoutingError: it isn't known what was written so far.
@@ -60,6 +60,7 @@ class Library:
         found = prompts[:, None].repeat(1, texts.fresh.shape[1], 1)
         if not every or not bool(texts.fresh.any()):
             return found
+        # Tokens between two embeddings share one: each text is embedded once, then copied to its tokens.
         wanted: dict[tuple[int, int], str] = {}
         places: list[tuple[int, int, tuple[int, int]]] = []
         for row, before in enumerate(texts.written):
@@ -77,7 +78,7 @@ class Library:
                 if length:
                     wanted[row, length] = self._text(texts.prompts[row], whole[:length], texts.apart)
                     places.append((row, place, (row, length)))
-        vectors = dict(zip(wanted, self._embedded(list(wanted.values())), strict=True))
+        vectors = dict(zip(wanted, self.encode(list(wanted.values())), strict=True))
         for row, place, key in places:
             found[row, place] = vectors[key]
         return found
@@ -88,9 +89,6 @@ class Library:
         if apart or not written:
             return self._decode(prompt) + (" " + self._decode(written) if written else "")
         return self._decode([*prompt, *written])
-
-    def _embedded(self, texts: Sequence[str]) -> Tensor:
-        return self.encode(texts)
 
 
 def _texts(expert: Expert, needed_by: str) -> Tensor:
