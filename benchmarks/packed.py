@@ -85,7 +85,8 @@ def random_expert(
 
 def write_pool(folder: Path, experts: int, layers: int) -> int:
     """A pool of random experts; returns the bytes of their tensors."""
-    from phatgoose.experts.manifest import new_manifest, place_expert
+    from phatgoose.experts.manifest import new_manifest
+    from phatgoose.experts.pool_entries import place_expert
     from phatgoose.files import write_json
     from phatgoose.models.base.fingerprint import fingerprint
 
@@ -189,8 +190,8 @@ def main() -> None:
 
 
 def measured(folder: Path, experts: int, layers: int) -> dict[str, object]:
-    from phatgoose.experts.packed.pack import pack, unpack, verify_folder
-    from phatgoose.experts.pool import add_to_folder, remove_from_folder
+    from phatgoose.experts.packed.pack import pack, unpack
+    from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder, verify_folder
 
     def timed(work: object) -> float:
         start = time.perf_counter()

@@ -14,7 +14,8 @@ from phatgoose.experts.adapters.adapterhub import ACTIVATIONS, to_contents
 from phatgoose.experts.adapters.adapterhub_layers import FAMILIES
 from phatgoose.experts.adapters.adapterhub_rules import RULES
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.pool import Pool, add_to_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder
 from phatgoose.ops import bottleneck
 
 DATA = Path(__file__).parent.parent / "data" / "adapterhub"

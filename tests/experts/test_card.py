@@ -12,10 +12,11 @@ from peft import PeftModel
 
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError
-from phatgoose.experts.card.card import CARD_FILE, CARD_LIMIT_BYTES, MARK, expert_card, own_card, pool_card
+from phatgoose.experts.card.card import CARD_LIMIT_BYTES, MARK, expert_card, own_card, pool_card
 from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.card.markdown import code, hub_id, public
-from phatgoose.experts.pool import add_to_folder, remove_from_folder
+from phatgoose.experts.names import CARD_FILE
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import write_json
 
 RECORD = {
@@ -63,7 +64,7 @@ def test_an_experts_card_says_what_is_recorded():
         "org/x@" + "0" * 40,
         'AutoModel.from_pretrained("org/base")',
         'PeftModel.from_pretrained(base, "REPOSITORY")',
-        'Expert.from_hub("REPOSITORY")',
+        'Expert.pull("REPOSITORY")',
         'load_base("org/base@v1")',
         MARK,
     ):

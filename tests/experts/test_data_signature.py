@@ -12,9 +12,10 @@ from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError, PoolError
 from phatgoose.experts.card.facts import Facts
-from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, describe
-from phatgoose.experts.packed.pack import pack, unpack, verify_folder
-from phatgoose.experts.pool import add_to_folder
+from phatgoose.experts.data_signature import DataSignature, describe
+from phatgoose.experts.names import SIGNATURE_FILE
+from phatgoose.experts.packed.pack import pack, unpack
+from phatgoose.experts.pool_folder import add_to_folder, verify_folder
 from phatgoose.files import read_json, sha256_file, write_json
 
 SHA = "c" * 64

@@ -314,7 +314,7 @@ def test_names_and_foreign_folders(saved, tmp_path):
 def test_a_full_disk_leaves_the_old_expert(saved, monkeypatch):
     import errno
 
-    import phatgoose.experts.expert as module
+    import phatgoose.experts.files.safetensors_file as module
 
     _, expert, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

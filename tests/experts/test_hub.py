@@ -60,7 +60,7 @@ def three(made, tmp_path):
     return made("three", build)
 
 
-def refused(*words, call=lambda: Expert.from_hub("org/adapter"), kind=DownloadError):
+def refused(*words, call=lambda: Expert.pull("org/adapter"), kind=DownloadError):
     with pytest.raises(kind) as caught:
         call()
     for word in words:
@@ -75,16 +75,24 @@ def offline(monkeypatch):
 # What is fetched
 
 
-def test_from_hub_is_the_expert_pinned_to_its_commit(hub, one):
+def test_a_pulled_expert_is_pinned_to_its_commit(hub, one):
     expert, folder = one
     repo = hub.add("org/adapter", folder)
-    found = Expert.from_hub("org/adapter")
+    found = Expert.pull("org/adapter")
     assert found.hash == expert.hash
     assert found.equals(expert)
     assert found.origin == HubSource("org/adapter", repo.head, "")
     assert str(found.origin) == f"org/adapter@{repo.head}"
     assert found.renamed("two").origin == found.origin
     assert found.with_gates(found.gates).origin == found.origin
+
+
+def test_from_hub_is_pull_under_its_old_name(hub, one):
+    hub.add("org/adapter", one[1])
+    with pytest.warns(DeprecationWarning, match=r"Expert\.pull"):
+        found = Expert.from_hub("org/adapter", name="two")
+    assert found.name == "two"
+    assert found.hash == one[0].hash
 
 
 def test_a_revision_stays_what_it_was(hub, one, plain):
@@ -95,28 +103,28 @@ def test_a_revision_stays_what_it_was(hub, one, plain):
     hub.add("org/adapter", plain)
     assert repo.head != old
     for text, revision in (("org/adapter", old), (f"org/adapter@{old}", None), ("org/adapter@v1", None)):
-        found = Expert.from_hub(text, revision=revision)
+        found = Expert.pull(text, revision=revision)
         assert found.hash == expert.hash
         assert found.origin.revision == old
-    newest = Expert.from_hub("org/adapter")
+    newest = Expert.pull("org/adapter")
     assert newest.gates is None
     assert newest.origin.revision == repo.head
 
 
 def test_a_plain_adapter_is_called_after_its_repository(hub, plain):
     hub.add("org/my-lora.v2", plain)
-    found = Expert.from_hub("org/my-lora.v2")
+    found = Expert.pull("org/my-lora.v2")
     assert found.name == "my-lora.v2"
     assert found.gates is None
-    assert Expert.from_hub("org/my-lora.v2", name="other").name == "other"
+    assert Expert.pull("org/my-lora.v2", name="other").name == "other"
 
 
 def test_an_expert_of_a_pool_is_fetched_by_its_folder(hub, three):
     repo = hub.add("org/pool", three)
     expected = Pool.load(three)["b"]
     for found in (
-        Expert.from_hub("org/pool", subfolder="experts/b"),
-        Expert.from_hub("org/pool@main:experts/b"),
+        Expert.pull("org/pool", subfolder="experts/b"),
+        Expert.pull("org/pool@main:experts/b"),
     ):
         assert found.equals(expected)
         assert found.origin == HubSource("org/pool", repo.head, "experts/b")
@@ -135,7 +143,7 @@ def test_only_an_experts_own_files_are_fetched(hub, one):
         "training_args.bin": b"\x80\x04.",
     }
     hub.add("org/adapter", folder, others)
-    Expert.from_hub("org/adapter")
+    Expert.pull("org/adapter")
     fetched = {path.rpartition("/")[2] for path in hub.asked("^GET.*/resolve/")}
     assert fetched <= {"adapter_config.json", WEIGHTS, "gates.safetensors", "expert.json", "README.md"}
     assert len(fetched) == 5
@@ -154,21 +162,21 @@ def test_an_adapterhub_adapter(hub, tmp_path, monkeypatch):
     expected = Expert.load(folder)
     files = files_of(folder)
     hub.add("org/bottleneck", files=files)
-    assert Expert.from_hub("org/bottleneck", name=expected.name).hash == expected.hash
+    assert Expert.pull("org/bottleneck", name=expected.name).hash == expected.hash
     head = hub.repos["org/bottleneck"].head
     offline(monkeypatch)
-    assert Expert.from_hub("org/bottleneck", revision=head).hash == expected.hash
+    assert Expert.pull("org/bottleneck", revision=head).hash == expected.hash
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub.add("org/bottleneck", files={**files, "pytorch_model_head.bin": b"\x80\x04."})
-    refused("prediction head", "--drop", call=lambda: Expert.from_hub("org/bottleneck"), kind=ExpertError)
-    dropped = Expert.from_hub("org/bottleneck", drop=("prediction_head",))
+    refused("prediction head", "--drop", call=lambda: Expert.pull("org/bottleneck"), kind=ExpertError)
+    dropped = Expert.pull("org/bottleneck", drop=("prediction_head",))
     assert dropped.tensors.keys() == expected.tensors.keys()
     assert not hub.asked("^GET .*pytorch_model_head.bin")
 
 
 def test_credentials_do_not_go_to_the_cdn(hub, one):
     hub.add("org/adapter", one[1], private=True)
-    Expert.from_hub("org/adapter", token=hub.token)
+    Expert.pull("org/adapter", token=hub.token)
     cdn = [token for _, path, token in hub.requests if path.startswith("/lfs/")]
     assert cdn
     assert not any(cdn)
@@ -186,7 +194,7 @@ from transformers import AutoModelForCausalLM
 from phatgoose import Expert
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}), "org/adapter")
-expert = Expert.from_hub("org/adapter")
+expert = Expert.pull("org/adapter")
 for path, update in expert.updates.items():
     delta = model.get_base_model().get_submodule(path).get_delta_weight("default")
     assert (update.weight() - delta).abs().max() < 1e-6
@@ -207,11 +215,11 @@ print(expert.hash, expert.origin)
 def test_what_was_fetched_needs_no_network(hub, one, monkeypatch):
     expert, folder = one
     head = hub.add("org/adapter", folder).head
-    Expert.from_hub("org/adapter")
+    Expert.pull("org/adapter")
     hub.requests.clear()
-    assert Expert.from_hub("org/adapter", revision=head).equals(expert)  # a commit is what it is
+    assert Expert.pull("org/adapter", revision=head).equals(expert)  # a commit is what it is
     offline(monkeypatch)
-    found = Expert.from_hub("org/adapter")
+    found = Expert.pull("org/adapter")
     assert found.equals(expert)
     assert found.origin.revision == head
     assert hub.requests == []
@@ -222,21 +230,21 @@ def test_tokenizer_files_beside_an_adapter_are_looked_at(hub, plain, monkeypatch
     files = {"chat_template.jinja": b"{{ messages }}", "tokenizer.json": b"x" * 2**20}
     hub.add("org/adapter", plain, files=files)
     with pytest.warns(UserWarning, match="brings tokenizer files"):
-        found = Expert.from_hub("org/adapter")
+        found = Expert.pull("org/adapter")
     assert found.provenance["tokenizer"]["files"] == ["chat_template.jinja"]
     assert not hub.asked("tokenizer.json")
     hub.requests.clear()
     offline(monkeypatch)
     with pytest.warns(UserWarning, match="brings tokenizer files"):
-        assert Expert.from_hub("org/adapter").provenance == found.provenance
+        assert Expert.pull("org/adapter").provenance == found.provenance
     assert hub.requests == []
 
 
 def test_a_plain_adapter_without_a_network(hub, plain, monkeypatch):
     hub.add("org/adapter", plain)
-    Expert.from_hub("org/adapter")
+    Expert.pull("org/adapter")
     offline(monkeypatch)
-    assert Expert.from_hub("org/adapter").gates is None
+    assert Expert.pull("org/adapter").gates is None
 
 
 def test_what_was_not_fetched_is_said(hub, one, monkeypatch):
@@ -244,7 +252,7 @@ def test_what_was_not_fetched_is_said(hub, one, monkeypatch):
     offline(monkeypatch)
     refused("adapter_config.json isn't in the Hub cache", "HF_HUB_OFFLINE is set")
     refused("pool.json isn't in the Hub cache", call=lambda: Pool.pull("org/adapter"))
-    refused("adapter_config.json", call=lambda: Expert.from_hub("org/adapter@" + "0" * 40))
+    refused("adapter_config.json", call=lambda: Expert.pull("org/adapter@" + "0" * 40))
     assert hub.requests == []
 
 
@@ -262,16 +270,16 @@ def test_a_cache_that_does_not_know_whether_there_are_gates_is_not_trusted(hub, 
 
 def test_a_branch_is_not_looked_up_in_the_cache_unasked(hub, one):
     head = hub.add("org/adapter", one[1]).head
-    Expert.from_hub("org/adapter")
+    Expert.pull("org/adapter")
     hub.stop()
     refused("the Hub can't be reached", "check the network")
-    assert Expert.from_hub("org/adapter", revision=head).gates is not None
+    assert Expert.pull("org/adapter", revision=head).gates is not None
 
 
 def test_damage_in_the_cache_is_found_and_mended(hub, one, tmp_path):
     expert, folder = one
     head = hub.add("org/adapter", folder).head
-    Expert.from_hub("org/adapter")
+    Expert.pull("org/adapter")
     for name in (WEIGHTS, "adapter_config.json"):
         blob = next((tmp_path / "hub-cache").rglob(f"snapshots/*/{name}")).resolve()
         data = bytearray(blob.read_bytes())
@@ -281,9 +289,9 @@ def test_damage_in_the_cache_is_found_and_mended(hub, one, tmp_path):
         refused(
             name,
             "is not the file that the Hub lists",
-            call=lambda: Expert.from_hub("org/adapter", revision=head),
+            call=lambda: Expert.pull("org/adapter", revision=head),
         )
-        assert Expert.from_hub("org/adapter", revision=head).equals(expert)
+        assert Expert.pull("org/adapter", revision=head).equals(expert)
 
 
 # What is refused
@@ -292,13 +300,13 @@ def test_damage_in_the_cache_is_found_and_mended(hub, one, tmp_path):
 def test_what_is_not_there(hub, one, three):
     refused("no such repository on the Hub, or it is private", "hf auth login")
     hub.add("org/adapter", one[1])
-    refused("no such revision", "/org/adapter/tree/main", call=lambda: Expert.from_hub("org/adapter@v9"))
+    refused("no such revision", "/org/adapter/tree/main", call=lambda: Expert.pull("org/adapter@v9"))
     hub.add("org/pool", three)
-    refused("is a pool, not an expert", "Pool.pull", ":experts/a", call=lambda: Expert.from_hub("org/pool"))
+    refused("is a pool, not an expert", "Pool.pull", ":experts/a", call=lambda: Expert.pull("org/pool"))
     refused("is no pool", "It is an expert", call=lambda: Pool.pull("org/adapter"))
-    refused("is no adapter", call=lambda: Expert.from_hub("org/pool:experts/x"))
+    refused("is no adapter", call=lambda: Expert.pull("org/pool:experts/x"))
     hub.add("org/model", files={"config.json": b"{}", "model.safetensors": b"x"})
-    refused("is a model, not an adapter", call=lambda: Expert.from_hub("org/model"))
+    refused("is a model, not an adapter", call=lambda: Expert.pull("org/model"))
     assert not hub.asked("^GET.*/resolve/")
 
 
@@ -315,19 +323,19 @@ def test_pickles_are_not_fetched(hub, plain):
 def test_access(hub, one):
     hub.add("org/adapter", one[1], private=True)
     refused("no such repository on the Hub, or it is private", "hf auth login")
-    assert Expert.from_hub("org/adapter", token=hub.token).gates is not None
+    assert Expert.pull("org/adapter", token=hub.token).gates is not None
     refused(
         "doesn't accept the access token (401)",
-        call=lambda: Expert.from_hub("org/adapter", token="hf_wrongwrong"),
+        call=lambda: Expert.pull("org/adapter", token="hf_wrongwrong"),
     )
     hub.add("org/gated", one[1], gated=True)
-    refused("is gated", "Ask for access at", "/org/gated", call=lambda: Expert.from_hub("org/gated"))
+    refused("is gated", "Ask for access at", "/org/gated", call=lambda: Expert.pull("org/gated"))
 
 
 def test_the_token_of_the_environment_is_used(hub, one, monkeypatch):
     hub.add("org/adapter", one[1], private=True)
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    assert Expert.from_hub("org/adapter").name == "one"
+    assert Expert.pull("org/adapter").name == "one"
 
 
 @pytest.mark.parametrize(
@@ -361,10 +369,10 @@ def test_a_limit_of_ones_own(hub, one):
     refused(
         WEIGHTS,
         f"at most {limit - 1:,} are",
-        call=lambda: Expert.from_hub("org/adapter", max_bytes=limit - 1),
+        call=lambda: Expert.pull("org/adapter", max_bytes=limit - 1),
     )
     assert not hub.asked("/lfs/")
-    assert Expert.from_hub("org/adapter", max_bytes=limit).name == "one"
+    assert Expert.pull("org/adapter", max_bytes=limit).name == "one"
 
 
 # Faults
@@ -380,7 +388,7 @@ def test_a_wrong_hash_is_refused_by_name_and_not_kept(hub, one, name, tmp_path):
     error = refused(name, "is not the file that the Hub lists", "expected", "found", "not kept")
     assert ("sha256" if name.endswith("safetensors") else "git's sha1") in str(error)
     assert not list((tmp_path / "hub-cache").rglob(f"snapshots/*/{name}"))
-    assert Expert.from_hub("org/adapter").equals(expert)
+    assert Expert.pull("org/adapter").equals(expert)
 
 
 def test_a_hash_in_the_headers_that_is_not_the_listings(hub, one):
@@ -417,7 +425,7 @@ def test_one_failure_of_the_hub_is_got_over(hub, one, code):
     hub.add("org/adapter", folder)
     hub.fault("^GET /api/models/", "status", code, times=1)
     hub.fault(f"^HEAD .*{WEIGHTS}", "status", code, times=2)
-    assert Expert.from_hub("org/adapter").equals(expert)
+    assert Expert.pull("org/adapter").equals(expert)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +452,7 @@ def test_a_slow_answer_is_waited_for(hub, one, monkeypatch):
     expert, folder = one
     hub.add("org/adapter", folder)
     hub.fault(".", "slow", 0.05)
-    assert Expert.from_hub("org/adapter").equals(expert)
+    assert Expert.pull("org/adapter").equals(expert)
 
 
 def test_a_body_that_breaks_off_is_resumed(hub, one, monkeypatch):
@@ -452,7 +460,7 @@ def test_a_body_that_breaks_off_is_resumed(hub, one, monkeypatch):
     hub.add("org/adapter", folder)
     hub.fault("^GET /lfs/", "truncate", 0.5, times=3)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
-    assert Expert.from_hub("org/adapter").equals(expert)
+    assert Expert.pull("org/adapter").equals(expert)
 
 
 def test_a_body_that_always_breaks_off_is_given_up(hub, one, monkeypatch):
@@ -530,7 +538,7 @@ def test_tokens_are_in_no_error(hub, one, secret, fault, pattern, caplog, capfd,
     headers = {"X-Error-Message": f"what is {secret}?", "Content-Type": "application/json"}
     value = (code, headers, body) if kind == "echo" else code
     hub.fault(pattern.replace("WEIGHTS", WEIGHTS), "say" if kind == "echo" else kind, value)
-    error = refused(call=lambda: Expert.from_hub("org/adapter", token=secret))
+    error = refused(call=lambda: Expert.pull("org/adapter", token=secret))
     assert secret not in "".join(traceback.format_exception(error))
     assert secret not in repr(error)
     out, err = capfd.readouterr()
@@ -639,12 +647,12 @@ def test_a_fault_in_one_of_many_files_ends_it(hub, three, tmp_path):
 
 
 def test_a_pool_keeps_where_its_experts_come_from(hub, one, plain, tmp_path):
-    from phatgoose.experts.pool import add_to_folder, remove_from_folder
+    from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 
     head = hub.add("org/one", one[1]).head
     other = hub.add("org/plain", plain).head
-    folder = Pool([Expert.from_hub("org/one")]).save(tmp_path / "pool")
-    add_to_folder(folder, Expert.from_hub("org/plain"))
+    folder = Pool([Expert.pull("org/one")]).save(tmp_path / "pool")
+    add_to_folder(folder, Expert.pull("org/plain"))
     add_to_folder(folder, Expert.load(one[1], name="local"))
     entries = read_json(folder / "pool.json", PoolError)["experts"]
     assert entries[0]["source"] == {"repo": "org/one", "revision": head, "subfolder": ""}
@@ -664,7 +672,7 @@ def test_where_an_expert_comes_from_survives_packing(hub, one, tmp_path):
     from phatgoose.experts.packed.pack import pack, unpack
 
     hub.add("org/one", one[1])
-    folder = Pool([Expert.from_hub("org/one")]).save(tmp_path / "pool")
+    folder = Pool([Expert.pull("org/one")]).save(tmp_path / "pool")
     before = files_of(folder)
     pack(folder)
     (packed,) = Pool.load(folder).experts

@@ -12,9 +12,9 @@ from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import PoolError, UploadError
 from phatgoose.experts.card.card import MARK
-from phatgoose.experts.data_signature import SIGNATURE_FILE
-from phatgoose.experts.hub.push import push_folder
-from phatgoose.experts.pool import add_to_folder, remove_from_folder
+from phatgoose.experts.hub.push import PushOptions
+from phatgoose.experts.names import SIGNATURE_FILE
+from phatgoose.experts.pool_folder import add_to_folder, push_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
 
 pytest_plugins = ["hub_stand_in"]
@@ -89,7 +89,7 @@ def test_an_expert_is_pushed_and_fetched(login, pool):
         "expert.json",
         "README.md",
     }
-    found = Expert.from_hub("org/expert")
+    found = Expert.pull("org/expert")
     assert found.equals(expert)
     assert found.hash == expert.hash
     assert found.origin == done
@@ -101,7 +101,7 @@ def test_a_data_signature_goes_along(login, make_base, make_expert, tmp_path):
     experts = [signed(make_expert(base, n, seed=i), encoder, seed=i) for i, n in enumerate("ab")]
     experts[0].push("org/expert")
     assert SIGNATURE_FILE in there(login, "org/expert")
-    assert Expert.from_hub("org/expert").equals(experts[0])
+    assert Expert.pull("org/expert").equals(experts[0])
     Pool(experts).push("org/pool")
     found = Pool.pull("org/pool")
     assert [e.signature.hash for e in found.experts] == [e.signature.hash for e in experts]
@@ -113,7 +113,7 @@ def test_an_expert_goes_into_a_folder_of_a_repository(login, pool):
     for expert in loaded.experts:
         expert.push("org/experts", subfolder=f"mine/{expert.name}")
     for expert in loaded.experts:
-        assert Expert.from_hub(f"org/experts:mine/{expert.name}").equals(expert)
+        assert Expert.pull(f"org/experts:mine/{expert.name}").equals(expert)
 
 
 def test_one_commit_makes_the_repository_the_new_pool(login, pool, make_expert, make_base):
@@ -134,7 +134,7 @@ def test_an_expert_without_gates_replaces_one_with_gates(login, pool):
     a.push("org/expert")
     b.push("org/expert")
     assert "gates.safetensors" not in there(login, "org/expert")
-    assert Expert.from_hub("org/expert").equals(b)
+    assert Expert.pull("org/expert").equals(b)
 
 
 def test_nothing_new_is_no_commit(login, pool):
@@ -146,13 +146,14 @@ def test_nothing_new_is_no_commit(login, pool):
 def test_a_branch(login, pool):
     push_folder(pool, "org/pool")
     remove_from_folder(pool, "a")
-    done = push_folder(pool, "org/pool", revision="small")
+    done = push_folder(pool, "org/pool", PushOptions(revision="small"))
     assert Pool.pull("org/pool").names == ("a", "b")
     assert Pool.pull("org/pool", revision="small").names == ("b",)
     assert login.repos["org/pool"].branches["small"] == done.revision
-    push_folder(pool, "org/pool", revision="small")
+    push_folder(pool, "org/pool", PushOptions(revision="small"))
     refused(
-        "is a commit; a push needs a branch", call=lambda: push_folder(pool, "org/pool", revision="0" * 40)
+        "is a commit; a push needs a branch",
+        call=lambda: push_folder(pool, "org/pool", PushOptions(revision="0" * 40)),
     )
 
 
@@ -211,11 +212,14 @@ def test_private_is_never_published_in_public(login, pool):
     push_folder(pool, "org/pool")
     remove_from_folder(pool, "a")
     before = there(login, "org/pool")
-    refused("is there already, and it is public", call=lambda: push_folder(pool, "org/pool", private=True))
+    refused(
+        "is there already, and it is public",
+        call=lambda: push_folder(pool, "org/pool", PushOptions(private=True)),
+    )
     assert there(login, "org/pool") == before
-    push_folder(pool, "org/secret", private=True)
+    push_folder(pool, "org/secret", PushOptions(private=True))
     assert login.repos["org/secret"].private
-    push_folder(pool, "org/secret", private=True)
+    push_folder(pool, "org/secret", PushOptions(private=True))
 
 
 def test_things_of_another_kind_are_not_replaced(login, pool):
@@ -285,7 +289,7 @@ def test_local_paths_are_not_published_unasked(login, pool, tmp_path, file, chan
     write_json(pool / "pool.json", manifest)
     refused(f"experts/b/{file}", where, "--allow-paths", call=lambda: push_folder(pool, "org/pool"))
     assert login.requests == []
-    push_folder(pool, "org/pool", allow_paths=True)
+    push_folder(pool, "org/pool", PushOptions(allow_paths=True))
     assert there(login, "org/pool")[f"experts/b/{file}"] == path.read_bytes()
 
 
@@ -347,7 +351,7 @@ def test_tokens_are_in_no_error(hub, pool, monkeypatch, capfd, secret, code, pat
     body = json.dumps({"error": f"Bearer {secret} is not welcome, {secret}"}).encode()
     headers = {"X-Error-Message": f"what is {secret}?", "Content-Type": "application/json"}
     hub.fault(pattern, "say", (code, headers, body))
-    error = refused(call=lambda: push_folder(pool, "org/pool", token=secret))
+    error = refused(call=lambda: push_folder(pool, "org/pool", PushOptions(token=secret)))
     assert secret not in "".join(traceback.format_exception(error))
     out, err = capfd.readouterr()
     assert secret not in out + err

@@ -10,7 +10,8 @@ import pytest
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts import manifest
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "gates.safetensors", "expert.json")

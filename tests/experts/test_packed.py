@@ -12,8 +12,8 @@ from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError
 from phatgoose.experts.packed.expert import rows_in_place
-from phatgoose.experts.packed.pack import pack, verify_folder
-from phatgoose.experts.pool import add_to_folder
+from phatgoose.experts.packed.pack import pack
+from phatgoose.experts.pool_folder import add_to_folder, verify_folder
 from phatgoose.files import read_json, write_json
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -15,8 +15,8 @@ from phatgoose import Expert, Pool
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.packed import pack as packing
 from phatgoose.experts.packed.expert import PackedExpert
-from phatgoose.experts.packed.pack import pack, unpack, verify_folder
-from phatgoose.experts.pool import add_to_folder, remove_from_folder
+from phatgoose.experts.packed.pack import pack, unpack
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder, verify_folder
 from phatgoose.files import read_json, sha256_file, write_json
 
 DATA = Path(__file__).parent.parent / "data" / "adapterhub"

@@ -10,7 +10,8 @@ import torch
 
 from phatgoose.errors import BaseModelError, PoolError, UnknownName
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
 
 
@@ -61,7 +62,7 @@ def test_replacing_an_expert_under_its_name(three, tmp_path):
 
 
 def test_a_kill_before_the_manifest_leaves_the_old_pool(three, tmp_path, monkeypatch):
-    import phatgoose.experts.pool as module
+    import phatgoose.experts.pool_folder as module
 
     _, (a, b, c) = three
     folder = Pool([a, b]).save(tmp_path / "pool")

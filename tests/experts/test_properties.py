@@ -18,7 +18,8 @@ from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_header import read_header
 from phatgoose.experts.manifest import read_manifest
-from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 
 OFTEN = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)

@@ -9,6 +9,11 @@ from conftest import make_model, make_tokenizer
 from phatgoose import Expert, Pool
 from phatgoose.experts.files.tokenizer_files import brought, differences, sha256_of
 
+
+def compared(experts, tokenizer):
+    return differences({e.name: e.provenance for e in experts}, tokenizer)
+
+
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -62,8 +67,8 @@ def test_pools_name_the_experts_and_compare_them_with_a_base(tmp_path, own, thei
     assert "experts 'same', 'other' bring tokenizer files" in first
     assert "pool verify POOL --base BASE" in first
     assert "different chat templates" in second
-    assert differences([same, other], theirs) == [d for d in differences([same], theirs) if "template" in d]
-    template, tokens = differences([same, other], own)
+    assert compared([same, other], theirs) == [d for d in compared([same], theirs) if "template" in d]
+    template, tokens = compared([same, other], own)
     assert template.startswith(
         "expert 'other' brings a chat template of its own, and the base's is another one"
     )
@@ -71,14 +76,14 @@ def test_pools_name_the_experts_and_compare_them_with_a_base(tmp_path, own, thei
     assert "'<tool>' (id 320; the base: none)" in tokens
     assert about_tokenizers(Pool([same]), own) == []
     without = make_tokenizer()
-    assert "the base has none" in differences([same], without)[0]
+    assert "the base has none" in compared([same], without)[0]
 
 
 def test_the_template_of_its_own_training_is_compared(tmp_path, own, theirs):
     trained = {"task": {"chat_template": sha256_of(TEMPLATE + "\n")}}
     expert = Expert.from_peft(adapter(tmp_path / "plain"), provenance=trained)
-    assert differences([expert], own) == []
-    (line,) = differences([expert], theirs)
+    assert compared([expert], own) == []
+    (line,) = compared([expert], theirs)
     assert "trained on conversations through another chat template" in line
 
 
@@ -107,7 +112,7 @@ def test_a_strangers_record_breaks_nothing(tmp_path, own):
     expert = Expert.load(adapter(tmp_path / "plain"))
     for odd in (3, {"files": 3}, {"files": [], "chat_template": 3, "added_tokens": {"a": "b"}}):
         made = Expert(**{**vars_of(expert), "provenance": {"tokenizer": odd}})
-        assert differences([made], own) == []
+        assert compared([made], own) == []
         Pool([made]).warnings()
 
 

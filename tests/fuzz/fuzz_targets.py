@@ -26,7 +26,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.experts.files.safetensors_header import parse_header, read_header
 from phatgoose.experts.hub.place import Place
-from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.fingerprints import same_base
 from phatgoose.records import Fingerprint
 from phatgoose.strict_json import parse_json
@@ -98,7 +99,7 @@ def _pool(folder: Path, rng: random.Random) -> None:
 
 def _packed(folder: Path, rng: random.Random) -> None:
     """Opening reads no values of a packed pool; `pool verify` does."""
-    from phatgoose.experts.packed.pack import verify_folder
+    from phatgoose.experts.pool_folder import verify_folder
 
     whole = rng.random() < 0.4
     pool = verify_folder(folder) if whole else Pool.load(folder, verify=rng.random() < 0.3)

@@ -81,7 +81,7 @@ def test_expert_gate_signature_and_scores(tmp_path):
     expert = train_expert(base, task, ExpertConfig(rank=2, **STEPS))
     assert expert.provenance["task"]["source"]["prompt_style"] == CHAT
     assert expert.provenance["task"]["chat_template"] == template_of(base, task)["chat_template"]
-    assert differences([expert], base.tokenizer) == []
+    assert differences({expert.name: expert.provenance}, base.tokenizer) == []
     expert = train_gate(base, expert, task, GateConfig(**STEPS))
     expert = make_signature(base, expert, task, SignatureConfig(rows=4, texts=0))
     assert set(expert.signature.activations) == set(expert.updates)

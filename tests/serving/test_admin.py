@@ -19,7 +19,8 @@ from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, runnin
 import server_command
 from conftest import hooked, make_model, make_tokenizer
 from phatgoose.experts.packed.pack import pack
-from phatgoose.experts.pool import Pool, add_to_folder, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.routers import PHATGOOSE

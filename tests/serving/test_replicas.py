@@ -18,7 +18,8 @@ import yaml
 from serving_fixtures import PROMPTS, greedy, random_pool, text
 
 from conftest import make_model, make_tokenizer
-from phatgoose.experts.pool import Pool, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import remove_from_folder
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.serving.engine.job import ServingError

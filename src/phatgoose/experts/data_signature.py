@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.peft import WEIGHTS_FILE
 from phatgoose.experts.files.safetensors_file import all_identical, check_finite, read_tensor_file
 from phatgoose.experts.files.safetensors_header import Header, Item, write_header
+from phatgoose.experts.names import PEFT_WEIGHTS, SIGNATURE_FILE
 from phatgoose.files import write_bytes
 from phatgoose.ops.update import Update, sizes_agree
 
-SIGNATURE_FILE = "signature.safetensors"
 MOST_TEXTS, MOST_WIDTH = 1000, 8192
 ACTIVATIONS, TEXTS = "activations/", "texts"
 _FORMAT, _VERSION = "phatgoose-signature", "1"
@@ -176,7 +175,7 @@ def check_metadata(metadata: Mapping[str, str], path: Path, adapter_sha256: str)
     if metadata.get("adapter_sha256") != adapter_sha256:
         raise ExpertError(
             f"{path} was made with another adapter: it says sha256 {brief(metadata.get('adapter_sha256'))}, and "
-            f"{WEIGHTS_FILE} has {adapter_sha256}."
+            f"{PEFT_WEIGHTS} has {adapter_sha256}."
         )
 
 

@@ -6,26 +6,32 @@ import contextlib
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters.formats import to_contents, weights_file
-from phatgoose.experts.adapters.peft import CONFIG_FILE, read_tensors
+from phatgoose.experts.adapters.peft import read_tensors
 from phatgoose.experts.adapters.peft_rules import check_drop
+from phatgoose.experts.card.card import write_card
+from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.files.safetensors_file import all_identical, read_tensor_file
-from phatgoose.experts.folder import check_replaceable, read_folder, read_plain, write_folder
-from phatgoose.experts.gates import GATES_FILE, checked_gates
-from phatgoose.experts.names import check_name
-from phatgoose.files import atomic_folder, read_json, write_bytes, write_json
+from phatgoose.experts.files.safetensors_file import all_identical, read_tensor_file, write_tensors
+from phatgoose.experts.folder import RECORD_VERSION, check_replaceable, read_folder, read_plain
+from phatgoose.experts.gates import checked_gates, gates_metadata
+from phatgoose.experts.hub.fetch import MAX_BYTES
+from phatgoose.experts.hub.place import Place
+from phatgoose.experts.hub.pull import pull_expert
+from phatgoose.experts.hub.push import PushOptions, push_expert
+from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, RECORD_FILE, SIGNATURE_FILE, check_name
+from phatgoose.files import atomic_folder, read_json, sha256_file, storage_errors, work_place, write_json
 from phatgoose.ops.update import Update
 from phatgoose.records import Fingerprint, HubSource
 
@@ -170,7 +176,23 @@ class Expert:
         return Expert(**read_plain(Path(folder), "AdapterHub", name, provenance, drop))
 
     @staticmethod
-    def from_hub(
+    def load(
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        drop: Collection[str] = (),
+        origin: HubSource | None = None,
+    ) -> Expert:
+        """Reads an expert folder and verifies all of it: the adapter, of either format, and its gates, signature and record if present.
+
+        Args:
+            drop: as in `from_peft`.
+            origin: where on the Hub the folder was fetched from.
+        """
+        return Expert(**read_folder(Path(folder), name, drop), origin=origin)
+
+    @staticmethod
+    def pull(
         repo: str,
         *,
         revision: str | None = None,
@@ -183,7 +205,7 @@ class Expert:
         """Fetches an expert, or any PEFT adapter, from the Hub. A commit that was fetched before needs no network.
 
         Args:
-            repo: "org/name"; "org/name@revision:subfolder" says it all in one.
+            repo: "org/name", or "org/name@revision:subfolder" in place of the next two arguments.
             revision: a branch, tag or commit; the main branch if None. The commit found is kept in `origin`.
             subfolder: of the repository, such as "experts/NAME" of a pool.
             token: an access token; if None, the one of `hf auth login` or HF_TOKEN.
@@ -193,11 +215,15 @@ class Expert:
         Raises:
             DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
         """
-        from phatgoose.experts.hub import pull as hub
+        place = Place.parse(repo, revision, subfolder)
+        pulled = pull_expert(place, drop, token, MAX_BYTES if max_bytes is None else max_bytes)
+        return Expert.load(pulled.folder, name=name or pulled.name, drop=drop, origin=pulled.source)
 
-        place = hub.Place.parse(repo, revision, subfolder)
-        limit = hub.MAX_BYTES if max_bytes is None else max_bytes
-        return hub.pull_expert(place, name=name, drop=drop, token=token, max_bytes=limit)
+    @staticmethod
+    def from_hub(repo: str, **options: Any) -> Expert:
+        """Deprecated: use `Expert.pull`, which takes the same arguments."""
+        warnings.warn("Expert.from_hub is now Expert.pull.", DeprecationWarning, stacklevel=2)
+        return Expert.pull(repo, **options)
 
     def push(
         self,
@@ -217,23 +243,9 @@ class Expert:
         Raises:
             UploadError: it can't be published, its records hold local paths, or the repository holds something else.
         """
-        from phatgoose.experts.hub import push as hub_push
-
-        return hub_push.push_expert(self, repo, private, revision, subfolder, token, message, allow_paths)
-
-    @staticmethod
-    def load(
-        folder: str | Path,
-        *,
-        name: str | None = None,
-        drop: Collection[str] = (),
-        origin: HubSource | None = None,
-    ) -> Expert:
-        """Reads an expert folder: the adapter, of either format, and, where there, gates.safetensors and expert.json, all verified.
-
-        `drop` as in `from_peft`; `origin` says where on the Hub the folder was fetched from.
-        """
-        return Expert(**read_folder(Path(folder), name, drop), origin=origin)
+        options = PushOptions(private, revision, token, message or f"Expert {self.name}", allow_paths)
+        with work_place(None) as work, storage_errors(work):
+            return push_expert(self.save(work / self.name), repo, subfolder, options)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the expert's folder, whole or not at all; an existing one is replaced. Files keep their permissions, also in a copy.
@@ -249,7 +261,7 @@ class Expert:
             )
         check_replaceable(folder, keeps_card=self.folder is not None and self.folder == folder)
         with atomic_folder(folder, like=self.folder) as work:
-            write_folder(self, work)
+            self._fill(work)
         return folder
 
     def equals(self, other: Expert) -> bool:
@@ -265,33 +277,55 @@ class Expert:
             )
         )
 
+    def _fill(self, work: Path) -> None:
+        """Writes all files of the expert into an empty folder."""
+        self._write_adapter(work)
+        record: dict[str, Any] = {"format": "phatgoose-expert", "version": RECORD_VERSION, "name": self.name}
+        record["adapter_sha256"] = adapter = sha256_file(work / weights_file(self.adapter_config))
+        if self.gates is not None:
+            self._write_gates(work / GATES_FILE, gates_metadata(adapter, self.recorded_base))
+            record["gates_sha256"] = sha256_file(work / GATES_FILE)
+        if self.signature is not None:
+            self.signature.write(work / SIGNATURE_FILE, adapter)
+            record["signature_sha256"] = sha256_file(work / SIGNATURE_FILE)
+        record["provenance"] = dict(self.provenance)
+        write_json(work / RECORD_FILE, record)
+        facts = Facts(
+            self.name,
+            self.adapter_config,
+            self.provenance,
+            self.gates is not None,
+            len(self.updates),
+            self.parameters,
+            str(self.origin or ""),
+        )
+        write_card(work, facts, self.folder)
+
     def _write_adapter(self, work: Path) -> None:
-        """The adapter as it was read, to the byte, if its folder is still there; else the same tensors in a new file."""
+        """Writes config and tensors: copies of the files that were read, if these still hold the same, else new files."""
         weights = weights_file(self.adapter_config)
-        if (
-            self.folder is not None
-            and (self.folder / weights).is_file()
-            and (self.folder / CONFIG_FILE).is_file()
-        ):
-            found = read_tensors(self.folder / weights)
-            config = read_json(self.folder / CONFIG_FILE, ExpertError)
+        source = self.folder
+        if source is not None and (source / weights).is_file() and (source / CONFIG_FILE).is_file():
+            config = read_json(source / CONFIG_FILE, ExpertError)
+            found = read_tensors(source / weights)
             if config == dict(self.adapter_config) and all_identical(found, self.tensors):
                 for name in (CONFIG_FILE, weights):
-                    shutil.copyfile(self.folder / name, work / name)
+                    shutil.copyfile(source / name, work / name)
                 return
         write_json(work / CONFIG_FILE, dict(self.adapter_config))
-        tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
-        write_bytes(work / weights, safetensors.torch.save(tensors, {"format": "pt"}))
+        write_tensors(work / weights, self.tensors, {"format": "pt"})
 
     def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
-        """The gates as they were read, to the byte, if their file is still there (safetensors orders metadata at random)."""
+        """Writes gates.safetensors: a copy of the file that was read, if it still holds the same, else a new file.
+
+        The copy matters: safetensors writes metadata in random order, so a new file would have another sha256.
+        """
         assert self.gates is not None
-        there = self.folder / GATES_FILE if self.folder is not None else None
-        if there is not None and there.is_file():
+        source = self.folder / GATES_FILE if self.folder is not None else None
+        if source is not None and source.is_file():
             with contextlib.suppress(ExpertError):
-                found = read_tensor_file(there)
+                found = read_tensor_file(source)
                 if found.metadata == metadata and all_identical(found.tensors, self.gates):
-                    shutil.copyfile(there, target)
+                    shutil.copyfile(source, target)
                     return
-        gates = {path: gate.contiguous() for path, gate in self.gates.items()}
-        write_bytes(target, safetensors.torch.save(gates, metadata))
+        write_tensors(target, self.gates, metadata)

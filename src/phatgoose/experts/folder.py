@@ -6,27 +6,29 @@ import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.formats import WEIGHTS_FILES, format_of, read_adapter, weights_file
-from phatgoose.experts.adapters.peft import CONFIG_FILE
+from phatgoose.experts.adapters.formats import format_of, read_adapter, weights_file
 from phatgoose.experts.adapters.peft_rules import check_drop
-from phatgoose.experts.card.card import CARD_FILE, own_card, write_card
-from phatgoose.experts.data_signature import SIGNATURE_FILE, DataSignature, StoredSignature
+from phatgoose.experts.card.card import own_card
+from phatgoose.experts.data_signature import DataSignature, StoredSignature
 from phatgoose.experts.files import tokenizer_files
 from phatgoose.experts.files.safetensors_file import check_sha256, read_tensor_file
 from phatgoose.experts.files.safetensors_header import read_header
-from phatgoose.experts.gates import GATES_FILE, check_gates_metadata, gates_metadata
-from phatgoose.experts.names import slug
-from phatgoose.files import inside, read_json, sha256_file, write_json
+from phatgoose.experts.gates import check_gates_metadata
+from phatgoose.experts.names import (
+    CARD_FILE,
+    EXPERT_FILES,
+    GATES_FILE,
+    RECORD_FILE,
+    SIGNATURE_FILE,
+    slug,
+)
+from phatgoose.files import inside, read_json, sha256_file
 
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
-
-RECORD_FILE = "expert.json"
-OWN_FILES = frozenset({CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, SIGNATURE_FILE, RECORD_FILE})
-FORMAT_VERSION = 1
+OWN_FILES = frozenset(EXPERT_FILES)
+RECORD_VERSION = 1
 RECORD_LIMIT_BYTES = 16 * 2**20
 
 
@@ -114,22 +116,6 @@ def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
         )
 
 
-def write_folder(expert: Expert, work: Path) -> None:
-    """Fills an empty folder."""
-    expert._write_adapter(work)
-    record: dict[str, Any] = {"format": "phatgoose-expert", "version": FORMAT_VERSION, "name": expert.name}
-    record["adapter_sha256"] = adapter = sha256_file(work / weights_file(expert.adapter_config))
-    if expert.gates is not None:
-        expert._write_gates(work / GATES_FILE, gates_metadata(adapter, expert.recorded_base))
-        record["gates_sha256"] = sha256_file(work / GATES_FILE)
-    if expert.signature is not None:
-        expert.signature.write(work / SIGNATURE_FILE, adapter)
-        record["signature_sha256"] = sha256_file(work / SIGNATURE_FILE)
-    record["provenance"] = dict(expert.provenance)
-    write_json(work / RECORD_FILE, record)
-    write_card(work, expert)
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """expert.json, or {} if there is none."""
     path = inside(folder, RECORD_FILE, ExpertError)
@@ -138,9 +124,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = read_json(path, ExpertError, RECORD_LIMIT_BYTES)
     if not isinstance(record, dict) or record.get("format") != "phatgoose-expert":
         raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
-    if record.get("version") != FORMAT_VERSION:
+    if record.get("version") != RECORD_VERSION:
         raise ExpertError(
-            f"{path} has format version {brief(record.get('version'))}; this phatgoose reads {FORMAT_VERSION}. Update phatgoose."
+            f"{path} has format version {brief(record.get('version'))}; this phatgoose reads {RECORD_VERSION}. Update phatgoose."
         )
     if not isinstance(record.get("provenance", {}), dict):
         raise ExpertError(f"{path}: provenance is not an object.")

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.peft import WEIGHTS_FILE as PEFT_WEIGHTS
 from phatgoose.experts.files.safetensors_file import check_sha256
+from phatgoose.experts.names import GATES_FILE, PEFT_WEIGHTS
 from phatgoose.ops.update import Update, sizes_agree
 
-GATES_FILE = "gates.safetensors"
 GATES_VERSION = 1
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from phatgoose.errors import brief
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import all_identical
-from phatgoose.experts.files.tokenizer_files import differences, said
+from phatgoose.experts.files.tokenizer_files import differences, without_base
 from phatgoose.ops.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
@@ -41,13 +41,14 @@ def warnings(
         weight_norms: Frobenius norms of the base's weights by module path, if the base is at hand.
         tokenizer: the base's, if it is at hand.
     """
+    provenances = {e.name: e.provenance for e in experts}
     return [
         *_bases(experts),
         *_incomplete(experts, compared=weight_norms is not None),
         *wildly_off(experts, weight_norms),
         *_alone(experts),
         *_twice(experts),
-        *(said(experts) if tokenizer is None else differences(experts, tokenizer)),
+        *(without_base(provenances) if tokenizer is None else differences(provenances, tokenizer)),
     ]
 
 

@@ -12,27 +12,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from phatgoose.errors import ExpertError, PhatgooseError, PoolError, brief
-from phatgoose.experts.adapters.formats import WEIGHTS_FILES
-from phatgoose.experts.adapters.peft import CONFIG_FILE
-from phatgoose.experts.card.card import write_pool_card
-from phatgoose.experts.card.facts import Facts, read_object
-from phatgoose.experts.data_signature import SIGNATURE_FILE
-from phatgoose.experts.expert import Expert
-from phatgoose.experts.folder import RECORD_FILE
-from phatgoose.experts.gates import GATES_FILE
-from phatgoose.experts.names import check_name
-from phatgoose.experts.packed.expert import HEADERS, REST_FILE
+from phatgoose.errors import ExpertError, PoolError, brief
+from phatgoose.experts.names import (
+    EXPERT_FILES,
+    HEADERS,
+    MANIFEST,
+    PACKED_FILES,
+    check_name,
+)
 from phatgoose.files import inside as in_folder
 from phatgoose.files import is_folder, read_json, sha256_file, storage_errors
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
 
-MANIFEST = "pool.json"
 LOCK_SECONDS = 600.0
 FORMAT_VERSION, PACKED_VERSION = 1, 2
-_FILES = (CONFIG_FILE, *WEIGHTS_FILES, GATES_FILE, SIGNATURE_FILE, RECORD_FILE)
-_PACKED_FILES = (*HEADERS.values(), REST_FILE)
 _FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -113,7 +107,7 @@ def _check_entry(entry: Any, where: str) -> None:
     packed = entry.get("packed")
     more = packed.get("files") if isinstance(packed, dict) else None
     for name, digest in (*entry["files"].items(), *(more.items() if isinstance(more, dict) else ())):
-        if name not in (*_FILES, *_PACKED_FILES):
+        if name not in (*EXPERT_FILES, *PACKED_FILES):
             raise PoolError(f"{where}: the manifest lists a file {brief(name)}, which no expert has.")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise PoolError(f"{where}: the sha256 of {name} is {brief(digest)}, expected 64 hex digits.")
@@ -145,7 +139,7 @@ def inside(folder: Path, relative: str) -> Path:
     place = folder / relative
     root = folder.resolve()
     try:
-        for path in (place, *(place / n for n in (*_FILES, *_PACKED_FILES))):
+        for path in (place, *(place / n for n in (*EXPERT_FILES, *PACKED_FILES))):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
     except (OSError, RuntimeError) as cause:  # links in a circle
@@ -159,7 +153,7 @@ def verify_files(place: Path, entry: dict[str, Any]) -> None:
     Raises:
         PoolError: one is damaged, missing, not listed, or larger than this machine's free memory.
     """
-    allowed = set(_FILES)
+    allowed = set(EXPERT_FILES)
     for name, expected in entry["files"].items():
         if name not in allowed:
             raise PoolError(f"{place}: the manifest lists a file {name!r}, which no expert has.")
@@ -177,45 +171,6 @@ def verify_files(place: Path, entry: dict[str, Any]) -> None:
             )
 
 
-def place_expert(folder: Path, expert: Expert, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest entry of `expert`, whose folder is written unless the very same files are there already."""
-    taken = {e["folder"] for e in kept}
-    for entry in kept:
-        if entry["name"] == expert.name and _stands(folder / entry["folder"], entry, expert):
-            return _entry(expert, entry["folder"], entry["files"])
-    relative, number = f"experts/{expert.name}", 1
-    while relative in taken or (os.path.lexists(folder / relative) and not _same(folder / relative, expert)):
-        number += 1
-        relative = f"experts/{expert.name}.{number}"
-    place = folder / relative
-    if not place.exists():  # or it is there: a process was killed before it wrote the manifest
-        expert.save(place)
-    names = [n for n in _FILES if (place / n).exists()]
-    return _entry(expert, relative, {n: sha256_file(place / n) for n in names})
-
-
-def _entry(expert: Expert, relative: str, files: dict[str, str]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": expert.name, "folder": relative, "files": files}
-    return entry if expert.origin is None else {**entry, "source": expert.origin.to_json()}
-
-
-def _stands(place: Path, entry: dict[str, Any], expert: Expert) -> bool:
-    """Whether `place` already holds this very expert, whole."""
-    try:
-        verify_files(place, entry)
-    except PhatgooseError:
-        return False
-    return _same(place, expert)
-
-
-def _same(place: Path, expert: Expert) -> bool:
-    """Whether this very expert stands in a folder, which isn't a link."""
-    try:
-        return not place.is_symlink() and Expert.load(place, name=expert.name).equals(expert)
-    except PhatgooseError:
-        return False
-
-
 def new_manifest(entries: list[dict[str, Any]], base: Fingerprint | None) -> dict[str, Any]:
     return {
         "format": "phatgoose-pool",
@@ -223,31 +178,6 @@ def new_manifest(entries: list[dict[str, Any]], base: Fingerprint | None) -> dic
         "base": base.to_json() if base else None,
         "experts": entries,
     }
-
-
-def describe(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the pool's README.md, from the manifest and the experts' small files; what can't be read is left out."""
-    facts = [
-        Facts(
-            entry["name"],
-            _object(folder, entry, CONFIG_FILE),
-            _object(folder, entry, RECORD_FILE).get("provenance"),
-            GATES_FILE in entry["files"],
-            origin=str(origin_of(entry) or ""),
-        )
-        for entry in manifest["experts"]
-    ]
-    base = manifest.get("base")
-    spec = base.get("spec") if isinstance(base, dict) else None
-    places = [entry["folder"] for entry in manifest["experts"]]
-    write_pool_card(folder, list(zip(facts, places, strict=True)), spec if isinstance(spec, str) else None)
-
-
-def _object(folder: Path, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
-    try:
-        return read_object(inside(folder, entry["folder"]) / name)
-    except PoolError:  # a link out of the pool
-        return {}
 
 
 def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -261,7 +191,7 @@ def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[st
         if (half or f"experts/{path.name}" in gone) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif entry is not None and not path.is_symlink():
-            for name in HEADERS if "packed" in entry else _PACKED_FILES:
+            for name in HEADERS if "packed" in entry else PACKED_FILES:
                 (path / name).unlink(missing_ok=True)
     packed = manifest.get("packed")
     kept = packed.get("file") if isinstance(packed, dict) else None

@@ -13,22 +13,25 @@ import torch
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.hub.fetch import MAX_BYTES
+from phatgoose.experts.hub.place import Place
+from phatgoose.experts.hub.pull import check_free, pull_pool
+from phatgoose.experts.hub.push import PushOptions, push_pool
 from phatgoose.experts.manifest import (
-    MANIFEST,
-    describe,
     inside,
     lock,
     new_manifest,
     origin_of,
-    place_expert,
     read_manifest,
     sweep,
     unfinished,
     verify_files,
 )
+from phatgoose.experts.names import MANIFEST
 from phatgoose.experts.packed.expert import PackedExpert, Rows, gate_stack, rows_in_place
 from phatgoose.experts.packed.open import PackedFolder
-from phatgoose.files import storage_errors, write_json
+from phatgoose.experts.pool_entries import place_expert, write_description
+from phatgoose.files import storage_errors, work_place, write_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.ops.update import sizes_agree
 from phatgoose.records import Fingerprint, HubSource
@@ -36,7 +39,6 @@ from phatgoose.registry import unknown
 
 MANY = 50
 """Damaged experts, after which the others aren't looked at."""
-__all__ = ["MANIFEST", "Pool", "add_to_folder", "remove_from_folder"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +139,9 @@ class Pool:
             PoolError: `folder` holds something else, or a packed pool. StorageError: no space or no permission.
         """
         folder = Path(folder)
-        _make_place(folder)
+        make_folder(folder)
         with lock(folder):
-            old = manifest = _manifest_in(folder)
+            old = manifest = manifest_or_new(folder)
             if not replace and (folder / MANIFEST).exists():
                 raise PoolError(
                     f"{folder} is a pool already: use `phatgoose pool add`, or choose another folder."
@@ -153,7 +155,7 @@ class Pool:
             manifest = new_manifest(entries, self.base)
             write_json(folder / MANIFEST, manifest)
             sweep(folder, manifest, old["experts"])
-            describe(folder, manifest)
+            write_description(folder, manifest)
         return folder
 
     @staticmethod
@@ -162,7 +164,7 @@ class Pool:
 
         Args:
             verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always checked. Of a
-                packed pool only what isn't mapped is compared; `packing.verify_folder` reads all.
+                packed pool only what isn't mapped is compared; `pool_folder.verify_folder` reads all.
 
         Raises:
             PoolError, ExpertError: naming the file, what was expected and what was found.
@@ -223,15 +225,14 @@ class Pool:
             DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
             PoolError, ExpertError: as `load` does, or `folder` holds something else.
         """
-        from phatgoose.experts.hub import pull as hub
-
-        return hub.pull_pool(
-            hub.Place.parse(repo, revision, subfolder),
-            None if folder is None else Path(folder),
-            overwrite=overwrite,
-            token=token,
-            max_bytes=hub.MAX_BYTES if max_bytes is None else max_bytes,
-        )
+        if folder is not None:
+            check_free(Path(folder), overwrite)
+        place = Place.parse(repo, revision, subfolder)
+        pulled = pull_pool(place, token, MAX_BYTES if max_bytes is None else max_bytes)
+        pool = Pool.load(pulled.folder)
+        if folder is not None:
+            pulled.copy(Path(folder))
+        return pool
 
     def push(
         self,
@@ -256,9 +257,9 @@ class Pool:
         Raises:
             UploadError: it can't be published, its records hold local paths, or the repository holds something else.
         """
-        from phatgoose.experts.hub import push as hub_push
-
-        return hub_push.push_pool(self, repo, private, revision, token, message, allow_paths)
+        with work_place(None) as work, storage_errors(work):
+            options = PushOptions(private, revision, token, message, allow_paths)
+            return push_pool(self.save(work / "pool"), repo, options)
 
     def warnings(self, weight_norms: Mapping[str, float] | None = None, tokenizer: Any = None) -> list[str]:
         """What a user should know about this pool although it is valid (docs/experts-and-pools.md lists it). Reads every value.
@@ -271,7 +272,7 @@ class Pool:
         return health.warnings(self.experts, weight_norms, tokenizer)
 
 
-def _make_place(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Makes the folder of a pool, if there is none."""
     if folder.exists() and not (folder / MANIFEST).exists() and not unfinished(folder):
         raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
@@ -279,44 +280,6 @@ def _make_place(folder: Path) -> None:
         (folder / "experts").mkdir(parents=True, exist_ok=True)
 
 
-def _manifest_in(folder: Path) -> dict[str, Any]:
+def manifest_or_new(folder: Path) -> dict[str, Any]:
     """The pool's manifest, or that of none yet; asked for while the lock is held."""
     return read_manifest(folder) if (folder / MANIFEST).exists() else new_manifest([], None)
-
-
-def add_to_folder(folder: str | Path, expert: Expert) -> None:
-    """Adds one expert to a pool on disk (a new pool if there is none), writing nothing but it and the manifest. A packed pool
-    stays packed, and is packed again with more room where it is full.
-
-    Raises:
-        PoolError: its name is taken, or its modules disagree. BaseModelError: it is of another base.
-    """
-    folder = Path(folder)
-    _make_place(folder)
-    with lock(folder):
-        manifest = _manifest_in(folder)
-        entries = manifest["experts"]
-        pool = Pool.load(folder, verify=False).add(expert) if entries else Pool([expert])
-        entry = place_expert(folder, expert, entries)
-        base = pool.base.to_json() if pool.base else None
-        if "packed" in manifest:
-            from phatgoose.experts.packed.pack import append  # which packs pools, so it imports this file
-
-            append(folder, {**manifest, "base": base}, entry)
-        else:
-            write_json(folder / MANIFEST, {**manifest, "base": base, "experts": [*entries, entry]})
-        describe(folder, read_manifest(folder))
-
-
-def remove_from_folder(folder: str | Path, name: str) -> None:
-    """Removes one expert from a pool on disk; the others need not be readable."""
-    folder = Path(folder)
-    with lock(folder):
-        manifest = read_manifest(folder)
-        entries = manifest["experts"]
-        if name not in [e["name"] for e in entries]:
-            raise unknown("expert", name, [e["name"] for e in entries])
-        manifest = {**manifest, "experts": [e for e in entries if e["name"] != name]}
-        write_json(folder / MANIFEST, manifest)
-        sweep(folder, manifest, entries)
-        describe(folder, manifest)

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, PoolError, brief
-from phatgoose.experts.adapters.peft import PREFIX
+from phatgoose.experts.adapters.peft_keys import PREFIX
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import check_finite
 from phatgoose.experts.files.torch_file import map_torch_file
-from phatgoose.experts.manifest import MANIFEST, describe, new_manifest, place_expert
-from phatgoose.experts.names import check_name
+from phatgoose.experts.manifest import new_manifest
+from phatgoose.experts.names import MANIFEST, check_name
+from phatgoose.experts.pool_entries import place_expert, write_description
 from phatgoose.files import atomic_folder, write_json
 from phatgoose.records import Fingerprint
 
@@ -142,7 +143,7 @@ def import_reference(
             progress(i + 1, contents.experts)
         manifest = new_manifest(entries, base.fingerprint)
         write_json(work / MANIFEST, manifest)
-        describe(work, manifest)
+        write_description(work, manifest)
     return contents
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from phatgoose.errors import TrainingError
 from phatgoose.experts.adapters import adapterhub
 from phatgoose.experts.adapters import adapterhub_layers as adapterhub_places
-from phatgoose.experts.adapters.peft import CONFIG_FILE
+from phatgoose.experts.names import ADAPTERHUB_WEIGHTS, CONFIG_FILE
 from phatgoose.files import write_json
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.base.base import Base
@@ -161,5 +161,5 @@ def write(student: Student, folder: Path) -> None:
     """The adapter in AdapterHub's format."""
     assert isinstance(student, BottleneckStudent)
     tensors = adapterhub.to_tensors(student.updates(), student.record["model_type"], student.record["name"])
-    (folder / adapterhub.WEIGHTS_FILE).write_bytes(tensor_bytes(tensors))
+    (folder / ADAPTERHUB_WEIGHTS).write_bytes(tensor_bytes(tensors))
     write_json(folder / CONFIG_FILE, student.record)

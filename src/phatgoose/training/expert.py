@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from phatgoose.errors import ExpertError, StorageError, TrainingError
-from phatgoose.experts.adapters.peft import CONFIG_FILE, to_contents
+from phatgoose.experts.adapters.peft import to_contents
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.names import slug
+from phatgoose.experts.names import CONFIG_FILE, slug
 from phatgoose.files import read_json, write_json
 from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Task

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.pool import MANIFEST
+from phatgoose.experts.names import MANIFEST
 from phatgoose.files import sha256_file
 from phatgoose.ops import backend
 from phatgoose.vllm.layers import Layers

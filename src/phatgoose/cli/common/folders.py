@@ -16,7 +16,7 @@ from phatgoose.experts.card.facts import lowest_loss
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import all_identical
 from phatgoose.experts.folder import check_replaceable
-from phatgoose.experts.pool import MANIFEST
+from phatgoose.experts.names import MANIFEST
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.encoding import template_of

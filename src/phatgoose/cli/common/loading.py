@@ -80,7 +80,7 @@ def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, devic
 
 def _compared(base: Base, experts: Sequence[Expert]) -> Base:
     """The base; what experts bring beside it that isn't its own is said."""
-    for text in differences(experts, base.tokenizer):
+    for text in differences({e.name: e.provenance for e in experts}, base.tokenizer):
         show.note(f"note: {text}")
     return base
 

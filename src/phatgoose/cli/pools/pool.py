@@ -57,7 +57,8 @@ def create(
     Of several files and folders, those that hold no expert are left out, and named: `phatgoose pool create POOL runs/*`.
     """
     from phatgoose.errors import PoolError
-    from phatgoose.experts.pool import MANIFEST, Pool
+    from phatgoose.experts.names import MANIFEST
+    from phatgoose.experts.pool import Pool
 
     if (pool / MANIFEST).exists():
         raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
@@ -83,7 +84,9 @@ def add(
     """Add experts to a pool; of several files and folders, those that hold no expert are left out, and named."""
     from phatgoose.errors import PoolError
     from phatgoose.experts.health import DIFFERENT_BASES
-    from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder
+    from phatgoose.experts.names import MANIFEST
+    from phatgoose.experts.pool import Pool
+    from phatgoose.experts.pool_folder import add_to_folder
 
     if name is not None and len(experts) != 1:
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
@@ -105,7 +108,7 @@ def remove(
     pool: PoolArgument, names: Annotated[list[str], typer.Argument(help="Names of experts in the pool.")]
 ) -> None:
     """Remove experts from a pool; damaged ones can be removed too."""
-    from phatgoose.experts.pool import remove_from_folder
+    from phatgoose.experts.pool_folder import remove_from_folder
     from phatgoose.registry import unknown
 
     known = _names(pool)
@@ -150,7 +153,7 @@ def verify(
 ) -> None:
     """Check every file of a pool: hashes, shapes, finite values, one base; warn of experts that are wildly off the others'. Exit code
     1 if anything is damaged."""
-    from phatgoose.experts.packed.pack import verify_folder
+    from phatgoose.experts.pool_folder import verify_folder
 
     loaded, norms, tokenizer = verify_folder(pool), None, None
     here = loaded
@@ -189,11 +192,13 @@ def push(
     allow_paths: PathsOption = False,
 ) -> None:
     """Publish a pool on the Hub, in one commit; a pool that is there already becomes this one. Log in with `hf auth login`."""
-    from phatgoose.experts.hub.push import push_folder
+    from phatgoose.experts.hub.push import PushOptions
     from phatgoose.experts.pool import Pool
+    from phatgoose.experts.pool_folder import push_folder
 
     loaded = Pool.load(pool)  # nothing damaged is published
-    done = push_folder(pool, repo, private or None, branch, None, message, allow_paths)
+    options = PushOptions(private or None, branch, None, message, allow_paths)
+    done = push_folder(pool, repo, options)
     show.say(f"{done}: {_count(len(loaded))}: {', '.join(loaded.names)}")
     _warn(loaded.warnings())
     show.facts([("next", shlex.join(["phatgoose", "pool", "pull", str(done), "POOL"]))])
@@ -212,10 +217,9 @@ def pull(
     max_gb: MaxOption = MAX_GB,
 ) -> None:
     """Fetch a pool from the Hub: the same files, verified. What was fetched before needs no network."""
-    from phatgoose.experts.hub.place import Place
-    from phatgoose.experts.hub.pull import pull_pool
+    from phatgoose.experts.pool import Pool
 
-    loaded = pull_pool(Place.parse(repo), pool, overwrite=overwrite, max_bytes=in_bytes(max_gb))
+    loaded = Pool.pull(repo, pool, overwrite=overwrite, max_bytes=in_bytes(max_gb))
     show.say(f"{pool}: {_count(len(loaded))}: {', '.join(loaded.names)}")
     _warn(loaded.warnings())
 
@@ -257,7 +261,7 @@ def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) ->
         return Expert.load(Path(text), name=name, drop=drop or ())
     show.note(f"there is no folder {text} here: fetching it from the Hub")
     try:
-        return Expert.from_hub(text, name=name, drop=drop or (), max_bytes=in_bytes(max_gb))
+        return Expert.pull(text, name=name, drop=drop or (), max_bytes=in_bytes(max_gb))
     except DownloadError as error:
         raise DownloadError(f"{error} There is also no folder {text} here.") from error
 

@@ -22,8 +22,6 @@ from phatgoose.experts.files.safetensors_file import identical
 from phatgoose.ops.bottleneck import Bottleneck
 from phatgoose.ops.update import Update, no_rows
 
-WEIGHTS_FILE = "adapter.safetensors"
-HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 ACTIVATIONS = {
     "relu": "relu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_new", "gelu_fast": "gelu_new",
     "gelu_accurate": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_python_tanh": "gelu_new", "quick_gelu": "quick_gelu",

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phatgoose.errors import ExpertError, brief
-
-INTERFACE_FILE = "adapter_interface.json"
+from phatgoose.experts.names import INTERFACE_FILE
 
 
 @dataclass(frozen=True)

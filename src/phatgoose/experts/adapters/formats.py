@@ -12,14 +12,20 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters import adapterhub, peft
-from phatgoose.experts.adapters.adapterhub_layers import INTERFACE_FILE, check_interface
-from phatgoose.experts.adapters.peft import CONFIG_FILE, Contents
+from phatgoose.experts.adapters.adapterhub_layers import check_interface
+from phatgoose.experts.adapters.peft import Contents
 from phatgoose.experts.adapters.peft_rules import check_type
 from phatgoose.experts.files.safetensors_file import TensorFile, read_tensor_file
+from phatgoose.experts.names import (
+    ADAPTERHUB_WEIGHTS,
+    CONFIG_FILE,
+    HEAD_FILES,
+    INTERFACE_FILE,
+    PEFT_WEIGHTS,
+    WEIGHTS_FILES,
+)
 from phatgoose.files import inside, is_folder, read_json
 
-WEIGHTS_FILES = (peft.WEIGHTS_FILE, adapterhub.WEIGHTS_FILE)
-"""What an adapter's tensors are called, one name a format."""
 CONFIG_LIMIT_BYTES = 16 * 2**20
 _PICKLES = {
     "adapter_model.bin": "PEFT where you trust it and save it again with safe_serialization=True",
@@ -35,7 +41,7 @@ def format_of(config: Mapping[str, Any]) -> str:
 
 def weights_file(config: Mapping[str, Any]) -> str:
     """The name of the file that holds the tensors of an adapter with this config."""
-    return adapterhub.WEIGHTS_FILE if format_of(config) == "AdapterHub" else peft.WEIGHTS_FILE
+    return ADAPTERHUB_WEIGHTS if format_of(config) == "AdapterHub" else PEFT_WEIGHTS
 
 
 def to_contents(
@@ -126,17 +132,17 @@ def _refuse_other_weights(folder: Path) -> None:
                 f"{folder} has its weights in {name}, a pickle, which is refused because loading it can run code. "
                 f"Load it with {advice}."
             )
-    for name in (f"{peft.WEIGHTS_FILE}.index.json", "adapter_model.bin.index.json"):
+    for name in (f"{PEFT_WEIGHTS}.index.json", "adapter_model.bin.index.json"):
         if os.path.lexists(folder / name):
             raise ExpertError(
                 f"{folder} has its weights in several files ({name}), which is refused: an index can name any file. "
-                f"Load it with PEFT and save it again as one {peft.WEIGHTS_FILE}."
+                f"Load it with PEFT and save it again as one {PEFT_WEIGHTS}."
             )
 
 
 def _check_beside(folder: Path, config: Mapping[str, Any], drop: Collection[str]) -> None:
     """What the library keeps in files of its own, and what would be lost without them."""
-    for name in adapterhub.HEAD_FILES:
+    for name in HEAD_FILES:
         if os.path.lexists(folder / name) and "prediction_head" not in drop:
             raise ExpertError(
                 f"{folder} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "

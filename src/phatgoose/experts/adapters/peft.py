@@ -11,16 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.peft_keys import PREFIX, SHARED, plain_keys
+from phatgoose.experts.adapters.peft_keys import SHARED, plain_keys
 from phatgoose.experts.adapters.peft_rules import check_config
 from phatgoose.experts.adapters.peft_updates import KINDS
 from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.ops.update import Update
-
-__all__ = ["CONFIG_FILE", "PREFIX", "WEIGHTS_FILE", "Contents", "read_tensors", "to_contents"]
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

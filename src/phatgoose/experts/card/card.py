@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import huggingface_hub.constants
 from huggingface_hub import ModelCardData
@@ -15,12 +14,9 @@ from huggingface_hub import ModelCardData
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.card.markdown import code, grid, hub_id, loadable, public, python
+from phatgoose.experts.names import CARD_FILE
 from phatgoose.files import write_bytes
 
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
-
-CARD_FILE = "README.md"
 CARD_LIMIT_BYTES = 2**20
 MARK = "<!-- Written by phatgoose. Remove this line and the file is yours: it is kept as it is. -->"
 
@@ -32,18 +28,12 @@ _METRICS = (
 )
 
 
-def write_card(target: Path, expert: Expert) -> None:
-    """Writes an expert's card into the folder `target`: the one it was read with if somebody wrote that, else a new one."""
-    kept = own_card(expert.folder) if expert.folder is not None else None
-    facts = Facts(
-        expert.name,
-        expert.adapter_config,
-        expert.provenance,
-        expert.gates is not None,
-        len(expert.updates),
-        expert.parameters,
-        str(expert.origin or ""),
-    )
+def write_card(target: Path, facts: Facts, source: Path | None) -> None:
+    """Writes an expert's card into the folder `target`.
+
+    A card that somebody wrote in `source`, the folder that the expert was read from, is copied instead.
+    """
+    kept = own_card(source) if source is not None else None
     write_bytes(target / CARD_FILE, expert_card(facts).encode() if kept is None else kept)
 
 
@@ -145,7 +135,7 @@ def _expert(base: str | None) -> list[str]:
     return [
         "from phatgoose import Expert, Pool, load_base, route",
         "",
-        'expert = Expert.from_hub("REPOSITORY")',
+        'expert = Expert.pull("REPOSITORY")',
         _load(base),
         "model = route(base, Pool([expert]))  # and more experts of this base",
     ]

@@ -13,12 +13,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, PhatgooseError, brief
 from phatgoose.experts.files.safetensors_header import Item, header_of
-from phatgoose.files import open_regular
+from phatgoose.files import open_regular, write_bytes
 from phatgoose.memory import available_bytes
 
 _CHUNK = 2**24
@@ -79,6 +80,12 @@ def _read(
         raise error(f"{where} ends early; the file was cut short while it was read.")
     digest.update(view)
     return tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    data = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors.torch.save(data, metadata))
 
 
 def identical(one: Tensor, other: Tensor) -> bool:

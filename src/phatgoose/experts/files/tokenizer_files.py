@@ -10,13 +10,10 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phatgoose.errors import ExpertError, PhatgooseError, brief
 from phatgoose.files import inside, open_regular, read_json
-
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
 
 TEMPLATE, CONFIG, ADDED, WHOLE = (
     "chat_template.jinja", "tokenizer_config.json", "added_tokens.json", "tokenizer.json",
@@ -80,9 +77,13 @@ def at_load(found: Mapping[str, Any]) -> str:
     )
 
 
-def said(experts: Sequence[Expert]) -> list[str]:
-    """What there is to know while no base is at hand."""
-    found = {e.name: record for e in experts if (record := _record(e)) is not None}
+def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What users should know of the tokenizer files that experts bring, while no base is at hand.
+
+    Args:
+        provenances: each expert's provenance, by its name.
+    """
+    found = {name: record for name, p in provenances.items() if (record := _record(p)) is not None}
     if not found:
         return []
     lines = [
@@ -101,16 +102,21 @@ def said(experts: Sequence[Expert]) -> list[str]:
     return lines
 
 
-def differences(experts: Sequence[Expert], tokenizer: Any) -> list[str]:
-    """By name what experts bring that isn't the base's: another chat template, added tokens that it lacks or has elsewhere."""
+def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[str]:
+    """How the tokenizer files that experts bring differ from the base's tokenizer: chat template, added tokens and their ids.
+
+    Args:
+        provenances: each expert's provenance, by its name.
+        tokenizer: the base's.
+    """
     own = getattr(tokenizer, "chat_template", None)
     own = own.get("default") if isinstance(own, dict) else own
     lines, vocabulary = [], None
-    for expert in experts:
-        record, trained = _record(expert), _trained_through(expert)
+    for expert, provenance in provenances.items():
+        record, trained = _record(provenance), _trained_through(provenance)
         if trained is not None and (own is None or trained != sha256_of(own)):
             lines.append(
-                f"expert {expert.name!r} was trained on conversations through another chat template than this base's, which `chat` and "
+                f"expert {expert!r} was trained on conversations through another chat template than this base's, which `chat` and "
                 "`serve` don't use. Load the base with the template that it was trained with."
             )
         if record is None:
@@ -119,7 +125,7 @@ def differences(experts: Sequence[Expert], tokenizer: Any) -> list[str]:
         if theirs is not None and (own is None or theirs != sha256_of(own)):
             has = "the base has none" if own is None else "the base's is another one"
             lines.append(
-                f"expert {expert.name!r} brings a chat template of its own, and {has}: it was trained on prompts that `chat` and `serve` "
+                f"expert {expert!r} brings a chat template of its own, and {has}: it was trained on prompts that `chat` and `serve` "
                 f"don't make. {ADVICE}"
             )
         if record["added_tokens"]:
@@ -131,15 +137,15 @@ def differences(experts: Sequence[Expert], tokenizer: Any) -> list[str]:
                     for t in odd[:3]
                 )
                 lines.append(
-                    f"expert {expert.name!r} brings added tokens that the base's tokenizer lacks or has at other ids, {len(odd)} in all, so that "
+                    f"expert {expert!r} brings added tokens that the base's tokenizer lacks or has at other ids, {len(odd)} in all, so that "
                     f"it reads them as other tokens: {first}. {ADVICE}"
                 )
     return lines
 
 
-def _record(expert: Expert) -> dict[str, Any] | None:
-    """What an expert's provenance says of it, which a stranger may have written."""
-    found = expert.provenance.get(KEY)
+def _record(provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of `brought` in a provenance, which a stranger may have written."""
+    found = provenance.get(KEY)
     if not isinstance(found, Mapping) or not isinstance(found.get("files"), list):
         return None
     template, tokens = found.get("chat_template"), found.get("added_tokens")
@@ -149,9 +155,9 @@ def _record(expert: Expert) -> dict[str, Any] | None:
     }
 
 
-def _trained_through(expert: Expert) -> str | None:
-    """sha256 of the template that its own training used, if that was on conversations."""
-    task = expert.provenance.get("task")
+def _trained_through(provenance: Mapping[str, Any]) -> str | None:
+    """sha256 of the chat template that the expert was trained with, if that was on conversations."""
+    task = provenance.get("task")
     found = task.get("chat_template") if isinstance(task, Mapping) else None
     return found if isinstance(found, str) else None
 

@@ -15,7 +15,7 @@ from phatgoose.hub_errors import explain, hide_tokens
 
 
 @contextlib.contextmanager
-def refused(
+def hub_errors(
     doing: str, repo: str, token: str | bool | None, kind: type[PhatgooseError] = DownloadError
 ) -> Iterator[None]:
     """Turns whatever huggingface_hub raises into one error that says what to do, and has no access token in it.

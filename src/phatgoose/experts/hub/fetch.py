@@ -54,6 +54,11 @@ class Listing:
     files: Mapping[str, RemoteFile] = field(repr=False)
     private: bool = False
 
+    def below(self, place: Place) -> set[str]:
+        """Paths of the files in the place's folder, relative to it."""
+        prefix = place.path("")
+        return {name.removeprefix(prefix) for name in self.files if name.startswith(prefix)}
+
 
 @dataclass(frozen=True)
 class Fetched:

@@ -1,131 +1,89 @@
-"""Publishing experts and pools on the Hub: exactly their own files, in one commit, so that nobody ever sees half of one."""
+"""Publish the folder of an expert or a pool on the Hub: exactly its own files, in one commit."""
 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
 from phatgoose.errors import PoolError, UploadError
-from phatgoose.experts.adapters.adapterhub_layers import INTERFACE_FILE
-from phatgoose.experts.adapters.formats import WEIGHTS_FILES
-from phatgoose.experts.adapters.peft import CONFIG_FILE
-from phatgoose.experts.card.card import CARD_FILE, CARD_LIMIT_BYTES, is_made
-from phatgoose.experts.expert import Expert
-from phatgoose.experts.hub.errors import refused
+from phatgoose.experts.card.card import CARD_LIMIT_BYTES, is_made
+from phatgoose.experts.hub.errors import hub_errors
 from phatgoose.experts.hub.fetch import LIBRARY, Listing, fetch, list_files
 from phatgoose.experts.hub.place import Place
-from phatgoose.experts.hub.pull import OPTIONAL
-from phatgoose.experts.manifest import MANIFEST, read_manifest
-from phatgoose.experts.pool import Pool
-from phatgoose.files import read_json, storage_errors
+from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.names import CARD_FILE, CONFIG_FILE, EXPERT_FILES, INTERFACE_FILE, MANIFEST
+from phatgoose.files import read_json
 from phatgoose.records import HubSource
 
-_EXPERT_FILES = (CONFIG_FILE, *WEIGHTS_FILES, INTERFACE_FILE, *OPTIONAL)
-_OURS = re.compile(rf"(?:experts/[^/]+/)?(?:{'|'.join(map(re.escape, (*_EXPERT_FILES, MANIFEST)))})")
+_PUBLISHED = (*EXPERT_FILES, INTERFACE_FILE, CARD_FILE)
+_OURS = re.compile(rf"(?:experts/[^/]+/)?(?:{'|'.join(map(re.escape, (*_PUBLISHED, MANIFEST)))})")
 # An absolute path, perhaps behind a task's source: "/home/…", "~/…", "C:\…", "jsonl:/home/…"; not "https://…".
 _PATH = re.compile(r"(?:\w+:)?(?:/(?!/)|~\w*[\\/]|\\\\).+|[A-Za-z]:[\\/](?!/).+|file:.+", re.DOTALL)
 
 
-def push_expert(
-    expert: Expert,
-    repo: str,
-    private: bool | None,
-    revision: str | None,
-    subfolder: str,
-    token: str | bool | None,
-    message: str | None,
-    allow_paths: bool,
-) -> HubSource:
-    """`Expert.push`."""
-    place = _target(repo, revision, subfolder)
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as work, storage_errors(Path(work)):
-        folder = expert.save(Path(work) / expert.name)
-        files = {name: folder / name for name in _EXPERT_FILES if (folder / name).is_file()}
+@dataclass(frozen=True)
+class PushOptions:
+    """How to publish on the Hub; `Pool.push` says what each means."""
 
-        def check(names: set[str]) -> None:
-            if MANIFEST in names:
-                raise UploadError(f"{place} is a pool: push the expert to a repository of its own.")
-
-        text = message or f"Expert {expert.name}"
-        return _push(place, files, private, token, text, allow_paths, check)
+    private: bool | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    message: str | None = None
+    allow_paths: bool = False
 
 
-def push_pool(
-    pool: Pool,
-    repo: str,
-    private: bool | None,
-    revision: str | None,
-    token: str | bool | None,
-    message: str | None,
-    allow_paths: bool,
-) -> HubSource:
-    """`Pool.push`."""
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as work, storage_errors(Path(work)):
-        folder = pool.save(Path(work) / "pool")
-        return push_folder(folder, repo, private, revision, token, message, allow_paths)
+def push_expert(folder: Path, repo: str, subfolder: str, options: PushOptions) -> HubSource:
+    """Publishes an expert's folder: see `Expert.push`."""
+    place = _target(repo, options.revision, subfolder)
+    files = {name: folder / name for name in _PUBLISHED if (folder / name).is_file()}
+    return _push(place, files, options, refused=MANIFEST, what="a pool: push the expert")
 
 
-def push_folder(
-    folder: Path,
-    repo: str,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    message: str | None = None,
-    allow_paths: bool = False,
-) -> HubSource:
-    """A pool's folder, byte for byte, a packed one unpacked; it should have been verified."""
-    place = _target(repo, revision, "")
-    manifest = read_manifest(folder)
-    if "packed" in manifest:  # published as folders, which plain PEFT loads too
-        return push_pool(Pool.load(folder), repo, private, revision, token, message, allow_paths)
-    entries = manifest["experts"]
+def push_pool(folder: Path, repo: str, options: PushOptions) -> HubSource:
+    """Publishes the folder of a pool that isn't packed: see `Pool.push`."""
+    place = _target(repo, options.revision, "")
+    entries = read_manifest(folder)["experts"]
     if not entries:
         raise PoolError(f"{folder} is an empty pool; add an expert with `phatgoose pool add`.")
     names = [MANIFEST, CARD_FILE]
     for entry in entries:
         names += [f"{entry['folder']}/{name}" for name in (*entry["files"], CARD_FILE)]
     files = {name: folder / name for name in names if (folder / name).is_file() or name != CARD_FILE}
-
-    def check(there: set[str]) -> None:
-        if CONFIG_FILE in there:
-            raise UploadError(f"{place} is an expert: push the pool to a repository of its own.")
-
-    return _push(
-        place, files, private, token, message or f"Pool of {len(entries)} experts", allow_paths, check
-    )
+    message = options.message or f"Pool of {len(entries)} experts"
+    options = replace(options, message=message)
+    return _push(place, files, options, refused=CONFIG_FILE, what="an expert: push the pool")
 
 
 def _push(
-    place: Place,
-    files: Mapping[str, Path],
-    private: bool | None,
-    token: str | bool | None,
-    message: str,
-    allow_paths: bool,
-    check: Callable[[set[str]], None],
+    place: Place, files: Mapping[str, Path], options: PushOptions, refused: str, what: str
 ) -> HubSource:
-    """`files` (by their paths in the place's folder) become what is there; files that aren't ours stay."""
-    if not allow_paths:
+    """Makes `files`, by their paths in the place's folder, what the Hub has there; files that aren't ours stay.
+
+    Args:
+        refused: a file that only repositories of another kind have.
+        what: such a repository, as the error message names it.
+    """
+    if not options.allow_paths:
         _refuse_paths(files)
+    token = options.token
     api = HfApi(token=token, library_name=LIBRARY)
-    with refused(f"publish {place}", place.repo, token, UploadError):
-        api.create_repo(place.repo, private=private, exist_ok=True)
+    with hub_errors(f"publish {place}", place.repo, token, UploadError):
+        api.create_repo(place.repo, private=options.private, exist_ok=True)
         if place.revision is not None:
             api.create_branch(place.repo, branch=place.revision, exist_ok=True)
         listing = list_files(place.repo, place.revision, token)
-        prefix = place.path("")
-        there = {name.removeprefix(prefix) for name in listing.files if name.startswith(prefix)}
-        if private and not listing.private:
+        there = listing.below(place)
+        if options.private and not listing.private:
             raise UploadError(
                 f"{place.repo} is there already, and it is public: nothing was published. Choose another, or make it private on the Hub."
             )
-        check(there)
+        if refused in there:
+            raise UploadError(f"{place} is {what} to a repository of its own.")
         add = [n for n in files if n != CARD_FILE or not _is_theirs(place, listing, files[n], token)]
         gone = sorted(n for n in there - files.keys() if _OURS.fullmatch(n) and n != CARD_FILE)
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
@@ -135,9 +93,9 @@ def _push(
         done = api.create_commit(
             place.repo,
             operations,
-            commit_message=message,
+            commit_message=str(options.message),
             revision=place.revision,
-            parent_commit=listing.revision,  # somebody else's push in between is not undone
+            parent_commit=listing.revision,  # so that somebody else's push in between is not undone
         )
     return HubSource(place.repo, done.oid, place.subfolder)
 
@@ -150,7 +108,7 @@ def _target(repo: str, revision: str | None, subfolder: str) -> Place:
 
 
 def _is_theirs(place: Place, listing: Listing, card: Path, token: str | bool | None) -> bool:
-    """Whether the repository has a card that somebody wrote there, and we only have one that we made."""
+    """Whether the repository has a card that somebody wrote, and `card` is only one that we generated."""
     name = place.path(CARD_FILE)
     if name not in listing.files or not is_made(card.read_bytes()):
         return False
@@ -174,7 +132,7 @@ def _refuse_paths(files: Mapping[str, Path]) -> None:
 
 
 def _strings(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value, with where it stands."""
+    """Every text in a JSON value, with its key ("task.source.spec")."""
     if isinstance(data, str):
         yield key, data
     elif isinstance(data, dict):

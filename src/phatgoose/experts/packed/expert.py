@@ -19,21 +19,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from phatgoose.errors import PoolError
-from phatgoose.experts.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, to_contents
+from phatgoose.experts.adapters.peft import to_contents
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_header import Header
-from phatgoose.experts.gates import GATES_FILE, checked_gates
-from phatgoose.experts.names import check_name
+from phatgoose.experts.gates import checked_gates
+from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, PEFT_WEIGHTS, REST_FILE, check_name
 from phatgoose.experts.packed.layout import Layout, Pair
 from phatgoose.experts.packed.stack_file import StackFile, bytes_of
 from phatgoose.files import write_bytes
 from phatgoose.ops.update import Update
 
-HEADERS = {WEIGHTS_FILE: "adapter_model.header", GATES_FILE: "gates.header"}
-"""The file in an expert's folder that keeps the first bytes of the packed one, up to its tensors."""
-REST_FILE = "rest.safetensors"
-"""What of an expert's tensors stands in no stack, under "FILE/KEY"."""
 T = TypeVar("T")
 
 
@@ -77,7 +73,7 @@ class Source:
     def tensor(self, key: str) -> Tensor:
         """A tensor of the adapter, under PEFT's key."""
         if (spot := self.layout.spots.get(key)) is None:
-            return self._rest.get_tensor(f"{WEIGHTS_FILE}/{key}")
+            return self._rest.get_tensor(f"{PEFT_WEIGHTS}/{key}")
         a, b = self.rows(spot[0])
         return b.T if spot[1] else a
 
@@ -129,8 +125,8 @@ class Source:
         with self._there():
             head = (self.folder / HEADERS[name]).read_bytes()
         yield memoryview(head)
-        header = self.layout.header if name == WEIGHTS_FILE else self.gates
-        get = self.tensor if name == WEIGHTS_FILE else self.raw_gate
+        header = self.layout.header if name == PEFT_WEIGHTS else self.gates
+        get = self.tensor if name == PEFT_WEIGHTS else self.raw_gate
         assert header is not None
         for key, _ in header.in_order():
             yield bytes_of(get(key))
@@ -201,7 +197,7 @@ class PackedExpert(Expert):
 
     def _write_adapter(self, work: Path) -> None:
         write_bytes(work / CONFIG_FILE, (self.source.folder / CONFIG_FILE).read_bytes())
-        self.source.write(WEIGHTS_FILE, work)
+        self.source.write(PEFT_WEIGHTS, work)
 
     def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
         header = self.source.gates

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from phatgoose.experts.adapters.peft import WEIGHTS_FILE, to_contents
+from phatgoose.experts.adapters.peft import to_contents
 from phatgoose.experts.adapters.peft_keys import SHARED, plain_keys
 from phatgoose.experts.adapters.peft_target_parameters import owner_of
 from phatgoose.experts.files.safetensors_header import Header, Item
+from phatgoose.experts.names import PEFT_WEIGHTS
 from phatgoose.ops.update import Update
 
 
@@ -88,7 +89,7 @@ def layout_of(
     spots = {p.key_a: (p, False) for p in pairs.values()} | {p.key_b: (p, True) for p in pairs.values()}
     copies = {name: named[id(tensor)] for name, tensor in contents.base_copies.items()}
     sizes = {path: (u.d_in, u.d_out, u.embedding) for path, u in contents.updates.items()}
-    beside = {f"{WEIGHTS_FILE}/{key}": item for key, item in header.items.items() if key not in spots}
+    beside = {f"{PEFT_WEIGHTS}/{key}": item for key, item in header.items.items() if key not in spots}
     return Layout(
         header, contents.updates, copies, pairs, spots, beside, _by_module(header, sizes, where), sizes
     )

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 
 from phatgoose.errors import ExpertError, PoolError, brief
-from phatgoose.experts.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.experts.adapters.peft_rules import check_drop
-from phatgoose.experts.data_signature import SIGNATURE_FILE, StoredSignature
+from phatgoose.experts.data_signature import StoredSignature
 from phatgoose.experts.files.safetensors_header import Header, Item, parse_header, read_header
-from phatgoose.experts.folder import RECORD_FILE, read_record
-from phatgoose.experts.gates import GATES_FILE, check_gates_metadata
-from phatgoose.experts.packed.expert import (
+from phatgoose.experts.folder import read_record
+from phatgoose.experts.gates import check_gates_metadata
+from phatgoose.experts.names import (
+    CONFIG_FILE,
+    GATES_FILE,
     HEADERS,
+    PEFT_WEIGHTS,
+    RECORD_FILE,
     REST_FILE,
-    PackedExpert,
-    Source,
-    gate_stack,
-    packed_expert,
+    SIGNATURE_FILE,
 )
+from phatgoose.experts.packed.expert import PackedExpert, Source, gate_stack, packed_expert
 from phatgoose.experts.packed.layout import Layout, layout_of
 from phatgoose.experts.packed.stack_file import StackFile
 from phatgoose.files import open_regular
@@ -96,7 +97,7 @@ class PackedFolder:
         if SIGNATURE_FILE in files:
             path = place / SIGNATURE_FILE
             header = read_header(path)[1]
-            signature = StoredSignature(path, header, files.get(WEIGHTS_FILE, ""), files[SIGNATURE_FILE])
+            signature = StoredSignature(path, header, files.get(PEFT_WEIGHTS, ""), files[SIGNATURE_FILE])
         return packed_expert(entry["name"], source, provenance, signature)
 
     def _layout(
@@ -104,8 +105,8 @@ class PackedFolder:
     ) -> tuple[Mapping[str, Any], Layout, list[int]]:
         """The config, the layout, and the last row at which each of its pairs may begin."""
         raw_config = self._small(place, CONFIG_FILE, files)
-        raw = self._small(place, HEADERS[WEIGHTS_FILE], files)
-        apart = _of_file(rest, WEIGHTS_FILE)
+        raw = self._small(place, HEADERS[PEFT_WEIGHTS], files)
+        apart = _of_file(rest, PEFT_WEIGHTS)
         key = (raw_config, raw, apart, drop)
         if key not in self._layouts:
             try:
@@ -114,7 +115,7 @@ class PackedFolder:
                 raise ExpertError(f"{place / CONFIG_FILE} is not readable as JSON: {cause}") from cause
             if not isinstance(config, dict):
                 raise ExpertError(f"{place / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
-            header = parse_header(raw, str(place / HEADERS[WEIGHTS_FILE]), known=self._headers)
+            header = parse_header(raw, str(place / HEADERS[PEFT_WEIGHTS]), known=self._headers)
             layout = layout_of(config, header, apart, str(place), drop)
             last = []
             for pair in layout.pairs.values():
@@ -133,7 +134,7 @@ class PackedFolder:
             return None, {}, [], {}
         path = place / HEADERS[GATES_FILE]
         header = parse_header(self._small(place, HEADERS[GATES_FILE], files), str(path), known=self._headers)
-        check_gates_metadata(header.metadata, place / GATES_FILE, files.get(WEIGHTS_FILE, ""))
+        check_gates_metadata(header.metadata, place / GATES_FILE, files.get(PEFT_WEIGHTS, ""))
         apart = _of_file(rest, GATES_FILE)
         key = (id(header.items), id(layout), apart)
         if key not in self._gate_layouts:
@@ -209,7 +210,7 @@ def _record(place: Path, files: Mapping[str, str], raw: bytes) -> dict[str, Any]
         return {}
     record = read_record(place)
     written = (
-        ("adapter_sha256", WEIGHTS_FILE),
+        ("adapter_sha256", PEFT_WEIGHTS),
         ("gates_sha256", GATES_FILE),
         ("signature_sha256", SIGNATURE_FILE),
     )

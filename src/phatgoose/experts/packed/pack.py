@@ -12,19 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts.adapters.peft import WEIGHTS_FILE
+from phatgoose.errors import PoolError
 from phatgoose.experts.files.safetensors_file import check_finite
-from phatgoose.experts.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    PACKED_VERSION,
-    inside,
-    lock,
-    read_manifest,
-    sweep,
-)
-from phatgoose.experts.packed.expert import HEADERS, PackedExpert, Source
+from phatgoose.experts.manifest import FORMAT_VERSION, PACKED_VERSION, inside, lock, read_manifest, sweep
+from phatgoose.experts.names import HEADERS, MANIFEST, PEFT_WEIGHTS
+from phatgoose.experts.packed.expert import PackedExpert, Source
 from phatgoose.experts.packed.open import PackedFolder
 from phatgoose.experts.packed.parts import keep_beside, parts_of, shapes_of, write_rows
 from phatgoose.experts.packed.stack_file import create_stacks, writing
@@ -120,28 +112,6 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     sweep(folder, whole)
 
 
-def verify_folder(folder: str | Path) -> Pool:
-    """Loads a pool and reads all of it: of a packed one, every expert's bytes against their sha256, and every value.
-
-    Raises:
-        PoolError, ExpertError: what `Pool.load` raises, and every expert whose rows are damaged or not finite.
-    """
-    pool = Pool.load(folder)
-    failures: list[PhatgooseError] = []
-    for expert in pool.experts:
-        if isinstance(expert, PackedExpert):
-            try:
-                _check_bytes(expert.source)
-                _check_finite(expert)
-            except PhatgooseError as error:
-                failures.append(error)
-    if len(failures) > 1:
-        raise PoolError("\n".join([f"{len(failures)} experts of {folder} are damaged:", *map(str, failures)]))
-    if failures:
-        raise failures[0]
-    return pool
-
-
 def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
     """Writes all experts of the manifest, packed or not, into a new file, then the manifest that names it."""
     opened = PackedFolder(folder, manifest) if "packed" in manifest else None
@@ -181,7 +151,7 @@ def _why_not(entry: Mapping[str, Any]) -> str:
     """Why an expert can't be packed, or ""."""
     return (
         ""
-        if WEIGHTS_FILE in entry["files"]
+        if PEFT_WEIGHTS in entry["files"]
         else "is an adapter in AdapterHub's format, which has no low-rank rows"
     )
 
@@ -208,7 +178,13 @@ def _check_bytes(source: Source) -> None:
         source.check(name, digest.hexdigest())
 
 
-def _check_finite(expert: PackedExpert) -> None:
+def check_packed(expert: PackedExpert) -> None:
+    """Reads everything of a packed expert: its bytes must have the sha256 of the manifest, its values must be finite.
+
+    Raises:
+        PoolError, ExpertError: what is damaged.
+    """
+    _check_bytes(expert.source)
     if expert.signature is not None:
         _ = expert.signature.texts  # reads and checks all of it
     for values in (expert.tensors, expert.gates or {}):

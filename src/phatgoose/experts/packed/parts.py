@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, read_tensors
+from phatgoose.experts.adapters.peft import read_tensors
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.files.safetensors_header import Header, read_header
 from phatgoose.experts.folder import read_record
-from phatgoose.experts.gates import GATES_FILE
-from phatgoose.experts.packed.expert import HEADERS, REST_FILE, gate_stack
+from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, PEFT_WEIGHTS, REST_FILE
+from phatgoose.experts.packed.expert import gate_stack
 from phatgoose.experts.packed.layout import Layout, layout_of
 from phatgoose.experts.packed.open import PackedFolder, runs
 from phatgoose.experts.packed.stack_file import Shape, Writer
@@ -50,9 +50,9 @@ def parts_of(place: Path, entry: Mapping[str, Any], opened: PackedFolder | None)
             source.layout, source.gates, paths, source.tensor, source.raw_gate, {}, entry["packed"]["files"]
         )
     drop = check_drop(read_record(place).get("provenance", {}).get("dropped", ()))
-    raw, header = read_header(place / WEIGHTS_FILE)
+    raw, header = read_header(place / PEFT_WEIGHTS)
     layout = layout_of(read_json(place / CONFIG_FILE, ExpertError), header, None, str(place), drop)
-    headers, gates, paths = {WEIGHTS_FILE: raw}, None, list[str]()
+    headers, gates, paths = {PEFT_WEIGHTS: raw}, None, list[str]()
     if GATES_FILE in entry["files"]:
         headers[GATES_FILE], gates = read_header(place / GATES_FILE)
         paths = sorted(
@@ -106,7 +106,7 @@ def keep_beside(place: Path, parts: Parts) -> dict[str, str]:
         return dict(parts.packed_files)
     for name, raw in parts.headers.items():
         write_bytes(place / HEADERS[name], raw)
-    rest = {name: parts.tensor(name.removeprefix(f"{WEIGHTS_FILE}/")) for name in parts.layout.apart}
+    rest = {name: parts.tensor(name.removeprefix(f"{PEFT_WEIGHTS}/")) for name in parts.layout.apart}
     if parts.gates is not None:
         stacked = set(parts.gate_paths)
         rest |= {f"{GATES_FILE}/{p}": parts.gate(p) for p in parts.gates.items if p not in stacked}

@@ -14,8 +14,10 @@ from filelock import FileLock, Timeout
 from phatgoose.errors import PhatgooseError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.names import MANIFEST
 from phatgoose.experts.packed.expert import PackedExpert
-from phatgoose.experts.pool import MANIFEST, Pool, add_to_folder, remove_from_folder
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, storage_errors, write_json
 from phatgoose.serving.engine.job import ServingError
 from phatgoose.serving.logs import log

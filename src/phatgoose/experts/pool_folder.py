@@ -1,0 +1,91 @@
+"""Pools on disk: add, remove, verify and publish without writing the whole pool again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from phatgoose.errors import PhatgooseError, PoolError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.hub.push import PushOptions, push_pool
+from phatgoose.experts.manifest import lock, read_manifest, sweep
+from phatgoose.experts.names import MANIFEST
+from phatgoose.experts.packed.expert import PackedExpert
+from phatgoose.experts.packed.pack import append, check_packed
+from phatgoose.experts.pool import Pool, make_folder, manifest_or_new
+from phatgoose.experts.pool_entries import place_expert, write_description
+from phatgoose.files import write_json
+from phatgoose.records import HubSource
+from phatgoose.registry import unknown
+
+
+def add_to_folder(folder: str | Path, expert: Expert) -> None:
+    """Adds one expert to a pool on disk; only its files and the manifest are written. Without a pool, a new one is made.
+
+    A packed pool stays packed, and is packed again with more room when it is full.
+
+    Raises:
+        PoolError: its name is taken, or its modules disagree. BaseModelError: it is of another base.
+    """
+    folder = Path(folder)
+    make_folder(folder)
+    with lock(folder):
+        manifest = manifest_or_new(folder)
+        entries = manifest["experts"]
+        pool = Pool.load(folder, verify=False).add(expert) if entries else Pool([expert])
+        entry = place_expert(folder, expert, entries)
+        manifest["base"] = pool.base.to_json() if pool.base else None
+        if "packed" in manifest:
+            append(folder, manifest, entry)
+        else:
+            write_json(folder / MANIFEST, {**manifest, "experts": [*entries, entry]})
+        write_description(folder, read_manifest(folder))
+
+
+def remove_from_folder(folder: str | Path, name: str) -> None:
+    """Removes one expert from a pool on disk; the others need not be readable."""
+    folder = Path(folder)
+    with lock(folder):
+        manifest = read_manifest(folder)
+        entries = manifest["experts"]
+        if name not in [e["name"] for e in entries]:
+            raise unknown("expert", name, [e["name"] for e in entries])
+        manifest = {**manifest, "experts": [e for e in entries if e["name"] != name]}
+        write_json(folder / MANIFEST, manifest)
+        sweep(folder, manifest, entries)
+        write_description(folder, manifest)
+
+
+def verify_folder(folder: str | Path) -> Pool:
+    """Loads a pool and reads every byte of it. Of a packed pool, that is more than `Pool.load` reads.
+
+    Raises:
+        PoolError, ExpertError: naming everything that is damaged.
+    """
+    folder = Path(folder)
+    pool = Pool.load(folder)
+    failures: list[PhatgooseError] = []
+    for expert in pool.experts:
+        if isinstance(expert, PackedExpert):
+            try:
+                check_packed(expert)
+            except PhatgooseError as error:
+                failures.append(error)
+    if len(failures) > 1:
+        raise PoolError("\n".join([f"{len(failures)} experts of {folder} are damaged:", *map(str, failures)]))
+    if failures:
+        raise failures[0]
+    return pool
+
+
+def push_folder(folder: str | Path, repo: str, options: PushOptions | None = None) -> HubSource:
+    """Publishes a pool on disk, byte for byte; a packed one is unpacked first. It should have been verified.
+
+    Raises:
+        UploadError: as `Pool.push` does. PoolError: it is no pool, or an empty one.
+    """
+    folder, options = Path(folder), options or PushOptions()
+    manifest: dict[str, Any] = read_manifest(folder)
+    if "packed" in manifest:  # published as one folder an expert, which plain PEFT loads too
+        return Pool.load(folder).push(repo, **vars(options))
+    return push_pool(folder, repo, options)
