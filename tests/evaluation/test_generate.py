@@ -14,7 +14,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import Row
 from phatgoose.evaluation.generate import _argmax, generate, match_exactly
 from phatgoose.evaluation.rows import encode
-from phatgoose.models.base.limits import decoder_start, end_tokens
+from phatgoose.models.base.base import decoder_start, end_tokens
 from phatgoose.records import Example
 
 WORDS = " ".join(CORPUS).split()

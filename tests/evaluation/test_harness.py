@@ -17,8 +17,7 @@ from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.base.base import Base, decoder_start
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Retrieval, SoftCentroid
 

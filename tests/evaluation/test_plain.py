@@ -16,8 +16,7 @@ from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.rank import score_choices
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
-from phatgoose.models.base.base import Base, device_of
-from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.base.base import Base, decoder_start, device_of
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE
 from ranking_fixtures import assert_plain
@@ -89,7 +88,7 @@ def test_a_model_that_looks_ahead_is_refused_and_stays_routed(make_base, make_ex
 @torch.no_grad()
 def test_the_check_of_a_routed_model_runs_on_the_base_and_traces_nothing(make_base, make_expert, monkeypatch):
     base = make_base("llama")
-    monkeypatch.setattr("phatgoose.evaluation.continuations.shares_cache", lambda model: False)
+    monkeypatch.setattr("phatgoose.evaluation.continuations.supports_shared_cache", lambda model: False)
     route(base, Pool([make_expert(base, "one"), make_expert(base, "two", seed=1)]), PHATGOOSE(top_k=1))
     before = routing_of(base)
     with trace(base.model) as found:

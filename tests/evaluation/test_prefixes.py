@@ -19,7 +19,7 @@ from phatgoose.evaluation.readings import readings
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
-from phatgoose.models.text.batch import padded
+from phatgoose.models.text.batch import pad_rows
 from phatgoose.models.trace.trace import trace
 from phatgoose.records import Example
 from phatgoose.routers import LAG, PHATGOOSE, Random, Retrieval, Uniform
@@ -130,7 +130,7 @@ def test_a_reading_is_what_one_read_gives(make_base, family):
         seen += len(part)
         assert made.prompts == tuple(prompts[n] for n in part)
         whole = read(base.model, made.prompts, 0)
-        assert torch.equal(made.mask, padded(made.prompts, 0, left=True)[1])
+        assert torch.equal(made.mask, pad_rows(made.prompts, 0, left=True)[1])
         assert torch.allclose(made.logits, whole.logits, atol=1e-4)
         real = made.mask.bool()
         for layer, same in zip(made.cache.layers, whole.cache.layers, strict=True):

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import TaskError
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.conversation import answered, conversation_ids
+from phatgoose.models.text.conversation import conversation_answer_ids, conversation_ids
 
 HEAD = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 CHATML = (
@@ -62,7 +62,7 @@ def ids(base, messages, **settings):
 @pytest.mark.parametrize("before", [[USER], [SYSTEM, USER], [SYSTEM, USER, YES, USER]])
 def test_prompt_and_answer_are_the_templates_own_tokens(chatting, template, before):
     base = chatting(template)
-    prompt, (answer, other) = answered(base, before, [YES, {"content": "no way"}])
+    prompt, (answer, other) = conversation_answer_ids(base, before, [YES, {"content": "no way"}])
     assert prompt == conversation_ids(base, before) == ids(base, before, add_generation_prompt=True)
     whole = ids(base, [*before, YES])
     assert [*prompt, *answer] == whole[: len(prompt) + len(answer)]
@@ -81,10 +81,10 @@ def test_prompt_and_answer_are_the_templates_own_tokens(chatting, template, befo
 def test_tools_and_calls_are_kept(chatting):
     base = chatting(TOOLS)
     result = {"role": "tool", "name": "add", "content": "3"}
-    prompt, _ = answered(base, [USER, CALL, result], [YES], [TOOL])
+    prompt, _ = conversation_answer_ids(base, [USER, CALL, result], [YES], [TOOL])
     assert prompt == ids(base, [USER, CALL, result], tools=[TOOL], add_generation_prompt=True)
     assert '"default": null' in base.tokenizer.decode(prompt)
-    (call,) = answered(base, [USER], [CALL], [TOOL])[1]
+    (call,) = conversation_answer_ids(base, [USER], [CALL], [TOOL])[1]
     assert '"arguments": {"a": 1}' in base.tokenizer.decode(call)
 
 
@@ -144,7 +144,7 @@ def test_what_a_template_would_leave_out_is_refused(chatting, template, messages
 )
 def test_an_answer_that_would_be_served_otherwise_is_refused(chatting, template, says):
     with pytest.raises(TaskError, match=says):
-        answered(chatting(template), [USER], [YES])
+        conversation_answer_ids(chatting(template), [USER], [YES])
 
 
 def test_where_the_tokenizer_joins_prompt_and_answer(chatting):
@@ -153,9 +153,9 @@ def test_where_the_tokenizer_joins_prompt_and_answer(chatting):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     fox = {"role": "assistant", "content": "fox"}
-    prompt, (answer,) = answered(base, [USER], [fox])
+    prompt, (answer,) = conversation_answer_ids(base, [USER], [fox])
     assert prompt == ids(base, [USER], add_generation_prompt=True)
     assert [*prompt, *answer] != ids(base, [USER, fox])
     assert base.tokenizer.decode([*prompt, *answer]) == base.tokenizer.decode(ids(base, [USER, fox]))
     with pytest.raises(TaskError, match="decoder-only"):
-        answered(Base(make_model("t5"), base.tokenizer, spec="t5"), [USER], [fox])
+        conversation_answer_ids(Base(make_model("t5"), base.tokenizer, spec="t5"), [USER], [fox])

@@ -18,7 +18,7 @@ from phatgoose import (
 )
 from phatgoose.experts.files.tokenizer_files import differences
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.encoding import encode_answers, encode_input, template_of
+from phatgoose.models.text.encoding import chat_template_key, encode_answers, encode_input
 from phatgoose.tasks.splits import CHAT
 from phatgoose.training.trainer.rows import rows_of
 
@@ -80,7 +80,7 @@ def test_expert_gate_signature_and_scores(tmp_path):
     base, task = chatting(), task_of(tmp_path)
     expert = train_expert(base, task, ExpertConfig(rank=2, **STEPS))
     assert expert.provenance["task"]["source"]["prompt_style"] == CHAT
-    assert expert.provenance["task"]["chat_template"] == template_of(base, task)["chat_template"]
+    assert expert.provenance["task"]["chat_template"] == chat_template_key(base, task)["chat_template"]
     assert differences({expert.name: expert.provenance}, base.tokenizer) == []
     expert = train_gate(base, expert, task, GateConfig(**STEPS))
     expert = make_signature(base, expert, task, SignatureConfig(rows=4, texts=0))

@@ -5,10 +5,10 @@ import torch
 from transformers import GenerationConfig
 
 from phatgoose.cli.common.streaming import stream
-from phatgoose.models.base.limits import decoder_start, end_tokens, settings_are_own
-from phatgoose.models.text.generation import forced_start, generation_settings
-from phatgoose.models.text.greedy import greedy_answer
-from phatgoose.models.text.prompt import encode_prompt
+from phatgoose.models.base.base import decoder_start, end_tokens
+from phatgoose.models.base.load import forced_start
+from phatgoose.models.text.encoding import encode_prompt
+from phatgoose.models.text.generate import generation_settings, greedy_answer, use_generation_config
 
 NEW = 12
 LEAKS = {
@@ -81,7 +81,7 @@ def test_draws_are_of_the_models_own_distribution(make_base):
     leak(base, repetition_penalty=9.0, min_p=0.9, typical_p=0.1)
     settings = generation_settings(base.model, pad=0, max_new_tokens=1, temperature=0.7)
     torch.manual_seed(0)
-    with settings_are_own(base.model, settings), torch.no_grad():
+    with use_generation_config(base.model, settings), torch.no_grad():
         out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         expected = (base.model(ids[:1]).logits[0, -1] / 0.7).softmax(-1)
     found = torch.bincount(out[:, -1], minlength=len(expected)) / len(ids)

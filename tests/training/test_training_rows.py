@@ -2,7 +2,7 @@ import pytest
 from training_helpers import make_task
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.text.batch import encode_pair
+from phatgoose.models.text.encoding import encode_choices
 from phatgoose.records import Example, Task
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.trainer.rows import draw, rows_of
@@ -30,9 +30,8 @@ def test_a_step_has_its_rows_whatever_the_batches(make_base):
         assert lengths == sorted(lengths, reverse=True)
     first = rows.train[0]
     example = task.train[rows.train.order[0]]
-    assert first == encode_pair(
-        base.tokenizer, example.input, example.targets[0], is_encoder_decoder=False, max_length=512
-    )
+    kind = {"is_encoder_decoder": False, "max_length": 512}
+    assert [first] == encode_choices(base.tokenizer, example.input, example.targets[:1], **kind)
     assert rows.tokens == sum(rows.train[i].length for i in range(42))
     assert rows.target_tokens < rows.tokens
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.base.limits import end_tokens
+from phatgoose.models.base.base import end_tokens
 from phatgoose.records import Example
 from phatgoose.training.writing import WritingConfig, _begin, _circles, _halves, sorted_out, write
 

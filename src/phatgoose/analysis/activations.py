@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.hooks import Hooks, apart
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.base.base import Base, decoder_start
 from phatgoose.models.moe.names import modules_of
 from phatgoose.models.moe.slots import Slot
 from phatgoose.ops.reference import standardise

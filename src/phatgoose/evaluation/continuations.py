@@ -17,17 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.plain import check_once, plain_logits
-from phatgoose.models.base.base import device_of
-from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.base.base import decoder_start, device_of
 from phatgoose.models.context.prompted import ATTRIBUTE, prompted
-from phatgoose.models.text.batch import UNLIMITED, padded
-from phatgoose.models.text.sequences import keeps_only_keys, may_look_ahead, mixes_up_to, shares_cache, takes
+from phatgoose.models.text.batch import pad_rows
+from phatgoose.models.text.capabilities import (
+    accepts_argument,
+    has_cache_layers,
+    is_plain_cache,
+    max_mixed_length,
+    may_attend_ahead,
+    supports_shared_cache,
+)
+from phatgoose.models.text.encoding import UNLIMITED
 
 OVERHEAD = 64
 """What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
@@ -72,23 +79,23 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> 
     Raises:
         EvaluationError: if the model's scores mean nothing (`check_once`).
     """
-    if may_look_ahead(model):
+    if may_attend_ahead(model):
         check_once(model)
     whole, seq2seq = tuple(map(tuple, prompts)), bool(model.config.is_encoder_decoder)
-    ids, mask = (tensor.to(device_of(model)) for tensor in padded(prompts, pad, left=not seq2seq))
-    if shares_cache(model) and (seq2seq or ids.shape[1] <= mixes_up_to(model)):
+    ids, mask = (tensor.to(device_of(model)) for tensor in pad_rows(prompts, pad, left=not seq2seq))
+    if supports_shared_cache(model) and (seq2seq or ids.shape[1] <= max_mixed_length(model)):
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
         if seq2seq:
             inputs["decoder_input_ids"] = torch.full(
                 (len(prompts), 1), decoder_start(model), device=ids.device
             )
-        elif takes(model, "position_ids"):
+        elif accepts_argument(model, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        if takes(model, "logits_to_keep"):
+        if accepts_argument(model, "logits_to_keep"):
             inputs["logits_to_keep"] = 1
         out = model(**inputs)
         kept = getattr(out, "past_key_values", None)
-        if keeps_only_keys(kept):
+        if is_plain_cache(kept):
             encoded = out.encoder_last_hidden_state if seq2seq else None
             return Read(out.logits[:, -1], kept, mask, whole, encoded)
     return Read(None, None, mask, whole)
@@ -121,7 +128,7 @@ def extend(
             "input_ids": ids.to(device),
             "attention_mask": torch.cat([mask, mask.new_ones(len(rows), width)], dim=1),
         }
-        if takes(model, "position_ids"):
+        if accepts_argument(model, "position_ids"):
             # The padding repeats the last real position: a table of learnt positions may end right there.
             offsets = torch.minimum(torch.arange(width), lengths[:, None] - 1)
             starts = torch.tensor([len(before.prompts[row]) for row in rows])
@@ -210,7 +217,7 @@ def reach(model: PreTrainedModel, before: Read) -> int:
     """Length of prompt and answer up to which going on from the cache is what reading both anew is."""
     if before.cache is None:
         return 0
-    return UNLIMITED if before.encoded is not None else mixes_up_to(model)
+    return UNLIMITED if before.encoded is not None else max_mixed_length(model)
 
 
 def _behind(
@@ -318,26 +325,14 @@ def reads_on(model: PreTrainedModel) -> bool:
     config = model.config
     if config.is_encoder_decoder or getattr(config, "alibi", False) or config.model_type == "gpt_neo":
         return False
-    if not (takes(model, "position_ids") and takes(model, "logits_to_keep")):
+    if not (accepts_argument(model, "position_ids") and accepts_argument(model, "logits_to_keep")):
         return False
-    if not _rotations(config.to_dict()).isdisjoint({"dynamic", "longrope"}):
+    if max_mixed_length(model) < UNLIMITED:
         return False
     routing = model.__dict__.get(ATTRIBUTE)
     if routing is not None and (routing.recorder is not None or not routing.router.by_token):
         return False
-    try:
-        layers = DynamicCache(config=config).layers
-    except AttributeError:  # a model without layers as others have them
-        return False
-    return all(type(layer) is DynamicLayer for layer in layers)
-
-
-def _rotations(settings: Any) -> set[str]:
-    """Every kind of rotary embedding that a model's settings name, at any depth: they may be a layer type's own."""
-    if not isinstance(settings, dict):
-        return set()
-    own = {settings[key] for key in ("rope_type", "type") if isinstance(settings.get(key), str)}
-    return own.union(*(_rotations(value) for value in settings.values()))
+    return has_cache_layers(model, (DynamicLayer,))
 
 
 def select(kept: Any, rows: Tensor) -> Any:

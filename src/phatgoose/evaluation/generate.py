@@ -36,11 +36,10 @@ from phatgoose.evaluation.continuations import (
 )
 from phatgoose.evaluation.plain import plain_logits
 from phatgoose.evaluation.readings import readings
-from phatgoose.models.base.base import device_of
-from phatgoose.models.base.limits import context_length, settings_are_own
-from phatgoose.models.text.batch import padded
-from phatgoose.models.text.generation import generation_settings
-from phatgoose.models.text.sequences import keeps_cache, mixes_up_to, together
+from phatgoose.models.base.base import context_length, device_of
+from phatgoose.models.text.batch import pad_rows
+from phatgoose.models.text.capabilities import generation_groups, max_mixed_length, supports_cache
+from phatgoose.models.text.generate import generation_settings, use_generation_config
 from phatgoose.records import Prediction
 
 
@@ -115,7 +114,7 @@ def _greedy_paths(
     firsts = _argmax(logits, rows)
     paths = [[token] for token in firsts.tolist()]
     # Only targets that the first token hasn't already left, that don't end with it, and that may be read in one go.
-    most = mixes_up_to(model) if keeps_cache(model) else 0
+    most = max_mixed_length(model) if supports_cache(model) else 0
     pairs = [
         (place, target)
         for place, row in enumerate(rows)
@@ -156,14 +155,14 @@ def _within_context(
     need = max(len(rows[i].prompt) for i in batch) + max(rules[i].limit for i in batch)
     if context is not None and need > context:
         return [[i] for i in batch]
-    parts = together(model, [rows[i].prompt for i in batch], max(rules[i].limit for i in batch))
+    parts = generation_groups(model, [rows[i].prompt for i in batch], max(rules[i].limit for i in batch))
     return [[batch[place] for place in part] for part in parts]
 
 
 def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
     left = not model.config.is_encoder_decoder
     prompts = [row.prompt for row in judge.rows]
-    ids, mask = (tensor.to(device_of(model)) for tensor in padded(prompts, pad, left=left))
+    ids, mask = (tensor.to(device_of(model)) for tensor in pad_rows(prompts, pad, left=left))
     judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
     own = generation_settings(
         model,
@@ -173,8 +172,8 @@ def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
     )
     if not model.config.is_encoder_decoder:
         lengths = [len(prompt) for prompt in prompts]
-        own.use_cache = keeps_cache(model, min(lengths), max(lengths) + int(own.max_new_tokens or 0))
-    with settings_are_own(model, own):
+        own.use_cache = supports_cache(model, min(lengths), max(lengths) + int(own.max_new_tokens or 0))
+    with use_generation_config(model, own):
         run: Any = model.generate
         run(
             inputs=ids,

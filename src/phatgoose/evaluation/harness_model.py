@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from phatgoose.errors import EvaluationError
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.text.sequences import decoder_inputs, pads_left
+from phatgoose.models.text.batch import decoder_inputs
+from phatgoose.models.text.capabilities import supports_left_padding
 
 
 class RoutedLM(HFLM):
@@ -66,7 +67,7 @@ class RoutedLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
-        if self.backend != "causal" or mask is None or bool(mask.all()) or pads_left(self.model):
+        if self.backend != "causal" or mask is None or bool(mask.all()) or supports_left_padding(self.model):
             return super()._model_generate(context, max_length, stop, **kwargs)
         written = []
         for row, real in zip(context, mask.bool(), strict=True):

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from phatgoose.errors import BaseModelError, EvaluationError
 from phatgoose.models.base.base import device_of
 from phatgoose.models.context.prompted import ATTRIBUTE, prompted
-from phatgoose.models.text.batch import Encoded, collate
-from phatgoose.models.text.sequences import check_rows, pads_left, target_logits
+from phatgoose.models.text.batch import collate, target_logits
+from phatgoose.models.text.capabilities import check_scorable, supports_left_padding
+from phatgoose.models.text.encoding import Encoded
 
 _CHECKED = "_phatgoose_rows_checked"
 
@@ -23,13 +24,13 @@ def plain_logits(
     """Logits [n, 1 + longest, vocabulary] after prompt i, and after each token of `behind[i]` that stands behind it.
 
     Raises:
-        EvaluationError: the model's scores would mean nothing (`check_rows`).
+        EvaluationError: the model's scores would mean nothing (`check_scorable`).
     """
     check_once(model)
     seq2seq = bool(model.config.is_encoder_decoder)
     # What follows the last token is asked for by a token that nobody reads.
     rows = [Encoded(tuple(p), (*b, pad)) for p, b in zip(prompts, behind, strict=True)]
-    batch = collate(rows, pad, is_encoder_decoder=seq2seq, left=pads_left(model))
+    batch = collate(rows, pad, is_encoder_decoder=seq2seq, left=supports_left_padding(model))
     with prompted(model, prompts):
         logits = target_logits(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()})
     if seq2seq:
@@ -41,7 +42,7 @@ def plain_logits(
 
 
 def check_once(model: PreTrainedModel) -> None:
-    """`check_rows`, once a model, on the base alone."""
+    """`check_scorable`, once a model, on the base alone."""
     if model.__dict__.get(_CHECKED):
         return
     routing = model.__dict__.get(ATTRIBUTE)
@@ -49,7 +50,7 @@ def check_once(model: PreTrainedModel) -> None:
     if routing is not None:
         routing.detach()
     try:
-        check_rows(model)
+        check_scorable(model)
     except BaseModelError as cause:
         raise EvaluationError(str(cause)) from cause
     finally:

@@ -20,10 +20,9 @@ from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import Read, Row, anew, continuations, reach
 from phatgoose.evaluation.readings import readings
-from phatgoose.models.base.base import device_of
-from phatgoose.models.base.limits import decoder_start
+from phatgoose.models.base.base import decoder_start, device_of
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.text.sequences import takes
+from phatgoose.models.text.capabilities import accepts_argument
 
 _CHUNK = 2**24  # logits turned to float32 at a time
 
@@ -70,7 +69,7 @@ def score_choice_plainly(model: PreTrainedModel, prompt: Sequence[int], answer: 
 def _plain_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Logits [len(answer), vocabulary] that predict the answer's tokens."""
     ids = torch.tensor([[*prompt, *answer[:-1]]], device=device_of(model))
-    settings = {"use_cache": False} if takes(model, "use_cache") else {}
+    settings = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
     if model.config.is_encoder_decoder:
         decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=ids.device)
         return model(input_ids=ids[:, : len(prompt)], decoder_input_ids=decoder, **settings).logits[0]

@@ -13,7 +13,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import OVERHEAD, Read, groups, read, reads_on, select
 from phatgoose.evaluation.prefixes import Prefix, prefixes
 from phatgoose.models.base.base import device_of
-from phatgoose.models.text.batch import padded
+from phatgoose.models.text.batch import pad_rows
 
 
 def readings(
@@ -70,7 +70,7 @@ def _read_on(
 ) -> Read:
     """Reads what each prompt has beyond the row of `before` that it begins with; in the result it is as if read in one."""
     rests = [p[len(before.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
-    ids, new = (tensor.to(device_of(model)) for tensor in padded(rests, pad, left=True))
+    ids, new = (tensor.to(device_of(model)) for tensor in pad_rows(rests, pad, left=True))
     chosen = torch.tensor(owners)
     mask = torch.cat([before.mask[chosen.to(before.mask.device)], new], dim=1)
     out = model(

@@ -8,10 +8,8 @@ from phatgoose.errors import EvaluationError, TaskError
 from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import Row
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import context_length, end_tokens
-from phatgoose.models.text.batch import UNLIMITED, Encoded, decoded
-from phatgoose.models.text.encoding import encode_answers
+from phatgoose.models.base.base import Base, context_length, end_tokens
+from phatgoose.models.text.encoding import UNLIMITED, Encoded, decode_text, encode_answers
 from phatgoose.records import Example
 
 
@@ -54,7 +52,7 @@ def _rule(base: Base, example: Example, answers: Sequence[tuple[int, ...]], conf
     if (
         example.conversation is not None
     ):  # also as the template writes it: a call, an empty thought before the answer
-        targets |= {decoded(base.tokenizer, answer).strip() for answer in answers}
+        targets |= {decode_text(base.tokenizer, answer).strip() for answer in answers}
     ends = end_tokens(base.model, base.tokenizer.eos_token_id)
     return Rule(base.tokenizer, frozenset(targets), ends, limit)
 

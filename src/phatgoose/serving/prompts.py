@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from phatgoose.errors import TaskError
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.batch import prompt_ids
 from phatgoose.models.text.conversation import conversation_ids
+from phatgoose.models.text.encoding import prompt_ids
 from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.api.schema import Message
 from phatgoose.serving.engine.job import told

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import decoder_start, end_tokens
+from phatgoose.models.base.base import Base, decoder_start, end_tokens
 from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
 from phatgoose.serving.asking import check_prompt, check_reported, room, sampling_of, scored

@@ -25,8 +25,8 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.base.layers import given
 from phatgoose.models.moe.names import modules_of
 from phatgoose.models.moe.slots import Slot, context_at
-from phatgoose.models.text.batch import Encoded
-from phatgoose.models.text.sequences import batch_of, decoder_inputs, target_logits
+from phatgoose.models.text.batch import decoder_inputs, make_batch, target_logits
+from phatgoose.models.text.encoding import Encoded
 from phatgoose.training.trainer.preserve import alone
 from phatgoose.training.trainer.progress import Progress, Report, display
 
@@ -75,7 +75,7 @@ def mean_activations(
 
 
 def _forward(base: Base, rows: Sequence[Encoded]) -> None:
-    batch = {k: t.to(base.device) for k, t in batch_of(base, rows).items()}
+    batch = {k: t.to(base.device) for k, t in make_batch(base, rows).items()}
     with torch.no_grad():
         if not base.is_encoder_decoder:
             target_logits(base.model, batch)

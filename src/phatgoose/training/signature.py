@@ -18,9 +18,8 @@ from phatgoose.files import sha256_json, work_place
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base, as_base
 from phatgoose.models.base.sentence_encoder import SentenceEncoder, load_encoder
-from phatgoose.models.text.batch import Encoded, decoded
-from phatgoose.models.text.encoding import encode_input, template_of
-from phatgoose.models.text.sequences import check_rows
+from phatgoose.models.text.capabilities import check_scorable
+from phatgoose.models.text.encoding import Encoded, chat_template_key, decode_text, encode_input
 from phatgoose.records import Example, Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.activations import mean_activations
@@ -65,7 +64,7 @@ def make_signature(
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     if not task.train:
         raise TrainingError(f"task {task.name!r} has no training rows to make a signature of.")
-    check_rows(base.model)
+    check_scorable(base.model)
     started = time.monotonic()
     encoder = load_encoder(config.encoder) if config.texts else None
     key = signature_key(base, expert, task, config, encoder)
@@ -96,7 +95,7 @@ def signature_key(
 ) -> str:
     """sha256 of everything a signature depends on."""
     adapter, sha256 = replace(expert, gates=None).hash, encoder.sha256 if encoder else None
-    rendered = list(template_of(base, task).values())
+    rendered = list(chat_template_key(base, task).values())
     return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256, *rendered])
 
 
@@ -116,4 +115,4 @@ def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEnc
 
 def as_read(base: Base, example: Example) -> str:
     """A prompt as a router finds it again from its tokens: T5's tokenizer, for one, drops line breaks."""
-    return decoded(base.tokenizer, encode_input(base, example))
+    return decode_text(base.tokenizer, encode_input(base, example))

@@ -13,8 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from phatgoose.errors import TrainingError
 from phatgoose.models.base.base import device_of
-from phatgoose.models.text.batch import IGNORED
-from phatgoose.models.text.sequences import target_logits
+from phatgoose.models.text.batch import target_logits, target_loss
 from phatgoose.training.config import LoopConfig
 
 SHORT = 128
@@ -50,8 +49,7 @@ class Student(nn.Module):
         labels = batch["labels"]
         with self._attention(batch["input_ids"].shape[1]), self._precision():
             logits = target_logits(self.model, batch)
-        chosen = labels != IGNORED
-        return nn.functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum")
+        return target_loss(logits, labels)
 
     def train(self, mode: bool = True) -> Student:
         super().train(mode)

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import end_tokens, settings_are_own
-from phatgoose.models.text.batch import pad_id, padded, prompt_ids
-from phatgoose.models.text.generation import generation_settings
-from phatgoose.models.text.sequences import together
+from phatgoose.models.base.base import Base, end_tokens
+from phatgoose.models.text.batch import pad_id, pad_rows
+from phatgoose.models.text.capabilities import generation_groups
+from phatgoose.models.text.encoding import prompt_ids
+from phatgoose.models.text.generate import answer_settings, use_generation_config
 from phatgoose.records import Example
 from phatgoose.training.trainer.preserve import preserved_random_state
 
@@ -67,19 +67,13 @@ def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int
         inputs = [list(prompt_ids(tokenizer, text, base.is_encoder_decoder)) for text in texts]
     else:
         inputs = [[_begin(base)]] * size
-    settings = generation_settings(
-        model,
-        pad=pad_id(tokenizer),
-        max_new_tokens=config.max_new_tokens,
-        ends=ends,
-        temperature=config.temperature,
-    )
+    settings = answer_settings(base, config.max_new_tokens, config.temperature)
     found: list[Text] = [("", False)] * size
-    with preserved_random_state(), settings_are_own(model, settings), torch.no_grad():
+    with preserved_random_state(), use_generation_config(model, settings), torch.no_grad():
         torch.manual_seed(
             int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7], "big")
         )
-        for part in together(model, inputs, config.max_new_tokens):
+        for part in generation_groups(model, inputs, config.max_new_tokens):
             answers = _sampled(base, [inputs[i] for i in part], settings)
             for i, tokens in zip(part, answers, strict=True):
                 found[i] = _text(tokenizer, tokens, ends)
@@ -89,7 +83,7 @@ def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int
 def _sampled(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """What is written behind each input."""
     left = not base.is_encoder_decoder
-    ids, mask = padded(inputs, pad_id(base.tokenizer), left=left)
+    ids, mask = pad_rows(inputs, pad_id(base.tokenizer), left=left)
     run: Any = base.model.generate
     try:
         out: Tensor = run(

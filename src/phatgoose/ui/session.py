@@ -16,8 +16,8 @@ from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import ModuleLocation, locate_modules
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.text.greedy import greedy_answer
-from phatgoose.models.text.prompt import encode_chat, encode_prompt, room_behind
+from phatgoose.models.text.encoding import encode_chat, encode_prompt
+from phatgoose.models.text.generate import greedy_answer, max_answer_tokens
 from phatgoose.models.trace.trace import trace
 from phatgoose.registry import unknown
 from phatgoose.routers import Router
@@ -154,7 +154,7 @@ class Session:
         ask = self._with_router(ask)
         ids = self._encoded(ask)
         count = ids.shape[1]
-        room = room_behind(self.base, count, ask.max_new_tokens)
+        room = max_answer_tokens(self.base, count, ask.max_new_tokens)
         self._bounded(ask, count + room)
         self._attach(ask)
         start = 1 if self.base.is_encoder_decoder else count

@@ -10,7 +10,7 @@ from typing import Any
 from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.encoding import template_of
+from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.config import ExpertConfig, GateConfig
@@ -24,7 +24,7 @@ KEY = "contribution_key"
 
 def contribution_key(base: Base, task: Task, expert: ExpertConfig, gate: GateConfig | None) -> str:
     """sha256 of everything the result depends on."""
-    rendered = list(template_of(base, task).values())
+    rendered = list(chat_template_key(base, task).values())
     return sha256_json([expert.key(), gate and gate.key(), task.hash, base.fingerprint.to_json(), *rendered])
 
 

@@ -18,9 +18,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.text.batch import IGNORED
-from phatgoose.models.text.greedy import greedy_answer
-from phatgoose.models.text.sequences import target_logits
+from phatgoose.models.text.batch import IGNORED, target_logits
+from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches

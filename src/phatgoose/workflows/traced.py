@@ -16,10 +16,9 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import layer_labels
-from phatgoose.models.text.batch import UNLIMITED
-from phatgoose.models.text.encoding import encode_answers, encode_input
-from phatgoose.models.text.greedy import greedy_answer
-from phatgoose.models.text.sequences import decoder_inputs
+from phatgoose.models.text.batch import decoder_inputs
+from phatgoose.models.text.encoding import UNLIMITED, encode_answers, encode_input
+from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.trace import Trace, trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import Router

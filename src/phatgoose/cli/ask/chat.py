@@ -166,7 +166,7 @@ class Chat:
         show.note(f"router: {choice.text}")
 
     def answer(self, line: str) -> None:
-        from phatgoose.models.text.prompt import encode_chat, encode_prompt
+        from phatgoose.models.text.encoding import encode_chat, encode_prompt
 
         if self.raw:
             self.generate(encode_prompt(self.base, line.replace("\\n", "\n")))

@@ -62,7 +62,7 @@ def command(
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
     model = load_for(experts, base, dtype, device)
     from phatgoose.cli.common.streaming import room_for
-    from phatgoose.models.text.prompt import encode_chat, encode_prompt
+    from phatgoose.models.text.encoding import encode_chat, encode_prompt
     from phatgoose.workflows.prompt_forms import fitting_form
 
     _, remark = fitting_form(experts, "chat" if chat else "raw", model.tokenizer.chat_template is not None)

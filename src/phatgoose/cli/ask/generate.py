@@ -68,7 +68,7 @@ def command(
     attach(model, experts, choice, backend)
     from phatgoose.cli.common.streaming import stream
     from phatgoose.models.context.prompted import prompted
-    from phatgoose.models.text.prompt import encode_chat, encode_prompt
+    from phatgoose.models.text.encoding import encode_chat, encode_prompt
     from phatgoose.workflows.prompt_forms import fitting_form, read_of_turn
 
     _, remark = fitting_form(experts, "chat" if chat else "raw", model.tokenizer.chat_template is not None)

@@ -19,7 +19,7 @@ from phatgoose.experts.folder import check_replaceable
 from phatgoose.experts.names import MANIFEST
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.encoding import template_of
+from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.records import Fingerprint, Task
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import autocast_dtype
@@ -69,7 +69,7 @@ def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, con
             same = same and record["task"]["hash"] == task.hash
         if not same or base is None:
             return same
-        if task is not None and record["task"].get("chat_template") != template_of(base, task).get(
+        if task is not None and record["task"].get("chat_template") != chat_template_key(base, task).get(
             "chat_template"
         ):
             return False

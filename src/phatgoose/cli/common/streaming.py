@@ -9,11 +9,8 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from phatgoose.cli.measure import show
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import context_length, end_tokens, settings_are_own
-from phatgoose.models.text.batch import pad_id
-from phatgoose.models.text.generation import generation_settings
-from phatgoose.models.text.prompt import room_behind
+from phatgoose.models.base.base import Base, context_length
+from phatgoose.models.text.generate import answer_settings, max_answer_tokens, use_generation_config
 
 
 class Printer(TextStreamer):
@@ -36,7 +33,7 @@ def room_for(base: Base, ids: Tensor, max_new_tokens: int) -> int:
     Raises:
         PhatgooseError: the prompt leaves no room in the model's context.
     """
-    room = room_behind(base, ids.shape[1], max_new_tokens)
+    room = max_answer_tokens(base, ids.shape[1], max_new_tokens)
     if room < max_new_tokens:
         context = context_length(base.model)
         show.note(f"note: at most {room} tokens fit into the model's context of {context}")
@@ -50,18 +47,12 @@ def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, 
         PhatgooseError: the prompt leaves no room in the model's context.
     """
     room = room_for(base, ids, max_new_tokens)
-    own = generation_settings(
-        base.model,
-        pad=pad_id(base.tokenizer),
-        max_new_tokens=room,
-        ends=end_tokens(base.model, base.tokenizer.eos_token_id),
-        temperature=temperature,
-    )
+    own = answer_settings(base, room, temperature)
     if temperature > 0:
         torch.manual_seed(seed)
     printer = Printer(base.tokenizer)
     ids = ids.to(base.device)
     run: Any = base.model.generate
-    with settings_are_own(base.model, own), torch.no_grad():
+    with use_generation_config(base.model, own), torch.no_grad():
         run(inputs=ids, attention_mask=torch.ones_like(ids), streamer=printer, generation_config=own)
     return printer.text

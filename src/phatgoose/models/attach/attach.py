@@ -23,7 +23,7 @@ from phatgoose.models.attach.placement import placed_pool
 from phatgoose.models.attach.reference_text import show_reference
 from phatgoose.models.attach.site import Site
 from phatgoose.models.attach.unrun import Unrun
-from phatgoose.models.base.base import Base, bare_of
+from phatgoose.models.base.base import Base, unwrap_model
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.layers import follow_residual
 from phatgoose.models.context.prompted import ATTRIBUTE, setup_of
@@ -64,7 +64,7 @@ def route(
         BaseModelError: `model` is not the base the pool records, or no transformers model, as an exported program.
         RoutingError: a module is missing or of another shape, the router can't serve this pool, or not with so little memory.
     """
-    bare = bare_of(model)
+    bare = unwrap_model(model)
     router = PHATGOOSE() if router is None else router
     if not any_base and pool.base is not None:
         check_same_base(pool.base, _fingerprint(model), "the pool's experts")
@@ -114,7 +114,7 @@ def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
 def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
     if isinstance(model, Base):
         return model.fingerprint
-    bare = bare_of(model)
+    bare = unwrap_model(model)
     known = bare.__dict__.get("_phatgoose_base")
     return (
         known.fingerprint
@@ -125,7 +125,7 @@ def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
 
 def unroute(model: Base | PreTrainedModel) -> PreTrainedModel:
     """Takes routing off; the model's outputs are bit for bit what they were before. Does nothing if there is none."""
-    bare = bare_of(model)
+    bare = unwrap_model(model)
     routing = bare.__dict__.pop(ATTRIBUTE, None)
     if routing is not None:
         routing.detach()
@@ -134,7 +134,7 @@ def unroute(model: Base | PreTrainedModel) -> PreTrainedModel:
 
 def routing_of(model: Base | PreTrainedModel) -> Routing | None:
     """The routing attached to a model, or None."""
-    return bare_of(model).__dict__.get(ATTRIBUTE)
+    return unwrap_model(model).__dict__.get(ATTRIBUTE)
 
 
 class Routing:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.base.base import Base, bare_of
+from phatgoose.models.base.base import Base, unwrap_model
 from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.ops import Stack
 from phatgoose.ops.offload.experts import Cached, Room
@@ -62,7 +62,7 @@ class CacheUse:
 
 def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
     """How the pool that is attached to this model uses its `device_memory`; None where it has none."""
-    bare = bare_of(model)
+    bare = unwrap_model(model)
     routing = bare.__dict__.get(ATTRIBUTE)
     return None if routing is None or routing.budget is None else routing.budget.use()
 

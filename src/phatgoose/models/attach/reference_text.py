@@ -15,7 +15,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import Hooks, apart
 from phatgoose.models.base.base import device_of
 from phatgoose.models.base.layers import given
-from phatgoose.models.text.sequences import decoder_inputs
+from phatgoose.models.text.batch import decoder_inputs
 
 PIECE = 64
 """Tokens of a piece: the text is read in pieces of equal length, so that none needs padding and every context has room."""

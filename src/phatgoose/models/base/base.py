@@ -17,9 +17,9 @@ from phatgoose.records import Fingerprint
 
 @dataclass(eq=False)
 class Base:
-    """A model that experts are trained on and routed in, with what belongs to it.
+    """A model that experts are trained on and routed in, with its tokenizer and fingerprint.
 
-    Every function of this library that takes a model takes a `Base` or the bare `PreTrainedModel` of one.
+    Every function of this library that takes a model takes a `Base` or its bare `PreTrainedModel`.
     """
 
     model: PreTrainedModel
@@ -29,8 +29,8 @@ class Base:
     """What a user should know about this copy, e.g. that it was dequantised from 4 bits."""
 
     def __post_init__(self) -> None:
-        self.model = bare_of(self.model)
-        # On the model, not in a table: the two then live and die (and are copied) together.
+        self.model = unwrap_model(self.model)
+        # Kept on the model and not in a table, so that both live, die and are copied together.
         if (
             "_phatgoose_base" not in self.model.__dict__
             and (head := self.model.get_output_embeddings()) is not None
@@ -54,37 +54,42 @@ class Base:
         return fingerprint(self.model, self.spec)
 
     def facts(self) -> dict[str, Any]:
-        """What results computed with it depend on: its fingerprint, under whatever name it was loaded, and its dtype."""
+        """What results depend on: the fingerprint, whatever name the base was loaded under, and the dtype."""
         return {**self.fingerprint.to_json(), "spec": None, "dtype": str(self.model.dtype)}
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: where it runs, if its first weights are offloaded and only come for their turn."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type != "meta":
-        return device
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if (found := getattr(one, "execution_device", None)) is not None:
-                return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
-    return device
-
-
 def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a head is given, in one piece.
+    """Makes the output head's input contiguous.
 
-    A model asked for its last logits hands its head a slice, for which torch copies the whole head once for each row if it is frozen:
-    64 prompts took 8 s in the head of SmolLM2-135M, and 0.01 s in one piece.
+    A model asked for its last logits passes a slice to its head. With a frozen head torch then copies the whole head once per row:
+    64 prompts took 8 s in the head of SmolLM2-135M, and 0.01 s with a contiguous input.
     """
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
-def bare_of(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
-    """The transformers model itself: a `Base`'s, or the one that torch.compile has wrapped.
+def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
+    """The `Base` that `model` is or belongs to. A bare model needs its tokenizer the first time.
 
     Raises:
-        BaseModelError: it is something else, as an exported program; says what to pass.
+        BaseModelError: `model` was not loaded by `load_base`, and no tokenizer is given.
+    """
+    if isinstance(model, Base):
+        return model
+    bare = unwrap_model(model)
+    if tokenizer is None and (known := bare.__dict__.get("_phatgoose_base")) is not None:
+        return known
+    if tokenizer is not None:
+        return Base(bare, tokenizer, spec=bare.name_or_path or type(bare).__name__)
+    raise BaseModelError(
+        "this model was not loaded by load_base(), so its tokenizer is unknown: pass Base(model, tokenizer, spec=...)."
+    )
+
+
+def unwrap_model(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
+    """The transformers model itself: that of a `Base`, or the one inside torch.compile's wrapper.
+
+    Raises:
+        BaseModelError: it is anything else, e.g. an exported program; the message says what to pass.
     """
     if isinstance(model, Base):
         return model.model
@@ -105,19 +110,42 @@ def bare_of(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
     raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got {kind}.")
 
 
-def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
-    """The `Base` that `model` is or belongs to; a bare model needs its tokenizer the first time.
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's inputs. With offloaded weights, the device that the first of them are fetched to."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (found := getattr(one, "execution_device", None)) is not None:
+                return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+    return device
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The number of positions a model knows; None if its relative positions have no limit (T5, ALiBi; XLNet says -1)."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length and length > 0 else None
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that a decoder starts from.
 
     Raises:
-        BaseModelError: if `model` was not loaded by `load_base` and no tokenizer is given.
+        BaseModelError: the checkpoint doesn't say.
     """
-    if isinstance(model, Base):
-        return model
-    bare = bare_of(model)
-    if tokenizer is None and (known := bare.__dict__.get("_phatgoose_base")) is not None:
-        return known
-    if tokenizer is not None:
-        return Base(bare, tokenizer, spec=bare.name_or_path or type(bare).__name__)
+    for source in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(source, name, None)) is not None:
+                return int(token)
     raise BaseModelError(
-        "this model was not loaded by load_base(), so its tokenizer is unknown: pass Base(model, tokenizer, spec=...)."
+        f"{type(model).__name__} doesn't say which token its decoder starts from: set model.config.decoder_start_token_id."
     )
+
+
+def end_tokens(model: PreTrainedModel, own: int | None) -> frozenset[int]:
+    """The tokens that end a generation: the checkpoint's, and the one that ends training targets (`own`)."""
+    listed = model.generation_config.eos_token_id
+    found = listed if isinstance(listed, list) else [listed]
+    return frozenset(int(token) for token in [*found, own] if token is not None)

@@ -29,7 +29,6 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.base.gguf import WheelBase, copy_of_file, copy_of_wheel
 from phatgoose.models.base.load_errors import check_folder, protobuf_hint, refusals
 from phatgoose.models.base.load_options import load_options
-from phatgoose.models.text.generation import forced_start
 from phatgoose.registry import unknown
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
@@ -113,6 +112,17 @@ def load_base(
         model.name_or_path = model.config.name_or_path = source.spec
     forced = forced_start(model, tokenizer)
     return Base(model, tokenizer, spec=source.spec, notes=(*source.notes, *([forced] if forced else [])))
+
+
+def forced_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A note for checkpoints that force an answer's first token (BART's <s>, mBART's and NLLB's language); else None."""
+    token = getattr(model.generation_config, "forced_bos_token_id", None)
+    if token is None:
+        return None
+    return (
+        f"its checkpoint forces every answer to begin with {tokenizer.convert_ids_to_tokens(token)!r}; here nothing is forced: "
+        "an answer begins with the likeliest token, as in training and evaluation."
+    )
 
 
 def load_weights(spec: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> PreTrainedModel:

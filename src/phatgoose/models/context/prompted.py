@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedModel
 
 from phatgoose.experts.pool import Pool
-from phatgoose.models.base.base import Base, bare_of
-from phatgoose.models.text.batch import decoded
+from phatgoose.models.base.base import Base, unwrap_model
+from phatgoose.models.text.encoding import decode_text
 from phatgoose.routers.router import Encoder, Setup
 
 ATTRIBUTE = "_phatgoose_routing"
@@ -31,7 +31,7 @@ def prompted(
         prompts: texts, or token ids; given as ids, what follows them in a row counts as written.
         written: where a key-value cache that this routing didn't see made is gone on with: what stands in it behind each prompt.
     """
-    bare = bare_of(model)
+    bare = unwrap_model(model)
     routing = bare.__dict__.get(ATTRIBUTE)
     if routing is None or not prompts:
         yield
@@ -51,7 +51,7 @@ def setup_of(model: PreTrainedModel, pool: Pool) -> Setup:
 
     def decode(ids: Sequence[int]) -> str:
         assert base is not None
-        return decoded(base.tokenizer, ids)
+        return decode_text(base.tokenizer, ids)
 
     signature = pool.experts[0].signature
     expected = None if signature is None else signature.encoder_sha256

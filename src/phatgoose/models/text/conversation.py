@@ -14,8 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from phatgoose.errors import TaskError
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import end_tokens
+from phatgoose.models.base.base import Base, end_tokens
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -43,7 +42,7 @@ def conversation_ids(
     return _Conversation(base, tokenizer or base.tokenizer, messages, tools).prompt
 
 
-def answered(
+def conversation_answer_ids(
     base: Base, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = None
 ) -> tuple[list[int], list[list[int]]]:
     """`conversation_ids`, and for each answer (a message of the assistant's) the tokens that the model is to write behind them.

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import context_length
+from phatgoose.models.base.base import Base, context_length
 from phatgoose.models.batched.plan import BatchPlan
-from phatgoose.models.text.sequences import together
+from phatgoose.models.text.capabilities import generation_groups
 from phatgoose.serving.engine.engine import Engine
 from phatgoose.serving.engine.generate_call import Batch
 from phatgoose.serving.engine.job import ENDING, Job, News, ServingError, told
@@ -137,7 +136,7 @@ class BatchEngine(Engine):
                     break
                 count += 1
             prompts = [job.prompt for job in self._waiting[:count]]
-            first = together(self.base.model, prompts, most)[0] if count else []
+            first = generation_groups(self.base.model, prompts, most)[0] if count else []
             batch = [self._waiting[place] for place in first]
             self._waiting = [job for job in self._waiting if job not in batch]
         return batch

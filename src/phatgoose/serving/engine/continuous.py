@@ -22,10 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from phatgoose.memory import available_bytes
 from phatgoose.models.attach.hooks import Hooks
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import context_length
+from phatgoose.models.base.base import Base, context_length
 from phatgoose.models.text.batch import pad_id
-from phatgoose.models.text.sequences import pads_left
+from phatgoose.models.text.capabilities import supports_left_padding
 from phatgoose.serving.engine import attention
 from phatgoose.serving.engine.continuous_hooks import Passes, Sampler
 from phatgoose.serving.engine.engine import Engine
@@ -45,7 +44,7 @@ def obstacle(base: Base) -> str | None:
         return "it knows no encoder–decoders"
     if not model._can_set_attn_implementation() or not hasattr(model, "init_continuous_batching"):
         return f"{type(model).__name__} doesn't take its attention from transformers' AttentionInterface"
-    if not pads_left(model):
+    if not supports_left_padding(model):
         return f"{type(model).__name__} keeps more than keys and values of single tokens, or isn't told their positions"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is spread over several devices"

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-from phatgoose.models.base.limits import decoder_start, settings_are_own
+from phatgoose.models.base.base import decoder_start
 from phatgoose.models.batched.plan import BatchPlan
-from phatgoose.models.text.batch import pad_id, padded
-from phatgoose.models.text.generation import generation_settings
+from phatgoose.models.text.batch import pad_id, pad_rows
+from phatgoose.models.text.generate import generation_settings, use_generation_config
 from phatgoose.serving.engine.job import Job, News
 from phatgoose.serving.engine.sampling import choose
 
@@ -38,7 +38,7 @@ class Batch:
         own = generation_settings(base.model, pad=pad_id(base.tokenizer), max_new_tokens=longest)
         ids, mask = self._inputs()
         call: Any = base.model.generate
-        with settings_are_own(base.model, own), self.owner.multi_router.following(self.plan):
+        with use_generation_config(base.model, own), self.owner.multi_router.following(self.plan):
             call(
                 inputs=ids,
                 attention_mask=mask,
@@ -103,7 +103,7 @@ class Batch:
     def _inputs(self) -> tuple[Tensor, Tensor]:
         """The prompts int64 [B, T], padded on the left (encoder–decoders: on the right), and which tokens are real."""
         base, prompts = self.owner.base, [job.prompt for job in self.jobs]
-        ids, mask = padded(prompts, pad_id(base.tokenizer), left=not base.is_encoder_decoder)
+        ids, mask = pad_rows(prompts, pad_id(base.tokenizer), left=not base.is_encoder_decoder)
         return ids.to(base.device), mask.to(base.device)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phatgoose.models.text.batch import decoded
+from phatgoose.models.text.encoding import decode_text
 
 UNFINISHED = "\ufffd"
 """What a decoder writes for bytes of a character whose other bytes are still to come."""
@@ -56,7 +56,7 @@ class Decoder:
         return whole[len(known) :]
 
     def _text(self, ids: list[int]) -> str:
-        return shown(self.tokenizer, ids) if self.special else decoded(self.tokenizer, ids)
+        return shown(self.tokenizer, ids) if self.special else decode_text(self.tokenizer, ids)
 
 
 def shown(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -26,8 +26,7 @@ from transformers import (
 from phatgoose.errors import TrainingError
 from phatgoose.files import read_json
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.batch import length_batches
-from phatgoose.models.text.sequences import batch_of
+from phatgoose.models.text.batch import length_batches, make_batch
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.arguments import Logger, agreed
@@ -61,7 +60,7 @@ class Loop(Trainer):
         report: Report,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        self.collated = lambda encoded: batch_of(base, encoded)
+        self.collated = lambda encoded: make_batch(base, encoded)
         watch = Watch(self, config, label, report)
         try:
             super().__init__(

@@ -10,8 +10,7 @@ from torch.utils.data import Dataset
 
 from phatgoose.errors import TaskError, TrainingError
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.batch import Encoded
-from phatgoose.models.text.encoding import encode_answers
+from phatgoose.models.text.encoding import Encoded, encode_answers
 from phatgoose.records import Example, Task
 from phatgoose.training.config import LoopConfig
 

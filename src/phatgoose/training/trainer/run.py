@@ -18,8 +18,8 @@ from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.files import atomic_folder, work_place
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.encoding import template_of
-from phatgoose.models.text.sequences import check_rows
+from phatgoose.models.text.capabilities import check_scorable
+from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.config import LoopConfig
@@ -59,7 +59,7 @@ class Job:
             "config": self.config.key(),
             "task": self.task.hash,
             "base": self.base.facts(),
-            **template_of(self.base, self.task),
+            **chat_template_key(self.base, self.task),
             **self.key,
         }
 
@@ -72,7 +72,7 @@ def run(
     if base.model.__dict__.get("_phatgoose_routing") is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) before training on it.")
     autocast_dtype(base.model, config)
-    check_rows(base.model)
+    check_scorable(base.model)
     rows = rows_of(base, job.task, config)
     with preserved_random_state(), work_place(work_folder) as folder:
         args = arguments(base, config, folder, loggers)
@@ -133,7 +133,7 @@ def _record(job: Job, rows: Rows, history: History, student: Student) -> dict[st
             "name": task.name,
             "source": without_paths(task.source),
             "hash": task.hash,
-            **template_of(base, task),
+            **chat_template_key(base, task),
             "rows": {
                 "train": len(task.train),
                 "validation": len(task.validation),

@@ -21,7 +21,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, sha256_json, write_json
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
-from phatgoose.models.text.encoding import template_of
+from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.ops import auto_is
 from phatgoose.records import SplitName, Task, TaskScore, groups_of
 from phatgoose.routers import Router
@@ -89,7 +89,7 @@ class Measurements:
             "experts": experts,
             "router": None if router is None else router.describe(),
             "task": task.hash,
-            **template_of(self.base, task),
+            **chat_template_key(self.base, task),
             "split": split,
             "limit": limit,
             "evaluation": [self.config.level, self.config.resamples, self.config.seed],

@@ -6,18 +6,15 @@ import torch
 from architectures import ENCODER_DECODERS, make
 from conftest import make_tokenizer
 from phatgoose.errors import BaseModelError
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.limits import decoder_start
-from phatgoose.models.text.batch import IGNORED, Encoded
-from phatgoose.models.text.sequences import (
-    batch_of,
-    check_rows,
-    decoder_inputs,
-    mixes_up_to,
-    pads_left,
-    target_logits,
-    together,
+from phatgoose.models.base.base import Base, decoder_start
+from phatgoose.models.text.batch import IGNORED, decoder_inputs, make_batch, target_logits
+from phatgoose.models.text.capabilities import (
+    check_scorable,
+    generation_groups,
+    max_mixed_length,
+    supports_left_padding,
 )
+from phatgoose.models.text.encoding import Encoded
 
 ABSOLUTE = ["bart", "marian", "m2m_100", "blenderbot", "led", "fsmt"]
 LEFT = ["gpt2", "opt", "bloom", "mpt", "gemma3n_text", "deepseek_v2", "minicpm3"]
@@ -42,7 +39,7 @@ def plain(model, row):
 
 
 def assert_plain(model, rows):
-    batch = batch_of(Base(model, make_tokenizer(), spec="tiny"), rows)
+    batch = make_batch(Base(model, make_tokenizer(), spec="tiny"), rows)
     with torch.no_grad():
         logits = target_logits(model, batch)
         for found, labels, row in zip(logits, batch["labels"], rows, strict=True):
@@ -53,8 +50,8 @@ def assert_plain(model, rows):
 @pytest.mark.parametrize("name", ABSOLUTE + LEFT + RIGHT + TOGETHER)
 def test_a_padded_rows_logits_are_its_own(name):
     model = make(name)
-    check_rows(model)
-    assert pads_left(model) == (name in LEFT)
+    check_scorable(model)
+    assert supports_left_padding(model) == (name in LEFT)
     assert_plain(model, rows_of())
 
 
@@ -70,30 +67,30 @@ def test_rotations_that_hang_on_the_longest_row(kind):
         }
     settings = {"max_position_embeddings": 64 if kind == "longrope" else 16, "rope_parameters": scaling}
     model = make("llama", **settings)
-    assert mixes_up_to(model) == 16
+    assert max_mixed_length(model) == 16
     assert_plain(model, rows_of()[:2] if kind == "longrope" else rows_of()[:1] * 2)
-    assert together(model, [(1, 2), (3,) * 20, (4, 5)], 4) == [[0, 2], [1]]
-    assert together(model, [(1, 2), (3,) * 9], 4) == [[0, 1]]
+    assert generation_groups(model, [(1, 2), (3,) * 20, (4, 5)], 4) == [[0, 2], [1]]
+    assert generation_groups(model, [(1, 2), (3,) * 9], 4) == [[0, 1]]
 
 
 def test_only_rows_of_one_length_go_on_together_where_padding_is_read():
-    assert together(make("recurrent_gemma"), [(1, 2), (3,), (4, 5)], 9) == [[0, 2], [1]]
-    assert together(make("rwkv"), [(1, 2), (3,), (4, 5)], 9) == [[0], [1], [2]]
-    assert together(make("llama"), [(1, 2), (3,), (4, 5)], 9) == [[0, 1, 2]]
-    assert together(make("bart"), [(1, 2), (3,), (4, 5)], 9) == [[0, 1, 2]]
+    assert generation_groups(make("recurrent_gemma"), [(1, 2), (3,), (4, 5)], 9) == [[0, 2], [1]]
+    assert generation_groups(make("rwkv"), [(1, 2), (3,), (4, 5)], 9) == [[0], [1], [2]]
+    assert generation_groups(make("llama"), [(1, 2), (3,), (4, 5)], 9) == [[0, 1, 2]]
+    assert generation_groups(make("bart"), [(1, 2), (3,), (4, 5)], 9) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("name", ["xlnet", "bert"])
 def test_attention_that_looks_ahead_is_refused(name):
     model = make(name, **({"is_decoder": False} if name == "bert" else {}))
     with pytest.raises(BaseModelError, match=r"isn't causal.*mean nothing"):
-        check_rows(model)
+        check_scorable(model)
     assert not model.training
 
 
 def test_experts_that_a_batch_competes_for_are_refused():
     with pytest.raises(BaseModelError, match=r"moe_eval_capacity_token_fraction=0\.5"):
-        check_rows(make("nllb-moe", moe_eval_capacity_token_fraction=0.5))
+        check_scorable(make("nllb-moe", moe_eval_capacity_token_fraction=0.5))
 
 
 @pytest.mark.parametrize("name", [n for n in ENCODER_DECODERS if n != "t5gemma"])

@@ -12,16 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2LMHeadModel
 
 from phatgoose.errors import TaskError
-from phatgoose.models.text.batch import (
-    Encoded,
-    collate,
-    encode_choices,
-    encode_pair,
-    length_batches,
-    pad_id,
-    target_loss,
-)
-from phatgoose.models.text.sequences import target_logits
+from phatgoose.models.text.batch import collate, length_batches, pad_id, target_logits, target_loss
+from phatgoose.models.text.encoding import Encoded, encode_choices
 
 FAMILIES = ("llama", "qwen", "gpt2", "t5")
 PAIRS = [
@@ -47,7 +39,8 @@ def special(tokenizer):
 
 
 def encode(tokenizer, pairs, seq2seq=False, max_length=512):
-    return [encode_pair(tokenizer, p, a, is_encoder_decoder=seq2seq, max_length=max_length) for p, a in pairs]
+    kind = {"is_encoder_decoder": seq2seq, "max_length": max_length}
+    return [encode_choices(tokenizer, p, [a], **kind)[0] for p, a in pairs]
 
 
 def test_decoder_only_ids(tokenizer):
@@ -201,7 +194,7 @@ def test_loss_of_a_padded_batch_is_that_of_its_rows(make_base, family, dtype):
     batch = collate(encoded, pad_id(base.tokenizer), is_encoder_decoder=base.is_encoder_decoder)
     with torch.no_grad():
         logits = target_logits(base.model, batch)
-        loss = target_loss(logits, batch["labels"])
+        loss = target_loss(logits, batch["labels"]) / int((batch["labels"] != -100).sum())
         parts = [row_loss(base, e) for e in encoded]
     assert logits.shape[:2] == batch["labels"].shape
     assert loss.dtype == torch.float32
@@ -255,7 +248,8 @@ def test_loss_by_hand():
     logits = torch.randn(2, 3, 5, dtype=torch.bfloat16)
     labels = torch.tensor([[-100, 1, 2], [-100, -100, 4]])
     picked = torch.stack([logits[0, 1], logits[0, 2], logits[1, 2]]).float()
-    torch.testing.assert_close(target_loss(logits, labels), cross_entropy(picked, torch.tensor([1, 2, 4])))
+    expected = cross_entropy(picked, torch.tensor([1, 2, 4]))
+    torch.testing.assert_close(target_loss(logits, labels) / 3, expected)
 
 
 @given(st.lists(st.integers(0, 60)), st.integers(1, 7), st.none() | st.integers(1, 150))

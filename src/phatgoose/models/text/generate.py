@@ -1,0 +1,116 @@
+"""Generation settings, the same for every command, and the plain greedy answer.
+
+Nothing of a checkpoint's generation_config is used except the decoder's start token and the end tokens: the same settings train,
+score and serve an expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
+
+from phatgoose.errors import PhatgooseError
+from phatgoose.models.base.base import Base, context_length, decoder_start, end_tokens
+from phatgoose.models.text.batch import pad_id
+from phatgoose.models.text.capabilities import supports_cache
+
+
+def generation_settings(
+    model: PreTrainedModel,
+    *,
+    pad: int,
+    max_new_tokens: int,
+    ends: Iterable[int] = (),
+    temperature: float = 0.0,
+) -> GenerationConfig:
+    """Settings for `generate`: greedy, or above temperature 0 sampling from softmax(logits / temperature).
+
+    Pass them inside `use_generation_config`, or `generate` fills what they leave open from the checkpoint's
+    generation_config: penalties, suppressed and forced tokens, beams, lengths, stop strings.
+
+    Args:
+        pad: the token that fills shorter rows.
+        ends: tokens that end an answer. Without any it ends at `max_new_tokens`, or when the caller stops it.
+    """
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if found := sorted(set(ends)):
+        settings["eos_token_id"] = found
+    if model.config.is_encoder_decoder:
+        settings["decoder_start_token_id"] = decoder_start(model)
+    cache = supports_cache(model)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, num_beams=1, use_cache=cache, pad_token_id=pad, **settings
+    )
+
+
+def answer_settings(base: Base, max_new_tokens: int, temperature: float = 0.0) -> GenerationConfig:
+    """`generation_settings` for an answer that ends with the checkpoint's end tokens or the tokenizer's."""
+    ends = end_tokens(base.model, base.tokenizer.eos_token_id)
+    pad = pad_id(base.tokenizer)
+    return generation_settings(
+        base.model, pad=pad, max_new_tokens=max_new_tokens, ends=ends, temperature=temperature
+    )
+
+
+@contextlib.contextmanager
+def use_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's own generation_config inside: `generate` takes from it what its arguments leave open."""
+    kept = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+def greedy_answer(
+    base: Base, ids: Tensor, max_new_tokens: int, after_each: Callable[[Tensor], bool] | None = None
+) -> Tensor:
+    """A greedy answer to ids [1, T]: int64 [1, …].
+
+    Decoder-only: the prompt, then the answer. Encoder–decoder: the decoder's start token, then the answer. An answer that
+    ended includes its end token.
+
+    Args:
+        after_each: called after each token with the result so far; returning True ends the answer.
+    """
+    settings = answer_settings(base, max_new_tokens)
+    criteria = StoppingCriteriaList([] if after_each is None else [_StopWhen(after_each)])
+    with use_generation_config(base.model, settings), torch.no_grad():
+        run: Any = base.model.generate
+        mask = torch.ones_like(ids)
+        out = run(inputs=ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria)
+        return cast(Tensor, out)
+
+
+class _StopWhen(StoppingCriteria):
+    """Ends all rows when `stop`, called with the tokens so far, returns True."""
+
+    def __init__(self, stop: Callable[[Tensor], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.stop(input_ids), device=input_ids.device)
+
+
+def max_answer_tokens(base: Base, tokens: int, max_new_tokens: int) -> int:
+    """`max_new_tokens`, or less if the model's context has less room after a prompt of `tokens`.
+
+    Raises:
+        PhatgooseError: the prompt leaves no room.
+    """
+    context = None if base.is_encoder_decoder else context_length(base.model)
+    room = max_new_tokens if context is None else context - tokens
+    if room < 1:
+        raise PhatgooseError(
+            f"the prompt has {tokens} tokens and the model's context {context}: nothing can be added. Shorten it."
+        )
+    return min(room, max_new_tokens)
