@@ -23,7 +23,7 @@ from transformers import (
 
 from conftest import VOCABULARY
 from phatgoose import Expert
-from phatgoose.models.moe.names import modules_of
+from phatgoose.models.moe.names import modules_by_path
 
 D, F_, E = 32, 24, 5
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
@@ -142,7 +142,7 @@ def with_gates(expert: Expert, seed: int) -> Expert:
 @torch.no_grad()
 def with_weights_added(model, expert: Expert):
     """The model with an expert's ΔW added to its weights."""
-    modules = modules_of(model, expert.updates)
+    modules = modules_by_path(model, expert.updates)
     for path, update in expert.updates.items():
         modules[path].weight.add_(update.weight())
     return model
@@ -157,7 +157,7 @@ def by_hand(model, experts, at):
     """The model with experts that run token by token; `at(path, slot, u)` is what a layer gives for u [d]."""
     for name in fused_experts(model):
         module = model.get_submodule(name)
-        slots = modules_of(model, {p for e in experts for p in e.updates if p.startswith(name)})
+        slots = modules_by_path(model, {p for e in experts for p in e.updates if p.startswith(name)})
 
         def forward(hidden, index, weights, module=module, name=name, slots=slots):
             out = torch.zeros_like(hidden)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from conftest import TARGETS, make_tokenizer
 from phatgoose import Expert, Pool, load_base, route, unroute
 from phatgoose.errors import BaseModelError, ExpertError
-from phatgoose.models.base.convert import converted
+from phatgoose.models.base.convert import convert_to_lora
 from phatgoose.routers import Single
 
 # What PEFT says of patterns that match nothing, and of rsLoRA with patterns.
@@ -78,7 +78,7 @@ def test_the_initialisation_is_run_again(init, settings, family, make_base, tmp_
     model = trained(base, tmp_path / "adapter", init, **settings)
     with pytest.raises(ExpertError, match=f"init_lora_weights = '{init}'.*`phatgoose convert ADAPTER --base"):
         Expert.from_peft(tmp_path / "adapter")
-    expert, far = converted(tmp_path / "adapter", copy.deepcopy(base.model), "base")
+    expert, far = convert_to_lora(tmp_path / "adapter", copy.deepcopy(base.model), "base")
     assert 0 < far < 1
     checked(base, expert, model, tmp_path / "converted")
     with pytest.raises(BaseModelError):
@@ -92,12 +92,12 @@ def test_the_initial_adapter_where_that_hangs_on_data_or_chance(init, make_base,
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
     with pytest.raises(ExpertError, match=r"depends on data or chance.*--initial"):
-        converted(folder, copy.deepcopy(base.model), "base")
-    expert, _ = converted(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "initial")
+        convert_to_lora(folder, copy.deepcopy(base.model), "base")
+    expert, _ = convert_to_lora(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "initial")
     checked(base, expert, model, tmp_path / "converted")
     trained(base, tmp_path / "other" / "adapter", "pissa", targets=["q_proj"])
     with pytest.raises(ExpertError, match=r"isn't what .* began as: only one of them adapts"):
-        converted(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "other" / "initial")
+        convert_to_lora(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "other" / "initial")
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
@@ -109,11 +109,11 @@ def test_the_changed_base_itself(init, make_base, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
     if init == "loftq":
         with pytest.raises(ExpertError, match=r"LoftQ's quantised base.*--residual"):
-            converted(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "initial")
+            convert_to_lora(folder, copy.deepcopy(base.model), "base", initial=tmp_path / "initial")
     copy.deepcopy(model).unload().save_pretrained(tmp_path / "changed")
     make_tokenizer().save_pretrained(tmp_path / "changed")
     changed = load_base(tmp_path / "changed")
-    expert, far = converted(folder, changed.model, "changed", residual=True)
+    expert, far = convert_to_lora(folder, changed.model, "changed", residual=True)
     assert far is None
     assert close(logits(route(changed, Pool([expert]), Single(0))), logits(model)) < 1e-5
     with pytest.raises(BaseModelError, match="not the same"):
@@ -123,10 +123,10 @@ def test_the_changed_base_itself(init, make_base, tmp_path):
 def test_refusals(make_base, make_expert, tmp_path):
     base = make_base("llama")
     with pytest.raises(ExpertError, match="needs no conversion: it is 'LORA' with init_lora_weights = True"):
-        converted(make_expert(base).folder, base.model, "base")
+        convert_to_lora(make_expert(base).folder, base.model, "base")
     trained(base, tmp_path / "dora" / "adapter", "pissa", use_dora=True)
     with pytest.raises(ExpertError, match="is pissa with more than A and B"):
-        converted(tmp_path / "dora" / "adapter", copy.deepcopy(base.model), "base")
+        convert_to_lora(tmp_path / "dora" / "adapter", copy.deepcopy(base.model), "base")
     trained(base, tmp_path / "adapter", "pissa")
     with pytest.raises(ExpertError, match=r"PEFT can't initialise|of another base"):
-        converted(tmp_path / "adapter", copy.deepcopy(make_base("gpt2").model), "base")
+        convert_to_lora(tmp_path / "adapter", copy.deepcopy(make_base("gpt2").model), "base")

@@ -20,7 +20,7 @@ from phatgoose.experts.files.tokenizer_files import differences
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.encoding import chat_template_key, encode_answers, encode_input
 from phatgoose.tasks.splits import CHAT
-from phatgoose.training.trainer.rows import rows_of
+from phatgoose.training.trainer.rows import training_rows
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
@@ -64,7 +64,7 @@ def served(base, example):
 
 def test_trained_rows_are_the_served_tokens_and_the_answer(tmp_path):
     base, task = chatting(), task_of(tmp_path)
-    rows = rows_of(base, task, ExpertConfig(**STEPS))
+    rows = training_rows(base, task, ExpertConfig(**STEPS))
     for i, row in rows.train.encoded.items():
         example = task.train[i]
         assert list(row.prompt_ids) == list(encode_input(base, example)) == served(base, example)

@@ -14,7 +14,13 @@ from torch import nn
 
 from conftest import FAMILIES, TARGETS, make_model
 from phatgoose.errors import BaseModelError
-from phatgoose.models.base.fingerprint import architecture, check_same_base, fingerprint, places, same_base
+from phatgoose.models.base.fingerprint import (
+    architecture,
+    check_same_base,
+    fingerprint,
+    same_base,
+    sample_positions,
+)
 from phatgoose.records import Fingerprint
 
 
@@ -127,7 +133,7 @@ def test_the_documented_definition():
     name = "transformer.h.1.attn.c_attn.weight"
     conv = model.transformer.h[1].attn.c_attn.weight.detach().flatten()  # Conv1D: [in, out]
     assert found.samples[f"linear:{name}"] == pytest.approx(
-        [conv[p].item() for p in places(name, (32, 96), 8)], rel=1e-5
+        [conv[p].item() for p in sample_positions(name, (32, 96), 8)], rel=1e-5
     )
     norms = {g for g in found.samples if g.startswith("norm:")}
     assert norms == {

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES
 from phatgoose.errors import BaseModelError
-from phatgoose.models.base import mapped_weights as mapped
+from phatgoose.models.base import without_weights as mapped
 from phatgoose.models.base.fingerprint import fingerprint
-from phatgoose.models.base.mapped_weights import mapped_base
+from phatgoose.models.base.without_weights import mapped_base
 
 
 @pytest.mark.parametrize("family", FAMILIES)

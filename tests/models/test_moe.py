@@ -49,7 +49,7 @@ from phatgoose.experts.packed.pack import pack, unpack
 from phatgoose.models.attach.modules import weight_norms
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.without_weights import check_mixture
-from phatgoose.models.moe.names import modules_of
+from phatgoose.models.moe.names import modules_by_path
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers.context import RoutingContext, Sequences
 from phatgoose.routers.masked import Masked, Switches
@@ -427,7 +427,7 @@ def test_dora_inside_experts(tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"use_dora": True}
     expert = Expert("a", config, tensors)
     by_hand = make("qwen3_moe")
-    modules = modules_of(by_hand, expert.updates)
+    modules = modules_by_path(by_hand, expert.updates)
     with torch.no_grad():
         for path, update in expert.updates.items():
             weight = modules[path].weight

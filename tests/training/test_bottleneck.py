@@ -15,7 +15,7 @@ from training_helpers import SMALL, make_task
 
 from phatgoose.experts.adapters import adapterhub
 from phatgoose.experts.adapters.adapterhub_rules import RULES
-from phatgoose.training.bottleneck import BottleneckStudent, places, settings_of
+from phatgoose.training.bottleneck import BottleneckStudent, adapter_locations, settings_of
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import decode_path
@@ -28,7 +28,7 @@ CONFIG = {**SMALL, "kind": "bottleneck", "reduction": 8}
 def student_of(base, **settings):
     """With random weights everywhere."""
     config = ExpertConfig(**{**CONFIG, **settings})
-    student = BottleneckStudent(base, places(base, config), config, "one")
+    student = BottleneckStudent(base, adapter_locations(base, config), config, "one")
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in student.trained().values():
@@ -95,18 +95,18 @@ def test_loss_and_gradients_are_the_papers(make_base, placement):
 def test_only_adapters_are_trained_and_they_start_small(make_base):
     base = make_base("llama")
     config = ExpertConfig(**{**CONFIG, "reduction": 2, "init_std": 0.02})
-    student = BottleneckStudent(base, places(base, config), config, "one")
+    student = BottleneckStudent(base, adapter_locations(base, config), config, "one")
     assert {name.split(".")[0] for name in student.trained()} == {"adapters"}
     first, second = student.adapters.values()
     assert first.down.weight.shape == (16, 32)
     assert abs(first.down.weight.std() - 0.02) < 2e-3
     assert not torch.equal(first.down.weight, second.down.weight)
     assert not any(p.any() for p in (first.up.weight, first.up.bias, first.down.bias))
-    again = BottleneckStudent(make_base("llama"), places(base, config), config, "other")
+    again = BottleneckStudent(make_base("llama"), adapter_locations(base, config), config, "other")
     assert torch.equal(next(iter(again.adapters.values())).down.weight, first.down.weight)
     tiny = ExpertConfig(**{**CONFIG, "reduction": 1000})
     assert next(
-        iter(BottleneckStudent(base, places(base, tiny), tiny, "one").adapters.values())
+        iter(BottleneckStudent(base, adapter_locations(base, tiny), tiny, "one").adapters.values())
     ).down.weight.shape == (1, 32)
 
 

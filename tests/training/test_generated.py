@@ -20,7 +20,7 @@ from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.generated import train_generated_gate, write_task
 from phatgoose.training.trainer.progress import silent
-from phatgoose.training.writing import WritingConfig, sorted_out, write
+from phatgoose.training.writing import WritingConfig, usable_rows, write_batch
 
 CONFIG = GateConfig(**SMALL)
 WRITING = WritingConfig(rows=24, rows_per_batch=10, max_new_tokens=12)
@@ -36,10 +36,10 @@ def test_the_expert_writes_on_every_token(make_base, make_expert, family):
     assert state_of(base.model) == before
     base.model.eval()
     route(base, Pool([expert]), Single(0))
-    expected, _ = sorted_out([write(base, WRITING, (), n) for n in range(6)], (), WRITING)
+    expected, _ = usable_rows([write_batch(base, WRITING, (), n) for n in range(6)], (), WRITING)
     phatgoose.unroute(base)
     assert [*task.validation, *task.train] == expected[:24]
-    alone, _ = sorted_out([write(base, WRITING, (), n) for n in range(6)], (), WRITING)
+    alone, _ = usable_rows([write_batch(base, WRITING, (), n) for n in range(6)], (), WRITING)
     assert alone[:24] != expected[:24]
 
 
@@ -95,14 +95,14 @@ def test_a_killed_writing_goes_on_with_the_same_texts(make_base, make_expert, tm
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(number)
-        return write(base, config, prompts, number)
+        return write_batch(base, config, prompts, number)
 
     before = state_of(base.model)
-    monkeypatch.setattr(generated, "write", dying)
+    monkeypatch.setattr(generated, "write_batch", dying)
     with pytest.raises(KeyboardInterrupt):
         write_task(base, expert, WRITING, work_folder=tmp_path, report=silent)
     assert state_of(base.model) == before
-    monkeypatch.setattr(generated, "write", lambda *a: written.append(a[-1]) or write(*a))
+    monkeypatch.setattr(generated, "write_batch", lambda *a: written.append(a[-1]) or write_batch(*a))
     again = write_task(base, expert, WRITING, work_folder=tmp_path, report=silent)
     assert written == list(range(len(written)))  # no batch twice
     assert again == whole

@@ -14,13 +14,13 @@ from phatgoose.training.expert import adapted
 from phatgoose.training.gate import GatedStudent
 from phatgoose.training.modules import is_conv1d, target_paths
 from phatgoose.training.student import Student
-from phatgoose.training.trainer.rows import rows_of
+from phatgoose.training.trainer.rows import training_rows
 
 CONFIG = ExpertConfig(**SMALL, **LORA)
 
 
 def batch_of(base, rows=5):
-    drawn = rows_of(base, make_task(), CONFIG).train
+    drawn = training_rows(base, make_task(), CONFIG).train
     encoded = [drawn[i] for i in range(rows)]
     return encoded, collate(encoded, 0, is_encoder_decoder=base.is_encoder_decoder)
 

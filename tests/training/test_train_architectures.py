@@ -18,7 +18,7 @@ from phatgoose.routers import Single
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import _check_readable, adapted, adapted_paths, train_expert
 from phatgoose.training.gate import train_gate
-from phatgoose.training.modules import left_out, target_paths, text_tower
+from phatgoose.training.modules import describe_left_out, target_paths, text_model_prefix
 from phatgoose.training.signature import SignatureConfig, make_signature
 
 SETTINGS = {**SMALL, "rank": 2}
@@ -105,17 +105,17 @@ def test_padding_whose_embedding_is_zero_has_no_gradient_of_its_own():
 def test_nothing_is_said_where_nothing_is_left_out(make_base):
     for family in ("llama", "gpt2", "t5"):
         model = make_base(family).model
-        assert not left_out(model, target_paths(model, "all-linear"))
+        assert not describe_left_out(model, target_paths(model, "all-linear"))
     for name in ("rwkv", "falcon"):
         paths = target_paths(model := make(name), "all-linear")
         assert paths
-        assert not left_out(model, paths)
+        assert not describe_left_out(model, paths)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
 def test_a_vision_language_base_trains_what_reads_text(kind):
     base = Base(make_vision_model(kind), make_tokenizer(), spec=kind)
-    assert text_tower(base.model) == "model.language_model."
+    assert text_model_prefix(base.model) == "model.language_model."
     with pytest.warns(
         UserWarning, match=r"linear layers outside of model\.language_model, which see no text"
     ):

@@ -17,7 +17,7 @@ from phatgoose.training.expert import adapted, train_expert
 from phatgoose.training.modules import target_paths
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.progress import silent
-from phatgoose.training.trainer.rows import rows_of
+from phatgoose.training.trainer.rows import training_rows
 
 CONFIG = ExpertConfig(**SMALL, **LORA, learning_rate=2e-3)
 
@@ -76,7 +76,7 @@ def test_training_is_adamw_on_the_mean_over_all_targets_of_a_step(make_base, tas
     expert = train_expert(make_base("llama"), task, config, report=silent)
 
     base = make_base("llama")
-    reference, rows = copy.deepcopy(base.model), rows_of(base, task, config)
+    reference, rows = copy.deepcopy(base.model), training_rows(base, task, config)
     paths = target_paths(base.model, "all-linear")
     model = adapted(base, paths, config)
     start = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if "lora_" in n}
@@ -118,7 +118,7 @@ def test_the_base_is_untouched_and_plain_peft_loads_the_expert(make_base, family
     ]
     assert sorted(expert.updates) == target_paths(base.model, "all-linear")
     model = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    rows = rows_of(base, task, CONFIG)
+    rows = training_rows(base, task, CONFIG)
     found = [plain_loss(model, base, [row]).item() * len(row.target_ids) for row in rows.validation]
     mean = sum(found) / sum(len(row.target_ids) for row in rows.validation)
     losses = dict(expert.provenance["validation_losses"])
@@ -143,7 +143,7 @@ def test_the_record_says_how_it_was_made(make_base, task):
     assert [step for step, _ in record["validation_losses"]] == [5, 10, 12]
     assert record["best_step"] == min(record["validation_losses"], key=lambda pair: pair[1])[0]
     assert [step for step, _ in record["losses"]] == list(range(1, 13))
-    rows = rows_of(base, task, CONFIG)
+    rows = training_rows(base, task, CONFIG)
     assert (record["tokens"], record["target_tokens"]) == (rows.tokens, rows.target_tokens)
     assert (record["seed"], record["device"], record["precision"], record["processes"]) == (
         0,
@@ -179,7 +179,7 @@ def test_the_best_checkpoint_is_kept_not_the_last(make_base, task):
         for name, parameter in student.trained().items():
             key = name.removeprefix("model.").replace(".default", "")
             parameter.copy_(expert.tensors[key])
-        rows = rows_of(base, task, config).validation
+        rows = training_rows(base, task, config).validation
         found = sum(float(plain_loss(model, base, [r])) * len(r.target_ids) for r in rows)
     assert found / sum(len(r.target_ids) for r in rows) == pytest.approx(losses[best], rel=1e-4)
 

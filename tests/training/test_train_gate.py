@@ -20,7 +20,7 @@ from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import GatedStudent, decode_path, encode_path, train_gate
 from phatgoose.training.modules import target_paths
 from phatgoose.training.trainer.progress import silent
-from phatgoose.training.trainer.rows import rows_of
+from phatgoose.training.trainer.rows import training_rows
 
 CONFIG = GateConfig(**SMALL)
 
@@ -145,7 +145,7 @@ def test_training_is_adamw_on_the_formula(make_base, make_expert, task):
     gated = train_gate(base, expert, task, config, report=silent)
     model, vectors = by_hand(base, expert)
     optimizer = torch.optim.AdamW(vectors.values(), lr=0.01, weight_decay=0.0)
-    rows = rows_of(base, task, config)
+    rows = training_rows(base, task, config)
     for step in range(5):
         optimizer.param_groups[0]["lr"] = 0.01 * min(1.0, step / 2)
         plain_loss(model, base, [rows.train[i] for i in range(6 * step, 6 * step + 6)]).backward()
@@ -160,7 +160,7 @@ def test_gates_lower_the_loss_on_the_rows_they_were_trained_on(make_base, make_e
     expert = make_expert(base, gates=False)
     config = GateConfig(steps=40, rows_per_step=21, rows_per_batch=21, validate_every=0)
     gated = train_gate(base, expert, task, config, report=silent)
-    rows = rows_of(base, task, config).train
+    rows = training_rows(base, task, config).train
     model, vectors = by_hand(base, expert)
     losses = []
     with torch.no_grad():

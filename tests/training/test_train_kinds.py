@@ -25,7 +25,7 @@ from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import adapted_paths, train_expert
 from phatgoose.training.gate import GatedStudent, train_gate
 from phatgoose.training.trainer.progress import silent
-from phatgoose.training.trainer.rows import rows_of
+from phatgoose.training.trainer.rows import training_rows
 
 KINDS = {
     "rslora": {"rank": 3, "alpha": 2.0, "rslora": True},
@@ -69,7 +69,7 @@ def trained(tokenizer, tmp_path_factory):
 
 def losses(base, expert, task, rows=21):
     """Mean loss on the first rows of training, without and with the expert, by transformers' own loss."""
-    drawn = rows_of(base, task, GateConfig(**SMALL)).train
+    drawn = training_rows(base, task, GateConfig(**SMALL)).train
     encoded = [drawn[i] for i in range(rows)]
     with torch.no_grad():
         plain = plain_loss(base.model, base, encoded).item()

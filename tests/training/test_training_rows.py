@@ -5,23 +5,23 @@ from phatgoose.errors import TrainingError
 from phatgoose.models.text.encoding import encode_choices
 from phatgoose.records import Example, Task
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.trainer.rows import draw, rows_of
+from phatgoose.training.trainer.rows import draw_rows, training_rows
 
 CONFIG = ExpertConfig(steps=7, rows_per_step=6, rows_per_batch=3)
 
 
 def test_every_row_comes_once_before_any_comes_again():
-    drawn = draw(5, 13, seed=3)
+    drawn = draw_rows(5, 13, seed=3)
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
     assert len(drawn) == 13
-    assert drawn == draw(5, 13, seed=3) != draw(5, 13, seed=4)
+    assert drawn == draw_rows(5, 13, seed=3) != draw_rows(5, 13, seed=4)
     assert drawn[:5] != drawn[5:10]
 
 
 def test_a_step_has_its_rows_whatever_the_batches(make_base):
     base, task = make_base("llama"), make_task()
-    rows = rows_of(base, task, CONFIG)
-    drawn = draw(len(task.train), 42, CONFIG.seed)
+    rows = training_rows(base, task, CONFIG)
+    drawn = draw_rows(len(task.train), 42, CONFIG.seed)
     assert len(rows.train) == 42
     for step in range(7):
         part = slice(6 * step, 6 * step + 6)
@@ -37,13 +37,15 @@ def test_a_step_has_its_rows_whatever_the_batches(make_base):
 
 
 def test_only_drawn_rows_are_encoded(make_base):
-    rows = rows_of(make_base("llama"), make_task(), ExpertConfig(steps=1, rows_per_step=4, rows_per_batch=4))
+    rows = training_rows(
+        make_base("llama"), make_task(), ExpertConfig(steps=1, rows_per_step=4, rows_per_batch=4)
+    )
     assert len(rows.train.encoded) == 4
 
 
 def test_validation_rows_are_few_and_the_same_for_every_seed(make_base):
     chosen = [
-        rows_of(
+        training_rows(
             make_base("llama"),
             make_task(21, 30),
             ExpertConfig(steps=1, rows_per_step=2, rows_per_batch=1, validation_rows=4, seed=seed),
@@ -56,7 +58,7 @@ def test_validation_rows_are_few_and_the_same_for_every_seed(make_base):
 
 def test_cut_prompts_are_counted(make_base):
     config = ExpertConfig(steps=4, rows_per_step=6, rows_per_batch=3, max_length=19)
-    rows = rows_of(make_base("llama"), make_task(), config)
+    rows = training_rows(make_base("llama"), make_task(), config)
     everything = [*rows.train.encoded.values(), *rows.validation]
     assert 0 < rows.truncated == sum(r.cut > 0 for r in everything) < len(everything)
     assert max(r.length for r in everything) <= 19
@@ -66,7 +68,7 @@ def test_cut_prompts_are_counted(make_base):
 def test_a_target_that_does_not_fit_names_its_row(make_base, family):
     rows = (Example("short", ("yes",)), Example("short", ("a very long answer " * 9,)))
     with pytest.raises(TrainingError, match=r"'long', training row 1: .*max_length"):
-        rows_of(
+        training_rows(
             make_base(family),
             Task("long", rows, rows[:1], ()),
             ExpertConfig(steps=1, rows_per_step=2, rows_per_batch=2, max_length=16),
@@ -75,8 +77,8 @@ def test_a_target_that_does_not_fit_names_its_row(make_base, family):
 
 def test_missing_splits(make_base):
     with pytest.raises(TrainingError, match="'plus' has no training rows"):
-        rows_of(make_base("llama"), make_task(0, 5), CONFIG)
+        training_rows(make_base("llama"), make_task(0, 5), CONFIG)
     with pytest.raises(TrainingError, match=r"no validation rows.*validate_every=0"):
-        rows_of(make_base("llama"), make_task(21, 0), CONFIG)
+        training_rows(make_base("llama"), make_task(21, 0), CONFIG)
     unvalidated = ExpertConfig(steps=1, rows_per_step=2, rows_per_batch=2, validate_every=0)
-    assert rows_of(make_base("llama"), make_task(21, 0), unvalidated).validation == []
+    assert training_rows(make_base("llama"), make_task(21, 0), unvalidated).validation == []

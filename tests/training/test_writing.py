@@ -8,7 +8,7 @@ import torch
 from phatgoose.errors import TrainingError
 from phatgoose.models.base.base import end_tokens
 from phatgoose.records import Example
-from phatgoose.training.writing import WritingConfig, _begin, _circles, _halves, sorted_out, write
+from phatgoose.training.writing import WritingConfig, _begin, _circles, _halves, usable_rows, write_batch
 
 CONFIG = WritingConfig(rows=8, rows_per_batch=5, max_new_tokens=7)
 
@@ -20,7 +20,7 @@ def test_every_text_has_one_fate():
         [(ok, False), ("", False), ("word", False)],
         [(ok, True), (circle, True), ("five six seven", True)],
     ]
-    rows, counts = sorted_out(batches, (), CONFIG)
+    rows, counts = usable_rows(batches, (), CONFIG)
     assert rows == [Example("one two", ("three four",)), Example("five six", ("seven",))]
     assert counts == {
         "written": 6,
@@ -31,10 +31,10 @@ def test_every_text_has_one_fate():
         "circular": 1,
         "repeated": 1,
     }
-    prompted, counts = sorted_out(batches[:1], ("p", "q"), CONFIG)
+    prompted, counts = usable_rows(batches[:1], ("p", "q"), CONFIG)
     assert prompted == [Example("p", (ok,)), Example("p", ("word",))]  # the empty one was q's
     assert (counts["usable"], counts["empty"], counts["too_short"]) == (2, 1, 0)
-    both, counts = sorted_out([[(ok, False)] * 4], ("p", "q"), CONFIG)
+    both, counts = usable_rows([[(ok, False)] * 4], ("p", "q"), CONFIG)
     assert [row.input for row in both] == ["p", "q"]
     assert counts["repeated"] == 2
 
@@ -70,13 +70,13 @@ def test_batches_depend_on_seed_and_number_only(make_base):
     base = make_base("llama")
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
-    one = write(base, CONFIG, (), 0)
+    one = write_batch(base, CONFIG, (), 0)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(4)
-    write(base, CONFIG, (), 5)
-    assert write(base, CONFIG, (), 0) == one
-    assert write(base, CONFIG, (), 1) != one
-    assert write(base, WritingConfig(rows_per_batch=5, max_new_tokens=7, seed=1), (), 0) != one
+    write_batch(base, CONFIG, (), 5)
+    assert write_batch(base, CONFIG, (), 0) == one
+    assert write_batch(base, CONFIG, (), 1) != one
+    assert write_batch(base, WritingConfig(rows_per_batch=5, max_new_tokens=7, seed=1), (), 0) != one
     assert len(one) == 5
 
 
@@ -89,7 +89,7 @@ def test_sampling_is_the_models_own_distribution(make_base):
     start = torch.tensor([[_begin(base)]])
     for temperature in (1.0, 0.5):
         config = WritingConfig(rows_per_batch=2000, max_new_tokens=1, temperature=temperature)
-        texts = [text for text, _ in write(base, config, (), 0)]
+        texts = [text for text, _ in write_batch(base, config, (), 0)]
         with torch.no_grad():
             expected = (base.model(start).logits[0, -1] / temperature).softmax(-1)
         found = {t: texts.count(t) / 2000 for t in set(texts) if t}
@@ -111,7 +111,7 @@ def test_texts_end_at_the_end_token_and_say_if_cut(make_base):
     base = make_base("llama")
     with torch.no_grad():
         base.model.lm_head.weight.mul_(0)  # every token alike: about 1 in 320 is an end
-    texts = write(base, WritingConfig(rows_per_batch=64, max_new_tokens=90), (), 0)
+    texts = write_batch(base, WritingConfig(rows_per_batch=64, max_new_tokens=90), (), 0)
     cut = [c for _, c in texts]
     assert any(cut)
     assert not all(cut)
@@ -122,7 +122,7 @@ def test_prompts_are_used_in_turn_and_padded(make_base):
     base = make_base("llama")
     prompts = ("yes", "the quick brown fox", "no")
     config = WritingConfig(rows_per_batch=3, max_new_tokens=3, temperature=1e-4)  # as good as greedy
-    together = write(base, config, prompts, 0)
+    together = write_batch(base, config, prompts, 0)
     for prompt, (text, _) in zip(prompts, together, strict=True):
         ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
         mask = torch.ones_like(ids)

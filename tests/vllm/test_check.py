@@ -56,7 +56,7 @@ def peft_expert(base, config, folder, name):
 
 
 def test_samples_are_the_weights_of_every_adapted_module(folder, pool, make_base):
-    from phatgoose.models.base.fingerprint import places
+    from phatgoose.models.base.fingerprint import sample_positions
 
     settings = Settings(pool())
     found = check(settings, folder())
@@ -64,7 +64,7 @@ def test_samples_are_the_weights_of_every_adapted_module(folder, pool, make_base
     model = make_base("llama").model
     for path, values in found.items():
         weight = model.get_submodule(path).weight.detach()
-        assert list(values) == weight.flatten()[places(path, weight.shape, len(values))].tolist()
+        assert list(values) == weight.flatten()[sample_positions(path, weight.shape, len(values))].tolist()
 
 
 def test_another_dtype_is_the_same_base(folder, pool):

@@ -17,8 +17,8 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.hooks import Hooks, apart
 from phatgoose.models.base.base import Base, decoder_start
-from phatgoose.models.moe.names import modules_of
-from phatgoose.models.moe.slots import Slot
+from phatgoose.models.moe.expert_linear import ExpertLinear
+from phatgoose.models.moe.names import modules_by_path
 from phatgoose.ops.reference import standardise
 
 
@@ -32,7 +32,7 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
     Raises:
         RoutingError: a module isn't there or never ran, or there are no texts.
     """
-    found = modules_of(base.model, modules)
+    found = modules_by_path(base.model, modules)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -56,7 +56,7 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
             base.model(**batch)
     for path in modules:
         # A mixture may never ask one of its experts.
-        if path not in sums and not isinstance(found[path], Slot):
+        if path not in sums and not isinstance(found[path], ExpertLinear):
             raise RoutingError(
                 f"{path} never ran on the {len(texts)} texts given: its inputs can't be averaged."
             )

@@ -22,12 +22,12 @@ from phatgoose.files import write_bytes
 from phatgoose.models.attach.attach import Routing, routing_of
 from phatgoose.models.attach.hooks import Hooks, apart
 from phatgoose.models.base.base import Base
-from phatgoose.models.base.layers import given
-from phatgoose.models.moe.names import modules_of
-from phatgoose.models.moe.slots import Slot, context_at
+from phatgoose.models.base.layers import first_argument
+from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
+from phatgoose.models.moe.names import modules_by_path
 from phatgoose.models.text.batch import decoder_inputs, make_batch, target_logits
 from phatgoose.models.text.encoding import Encoded
-from phatgoose.training.trainer.preserve import alone
+from phatgoose.training.trainer.preserve import expert_attached
 from phatgoose.training.trainer.progress import Progress, Report, display
 
 SAVE_SECONDS = 20.0
@@ -64,9 +64,9 @@ def mean_activations(
                 saved = time.monotonic()
         show(Progress(label, len(batches), len(batches), None, None, 0.0, math.inf))
     means = {path: (total / counts[path]).float() for path, total in sums.items()}
-    for path, module in modules_of(base.model, expert.updates).items():
+    for path, module in modules_by_path(base.model, expert.updates).items():
         # No token went to this expert of a mixture. A mean of zeros scores 0 on every token: it says nothing.
-        if isinstance(module, Slot) and path not in means:
+        if isinstance(module, ExpertLinear) and path not in means:
             means[path] = torch.zeros(module.in_features)
     for path, mean in means.items():
         if not bool(mean.isfinite().all()):
@@ -90,13 +90,13 @@ def _forward(base: Base, rows: Sequence[Encoded]) -> None:
 @contextlib.contextmanager
 def _watched(base: Base, expert: Expert, sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
     """The base with the expert on every token, its modules' inputs summed up over real tokens."""
-    modules = modules_of(base.model, expert.updates)
+    modules = modules_by_path(base.model, expert.updates)
     with Hooks() as hooks:
         for path, update in expert.updates.items():
             # Before the routing's own hook, so that an embedding's output is seen as its gate sees it.
             hook = partial(apart, _adding(path, update.embedding, base.model, sums, counts))
             hooks.add([modules[path].register_forward_hook(hook, with_kwargs=True)])
-        with alone(base, expert):
+        with expert_attached(base, expert):
             yield
 
 
@@ -104,11 +104,13 @@ def _adding(
     path: str, embedding: bool, model: PreTrainedModel, sums: dict[str, Tensor], counts: dict[str, int]
 ) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        u = output if embedding else given(args, kwargs)
+        u = output if embedding else first_argument(args, kwargs)
         routing: Routing | None = routing_of(model)
         assert routing is not None
         flat = u.reshape(-1, u.shape[-1])
-        tokens = context_at(path, module, args, given(args, kwargs), u.shape, routing.streams).tokens()
+        tokens = routing_context(
+            path, module, args, first_argument(args, kwargs), u.shape, routing.streams
+        ).tokens()
         real = tokens.real.reshape(-1).to(u.device)
         total = flat[real].double().sum(0).cpu()
         sums[path] = sums[path] + total if path in sums else total

@@ -16,12 +16,12 @@ from phatgoose.experts.names import ADAPTERHUB_WEIGHTS, CONFIG_FILE
 from phatgoose.files import write_json
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.base.base import Base
-from phatgoose.models.base.layers import follow_residual, linear_shape
+from phatgoose.models.base.layers import linear_shape, track_residual
 from phatgoose.ops.bottleneck import Bottleneck, Residual
 from phatgoose.ops.update import Update, no_rows
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.gate import decode_path, encode_path
-from phatgoose.training.modules import normal
+from phatgoose.training.modules import seeded_normal
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.checkpoints import tensor_bytes
 
@@ -48,7 +48,7 @@ def settings_of(config: ExpertConfig) -> dict[str, Any]:
     }
 
 
-def places(base: Base, config: ExpertConfig) -> dict[str, str]:
+def adapter_locations(base: Base, config: ExpertConfig) -> dict[str, str]:
     """Paths of the layers that get an adapter → path of the module whose input is the residual stream there.
 
     Raises:
@@ -80,7 +80,7 @@ class Adapter(nn.Module):
         self.scale, self.activation = float(settings["scaling"]), adapterhub.ACTIVATIONS[config.activation]
         self.reads_output = not settings["is_parallel"]
         with torch.no_grad():
-            self.down.weight.copy_(normal(config.seed, path, self.down.weight.shape) * config.init_std)
+            self.down.weight.copy_(seeded_normal(config.seed, path, self.down.weight.shape) * config.init_std)
             for parameter in (self.down.bias, self.up.weight, self.up.bias):
                 parameter.zero_()
 
@@ -104,16 +104,16 @@ class Adapter(nn.Module):
 
 
 class BottleneckStudent(Student):
-    """The base with an adapter's output added to that of every layer of `places`, by hooks; only the adapters are trained."""
+    """The base with an adapter's output added to that of every layer of `adapter_locations`, by hooks; only the adapters are trained."""
 
-    def __init__(self, base: Base, places: Mapping[str, str], config: ExpertConfig, name: str) -> None:
+    def __init__(self, base: Base, locations: Mapping[str, str], config: ExpertConfig, name: str) -> None:
         model = base.model
         model.requires_grad_(False)
         super().__init__(model, model, config)
         self.adapters = nn.ModuleDict()
         settings = settings_of(config)
         reads_residual = settings["is_parallel"] or settings["original_ln_before"]
-        self.sources = {path: source if reads_residual else None for path, source in places.items()}
+        self.sources = {path: source if reads_residual else None for path, source in locations.items()}
         self.size = 0
         hooks = Hooks()  # taken off by `preserved`
         for path, source in self.sources.items():
@@ -124,7 +124,7 @@ class BottleneckStudent(Student):
             residual = Residual() if source is not None else None
             hooks.add([module.register_forward_hook(_adding(adapter, residual))])
             if source is not None and residual is not None:
-                hooks.add(follow_residual(model.get_submodule(source), module, residual))
+                hooks.add(track_residual(model.get_submodule(source), module, residual))
         self.record: dict[str, Any] = {
             "config": settings,
             "hidden_size": self.size,
@@ -157,7 +157,7 @@ def _library_name(name: str) -> str:
     return f"{key}-adapter" if hasattr(nn.ModuleDict(), key) else key
 
 
-def write(student: Student, folder: Path) -> None:
+def save_adapter(student: Student, folder: Path) -> None:
     """The adapter in AdapterHub's format."""
     assert isinstance(student, BottleneckStudent)
     tensors = adapterhub.to_tensors(student.updates(), student.record["model_type"], student.record["name"])

@@ -29,11 +29,11 @@ from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Task
 from phatgoose.training import bottleneck
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.modules import is_conv1d, left_out, normal, target_paths
+from phatgoose.training.modules import describe_left_out, is_conv1d, seeded_normal, target_paths
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.arguments import Logger
 from phatgoose.training.trainer.progress import Report
-from phatgoose.training.trainer.run import Job, run
+from phatgoose.training.trainer.run import TrainingJob, run_training
 
 __all__ = ["ExpertConfig", "train_expert"]
 
@@ -82,7 +82,7 @@ def train_expert(
             expert if folder is not None and result.is_relative_to(folder) else replace(expert, folder=None)
         )
 
-    job = Job(
+    job = TrainingJob(
         kind="expert",
         result="adapter",
         base=base,
@@ -93,7 +93,7 @@ def train_expert(
         write=write,
         read=read,
     )
-    return run(job, folder, f"expert {name}", report, loggers)
+    return run_training(job, folder, f"expert {name}", report, loggers)
 
 
 def _recipe(
@@ -101,10 +101,10 @@ def _recipe(
 ) -> tuple[Callable[[], Student], Callable[[Student, Path], None]]:
     """What makes the student, and what writes its result. Settings that don't fit the base are refused here."""
     if config.kind == "bottleneck":
-        places = bottleneck.places(base, config)
-        return lambda: bottleneck.BottleneckStudent(base, places, config, name), bottleneck.write
+        places = bottleneck.adapter_locations(base, config)
+        return lambda: bottleneck.BottleneckStudent(base, places, config, name), bottleneck.save_adapter
     paths = adapted_paths(base, config)
-    if config.target_modules == "all-linear" and (rest := left_out(base.model, paths)):
+    if config.target_modules == "all-linear" and (rest := describe_left_out(base.model, paths)):
         warnings.warn(f"expert {name}: left out of training are {'; '.join(rest)}.", stacklevel=3)
     return lambda: Student(adapted(base, paths, config), base.model, config), _write
 
@@ -234,7 +234,7 @@ def initialise(model: PeftModel, config: ExpertConfig) -> None:
     """LoRA's A ~ N(0, init_std²), B and its bias zero; (IA)³'s vectors are PEFT's ones, DoRA's norms those of W."""
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            parameter.copy_(normal(config.seed, name, parameter.shape) * config.init_std)
+            parameter.copy_(seeded_normal(config.seed, name, parameter.shape) * config.init_std)
         elif ".lora_B." in name:
             parameter.zero_()
 

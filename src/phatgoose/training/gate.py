@@ -23,13 +23,13 @@ from phatgoose.models.attach.placement import placed
 from phatgoose.models.base.base import Base, as_base, device_of
 from phatgoose.models.base.layers import (
     ModuleLayer,
-    acting,
     embedding_shape,
-    follow_residual,
     linear_shape,
     residual_source,
+    resolve_update,
+    track_residual,
 )
-from phatgoose.models.moe.names import modules_of
+from phatgoose.models.moe.names import modules_by_path
 from phatgoose.ops import Layer, Stack, backend, make_stack
 from phatgoose.ops.update import Update, sizes_agree
 from phatgoose.records import Task
@@ -38,7 +38,7 @@ from phatgoose.training.student import Student
 from phatgoose.training.trainer.arguments import Logger
 from phatgoose.training.trainer.checkpoints import tensor_bytes
 from phatgoose.training.trainer.progress import Report
-from phatgoose.training.trainer.run import Job, run
+from phatgoose.training.trainer.run import TrainingJob, run_training
 
 __all__ = ["GateConfig", "train_gate"]
 FILE = "gates.safetensors"
@@ -69,7 +69,7 @@ def train_gate(
         StorageError: a checkpoint or the result can't be written.
     """
     base, config = as_base(base), config or GateConfig()
-    here, names = check_fits(base, expert)
+    here, names = match_to_base(base, expert)
     own = {name: path for path, name in names.items()}
     check_copies(dict(base.model.named_modules(remove_duplicate=False)), [here])
     folder = Path(work_folder) if work_folder is not None else None
@@ -79,7 +79,7 @@ def train_gate(
         record = {**record, "cost_share": _cost_share(record, expert.provenance)}
         return expert.with_gates(gates, provenance=record)
 
-    job = Job(
+    job = TrainingJob(
         kind="gate",
         result="gates",
         base=base,
@@ -90,7 +90,7 @@ def train_gate(
         write=_write,
         read=read,
     )
-    return run(job, folder, f"gate {expert.name}", report, loggers)
+    return run_training(job, folder, f"gate {expert.name}", report, loggers)
 
 
 class Score(torch.autograd.Function):
@@ -131,21 +131,21 @@ class GatedStudent(Student):
         base.requires_grad_(False)
         super().__init__(base, base, config)
         self.gates = nn.ModuleDict()
-        modules = modules_of(base, updates)
+        modules = modules_by_path(base, updates)
         dtype, hooks = self.autocast or torch.float32, Hooks()  # taken off by `preserved`
         for path, update in updates.items():
             module = modules[path]
             d_in, d_out = _size(module, update) or (0, 0)  # check_fits has refused others
             gate = Gate(d_out if update.embedding else d_in, device_of(base))
             self.gates[encode_path(path)] = gate
-            stack = make_stack([acting(update, module, path)], d_in, d_out, dtype).to(device_of(base))
+            stack = make_stack([resolve_update(update, module, path)], d_in, d_out, dtype).to(device_of(base))
             adding = (
                 _adding_rows(gate, stack) if update.is_low_rank else _adding(gate, stack, ModuleLayer(module))
             )
             hooks.add([module.register_forward_hook(adding)])
             source = residual_source(base, [update])
             if source is not None and stack.residual is not None:
-                hooks.add(follow_residual(source, module, stack.residual))
+                hooks.add(track_residual(source, module, stack.residual))
 
     def vectors(self) -> dict[str, Tensor]:
         """v by module path: [d_in] float32, on the CPU."""
@@ -195,7 +195,7 @@ def decode_path(key: str) -> str:
     return key.replace("%2E", ".").replace("%25", "%")
 
 
-def check_fits(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
+def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
     """Refuses an expert of another base; else the expert as it stands on this one, and what `placed` says of its modules' names.
 
     Raises:
@@ -203,7 +203,7 @@ def check_fits(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
     """
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
-    modules = modules_of(base.model, expert.updates)
+    modules = modules_by_path(base.model, expert.updates)
     try:
         here, names = placed(base.model, modules, expert)
     except RoutingError as cause:

@@ -24,9 +24,9 @@ from phatgoose.tasks.columns import trimmed
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.trainer.arguments import Logger
-from phatgoose.training.trainer.preserve import alone
+from phatgoose.training.trainer.preserve import expert_attached
 from phatgoose.training.trainer.progress import Progress, Report, display
-from phatgoose.training.writing import Text, WritingConfig, sorted_out, write
+from phatgoose.training.writing import Text, WritingConfig, usable_rows, write_batch
 
 __all__ = ["WritingConfig", "train_generated_gate", "write_task"]
 FOLDER, FILE = "generated", "texts.json"
@@ -133,15 +133,15 @@ def _write_all(
 ) -> tuple[list[Example], dict[str, int]]:
     """Usable rows, at most config.rows, and what became of all texts. Every batch is kept in `file` before the next begins."""
     batches = _kept(file, key)
-    with alone(base, expert), display(f"texts {expert.name}", config.rows) as bar:
+    with expert_attached(base, expert), display(f"texts {expert.name}", config.rows) as bar:
         show = report or bar
         while True:
-            rows, counts = sorted_out(batches, prompts, config)
+            rows, counts = usable_rows(batches, prompts, config)
             label = f"texts {expert.name}"
             show(Progress(label, min(len(rows), config.rows), config.rows, None, None, 0.0, math.inf))
             if len(rows) >= config.rows or len(batches) * config.rows_per_batch >= ATTEMPTS * config.rows:
                 return rows[: config.rows], counts
-            batches.append(write(base, config, prompts, len(batches)))
+            batches.append(write_batch(base, config, prompts, len(batches)))
             write_json(file, {"key": key, "batches": batches})
 
 

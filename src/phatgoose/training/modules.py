@@ -20,14 +20,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
+def seeded_normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
     """N(0, 1) in float32 on the CPU, from the seed and a parameter's name alone: whatever else is trained, on any device."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
-def text_tower(model: PreTrainedModel) -> str:
+def text_model_prefix(model: PreTrainedModel) -> str:
     """Path of the part of a vision-language model that reads text, with a dot behind it; "" if that is the whole model."""
     config = model.config
     text = config.get_text_config()
@@ -46,7 +46,7 @@ def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     Raises:
         TrainingError: a name matches nothing, or something that isn't a linear layer, or the output head.
     """
-    head, tower = model.get_output_embeddings(), text_tower(model)
+    head, tower = model.get_output_embeddings(), text_model_prefix(model)
     modules = dict(model.named_modules())
     linear = {path for path, m in modules.items() if linear_shape(m) is not None and m is not head}
     if targets == "all-linear":
@@ -75,7 +75,7 @@ def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     return sorted(found)
 
 
-def left_out(model: PreTrainedModel, paths: Collection[str]) -> list[str]:
+def describe_left_out(model: PreTrainedModel, paths: Collection[str]) -> list[str]:
     """What else of the model has weights that an expert could change, in words, where all linear layers were asked for."""
     found, whole = [], sum(p.numel() for p in model.parameters())
     bare = [
@@ -89,7 +89,7 @@ def left_out(model: PreTrainedModel, paths: Collection[str]) -> list[str]:
             f"the matrices of the mixture's experts, which are fused into {len(bare)} parameters instead of linear layers "
             f"({sum(bare) / whole:.0%} of the base's weights)"
         )
-    head, tower = model.get_output_embeddings(), text_tower(model)
+    head, tower = model.get_output_embeddings(), text_model_prefix(model)
     layers = {path: m for path, m in model.named_modules() if linear_shape(m) is not None and m is not head}
     outside = [path for path in layers if not path.startswith(tower)]
     if outside:

@@ -23,10 +23,10 @@ from phatgoose.models.text.encoding import Encoded, chat_template_key, decode_te
 from phatgoose.records import Example, Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.activations import mean_activations
-from phatgoose.training.gate import check_fits
+from phatgoose.training.gate import match_to_base
 from phatgoose.training.signature_config import SignatureConfig
 from phatgoose.training.trainer.progress import Report
-from phatgoose.training.trainer.rows import draw, encode_rows
+from phatgoose.training.trainer.rows import draw_rows, encode_rows
 
 __all__ = ["SignatureConfig", "make_signature"]
 FOLDER, FILE = "signature", "sums.safetensors"
@@ -58,7 +58,7 @@ def make_signature(
         BaseModelError: the expert is of another base, or the encoder can't be loaded.
     """
     base, config = as_base(base), config or SignatureConfig()
-    here, names = check_fits(base, expert)
+    here, names = match_to_base(base, expert)
     own = {name: path for path, name in names.items()}
     if routing_of(base) is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
@@ -101,18 +101,18 @@ def signature_key(
 
 def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
     """The rows as training encodes them, the longest first, so that batches hold rows of like lengths."""
-    which = sorted(draw(len(task.train), min(config.rows, len(task.train)), config.seed))
+    which = sorted(draw_rows(len(task.train), min(config.rows, len(task.train)), config.seed))
     found = encode_rows(base, task.name, "training", task.train, which, config.max_length)
     return sorted(found.values(), key=lambda row: -row.length)
 
 
 def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder) -> tuple[Tensor, int]:
     """Embeddings of training prompts, and how many of these were longer than the encoder reads."""
-    chosen = sorted(draw(len(task.train), min(config.texts, len(task.train)), config.seed))
-    prompts = [as_read(base, task.train[index]) for index in chosen]
+    chosen = sorted(draw_rows(len(task.train), min(config.texts, len(task.train)), config.seed))
+    prompts = [decoded_prompt(base, task.train[index]) for index in chosen]
     return encoder(prompts), encoder.cut(prompts)
 
 
-def as_read(base: Base, example: Example) -> str:
+def decoded_prompt(base: Base, example: Example) -> str:
     """A prompt as a router finds it again from its tokens: T5's tokenizer, for one, drops line breaks."""
     return decode_text(base.tokenizer, encode_input(base, example))

@@ -58,7 +58,7 @@ Text = tuple[str, bool]
 """A text, and whether it was cut off."""
 
 
-def write(base: Base, config: WritingConfig, prompts: Sequence[str], number: int) -> list[Text]:
+def write_batch(base: Base, config: WritingConfig, prompts: Sequence[str], number: int) -> list[Text]:
     """Batch `number`: its texts depend on nothing but the settings and this number."""
     model, tokenizer, size = base.model, base.tokenizer, config.rows_per_batch
     ends = end_tokens(base.model, base.tokenizer.eos_token_id)
@@ -103,7 +103,7 @@ def _text(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> Text:
     return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is None
 
 
-def sorted_out(
+def usable_rows(
     batches: Sequence[Sequence[Text]], prompts: Sequence[str], config: WritingConfig
 ) -> tuple[list[Example], dict[str, int]]:
     """The usable rows, each once, and how many texts there were of each kind."""

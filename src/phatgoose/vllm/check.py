@@ -12,8 +12,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.modules import check_copies, module_at
 from phatgoose.models.base.fingerprint import fingerprint
-from phatgoose.models.base.mapped_weights import mapped_base
-from phatgoose.models.moe.names import inside_mixture
+from phatgoose.models.base.without_weights import mapped_base
+from phatgoose.models.moe.names import is_expert_path
 from phatgoose.vllm.binding import bind, prepared
 from phatgoose.vllm.samples import sample
 from phatgoose.vllm.settings import Settings
@@ -41,7 +41,7 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
         check_copies(modules, pool.experts)
         samples = {}
         for path in pool.modules:
-            if inside_mixture(path):
+            if is_expert_path(path):
                 raise RoutingError(
                     f"{path} is inside a mixture's experts, which can't be routed in vLLM: use `phatgoose serve`, or adapters of the "
                     "attention alone."

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.fingerprints import ABSOLUTE, RELATIVE
-from phatgoose.models.base.fingerprint import places
+from phatgoose.models.base.fingerprint import sample_positions
 
 SAMPLES = 32
 
@@ -17,7 +17,7 @@ def sample(module: nn.Module, path: str) -> tuple[float, ...]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
-    flat = torch.tensor(places(path, weight.shape, SAMPLES))
+    flat = torch.tensor(sample_positions(path, weight.shape, SAMPLES))
     return tuple(weight[torch.unravel_index(flat, weight.shape)].float().tolist())
 
 
@@ -29,7 +29,7 @@ def differing(
     Args:
         size: d_out and d_in of the whole module.
     """
-    for flat, value in zip(places(path, size, SAMPLES), expected, strict=True):
+    for flat, value in zip(sample_positions(path, size, SAMPLES), expected, strict=True):
         row, column = divmod(flat, size[1])
         if row not in rows or column not in columns:
             continue

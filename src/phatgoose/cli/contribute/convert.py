@@ -44,7 +44,7 @@ def command(
     from phatgoose.cli.common import folders
     from phatgoose.errors import ExpertError
     from phatgoose.experts.names import slug
-    from phatgoose.models.base.convert import FAR, converted
+    from phatgoose.models.base.convert import FAR, convert_to_lora
     from phatgoose.models.base.load import load_weights
 
     if initial is not None and residual:
@@ -54,7 +54,7 @@ def command(
     folders.check_target(out)
     if out.exists() and any(out.iterdir()):
         raise ExpertError(f"{out} holds an expert already: choose another folder with --out, or remove it.")
-    expert, far = converted(
+    expert, far = convert_to_lora(
         adapter,
         load_weights(base, dtype),
         base,

@@ -25,12 +25,12 @@ from phatgoose.models.attach.site import Site
 from phatgoose.models.attach.unrun import Unrun
 from phatgoose.models.base.base import Base, unwrap_model
 from phatgoose.models.base.fingerprint import fingerprint
-from phatgoose.models.base.layers import follow_residual
+from phatgoose.models.base.layers import track_residual
 from phatgoose.models.context.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.context.streams import Streams
-from phatgoose.models.moe.names import modules_of
-from phatgoose.models.moe.pool import under_one_name
-from phatgoose.models.moe.slots import Slot
+from phatgoose.models.moe.expert_linear import ExpertLinear
+from phatgoose.models.moe.names import modules_by_path
+from phatgoose.models.moe.pool import unify_names
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.ops import Backend, backend
 from phatgoose.records import Fingerprint
@@ -107,7 +107,7 @@ def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
         if earlier is not None:
             earlier.attach()
     for site in sites:
-        if isinstance(site.module, Slot):  # others all see the text, or never run
+        if isinstance(site.module, ExpertLinear):  # others all see the text, or never run
             site.router.check_observed()
 
 
@@ -149,12 +149,12 @@ class Routing:
         dtype: torch.dtype | None = None,
         device_memory: int | None = None,
     ):
-        modules = modules_of(model, pool.modules)
+        modules = modules_by_path(model, pool.modules)
         pool, self.renamed = placed_pool(model, modules, pool)
         check_copies(modules, pool.experts)
         check_parameters(modules, pool.experts)
-        if (named := under_one_name(model, pool, modules)) is not pool:
-            pool, modules = named, modules_of(model, named.modules)
+        if (named := unify_names(model, pool, modules)) is not pool:
+            pool, modules = named, modules_by_path(model, named.modules)
         self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
         self.device_memory, self.memory = device_memory, available_bytes()
         self.ready = router.prepared(setup_of(model, pool))
@@ -190,7 +190,7 @@ class Routing:
         hook = site.hook if site.one_operator else site.apart
         handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
         if site.source is not None and site.stack.residual is not None:
-            handles += follow_residual(site.source, site.module, site.stack.residual)
+            handles += track_residual(site.source, site.module, site.stack.residual)
         return handles
 
     def _watch(self) -> None:

@@ -14,8 +14,8 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base.layers import dense_weight, embedding_shape, linear_shape, same_weights
-from phatgoose.models.moe.names import modules_of
-from phatgoose.models.moe.slots import Slot
+from phatgoose.models.moe.expert_linear import ExpertLinear
+from phatgoose.models.moe.names import modules_by_path
 from phatgoose.ops.update import sizes_agree
 from phatgoose.registry import unknown
 
@@ -73,7 +73,7 @@ def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]
         numbers: dict[tuple[str, str], int] = {}
         for path in expert.sizes:
             module = modules.get(path)
-            if isinstance(module, Slot):
+            if isinstance(module, ExpertLinear):
                 owner, _, name = path.rpartition(".")
                 key = owner.rpartition(".")[0], name
                 numbers[key] = max(numbers.get(key, 0), module.index + 1)
@@ -91,7 +91,7 @@ def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]
                 )
 
 
-def _check_layout(expert: Expert, path: str, slot: Slot) -> None:
+def _check_layout(expert: Expert, path: str, slot: ExpertLinear) -> None:
     version = str(expert.adapter_config.get("peft_version") or "0").split(".")
     early = not version[0].isdigit() or (
         int(version[0]),
@@ -125,7 +125,7 @@ def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> No
 def weight_norms(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, float]:
     """Frobenius norms of the weights of these modules; of a packed one that can't be unpacked there is none."""
     found = {}
-    modules = modules_of(model, paths)
+    modules = modules_by_path(model, paths)
     for path in paths:
         try:
             weight = dense_weight(modules[path], path)

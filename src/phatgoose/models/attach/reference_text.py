@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import Hooks, apart
 from phatgoose.models.base.base import device_of
-from phatgoose.models.base.layers import given
+from phatgoose.models.base.layers import first_argument
 from phatgoose.models.text.batch import decoder_inputs
 
 PIECE = 64
@@ -114,7 +114,7 @@ def _watched(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[
 
 def _handing(wants_output: bool, observe: Observer) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen = output if wants_output else given(args, kwargs).to(output.device)
+        seen = output if wants_output else first_argument(args, kwargs).to(output.device)
         if not seen.isfinite().all():
             raise RoutingError(
                 "the base computes values that aren't finite on the reference text; load it in another dtype."

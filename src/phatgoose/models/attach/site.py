@@ -16,15 +16,15 @@ from phatgoose.models.attach.hooks import apart
 from phatgoose.models.attach.modules import shape_of
 from phatgoose.models.base.layers import (
     ModuleLayer,
-    acting,
     compute_dtype,
-    given,
-    is_plain,
+    first_argument,
+    is_plain_linear,
+    may_modify_output,
     residual_source,
-    unseen,
+    resolve_update,
     weight_state,
 )
-from phatgoose.models.moe.slots import Slot, context_at
+from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
 from phatgoose.ops import Fused, Prepared, Stack, make_stack
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.offload.experts import Cached
@@ -51,7 +51,7 @@ class Site:
         self.source = residual_source(routing.model, self._updates)
         self._residual = Residual()  # hooks fill it, so a stack that is made anew must read the same
         self.layer = ModuleLayer(module)
-        self.fresh = is_plain(module)
+        self.fresh = is_plain_linear(module)
         self.fused: Prepared | None = None
         self._stack()
         self.bind()
@@ -64,7 +64,7 @@ class Site:
         self._weight = weight_state(module) if self._reads_weight else None
         self.dtype = routing.dtype or compute_dtype(module, routing.model)
         null = (None,) * self.members.count(-1)
-        self._parts = (*(acting(update, module, self.path) for update in self._updates), *null)
+        self._parts = (*(resolve_update(update, module, self.path) for update in self._updates), *null)
         rows, self.copied = pool.rows(self.path, self.dtype)
         there = None if rows is None else (rows.A, rows.B, (*rows.starts, *(0 for _ in null)))
         self.stack: Stack = make_stack(self._parts, d_in, d_out, self.dtype, there, self._residual)
@@ -109,7 +109,7 @@ class Site:
             and self.fused is not None
             and not isinstance(self.fused, Cached)
             and self.stack.low_rank_only
-            and not isinstance(self.module, Slot)
+            and not isinstance(self.module, ExpertLinear)
         )
 
     def hook(
@@ -119,7 +119,7 @@ class Site:
             return self._routed(module, args, kwargs, output)
         if self.routing.recorder is None and self._at == (output.device, output.dtype) and self.one_operator:
             assert self.fused is not None
-            done = self.fused(given(args, kwargs), output, self.fresh and unseen(module))
+            done = self.fused(first_argument(args, kwargs), output, self.fresh and may_modify_output(module))
             if done is not None:
                 return done
         return self.apart(module, args, kwargs, output)
@@ -134,11 +134,11 @@ class Site:
     ) -> Tensor:
         if not isinstance(output, Tensor) or torch.jit.is_tracing():
             self._refuse(output)
-        u = read_from = given(args, kwargs)
+        u = read_from = first_argument(args, kwargs)
         if self._at != (output.device, output.dtype) or self._reads_weight:
             self._follow(output)
         fused = None if self.router.by_gates is None else self.fused
-        writable = self.fresh and unseen(module)
+        writable = self.fresh and may_modify_output(module)
         recorder, done = self.routing.recorder, None
         if fused is not None and recorder is None:
             done = fused(u, output, writable)
@@ -147,7 +147,7 @@ class Site:
             and not recorder.wants_scores
             and fused is not None
             and fused is self.writer
-            and not isinstance(module, Slot)
+            and not isinstance(module, ExpertLinear)
         ):
             room = recorder.room(
                 self.writer.chosen, self.path, self.members, u, output.shape, self.routing.streams
@@ -158,7 +158,7 @@ class Site:
                 room.paths[self.path] = None
         if done is not None:
             return done
-        context = context_at(self.path, module, args, read_from, output.shape, self.routing.streams)
+        context = routing_context(self.path, module, args, read_from, output.shape, self.routing.streams)
         return self._in_steps(context, u, output, fused)
 
     def _in_steps(self, context: RoutingContext, u: Tensor, output: Tensor, fused: Prepared | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from phatgoose.models.attach.hooks import Hooks, compiled_anything
 from phatgoose.models.context.caches import cache_of, length_of
 from phatgoose.models.context.streams import Streams
-from phatgoose.models.moe.slots import Slot
+from phatgoose.models.moe.expert_linear import ExpertLinear
 
 SHOWN = 5
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")  # layers.3, and expert_3 of Switch
@@ -32,7 +32,7 @@ class Unrun:
         self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], streams: Streams | None = None
     ):
         # Which of a mixture's experts run is a matter of the tokens.
-        self.modules = {path: module for path, module in modules if not isinstance(module, Slot)}
+        self.modules = {path: module for path, module in modules if not isinstance(module, ExpertLinear)}
         self.model, self.ran = model, set[str]()
         stacks = {} if streams is None else streams.stacks
         prefixes = {} if streams is None else streams.prefixes

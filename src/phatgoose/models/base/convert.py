@@ -34,7 +34,7 @@ FAR = 1.0
 """Training that moves BA further than so many times ‖B₀A₀‖ hints at another base."""
 
 
-def converted(
+def convert_to_lora(
     folder: Path,
     model: PreTrainedModel,
     spec: str,

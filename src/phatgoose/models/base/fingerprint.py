@@ -146,7 +146,7 @@ def _spread(items: Sequence[tuple[str, Tensor]], count: int) -> list[tuple[str, 
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def places(name: str, shape: Sequence[int], count: int) -> list[int]:
+def sample_positions(name: str, shape: Sequence[int], count: int) -> list[int]:
     """Flat row-major indices into a tensor: the i-th is sha256("NAME|D0xD1|i"), its first 8 bytes big-endian, mod numel."""
     key = f"{name}|{'x'.join(map(str, shape))}|"
     digests = (hashlib.sha256(f"{key}{i}".encode()).digest() for i in range(count))
@@ -154,6 +154,6 @@ def places(name: str, shape: Sequence[int], count: int) -> list[int]:
 
 
 def _sample(name: str, weight: Tensor, count: int) -> tuple[float, ...]:
-    flat = torch.tensor(places(name, weight.shape, count), device=weight.device)
+    flat = torch.tensor(sample_positions(name, weight.shape, count), device=weight.device)
     values = weight.detach()[torch.unravel_index(flat, weight.shape)]
     return tuple(float(f"{v:.6g}") for v in values.float().tolist())

@@ -113,7 +113,7 @@ class ModuleLayer(Layer):
 
     def product(self, x: Tensor) -> Tensor:
         module: Any = self.__dict__["module"]
-        if is_plain(module) and not hasattr(module, "_hf_hook"):
+        if is_plain_linear(module) and not hasattr(module, "_hf_hook"):
             if type(module) is nn.Linear:
                 return F.linear(x, module.weight)
             return (x.reshape(-1, x.shape[-1]) @ module.weight).reshape(*x.shape[:-1], -1)
@@ -122,7 +122,7 @@ class ModuleLayer(Layer):
         return y if bias is None else y - bias.to(y.device, y.dtype)
 
 
-def holder(module: nn.Module) -> nn.Module:
+def weight_owner(module: nn.Module) -> nn.Module:
     """The module that holds the weight, and fetches it where it is offloaded: that of a mixture's stand-ins, else the module itself."""
     found: nn.Module = getattr(module, "holder", module)
     return found
@@ -133,12 +133,12 @@ def weight_state(module: nn.Module) -> tuple[object, ...] | None:
     from accelerate.utils import has_offloaded_params
 
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(holder(module)):
+    if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(weight_owner(module)):
         return None
     return weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
 
 
-def acting(update: Update, module: nn.Module, path: str) -> Update:
+def resolve_update(update: Update, module: nn.Module, path: str) -> Update:
     """The update as it acts at this module: DoRA with the base's weight put in, an embedding's times what the module multiplies by.
 
     Raises:
@@ -151,17 +151,17 @@ def acting(update: Update, module: nn.Module, path: str) -> Update:
     return update
 
 
-def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a module was called with, however it was passed: its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether it is torch's or transformers' own linear layer, which makes a new tensor in every call."""
     return type(module) in (nn.Linear, Conv1D)
 
 
-def unseen(module: nn.Module) -> bool:
+def may_modify_output(module: nn.Module) -> bool:
     """Whether nobody but the hook that asks has seen the output of a plain module: then it may be written into."""
     return len(module._forward_hooks) == 1 and not _global_forward_hooks
 
@@ -183,7 +183,7 @@ def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Modu
         ) from None
 
 
-def follow_residual(source: nn.Module, module: nn.Module, residual: Residual) -> list[RemovableHandle]:
+def track_residual(source: nn.Module, module: nn.Module, residual: Residual) -> list[RemovableHandle]:
     """Hooks that fill `residual` with what `source` is given, and empty it after `module`, whose own hooks stand already."""
     return [
         source.register_forward_pre_hook(partial(_fill, residual), with_kwargs=True),
@@ -193,7 +193,7 @@ def follow_residual(source: nn.Module, module: nn.Module, residual: Residual) ->
 
 # No closures: a copied or pickled model's hooks must fill the copy's own.
 def _fill(residual: Residual, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    residual.value = given(args, kwargs)
+    residual.value = first_argument(args, kwargs)
 
 
 def _empty(residual: Residual, *_: Any) -> None:
@@ -211,7 +211,7 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
 
     # Where the weight is here already, to fetch it again would take it away from the pass that runs.
     away = getattr(getattr(module, "weight", None), "is_meta", False)
-    with align_module_device(holder(module)) if away else nullcontext():
+    with align_module_device(weight_owner(module)) if away else nullcontext():
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             try:

@@ -27,7 +27,7 @@ from phatgoose.errors import BaseModelError
 from phatgoose.hub_errors import look_up
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.gguf import WheelBase, copy_of_file, copy_of_wheel
-from phatgoose.models.base.load_errors import check_folder, protobuf_hint, refusals
+from phatgoose.models.base.load_errors import check_folder, explain_load_errors, protobuf_hint
 from phatgoose.models.base.load_options import load_options
 from phatgoose.registry import unknown
 
@@ -99,14 +99,14 @@ def load_base(
         StorageError: no space or permission to keep what was downloaded or converted.
     """
     options = load_options(dtype, device, device_map, quantization)
-    source = find(os.fspath(spec), revision)
-    with quiet(source.copy):
+    source = find_source(os.fspath(spec), revision)
+    with hide_progress_bars(source.copy):
         config = read_config(source)
         tokenizer = _tokenizer(source)  # before the weights: a missing one shouldn't cost a long download
         model = read_model(source, config, options)
     _agree(source, model, tokenizer)
     if device is not None and "device_map" not in options:
-        with refusals(source.spec, f"the model on {device}", None):
+        with explain_load_errors(source.spec, f"the model on {device}", None):
             model = model.to(device)  # type: ignore[arg-type]
     if source.copy:  # adapters write this name down; a path in our cache means nothing elsewhere
         model.name_or_path = model.config.name_or_path = source.spec
@@ -127,12 +127,12 @@ def forced_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def load_weights(spec: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A base's model alone, on the CPU, for what needs no tokenizer. Arguments and errors as of `load_base`."""
-    source = find(os.fspath(spec), None)
-    with quiet(source.copy):
+    source = find_source(os.fspath(spec), None)
+    with hide_progress_bars(source.copy):
         return read_model(source, read_config(source), load_options(dtype, None, None, None))
 
 
-def find(spec: str, revision: str | None) -> Source:
+def find_source(spec: str, revision: str | None) -> Source:
     path = Path(spec).expanduser()
     if spec in ALIASES:
         _no_revision(spec, revision, "an alias")
@@ -153,7 +153,7 @@ def find(spec: str, revision: str | None) -> Source:
     place, colon, file = spec.rpartition(":")
     if colon and file.lower().endswith(".gguf"):
         if Path(place).expanduser().is_dir():
-            return find(str(Path(place).expanduser() / file), revision)
+            return find_source(str(Path(place).expanduser() / file), revision)
         hub = _hub(place, revision)
         if hub is not None:
             return _gguf(spec, _download(hub, file))
@@ -188,20 +188,20 @@ def _gguf(spec: str, file: Path) -> Source:
 def _download(hub: Source, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with refusals(hub.spec, file, None, hub.tried):
+    with explain_load_errors(hub.spec, file, None, hub.tried):
         look_up(hub.place, hub.revision, file)
         return Path(hf_hub_download(hub.place, file, revision=hub.revision))
 
 
 def read_config(source: Source) -> PreTrainedConfig:
-    with refusals(source.spec, "the configuration", source.folder, source.tried):
+    with explain_load_errors(source.spec, "the configuration", source.folder, source.tried):
         if source.folder is None:
             look_up(source.place, source.revision, "config.json")
         return AutoConfig.from_pretrained(**_from(source))
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    with refusals(source.spec, "the tokenizer", source.folder, protobuf_hint()):
+    with explain_load_errors(source.spec, "the tokenizer", source.folder, protobuf_hint()):
         tokenizer = AutoTokenizer.from_pretrained(**_from(source))
         if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes up an empty one
             raise BaseModelError(
@@ -213,7 +213,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The weights alone, without a tokenizer; `options` as `load_options` gives them."""
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with refusals(source.spec, "the weights", source.folder, source.tried):
+    with explain_load_errors(source.spec, "the weights", source.folder, source.tried):
         loaded: Any = family.from_pretrained(
             **_from(source), config=config, use_safetensors=True, output_loading_info=True, **options
         )
@@ -262,7 +262,7 @@ def _no_revision(spec: str, revision: str | None, what: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet(really: bool) -> Iterator[None]:
+def hide_progress_bars(really: bool) -> Iterator[None]:
     """No progress bars while a cached copy is read: it takes less than a second."""
     if not really or not transformers_logging.is_progress_bar_enabled():
         yield

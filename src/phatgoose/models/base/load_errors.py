@@ -21,7 +21,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @contextlib.contextmanager
-def refusals(spec: str, part: str, folder: Path | None, tried: str = "") -> Iterator[None]:
+def explain_load_errors(spec: str, part: str, folder: Path | None, tried: str = "") -> Iterator[None]:
     """Turns whatever is raised while `part` ("the configuration", "the weights", …) of `spec` is read into one error.
 
     Raises:

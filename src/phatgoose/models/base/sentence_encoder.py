@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from phatgoose.errors import BaseModelError
 from phatgoose.files import atomic_folder, cache_folder, read_json, sha256_file, sha256_json
-from phatgoose.models.base.load import quiet
-from phatgoose.models.base.load_errors import refusals
+from phatgoose.models.base.load import hide_progress_bars
+from phatgoose.models.base.load_errors import explain_load_errors
 from phatgoose.models.text.batch import length_batches
 
 DEFAULT_ENCODER = "all-minilm-l6-v2"
@@ -75,7 +75,7 @@ class SentenceEncoder:
         if expected is not None and self.sha256 != expected:
             raise BaseModelError(f"{name!r} is another encoder (sha256 {self.sha256}, not {expected}).")
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
-        with refusals(name, "the sentence encoder", folder), quiet(True):
+        with explain_load_errors(name, "the sentence encoder", folder), hide_progress_bars(True):
             place: dict[str, Any] = {
                 "pretrained_model_name_or_path": str(folder),
                 "trust_remote_code": False,
@@ -165,7 +165,7 @@ def _fetched(spec: str, repository: str, revision: str | None) -> Path:
     from phatgoose.experts.hub.place import Place
 
     place = Place(repository, revision)
-    with refusals(spec, "the sentence encoder", None):
+    with explain_load_errors(spec, "the sentence encoder", None):
         try:
             found = from_cache(place, _NEEDED, _OTHER)
         except LookupError:

@@ -20,12 +20,12 @@ from phatgoose.errors import RoutingError
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.unrun import Unrun
-from phatgoose.models.base.layers import follow_residual, given, is_plain, unseen
+from phatgoose.models.base.layers import first_argument, is_plain_linear, may_modify_output, track_residual
 from phatgoose.models.batched.part import SubsetContext
 from phatgoose.models.batched.plan import BatchPlan, Group
 from phatgoose.models.batched.version import PoolVersion
 from phatgoose.models.context.streams import Streams
-from phatgoose.models.moe.slots import Dispatched, Slot, context_at
+from phatgoose.models.moe.expert_linear import Dispatched, ExpertLinear, routing_context
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.routers.context import RoutingContext
 
@@ -57,11 +57,11 @@ class MultiRouter:
         handles = Hooks()
         for path, site in version.sites.items():
             if path not in self._hooks:
-                hook = partial(self._hook, path, is_plain(site.module))
+                hook = partial(self._hook, path, is_plain_linear(site.module))
                 hooks = Hooks([site.module.register_forward_hook(hook, with_kwargs=True)])
                 self._hooks[path] = site.module, hooks
             if site.source is not None and site.stack.residual is not None:
-                handles.add(follow_residual(site.source, site.module, site.stack.residual))
+                handles.add(track_residual(site.source, site.module, site.stack.residual))
         unrun = Unrun(self.model, [(path, self._hooks[path][0]) for path in version.sites], self.streams)
         unrun.attach()
         self._versions[id(version)] = (version, handles, unrun)
@@ -104,11 +104,11 @@ class MultiRouter:
         plan = self.plan
         if plan is None or plan.idle:
             return None
-        u, writable = given(args, kwargs), fresh and unseen(module)
+        u, writable = first_argument(args, kwargs), fresh and may_modify_output(module)
         if not (tokens := output.numel() // output.shape[-1]):
             return None
         # Of the tokens that reach one of a mixture's experts it is known which of the pass's they are.
-        dispatched = args[2] if isinstance(module, Slot) and len(args) > 2 else None
+        dispatched = args[2] if isinstance(module, ExpertLinear) and len(args) > 2 else None
         groups = plan.groups(tokens if dispatched is None else dispatched.of)
         if len(groups) == 1 and groups[0].index is None and not plan.watch:
             fused = groups[0].route.fused.get(path)
@@ -118,7 +118,7 @@ class MultiRouter:
             except Exception as error:  # the output may be half written
                 plan.fail(groups[0], error)
                 return None
-        whole = context_at(path, module, args, u, output.shape, self.streams)
+        whole = routing_context(path, module, args, u, output.shape, self.streams)
         return self._by_groups(whole, plan, groups, u, output, writable, dispatched)
 
     def _by_groups(

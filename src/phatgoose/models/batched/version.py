@@ -17,7 +17,7 @@ from phatgoose.models.attach.attach import Routing
 from phatgoose.models.attach.reference_text import show_reference
 from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import setup_of
-from phatgoose.models.moe.slots import Slot
+from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.ops import Backend, Prepared, backend
 from phatgoose.registry import unknown
 from phatgoose.routers import Router, Single
@@ -109,7 +109,9 @@ class Route:
             raise RoutingError("every expert is switched off: switch one on, or ask for the base.")
         router.check(names)
         self.reads_text = router.reads == "texts"
-        inside = next((path for path, site in version.sites.items() if isinstance(site.module, Slot)), None)
+        inside = next(
+            (path for path, site in version.sites.items() if isinstance(site.module, ExpertLinear)), None
+        )
         if self.reads_text and inside is not None:
             raise RoutingError(
                 f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart yet: take a router "
@@ -155,7 +157,7 @@ class Route:
         if observers:
             show_reference(base.model, base.tokenizer, observers)
         for path, bound in self.bound.items():
-            if bound.needs_reference and isinstance(sites[path].module, Slot):
+            if bound.needs_reference and isinstance(sites[path].module, ExpertLinear):
                 bound.check_observed()
 
     def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:

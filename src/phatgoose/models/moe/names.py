@@ -20,16 +20,16 @@ from transformers.core_model_loading import (
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.base.module_names import plain_name
-from phatgoose.models.moe.router_slot import RouterSlot, router_slot
-from phatgoose.models.moe.slots import Slot, check_fused, is_fused
+from phatgoose.models.moe.expert_linear import ExpertLinear, check_fused, is_fused
+from phatgoose.models.moe.router_linear import RouterLinear, find_router_linear
 
 _ROUTERS = ("gate", "router")
 _LAYER = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
-def modules_of(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """The model's modules by path, and a `Slot` for each of `paths` that means a linear layer of fused experts; in place of a
-    router that returns its choice, a `RouterSlot`.
+def modules_by_path(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The model's modules by path, and a `ExpertLinear` for each of `paths` that means a linear layer of fused experts; in place of a
+    router that returns its choice, a `RouterLinear`.
 
     Raises:
         RoutingError: such a path names an expert that isn't there, or experts that can't be routed.
@@ -42,7 +42,7 @@ def modules_of(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return modules | found
 
 
-def inside_mixture(path: str) -> bool:
+def is_expert_path(path: str) -> bool:
     """Whether a path has the form of a layer of one of a block's experts: two numbers, and one name behind the second."""
     match = _LAYER.fullmatch(path)
     return match is not None and any(part.isdecimal() for part in match[1].split("."))
@@ -55,7 +55,7 @@ class _Names:
         self.model, self.modules = model, modules
         self._known: dict[tuple[str, str], tuple[str, str] | None] = {}
 
-    def slot(self, path: str) -> Slot | None:
+    def slot(self, path: str) -> ExpertLinear | None:
         """None if the path means no linear layer of an expert."""
         if path in self.modules or (match := _LAYER.fullmatch(path)) is None:
             return None
@@ -74,14 +74,14 @@ class _Names:
             raise RoutingError(
                 f"{path} is of expert {index}, and {place[0]} has {experts.num_experts}: it is of another base."
             )
-        return Slot(experts, index, place[1])
+        return ExpertLinear(experts, index, place[1])
 
-    def router(self, path: str) -> RouterSlot | None:
+    def router(self, path: str) -> RouterLinear | None:
         """None if the path means no router that returns its choice."""
         if path not in self.modules and path.rpartition(".")[2] in _ROUTERS:
             renamings, _ = self._table
             path = rename_source_key(f"{path}.weight", renamings, [])[0].removesuffix(".weight")
-        return router_slot(self.modules[path]) if path in self.modules else None
+        return find_router_linear(self.modules[path]) if path in self.modules else None
 
     def _place(self, owner: str, name: str) -> tuple[str, str] | None:
         """(path of the experts module, which part of it) of OWNER.j.NAME, for any j."""

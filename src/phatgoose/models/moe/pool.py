@@ -19,22 +19,26 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.moe.router_slot import RouterSlot
-from phatgoose.models.moe.slots import Slot
+from phatgoose.models.moe.expert_linear import ExpertLinear
+from phatgoose.models.moe.router_linear import RouterLinear
 from phatgoose.ops.update import Update
 
 _HALVES = ("gate_proj", "up_proj")
 _DERIVED = ("sizes", "hash")
 
 
-def under_one_name(model: PreTrainedModel, pool: Pool, modules: Mapping[str, nn.Module]) -> Pool:
+def unify_names(model: PreTrainedModel, pool: Pool, modules: Mapping[str, nn.Module]) -> Pool:
     """The pool itself where no two of its paths mean the same weights; else with these under the names that the model has for them.
 
     Raises:
         RoutingError: one expert changes the same weights twice with gates of its own, or halves of another size than the model's.
     """
-    slots = {path: modules[path] for path in pool.modules if isinstance(modules.get(path), Slot | RouterSlot)}
-    together: dict[Any, dict[str, Slot | RouterSlot]] = {}
+    slots = {
+        path: modules[path]
+        for path in pool.modules
+        if isinstance(modules.get(path), ExpertLinear | RouterLinear)
+    }
+    together: dict[Any, dict[str, ExpertLinear | RouterLinear]] = {}
     for path, slot in slots.items():
         together.setdefault(_weights(slot), {})[path] = slot  # type: ignore[assignment]
     mixed = {path for same in together.values() if _is_mixed(same) for path in same}
@@ -48,19 +52,19 @@ def under_one_name(model: PreTrainedModel, pool: Pool, modules: Mapping[str, nn.
 
 def _weights(slot: Any) -> Any:
     """What tells whose weights these are: an expert's two halves belong together."""
-    if isinstance(slot, RouterSlot):
+    if isinstance(slot, RouterLinear):
         return id(slot.router)
     return id(slot.experts), slot.index, slot.parameter
 
 
-def _is_mixed(same: Mapping[str, Slot | RouterSlot]) -> bool:
+def _is_mixed(same: Mapping[str, ExpertLinear | RouterLinear]) -> bool:
     parts = [getattr(slot, "part", "") for slot in same.values()]
     return len(set(parts)) < len(parts) or ("gate_up_proj" in parts and len(parts) > 1)
 
 
 def _names(slot: Any, owners: Mapping[int, str]) -> tuple[str, ...]:
     """The names under which a slot's update is routed: two, if it is of both halves."""
-    if isinstance(slot, RouterSlot):
+    if isinstance(slot, RouterLinear):
         return (owners[id(slot.router)],)
     place = f"{owners[id(slot.experts)]}.{slot.index}"
     return tuple(f"{place}.{part}" for part in (_HALVES if slot.part == "gate_up_proj" else (slot.part,)))
@@ -102,7 +106,7 @@ def _sum(one: Update, other: Update) -> Update:
     return Update(torch.cat([one.A.float(), other.A.float()]), torch.cat(scaled, dim=1))
 
 
-def _halves(expert: Expert, path: str, update: Update, slot: Slot) -> tuple[Update, Update]:
+def _halves(expert: Expert, path: str, update: Update, slot: ExpertLinear) -> tuple[Update, Update]:
     if update.d_out != slot.out_features or not update.is_low_rank:
         raise RoutingError(
             f"expert {expert.name!r} has a {update.kind} update {update.d_in} → {update.d_out} at {path}, where this model has "

@@ -16,7 +16,7 @@ from phatgoose.training.config import LoopConfig
 Logger = str | TrainerCallback
 
 
-def arguments(
+def trainer_arguments(
     base: Base, config: LoopConfig, folder: Path, loggers: Sequence[Logger] = ()
 ) -> TrainingArguments:
     """Trainer's arguments; building them joins the process group that torchrun or accelerate launch asks for.
@@ -70,7 +70,7 @@ def arguments(
     return built
 
 
-def agreed(value: Any) -> Any:
+def broadcast_value(value: Any) -> Any:
     """The first process's value, in all of them."""
     box = [value]
     broadcast_object_list(box)

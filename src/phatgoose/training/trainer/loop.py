@@ -29,7 +29,7 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.text.batch import length_batches, make_batch
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import Student
-from phatgoose.training.trainer.arguments import Logger, agreed
+from phatgoose.training.trainer.arguments import Logger, broadcast_value
 from phatgoose.training.trainer.checkpoints import (
     BEST,
     HISTORY,
@@ -40,8 +40,8 @@ from phatgoose.training.trainer.checkpoints import (
     tensor_bytes,
 )
 from phatgoose.training.trainer.progress import Report
-from phatgoose.training.trainer.rows import Rows
-from phatgoose.training.trainer.watch import ADVICE, Watch
+from phatgoose.training.trainer.rows import TrainingRows
+from phatgoose.training.trainer.watch import ADVICE, LoopCallback
 
 
 class Loop(Trainer):
@@ -51,7 +51,7 @@ class Loop(Trainer):
         self,
         student: Student,
         base: Base,
-        rows: Rows,
+        rows: TrainingRows,
         config: LoopConfig,
         args: TrainingArguments,
         keep: RunFolder | None,
@@ -61,7 +61,7 @@ class Loop(Trainer):
         loggers: Sequence[Logger] = (),
     ) -> None:
         self.collated = lambda encoded: make_batch(base, encoded)
-        watch = Watch(self, config, label, report)
+        watch = LoopCallback(self, config, label, report)
         try:
             super().__init__(
                 model=student,
@@ -96,7 +96,7 @@ class Loop(Trainer):
             TrainingError: a loss is NaN or infinite (with its step).
             StorageError: a checkpoint can't be written.
         """
-        checkpoint = agreed(str(self.keep.last_checkpoint() or "") if self.keep else "")
+        checkpoint = broadcast_value(str(self.keep.last_checkpoint() or "") if self.keep else "")
         self.train(resume_from_checkpoint=checkpoint or None)
         self.history.seconds = self.seconds()
         if not self.config.validate_every:
@@ -184,14 +184,14 @@ class Loop(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        fill(self.student, safetensors.torch.load_file(folder / TRAINED))
+        copy_into_trained(self.student, safetensors.torch.load_file(folder / TRAINED))
         self.history = History(**read_json(folder / HISTORY, TrainingError))
         if (folder / BEST).exists():
             self.best = safetensors.torch.load_file(folder / BEST)
 
 
 @torch.no_grad()
-def fill(student: Student, tensors: dict[str, Tensor]) -> None:
+def copy_into_trained(student: Student, tensors: dict[str, Tensor]) -> None:
     """Copies tensors into what is trained."""
     parameters = student.trained()
     if parameters.keys() != tensors.keys():

@@ -50,7 +50,7 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(base: Base, expert: Expert) -> Iterator[None]:
+def expert_attached(base: Base, expert: Expert) -> Iterator[None]:
     """Inside, the base has this expert on every token, and no dropout; the base is unrouted before and after.
 
     Raises:

@@ -30,7 +30,7 @@ class OrderedRows(Dataset):
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingRows:
     """What one training reads."""
 
     train: OrderedRows
@@ -52,7 +52,7 @@ class Rows:
         return [self.train[i] for i in range(len(self.train))]
 
 
-def rows_of(base: Base, task: Task, config: LoopConfig) -> Rows:
+def training_rows(base: Base, task: Task, config: LoopConfig) -> TrainingRows:
     """Draws and encodes the rows of a training; rows that are never drawn are not encoded.
 
     Raises:
@@ -66,7 +66,7 @@ def rows_of(base: Base, task: Task, config: LoopConfig) -> Rows:
             f"task {task.name!r} has no validation rows, on which the best checkpoint would be chosen: "
             "set validate_every=0 to take the last one, or give the task a validation split."
         )
-    order = draw(len(task.train), config.steps * config.rows_per_step, config.seed)
+    order = draw_rows(len(task.train), config.steps * config.rows_per_step, config.seed)
     train = encode_rows(base, task.name, "training", task.train, sorted(set(order)), config.max_length)
     lengths = {index: row.length for index, row in train.items()}
     size = config.rows_per_step
@@ -76,13 +76,13 @@ def rows_of(base: Base, task: Task, config: LoopConfig) -> Rows:
     chosen: list[int] = []
     if config.validate_every:
         count = min(config.validation_rows, len(task.validation))
-        chosen = sorted(draw(len(task.validation), len(task.validation), seed=0)[:count])
+        chosen = sorted(draw_rows(len(task.validation), len(task.validation), seed=0)[:count])
     validation = encode_rows(base, task.name, "validation", task.validation, chosen, config.max_length)
     truncated = sum(row.truncated for row in [*train.values(), *validation.values()])
-    return Rows(OrderedRows(train, order), list(validation.values()), truncated)
+    return TrainingRows(OrderedRows(train, order), list(validation.values()), truncated)
 
 
-def draw(rows: int, count: int, seed: int) -> list[int]:
+def draw_rows(rows: int, count: int, seed: int) -> list[int]:
     """`count` row numbers below `rows` from shuffled passes: every row comes once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     drawn: list[int] = []

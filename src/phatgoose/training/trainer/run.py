@@ -24,18 +24,18 @@ from phatgoose.records import Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import Student, autocast_dtype
-from phatgoose.training.trainer.arguments import Logger, agreed, arguments
+from phatgoose.training.trainer.arguments import Logger, broadcast_value, trainer_arguments
 from phatgoose.training.trainer.checkpoints import History, RunFolder
-from phatgoose.training.trainer.loop import Loop, fill
+from phatgoose.training.trainer.loop import Loop, copy_into_trained
 from phatgoose.training.trainer.preserve import preserved, preserved_random_state
 from phatgoose.training.trainer.progress import Report, display, silent
-from phatgoose.training.trainer.rows import Rows, rows_of
+from phatgoose.training.trainer.rows import TrainingRows, training_rows
 
 CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What is to be trained, and how its parts are made."""
 
     kind: str
@@ -64,8 +64,8 @@ class Job:
         }
 
 
-def run(
-    job: Job, work_folder: Path | None, label: str, report: Report | None, loggers: Sequence[Logger]
+def run_training(
+    job: TrainingJob, work_folder: Path | None, label: str, report: Report | None, loggers: Sequence[Logger]
 ) -> Expert:
     """Trains, or continues, or reads what was finished before."""
     base, config = job.base, job.config
@@ -73,12 +73,12 @@ def run(
         raise TrainingError("routing is attached to the base: call unroute(base) before training on it.")
     autocast_dtype(base.model, config)
     check_scorable(base.model)
-    rows = rows_of(base, job.task, config)
+    rows = training_rows(base, job.task, config)
     with preserved_random_state(), work_place(work_folder) as folder:
-        args = arguments(base, config, folder, loggers)
+        args = trainer_arguments(base, config, folder, loggers)
         keep = RunFolder(folder, job.kind, job.full_key())
         keep.check(job.result)
-        if (record := agreed(keep.finished(job.result))) is not None:
+        if (record := broadcast_value(keep.finished(job.result))) is not None:
             return job.read(folder / job.result, record)
         if args.should_save:
             keep.claim()
@@ -97,7 +97,7 @@ def run(
                     loggers=loggers,
                 )
                 loop.run()
-            fill(student, loop.best)
+            copy_into_trained(student, loop.best)
             if not all(bool(p.isfinite().all()) for p in student.trained().values()):
                 raise TrainingError(
                     f"{label}: the trained weights hold NaN or infinity; lower learning_rate."
@@ -106,7 +106,7 @@ def run(
             return _finish(job, student, keep, record)
 
 
-def _finish(job: Job, student: Student, keep: RunFolder, record: dict[str, Any]) -> Expert:
+def _finish(job: TrainingJob, student: Student, keep: RunFolder, record: dict[str, Any]) -> Expert:
     """The first process writes the result; the others, which hold the same weights, read their own copy of it."""
     state = PartialState()
     if state.is_main_process:
@@ -122,7 +122,7 @@ def _finish(job: Job, student: Student, keep: RunFolder, record: dict[str, Any])
     return expert
 
 
-def _record(job: Job, rows: Rows, history: History, student: Student) -> dict[str, Any]:
+def _record(job: TrainingJob, rows: TrainingRows, history: History, student: Student) -> dict[str, Any]:
     """How it was made."""
     task, config, base = job.task, job.config, job.base
     packages = ("phatgoose", "torch", "transformers", "peft", "accelerate")

@@ -20,7 +20,7 @@ WITHIN_SECONDS = 15.0
 """After how long within a step its progress is shown."""
 
 
-class Watch(TrainerCallback):
+class LoopCallback(TrainerCallback):
     """Stops at a loss that isn't finite, says when to validate and save, and shows how far it is."""
 
     def __init__(self, loop: Any, config: LoopConfig, label: str, report: Report) -> None:

@@ -23,8 +23,8 @@ from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.lists.same_dataset import datasets_of
 from phatgoose.tasks.representable import loss
 from phatgoose.tasks.spec import is_local, without_path, without_paths
-from phatgoose.training.gate import check_fits
-from phatgoose.training.trainer.rows import draw
+from phatgoose.training.gate import match_to_base
+from phatgoose.training.trainer.rows import draw_rows
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
 from phatgoose.workflows.experiment.executors import why
 from phatgoose.workflows.experiment.oracle import standing
@@ -111,7 +111,7 @@ def take(run: Run) -> dict[str, Any]:
         brought = None if expert.signature is None else expert.signature.hash
         place = here.out / "experts" / f"{name}-{sha256_json([expert.hash, brought])[:10]}"
         try:
-            check_fits(here.base, expert)
+            match_to_base(here.base, expert)
             if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
                 expert.save(place)
         except Exception as error:
@@ -171,7 +171,7 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     here = lab(run)
     config, own = here.recipe.multitask or here.recipe.expert, here.recipe.expert
     tasks = [trained_on(here, n) for n in names]
-    seen = [draw(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
+    seen = [draw_rows(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
     train = tuple(t.train[i] for t, rows in zip(tasks, seen, strict=True) for i in rows)
     each = max(1, config.validation_rows // len(tasks))
     validation = tuple(e for t in tasks for e in t.validation[:each])

@@ -1,7 +1,7 @@
 """The linear layer inside a mixture's router: its scores are changed before the router chooses among its experts.
 
 A router computes W u, and from that, which experts a token goes to and with what weights; it returns all of it, so no hook on
-the router can change W u alone. A `RouterSlot` stands for that product and takes forward hooks as a linear layer would. While it
+the router can change W u alone. A `RouterLinear` stands for that product and takes forward hooks as a linear layer would. While it
 has some, the router runs a second time under them, and what it gave at first is dropped: it is small.
 """
 
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from phatgoose.models.attach.hooks import StandInHandle
 
 
-class RouterSlot(nn.Module):
+class RouterLinear(nn.Module):
     """W u (+ b) of a router, as a linear layer. router: a module of transformers' whose forward has exactly one such product."""
 
     router: Any
@@ -73,7 +73,7 @@ class _Opened:
     """A router that runs again with the hooks of its slots; known by its hook on the router."""
 
     def __init__(self, router: nn.Module):
-        self.slots: list[RouterSlot] = []
+        self.slots: list[RouterLinear] = []
         self.handle = router.register_forward_hook(self.again, with_kwargs=True, prepend=True)
 
     @torch.compiler.disable
@@ -113,7 +113,7 @@ def _opened(router: nn.Module) -> _Opened | None:
     return next((owner for owner in owners if isinstance(owner, _Opened)), None)
 
 
-def router_slot(module: nn.Module) -> RouterSlot | None:
+def find_router_linear(module: nn.Module) -> RouterLinear | None:
     """The slot of a module that computes one product with its own `weight` and returns more than that; None of any other."""
     weight = getattr(module, "weight", None)
     if not type(module).__module__.startswith("transformers.models.") or not isinstance(weight, nn.Parameter):
@@ -133,5 +133,5 @@ def router_slot(module: nn.Module) -> RouterSlot | None:
             except Exception:  # what it needs beside tokens, nobody knows
                 continue
             if products.number == 1 and isinstance(output, tuple | list):
-                return RouterSlot(module)
+                return RouterLinear(module)
     return None

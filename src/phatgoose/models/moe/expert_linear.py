@@ -1,7 +1,7 @@
 """Mixture-of-experts bases: the linear layers inside fused experts, made modules that hooks can be put on.
 
 transformers 5 keeps the experts of a mixture in two 3-D parameters of one module, so expert j's linear layers are no modules. A
-`Slot` stands for one of them: it has the layer's sizes, weight and bias, and takes forward hooks as the layer itself would. While
+`ExpertLinear` stands for one of them: it has the layer's sizes, weight and bias, and takes forward hooks as the layer itself would. While
 any slot has a hook, its experts module runs expert by expert, by transformers' own formula, and calls the slots. The
 module, its names and its state dict stay as they are, and when the last hook is removed it runs as before.
 """
@@ -36,11 +36,11 @@ class Dispatched(NamedTuple):
     """How many tokens the module was given."""
 
 
-def context_at(
+def routing_context(
     path: str, module: nn.Module, args: tuple[Any, ...], u: Tensor, shape: torch.Size, streams: Streams
 ) -> RoutingContext:
     """What a router may know of this call of a module on `u`, whose output has this shape."""
-    if not isinstance(module, Slot):
+    if not isinstance(module, ExpertLinear):
         return streams.context(path, u, shape)
     seen, problem = streams.tokens_of(path, u), None
     dispatched: Dispatched | None = args[2] if len(args) > 2 else None
@@ -55,7 +55,7 @@ def context_at(
     )  # fmt: skip
 
 
-class Slot(nn.Module):
+class ExpertLinear(nn.Module):
     """One linear layer of one expert of a fused experts module, as a module.
 
     part: "gate_up_proj", "gate_proj" or "up_proj" (a half of it), "down_proj"; of experts without a gate "up_proj" and "down_proj".
@@ -128,19 +128,19 @@ class _Opened:
 
     def __init__(self, experts: Any):
         self.experts = experts
-        self.slots: dict[tuple[int, str], list[Slot]] = {}
+        self.slots: dict[tuple[int, str], list[ExpertLinear]] = {}
         # The module itself is given no tokens: it costs nothing and needn't be replaced. Hooks of others see its real output.
         self._handles = [
             experts.register_forward_pre_hook(self.before, with_kwargs=True),
             experts.register_forward_hook(self.after, with_kwargs=True, prepend=True),
         ]
 
-    def add(self, slot: Slot) -> None:
+    def add(self, slot: ExpertLinear) -> None:
         there = self.slots.setdefault((slot.index, slot.part), [])
         if not any(known is slot for known in there):
             there.append(slot)
 
-    def drop(self, slot: Slot) -> None:
+    def drop(self, slot: ExpertLinear) -> None:
         key = slot.index, slot.part
         left = [known for known in self.slots.get(key, ()) if known is not slot]
         if left:
