@@ -27,10 +27,19 @@ smoke: $(STAMP) ## the quickstart with two experts and a few steps
 ungated: $(STAMP) ## what experts without gates are worth, on the quickstart's pool (an hour on two cores)
 	$(BIN)/python benchmarks/ungated.py --pool quickstart-out/pool --out build/ungated
 
-# Two processes of several threads each slow one another tenfold: one process a core, one thread each.
-WORKERS ?= logical
-test: $(STAMP) ## the tests, on WORKERS (by default all, at most eight) cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+# Two processes of several threads each slow one another tenfold: one thread each. Some tests wait for servers: a process more than cores.
+WORKERS ?= $(shell expr $$(nproc 2>/dev/null || sysctl -n hw.ncpu) + 1)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## all tests, in WORKERS (by default a process more than cores, at most eight) processes
+	$(PYTEST) --numprocesses $(WORKERS)
+
+SINCE ?= HEAD
+TESTS ?= --changed $(SINCE)
+check: $(STAMP) ## lint, types, and for 75 seconds the quick tests that the change since SINCE (HEAD) can break; TESTS=--last-failed for those that failed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) --numprocesses $(WORKERS) -m 'not slow and not network' $(TESTS) || test $$? = 5
 
 N ?= 1000000
 fuzz: $(STAMP) ## N (a million) changed files for every reader of files that others made (an hour on one core)
@@ -76,4 +85,4 @@ bench: $(STAMP) ## routing against its base on this machine, into benchmarks/res
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test fuzz fuzz-serve bench-serve vllm lint axe picture bench docs ungated
+.PHONY: help setup quickstart smoke test check fuzz fuzz-serve bench-serve vllm lint axe picture bench docs ungated

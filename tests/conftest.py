@@ -26,6 +26,7 @@ from transformers import (
 
 from phatgoose.models.base.base import Base, _contiguous
 
+pytest_plugins = ["changed"]
 pytest.register_assert_rewrite(
     "cli_fixtures", "pages"
 )  # before a test file imports it, or a file run alone warns, which is an error

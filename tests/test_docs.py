@@ -54,6 +54,7 @@ def data(reader):
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+@pytest.mark.slow(18)
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda p: p.name)
 def test_every_block_runs(page, reader, data):
     text = page.read_text(encoding="utf-8")

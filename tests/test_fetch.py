@@ -174,6 +174,7 @@ def sdist(request, tmp_path, monkeypatch):
         server.shutdown()
 
 
+@pytest.mark.slow(4)
 def test_a_source_distribution_is_fetched_and_never_run(sdist, tmp_path):
     file, mark = sdist
     path = fetch.fetch_pypi("evil-goose==1.0", sha(file), file.name)

@@ -47,6 +47,7 @@ def test_it_holds_no_row_of_anybodys_data(pool):
     assert files - {".lock"} == expected
 
 
+@pytest.mark.slow(4)
 @pytest.mark.network
 def test_it_answers_as_the_readme_says():
     asked = "Today I walk. Yesterday I\nAnswer:"

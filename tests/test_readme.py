@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from pages import ROOT, commands, runnable
 
 pytest_plugins = ["pages"]
@@ -18,6 +20,7 @@ NOT_RUN = {
 """How blocks begin that aren't run here → why."""
 
 
+@pytest.mark.slow(82)
 def test_every_block_runs(reader):
     """What the text says that a clone has is there: the recipes, and a pool, here of the tiny base (test_published_pool.py asks the
     real one)."""

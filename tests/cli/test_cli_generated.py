@@ -12,6 +12,7 @@ SMALL += ["--validate-every", 1, "--learning-rate", 0.05]
 TEXTS = ["--generated", "--texts", 12, "--text-tokens", 10]
 
 
+@pytest.mark.slow(3)
 def test_gates_without_data(run, ready, base, tmp_path):
     folder, _ = ready
     out = tmp_path / "gated"

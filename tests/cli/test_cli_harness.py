@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "tasks"
 
 
+@pytest.mark.slow(42)
 def test_it_says_what_the_harness_measures(run, ready, base, folder, tmp_path):
     (made, _), out = ready, tmp_path / "out.json"
     shown = run(

@@ -35,6 +35,7 @@ def checkpoint(t5, tmp_path):
     return tmp_path / "best.pt"
 
 
+@pytest.mark.slow(3)
 def test_with_the_bases_weights(run, t5, checkpoint, tmp_path):
     (tmp_path / "names.txt").write_text("agnews\ncosmosqa\n")
     out = tmp_path / "pool"
@@ -49,6 +50,7 @@ def test_with_the_bases_weights(run, t5, checkpoint, tmp_path):
     assert answered.code == 0, answered.err
 
 
+@pytest.mark.slow(3)
 def test_no_tokenizer_is_needed(run, t5, checkpoint, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(t5, bare, ignore=shutil.ignore_patterns("token*", "special*"))
@@ -67,6 +69,7 @@ def test_with_the_configuration_alone(run, t5, checkpoint, tmp_path):
     assert Pool.load(tmp_path / "pool").base is None
 
 
+@pytest.mark.slow(8)
 def test_refusals(run, base, t5, checkpoint, tmp_path):
     out = tmp_path / "pool"
     other = run("import-reference", checkpoint, "--base", base, "--out", out)

@@ -26,6 +26,7 @@ SMALL = [*SHORT, "--learning-rate", "0.05"]
 DATA = Path(__file__).parent.parent / "data" / "adapterhub"
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -53,6 +54,7 @@ def test_train_gate_pool_generate(run, base, task, tmp_path, options, words):
     assert answered.code == 0, answered.err
 
 
+@pytest.mark.slow(3)
 def test_the_kinds_own_learning_rate_and_settings_of_others(run, base, task, tmp_path):
     trained = run("train", "--out", tmp_path / "one", "--task", task, "--base", base, "--kind", "ia3", *SHORT)
     assert trained.code == 0, trained.err

@@ -18,6 +18,7 @@ def pool(ready, tmp_path):
     return tmp_path / "pool"
 
 
+@pytest.mark.slow(3)
 def test_pack_use_and_unpack(run, pool, ready, base):
     folder, _ = ready
     before = contents(pool)
@@ -63,6 +64,7 @@ def test_refusals(run, pool):
         assert (result.code, "the rows of one are damaged" in result.err) == (1, True), result.err
 
 
+@pytest.mark.slow(3)
 def test_device_memory(run, pool, base, task, tmp_path):
     import json
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 pytest_plugins = ["cli_fixtures"]
 
 
+@pytest.mark.slow(18)
 def test_a_page_of_results_and_a_pool(run, ready, base, task, tmp_path):
     folder, _ = ready
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}

@@ -7,12 +7,15 @@ import socket
 import sys
 import urllib.request
 
+import pytest
+
 from phatgoose.extras import install
 from server_command import running
 
 pytest_plugins = ["cli_fixtures"]
 
 
+@pytest.mark.slow(20)
 def test_the_command_serves_the_page_and_answers(ready, base):
     folder, _ = ready
     with running("ui", "--pool", folder / "pool", "--base", base, last="ended") as address:

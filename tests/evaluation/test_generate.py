@@ -95,6 +95,7 @@ def make_rows(base, config, count=49):
     return rows, rules, right
 
 
+@pytest.mark.slow(8)
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_forcing_equals_generating(make_speaker, monkeypatch, family):
@@ -122,6 +123,7 @@ def test_teacher_forcing_equals_generating(make_speaker, monkeypatch, family):
     assert min(ways[way, verdict] for way in (True, False) for verdict in (True, False)) >= 2, ways
 
 
+@pytest.mark.slow(3)
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_targets_in_the_models_own_tokens_need_no_generation(make_speaker, monkeypatch, family):

@@ -92,6 +92,7 @@ def test_sums_are_log_probabilities_of_the_choice(make_base):
     assert found.acc_norm == norms.index(max(norms))
 
 
+@pytest.mark.slow(3)
 def test_what_the_harness_cannot_rank_is_refused(make_base, tmp_path):
     from phatgoose.evaluation.harness import run_harness
 

@@ -348,6 +348,7 @@ def test_such_rotations_are_known_however_they_are_set(make_base, kind, nested_s
     assert not reads_on(model)
 
 
+@pytest.mark.slow(21)
 @torch.no_grad()
 @pytest.mark.parametrize(
     "prompts", [nested(), [(*range(2, 120), n + 120) for n in range(40)]], ids=["nested", "one"]

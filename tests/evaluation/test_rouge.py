@@ -26,6 +26,7 @@ def by_definition(text, target):
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize(
     ("text", "targets"),
     [

@@ -183,6 +183,7 @@ def test_credentials_do_not_go_to_the_cdn(hub, one):
     assert all(token for _, path, token in hub.requests if not path.startswith("/lfs/"))
 
 
+@pytest.mark.slow(4)
 def test_plain_peft_loads_it_from_the_hub_too(hub, one, make_base, tmp_path):
     """In a process of its own, with the environment that a user sets."""
     expert, folder = one
@@ -439,6 +440,7 @@ def test_a_hub_that_fails_always(hub, one, pattern, tmp_path):
     assert not list((tmp_path / "hub-cache").rglob("*.incomplete"))
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("pattern", ["^GET /api/models/", "^HEAD .*/resolve/", "^GET /lfs/"])
 @pytest.mark.parametrize(("kind", "value"), [("slow", 0.6), ("drop", None)])
 def test_a_hub_that_does_not_answer(hub, one, pattern, kind, value):

@@ -305,6 +305,7 @@ def test_what_is_no_path(text):
 # Faults
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize(
     "pattern",
     [

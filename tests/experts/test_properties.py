@@ -39,6 +39,7 @@ def written(folder, config, tensors):
     return folder
 
 
+@pytest.mark.slow(10)
 @OFTEN
 @given(adapters(), NAMES, RECORDS, st.booleans(), st.none() | st.integers(0, 99))
 def test_whatever_is_saved_is_loaded_again(adapter, name, record, based, gates):
@@ -77,6 +78,7 @@ def test_whatever_is_saved_is_loaded_again(adapter, name, record, based, gates):
             assert not found.equals(expert.with_gates(changed, {"kind": "gate"}))
 
 
+@pytest.mark.slow(4)
 @OFTEN
 @given(st.data())
 def test_a_changed_byte_of_an_adapter_is_noticed(data):

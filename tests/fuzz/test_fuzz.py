@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = Path(__file__).with_name("fuzz_run.py")
 
 
@@ -21,6 +23,7 @@ def run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow(60)
 def test_ten_thousand_changed_files_are_read_or_refused():
     found = run("--count", "10000")
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-3000:]
@@ -33,6 +36,7 @@ def test_ten_thousand_changed_files_are_read_or_refused():
         assert "'read': " in tally or name == "place", name
 
 
+@pytest.mark.slow(18)
 def test_what_goes_wrong_is_found_and_the_rest_goes_on():
     found = run("--targets", "broken", "--count", "200", FUZZ_SECONDS="0.5")
     assert found.returncode == 1
@@ -51,6 +55,7 @@ def test_what_goes_wrong_is_found_and_the_rest_goes_on():
     assert "ValueError: unforeseen" in again.stdout
 
 
+@pytest.mark.slow(6)
 def test_inputs_depend_on_nothing_but_their_number(tmp_path):
     files = []
     for name in ("one", "two"):

@@ -14,7 +14,7 @@ def test_the_table_has_every_architecture_and_check():
     assert set(recorded()) == {(name, check) for name in ALL for check in CHECKS}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(89)
 @pytest.mark.filterwarnings(
     "ignore"
 )  # transformers', about kernels that aren't installed and odd tiny settings

@@ -69,6 +69,7 @@ def test_fingerprints_tell_weights_and_rules_apart(tmp_path):
     assert len({one.sha256, other.sha256, short.sha256}) == 3
 
 
+@pytest.mark.slow(3)
 def test_what_is_no_mean_pooling_encoder_is_refused(tmp_path):
     with pytest.raises(BaseModelError, match="pools by pooling_mode_cls_token; only the mean"):
         load_encoder(str(make_encoder(tmp_path / "cls", pooling="cls_token")))

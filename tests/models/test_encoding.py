@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from conftest import make_model, make_tokenizer
@@ -76,6 +77,7 @@ def test_trained_rows_are_the_served_tokens_and_the_answer(tmp_path):
     assert (cut.length, cut.truncated) == (12, True)
 
 
+@pytest.mark.slow(5)
 def test_expert_gate_signature_and_scores(tmp_path):
     base, task = chatting(), task_of(tmp_path)
     expert = train_expert(base, task, ExpertConfig(rank=2, **STEPS))

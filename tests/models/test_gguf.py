@@ -290,6 +290,7 @@ def process(code, written):
     )
 
 
+@pytest.mark.slow(6)
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process by SIGKILL")
 def test_a_killed_conversion_and_then_two_at_once(written, cache):
     killed = process(KILLED, written)

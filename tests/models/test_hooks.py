@@ -76,6 +76,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow(11)
 @pytest.mark.parametrize("compiled", WAYS)
 def test_what_was_compiled_and_run_before_is_routed_rerouted_and_unrouted(made, compiled):
     base, plain, pool = made
@@ -88,6 +89,7 @@ def test_what_was_compiled_and_run_before_is_routed_rerouted_and_unrouted(made, 
     close(logits(base), logits(unroute(plain)))
 
 
+@pytest.mark.slow(27)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_routed_and_then_compiled_every_router_is_the_same(made, dtype, backend):
@@ -102,6 +104,7 @@ def test_routed_and_then_compiled_every_router_is_the_same(made, dtype, backend)
         )
 
 
+@pytest.mark.slow(5)
 def test_a_compiled_model_is_routed_as_the_one_inside(made):
     base, plain, pool = made
     compiled = torch.compile(base.model, backend="eager")
@@ -118,6 +121,7 @@ def test_a_compiled_model_is_routed_as_the_one_inside(made):
     close(logits(compiled), logits(unroute(plain)))
 
 
+@pytest.mark.slow(5)
 def test_generation_that_transformers_compiles_follows_the_routing(made):
     base, plain, pool = made
     how = CompileConfig(backend="eager", fullgraph=False)
@@ -136,6 +140,7 @@ def test_generation_that_transformers_compiles_follows_the_routing(made):
     assert torch.equal(compiled(), first)
 
 
+@pytest.mark.slow(13)
 @pytest.mark.parametrize("router", [PHATGOOSE(top_k=2), Single("e1")], ids=repr)
 def test_a_compiled_model_is_traced_as_any(made, router):
     base, plain, pool = made
@@ -156,6 +161,7 @@ def test_a_compiled_model_is_traced_as_any(made, router):
             assert torch.equal(one.tokens.positions, other.tokens.positions)
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("compiled", [whole, layers])
 def test_a_compiled_model_serves_several_ways(made, compiled):
     base, plain, pool = made
@@ -175,6 +181,7 @@ def test_a_compiled_model_serves_several_ways(made, compiled):
         close(one, other)
 
 
+@pytest.mark.slow(11)
 def test_whatever_else_listens_to_a_compiled_model_hears(made):
     base, plain, pool = made
     base.model.compile(backend="eager")

@@ -178,6 +178,7 @@ def test_a_pool_of_one_equals_plain_peft(kind, family, make_base, tmp_path):
     assert torch.equal(logits(unroute(base), batch(base)), plain)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("kind", EXACT)
 def test_in_bfloat16_it_is_as_close_as_peft_to_float32(kind, family, make_base, tmp_path):

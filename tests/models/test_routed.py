@@ -169,6 +169,7 @@ def test_uniform_equals_merged_equals_peft_of_merged(mixed, tmp_path, family):
         assert relative(peft(**batch, use_cache=False).logits, uniform) < 1e-5
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("router", [PHATGOOSE(), Random(seed=3), Uniform(), Single("e2")], ids=repr)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_and_without_cache_and_padding_agree(mixed, family, router):

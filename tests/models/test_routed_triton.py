@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 __all__ = ["mixed"]  # a fixture
 
 
+@pytest.mark.slow(73)
 @pytest.mark.parametrize(("family", "router"), [("t5", PHATGOOSE()), ("llama", Random())], ids=str)
 def test_logits_equal_the_references(mixed, family, router, monkeypatch):
     base, pool = mixed(family)
@@ -24,6 +25,7 @@ def test_logits_equal_the_references(mixed, family, router, monkeypatch):
     assert relative(logits(base, batch), expected) < 1e-5
 
 
+@pytest.mark.slow(5)
 def test_a_trace_sees_the_choice_and_changes_nothing(make_base, make_expert):
     base = make_base("llama", layers=1)
     pool = Pool([make_expert(base, f"e{i}", rank=2 + i, seed=i) for i in range(3)])

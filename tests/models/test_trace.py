@@ -278,6 +278,7 @@ def test_sums_are_the_sums_of_the_choices(routed, monkeypatch):
         assert int(sums.tokens[1]) == 9
 
 
+@pytest.mark.slow(4)
 @pytest.mark.skipif(build.reason() is not None, reason="the CPU kernel can't be compiled here")
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("top_k", [1, 2, 7])

@@ -45,6 +45,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "ranks"), SHAPES)

@@ -71,6 +71,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize(("tokens", "ranks", "d_in", "d_out"), SHAPES)
 def test_it_chooses_and_mixes_like_the_reference(dtype, tokens, ranks, d_in, d_out):
@@ -136,6 +137,7 @@ def test_more_choices_than_it_makes_are_torchs():
     assert relative(backend("triton").routed_update(u, y, gates, stack, 66), expected, y.double()) < 2e-6
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("processors", [1, 500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 50.0])
@@ -396,6 +398,7 @@ def test_compilers_carry_it_as_one_operator():
     torch.library.opcheck(ops.routed_mix.default, (u, y, chosen, weights, *rows, 4), test_utils=tests)
 
 
+@pytest.mark.slow(6)
 def test_the_compiler_takes_every_kernel(tmp_path):
     """All of them, for an H100 or H200, without one: types, shapes of products, shared memory. Not a word about speed."""
     script = Path(__file__).parent / "compile_kernels.py"

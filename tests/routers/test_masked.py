@@ -40,6 +40,7 @@ def logits(base, ids):
         return base.model(input_ids=ids, use_cache=False, **extra).logits
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("router", [PHATGOOSE(2), PHATGOOSE(1), PHATGOOSE(4), Arrow(2), SpectR(3), LAG(1, 1), LAG(2, 2), WeightOnly(2), PHATGOOSE(2, "weights"), Uniform()])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "t5"])

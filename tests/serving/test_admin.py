@@ -66,6 +66,7 @@ def answer(server, prompt=PROMPTS[0], model="phatgoose"):
     return found.choices[0].text
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("kind", ["folder", "packed", "memory"])
 def test_experts_come_and_go(base, pool, fourth, wanted, tmp_path, kind):
     folder = None
@@ -137,6 +138,7 @@ def test_refused_changes_change_nothing(base, pool, fourth, wanted, tmp_path):
     assert sorted(p.name for p in folder.rglob("[!.]*")) == before
 
 
+@pytest.mark.slow(5)
 def test_what_was_changed_is_there_after_a_restart(base, pool, fourth, wanted, tmp_path):
     folder = pool.save(tmp_path / "pool")
     fourth.save(tmp_path / "d")
@@ -199,6 +201,7 @@ def process(folder):
         process.stderr.close()
 
 
+@pytest.mark.slow(10)
 def test_a_server_starts_again_when_its_last_expert_was_taken_out(base, pool, tmp_path):
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
@@ -212,6 +215,7 @@ def test_a_server_starts_again_when_its_last_expert_was_taken_out(base, pool, tm
         assert client.completions.create(model="base", prompt="the", max_tokens=2).usage.completion_tokens
 
 
+@pytest.mark.slow(10)
 def test_what_was_answered_before_a_kill_is_there_after_it(pool, fourth, wanted, tmp_path):
     """kill -9 loses nothing but the requests in flight."""
     folder = pool.save(tmp_path / "pool")
@@ -231,6 +235,7 @@ def test_what_was_answered_before_a_kill_is_there_after_it(pool, fourth, wanted,
         assert found.choices[0].text == wanted["abd"][PROMPTS[0]]
 
 
+@pytest.mark.slow(7)
 def test_servers_that_share_a_folder_follow_each_other(base, pool, fourth, wanted, tmp_path):
     folder = pool.save(tmp_path / "pool")
     fourth.save(tmp_path / "d")
@@ -263,6 +268,7 @@ def test_servers_that_share_a_folder_follow_each_other(base, pool, fourth, wante
         assert answer(two) == wanted["bc"][PROMPTS[0]]
 
 
+@pytest.mark.slow(5)
 def test_what_is_changed_while_a_server_starts_or_changes_something_is_followed(base, pool, fourth, tmp_path):
     folder = pool.save(tmp_path / "pool")
     fourth.save(tmp_path / "d")
@@ -290,6 +296,7 @@ def test_what_is_changed_while_a_server_starts_or_changes_something_is_followed(
         server.until(lambda: names() == "abcefd")
 
 
+@pytest.mark.slow(4)
 def test_a_folder_that_another_server_is_changing_is_waited_for(base, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(changes, "LOCK_SECONDS", 0.3)
     folder = pool.save(tmp_path / "pool")
@@ -302,6 +309,7 @@ def test_a_folder_that_another_server_is_changing_is_waited_for(base, pool, tmp_
         assert http.post("/admin/experts/a/off").status_code == 200
 
 
+@pytest.mark.slow(5)
 def test_switching_under_load_never_mixes_two_pools(base, pool, fourth, wanted, tmp_path):
     """Every answer is one that one of the pools gives as a whole, and every request is answered."""
     fourth.save(tmp_path / "d")

@@ -78,6 +78,7 @@ def with_service(base, pool, do, router="phatgoose", **changes):
     return asyncio.run(run())
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize(("family", "engine"), ENGINES)
 def test_tokens_are_generates_alone_and_among_others(make_base, make_expert, family, engine):
     base = make_base(family)

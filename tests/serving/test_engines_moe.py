@@ -15,6 +15,7 @@ from phatgoose.models.base.base import Base
 ROUTERS = {"phatgoose": PHATGOOSE(), "base": None, "a": Single("a"), "uniform": Uniform()}
 
 
+@pytest.mark.slow(7)
 @pytest.mark.parametrize("engine", ["continuous", "batches"])
 def test_tokens_inside_experts_are_generates(tmp_path, engine):
     base = Base(make("qwen3_moe"), make_tokenizer(), "qwen3_moe")

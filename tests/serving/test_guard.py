@@ -178,6 +178,7 @@ def test_a_server_answers_where_it_was_told_to_listen(base):
         thread.join()
 
 
+@pytest.mark.slow(21)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/models", "/health"])
 @pytest.mark.parametrize("end", ["%0A", "%0a%0A", "%00", "%7F", "%0D"])
 def test_paths_with_control_characters_lead_nowhere(server, path, end):
@@ -186,6 +187,7 @@ def test_paths_with_control_characters_lead_nowhere(server, path, end):
             assert http.request(method, path + end, json=ASK).status_code == 404
 
 
+@pytest.mark.slow(7)
 def test_a_head_that_is_never_finished_is_not_waited_for(base):
     with running(Service(base, settings(body_seconds=1))) as server:
         whole = b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -334,6 +336,7 @@ except PhatgooseError as error:
 """
 
 
+@pytest.mark.slow(7)
 @pytest.mark.parametrize("fault", ["pool", "port"])
 def test_a_server_that_cannot_start_says_why(tmp_path, fault):
     here = os.path.dirname(__file__)
@@ -363,6 +366,7 @@ def server_process(drain):
         process.stderr.close()
 
 
+@pytest.mark.slow(3)
 def test_sigterm_lets_what_was_begun_finish():
     with server_process(drain=60) as (process, client):
         ask = {
@@ -385,6 +389,7 @@ def test_sigterm_lets_what_was_begun_finish():
         assert events[-1] == "request"
 
 
+@pytest.mark.slow(4)
 def test_sigterm_ends_what_takes_too_long():
     with server_process(drain=1) as (process, client):
         streams = [

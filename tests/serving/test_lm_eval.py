@@ -18,6 +18,7 @@ pytest.importorskip(
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.slow(22)
 @pytest.mark.parametrize("as_tokens", [True, False])
 def test_local_completions(make_base, make_expert, tmp_path, monkeypatch, as_tokens):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))

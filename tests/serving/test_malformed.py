@@ -51,6 +51,7 @@ def test_every_operation_is_tried(server):
     assert sorted((m.upper(), path) for path, methods in paths.items() for m in methods) == sorted(OPERATIONS)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
@@ -81,6 +82,7 @@ def test_what_the_description_allows_and_what_not(server, method, path, mode):
             raise
 
 
+@pytest.mark.slow(8)
 def test_mutated_requests(server):
     source = random.Random(f"requests-{SEED}")
     asked = [mutated(source) for _ in range(COUNT)]

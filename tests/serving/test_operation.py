@@ -89,6 +89,7 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_queue(make_base, engine,
         server.until(lambda: not server.service.engine.jobs)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_its_prompts_are_read_ends_that(make_base, monkeypatch, stream):
     read = []
@@ -115,6 +116,7 @@ def test_a_client_that_leaves_while_its_prompts_are_read_ends_that(make_base, mo
         assert not read
 
 
+@pytest.mark.slow(3)
 def test_bodies_of_more_requests_than_there_are_places_for_are_not_read(make_base):
     limits = settings(max_running=1, max_waiting=2, body_seconds=3)
     with running(Service(make_base("llama"), limits)) as server, server.http() as http:

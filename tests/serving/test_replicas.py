@@ -168,6 +168,7 @@ def test_without_a_key_names_of_other_places_are_refused():
     assert ReplicaSettings(base="x", hosts="*").names(Keys()) is None
 
 
+@pytest.mark.slow(51)
 def test_one_of_two_replicas_is_killed_under_load(cluster):
     url, wanted, folder = cluster
     assert len(replicas()) == 2

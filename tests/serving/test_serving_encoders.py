@@ -43,6 +43,7 @@ def named(pool, name):
     return pool
 
 
+@pytest.mark.slow(13)
 @pytest.mark.parametrize("router", ["retrieval", "centroid", "soft-centroid"])
 @pytest.mark.parametrize("hub", [True, False])
 def test_an_encoder_that_an_author_names_is_neither_fetched_nor_opened(
@@ -65,6 +66,7 @@ def test_a_default_router_names_no_encoder_of_an_author_either(base, pool):
         asyncio.run(service.start())
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("by_router", [True, False])
 def test_the_encoder_that_the_operator_names_is_used(base, pool, folder, by_router):
     pool = named(pool, "somebody/encoder")
@@ -79,6 +81,7 @@ def test_the_encoder_that_the_operator_names_is_used(base, pool, folder, by_rout
             assert client.completions.create(model="phatgoose", **ASK).choices[0].text == wanted
 
 
+@pytest.mark.slow(3)
 def test_another_encoder_than_the_experts_is_refused_before_it_is_loaded(base, pool, tmp_path, monkeypatch):
     other = make_encoder(tmp_path / "my encoders" / "other", seed=5, max_tokens=60)
     monkeypatch.setattr(encoders.AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
@@ -91,6 +94,7 @@ def test_another_encoder_than_the_experts_is_refused_before_it_is_loaded(base, p
     assert "my encoders" not in said
 
 
+@pytest.mark.slow(2)
 def test_experts_are_switched_while_an_encoder_is_waited_for(base, pool, folder, monkeypatch):
     asked, go_on = threading.Event(), threading.Event()
     load = encoders.load_encoder

@@ -22,6 +22,7 @@ def base(make_base):
     return with_template(make_base("llama"))
 
 
+@pytest.mark.slow(9)
 @pytest.mark.parametrize(
     ("path", "ask"),
     [
@@ -64,6 +65,7 @@ def test_an_encoder_decoders_prompt_is_bounded(make_base):
                 assert "maximum context length is 40 tokens" in found.json()["error"]["message"]
 
 
+@pytest.mark.slow(4)
 def test_short_prompts_do_not_wait_for_long_ones(base, monkeypatch):
     begun, go_on, encode = threading.Event(), threading.Event(), Prompts._encode
 
@@ -96,6 +98,7 @@ def test_short_prompts_do_not_wait_for_long_ones(base, monkeypatch):
         assert [one.result() for one in long] == [400] * 3
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("stream", [True, False])
 def test_others_are_answered_while_many_log_probabilities_are_written(base, monkeypatch, stream):
     """The event loop writes few of them itself."""
@@ -130,6 +133,7 @@ def test_others_are_answered_while_many_log_probabilities_are_written(base, monk
             assert found.json()["usage"]["prompt_tokens"] == 190
 
 
+@pytest.mark.slow(4)
 def test_more_log_probabilities_than_a_response_may_have_are_refused(base, monkeypatch):
     monkeypatch.setattr(asking, "MAX_REPORTED", 1000)
     with running(Service(base, settings())) as server, server.http() as http:

@@ -23,6 +23,7 @@ from phatgoose.serving.service import Service
 LONG = {"model": "base", "prompt": "the", "max_tokens": 480, "logit_bias": {"1": -100}}
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("engine", ["continuous", "batches"])
 def test_a_server_is_ready_when_it_has_written_an_answer(make_base, make_expert, engine):
     base = make_base("llama")
@@ -89,6 +90,7 @@ serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings()), 
 """
 
 
+@pytest.mark.slow(9)
 def test_a_process_that_cannot_answer_ends(tmp_path):
     here = os.path.dirname(__file__)
     script = SCRIPT.format(paths=[here, os.path.dirname(here)])
@@ -98,6 +100,7 @@ def test_a_process_that_cannot_answer_ends(tmp_path):
     assert '"ready"' not in ended.stderr
 
 
+@pytest.mark.slow(6)
 def test_while_it_ends_a_server_still_says_that_it_is_not_ready():
     with server_process(drain=60) as (process, client):
         address = str(client.base_url).removesuffix("/v1/")
@@ -116,6 +119,7 @@ def test_while_it_ends_a_server_still_says_that_it_is_not_ready():
         assert process.wait(timeout=30) in (0, -15)
 
 
+@pytest.mark.slow(21)
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_not_finished_in_time_is_told_that_the_server_ends(again):
     with server_process(drain=60 if again else 1) as (process, client):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from serving_fixtures import random_pool
 
 from conftest import make_model, make_tokenizer
@@ -15,6 +16,7 @@ from phatgoose.models.base.base import Base
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow(41)
 def test_servers_bear_load_and_the_record_says_how(tmp_path):
     base = Base(make_model("llama"), make_tokenizer(), spec="tiny")
     base.model.save_pretrained(tmp_path / "base")

@@ -78,6 +78,7 @@ def t5(tmp_path_factory):
     return AutoTokenizer.from_pretrained(place / folder)
 
 
+@pytest.mark.slow(14)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -27,6 +27,7 @@ WRITING = WritingConfig(rows=24, rows_per_batch=10, max_new_tokens=12)
 PROMPTS = ("What is the past tense of walk? Answer:", "the dog jumps over")
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen"])
 def test_the_expert_writes_on_every_token(make_base, make_expert, family):
     base = make_base(family)
@@ -43,6 +44,7 @@ def test_the_expert_writes_on_every_token(make_base, make_expert, family):
     assert alone[:24] != expected[:24]
 
 
+@pytest.mark.slow(3)
 def test_the_record_says_that_it_was_generated(make_base, make_expert, tmp_path):
     base = make_base("llama")
     expert = make_expert(base, gates=False)
@@ -73,6 +75,7 @@ def test_the_record_says_that_it_was_generated(make_base, make_expert, tmp_path)
     assert {e.input for e in rendered.train} == {"Walk?\n### Response:\n"}
 
 
+@pytest.mark.slow(5)
 def test_it_is_the_gate_training_on_the_written_task(make_base, make_expert):
     base = make_base("llama")
     expert = make_expert(base, gates=False)

@@ -49,6 +49,7 @@ def same_record(one, other):
     }
 
 
+@pytest.mark.slow(7)
 @pytest.mark.parametrize("stop", [1, 7, 12])
 def test_interrupted_anywhere(make_base, task, tmp_path, stop):
     whole = train_expert(make_base("llama"), task, CONFIG, report=silent)
@@ -65,6 +66,7 @@ def test_interrupted_anywhere(make_base, task, tmp_path, stop):
     assert same_record(resumed.provenance, whole.provenance)
 
 
+@pytest.mark.slow(3)
 def test_interrupted_again_and_again(make_base, task, tmp_path):
     whole = train_expert(make_base("t5"), task, CONFIG, report=silent)
     base = make_base("t5")
@@ -74,6 +76,7 @@ def test_interrupted_again_and_again(make_base, task, tmp_path):
     assert equal(train_expert(base, task, CONFIG, work_folder=tmp_path, report=silent), whole)
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize("how", ["kill-step-8", "kill-save-2"])
 def test_killed(tmp_path, make_base, how):
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -93,6 +96,7 @@ def test_killed(tmp_path, make_base, how):
     assert not list(folder.glob("checkpoint-*"))
 
 
+@pytest.mark.slow(7)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "manifest", "empty"])
 def test_an_incomplete_checkpoint_is_passed_over(make_base, task, tmp_path, damage):
     base = make_base("llama")
@@ -177,6 +181,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(make_base, task, tmp_path, monk
     assert equal(resumed, train_expert(base, task, CONFIG, report=silent))
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("stop", [4, 12])
 def test_gates_resume_too(make_base, task, tmp_path, stop):
     base = make_base("llama")
@@ -227,6 +232,7 @@ def test_loggers_are_told(make_base, task):
         train_expert(make_base("llama"), task, CONFIG, loggers=["no-such-logger"], report=silent)
 
 
+@pytest.mark.slow(12)
 def test_two_processes_train_the_same_expert(tmp_path, make_base):
     """torchrun with gloo: same rows in a step, shared out; each process returns the expert, one writes."""
     command = [

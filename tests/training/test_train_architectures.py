@@ -43,6 +43,7 @@ def trained(name, **settings):
     return base, config, lambda: train_expert(base, make_task(), config, report=lambda progress: None)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_dense_layers_that_peft_takes_for_experts_are_left_out(name, tmp_path):
     """PEFT takes `down_proj`, by any path, for the fused experts: it would train these, and not the layers that were meant."""
@@ -74,6 +75,7 @@ def test_named_they_are_refused_before_the_first_step():
         adapted(Base(make("deepseek_v3"), make_tokenizer(), spec="x"), paths, ExpertConfig(**SETTINGS))
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("name", ["mamba", "falcon_h1", "nemotron_h"])
 def test_what_peft_refuses_in_a_recurrent_base_is_left_out(name):
     base, config, train = trained(name)
@@ -112,6 +114,7 @@ def test_nothing_is_said_where_nothing_is_left_out(make_base):
         assert not describe_left_out(model, paths)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
 def test_a_vision_language_base_trains_what_reads_text(kind):
     base = Base(make_vision_model(kind), make_tokenizer(), spec=kind)

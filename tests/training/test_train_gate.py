@@ -112,6 +112,7 @@ def test_gates_in_bfloat16_have_the_gradients_of_float32(make_base, make_expert)
     assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 0.15
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_but_gates_moves(make_base, make_expert, task, family, capsys, tmp_path):
     base = make_base(family)

@@ -78,6 +78,7 @@ def losses(base, expert, task, rows=21):
     return plain, routed
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize(("kind", "family"), PAIRS)
 def test_it_learns_and_the_base_is_untouched(trained, kind, family, task, tmp_path, capsys):
     base, before, expert, _ = trained(kind, family)
@@ -137,6 +138,7 @@ def test_first_values_change_nothing(make_base, task):
         assert routed == pytest.approx(plain, abs=1e-5), kind
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("kind", ["ia3", "pfeiffer"])
 def test_interrupted_it_ends_in_the_same_bits(make_base, kind, task, tmp_path):
     config = config_of(kind, **({} if kind == "ia3" else {"dropout": 0.2}))
@@ -154,6 +156,7 @@ def test_interrupted_it_ends_in_the_same_bits(make_base, kind, task, tmp_path):
         train_expert(make_base("llama"), task, config_of("rslora"), work_folder=tmp_path, report=silent)
 
 
+@pytest.mark.slow(12)
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_gates_train_and_nothing_else_moves(make_base, kind, task):
     base = make_base("llama")
@@ -171,6 +174,7 @@ def test_its_gates_train_and_nothing_else_moves(make_base, kind, task):
     assert curve[-1][1] < curve[0][1]
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gate_that_is_open_is_the_expert_itself(trained, kind):
     base, _, expert, _ = trained(kind)

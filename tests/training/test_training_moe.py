@@ -67,6 +67,7 @@ def test_gates_inside_experts_have_the_formulas_gradients(tmp_path, family, old)
     assert moved > len(fused_experts(base.model)) * 4
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize(("family", "old"), [("qwen3_moe", True), ("qwen3_moe", False)])
 def test_gates_and_signatures_inside_experts(tmp_path, family, old):
     base, task = _base(family), make_task()

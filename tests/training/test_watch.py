@@ -10,6 +10,7 @@ from phatgoose.training.expert import train_expert
 from phatgoose.training.trainer import watch
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize(("seconds", "parts"), [(0.0, [0.25, 0.5, 0.75]), (600.0, [])])
 def test_progress_within_a_step(make_base, monkeypatch, seconds, parts):
     monkeypatch.setattr(watch, "WITHIN_SECONDS", seconds)

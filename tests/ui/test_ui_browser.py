@@ -207,6 +207,7 @@ def test_by_keyboard_alone(opened):
     assert "2 of 3" in page.locator("#side-A .on-count").text_content()
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 375])
 def test_it_fits_and_is_accessible(opened, width, dark):

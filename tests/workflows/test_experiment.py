@@ -133,6 +133,7 @@ def finish(place, out):
     assert process.returncode == 0, text
 
 
+@pytest.mark.slow(39)
 def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     seed = random.randrange(2**32)
     print(f"kills at moments of seed {seed}")  # shown if this fails
@@ -250,6 +251,7 @@ def test_a_suite_is_refused_for_experts_that_say_they_were_trained_on_it(place, 
     assert not list((place / "out").glob("work/*"))  # before anything was trained
 
 
+@pytest.mark.slow(3)
 def test_what_was_trained_here_gives_the_same_numbers_when_it_is_taken(place):
     systems = [*SYSTEMS, "average-activation"]
     signature = {"rows": 8, "rows_per_batch": 4, "max_length": 96, "texts": 0}
@@ -334,6 +336,7 @@ def test_a_pool_is_named_on_the_command_line_too(place, ready):
     assert "pool.json" in shown.output
 
 
+@pytest.mark.slow(18)
 def test_the_command_on_ray_gives_the_same_numbers_and_says_what_failed(place):
     """A real local cluster, relative paths, a failing task; then the same recipe in one process, anew."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'phatgoose[ray]'")
@@ -380,6 +383,7 @@ def test_fresh_spares_the_pool_that_is_to_be_taken(place, ready):
     assert Pool.load(place / "out" / "pool").names == ready.names
 
 
+@pytest.mark.slow(3)
 def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(place, make_base):
     other = make_base("t5", seed=3)
     other.model.save_pretrained(place / "other")
@@ -449,6 +453,7 @@ def test_every_task_is_the_same_part_of_what_a_multitask_expert_learns(place, mo
     assert Counter(e.input.split()[0] for e in union.validation) == {"upper": 2, "is": 2}
 
 
+@pytest.mark.slow(3)
 def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
     made = recipe(place, systems=["base", "multitask"], measure={"suites": ["in-pool"], "test_rows": 2})
     assert "mean" in run_experiment(made, place / "out")["suites"]["in-pool"]["systems"]["multitask"]
@@ -492,6 +497,7 @@ def check_without_loss(**given):
 CHECK = experiment_steps.check_tasks
 
 
+@pytest.mark.slow(3)
 def test_results_hold_together(place):
     executor = Processes(1)
     try:
@@ -609,6 +615,7 @@ def test_systems_of_different_rows_are_not_compared(other):
     assert found["common_tasks"] == ["u"]
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("moment", ["base", "phatgoose"])
 def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(place, monkeypatch, moment):
     """Its file is written anew before the first system, or between two, each of which a worker of its own measures."""
@@ -631,6 +638,7 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
     assert "weren't the same" in (place / "out/results.md").read_text()
 
 
+@pytest.mark.slow(3)
 def test_what_fails_costs_only_itself(place):
     write(place / "broken.jsonl", [{"input": "x", "target": "y", "choices": ["a", "b"]}])
     write(place / "long.jsonl", [{"input": f"q {i}", "target": "yes " * 200} for i in range(60)])
@@ -859,6 +867,7 @@ def test_an_expert_whose_rows_are_gone_costs_no_more_than_its_own(place, ready):
     assert "not looked at: the training rows of upper." in (place / "again/results.md").read_text()
 
 
+@pytest.mark.slow(3)
 def test_a_run_reads_its_data_anew(place):
     made = recipe(place, systems=["base"], measure={"suites": ["in-pool"], "test_rows": 2})
     before = run_experiment(made, place / "out")
@@ -935,6 +944,7 @@ def local_t0(tmp_path, monkeypatch):
     templates.cache_clear()
 
 
+@pytest.mark.slow(37)
 def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
     """The recipe that is shipped, with all its 36 experts; its other systems and suites are the next test's and BIG-bench's own."""
     base = make_base("t5", layers=1)
@@ -965,6 +975,7 @@ def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base
     assert held_out["left_out"] == {}
 
 
+@pytest.mark.slow(10)
 def test_the_papers_systems_run_on_a_tiny_t5(tmp_path, make_base, local_t0):
     """All that the shipped recipe compares, data signatures and choices among experts with it, for three of its experts."""
     base = make_base("t5", layers=1)

@@ -81,6 +81,7 @@ def outcome(out):
     return results
 
 
+@pytest.mark.slow(102)
 def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     text = finish(place, place / "whole")
     expected = outcome(place / "whole")
@@ -107,6 +108,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
     assert re.search(r"in-pool tasks: accuracy on 6 test rows each", text)
 
 
+@pytest.mark.slow(44)
 def test_results_are_complete_and_consistent(place):
     finish(place, place / "out")
     results = json.loads((place / "out/results.json").read_text())
