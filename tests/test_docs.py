@@ -23,6 +23,7 @@ SETS = "sets up an environment: fetches gigabytes of packages"
 HUB = "needs the Hub"
 DATA = "needs data sets that aren't ours to give"
 HOURS = "takes minutes to hours"
+PACKAGE = "a package to install; tests/test_extending.py does"
 NOT_RUN = {
     "bases.md": {'base = load_base("google/t5-xl-lm-adapt"': HUB, "import transformers as t": HUB},
     "experiments.md": {
@@ -31,6 +32,10 @@ NOT_RUN = {
         "import lm_eval": HUB,
     },
     "experts-and-pools.md": {"phatgoose pool create pool org/one": HUB, "phatgoose push my-expert": HUB},
+    "extending.md": {
+        '"""A router and a task source': PACKAGE,
+        "phatgoose routers cosine": PACKAGE,
+    },
     "performance.md": {"make bench": HOURS},
     "results.md": {"phatgoose experiment recipes/bigbench-t0.toml": DATA, "make quickstart": HOURS},
     "serving.md": {
@@ -104,6 +109,13 @@ def test_the_table_of_peft_settings_is_what_the_code_decides():
 
     for rules in (peft_rules, adapterhub_rules):
         assert rules.main(["--check", str(ROOT / "docs" / "experts-and-pools.md")]) == 0
+
+
+def test_the_table_of_routers_is_current():
+    from phatgoose.cli import docs_routers
+
+    path = ROOT / "docs" / "method.md"
+    assert docs_routers.page(path) == path.read_text(encoding="utf-8"), "run python -m phatgoose.cli.docs"
 
 
 def test_the_page_of_pools_and_suites_is_current():

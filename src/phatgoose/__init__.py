@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         SpectR,
         Uniform,
         WeightOnly,
+        parse_router,
     )
     from phatgoose.tasks import load_task
     from phatgoose.training.expert import ExpertConfig, train_expert
@@ -46,44 +47,28 @@ if TYPE_CHECKING:
 __version__ = _version("phatgoose")
 
 _PUBLIC = {
-    "LAG": "routers",
-    "PHATGOOSE": "routers",
-    "Arrow": "routers",
-    "AverageActivation": "routers",
-    "Base": "models.base.base",
-    "Centroid": "routers",
-    "EvaluationConfig": "evaluation.run",
-    "Example": "records",
-    "Expert": "experts.expert",
-    "ExpertConfig": "training.expert",
-    "GateConfig": "training.gate",
-    "PhatgooseError": "errors",
-    "Pool": "experts.pool",
-    "Random": "routers",
-    "Retrieval": "routers",
-    "SignatureConfig": "training.signature",
-    "Single": "routers",
-    "SoftCentroid": "routers",
-    "SpectR": "routers",
-    "Task": "records",
-    "Uniform": "routers",
-    "WeightOnly": "routers",
-    "WritingConfig": "training.generated",
-    "cache_use": "models.attach.device_memory",
-    "evaluate": "evaluation.run",
-    "load_base": "models.base.load",
-    "load_task": "tasks",
-    "make_signature": "training.signature",
-    "merged": "experts.merge",
-    "prompted": "models.context.prompted",
-    "report": "analysis.page",
-    "route": "models.attach.attach",
-    "trace": "models.trace.trace",
-    "train_expert": "training.expert",
-    "train_gate": "training.gate",
-    "train_generated_gate": "training.generated",
-    "unroute": "models.attach.attach",
+    "analysis.page": "report",
+    "errors": "PhatgooseError",
+    "evaluation.run": "EvaluationConfig evaluate",
+    "experts.expert": "Expert",
+    "experts.merge": "merged",
+    "experts.pool": "Pool",
+    "models.attach.attach": "route unroute",
+    "models.attach.device_memory": "cache_use",
+    "models.base.base": "Base",
+    "models.base.load": "load_base",
+    "models.context.prompted": "prompted",
+    "models.trace.trace": "trace",
+    "records": "Example Task",
+    "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval Single SoftCentroid SpectR Uniform WeightOnly parse_router",
+    "tasks": "load_task",
+    "training.expert": "ExpertConfig train_expert",
+    "training.gate": "GateConfig train_gate",
+    "training.generated": "WritingConfig train_generated_gate",
+    "training.signature": "SignatureConfig make_signature",
 }
+"""Module → the public names in it."""
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = [
     "LAG",
     "PHATGOOSE",
@@ -114,6 +99,7 @@ __all__ = [
     "load_task",
     "make_signature",
     "merged",
+    "parse_router",
     "prompted",
     "report",
     "route",
@@ -126,8 +112,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"phatgoose.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        value = getattr(import_module(f"phatgoose.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'phatgoose' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.trace.trace import trace
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, FixedRandom, Random, Single, SpectR, Uniform, WeightOnly
 from phatgoose.routers.masked import Masked, Switches
+from phatgoose.routers.router import BoundRouter, ByScores, Router
 
 SETS = [s for n in range(5) for s in itertools.combinations(range(4), n)]
 
@@ -123,3 +125,57 @@ def test_a_table_that_doesnt_fit_is_refused(mixed, shape):
     route(base, Pool(experts), Masked(PHATGOOSE(2), Switches(torch.ones(shape, dtype=torch.bool))))
     with pytest.raises(RoutingError, match="expected one row"):
         logits(base, torch.randint(2, 300, (2, 5)))
+
+
+class Norms(BoundRouter):
+    """A router as the contract describes one that chooses by itself; its scores are for traces alone."""
+
+    def __call__(self, u, context, ops):
+        return torch.zeros(len(u), 1, dtype=torch.long), torch.ones(len(u), 1)
+
+    def scores(self, u, context, ops):
+        return u.norm(dim=-1, keepdim=True).expand(-1, 4)
+
+
+class NoTopK(ByScores):
+    def __init__(self):
+        pass
+
+    def scores(self, u, context, ops):
+        return u[:, :4]
+
+
+class First(ByScores):
+    """Compares the module's first inputs."""
+
+    def scores(self, u, context, ops):
+        return u[:, : self.experts].float()
+
+
+@dataclass(frozen=True)
+class Theirs(Router):
+    kind: str
+
+    def bind(self, candidates):
+        if self.kind != "First":
+            return {"Norms": Norms, "NoTopK": NoTopK}[self.kind]()
+        bound = First(2)
+        bound.experts = len(candidates.members)
+        return bound
+
+
+def test_a_router_written_by_the_contract_is_masked_or_refused_by_name(mixed):
+    base, experts = mixed("llama")
+    experts = experts[:2]
+    ids = torch.randint(2, 300, (1, 7))
+    for kind, says in (
+        ("Norms", "Theirs doesn't choose by scores"),
+        ("NoTopK", "NoTopK doesn't say how many"),
+    ):
+        route(base, Pool(experts), Theirs(kind))
+        with pytest.raises(RoutingError, match=says):
+            route(base, Pool(experts), Masked(Theirs(kind)))
+    route(base, Pool(experts), Masked(Theirs("First"), Switches(torch.tensor([[True, False]]))))
+    found = logits(base, ids)
+    route(base, Pool(experts[:1]), Theirs("First"))
+    assert torch.allclose(found, logits(base, ids), atol=1e-5)

@@ -111,6 +111,8 @@ def test_text_forms():
         parse_router("phatgoose:k=3")
     with pytest.raises(RoutingError, match="expected a whole number"):
         parse_router("phatgoose:top_k=two")
+    with pytest.raises(RoutingError, match="top_k is given twice"):
+        parse_router("phatgoose:top_k=3,top_k=2")
     assert PHATGOOSE(top_k=3).describe() == {"router": "PHATGOOSE", "top_k": 3}
 
 

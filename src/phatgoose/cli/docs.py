@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from phatgoose.cli import docs_pools, docs_serving
+from phatgoose.cli import docs_pools, docs_routers, docs_serving
 
 KINDS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
@@ -138,6 +138,7 @@ def main(arguments: list[str]) -> int:
         folder / "cli.md": markdown(),
         folder / "pools-and-suites.md": docs_pools.markdown(),
         folder / "serving-parameters.md": docs_serving.markdown(),
+        folder / "method.md": docs_routers.page(folder / "method.md"),
     }
     if "--check" in arguments:
         current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named

@@ -12,7 +12,7 @@ from phatgoose.cli import doctor
 from phatgoose.cli.ask import chat, explain, generate, serve, ui
 from phatgoose.cli.common.group import Commands
 from phatgoose.cli.contribute import convert, gate, import_reference, push, signature, train
-from phatgoose.cli.measure import eval, experiment, quickstart, report, tasks
+from phatgoose.cli.measure import eval, experiment, quickstart, report, routers, tasks
 from phatgoose.cli.pools import pool
 from phatgoose.serving.threads import wait_briefly
 
@@ -42,6 +42,7 @@ app.command("explain")(explain.command)
 app.command("report")(report.command)
 app.command("ui")(ui.command)
 app.add_typer(tasks.app, name="tasks")
+app.command("routers")(routers.command)
 app.command("doctor")(doctor.command)
 
 

@@ -87,7 +87,7 @@ class Random(Router):
     top_k: int = 2
     """How many experts act on each token."""
 
-    chooses = "2 random experts per token and module (a control)"
+    chooses = "top_k random experts per token and module (a control)"
 
     def __post_init__(self) -> None:
         check_at_least(self, top_k=1)
@@ -108,7 +108,7 @@ class FixedRandom(Router):
     top_k: int = 2
     """How many experts act."""
 
-    chooses = "2 random experts, always (a control)"
+    chooses = "top_k random experts, always (a control)"
 
     def __post_init__(self) -> None:
         check_at_least(self, top_k=1)

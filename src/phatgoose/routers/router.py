@@ -160,7 +160,7 @@ class TopK(Router):
     top_k: int = 2
     """How many experts act on each token."""
 
-    chooses = "2 experts per token and module"
+    chooses = "top_k experts per token and module"
 
     def __post_init__(self) -> None:
         check_at_least(self, top_k=1)

@@ -91,7 +91,7 @@ class ShuffledGates(Router):
     """How many experts act on each token."""
 
     needs = "gates"
-    chooses = "2 experts per token and module, by another expert's gate (a control)"
+    chooses = "top_k experts per token and module, by another expert's gate (a control)"
     offers_null = True
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ class LAG(Router):
 
     paper = "Fleshman & Van Durme 2025, arXiv 2507.05346"
     needs = "LoRA weights"
-    chooses = "1 expert per token and module"
+    chooses = "top_k experts per token and module"
 
     def __post_init__(self) -> None:
         check_at_least(self, first=1, top_k=1)

@@ -6,32 +6,41 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from phatgoose.errors import TaskError
+from phatgoose.errors import PluginError, TaskError, brief
 from phatgoose.records import SPLITS, SplitName, Task
-from phatgoose.registry import lookup, unknown
+from phatgoose.registry import Registry, unknown
 from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import TaskSpec, split_spec
 from phatgoose.tasks.splits import Fractions
 
-SOURCES = {
-    "bigbench": "phatgoose.tasks.sources.bigbench:SOURCE",
-    "bbh": "phatgoose.tasks.sources.bbh:SOURCE",
-    "jsonl": "phatgoose.tasks.sources.jsonl:SOURCE",
-    "hf": "phatgoose.tasks.sources.hf:SOURCE",
-    "p3": "phatgoose.tasks.sources.p3:SOURCE",
-    "prompted": "phatgoose.tasks.sources.prompted:SOURCE",
-    "flan": "phatgoose.tasks.sources.flan:SOURCE",
-}
-"""Name of a source → where its `TaskSource` is, imported on first use."""
+SOURCES = Registry(
+    "task source",
+    "phatgoose.tasks",
+    {
+        "bigbench": "phatgoose.tasks.sources.bigbench:SOURCE",
+        "bbh": "phatgoose.tasks.sources.bbh:SOURCE",
+        "jsonl": "phatgoose.tasks.sources.jsonl:SOURCE",
+        "hf": "phatgoose.tasks.sources.hf:SOURCE",
+        "p3": "phatgoose.tasks.sources.p3:SOURCE",
+        "prompted": "phatgoose.tasks.sources.prompted:SOURCE",
+        "flan": "phatgoose.tasks.sources.flan:SOURCE",
+    },
+)
+"""Name of a source → its `TaskSource`, imported on first use; other packages add theirs (docs/extending.md)."""
 
 
 def find_source(name: str) -> TaskSource:
     """The source of this name.
 
     Raises:
-        UnknownName: there is none (with suggestions).
+        UnknownName: there is none (with suggestions). PluginError: another package's can't be imported, or is no TaskSource.
     """
-    source: TaskSource = lookup("task source", name, SOURCES)
+    source = SOURCES[name]
+    if not isinstance(source, TaskSource):
+        raise PluginError(
+            f"the task source {name!r} of the package {SOURCES.package(name)} is {brief(source)}, expected a "
+            "phatgoose.tasks.TaskSource."
+        )
     return source
 
 
@@ -91,7 +100,7 @@ def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
     """
     list_names = find_source(source).list_names if source in SOURCES else None
     if list_names is None:
-        can = [name for name in SOURCES if find_source(name).list_names is not None]
+        can = [name for name in SOURCES.table if find_source(name).list_names is not None]
         raise unknown("task source that can be listed", source, can)
     return list_names(_expanded(folder))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from phatgoose.cli.common.options import (
-    ROUTER_HELP,
+    ROUTER_NAMES,
     BackendOption,
     DeviceOption,
     DtypeOption,
@@ -31,8 +31,7 @@ def command(
         str | None,
         typer.Option(
             "--router",
-            help=ROUTER_HELP.partition(", uniform")[0]
-            + " or uniform. If not given: phatgoose, or where experts lack gates a router that needs none.",
+            help=f"{ROUTER_NAMES} If not given: phatgoose, or where experts lack gates a router that needs none.",
         ),
     ] = None,
     name: Annotated[

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from phatgoose.routers.parse import ROUTERS
+
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
 """The same as phatgoose.models.base.load.DEFAULT_BASE, written again because reading that one would import torch."""
 
@@ -65,10 +67,13 @@ DeviceMemoryOption = Annotated[
 PoolOption = Annotated[
     Path | None, typer.Option("--pool", help="A pool's folder; without one, the base alone answers.")
 ]
+ROUTER_NAMES = (
+    f"Who chooses the experts, as NAME or NAME:setting=value,…: {', '.join(ROUTERS.table)} (single:NAME is one expert; "
+    "`phatgoose routers` lists them with what they need)."
+)
 ROUTER_HELP = (
-    "Who chooses the experts: phatgoose, phatgoose:top_k=3, phatgoose:ungated=weights (for pools without all gates), weight-only, "
-    "arrow, spectr, lag, average-activation, retrieval, centroid, soft-centroid (these four need `phatgoose signature`), single:NAME, "
-    "random:seed=1, uniform, merged, ties or dare (one expert made of all), or base for none. If not given: base without a pool; with one phatgoose, or where experts lack gates a router that needs none."
+    f"{ROUTER_NAMES} Or one expert made of all: merged, ties, dare. Or base for none. If not given: base without a pool; with one "
+    "phatgoose, or where experts lack gates a router that needs none."
 )
 
 

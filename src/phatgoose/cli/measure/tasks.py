@@ -78,6 +78,26 @@ def suite(
         show.say(f"\nrefused too for a pool with experts on: {', '.join(sorted(found.refuses))}")
 
 
+@app.command("sources")
+def sources(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The source whose tasks to list; if not given, the sources.", show_default=False),
+    ] = None,
+    match: MatchOption = "",
+    folder: FolderOption = None,
+) -> None:
+    """List where tasks come from, ours and those of installed packages, or the tasks of a source that can list them."""
+    from phatgoose.tasks.load import SOURCES
+
+    if name is not None:
+        _list(name, match, folder)
+        return
+    show.table(
+        ["source", "package"], [(known, SOURCES.package(known)) for known in SOURCES if match in known]
+    )
+
+
 @app.command("show")
 def show_(
     spec: Annotated[
