@@ -28,7 +28,7 @@ from transformers import (
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import Routing
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.ops import backend, fast
 from phatgoose.routers import PHATGOOSE
 
@@ -107,7 +107,7 @@ class Ways:
 
     def __post_init__(self) -> None:
         device = self.model.device
-        first = Routing(self.model, self.pool, PHATGOOSE(2), backend("auto", device.type))
+        first = Routing(self.model, self.pool, PHATGOOSE(2), RouteOptions())
         for site in first.sites:
             site.stack = site.stack.to(device)
         for name in self.names:
@@ -138,7 +138,7 @@ class Ways:
 def _sharing(first: Routing, name: str) -> Routing:
     """A routing with the same stacks and another backend."""
     other = copy.copy(first)
-    other.ops, other._handles = backend(name), []
+    other.ops, other._hooks = backend(name), Hooks()
     other.sites = [copy.copy(site) for site in first.sites]
     for site in other.sites:
         site.routing = other

@@ -72,7 +72,6 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
     """Opening, routing and running, in this fresh process."""
     from phatgoose.experts.pool import Pool
     from phatgoose.models.attach.attach import Routing
-    from phatgoose.ops import backend
     from phatgoose.routers import PHATGOOSE
 
     model = models.base_model(layers)
@@ -89,7 +88,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
         pool = Pool.load(folder)
         found["open"] = {"seconds": time.perf_counter() - start, **held()}
         start = time.perf_counter()
-        routing = Routing(model, pool, PHATGOOSE(2), backend("auto"))
+        routing = Routing(model, pool, PHATGOOSE(2))
         found["route"] = {"seconds": time.perf_counter() - start, "copied_at": len(routing.copied), **held()}
         found["steps"], pages = [], Pages(routing)
         for step, rounds in STEPS:

@@ -20,7 +20,7 @@ from bench_models import base_model, random_pool
 from transformers import DynamicCache, LlamaForCausalLM
 
 from phatgoose.models.attach.attach import route
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE
 
 STEPS = 32

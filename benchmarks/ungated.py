@@ -21,7 +21,7 @@ from phatgoose.files import write_json
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.ops.reference import standardise
 from phatgoose.records import Task, TaskScore
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Router, SpectR, Uniform, WeightOnly

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from phatgoose.models.base.base import Base
     from phatgoose.models.base.load import load_base
     from phatgoose.models.context.prompted import prompted
-    from phatgoose.models.trace.trace import trace
+    from phatgoose.models.trace.record import trace
     from phatgoose.records import Example, Task
     from phatgoose.routers import (
         LAG,
@@ -58,7 +58,7 @@ _PUBLIC = {
     "models.base.base": "Base",
     "models.base.load": "load_base",
     "models.context.prompted": "prompted",
-    "models.trace.trace": "trace",
+    "models.trace.record": "trace",
     "records": "Example Task",
     "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval Single SoftCentroid SpectR Uniform WeightOnly parse_router",
     "tasks": "load_task",

@@ -23,8 +23,7 @@ from phatgoose.analysis.measures import (
 )
 from phatgoose.errors import EvaluationError, UnknownName
 from phatgoose.models.base.module_names import locate_modules
-from phatgoose.models.trace.choices import Choices
-from phatgoose.models.trace.recorder import Tokens
+from phatgoose.models.trace.choices import Choices, Tokens
 from phatgoose.models.trace.trace import Trace
 
 PATHS = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in ("q_proj", "up_proj")]

@@ -18,7 +18,8 @@ from phatgoose.analysis.prompts import (
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
-from phatgoose.models.trace.trace import Trace, trace
+from phatgoose.models.trace.record import trace
+from phatgoose.models.trace.trace import Trace
 from phatgoose.routers import PHATGOOSE, Uniform
 
 TEXTS = ["yes", "What is the past tense of walk 😀 ü?"]

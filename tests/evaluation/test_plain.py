@@ -17,7 +17,7 @@ from phatgoose.evaluation.rank import score_choices
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base, decoder_start, device_of
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE
 from ranking_fixtures import assert_plain
 

@@ -11,7 +11,8 @@ from test_routed import PHATGOOSE, Pool, batch_of, logits, mixed, relative, rout
 from packing_fixtures import adapter, make_plain, pool_of
 from phatgoose.errors import RoutingError
 from phatgoose.experts.packed.pack import pack
-from phatgoose.models.attach.device_memory import cache_use, parse_bytes
+from phatgoose.models.attach.device_memory import cache_use
+from phatgoose.models.attach.options import parse_bytes
 from phatgoose.ops.offload.experts import Cached
 from phatgoose.routers import Arrow, Uniform
 from phatgoose.routers.masked import Masked, Switches

@@ -20,7 +20,7 @@ from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Router, Single, SoftCentroid, Uniform, WeightOnly
 from phatgoose.routers.router import BoundRouter
 

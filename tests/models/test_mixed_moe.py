@@ -14,7 +14,7 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.batched.version import PoolVersion, Route
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Retrieval
 from phatgoose.routers.router import BoundRouter
 

@@ -50,7 +50,7 @@ from phatgoose.models.attach.modules import weight_norms
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.without_weights import check_mixture
 from phatgoose.models.moe.names import modules_by_path
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers.context import RoutingContext, Sequences
 from phatgoose.routers.masked import Masked, Switches
 

@@ -11,7 +11,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.weight_signature import signature
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.attach.reference_text import PIECE, TEXT, _pieces, show_reference
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.ops.reference import standardise
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, SpectR, WeightOnly
 

@@ -14,7 +14,7 @@ from phatgoose.errors import BaseModelError, RoutingError, UnknownName
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Random, Single, Uniform
 
 TEXTS = [

@@ -15,7 +15,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single
 
 THREADS, TURNS = 4, 12

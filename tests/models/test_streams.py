@@ -28,7 +28,7 @@ from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base import module_names as paths
 from phatgoose.models.base.base import Base
 from phatgoose.models.context import streams
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single
 
 

@@ -14,12 +14,13 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of
 from phatgoose.models.base.module_names import layer_labels, locate_modules
 from phatgoose.models.trace import recorder
-from phatgoose.models.trace.choices import load_of
-from phatgoose.models.trace.trace import Trace, trace
+from phatgoose.models.trace.choices import TOKEN_FIELDS, load_of
+from phatgoose.models.trace.record import trace
+from phatgoose.models.trace.trace import Trace
 from phatgoose.ops.cpu import build
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, SpectR, Uniform, WeightOnly
 
-TOKENS = set(recorder.TOKEN_FIELDS) - {"draws"}  # which depend on the order in which passes are summed up
+TOKENS = set(TOKEN_FIELDS) - {"draws"}  # which depend on the order in which passes are summed up
 TEXTS = ["yes", "What is the past tense of walk?", "the quick brown fox"]
 
 
@@ -457,7 +458,7 @@ def test_saved_and_loaded(routed, family, histogram, tmp_path):
         assert torch.equal(a.experts, b.experts)
         assert torch.equal(a.weights, b.weights)
         assert torch.equal(a.margins, b.margins) or b.margins.isnan().all()
-        assert all(torch.equal(getattr(a.tokens, n), getattr(b.tokens, n)) for n in recorder.TOKEN_FIELDS)
+        assert all(torch.equal(getattr(a.tokens, n), getattr(b.tokens, n)) for n in TOKEN_FIELDS)
     assert len({id(c.tokens) for c in again.choices}) == len({id(c.tokens) for c in t.choices})
     for path, load in t.loads.items():
         assert torch.equal(load.weight, again.loads[path].weight)

@@ -9,7 +9,7 @@ import torch
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, FixedRandom, Random, Single, SpectR, Uniform, WeightOnly
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.router import BoundRouter, ByScores, Router

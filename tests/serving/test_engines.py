@@ -19,7 +19,7 @@ from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.batched.version import Route
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Retrieval, Router, Single, SoftCentroid, Uniform
 from phatgoose.routers import ROUTERS as NAMES
 from phatgoose.routers.router import BoundRouter

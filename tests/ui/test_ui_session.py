@@ -18,7 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.text.encoding import encode_prompt
 from phatgoose.models.text.generate import greedy_answer
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Arrow
 from phatgoose.ui.session import Ask, Limits, Session, offered_routers
 

@@ -12,7 +12,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of
 from phatgoose.models.text.encoding import encode_answers
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Uniform
 from phatgoose.workflows.page import page, read_results

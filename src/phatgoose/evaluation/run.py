@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
@@ -16,7 +15,7 @@ from phatgoose.evaluation.rank import best, score_choices
 from phatgoose.evaluation.rouge import graded
 from phatgoose.evaluation.rows import encode
 from phatgoose.evaluation.statistics import bootstrap_interval, suite_interval
-from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base, eval_mode
 from phatgoose.models.text.batch import pad_id
 from phatgoose.records import SPLITS, Example, Prediction, Scores, SplitName, Task, TaskScore, groups_of
 from phatgoose.registry import unknown
@@ -55,7 +54,7 @@ def evaluate(
     base, config = as_base(model), config or EvaluationConfig()
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     chosen = _examples(tasks, split, limit)
-    with _evaluating(base.model), _progress(progress) as tell:
+    with eval_mode(base.model), _progress(progress) as tell:
         scores = tuple(
             _task_score(base, t, split, rows, config, tell) for t, rows in zip(tasks, chosen, strict=True)
         )
@@ -151,20 +150,6 @@ def _hits(predictions: Sequence[Prediction]) -> list[float]:
 
 def _bootstrap(config: EvaluationConfig) -> dict[str, Any]:
     return {"level": config.level, "resamples": config.resamples, "seed": config.seed}
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout and no gradients; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # Not inference_mode: a tensor that the model (or a hook on it) caches under it can't be trained with later.
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

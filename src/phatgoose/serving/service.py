@@ -11,6 +11,7 @@ from pathlib import Path
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base, decoder_start, end_tokens
 from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
@@ -57,7 +58,7 @@ class Service:
         folder: Path | None = None,
         router: str = "phatgoose",
         name: str = "phatgoose",
-        backend_name: str = "auto",
+        options: RouteOptions | None = None,
     ):
         self.base, self.settings = base, settings or ServeSettings()
         if base.tokenizer.eos_token_id is None:
@@ -70,7 +71,7 @@ class Service:
             base,
             self.engine,
             router=router,
-            backend_name=backend_name,
+            options=options,
             max_routers=self.settings.max_routers,
             encoder=self.settings.encoder,
         )

@@ -12,13 +12,14 @@ from torch import Tensor
 from phatgoose.errors import PhatgooseError, PluginError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.attach.attach import route_with, routing_of, unroute
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import ModuleLocation, locate_modules
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.encoding import encode_chat, encode_prompt
 from phatgoose.models.text.generate import greedy_answer, max_answer_tokens
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.registry import unknown
 from phatgoose.routers import Router
 from phatgoose.routers.fitting import fitting_router
@@ -100,13 +101,13 @@ class Session:
     """A base and a pool. `answer` is called by one thread at a time."""
 
     def __init__(
-        self, base: Base, pool: Pool, *, backend: str = "auto", limits: Limits | None = None
+        self, base: Base, pool: Pool, options: RouteOptions | None = None, *, limits: Limits | None = None
     ) -> None:
-        self.base, self.pool, self.backend = base, pool, backend
+        self.base, self.pool, self.options = base, pool, options or RouteOptions()
         self.limits = Limits() if limits is None else limits
         self.routers = {router["name"]: router for router in offered_routers(pool)}
         self._attached: tuple[str, Switches | None] | None = None  # what is routed now
-        route(base, pool, parse_router("uniform"), backend_name=backend)  # refuses a pool of another base
+        route_with(base, pool, parse_router("uniform"), self.options)  # refuses a pool of another base
         self.locations = self._locations()
         unroute(base)
 
@@ -207,7 +208,7 @@ class Session:
             switches = Switches() if ask.off else None
             # Not every router's experts can be switched off one by one, so that is asked for only when somebody does.
             routed = router if switches is None else Masked(router, switches)
-            route(self.base, self.pool, routed, backend_name=self.backend)
+            route_with(self.base, self.pool, routed, self.options)
             self._attached = text, switches
         if switches is not None:
             allowed = torch.ones(1, len(self.pool), dtype=torch.bool)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.fits import check_finite_stack
-from phatgoose.ops import Stack, make_stack
-from phatgoose.ops.update import Update
+from phatgoose.models.attach.candidates import candidates_at, stacked
+from phatgoose.ops import Stack
 from phatgoose.routers import Router
 from phatgoose.routers.parse import parse_router
 from phatgoose.routers.router import Candidates, Encoder, Setup
@@ -39,9 +38,7 @@ def prepared(text: str, pool: Pool) -> Router:
 class Bound:
     """The experts at one module, with the null candidate where the router offers it."""
 
-    path: str
-    names: tuple[str, ...]
-    parts: tuple[Update | None, ...]
+    candidates: Candidates
     gates: Tensor
     """Standardised, float32 [candidates, d_in]."""
     top_k: int
@@ -50,8 +47,8 @@ class Bound:
     @property
     def sizes(self) -> tuple[int, int]:
         """d_in and d_out."""
-        part = next(p for p in self.parts if p is not None)
-        return part.d_in, part.d_out
+        update = next(u for u in self.candidates.updates if u is not None)
+        return update.d_in, update.d_out
 
     def stack(self, d_in: int, d_out: int, dtype: torch.dtype) -> Stack:
         """The whole module's stack; of a packed pool in this dtype, views of its file.
@@ -59,12 +56,7 @@ class Bound:
         Raises:
             RoutingError: values that aren't finite in this dtype.
         """
-        rows, _ = self.pool.rows(self.path, dtype)
-        null = (0,) * (len(self.parts) - len(rows.starts)) if rows is not None else ()
-        there = None if rows is None else (rows.A, rows.B, rows.starts + null)
-        stack = make_stack(self.parts, d_in, d_out, dtype, there)
-        check_finite_stack(stack, self.names, self.path, mapped=there is not None)
-        return stack
+        return stacked(self.pool, self.candidates, (d_in, d_out), dtype)[0]
 
 
 def bind(pool: Pool, router: Router, path: str) -> Bound:
@@ -73,25 +65,17 @@ def bind(pool: Pool, router: Router, path: str) -> Bound:
     Raises:
         RoutingError: an expert here isn't LoRA alone, or lacks what the router needs, or the router doesn't choose by gates.
     """
-    experts = [e for e in pool.experts if path in e.sizes]
-    parts: list[Update | None] = [e.updates[path] for e in experts]
-    for expert, update in zip(experts, parts, strict=True):
-        assert update is not None
-        if not update.is_low_rank:
+    candidates = candidates_at(pool, path, router.offers_null)
+    for member, update in zip(candidates.members, candidates.updates, strict=True):
+        if update is not None and not update.is_low_rank:
             raise RoutingError(
-                f"expert {expert.name!r} is {update.described} at {path}; in vLLM only plain LoRA of "
+                f"expert {pool.names[member]!r} is {update.described} at {path}; in vLLM only plain LoRA of "
                 "linear layers is routed. Serve a pool without it (`phatgoose pool remove`), or route it in transformers."
             )
-    members = [pool.names.index(e.name) for e in experts]
-    gates = [(e.gates or {}).get(path) for e in experts]
-    if router.offers_null and len(experts) < len(pool):
-        members, parts, gates = [*members, -1], [*parts, None], [*gates, None]
-    d_in = experts[0].sizes[path][0]
-    bound = router.bind(Candidates(path, pool.names, tuple(members), tuple(gates), d_in, tuple(parts)))
+    bound = router.bind(candidates)
     if bound.by_gates is None:
         raise _no_gates(router)
-    names = tuple(e.name for e in experts)
-    return Bound(path, names, tuple(parts), *bound.by_gates, pool)
+    return Bound(candidates, *bound.by_gates, pool)
 
 
 def held(stack: Stack, columns: range, rows: Sequence[range], d_in: int, d_out: int) -> Stack:

@@ -20,7 +20,7 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.batch import IGNORED, target_logits
 from phatgoose.models.text.generate import greedy_answer
-from phatgoose.models.trace.trace import trace
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches
 

@@ -19,7 +19,8 @@ from phatgoose.models.base.module_names import layer_labels
 from phatgoose.models.text.batch import decoder_inputs
 from phatgoose.models.text.encoding import UNLIMITED, encode_answers, encode_input
 from phatgoose.models.text.generate import greedy_answer
-from phatgoose.models.trace.trace import Trace, trace
+from phatgoose.models.trace.record import trace
+from phatgoose.models.trace.trace import Trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import Router
 

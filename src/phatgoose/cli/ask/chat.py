@@ -65,11 +65,12 @@ def command(
 ) -> None:
     """Talk with a pool or a base. /help shows what can be typed."""
     from phatgoose.cli.common.loading import attach, choose, load_for, load_pool
+    from phatgoose.models.attach.options import RouteOptions
 
     experts = load_pool(pool)
-    choice = choose(router, experts, backend, device_memory)
+    choice = choose(router, experts, RouteOptions(backend, device_memory=device_memory))
     model = load_for(experts, base, dtype, device)
-    attach(model, experts, choice, backend)
+    attach(model, experts, choice)
     has_template = model.tokenizer.chat_template is not None
     if raw is False and not has_template:
         raise PhatgooseError(f"the tokenizer of {model.spec} has no chat template: use --raw.")
@@ -77,7 +78,7 @@ def command(
 
     form, remark = fitting_form(experts, None if raw is None else "raw" if raw else "chat", has_template)
     as_is = form == "raw"
-    chat = Chat(model, experts, choice, backend, as_is, max_new_tokens, temperature, seed, show_trace)
+    chat = Chat(model, experts, choice, as_is, max_new_tokens, temperature, seed, show_trace)
     show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if as_is else 'chat'}; /help, /quit")
     if remark:
         show.note(f"note: {remark}")
@@ -119,7 +120,6 @@ class Chat:
     base: Base
     pool: Pool | None
     choice: Choice
-    backend: str
     raw: bool
     max_new_tokens: int
     temperature: float
@@ -160,8 +160,8 @@ class Chat:
         """Another router; the old one stays if the new one is refused."""
         from phatgoose.cli.common.loading import attach, choose
 
-        choice = choose(text, self.pool, self.backend, self.choice.device_memory)
-        attach(self.base, self.pool, choice, self.backend)
+        choice = choose(text, self.pool, self.choice.options)
+        attach(self.base, self.pool, choice)
         self.choice = choice
         show.note(f"router: {choice.text}")
 
@@ -187,7 +187,7 @@ class Chat:
         if not self.trace or self.choice.router is None:
             return stream(self.base, ids, **settings)  # type: ignore[arg-type]
         from phatgoose.analysis.prompts import routed_prompt
-        from phatgoose.models.trace.trace import trace
+        from phatgoose.models.trace.record import trace
 
         with trace(self.base, margins=False) as recorded:
             text = stream(self.base, ids, **settings)  # type: ignore[arg-type]

@@ -54,10 +54,11 @@ def command(
         raise typer.BadParameter("it is empty.", param_hint="PROMPT")
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.errors import RoutingError
+    from phatgoose.models.attach.options import RouteOptions
     from phatgoose.workflows.explain import explain, words
 
     experts = load_pool(pool)
-    choice = choose(router, experts, backend)
+    choice = choose(router, experts, RouteOptions(backend))
     if experts is None or choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
     model = load_for(experts, base, dtype, device)

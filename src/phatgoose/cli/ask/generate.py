@@ -61,11 +61,12 @@ def command(
     if not text.strip():
         raise typer.BadParameter("it is empty.", param_hint="PROMPT")
     from phatgoose.cli.common.loading import attach, choose, load_for, load_pool, show_cache_use
+    from phatgoose.models.attach.options import RouteOptions
 
     experts = load_pool(pool)
-    choice = choose(router, experts, backend, device_memory)
+    choice = choose(router, experts, RouteOptions(backend, device_memory=device_memory))
     model = load_for(experts, base, dtype, device)
-    attach(model, experts, choice, backend)
+    attach(model, experts, choice)
     from phatgoose.cli.common.streaming import stream
     from phatgoose.models.context.prompted import prompted
     from phatgoose.models.text.encoding import encode_chat, encode_prompt

@@ -71,6 +71,7 @@ def command(
         raise PhatgooseError(f"the server needs {cause.name}: {install('serve')}") from None
     from phatgoose.cli.common.loading import load_for, load_pool, own_router
     from phatgoose.experts.manifest import read_manifest
+    from phatgoose.models.attach.options import RouteOptions
     from phatgoose.workflows.prompt_forms import endpoint
 
     keys = read_keys(api_keys, admin_key)
@@ -85,7 +86,13 @@ def command(
         if experts and (path := endpoint(experts)):
             show.note(f"note: use {path}: the experts were trained on prompts in that form.")
         return Service(
-            model, config, pool=experts, folder=pool, router=routed_by, name=name, backend_name=backend
+            model,
+            config,
+            pool=experts,
+            folder=pool,
+            router=routed_by,
+            name=name,
+            options=RouteOptions(backend),
         )
 
     serve(apart(made), host, port, keys, ready=show.say)

@@ -30,6 +30,7 @@ def command(
     from phatgoose.cli.common.loading import load_for, load_pool
     from phatgoose.errors import PhatgooseError
     from phatgoose.extras import install
+    from phatgoose.models.attach.options import RouteOptions
 
     try:
         from phatgoose.ui.app import listen, make_app, server
@@ -42,7 +43,7 @@ def command(
     with listen(port) as socket:  # a taken port is told before anything is loaded
         experts = load_pool(pool)
         assert experts is not None
-        app = make_app(Session(load_for(experts, base, dtype, device), experts, backend=backend))
+        app = make_app(Session(load_for(experts, base, dtype, device), experts, RouteOptions(backend)))
         show.say(f"http://127.0.0.1:{socket.getsockname()[1]}/")
         show.note("Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and says how it came

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.tokenizer_files import differences
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, routing_of, unroute
-from phatgoose.models.attach.device_memory import cache_use, parse_bytes
+from phatgoose.models.attach.attach import route_with, routing_of, unroute
+from phatgoose.models.attach.device_memory import cache_use
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
 from phatgoose.models.base.without_weights import check_mixture
@@ -32,8 +33,8 @@ from phatgoose.routers.parse import System, parse_system
 class Choice(System):
     """What the command line names as a router."""
 
-    device_memory: str | None = None
-    """What the pool may take of the device, as the command line has it; None: all that it needs."""
+    options: RouteOptions = field(default_factory=RouteOptions)
+    """The backend, and what the pool may take of the device."""
 
 
 def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
@@ -128,19 +129,16 @@ def own_router(pool: Pool | None) -> str:
     return text
 
 
-def choose(
-    text: str | None, pool: Pool | None, backend: str = "auto", device_memory: str | None = None
-) -> Choice:
+def choose(text: str | None, pool: Pool | None, options: RouteOptions | None = None) -> Choice:
     """What `text` means for this pool, checked as far as that goes without a base.
 
     Raises:
         UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
     """
-    find_backend(backend)
-    if device_memory is not None:
-        parse_bytes(device_memory)
-        if pool is None:
-            raise RoutingError("--device-memory is for a pool's experts: give --pool.")
+    options = RouteOptions() if options is None else options
+    find_backend(options.backend)
+    if options.device_memory is not None and pool is None:
+        raise RoutingError("--device-memory is for a pool's experts: give --pool.")
     if not text:
         text = "base" if pool is None else own_router(pool)
     system = parse_system(text)
@@ -148,10 +146,10 @@ def choose(
         raise RoutingError(f"router {text!r} needs experts: give --pool.")
     if system.router is not None and system.merge is None and pool is not None:
         system.router.check(pool.names)
-    return Choice(system.text, system.router, system.merge, device_memory)
+    return Choice(system.text, system.router, system.merge, options)
 
 
-def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto") -> None:
+def attach(base: Base, pool: Pool | None, choice: Choice) -> None:
     """Makes the base answer as `choice` says.
 
     Raises:
@@ -162,7 +160,7 @@ def attach(base: Base, pool: Pool | None, choice: Choice, backend: str = "auto")
         return
     experts, router = choice.on(pool)
     assert experts is not None
-    route(base, experts, router, backend_name=backend, device_memory=choice.device_memory)
+    route_with(base, experts, router, choice.options)
     show_copied(routing_of(base))
 
 
@@ -180,8 +178,8 @@ def show_cache_use(base: Base) -> dict[str, object]:
     return {"device_memory": asdict(use)}
 
 
-def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice], backend: str) -> None:
+def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice]) -> None:
     """Attaches every choice once, so that the last one's refusal doesn't come after hours of the first one's work."""
     for choice in choices:
-        attach(base, pool, choice, backend)
+        attach(base, pool, choice)
     unroute(base)

@@ -86,6 +86,7 @@ def command(
     from phatgoose.cli.common.loading import check_all, choose, load_for, load_pool
     from phatgoose.errors import EvaluationError, StorageError
     from phatgoose.evaluation.config import EvaluationConfig
+    from phatgoose.models.attach.options import RouteOptions
     from phatgoose.tasks import load_task
 
     if (task is None) == (harness is None):
@@ -100,24 +101,21 @@ def command(
         raise StorageError(f"{out} exists: choose another file, or replace it with --overwrite.")
     experts = load_pool(pool)
     names = list(dict.fromkeys(router or [""]))
-    chosen = [choose(name or None, experts, backend, device_memory) for name in names]
+    options = RouteOptions(backend, device_memory=device_memory)
+    chosen = [choose(name or None, experts, options) for name in names]
     choices = list({choice.text: choice for choice in chosen}.values())  # MERGED and merged are one
     tasks = [load_task(spec) for spec in dict.fromkeys(task or ())]
     model = load_for(experts, base, dtype, device)
-    check_all(model, experts, choices, backend)
+    check_all(model, experts, choices)
     if harness is not None:
         from phatgoose.cli.measure.harness import measure_by_harness
 
         recipe = _recipe(model, experts, pool, tasks, backend, limit)
-        measure_by_harness(
-            model, experts, choices, harness.split(","), harness_folder, limit, backend, recipe, out
-        )
+        measure_by_harness(model, experts, choices, harness.split(","), harness_folder, limit, recipe, out)
         return
     config = EvaluationConfig(batch_tokens=batch_tokens)
     recipe = _recipe(model, experts, pool, tasks, backend, limit)
-    scores = _measure(
-        model, experts, choices, tasks, (split or Split.test).value, limit, config, backend, recipe, out
-    )
+    scores = _measure(model, experts, choices, tasks, (split or Split.test).value, limit, config, recipe, out)
     _show(scores)
     if out is not None:
         show.note(f"written: {out}")
@@ -131,7 +129,6 @@ def _measure(
     split: Any,
     limit: int | None,
     config: Any,
-    backend: str,
     recipe: dict[str, Any],
     out: Path | None,
 ) -> dict[str, Scores]:
@@ -148,7 +145,7 @@ def _measure(
     for number, choice in enumerate(choices, start=1):
         if len(choices) > 1:
             show.note(f"{choice.text} ({number} of {len(choices)})")
-        attach(base, pool, choice, backend)
+        attach(base, pool, choice)
         found = evaluate(base, tasks, split=split, limit=limit, config=config, progress=True)
         scores[choice.text] = found
         used = show_cache_use(base)

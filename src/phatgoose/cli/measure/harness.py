@@ -23,7 +23,6 @@ def measure_by_harness(
     tasks: list[str],
     folder: Path | None,
     limit: int | None,
-    backend: str,
     recipe: dict[str, Any],
     out: Path | None,
 ) -> None:
@@ -31,7 +30,7 @@ def measure_by_harness(
     results: dict[str, Any] = {}
     metrics: dict[str, dict[str, Any]] = {}
     for choice in choices:
-        attach(base, pool, choice, backend)
+        attach(base, pool, choice)
         found = run_harness(base, [t.strip() for t in tasks], include=folder, limit=limit)
         kept = {"lm_eval": version("lm_eval")} | {
             key: found[key]

@@ -63,10 +63,11 @@ def command(
         show.say(str(page(out, results=measured)))
         return
     from phatgoose.cli.common.loading import choose, load_for, load_pool
+    from phatgoose.models.attach.options import RouteOptions
     from phatgoose.tasks import load_task
 
     experts = load_pool(pool)
-    choice = choose(router, experts, backend)
+    choice = choose(router, experts, RouteOptions(backend))
     if choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
     tasks = [load_task(spec) for spec in task or ()]

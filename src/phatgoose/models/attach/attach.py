@@ -6,8 +6,6 @@ dict stay as they are, so generate(), save_pretrained(), device_map and quantise
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -16,23 +14,23 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
 from phatgoose.memory import available_bytes
-from phatgoose.models.attach.device_memory import Budget, parse_bytes
+from phatgoose.models.attach.device_memory import Budget
 from phatgoose.models.attach.hooks import Hooks, forget_compiled
+from phatgoose.models.attach.idle_modules import IdleModuleCheck
 from phatgoose.models.attach.modules import check_copies, check_parameters, module_at
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.attach.placement import placed_pool
-from phatgoose.models.attach.reference_text import show_reference
-from phatgoose.models.attach.site import Site
-from phatgoose.models.attach.unrun import Unrun
+from phatgoose.models.attach.reference_text import calibrate
+from phatgoose.models.attach.site import ChoiceRecorder, RoutingState, Site
 from phatgoose.models.base.base import Base, unwrap_model
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.layers import track_residual
 from phatgoose.models.context.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.context.streams import Streams
-from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.moe.names import modules_by_path
 from phatgoose.models.moe.pool import unify_names
-from phatgoose.models.trace.recorder import Recorder
-from phatgoose.ops import Backend, backend
+from phatgoose.ops import backend
+from phatgoose.ops.offload.experts import Cached
 from phatgoose.records import Fingerprint
 from phatgoose.routers import PHATGOOSE, Router
 
@@ -64,14 +62,18 @@ def route(
         BaseModelError: `model` is not the base the pool records, or no transformers model, as an exported program.
         RoutingError: a module is missing or of another shape, the router can't serve this pool, or not with so little memory.
     """
+    return route_with(model, pool, router, RouteOptions(backend_name, dtype, any_base, device_memory))
+
+
+def route_with(
+    model: Base | PreTrainedModel, pool: Pool, router: Router | None, options: RouteOptions
+) -> PreTrainedModel:
+    """`route`, with its keywords as one object."""
     bare = unwrap_model(model)
     router = PHATGOOSE() if router is None else router
-    if not any_base and pool.base is not None:
-        check_same_base(pool.base, _fingerprint(model), "the pool's experts")
+    check_base(model, pool, options)
     router.check(pool.names)
-    ops = backend(backend_name, bare.device.type)
-    budget = None if device_memory is None else parse_bytes(device_memory)
-    routing = Routing(bare, pool, router, ops, dtype, budget)  # raises before anything is attached
+    routing = Routing(bare, pool, router, options)  # raises before anything is attached
     _calibrate(model, routing)
     earlier = routing_of(bare)
     unroute(bare)
@@ -84,10 +86,16 @@ def route(
     return bare if isinstance(model, Base) else model
 
 
+def check_base(model: Base | PreTrainedModel, pool: Pool, options: RouteOptions) -> None:
+    """Raises BaseModelError if the model is not the base that the pool records, unless the options allow any."""
+    if not options.any_base and pool.base is not None:
+        check_same_base(pool.base, _fingerprint(model), "the pool's experts")
+
+
 def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
     """Shows the reference text to the sites whose routers need it, on the base alone."""
-    sites = [site for site in routing.sites if site.router.needs_reference]
-    if not sites:
+    routers = [(site, site.router) for site in routing.sites if site.router.needs_reference]
+    if not routers:
         return
     bare, earlier = routing.model, routing_of(model)
     base = model if isinstance(model, Base) else bare.__dict__.get("_phatgoose_base")
@@ -98,17 +106,10 @@ def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
     if earlier is not None:
         earlier.detach()
     try:
-        show_reference(
-            bare,
-            base.tokenizer,
-            [(s.module, s.embedding, partial(s.router.observe, ops=routing.ops)) for s in sites],
-        )
+        calibrate(bare, base.tokenizer, routers, routing.ops)
     finally:
         if earlier is not None:
             earlier.attach()
-    for site in sites:
-        if isinstance(site.module, ExpertLinear):  # others all see the text, or never run
-            site.router.check_observed()
 
 
 def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
@@ -116,11 +117,9 @@ def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
         return model.fingerprint
     bare = unwrap_model(model)
     known = bare.__dict__.get("_phatgoose_base")
-    return (
-        known.fingerprint
-        if known is not None
-        else fingerprint(bare, bare.name_or_path or type(bare).__name__)
-    )
+    if known is not None:
+        return known.fingerprint
+    return fingerprint(bare, bare.name_or_path or type(bare).__name__)
 
 
 def unroute(model: Base | PreTrainedModel) -> PreTrainedModel:
@@ -137,33 +136,32 @@ def routing_of(model: Base | PreTrainedModel) -> Routing | None:
     return unwrap_model(model).__dict__.get(ATTRIBUTE)
 
 
-class Routing:
+class Routing(RoutingState):
     """A pool and a router, bound to the modules of one model."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        pool: Pool,
-        router: Router,
-        ops: Backend,
-        dtype: torch.dtype | None = None,
-        device_memory: int | None = None,
+        self, model: PreTrainedModel, pool: Pool, router: Router, options: RouteOptions | None = None
     ):
+        self.options = options = RouteOptions() if options is None else options
+        self.ops = backend(options.backend, model.device.type)
         modules = modules_by_path(model, pool.modules)
         pool, self.renamed = placed_pool(model, modules, pool)
         check_copies(modules, pool.experts)
         check_parameters(modules, pool.experts)
         if (named := unify_names(model, pool, modules)) is not pool:
             pool, modules = named, modules_by_path(model, named.modules)
-        self.model, self.pool, self.router, self.ops, self.dtype = model, pool, router, ops, dtype
-        self.device_memory, self.memory = device_memory, available_bytes()
+        self.model, self.pool, self.router = model, pool, router
+        self.memory = available_bytes()
         self.ready = router.prepared(setup_of(model, pool))
         self.streams = Streams(model, reads_text=router.reads == "texts")
-        self.recorder: Recorder | None = None
         self._hooks = Hooks()
-        self._unrun: Unrun | None = None
-        self.sites = [Site(self, path, module_at(modules, path, pool), pool) for path in pool.modules]
-        self.budget = None if device_memory is None else Budget(self.sites, device_memory)
+        self._idle_check: IdleModuleCheck | None = None
+        self.sites = [Site(self, path, module_at(modules, path, pool)) for path in pool.modules]
+        self.budget: Budget | None = None
+        if options.device_bytes is not None:
+            offloaded = [site.fused for site in self.sites if isinstance(site.fused, Cached)]
+            whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, Cached)]
+            self.budget = Budget(offloaded, whole, options.device_bytes)
         pool.let_go_of_gates()
 
     @property
@@ -179,33 +177,31 @@ class Routing:
         try:
             self._hooks.add(self.streams.attach())
             for site in self.sites:
-                self._hooks.add(self._attached(site))
-            self._watch()
+                self._hooks.add(self._attach_site(site))
+            # Once: modules that were attached before have been watched.
+            if self._idle_check is None:
+                modules = [(site.path, site.module) for site in self.sites]
+                self._idle_check = IdleModuleCheck(self.model, modules, self.streams)
+                self._idle_check.attach()
         except BaseException:
             self.detach()
             raise
         self.model.__dict__[ATTRIBUTE] = self
 
-    def _attached(self, site: Site) -> list[RemovableHandle]:
+    def _attach_site(self, site: Site) -> list[RemovableHandle]:
         hook = site.hook if site.one_operator else site.apart
         handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
         if site.source is not None and site.stack.residual is not None:
             handles += track_residual(site.source, site.module, site.stack.residual)
         return handles
 
-    def _watch(self) -> None:
-        """Has it said after the first pass which modules didn't run. Once: what was attached before has been watched."""
-        if self._unrun is None:
-            modules = [(site.path, site.module) for site in self.sites]
-            self._unrun = Unrun(self.model, modules, self.streams)
-            self._unrun.attach()
-
     def detach(self) -> None:
+        """Takes all hooks off the model."""
         self._hooks.remove()
-        if self._unrun is not None:
-            self._unrun.hooks.remove()
+        if self._idle_check is not None:
+            self._idle_check.hooks.remove()
 
-    def record(self, recorder: Recorder | None) -> None:
+    def record(self, recorder: ChoiceRecorder | None) -> None:
         """Hands every choice to this recorder from now on; None: to nobody."""
         self.recorder = recorder
         self.streams.asked = recorder is not None or not all(site.one_operator for site in self.sites)

@@ -1,11 +1,9 @@
-"""A pool larger than its device: how many bytes there are for it, how modules share them, and what became of it."""
+"""A pool larger than its device: how modules share the bytes there are for it, and what became of them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -15,31 +13,6 @@ from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.ops import Stack
 from phatgoose.ops.offload.experts import Cached, Room
 from phatgoose.ops.offload.slots import Counts
-
-if TYPE_CHECKING:
-    from phatgoose.models.attach.site import Site
-
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def parse_bytes(text: int | str) -> int:
-    """Bytes: a whole number, or "8GB", "512 MiB", "1.5G".
-
-    Raises:
-        RoutingError: it is neither, or less than one.
-    """
-    found = None
-    if isinstance(text, str):
-        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?\s*", text.upper())
-        if match is not None and match[2] in _UNITS:
-            found = int(float(match[1]) * _UNITS[match[2]])
-    elif not isinstance(text, bool):
-        found = int(text)
-    if found is None or found < 1:
-        raise RoutingError(
-            f"device_memory is {text!r}, expected bytes, such as 8000000000, '8GB' or '512MiB'."
-        )
-    return found
 
 
 @dataclass(frozen=True)
@@ -68,36 +41,40 @@ def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
 
 
 class Budget:
-    """The bytes that the sites of one routing share.
+    """The bytes of device memory that the modules of one routing share.
+
+    Args:
+        offloaded: modules whose experts are brought to the device when they are needed.
+        whole: bytes of each other module, whose experts all stay there.
 
     Raises:
-        RoutingError: the least that is needed is more.
+        RoutingError: the least that is needed is more than `budget`.
     """
 
-    def __init__(self, sites: Sequence[Site], budget: int):
-        self.budget = budget
-        self.cached = [site.fused for site in sites if isinstance(site.fused, Cached)]
-        whole = [site for site in sites if not isinstance(site.fused, Cached)]
-        self.resident = sum(one.resident_bytes for one in self.cached) + sum(map(_whole_bytes, whole))
-        least = sum(one.bytes(one.least) for one in self.cached)
-        self.pool = sum(one.bytes(one.most) for one in self.cached)
+    def __init__(self, offloaded: Sequence[Cached], whole: Sequence[int], budget: int):
+        self.budget, self.offloaded = budget, offloaded
+        self.resident = sum(one.resident_bytes for one in offloaded) + sum(whole)
+        least = sum(one.bytes(one.least) for one in offloaded)
+        self.pool = sum(one.bytes(one.most) for one in offloaded)
         if budget < self.resident + least:
             kept = (
                 f", {len(whole)} modules with embedding or bottleneck adapters as they are" if whole else ""
             )
             raise RoutingError(
                 f"device_memory is {budget:,} bytes, and this pool needs {self.resident + least:,} at least: {self.resident:,} for what "
-                f"is always there (gates in 8 or 16 bits{kept}) and {least:,} for one expert at each of {len(self.cached)} modules. "
+                f"is always there (gates in 8 or 16 bits{kept}) and {least:,} for one expert at each of {len(offloaded)} modules. "
                 "Give it more, or route fewer experts."
             )
+        # Every module gets the same share of what it could use beyond its least.
         left, wanted = budget - self.resident - least, max(1, self.pool - least)
-        for one in self.cached:
+        for one in offloaded:
             one.room = _between(one.least, one.most, min(1.0, left / wanted))
-        self.cache = sum(one.bytes(one.room) for one in self.cached)
+        self.cache = sum(one.bytes(one.room) for one in offloaded)
 
     def use(self) -> CacheUse:
+        """The budget's sizes, and the hits and misses so far."""
         experts, gates = Counts(), Counts()
-        for one in self.cached:
+        for one in self.offloaded:
             experts, gates = experts + one.counts[0], gates + one.counts[1]
         return CacheUse(self.budget, self.resident, self.cache, self.pool, experts, gates)
 
@@ -108,15 +85,5 @@ def cacheable(stack: Stack) -> bool:
 
 
 def _between(least: Room, most: Room, share: float) -> Room:
-    return Room(
-        least.gates + int(share * (most.gates - least.gates)), least.rows + int(share * (most.rows - least.rows))
-    )  # fmt: skip
-
-
-def _whole_bytes(site: Site) -> int:
-    """What a site that isn't cached takes: its stack, and its gates in float32."""
-    stack = site.stack
-    tensors = [stack.A, stack.B, *stack.other_tensors()]
-    if site.router.by_gates is not None:
-        tensors.append(site.router.by_gates[0])
-    return sum(t.nbytes for t in tensors)
+    gates = least.gates + int(share * (most.gates - least.gates))
+    return Room(gates, least.rows + int(share * (most.rows - least.rows)))

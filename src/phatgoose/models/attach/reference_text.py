@@ -1,10 +1,12 @@
-"""What a module sees when nothing in particular is asked: its inputs on a short text of many kinds, the same for every base."""
+"""What a module sees on a short text of many kinds, the same for every base: scores are compared on it."""
 
 from __future__ import annotations
 
 import contextlib
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,61 +15,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import Hooks, apart
-from phatgoose.models.base.base import device_of
+from phatgoose.models.attach.site import Site
+from phatgoose.models.base.base import device_of, eval_mode
 from phatgoose.models.base.layers import first_argument
+from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.text.batch import decoder_inputs
+from phatgoose.ops import Backend
+from phatgoose.routers.router import BoundRouter
 
 PIECE = 64
-"""Tokens of a piece: the text is read in pieces of equal length, so that none needs padding and every context has room."""
+"""Tokens in a piece. The text is read in pieces of equal length: none needs padding, and every model's context has room."""
 
 Observer = Callable[[Tensor], None]
 
-TEXT = """\
-The weather in the valley changes quickly: a bright morning can turn into heavy rain before noon, so hikers carry a jacket
-even in July. Last year the footbridge was closed for six weeks after a storm.
+TEXT: str = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["text"]
 
-Question: Which planet is closest to the sun?
-Answer: Mercury
 
-def mean(values):
-    total = sum(values)
-    return total / len(values) if values else 0.0
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    routers: Sequence[tuple[Site, BoundRouter]],
+    ops: Backend,
+) -> None:
+    """Shows each router what its module sees of the reference text. No routing may be attached to the model.
 
-Dear Ms Alvarez, thank you for your letter of the third. We have looked into the delay and would like to offer you a refund.
-Please let us know which account it should go to.
-
-To make the soup, chop two onions and fry them gently in butter for ten minutes. Add the stock, bring it to the boil, and
-season to taste.
-
-If 3x + 5 = 20, then 3x = 15 and therefore x = 5. Checking: 3 times 5 is 15, and 15 plus 5 is 20.
-
-"Nobody believed me the first time either," she said, laughing, and put the lamp back on the shelf.
-
-Summarise the following paragraph in one sentence. The river has been used for transport since the Middle Ages, when barges
-carried salt and timber to the coast.
-Summary: The river has long been a trade route.
-
-User: My screen stays black after the update, what can I do?
-Assistant: Hold the power button for ten seconds, then start in safe mode.
-
-The committee voted seven to two in favour of the new budget, which raises spending on schools by four percent over three years.
-
-Is the following sentence true or false? A square has five sides.
-false
-
-{"name": "Lena", "age": 34, "languages": ["German", "Polish"], "active": true}
-
-The enzyme binds its substrate at the active site and lowers the activation energy of the reaction without being consumed.
-
-Translate into French: Good morning, where is the station?
-Bonjour, où est la gare ?
-
-Choose the best answer. Why is the ball under the table? (a) it rolled there (b) it is blue (c) tables are made of wood
-(a) it rolled there
-
-In 1911 the expedition reached the pole after a journey of fifty-six days; its rivals arrived five weeks later. Both had
-chosen their dogs, their clothing and their route with care.
-"""
+    Raises:
+        RoutingError: as `show_reference`; or an expert of a mixture saw too few tokens of the text.
+    """
+    observers = [(site.module, site.embedding, partial(router.observe, ops=ops)) for site, router in routers]
+    if observers:
+        show_reference(model, tokenizer, observers)
+    for site, router in routers:
+        if isinstance(site.module, ExpertLinear):  # other modules see all of the text, or never run
+            router.check_observed()
 
 
 def show_reference(
@@ -88,7 +68,7 @@ def show_reference(
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, ids)
-    with _watched(observers), _evaluating(model), torch.no_grad():
+    with _observed(observers), eval_mode(model):
         model(**inputs)
 
 
@@ -104,15 +84,15 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watched(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[None]:
+def _observed(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[None]:
     with Hooks() as hooks:
-        for module, output, observe in observers:
-            hook = partial(apart, _handing(output, observe))
+        for module, wants_output, observe in observers:
+            hook = partial(apart, _observing_hook(wants_output, observe))
             hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
         yield
 
 
-def _handing(wants_output: bool, observe: Observer) -> Any:
+def _observing_hook(wants_output: bool, observe: Observer) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         seen = output if wants_output else first_argument(args, kwargs).to(output.device)
         if not seen.isfinite().all():
@@ -122,14 +102,3 @@ def _handing(wants_output: bool, observe: Observer) -> Any:
         observe(seen.reshape(-1, seen.shape[-1]))
 
     return hook
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

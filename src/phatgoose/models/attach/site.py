@@ -1,19 +1,34 @@
-"""Routing at one module: its experts' stack, its router, and the hook that adds what they do."""
+"""Routing at one module: its experts' stack, its router, and the forward hook that adds the update.
+
+The hook leaves by one of these exits, in this order:
+
+1. refused: the output is no tensor, or torch.jit.trace is tracing;
+2. fused: gate scores, choice and mix in one call that the backend prepared (`Prepared`), if nobody records;
+3. fused and recorded: the same, and the kernel writes its choices straight into the recorder's buffer;
+4. fused with its choice: the same call also returns the choice, which is handed to the recorder;
+5. in three steps: the router chooses, the backend mixes.
+
+Under torch.compile a fused call that the compiler can keep in its graph is made there; everything else runs between two graphs.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.candidates import candidates_at, stacked
 from phatgoose.models.attach.device_memory import cacheable
-from phatgoose.models.attach.fits import check_finite_stack
 from phatgoose.models.attach.hooks import apart
 from phatgoose.models.attach.modules import shape_of
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.layers import (
     ModuleLayer,
     compute_dtype,
@@ -21,84 +36,139 @@ from phatgoose.models.base.layers import (
     is_plain_linear,
     may_modify_output,
     residual_source,
-    resolve_update,
     weight_state,
 )
+from phatgoose.models.context.prompted import ATTRIBUTE
+from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
-from phatgoose.ops import Fused, Prepared, Stack, make_stack
+from phatgoose.ops import Backend, Fused, Prepared, Stack
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.offload.experts import Cached
+from phatgoose.routers import Router
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates
+from phatgoose.routers.router import BoundRouter
 
-if TYPE_CHECKING:
-    from phatgoose.models.attach.attach import Routing
+
+class ChoiceBuffer(Protocol):
+    """Where a kernel writes the choices of one module after the other."""
+
+    def next(self) -> tuple[int, int]:
+        """Addresses for the next module's choices and weights."""
+
+    def wrote(self, path: str) -> None:
+        """The module at `path` has written there."""
+
+
+class ChoiceRecorder(Protocol):
+    """What a trace offers to sites; `models/trace/recorder.py` implements it."""
+
+    wants_scores: bool
+
+    def buffer(
+        self, top_k: int, path: str, members: tuple[int, ...], u: Tensor, shape: torch.Size, streams: Streams
+    ) -> ChoiceBuffer | None:
+        """The buffer for this call of a module; None if its choices must be recorded one by one."""
+
+    def record(
+        self,
+        context: RoutingContext,
+        members: tuple[int, ...],
+        chosen: Tensor,
+        weights: Tensor,
+        scores: Tensor | None,
+    ) -> None:
+        """Takes in one module's choices."""
+
+
+class RoutingState(ABC):
+    """What the sites of one routing share."""
+
+    model: PreTrainedModel
+    pool: Pool
+    router: Router
+    """As it was given."""
+    ready: Router
+    """The same, after it has looked at the pool."""
+    options: RouteOptions
+    ops: Backend
+    memory: int
+    """Bytes of memory that were free before the stacks were made."""
+    streams: Streams
+    recorder: ChoiceRecorder | None = None
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Takes all hooks off the model."""
 
 
 class Site:
     """Routing at one module."""
 
-    def __init__(self, routing: Routing, path: str, module: nn.Module, pool: Pool):
+    def __init__(self, routing: RoutingState, path: str, module: nn.Module):
         self.routing, self.path, self.module = routing, path, module
-        members = [i for i, e in enumerate(pool.experts) if path in e.updates]
-        self._updates = [pool.experts[i].updates[path] for i in members]
-        self._gates = [(pool.experts[i].gates or {}).get(path) for i in members]
-        self.embedding = self._updates[0].embedding
-        self._reads_weight = any(update.magnitude is not None for update in self._updates)
-        if routing.ready.offers_null and len(members) < len(pool.experts):
-            members.append(-1)
-        self.members = tuple(members)
-        self.source = residual_source(routing.model, self._updates)
+        self._listed = candidates_at(routing.pool, path, routing.ready.offers_null)
+        self.members = self._listed.members
+        updates = [update for update in self._listed.updates if update is not None]
+        self.embedding = updates[0].embedding
+        self._reads_weight = any(update.magnitude is not None for update in updates)
+        self.source = residual_source(routing.model, updates)
         self._residual = Residual()  # hooks fill it, so a stack that is made anew must read the same
         self.layer = ModuleLayer(module)
         self.fresh = is_plain_linear(module)
         self.fused: Prepared | None = None
-        self._stack()
+        self._make_stack()
         self.bind()
         self.prepare()
 
-    def _stack(self) -> None:
+    def _make_stack(self) -> None:
         """Stacks the updates for the module as it is now."""
-        module, pool, routing = self.module, self.routing.pool, self.routing
-        d_in, d_out = shape_of(module, self.embedding)
+        module, routing = self.module, self.routing
+        sizes = shape_of(module, self.embedding)
         self._weight = weight_state(module) if self._reads_weight else None
-        self.dtype = routing.dtype or compute_dtype(module, routing.model)
-        null = (None,) * self.members.count(-1)
-        self._parts = (*(resolve_update(update, module, self.path) for update in self._updates), *null)
-        rows, self.copied = pool.rows(self.path, self.dtype)
-        there = None if rows is None else (rows.A, rows.B, (*rows.starts, *(0 for _ in null)))
-        self.stack: Stack = make_stack(self._parts, d_in, d_out, self.dtype, there, self._residual)
-        if rows is not None and rows.file_bytes > routing.memory // 2:
-            self.stack = replace(self.stack, prefetch=True)
-        names = [pool.experts[i].name for i in self.members if i >= 0]
-        check_finite_stack(self.stack, names, self.path, mapped=there is not None)
-        self._at: tuple[torch.device, torch.dtype] = self.stack.A.device, compute_dtype(module, routing.model)
+        self.dtype = routing.options.dtype or compute_dtype(module, routing.model)
+        updates = tuple(
+            None if u is None else resolve_update(u, module, self.path) for u in self._listed.updates
+        )
+        self.candidates = replace(
+            self._listed, updates=updates, d_in=sizes[1] if self.embedding else sizes[0]
+        )
+        stack, file_bytes, self.copied = stacked(
+            routing.pool, self.candidates, sizes, self.dtype, self._residual
+        )
+        # A pool that may not stay in memory is read ahead: the next experts' pages come in while this one computes.
+        self.stack: Stack = replace(stack, prefetch=True) if file_bytes > routing.memory // 2 else stack
+        self._at: tuple[torch.device, torch.dtype] = stack.A.device, compute_dtype(module, routing.model)
 
     def bind(self) -> None:
         """Binds the router to the experts as they act here."""
-        d_in, d_out = shape_of(self.module, self.embedding)
-        gates = (*self._gates, *(None for m in self.members if m < 0))
-        # An embedding's input is a token's number, which has no direction: its gates read its output.
-        length, names = d_out if self.embedding else d_in, self.routing.pool.names
-        self.candidates = Candidates(self.path, names, self.members, gates, length, self._parts)
         self.router: BoundRouter = self.routing.ready.bind(self.candidates)
         self._by_gates = self.router.by_gates
 
     def prepare(self) -> None:
-        """What the backend makes once of the stack, where the stack is."""
-        routing, layer = self.routing, None if self.stack.low_rank_only else self.layer
+        """Has the backend prepare its fused call for the stack, where the stack is."""
+        routing, by_gates = self.routing, self._by_gates
+        layer = None if self.stack.low_rank_only else self.layer
         self.fused = None
-        if routing.device_memory is not None and self._by_gates is None:
+        if routing.options.device_memory is not None and by_gates is None:
             raise RoutingError(
                 f"{type(routing.router).__name__} doesn't choose by gates, and with device_memory only gates are looked at: "
                 "leave device_memory out, or use PHATGOOSE."
             )
-        if routing.device_memory is not None and self._by_gates is not None and cacheable(self.stack):
-            self.fused = Cached(*self._by_gates, self.stack, layer, routing.ops.mix, self.path)
-        elif routing.ops.fuse is not None and self._by_gates is not None and not self.embedding:
-            self.fused = routing.ops.fuse(*self._by_gates, self.stack, layer)
-        # It can write its choices where a trace wants them.
+        if by_gates is not None and routing.options.device_memory is not None and cacheable(self.stack):
+            self.fused = Cached(*by_gates, self.stack, layer, routing.ops.mix, self.path)
+        elif by_gates is not None and routing.ops.fuse is not None and not self.embedding:
+            self.fused = routing.ops.fuse(*by_gates, self.stack, layer)
+        # Only this kernel can write its choices into a recorder's buffer.
         self.writer = self.fused if isinstance(self.fused, Fused) and self.fused.plain else None
+
+    @property
+    def device_bytes(self) -> int:
+        """What stands on the device where nothing is offloaded: the stack, and the gates in float32."""
+        stack = self.stack
+        tensors = [stack.A, stack.B, *stack.other_tensors()]
+        if self._by_gates is not None:
+            tensors.append(self._by_gates[0])
+        return sum(t.nbytes for t in tensors)
 
     @property
     def one_operator(self) -> bool:
@@ -115,8 +185,11 @@ class Site:
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
+        """The forward hook, where the call may become part of a compiled graph."""
         if not torch.compiler.is_compiling():
             return self._routed(module, args, kwargs, output)
+        # In a graph nothing may be looked up or noted, so only the plain case stays there. Where the module has moved since
+        # (`_at`), the stack must follow it first.
         if self.routing.recorder is None and self._at == (output.device, output.dtype) and self.one_operator:
             assert self.fused is not None
             done = self.fused(first_argument(args, kwargs), output, self.fresh and may_modify_output(module))
@@ -125,72 +198,90 @@ class Site:
         return self.apart(module, args, kwargs, output)
 
     def apart(self, *call: Any) -> Tensor:
-        """The hook, between two graphs where torch.compile compiles what is around it."""
+        """The hook between two graphs, where torch.compile compiles what is around it."""
         done: Tensor = apart(self._routed, *call)
         return done
 
     def _routed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
+        # Exit 1.
         if not isinstance(output, Tensor) or torch.jit.is_tracing():
             self._refuse(output)
-        u = read_from = first_argument(args, kwargs)
+        u = first_argument(args, kwargs)
+        # `weight_state` changes with every write into a weight that DoRA's norms were taken of, so it is compared at each call.
         if self._at != (output.device, output.dtype) or self._reads_weight:
             self._follow(output)
+        # A router whose experts can be switched off has no gates to fuse while some are off.
         fused = None if self.router.by_gates is None else self.fused
+        # The output may be written into only if the module made it in this call and no other hook can hold it.
         writable = self.fresh and may_modify_output(module)
         recorder, done = self.routing.recorder, None
         if fused is not None and recorder is None:
-            done = fused(u, output, writable)
-        elif (
-            recorder is not None
-            and not recorder.wants_scores
-            and fused is not None
-            and fused is self.writer
-            and not isinstance(module, ExpertLinear)
-        ):
-            room = recorder.room(
-                self.writer.chosen, self.path, self.members, u, output.shape, self.routing.streams
-            )
-            if room is not None:
-                done = self.writer(u, output, writable, room.next())
-            if room is not None and done is not None:
-                room.paths[self.path] = None
+            done = fused(u, output, writable)  # exit 2
+        elif fused is not None and fused is self.writer and not isinstance(module, ExpertLinear):
+            done = self._write_choices(recorder, u, output, writable)  # exit 3
         if done is not None:
             return done
-        context = routing_context(self.path, module, args, read_from, output.shape, self.routing.streams)
+
+        def context() -> RoutingContext:
+            # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device changes.
+            return routing_context(self.path, module, args, u, output.shape, self.routing.streams)
+
         return self._in_steps(context, u, output, fused)
 
-    def _in_steps(self, context: RoutingContext, u: Tensor, output: Tensor, fused: Prepared | None) -> Tensor:
+    def _write_choices(
+        self, recorder: ChoiceRecorder | None, u: Tensor, output: Tensor, writable: bool
+    ) -> Tensor | None:
+        """The fused call, whose kernel writes its choices where the recorder keeps them; None if it can't."""
+        # Scores aren't among what the kernel writes.
+        if recorder is None or recorder.wants_scores or self.writer is None:
+            return None
+        streams = self.routing.streams
+        buffer = recorder.buffer(self.writer.chosen, self.path, self.members, u, output.shape, streams)
+        if buffer is None:
+            return None
+        done = self.writer(u, output, writable, buffer.next())
+        if done is not None:
+            buffer.wrote(self.path)
+        return done
+
+    def _in_steps(
+        self, context: Callable[[], RoutingContext], u: Tensor, output: Tensor, fused: Prepared | None
+    ) -> Tensor:
         if fused is None and isinstance(self.fused, Cached):
             raise RoutingError(
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)
-        if fused is not None and fused.can(u, output):  # so that recording changes nothing
+        # Exit 4: the same kernel as without a recorder, so that recording changes no bit of the output.
+        if fused is not None and fused.can(u, output):
             done, chosen, weights = fused.with_choice(u, output)
-            self._record(context, u, chosen, weights)
+            if self.routing.recorder is not None:
+                self._record(context(), u, chosen, weights)
             return done
+        # Exit 5.
         y = output.reshape(-1, output.shape[-1])
         flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
-        read = y if self.embedding else flat
-        chosen, weights = self.router(read, context, self.routing.ops)
-        self._record(context, read, chosen, weights)
+        read, call = y if self.embedding else flat, context()
+        chosen, weights = self.router(read, call, self.routing.ops)
+        if self.routing.recorder is not None:
+            self._record(call, read, chosen, weights)
         mixed = self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer)
         return mixed.reshape(output.shape)
 
     def _follow(self, output: Tensor) -> None:
-        """Makes the stack anew where the module has changed since: it was moved, cast, or given other weights."""
+        """Makes the stack anew where the module was moved, cast, or given other weights since."""
         state = weight_state(self.module) if self._reads_weight else None
         changed = state is not None and state != self._weight
-        dtype = self.routing.dtype or compute_dtype(self.module, self.routing.model)
+        dtype = self.routing.options.dtype or compute_dtype(self.module, self.routing.model)
         if changed or dtype != self.dtype:
-            if self.routing.device_memory is not None:
+            if self.routing.options.device_memory is not None:
                 raise RoutingError(
                     f"{self.path} has other weights, or another dtype, than when it was routed with device_memory: route it again."
                 )
-            self._stack()
+            self._make_stack()
             if not self.router.needs_reference:  # what it has observed would be lost
                 self.bind()
             self.prepare()
@@ -200,23 +291,23 @@ class Site:
         self._at = output.device, output.dtype
 
     def _refuse(self, output: Any) -> None:
-        """Says why this call can't be routed. What is attached is taken off if it never can."""
+        """Raises RoutingError: this call can't be routed. The routing is taken off if no call of the module can."""
         if torch.jit.is_tracing():
             raise RoutingError(
                 "torch.jit.trace would keep the choice of experts that its example makes, for all inputs: a routed model can't be traced. "
                 "Unroute it first, or use torch.compile."
             )
         self.routing.detach()
-        self.routing.model.__dict__.pop("_phatgoose_routing", None)
+        self.routing.model.__dict__.pop(ATTRIBUTE, None)
         raise RoutingError(
             f"{self.path} is a {type(self.module).__name__} that returns a {type(output).__name__}, to which no update can be added: "
             "it can't be routed. The routing was taken off; use experts that leave it out."
         )
 
     def _record(self, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        if (recorder := self.routing.recorder) is None:
-            return
-        scores = None
+        """Hands a choice to the recorder, with scores if it wants them."""
+        recorder, scores = self.routing.recorder, None
+        assert recorder is not None
         if recorder.wants_scores:
             flat = read.reshape(-1, read.shape[-1])
             if isinstance(self.fused, Cached):  # all gates are on the host

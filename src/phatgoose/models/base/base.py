@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -121,6 +123,20 @@ def device_of(model: nn.Module) -> torch.device:
             if (found := getattr(one, "execution_device", None)) is not None:
                 return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
     return device
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: a tensor that the model (or a hook on it) caches under it can't be trained with later.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach.hooks import Hooks
-from phatgoose.models.attach.unrun import Unrun
+from phatgoose.models.attach.idle_modules import IdleModuleCheck
 from phatgoose.models.base.layers import first_argument, is_plain_linear, may_modify_output, track_residual
 from phatgoose.models.batched.part import SubsetContext
 from phatgoose.models.batched.plan import BatchPlan, Group
@@ -45,7 +45,7 @@ class MultiRouter:
         self.model = model
         self.plan: BatchPlan | None = None
         self.streams = Streams(model)
-        self._versions: dict[int, tuple[PoolVersion, Hooks, Unrun]] = {}
+        self._versions: dict[int, tuple[PoolVersion, Hooks, IdleModuleCheck]] = {}
         # A router or an expert of a mixture is another stand-in in each version: the one that has the hook is the one that runs.
         self._hooks: dict[str, tuple[nn.Module, Hooks]] = {}
         self._streams = Hooks()
@@ -62,7 +62,9 @@ class MultiRouter:
                 self._hooks[path] = site.module, hooks
             if site.source is not None and site.stack.residual is not None:
                 handles.add(track_residual(site.source, site.module, site.stack.residual))
-        unrun = Unrun(self.model, [(path, self._hooks[path][0]) for path in version.sites], self.streams)
+        unrun = IdleModuleCheck(
+            self.model, [(path, self._hooks[path][0]) for path in version.sites], self.streams
+        )
         unrun.attach()
         self._versions[id(version)] = (version, handles, unrun)
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.fingerprints import check_same_base
-from phatgoose.models.attach.attach import Routing
-from phatgoose.models.attach.reference_text import show_reference
+from phatgoose.models.attach.attach import Routing, check_base
+from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.attach.reference_text import calibrate
 from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import setup_of
 from phatgoose.models.moe.expert_linear import ExpertLinear
-from phatgoose.ops import Backend, Prepared, backend
+from phatgoose.ops import Prepared
 from phatgoose.registry import unknown
 from phatgoose.routers import Router, Single
 from phatgoose.routers.constant import Fixed
@@ -53,16 +52,13 @@ class PoolVersion:
         self,
         base: Base,
         pool: Pool,
-        *,
-        backend_name: str = "auto",
-        any_base: bool = False,
-        dtype: torch.dtype | None = None,
+        options: RouteOptions | None = None,
     ):
-        if not any_base and pool.base is not None:
-            check_same_base(pool.base, base.fingerprint, "the pool's experts")
+        options = RouteOptions() if options is None else options
+        check_base(base, pool, options)
         self.base, self.pool = base, pool
-        self.ops: Backend = backend(backend_name, base.device.type)
-        self.routing = Routing(base.model, pool, _Open(), self.ops, dtype)
+        self.routing = Routing(base.model, pool, _Open(), options)
+        self.ops = self.routing.ops
         self.sites = {site.path: site for site in self.routing.sites}
         for site in self.sites.values():  # where its module is, before anything is made of it
             weight = getattr(site.module, "weight", None)
@@ -148,17 +144,11 @@ class Route:
         Raises:
             RoutingError: the base computes values that aren't finite on it.
         """
-        sites, base = self.version.sites, self.version.base
-        observers = [
-            (sites[path].module, sites[path].embedding, partial(bound.observe, ops=self.version.ops))
-            for path, bound in self.bound.items()
-            if bound.needs_reference
+        version = self.version
+        routers = [
+            (version.sites[path], bound) for path, bound in self.bound.items() if bound.needs_reference
         ]
-        if observers:
-            show_reference(base.model, base.tokenizer, observers)
-        for path, bound in self.bound.items():
-            if bound.needs_reference and isinstance(sites[path].module, ExpertLinear):
-                bound.check_observed()
+        calibrate(version.base.model, version.base.tokenizer, routers, version.ops)
 
     def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Chosen candidates int64 [N, k] (−1: none) and weights float32 [N, k] at one module, for its inputs u and outputs y [N, …]."""

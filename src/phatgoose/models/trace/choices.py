@@ -7,7 +7,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phatgoose.models.trace.recorder import Tokens, joined
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """N real tokens, in the order they were read.
+
+    rows, positions: int64 [N], the row of the batch and the place in the sequence. inputs: int64 [N], which sequence of the
+    whole trace (beams of one input share its number). ids: int64 [N], −1 where the model was given embeddings. generated:
+    bool [N], True for a token read behind a key-value cache. draws: float32 [N] in [0, 1), what sampling goes by.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    inputs: Tensor
+    ids: Tensor
+    generated: Tensor
+    draws: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, keep: Tensor) -> Tokens:
+        return Tokens(*(getattr(self, name)[keep] for name in TOKEN_FIELDS))
+
+
+TOKEN_FIELDS = ("rows", "positions", "inputs", "ids", "generated", "draws")
+
+
+def joined(parts: list[Tokens]) -> Tokens:
+    """All of them, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Tokens(*(torch.cat([getattr(part, name) for part in parts]) for name in TOKEN_FIELDS))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
-"""A trace on disk and as a table.
+"""A trace on disk, in one safetensors file, and as a table.
 
-One safetensors file: a header (JSON in its metadata: format, version, names, places) and tensors, `tokens.G.FIELD` for every
+The file has a header (JSON in its metadata: format, version, names, places) and tensors, `tokens.G.FIELD` for every
 group of modules that read the same tokens, `choices.I.experts|weights|margins` or `loads.I.FIELD` for the I-th module.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +21,40 @@ from torch import Tensor
 from phatgoose.errors import RoutingError
 from phatgoose.files import write_bytes
 from phatgoose.models.base.module_names import ModuleLocation
-from phatgoose.models.trace.choices import Choices, Load
-from phatgoose.models.trace.recorder import TOKEN_FIELDS, Tokens
+from phatgoose.models.trace.choices import TOKEN_FIELDS, Choices, Load, Tokens
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from phatgoose.models.trace.trace import Trace
-
 FORMAT, VERSION = "phatgoose-trace", 1
 _SMALL = {"rows": torch.int32, "positions": torch.int32, "inputs": torch.int32, "ids": torch.int32}
-_LOAD_FIELDS = {"weight": torch.float64, "acted": torch.int64, "first": torch.int64, "tokens": torch.int64}
+"""In files these fields are narrower than in memory."""
+_LOAD_FIELDS = tuple(f.name for f in dataclasses.fields(Load))
+_FLAGS = ("encoder_decoder", "share", "sums_only", "reordered")
 
 
-def save(trace: Trace, path: Path) -> Path:
+@dataclass(eq=False)
+class Header:
+    """What a trace says of the model and of itself."""
+
+    experts: tuple[str, ...]
+    locations: dict[str, ModuleLocation] = field(default_factory=dict)
+    """Every routed module, in the pool's order."""
+    encoder_decoder: bool = False
+    share: float = 1.0
+    """Share of the tokens that were kept; below 1 they are a random sample, the same tokens at all modules."""
+    sums_only: bool = False
+    """Recorded with histogram=True: `loads` is there, `choices` is empty."""
+    reordered: bool = False
+    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do: an input's beams share its number)."""
+
+
+def save(path: Path, header: Header, choices: Iterable[Choices], loads: Mapping[str, Load]) -> Path:
     """Writes `path`, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     groups: dict[int, int] = {}
     modules: list[dict[str, Any]] = []
-    for i, c in enumerate(trace.choices):
+    for i, c in enumerate(choices):
         if id(c.tokens) not in groups:
             groups[id(c.tokens)] = len(groups)
             for name in TOKEN_FIELDS:
@@ -47,28 +64,28 @@ def save(trace: Trace, path: Path) -> Path:
         tensors |= {f"choices.{i}.experts": c.experts, f"choices.{i}.weights": c.weights}
         if c.margins is not None:
             tensors[f"choices.{i}.margins"] = c.margins
-    if trace.sums_only:
-        for i, (module, load) in enumerate(trace.loads.items()):
-            modules.append({"path": module})
-            tensors |= {f"loads.{i}.{name}": getattr(load, name) for name in _LOAD_FIELDS}
-    header = {
-        "experts": trace.experts,
-        "places": [dataclasses.asdict(place) for place in trace.locations.values()],
+    for i, (path_of_module, load) in enumerate(loads.items()):
+        modules.append({"path": path_of_module})
+        tensors |= {f"loads.{i}.{name}": getattr(load, name) for name in _LOAD_FIELDS}
+    data = {
+        "experts": header.experts,
+        "places": [dataclasses.asdict(location) for location in header.locations.values()],
         "modules": modules,
-        **{name: getattr(trace, name) for name in ("encoder_decoder", "share", "sums_only", "reordered")},
+        **{name: getattr(header, name) for name in _FLAGS},
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
-    copies = {
-        name: tensor.clone() for name, tensor in tensors.items()
-    }  # modules' choices are views of one tensor
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(data)}
+    # Modules' choices are views of one tensor, and safetensors writes no views.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
     write_bytes(path, to_bytes(copies, metadata))
     return path
 
 
-def load(path: Path) -> Trace:
-    """Reads and checks what `save` wrote."""
-    from phatgoose.models.trace.trace import Trace
+def load(path: Path) -> tuple[Header, list[Choices], dict[str, Load]]:
+    """Reads and checks what `save` wrote.
 
+    Raises:
+        RoutingError: it is no such file, damaged, or inconsistent.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -82,33 +99,42 @@ def load(path: Path) -> Trace:
         raise RoutingError(
             f"{path} is not a trace this version reads: expected {FORMAT} {VERSION}, found {found}."
         )
+    choices: list[Choices] = []
+    loads: dict[str, Load] = {}
     try:
-        header = json.loads(metadata["header"])
-        experts = tuple(map(str, header["experts"]))
-        trace = Trace(
-            experts,
-            {p["path"]: ModuleLocation(**p) for p in header["places"]},
-            bool(header["encoder_decoder"]),
-            float(header["share"]),
-            bool(header["sums_only"]),
-            bool(header["reordered"]),
+        data = json.loads(metadata["header"])
+        header = Header(
+            tuple(map(str, data["experts"])),
+            {p["path"]: ModuleLocation(**p) for p in data["places"]},
+            bool(data["encoder_decoder"]),
+            float(data["share"]),
+            bool(data["sums_only"]),
+            bool(data["reordered"]),
         )
         groups: dict[int, Tokens] = {}  # shared by modules, as when they were recorded
-        for i, module in enumerate(header["modules"]):
+        for i, module in enumerate(data["modules"]):
             name = str(module["path"])
-            if trace.sums_only:
-                trace._loads[name] = Load(*(tensors[f"loads.{i}.{field}"] for field in _LOAD_FIELDS))
-            else:
-                group = int(module["tokens"])
-                groups[group] = tokens = groups.get(group) or _tokens(tensors, group)
-                margins = tensors.get(f"choices.{i}.margins")
-                trace._choices[name] = [
-                    Choices(name, tensors[f"choices.{i}.experts"], tensors[f"choices.{i}.weights"], tokens, margins)
-                ]  # fmt: skip
+            if header.sums_only:
+                loads[name] = Load(*(tensors[f"loads.{i}.{field}"] for field in _LOAD_FIELDS))
+                continue
+            group = int(module["tokens"])
+            groups[group] = tokens = groups.get(group) or _tokens(tensors, group)
+            experts, weights = tensors[f"choices.{i}.experts"], tensors[f"choices.{i}.weights"]
+            choices.append(Choices(name, experts, weights, tokens, tensors.get(f"choices.{i}.margins")))
     except (KeyError, TypeError, ValueError) as cause:
         raise RoutingError(f"{path} lacks a part of a trace or has a malformed one: {cause!r}") from cause
-    _check(trace, path)
-    return trace
+    for c in choices:
+        _check_choices(path, c, len(header.experts))
+    for name, load in loads.items():
+        shapes = [tuple(getattr(load, field).shape) for field in _LOAD_FIELDS]
+        if shapes != [(2, len(header.experts) + 1)] * 3 + [(2,)]:
+            raise RoutingError(
+                f"{path}: {name} has sums of shapes {shapes} for {len(header.experts)} experts."
+            )
+    for name in (*(c.path for c in choices), *loads):
+        if name not in header.locations:
+            raise RoutingError(f"{path}: module {name} has no place.")
+    return header, choices, loads
 
 
 def _tokens(tensors: dict[str, Tensor], group: int) -> Tokens:
@@ -116,33 +142,28 @@ def _tokens(tensors: dict[str, Tensor], group: int) -> Tokens:
     return Tokens(*(v.long() if name in _SMALL else v for name, v in zip(TOKEN_FIELDS, values, strict=True)))
 
 
-def _check(trace: Trace, path: Path) -> None:
-    e = len(trace.experts)
-    for c in trace.choices:
-        n, k = len(c.tokens), c.experts.shape[1] if c.experts.ndim == 2 else -1
-        shapes = [tuple(c.experts.shape), tuple(c.weights.shape)]
-        if shapes != [(n, k)] * 2 or (c.margins is not None and tuple(c.margins.shape) != (n,)):
-            raise RoutingError(f"{path}: {c.path} has choices of shapes {shapes} on {n} tokens.")
-        if c.experts.dtype != torch.int16 or not c.weights.is_floating_point():
-            raise RoutingError(
-                f"{path}: {c.path} has choices of dtype {c.experts.dtype} and weights of {c.weights.dtype}."
-            )
-        if n and k and (int(c.experts.min()) < -1 or int(c.experts.max()) >= e):
-            raise RoutingError(f"{path}: {c.path} names experts up to {int(c.experts.max())}, there are {e}.")
-        if not bool(c.weights.isfinite().all()):
-            raise RoutingError(f"{path}: {c.path} has weights that are not finite.")
-        if len({len(getattr(c.tokens, name)) for name in TOKEN_FIELDS}) != 1:
-            raise RoutingError(f"{path}: the tokens of {c.path} have fields of different lengths.")
-    for name, load in trace._loads.items():
-        shapes = [tuple(getattr(load, field).shape) for field in _LOAD_FIELDS]
-        if shapes != [(2, e + 1)] * 3 + [(2,)]:
-            raise RoutingError(f"{path}: {name} has sums of shapes {shapes} for {e} experts.")
-    for name in (*trace._choices, *trace._loads):
-        if name not in trace.locations:
-            raise RoutingError(f"{path}: module {name} has no place.")
+def _check_choices(path: Path, c: Choices, experts: int) -> None:
+    n, k = len(c.tokens), c.experts.shape[1] if c.experts.ndim == 2 else -1
+    shapes = [tuple(c.experts.shape), tuple(c.weights.shape)]
+    if shapes != [(n, k)] * 2 or (c.margins is not None and tuple(c.margins.shape) != (n,)):
+        raise RoutingError(f"{path}: {c.path} has choices of shapes {shapes} on {n} tokens.")
+    if c.experts.dtype != torch.int16 or not c.weights.is_floating_point():
+        raise RoutingError(
+            f"{path}: {c.path} has choices of dtype {c.experts.dtype} and weights of {c.weights.dtype}."
+        )
+    if n and k and (int(c.experts.min()) < -1 or int(c.experts.max()) >= experts):
+        raise RoutingError(
+            f"{path}: {c.path} names experts up to {int(c.experts.max())}, there are {experts}."
+        )
+    if not bool(c.weights.isfinite().all()):
+        raise RoutingError(f"{path}: {c.path} has weights that are not finite.")
+    if len({len(getattr(c.tokens, name)) for name in TOKEN_FIELDS}) != 1:
+        raise RoutingError(f"{path}: the tokens of {c.path} have fields of different lengths.")
 
 
-def to_pandas(trace: Trace) -> DataFrame:
+def to_pandas(
+    choices: Sequence[Choices], locations: Mapping[str, ModuleLocation], experts: Sequence[str]
+) -> DataFrame:
     """One row per token, module and choice, in the order of modules, tokens, choices."""
     try:
         import pandas as pd
@@ -150,34 +171,30 @@ def to_pandas(trace: Trace) -> DataFrame:
         raise RoutingError(
             "a table of a trace needs pandas, which isn't installed: pip install pandas."
         ) from None
-    if trace.sums_only:
-        raise RoutingError(
-            "this trace holds sums, not single choices: record without histogram=True for a table."
-        )
     parts = []
-    for c in trace.choices:
+    for c in choices:
         n, k = c.experts.shape
-        place = trace.locations[c.path]
+        location = locations[c.path]
+        fields = {
+            "input": "inputs",
+            "row": "rows",
+            "position": "positions",
+            "id": "ids",
+            "generated": "generated",
+        }
         columns: dict[str, Any] = {
-            name: getattr(c.tokens, name).repeat_interleave(k).numpy()
-            for name in ("inputs", "rows", "positions", "ids", "generated")
+            column: getattr(c.tokens, name).repeat_interleave(k).numpy() for column, name in fields.items()
         }
-        none = torch.full((n,), torch.nan)
-        margins = (none if c.margins is None else c.margins.float()).repeat_interleave(k).numpy()
-        columns |= {"module": c.path, "layer": place.layer, "kind": place.kind, "part": place.part}
-        columns |= {
-            "choice": torch.arange(k).repeat(n).numpy(),
-            "expert": pd.Categorical.from_codes(
-                c.experts.reshape(-1).numpy(), categories=list(trace.experts)
-            ),
-            "weight": c.weights.float().reshape(-1).numpy(),
-            "margin": margins,
-        }
+        columns |= {"module": c.path, "layer": location.layer, "kind": location.kind, "part": location.part}
+        columns["choice"] = torch.arange(k).repeat(n).numpy()
+        columns["expert"] = pd.Categorical.from_codes(c.experts.reshape(-1).numpy(), categories=list(experts))
+        columns["weight"] = c.weights.float().reshape(-1).numpy()
+        margins = torch.full((n,), torch.nan) if c.margins is None else c.margins.float()
+        columns["margin"] = margins.repeat_interleave(k).numpy()
         parts.append(pd.DataFrame(columns))
-    names = {"inputs": "input", "rows": "row", "positions": "position", "ids": "id"}
     if not parts:
         return pd.DataFrame()
-    table = pd.concat(parts, ignore_index=True).rename(columns=names)
+    table = pd.concat(parts, ignore_index=True)
     for name in ("module", "kind", "part"):
         table[name] = table[name].astype("category")
     return table

@@ -1,6 +1,6 @@
 """What runs inside a traced model: takes in every module's choices at little cost, and sums them up now and then.
 
-A kernel that can writes its choices where it is told (`room`); a call of `record` notes those of others and returns. Nothing is looked at,
+A kernel that can writes its choices where it is told (`buffer`); a call of `record` notes those of others and returns. Nothing is looked at,
 moved between devices or waited for. When a pass is over, the choices of all its modules are packed as int16 and half precision. Every FLUSH
 choices, between two passes (and at the end), what is pending is brought to the CPU in large pieces: padding is left out, candidates
 become indices of the pool's experts, and either choices or only sums are kept.
@@ -11,54 +11,20 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.context.caches import length_of
+from phatgoose.models.context.streams import Streams
+from phatgoose.models.trace.choices import Tokens, joined
+from phatgoose.models.trace.trace import Trace
 from phatgoose.routers.context import RoutingContext, Sequences
-
-if TYPE_CHECKING:
-    from phatgoose.models.context.streams import Streams
-    from phatgoose.models.trace.trace import Trace
 
 FLUSH = 2**19
 """Pending choices (tokens × modules × top-k) at which they are summed up: a few MB, and what one pass chose."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """N real tokens, in the order they were read.
-
-    rows, positions: int64 [N], the row of the batch and the place in the sequence. inputs: int64 [N], which sequence of the
-    whole trace (beams of one input share its number). ids: int64 [N], −1 where the model was given embeddings. generated:
-    bool [N], True for a token read behind a key-value cache. draws: float32 [N] in [0, 1), what sampling goes by.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    inputs: Tensor
-    ids: Tensor
-    generated: Tensor
-    draws: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, keep: Tensor) -> Tokens:
-        return Tokens(*(getattr(self, name)[keep] for name in TOKEN_FIELDS))
-
-
-TOKEN_FIELDS = ("rows", "positions", "inputs", "ids", "generated", "draws")
-
-
-def joined(parts: list[Tokens]) -> Tokens:
-    """All of them, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return Tokens(*(torch.cat([getattr(part, name) for part in parts]) for name in TOKEN_FIELDS))
 
 
 @dataclass(eq=False)
@@ -91,7 +57,7 @@ class _Call(NamedTuple):  # made for every module and token: a dataclass would t
     margin: Tensor | None
 
 
-class Room:
+class ChoiceBuffer:
     """Where a kernel writes the choices of modules that see the same tokens, one module after the other.
 
     chosen: int64 [M, N, k] and weights: float32 [M, N, k] on the CPU. paths: the modules whose choices are written, in order.
@@ -108,6 +74,10 @@ class Room:
     def fits(self, path: str, shape: torch.Size) -> bool:
         """Whether the choices of this module, whose output has this shape, have a place here."""
         return shape[:-1] == self.shape and path not in self.paths and len(self.paths) < self.modules
+
+    def wrote(self, path: str) -> None:
+        """The module at `path` has written to the addresses that `next` gave."""
+        self.paths[path] = None
 
     def next(self) -> tuple[int, int]:
         """Addresses of the next module's choices and weights."""
@@ -153,7 +123,9 @@ class Recorder:
         self.wants_scores = margins and not histogram
         self.trace.share = sample
         self._calls: list[_Call] = []  # of the pass that runs
-        self._rooms: dict[tuple[str, int], Room] = {}  # likewise, by whose tokens are read and top-k
+        self._buffers: dict[
+            tuple[str, int], ChoiceBuffer
+        ] = {}  # likewise, by whose tokens are read and top-k
         self._blocks: list[_Block] = []  # of passes that are over
         self._members: dict[str, tuple[int, ...]] = {}
         self._pending = 0
@@ -188,16 +160,16 @@ class Recorder:
             context = context.new()
         margin = None if scores is None else _margins(scores.detach(), chosen)
         seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
-        if any(context.path in room.paths for room in self._rooms.values()):
+        if any(context.path in buffer.paths for buffer in self._buffers.values()):
             self._pack()  # what the module chose before stays before this
         self._members[context.path] = members
         weights = weights.detach() if weights.requires_grad else weights
         self._calls.append(_Call(context.path, seen, chosen, weights, margin))
         self._pending += chosen.numel()
 
-    def room(
+    def buffer(
         self, top_k: int, path: str, members: tuple[int, ...], u: Tensor, shape: torch.Size, streams: Streams
-    ) -> Room | None:
+    ) -> ChoiceBuffer | None:
         """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written. None: nowhere,
         since not all of them are counted.
 
@@ -206,11 +178,11 @@ class Recorder:
         self._members[path] = members
         stream = streams.stream_at(path, u)
         kind = stream, top_k
-        room = self._rooms.get(kind)
+        buffer = self._buffers.get(kind)
         if (
-            room is None
-            or room.seen.sequences is not streams.current(stream)
-            or not room.fits(path, shape)
+            buffer is None
+            or buffer.seen.sequences is not streams.current(stream)
+            or not buffer.fits(path, shape)
             or not streams.is_whole(path, stream, shape)
             or self._streams.get(path) != stream
         ):
@@ -218,11 +190,13 @@ class Recorder:
             if context.again:
                 return None
             seen = self._pass(context)
-            if room is not None and (room.seen is not seen or not room.fits(path, shape)):
+            if buffer is not None and (buffer.seen is not seen or not buffer.fits(path, shape)):
                 self._pack()  # of this pass: a module runs again, or sees other tokens, or in another shape
-            if (room := self._rooms.get(kind)) is None:
-                room = self._rooms[kind] = Room(seen, shape[:-1], len(self.trace.locations), top_k)
-        return room
+            if (buffer := self._buffers.get(kind)) is None:
+                buffer = self._buffers[kind] = ChoiceBuffer(
+                    seen, shape[:-1], len(self.trace.locations), top_k
+                )
+        return buffer
 
     def _check_thread(self) -> None:
         """Refuses a second thread: passes that run at once can't be told apart by what is recorded of them."""
@@ -320,7 +294,7 @@ class Recorder:
             key = (id(call.seen), call.chosen.shape[1], call.margin is None, call.chosen.device, times[which])
             groups.setdefault(key, []).append(call)
         half = torch.float32 if self.histogram else torch.float16
-        rooms, self._rooms = self._rooms, {}
+        buffers, self._buffers = self._buffers, {}
         for group in groups.values():
             margins = [call.margin for call in group if call.margin is not None]
             self._blocks.append(
@@ -332,10 +306,10 @@ class Recorder:
                     torch.stack(margins) if margins else None,
                 )
             )
-        for room in rooms.values():
-            n, paths = len(room.paths), tuple(room.paths)
-            chosen, weights = room.chosen[:n].to(torch.int16), room.weights[:n].to(half)
-            self._blocks.append(_Block(paths, room.seen, chosen, weights, None))
+        for buffer in buffers.values():
+            n, paths = len(buffer.paths), tuple(buffer.paths)
+            chosen, weights = buffer.chosen[:n].to(torch.int16), buffer.weights[:n].to(half)
+            self._blocks.append(_Block(paths, buffer.seen, chosen, weights, None))
             self._pending += chosen.numel()
 
     def flush(self) -> None:

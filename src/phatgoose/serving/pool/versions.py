@@ -16,6 +16,7 @@ from typing import Any
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.sentence_encoder import DEFAULT_ENCODER
 from phatgoose.models.batched.version import PoolVersion, Route
@@ -79,12 +80,12 @@ class Experts:
         engine: Engine,
         *,
         router: str = "phatgoose",
-        backend_name: str = "auto",
+        options: RouteOptions | None = None,
         max_routers: int = 8,
         encoder: str | None = None,
     ):
         self.base, self.engine, self.router = base, engine, router
-        self.backend_name, self.max_routers = backend_name, max_routers
+        self.options, self.max_routers = options, max_routers
         self.state = State()
         self._routes: OrderedDict[tuple[int, str, frozenset[str]], Route] = OrderedDict()
         self._users: dict[int, int] = {}
@@ -182,7 +183,7 @@ class Experts:
         """These experts, ready but not attached; raises whatever is wrong with them."""
         if pool is None:
             return State()
-        made = partial(PoolVersion, self.base, pool, backend_name=self.backend_name)
+        made = partial(PoolVersion, self.base, pool, self.options)
         state = State(await away(made), off)
         if off != frozenset(pool.names):
             await self.route(state, self.router)

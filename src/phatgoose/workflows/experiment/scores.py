@@ -19,7 +19,8 @@ from phatgoose.evaluation.results import scores_from_json, scores_to_json
 from phatgoose.evaluation.run import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, sha256_json, write_json
-from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.attach import route_with, unroute
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.ops import auto_is
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 _DECIDES = ("records.py", "evaluation", "experts", "models", "ops", "routers", "tasks")
 """What of the package's source can change a score."""
-_ENDINGS = (".py", ".cpp", ".h", ".inc")
+_ENDINGS = (".py", ".cpp", ".h", ".inc", ".toml", ".json")
 
 
 @cache
@@ -53,9 +54,13 @@ class Measurements:
     """Scores of one base with different pools and routers, in one folder; a killed run repeats at most one evaluation."""
 
     def __init__(
-        self, base: Base, folder: Path, config: EvaluationConfig | None = None, backend: str = "auto"
+        self,
+        base: Base,
+        folder: Path,
+        config: EvaluationConfig | None = None,
+        options: RouteOptions | None = None,
     ):
-        self.base, self.folder, self.backend = base, folder, backend
+        self.base, self.folder, self.options = base, folder, options or RouteOptions()
         self.config = config or EvaluationConfig()
 
     def score(
@@ -101,8 +106,8 @@ class Measurements:
         if metric := task.source.get("metric"):
             key["metric"] = metric
         if pool is not None:
-            auto = self.backend == "auto"
-            key["backend"] = auto_is(self.base.device.type)[0] if auto else self.backend
+            name = self.options.backend
+            key["backend"] = auto_is(self.base.device.type)[0] if name == "auto" else name
         groups = groups_of(task.split(split)[:limit])
         if len(set(groups)) < len(groups):
             key["groups"] = groups  # no part of the task's hash
@@ -114,7 +119,7 @@ class Measurements:
         started = time.monotonic()
         try:
             if pool is not None:
-                route(self.base, pool, router, backend_name=self.backend)
+                route_with(self.base, pool, router, self.options)
             scores = evaluate(
                 self.base, task, split=split, limit=limit, config=self.config, progress=progress
             )

@@ -15,6 +15,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
 from phatgoose.records import Task
@@ -52,7 +53,7 @@ class Lab:
 
     @cached_property
     def measurements(self) -> Measurements:
-        return Measurements(self.base, self.out / "scores", backend=self.recipe.measure.backend)
+        return Measurements(self.base, self.out / "scores", options=RouteOptions(self.recipe.measure.backend))
 
     @cached_property
     def pool(self) -> Pool:

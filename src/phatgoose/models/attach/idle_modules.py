@@ -20,7 +20,7 @@ SHOWN = 5
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")  # layers.3, and expert_3 of Switch
 
 
-class Unrun:
+class IdleModuleCheck:
     """Watches which of these modules run, until the model has run once as a whole; after that it costs nothing.
 
     Args:

@@ -11,7 +11,7 @@ from torch import nn
 from conftest import hooked
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
-from phatgoose.models.attach.unrun import Unrun
+from phatgoose.models.attach.idle_modules import IdleModuleCheck
 from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.version import PoolVersion
 from phatgoose.routers import Single
@@ -95,7 +95,7 @@ class Mixture(nn.Module):
 def test_one_of_a_mixtures_experts_that_no_token_reaches_isnt_missed():
     model = Mixture()
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    watch = Unrun(model, [(path, model.get_submodule(path)) for path in paths])
+    watch = IdleModuleCheck(model, [(path, model.get_submodule(path)) for path in paths])
     watch.attach()
     with pytest.warns(
         UserWarning, match=r"adapt layers\.1\.0, layers\.1\.1, layers\.1\.2, layers\.1\.3, beside, which"
