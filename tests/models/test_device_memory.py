@@ -24,7 +24,7 @@ def budget_of(base, share):
     """The least that is needed, and this share of what all would take beside it. Routes the base."""
     route(base, routing_of(base).pool, routing_of(base).router, device_memory="1TB", backend_name="torch")
     use, budget = cache_use(base), routing_of(base).budget
-    least = budget.resident + sum(one.bytes(one.least) for one in budget.cached)
+    least = budget.resident + sum(one.bytes(one.least) for one in budget.offloaded)
     return least + int(share * (use.resident_bytes + use.pool_bytes - least))
 
 
@@ -44,7 +44,7 @@ def test_logits_are_the_resident_pools(mixed, family, share):
     assert use.cache_bytes <= use.pool_bytes
     assert use.experts.misses > 0
     assert (use.experts.evictions == 0) == (share == 1)
-    there = [one._there for one in routing_of(base).budget.cached]
+    there = [one._there for one in routing_of(base).budget.offloaded]
     arenas = [t for one in there for t in (*one.rows.there, *one.gates.there)]
     assert sum(t.numel() * t.element_size() for t in arenas) == use.cache_bytes
     unroute(base)

@@ -15,6 +15,7 @@ from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.plan import BatchPlan
@@ -126,7 +127,7 @@ def test_residual_streams_of_bottlenecks_follow_their_rows():
     ids = torch.randint(2, model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
     base = Base(model, make_tokenizer(), "zoo")
     bare = model(ids).logits
-    version, mixed = PoolVersion(base, Pool([expert]), any_base=True), MultiRouter(model)
+    version, mixed = PoolVersion(base, Pool([expert]), RouteOptions(any_base=True)), MultiRouter(model)
     mixed.attach(version)
     way = Route(version, Single(0))
     with mixed.following(BatchPlan([None, way, way])):
