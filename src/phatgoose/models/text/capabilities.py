@@ -20,7 +20,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from phatgoose.errors import BaseModelError
-from phatgoose.models.base.base import device_of
+from phatgoose.models.base.base import device_of, eval_mode
 from phatgoose.models.text.encoding import UNLIMITED
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
@@ -148,14 +148,8 @@ def check_scorable(model: PreTrainedModel) -> None:
         )
     # Two rows that differ in their last token only: earlier logits must not change.
     ids = torch.tensor([[2, 3, 4, 5], [2, 3, 4, 6]], device=device_of(model))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            first, second = model(input_ids=ids % config.get_text_config().vocab_size).logits[:, :-1].float()
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(model):
+        first, second = model(input_ids=ids % config.get_text_config().vocab_size).logits[:, :-1].float()
     if float((first - second).abs().max()) > 0.01 * float(first.abs().max()):
         raise BaseModelError(
             f"{kind} reads the tokens that it is to predict: its attention isn't causal, so log-likelihoods of an answer mean "
