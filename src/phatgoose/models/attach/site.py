@@ -36,6 +36,7 @@ from phatgoose.models.base.layers import (
     is_plain_linear,
     may_modify_output,
     residual_source,
+    resolve_update,
     weight_state,
 )
 from phatgoose.models.context.prompted import ATTRIBUTE
