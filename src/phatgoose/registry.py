@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -38,7 +38,7 @@ def lookup(kind: str, name: str, table: Mapping[str, str]) -> Any:
     return getattr(found, attribute) if attribute else found
 
 
-class Registry(Mapping[str, Any]):
+class Registry(Collection[str]):
     """Objects of one kind by name: a table of ours, then the entry points that installed packages declare in `group`.
 
     Names are listed without importing anything. `registry[name]` imports the object.
@@ -71,22 +71,27 @@ class Registry(Mapping[str, Any]):
         Raises:
             UnknownName: there is none. PluginError: a package's can't be imported, or two have this name.
         """
-        if not (points := self.plugins.get(name, [])):
+        self.check_clash(name)
+        if name not in self.plugins:
             return lookup(self.kind, name, self.table)
-        if name in self.table or name in self.reserved or len(points) > 1:
-            ours = ["phatgoose"] * (name in self.table or name in self.reserved)
-            packages = " and ".join([*ours, *map(_package, points)])
-            raise PluginError(
-                f"the {self.kind} name {name!r} is taken by {packages}, so it isn't known which one is meant. "
-                "Uninstall a package, or ask its author for another name."
-            )
+        point = self.plugins[name][0]
         try:
-            return points[0].load()
+            return point.load()
         except Exception as cause:  # whatever a stranger's module raises
             raise PluginError(
-                f"the {self.kind} {name!r} of the package {_package(points[0])} can't be imported from {points[0].value!r}: "
+                f"the {self.kind} {name!r} of the package {_package(point)} can't be imported from {point.value!r}: "
                 f"{type(cause).__name__}: {cause}. Mend or uninstall that package."
             ) from cause
+
+    def check_clash(self, name: str) -> None:
+        """Raises PluginError if several packages, phatgoose among them, use this name."""
+        points = self.plugins.get(name, [])
+        ours = ["phatgoose"] * (name in self.table or name in self.reserved)
+        if points and len(packages := [*ours, *map(_package, points)]) > 1:
+            raise PluginError(
+                f"the {self.kind} name {name!r} is taken by {' and '.join(packages)}, so it isn't known which one is meant. "
+                "Uninstall a package, or ask its author for another name."
+            )
 
     def package(self, name: str) -> str:
         """The package that brings this name."""

@@ -89,7 +89,7 @@ TOY = TaskSource(
 
 
 def test_a_source_is_one_object(monkeypatch):
-    monkeypatch.setitem(SOURCES, "toy", f"{__name__}:TOY")
+    monkeypatch.setitem(SOURCES.table, "toy", f"{__name__}:TOY")
     task = load_task("toy:ball?size=3")
     assert sum(len(task.split(split)) for split in SPLITS) == 40
     assert task.source["split_rule"]["version"] == RULE

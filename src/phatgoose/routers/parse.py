@@ -97,6 +97,7 @@ def parse_system(text: str, further: Sequence[str] = ()) -> System:
     name, colon, rest = text.partition(":")
     name = name.lower()
     written = f"{name}{colon}{rest}"
+    ROUTERS.check_clash(name)
     if name == BASE:
         if colon:
             raise RoutingError(f"{brief(text)}: {BASE} has no settings.")
