@@ -28,6 +28,8 @@ from transformers import (
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import Routing
+from phatgoose.models.attach.hooks import Hooks
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.trace.record import trace
 from phatgoose.ops import backend, fast
 from phatgoose.routers import PHATGOOSE
