@@ -37,9 +37,9 @@ from phatgoose.models.trace.trace import Trace
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.training.gate import train_gate
-from phatgoose.workflows import show
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe
-from phatgoose.workflows.experiment.worker import Lab
+from phatgoose.workflows.experiment.worker import WorkerState
+from phatgoose.workflows.provenance import made
 
 ANSWERED = ("phatgoose", "lag", "uniform", "ties", "fixed-random:seed=0")
 SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60
@@ -51,7 +51,7 @@ ROUTED = (
 )  # fmt: skip
 
 
-def shares(lab: Lab, console: Console) -> dict[str, Any]:
+def shares(lab: WorkerState, console: Console) -> dict[str, Any]:
     """By router and task, over all tokens and modules: each expert's share of the weight while the prompt and its answer are read."""
     found: dict[str, Any] = {}
     for name in ROUTED:
@@ -74,7 +74,7 @@ def shares(lab: Lab, console: Console) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _shares(lab: Lab, task: str) -> dict[str, Any]:
+def _shares(lab: WorkerState, task: str) -> dict[str, Any]:
     base = lab.base
     with trace(base, histogram=True) as recorded:
         for row in lab.task(IN_POOL, task).validation[:SHARE_ROWS]:
@@ -105,7 +105,7 @@ def _by_module(recorded: Trace, task: str) -> dict[str, float]:
     return {group: sum(v) / len(v) for group, v in groups.items()}
 
 
-def drop(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
+def drop(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]:
     """By task: the score of one to six experts a token, of its own expert alone, and with every other expert left out of the pool."""
     found: dict[str, Any] = {}
     for task in names:
@@ -130,7 +130,7 @@ def drop(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def longer(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
+def longer(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]:
     """In a pool of these experts alone, with the recipe's gates and with gates of 100 steps: scores, and own experts' shares."""
     config = replace(lab.recipe.gate, steps=PAPERS_STEPS)
     retrained = []
@@ -161,7 +161,7 @@ def longer(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def answers(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
+def answers(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]:
     """By task and system, on the rows that were measured: the score, how much longer than a row's mean choice the chosen one is (in tokens),
     and how often each place among the choices is taken."""
     found: dict[str, Any] = {}
@@ -192,7 +192,7 @@ def answers(lab: Lab, console: Console, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _lengths(lab: Lab, rows: Sequence[Example]) -> list[list[int]]:
+def _lengths(lab: WorkerState, rows: Sequence[Example]) -> list[list[int]]:
     """Of every row's choices, in tokens."""
     return [
         [len(lab.base.tokenizer(c, add_special_tokens=False).input_ids) for c in row.choices or ()]
@@ -200,7 +200,7 @@ def _lengths(lab: Lab, rows: Sequence[Example]) -> list[list[int]]:
     ]
 
 
-def _longest(lab: Lab, rows: Sequence[Example]) -> float:
+def _longest(lab: WorkerState, rows: Sequence[Example]) -> float:
     """What always choosing the longest scores, or one of the longest by chance."""
     hits = []
     for row, tokens in zip(rows, _lengths(lab, rows), strict=True):
@@ -209,7 +209,7 @@ def _longest(lab: Lab, rows: Sequence[Example]) -> float:
     return sum(hits) / len(hits)
 
 
-def _taken(lab: Lab, rows: Sequence[Example], places: Sequence[int]) -> dict[str, Any]:
+def _taken(lab: WorkerState, rows: Sequence[Example], places: Sequence[int]) -> dict[str, Any]:
     """Of the choices at these places, one a row."""
     tokens = _lengths(lab, rows)
     ratios = [t[p] / (sum(t) / len(t)) for t, p in zip(tokens, places, strict=True)]
@@ -222,7 +222,7 @@ def _taken(lab: Lab, rows: Sequence[Example], places: Sequence[int]) -> dict[str
     }
 
 
-def gates(lab: Lab, console: Console) -> dict[str, Any]:
+def gates(lab: WorkerState, console: Console) -> dict[str, Any]:
     """Each expert's mean ‖v‖ over modules; the mean and largest cosine of two experts' gates, means over modules."""
     experts = [e for e in lab.pool.experts if e.gates is not None]
     paths = list(experts[0].gates or {})
@@ -246,7 +246,7 @@ def gates(lab: Lab, console: Console) -> dict[str, Any]:
     return found
 
 
-def tasks(lab: Lab) -> list[str]:
+def tasks(lab: WorkerState) -> list[str]:
     return [e.name for e in lab.suites[IN_POOL].entries if e.name in lab.pool.names]
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     recipe = ExperimentRecipe.from_json(json.loads((options.experiment / "recipe.json").read_text()))
-    lab, console = Lab(recipe, options.experiment), Console()
+    lab, console = WorkerState(recipe, options.experiment), Console()
     if options.what != "answers" and IN_POOL not in lab.suites:
         raise SystemExit(f"{options.experiment} has no suite {IN_POOL}, whose tasks are looked at.")
     if options.what in ("shares", "longer") and lab.base.is_encoder_decoder:
@@ -282,7 +282,7 @@ def main() -> None:
     data = {
         "format": "phatgoose-surprises",
         "version": 1,
-        "made": show.made(0.0),
+        "made": made(0.0),
         "rows": rows,
         options.what: found,
     }

@@ -27,12 +27,18 @@ from phatgoose.records import Task, TaskScore
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Router, SpectR, Uniform, WeightOnly
 from phatgoose.routers.router import BoundRouter, Candidates
 from phatgoose.routers.weights import Comparable
-from phatgoose.tasks import Fractions, load_task
 from phatgoose.training.generated import train_generated_gate
 from phatgoose.training.writing import WritingConfig
-from phatgoose.workflows import show, summary
-from phatgoose.workflows.experiment.scores import Measurements
-from phatgoose.workflows.recipes import QUICKSTART
+from phatgoose.workflows.experiment.recipe import IN_POOL
+from phatgoose.workflows.experiment.results import against, interval, resampled_means, share_of_gain
+from phatgoose.workflows.experiment.scores import ScoreCache
+from phatgoose.workflows.experiment.systems import BASE, ORACLE
+from phatgoose.workflows.experiment.worker import WorkerState
+from phatgoose.workflows.provenance import made
+from phatgoose.workflows.quickstart import quickstart_recipe
+
+QUICKSTART = quickstart_recipe()
+TOP_K = 2
 
 WRITING = WritingConfig(rows=256, temperature=1.0, max_new_tokens=48)
 HALVES = ((0, 2, 4), (1, 3, 5))
@@ -62,7 +68,7 @@ class System:
 
 
 def systems(pool: Pool) -> list[System]:
-    k, mixed = QUICKSTART.top_k, PHATGOOSE(QUICKSTART.top_k, "weights")
+    k, mixed = TOP_K, PHATGOOSE(TOP_K, "weights")
     return [
         System("base", "the base model alone", None, None),
         System(TRUE, "PHATGOOSE, gates from the contributors' data", pool, PHATGOOSE(k)),
@@ -79,7 +85,7 @@ def systems(pool: Pool) -> list[System]:
 
 def generated_systems(pool: Pool) -> list[System]:
     """Of the pool whose gates were trained without data."""
-    k = QUICKSTART.top_k
+    k = TOP_K
     return [
         System("generated gates", "PHATGOOSE, gates from text that the base writes with the expert", pool, PHATGOOSE(k)),
         System("generated gates, standardised", "the same gates, scores standardised on the reference text", pool, StandardisedGates(k)),
@@ -104,14 +110,11 @@ def generated_pool(base: Base, pool: Pool, out: Path) -> Pool:
     return Pool(experts)
 
 
-def load_tasks() -> dict[str, list[Task]]:
-    """As the quickstart loads them."""
-    share = QUICKSTART.held_out_test_share
-    unseen = Fractions(test=share, validation=1 - share)
-    pooled = [load_task(s, limit={"train": QUICKSTART.train_rows}) for s in QUICKSTART.pool_tasks]
+def load_tasks(out: Path) -> dict[str, list[Task]]:
+    """The quickstart's tasks: suite → tasks."""
+    state = WorkerState(QUICKSTART, out)
     return {
-        "in-pool": pooled,
-        "held-out": [load_task(s, fractions=unseen) for s in QUICKSTART.held_out_tasks],
+        suite: [state.task(suite, e.name) for e in found.entries] for suite, found in state.suites.items()
     }
 
 
@@ -140,19 +143,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/ungated"))
     parser.add_argument("--dtype", default="bfloat16", help="the quickstart's, where it was measured")
     options = parser.parse_args()
-    base, pool, tasks = load_base(QUICKSTART.base, dtype=options.dtype), Pool.load(options.pool), load_tasks()
-    measurements = Measurements(base, options.out / "scores")
+    base, pool, tasks = (
+        load_base(QUICKSTART.base, dtype=options.dtype),
+        Pool.load(options.pool),
+        load_tasks(options.out),
+    )
+    cache = ScoreCache(base, options.out / "scores")
     every = [task for group in tasks.values() for task in group]
     table: dict[str, dict[str, TaskScore]] = {}
     shares: dict[str, dict[str, float]] = {}
 
     def measure(system: System) -> None:
         table[system.name] = {
-            t.name: measurements.score(t, system.pool, system.router, limit=QUICKSTART.test_rows)
+            t.name: cache.score(t, system.pool, system.router, limit=QUICKSTART.measure.test_rows)
             for t in every
         }
         if system.router is not None:
-            shares[system.name] = own_shares(base, system, tasks["in-pool"])
+            shares[system.name] = own_shares(base, system, tasks[IN_POOL])
         means = {g: sum(table[system.name][t.name].mean for t in ts) / len(ts) for g, ts in tasks.items()}
         print(system.name, {g: round(m, 3) for g, m in means.items()}, shares.get(system.name), flush=True)
 
@@ -176,17 +183,24 @@ def results(
 ) -> dict[str, Any]:
     groups = {group: [t.name for t in ts] for group, ts in tasks.items()}
     names = [s.name for s in listed]
+    drawn = {group: resampled_means(table, members) for group, members in groups.items()}
+    # The share of the true gates' gain over the base: `share_of_gain` with the true gates in the oracle's place.
+    gates_as_oracle = [{**part, ORACLE: part[TRUE]} for part in drawn[IN_POOL]]
+    minus = {
+        other: {group: against(means, resamples, other) for group, (means, resamples) in drawn.items()}
+        for other in (TRUE, BASE)
+    }
     return {
         "format": "phatgoose-ungated",
         "version": 1,
-        "made": show.made(0.0),
+        "made": made(0.0),
         "base": {"spec": base.spec, "dtype": str(base.model.dtype), "fingerprint": base.fingerprint.to_json()},
         "settings": {
             "writing": asdict(WRITING),
             "gate": asdict(QUICKSTART.gate),
             "halves": HALVES,
-            "test_rows": QUICKSTART.test_rows,
-            "top_k": QUICKSTART.top_k,
+            "test_rows": QUICKSTART.measure.test_rows,
+            "top_k": TOP_K,
         },
         "tasks": {t.name: t.hash for ts in tasks.values() for t in ts},
         "systems": [
@@ -195,17 +209,14 @@ def results(
                 "note": s.note,
                 "router": None if s.router is None else s.router.describe(),
                 "scores": {t: {"mean": x.mean, "low": x.low, "high": x.high} for t, x in table[s.name].items()},
-                "groups": summary.group_means(table[s.name], groups),
+                "groups": {g: {"mean": means[s.name], **interval(d[s.name])} for g, (means, d) in drawn.items()},
                 "own_shares": shares.get(s.name),
             }
             for s in listed
         ],
-        "minus_true_gates": {n: summary.comparisons(table, groups, n, [TRUE]) for n in names if n != TRUE},
-        "minus_base": {n: summary.comparisons(table, groups, n, ["base"]) for n in names if n != "base"},
-        # The share of the true gates' gain over the base: `recovered` with the true gates in the oracle's place.
-        "recovered": {
-            n: summary.recovered({**table, "oracle": table[TRUE]}, groups["in-pool"], n) for n in names
-        },
+        "minus_true_gates": minus[TRUE],
+        "minus_base": minus[BASE],
+        "recovered": {n: share_of_gain(gates_as_oracle[0], gates_as_oracle[1], n) for n in names},
         "generated": {e.name: {k: e.provenance["gate"][k] for k in ("task", "seconds", "losses", "validation_losses")} for e in generated.experts},
     }  # fmt: skip
 

@@ -10,7 +10,6 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from phatgoose.analysis.page import report
     from phatgoose.errors import PhatgooseError
     from phatgoose.evaluation.run import EvaluationConfig, evaluate
     from phatgoose.experts.expert import Expert
@@ -43,11 +42,11 @@ if TYPE_CHECKING:
     from phatgoose.training.gate import GateConfig, train_gate
     from phatgoose.training.generated import WritingConfig, train_generated_gate
     from phatgoose.training.signature import SignatureConfig, make_signature
+    from phatgoose.workflows.page import report
 
 __version__ = _version("phatgoose")
 
 _PUBLIC = {
-    "analysis.page": "report",
     "errors": "PhatgooseError",
     "evaluation.run": "EvaluationConfig evaluate",
     "experts.expert": "Expert",
@@ -66,6 +65,7 @@ _PUBLIC = {
     "training.gate": "GateConfig train_gate",
     "training.generated": "WritingConfig train_generated_gate",
     "training.signature": "SignatureConfig make_signature",
+    "workflows.page": "report",
 }
 """Module → the public names in it."""
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -1,7 +1,8 @@
-"""What to type where an optional package is missing: phatgoose is on no package index, so `pip install phatgoose[…]` finds nothing."""
+"""Which packages are installed, in which versions, and what to type where an optional one is missing."""
 
 from __future__ import annotations
 
+import platform
 import shlex
 import sys
 
@@ -9,12 +10,26 @@ import sys
 def install(extra: str) -> str:
     """How to install one of phatgoose's extras into the Python that runs, as the end of a sentence in a message.
 
-    It names the packages themselves, with the versions that phatgoose asks for, so it works however phatgoose was installed.
+    It names the packages and the versions that phatgoose asks for: phatgoose is on no package index, so
+    `pip install phatgoose[…]` would find nothing.
     """
     packages = requirements(extra)
     if not packages:  # run from its source, never installed
         return f'{sys.executable} -m pip install ".[{extra}]" in a clone of phatgoose'
     return shlex.join([sys.executable, "-m", "pip", "install", *packages])
+
+
+def installed_versions(*packages: str) -> dict[str, str | None]:
+    """Package → installed version (None: not installed), and Python's own: what a record says it was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return {**found, "python": platform.python_version()}
 
 
 def requirements(extra: str) -> list[str]:

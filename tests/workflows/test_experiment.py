@@ -35,13 +35,13 @@ from phatgoose.tasks.representable import Loss
 from phatgoose.tasks.sources.promptsource import config_name, templates
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment import steps as experiment_steps
-from phatgoose.workflows.experiment import worker as experiment_lab
+from phatgoose.workflows.experiment import worker as experiment_worker
 from phatgoose.workflows.experiment.executors import Processes
 from phatgoose.workflows.experiment.markdown import _computed
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError
 from phatgoose.workflows.experiment.results import ALIKE, RESAMPLES, suite_results
 from phatgoose.workflows.experiment.run import run_experiment
-from phatgoose.workflows.experiment.scores import Measurements
+from phatgoose.workflows.experiment.scores import ScoreCache
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMON = {
@@ -470,7 +470,7 @@ def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
         results = run_experiment(made, place / "out")
     assert results["failed"] == {"train multitask": "TrainingError: no room"}
     assert list(results["suites"]["in-pool"]["systems"]) == ["base"]
-    stale = experiment_lab.lab({"recipe": made.to_json(), "out": str(place / "out")})
+    stale = experiment_worker.worker_state({"recipe": made.to_json(), "out": str(place / "out")})
     with pytest.raises(PhatgooseError, match="isn't this run's"):
         stale.system("multitask", "another's hash")
 
@@ -624,7 +624,7 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
     def edited(run, system, **asked):
         if system == moment:
             write(place / "held.jsonl", [{"input": f"new {i}", "target": "yes"} for i in range(12)])
-            experiment_lab._lab.cache_clear()
+            experiment_worker._cached_state.cache_clear()
         return measure(run, system=system, **asked)
 
     monkeypatch.setattr(experiment_steps, "measure", edited)
@@ -679,7 +679,7 @@ def test_what_fails_costs_only_itself(place):
 
 
 def test_an_error_that_nobody_expected_costs_its_task_too(place, monkeypatch):
-    measure = Measurements.measure
+    measure = ScoreCache.measure
 
     def broken(self, task, pool, router, **more):
         if task.name == "choice" and pool is not None and len(pool.names) > 1:
@@ -688,7 +688,7 @@ def test_an_error_that_nobody_expected_costs_its_task_too(place, monkeypatch):
 
     made = recipe(place, systems=["base", "phatgoose"])
     with monkeypatch.context() as patch:
-        patch.setattr(Measurements, "measure", broken)
+        patch.setattr(ScoreCache, "measure", broken)
         results = run_experiment(made, place / "out")
     assert list(results["failed"]) == ["phatgoose on in-pool: choice"]
     assert results["failed"]["phatgoose on in-pool: choice"].startswith("RuntimeError: CUDA out of memory (")
@@ -767,18 +767,18 @@ def test_oracle_and_best_single_take_what_is_best_on_validation_rows_alone(place
 
 
 def test_experts_are_chosen_on_rows_that_are_not_measured(place, ready):
-    asked = experiment_lab.Lab.task
+    asked = experiment_worker.WorkerState.task
     pool = {"tasks": {"upper": f"jsonl:{place}/upper.jsonl"}, "folder": str(place / "ready")}
     run_experiment(recipe(place, systems=["base"], pool=pool), place / "out")
     run = {"recipe": recipe(place, systems=["base"], pool=pool).to_json(), "out": str(place / "out")}
-    lab = experiment_lab.lab(run)
+    lab = experiment_worker.worker_state(run)
     task = asked(lab, "unseen", "held")
     found = experiment_steps.choose(run, "", "upper", "unseen", ["held"])
     files = [json.loads(p.read_text())["key"] for p in (place / "out/scores").glob("*.json")]
     (key,) = [k for k in files if k["split"] == "validation"]
     assert (key["limit"], key["task"]) == (3, task.hash)
     assert not {e.input for e in task.validation} & {e.input for e in task.test[:6]}
-    right = lab.measurements.score(task, Pool([ready["upper"]]), Single(0), split="validation", limit=3)
+    right = lab.scores.score(task, Pool([ready["upper"]]), Single(0), split="validation", limit=3)
     assert found["scores"]["held"][0] == right.mean
 
 

@@ -16,7 +16,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.systems import build, check_system, expanded
-from phatgoose.workflows.recipes import QUICKSTART
+from phatgoose.workflows.quickstart import quickstart_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 SMALL = {"base": "b", "pool": {"tasks": {"a": "jsonl:a.jsonl"}}}
@@ -80,7 +80,9 @@ def test_story_cloze_is_measured_where_its_owners_copy_is(tmp_path):
 
 def test_the_quickstart_suite_is_the_quickstarts():
     recipe = ExperimentRecipe.from_json({**SMALL, "measure": {"suites": ["quickstart"]}})
-    assert tuple(e.specs[0] for e in recipe.suites[0].entries) == QUICKSTART.held_out_tasks
+    assert tuple(e.specs[0] for e in recipe.suites[0].entries) == tuple(
+        quickstart_recipe().measure.tasks.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,10 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ({"systems": ["dare:density=nan"]}, RoutingError, "density is 'nan', expected a number"),
         ({"systems": ["dare:seed=x"]}, RoutingError, "seed is 'x', expected a whole number"),
         ({"systems": ["lora-hub"]}, UnknownName, "known: .*, multitask, .*, weight-only"),
+        ({"claims": {"in-pol": 0.6}}, UnknownName, "suite of a claim 'in-pol': did you mean 'in-pool'"),
+        ({"claims": {"in-pool": 60}}, RecipeError, r"\[claims\] in-pool is 60, expected a share above 0 and at most 1"),
+        ({"claims": {"in-pool": "half"}}, RecipeError, "expected names and numbers"),
+        ({"claims": {"in-pool": 0.6}, "systems": ["base", "phatgoose"]}, RecipeError, "add oracle to the systems"),
         ({"dtype": "bf16"}, UnknownName, "dtype 'bf16': did you mean"),
         ({"pool": {"tasks": {"a": "bigbnch:social_iqa"}}}, UnknownName, "task source 'bigbnch': did you mean 'bigbench'"),
         ({"bas": "x"}, UnknownName, "setting in the recipe 'bas': did you mean 'base'"),

@@ -10,7 +10,7 @@ import torch
 from phatgoose.files import read_json
 from phatgoose.records import Example, Task
 from phatgoose.workflows.experiment import scores as measured
-from phatgoose.workflows.experiment.scores import Measurements, code_version
+from phatgoose.workflows.experiment.scores import ScoreCache, code_version
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def task():
 
 
 def test_another_code_torch_or_transformers_measures_again(make_base, task, tmp_path, monkeypatch):
-    kept = Measurements(make_base("llama"), tmp_path)
+    kept = ScoreCache(make_base("llama"), tmp_path)
     path = kept.measure(task, None, None, limit=4)
     assert kept.measure(task, None, None, limit=4) == path
     made = read_json(path, ValueError)["made"]
@@ -35,7 +35,7 @@ def test_another_code_torch_or_transformers_measures_again(make_base, task, tmp_
 
 
 def test_raw_rows_are_told_apart_though_the_task_is_the_same(make_base, task, tmp_path):
-    kept = Measurements(make_base("llama"), tmp_path)
+    kept = ScoreCache(make_base("llama"), tmp_path)
     grouped = replace(task, test=tuple(replace(e, group="one") for e in task.test))
     scores = [kept.score(t, None, None, limit=4) for t in (task, grouped)]
     assert [s.raw_rows for s in scores] == [4, 1]

@@ -1,18 +1,13 @@
-"""Whom labels choose: the same in the quickstart and in an experiment."""
+"""Whom labels choose."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
-from rich.console import Console
 
-from phatgoose.records import Example, Prediction, Task, TaskScore
-from phatgoose.workflows import quickstart
+from phatgoose.records import Example, Prediction, TaskScore
 from phatgoose.workflows.experiment.oracle import best, picks, rank, standing
-from phatgoose.workflows.quickstart import _Run
 
 ROWS = (Example("x", ("b",), ("a", "b")), Example("y", ("c",)), Example("z", ("a", "b"), ("a", "b", "c")))
 
@@ -47,19 +42,3 @@ def test_one_for_each_task_and_one_for_all():
     found = picks(scores, ["t", "u"], ["t", "u", "v"])
     assert found == {"oracle": {"t": "c", "u": "b"}, "best-single": {"t": "b", "u": "b", "v": "b"}}
     assert picks({}, ["t"], ["t"]) == {"oracle": {}, "best-single": {}}
-
-
-def test_the_quickstart_breaks_ties_so_too(monkeypatch):
-    found = {"first": score(-3.0), "second": score(-1.0)}
-    run = _Run.__new__(_Run)
-    run.every, run.kinds, run.console = (
-        [Task("t", train=(), validation=ROWS, test=ROWS)],
-        {},
-        Console(quiet=True),
-    )
-    run.recipe, run.table = SimpleNamespace(choice_rows=3), {f"single: {name}": {"t": name} for name in found}
-    run.measurements = SimpleNamespace(score=lambda task, expert, *_, **__: found[expert.name])
-    monkeypatch.setattr(quickstart, "Pool", lambda experts: experts[0])
-    pool = MagicMock(experts=[SimpleNamespace(name=name) for name in found])
-    run.add_oracle(pool)
-    assert run.table["oracle"] == {"t": "second"}

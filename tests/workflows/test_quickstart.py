@@ -9,30 +9,29 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from phatgoose.errors import ExpertError, StorageError
-from phatgoose.workflows.recipe import Recipe
-from phatgoose.workflows.recipes import QUICKSTART, SMOKE
+from phatgoose.training.config import ExpertConfig, GateConfig
+from phatgoose.workflows import quickstart
+from phatgoose.workflows.experiment.systems import expanded
+from phatgoose.workflows.page import page, read_results
+from phatgoose.workflows.quickstart import quickstart_recipe, run_quickstart
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "benchmarks" / "results" / "quickstart-2026-11-22.json"
 
 RUN = """
 import json, sys
 from rich.console import Console
-from phatgoose.training.config import ExpertConfig, GateConfig
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 from phatgoose.workflows.quickstart import run_quickstart
-from phatgoose.workflows.recipe import Recipe
-import phatgoose.workflows.quickstart as q
-q._dtype = lambda: "float32"
-folder, out = sys.argv[1:3]
-common = dict(rows_per_step=4, rows_per_batch=4, max_length=64, validation_rows=4, validate_every=2, save_every=1, learning_rate=1e-2)
-recipe = Recipe(
-    base=f"{folder}/base", pool_tasks=(f"jsonl:{folder}/upper.jsonl", f"jsonl:{folder}/choice.jsonl"),
-    held_out_tasks=(f"jsonl:{folder}/held.jsonl",), expert=ExpertConfig(rank=2, alpha=4, steps=4, **common),
-    gate=GateConfig(steps=3, **common), train_rows=20, test_rows=6, choice_rows=3, shown_prompts=2,
-)
-run_quickstart(out, recipe=recipe, console=Console(width=150))
+recipe = ExperimentRecipe.from_json(json.loads(sys.argv[1]))
+run_quickstart(sys.argv[2], recipe=recipe, console=Console(width=150))
 """
 
 
@@ -54,9 +53,29 @@ def place(tmp_path, make_base):
     return tmp_path
 
 
+def recipe(place):
+    common = {
+        "rows_per_step": 4, "rows_per_batch": 4, "max_length": 64, "validation_rows": 4, "validate_every": 2, "save_every": 1,
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    return {
+        "base": f"{place}/base",
+        "dtype": "float32",
+        "systems": ["base", "single:upper", "single:choice", "merged", "uniform", "random", "phatgoose", "oracle"],
+        "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
+        "measure": {
+            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6, "choice_rows": 3,
+        },
+        "page": {"prompts": 2},
+        "claims": {"in-pool": 0.6},
+        "expert": {"rank": 2, "alpha": 4, "steps": 4, **common},
+        "gate": {"steps": 3, **common},
+    }  # fmt: skip
+
+
 def start(place, out):
     return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(place), str(out)],
+        [sys.executable, "-c", RUN, json.dumps(recipe(place)), str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -93,16 +112,22 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    stamps = {p: p.stat().st_mtime_ns for p in (out / "experts").glob("*/adapter_model.safetensors")}
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "experts").glob("[!.]*/adapter_model.safetensors")}
     finish(place, out)
     assert outcome(out) == expected
-    assert all(
-        p.stat().st_mtime_ns == t for p, t in stamps.items()
-    )  # finished experts were not trained again
-    again = finish(place, out)
+    stamps |= {p: p.stat().st_mtime_ns for p in (out / "experts").glob("[!.]*/adapter_model.safetensors")}
+    assert len(stamps) == 2
+    finish(place, out)
     assert outcome(out) == expected
-    assert "expert upper: 4/4" not in again
-    for part in ("PHATGOOSE", "oracle", "A gate was trained on", "phatgoose chat --pool"):
+    # Finished experts were not trained again.
+    assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    for part in (
+        "PHATGOOSE",
+        "oracle",
+        "A gate was trained on",
+        "phatgoose chat --pool",
+        "Claimed beforehand",
+    ):
         assert part in text
     assert re.search(r"in-pool: (PHATGOOSE recovers|the oracle gains too little)", text)
     assert re.search(r"in-pool tasks: accuracy on 6 test rows each", text)
@@ -112,28 +137,30 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
 def test_results_are_complete_and_consistent(place):
     finish(place, place / "out")
     results = json.loads((place / "out/results.json").read_text())
-    names = [s["name"] for s in results["systems"]]
-    assert names == [
-        "base",
-        "single: upper",
-        "single: choice",
-        "merged",
-        "uniform",
-        "random",
-        "PHATGOOSE",
-        "oracle",
-    ]
-    by_name = {s["name"]: s for s in results["systems"]}
-    for task in results["tasks"]:
-        singles = [by_name[n]["scores"][task["name"]]["mean"] for n in names if n.startswith("single")]
-        assert by_name["oracle"]["scores"][task["name"]]["mean"] in singles
-        assert (
-            by_name["merged"]["scores"][task["name"]]["mean"]
-            == by_name["uniform"]["scores"][task["name"]]["mean"]
-        )
-        assert sum(results["shares"][task["name"]].values()) == pytest.approx(1, abs=1e-2)
-    assert (place / "out/quickstart.html").stat().st_size > 10_000
-    (place / "out/experts/upper/adapter_model.safetensors").write_bytes(b"damaged")
+    names = recipe(place)["systems"]
+    for suite in results["suites"].values():
+        assert list(suite["systems"]) == names
+        for task in suite["tasks"]:
+            score = {name: suite["systems"][name]["tasks"][task]["mean"] for name in names}
+            assert score["oracle"] in [score[n] for n in names if n.startswith("single")]
+            assert score["merged"] == score["uniform"]
+            assert sum(results["shares"][task].values()) == pytest.approx(1, abs=1e-2)
+    assert results["resamples"] == results["evaluation"]["resamples"] == 20_000
+    claim, share = (
+        results["claims"]["in-pool"],
+        results["suites"]["in-pool"]["oracle_gain_share"]["phatgoose"],
+    )
+    assert claim["share"] == share["share"]
+    assert claim["holds"] == (None if share["share"] is None else share["share"] >= 0.6)
+    shown = read_results(place / "out/results.json")
+    assert shown["shares"] == results["shares"]
+    alone = results["suites"]["in-pool"]["systems"]["single:upper"]["tasks"]["upper"]["mean"]
+    assert shown["experts"][0]["own"] == alone
+    text = (place / "out/quickstart.html").read_text(encoding="utf-8")
+    assert "Token by token" in text
+    assert "Layer by layer" in text
+    (damaged,) = (place / "out/experts").glob("upper-*/adapter_model.safetensors")
+    damaged.write_bytes(b"damaged")
     process = start(place, place / "out")
     text, _ = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -142,46 +169,62 @@ def test_results_are_complete_and_consistent(place):
 
 
 def test_other_peoples_folders_are_refused(tmp_path):
-    from phatgoose.workflows.quickstart import run_quickstart
-
     (tmp_path / "letter.txt").write_text("dear")
     for fresh in (False, True):
         with pytest.raises(StorageError, match="is not a quickstart's folder"):
-            run_quickstart(
-                tmp_path, fresh=fresh, recipe=Recipe(base="none", pool_tasks=(), held_out_tasks=())
-            )
+            run_quickstart(tmp_path, fresh=fresh)
     assert (tmp_path / "letter.txt").exists()
 
 
 def test_recipes_keep_their_promises():
-    assert len(QUICKSTART.pool_tasks) >= 5
-    assert len(QUICKSTART.held_out_tasks) >= 5
-    assert not set(QUICKSTART.pool_tasks) & set(QUICKSTART.held_out_tasks)
-    assert QUICKSTART.test_rows == 100
-    assert len(SMOKE.pool_tasks) == 2
-    assert SMOKE.base == QUICKSTART.base
+    whole, smoke = quickstart_recipe(), quickstart_recipe(smoke=True)
+    trained, unseen = whole.pool.tasks, whole.measure.tasks
+    assert len(trained) >= 5
+    assert len(unseen) >= 5
+    assert not set(trained.values()) & set(unseen.values())
+    assert whole.measure.test_rows == 100
+    assert whole.claims == {"in-pool": 0.6}
+    assert len(smoke.pool.tasks) == 2
+    assert smoke.base == whole.base
+
+
+def test_the_recipe_is_the_published_one():
+    """Base, tasks, rows, settings and systems of the numbers in docs/results.md."""
+    published, found = json.loads(PUBLISHED.read_text()), quickstart_recipe()
+    said = published["recipe"]
+    assert found.base == said["base"]
+    assert list(found.pool.tasks.values()) == said["pool_tasks"]
+    assert list(found.pool.tasks) == [e["name"] for e in published["experts"]]
+    assert list(found.measure.tasks.values()) == said["held_out_tasks"]
+    assert said["expert"].pop("peft_type") == "LORA"  # the setting of that time; "kind" since
+    for config, settings in ((ExpertConfig, "expert"), (GateConfig, "gate")):
+        assert config(**said[settings]) == getattr(found, settings)
+    assert found.pool.train_rows == said["train_rows"]
+    assert (found.measure.test_rows, found.measure.choice_rows) == (said["test_rows"], said["choice_rows"])
+    names = {"PHATGOOSE": "phatgoose"}
+    systems = [names.get(s["name"], s["name"].replace("single: ", "single:")) for s in published["systems"]]
+    assert list(expanded(found.systems, found.seeds)) == systems
+
+
+def test_results_written_before_still_open(tmp_path):
+    text = page(tmp_path / "page.html", results=read_results(PUBLISHED)).read_text(encoding="utf-8")
+    assert "<strong>86&nbsp;%</strong>" in text
 
 
 def test_what_to_type_next_is_small_and_can_be_typed(monkeypatch, tmp_path):
     """Not the paper's training, which takes days on a laptop, and with what puts phatgoose on the path where it isn't."""
-    from io import StringIO
-
-    from rich.console import Console
-
-    from phatgoose.workflows import show
-    from phatgoose.workflows.recipes import QUICKSTART
 
     def said(found):
-        monkeypatch.setattr(show.shutil, "which", lambda _: found)
+        monkeypatch.setattr(quickstart.shutil, "which", lambda _: found)
         text = StringIO()
-        show.next_steps(Console(file=text, width=1000), tmp_path, QUICKSTART, tmp_path / "page.html", None)
+        quickstart._print_next_steps(Console(file=text, width=1000), tmp_path, quickstart_recipe())
         return text.getvalue()
 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").touch()
-    monkeypatch.setattr(show.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(quickstart.sys, "prefix", str(tmp_path))
     assert f". {tmp_path}/bin/activate" in said(None)
     assert "activate" not in said("/usr/bin/phatgoose")
     assert "--out my-expert --steps 60 --rows-per-step 16" in said(None)
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert show.SMALL in " ".join(readme.replace("\\\n", " ").split())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert quickstart.SMALL in " ".join(readme.replace("\\\n", " ").split())

@@ -7,27 +7,30 @@ import pytest
 from phatgoose.errors import StorageError
 from phatgoose.workflows.experiment.run import run_experiment
 from phatgoose.workflows.quickstart import run_quickstart
-from phatgoose.workflows.run_folder import forget, held
+from phatgoose.workflows.run_folder import clear, locked_folder
 
 
 def test_one_run_at_a_time(tmp_path):
-    with held(tmp_path / "out", "quickstart"):
+    with locked_folder(tmp_path / "out", "quickstart"):
         (tmp_path / "out" / "experts").mkdir()
         with pytest.raises(StorageError, match="another run is at work"):
             run_quickstart(tmp_path / "out", fresh=True)
         assert (tmp_path / "out" / "experts").exists()
-        forget(tmp_path / "out")
+        clear(tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".phatgoose-quickstart"]
-    with held(tmp_path / "other", "experiment"), pytest.raises(StorageError, match="another run is at work"):
+    with (
+        locked_folder(tmp_path / "other", "experiment"),
+        pytest.raises(StorageError, match="another run is at work"),
+    ):
         run_experiment(None, tmp_path / "other", fresh=True)
 
 
 @pytest.mark.parametrize(("mine", "other"), [("quickstart", "experiment"), ("experiment", "quickstart")])
 def test_a_folder_of_something_else_is_left_alone(tmp_path, mine, other):
-    with held(tmp_path / "out", other):
+    with locked_folder(tmp_path / "out", other):
         pass
     with (
         pytest.raises(StorageError, match=f"is not an? {mine}'s folder"),
-        held(tmp_path / "out", mine),
+        locked_folder(tmp_path / "out", mine),
     ):
         pass

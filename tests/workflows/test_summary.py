@@ -1,4 +1,4 @@
-"""The reported numbers against direct computation."""
+"""Means, comparisons and shares of the oracle's gain against direct computation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from phatgoose.records import Prediction, TaskScore
-from phatgoose.workflows.summary import comparisons, group_means, recovered
+from phatgoose.workflows.experiment.results import resampled_means, share_of_gain, suite_results
 
 
 def score(task, rights):
@@ -22,6 +22,14 @@ def table(**systems):
     return {
         name: {task: score(task, rights) for task, rights in rows.items()} for name, rows in systems.items()
     }
+
+
+def recovered(table, tasks, system):
+    return share_of_gain(*resampled_means(table, tasks), system)
+
+
+def compared(table):
+    return suite_results(table, dict.fromkeys(("a", "b"), ""))
 
 
 BASE = {"a": [0] * 10, "b": [1] * 2 + [0] * 8}
@@ -49,13 +57,13 @@ def test_nothing_to_recover_is_said_not_divided():
 
 def test_groups_and_comparisons():
     t = table(base=BASE, ours=OURS)
-    groups = {"in-pool": ["a", "b"], "held-out": []}
-    means = group_means(t["ours"], groups)
-    assert means.keys() == {"in-pool"}
-    assert means["in-pool"]["mean"] == pytest.approx(0.7)
-    (one,) = comparisons(t, groups, "ours", ["base"])
+    found = compared(t)
+    assert found["common_tasks"] == ["a", "b"]
+    assert found["systems"]["ours"]["mean"] == pytest.approx(0.7)
+    one = found["against"]["base"]["ours"]
     assert one["difference"] == pytest.approx(0.6)
     assert 0 < one["low"] < 0.6 < one["high"]
+    assert suite_results(t, {})["systems"]["ours"].keys() == {"tasks"}
 
 
 def test_rows_of_one_raw_row_make_wider_intervals():
@@ -65,8 +73,9 @@ def test_rows_of_one_raw_row_make_wider_intervals():
     plain, found = (recovered(x, ["a", "b"], "ours") for x in (t, grouped))
     assert found["share"] == plain["share"]
     assert found["high"] - found["low"] > plain["high"] - plain["low"]
-    (one,), (other,) = (comparisons(x, {"in-pool": ["a", "b"]}, "ours", ["base"]) for x in (t, grouped))
+    results = [compared(x) for x in (t, grouped)]
+    one, other = (r["against"]["base"]["ours"] for r in results)
     assert one["difference"] == other["difference"]
     assert other["high"] - other["low"] > one["high"] - one["low"]
-    means = [group_means(x["ours"], {"in-pool": ["a", "b"]})["in-pool"] for x in (t, grouped)]
+    means = [r["systems"]["ours"] for r in results]
     assert means[1]["low"] < means[0]["low"]

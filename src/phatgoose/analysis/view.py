@@ -9,7 +9,11 @@ from typing import Any
 
 from phatgoose.analysis.measures import effective_number
 
-GROUPS = {"in-pool": "Tasks the pool has experts for", "held-out": "Held-out tasks, seen by no expert"}
+HELD_OUT = ("held-out", "unseen")
+GROUPS = {
+    "in-pool": "Tasks the pool has experts for",
+    **dict.fromkeys(HELD_OUT, "Held-out tasks, seen by no expert"),
+}
 COLOURS = 7
 """Okabe and Ito's colours that read on light and dark: orange, sky, green, yellow, blue, vermilion, purple."""
 TASKS_ACROSS = 8
@@ -83,7 +87,7 @@ def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | N
         **means,
         "name": router["name"],
         "tasks": len(group["tasks"]),
-        "held_out": group["key"] == "held-out",
+        "held_out": group["key"] in HELD_OUT,
         "label": group["label"],
         "known": group["key"] in GROUPS,
         "recovered": data.get("recovered", {}).get(group["key"]),

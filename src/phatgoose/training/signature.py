@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel
 from phatgoose.errors import TrainingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
+from phatgoose.extras import installed_versions
 from phatgoose.files import sha256_json, work_place
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base, as_base
@@ -85,7 +84,7 @@ def make_signature(
         "task": {"name": task.name, "source": without_paths(task.source), "hash": task.hash},
         "rows": len(rows), "tokens": tokens, "texts": 0 if texts is None else len(texts), "texts_cut": cut,
         "encoder": encoder.name if encoder else None, "seconds": round(time.monotonic() - started, 3),
-        "versions": {**{n: version(n) for n in ("phatgoose", "torch", "transformers")}, "python": platform.python_version()},
+        "versions": installed_versions("phatgoose", "torch", "transformers"),
     }  # fmt: skip
     return expert.with_signature(made, record)
 

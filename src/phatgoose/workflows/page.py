@@ -1,4 +1,4 @@
-"""The page of a pool: what was measured, if anything, and what tracing it on tasks and prompts shows."""
+"""The page of results and pools: what was measured, and what tracing a pool on tasks and prompts shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phatgoose.analysis.page import report
+from phatgoose.analysis import page as analysis_page
+from phatgoose.analysis.page import RoutedPrompt
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json
@@ -17,22 +18,44 @@ from phatgoose.workflows.experiment.page import FORMAT, page_data
 from phatgoose.workflows.traced import traced, with_cards
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a quickstart or an experiment, or the data that a page offers for download (then its results).
+def report(
+    results: Mapping[str, Any] | None, prompts: Sequence[RoutedPrompt] = (), *, out: Path | str
+) -> Path:
+    """Writes the page to `out`, whole or not at all, and returns its path.
+
+    Args:
+        results: what an experiment or the quickstart writes as results.json, or tables of your own:
+            `phatgoose.analysis.checks.SHAPE` says what they must hold. Parts that are left out are left out of the page. Tasks
+            and systems may be empty if there are prompts or experts.
+        prompts: shown in this order, tokens coloured by expert.
 
     Raises:
-        EvaluationError: it is neither.
+        EvaluationError: `results` or a prompt is malformed; the message says where.
+        StorageError: the file can't be written; an existing one is left as it was.
+    """
+    return analysis_page.report(None if results is None else for_page(results), prompts, out=out)
+
+
+def for_page(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`results` as the page takes them: those of an experiment are rearranged, others are left as they are."""
+    return page_data(results) if results.get("format") == FORMAT else results
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of an experiment or the quickstart, or the data that a page offers for download (then its results).
+
+    Raises:
+        EvaluationError: it is none of these.
     """
     found = read_json(path, EvaluationError)
     if isinstance(found, dict) and str(found.get("format", "")).startswith("phatgoose-report/"):
         found = found.get("results")
-    if isinstance(found, dict) and found.get("format") == FORMAT:
-        return page_data(found)
-    if not isinstance(found, dict) or "systems" not in found or "tasks" not in found:
+    found = for_page(found) if isinstance(found, dict) else {}
+    if "systems" not in found or "tasks" not in found:
         raise EvaluationError(
-            f"{path} holds no results: expected a JSON object with tasks and systems, as results.json has."
+            f"{path} holds no results: expected results.json of an experiment, or a page's data."
         )
-    return found
+    return dict(found)
 
 
 def page(
@@ -56,7 +79,7 @@ def page(
     if pool is None or base is None:
         if not data["systems"]:
             raise EvaluationError("there is nothing to show: give results, or a pool.")
-        return report(data, out=out)
+        return analysis_page.report(data, out=out)
     seen = traced(
         base, pool, router or PHATGOOSE(), tasks, shown=len(tasks), texts=texts, new_tokens=new_tokens, backend=backend
     )  # fmt: skip
@@ -73,4 +96,4 @@ def page(
     for key, new in (("shares", seen.shares), ("layers", seen.layers)):
         data[key] = {**data.get(key, {}), **new}
     data.setdefault("base", {"spec": base.spec, "notes": list(base.notes)})
-    return report(data, seen.prompts, out=out)
+    return analysis_page.report(data, seen.prompts, out=out)

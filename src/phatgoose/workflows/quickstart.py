@@ -1,51 +1,31 @@
-"""The main job, end to end: contributors train experts and gates, the pool routes every token, a table says how good it is.
-
-Everything lies under one folder and is found again by a second run: experts/ (one finished folder each), pool/, scores/,
-results.json, quickstart.html. work/ holds what an interrupted training needs to go on.
-"""
+"""`phatgoose quickstart`: a built-in experiment, with its tables and what to type next on the screen."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import rich.box
 from rich.console import Console
+from rich.table import Table
 
-from phatgoose.analysis.page import report
-from phatgoose.experts.expert import Expert
-from phatgoose.experts.merge import merged
-from phatgoose.experts.names import slug
-from phatgoose.experts.pool import Pool
-from phatgoose.files import write_json
-from phatgoose.models.base.base import Base
-from phatgoose.models.base.load import load_base
-from phatgoose.records import Task, TaskScore
-from phatgoose.routers import PHATGOOSE, Random, Router, Single, Uniform
-from phatgoose.tasks import Fractions, load_task
-from phatgoose.workflows import show, summary
-from phatgoose.workflows.contribute import contribute, record
-from phatgoose.workflows.experiment.oracle import best, standing
-from phatgoose.workflows.experiment.scores import Measurements
-from phatgoose.workflows.recipe import Recipe
-from phatgoose.workflows.recipes import QUICKSTART, SMOKE
-from phatgoose.workflows.run_folder import forget, held
-from phatgoose.workflows.traced import traced, with_cards
+from phatgoose.errors import PhatgooseError
+from phatgoose.workflows.experiment.page import claim_text
+from phatgoose.workflows.experiment.recipe import ExperimentRecipe
+from phatgoose.workflows.experiment.run import run_experiment
+from phatgoose.workflows.experiment.systems import MAIN, ORACLE
 
-BASELINES = ("base", "random", "uniform", "merged")
+RECIPES = Path(__file__).parent / "recipes"
+SMALL = "--steps 60 --rows-per-step 16 --learning-rate 1e-3 --validate-every 20"
+"""Settings of a training that ends within minutes on a laptop, as the README has them; the defaults are the paper's."""
 
 
-@dataclass(frozen=True)
-class System:
-    """A row of the table: how the base is used."""
-
-    name: str
-    kind: str
-    note: str
-    pool: Pool | None
-    router: Router | None
+def quickstart_recipe(*, smoke: bool = False) -> ExperimentRecipe:
+    """The built-in recipe. `smoke`: two experts and a few steps; its numbers mean nothing."""
+    return ExperimentRecipe.read(RECIPES / ("quickstart-smoke.toml" if smoke else "quickstart.toml"))
 
 
 def run_quickstart(
@@ -53,212 +33,127 @@ def run_quickstart(
     *,
     smoke: bool = False,
     fresh: bool = False,
-    recipe: Recipe | None = None,
+    recipe: ExperimentRecipe | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs the quickstart, or what is left of it, and returns what results.json holds.
+    """Runs the quickstart, or the steps that are still missing, and returns what results.json holds.
 
     Args:
         out: the folder for everything.
-        smoke: two experts and a few steps, to see that all parts work; the numbers mean nothing.
-        fresh: forget what is in `out` (only if it is a quickstart's folder).
+        smoke: two experts and a few steps, to see that all parts work.
+        fresh: remove what an earlier run made in `out` (only if it is a quickstart's folder).
         recipe: another recipe than the built-in one.
 
     Raises:
-        PhatgooseError: with what to do; run again to go on where it stopped.
+        PhatgooseError: with what to do. Run it again to go on where it stopped.
     """
-    out, console = Path(out), console or show.screen()
-    recipe = recipe or (SMOKE if smoke else QUICKSTART)
-    with held(out, "quickstart"):
-        if fresh:
-            forget(out)
-        return _quickstart(out, recipe, console)
-
-
-def _quickstart(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
-    started = time.monotonic()
-    show.plan(console, recipe, out)
-    base = load_base(recipe.base, dtype=_dtype())
-    tasks = _tasks(recipe)
-    show.base(console, base, tasks)
-    run = _Run(recipe, out, console, base, tasks)
-    run.measure(System("base", "base", "the base model alone", None, None))
-    experts = [run.contribute(task) for task in tasks["in-pool"]]
-    pool = Pool(experts)
-    pool.save(out / "pool")
-    for system in run.systems(pool):
-        run.measure(system)
-    run.add_oracle(pool)
-    results = run.results(pool, seconds=time.monotonic() - started)
-    every = [task for members in tasks.values() for task in members]
-    seen = traced(base, pool, PHATGOOSE(recipe.top_k), every, shown=recipe.shown_prompts)
-    results |= {"shares": seen.shares, "layers": seen.layers}
-    results["experts"] = with_cards(results["experts"], seen.cards)
-    write_json(out / "results.json", results)
-    page = report(results, seen.prompts, out=out / "quickstart.html")
-    show.table(console, results)
-    show.verdict(console, results)
-    show.next_steps(console, out, recipe, page, pool)
+    out = Path(out)
+    if console is None:  # a pipe or a file gets whole lines
+        console = Console() if sys.stdout.isatty() else Console(width=1000)
+    recipe = recipe or quickstart_recipe(smoke=smoke)
+    console.print(
+        f"[bold]phatgoose quickstart[/]: {len(recipe.pool_entries)} contributors train an expert and its gates on {recipe.base}, "
+        f"each on a task of their own; the pool is then measured on those tasks and {len(recipe.measure.tasks)} unseen ones. "
+        f"Everything goes to [bold]{out}[/]; stop and start again as you like."
+    )
+    results = run_experiment(recipe, out, console=console, fresh=fresh, kind="quickstart")
+    for name, suite in results["suites"].items():
+        if suite["common_tasks"]:
+            console.print(suite_table(console, name, suite))
+    for line in conclusions(results):
+        console.print(line, highlight=False)
+    if results["failed"]:
+        failures = "".join(f"\n  {what}: {why}" for what, why in results["failed"].items())
+        raise PhatgooseError(f"some steps failed; the same command runs them again:{failures}")
+    _print_next_steps(console, out, recipe)
     return results
 
 
-class _Run:
-    """What the steps share."""
+def suite_table(console: Console, name: str, suite: Mapping[str, Any]) -> Table:
+    """Systems down, tasks across; tasks are numbered where their names don't fit."""
+    tasks = suite["common_tasks"]
+    rows = next(iter(suite["systems"].values()))["tasks"][tasks[0]]["rows"]
+    title = f"{name} tasks: accuracy on {rows} test rows each"
+    table = _table(title, tasks, suite)
+    if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
+        legend = ", ".join(f"{i} {task}" for i, task in enumerate(tasks, 1))
+        table = _table(f"{title}\n{legend}", [str(i) for i in range(1, len(tasks) + 1)], suite)
+    return table
 
-    def __init__(self, recipe: Recipe, out: Path, console: Console, base: Base, tasks: dict[str, list[Task]]):
-        self.recipe, self.out, self.console, self.base, self.tasks = recipe, out, console, base, tasks
-        self.every = [*tasks["in-pool"], *tasks["held-out"]]
-        self.measurements = Measurements(base, out / "scores")
-        self.table: dict[str, dict[str, TaskScore]] = {}
-        self.kinds: dict[str, tuple[str, str]] = {}
-        self.experts: list[dict[str, Any]] = []
 
-    def measure(self, system: System) -> None:
-        """All test rows of all tasks; the scores go into the table."""
-        with show.progress(self.console, f"measuring {system.name}", len(self.every)) as step:
-            row = {}
-            for task in self.every:
-                row[task.name] = self.measurements.score(
-                    task, system.pool, system.router, limit=self.recipe.test_rows, progress=step.inner
-                )
-                step.advance()
-        self.table[system.name] = row
-        self.kinds[system.name] = (system.kind, system.note)
-        show.system(self.console, system.name, row, {g: [t.name for t in ts] for g, ts in self.tasks.items()})
+def _table(title: str, heads: Sequence[str], suite: Mapping[str, Any]) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("system", no_wrap=True)
+    for head in (*heads, "mean (95 %)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for system, found in suite["systems"].items():
+        if "mean" in found:
+            cells = [f"{found['tasks'][task]['mean']:.2f}" for task in suite["common_tasks"]]
+            mean = f"{found['mean']:.3f} ({found['low']:.2f}–{found['high']:.2f})"
+            style = "bold" if system == MAIN else None
+            table.add_row(system.removeprefix("single:"), *cells, mean, style=style)
+    return table
 
-    def contribute(self, task: Task) -> Expert:
-        """What one contributor does: trains an expert on their own task, then its gates; shows what the expert gained."""
-        name = slug(show.short(task.name))
-        expert = contribute(
-            self.base,
-            task,
-            self.recipe.expert,
-            self.recipe.gate,
-            name=name,
-            folder=self.out / "experts" / name,
-            work=self.out / "work" / name,
-        )
-        own = self.measurements.score(
-            task, Pool([expert]), Single(0), limit=self.recipe.test_rows, progress=False
-        )
-        scores = {"base": self.table["base"][task.name].mean, "own": own.mean}
-        self.experts.append({**record(expert, task), **scores})
-        show.expert(self.console, self.experts[-1])
-        return expert
 
-    def systems(self, pool: Pool) -> list[System]:
-        average = Pool([merged(pool)])
-        return [
-            *(
-                System(f"single: {e.name}", "single", "this expert on every token", Pool([e]), Single(0))
-                for e in pool.experts
-            ),
-            System("merged", "static", "one expert: the average of all updates", average, Single(0)),
-            System(
-                "uniform",
-                "control",
-                "all experts on every token, equal weights: the same function as merged",
-                pool,
-                Uniform(),
-            ),
-            System(
-                "random",
-                "control",
-                "random experts for every token and module",
-                pool,
-                Random(self.recipe.seed, self.recipe.top_k),
-            ),
-            System(
-                "PHATGOOSE",
-                "router",
-                "experts chosen by their gates for every token and module",
-                pool,
-                PHATGOOSE(self.recipe.top_k),
-            ),
-        ]
-
-    def add_oracle(self, pool: Pool) -> None:
-        """Per task the single expert that is best on validation rows (see `oracle`): needs labels and a task's name."""
-        row = {}
-        with show.progress(
-            self.console, "choosing the oracle's experts", len(self.every) * len(pool)
-        ) as step:
-            for task in self.every:
-                found = {}
-                for expert in pool.experts:
-                    score = self.measurements.score(
-                        task,
-                        Pool([expert]),
-                        Single(0),
-                        split="validation",
-                        limit=self.recipe.choice_rows,
-                        progress=False,
-                    )
-                    step.advance()
-                    found[expert.name] = [standing(score, task.validation[: self.recipe.choice_rows])]
-                row[task.name] = self.table[f"single: {best(found)}"][task.name]
-                self.kinds.setdefault(
-                    "oracle", ("oracle", "per task, the single expert that is best on its validation rows")
-                )
-        self.table["oracle"] = row
-
-    def results(self, pool: Pool, seconds: float) -> dict[str, Any]:
-        groups = {group: [t.name for t in tasks] for group, tasks in self.tasks.items()}
-        systems = []
-        for name, row in self.table.items():
-            kind, note = self.kinds[name]
-            scores = {
-                t: {"mean": s.mean, "low": s.low, "high": s.high, "rows": s.rows} for t, s in row.items()
-            }
-            systems.append(
-                {
-                    "name": name,
-                    "kind": kind,
-                    "note": note,
-                    "scores": scores,
-                    "groups": summary.group_means(row, groups),
-                }
+def conclusions(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say: the oracle's gain, the other systems, the recipe's claims, what gates cost."""
+    lines = []
+    for name, suite in results["suites"].items():
+        if not (share := suite["oracle_gain_share"].get(MAIN)):
+            continue
+        if share["share"] is None:
+            lines.append(
+                f"{name}: the oracle gains too little over the base here for a share of its gain to be given."
             )
-        first = self.table["base"]
-        return {
-            "format": "phatgoose-quickstart",
-            "version": 1,
-            "title": "phatgoose quickstart",
-            "made": show.made(seconds),
-            "base": {"spec": self.base.spec, "notes": list(self.base.notes), "dtype": str(self.base.model.dtype), "fingerprint": self.base.fingerprint.to_json()},
-            "recipe": self.recipe.to_json(),
-            "experts": self.experts,
-            "tasks": [
-                {"name": t.name, "spec": t.source.get("spec", t.name), "hash": t.hash, "group": group,
-                 "metric": first[t.name].metric, "rows": first[t.name].rows}
-                for group, tasks in self.tasks.items() for t in tasks
-            ],
-            "systems": systems,
-            "comparisons": summary.comparisons(self.table, groups, "PHATGOOSE", [*BASELINES, "oracle"]),
-            "recovered": {group: summary.recovered(self.table, names, "PHATGOOSE") for group, names in groups.items() if names},
-            "pool": {e.name: e.hash for e in pool.experts},
-            "notes": show.NOTES,
-        }  # fmt: skip
+        else:
+            lines.append(
+                f"{name}: PHATGOOSE recovers [bold]{share['share']:.0%}[/] of the oracle's gain over the base "
+                f"(95 %: {share['low']:.0%} to {share['high']:.0%})."
+            )
+    lines += [claim_text(suite, claim) for suite, claim in results["claims"].items()]
+    for name, suite in results["suites"].items():
+        for other, d in suite["against"].get(MAIN, {}).items():
+            if other == ORACLE or other.startswith("single:"):
+                continue
+            low, high = -d["high"], -d["low"]
+            verdict = "more than" if low > 0 else "less than" if high < 0 else "not distinguishable from"
+            lines.append(
+                f"  {name}: PHATGOOSE − {other} = {-d['difference']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict} {other}"
+            )
+    experts = results["experts"]
+    share_of_tokens = sum(e["gate_token_share"] for e in experts) / len(experts)
+    size = sum(e["gate_parameters"] for e in experts) / sum(e["parameters"] for e in experts)
+    return [
+        *lines,
+        f"A gate was trained on {share_of_tokens:.0%} as many tokens as its expert, and is {size:.1%} of its size.",
+    ]
 
 
-def _dtype() -> str:
-    """bfloat16 where the hardware computes in it (three times as fast there), else float32; recorded with the results."""
-    fast = (
-        torch.cuda.is_available()
-        or torch.cpu._is_avx512_bf16_supported()
-        or torch.cpu._is_amx_tile_supported()
+def _print_next_steps(console: Console, out: Path, recipe: ExperimentRecipe) -> None:
+    used = " ".join((*recipe.pool.tasks.values(), *recipe.measure.tasks.values()))
+    another = next(
+        t for t in ("social_support", "tense", "qa_wikidata", "intent_recognition") if t not in used
     )
-    return "bfloat16" if fast else "float32"
-
-
-def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
-    trained = [load_task(spec, limit={"train": recipe.train_rows}) for spec in recipe.pool_tasks]
-    share = recipe.held_out_test_share
-    unseen = Fractions(test=share, validation=1 - share)
-    return dict(
-        zip(
-            summary.GROUPS,
-            (trained, [load_task(s, fractions=unseen) for s in recipe.held_out_tasks]),
-            strict=True,
-        )
+    console.print(
+        f"\nTable and routed prompts: {out / 'quickstart.html'}\nAll numbers: {out / 'results.json'}\n\nNext:",
+        highlight=False,
+        soft_wrap=True,
     )
+    for command in (
+        *_activation(),
+        f"phatgoose chat --pool {out / 'pool'} --raw",
+        f"phatgoose pool list {out / 'pool'}",
+        f"phatgoose train --task bigbench:{another} --out my-expert {SMALL}",
+    ):
+        console.print(f"  {command}", style="bold", highlight=False, soft_wrap=True)
+
+
+def _activation() -> list[str]:
+    """The command that puts `phatgoose` on the path, if it isn't there: `make quickstart` runs it from its own environment."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("phatgoose") is not None or not script.exists():
+        return []
+    here = Path.cwd()
+    return [f". {script.relative_to(here) if script.is_relative_to(here) else script}"]

@@ -1,10 +1,10 @@
-"""The folder of a quickstart or an experiment: whose it is, and that one run at a time works in it."""
+"""The folder of a run: marked as its own, and locked so that one run at a time works in it."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from phatgoose.errors import StorageError
@@ -15,16 +15,16 @@ MADE = ("experts", "pool", "scores", "work")
 
 
 @contextlib.contextmanager
-def held(out: Path, what: str) -> Iterator[None]:
-    """Makes `out` the folder of a `what` ("quickstart", "experiment") and holds it for one run; files of others are left alone.
+def locked_folder(out: Path, kind: str) -> Iterator[None]:
+    """Makes `out` the folder of a `kind` of run ("quickstart", "experiment") and locks it; a folder of anything else is left alone.
 
     Raises:
-        StorageError: it is another's folder, or another run is at work in it.
+        StorageError: it is a folder of something else, or another run is at work in it.
     """
-    marker = out / f".phatgoose-{what}"
+    marker = out / f".phatgoose-{kind}"
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.exists())):
         raise StorageError(
-            f"{out} exists and is not {'an' if what[0] in 'aeiou' else 'a'} {what}'s folder; choose another one with --out."
+            f"{out} exists and is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}'s folder; choose another one with --out."
         )
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def held(out: Path, what: str) -> Iterator[None]:
         yield
 
 
-def forget(out: Path, names: Sequence[str] = MADE) -> None:
-    """Removes what a run made; only while the folder is held."""
-    for name in names:
+def clear(out: Path) -> None:
+    """Removes what an earlier run made; call it only while the folder is locked."""
+    for name in MADE:
         shutil.rmtree(out / name, ignore_errors=True)

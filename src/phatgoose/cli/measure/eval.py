@@ -160,10 +160,8 @@ def _recipe(
     base: Base, pool: Pool | None, folder: Path | None, tasks: list[Task], backend: str, limit: int | None
 ) -> dict[str, Any]:
     """How the scores were made."""
-    import platform
-    from importlib.metadata import version
+    from phatgoose.extras import installed_versions
 
-    packages = ("phatgoose", "torch", "transformers", "peft")
     return {
         "format": "phatgoose-eval",
         "version": 1,
@@ -177,7 +175,7 @@ def _recipe(
         "device": str(base.device),
         "limit": limit,
         "tasks": {task.name: {"source": task.source, "hash": task.hash} for task in tasks},
-        "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
+        "versions": installed_versions("phatgoose", "torch", "transformers", "peft"),
     }
 
 

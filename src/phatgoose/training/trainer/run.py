@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from accelerate import PartialState
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
+from phatgoose.extras import installed_versions
 from phatgoose.files import atomic_folder, work_place
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.capabilities import check_scorable
@@ -144,7 +143,7 @@ def _record(job: TrainingJob, rows: TrainingRows, history: History, student: Stu
             },
         },
         "config": config.to_json(),
-        "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
+        "versions": installed_versions(*packages),
         "validation_losses": [[int(step), loss] for step, loss in history.validation.items()],
         "best_step": history.best_step if history.best_step is not None else config.steps,
         "losses": curve(history.losses),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phatgoose.errors import EvaluationError
 from phatgoose.routers.parse import MERGES
+from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import (
     BASE,
     BEST_SINGLE,
@@ -20,14 +22,25 @@ from phatgoose.workflows.experiment.systems import (
 FORMAT = "phatgoose-experiment"
 CONTROLS = ("uniform", "random", "fixed-random", "shuffled-gates", "padded")
 EXPERT = (
-    "name", "task", "spec", "rows", "rank", "parameters", "steps", "gate_steps", "expert_seconds", "gate_seconds", "gate_token_share",
+    "name", "task", "spec", "rows", "rank", "parameters", "steps", "gate_steps", "expert_seconds", "gate_seconds",
+    "gate_token_share", "kind", "base_model", "modules", "made", "health", "nearest",
 )  # fmt: skip
+"""What the page shows of an expert: what it cost, and its card if the pool was traced."""
 NOTES = [
     "Means are over the tasks that every system was measured on; scores of other tasks stand beside them.",
     "Intervals are 95 % by bootstrap over rows, differences are paired by row. With many systems some differences look real by chance: "
     "results.md has p-values adjusted for that.",
     "Oracle and best-single choose their experts by labels of a few validation rows, which no router has.",
 ]
+SYSTEM_NOTES = {
+    BASE: "the base model alone",
+    "single": "this expert on every token",
+    "merged": "one expert: the average of all updates",
+    "uniform": "all experts on every token, equal weights: the same function as merged",
+    "random": "random experts for every token and module",
+    MAIN: "experts chosen by their gates for every token and module",
+    ORACLE: "per task, the single expert that is best on its validation rows",
+}
 
 
 def page_data(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,17 +57,17 @@ def page_data(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _page_data(results: Mapping[str, Any]) -> dict[str, Any]:
     suites = results["suites"]
-    names = {(suite, task): task for suite, found in suites.items() for task in found["tasks"]}
-    several = [task for task in names.values() if [*names.values()].count(task) > 1]
-    names = {key: f"{key[0]}: {task}" if task in several else task for key, task in names.items()}
+    names = page_names({suite: found["tasks"] for suite, found in suites.items()})
     order = dict.fromkeys(system for found in suites.values() for system in found["systems"])
     systems = sorted(order, key=lambda system: system != MAIN)  # the page is about the first router
+    traced = {key: results[key] for key in ("shares", "layers") if key in results}
+    claims = [claim_text(suite, claim) for suite, claim in results.get("claims", {}).items()]
     return {
         "title": f"Experiment on {results['recipe']['base']}",
         "made": results["made"],
         "base": {"spec": results["recipe"]["base"]},
         "recipe": results["recipe"],
-        "experts": [{key: e[key] for key in EXPERT if e.get(key) is not None} for e in results["experts"]],
+        "experts": [_expert(e, suites.get(IN_POOL, {}).get("systems", {})) for e in results["experts"]],
         "tasks": [
             {"name": name, "group": suite, "spec": suites[suite]["tasks"][task]["spec"], **_measured(suites[suite], task)}
             for (suite, task), name in names.items()
@@ -64,8 +77,34 @@ def _page_data(results: Mapping[str, Any]) -> dict[str, Any]:
         "recovered": {
             suite: found["oracle_gain_share"][MAIN] for suite, found in suites.items() if MAIN in found["oracle_gain_share"]
         },
-        "notes": NOTES,
+        **traced,
+        "notes": [*NOTES, *claims],
     }  # fmt: skip
+
+
+def page_names(suites: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
+    """(suite, task) → the task's name on the page, which names its suite too where two suites have a task of that name."""
+    tasks = [(suite, task) for suite, found in suites.items() for task in found]
+    several = Counter(task for _, task in tasks)
+    return {(suite, task): f"{suite}: {task}" if several[task] > 1 else task for suite, task in tasks}
+
+
+def claim_text(suite: str, claim: Mapping[str, Any]) -> str:
+    """A claim of the recipe, and whether the results bear it out."""
+    text = f"Claimed beforehand: on {suite}, PHATGOOSE recovers at least {claim['floor']:.0%} of the oracle's gain over the base"
+    if claim["share"] is None:
+        return f"{text}. The oracle gains too little here to say."
+    return f"{text}. It recovers {claim['share']:.0%}: the claim {'holds' if claim['holds'] else 'does not hold'}."
+
+
+def _expert(record: Mapping[str, Any], systems: Mapping[str, Any]) -> dict[str, Any]:
+    """An expert's record, with what the base and the expert alone score on its own task, where both were measured."""
+    found = {key: record[key] for key in EXPERT if record.get(key) is not None}
+    name = record["name"]
+    alone = next((s for s in (f"single:{name}", OWN) if name in systems.get(s, {}).get("tasks", {})), None)
+    if alone and name in systems.get(BASE, {}).get("tasks", {}):
+        found |= {key: systems[s]["tasks"][name]["mean"] for key, s in (("base", BASE), ("own", alone))}
+    return found
 
 
 def _measured(suite: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -78,6 +117,7 @@ def _system(system: str, suites: Mapping[str, Any], names: Mapping[tuple[str, st
     return {
         "name": system,
         "kind": kind_of(system),
+        **({"note": SYSTEM_NOTES[kind]} if (kind := system.partition(":")[0]) in SYSTEM_NOTES else {}),
         "scores": {
             names[suite, task]: {key: score[key] for key in ("mean", "low", "high", "rows")}
             for suite, mine in found.items()
@@ -102,7 +142,7 @@ def kind_of(system: str) -> str:
 
 
 def _comparisons(suite: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """PHATGOOSE against every other system, or, without it, every system against the base."""
+    """PHATGOOSE minus every other system; without PHATGOOSE, every system minus the base."""
     if MAIN in found["against"]:
         return [
             {

@@ -14,6 +14,12 @@ folder = "my-pool"                  # experts that are there: taken, not trained
 suites = ["in-pool", "bbh", "bbl"]
 test_rows = 100
 
+[page]
+prompts = 6                         # trace the pool, and show so many prompts token by token
+
+[claims]                            # floors for PHATGOOSE's share of the oracle's gain over the base
+in-pool = 0.6
+
 [expert]                            # settings of ExpertConfig and GateConfig
 steps = 300
 [gate]
@@ -35,6 +41,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phatgoose.errors import PhatgooseError, TaskError
 from phatgoose.experts.names import check_name
 from phatgoose.models.base.load_options import DTYPES
@@ -47,7 +55,17 @@ from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.spec import split_spec, without_path
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.signature_config import SignatureConfig
-from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, OWN, check_system, expanded, reads
+from phatgoose.workflows.experiment.systems import (
+    BASE,
+    CHOSEN,
+    MAIN,
+    MULTITASK,
+    ORACLE,
+    OWN,
+    check_system,
+    expanded,
+    reads,
+)
 
 IN_POOL, UNSEEN = "in-pool", "unseen"
 
@@ -92,13 +110,21 @@ class MeasurePart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PagePart:
+    """What the page shows beside the numbers."""
+
+    prompts: int = 0
+    """Tasks whose first test row is answered and shown token by token, those of the pool first. 0: the pool isn't traced."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentRecipe:
     """One experiment."""
 
     base: str
     """Spec of the base model."""
     dtype: str = "auto"
-    """What it is computed in: auto, float32, bfloat16, float16."""
+    """What it is computed in: auto, float32, bfloat16, float16. A file may also say "fast": see `fast_dtype`."""
     systems: tuple[str, ...] = (
         "base",
         "phatgoose",
@@ -116,6 +142,9 @@ class ExperimentRecipe:
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     signature: SignatureConfig = field(default_factory=SignatureConfig)
+    page: PagePart = field(default_factory=PagePart)
+    claims: Mapping[str, float] = field(default_factory=dict)
+    """Suite → the share of the oracle's gain over the base that PHATGOOSE must recover there, said before anything is measured."""
     multitask: ExpertConfig | None = None
     """How the system "multitask" is trained; None: as the experts."""
     folders: Mapping[str, str] = field(default_factory=dict)
@@ -146,6 +175,7 @@ class ExperimentRecipe:
         for spec in (*self.pool.tasks.values(), *self.measure.tasks.values()):
             if (source := split_spec(spec).source) not in SOURCES:
                 raise unknown("task source", source, SOURCES)
+        self._check_claims()
         entries = self.pool_entries
         if not entries and not self.pool.folder:
             raise RecipeError(
@@ -173,6 +203,17 @@ class ExperimentRecipe:
         for name in self.folders:
             if name not in known:
                 raise unknown("suite, pool, source or task of a folder", name, known)
+
+    def _check_claims(self) -> None:
+        for name, floor in self.claims.items():
+            if name not in self.measure.suites:
+                raise unknown("suite of a claim", name, self.measure.suites)
+            if not 0 < floor <= 1:
+                raise RecipeError(f"[claims] {name} is {floor}, expected a share above 0 and at most 1.")
+        if self.claims and (missing := [s for s in (BASE, MAIN, ORACLE) if s not in self.all_systems]):
+            raise RecipeError(
+                f"[claims] compare {MAIN} with {BASE} and {ORACLE}: add {', '.join(missing)} to the systems."
+            )
 
     def _check_routers(self, names: Sequence[str]) -> None:
         """Refuses routers that can't serve a pool of these experts."""
@@ -273,7 +314,7 @@ class ExperimentRecipe:
         """
         parts = {
             "pool": PoolPart, "measure": MeasurePart, "expert": ExpertConfig, "gate": GateConfig, "signature": SignatureConfig,
-            "multitask": ExpertConfig,
+            "multitask": ExpertConfig, "page": PagePart,
         }  # fmt: skip
         given = {k: v for k, v in data.items() if k != "multitask" or v is not None}
         values = {k: _part(parts[k], v, f"{where}, [{k}]") if k in parts else v for k, v in given.items()}
@@ -309,7 +350,19 @@ class ExperimentRecipe:
                 own_pool["folder"] = _absolute(path.parent / Path(own_pool["folder"]).expanduser())
             if pool is not None:
                 data["pool"] = own_pool | {"folder": _absolute(pool)}
+        if data.get("dtype") == "fast":
+            data["dtype"] = fast_dtype()
         return ExperimentRecipe.from_json(data, str(path))
+
+
+def fast_dtype() -> str:
+    """bfloat16 where this machine computes in it (three times as fast there), else float32."""
+    fast = (
+        torch.cuda.is_available()
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    )
+    return "bfloat16" if fast else "float32"
 
 
 def _absolute(path: str | Path) -> str:
@@ -360,9 +413,12 @@ def _wrong_type(value: Any, expected: str) -> str | None:
         )
     if expected == "float":
         return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    if expected == "Mapping[str, str]":
-        good = isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
-        return None if good else "names and texts"
+    if expected in ("Mapping[str, str]", "Mapping[str, float]"):
+        kind, said = (str, "texts") if "float" not in expected else (int | float, "numbers")
+        good = isinstance(value, Mapping) and all(
+            isinstance(v, kind) and not isinstance(v, bool) for v in value.values()
+        )
+        return None if good else f"names and {said}"
     return None
 
 

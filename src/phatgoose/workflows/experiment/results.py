@@ -1,33 +1,35 @@
-"""From the score files of all systems to results.json: means, paired comparisons, the share of the oracle's gain."""
+"""From the score files of all systems to results.json: means, comparisons, shares of the oracle's gain."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.statistics import holm, resampled, two_sided_p
+from phatgoose.extras import installed_versions
 from phatgoose.files import read_json
 from phatgoose.records import TaskScore
-from phatgoose.workflows import show
 from phatgoose.workflows.experiment.page import FORMAT
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, local_name
-from phatgoose.workflows.experiment.scores import Measurements
+from phatgoose.workflows.experiment.scores import EVALUATION, RESAMPLES, ScoreCache
 from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE
-from phatgoose.workflows.summary import RESAMPLES, Drawn, interval, raw_rows, share_of_gain
+from phatgoose.workflows.provenance import made
 
 VERSION = 1
 
 Files = Mapping[str, Mapping[str, Mapping[str, str]]]
 """System → suite → task → file of its score."""
-Table = dict[str, dict[str, TaskScore]]
+Table = Mapping[str, Mapping[str, TaskScore]]
+"""System → task → its score."""
+Resampled = Mapping[str, NDArray[np.float64]]
+"""System → its mean over tasks in each resample, [resamples]. All systems see the same resampled rows."""
 
 PACKAGES = (
     "accelerate",
@@ -39,71 +41,89 @@ PACKAGES = (
     "rouge-score",
     "huggingface_hub",
 )
+"""Packages that data and scores depend on, beside those that every record names."""
 ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads")
-"""What all scores of a comparison should have in common; "base" has one value more for each further model."""
+"""What all scores of a comparison should have in common; "base" has one more value for each further model."""
 
 UNLIKE = "its rows weren't the same in all steps: its data changed meanwhile, or isn't the same everywhere"
 
 
-def results_of(
-    recipe: ExperimentRecipe,
-    out: Path,
-    tasks: Mapping[str, Mapping[str, Any]],
-    left_out: Mapping[str, Mapping[str, str]],
-    experts: Sequence[Mapping[str, Any]],
-    files: Files,
-    chosen: Mapping[str, Any],
-    contamination: Mapping[str, Any],
-    failed: Mapping[str, str],
-    *,
-    together: Mapping[str, Any] | None = None,
-    seconds: float,
-) -> dict[str, Any]:
-    """What results.json holds. "made" and seconds apart, two runs of a recipe in which nothing fails hold the same on as many threads."""
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What the steps of a run found out."""
+
+    tasks: Mapping[str, Mapping[str, Any]]
+    """Suite → task → what is known of it."""
+    left_out: Mapping[str, Mapping[str, str]]
+    """Suite → task → why it is not measured."""
+    experts: Sequence[Mapping[str, Any]]
+    """The record of each expert, in the pool's order."""
+    multitask: Mapping[str, Any] | None
+    """The record of the one expert trained on all data, if it was asked for."""
+    files: Files
+    chosen: Mapping[str, Any]
+    """System → suite → task → the expert that acts."""
+    contamination: Mapping[str, Any]
+    traced: Mapping[str, Any]
+    """"shares" and "layers" by task, if the pool was traced."""
+    failed: Mapping[str, str]
+    """What failed → why."""
+
+
+def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: float) -> dict[str, Any]:
+    """What results.json holds.
+
+    Two runs of a recipe in which nothing fails hold the same, apart from "made" and seconds, if they use as many threads.
+    """
     suites: dict[str, Any] = {}
     unlike: dict[str, str] = {}
-    for name, found in tasks.items():
-        table = _table(out, files, name)
-        compared = suite_results(table, {task: info["hash"] for task, info in found.items()})
+    for name, tasks in found.tasks.items():
+        table = _read_table(out, found.files, name)
+        compared = suite_results(table, {task: info["hash"] for task, info in tasks.items()})
         changed = dict.fromkeys(compared.pop("unlike"), UNLIKE)
         unlike |= {f"{name}: {task}": why for task, why in changed.items()}
         suites[name] = compared | {
-            "tasks": found,
-            "left_out": {**left_out.get(name, {}), **changed},
-            "contamination": contamination["suites"].get(name, {}),
+            "tasks": tasks,
+            "left_out": {**found.left_out.get(name, {}), **changed},
+            "contamination": found.contamination["suites"].get(name, {}),
         }
-    failed, facts = {**failed, **unlike}, _facts(out, files)
+    failed, facts = {**found.failed, **unlike}, _score_facts(out, found.files)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "made": show.made(seconds) | _versions() | {"measuring_seconds": _measuring(files, facts)},
+        "made": made(seconds)
+        | installed_versions(*PACKAGES)
+        | {"measuring_seconds": _measuring_seconds(found.files, facts)},
         "measured": _measured(facts),
         "recipe": recipe.without_paths(),
-        "evaluation": asdict(EvaluationConfig()),
+        "evaluation": asdict(EVALUATION),
         "resamples": RESAMPLES,
-        "experts": [dict(e) for e in experts],
-        "multitask": None if together is None else dict(together),
+        "experts": [dict(e) for e in found.experts],
+        "multitask": None if found.multitask is None else dict(found.multitask),
         "suites": suites,
-        "chosen": chosen,
-        "training_rows": {k: contamination[k] for k in ("read", "unread")},
+        "claims": _claims(recipe.claims, suites),
+        "chosen": found.chosen,
+        "training_rows": {k: found.contamination[k] for k in ("read", "unread")},
+        **found.traced,
         "complete": not failed,
         "failed": failed,
     }
 
 
-def _versions() -> dict[str, str | None]:
-    """Of the packages that data and scores hang on; None: it isn't installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+def _claims(floors: Mapping[str, float], suites: Mapping[str, Any]) -> dict[str, Any]:
+    """Suite → the floor that the recipe sets for PHATGOOSE's share of the oracle's gain, that share, and whether the claim holds.
+
+    A share that has no value leaves the claim open: None.
+    """
+    found = {}
+    for suite, floor in floors.items():
+        share = suites[suite]["oracle_gain_share"].get(MAIN, {}).get("share")
+        found[suite] = {"floor": floor, "share": share, "holds": None if share is None else share >= floor}
     return found
 
 
-def _facts(out: Path, files: Files) -> dict[str, dict[str, Any]]:
-    """File of a score → what it was computed with, and how: each read once."""
+def _score_facts(out: Path, files: Files) -> dict[str, dict[str, Any]]:
+    """File of a score → what it was computed with, and how. Each file is read once."""
     facts = {}
     for name in dict.fromkeys(
         f for suites in files.values() for tasks in suites.values() for f in tasks.values()
@@ -113,8 +133,10 @@ def _facts(out: Path, files: Files) -> dict[str, dict[str, Any]]:
     return facts
 
 
-def _measuring(files: Files, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """System → suite → seconds that measuring took, in whichever runs it was done; None where an older file doesn't say.
+def _measuring_seconds(
+    files: Files, facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """System → suite → seconds that measuring took, in whichever run it was done; None where an older file doesn't say.
 
     A file that serves two systems (the same expert alone) counts for both.
     """
@@ -130,24 +152,25 @@ def _measuring(files: Files, facts: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def _measured(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """What the scores were computed with, as their files say; several values of one thing mean that they weren't all computed alike."""
+    """What the scores were computed with. Several values of one thing mean that not all were computed alike."""
     found: dict[str, dict[str, Any]] = {name: {} for name in (*ALIKE, "base")}
     for one in facts.values():
         base = one["base"]
-        said = {**one, "base": {**base, "spec": local_name(str(base.get("spec")))}}
+        public = {**one, "base": {**base, "spec": local_name(str(base.get("spec")))}}
         for name in found:
-            if name in said:
-                found[name][json.dumps(said[name], sort_keys=True)] = said[name]
+            if name in public:
+                found[name][json.dumps(public[name], sort_keys=True)] = public[name]
     return {name: list(values.values()) for name, values in found.items()}
 
 
 def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
-    """Means, intervals and comparisons on the tasks that every system has been measured on; "unlike" are those of different rows.
+    """Means, intervals and comparisons on the tasks that every system was measured on.
 
-    A system without a single score is left out, so that it doesn't take all tasks with it.
+    "unlike" lists the tasks whose rows differ between systems. A system without a single score is left out: else no task would
+    be common to all.
 
     Args:
-        tasks: by name, the hash that each had when it was checked, and experts were chosen on it.
+        tasks: by name, the hash that each had when it was checked, and when experts were chosen on it.
     """
     table = {system: row for system, row in table.items() if row}
     common = [t for t in tasks if table and all(t in row for row in table.values())]
@@ -167,10 +190,7 @@ def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     }  # fmt: skip
     if not common:
         return results
-    points = [np.array([[p.points for p in row[t].predictions] for row in table.values()]) for t in common]
-    groups = raw_rows(next(iter(table.values())), common)
-    drawn = dict(zip(table, resampled(points, groups=groups, resamples=RESAMPLES), strict=True))
-    means = dict(zip(table, np.mean([p.mean(axis=1) for p in points], axis=0).tolist(), strict=True))
+    means, drawn = resampled_means(table, common)
     for system in table:
         systems[system] |= {"mean": means[system]} | interval(drawn[system])
     results["against"] = {o: against(means, drawn, o) for o in (BASE, MAIN) if o in table}
@@ -181,7 +201,19 @@ def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     return results
 
 
-def against(means: Mapping[str, float], drawn: Drawn, other: str) -> dict[str, Any]:
+def resampled_means(table: Table, tasks: Sequence[str]) -> tuple[dict[str, float], Resampled]:
+    """(system → its unweighted mean over tasks, system → the same in each resample of the rows).
+
+    Rows that show one raw row under several prompts are drawn together.
+    """
+    points = [np.array([[p.points for p in row[t].predictions] for row in table.values()]) for t in tasks]
+    groups = [next(iter(table.values()))[task].groups for task in tasks]
+    drawn = resampled(points, groups=groups, resamples=RESAMPLES)
+    means = np.mean([p.mean(axis=1) for p in points], axis=0).tolist()
+    return dict(zip(table, means, strict=True)), dict(zip(table, drawn, strict=True))
+
+
+def against(means: Mapping[str, float], drawn: Resampled, other: str) -> dict[str, Any]:
     """Every system minus `other` on the same rows: mean, 95 % interval, p-value, and p adjusted by Holm over the systems."""
     differences = {s: drawn[s] - drawn[other] for s in drawn if s != other}
     values = [two_sided_p(d) for d in differences.values()]
@@ -191,8 +223,27 @@ def against(means: Mapping[str, float], drawn: Drawn, other: str) -> dict[str, A
     }
 
 
-def _table(out: Path, files: Files, suite: str) -> Table:
+def share_of_gain(means: Mapping[str, float], drawn: Resampled, system: str) -> dict[str, float | None]:
+    """(system − base) / (oracle − base) with its 95 % interval: {"share", "low", "high"}.
+
+    All are None where the oracle gains too little over the base. If its gain vanishes in some resample, the share has no interval,
+    and a ratio to a gain that may be zero says nothing.
+    """
+    gain, gains = means[ORACLE] - means[BASE], drawn[ORACLE] - drawn[BASE]
+    if gain <= 0 or not (gains > 0).all():
+        return {"share": None, "low": None, "high": None}
+    share = (means[system] - means[BASE]) / gain
+    return {"share": share, **interval((drawn[system] - drawn[BASE]) / gains)}
+
+
+def interval(drawn: NDArray[np.float64]) -> dict[str, float]:
+    """The 95 % percentile interval of resampled values [resamples]: {"low", "high"}."""
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    return {"low": low, "high": high}
+
+
+def _read_table(out: Path, files: Files, suite: str) -> dict[str, dict[str, TaskScore]]:
     return {
-        system: {t: Measurements.read(out / "scores" / f) for t, f in found.get(suite, {}).items()}
+        system: {t: ScoreCache.read(out / "scores" / f) for t, f in found.get(suite, {}).items()}
         for system, found in files.items()
     }

@@ -1,7 +1,8 @@
-"""An experiment from its recipe: take → check → train → sign → pool → choose → measure → compare, each step found again by a second run.
+"""An experiment from its recipe: train, choose, measure, compare, and report.
 
-Everything lies under one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg; work/ holds what an
-interrupted training needs. Steps run through an executor; the driver itself loads no base.
+Everything lies in one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg, a page, and work/, which holds
+what an interrupted training needs. A second run finds every finished step again. Steps run through an executor; this driver itself
+loads no base.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from phatgoose.analysis.page import RoutedPrompt, report
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, write_bytes, write_json
@@ -23,11 +25,13 @@ from phatgoose.workflows.experiment.board import Board
 from phatgoose.workflows.experiment.executors import Executor, Inline, Outcome, Step
 from phatgoose.workflows.experiment.markdown import markdown
 from phatgoose.workflows.experiment.oracle import picks
+from phatgoose.workflows.experiment.page import page_data
 from phatgoose.workflows.experiment.plot import plot
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
-from phatgoose.workflows.experiment.results import results_of
+from phatgoose.workflows.experiment.results import Findings, results_of
 from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, ORACLE, OWN, TOLD
-from phatgoose.workflows.run_folder import forget, held
+from phatgoose.workflows.run_folder import clear, locked_folder
+from phatgoose.workflows.traced import with_cards
 
 _STEPS = "phatgoose.workflows.experiment.steps"
 
@@ -39,28 +43,41 @@ def run_experiment(
     executor: Executor | None = None,
     console: Console | None = None,
     fresh: bool = False,
+    kind: str = "experiment",
 ) -> dict[str, Any]:
-    """Runs the recipe, or what is left of it, and returns what results.json holds.
+    """Runs the recipe, or the steps that are still missing, and returns what results.json holds.
 
-    A failed step doesn't stop the others: an expert that can't be trained is left out of the pool, a task that some system can't
-    be measured on is left out of the comparison, a system that fails everywhere goes; results["failed"] says which and why.
+    A failed step doesn't stop the others. An expert that can't be trained is left out of the pool; a task that some system can't
+    be measured on is left out of the comparison; a system that fails everywhere is left out. results["failed"] says which and why.
 
     Args:
-        out: the folder for everything; with several machines, one that all of them see under this name.
+        out: the folder for everything. With several machines, all of them must see it under this name.
         executor: what runs the steps; None: this process, one after the other.
-        fresh: forget what is in `out`, if it is an experiment's folder.
+        fresh: remove what an earlier run made in `out`, if it is such a run's folder.
+        kind: what the folder is marked as, and the name of its page: "experiment" or "quickstart".
 
     Raises:
-        StorageError: `out` is another's folder, or another run is at work there. RecipeError: no expert could be taken or trained. TaskError: an expert that is taken
-            was trained on what a suite measures, as its record says.
+        StorageError: `out` is a folder of something else, or another run is at work there. RecipeError: no expert could be taken or
+            trained. TaskError: an expert that is taken was trained on what a suite measures, as its record says.
     """
     out = Path(out)
-    with held(out, "experiment"):
+    with locked_folder(out, kind):
         if fresh:
-            forget(out)
+            clear(out)
         run = _Run(recipe, out, executor or Inline(), console or Console(stderr=True))
         with run.board:
-            return run.all()
+            results = run.all()
+        _write(out, results, run.prompts, page=f"{kind}.html")
+        return results
+
+
+def _write(out: Path, results: Mapping[str, Any], prompts: Sequence[RoutedPrompt], page: str) -> None:
+    write_json(out / "results.json", results)
+    write_bytes(out / "results.md", markdown(results).encode())
+    write_bytes(out / "plot.svg", plot(results).encode())
+    data = page_data(results)
+    if data["tasks"] and data["systems"]:
+        report(data, prompts, out=out / page)
 
 
 class _Run:
@@ -68,6 +85,7 @@ class _Run:
         self.recipe, self.out, self.executor = recipe, out, executor
         self.board = Board(console)
         self.failed: dict[str, str] = {}
+        self.prompts: list[RoutedPrompt] = []
         # A number of its own: processes that ran another before read their data anew.
         self.common = {
             "run": {"recipe": recipe.to_json(), "out": str(out.absolute()), "number": secrets.token_hex(8)}
@@ -87,15 +105,13 @@ class _Run:
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
         together, chosen = self.choose(pool, key, tasks)
         files = self.measure(key, tasks, chosen, together)
-        seen = self.contaminated(pool, tasks)
-        results = results_of(
-            self.recipe, self.out, tasks, left_out, [records[n] for n in pool.names], files, chosen, seen, self.failed,
-            together=together, seconds=time.monotonic() - started,
+        contamination = self.contaminated(pool, tasks)
+        traced, cards = self.trace(key, tasks)
+        found = Findings(
+            tasks=tasks, left_out=left_out, experts=with_cards([records[n] for n in pool.names], cards), multitask=together,
+            files=files, chosen=chosen, contamination=contamination, traced=traced, failed=self.failed,
         )  # fmt: skip
-        write_json(self.out / "results.json", results)
-        write_bytes(self.out / "results.md", markdown(results).encode())
-        write_bytes(self.out / "plot.svg", plot(results).encode())
-        return results
+        return results_of(self.recipe, self.out, found, time.monotonic() - started)
 
     def run(self, stage: str, steps: Sequence[Step]) -> dict[str, Outcome]:
         found = self.executor.run(steps, self.board.stage(stage, steps)) if steps else {}
@@ -284,6 +300,19 @@ class _Run:
         outcome = self.run("contamination", [step])["contamination"] if known else Outcome()
         found = outcome.value or {"suites": {}, "read": []}
         return {**found, "unread": [n for n in pool.names if n not in found["read"]]}
+
+    def trace(
+        self, key: str, tasks: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """({"shares", "layers"}, experts' cards) for the page, if the recipe asks for them."""
+        if not self.recipe.page.prompts:
+            return {}, []
+        suites = {suite: list(found) for suite, found in tasks.items() if found}
+        outcome = self.run("trace", [self.step("trace", "trace_pool", pool=key, suites=suites)])["trace"]
+        if not outcome.ok:
+            return {}, []
+        self.prompts = outcome.value.prompts
+        return {"shares": outcome.value.shares, "layers": outcome.value.layers}, outcome.value.cards
 
 
 def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -1,10 +1,9 @@
-"""Evaluations that are done once: scores kept on disk under a key of everything they depend on."""
+"""A cache of scores on disk: each is found again by a key of everything it depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,66 +26,66 @@ from phatgoose.ops import auto_is
 from phatgoose.records import SplitName, Task, TaskScore, groups_of
 from phatgoose.routers import Router
 
-Progress = Callable[[str, int, int], None]
+RESAMPLES = 20_000
+"""Resamples of all intervals and p-values. Holm over 25 systems multiplies the smallest possible p-value by 24: to 0.0024."""
+EVALUATION = EvaluationConfig(resamples=RESAMPLES)
 
-_DECIDES = ("records.py", "evaluation", "experts", "models", "ops", "routers", "tasks")
-"""What of the package's source can change a score."""
-_ENDINGS = (".py", ".cpp", ".h", ".inc", ".toml", ".json")
+_SCORE_SOURCES = ("records.py", "evaluation", "experts", "models", "ops", "routers", "tasks")
+"""The parts of the package's source that can change a score."""
+_SOURCE_ENDINGS = (".py", ".cpp", ".h", ".inc", ".toml", ".json")
 
 
 @cache
 def code_version() -> str:
-    """phatgoose's version and a hash of its source that scores hang on, so that no mended router goes on from older scores.
+    """phatgoose's version and a hash of the source that scores depend on: a fixed router must not go on from older scores.
 
-    An edit that changes no score measures again too; training, serving and pages are no part of it.
+    Any edit there measures everything again, even one that changes no score. Training, serving and pages are not part of the hash.
     """
     root, digest = Path(phatgoose.__file__).parent, hashlib.sha256()
-    for part in _DECIDES:
+    for part in _SCORE_SOURCES:
         place = root / part
-        files = [p for p in place.rglob("*") if p.suffix in _ENDINGS] if place.is_dir() else [place]
+        files = [p for p in place.rglob("*") if p.suffix in _SOURCE_ENDINGS] if place.is_dir() else [place]
         for path in sorted(files):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(root).as_posix()} {len(content)} ".encode() + content)
     return f"{version('phatgoose')}+{digest.hexdigest()[:16]}"
 
 
-class Measurements:
-    """Scores of one base with different pools and routers, in one folder; a killed run repeats at most one evaluation."""
+class ScoreCache:
+    """Scores of one base with different pools and routers, in one folder. A killed run repeats at most one evaluation."""
 
-    def __init__(
-        self,
-        base: Base,
-        folder: Path,
-        config: EvaluationConfig | None = None,
-        options: RouteOptions | None = None,
-    ):
+    def __init__(self, base: Base, folder: Path, options: RouteOptions | None = None):
         self.base, self.folder, self.options = base, folder, options or RouteOptions()
-        self.config = config or EvaluationConfig()
 
     def score(
-        self,
-        task: Task,
-        pool: Pool | None,
-        router: Router | None,
-        *,
-        split: SplitName = "test",
-        limit: int,
-        progress: Progress | bool = False,
+        self, task: Task, pool: Pool | None, router: Router | None, *, split: SplitName = "test", limit: int
     ) -> TaskScore:
-        """The score, as `measure` puts it into a file."""
-        return self.read(self.measure(task, pool, router, split=split, limit=limit, progress=progress))
+        """The score that `measure` puts into a file."""
+        return self.read(self.measure(task, pool, router, split=split, limit=limit))
 
     def measure(
-        self,
-        task: Task,
-        pool: Pool | None,
-        router: Router | None,
-        *,
-        split: SplitName = "test",
-        limit: int,
-        progress: Progress | bool = False,
+        self, task: Task, pool: Pool | None, router: Router | None, *, split: SplitName = "test", limit: int
     ) -> Path:
-        """The file with the score of `router` over `pool` (of the bare base if they are None) on the first `limit` rows of a split."""
+        """The file with the score of `router` over `pool` on the first `limit` rows of a split; without both, of the bare base."""
+        path, key = self._entry(task, pool, router, split, limit)
+        if path.exists():
+            return path
+        started = time.monotonic()
+        try:
+            if pool is not None:
+                route_with(self.base, pool, router, self.options)
+            scores = evaluate(self.base, task, split=split, limit=limit, config=EVALUATION)
+        finally:
+            unroute(self.base)
+        # The number of threads changes at most the last bits, by the order of sums: it is recorded, and not part of the key.
+        made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 3)}
+        write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
+        return path
+
+    def _entry(
+        self, task: Task, pool: Pool | None, router: Router | None, split: SplitName, limit: int
+    ) -> tuple[Path, dict[str, Any]]:
+        """(where the score belongs, everything it depends on)."""
         experts = [] if pool is None else [[e.name, e.hash] for e in pool.experts]
         key: dict[str, Any] = {
             "base": self.base.fingerprint.to_json(),
@@ -97,7 +96,7 @@ class Measurements:
             **chat_template_key(self.base, task),
             "split": split,
             "limit": limit,
-            "evaluation": [self.config.level, self.config.resamples, self.config.seed],
+            "evaluation": [EVALUATION.level, EVALUATION.resamples, EVALUATION.seed],
             "code": code_version(),
             "torch": torch.__version__,
             "transformers": version("transformers"),
@@ -110,25 +109,10 @@ class Measurements:
             key["backend"] = auto_is(self.base.device.type)[0] if name == "auto" else name
         groups = groups_of(task.split(split)[:limit])
         if len(set(groups)) < len(groups):
-            key["groups"] = groups  # no part of the task's hash
+            key["groups"] = groups  # not part of the task's hash
         if pool is not None and router is not None and router.reads:
             key["signatures"] = [e.signature.hash if e.signature else None for e in pool.experts]
-        path = self.folder / f"{sha256_json(key)[:24]}.json"
-        if path.exists():
-            return path
-        started = time.monotonic()
-        try:
-            if pool is not None:
-                route_with(self.base, pool, router, self.options)
-            scores = evaluate(
-                self.base, task, split=split, limit=limit, config=self.config, progress=progress
-            )
-        finally:
-            unroute(self.base)
-        # Threads decide the order of sums, so at most the last bits: said, not told apart.
-        made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 3)}
-        write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
-        return path
+        return self.folder / f"{sha256_json(key)[:24]}.json", key
 
     @staticmethod
     def read(path: Path) -> TaskScore:

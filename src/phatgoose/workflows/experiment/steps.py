@@ -1,7 +1,7 @@
 """The steps of an experiment as functions of plain data, to be run in any process: take or train experts, choose, measure.
 
-Each finds what it made before and does only what is missing, so a step may be killed and run again at any time. What a process keeps
-between steps: `experiment_lab.py`.
+Each step finds what it made before and does only what is missing, so it may be killed and run again at any time. `worker.py` is
+what a process keeps between steps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.records import Example, Task, groups_of
-from phatgoose.routers import Single
+from phatgoose.routers import PHATGOOSE, Single
 from phatgoose.tasks.contamination import Overlaps
 from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.lists.same_dataset import datasets_of
@@ -28,21 +29,30 @@ from phatgoose.training.trainer.rows import draw_rows
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
 from phatgoose.workflows.experiment.executors import why
 from phatgoose.workflows.experiment.oracle import standing
+from phatgoose.workflows.experiment.page import page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import MULTITASK, OTHER
-from phatgoose.workflows.experiment.worker import Lab, Run, folder_of, lab, multitask_folder, trained_on
+from phatgoose.workflows.experiment.worker import (
+    Run,
+    WorkerState,
+    folder_of,
+    multitask_folder,
+    trained_on,
+    worker_state,
+)
+from phatgoose.workflows.traced import TraceReport, traced
 
 
 def check_tasks(run: Run, suite: str) -> dict[str, Any]:
     """Loads every task of a suite: {task: {spec, hash, rows, …}} or {task: {"error"}}; what the tokenizer can't write is said."""
-    here = lab(run)
+    state = worker_state(run)
     found: dict[str, Any] = {}
-    for entry in here.suites[suite].entries:
+    for entry in state.suites[suite].entries:
         try:
-            task = here.task(suite, entry.name)
+            task = state.task(suite, entry.name)
             if not task.test or (suite == IN_POOL and not task.train):
                 raise PhatgooseError(f"it has {len(task.test)} test and {len(task.train)} training rows.")
-            lost, measure = loss(here.base.tokenizer, task), here.recipe.measure
+            lost, measure = loss(state.base.tokenizer, task), state.recipe.measure
             test, choice = task.test[: measure.test_rows], task.validation[: measure.choice_rows]
             found[entry.name] = {
                 "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
@@ -75,21 +85,21 @@ def chance(rows: Sequence[Example]) -> float | None:
 
 def train(run: Run, name: str) -> dict[str, Any]:
     """One contributor's work: an expert and its gates. Returns what they cost."""
-    here = lab(run)
-    entry = next(e for e in here.recipe.pool_entries if e.name == name)
-    task = trained_on(here, name)
-    folder = folder_of(here.recipe, here.out, entry)
-    key = contribution_key(here.base, task, here.recipe.expert, here.recipe.gate)
+    state = worker_state(run)
+    entry = next(e for e in state.recipe.pool_entries if e.name == name)
+    task = trained_on(state, name)
+    folder = folder_of(state.recipe, state.out, entry)
+    key = contribution_key(state.base, task, state.recipe.expert, state.recipe.gate)
     expert = contribute(
-        here.base, task, here.recipe.expert, here.recipe.gate, name=name, folder=folder,
-        work=_work(here, folder, key), report=lambda progress: None,
+        state.base, task, state.recipe.expert, state.recipe.gate, name=name, folder=folder,
+        work=_work(state, folder, key), report=lambda progress: None,
     )  # fmt: skip
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
 
 
-def _work(here: Lab, folder: Path, key: str) -> Path:
+def _work(state: WorkerState, folder: Path, key: str) -> Path:
     """Where the training of this very data and these settings goes on; what an interrupted one of others left there is removed."""
-    place = here.out / "work" / f"{folder.name}-{key[:10]}"
+    place = state.out / "work" / f"{folder.name}-{key[:10]}"
     for other in place.parent.glob(f"{folder.name}-*"):
         if other != place:
             shutil.rmtree(other, ignore_errors=True)
@@ -102,16 +112,16 @@ def take(run: Run) -> dict[str, Any]:
     Raises:
         PoolError: the pool can't be read. UnknownName, RecipeError: as `ExperimentRecipe.taken`.
     """
-    here = lab(run)
-    pool = Pool.load(here.recipe.pool.folder)
-    tasks = {e.name: e for e in here.recipe.pool_entries}
+    state = worker_state(run)
+    pool = Pool.load(state.recipe.pool.folder)
+    tasks = {e.name: e for e in state.recipe.pool_entries}
     taken, failed = {}, {}
-    for name in here.recipe.taken(pool.names):
+    for name in state.recipe.taken(pool.names):
         expert = pool[name]
         brought = None if expert.signature is None else expert.signature.hash
-        place = here.out / "experts" / f"{name}-{sha256_json([expert.hash, brought])[:10]}"
+        place = state.out / "experts" / f"{name}-{sha256_json([expert.hash, brought])[:10]}"
         try:
-            match_to_base(here.base, expert)
+            match_to_base(state.base, expert)
             if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
                 expert.save(place)
         except Exception as error:
@@ -149,11 +159,11 @@ def _readable(spec: str) -> bool:
 
 def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
     """A contributor's data signature, beside the expert. Returns what it cost."""
-    here = lab(run)
-    place = here.out / "experts" / folder
-    work = here.out / "work" / f"{folder}.signature"
+    state = worker_state(run)
+    place = state.out / "experts" / folder
+    work = state.out / "work" / f"{folder}.signature"
     signed = sign(
-        here.base, trained_on(here, name), here.recipe.signature, folder=place, work=work, report=lambda progress: None
+        state.base, trained_on(state, name), state.recipe.signature, folder=place, work=work, report=lambda progress: None
     )  # fmt: skip
     assert signed.signature is not None
     made = signed.provenance["signature"]
@@ -168,19 +178,26 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     Of every task the rows that its expert was trained on, in that number, some twice if need be: drawn from all rows, a task with
     many would be most of what it learns. Validation rows are as many of each task, as far as it has them.
     """
-    here = lab(run)
-    config, own = here.recipe.multitask or here.recipe.expert, here.recipe.expert
-    tasks = [trained_on(here, n) for n in names]
+    state = worker_state(run)
+    config, own = state.recipe.multitask or state.recipe.expert, state.recipe.expert
+    tasks = [trained_on(state, n) for n in names]
     seen = [draw_rows(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
     train = tuple(t.train[i] for t, rows in zip(tasks, seen, strict=True) for i in rows)
     each = max(1, config.validation_rows // len(tasks))
     validation = tuple(e for t in tasks for e in t.validation[:each])
     parts = [{"name": t.name, "hash": t.hash} for t in tasks]
     union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
-    folder = multitask_folder(here.recipe, here.out, names)
-    work = _work(here, folder, contribution_key(here.base, union, config, None))
+    folder = multitask_folder(state.recipe, state.out, names)
+    work = _work(state, folder, contribution_key(state.base, union, config, None))
     expert = contribute(
-        here.base, union, config, None, name=MULTITASK, folder=folder, work=work, report=lambda progress: None
+        state.base,
+        union,
+        config,
+        None,
+        name=MULTITASK,
+        folder=folder,
+        work=work,
+        report=lambda progress: None,
     )
     return {**record(expert, union), "folder": folder.name, "hash": expert.hash}
 
@@ -190,14 +207,14 @@ def choose(run: Run, pool: str, expert: str, suite: str, tasks: list[str]) -> di
 
     The likelihood is the mean log-likelihood of right choices, a token; None where no row has choices.
     """
-    here = lab(run, pool)
-    alone, limit = Pool([here.pool[expert]]), here.recipe.measure.choice_rows
+    state = worker_state(run, pool)
+    alone, limit = Pool([state.pool[expert]]), state.recipe.measure.choice_rows
     scores: dict[str, list[float | None]] = {}
     failed: dict[str, str] = {}
     for name in tasks:
         try:
-            task = here.task(suite, name)
-            score = here.measurements.score(task, alone, Single(0), split="validation", limit=limit)
+            task = state.task(suite, name)
+            score = state.scores.score(task, alone, Single(0), split="validation", limit=limit)
             scores[name] = standing(score, task.validation[:limit])
         except Exception as error:
             failed[name] = why(error)
@@ -212,25 +229,36 @@ def measure(
     tasks: list[str],
     experts: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: `Lab.system`'s, by task."""
-    here = lab(run, pool)
+    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: `WorkerState.system`'s, by task."""
+    state = worker_state(run, pool)
     scores: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in tasks:
         try:
-            task = here.task(suite, name)
+            task = state.task(suite, name)
             kind, _, spec = system.partition(":")
             if kind == OTHER:
-                by, attached, router = here.other(spec), None, None
+                by, attached, router = state.other(spec), None, None
                 if (lost := loss(by.base.tokenizer, task)).too_much:
                     raise PhatgooseError(f"{spec}'s tokenizer can't write it: {lost}.")
             else:
-                by, (attached, router) = here.measurements, here.system(system, experts.get(name))
-            path = by.measure(task, attached, router, limit=here.recipe.measure.test_rows)
+                by, (attached, router) = state.scores, state.system(system, experts.get(name))
+            path = by.measure(task, attached, router, limit=state.recipe.measure.test_rows)
             scores[name] = path.name
         except Exception as error:
             failed[name] = why(error)
     return {"scores": scores, "failed": failed}
+
+
+def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceReport:
+    """PHATGOOSE's choices on every measured task: what the page shows beside the numbers."""
+    state = worker_state(run, pool)
+    tasks = [
+        replace(state.task(suite, task), name=name) for (suite, task), name in page_names(suites).items()
+    ]
+    return traced(
+        state.base, state.pool, PHATGOOSE(), tasks, shown=state.recipe.page.prompts, backend=state.recipe.measure.backend
+    )  # fmt: skip
 
 
 def contamination(
@@ -241,18 +269,18 @@ def contamination(
 
     A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
     """
-    here, overlaps = lab(run), Overlaps(words)
+    state, overlaps = worker_state(run), Overlaps(words)
     asked = [(suite, name) for suite, tasks in suites.items() for name in tasks]
     for suite, name in asked:
-        rows = here.task(suite, name).test[: here.recipe.measure.test_rows]
+        rows = state.task(suite, name).test[: state.recipe.measure.test_rows]
         overlaps.measured(name, rows, own=name if suite == IN_POOL else None)
     read = []
     for name in trained:
         try:
-            task = trained_on(here, name)
+            task = trained_on(state, name)
         except PhatgooseError:  # of an expert that was taken: its rows can't be looked at, and results say so
             continue
-        saw = here.pool[name].provenance.get("task")
+        saw = state.pool[name].provenance.get("task")
         if isinstance(saw, Mapping) and saw.get("hash") == task.hash:
             overlaps.trained(name, task.train)
             read.append(name)

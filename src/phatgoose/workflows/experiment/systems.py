@@ -87,4 +87,8 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
     if name.partition(":")[0] == PADDED:
         count, settings = _padding(name)
         return padded(pool, count, **settings), PHATGOOSE()
-    return parse_system(name).on(pool)
+    attached, router = parse_system(name).on(pool)
+    if isinstance(router, Single) and attached is pool:
+        # The expert alone, so that oracle, own and single:NAME share its scores.
+        return Pool([pool.experts[router.place(pool.names)]]), Single(0)
+    return attached, router

@@ -25,7 +25,7 @@ from phatgoose.tasks.lists.entries import Entry, load_entry, with_validation
 from phatgoose.tasks.lists.named import Suite
 from phatgoose.tasks.splits import Fractions
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, without_own_copies
-from phatgoose.workflows.experiment.scores import Measurements
+from phatgoose.workflows.experiment.scores import ScoreCache
 from phatgoose.workflows.experiment.systems import MULTITASK, build
 
 UNSEEN_FRACTIONS = Fractions(test=0.7, validation=0.3)
@@ -36,7 +36,7 @@ KEPT_ROWS = 1_000_000
 """Training rows that a process keeps in memory, of all its tasks, a kilobyte or two each; the oldest tasks go."""
 
 
-class Lab:
+class WorkerState:
     """One process's view of an experiment."""
 
     def __init__(self, recipe: ExperimentRecipe, out: Path):
@@ -44,7 +44,7 @@ class Lab:
         self.suites = {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
         self._tasks: dict[tuple[str, str], Task] = {}
         self._systems: dict[Any, tuple[Pool | None, Router | None]] = {}
-        self._other: tuple[str, Measurements] | None = None
+        self._other: tuple[str, ScoreCache] | None = None
 
     @cached_property
     def base(self) -> Base:
@@ -52,19 +52,23 @@ class Lab:
         return load_base(self.recipe.base, dtype=self.recipe.dtype, device=device)
 
     @cached_property
-    def measurements(self) -> Measurements:
-        return Measurements(self.base, self.out / "scores", options=RouteOptions(self.recipe.measure.backend))
+    def scores(self) -> ScoreCache:
+        return ScoreCache(self.base, self.out / "scores", self.options)
+
+    @property
+    def options(self) -> RouteOptions:
+        return RouteOptions(self.recipe.measure.backend)
 
     @cached_property
     def pool(self) -> Pool:
         return Pool.load(self.out / "pool")
 
-    def other(self, spec: str) -> Measurements:
+    def other(self, spec: str) -> ScoreCache:
         """Another model, measured by itself; the last one is kept."""
         if self._other is None or self._other[0] != spec:
             self._other = None  # two don't fit everywhere
             base = load_base(spec, dtype=self.recipe.dtype, device=str(self.base.device))
-            self._other = spec, Measurements(base, self.out / "scores")
+            self._other = spec, ScoreCache(base, self.out / "scores")
         return self._other[1]
 
     def task(self, suite: str, name: str) -> Task:
@@ -115,16 +119,16 @@ Run = Mapping[str, Any]
 
 
 @lru_cache(maxsize=1)
-def _lab(run: str, pool: str) -> Lab:
+def _cached_state(run: str, pool: str) -> WorkerState:
     """`pool` is what the pool holds: a process that knew another one must not go on with it, nor with what an earlier run read."""
     known = json.loads(run)
-    return Lab(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
+    return WorkerState(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
 
 
-def lab(run: Run, pool: str = "") -> Lab:
-    """This process's Lab for a run."""
+def worker_state(run: Run, pool: str = "") -> WorkerState:
+    """This process's state for a run."""
     _quiet()
-    return _lab(json.dumps(run), pool)  # unsorted: tasks keep their order
+    return _cached_state(json.dumps(run), pool)  # unsorted: tasks keep their order
 
 
 @cache
@@ -147,11 +151,11 @@ def folder_of(recipe: ExperimentRecipe, out: Path, entry: Entry) -> Path:
     return out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
 
 
-def trained_on(here: Lab, name: str) -> Task:
+def trained_on(state: WorkerState, name: str) -> Task:
     """The task that an expert of the pool is trained on."""
-    if IN_POOL not in here.suites:
-        here.suites[IN_POOL] = Suite(IN_POOL, here.recipe.pool_entries)
-    return here.task(IN_POOL, name)
+    if IN_POOL not in state.suites:
+        state.suites[IN_POOL] = Suite(IN_POOL, state.recipe.pool_entries)
+    return state.task(IN_POOL, name)
 
 
 def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) -> Path:
