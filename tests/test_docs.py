@@ -9,7 +9,10 @@ import json
 import re
 from pathlib import Path
 
+import pools_and_suites
 import pytest
+import router_table
+import serving_parameters
 
 from pages import BLOCK, blocks, runnable
 
@@ -112,28 +115,23 @@ def test_the_table_of_peft_settings_is_what_the_code_decides():
 
 
 def test_the_table_of_routers_is_current():
-    from phatgoose.cli import docs_routers
-
     path = ROOT / "docs" / "method.md"
-    assert docs_routers.page(path) == path.read_text(encoding="utf-8"), "run python -m phatgoose.cli.docs"
+    assert router_table.page(path) == path.read_text(encoding="utf-8"), "run python docs/generate/cli.py"
 
 
 def test_the_page_of_pools_and_suites_is_current():
-    from phatgoose.cli import docs_pools
-
-    assert _page("pools-and-suites") == docs_pools.markdown(), "run python -m phatgoose.cli.docs"
+    assert _page("pools-and-suites") == pools_and_suites.markdown(), "run python docs/generate/cli.py"
 
 
 def test_the_page_of_servings_parameters_is_current_and_complete():
-    from phatgoose.cli import docs_serving
     from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
 
     page = _page("serving-parameters")
-    assert page == docs_serving.markdown(), "run python -m phatgoose.cli.docs"
+    assert page == serving_parameters.markdown(), "run python docs/generate/cli.py"
     names = {
         name for kind in (ChatRequest, CompletionRequest) for name in (*kind.model_fields, *kind.unsupported)
     }
-    for name in names | docs_serving.VLLM:
+    for name in names | serving_parameters.VLLM:
         assert page.count(f"| `{name}` |") == 1, name
 
 

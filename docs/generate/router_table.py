@@ -1,4 +1,4 @@
-"""The table of routers in docs/method.md, written from the classes."""
+"""The table of routers in docs/method.md, written from the classes by `cli.py`."""
 
 from __future__ import annotations
 

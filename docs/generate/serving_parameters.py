@@ -1,4 +1,4 @@
-"""docs/serving-parameters.md, written from the schema of requests by `python -m phatgoose.cli.docs`."""
+"""docs/serving-parameters.md, written from the schema of requests by `cli.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VLLM = frozenset(_VLLM.split())
 HEAD = """\
 # Parameters of requests
 
-Written by `python -m phatgoose.cli.docs` from the schema itself: change that, not this page. How they work together: [serving](serving.md#what-is-honoured).
+Written by `python docs/generate/cli.py` from the schema itself: change that, not this page. How they work together: [serving](serving.md#what-is-honoured).
 
 | column | |
 |---|---|

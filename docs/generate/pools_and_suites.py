@@ -1,7 +1,7 @@
-"""docs/pools-and-suites.md, written from the lists themselves by `python -m phatgoose.cli.docs`.
+"""docs/pools-and-suites.md, written from the lists themselves by `cli.py`.
 
-Entries are set in one table a source, since what there is to say of them hangs on the source. So a new pool or suite of these sources is
-on the page without a change here.
+There is one table for each source, since what there is to say of an entry depends on its source. A new pool or suite of these sources
+needs no change here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from phatgoose.tasks.spec import TaskSpec, split_spec
 HEAD = f"""\
 # Pools and suites
 
-Written by `python -m phatgoose.cli.docs` from the lists themselves: change those, not this page. `phatgoose tasks pool NAME` and
+Written by `python docs/generate/cli.py` from the lists themselves: change those, not this page. `phatgoose tasks pool NAME` and
 `phatgoose tasks suite NAME` print the same. What they are for: [experiments](experiments.md#pools-and-suites-under-names).
 
 | column | |

@@ -1,6 +1,9 @@
-"""`python -m phatgoose.cli.docs [--check] [FOLDER]`: the pages of docs/ that are written from the code.
+"""Write the pages of docs/ that come from the code; with --check, say whether they are current.
 
-cli.md is written here, from the commands themselves; pools-and-suites.md by `docs_pools.py`, serving-parameters.md by `docs_serving.py`.
+    python docs/generate/cli.py [--check] [FOLDER]
+
+cli.md is written here, from the commands themselves. `pools_and_suites.py` and `serving_parameters.py` write the pages of those names,
+`router_table.py` the table of routers in method.md.
 """
 
 from __future__ import annotations
@@ -13,17 +16,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_origin
 
+import pools_and_suites
+import router_table
+import serving_parameters
 import typer
 from typer.models import ArgumentInfo, OptionInfo
-
-from phatgoose.cli import docs_pools, docs_routers, docs_serving
 
 KINDS = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
 HEAD = """\
 # Command line
 
-Written by `python -m phatgoose.cli.docs` from the commands themselves: change those, not this page.
+Written by `python docs/generate/cli.py` from the commands themselves: change those, not this page.
 
 A refusal is one line on standard error and exit code 1, wrong usage exit code 2, Ctrl-C exit code 130. `train`, `gate` and
 `quickstart` go on where they were stopped. `PHATGOOSE_DEBUG=1` shows tracebacks and other libraries' warnings.
@@ -136,9 +140,9 @@ def main(arguments: list[str]) -> int:
     folder = Path(next((a for a in arguments if not a.startswith("-")), "docs"))
     pages = {
         folder / "cli.md": markdown(),
-        folder / "pools-and-suites.md": docs_pools.markdown(),
-        folder / "serving-parameters.md": docs_serving.markdown(),
-        folder / "method.md": docs_routers.page(folder / "method.md"),
+        folder / "pools-and-suites.md": pools_and_suites.markdown(),
+        folder / "serving-parameters.md": serving_parameters.markdown(),
+        folder / "method.md": router_table.page(folder / "method.md"),
     }
     if "--check" in arguments:
         current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named
@@ -151,7 +155,7 @@ def main(arguments: list[str]) -> int:
 
 def _is_current(path: Path, text: str) -> bool:
     current = path.is_file() and path.read_text(encoding="utf-8") == text
-    print(f"{path} is current" if current else f"{path} is old: run python -m phatgoose.cli.docs")
+    print(f"{path} is current" if current else f"{path} is old: run python docs/generate/cli.py")
     return current
 
 
