@@ -15,7 +15,8 @@ from phatgoose.analysis.measures import expert_shares
 from phatgoose.analysis.prompts import RoutedPrompt, routed_prompt
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.attach import route_with, unroute
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.batch import IGNORED, target_logits
@@ -82,7 +83,7 @@ def explain(
     max_new_tokens: int = 64,
     most: int | None = None,
     batch_rows: int = 8,
-    backend: str = "auto",
+    options: RouteOptions | None = None,
 ) -> tuple[Explanation, RoutedPrompt]:
     """Answers greedily and says which experts the answer rests on; also gives the answer's routing, token by token.
 
@@ -100,7 +101,7 @@ def explain(
     """
     router = PHATGOOSE() if router is None else router
     switches = Switches()
-    route(base, pool, Masked(router, switches), backend_name=backend)
+    route_with(base, pool, Masked(router, switches), options or RouteOptions())
     try:
         ids = ids.to(base.device)
         with trace(base, margins=False) as recorded:

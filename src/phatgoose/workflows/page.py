@@ -11,6 +11,7 @@ from phatgoose.analysis.page import RoutedPrompt
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.records import Task
 from phatgoose.routers import PHATGOOSE, Router
@@ -68,7 +69,7 @@ def page(
     tasks: Sequence[Task] = (),
     texts: Sequence[str] = (),
     new_tokens: int = 24,
-    backend: str = "auto",
+    options: RouteOptions | None = None,
 ) -> Path:
     """Writes the page. With a pool and its base, experts get cards, `tasks` profiles and an answer each, `texts` an answer each.
 
@@ -81,7 +82,7 @@ def page(
             raise EvaluationError("there is nothing to show: give results, or a pool.")
         return analysis_page.report(data, out=out)
     seen = traced(
-        base, pool, router or PHATGOOSE(), tasks, shown=len(tasks), texts=texts, new_tokens=new_tokens, backend=backend
+        base, pool, router or PHATGOOSE(), tasks, shown=len(tasks), texts=texts, new_tokens=new_tokens, options=options
     )  # fmt: skip
     known = {task["name"] for task in data["tasks"]}
     data["tasks"] = [

@@ -13,7 +13,8 @@ from phatgoose.analysis.cards import cards
 from phatgoose.analysis.measures import expert_shares, load
 from phatgoose.analysis.page import RoutedPrompt, routed_prompt
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.attach.attach import route_with, routing_of, unroute
+from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import layer_labels
 from phatgoose.models.text.batch import decoder_inputs
@@ -53,7 +54,7 @@ def traced(
     shown: int = 6,
     texts: Sequence[str] = (),
     new_tokens: int = NEW_TOKENS,
-    backend: str = "auto",
+    options: RouteOptions | None = None,
 ) -> TraceReport:
     """Traces a pool; the base is left without routing.
 
@@ -63,14 +64,15 @@ def traced(
         texts: prompts that are answered as well, after those of the tasks.
     """
     unroute(base)
+    options = options or RouteOptions()
     samples = [*texts, *(e.input for task in tasks for e in task.test[:MEAN_ROWS])]
-    route(base, pool, router, backend_name=backend)
+    route_with(base, pool, router, options)
     routing = routing_of(base)
     assert routing is not None
     here = routing.pool  # under this model's names of its modules
     unroute(base)
     means = mean_inputs(base, here.modules, samples) if samples else None
-    route(base, pool, router, backend_name=backend)
+    route_with(base, pool, router, options)
     try:
         profiles = {task.name: _profile(base, task) for task in tasks}
         prompts = [_answer(base, task.name, task.test[0], new_tokens) for task in tasks[:shown]]

@@ -71,7 +71,7 @@ def command(
         show.note(f"note: {remark}")
     ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
     found, _ = explain(
-        model, experts, ids, choice.router, prompt=text, most=most, backend=backend,
+        model, experts, ids, choice.router, prompt=text, most=most, options=choice.options,
         max_new_tokens=room_for(model, ids, max_new_tokens),
     )  # fmt: skip
     if as_json:

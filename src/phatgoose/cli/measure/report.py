@@ -74,6 +74,6 @@ def command(
     model = load_for(experts, base, dtype, device)
     written = page(
         out, results=measured, base=model, pool=experts, router=choice.router, tasks=tasks, texts=prompt or (),
-        new_tokens=max_new_tokens, backend=backend,
+        new_tokens=max_new_tokens, options=choice.options,
     )  # fmt: skip
     show.say(str(written))

@@ -257,7 +257,7 @@ def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceRep
         replace(state.task(suite, task), name=name) for (suite, task), name in page_names(suites).items()
     ]
     return traced(
-        state.base, state.pool, PHATGOOSE(), tasks, shown=state.recipe.page.prompts, backend=state.recipe.measure.backend
+        state.base, state.pool, PHATGOOSE(), tasks, shown=state.recipe.page.prompts, options=state.options
     )  # fmt: skip
 
 
