@@ -35,7 +35,7 @@ test: $(STAMP) ## all tests, in WORKERS (by default a process more than cores, a
 
 SINCE ?= HEAD
 TESTS ?= --changed $(SINCE)
-check: $(STAMP) ## lint, types, and for 75 seconds the quick tests that the change since SINCE (HEAD) can break; TESTS=--last-failed for those that failed
+check: $(STAMP) ## lint, types, and for a minute the quick tests that the change since SINCE (HEAD) can break; TESTS=--last-failed for those that failed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE, TESTS = ROOT / "src", ROOT / "tests"
 DISTANCE = pytest.StashKey[dict[Path, int]]()
-STARTED = time.monotonic()
+STARTED = pytest.StashKey[float]()
 ALWAYS = {"conftest.py", "changed.py"}  # every test runs on them
 
 

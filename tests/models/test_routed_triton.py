@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 __all__ = ["mixed"]  # a fixture
 
 
-@pytest.mark.slow(73)
+@pytest.mark.slow(35)
 @pytest.mark.parametrize(("family", "router"), [("t5", PHATGOOSE()), ("llama", Random())], ids=str)
 def test_logits_equal_the_references(mixed, family, router, monkeypatch):
-    base, pool = mixed(family)
+    base, pool = mixed(family, layers=1)  # interpreted kernels are slow
     batch = batch_of(base)
     route(base, pool, router, backend_name="reference")
     expected = logits(base, batch)
