@@ -123,19 +123,19 @@ class Pages:
             if not site.stack.prefetch:  # a file that memory can hold
                 site.stack = replace(site.stack, prefetch=True)
                 site.prepare()
-        self.asking = [(site.fused._struct, site.fused._struct.ahead) for site in self.routing.sites]
+        self.asking = [(site.fused.site, site.fused.site.prefetch) for site in self.routing.sites]
 
     def prepare(self, cold: bool, ahead: bool) -> None:
         """Attaches the routing, with nothing of the file in memory if `cold`."""
         self.routing.attach()
         for struct, place in self.asking:
-            struct.ahead = place if ahead else None
+            struct.prefetch = place if ahead else None
         if cold:
             self.file._map.madvise(mmap.MADV_DONTNEED)  # or its pages couldn't be dropped
             handle = os.open(self.file.path, os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-            cpu._ahead().epoch += 1  # what was asked for is gone
+            cpu.shared_prefetch().epoch += 1  # what was asked for is gone
 
 
 def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:

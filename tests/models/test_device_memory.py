@@ -13,7 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.packed.pack import pack
 from phatgoose.models.attach.device_memory import cache_use
 from phatgoose.models.attach.options import parse_bytes
-from phatgoose.ops.offload.experts import Cached
+from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Arrow, Uniform
 from phatgoose.routers.masked import Masked, Switches
 
@@ -24,7 +24,7 @@ def budget_of(base, share):
     """The least that is needed, and this share of what all would take beside it. Routes the base."""
     route(base, routing_of(base).pool, routing_of(base).router, device_memory="1TB", backend_name="torch")
     use, budget = cache_use(base), routing_of(base).budget
-    least = budget.resident + sum(one.bytes(one.least) for one in budget.offloaded)
+    least = budget.resident + sum(one.bytes(one.min_capacity) for one in budget.offloaded)
     return least + int(share * (use.resident_bytes + use.pool_bytes - least))
 
 
@@ -44,8 +44,8 @@ def test_logits_are_the_resident_pools(mixed, family, share):
     assert use.cache_bytes <= use.pool_bytes
     assert use.experts.misses > 0
     assert (use.experts.evictions == 0) == (share == 1)
-    there = [one._there for one in routing_of(base).budget.offloaded]
-    arenas = [t for one in there for t in (*one.rows.there, *one.gates.there)]
+    there = [one._state for one in routing_of(base).budget.offloaded]
+    arenas = [t for one in there for t in (*one.rows.on_device, *one.gates.on_device)]
     assert sum(t.numel() * t.element_size() for t in arenas) == use.cache_bytes
     unroute(base)
     assert cache_use(base) is None
@@ -103,7 +103,7 @@ def test_what_cannot_be_cached_stays_and_is_counted(make_base, tmp_path):
     expected = logits(base, batch)
     route(base, pool, backend_name="torch", device_memory=budget_of(base, 0.1))
     assert relative(logits(base, batch), expected) < 1e-6
-    whole = [site for site in routing_of(base).sites if not isinstance(site.fused, Cached)]
+    whole = [site for site in routing_of(base).sites if not isinstance(site.fused, OffloadedExperts)]
     assert [site.path for site in whole] == ["model.embed_tokens"]
     kept = whole[0].stack
     tensors = (kept.A, kept.B, whole[0].router.gates)

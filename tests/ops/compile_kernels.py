@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from phatgoose.ops import Stack
+from phatgoose.ops.operands import kernel_operands
 from phatgoose.ops.triton import launch as triton_launch
 
 TYPES = {
@@ -68,7 +69,7 @@ def update(tokens, experts, rank, d_in, d_out, dtype, top_k=2):
     a, b = torch.zeros(rows, d_in, dtype=dtype), torch.zeros(rows, d_out, dtype=dtype)
     stack = Stack(a, b, tuple(range(0, rows, rank)), (rank,) * experts, (1.0,) * experts)
     u, y = torch.zeros(tokens, d_in, dtype=dtype), torch.zeros(tokens, d_out, dtype=dtype)
-    of_stack = triton_launch.rows_of(stack)
+    of_stack = kernel_operands(stack)
     triton_launch.updated(of_stack, u, y, torch.zeros(experts, d_in), top_k)
     if top_k == 2:
         chosen, weights = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2)

@@ -11,12 +11,12 @@ import torch
 from test_backends import NAMES, general, problem, relative
 
 from phatgoose.errors import RoutingError
-from phatgoose.ops import Layer, backend, make_stack, reference
-from phatgoose.ops.offload import experts as cached
-from phatgoose.ops.offload import quantized_gates as coarse
+from phatgoose.ops import Layer, backend, make_stack, quantized_gates, reference
+from phatgoose.ops.offload import experts as offload
 from phatgoose.ops.offload import slots as slots_module
-from phatgoose.ops.offload.experts import Cached, Room
+from phatgoose.ops.offload.experts import Capacity, OffloadedExperts
 from phatgoose.ops.offload.slots import Slots
+from phatgoose.ops.quantized_gates import quantize, standardised
 
 CPU = torch.device("cpu")
 
@@ -38,48 +38,48 @@ def test_leaders_are_never_without_the_best(kind, experts, d):
     g = torch.Generator().manual_seed(experts)
     gates = gates_of(kind, experts, d, g)
     u = torch.randn(37, d, generator=g) * 2 + 50 * torch.rand(37, 1, generator=g)
-    kept = coarse._coded(gates, 1)  # and inputs along what 8 bits have lost, which is the worst there can be
+    kept = quantize(gates, 1)  # and inputs along what 8 bits have lost, which is the worst there can be
     u[::2] = (gates - kept.codes[0] * kept.steps[0][:, None])[torch.arange(19) % experts] * 1000 + 7
-    x = coarse.standardised(u)
+    x = standardised(u)
     exact = reference.gate_scores(u.double(), gates.double())
     for planes in (1, 2):
-        kept = coarse._coded(gates, planes)
-        doubt = (exact - kept._scores(x.float())).abs().amax(0) - kept._rounding(CPU)
-        assert doubt.le(kept.lost).all()
+        kept = quantize(gates, planes)
+        doubt = (exact - kept.scores(x.float())).abs().amax(0) - kept.rounding(CPU)
+        assert doubt.le(kept.error).all()
         for k in {1, min(2, experts), experts}:
             leaders = kept.leaders(x, k)
             assert leaders.gather(1, exact.topk(k).indices).all()
             assert leaders.sum(1).ge(k).all()
-    few = coarse.coarse(gates).leaders(x, 1).sum(1).float().mean()
+    few = quantize(gates).leaders(x, 1).sum(1).float().mean()
     if kind == "random" and experts > 60:
         assert few < 0.2 * experts  # or they would all be fetched
 
 
 def test_wide_gates_are_kept_more_finely():
     g = torch.Generator().manual_seed(0)
-    assert [coarse.coarse(gates_of("random", 20, d, g)).codes.shape[0] for d in (64, 576, 4096)] == [1, 1, 2]
-    assert coarse.coarse(gates_of("random", 20, 4096, g)).lost.max() < 0.01
-    assert coarse.coarse(torch.zeros(0, 8)).codes.shape == (1, 0, 8)
+    assert [quantize(gates_of("random", 20, d, g)).codes.shape[0] for d in (64, 576, 4096)] == [1, 1, 2]
+    assert quantize(gates_of("random", 20, 4096, g)).error.max() < 0.01
+    assert quantize(torch.zeros(0, 8)).codes.shape == (1, 0, 8)
 
 
 def test_blocks_of_experts_change_nothing(monkeypatch):
     g = torch.Generator().manual_seed(0)
     gates, x = gates_of("random", 50, 64, g), torch.randn(9, 64, generator=g)
-    whole = coarse.coarse(gates)
-    monkeypatch.setattr(coarse, "AT_ONCE", 500)
-    parts = coarse.coarse(gates)
+    whole = quantize(gates)
+    monkeypatch.setattr(quantized_gates, "CHUNK_VALUES", 500)
+    parts = quantize(gates)
     assert torch.equal(whole.codes, parts.codes)
-    assert torch.equal(whole.lost, parts.lost)
-    assert torch.allclose(whole._scores(x), parts._scores(x), atol=1e-6)
+    assert torch.equal(whole.error, parts.error)
+    assert torch.allclose(whole.scores(x), parts.scores(x), atol=1e-6)
 
 
 def test_products_that_torch_rounds_are_doubted_more():
-    kept = coarse.coarse(gates_of("random", 20, 64, torch.Generator().manual_seed(0)))
-    before, exact = torch.backends.mkldnn.matmul.fp32_precision, kept._rounding(CPU)
+    kept = quantize(gates_of("random", 20, 64, torch.Generator().manual_seed(0)))
+    before, exact = torch.backends.mkldnn.matmul.fp32_precision, kept.rounding(CPU)
     try:
         for precision, unit in (("tf32", 2**-10), ("bf16", 2**-8), ("ieee", 0)):
             torch.backends.mkldnn.matmul.fp32_precision = precision
-            assert kept._rounding(CPU) == pytest.approx(exact + 1.1 * 8 * unit)
+            assert kept.rounding(CPU) == pytest.approx(exact + 1.1 * 8 * unit)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 
@@ -100,7 +100,7 @@ def test_slots_hold_what_was_asked_for(ragged):
             owned = [r for e, row in zip(part, rows, strict=True) for r in range(row, row + counts[e])]
             assert len(owned) == len(set(owned))
             for e, row in zip(part, rows, strict=True):
-                for matrix, there in zip((a, b), slots.there, strict=True):
+                for matrix, there in zip((a, b), slots.on_device, strict=True):
                     assert torch.equal(
                         there[row : row + counts[e]], matrix[starts[e] : starts[e] + counts[e]]
                     )
@@ -148,7 +148,7 @@ def test_mapped_rows_are_asked_for_before_they_are_copied(tmp_path, monkeypatch)
         some = Slots([mapped], (0, 7, 2000), (7, 0, 900), 1000, CPU, ahead)
         for _ in range(2):
             [(_, rows)] = some.visit([0, 1, 2])
-            assert torch.equal(some.there[0][rows[2] : rows[2] + 900], a[2000:2900])
+            assert torch.equal(some.on_device[0][rows[2] : rows[2] + 900], a[2000:2900])
         assert asked == [7, 0, 900]
     monkeypatch.setattr(slots_module, "_madvise", lambda: None)
     real(mapped)
@@ -163,11 +163,11 @@ RANKS = [(4,) * 40, tuple(1 + e * 7 % 11 for e in range(40)), (0, 3, 0, 5, 2), (
 def test_forwards_are_those_of_the_resident_pool(name, dtype, ranks):
     _, _, _, stack, gates = problem(1, ranks, dtype=dtype)
     ops, layer = backend(name), None
-    least = Room(1, max(ranks))
-    rooms = [least, Room(min(7, len(ranks)), max(3 * max(ranks), sum(ranks) // 5)), None]
+    least = Capacity(1, max(ranks))
+    rooms = [least, Capacity(min(7, len(ranks)), max(3 * max(ranks), sum(ranks) // 5)), None]
     if name == "triton":  # which is interpreted: slow
         rooms = rooms[1:]
-    ways = [Cached(gates, 2, stack, layer, ops.mix, "here", room) for room in rooms]
+    ways = [OffloadedExperts(gates, 2, stack, layer, ops.mix, "here", room) for room in rooms]
     for seed in range(12 if name != "triton" else 2):
         g = torch.Generator().manual_seed(seed)
         n = [1, 3, 63, 8][seed % 4]
@@ -200,8 +200,8 @@ def test_parts_are_rounded_once():
         u.double(), y.double(), stack, *reference.choose(reference.gate_scores(u, gates), 50)
     )
     errors = [
-        relative(Cached(gates, 50, stack, None, reference.mix, "here", room)(u, y), wide)
-        for room in (None, Room(3, 4))  # 50 parts, each with one expert
+        relative(OffloadedExperts(gates, 50, stack, None, reference.mix, "here", room)(u, y), wide)
+        for room in (None, Capacity(3, 4))  # 50 parts, each with one expert
     ]
     assert errors[1] < 1.05 * errors[0]
 
@@ -210,7 +210,9 @@ def test_parts_are_rounded_once():
 def test_more_choices_than_experts(k):
     _, u, y, stack, gates = problem(7, (3, 4, 2))
     expected = reference.choose(reference.gate_scores(u, gates), k)
-    out, *choice = Cached(gates, k, stack, None, reference.mix, "here", Room(1, 4)).with_choice(u, y)
+    out, *choice = OffloadedExperts(gates, k, stack, None, reference.mix, "here", Capacity(1, 4)).with_choice(
+        u, y
+    )
     assert torch.equal(choice[0], expected[0])
     assert torch.allclose(choice[1], expected[1], atol=1e-6)
     assert relative(out, reference.mix(u, y, stack, *expected)) < 1e-6
@@ -219,15 +221,17 @@ def test_more_choices_than_experts(k):
 def test_of_equal_scores_the_lower_index_is_chosen():
     _, u, y, stack, gates = problem(9, (4,) * 6)
     twins = gates[[0, 0, 0, 0, 0, 0]]
-    for room in (None, Room(2, 8)):
-        _, chosen, weights = Cached(twins, 2, stack, None, reference.mix, "here", room).with_choice(u, y)
+    for room in (None, Capacity(2, 8)):
+        _, chosen, weights = OffloadedExperts(twins, 2, stack, None, reference.mix, "here", room).with_choice(
+            u, y
+        )
         assert chosen.tolist() == [[0, 1]] * 9
         assert torch.allclose(weights, torch.full((9, 2), 0.5))
 
 
 def test_padding_of_zeros_fetches_nothing_more():
     _, u, y, stack, gates = problem(9, (4,) * 60)
-    way = Cached(gates, 2, stack, None, reference.mix, "here")
+    way = OffloadedExperts(gates, 2, stack, None, reference.mix, "here")
     u[3] = 0
     _, chosen, weights = way.with_choice(u, y)
     expected = reference.choose(reference.gate_scores(u, gates), 2)
@@ -239,9 +243,9 @@ def test_padding_of_zeros_fetches_nothing_more():
 
 def test_long_inputs_are_chosen_for_in_pieces(monkeypatch):
     _, u, y, stack, gates = problem(50, (4,) * 20)
-    whole = Cached(gates, 2, stack, None, reference.mix, "here", Room(5, 20)).with_choice(u, y)
-    monkeypatch.setattr(cached, "AT_ONCE", 48 * 7)
-    pieces = Cached(gates, 2, stack, None, reference.mix, "here", Room(5, 20)).with_choice(u, y)
+    whole = OffloadedExperts(gates, 2, stack, None, reference.mix, "here", Capacity(5, 20)).with_choice(u, y)
+    monkeypatch.setattr(offload, "CHUNK_VALUES", 48 * 7)
+    pieces = OffloadedExperts(gates, 2, stack, None, reference.mix, "here", Capacity(5, 20)).with_choice(u, y)
     assert torch.equal(whole[1], pieces[1])
     assert torch.allclose(whole[0], pieces[0], atol=1e-5)
 
@@ -251,7 +255,7 @@ def test_other_dtypes_and_shapes(dtype):
     _, u, y, stack, gates = problem(12, (4,) * 6, dtype=dtype)
     ops = backend("torch")
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
-    way = Cached(gates, 2, stack, None, ops.mix, "here", Room(2, 9))
+    way = OffloadedExperts(gates, 2, stack, None, ops.mix, "here", Capacity(2, 9))
     out, _, shares = way.with_choice(u.view(3, 4, 48), y.view(3, 4, 40))
     assert out.shape == (3, 4, 40)
     assert shares.dtype == weights.dtype
@@ -272,14 +276,14 @@ def test_vectors_act_as_they_do_on_the_resident_pool():
     gates = gates_of("random", len(parts), w.shape[1], torch.Generator().manual_seed(4))
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 3)
     expected = reference.mix(u, y, stack, chosen, weights, layer)
-    for room in (None, Room(2, 4)):
-        found = Cached(gates, 3, stack, layer, backend("torch").mix, "here", room)(u, y)
+    for room in (None, Capacity(2, 4)):
+        found = OffloadedExperts(gates, 3, stack, layer, backend("torch").mix, "here", room)(u, y)
         assert relative(found, expected) < 1e-6
 
 
 def test_what_it_refuses(monkeypatch):
     _, u, y, stack, gates = problem(4, (3, 4, 2))
-    way = Cached(gates, 2, stack, None, reference.mix, "mlp.up_proj", Room(1, 4))
+    way = OffloadedExperts(gates, 2, stack, None, reference.mix, "mlp.up_proj", Capacity(1, 4))
     expected = way(u, y)
     for bad in (torch.nan, torch.inf):
         broken = u.clone()
@@ -290,18 +294,20 @@ def test_what_it_refuses(monkeypatch):
         way(u.clone().requires_grad_(), y)
     with torch.no_grad():
         assert torch.allclose(way(u.clone().requires_grad_(), y), expected, atol=1e-5)
-    monkeypatch.setattr(cached, "_capturing", lambda y: True)
+    monkeypatch.setattr(offload, "_is_capturing", lambda y: True)
     with pytest.raises(RoutingError, match="CUDA graph"):
         way(u, y)
     with pytest.raises(RoutingError, match="low-rank rows and vectors"):
-        Cached(gates, 2, make_stack(general()[0], 24, 20, torch.float32), None, reference.mix, "here")
+        OffloadedExperts(
+            gates, 2, make_stack(general()[0], 24, 20, torch.float32), None, reference.mix, "here"
+        )
     monkeypatch.undo()
     assert torch.allclose(way(u, y), expected, atol=1e-5)  # refusals leave nothing behind
 
 
 def test_inference_mode_may_come_and_go():
     _, u, y, stack, gates = problem(20, (3,) * 12)
-    way = Cached(gates, 2, stack, None, backend("torch").mix, "here", Room(2, 7))
+    way = OffloadedExperts(gates, 2, stack, None, backend("torch").mix, "here", Capacity(2, 7))
     with torch.inference_mode():
         expected = way(u, y)
     assert torch.allclose(way(u, y), expected, atol=1e-5)
@@ -311,9 +317,9 @@ def test_inference_mode_may_come_and_go():
 
 def test_copies_begin_empty_and_threads_wait_for_one_another():
     _, _, _, stack, gates = problem(1, (3,) * 30)
-    way = Cached(gates, 2, stack, None, backend("torch").mix, "here", Room(4, 9))
+    way = OffloadedExperts(gates, 2, stack, None, backend("torch").mix, "here", Capacity(4, 9))
     other = copy.deepcopy(way)
-    assert other.room == way.room
+    assert other.capacity == way.capacity
     inputs = [problem(5, (3,), seed=s)[1:3] for s in range(24)]
     expected = [other(u, y) for u, y in inputs]
     assert way.counts[0].misses == 0
@@ -333,13 +339,13 @@ def test_copies_begin_empty_and_threads_wait_for_one_another():
 
 def test_what_is_where_goes_along_with_the_device():
     _, u, y, stack, gates = problem(4, (3, 4, 2))
-    way = Cached(gates, 2, stack, None, reference.mix, "here")
-    here = way._on(CPU)
-    assert way._on(CPU) is here
-    there = way._on(torch.device("meta"))
-    assert {t.device.type for t in (there.coarse.codes, there.rows.there[0], there.gates.there[0])} == {
-        "meta"
-    }
+    way = OffloadedExperts(gates, 2, stack, None, reference.mix, "here")
+    here = way._state_on(CPU)
+    assert way._state_on(CPU) is here
+    there = way._state_on(torch.device("meta"))
+    assert {
+        t.device.type for t in (there.quantized.codes, there.rows.on_device[0], there.gates.on_device[0])
+    } == {"meta"}
     assert way.gates.is_cpu
     assert way.stack.A.is_cpu
     assert way(u, y).is_cpu

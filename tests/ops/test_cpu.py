@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.ops import BACKENDS, Fused, Layer, auto_is, backend, fast, make_stack, reference
+from phatgoose.ops import BACKENDS, CpuRouting, Layer, auto_is, backend, fast, make_stack, reference
 from phatgoose.ops.cpu import backend as cpu
 from phatgoose.ops.cpu import build
-from phatgoose.ops.cpu.scan import scan
+from phatgoose.ops.operands import kernel_operands
+from phatgoose.ops.quantized_gates import kernel_gates
 from phatgoose.ops.update import Update
 
 VARIANTS = build.library().variants
@@ -45,12 +46,14 @@ def problem(tokens, ranks, d_in=48, d_out=40, dtype=torch.float32, weights=None,
 def by_variant(index, fused, u, y, chosen=None, weights=None):
     """`fused` run with one instruction set, on outputs poisoned with NaN."""
     out = torch.full_like(y, torch.nan)
-    n, k = len(u), min(fused.top_k, fused.stack.experts)
+    n, k = len(u), fused.top_k
     chosen = torch.full((n, k), -7) if chosen is None else chosen
     weights = torch.full((n, k), torch.nan) if weights is None else weights
     pointers = [t.data_ptr() for t in (u, y, out)]
-    kinds = cpu._KINDS[u.dtype, y.dtype]
-    code = build.library().run(index, fused._at, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds)
+    kinds = cpu._DTYPE_CODES[u.dtype, y.dtype]
+    code = build.library().run(
+        index, fused.site_address, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds
+    )
     assert code == 0
     return out, chosen, weights
 
@@ -69,7 +72,7 @@ def test_every_instruction_set_chooses_and_mixes_like_the_reference(index, dtype
     u, y, stack, gates = problem(tokens, ranks, d_in, d_out, dtype)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = reference.mix(u, y, stack, chosen, weights)
-    found = by_variant(index, Fused(gates, 2, stack), u, y)
+    found = by_variant(index, CpuRouting(gates, 2, stack), u, y)
     assert torch.equal(found[1], chosen)
     assert torch.allclose(found[2], weights, atol=2e-6)
     limit = 2e-6 if dtype == torch.float32 else 1e-2
@@ -85,7 +88,7 @@ def test_dtypes_mix(u_dtype, w_dtype, y_dtype, tokens):
     y = y.to(y_dtype)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 3)
     expected = reference.mix(u, y, stack, chosen, weights)
-    found = Fused(gates, 3, stack)(u, y)
+    found = CpuRouting(gates, 3, stack)(u, y)
     assert found.dtype == y_dtype
     assert relative(found, expected, y.double()) < (
         1e-2 if torch.bfloat16 in (u_dtype, w_dtype, y_dtype) else 2e-6
@@ -97,7 +100,7 @@ def test_dtypes_mix(u_dtype, w_dtype, y_dtype, tokens):
 def test_any_number_of_choices(k, tokens):
     u, y, stack, gates = problem(tokens, (2,) * 64)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), k)
-    _, found, found_weights = Fused(gates, k, stack).with_choice(u, y)
+    _, found, found_weights = CpuRouting(gates, k, stack).with_choice(u, y)
     assert torch.equal(found, chosen)
     assert torch.allclose(found_weights, weights, atol=2e-6)
 
@@ -108,7 +111,7 @@ def test_a_call_that_tells_its_choice_is_the_same_call(shape, dtype):
     tokens = math.prod(shape)
     u, y, stack, gates = problem(tokens, (4,) * 20, dtype=dtype)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
-    fused = Fused(gates, 2, stack)
+    fused = CpuRouting(gates, 2, stack)
     wide_u = torch.stack([u, u], -1)[..., 0].view(*shape, 48)  # not contiguous
     kept = y.clone().view(*shape, 40)
     done, found, found_weights = fused.with_choice(wide_u, kept)
@@ -140,7 +143,7 @@ def test_the_choice_is_that_of_float32_gates_however_near_they_are(index, dtype,
     stack = problem(1, (1,) * 50, 64, 8, dtype)[2]
     for rows in (u, u[:9]):
         _, chosen, weights = by_variant(
-            index, Fused(gates, 2, stack), rows, torch.zeros(len(rows), 8, dtype=dtype)
+            index, CpuRouting(gates, 2, stack), rows, torch.zeros(len(rows), 8, dtype=dtype)
         )
         true = exact[: len(rows)]
         best = true.topk(2).values
@@ -179,7 +182,7 @@ def test_rounding_in_the_scan_doesn_t_change_the_choice(index, dtype, tokens):
     assert exact[0] - exact[1] > 1e-3
     _, chosen, _ = by_variant(
         index,
-        Fused(gates, 1, problem(1, (1,) * 32, 4096, 8, dtype)[2]),
+        CpuRouting(gates, 1, problem(1, (1,) * 32, 4096, 8, dtype)[2]),
         rows,
         torch.zeros(tokens, 8, dtype=dtype),
     )
@@ -194,15 +197,15 @@ def test_scores_all_negative_don_t_choose_what_fills_up_a_block():
     assert reference.gate_scores(rows, gates).max() < 0
     chosen = reference.choose(reference.gate_scores(rows, gates), 2)[0]
     for n in (2, 30):
-        assert torch.equal(Fused(gates, 2, stack).with_choice(rows[:n], y[:n])[1], chosen[:n])
+        assert torch.equal(CpuRouting(gates, 2, stack).with_choice(rows[:n], y[:n])[1], chosen[:n])
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_nan_and_infinity_stay_where_they_are(tokens):
     u, y, stack, gates = problem(tokens, (4,) * 40)
-    clean = Fused(gates, 2, stack)(u, y)
+    clean = CpuRouting(gates, 2, stack)(u, y)
     u[1, 3], u[2, 0] = torch.nan, torch.inf
-    found, chosen, _ = Fused(gates, 2, stack).with_choice(u, y)
+    found, chosen, _ = CpuRouting(gates, 2, stack).with_choice(u, y)
     assert not found[1:3].isfinite().all(1).any()
     rest = [n for n in range(tokens) if n not in (1, 2)]
     assert torch.equal(found[rest], clean[rest])
@@ -212,7 +215,7 @@ def test_nan_and_infinity_stay_where_they_are(tokens):
 @pytest.mark.parametrize("tokens", [4, 50])
 def test_constant_inputs_and_equal_scores_choose_the_lower_index(tokens):
     _, y, stack, gates = problem(tokens, (4,) * 40)
-    _, chosen, weights = Fused(gates, 3, stack).with_choice(torch.zeros(tokens, 48), y)
+    _, chosen, weights = CpuRouting(gates, 3, stack).with_choice(torch.zeros(tokens, 48), y)
     assert torch.equal(chosen, torch.arange(3).expand(tokens, 3))
     assert torch.allclose(weights, torch.tensor(1 / 3))
 
@@ -232,7 +235,7 @@ def test_mix_takes_choices_made_elsewhere(dtype, tokens):
 
 def test_layouts_and_writing_in_place():
     u, y, stack, gates = problem(6, (4,) * 20)
-    fused = Fused(gates, 2, stack)
+    fused = CpuRouting(gates, 2, stack)
     before, expected = y.clone(), fused(u, y)
     assert torch.equal(y, before)
     assert torch.equal(fused(u.T.contiguous().T, y.T.contiguous().T), expected)
@@ -243,7 +246,7 @@ def test_layouts_and_writing_in_place():
 
 def test_rows_that_nobody_owns_may_hold_anything():
     u, y, stack, gates = problem(40, (3, 4, 2))
-    expected = Fused(gates, 2, stack)(u, y)
+    expected = CpuRouting(gates, 2, stack)(u, y)
     nan = torch.full((2, 48), torch.nan), torch.full((2, 40), torch.nan)
     wider = dataclasses.replace(
         stack,
@@ -251,8 +254,8 @@ def test_rows_that_nobody_owns_may_hold_anything():
         B=torch.cat([nan[1], stack.B[:3], nan[1], stack.B[3:], nan[1]]),
         starts=(2, 7, 11),
     )
-    assert torch.equal(Fused(gates, 2, wider)(u, y), expected)
-    assert torch.equal(Fused(gates, 2, wider)(u[:3], y[:3]), Fused(gates, 2, stack)(u[:3], y[:3]))
+    assert torch.equal(CpuRouting(gates, 2, wider)(u, y), expected)
+    assert torch.equal(CpuRouting(gates, 2, wider)(u[:3], y[:3]), CpuRouting(gates, 2, stack)(u[:3], y[:3]))
 
 
 def test_other_parts_of_an_update_are_added():
@@ -269,7 +272,7 @@ def test_other_parts_of_an_update_are_added():
     y, gates = u @ w.T + b, reference.standardise(torch.randn(4, 24))
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = reference.mix(u, y, stack, chosen, weights, layer)
-    fused = Fused(gates, 2, stack, layer)
+    fused = CpuRouting(gates, 2, stack, layer)
     assert relative(fused(u, y), expected, y.double()) < 1e-5
     assert relative(fused(u.view(3, 3, 24), y.view(3, 3, 20)).view(9, 20), expected, y.double()) < 1e-5
 
@@ -278,7 +281,7 @@ def test_other_parts_of_an_update_are_added():
 @pytest.mark.parametrize("tokens", [1, 9, 200])
 def test_threads_don_t_change_the_result(threads, tokens):
     u, y, stack, gates = problem(tokens, (16,) * 50, 256, 300)
-    fused, before = Fused(gates, 2, stack), torch.get_num_threads()
+    fused, before = CpuRouting(gates, 2, stack), torch.get_num_threads()
     expected = fused(u, y)
     try:
         torch.set_num_threads(threads)
@@ -291,7 +294,7 @@ def test_threads_of_python_may_share_it():
     fused = []
     for seed in range(4):
         u, y, stack, gates = problem(20, (4,) * 20, seed=seed)
-        fused.append((Fused(gates, 2, stack), u, y))
+        fused.append((CpuRouting(gates, 2, stack), u, y))
     expected = [f(u, y) for f, u, y in fused]
     wrong = []
 
@@ -331,7 +334,8 @@ def test_threads_that_mix_first_share_what_is_kept(monkeypatch):
     expected = reference.mix(u, y, stack, chosen, weights)
     assert [relative(f, expected) < 1e-6 for f in found] == [True] * 4
     assert len(made) == 1
-    assert made[0].tensors == cpu._tensors(stack)
+    kept = kernel_operands(stack).tensors
+    assert all(one is other for one, other in zip(made[0].tensors, kept, strict=True))
 
 
 @pytest.mark.parametrize("tokens", [2, 30])
@@ -339,7 +343,7 @@ def test_a_struct_keeps_what_it_points_into(tokens):
     u, y, stack, gates = problem(tokens, (3, 2, 4, 1))
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = cpu.mix(u, y, stack, chosen, weights)
-    for name in ("_known_tensors", "_known_scales"):
+    for name in ("_known_operands", "_known_scales"):
         del stack.__dict__[name]
     spoilt = [torch.full((4,), 7.0) for _ in range(100)]
     assert torch.equal(cpu.mix(u, y, stack, chosen, weights), expected)
@@ -351,7 +355,7 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
     x = u.clone().requires_grad_()
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     strict, auto = BACKENDS["cpu"], backend("auto")
-    for call in (lambda: Fused(gates, 2, stack)(x, y), lambda: strict.mix(x, y, stack, chosen, weights)):
+    for call in (lambda: CpuRouting(gates, 2, stack)(x, y), lambda: strict.mix(x, y, stack, chosen, weights)):
         with pytest.raises(RoutingError, match=r"no backward pass.*torch.no_grad"):
             call()
         with torch.no_grad():
@@ -365,7 +369,7 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
     assert auto.mix(u.half(), y.half(), half, chosen, weights).dtype == torch.float16
     meta = u.to("meta")
     with pytest.raises(RoutingError, match="CPUs only"):
-        Fused(gates, 2, stack)(meta, y)
+        CpuRouting(gates, 2, stack)(meta, y)
 
 
 MISFITS = [
@@ -383,16 +387,17 @@ MISFITS = [
 def test_inputs_of_another_shape_are_refused(of_u, of_y):
     """They are read by address: what isn't theirs would be read, and written."""
     u, y, stack, gates = problem(3, (3, 2, 4, 1))
-    fused, bare = Fused(gates, 2, stack), torch.zeros(3, 2)
+    fused, bare = CpuRouting(gates, 2, stack), torch.zeros(3, 2)
     fused(u, y)  # which shapes it knows to fit
     wrong = torch.zeros(of_u), torch.zeros(of_y)
-    operands = (*wrong, bare.long(), bare, *cpu._tensors(stack), 0)
+    rows = kernel_operands(stack).tensors
+    operands = (*wrong, bare.long(), bare, rows, 0)
     for call in (
         lambda: fused(*wrong),
         lambda: fused(*wrong, True),
         lambda: fused.with_choice(*wrong),
         lambda: cpu.mix(*wrong, stack, bare.long(), bare),
-        lambda: torch.ops.phatgoose.routed_update(*wrong, *fused.by_gates, *cpu._tensors(stack), 2, 4),
+        lambda: torch.ops.phatgoose.routed_update(*wrong, fused.gate_operands, rows, 2, 4),
         lambda: torch.ops.phatgoose.routed_mix(*operands),
     ):
         with pytest.raises(RoutingError, match=r"must be \[..., 48\] and its output \[..., 40\]"):
@@ -414,13 +419,13 @@ def test_choices_that_don_t_fit_are_refused(tokens):
     ]
     beyond, below = chosen.clone(), chosen.clone()
     beyond[-1, 1], below[-1, 1] = 4, -5
-    operator, rows = torch.ops.phatgoose.routed_mix, cpu._tensors(stack)
+    operator, rows = torch.ops.phatgoose.routed_mix, kernel_operands(stack).tensors
     for call in (
         lambda *choice: cpu.mix(u, y, stack, *choice),
-        lambda *choice: operator(u, y, *choice, *rows, 0),
+        lambda *choice: operator(u, y, *choice, rows, 0),
     ):
         for choice in wrong:
-            with pytest.raises(RoutingError, match=r"who was chosen must be int64 \[\d+, k\]"):
+            with pytest.raises(RoutingError, match=r"the chosen experts must be int64 \[\d+, k\]"):
                 call(*choice)
         with pytest.raises(RoutingError, match="that there isn't: there are 4"):
             call(beyond, weights)
@@ -437,7 +442,7 @@ def test_gates_and_stacks_that_don_t_fit_are_refused():
         (gates.long(), 2, "they are int64"),
     ):
         with pytest.raises(RoutingError, match=what):
-            Fused(wrong, top_k, stack)
+            CpuRouting(wrong, top_k, stack)
     for change, what in (
         ({"B": stack.B[:9]}, "as many rows"),
         ({"B": stack.B.bfloat16()}, "one dtype"),
@@ -446,20 +451,20 @@ def test_gates_and_stacks_that_don_t_fit_are_refused():
         ({"scales": (1.0,)}, "4 starts and 1 scales"),
     ):
         with pytest.raises(RoutingError, match=what):
-            Fused(gates, 2, dataclasses.replace(stack, **change))
-    rows, by_gates = list(cpu._tensors(stack)), list(Fused(gates, 2, stack).by_gates)
+            CpuRouting(gates, 2, dataclasses.replace(stack, **change))
+    rows, by_gates = kernel_operands(stack).tensors, CpuRouting(gates, 2, stack).gate_operands
     for place, name in enumerate(("gates", "codes", "facts", "a", "b", "owners", "scales")):
         operands = [*by_gates, *rows]
         operands[place] = operands[place].double() if name == "gates" else operands[place][..., :-1]
         with pytest.raises(RoutingError):
-            torch.ops.phatgoose.routed_update(u, y, *operands, 2, 4)
+            torch.ops.phatgoose.routed_update(u, y, operands[:3], operands[3:], 2, 4)
 
 
 def test_gates_in_other_dtypes_are_those_gates_in_float32():
     u, y, stack, gates = problem(20, (3, 2, 4, 1))
     narrow = gates.bfloat16()
-    assert torch.equal(Fused(narrow, 2, stack)(u, y), Fused(narrow.float(), 2, stack)(u, y))
-    assert torch.equal(Fused(gates.double(), 2, stack)(u, y), Fused(gates, 2, stack)(u, y))
+    assert torch.equal(CpuRouting(narrow, 2, stack)(u, y), CpuRouting(narrow.float(), 2, stack)(u, y))
+    assert torch.equal(CpuRouting(gates.double(), 2, stack)(u, y), CpuRouting(gates, 2, stack)(u, y))
 
 
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "triton"])
@@ -472,7 +477,7 @@ def test_routed_update_is_score_choose_mix(name):
 
 def test_copies_work_on_their_own():
     u, y, stack, gates = problem(5, (3, 2, 4, 1))
-    fused = Fused(gates, 2, stack)
+    fused = CpuRouting(gates, 2, stack)
     copied = copy.deepcopy(fused)
     expected = fused(u, y)
     del fused, stack, gates
@@ -481,7 +486,7 @@ def test_copies_work_on_their_own():
 
 def test_compilers_carry_it_as_one_operator():
     u, y, stack, gates = problem(5, (3, 2, 4, 1))
-    fused = Fused(gates, 2, stack)
+    fused = CpuRouting(gates, 2, stack)
 
     def function(u, y):
         return fused(u * 2, y) + 1
@@ -496,9 +501,9 @@ def test_compilers_carry_it_as_one_operator():
         compiled = torch.compile(function, fullgraph=True, backend=keep)(u, y)
     assert torch.equal(compiled, function(u, y))
     assert sum("routed_update" in str(node.target) for node in graphs[0].graph.nodes) == 1
-    tensors = cpu._tensors(stack)
+    tensors = kernel_operands(stack).tensors
     torch.library.opcheck(
-        torch.ops.phatgoose.routed_update.default, (u, y, *fused.by_gates, *tensors, 2, 4), test_utils=("test_schema", "test_faketensor")
+        torch.ops.phatgoose.routed_update.default, (u, y, fused.gate_operands, tensors, 2, 4), test_utils=("test_schema", "test_faketensor")
     )  # fmt: skip
 
 
@@ -509,7 +514,7 @@ def test_choices_made_elsewhere_are_mixed_by_an_operator(dtype, tokens):
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 3)
     chosen[::2, 1] = -1
     expected = reference.mix(u, y, stack, chosen, weights)
-    arguments = (u, y, chosen, weights, *cpu._tensors(stack), 0)
+    arguments = (u, y, chosen, weights, kernel_operands(stack).tensors, 0)
     before = y.clone()
     found = torch.ops.phatgoose.routed_mix.default(*arguments)
     assert torch.equal(y, before)
@@ -522,10 +527,10 @@ def test_choices_made_elsewhere_are_mixed_by_an_operator(dtype, tokens):
 
 def test_the_scan_holds_what_it_promises():
     gates = hard_gates(37, 65)
-    found = scan(gates)
-    step, sums, lost = found.facts
-    assert found.codes.shape == (3, 65, 16)
-    codes = found.codes.transpose(1, 2).reshape(48, 65).double()
+    _, codes, facts = kernel_gates(gates)
+    step, sums, lost = facts
+    assert codes.shape == (3, 65, 16)
+    codes = codes.transpose(1, 2).reshape(48, 65).double()
     assert torch.equal(codes.sum(1).float(), sums)
     rest = gates.double() - step[:37, None].double() * codes[:37]
     assert (rest.norm(dim=1) <= lost[:37]).all()
@@ -536,15 +541,15 @@ def test_the_scan_holds_what_it_promises():
 
 
 def test_a_struct_is_as_long_as_the_kernels():
-    assert ctypes.sizeof(cpu._Site) == 17 * 8
-    assert ctypes.sizeof(cpu._Ahead) == 3 * 8
+    assert ctypes.sizeof(cpu.Site) == 17 * 8
+    assert ctypes.sizeof(cpu.Prefetch) == 3 * 8
 
 
 @pytest.fixture
 def ahead(monkeypatch):
     """What was asked for, of a memory that holds 100,000 bytes."""
-    one = cpu._Ahead(100_000, 0, 1)
-    monkeypatch.setattr(cpu, "_ahead", lambda: one)
+    one = cpu.Prefetch(100_000, 0, 1)
+    monkeypatch.setattr(cpu, "shared_prefetch", lambda: one)
     return one
 
 
@@ -566,8 +571,8 @@ def in_a_file(stack, folder):
 def test_rows_of_a_file_are_asked_for_once(tokens, dtype, tmp_path, ahead):
     u, y, stack, gates = problem(tokens, (3, 0, 5, 2, 70), dtype=dtype)
     mapped = in_a_file(stack, tmp_path)
-    fused = cpu.Fused(gates, 2, mapped)
-    expected, chosen, _ = cpu.Fused(gates, 2, stack).with_choice(u, y)
+    fused = CpuRouting(gates, 2, mapped)
+    expected, chosen, _ = CpuRouting(gates, 2, stack).with_choice(u, y)
     for _ in range(2):
         assert torch.equal(fused(u, y), expected)
         who = set(chosen.flatten().tolist())
@@ -580,7 +585,7 @@ def test_rows_of_a_file_are_asked_for_once(tokens, dtype, tmp_path, ahead):
 
 def test_what_was_read_long_ago_is_asked_for_again(tmp_path, ahead):
     u, y, stack, gates = problem(1, (30, 30))
-    fused = cpu.Fused(gates, 2, in_a_file(stack, tmp_path))
+    fused = CpuRouting(gates, 2, in_a_file(stack, tmp_path))
     ahead.limit = 2 * 30 * 88 * 4
     fused(u, y)
     assert (ahead.bytes, ahead.epoch) == (ahead.limit, 1)
@@ -636,10 +641,10 @@ def test_another_default_dtype_changes_nothing():
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            scanned = scan(gates)
+            facts = kernel_gates(gates)[2]
             stack = make_stack(parts, 40, 24, torch.bfloat16)
             fused = backend("cpu").fuse(gates, 2, stack, None)
-            found.append((scanned.facts, *fused.with_choice(u, torch.zeros(9, 24, dtype=torch.bfloat16))))
+            found.append((facts, *fused.with_choice(u, torch.zeros(9, 24, dtype=torch.bfloat16))))
         finally:
             torch.set_default_dtype(torch.float32)
     for one, other in zip(*found, strict=True):

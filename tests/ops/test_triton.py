@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops import BACKENDS, Layer, auto_is, backend, fast, make_stack, reference
+from phatgoose.ops.operands import kernel_operands
 from phatgoose.ops.triton import backend as triton_backend
 from phatgoose.ops.triton import launch as triton_launch
-from phatgoose.ops.triton.backend import Fused
+from phatgoose.ops.triton.backend import TritonRouting
 from phatgoose.ops.update import Update
 
 pytest.importorskip("triton")
@@ -78,7 +79,7 @@ def test_it_chooses_and_mixes_like_the_reference(dtype, tokens, ranks, d_in, d_o
     u, y, stack, gates = problem(tokens, ranks, d_in, d_out, dtype)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = reference.mix(u, y, stack, chosen, weights)
-    found = Fused(gates, 2, stack).with_choice(u, y)
+    found = TritonRouting(gates, 2, stack).with_choice(u, y)
     assert torch.equal(found[1], chosen)
     assert torch.allclose(found[2], weights, atol=2e-6)
     assert found[0].dtype == dtype
@@ -114,7 +115,7 @@ def test_dtypes_mix(u_dtype, w_dtype, few, monkeypatch):
         own = y.to(y_dtype)
         chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
         expected = reference.mix(u, own, stack, chosen, weights)
-        found = Fused(gates, 2, stack)(u, own)
+        found = TritonRouting(gates, 2, stack)(u, own)
         assert found.dtype == y_dtype
         wide = u_dtype == w_dtype == y_dtype == torch.float32
         assert relative(found, expected, own.double()) < (2e-6 if wide else 1e-2)
@@ -124,7 +125,7 @@ def test_dtypes_mix(u_dtype, w_dtype, few, monkeypatch):
 def test_any_number_of_choices(k):
     u, y, stack, gates = problem(3, (2,) * 33)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), k)
-    _, found, found_weights = Fused(gates, k, stack).with_choice(u, y)
+    _, found, found_weights = TritonRouting(gates, k, stack).with_choice(u, y)
     assert torch.equal(found, chosen)
     assert torch.allclose(found_weights, weights, atol=2e-6)
 
@@ -155,7 +156,7 @@ def test_scores_are_float32s_however_near_gates_are_and_however_experts_are_deal
     exact = reference.gate_scores(u.double(), gates.double())
     _, y, stack, _ = problem(19, (1,) * 50, 64, 8, dtype)
     for n in (2, 19):
-        _, chosen, weights = Fused(gates, 3, stack).with_choice(u[:n], y[:n])
+        _, chosen, weights = TritonRouting(gates, 3, stack).with_choice(u[:n], y[:n])
         best = exact[:n].topk(3).values
         assert (best - exact[:n].gather(1, chosen)).abs().max() < 2e-5 * (1 + offset)
         assert torch.allclose(weights.double(), best.softmax(-1), atol=1e-5 * (1 + offset))
@@ -167,9 +168,9 @@ def test_scores_are_float32s_however_near_gates_are_and_however_experts_are_deal
 def test_nan_and_infinity_stay_where_they_are(tokens, few, monkeypatch):
     monkeypatch.setattr(triton_launch, "FEW_TOKENS", few)
     u, y, stack, gates = problem(tokens, (4,) * 20)
-    clean = Fused(gates, 2, stack)(u, y)
+    clean = TritonRouting(gates, 2, stack)(u, y)
     u[1, 3], u[2, 0] = torch.nan, torch.inf
-    found, chosen, _ = Fused(gates, 2, stack).with_choice(u, y)
+    found, chosen, _ = TritonRouting(gates, 2, stack).with_choice(u, y)
     assert not found[1:3].isfinite().all(1).any()
     rest = [n for n in range(tokens) if n not in (1, 2)]
     assert torch.equal(found[rest], clean[rest])
@@ -179,7 +180,7 @@ def test_nan_and_infinity_stay_where_they_are(tokens, few, monkeypatch):
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_equal_scores_choose_the_lower_index(tokens):
     _, y, stack, gates = problem(tokens, (4,) * 40)
-    _, chosen, weights = Fused(gates, 3, stack).with_choice(torch.zeros(tokens, 48, device=DEVICE), y)
+    _, chosen, weights = TritonRouting(gates, 3, stack).with_choice(torch.zeros(tokens, 48, device=DEVICE), y)
     assert torch.equal(chosen.cpu(), torch.arange(3).expand(tokens, 3))
     assert torch.allclose(weights, torch.tensor(1 / 3, device=DEVICE))
 
@@ -192,14 +193,14 @@ def test_scores_all_negative_don_t_choose_what_fills_up_a_block():
     assert reference.gate_scores(rows, gates).max() < 0
     chosen = reference.choose(reference.gate_scores(rows, gates), 2)[0]
     for n in (2, 30):
-        assert torch.equal(Fused(gates, 2, stack).with_choice(rows[:n], y[:n])[1], chosen[:n])
+        assert torch.equal(TritonRouting(gates, 2, stack).with_choice(rows[:n], y[:n])[1], chosen[:n])
 
 
 def test_layouts_and_writing_in_place(monkeypatch):
     u, y, stack, gates = problem(6, (4,) * 20)
     for few in (64, 0):
         monkeypatch.setattr(triton_launch, "FEW_TOKENS", few)
-        fused, before = Fused(gates, 2, stack), y.clone()
+        fused, before = TritonRouting(gates, 2, stack), y.clone()
         expected = fused(u, y)
         assert torch.equal(y, before)
         assert torch.equal(fused(u.T.contiguous().T, y.T.contiguous().T), expected)
@@ -220,7 +221,9 @@ def test_rows_that_nobody_owns_may_hold_anything():
         starts=(2, 7, 11),
     )
     for n in (65, 3):
-        assert torch.equal(Fused(gates, 2, wider)(u[:n], y[:n]), Fused(gates, 2, stack)(u[:n], y[:n]))
+        assert torch.equal(
+            TritonRouting(gates, 2, wider)(u[:n], y[:n]), TritonRouting(gates, 2, stack)(u[:n], y[:n])
+        )
 
 
 def test_other_parts_of_an_update_are_added():
@@ -240,7 +243,7 @@ def test_other_parts_of_an_update_are_added():
     y, gates = u @ w.T + b, reference.standardise(torch.randn(4, 24)).to(DEVICE)
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = reference.mix(u, y, stack, chosen, weights, layer)
-    assert relative(Fused(gates, 2, stack, layer)(u, y), expected, y.double()) < 1e-5
+    assert relative(TritonRouting(gates, 2, stack, layer)(u, y), expected, y.double()) < 1e-5
 
 
 class Watch(TorchDispatchMode):
@@ -269,7 +272,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [6, 90])
 def test_nothing_waits_for_the_gpu_and_scores_are_never_written(tokens, monkeypatch):
     u, y, stack, gates = problem(tokens, (1,) * 400, d_in=16, d_out=8)
-    fused = Fused(gates, 2, stack)
+    fused = TritonRouting(gates, 2, stack)
     fused(u[:1], y[:1])  # prepares what is kept
     grids = []
     monkeypatch.setattr(
@@ -307,7 +310,10 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
     x = u.clone().requires_grad_()
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     strict, auto = BACKENDS["triton"], backend("auto", "cuda")
-    for call in (lambda: Fused(gates, 2, stack)(x, y), lambda: strict.mix(x, y, stack, chosen, weights)):
+    for call in (
+        lambda: TritonRouting(gates, 2, stack)(x, y),
+        lambda: strict.mix(x, y, stack, chosen, weights),
+    ):
         with pytest.raises(RoutingError, match=r"no backward pass.*torch.no_grad"):
             call()
         with torch.no_grad():
@@ -327,7 +333,7 @@ def test_what_it_can_t_do_is_an_error_by_name_and_auto_does_it_in_torch():
 def test_what_doesn_t_fit_is_refused():
     u, y, stack, gates = problem(3, (3, 2, 4))
     chosen, weights = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE), torch.ones(3, 2, device=DEVICE)
-    fused, mix = Fused(gates, 2, stack), backend("triton").mix
+    fused, mix = TritonRouting(gates, 2, stack), backend("triton").mix
     for call in (
         lambda: fused(u[:, :40], y),
         lambda: fused(u, y[:2]),
@@ -335,12 +341,12 @@ def test_what_doesn_t_fit_is_refused():
         lambda: mix(u, y[:, :20], stack, chosen, weights),
         lambda: mix(u, y, stack, chosen[:2], weights[:2]),
         lambda: mix(u, y, stack, chosen.int(), weights),
-        lambda: Fused(gates[:2], 2, stack),
-        lambda: Fused(gates, 0, stack),
+        lambda: TritonRouting(gates[:2], 2, stack),
+        lambda: TritonRouting(gates, 0, stack),
     ):
         with pytest.raises(RoutingError, match=r"must be"):
             call()
-    assert torch.equal(Fused(gates.double(), 2, stack)(u, y), fused(u, y))
+    assert torch.equal(TritonRouting(gates.double(), 2, stack)(u, y), fused(u, y))
 
 
 def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
@@ -362,7 +368,7 @@ def test_auto_on_gpus_is_triton():
 
 def test_copies_work_on_their_own():
     u, y, stack, gates = problem(5, (3, 2, 4, 1))
-    fused = Fused(gates, 2, stack)
+    fused = TritonRouting(gates, 2, stack)
     copied = copy.deepcopy(fused)
     expected = fused(u, y)
     del fused, stack, gates
@@ -371,7 +377,7 @@ def test_copies_work_on_their_own():
 
 def test_compilers_carry_it_as_one_operator():
     u, y, stack, gates = problem(5, (3, 2, 4, 1))
-    fused, graphs = Fused(gates, 2, stack), []
+    fused, graphs = TritonRouting(gates, 2, stack), []
     chosen, weights = (
         torch.tensor([[0, 1], [1, -1], [3, 3], [2, 0], [-1, -1]], device=DEVICE),
         torch.rand(5, 2, device=DEVICE),
@@ -391,11 +397,10 @@ def test_compilers_carry_it_as_one_operator():
     assert (
         sum("routed_update" in name for name in called) == sum("routed_mix" in name for name in called) == 1
     )
-    r, none = triton_launch.rows_of(stack), torch.zeros(0, dtype=torch.int8, device=DEVICE)
-    rows, tests = (r.a, r.b, r.owners, r.scales), ("test_schema", "test_faketensor")
+    rows, tests = kernel_operands(stack).tensors, ("test_schema", "test_faketensor")
     ops = torch.ops.phatgoose
-    torch.library.opcheck(ops.routed_update.default, (u, y, gates, none, none, *rows, 2, 4), test_utils=tests)
-    torch.library.opcheck(ops.routed_mix.default, (u, y, chosen, weights, *rows, 4), test_utils=tests)
+    torch.library.opcheck(ops.routed_update.default, (u, y, [gates], rows, 2, 4), test_utils=tests)
+    torch.library.opcheck(ops.routed_mix.default, (u, y, chosen, weights, rows, 4), test_utils=tests)
 
 
 @pytest.mark.slow(6)

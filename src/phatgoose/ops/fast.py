@@ -51,16 +51,6 @@ def with_others(
     return (added + others.reshape(y.shape)).to(y.dtype)
 
 
-def gradient_refused(u: Tensor, y: Tensor) -> str | None:
-    """Why a way that is for inference only can't do this call, and what to do; None where no gradient is asked for."""
-    if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
-        return (
-            "it has no backward pass, and a gradient is asked for. Run the model under torch.no_grad() or "
-            'torch.inference_mode(), or use backend "auto" or "torch".'
-        )
-    return None
-
-
 def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """By whichever way was measured to be cheapest. Rows that nobody owns may hold anything, NaN too: no dense product there."""
     rows, wanted = stack.A.shape[0], chosen.numel() * max(stack.ranks)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from phatgoose.ops.cpu.scan import scan
 from phatgoose.ops.fast import choose, gate_scores
 from phatgoose.ops.operators import routed_mix, routed_update
+from phatgoose.ops.quantized_gates import kernel_gates
 from phatgoose.ops.sharded import partial_scores, scores
 from phatgoose.ops.stack import Stack
 from phatgoose.ops.triton.backend import MOST_FUSED
@@ -42,8 +42,6 @@ class RoutedSlice(nn.Module):
 
     gates: Tensor
     sums: Tensor
-    codes: Tensor
-    facts: Tensor
     a: Tensor
     b: Tensor
     owners: Tensor
@@ -55,33 +53,32 @@ class RoutedSlice(nn.Module):
         # 0 asks for the CPU kernel, which has no use for it.
         self.widest = 0 if device.type == "cpu" else max(stack.ranks)
         self.fused = shard is None and (device.type == "cpu" or self.top_k <= MOST_FUSED)
-        own, sums, scanned = gates, gates.new_empty(0), None
-        if shard is not None:
-            sums = gates.double().reshape(len(gates), shard.ranks, -1).sum(-1).T.float()
-            own = gates[:, shard.columns.start : shard.columns.stop]
-        elif device.type == "cpu":
-            scanned = scan(gates.contiguous())
-        empty = gates.new_empty(0)
-        for name, value in {
-            "gates": own,
-            "sums": sums,
-            "codes": empty if scanned is None else scanned.codes,
-            "facts": empty if scanned is None else scanned.facts,
+        tensors = {
+            "gates": gates,
             "a": stack.A,
             "b": stack.B,
             "owners": torch.tensor([stack.starts, stack.ranks], dtype=torch.int32),
             "scales": torch.tensor(stack.scales, dtype=torch.float32),
-        }.items():
+        }
+        self.gate_names = ["gates"]
+        if shard is not None:
+            tensors["gates"] = gates[:, shard.columns.start : shard.columns.stop]
+            tensors["sums"] = gates.double().reshape(len(gates), shard.ranks, -1).sum(-1).T.float()
+        elif device.type == "cpu":
+            self.gate_names += ["codes", "facts"]
+            tensors.update(zip(self.gate_names, kernel_gates(gates.contiguous()), strict=True))
+        for name, value in tensors.items():
             self.register_buffer(name, value.detach().contiguous().to(device), persistent=False)
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
         """y + Σ w Δ(u), a new tensor. u: [N, inputs this rank gets], y: [N, outputs it has]; where the input is split, y is the rank's
         part of a sum over ranks, and so is what is added to it."""
-        rows = (self.a, self.b, self.owners, self.scales)
+        rows = [self.a, self.b, self.owners, self.scales]
         if self.fused:
-            return routed_update(u, y, self.gates, self.codes, self.facts, *rows, self.top_k, self.widest)
+            gates = [getattr(self, name) for name in self.gate_names]
+            return routed_update(u, y, gates, rows, self.top_k, self.widest)
         chosen, weights = choose(self._scores(u), self.top_k)
-        return routed_mix(u, y, chosen, weights, *rows, self.widest)
+        return routed_mix(u, y, chosen, weights, rows, self.widest)
 
     def _scores(self, u: Tensor) -> Tensor:
         """Of the whole input, the same on every rank: float32 [N, E]."""

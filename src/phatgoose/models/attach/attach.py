@@ -30,7 +30,7 @@ from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.names import modules_by_path
 from phatgoose.models.moe.pool import unify_names
 from phatgoose.ops import backend
-from phatgoose.ops.offload.experts import Cached
+from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.records import Fingerprint
 from phatgoose.routers import PHATGOOSE, Router
 
@@ -159,8 +159,8 @@ class Routing(RoutingState):
         self.sites = [Site(self, path, module_at(modules, path, pool)) for path in pool.modules]
         self.budget: Budget | None = None
         if options.device_bytes is not None:
-            offloaded = [site.fused for site in self.sites if isinstance(site.fused, Cached)]
-            whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, Cached)]
+            offloaded = [site.fused for site in self.sites if isinstance(site.fused, OffloadedExperts)]
+            whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, OffloadedExperts)]
             self.budget = Budget(offloaded, whole, options.device_bytes)
         pool.let_go_of_gates()
 

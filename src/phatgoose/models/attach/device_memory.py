@@ -11,7 +11,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.models.base.base import Base, unwrap_model
 from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.ops import Stack
-from phatgoose.ops.offload.experts import Cached, Room
+from phatgoose.ops.offload.experts import Capacity, OffloadedExperts
 from phatgoose.ops.offload.slots import Counts
 
 
@@ -51,11 +51,11 @@ class Budget:
         RoutingError: the least that is needed is more than `budget`.
     """
 
-    def __init__(self, offloaded: Sequence[Cached], whole: Sequence[int], budget: int):
+    def __init__(self, offloaded: Sequence[OffloadedExperts], whole: Sequence[int], budget: int):
         self.budget, self.offloaded = budget, offloaded
         self.resident = sum(one.resident_bytes for one in offloaded) + sum(whole)
-        least = sum(one.bytes(one.least) for one in offloaded)
-        self.pool = sum(one.bytes(one.most) for one in offloaded)
+        least = sum(one.bytes(one.min_capacity) for one in offloaded)
+        self.pool = sum(one.bytes(one.max_capacity) for one in offloaded)
         if budget < self.resident + least:
             kept = (
                 f", {len(whole)} modules with embedding or bottleneck adapters as they are" if whole else ""
@@ -68,8 +68,8 @@ class Budget:
         # Every module gets the same share of what it could use beyond its least.
         left, wanted = budget - self.resident - least, max(1, self.pool - least)
         for one in offloaded:
-            one.room = _between(one.least, one.most, min(1.0, left / wanted))
-        self.cache = sum(one.bytes(one.room) for one in offloaded)
+            one.capacity = _between(one.min_capacity, one.max_capacity, min(1.0, left / wanted))
+        self.cache = sum(one.bytes(one.capacity) for one in offloaded)
 
     def use(self) -> CacheUse:
         """The budget's sizes, and the hits and misses so far."""
@@ -84,6 +84,6 @@ def cacheable(stack: Stack) -> bool:
     return not stack.embedding and not stack.bottlenecks
 
 
-def _between(least: Room, most: Room, share: float) -> Room:
+def _between(least: Capacity, most: Capacity, share: float) -> Capacity:
     gates = least.gates + int(share * (most.gates - least.gates))
-    return Room(gates, least.rows + int(share * (most.rows - least.rows)))
+    return Capacity(gates, least.rows + int(share * (most.rows - least.rows)))

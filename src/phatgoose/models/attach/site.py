@@ -3,7 +3,7 @@
 The hook leaves by one of these exits, in this order:
 
 1. refused: the output is no tensor, or torch.jit.trace is tracing;
-2. fused: gate scores, choice and mix in one call that the backend prepared (`Prepared`), if nobody records;
+2. fused: gate scores, choice and mix in one call that the backend prepared (`FusedRouting`), if nobody records;
 3. fused and recorded: the same, and the kernel writes its choices straight into the recorder's buffer;
 4. fused with its choice: the same call also returns the choice, which is handed to the recorder;
 5. in three steps: the router chooses, the backend mixes.
@@ -42,9 +42,9 @@ from phatgoose.models.base.layers import (
 from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
-from phatgoose.ops import Backend, Fused, Prepared, Stack
+from phatgoose.ops import Backend, CpuRouting, FusedRouting, Stack
 from phatgoose.ops.bottleneck import Residual
-from phatgoose.ops.offload.experts import Cached
+from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Router
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter
@@ -116,7 +116,7 @@ class Site:
         self._residual = Residual()  # hooks fill it, so a stack that is made anew must read the same
         self.layer = ModuleLayer(module)
         self.fresh = is_plain_linear(module)
-        self.fused: Prepared | None = None
+        self.fused: FusedRouting | None = None
         self._make_stack()
         self.bind()
         self.prepare()
@@ -156,11 +156,11 @@ class Site:
                 "leave device_memory out, or use PHATGOOSE."
             )
         if by_gates is not None and routing.options.device_memory is not None and cacheable(self.stack):
-            self.fused = Cached(*by_gates, self.stack, layer, routing.ops.mix, self.path)
+            self.fused = OffloadedExperts(*by_gates, self.stack, layer, routing.ops.mix, self.path)
         elif by_gates is not None and routing.ops.fuse is not None and not self.embedding:
             self.fused = routing.ops.fuse(*by_gates, self.stack, layer)
         # Only this kernel can write its choices into a recorder's buffer.
-        self.writer = self.fused if isinstance(self.fused, Fused) and self.fused.plain else None
+        self.writer = self.fused if isinstance(self.fused, CpuRouting) and self.fused.plain else None
 
     @property
     def device_bytes(self) -> int:
@@ -178,7 +178,7 @@ class Site:
         return (
             fixed
             and self.fused is not None
-            and not isinstance(self.fused, Cached)
+            and not isinstance(self.fused, OffloadedExperts)
             and self.stack.low_rank_only
             and not isinstance(self.module, ExpertLinear)
         )
@@ -239,7 +239,7 @@ class Site:
         if recorder is None or recorder.wants_scores or self.writer is None:
             return None
         streams = self.routing.streams
-        buffer = recorder.buffer(self.writer.chosen, self.path, self.members, u, output.shape, streams)
+        buffer = recorder.buffer(self.writer.top_k, self.path, self.members, u, output.shape, streams)
         if buffer is None:
             return None
         done = self.writer(u, output, writable, buffer.next())
@@ -248,9 +248,9 @@ class Site:
         return done
 
     def _in_steps(
-        self, context: Callable[[], RoutingContext], u: Tensor, output: Tensor, fused: Prepared | None
+        self, context: Callable[[], RoutingContext], u: Tensor, output: Tensor, fused: FusedRouting | None
     ) -> Tensor:
-        if fused is None and isinstance(self.fused, Cached):
+        if fused is None and isinstance(self.fused, OffloadedExperts):
             raise RoutingError(
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
@@ -286,7 +286,7 @@ class Site:
             if not self.router.needs_reference:  # what it has observed would be lost
                 self.bind()
             self.prepare()
-        if self.stack.A.device != output.device and not isinstance(self.fused, Cached):
+        if self.stack.A.device != output.device and not isinstance(self.fused, OffloadedExperts):
             self.stack = self.stack.to(output.device)
             self.prepare()
         self._at = output.device, output.dtype
@@ -311,7 +311,7 @@ class Site:
         assert recorder is not None
         if recorder.wants_scores:
             flat = read.reshape(-1, read.shape[-1])
-            if isinstance(self.fused, Cached):  # all gates are on the host
+            if isinstance(self.fused, OffloadedExperts):  # all gates are on the host
                 flat = flat.to(self.stack.A.device)
             scores = self.router.scores(flat, context, self.routing.ops)
             scores = None if scores is None else scores.to(read.device)

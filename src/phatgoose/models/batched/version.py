@@ -17,7 +17,7 @@ from phatgoose.models.attach.reference_text import calibrate
 from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import setup_of
 from phatgoose.models.moe.expert_linear import ExpertLinear
-from phatgoose.ops import Prepared
+from phatgoose.ops import FusedRouting
 from phatgoose.registry import unknown
 from phatgoose.routers import Router, Single
 from phatgoose.routers.constant import Fixed
@@ -116,7 +116,7 @@ class Route:
         self.single: int | None = None
         """The one expert that acts, with weight 1; None if a router chooses."""
         self.bound: dict[str, BoundRouter] = {}
-        self.fused: dict[str, Prepared] = {}
+        self.fused: dict[str, FusedRouting] = {}
         if isinstance(router, Single):
             self.single = router.place(names)
             if names[self.single] in self.off:

@@ -1,7 +1,7 @@
 """Experts that stay in main memory or in a file and are copied to the device when tokens choose them.
 
-In: a `Stack` on the host, a budget of device memory and the experts chosen at a module.
-Out: the same sums as `ops/reference.py`, from the copies in the slots.
+In: a `Stack` on the host, gates, and how much room there is on the device.
+Out: the same sums as `ops/reference.py`, computed from the copies on the device.
 
-A new rule of which expert leaves a full device goes into `slots.py`.
+Which expert leaves a full device is decided in `slots.py`.
 """

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: shapes of blocks and grids, and the buffers between kernels."""
+"""How the Triton kernels are launched: sizes of blocks and grids, and the buffers between kernels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phatgoose.ops.shapes import check_choice, check_is, check_stack, tokens_of
-from phatgoose.ops.stack import Stack
+from phatgoose.ops.operands import KernelOperands, check_choice, check_is, tokens_of
 
 FEW_TOKENS = 64
-"""Up to this many, every token reads its own experts' rows; above, tokens are sorted by expert. By arithmetic, not measured."""
+"""Up to this many tokens, each reads its own experts' rows. Above, tokens are sorted by expert, so that an expert's rows are read
+once for all of its tokens. Chosen by arithmetic, not measured."""
 
 
 @cache
 def kernels() -> Any:
-    """The module of kernels, imported only where they are wanted: Triton takes a second or two.
+    """The module of kernels. It is imported when kernels are first wanted, since importing Triton takes a second or two.
 
     Raises:
-        ImportError: there is no Triton here.
+        ImportError: Triton isn't installed.
     """
     from phatgoose.ops.triton import kernels as triton_kernels
 
@@ -30,12 +30,12 @@ def kernels() -> Any:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Every kernel is started here."""
+    """Starts a kernel. All are started here, so that tests and `compile_kernels.py` can look at what would run."""
     kernel[grid](*arguments, **constants)
 
 
-def _there(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, whatever GPU its tensors are on."""
+def _on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' GPU the current one: Triton launches on that, whatever GPU its tensors are on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -46,30 +46,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What the kernels read of a stack: A, B, int32 [2, E] of starts and ranks, float32 [E] of scales, and the highest rank."""
-
-    a: Tensor
-    b: Tensor
-    owners: Tensor
-    scales: Tensor
-    widest: int
-
-
-def rows_of(stack: Stack) -> Rows:
-    """Kept with the stack."""
-    if (known := stack.__dict__.get("_known_rows")) is None:
-        check_stack(stack)
-        owners = torch.tensor([stack.starts, stack.ranks], dtype=torch.int32).to(stack.A.device)
-        scales = stack.scale_vector(stack.A.device)
-        known = Rows(stack.A.contiguous(), stack.B.contiguous(), owners, scales, max(stack.ranks))
-        stack.__dict__["_known_rows"] = known
-    return known
-
-
 def updated(
-    rows: Rows, u: Tensor, y: Tensor, gates: Tensor, k: int, into_y: bool = False
+    rows: KernelOperands, u: Tensor, y: Tensor, gates: Tensor, k: int, into_y: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and float32 [N, k].
 
@@ -87,24 +65,30 @@ def updated(
     return _run(rows, flat, y, into_y, chosen, weights, leaders), chosen, weights
 
 
-def mixed(rows: Rows, u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def mixed(rows: KernelOperands, u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """y + Σ w Δ(u) of experts chosen elsewhere. chosen int64, weights float32: contiguous [N, k], N and k not 0.
 
     Raises:
-        RoutingError: a tensor is of another shape. That an index is E or more isn't seen: a GPU would have to be waited for.
+        RoutingError: a tensor is of another shape. An index of E or more isn't noticed: to check it is to wait for the GPU.
     """
     check_choice(chosen, weights, tokens_of(u, y, rows.a.shape[1], rows.b.shape[1]))
     return _run(rows, u.contiguous(), y, False, chosen, weights, None)
 
 
 def _run(
-    rows: Rows, u: Tensor, y: Tensor, into_y: bool, chosen: Tensor, weights: Tensor, leaders: Tensor | None
+    rows: KernelOperands,
+    u: Tensor,
+    y: Tensor,
+    into_y: bool,
+    chosen: Tensor,
+    weights: Tensor,
+    leaders: Tensor | None,
 ) -> Tensor:
     if not y.is_contiguous():
         y, into_y = y.contiguous(), True
     out = y if into_y else torch.empty_like(y)
     call = _Call(rows, u, y, out, chosen, weights, leaders)
-    with _there(u.device):
+    with _on_device(u.device):
         (_few if call.n <= FEW_TOKENS else _grouped)(call)
     return out
 
@@ -113,14 +97,14 @@ def _run(
 class _Call:
     """Contiguous u [n, d_in], y and out [n, d_out] (out may be y), chosen int64 and weights float32 [n, k]."""
 
-    rows: Rows
+    rows: KernelOperands
     u: Tensor
     y: Tensor
     out: Tensor
     chosen: Tensor
     weights: Tensor
     leaders: Tensor | None = None
-    """int64 [n, splits, K2] of the gates' scores, of which the choice is still to be made; None if it is made."""
+    """int64 [n, splits, K2]: `_score`'s candidates, of which the choice is still to be made. None if it is made."""
 
     def __post_init__(self) -> None:
         (self.n, self.k), self.k2 = self.chosen.shape, _power(self.chosen.shape[1])
@@ -138,7 +122,10 @@ class _Call:
 
 
 def _few(call: _Call) -> None:
-    """Every pair of token and choice by itself: nothing is sorted."""
+    """Every pair of token and choice is computed by itself: nothing is sorted.
+
+    With few pairs, small blocks make more programs, so that more of the GPU's processors have work.
+    """
     rows, pairs = call.rows, call.n * call.k
     widest, (d_in, d_out) = call.h.shape[1], (rows.a.shape[1], rows.b.shape[1])
     block = min(_power(widest), 4 if pairs <= 16 else 16)
@@ -156,12 +143,16 @@ def _few(call: _Call) -> None:
 
 
 def _grouped(call: _Call) -> None:
-    """Tokens sorted by expert, for each of the k choices apart, so that an expert's rows are read once for a tile of tokens."""
+    """Tokens are sorted by expert, for each of the k choices separately. An expert's rows are read once for a tile of tokens.
+
+    A tile holds as many tokens as an expert has on average, between the 16 rows that tensor cores need and 64.
+    """
     rows, n, k = call.rows, call.n, call.k
     experts, widest, device = rows.scales.shape[0], call.h.shape[1], call.u.device
     d_in, d_out = rows.a.shape[1], rows.b.shape[1]
     tile = min(64, max(16, _power(n // (experts + 1))))
-    tiles = (n + min(n, experts + 1) * (tile - 1)) // tile  # Σ ⌈n_e / tile⌉ is never more
+    # Σ ⌈n_e / tile⌉ is never more. How many tiles there are isn't asked of the GPU; programs without one end at once.
+    tiles = (n + min(n, experts + 1) * (tile - 1)) // tile
     zeros = torch.zeros(k * (experts + 1 + 3 * tiles), dtype=torch.int32, device=device)
     counts, tables = zeros.split([k * (experts + 1), 3 * k * tiles])
     owners, slots = torch.empty(2, k, n, dtype=torch.int32, device=device)
@@ -180,7 +171,8 @@ def _grouped(call: _Call) -> None:
         call.u, rows.a, *rows.owners, rows.scales, call.weights, slots, tables, call.h, d_in, widest, n, experts, tiles,
         K=k, BM=tile, BR=block, BD=min(max(16, _power(d_in)), 64),
     )  # fmt: skip
-    # Of two choices the first's sum is kept as torch keeps a product; of more, sums of sums are.
+    # With two choices, the first one's product is kept in the output's dtype, as torch would. With more, sums of sums are kept,
+    # which float32 must hold.
     partial = torch.empty_like(call.out, dtype=call.out.dtype if k == 2 else torch.float32) if k > 1 else None
     columns = min(max(16, _power(d_out)), 128)
     for j in range(k):
@@ -192,17 +184,25 @@ def _grouped(call: _Call) -> None:
 
 
 def _score(u: Tensor, gates: Tensor, k: int) -> Tensor:
-    """The leaders of each split of the experts. Tokens alone would leave most of a GPU idle; so experts are dealt out too."""
+    """Each token's k best of each split of the experts, as keys: int64 [n, splits, K2].
+
+    One program scores a block of tokens against one split. Tokens alone would leave most of a GPU idle when there are few of them, so
+    the experts are split until there are two programs a processor. `finish` or `shrink_few` chooses among the splits' best.
+    """
     (n, d), experts, k2 = u.shape, gates.shape[0], _power(k)
-    few = n <= 2  # a product of so few rows is a sum, not one for tensor cores
+    # A product with one or two rows is a sum. Tensor cores need at least 16 rows, which would be padding: so one token a program,
+    # only four gates at once, and d in long pieces, which keep enough loads in flight.
+    few = n <= 2
+    # Up to 1024 tokens, blocks of 16 × 16 make enough programs. Above, 64 × 64 reads u and the gates a quarter as often.
     tokens = 1 if few else 16 if n <= 1024 else 64
     block = 4 if few else 16 if n <= 1024 or experts <= 16 else 64
+    # Two programs a processor, but no split without experts; and at most 1024 keys a token, which one program sorts later.
     programs = -(-2 * _processors(u.device) // -(-n // tokens))
     splits = max(1, min(-(-experts // block), programs, 1024 // k2))
     each = -(-experts // (splits * block)) * block
     splits = -(-experts // each)
     leaders = torch.empty(n, splits, k2, dtype=torch.int64, device=u.device)
-    with _there(u.device):
+    with _on_device(u.device):
         launch(
             kernels().score, (-(-n // tokens), splits), u, gates, leaders, n, experts, d, each,
             K=k, K2=k2, BN=tokens, BE=block, BD=min(max(16, _power(d)), 2048 if few else 64),
@@ -212,5 +212,5 @@ def _score(u: Tensor, gates: Tensor, k: int) -> Tensor:
 
 
 def _power(value: int) -> int:
-    """The least power of two that is not less."""
+    """The least power of two that is at least `value`."""
     return 1 << max(0, value - 1).bit_length()

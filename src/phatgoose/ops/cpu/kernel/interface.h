@@ -1,10 +1,10 @@
-// What the compiled library and phatgoose/ops/cpu.py agree on. Row-major, rows without gaps.
+// What the compiled library and phatgoose/ops/cpu/backend.py agree on. Row-major, rows without gaps.
 #pragma once
 
 #include <stdint.h>
 
 // What has been asked of the disk ahead of time, by all sites of a process.
-struct Ahead {
+struct Prefetch {
     int64_t limit;   // bytes that surely stay in memory once they were read
     int64_t bytes;   // asked for in this epoch
     uint32_t epoch;  // begins anew after `limit` bytes: what was read in an earlier one may be gone again
@@ -24,8 +24,8 @@ struct Site {
     const int32_t* ranks;   // [E]
     const float* scales;    // [E]
     int64_t kind;           // of a and b: 0 float32, 1 bfloat16
-    Ahead* ahead;           // null: a and b are in memory
-    uint32_t* asked;        // [E] the epoch in which an expert's rows were asked for last
+    Prefetch* prefetch;     // null: a and b are in memory
+    uint32_t* fetched;      // [E] the epoch in which an expert's rows were asked for last
 };
 
 struct Call {

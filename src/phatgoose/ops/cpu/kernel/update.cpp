@@ -165,19 +165,19 @@ struct Module {
     // Asks for an expert's rows, if they may have to be read: once an epoch, as asking takes a microsecond even where they needn't.
     void ask(int64_t expert, Reading& of_a, Reading& of_b) const {
         if (!valid(expert) || !s.ranks[expert]) return;
-        const uint32_t now = __atomic_load_n(&s.ahead->epoch, __ATOMIC_RELAXED);
-        if (__atomic_exchange_n(&s.asked[expert], now, __ATOMIC_RELAXED) == now) return;
+        const uint32_t now = __atomic_load_n(&s.prefetch->epoch, __ATOMIC_RELAXED);
+        if (__atomic_exchange_n(&s.fetched[expert], now, __ATOMIC_RELAXED) == now) return;
         const int64_t in = s.ranks[expert] * d * int64_t(sizeof(T)), out = s.ranks[expert] * d_out * int64_t(sizeof(T));
         of_a.add(a + s.starts[expert] * d, in);
         of_b.add(b + s.starts[expert] * d_out, out);
-        if (__atomic_add_fetch(&s.ahead->bytes, in + out, __ATOMIC_RELAXED) > s.ahead->limit) {
-            __atomic_store_n(&s.ahead->bytes, 0, __ATOMIC_RELAXED);
-            __atomic_fetch_add(&s.ahead->epoch, 1, __ATOMIC_RELAXED);
+        if (__atomic_add_fetch(&s.prefetch->bytes, in + out, __ATOMIC_RELAXED) > s.prefetch->limit) {
+            __atomic_store_n(&s.prefetch->bytes, 0, __ATOMIC_RELAXED);
+            __atomic_fetch_add(&s.prefetch->epoch, 1, __ATOMIC_RELAXED);
         }
     }
     template <class Experts>
     void ask_ahead(int64_t n, Experts expert) const {
-        if (!s.ahead) return;
+        if (!s.prefetch) return;
         Reading of_a, of_b;
         for (int64_t i = 0; i < n; i++) ask(expert(i), of_a, of_b);
         of_a.ask();

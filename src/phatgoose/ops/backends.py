@@ -1,0 +1,100 @@
+"""The backends by name, and which of them "auto" is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from phatgoose.ops import fast, operators, reference
+from phatgoose.ops.cpu import backend as cpu
+from phatgoose.ops.cpu import build
+from phatgoose.ops.fused import FusedRouting
+from phatgoose.ops.stack import Layer, Stack
+from phatgoose.ops.triton import backend as triton
+from phatgoose.registry import unknown
+
+Mix = Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
+Fuse = Callable[[Tensor, int, Stack, Layer | None], FusedRouting | None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The three steps, as `phatgoose.ops.reference` documents them."""
+
+    name: str
+    gate_scores: Callable[[Tensor, Tensor], Tensor]
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    mix: Mix
+    fuse: Fuse | None = None
+    """(gates, top_k, stack, layer) → the three steps in one call; None if the backend can't do that for this stack."""
+
+    def routed_update(
+        self, u: Tensor, y: Tensor, gates: Tensor, stack: Stack, top_k: int, layer: Layer | None = None
+    ) -> Tensor:
+        """y + Σ w_e Δ_e(u), the `top_k` experts chosen by their gates. If a module is called often, prepare it once by `fuse`.
+
+        u: [N, d_in], y: [N, d_out], gates: standardised [E, d_in].
+        """
+        fused = None if self.fuse is None else self.fuse(gates, top_k, stack, layer)
+        if fused is not None and (done := fused(u, y)) is not None:
+            return done
+        chosen, weights = self.choose(self.gate_scores(u, gates), top_k)
+        return self.mix(u, y, stack, chosen, weights, layer)
+
+
+BACKENDS = {
+    "reference": Backend("reference", reference.gate_scores, reference.choose, reference.mix),
+    "torch": Backend("torch", fast.gate_scores, fast.choose, fast.mix),
+    "cpu": Backend("cpu", cpu.gate_scores, cpu.choose, cpu.mix, cpu.fuse),
+    "triton": Backend("triton", triton.gate_scores, triton.choose, triton.mix, triton.fuse),
+}
+_AUTO = {
+    kernels: Backend(
+        "auto",
+        fast.gate_scores,
+        fast.choose,
+        partial(module.mix, strict=False),
+        partial(module.fuse, strict=False),
+    )
+    for kernels, module in (("cpu", cpu), ("triton", triton))
+}
+OPERATORS = (operators.routed_update, operators.routed_mix)
+"""torch.ops.phatgoose's: importing this module registers them."""
+
+
+def backend(name: str = "auto", device: str = "cpu") -> Backend:
+    """The backend of this name, for models on this type of device.
+
+    "auto" is "cpu" on CPUs and "triton" on GPUs, if these can be used here, for whatever they can do. It is "torch" for the rest
+    (other devices and dtypes, gradients); `auto_is` says which. Any other name is that backend and no other.
+
+    Raises:
+        UnknownName: with the known names. RoutingError: "cpu" or "triton" was asked for and can't be used here; says why.
+    """
+    if name == "auto":
+        kind, _ = auto_is(device)
+        return _AUTO.get(kind, BACKENDS["torch"])
+    if name not in BACKENDS:
+        raise unknown("backend", name, [*BACKENDS, "auto"])
+    if name == "cpu":
+        build.library()
+    if name == "triton":
+        triton.require()
+    return BACKENDS[name]
+
+
+def auto_is(device: str = "cpu") -> tuple[str, str]:
+    """What "auto" is on this type of device, "cpu", "triton" or "torch", and why."""
+    if device == "cuda":
+        if (why := triton.reason()) is not None:
+            return "torch", why
+        return "triton", triton.version()
+    if device != "cpu":
+        return "torch", f"there is no kernel for devices of type {device}"
+    if (why := build.reason()) is not None:
+        return "torch", why
+    found = build.library()
+    return "cpu", f"compiled kernel, {found.variants[0]} instructions ({found.path})"
