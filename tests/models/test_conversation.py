@@ -137,9 +137,9 @@ def test_what_a_template_would_leave_out_is_refused(chatting, template, messages
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), "Trained on the one"),
+        (CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"), "trained on the one"),
         (MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}"), "generation"),
-        (CHATML.replace(HEAD, "{% if m.role != 'assistant' %}" + HEAD + "{% endif %}"), "Trained on the one"),
+        (CHATML.replace(HEAD, "{% if m.role != 'assistant' %}" + HEAD + "{% endif %}"), "trained on the one"),
     ],
 )
 def test_an_answer_that_would_be_served_otherwise_is_refused(chatting, template, says):

@@ -44,7 +44,7 @@ def command(
     from phatgoose.cli.common import folders
     from phatgoose.errors import ExpertError
     from phatgoose.experts.names import slug
-    from phatgoose.models.base.convert import FAR, convert_to_lora
+    from phatgoose.models.base.convert import LARGE_CHANGE, convert_to_lora
     from phatgoose.models.base.load import load_weights
 
     if initial is not None and residual:
@@ -63,7 +63,7 @@ def command(
         name=name or slug(out.name),
     )
     expert.save(out)
-    if far is not None and far > FAR:
+    if far is not None and far > LARGE_CHANGE:
         show.warn(
             f"training moved a module's product of A and B by {far:.3g} times its norm: is {base} the base that it was trained on?"
         )

@@ -63,8 +63,8 @@ class Base:
 def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Makes the output head's input contiguous.
 
-    A model asked for its last logits passes a slice to its head. With a frozen head torch then copies the whole head once per row:
-    64 prompts took 8 s in the head of SmolLM2-135M, and 0.01 s with a contiguous input.
+    A model asked for its last logits passes a slice to its head. With a frozen head torch then copies the whole head
+    once per row: 64 prompts took 8 s in the head of SmolLM2-135M, and 0.01 s with a contiguous input.
     """
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
@@ -103,7 +103,8 @@ def unwrap_model(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
     kind = type(inner).__name__
     if isinstance(inner, torch.jit.ScriptModule | torch.fx.GraphModule | torch.export.ExportedProgram):
         raise BaseModelError(
-            f"a {kind} holds a fixed computation, to which nothing can be attached: pass the transformers model it was made of."
+            f"a {kind} holds a fixed computation, to which nothing can be attached: pass the transformers model it was "
+            "made of."
         )
     if isinstance(getattr(inner, "module", None), nn.Module):
         raise BaseModelError(
@@ -140,7 +141,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The number of positions a model knows; None if its relative positions have no limit (T5, ALiBi; XLNet says -1)."""
+    """The number of positions a model knows; None if its relative positions have no limit (T5, ALiBi; XLNet says
+    -1)."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
 
@@ -156,7 +158,8 @@ def decoder_start(model: PreTrainedModel) -> int:
             if (token := getattr(source, name, None)) is not None:
                 return int(token)
     raise BaseModelError(
-        f"{type(model).__name__} doesn't say which token its decoder starts from: set model.config.decoder_start_token_id."
+        f"{type(model).__name__} doesn't say which token its decoder starts from: set "
+        "model.config.decoder_start_token_id."
     )
 
 

@@ -1,7 +1,7 @@
-"""LoRA whose training began by changing the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA of a base.
+"""LoRA that changes the base before training (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA.
 
-With W = R + s B₀A₀, R what the base became and A₀, B₀ what the adapter began as, the trained model is R + s BA, so
-ΔW = s (BA − B₀A₀): one LoRA of twice the rank, as PEFT's `path_initial_model_for_weight_conversion` has it.
+Such a method splits W = R + s B₀A₀, where R is the changed base and A₀, B₀ the initial adapter. The trained model is R
++ s BA, so ΔW = s (BA − B₀A₀): a LoRA of twice the rank, as in PEFT's `path_initial_model_for_weight_conversion`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from phatgoose.experts.names import slug
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.ops.update import Update
 
-AGAIN = ("pissa", "olora")
-"""Values of init_lora_weights that PEFT computes from the base's weights alone, so that they can be computed again."""
+RECOMPUTABLE = ("pissa", "olora")
+"""Values of init_lora_weights that PEFT computes from the base's weights alone, so they can be recomputed."""
 WITH_INITIAL = ("pissa", "olora", "corda", "lora_ga")
-"""Values where the initial adapter is all that is missing. (LoftQ's base is quantised: nothing of low rank leads to it.)"""
-FAR = 1.0
-"""Training that moves BA further than so many times ‖B₀A₀‖ hints at another base."""
+"""Values that can be converted with the initial adapter. (LoftQ quantises the base, so the difference isn't of low
+rank.)"""
+LARGE_CHANGE = 1.0
+"""If training moved BA further than this many times ‖B₀A₀‖, the base is probably another one."""
 
 
 def convert_to_lora(
@@ -43,16 +44,20 @@ def convert_to_lora(
     residual: bool = False,
     name: str | None = None,
 ) -> tuple[Expert, float | None]:
-    """The adapter in `folder` as a plain LoRA, which records `model` as its base; and ‖BA − B₀A₀‖/‖B₀A₀‖, the largest of all modules.
+    """(the adapter in `folder` as a plain LoRA of `model`, the largest ‖BA − B₀A₀‖/‖B₀A₀‖ of its modules).
+
+    The second value is None if nothing had to be subtracted (`residual`).
 
     Args:
-        model: the base that the result is for; its weights are used up. `spec`: what it is called.
-        initial: the adapter as it was before training. Without it PEFT's initialisation is run again on `model`.
-        residual: `model` is the changed base itself, on which the adapter is a plain LoRA already.
+        model: the base of the result; its weights are modified, so don't use it afterwards.
+        spec: the base's name, for the record.
+        initial: the adapter before training. Without it PEFT's initialisation runs again on `model`.
+        residual: `model` is the changed base itself, on which the adapter is already a plain LoRA.
 
     Raises:
-        ExpertError: another kind of adapter, or what is missing for it.
-        BaseModelError: a base that has no fingerprint.
+        ExpertError: the adapter needs no conversion, is of another kind, or something is missing; the message says
+            what.
+        BaseModelError: the base has no fingerprint.
     """
     config, file = read_adapter(folder)
     init = _init(config, folder)
@@ -72,18 +77,19 @@ def convert_to_lora(
     own = set(map(id, file.tensors.values()))
     if not all(u.is_low_rank and {id(u.A), id(u.B)} <= own for u in updates.values()):
         raise ExpertError(
-            f"{folder} is {init} with more than A and B of linear layers (DoRA, a bias, an embedding, bare parameters), which can't be "
-            "converted. If you have the base that its training changed, give that with --base and --residual."
+            f"{folder} is {init} with more than A and B of linear layers (DoRA, a bias, an embedding, bare "
+            "parameters), which can't be converted. If you have the base that its training changed, give that with "
+            "--base and --residual."
         )
     if initial is not None:
         first = _initial(initial, updates, init, folder)
-    elif _named(init, AGAIN) and "_niter_" not in init:
-        first = _again(config, model, updates, folder)
+    elif _named(init, RECOMPUTABLE) and "_niter_" not in init:
+        first = _reinitialise(config, model, updates, folder)
     else:
         raise ExpertError(_missing(init, folder))
-    tensors, far = _difference(file.tensors, updates, first)
+    tensors, change = _difference(file.tensors, updates, first)
     by = "PEFT's initialisation, run again" if initial is None else "the initial adapter"
-    return Expert(name, _twice(plain), tensors, provenance={**record, "by": by}), far
+    return Expert(name, _double_rank(plain), tensors, provenance={**record, "by": by}), change
 
 
 def _named(init: str, names: tuple[str, ...]) -> bool:
@@ -91,16 +97,17 @@ def _named(init: str, names: tuple[str, ...]) -> bool:
 
 
 def _init(config: Mapping[str, Any], folder: Path) -> str:
-    """The adapter's init_lora_weights, which changes the base."""
+    """The adapter's init_lora_weights, if it is one that changes the base."""
     init = config.get("init_lora_weights", True)
     if config.get("peft_type") != "LORA" or init in PLAIN_INITS:
         raise ExpertError(
-            f"{folder} needs no conversion: it is {brief(config.get('peft_type'))} with init_lora_weights = {brief(init)}, which "
-            "changes no weights of the base."
+            f"{folder} needs no conversion: it is {brief(config.get('peft_type'))} with init_lora_weights = "
+            f"{brief(init)}, which changes no weights of the base."
         )
     if not isinstance(init, str) or not _named(init, (*WITH_INITIAL, "loftq")):
         raise ExpertError(
-            f"{folder} has init_lora_weights = {brief(init)}, which isn't known; known are {', '.join((*WITH_INITIAL, 'loftq'))}."
+            f"{folder} has init_lora_weights = {brief(init)}, which isn't known; known are "
+            f"{', '.join((*WITH_INITIAL, 'loftq'))}."
         )
     return init
 
@@ -108,12 +115,14 @@ def _init(config: Mapping[str, Any], folder: Path) -> str:
 def _missing(init: str, folder: Path) -> str:
     if init.lower() == "loftq":
         return (
-            f"{folder} was trained on LoftQ's quantised base, from which no update of low rank leads to the original. Give that base "
-            "(save_pretrained of the model that replace_lora_weights_loftq or LoftQ's script made) with --base and --residual."
+            f"{folder} was trained on LoftQ's quantised base, from which no update of low rank leads to the original. "
+            "Give that base (save_pretrained of the model that replace_lora_weights_loftq or LoftQ's script made) with "
+            "--base and --residual."
         )
     return (
-        f"{folder} began as {brief(init)}, which depends on data or chance and can't be computed again. Give the adapter as it was before "
-        "training (saved with save_pretrained then) with --initial, or the changed base with --base and --residual."
+        f"{folder} began as {brief(init)}, which depends on data or chance and can't be computed again. Give the "
+        "adapter as it was before training (saved with save_pretrained then) with --initial, or the changed base with "
+        "--base and --residual."
     )
 
 
@@ -133,25 +142,27 @@ def _initial(
         first = found[path]
         if (first.A.shape, first.B.shape, first.scale) != (update.A.shape, update.B.shape, update.scale):
             raise ExpertError(
-                f"{folder} isn't what {trained} began as: at {path} it has rank {first.rank} and scale {first.scale:g}, the trained one "
-                f"{update.rank} and {update.scale:g}."
+                f"{folder} isn't what {trained} began as: at {path} it has rank {first.rank} and scale "
+                f"{first.scale:g}, the trained one {update.rank} and {update.scale:g}."
             )
     return {path: (update.A, update.B) for path, update in found.items()}
 
 
-def _again(
+def _reinitialise(
     config: Mapping[str, Any], model: PreTrainedModel, updates: Mapping[str, Update], folder: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A₀ and B₀ as PEFT computes them from the base's weights, by module path."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT says of initialisations that change the base
+        warnings.simplefilter("ignore")  # PEFT warns about initialisations that change the base
         settings: Any = LoraConfig.from_pretrained(str(folder))
         settings.target_modules = "|".join(map(re.escape, updates))  # one regular expression of whole paths
         settings.exclude_modules = settings.layers_to_transform = settings.layers_pattern = None
         settings.modules_to_save, settings.inference_mode = None, True
         try:
             whole: Any = get_peft_model(model, settings)
-        except Exception as cause:  # PEFT has many: no such module, a packed weight, ranks above the module's
+        except (
+            Exception
+        ) as cause:  # of many types: no such module, a packed weight, a rank above the module's
             raise ExpertError(f"PEFT can't initialise {folder} on this base: {cause}") from cause
     found = {}
     for path, update in updates.items():
@@ -159,8 +170,8 @@ def _again(
         a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
         if a.shape != update.A.shape or b.shape != update.B.shape:
             raise ExpertError(
-                f"{folder}: {path} has lora_A {list(update.A.shape)} and lora_B {list(update.B.shape)}; on this base they would be "
-                f"{list(a.shape)} and {list(b.shape)}: it is of another base."
+                f"{folder}: {path} has lora_A {list(update.A.shape)} and lora_B {list(update.B.shape)}; on this base "
+                f"they would be {list(a.shape)} and {list(b.shape)}: it is of another base."
             )
         found[path] = a.cpu(), b.cpu()
     return found
@@ -169,22 +180,22 @@ def _again(
 def _difference(
     tensors: Mapping[str, Tensor], updates: Mapping[str, Update], first: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Tensor], float]:
-    """The tensors of ΔW = s (BA − B₀A₀) and of whatever else the adapter brings, and how far they are from the beginning."""
+    """The tensors of ΔW = s (BA − B₀A₀), with the adapter's other tensors; and the largest ‖BA − B₀A₀‖/‖B₀A₀‖."""
     keys = {id(tensor): key for key, tensor in tensors.items()}
     used = {keys[id(part)] for update in updates.values() for part in (update.A, update.B)}
     made = {key: tensor for key, tensor in tensors.items() if key not in used}
-    far = 0.0
+    change = 0.0
     for path, update in updates.items():
         a, b, a0, b0 = (t.float() for t in (update.A, update.B, *first[path]))
         made[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([a, a0])
         made[f"{PREFIX}{path}.lora_B.weight"] = torch.cat([b, -b0], dim=1)
         start = torch.linalg.matrix_norm(b0 @ a0)
-        far = max(far, float(torch.linalg.matrix_norm(b @ a - b0 @ a0) / start) if start > 0 else 0.0)
-    return made, far
+        change = max(change, float(torch.linalg.matrix_norm(b @ a - b0 @ a0) / start) if start > 0 else 0.0)
+    return made, change
 
 
-def _twice(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of twice the rank and the same scale: alpha/r, or alpha/√r with rsLoRA."""
+def _double_rank(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with twice the rank and the same scale (alpha/r, or alpha/√r with rsLoRA)."""
     more = 2**0.5 if config.get("use_rslora") else 2
     return {
         **config,

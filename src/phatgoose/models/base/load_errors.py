@@ -1,4 +1,4 @@
-"""What goes wrong while a base is loaded, said in one line with what to do; transformers' own error stays attached."""
+"""Errors while a base is loaded → one line that says what to do; transformers' own error stays attached."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from phatgoose.files import storage_errors
 from phatgoose.hub_errors import chain, explain, hide_tokens
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_UNKNOWN_ARCHITECTURE = (
+    "does not recognize this architecture", "Unrecognized model", "Unrecognized configuration",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def explain_load_errors(spec: str, part: str, folder: Path | None, tried: str = "") -> Iterator[None]:
-    """Turns whatever is raised while `part` ("the configuration", "the weights", …) of `spec` is read into one error.
+    """Turns any error raised while `part` ("the configuration", "the weights", …) of `spec` is read into a
+    BaseModelError.
 
     Raises:
-        BaseModelError: whose message names the spec, the cause and what to do.
+        BaseModelError: its message names the spec, the cause and what to do.
         StorageError: no space or permission to keep a download.
     """
     try:
@@ -48,15 +52,14 @@ def _explain(error: Exception, spec: str, folder: Path | None, tried: str) -> st
         return f"{_damaged(folder)}: {causes[-1]}. Delete it and download or copy it again."
     text = hide_tokens(str(error))
     if "bitsandbytes" in text or "accelerate" in text:
-        return f"{text[:300]} Packed bases need `pip install bitsandbytes accelerate` and hardware that they support."
+        return (
+            f"{text[:300]} Quantised bases need `pip install bitsandbytes accelerate` and supported hardware."
+        )
     if "trust_remote_code" in text or "contains custom code" in text:
         return "it needs Python code from its own repository to run, which is never done here."
     if "model.safetensors" in text and any(w in text for w in ("no file named", "not appear to have a file")):
         return pickle_only(spec, "no *.safetensors file")
-    if any(
-        w in text
-        for w in ("does not recognize this architecture", "Unrecognized model", "Unrecognized configuration")
-    ):
+    if any(w in text for w in _UNKNOWN_ARCHITECTURE):
         return f"transformers doesn't know its architecture as a language model: {text[:300]}"
     if any(isinstance(e, (EntryNotFoundError, FileNotFoundError)) for e in causes):
         return f"a file is missing: {text[:300]}"
@@ -64,10 +67,12 @@ def _explain(error: Exception, spec: str, folder: Path | None, tried: str) -> st
 
 
 def pickle_only(spec: str, found: str) -> str:
-    """The message about weights that are only there as pickles."""
+    """The message about a base whose weights exist only as pickle files."""
     return (
-        f"it has {found}; weights in pickle files are not read, because opening one can run code. On the Hub, look among the "
-        'model\'s pull requests for a safetensors version and load "NAME@refs/pr/NUMBER". Or, if you trust its source, '
+        f"it has {found}; weights in pickle files are not read, because opening one can run code. On the Hub, look "
+        "among "
+        'the model\'s pull requests for a safetensors version and load "NAME@refs/pr/NUMBER". Or, if you trust its '
+        "source, "
         f"convert it once: `python -c \"import transformers as t; s = '{spec}'; c = t.AutoConfig.from_pretrained(s); "
         "a = t.AutoModelForSeq2SeqLM if c.is_encoder_decoder else t.AutoModelForCausalLM; "
         "a.from_pretrained(s, use_safetensors=False).save_pretrained('converted'); "
@@ -76,10 +81,10 @@ def pickle_only(spec: str, found: str) -> str:
 
 
 def check_folder(folder: Path, spec: str) -> None:
-    """Refuses, by what lies in it, a folder that holds no base.
+    """Refuses a folder that holds no base, judged by its files' names.
 
     Raises:
-        BaseModelError: an adapter, GGUF files only, pickles only, no checkpoint at all, or a file without permission to read it.
+        BaseModelError: an adapter, GGUF files only, pickles only, no checkpoint, or a file that may not be read.
     """
     try:
         names = sorted(p.name for p in folder.iterdir())
@@ -89,15 +94,11 @@ def check_folder(folder: Path, spec: str) -> None:
         raise BaseModelError(
             f"{spec} is a PEFT adapter, not a base: load the base that its adapter_config.json names."
         )
+    # transformers reports some files that it may not read as missing.
     readable = partial(os.access, mode=os.R_OK, effective_ids=os.access in os.supports_effective_ids)
-    if locked := [
-        n
-        for n in names
-        if n.endswith((".json", ".safetensors", ".model", ".txt", ".jinja")) and not readable(folder / n)
-    ]:
-        raise BaseModelError(
-            f"{folder / locked[0]} can't be read: no permission."
-        )  # transformers calls some of them missing
+    ours = [n for n in names if n.endswith((".json", ".safetensors", ".model", ".txt", ".jinja"))]
+    if locked := [n for n in ours if not readable(folder / n)]:
+        raise BaseModelError(f"{folder / locked[0]} can't be read: no permission.")
     if "config.json" not in names:
         if ggufs := [n for n in names if n.lower().endswith(".gguf")]:
             raise BaseModelError(f"{spec} holds GGUF files: say which one, as {f'{spec}:{ggufs[0]}'!r}.")
@@ -114,7 +115,7 @@ def check_folder(folder: Path, spec: str) -> None:
 
 
 def protobuf_hint() -> str:
-    """What to install where a sentencepiece tokenizer can't be converted for want of protobuf."""
+    """What to install if a sentencepiece tokenizer can't be converted because protobuf is missing."""
     try:
         missing = importlib.util.find_spec("google.protobuf") is None
     except ModuleNotFoundError:
@@ -123,7 +124,7 @@ def protobuf_hint() -> str:
 
 
 def _damaged(folder: Path | None) -> str:
-    """Which safetensors file can't be opened."""
+    """Which safetensors file of the folder can't be opened."""
     for file in sorted(folder.glob("*.safetensors")) if folder else ():
         try:
             with safe_open(file, framework="pt"):

@@ -15,10 +15,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_options(dtype: Any, device: Any, device_map: Any, quantization: Any) -> dict[str, Any]:
-    """What transformers' from_pretrained is given for these arguments of `load_base`.
+    """Arguments for transformers' from_pretrained, from those of `load_base`.
 
     Raises:
-        BaseModelError: an unknown dtype or quantization, a device that isn't there, or two that exclude each other.
+        BaseModelError: an unknown dtype or quantization, a device that doesn't exist, or device and device_map
+            together.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
@@ -35,7 +36,7 @@ def load_options(dtype: Any, device: Any, device_map: Any, quantization: Any) ->
         _check_device(device)
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization)
-        if device is not None:  # a packed model can't be moved afterwards
+        if device is not None:  # a quantised model can't be moved after loading
             device_map = {"": str(device)}
     if device_map is not None:
         options["device_map"] = device_map
@@ -50,19 +51,15 @@ def _check_device(device: Any) -> None:
 
 
 def _quantization(asked: Any) -> Any:
-    if isinstance(asked, str):
-        if asked not in ("8bit", "4bit"):
-            raise BaseModelError(str(unknown("quantization", asked, ["8bit", "4bit"])))
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise BaseModelError(
-                f"a {asked} base needs the package bitsandbytes: `pip install bitsandbytes`."
-            )
-        asked = (
-            BitsAndBytesConfig(load_in_4bit=True, **nf4)
-            if asked == "4bit"
-            else BitsAndBytesConfig(load_in_8bit=True)
+    if isinstance(asked, str) and asked not in ("8bit", "4bit"):
+        raise BaseModelError(str(unknown("quantization", asked, ["8bit", "4bit"])))
+    if isinstance(asked, str | BitsAndBytesConfig) and importlib.util.find_spec("bitsandbytes") is None:
+        which = f"a {asked} base" if isinstance(asked, str) else "this quantization"
+        raise BaseModelError(f"{which} needs the package bitsandbytes: `pip install bitsandbytes`.")
+    if asked == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    elif isinstance(asked, BitsAndBytesConfig) and importlib.util.find_spec("bitsandbytes") is None:
-        raise BaseModelError("this quantization needs the package bitsandbytes: `pip install bitsandbytes`.")
+    if asked == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return asked

@@ -16,8 +16,9 @@ _KEYS_VALUES = re.compile(
 
 @dataclass(frozen=True)
 class ModuleLocation:
-    """One module. reads: whose tokens it sees, "encoder" or "decoder". part: "encoder", "decoder" or "cross-attention" (whose
-    keys and values read the encoder's tokens). layer: number of its block or None. kind: what it is there, e.g. "mlp.up_proj".
+    """One module. reads: whose tokens it sees, "encoder" or "decoder". part: "encoder", "decoder" or "cross-attention"
+    (whose keys and values read the encoder's tokens). layer: number of its block or None. kind: what it is there, e.g.
+    "mlp.up_proj".
     """
 
     path: str
@@ -47,8 +48,8 @@ def locate_modules(paths: Sequence[str], reads: Sequence[str]) -> dict[str, Modu
 
 
 def layer_labels(where: Mapping[str, ModuleLocation]) -> dict[str, str]:
-    """Each module's layer in words ("3"; "enc 3" and "dec 3" where there is an encoder; "other" outside of the layers), in the
-    order in which layers are shown: the encoder's first."""
+    """Each module's layer in words ("3"; "enc 3" and "dec 3" where there is an encoder; "other" outside of the layers),
+    in the order in which layers are shown: the encoder's first."""
     several = any(place.reads == "encoder" for place in where.values())
 
     def label(place: ModuleLocation) -> str:

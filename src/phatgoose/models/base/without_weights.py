@@ -1,4 +1,4 @@
-"""A base's modules and their sizes from its configuration alone; its fingerprint if its weights are on this machine."""
+"""Bases whose weights aren't in memory: modules from the configuration alone, or weights mapped from files."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
-    """What importing a reference checkpoint must know of a base. Of a Hub model only the configuration is fetched; weights that
-    are here already are read for the fingerprint, and let go of again. No tokenizer is needed.
+    """What importing a reference checkpoint needs to know about a base. No tokenizer is needed.
+
+    For a Hub model only the configuration is fetched. Weights that are on this machine already are read for the
+    fingerprint and released again.
 
     Raises:
-        BaseModelError: as `load_base` does, for a base that isn't there or whose configuration or weights can't be used.
+        BaseModelError: as for `load_base`: the base doesn't exist, or its configuration or weights can't be used.
     """
     source = _source(spec)
     model = empty_model(source)
@@ -47,7 +49,7 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     linears = {path: shape for path, m in modules if (shape := linear_shape(m)) is not None}
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     both = bool(model.config.is_encoder_decoder)
-    if not _weights_are_here(source):
+    if not _has_local_weights(source):
         return BaseShape(source.spec, linears, parameters, both)
     with hide_progress_bars(source.copy):
         whole = read_model(source, read_config(source), load_options("auto", None, None, None))
@@ -57,7 +59,7 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
         if any(name.rpartition(".")[0] == path for name in COPIES)
     }
     found = fingerprint(whole, source.spec)
-    del whole  # but for the embeddings
+    del whole  # all but the embeddings, which `own` holds
     gc.collect()
 
     def is_own(name: str, tensor: Tensor) -> bool:
@@ -68,12 +70,12 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
 
 
 def check_mixture(spec: str, pool: Pool) -> None:
-    """Refuses experts inside a mixture's experts that this base can't route, from its configuration alone: such bases are large.
+    """Refuses updates inside a mixture's experts that this base can't route. Does nothing for other pools.
 
-    Does nothing for other pools.
+    It reads the base's configuration alone, because bases with mixtures are large.
 
     Raises:
-        RoutingError: as `route` would. BaseModelError: the base isn't there, or its configuration can't be used.
+        RoutingError: as `route` would. BaseModelError: the base doesn't exist, or its configuration can't be used.
     """
     if not any(is_expert_path(path) for path in pool.modules):
         return
@@ -87,14 +89,14 @@ def check_mixture(spec: str, pool: Pool) -> None:
 
 def _source(spec: str | os.PathLike[str]) -> Source:
     folder = Path(spec).expanduser()
-    there = (folder / "config.json").is_file()  # which is enough, where load_base wants weights beside it
+    there = (folder / "config.json").is_file()  # enough here, unlike for load_base, which needs weights too
     return (
         Source(os.fspath(spec), str(folder), folder=folder) if there else find_source(os.fspath(spec), None)
     )
 
 
 def empty_model(source: Source) -> PreTrainedModel:
-    """The model without values, on the meta device."""
+    """The model on the meta device, without values."""
     with hide_progress_bars(source.copy):
         config = read_config(source)
         family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -102,8 +104,8 @@ def empty_model(source: Source) -> PreTrainedModel:
             return family.from_config(config, trust_remote_code=False)
 
 
-def _weights_are_here(source: Source) -> bool:
-    """Whether `load_base` would find safetensors without a download."""
+def _has_local_weights(source: Source) -> bool:
+    """True if `load_base` would find safetensors without a download."""
     if source.folder is not None:
         return any((Path(source.folder) / name).is_file() for name in _WEIGHTS)
     found = (try_to_load_from_cache(source.place, name, revision=source.revision) for name in _WEIGHTS)
@@ -111,19 +113,20 @@ def _weights_are_here(source: Source) -> bool:
 
 
 def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
-    """The model as its checkpoint has it, in eval mode, on the CPU. Its values are read from the files where they are used.
+    """The model in its checkpoint's dtype, in eval mode, on the CPU, with weights mapped from the files and read on
+    use.
 
-    Where a checkpoint's tensors aren't named as the model's, as transformers' own way of reading them must change them, it is
-    loaded as `load_base` does, and is in memory as a whole.
+    This is for reading a few values of a model of any size. If transformers must rename or change the checkpoint's
+    tensors, they can't be mapped; the base is then loaded into memory as by `load_base`.
 
     Raises:
-        BaseModelError: as `load_base`, or its weights are packed (AWQ, GPTQ, FP8, …), so that the files hold no values of it.
+        BaseModelError: as for `load_base`, or the weights are packed (AWQ, GPTQ, FP8, …).
     """
     source = find_source(spec, revision)
     model = empty_model(source)
     if getattr(model.config, "quantization_config", None) is not None:
         raise BaseModelError(
-            f"{source.spec} is packed in 8 bits or fewer, where its own weights are needed. Take the unpacked base."
+            f"{source.spec} is packed in 8 bits or fewer, but its original weights are needed. Take the unpacked base."
         )
     folder = source.folder
     if folder is None:
@@ -132,7 +135,7 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
             folder = Path(snapshot_download(source.place, revision=source.revision, allow_patterns=patterns))
     with explain_load_errors(source.spec, "the weights", folder):
         found = _tensors(folder)
-    if not _fits(model, found):
+    if not _can_map(model, found):
         with hide_progress_bars(True):
             return load_base(spec, revision=revision).model
     model.load_state_dict(found, strict=False, assign=True)
@@ -147,8 +150,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _fits(model: PreTrainedModel, found: dict[str, Tensor]) -> bool:
-    """Whether every parameter is there under its own name, but for those that are tied to another, and nothing else."""
+def _can_map(model: PreTrainedModel, found: dict[str, Tensor]) -> bool:
+    """True if the files hold every parameter under its own name (tied ones may be missing), and nothing else."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False)}
     missing = wanted.keys() - found.keys()

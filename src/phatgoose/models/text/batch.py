@@ -1,7 +1,7 @@
 """Encoded rows → tensors of one batch, and the logits of their targets.
 
-Decoder-only batches are padded on the left if the model supports it (`capabilities.py`). Every target then ends in the last
-column, and the logits of the last L+1 positions predict the targets. All other batches are padded on the right.
+Decoder-only batches are padded on the left if the model supports it (`capabilities.py`). Every target then ends in the
+last column, and the logits of the last L+1 positions predict the targets. All other batches are padded on the right.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def make_batch(base: Base, rows: Sequence[Encoded]) -> dict[str, Tensor]:
     """`collate`, padded as this base needs it."""
     seq2seq, pad = base.is_encoder_decoder, pad_id(base.tokenizer)
     if not seq2seq:
-        # The padding token's embedding may be zero. In Gemma-3n the root of its magnitude then has no gradient, which makes
-        # every row NaN; so a token of a prompt is used instead.
+        # The padding token's embedding may be zero. In Gemma-3n the root of its magnitude then has no gradient, which
+        # makes every row NaN; so a token of a prompt is used instead.
         zero = getattr(base.model.get_input_embeddings(), "padding_idx", None)
         pad = next((token for row in rows for token in row.prompt_ids if token != zero), pad)
     return collate(rows, pad, is_encoder_decoder=seq2seq, left=supports_left_padding(base.model))
@@ -38,9 +38,9 @@ def collate(
 ) -> dict[str, Tensor]:
     """Tensors of one batch, all int64. B is the number of rows, L the length of the longest target.
 
-    Decoder-only: `input_ids` and `attention_mask` [B, T], where T is the longest prompt + target, padded on the left and with
-    `position_ids` (without `left`: on the right); and `labels` [B, L]: the targets alone, right-aligned, -100 elsewhere.
-    Encoder–decoder: `input_ids`, `attention_mask` [B, S] and `labels` [B, L], padded on the right.
+    Decoder-only: `input_ids` and `attention_mask` [B, T], where T is the longest prompt + target, padded on the left
+    and with `position_ids` (without `left`: on the right); and `labels` [B, L]: the targets alone, right-aligned, -100
+    elsewhere. Encoder–decoder: `input_ids`, `attention_mask` [B, S] and `labels` [B, L], padded on the right.
     """
     if is_encoder_decoder:
         input_ids, mask = pad_rows([e.prompt_ids for e in encoded], pad_id, left=False)
@@ -77,8 +77,8 @@ def length_batches(
 ) -> Iterator[list[int]]:
     """Indices into `lengths` in batches of similar length, the longest first: out of memory then shows at once.
 
-    A batch has at most `max_rows` rows and, padded to its longest, at most `max_tokens` tokens. (A single longer row is a
-    batch of its own.) Every index comes exactly once; rows of equal length keep their order.
+    A batch has at most `max_rows` rows and, padded to its longest, at most `max_tokens` tokens. (A single longer row is
+    a batch of its own.) Every index comes exactly once; rows of equal length keep their order.
     """
     if max_rows < 1 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"max_rows and max_tokens must be at least 1, got {max_rows} and {max_tokens}")

@@ -3,8 +3,8 @@
 Rows of different lengths run in one forward pass only where each is computed as if it were alone:
 
 - Padding on the right is exact if a token reads only what stands before it, and for encoders, which get a mask.
-- Padding on the left lets all targets end in the last column, where a cache can go on. But it shifts every row, so it is used
-  only for models that take each token's position and keep nothing but keys and values.
+- Padding on the left lets all targets end in the last column, where a cache can go on. But it shifts every row, so it
+  is used only for models that take each token's position and keep nothing but keys and values.
 - Models whose values depend on the length of the row get rows of one length at a time.
 """
 
@@ -44,7 +44,8 @@ def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
 
 
 def supports_left_padding(model: PreTrainedModel) -> bool:
-    """True if decoder-only rows may be padded on the left, with a mask and with `position_ids` if the model takes them."""
+    """True if decoder-only rows may be padded on the left, with a mask and with `position_ids` if the model takes
+    them."""
     config = model.config
     if config.is_encoder_decoder or config.model_type in (*_IGNORE_MASK, *_READ_LENGTH):
         return False
@@ -91,7 +92,8 @@ def generation_groups(model: PreTrainedModel, prompts: Sequence[Sequence[int]], 
 
 
 def supports_cache(model: PreTrainedModel, shortest: int = 0, longest: int = 0) -> bool:
-    """True if rows of `shortest` to `longest` tokens get the same values from a cache as from reading all tokens again."""
+    """True if rows of `shortest` to `longest` tokens get the same values from a cache as from reading all tokens
+    again."""
     kind = model.config.model_type
     # `expert_capacity`: what a token gets depends on which tokens are read together with it.
     if hasattr(model.config, "expert_capacity") or kind in (*_READ_LENGTH, *_ONE_TOKEN_AT_A_TIME):
@@ -136,15 +138,15 @@ def check_scorable(model: PreTrainedModel) -> None:
     kind, config = type(model).__name__, model.config
     if config.model_type == "nllb-moe" and config.moe_eval_capacity_token_fraction < 1:
         raise BaseModelError(
-            f"{kind}: with moe_eval_capacity_token_fraction={config.moe_eval_capacity_token_fraction} the tokens of a batch "
-            "compete for places at experts, so a row's score depends on the others: set it to 1."
+            f"{kind}: with moe_eval_capacity_token_fraction={config.moe_eval_capacity_token_fraction} the tokens of a "
+            "batch compete for places at experts, so a row's score depends on the others: set it to 1."
         )
     if config.is_encoder_decoder:
         return
     if config.model_type in _READ_LENGTH:
         raise BaseModelError(
-            f"{kind} computes each token from the length of the whole row, so its probabilities depend on what follows: use "
-            "the encoder–decoder of this architecture."
+            f"{kind} computes each token from the length of the whole row, so its probabilities depend on what "
+            "follows: use the encoder–decoder of this architecture."
         )
     # Two rows that differ in their last token only: earlier logits must not change.
     ids = torch.tensor([[2, 3, 4, 5], [2, 3, 4, 6]], device=device_of(model))
@@ -152,8 +154,9 @@ def check_scorable(model: PreTrainedModel) -> None:
         first, second = model(input_ids=ids % config.get_text_config().vocab_size).logits[:, :-1].float()
     if float((first - second).abs().max()) > 0.01 * float(first.abs().max()):
         raise BaseModelError(
-            f"{kind} reads the tokens that it is to predict: its attention isn't causal, so log-likelihoods of an answer mean "
-            "nothing. Take a causal language model (or set config.is_decoder=True, if the architecture has that)."
+            f"{kind} reads the tokens that it is to predict: its attention isn't causal, so log-likelihoods of an "
+            "answer mean nothing. Take a causal language model (or set config.is_decoder=True, if the architecture has "
+            "that)."
         )
 
 
@@ -169,7 +172,8 @@ def max_mixed_length(model: PreTrainedModel) -> int:
 def _rope_limits(
     settings: Any, context: int | None, kinds: Sequence[str] = ("dynamic", "longrope")
 ) -> list[int]:
-    """Lengths of a row beyond which rotary embeddings change for all of its tokens, at any depth of a model's settings."""
+    """Lengths of a row beyond which rotary embeddings change for all of its tokens, at any depth of a model's
+    settings."""
     if not isinstance(settings, dict):
         return []
     found = []

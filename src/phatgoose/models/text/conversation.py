@@ -1,11 +1,13 @@
-"""Conversations → token ids, by the tokenizer's chat template: the same for chat, serve, ui, explain, training and evaluation.
+"""Conversations → token ids through the tokenizer's chat template, the same for every command.
 
-What a template would leave out is refused: a message, its name, its tool calls, the tools. What users and tools write is text: a
-control token in it ("<|im_end|>") is split into ordinary tokens, so that nobody can end a turn or begin one from inside a message.
+A part of the conversation that the template would leave out (a message, a name, tool calls, tools) is refused. Text
+that users and tools write is only text: a control token in it ("<|im_end|>") is split into ordinary tokens, so that
+nobody can end or begin a turn from inside a message.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from phatgoose.models.base.base import Base, end_tokens
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
 TRUSTED = ("system", "developer", "assistant")
-"""Roles whose control tokens are parsed: those of whoever runs the conversation, and of the model itself."""
+"""Roles whose control tokens are parsed: those of the operator of the conversation, and the model's own."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -30,11 +32,13 @@ def conversation_ids(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[int]:
-    """The tokens of a conversation up to where the model is to answer: those of `apply_chat_template(add_generation_prompt=True)`.
+    """A conversation's tokens up to the model's answer, as `apply_chat_template(add_generation_prompt=True)` gives
+    them.
 
     Args:
-        messages: {"role", "content", …} each, as the template takes them. `developer` is `system` where the template knows none.
-        tokenizer: a copy of the base's, where another thread uses that.
+        messages: {"role", "content", …} each, as the template takes them. `developer` becomes `system` if the template
+            doesn't know that role.
+        tokenizer: a copy of the base's, for callers in another thread.
 
     Raises:
         TaskError: there is no template, it refuses the conversation, or it would leave a part of it out.
@@ -45,25 +49,25 @@ def conversation_ids(
 def conversation_answer_ids(
     base: Base, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = None
 ) -> tuple[list[int], list[list[int]]]:
-    """`conversation_ids`, and for each answer (a message of the assistant's) the tokens that the model is to write behind them.
+    """(`conversation_ids`, for each answer the tokens that the model should write). An answer is an assistant message.
 
-    An answer ends with its first end token, where the model that is served stops; what the template puts behind that isn't part of
-    it. A template that marks what the assistant writes ({% generation %}) is followed instead.
+    An answer ends with its first end token, where a served model stops; what the template puts after that isn't part of
+    it. If the template marks what the assistant writes ({% generation %}), these marks decide instead.
 
     Raises:
-        TaskError: as `conversation_ids`, or the conversation with its answer doesn't begin as the one without: a model trained on the
-            one would be served the other. Encoder–decoders.
+        TaskError: as for `conversation_ids`; the base is an encoder–decoder; or the conversation with its answer
+            doesn't begin as without it, so that a model would be trained on other tokens than it is served.
     """
     if base.is_encoder_decoder:
         raise TaskError(
             "conversations are for decoder-only bases: give this encoder–decoder rows with input and target."
         )
     conversation = _Conversation(base, base.tokenizer, messages, tools)
-    return conversation.prompt, [conversation.behind(answer) for answer in answers]
+    return conversation.prompt, [conversation.answer_ids(answer) for answer in answers]
 
 
 class _Conversation:
-    """What stands before an answer, rendered and as tokens."""
+    """The conversation before an answer, as text and as tokens."""
 
     def __init__(
         self, base: Base, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools
@@ -72,43 +76,40 @@ class _Conversation:
         if self.tokenizer.chat_template is None:
             raise TaskError(f"the tokenizer of {base.spec} has no chat template.")
         self.tools = [dict(tool) for tool in tools] if tools else None
-        source = self.source = _source(self.tokenizer, self.tools)
+        source = self.source = _template_source(self.tokenizer, self.tools)
         self.marks_answers = _GENERATION.search(source) is not None
-        plain = [_given(message) for message in messages]
+        plain = [_without_none(message) for message in messages]
         if "developer" not in source:
             plain = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in plain]
-        self.messages, self.marked = _marked(self.tokenizer, source, plain)
+        self.messages, self.marked = _mark_control_tokens(self.tokenizer, source, plain)
         self.text = self._render(self.messages, self.tools, True)
-        self._refuse_what_is_dropped()
+        self._refuse_dropped_parts()
         self.prompt = self._encode(self.text)
         if not self.prompt:
             raise TaskError("the model's chat template makes no tokens of the messages.")
 
-    def behind(self, answer: Message) -> list[int]:
+    def answer_ids(self, answer: Message) -> list[int]:
         """The answer's tokens."""
-        given = {"role": "assistant", **_given(answer)}
-        whole = [*self.messages, given]
+        turn = {"role": "assistant", **_without_none(answer)}
+        whole = [*self.messages, turn]
         text = self._render(whole, self.tools, False)
-        if "tool_calls" in given:
-            self._matters(
-                "tool_calls", text, [*self.messages, _without(given, "tool_calls")], self.tools, False
-            )
+        if "tool_calls" in turn:
+            without = [*self.messages, _without_key(turn, "tool_calls")]
+            self._refuse_if_same("tool_calls", text, without, self.tools, False)
         if not text.startswith(self.text):
+            hint = " Some templates do so with a system turn: write it into the first user turn."
             system = any(m.get("role") == "system" for m in self.messages)
             raise TaskError(
-                "the chat template renders a conversation with its answer otherwise than up to the answer: "
-                f"{_parting(text, self.text)}. Trained on the one, a model would be served the other."
-                + (
-                    " Some templates do so with a system turn: write it into the first user turn."
-                    if system
-                    else ""
-                )
+                "the chat template renders a conversation with its answer differently from the conversation before it: "
+                f"{_first_difference(text, self.text)}. A model trained on the one would be served the other."
+                + (hint if system else "")
             )
         end = self._end_of_answer(whole, text)
         ids, count = self._encode(text[:end]), len(self.prompt)
         tokens = ids[count:]
         if ids[:count] != self.prompt:
-            # The tokenizer joins the prompt's end and the answer's beginning; a served model writes behind the prompt's own tokens.
+            # The tokenizer merges the prompt's end with the answer's beginning. A served model continues the prompt's
+            # own tokens, so the answer is encoded by itself, if that leaves the text the same.
             tokens = self._encode(text[len(self.text) : end])
             if self._decoded([*self.prompt, *tokens]) != self._decoded(ids):
                 raise TaskError("the tokenizer can't write the answer behind the prompt's own tokens.")
@@ -120,15 +121,15 @@ class _Conversation:
         return tokens
 
     def _end_of_answer(self, messages: list[dict[str, Any]], text: str) -> int:
-        """Where in the rendered text the answer ends: at the end of what the template marks as the assistant's, or of all."""
+        """Where the answer ends in the rendered text: at the end of the span that the template marks, or of the text."""
         if not self.marks_answers:
             return len(text)
         spans = [(a, b) for a, b in self._spans(messages) if b > len(self.text)]
         starts, ends = [a for a, _ in spans], [b for _, b in spans]
         if not spans or starts[0] > len(self.text) or starts[1:] != ends[:-1]:
             raise TaskError(
-                "what the chat template marks with {% generation %} doesn't begin where its generation prompt ends, or has gaps: "
-                "the model would have to write what isn't in the loss."
+                "what the chat template marks with {% generation %} doesn't begin where its generation prompt ends, or "
+                "has gaps: the model would have to write what isn't in the loss."
             )
         return ends[-1]
 
@@ -142,33 +143,34 @@ class _Conversation:
         )  # fmt: skip
         return list(rendered[1][0])
 
-    def _refuse_what_is_dropped(self) -> None:
-        """Compares with the rendering without each part that templates are known to pass over."""
+    def _refuse_dropped_parts(self) -> None:
+        """Renders the conversation without each part that some templates ignore; if nothing changes, it was dropped."""
         messages = self.messages
         if self.tools:
-            self._matters("tools", self.text, messages, None)
+            self._refuse_if_same("tools", self.text, messages, None)
         if any("tool_calls" in m for m in messages):
-            self._matters("tool_calls", self.text, [_without(m, "tool_calls") for m in messages], self.tools)
-        # Templates go by roles: one comparison a role, not a message, of which a client may send thousands.
+            without = [_without_key(m, "tool_calls") for m in messages]
+            self._refuse_if_same("tool_calls", self.text, without, self.tools)
+        # Templates treat messages by role, so one comparison per role is enough; a client may send thousands of messages.
         for role in dict.fromkeys(m.get("role") for m in messages):
-            places = [i for i, m in enumerate(messages) if m.get("role") == role]
-            # A tool's name says again what its call said.
-            if role != "tool" and (named := [i for i in places if "name" in messages[i]]):
-                nameless = [_without(m, "name") if i in named else m for i, m in enumerate(messages)]
-                self._matters(f"messages.{named[0]}.name", self.text, nameless, self.tools)
-            for i in {places[0], places[-1]} if role != "assistant" else ():
+            indices = [i for i, m in enumerate(messages) if m.get("role") == role]
+            # The name of a tool's message only repeats the one in its call.
+            if role != "tool" and (named := [i for i in indices if "name" in messages[i]]):
+                nameless = [_without_key(m, "name") if i in named else m for i, m in enumerate(messages)]
+                self._refuse_if_same(f"messages.{named[0]}.name", self.text, nameless, self.tools)
+            for i in {indices[0], indices[-1]} if role != "assistant" else ():
                 content = messages[i].get("content")
                 if isinstance(content, str) and content.strip() not in self.text and len(messages) > 1:
                     others = [*messages[:i], *messages[i + 1 :]]
-                    self._matters(f"messages.{i} (role {role!r})", self.text, others, self.tools)
+                    self._refuse_if_same(f"messages.{i} (role {role!r})", self.text, others, self.tools)
 
-    def _matters(
+    def _refuse_if_same(
         self, part: str, text: str, messages: list[dict[str, Any]], tools: Any, prompt: bool = True
     ) -> None:
         try:
             same = self._render(messages, tools, prompt) == text
         except TaskError:
-            return
+            return  # the template needs this part
         if same:
             raise TaskError(f"{part}: the model's chat template has no place for it, and would leave it out.")
 
@@ -197,11 +199,11 @@ class _Conversation:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _marked(
+def _mark_control_tokens(
     tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The messages with the control tokens marked that users and tools wrote, and whether there are any."""
-    written = [text for m in messages if m.get("role") not in TRUSTED for text in _texts(m)]
+    """(the messages with the control tokens marked that users and tools wrote, whether there are any)."""
+    written = [text for m in messages if m.get("role") not in TRUSTED for text in _all_texts(m)]
     known: Any = tokenizer
     try:
         from transformers.utils.chat_template_utils import _get_control_token_patterns, mark_control_tokens
@@ -210,8 +212,8 @@ def _marked(
     except (ImportError, AttributeError):
         if any(str(token) in text for text in written for token in tokenizer.all_special_tokens):
             raise TaskError(
-                "a message holds a control token of the tokenizer, which this version of transformers can't write as text: take it "
-                "out, or install transformers 5.23 or newer."
+                "a message holds a control token of the tokenizer, which this version of transformers can't write as "
+                "text: take it out, or install transformers 5.23 or newer."
             ) from None
         return messages, False
     if not any(pattern.search(text) for text in written):
@@ -222,37 +224,35 @@ def _marked(
     ], True
 
 
-def _texts(value: Any) -> list[str]:
-    """Every text in a message, however deep."""
+def _all_texts(value: Any) -> list[str]:
+    """Every text in a message, at any depth."""
     if isinstance(value, str):
         return [value]
-    inside = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    )
-    return [text for part in inside for text in _texts(part)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    parts = value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in _all_texts(part)]
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
+def _template_source(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
     try:
         return str(tokenizer.get_chat_template(None, tools))
     except ValueError as error:
         raise TaskError(f"the tokenizer's chat template can't be chosen: {error}") from error
 
 
-def _given(message: Message) -> dict[str, Any]:
-    """A copy without the keys that hold nothing, which templates would render as "None"."""
+def _without_none(message: Message) -> dict[str, Any]:
+    """A copy without the keys whose value is None, which templates would render as "None"."""
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _without(message: dict[str, Any], key: str) -> dict[str, Any]:
+def _without_key(message: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name != key}
 
 
-def _parting(one: str, other: str) -> str:
-    """Where two texts part, for people; without the marks of control tokens."""
+def _first_difference(one: str, other: str) -> str:
+    """Both texts around the place where they begin to differ, without the marks of control tokens."""
     one, other = (text.translate({0xF0000: None, 0xF0001: None}) for text in (one, other))
-    place = next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    near = max(0, place - 20)
-    return f"{one[near : place + 20]!r} against {other[near : place + 20]!r}"
+    end = len(os.path.commonprefix([one, other]))  # noqa: RUF071  # of characters, as meant here
+    near = slice(max(0, end - 20), end + 20)
+    return f"{one[near]!r} against {other[near]!r}"

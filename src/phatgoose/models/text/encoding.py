@@ -88,7 +88,8 @@ def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:
 
 
 def chat_template_key(base: Base, task: Task) -> dict[str, str]:
-    """{"chat_template": sha256} if the task has conversations, else {}: results depend on the template beside the rows."""
+    """{"chat_template": sha256} if the task has conversations, else {}: results depend on the template beside the
+    rows."""
     if not any(e.conversation is not None for split in SPLITS for e in task.split(split)):
         return {}
     template = base.tokenizer.chat_template
@@ -106,11 +107,11 @@ def encode_choices(
 ) -> list[Encoded]:
     """One Encoded per answer, all with the same prompt_ids (truncated to fit the longest answer, if necessary).
 
-    Decoder-only: prompt and answer are joined by a space (by nothing if the prompt ends in white space) and encoded as one
-    text. The target is what follows the prompt's own tokens. If the tokenizer merges across the border, so that the
-    prompt's tokens are no prefix, the target is the encoding of space and answer alone. There is a BOS token only if the
-    tokenizer adds one; it isn't doubled if the prompt's text begins with it, and truncation keeps it. An end token that the
-    tokenizer appends to a prompt is removed.
+    Decoder-only: prompt and answer are joined by a space (by nothing if the prompt ends in white space) and encoded as
+    one text. The target is what follows the prompt's own tokens. If the tokenizer merges across the border, so that the
+    prompt's tokens are no prefix, the target is the encoding of space and answer alone. There is a BOS token only if
+    the tokenizer adds one; it isn't doubled if the prompt's text begins with it, and truncation keeps it. An end token
+    that the tokenizer appends to a prompt is removed.
 
     Encoder–decoder: the tokenizer encodes both sides as it does by default.
 

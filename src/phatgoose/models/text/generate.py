@@ -1,7 +1,7 @@
 """Generation settings, the same for every command, and the plain greedy answer.
 
-Nothing of a checkpoint's generation_config is used except the decoder's start token and the end tokens: the same settings train,
-score and serve an expert.
+Nothing of a checkpoint's generation_config is used except the decoder's start token and the end tokens: the same
+settings train, score and serve an expert.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def greedy_answer(
 ) -> Tensor:
     """A greedy answer to ids [1, T]: int64 [1, …].
 
-    Decoder-only: the prompt, then the answer. Encoder–decoder: the decoder's start token, then the answer. An answer that
-    ended includes its end token.
+    Decoder-only: the prompt, then the answer. Encoder–decoder: the decoder's start token, then the answer. An answer
+    that ended includes its end token.
 
     Args:
         after_each: called after each token with the result so far; returning True ends the answer.
