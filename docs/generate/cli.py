@@ -142,8 +142,9 @@ def main(arguments: list[str]) -> int:
         folder / "cli.md": markdown(),
         folder / "pools-and-suites.md": pools_and_suites.markdown(),
         folder / "serving-parameters.md": serving_parameters.markdown(),
-        folder / "method.md": router_table.page(folder / "method.md"),
     }
+    if (method := folder / "method.md").is_file():  # only a table of it is written
+        pages[method] = router_table.page(method)
     if "--check" in arguments:
         current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named
         return 0 if all(current) else 1
