@@ -58,7 +58,7 @@ def trace(
     recorded._flush = recorder.flush
     routing.record(recorder)
     try:
-        with _generate_watched(routing.model, recorder):
+        with _watch_generate(routing.model, recorder):
             yield recorded
     finally:
         routing.record(None)
@@ -67,54 +67,59 @@ def trace(
 
 
 @contextlib.contextmanager
-def _generate_watched(model: Any, recorder: Recorder) -> Iterator[None]:
-    """Notes how many rows generate() gives each input; when it moves sequences to other rows of its cache, for which it asks the
-    model's `_reorder_cache`, if there is one; and how many drafted tokens it took back (assisted decoding, prompt lookup)."""
-    own = getattr(model, "_reorder_cache", None)
-    expand = getattr(model, "_expand_inputs_for_generation", None)
-    update = getattr(model, "_update_model_kwargs_for_generation", None)
-    drafting = getattr(model, "_get_candidate_generator", None)
+def _watch_generate(model: Any, recorder: Recorder) -> Iterator[None]:
+    """Tells the recorder what generate() does to rows and drafts, which no forward hook sees.
 
-    def expanded(*args: Any, **kwargs: Any) -> Any:
-        assert expand is not None
-        found = expand(*args, **kwargs)
+    transformers calls these methods on the model, so they are wrapped on the instance: inputs are repeated for beams, beams move
+    to other rows of the cache, and drafted tokens are taken back (assisted decoding, prompt lookup).
+    """
+    own_reorder = getattr(model, "_reorder_cache", None)
+    own_expand = getattr(model, "_expand_inputs_for_generation", None)
+    own_update = getattr(model, "_update_model_kwargs_for_generation", None)
+    own_drafts = getattr(model, "_get_candidate_generator", None)
+
+    def expand(*args: Any, **kwargs: Any) -> Any:
+        assert own_expand is not None
+        found = own_expand(*args, **kwargs)
         if (times := kwargs.get("expand_size", 1)) > 1:
-            recorder.expanded(found[0], times)
+            recorder.expand(found[0], times)
         return found
 
-    def reorder(kept: Any, beams: Tensor) -> Any:
+    def reorder(cache: Any, beams: Tensor) -> Any:
         if not torch.equal(beams.cpu(), torch.arange(len(beams))):
             recorder.trace.reordered = True
-        if own is not None:
-            return own(kept, beams)
-        kept.reorder_cache(beams)
-        return kept
+        if own_reorder is not None:
+            return own_reorder(cache, beams)
+        cache.reorder_cache(beams)
+        return cache
 
-    def updated(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        assert update is not None
-        if "num_new_tokens" in kwargs:  # drafts were checked, and the cache was cropped to what was accepted
-            recorder.take_back(cache_of(outputs))
-        return update(outputs, *args, **kwargs)
+    def update(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        assert own_update is not None
+        # Then drafts were checked, and the cache was cropped to what was accepted.
+        if "num_new_tokens" in kwargs:
+            recorder.reject_drafts(cache_of(outputs))
+        return own_update(outputs, *args, **kwargs)
 
     def drafts(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        assert drafting is not None
+        assert own_drafts is not None
         if generation_config.assistant_early_exit is not None:
             raise RoutingError(
                 "with assistant_early_exit the model's first layers also read drafts, which a trace can't tell from the text: "
                 "leave it out, or use another model as the assistant."
             )
-        return drafting(generation_config, *args, **kwargs)
+        return own_drafts(generation_config, *args, **kwargs)
 
-    watched = {
-        "_reorder_cache": reorder,
-        "_expand_inputs_for_generation": expand and expanded,
-        "_update_model_kwargs_for_generation": update and updated,
-        "_get_candidate_generator": drafting and drafts,
-    }
-    watched = {name: function for name, function in watched.items() if function is not None}
-    model.__dict__.update(watched)
+    # Without a `_reorder_cache` of its own, generate() reorders the cache itself, so that one is always wrapped.
+    wrapped: dict[str, Any] = {"_reorder_cache": reorder}
+    for name, own, wrapper in (
+        ("_expand_inputs_for_generation", own_expand, expand),
+        ("_update_model_kwargs_for_generation", own_update, update),
+        ("_get_candidate_generator", own_drafts, drafts),
+    ):
+        wrapped |= {} if own is None else {name: wrapper}
+    model.__dict__.update(wrapped)
     try:
         yield
     finally:
-        for name in watched:
+        for name in wrapped:
             del model.__dict__[name]

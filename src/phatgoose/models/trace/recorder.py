@@ -1,25 +1,30 @@
-"""What runs inside a traced model: takes in every module's choices at little cost, and sums them up now and then.
+"""What runs inside a traced model: it takes in every module's choices at little cost, and sums them up now and then.
 
-A kernel that can writes its choices where it is told (`buffer`); a call of `record` notes those of others and returns. Nothing is looked at,
-moved between devices or waited for. When a pass is over, the choices of all its modules are packed as int16 and half precision. Every FLUSH
-choices, between two passes (and at the end), what is pending is brought to the CPU in large pieces: padding is left out, candidates
-become indices of the pool's experts, and either choices or only sums are kept.
+While a pass runs, nothing is looked at, moved between devices or waited for. A kernel that can writes its choices where the recorder
+says (`buffer`); every other call hands its choice over (`record`) and goes on. When the next pass begins, the choices of all modules
+are packed as int16 and half precision. Every FLUSH choices, between two passes and at the end, what is pending is brought to the CPU
+in large pieces: padding is left out, candidates become indices of the pool's experts, and either choices or only sums are kept.
+
+Nobody tells a hook that a new pass begins, or that it is one of new inputs. Both are read off the `Sequences` of a call: every pass
+has an object of its own (`Recorder._pass`), and `InputCounter` knows which passes go on with the same inputs.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.models.base.module_names import ModuleLocation
 from phatgoose.models.context.caches import length_of
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.choices import Tokens, joined
+from phatgoose.models.trace.passes import Block, Call, ChoiceBuffer, PendingChoices, TracedPass
 from phatgoose.models.trace.trace import Trace
 from phatgoose.routers.context import RoutingContext, Sequences
 
@@ -27,87 +32,14 @@ FLUSH = 2**19
 """Pending choices (tokens × modules × top-k) at which they are summed up: a few MB, and what one pass chose."""
 
 
-@dataclass(eq=False)
-class _Pass:
-    """One run of a stack as one module saw it; its tokens are worked out when they are needed."""
-
-    sequences: Sequences
-    rows: int
-    length: int
-    kept: Tensor | None
-    first_input: int
-    rows_per_input: int
-    generated: bool
-    whole: _Pass | None = None
-    """Where a module saw tokens that were picked for it: all of the pass's, of which `picked` are its."""
-    picked: Tensor | None = None
-    rejected: int = 0
-    """How many of the last tokens were drafts that weren't accepted."""
-    tokens: Tokens | None = None
-    real: Tensor | None = None
-
-
-class _Call(NamedTuple):  # made for every module and token: a dataclass would take thrice as long
-    """One call of one module, as it was handed over."""
-
-    path: str
-    seen: _Pass
-    chosen: Tensor
-    weights: Tensor
-    margin: Tensor | None
-
-
-class ChoiceBuffer:
-    """Where a kernel writes the choices of modules that see the same tokens, one module after the other.
-
-    chosen: int64 [M, N, k] and weights: float32 [M, N, k] on the CPU. paths: the modules whose choices are written, in order.
-    """
-
-    def __init__(self, seen: _Pass, shape: torch.Size, modules: int, k: int):
-        self.seen, self.shape, self.modules = seen, shape, modules
-        self.chosen = torch.empty(modules, shape.numel(), k, dtype=torch.int64)
-        self.weights = torch.empty(modules, shape.numel(), k, dtype=torch.float32)
-        self.paths: dict[str, None] = {}
-        self._starts = self.chosen.data_ptr(), self.weights.data_ptr()
-        self._steps = tuple(x.stride(0) * x.element_size() for x in (self.chosen, self.weights))
-
-    def fits(self, path: str, shape: torch.Size) -> bool:
-        """Whether the choices of this module, whose output has this shape, have a place here."""
-        return shape[:-1] == self.shape and path not in self.paths and len(self.paths) < self.modules
-
-    def wrote(self, path: str) -> None:
-        """The module at `path` has written to the addresses that `next` gave."""
-        self.paths[path] = None
-
-    def next(self) -> tuple[int, int]:
-        """Addresses of the next module's choices and weights."""
-        i = len(self.paths)
-        return self._starts[0] + i * self._steps[0], self._starts[1] + i * self._steps[1]
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """The calls of M modules in one pass: chosen int16 and weights [M, N, k], margins [M, N] or None."""
-
-    paths: tuple[str, ...]
-    seen: _Pass
-    chosen: Tensor
-    weights: Tensor
-    margins: Tensor | None
-
-    @property
-    def kind(self) -> tuple[tuple[str, ...], int, bool]:
-        return self.paths, self.chosen.shape[2], self.margins is not None
-
-
 class Expanded(NamedTuple):
-    """Prompts that stand in `times` rows each; ids: int64 [rows, T] or None."""
+    """Prompts that generate() repeats in `times` rows each; ids: int64 [rows, T] or None."""
 
     ids: Tensor | None
     times: int
 
     def rows_per_input(self, sequences: Sequences) -> int:
-        """`times` if these are the prompts, else 1: that generate() ended before it read them, or is done with them."""
+        """`times` if a pass reads these prompts; 1 if it doesn't, as generate() ended before it read them, or is done with them."""
         ids, read = self.ids, sequences.ids
         if read is None or ids is None:
             return self.times if sequences.positions.shape[0] % self.times == 0 else 1
@@ -115,27 +47,56 @@ class Expanded(NamedTuple):
         return self.times if begins and torch.equal(ids[:, : read.shape[1]], read) else 1
 
 
+class InputCounter:
+    """Numbers the inputs of a trace: which passes read new ones, and which go on with those of the pass before."""
+
+    def __init__(self, encoder_decoder: bool):
+        self.encoder_decoder = encoder_decoder
+        self.before = 0
+        """Inputs before those that are being read."""
+        self.current = 0
+        """Inputs that are being read."""
+        self.expanded: Expanded | None = None
+        self._encoded: weakref.ref[Tensor] | None = None  # the encoder's states that the decoder read last
+        self._awaits_decoder = False  # an encoder has read the inputs, and no decoder yet
+        self._led_by_decoder = False  # the decoder began them, since no module of the encoder is routed
+
+    def begin_pass(self, location: ModuleLocation, sequences: Sequences) -> None:
+        """A stack runs over new tokens; `location` is that of the first module that saw them."""
+        # A decoder alone: what stands behind a cache continues, what doesn't is new.
+        new = sequences.past == 0
+        if self.encoder_decoder and location.reads == "decoder":
+            # The encoder's pass has counted these inputs, if any of its modules is routed. If none is, the decoder counts them: it
+            # reads the very same encoded states in every pass over the same inputs, with a cache and without.
+            now, before = ((x and x()) for x in (sequences.encoded, self._encoded))
+            new = new and not self._awaits_decoder and (now is None or now is not before)
+            self._led_by_decoder, self._awaits_decoder = self._led_by_decoder or new, False
+            self._encoded = sequences.encoded
+        elif self.encoder_decoder:
+            # Every pass of an encoder is of new inputs. But keys and values of cross-attention read the encoder's tokens while the
+            # decoder runs: if it has begun these inputs, they mustn't be counted twice.
+            new = not (location.part == "cross-attention" and self._led_by_decoder)
+            self._awaits_decoder, self._led_by_decoder = new, not new
+        rows = sequences.positions.shape[0]
+        # Rows that aren't a multiple of the inputs' can't continue them, whatever the cache says.
+        if new or self.current == 0 or rows % self.current:
+            rows_per_input = 1 if self.expanded is None else self.expanded.rows_per_input(sequences)
+            self.before, self.current = self.before + self.current, rows // rows_per_input
+            self.expanded = None
+
+
 class Recorder:
-    """Fills a Trace; `models/attach/attach.py` calls `record` for every call of every module."""
+    """Fills a Trace; a `Site` calls it for every call of its module."""
 
     def __init__(self, trace: Trace, *, histogram: bool, margins: bool, sample: float, max_bytes: int):
         self.trace, self.histogram, self.max_bytes = trace, histogram, max_bytes
         self.wants_scores = margins and not histogram
         self.trace.share = sample
-        self._calls: list[_Call] = []  # of the pass that runs
-        self._buffers: dict[
-            tuple[str, int], ChoiceBuffer
-        ] = {}  # likewise, by whose tokens are read and top-k
-        self._blocks: list[_Block] = []  # of passes that are over
+        self.inputs = InputCounter(trace.encoder_decoder)
+        self._pending = PendingChoices(torch.float32 if histogram else torch.float16)
         self._members: dict[str, tuple[int, ...]] = {}
-        self._pending = 0
-        self._passes: dict[tuple[str, int, int, tuple[int, ...] | None], _Pass] = {}
+        self._passes: dict[tuple[str, int, int, tuple[int, ...] | None], TracedPass] = {}
         self._streams: dict[str, str] = {}  # of the modules that ran, whose tokens they read
-        self._inputs = self._rows = 0  # inputs before those that are being read, and how many these are
-        self._encoded: weakref.ref[Tensor] | None = None  # what the decoder reads them from
-        self._awaited = False  # an encoder has read them, and no decoder yet
-        self._led = False  # a decoder began them, as no module of the encoder is routed
-        self._expanded: Expanded | None = None
         self._random = torch.Generator().manual_seed(0)
         self._thread: threading.Thread | None = None  # whose passes these are
 
@@ -149,36 +110,35 @@ class Recorder:
     ) -> None:
         """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates] or None.
 
-        They are kept until the pass is over, so nobody may write into them. Cached tokens that the module sees again were counted before.
+        They are kept until the pass is over, so nobody may write into them.
 
         Raises:
             RoutingError: it can't be told which tokens these are, or another thread runs the model as well.
         """
+        # Cached tokens that the module sees again were counted when it saw them first.
         if context.again:
-            chosen, weights = (_last(x, context) for x in (chosen, weights))
-            scores = None if scores is None else _last(scores, context)
+            chosen, weights = (_new_tokens(x, context) for x in (chosen, weights))
+            scores = None if scores is None else _new_tokens(scores, context)
             context = context.new()
         margin = None if scores is None else _margins(scores.detach(), chosen)
-        seen = self._pass(context)  # may be the first of a new pass, and then packs the calls of the last
-        if any(context.path in buffer.paths for buffer in self._buffers.values()):
-            self._pack()  # what the module chose before stays before this
+        seen = self._pass(context)  # may be the first call of a new pass, and then packs those of the last
         self._members[context.path] = members
         weights = weights.detach() if weights.requires_grad else weights
-        self._calls.append(_Call(context.path, seen, chosen, weights, margin))
-        self._pending += chosen.numel()
+        self._pending.add(Call(context.path, seen, chosen, weights, margin))
 
     def buffer(
         self, top_k: int, path: str, members: tuple[int, ...], u: Tensor, shape: torch.Size, streams: Streams
     ) -> ChoiceBuffer | None:
-        """Where a kernel is to write the choices of the module at `path`, at `next()`; what is in its `paths` is written. None: nowhere,
-        since not all of them are counted.
+        """Where a kernel is to write the choices of the module at `path`; None if not all of its tokens are counted.
 
         top_k: how many experts each token gets. u: the module's input. shape: of its output, [..., d].
         """
         self._members[path] = members
         stream = streams.stream_at(path, u)
         kind = stream, top_k
-        buffer = self._buffers.get(kind)
+        buffer = self._pending.buffers.get(kind)
+        # This is asked at every module and token, so the usual case is told without a RoutingContext: the pass is the one that the
+        # buffer is for, and the module sees all of its tokens, as it did before.
         if (
             buffer is None
             or buffer.seen.sequences is not streams.current(stream)
@@ -191,12 +151,44 @@ class Recorder:
                 return None
             seen = self._pass(context)
             if buffer is not None and (buffer.seen is not seen or not buffer.fits(path, shape)):
-                self._pack()  # of this pass: a module runs again, or sees other tokens, or in another shape
-            if (buffer := self._buffers.get(kind)) is None:
-                buffer = self._buffers[kind] = ChoiceBuffer(
-                    seen, shape[:-1], len(self.trace.locations), top_k
-                )
+                self._pending.pack()  # a module runs again in this pass, or sees other tokens, or in another shape
+            if (buffer := self._pending.buffers.get(kind)) is None:
+                buffer = ChoiceBuffer(seen, shape[:-1], len(self.trace.locations), top_k)
+                self._pending.buffers[kind] = buffer
         return buffer
+
+    def _pass(self, context: RoutingContext) -> TracedPass:
+        """The pass that a call belongs to, and what of it the module sees; a new one packs what was recorded of the last."""
+        self._check_thread()
+        context.check()
+        assert context.sequences is not None
+        if context.picked is not None:
+            whole = self._pass(context.whole())
+            return replace(whole, tokens=None, real=None, whole=whole, picked=context.picked.cpu())
+        self._note_stream(context.path, context.stream)
+        kept = None if context.kept is None else tuple(context.kept.tolist())
+        key = (context.stream, context.rows, context.length, kept)
+        known = self._passes.get(key)
+        if known is None or known.sequences is not context.sequences:
+            # Modules of one pass may see it in several shapes (beams, the last tokens only). They share its `sequences`, so only an
+            # object that none of them has seen is a new pass.
+            if not any(p.sequences is context.sequences for p in self._passes.values()):
+                self._begin_pass(context.path, context.sequences)
+            known = self._passes[key] = TracedPass(
+                context.sequences, context.rows, context.length, context.kept,
+                self.inputs.before, context.rows // max(self.inputs.current, 1),
+                context.sequences.past > 0 and context.stream == "decoder",
+            )  # fmt: skip
+        return known
+
+    def _begin_pass(self, path: str, sequences: Sequences) -> None:
+        self._pending.pack()
+        # Only between passes, so that all modules of a pass are summed up together.
+        if self._pending.count >= FLUSH:
+            self.flush()
+        location = self.trace.locations[path]
+        self._passes = {key: one for key, one in self._passes.items() if key[0] != location.reads}
+        self.inputs.begin_pass(location, sequences)
 
     def _check_thread(self) -> None:
         """Refuses a second thread: passes that run at once can't be told apart by what is recorded of them."""
@@ -209,29 +201,8 @@ class Recorder:
                 )
             self._thread = now
 
-    def _pass(self, context: RoutingContext) -> _Pass:
-        self._check_thread()
-        context.check()
-        assert context.sequences is not None
-        if context.picked is not None:
-            whole = self._pass(context.whole())
-            return replace(whole, tokens=None, real=None, whole=whole, picked=context.picked.cpu())
-        self._place(context.path, context.stream)
-        kept = None if context.kept is None else tuple(context.kept.tolist())
-        key = (context.stream, context.rows, context.length, kept)
-        known = self._passes.get(key)
-        if known is None or known.sequences is not context.sequences:
-            if not any(p.sequences is context.sequences for p in self._passes.values()):
-                self._new_sequences(context.path, context.sequences)
-            known = self._passes[key] = _Pass(
-                context.sequences, context.rows, context.length, context.kept,
-                self._inputs, context.rows // max(self._rows, 1),
-                context.sequences.past > 0 and key[0] == "decoder",
-            )  # fmt: skip
-        return known
-
-    def _place(self, path: str, stream: str) -> None:
-        """Notes whose tokens a module turned out to read."""
+    def _note_stream(self, path: str, stream: str) -> None:
+        """Notes whose tokens a module turned out to read, which its name may not say."""
         if (known := self._streams.setdefault(path, stream)) != stream:
             raise RoutingError(
                 f"{path} reads the encoder's tokens in one call and the decoder's in another, which a trace can't tell apart. "
@@ -240,35 +211,11 @@ class Recorder:
         if known != self.trace.locations[path].reads:
             self.trace.move(path, stream)
 
-    def _new_sequences(self, path: str, sequences: Sequences) -> None:
-        """A stack runs over new tokens: of new inputs, unless it goes on behind a cache or is the decoder of an encoder's."""
-        self._pack()
-        if (
-            self._pending >= FLUSH
-        ):  # only between passes, so that all modules of a pass are summed up together
-            self.flush()
-        place = self.trace.locations[path]
-        self._passes = {key: one for key, one in self._passes.items() if key[0] != place.reads}
-        begins = sequences.past == 0
-        if self.trace.encoder_decoder and place.reads == "decoder":
-            # It reads the same encoded inputs in every pass over them.
-            now, before = ((x and x()) for x in (sequences.encoded, self._encoded))
-            begins = begins and not self._awaited and (now is None or now is not before)
-            self._led, self._awaited = self._led or begins, False
-            self._encoded = sequences.encoded
-        elif self.trace.encoder_decoder:
-            begins = not (place.part == "cross-attention" and self._led)
-            self._awaited, self._led = begins, not begins
-        rows = sequences.positions.shape[0]
-        if begins or self._rows == 0 or rows % self._rows:
-            of_one = 1 if self._expanded is None else self._expanded.rows_per_input(sequences)
-            self._inputs, self._rows, self._expanded = self._inputs + self._rows, rows // of_one, None
-
-    def expanded(self, ids: Tensor | None, times: int) -> None:
+    def expand(self, ids: Tensor | None, times: int) -> None:
         """generate() is about to read each of its inputs in `times` rows (beams, several samples); ids: int64 [rows, T], its prompts."""
-        self._expanded = Expanded(ids, times)
+        self.inputs.expanded = Expanded(ids, times)
 
-    def take_back(self, cache: object) -> None:
+    def reject_drafts(self, cache: object) -> None:
         """Drafts of the last pass have been checked, and `cache` has been cropped to those that were accepted.
 
         Raises:
@@ -283,58 +230,18 @@ class Recorder:
                     "a trace that is read while drafts are being checked counts those that are rejected: read it when generate() is done."
                 )
 
-    def _pack(self) -> None:
-        """Makes blocks of the calls so far: a few copies for all modules of a pass, instead of a few for each."""
-        calls, self._calls = self._calls, []
-        groups: dict[tuple[object, ...], list[_Call]] = {}
-        times: dict[tuple[str, int], int] = {}  # a module may run twice in a pass
-        for call in calls:
-            which = (call.path, id(call.seen))
-            times[which] = times.get(which, 0) + 1
-            key = (id(call.seen), call.chosen.shape[1], call.margin is None, call.chosen.device, times[which])
-            groups.setdefault(key, []).append(call)
-        half = torch.float32 if self.histogram else torch.float16
-        buffers, self._buffers = self._buffers, {}
-        for group in groups.values():
-            margins = [call.margin for call in group if call.margin is not None]
-            self._blocks.append(
-                _Block(
-                    tuple(call.path for call in group),
-                    group[0].seen,
-                    torch.stack([call.chosen for call in group]).to(torch.int16),
-                    torch.stack([call.weights for call in group]).to(half),
-                    torch.stack(margins) if margins else None,
-                )
-            )
-        for buffer in buffers.values():
-            n, paths = len(buffer.paths), tuple(buffer.paths)
-            chosen, weights = buffer.chosen[:n].to(torch.int16), buffer.weights[:n].to(half)
-            self._blocks.append(_Block(paths, buffer.seen, chosen, weights, None))
-            self._pending += chosen.numel()
-
     def flush(self) -> None:
         """Sums up what is pending."""
-        self._pack()
-        blocks, self._blocks, self._pending = self._blocks, [], 0
-        chains: dict[object, list[_Block]] = {}
-        owner: dict[str, object] = {}
-        for block in blocks:
-            kind = block.kind
-            if any(
-                owner.get(path, kind) != kind for path in block.paths
-            ):  # keeps every module's tokens in order
-                self._take(chains)
-                chains, owner = {}, {}
-            chains.setdefault(kind, []).append(block)
-            owner.update(dict.fromkeys(block.paths, kind))
-        self._take(chains)
+        for chains in self._pending.take():
+            self._sum_up(chains)
         self.trace.arrange(self._members)
         while not self.histogram and self.trace.bytes > self.max_bytes:
             self.trace.thin(self.trace.share / 2)
 
-    def _take(self, chains: dict[object, list[_Block]]) -> None:
+    def _sum_up(self, chains: list[list[Block]]) -> None:
         known: dict[tuple[int, ...], tuple[Tokens, Tensor | None]] = {}
-        for chain in chains.values():
+        for chain in chains:
+            # Modules that read the same tokens share one `Tokens`, in memory and in files.
             paths, key = chain[0].paths, tuple(id(block.seen) for block in chain)
             if key not in known:
                 known[key] = self._tokens([block.seen for block in chain])
@@ -346,10 +253,10 @@ class Recorder:
             if keep is not None:
                 chosen, weights = chosen[:, keep], weights[:, keep]
                 margins = None if margins is None else margins[:, keep]
-            experts = self._owners(paths, chosen)
+            experts = self._experts_of(paths, chosen)
             self.trace.take(paths, tokens, experts, weights, margins, sums_only=self.histogram)
 
-    def _owners(self, paths: tuple[str, ...], chosen: Tensor) -> Tensor:
+    def _experts_of(self, paths: tuple[str, ...], chosen: Tensor) -> Tensor:
         """Candidates → indices of the pool's experts, −1 for none: int16 [M, N, k]."""
         members = [self._members[path] for path in paths]
         width = max(map(len, members)) + 1
@@ -359,40 +266,15 @@ class Recorder:
         index = torch.where(chosen < 0, width - 1, chosen.long())
         return table[:, None].expand(-1, chosen.shape[1], -1).gather(2, index)
 
-    def _tokens(self, passes: list[_Pass]) -> tuple[Tokens, Tensor | None]:
+    def _tokens(self, passes: list[TracedPass]) -> tuple[Tokens, Tensor | None]:
         """The tokens of these passes that are kept, and which of all they are (None: all)."""
-        seen = [self._seen(one) for one in passes]
+        seen = [one.read(self._random) for one in passes]
         tokens = joined([one for one, _ in seen])
         keep = torch.cat([real for _, real in seen]) & (tokens.draws < self.trace.share)
         return (tokens, None) if bool(keep.all()) else (tokens[keep], keep)
 
-    def _seen(self, one: _Pass) -> tuple[Tokens, Tensor]:
-        """All tokens of a pass, worked out once, and which are real."""
-        if one.whole is not None and one.picked is not None:
-            tokens, real = self._seen(one.whole)
-            return tokens[one.picked], real[one.picked]
-        if one.tokens is None or one.real is None:
-            aligned = one.sequences.aligned(one.rows, one.length, one.kept)
-            rows = torch.arange(one.rows)[:, None].expand(-1, one.length).reshape(-1)
-            one.real = aligned.real.reshape(-1).cpu()
-            if one.rejected:
-                accepted = (
-                    torch.arange(one.sequences.positions.shape[1])
-                    < one.sequences.positions.shape[1] - one.rejected
-                )
-                one.real = one.real & (accepted if one.kept is None else accepted[one.kept]).repeat(one.rows)
-            one.tokens = Tokens(
-                rows,
-                aligned.positions.reshape(-1).cpu().long(),
-                one.first_input + rows // max(one.rows_per_input, 1),
-                torch.full_like(rows, -1) if aligned.ids is None else aligned.ids.reshape(-1).cpu().long(),
-                torch.full_like(one.real, one.generated),
-                torch.rand(len(rows), generator=self._random, dtype=torch.float32),
-            )
-        return one.tokens, one.real
 
-
-def _last(x: Tensor, context: RoutingContext) -> Tensor:
+def _new_tokens(x: Tensor, context: RoutingContext) -> Tensor:
     """x [rows·length, …] without the tokens that are seen again."""
     return x.unflatten(0, (context.rows, -1))[:, context.again :].flatten(0, 1)
 

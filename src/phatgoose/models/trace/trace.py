@@ -1,4 +1,4 @@
-"""Record which experts act on which tokens, at every routed module."""
+"""`Trace`: which experts acted on which tokens, at every routed module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ from phatgoose.registry import unknown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+class Selection(TypedDict, total=False):
+    """What `Trace.filter` keeps. A condition that isn't given, or is None, always holds."""
+
+    experts: Collection[str] | None
+    """Names: a decision fits if one of them was among the chosen."""
+    modules: Collection[str] | None
+    """Paths."""
+    layers: Collection[int] | None
+    kinds: Collection[str] | None
+    """As `locations` has them, e.g. "mlp.up_proj"."""
+    parts: Collection[str] | None
+    """As `locations` has them, e.g. "cross-attention"."""
+    rows: Collection[int] | None
+    inputs: Collection[int] | None
+    ids: Collection[int] | None
+    generated: bool | None
+    """True: only tokens that were read behind a cache. False: only the others."""
 
 
 @dataclass(eq=False)
@@ -48,7 +67,7 @@ class Trace(files.Header):
         return [parts[0] for parts in self._choices.values()]
 
     def drain(self) -> list[Choices]:
-        """`choices` since the last call of this. They are let go of here, so that a long run can be followed in little memory."""
+        """The choices since the last call of `drain`. They are removed from the trace, so a long run can be followed in little memory."""
         found, self._choices = self.choices, {}
         return found
 
@@ -104,7 +123,7 @@ class Trace(files.Header):
             self._choices.setdefault(path, []).append(Choices(path, experts[i], weights[i], tokens, margin))
 
     def move(self, path: str, stream: str) -> None:
-        """Says that the module at `path` reads the tokens of `stream`: another than its name says, so its block is cross-attention."""
+        """Corrects whose tokens the module at `path` reads. Its name said otherwise, so its block is cross-attention."""
         self.locations[path] = replace(self.locations[path], reads=stream)
         block = path.rpartition(".")[0]
         for other, place in self.locations.items():
@@ -130,25 +149,8 @@ class Trace(files.Header):
                 replace(part[kept[id(part.tokens)][1]], tokens=kept[id(part.tokens)][0]) for part in parts
             ]
 
-    def filter(
-        self,
-        *,
-        experts: Collection[str] | None = None,
-        modules: Collection[str] | None = None,
-        layers: Collection[int] | None = None,
-        kinds: Collection[str] | None = None,
-        parts: Collection[str] | None = None,
-        rows: Collection[int] | None = None,
-        inputs: Collection[int] | None = None,
-        ids: Collection[int] | None = None,
-        generated: bool | None = None,
-    ) -> Trace:
-        """Only the decisions that fit everything given; modules that are left without any go.
-
-        Args:
-            experts: names; a decision fits if one of them was among the chosen.
-            modules: paths. layers, kinds, parts: of `places`, e.g. 3, "mlp.up_proj", "cross-attention".
-            rows, inputs, ids: of the tokens. generated: True: only tokens read behind a cache, False: only the others.
+    def filter(self, **only: Unpack[Selection]) -> Trace:
+        """Only the decisions that fit everything given (see `Selection`); modules that are left without any go.
 
         Raises:
             UnknownName: an expert, module, kind or part that isn't in the trace. RoutingError: the trace has sums only.
@@ -157,33 +159,45 @@ class Trace(files.Header):
             raise RoutingError(
                 "this trace holds sums, not single choices: record without histogram=True to filter it."
             )
-        for word, asked, known in (
-            ("expert", experts, self.experts),
-            ("module", modules, tuple(self.locations)),
-            ("kind of module", kinds, tuple(p.kind for p in self.locations.values())),
-            ("part", parts, tuple(p.part for p in self.locations.values())),
-        ):
-            for name in asked or ():
-                if name not in known:
-                    raise unknown(word, name, dict.fromkeys(known))
+        if extra := only.keys() - Selection.__annotations__.keys():
+            raise TypeError(f"filter() got an unexpected keyword argument {min(extra)!r}.")
+        self._check_names(only)
+        experts = only.get("experts")
         found: dict[str, list[Choices]] = {}
-        kept: dict[int, tuple[Tensor, Tokens]] = {}
+        kept: dict[int, tuple[Tensor, Tokens]] = {}  # modules that read the same tokens go on sharing them
         for c in self.choices:
-            place = self.locations[c.path]
-            wanted = ((c.path, modules), (place.layer, layers), (place.kind, kinds), (place.part, parts))
-            if any(only is not None and value not in only for value, only in wanted):
+            location = self.locations[c.path]
+            conditions: tuple[tuple[object, Collection[object] | None], ...] = (
+                (c.path, only.get("modules")),
+                (location.layer, only.get("layers")),
+                (location.kind, only.get("kinds")),
+                (location.part, only.get("parts")),
+            )
+            if any(wanted is not None and value not in wanted for value, wanted in conditions):
                 continue
             if id(c.tokens) not in kept:
-                keep = _fitting(c.tokens, rows, inputs, ids, generated)
+                keep = _selected_tokens(c.tokens, only)
                 kept[id(c.tokens)] = keep, c.tokens[keep]
             keep, tokens = kept[id(c.tokens)]
-            fits = replace(c[keep], tokens=tokens)
+            rest = replace(c[keep], tokens=tokens)
             if experts is not None:
-                those = torch.tensor([self.experts.index(e) for e in experts], dtype=torch.int16)
-                fits = fits[torch.isin(fits.experts, those).any(1)]
-            if len(fits.tokens):
-                found[c.path] = [fits]
+                indices = torch.tensor([self.experts.index(e) for e in experts], dtype=torch.int16)
+                rest = rest[torch.isin(rest.experts, indices).any(1)]
+            if len(rest.tokens):
+                found[c.path] = [rest]
         return replace(self, _choices=found, _flush=lambda: None)
+
+    def _check_names(self, only: Selection) -> None:
+        locations = self.locations.values()
+        for word, names, known in (
+            ("expert", only.get("experts"), self.experts),
+            ("module", only.get("modules"), tuple(self.locations)),
+            ("kind of module", only.get("kinds"), tuple(place.kind for place in locations)),
+            ("part", only.get("parts"), tuple(place.part for place in locations)),
+        ):
+            for name in names or ():
+                if name not in known:
+                    raise unknown(word, name, dict.fromkeys(known))
 
     def save(self, path: Path | str) -> Path:
         """Writes one safetensors file, whole or not at all; `Trace.load` reads it."""
@@ -212,15 +226,11 @@ class Trace(files.Header):
         return files.to_pandas(self.choices, self.locations, self.experts)
 
 
-def _fitting(
-    tokens: Tokens,
-    rows: Collection[int] | None,
-    inputs: Collection[int] | None,
-    ids: Collection[int] | None,
-    generated: bool | None,
-) -> Tensor:
+def _selected_tokens(tokens: Tokens, only: Selection) -> Tensor:
     keep = torch.ones(len(tokens), dtype=torch.bool)
-    for values, asked in ((tokens.rows, rows), (tokens.inputs, inputs), (tokens.ids, ids)):
-        if asked is not None:
-            keep &= torch.isin(values, torch.tensor(sorted(asked), dtype=torch.int64))
+    rows, inputs, ids = only.get("rows"), only.get("inputs"), only.get("ids")
+    for values, wanted in ((tokens.rows, rows), (tokens.inputs, inputs), (tokens.ids, ids)):
+        if wanted is not None:
+            keep &= torch.isin(values, torch.tensor(sorted(wanted), dtype=torch.int64))
+    generated = only.get("generated")
     return keep if generated is None else keep & (tokens.generated == generated)
