@@ -196,12 +196,12 @@ def test_routers_that_read_text_are_told_it(make_base, make_expert, tmp_path, fa
     ways = [None if r is None else made[r] for r in routers]
     cut = 0 if base.is_encoder_decoder else 3  # the last tokens count as written
     told = [(p[: len(p) - cut], ()) for p in prompts]
-    with mixed.following(BatchPlan(ways, told=told)):
+    with mixed.following(BatchPlan(ways, texts=told)):
         found = base.model(**batch).logits
     if family == "llama":  # the same, packed, and with what was read before
         rows = [torch.tensor(p) for p in prompts]
         lengths = [len(r) for r in rows]
-        with mixed.following(BatchPlan(ways, lengths, told=told)):
+        with mixed.following(BatchPlan(ways, lengths, texts=told)):
             flat = base.model(**packed(base, rows)).logits[0].split(lengths)
         for row, mask in enumerate(batch["attention_mask"].bool()):
             torch.testing.assert_close(found[row][mask], flat[row], rtol=1e-4, atol=1e-4)
@@ -234,7 +234,7 @@ def test_loads_are_what_a_trace_sums_up(make_base, make_expert, skip):
         Route(version, Single("c")),
         Route(version, PHATGOOSE(top_k=1)),
     ] * 2
-    plan = BatchPlan(ways, [5] * 8, watch=True, skip=skip)
+    plan = BatchPlan(ways, [5] * 8, count_loads=True, skip=skip)
     with mixed.following(plan):
         watched = run(base, packed(base, rows))
     with mixed.following(BatchPlan(ways, [5] * 8)):

@@ -98,11 +98,11 @@ def test_loads_and_failures_inside_experts(base, pools):
     for path in bad.bound:
         if ".2." in path:
             bad.bound[path] = Broken()
-    plan = BatchPlan([good, bad, None, good], watch=True, failed={})
+    plan = BatchPlan([good, bad, None, good], count_loads=True, failed={})
     with mixed.following(plan):
         found = run(base, {"input_ids": x})
     assert list(plan.failed) == [1]
-    skipped = BatchPlan([good] * 4, lengths=[9] * 4, watch=True, skip=[2, 0, 5, 8])
+    skipped = BatchPlan([good] * 4, lengths=[9] * 4, count_loads=True, skip=[2, 0, 5, 8])
     with mixed.following(skipped):
         run(base, packed(base, list(x)))
     mixed.close()

@@ -1,7 +1,6 @@
-"""Several pools and routers on one model at once: every token of a pass goes its own way.
+"""`MultiRouter`: several pools and routers on one model at once, each token on a route of its own.
 
-Who runs the model says by a `Plan` around each pass which way each of its sequences goes. What goes by the base alone is not
-touched.
+Whoever runs the model sets a `BatchPlan` around each pass. Tokens that go by the base alone are not touched.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.idle_modules import IdleModuleCheck
 from phatgoose.models.base.layers import first_argument, is_plain_linear, may_modify_output, track_residual
-from phatgoose.models.batched.part import SubsetContext
 from phatgoose.models.batched.plan import BatchPlan, Group
+from phatgoose.models.batched.subset import SubsetContext
 from phatgoose.models.batched.version import PoolVersion
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import Dispatched, ExpertLinear, routing_context
@@ -31,9 +30,9 @@ from phatgoose.routers.context import RoutingContext
 
 
 class MultiRouter:
-    """What is attached to a model so that its tokens can go different ways.
+    """What is attached to a model so that its tokens can take different routes.
 
-    Versions are attached and taken off, and plans are set, by whoever runs the model, while no pass is running.
+    Whoever runs the model attaches versions, takes them off and sets plans, while no pass is running.
 
     Raises:
         RoutingError: the model is routed already.
@@ -46,12 +45,13 @@ class MultiRouter:
         self.plan: BatchPlan | None = None
         self.streams = Streams(model)
         self._versions: dict[int, tuple[PoolVersion, Hooks, IdleModuleCheck]] = {}
-        # A router or an expert of a mixture is another stand-in in each version: the one that has the hook is the one that runs.
+        # One hook a module, whatever the number of versions. Of a mixture's layers every version has a stand-in module of its own:
+        # only the one that has the hook runs.
         self._hooks: dict[str, tuple[nn.Module, Hooks]] = {}
         self._streams = Hooks()
 
     def attach(self, version: PoolVersion) -> None:
-        """Makes a version's ways possible. Without a plan that uses them, nothing changes."""
+        """Makes a version's routes possible. Without a plan that uses them, nothing changes."""
         if not self._versions:
             self._streams.add(self.streams.attach())
         handles = Hooks()
@@ -62,17 +62,16 @@ class MultiRouter:
                 self._hooks[path] = site.module, hooks
             if site.source is not None and site.stack.residual is not None:
                 handles.add(track_residual(site.source, site.module, site.stack.residual))
-        unrun = IdleModuleCheck(
-            self.model, [(path, self._hooks[path][0]) for path in version.sites], self.streams
-        )
-        unrun.attach()
-        self._versions[id(version)] = (version, handles, unrun)
+        modules = [(path, self._hooks[path][0]) for path in version.sites]
+        idle_check = IdleModuleCheck(self.model, modules, self.streams)
+        idle_check.attach()
+        self._versions[id(version)] = (version, handles, idle_check)
 
     def detach(self, version: PoolVersion) -> None:
-        """Takes a version off; its ways must not be used any more."""
-        _, handles, unrun = self._versions.pop(id(version))
+        """Takes a version off; its routes must not be used any more."""
+        _, handles, idle_check = self._versions.pop(id(version))
         handles.remove()
-        unrun.hooks.remove()
+        idle_check.hooks.remove()
         used = {path for other, *_ in self._versions.values() for path in other.sites}
         for path in set(self._hooks) - used:
             self._hooks.pop(path)[1].remove()
@@ -86,46 +85,48 @@ class MultiRouter:
 
     @contextlib.contextmanager
     def following(self, plan: BatchPlan) -> Iterator[None]:
-        """Passes inside go by this plan."""
+        """Passes inside follow this plan."""
         self.plan = plan
         try:
             yield
         finally:
             self.plan = None
 
-    @torch.compiler.disable  # it goes by a plan, which is another for each pass
+    @torch.compiler.disable  # every pass has another plan
     def _hook(
         self,
         path: str,
-        fresh: bool,
+        plain: bool,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> Tensor | None:
         plan = self.plan
-        if plan is None or plan.idle:
+        if plan is None or plan.base_only:
             return None
-        u, writable = first_argument(args, kwargs), fresh and may_modify_output(module)
+        u, writable = first_argument(args, kwargs), plain and may_modify_output(module)
         if not (tokens := output.numel() // output.shape[-1]):
             return None
-        # Of the tokens that reach one of a mixture's experts it is known which of the pass's they are.
+        # A mixture says which of the pass's tokens it sends to each of its experts.
         dispatched = args[2] if isinstance(module, ExpertLinear) and len(args) > 2 else None
         groups = plan.groups(tokens if dispatched is None else dispatched.of)
-        if len(groups) == 1 and groups[0].index is None and not plan.watch:
+        # The usual case, all tokens on one route, in one fused call.
+        if len(groups) == 1 and groups[0].index is None and not plan.count_loads:
             fused = groups[0].route.fused.get(path)
             try:
                 if fused is not None and (done := fused(u, output, writable)) is not None:
                     return done
-            except Exception as error:  # the output may be half written
+            except Exception as error:
+                # Not item by item: the output may be half written. All of them fall back to the base.
                 plan.fail(groups[0], error)
                 return None
-        whole = routing_context(path, module, args, u, output.shape, self.streams)
-        return self._by_groups(whole, plan, groups, u, output, writable, dispatched)
+        call = routing_context(path, module, args, u, output.shape, self.streams)
+        return self._route_groups(call, plan, groups, u, output, writable, dispatched)
 
-    def _by_groups(
+    def _route_groups(
         self,
-        whole: RoutingContext,
+        call: RoutingContext,
         plan: BatchPlan,
         groups: list[Group],
         u: Tensor,
@@ -133,35 +134,40 @@ class MultiRouter:
         writable: bool,
         dispatched: Dispatched | None,
     ) -> Tensor | None:
-        path = whole.path
+        """The output with every group's updates, or None if nothing was added."""
+        path = call.path
         u = u.to(output.device)
         y = output.reshape(-1, output.shape[-1])
-        apart = len(groups) > 1 or any(group.index is not None for group in groups)
-        if apart and (problem := _unordered(plan, whole)):
+        several = len(groups) > 1 or any(group.index is not None for group in groups)
+        # Groups are cut by position, so the module must see the plan's items in the plan's order.
+        in_order = plan.lengths is None and call.by_row
+        if several and call.problem and not in_order:
             for group in groups:
                 plan.fail(
                     group,
-                    RoutingError(f"{path}: requests that go different ways can't be told apart. {problem}"),
+                    RoutingError(
+                        f"{path}: requests that go different ways can't be told apart. {call.problem}"
+                    ),
                 )
             return None
         changed, left = None, deque(groups)
         while left:
             group = left.popleft()
             site = group.version.sites.get(path)
-            part = group if dispatched is None else plan.picked(group, *dispatched)
+            part = group if dispatched is None else plan.pick(group, *dispatched)
             if site is None or part is None:
                 continue
             index = part.index
             flat = u.reshape(-1) if site.embedding else u.reshape(-1, u.shape[-1])
-            context = SubsetContext.of(plan, part, whole, self.streams)
+            context = SubsetContext.of(plan, part, call, self.streams)
             try:
                 if index is None:
-                    changed = _act(path, plan, part, flat, y, context)
+                    changed = _route_group(path, plan, part, flat, y, context)
                     continue
-                with _of_residual(site.stack.residual, index):
-                    mixed = _act(path, plan, part, flat[index], y[index], context)
+                with _residual_of(site.stack.residual, index):
+                    mixed = _route_group(path, plan, part, flat[index], y[index], context)
             except Exception as error:
-                left.extendleft(plan.blamed(group, error, len(y) if dispatched is None else dispatched.of))
+                left.extendleft(plan.retries(group, error, len(y) if dispatched is None else dispatched.of))
                 continue
             if changed is None:
                 changed = y if writable else y.clone()
@@ -169,39 +175,35 @@ class MultiRouter:
         return None if changed is None else changed.reshape(output.shape)
 
 
-def _unordered(plan: BatchPlan, whole: RoutingContext) -> str | None:
-    """Why it can't be known whose tokens a module saw; None if they are the plan's items' in order."""
-    return whole.problem if plan.lengths is not None or not whole.by_row else None
-
-
-def _act(path: str, plan: BatchPlan, group: Group, u: Tensor, y: Tensor, context: SubsetContext) -> Tensor:
+def _route_group(
+    path: str, plan: BatchPlan, group: Group, u: Tensor, y: Tensor, context: SubsetContext
+) -> Tensor:
     """y + Σ w Δ(u) for a group's tokens."""
-    route, site = group.route, group.version.sites[path]
+    route, version = group.route, group.version
+    site = version.sites[path]
     if site.stack.A.device != u.device:
         site.stack = site.stack.to(u.device)
-        route.fused.pop(path, None)  # it was made of the other
+        route.fused.pop(path, None)  # it was prepared for the other stack
     fused = None if group.experts is not None else route.fused.get(path)
-    mixed = None
-    if fused is not None and not plan.watch:
-        mixed = fused(u, y)
-    if mixed is None:
-        if fused is not None and fused.can(u, y):
-            mixed, chosen, weights = fused.with_choice(u, y)
-        elif group.experts is not None:
-            chosen = group.version.slots[path].to(u.device)[group.experts][:, None]
+    if fused is not None and not plan.count_loads and (mixed := fused(u, y)) is not None:
+        return mixed
+    if fused is not None and fused.can(u, y):
+        mixed, chosen, weights = fused.with_choice(u, y)
+    else:
+        if group.experts is not None:
+            chosen = version.slots[path].to(u.device)[group.experts][:, None]
             weights = (chosen >= 0).float()
-            mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
         else:
             chosen, weights = route.choose(path, u, y, context)
-            mixed = group.version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
-        if plan.watch:
-            context.note(chosen, weights)
+        mixed = version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
+    if plan.count_loads:
+        context.note(chosen, weights)
     return mixed
 
 
 @contextlib.contextmanager
-def _of_residual(residual: Residual | None, index: Tensor) -> Iterator[None]:
-    """The residual stream as it belongs to these tokens alone."""
+def _residual_of(residual: Residual | None, index: Tensor) -> Iterator[None]:
+    """Inside, the residual stream has the rows of these tokens alone."""
     if residual is None or residual.value is None:
         yield
         return

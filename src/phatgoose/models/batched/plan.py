@@ -1,7 +1,7 @@
-"""Which way each token of a pass goes.
+"""Which route each token of a pass takes.
 
-The tokens of a pass belong to items: rows of a batch, or sequences packed one after the other into one row. A `Plan` says
-which way each item goes; None is the base alone.
+The tokens of a pass belong to items: rows of a batch, or sequences packed one after the other into one row. A `BatchPlan` gives
+every item a route; None is the base alone.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.batched.loads import ExpertLoads
 from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.routers.context import Texts
 
 TextSoFar = tuple[tuple[int, ...], tuple[int, ...]]
-"""What an item was given to read, and what stood behind that before this pass."""
-_EVERYBODYS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
+"""An item's prompt, and what stood behind it before this pass."""
+_NO_ITEMS_FAULT = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
 
 @dataclass(eq=False)
 class Group:
-    """Tokens of one pass that go one way, or the ways of single experts of one version.
+    """Tokens of one forward pass that share a route, or that each use a single expert of one pool version.
 
-    members: the items. rows: into how many rows of equal length the tokens fit; 1 if they can't be told apart so. index: int64 [n], which of the
-    pass's tokens; None: all. items: int64 [n], whose tokens they are. experts: int64 [n], the single expert of each token, None if
-    `way` chooses.
+    members: the items. rows: into how many rows of equal length the tokens fit; 1 if they don't. index: int64 [n], which of the
+    pass's tokens; None: all. items: int64 [n], the item of each token. experts: int64 [n], the single expert of each token, None if
+    `route` chooses.
     """
 
     version: PoolVersion
@@ -40,36 +39,79 @@ class Group:
     experts: Tensor | None
     texts: dict[tuple[str, int], Texts] = field(default_factory=dict, repr=False)
     """What the items were given to read, by stream and the number of tokens that a module saw."""
-    of: tuple[Group, int, Tensor] | None = None
-    """Where tokens were picked for one of a mixture's experts: the group in the whole pass, its number of tokens, and which of the group's
-    these are."""
+    picked_from: tuple[Group, int, Tensor] | None = None
+    """For tokens that one of a mixture's experts sees: the group in the whole pass, the pass's number of tokens, and which of the
+    group's tokens these are."""
+
+
+@dataclass(eq=False)
+class ExpertLoads:
+    """How much each expert did for each item of a pass, summed over modules and tokens.
+
+    Choices are noted at every module, and summed up once the pass is over.
+    """
+
+    _noted: dict[tuple[int, tuple[int, ...], int], list[tuple[Tensor, Tensor, Tensor]]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def note(
+        self, version: int, members: tuple[int, ...], items: Tensor, chosen: Tensor, weights: Tensor
+    ) -> None:
+        """Takes in one module's choice for n tokens of these items int64 [n]: candidates int64 [n, k] (−1: none), weights [n, k].
+
+        members: the pool's expert that each candidate is, −1 for none. They are kept until `summed`, so nobody may write into them.
+        """
+        self._noted.setdefault((version, members, chosen.shape[1]), []).append((items, chosen, weights))
+
+    def summed(self, items: int, sizes: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """By version: float64 [items, experts], the weights summed, and int64 [items], how many choices of k experts that were.
+
+        sizes: how many experts each version's pool has.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for (version, members, k), noted in self._noted.items():
+            experts = sizes[version]
+            if version not in found:
+                weight = torch.zeros(items, experts + 1, dtype=torch.float64)
+                found[version] = weight, torch.zeros(items, dtype=torch.int64)
+            weight, times = found[version]
+            owners = torch.cat([of for of, _, _ in noted])
+            times.index_add_(0, owners, torch.ones_like(owners))
+            if not k:
+                continue
+            table = torch.tensor([*members, -1])  # −1 finds the last entry: no expert
+            acted = table[torch.cat([chosen for _, chosen, _ in noted]).cpu()]
+            cell = owners[:, None] * (experts + 1) + torch.where(acted < 0, experts, acted)
+            amount = torch.cat([w for _, _, w in noted]).cpu().double()
+            weight.view(-1).index_add_(0, cell.reshape(-1), amount.reshape(-1))
+        return {version: (weight[:, :-1], times) for version, (weight, times) in found.items()}
 
 
 @dataclass(eq=False)
 class BatchPlan:
-    """Who goes which way in a pass."""
+    """The routes of a pass."""
 
     routes: Sequence[Route | None]
     """Of each item; None: the base alone."""
     lengths: Sequence[int] | None = None
     """Packed: how many tokens each item has, one after the other in one row. None: each item is a row."""
     kept: Tensor | None = None
-    """Packed: int64, the places of the tokens that the last layers are asked for (logits_to_keep), if not of all."""
-    watch: bool = False
+    """Packed: int64, the positions that the last layers are asked for (logits_to_keep), if not all."""
+    count_loads: bool = False
     """Whether `loads` are summed up."""
     skip: Sequence[int] | None = None
-    """How many of each item's first tokens are left out of the loads: those that were counted before."""
-    told: Sequence[TextSoFar] | None = None
-    """Of each item, for ways that read text."""
+    """How many of each item's first tokens are left out of the loads, since they were counted before."""
+    texts: Sequence[TextSoFar] | None = None
+    """Of each item, for routes that read text."""
     failed: dict[int, Exception] | None = None
-    """What went wrong with which items, where that is collected: they go by the base for the rest of the pass, the others as if those
-    hadn't been there. None: it is raised."""
+    """Collects which items failed, and why: failing items fall back to the base, the others are unaffected. None: errors are raised."""
     loads: ExpertLoads = field(default_factory=ExpertLoads)
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
 
     @property
-    def idle(self) -> bool:
+    def base_only(self) -> bool:
         return all(route is None for route in self.routes)
 
     def items(self, tokens: int) -> Tensor:
@@ -79,10 +121,10 @@ class BatchPlan:
             RoutingError: they can't be matched to the items.
         """
         if tokens not in self._items:
-            self._items[tokens] = self._owners(tokens)
+            self._items[tokens] = self._match_items(tokens)
         return self._items[tokens]
 
-    def _owners(self, tokens: int) -> Tensor:
+    def _match_items(self, tokens: int) -> Tensor:
         n = len(self.routes)
         if self.lengths is None:
             if not n or tokens % n:
@@ -100,45 +142,47 @@ class BatchPlan:
         )
 
     def groups(self, tokens: int) -> list[Group]:
-        """Those of a module's tokens that experts act on, by way."""
+        """The groups of a module's tokens, for a module that saw this many; the base's tokens are in none."""
         if tokens not in self._groups:
-            self._groups[tokens] = self._grouped(tokens)
+            items = self.items(tokens)
+            counts = items.bincount(minlength=len(self.routes)).tolist()
+            together: dict[tuple[object, ...], list[int]] = {}
+            for item, route in enumerate(self.routes):
+                if route is not None and counts[item] and item not in (self.failed or ()):
+                    together.setdefault(self._group_key(item, route, counts[item]), []).append(item)
+            self._groups[tokens] = [self._group(members, items, counts) for members in together.values()]
         return self._groups[tokens]
 
-    def _grouped(self, tokens: int) -> list[Group]:
-        owners = self.items(tokens)
-        counts = owners.bincount(minlength=len(self.routes)).tolist()
-        members: dict[tuple[object, ...], list[int]] = {}
-        for item, route in enumerate(self.routes):
-            if route is not None and counts[item] and item not in (self.failed or ()):
-                members.setdefault(self._key(item, route, counts[item]), []).append(item)
-        return [self._group(items, owners, counts) for items in members.values()]
-
-    def _key(self, item: int, route: Route, count: int) -> tuple[object, ...]:
+    def _group_key(self, item: int, route: Route, count: int) -> tuple[object, ...]:
         """Items with the same key run together."""
+        # Whatever the expert: it is in a table, and the version's stack has them all.
         if route.single is not None:
             return (id(route.version),)
-        if route.reads_text and self.lengths is not None:  # its texts are rows of one length
+        # A router that reads text is shown rows of one length, which packed items have only beside others of their length.
+        if route.reads_text and self.lengths is not None:
             return id(route.version), id(route), self.lengths[item], count
         return id(route.version), id(route)
 
-    def _group(self, members: list[int], owners: Tensor, counts: list[int]) -> Group:
+    def _group(self, members: list[int], items: Tensor, counts: list[int]) -> Group:
         route = self.routes[members[0]]
         assert route is not None
         index, device = None, route.version.base.device
-        if sum(counts[i] for i in members) < len(owners):
-            index = torch.isin(owners, torch.tensor(members)).nonzero().squeeze(1)
-        own = owners if index is None else owners[index]
+        if sum(counts[i] for i in members) < len(items):
+            index = torch.isin(items, torch.tensor(members)).nonzero().squeeze(1)
+        own = items if index is None else items[index]
         experts = None
         if route.single is not None:
-            table = torch.tensor([-1 if w is None or w.single is None else w.single for w in self.routes])
+            table = torch.tensor([-1 if r is None or r.single is None else r.single for r in self.routes])
             experts = table[own].to(device)
         even = self.lengths is None or route.reads_text
         index = None if index is None else index.to(device)
         return Group(route.version, route, tuple(members), len(members) if even else 1, index, own, experts)
 
-    def picked(self, group: Group, tokens: Tensor, of: int) -> Group | None:
-        """Those of a group's tokens that are among `tokens` (int64 [n], of the pass's `of`), with their places there; None if none is."""
+    def pick(self, group: Group, tokens: Tensor, of: int) -> Group | None:
+        """Those of a group's tokens that are among `tokens` (int64 [n], of the pass's `of`); None if none is.
+
+        The result's `index` counts within `tokens`.
+        """
         own = torch.arange(of) if group.index is None else group.index.cpu()
         place = torch.full((of,), -1).scatter(0, own, torch.arange(len(own)))[tokens.cpu()]
         there = (place >= 0).nonzero().squeeze(1)
@@ -151,44 +195,52 @@ class BatchPlan:
             index=None if len(there) == len(tokens) else there.to(tokens.device),
             items=group.items[which],
             experts=None if group.experts is None else group.experts[which.to(group.experts.device)],
-            of=(group, of, which),
+            picked_from=(group, of, which),
         )
 
-    def blamed(self, group: Group, error: Exception, tokens: int) -> list[Group]:
-        """What to try in place of a group that went wrong: each of its items alone. Of one that was alone nothing: it has failed.
+    def retries(self, group: Group, error: Exception, tokens: int) -> list[Group]:
+        """What to try in place of a group that went wrong: each of its items alone. An item that was alone has failed.
 
         Raises:
-            Exception: `error`, where nobody collects it, or memory or a device is to blame, which concerns everybody.
+            Exception: as `fail`.
         """
-        if self.failed is None or isinstance(error, _EVERYBODYS):
-            raise error
         if len(group.members) == 1:
             self.fail(group, error)
             return []
-        owners = self.items(tokens)
-        counts = owners.bincount(minlength=len(self.routes)).tolist()
-        return [self._group([item], owners, counts) for item in group.members]
+        self._check_collected(error)
+        items = self.items(tokens)
+        counts = items.bincount(minlength=len(self.routes)).tolist()
+        return [self._group([item], items, counts) for item in group.members]
 
     def fail(self, group: Group, error: Exception) -> None:
-        """Takes a group's items off their way, or raises, as `blamed` does."""
-        if self.failed is None or isinstance(error, _EVERYBODYS):
-            raise error
-        self.failed |= dict.fromkeys(group.members, error)
+        """Has a group's items fall back to the base for the rest of the pass.
+
+        Raises:
+            Exception: `error`, if nobody collects it, or if no item is to blame (memory ran out, or a device failed).
+        """
+        failed = self._check_collected(error)
+        failed |= dict.fromkeys(group.members, error)
         self._groups.clear()
 
-    def few(self, tokens: int) -> bool:
-        """Whether a module that saw so many tokens saw those at `kept`, and not all."""
+    def _check_collected(self, error: Exception) -> dict[int, Exception]:
+        if self.failed is None or isinstance(error, _NO_ITEMS_FAULT):
+            raise error
+        return self.failed
+
+    def is_kept_part(self, tokens: int) -> bool:
+        """Whether a module that saw this many tokens saw those at `kept`, and not all."""
         if self.lengths is None or self.kept is None:
             return False
         return tokens == len(self.kept) != sum(self.lengths)
 
-    def places(self, group: Group, tokens: int) -> Tensor:
-        """Packed: int64 [n], which token of its item each of a group's tokens is."""
-        if group.of is not None:
-            return self.places(*group.of[:2])[group.of[2]]
+    def positions(self, group: Group, tokens: int) -> Tensor:
+        """Packed: int64 [n], the position of each of a group's tokens among its item's tokens in this pass."""
+        if group.picked_from is not None:
+            whole, of, which = group.picked_from
+            return self.positions(whole, of)[which]
         assert self.lengths is not None
-        place = torch.cat([torch.arange(length) for length in self.lengths])
-        if self.few(tokens):
+        found = torch.cat([torch.arange(length) for length in self.lengths])
+        if self.is_kept_part(tokens):
             assert self.kept is not None
-            place = place[self.kept.cpu()]
-        return place if group.index is None else place[group.index.cpu()]
+            found = found[self.kept.cpu()]
+        return found if group.index is None else found[group.index.cpu()]

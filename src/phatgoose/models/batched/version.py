@@ -1,4 +1,4 @@
-"""A pool made ready to act on a model, and the ways in which a token may go through it."""
+"""`PoolVersion`: a pool prepared for one model. `Route`: a router over the experts of a version."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.router import BoundRouter, Candidates, Encoder
 
-REMEMBERED = 1024
-"""Texts whose embeddings are kept."""
+CACHED_TEXTS = 1024
+"""How many texts' embeddings are kept."""
 
 
 @dataclass(frozen=True)
-class _Open(Router):
-    """Binds to nothing: keeps a place for the null candidate, so that routers with and without one can share the stacks."""
+class _NullOffered(Router):
+    """Chooses nothing. It keeps room for the null candidate, so that routers with and without one can share the stacks."""
 
     offers_null = True
 
@@ -40,9 +40,9 @@ class _Open(Router):
 
 
 class PoolVersion:
-    """A pool's experts at every module of one model, side by side: made once, shared by all routers.
+    """A pool's experts, stacked at every module of one model: made once, shared by all routers.
 
-    Nothing is attached to the model; `Mixed.attach` does that.
+    Nothing is attached to the model; `MultiRouter.attach` does that.
 
     Raises:
         BaseModelError: the model is not the base that the pool records. RoutingError: a module is missing or of another shape.
@@ -57,15 +57,15 @@ class PoolVersion:
         options = RouteOptions() if options is None else options
         check_base(base, pool, options)
         self.base, self.pool = base, pool
-        self.routing = Routing(base.model, pool, _Open(), options)
+        self.routing = Routing(base.model, pool, _NullOffered(), options)
         self.ops = self.routing.ops
         self.sites = {site.path: site for site in self.routing.sites}
-        for site in self.sites.values():  # where its module is, before anything is made of it
+        for site in self.sites.values():  # to its module's device, before anything is prepared from it
             weight = getattr(site.module, "weight", None)
             device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else base.device
             if site.stack.A.device != device:
                 site.stack = site.stack.to(device)
-        # The candidate that an expert is at a module; −1 where it has nothing there.
+        # By module, the candidate that each of the pool's experts is; −1 if it has nothing there.
         self.slots: dict[str, Tensor] = {}
         for path, site in self.sites.items():
             table = torch.full((len(pool),), -1, dtype=torch.long)
@@ -79,9 +79,9 @@ class Route:
     """One router over the experts of a version that aren't switched off.
 
     Args:
-        router: any but one that needs a reference text, unless `calibrate` is called before the way is used.
-        off: names of experts that are switched off: as if the pool didn't have them.
-        encoder: which sentence encoder to load, for the name that the router or the experts' signatures give; may raise a
+        router: the router. If it needs the reference text, call `calibrate` before the route is used.
+        off: names of experts that are switched off, as if the pool didn't have them.
+        encoder: the sentence encoder to load for the name that the router or the experts' signatures give; may raise a
             RoutingError. A server must not load whatever an expert's author names.
 
     Raises:
@@ -127,10 +127,10 @@ class Route:
             router = Masked(router, Switches(on))
         setup = setup_of(version.base.model, version.routing.pool)
         router = router.prepared(
-            replace(setup, encoder=lambda name: _Remembering(setup.encoder(encoder(name))))
+            replace(setup, encoder=lambda name: _CachingEncoder(setup.encoder(encoder(name))))
         )
         for path, site in version.sites.items():
-            self.bound[path] = router.bind(_seen(site.candidates, router.offers_null))
+            self.bound[path] = router.bind(_visible(site.candidates, router.offers_null))
         self._fuse()
 
     @property
@@ -138,8 +138,8 @@ class Route:
         return any(bound.needs_reference for bound in self.bound.values())
 
     def calibrate(self) -> None:
-        """Shows the base's inputs on the reference text to routers that need them. Nothing may be attached to the model's modules
-        that changes what they compute, and no other pass may run.
+        """Shows the reference text to routers that need it, on the base alone: nothing may be attached to the model that changes
+        what it computes, and no other pass may run.
 
         Raises:
             RoutingError: the base computes values that aren't finite on it.
@@ -164,8 +164,8 @@ class Route:
                 self.fused[path] = fused
 
 
-class _Remembering:
-    """An encoder that keeps what it made of the last texts: a sequence's prompt is asked for at every pass."""
+class _CachingEncoder:
+    """An encoder that caches the embeddings of the last texts, as every pass asks for its sequences' prompts."""
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.name, self.sha256 = encoder, encoder.name, encoder.sha256
@@ -178,13 +178,13 @@ class _Remembering:
         found = [self._known[text] for text in texts]
         for text in texts:
             self._known.move_to_end(text)
-        while len(self._known) > REMEMBERED:
+        while len(self._known) > CACHED_TEXTS:
             self._known.popitem(last=False)
         return torch.stack(found) if found else self.encoder([])
 
 
-def _seen(candidates: Candidates, null: bool) -> Candidates:
-    """The candidates as a router with or without a null candidate is to see them; the null candidate is the last."""
+def _visible(candidates: Candidates, null: bool) -> Candidates:
+    """The candidates without the null candidate, which is the last, for a router that offers none."""
     if null or -1 not in candidates.members:
         return candidates
     return replace(

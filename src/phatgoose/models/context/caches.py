@@ -1,4 +1,4 @@
-"""What a pass goes on with: its key-value cache or recurrent state, under whatever name, and how many tokens that holds."""
+"""What a pass continues: its key-value cache or recurrent state, under any name, and how many tokens that holds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 NAMES = ("past_key_values", "cache_params", "state")
-"""How transformers' models name the argument (and the output) that a later pass goes on with."""
+"""How transformers' models name the argument (and the output) that a later pass continues."""
 
 _UNKNOWN = ("cache", "mems", "past_buckets_states")
-"""XLM's, XLNet's and Reformer's: with these a model runs over other tokens than the ones it is given."""
+"""Caches of XLM, XLNet and Reformer: with these a model runs over other tokens than it is given."""
 
 
 @dataclass(frozen=True, eq=False)
 class Past:
     """What stands before the tokens of a pass.
 
-    cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it holds. real: int64 [B],
-    how many of them are no padding; None where only the pass's attention mask can say it. problem: why this can't be known, else None.
+    cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it holds.
+    real: int64 [B], how many of these are no padding; None if only the pass's attention mask can say it. problem: why this can't
+    be known, else None.
     """
 
     cache: Any = None
@@ -32,8 +33,8 @@ class Past:
     problem: str | None = None
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names, however they were passed; what no parameter names is left out."""
+def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, however they were passed, without those that no parameter names."""
     if not args:
         return dict(kwargs)
     bound = inspect.signature(module.forward).bind_partial(*args).arguments
@@ -42,30 +43,30 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def cache_of(found: Any) -> Any:
-    """The cache among a call's arguments (by name) or in its output, as `Past.cache` stands for it; None if there is none."""
+    """The cache among a call's arguments (by name) or in its output, as in `Past.cache`; None if there is none."""
     for name in NAMES:
         cache = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
         if isinstance(cache, list | tuple) and cache and isinstance(cache[0], Tensor):
-            cache = cache[0]  # RWKV's: tensors, which are written into
+            cache = cache[0]  # RWKV's: tensors that are written into, the same objects in every pass
         if cache is not None:
             return cache
     return None
 
 
 class Caches:
-    """How many tokens the caches hold that don't count them themselves: recurrent states alone (Mamba, RWKV)."""
+    """Counts the tokens of caches that don't: those of recurrent states alone (Mamba, RWKV)."""
 
     def __init__(self) -> None:
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __reduce__(self) -> Any:
-        return type(self), ()  # nobody has a copy's caches
+        return type(self), ()  # a copy of the model shares no caches with it
 
     def before(self, given: Mapping[str, Any], rows: int, length: int) -> Past:
         """What stands before a pass over [rows, length] tokens, which was called with `given`."""
         if given.get("cache") is not None and given.get("cu_seq_lens_q") is not None:
-            # transformers' continuous batching: sequences side by side in one row, whose positions are given. What stands before each of
-            # them, whoever runs the pass says (Plan).
+            # transformers' continuous batching: sequences side by side in one row, whose positions are given. What stands before
+            # each of them is said by whoever runs the pass (BatchPlan).
             return Past()
         if (other := next((name for name in _UNKNOWN if given.get(name) is not None), None)) is not None:
             return Past(
@@ -80,7 +81,7 @@ class Caches:
             )
         if (tokens := length_of(cache)) is not None:
             return Past(cache, tokens)
-        known: Past | None = self._known.pop(cache, None)  # until the pass has ended well
+        known: Past | None = self._known.pop(cache, None)  # put back when the pass has ended well
         if _rewinds(cache):
             return Past(
                 cache, problem=f"a {type(cache).__name__} of recurrent states may be wound back unseen."
@@ -114,7 +115,7 @@ class Caches:
 
 
 def _real(mask: Any, past: Past, rows: int, length: int) -> Tensor | None:
-    """int64 [rows], how many real tokens there are with those of this pass; None if that isn't known."""
+    """int64 [rows], how many real tokens there are after this pass; None if that isn't known."""
     if isinstance(mask, Tensor) and mask.shape == (rows, past.tokens + length):
         return mask.long().sum(1)
     if mask is None:
@@ -129,7 +130,7 @@ def _real(mask: Any, past: Past, rows: int, length: int) -> Tensor | None:
 
 
 def length_of(cache: Any) -> int | None:
-    """How many tokens it says that it holds; None if it doesn't count."""
+    """How many tokens a cache says it holds; None if it doesn't count them."""
     if isinstance(cache, Tensor):
         return None
     if (count := getattr(cache, "get_seq_length", None)) is None:

@@ -1,4 +1,4 @@
-"""Which of a pass's tokens a module sees, told from the shape of what it was given; what can't be told is refused, not guessed."""
+"""Which of a pass's tokens a module sees, by the shape of its input; what can't be told is refused, not guessed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.routers.context import unmatched
 
-_OTHER_TOKENS = {
+_UNMATCHABLE = {
     "fsmt": ("encoder", "decoder"),
     "led": ("encoder",),
     "longformer": ("decoder",),
@@ -21,12 +21,12 @@ _OTHER_TOKENS = {
     "pegasus_x": ("encoder",),
     "xlnet": ("decoder",),
 }
-"""Architectures whose blocks see the tokens with rows and columns exchanged, or see tokens of their own (global ones) too: in some
-batches these have the very shape of the tokens in order."""
+"""Architectures whose blocks see rows and columns exchanged, or tokens of their own (global ones) too. In some batches these have the
+same shape as the tokens in order, so a shape says nothing."""
 
 
-def refused_stacks(model: PreTrainedModel) -> dict[str, str]:
-    """Stacks in which shapes don't say which tokens a module sees, and why."""
+def unmatchable_stacks(model: PreTrainedModel) -> dict[str, str]:
+    """The stacks whose modules can't be matched to tokens by shape, and why."""
     kind = model.config.model_type
     if kind == "longt5" and model.config.encoder_attention_type == "local":
         return {}
@@ -34,11 +34,11 @@ def refused_stacks(model: PreTrainedModel) -> dict[str, str]:
         f"the modules of {kind}'s {{}} see tokens in another order, or more than the text's, so their tokens can't be told. "
         "Traces and Random need them; take a router that reads activations alone, such as PHATGOOSE or Single."
     )
-    return {name: why.format(name) for name in _OTHER_TOKENS.get(kind, ())}
+    return {name: why.format(name) for name in _UNMATCHABLE.get(kind, ())}
 
 
-def dispatching(model: nn.Module, path: str) -> bool:
-    """Whether the module stands in a list inside of a block (experts, of which a layer's own router picks), by its path."""
+def is_in_expert_list(model: nn.Module, path: str) -> bool:
+    """Whether the path leads through a list inside a block: a mixture's experts, for which its router picks tokens."""
     at: Any = model
     lists = 0
     for part in path.split(".")[:-1]:
@@ -50,8 +50,11 @@ def dispatching(model: nn.Module, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Match:
-    """The tokens are [rows, length]: all of each sequence, or those at `kept`. problem: why it isn't known which tokens; then the rows may
-    still be the pass's, `length` inputs each (by_row), and all but the first `again` of a row its new tokens."""
+    """The tokens that a module sees: [rows, length], all of each sequence, or those at `kept`.
+
+    problem: why that can't be known. The rows may still be those of the pass, with `length` inputs each (by_row), and all but the
+    first `again` inputs of a row may be its new tokens.
+    """
 
     rows: int
     length: int
@@ -64,12 +67,13 @@ class Match:
 def match(
     lead: Sequence[int], batch: int, length: int, *, repeats: bool, dispatched: bool, past: int = 0
 ) -> Match:
-    """What a module inside of a stack that runs over [batch, length] tokens sees, if its input is [*lead, d].
+    """What a module inside a stack sees, if the stack runs over [batch, length] tokens and the module's input is [*lead, d].
 
-    repeats: each sequence may stand there several times (beams read what was encoded once). dispatched: the module may be given tokens that
-    were picked for it, in any order. past: how many tokens a cache holds before these.
+    repeats: the input may have each sequence several times (beams read what was encoded once). dispatched: the module may be given
+    tokens that were picked for it, in any order. past: how many tokens a cache holds before these.
     """
-    if len(lead) > 2:  # DeepSeek's kv_b_proj: a dimension of heads, of size 1
+    # DeepSeek's kv_b_proj has a dimension of heads, of size 1.
+    if len(lead) > 2:
         lead = (lead[0], *(n for n in lead[1:] if n != 1))
         lead = (*lead, 1) if len(lead) == 1 else lead
     if (
@@ -78,6 +82,7 @@ def match(
         and (lead[0] == batch or (repeats and batch and lead[0] % batch == 0))
     ):
         return Match(lead[0], length)
+    # One row after the other. Picked tokens may have the same number, but not the same order.
     flat = len(lead) == 1 or (len(lead) == 2 and lead[0] == 1)
     if flat and prod(lead) == batch * length and (not dispatched or batch * length == 1):
         return Match(batch, length)
@@ -93,7 +98,7 @@ def match(
 
 
 def match_head(lead: Sequence[int], batch: int, length: int, asked: Any) -> Match:
-    """What a module behind the stack sees, if the head model was called with logits_to_keep=`asked`."""
+    """What a module after the stack sees, if the head model was called with logits_to_keep=`asked`."""
     whole = match(lead, batch, length, repeats=False, dispatched=False)
     if isinstance(asked, Tensor) and asked.ndim == 1 and lead == (batch, len(asked)):
         return Match(batch, len(asked), asked.long() % length)

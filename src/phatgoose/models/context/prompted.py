@@ -1,4 +1,4 @@
-"""What routers that read text need of a model: its tokenizer, a sentence encoder, and to be told prompts where they can't be seen."""
+"""What routers that read text need of a model: its tokenizer, a sentence encoder, and prompts that can't be seen."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base.base import Base, unwrap_model
+from phatgoose.models.context.prompts import Announced
 from phatgoose.models.text.encoding import decode_text
 from phatgoose.routers.router import Encoder, Setup
 
 ATTRIBUTE = "_phatgoose_routing"
-"""Where a model keeps the routing that is attached to it."""
+"""The key in a model's `__dict__` of the routing that is attached to it."""
 
 
 @contextlib.contextmanager
@@ -22,31 +23,32 @@ def prompted(
     prompts: Sequence[str | Sequence[int]],
     written: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[None]:
-    """Inside, the rows of every call of the model that this thread makes work on these prompts, one each (beams repeat them).
+    """Inside, the rows of every call of the model in this thread work on these prompts, one each (beams repeat them).
 
-    Only for routers that read text (Retrieval, Centroid, SoftCentroid), which else take what a call without a cache is given to read:
-    where that isn't the prompt alone, as a prompt with its answer behind it, or isn't what should be compared, as a chat's template.
+    Only routers that read text (Retrieval, Centroid, SoftCentroid) need it. They take what a call without a cache is given to read
+    for the prompt. Announce prompts where that is more than the prompt (an answer stands behind it), or isn't what should be
+    compared (a chat's template).
 
     Args:
-        prompts: texts, or token ids; given as ids, what follows them in a row counts as written.
-        written: where a key-value cache that this routing didn't see made is gone on with: what stands in it behind each prompt.
+        prompts: texts, or token ids. If ids are given, what follows them in a row counts as written.
+        written: for a key-value cache that was filled before routing was attached: what stands in it behind each prompt.
     """
     bare = unwrap_model(model)
     routing = bare.__dict__.get(ATTRIBUTE)
     if routing is None or not prompts:
         yield
         return
-    told = tuple(p if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts)
+    read = tuple(p if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts)
     behind = None if written is None else tuple(tuple(int(i) for i in w) for w in written)
-    before = routing.streams.tell((told, behind))
+    before = routing.streams.announce(Announced(read, behind))
     try:
         yield
     finally:
-        routing.streams.tell(before)
+        routing.streams.announce(before)
 
 
 def setup_of(model: PreTrainedModel, pool: Pool) -> Setup:
-    """What a router is shown of a model and a pool before it is bound."""
+    """What a router may look at of a model and a pool before it is bound."""
     base: Base | None = model.__dict__.get("_phatgoose_base")
 
     def decode(ids: Sequence[int]) -> str:

@@ -1,14 +1,23 @@
-"""Which prompt each row of a running pass works on: told by whoever runs the batch, or found out and followed from pass to pass.
+"""Which prompt each row of a running pass works on: announced by the caller, or followed from pass to pass.
 
-A pass without a cache behind it gives its rows' prompts: all their real tokens. Later passes inherit by the cache object that they go on
-with; an encoder–decoder's decoder by the encoder's output. What can't be followed exactly is refused, not guessed.
+Routers that read text choose by the prompt, and nobody tells a forward hook what it is. `PromptTracker` follows it:
+
+1. A pass without a cache behind it reads its rows' prompts: all of their real tokens.
+2. These are remembered with the cache that the pass fills: with the object, held weakly, so they are forgotten with it.
+3. A later pass inherits the prompts of the cache it continues. Its tokens stand behind them. Its rows may be repeated (beams).
+4. In an encoder–decoder the encoder reads the prompts. The decoder inherits them by the states that the encoder returned, which it
+   is given to cross-attend to, and later by its own cache.
+5. Where none of this holds, the caller announces the prompts (`prompted`).
+
+What can't be followed exactly is refused, not guessed. What was written behind a prompt is followed too, but it may be unknown: then
+the reason stands in its place, and only a router that asks for it refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,198 +28,210 @@ from phatgoose.models.context.caches import Past, cache_of
 from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
-TELL = "Say what each row was given to read: `with prompted(model, [...]):` around the call."
+ADVICE = "Say what each row was given to read: `with prompted(model, [...]):` around the call."
+
+Written = tuple[tuple[int, ...] | str, ...]
+"""What stands behind each row's prompt, or why that isn't known."""
 
 
-Told = tuple[tuple[Prompt, ...], tuple[tuple[int, ...], ...] | None]
-"""Prompts of a batch's rows, and, if that was said, what stands behind them in its cache."""
+class Announced(NamedTuple):
+    """Prompts of a batch's rows, and what stands behind them in its cache, if the caller said that too."""
+
+    prompts: tuple[Prompt, ...]
+    written: tuple[tuple[int, ...], ...] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """The arguments of one pass that say what it goes on with."""
+class PassInputs:
+    """The arguments of a pass that say what it continues."""
 
     past: Past
     mask: Any
     encoded: Any
-    """What cross-attention reads, in a decoder."""
+    """In a decoder: what cross-attention reads."""
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """What is known of the sequences in a key-value cache. read: how many of the cached tokens are prompt; written: as in Texts."""
+class CachedPrompts:
+    """What is known of the sequences in a key-value cache. read: how many of the cached tokens are prompt; −1: unknown."""
 
     prompts: tuple[Prompt, ...]
     read: tuple[int, ...]
-    written: tuple[tuple[int, ...] | str, ...]
+    written: Written
 
 
 class _Now(ForwardState):
-    """What was told of the rows of one thread's passes, and each stack's running pass."""
+    """One thread's passes: what was announced of their rows, and the running pass of each stack."""
 
     def __init__(self) -> None:
-        self.told: Told | None = None
-        self.passes: dict[str, Pass] = {}
-        self.built: dict[str, Texts] = {}
-        self.pending: dict[str, Kept] = {}
+        self.announced: Announced | None = None
+        self.passes: dict[str, PassInputs] = {}
+        self.texts: dict[str, Texts] = {}
+        self.uncached: dict[str, CachedPrompts] = {}
         self.encoded: Tensor | None = None
 
 
 class PromptTracker:
-    """Follows the prompts of one model's passes. A cache may be gone on with in another thread than the one it was made in."""
+    """Follows the prompts of one model's passes. A cache may be continued in another thread than the one it was made in."""
 
     def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):
         """`sequences` finds the tokens of the last pass of a stack."""
         self.encoder_decoder, self.sequences = encoder_decoder, sequences
         self._now = _Now()
-        self._caches: WeakIdKeyDictionary = WeakIdKeyDictionary()  # caches → Kept
+        self._caches: WeakIdKeyDictionary = WeakIdKeyDictionary()  # caches → CachedPrompts
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_caches"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _caches=WeakIdKeyDictionary())  # nobody has a copy's caches
+        vars(self).update(
+            state, _caches=WeakIdKeyDictionary()
+        )  # a copy of the model shares no caches with it
 
-    @property
-    def told_all(self) -> Told | None:
-        return self._now.told
+    def announce(self, announced: Announced | None) -> Announced | None:
+        """Sets the prompts of this thread's passes to come; None: they are followed. Returns what was announced before."""
+        before, self._now.announced = self._now.announced, announced
+        return before
 
-    @told_all.setter
-    def told_all(self, told: Told | None) -> None:
-        self._now.told = told
+    def enter(self, stack: str, inputs: PassInputs) -> None:
+        """A stack's pass begins."""
+        self._now.passes[stack] = inputs
+        self._now.texts.pop(stack, None)
+        self._now.uncached.pop(stack, None)
 
-    @property
-    def told(self) -> tuple[Prompt, ...] | None:
-        return self.told_all[0] if self.told_all else None
-
-    def enter(self, name: str, running: Pass) -> None:
-        self._now.passes[name] = running
-        self._now.built.pop(name, None)
-        self._now.pending.pop(name, None)
-
-    def leave(self, name: str, output: Any) -> None:
-        if name == "encoder":
+    def leave(self, stack: str, output: Any) -> None:
+        """A stack's pass has ended."""
+        if stack == "encoder":
             self._now.encoded = getattr(output, "last_hidden_state", None)
-        kept = self._now.pending.pop(name, None)
-        if kept is not None:
-            self._keep(cache_of(output), kept)
+        # The pass began without a cache. If it made one, that is in its output.
+        prompts = self._now.uncached.pop(stack, None)
+        if prompts is not None and (cache := cache_of(output)) is not None:
+            self._caches[cache] = prompts
 
-    def of(self, name: str) -> Texts:
-        """The texts of the pass that the stack `name` is running.
+    def texts_of(self, stack: str) -> Texts:
+        """The texts of the pass that a stack is running; worked out when a module first asks.
 
         Raises:
             RoutingError: they can't be known.
         """
-        if name not in self._now.built:
-            tokens = self.sequences(name)
+        now = self._now
+        if stack not in now.texts:
+            tokens = self.sequences(stack)
             if tokens is None:
                 raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
-            texts, kept = self._read(name, tokens, self._now.passes[name])
-            self._now.built[name] = texts
-            if kept is not None and self._now.passes[name].past.cache is not None:
-                self._keep(self._now.passes[name].past.cache, kept)
-            elif kept is not None:
-                self._now.pending[name] = kept  # the cache may be made inside the pass
-        return self._now.built[name]
+            inputs = now.passes[stack]
+            now.texts[stack], cached = self._read(stack, tokens, inputs)
+            if cached is not None and inputs.past.cache is not None:
+                self._caches[inputs.past.cache] = cached
+            elif cached is not None:
+                now.uncached[stack] = cached
+        return now.texts[stack]
 
-    def _keep(self, cache: Any, kept: Kept) -> None:
-        if cache is not None:
-            self._caches[cache] = kept
-
-    def _known(self, cache: Any) -> Kept | None:
-        return None if cache is None else self._caches.get(cache)
-
-    def _read(self, name: str, tokens: Sequences, running: Pass) -> tuple[Texts, Kept | None]:
+    def _read(self, stack: str, tokens: Sequences, inputs: PassInputs) -> tuple[Texts, CachedPrompts | None]:
+        """A pass's texts, and what its cache will then hold (None for an encoder, which has none)."""
         tokens.check()
+        announced = self._now.announced
         real = tokens.real.cpu()
         ids = None if tokens.ids is None else tokens.ids.cpu()
         rows = len(real)
-        if name == "encoder":
-            prompts = _repeated(self.told, rows) if self.told else _whole(ids, real, tokens)
+        if stack == "encoder":
+            prompts = _repeat_announced(announced, rows) if announced else _all_tokens(ids, real, tokens)
             return Texts(prompts, torch.zeros_like(real), ids, ((),) * rows), None
-        kept = self._known(running.past.cache) if tokens.past else None
+        cache = inputs.past.cache
+        cached: CachedPrompts | None = None
+        if tokens.past and cache is not None:
+            cached = self._caches.get(cache)
         if self.encoder_decoder:
-            prompts, read = self._decoders(rows, kept, running), (0,) * rows
-            fresh = real
+            # Nothing of the prompt is in the decoder's sequence.
+            prompts, read, fresh = self._decoder_prompts(rows, cached, inputs), (0,) * rows, real
         elif tokens.past:
-            prompts, fresh = self._continued(rows, kept), real
-            # How many of the cached tokens a text that was told stands for isn't known: −1.
-            told = tuple(-1 if isinstance(p, str) else len(p) for p in prompts)
-            read = _expanded(kept.read, rows) if kept else told
+            prompts, fresh = self._continued_prompts(rows, cached), real
+            # How many cached tokens an announced text stands for isn't known.
+            read = tuple(-1 if isinstance(p, str) else len(p) for p in prompts)
+            read = _repeat_cached(cached.read, rows) if cached else read
         else:
-            prompts = _repeated(self.told, rows) if self.told else _whole(ids, real, tokens)
-            fresh = _behind(prompts, ids, real)
+            prompts = _repeat_announced(announced, rows) if announced else _all_tokens(ids, real, tokens)
+            fresh = _behind_prompt(prompts, ids, real)
             read = tuple((real & ~fresh).sum(1).tolist())
-        old = kept.written if kept else self.told_all[1] if self.told_all else None
-        before = _written(prompts, read, old, running, real.shape[1])
+        last: Sequence[tuple[int, ...] | str] | None = announced.written if announced else None
+        before = _written_before(prompts, read, cached.written if cached else last, inputs, real.shape[1])
         texts = Texts(prompts, fresh, ids, before, self.encoder_decoder)
-        now = tuple(_more(one, ids, fresh, row) for row, one in enumerate(before))
-        return texts, Kept(prompts, read, now)
+        written = tuple(_append(old, ids, fresh, row) for row, old in enumerate(before))
+        return texts, CachedPrompts(prompts, read, written)
 
-    def _continued(self, rows: int, kept: Kept | None) -> tuple[Prompt, ...]:
-        if self.told:
-            return _repeated(self.told, rows)
-        if kept is None:
+    def _continued_prompts(self, rows: int, cached: CachedPrompts | None) -> tuple[Prompt, ...]:
+        if self._now.announced:
+            return _repeat_announced(self._now.announced, rows)
+        if cached is None:
             raise RoutingError(
-                f"this pass goes on with a key-value cache whose prompts weren't seen by the router that is attached. {TELL}"
+                f"this pass goes on with a key-value cache whose prompts weren't seen by the router that is attached. {ADVICE}"
             )
-        return _expanded(kept.prompts, rows)
+        return _repeat_cached(cached.prompts, rows)
 
-    def _decoders(self, rows: int, kept: Kept | None, running: Pass) -> tuple[Prompt, ...]:
+    def _decoder_prompts(
+        self, rows: int, cached: CachedPrompts | None, inputs: PassInputs
+    ) -> tuple[Prompt, ...]:
         """A decoder's prompts are its encoder's."""
-        if self.told:
-            return _repeated(self.told, rows)
-        if kept is not None:
-            return _expanded(kept.prompts, rows)
-        read, now = self._now.encoded, running.encoded
-        if not isinstance(read, Tensor) or not isinstance(now, Tensor) or not _repeats(now, read):
+        if self._now.announced:
+            return _repeat_announced(self._now.announced, rows)
+        if cached is not None:
+            return _repeat_cached(cached.prompts, rows)
+        # The encoder's last pass is this decoder's only if the decoder was given what that pass returned, perhaps repeated for beams.
+        returned, given = self._now.encoded, inputs.encoded
+        if (
+            not isinstance(returned, Tensor)
+            or not isinstance(given, Tensor)
+            or not _is_repeated(given, returned)
+        ):
             raise RoutingError(
-                f"the decoder reads states that this model's encoder didn't compute just before. {TELL}"
+                f"the decoder reads states that this model's encoder didn't compute just before. {ADVICE}"
             )
-        return _expanded(self.of("encoder").prompts, rows)
+        return _repeat_cached(self.texts_of("encoder").prompts, rows)
 
 
-def _whole(ids: Tensor | None, real: Tensor, tokens: Sequences) -> tuple[Prompt, ...]:
+def _all_tokens(ids: Tensor | None, real: Tensor, tokens: Sequences) -> tuple[Prompt, ...]:
     """All real tokens of each row."""
     if ids is None:
-        raise RoutingError(f"the model was given embeddings, which have no text. {TELL}")
+        raise RoutingError(f"the model was given embeddings, which have no text. {ADVICE}")
+    # Positions that begin again within a row are those of another sequence.
     positions = tokens.positions.cpu()
     if bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
         raise RoutingError(
-            f"several sequences are packed into one row, so its prompts can't be told apart. {TELL}"
+            f"several sequences are packed into one row, so its prompts can't be told apart. {ADVICE}"
         )
     return tuple(tuple(row[mask].tolist()) for row, mask in zip(ids, real, strict=True))
 
 
-def _behind(prompts: Sequence[Prompt], ids: Tensor | None, real: Tensor) -> Tensor:
-    """Which tokens of a first pass stand behind the prompt, where a prompt was told as tokens: bool as `real`."""
+def _behind_prompt(prompts: Sequence[Prompt], ids: Tensor | None, real: Tensor) -> Tensor:
+    """Which tokens of a first pass stand behind the prompt: bool as `real`. None do behind a prompt that was announced as text."""
     fresh = torch.zeros_like(real)
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             continue
-        places = real[row].nonzero().flatten()
-        start = places[: len(prompt)]
-        if len(places) < len(prompt) or (ids is not None and ids[row, start].tolist() != list(prompt)):
+        columns = real[row].nonzero().flatten()
+        start = columns[: len(prompt)]
+        if len(columns) < len(prompt) or (ids is not None and ids[row, start].tolist() != list(prompt)):
             raise RoutingError(f"row {row} doesn't begin with the prompt that was told for it.")
-        fresh[row, places[len(prompt) :]] = True
+        fresh[row, columns[len(prompt) :]] = True
     return fresh
 
 
-def _written(
+def _written_before(
     prompts: Sequence[Prompt],
     read: Sequence[int],
     last: Sequence[tuple[int, ...] | str] | None,
-    running: Pass,
+    inputs: PassInputs,
     length: int,
-) -> tuple[tuple[int, ...] | str, ...]:
-    """What stood behind each prompt before this pass, or why that isn't known; `last` is what did after the one before."""
-    past, mask = running.past.tokens, running.mask
+) -> Written:
+    """What stood behind each prompt before this pass, or why that isn't known; `last` is what did after the pass before."""
+    past, mask = inputs.past.tokens, inputs.mask
     if not past:
         return ((),) * len(prompts)
-    cached = torch.full((len(prompts),), past) if running.past.real is None else running.past.real
+    # How many real tokens each row has in the cache: the mask of this pass says it, where it covers the cache.
+    cached = torch.full((len(prompts),), past) if inputs.past.real is None else inputs.past.real
     if isinstance(mask, Tensor) and mask.shape == (len(prompts), past + length):
         cached = mask[:, :past].sum(1)
-    before = _expanded(last, len(prompts)) if last else ((),) * len(prompts)
+    before = _repeat_cached(last, len(prompts)) if last else ((),) * len(prompts)
     found: list[tuple[int, ...] | str] = []
     for old, count, tokens in zip(before, read, cached.tolist(), strict=True):
         behind = int(tokens) - count
@@ -220,14 +241,16 @@ def _written(
             found.append("the cache holds tokens that no routed pass saw")
         else:
             found.append(old[: max(behind, 0)])  # shorter where the cache was cropped
-    seen: dict[Prompt, set[Any]] = {}
+    # Beam search moves rows of the cache, which no hook sees. Rows of one prompt that differ may have changed places.
+    by_prompt: dict[Prompt, set[Any]] = {}
     for prompt, old in zip(prompts, found, strict=True):
-        seen.setdefault(prompt, set()).add(old)
+        by_prompt.setdefault(prompt, set()).add(old)
     beams = "rows of one prompt have gone apart, and may be beams, which are reordered unseen"
-    return tuple(old if len(seen[p]) == 1 else beams for p, old in zip(prompts, found, strict=True))
+    return tuple(old if len(by_prompt[p]) == 1 else beams for p, old in zip(prompts, found, strict=True))
 
 
-def _more(old: tuple[int, ...] | str, ids: Tensor | None, fresh: Tensor, row: int) -> tuple[int, ...] | str:
+def _append(old: tuple[int, ...] | str, ids: Tensor | None, fresh: Tensor, row: int) -> tuple[int, ...] | str:
+    """What stands behind a row's prompt after a pass."""
     if isinstance(old, str):
         return old
     if ids is None:
@@ -235,28 +258,28 @@ def _more(old: tuple[int, ...] | str, ids: Tensor | None, fresh: Tensor, row: in
     return (*old, *ids[row][fresh[row]].tolist())
 
 
-def _repeats(now: Tensor, read: Tensor) -> bool:
-    """Whether `now` is `read` with its rows repeated (beams)."""
-    if now is read:
+def _is_repeated(given: Tensor, returned: Tensor) -> bool:
+    """Whether `given` is `returned` with each row repeated (beams)."""
+    if given is returned:
         return True
-    if now.shape[1:] != read.shape[1:] or len(now) % max(len(read), 1):
+    if given.shape[1:] != returned.shape[1:] or len(given) % max(len(returned), 1):
         return False
-    times = len(now) // len(read)
-    return torch.equal(now.to(read.device), read.repeat_interleave(times, dim=0))
+    times = len(given) // len(returned)
+    return torch.equal(given.to(returned.device), returned.repeat_interleave(times, dim=0))
 
 
-def _repeated(told: Sequence[Prompt] | None, rows: int) -> tuple[Prompt, ...]:
-    assert told
-    if rows % len(told):
+def _repeat_announced(announced: Announced, rows: int) -> tuple[Prompt, ...]:
+    prompts = announced.prompts
+    if rows % len(prompts):
         raise RoutingError(
-            f"{len(told)} prompts were told, and the model was given {rows} rows: expected one prompt a row."
+            f"{len(prompts)} prompts were told, and the model was given {rows} rows: expected one prompt a row."
         )
-    return tuple(p for p in told for _ in range(rows // len(told)))
+    return tuple(p for p in prompts for _ in range(rows // len(prompts)))
 
 
-def _expanded(kept: Sequence[Any], rows: int) -> tuple[Any, ...]:
-    if rows % len(kept):
+def _repeat_cached(cached: Sequence[Any], rows: int) -> tuple[Any, ...]:
+    if rows % len(cached):
         raise RoutingError(
-            f"a key-value cache of {len(kept)} sequences can't be continued in {rows} rows. {TELL}"
+            f"a key-value cache of {len(cached)} sequences can't be continued in {rows} rows. {ADVICE}"
         )
-    return tuple(one for one in kept for _ in range(rows // len(kept)))
+    return tuple(one for one in cached for _ in range(rows // len(cached)))

@@ -1,4 +1,4 @@
-"""One run of an encoder or decoder: the arguments that say which tokens it runs over, and which run made the states that another reads."""
+"""`Run`: one pass of an encoder or decoder, with the arguments that say which tokens it runs over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from phatgoose.routers.context import Sequences, positions_from
 
 @dataclass(eq=False)
 class Run:
-    """One run of a stack over [rows, length] tokens. given: the arguments that say which. encoded: what a decoder's cross-attention reads."""
+    """One pass of a stack over [rows, length] tokens. given: the arguments that say which. encoded: what a decoder cross-attends to."""
 
     given: dict[str, Any]
     shape: tuple[int, int]
@@ -28,7 +28,7 @@ class Run:
     before: Tensor | None = field(default=None, init=False)
     """In a decoder: what the encoder returned since the last pass, of which `encoded` may be a copy."""
     sequences: Sequences | None = field(default=None, init=False)
-    """Once they are asked for."""
+    """Built when they are first asked for."""
 
     def built(self) -> Sequences:
         if self.sequences is None:
@@ -36,20 +36,20 @@ class Run:
         return self.sequences
 
 
-class Encoders:
-    """Which run of the encoder returned which states, as long as these live."""
+class EncoderRuns:
+    """Which run of the encoder returned which states; forgotten with the states."""
 
     def __init__(self) -> None:
         self._runs: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __reduce__(self) -> Any:
-        return type(self), ()  # what was encoded is the original's
+        return type(self), ()  # a copied model's encoder has returned nothing yet
 
     def keep(self, states: Tensor, run: Run) -> None:
         self._runs[states] = run
 
     def run_of(self, encoded: Tensor, last: Tensor | None) -> Run | None:
-        """The run that returned these states, or returned `last`, of which each row is repeated here (beams); None if there is none."""
+        """The run that returned these states, or that returned `last`, if these are its rows, each repeated (beams); else None."""
         if encoded not in self._runs:
             if last is None or len(encoded) % max(len(last), 1) or encoded.shape[1:] != last.shape[1:]:
                 return None
@@ -73,7 +73,7 @@ def run_of(given: dict[str, Any], caches: Caches) -> Run:
     encoded = given.get("encoder_hidden_states")
     kept = {name: given.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
     shape = (source.shape[0], source.shape[1])
-    past = caches.before(given, *shape)  # now: the cache grows while the pass runs
+    past = caches.before(given, *shape)  # before the pass: the cache grows while it runs
     encoded = weakref.ref(encoded) if isinstance(encoded, Tensor) else None
     return Run(kept, shape, source.device, past, encoded, problem or past.problem)
 
@@ -84,7 +84,7 @@ def _sequences(run: Run) -> Sequences:
         positions, real = positions_from(
             run.given["attention_mask"], batch, length, past.tokens, run.device, past.real
         )
-    except RoutingError as error:  # for those who ask: most routers look at activations alone
+    except RoutingError as error:  # raised when somebody asks: most routers look at activations alone
         problem = problem or str(error)
         positions, real = positions_from(None, batch, length, past.tokens, run.device)
     given = run.given["position_ids"]

@@ -1,4 +1,12 @@
-"""Which tokens a model is running over right now: seen by hooks on its encoder and decoder, asked for by routers and traces."""
+"""Which tokens a model is running over right now: hooks on its encoder and decoder note it, routers and traces ask for it.
+
+While a pass runs, only references are kept (`Run`): its arguments, and its cache's length, as the cache grows meanwhile. Tokens,
+positions and padding (`Sequences`) are worked out when somebody asks, once a pass. A module then asks by its path and its input:
+
+1. Whose tokens does it see? Its place in the model says so, except that keys and values of cross-attention read the encoder's
+   tokens inside the decoder. They are known by their input, which is what the decoder was given to cross-attend to (`_reads`).
+2. Which of them? The shape of its output says so (`matching.py`). What can't be told is refused when a router or a trace asks.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +23,48 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import apart
 from phatgoose.models.base.module_names import plain_name, reads_encoder
-from phatgoose.models.context.caches import Caches, named
-from phatgoose.models.context.matching import dispatching, match, match_head, refused_stacks, same_memory
-from phatgoose.models.context.prompts import Pass, PromptTracker, Told
-from phatgoose.models.context.runs import Encoders, Run, run_of
+from phatgoose.models.context.caches import Caches, arguments_by_name
+from phatgoose.models.context.matching import (
+    is_in_expert_list,
+    match,
+    match_head,
+    same_memory,
+    unmatchable_stacks,
+)
+from phatgoose.models.context.prompts import Announced, PassInputs, PromptTracker
+from phatgoose.models.context.runs import EncoderRuns, Run, run_of
 from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
 
 class _Now(ForwardState):
-    """What runs in a thread: the last run of each stack; the stack that runs, if any; what the head was asked for."""
+    """What runs in a thread."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
-        self.outer: nn.Module | None = None
-        self.keep: Any = None
+        self.runs: dict[str, Run] = {}  # the last run of each stack
+        self.outer: nn.Module | None = None  # the decoder that runs, if one does
+        self.keep: Any = None  # logits_to_keep of the head model's call
         self.encoded: Tensor | None = None  # what the encoder returned, until a decoder reads it
 
 
-class _Where(NamedTuple):
-    """What a module's path says. stack: the one it stands in, or behind (not `inside`). named_so: whether it is called as keys and values of
-    cross-attention are. refusal: why shapes don't say which tokens it sees, else None. dispatched: whether tokens may be picked for it.
-    """
+class _Location(NamedTuple):
+    """What a module's path says of the tokens it sees."""
 
     stack: str
+    """The stack it stands in, or behind."""
     inside: bool
-    named_so: bool
+    named_cross: bool
+    """Whether its name is that of keys and values in cross-attention."""
     refusal: str | None
+    """Why its shape can't say which tokens it sees."""
     dispatched: bool
+    """Whether it may be one of several experts, for which tokens are picked."""
 
 
 class Streams:
-    """Remembers the arguments of the running pass of each stack; builds `Sequences` from them only when asked.
+    """Notes the running pass of each stack, and tells modules which of its tokens they see.
 
-    Where a router reads text, it also follows which key-value cache continues which prompt (`readings.py`).
+    Where a router reads text, it also has the `PromptTracker`.
     """
 
     def __init__(self, model: PreTrainedModel, reads_text: bool = False):
@@ -64,29 +80,32 @@ class Streams:
         self._text = paths[self._inner] if self._inner is not None else ""
         self._now = _Now()
         self._caches = Caches()
-        self._encoders = Encoders()
-        self._refused = refused_stacks(model)
-        self._known: dict[str, _Where] = {}
+        self._encoder_runs = EncoderRuns()
+        self._unmatchable = unmatchable_stacks(model)
+        self._known: dict[str, _Location] = {}
         self.asked = True
-        """Whether anybody may ask for the tokens of a pass; where nobody does, a compiled pass has no need to leave its graph."""
+        """Whether anybody may ask for the tokens of a pass. If nobody does, a compiled pass needn't leave its graph."""
 
     def attach(self) -> list[RemovableHandle]:
+        """Puts hooks on the stacks and the head model."""
         # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
         watched = list(self.stacks.items())
         if self._inner is not None:
             watched.append(("decoder", self._inner))
         handles: list[RemovableHandle] = []
         for name, stack in watched:
-            enter, leave = (partial(self._beside, hook, name) for hook in (self._enter, self._leave))
+            enter, leave = (partial(self._outside_graph, hook, name) for hook in (self._enter, self._leave))
             handles.append(stack.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(stack.register_forward_hook(leave, with_kwargs=True))
         if all(stack is not self.model for _, stack in watched):
-            enter, leave = (partial(self._beside, hook) for hook in (self._enter_head, self._leave_head))
+            enter, leave = (
+                partial(self._outside_graph, hook) for hook in (self._enter_head, self._leave_head)
+            )
             handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(self.model.register_forward_hook(leave))
         return handles
 
-    def _beside(self, hook: Callable[..., None], *call: Any) -> None:
+    def _outside_graph(self, hook: Callable[..., None], *call: Any) -> None:
         if not torch.compiler.is_compiling():
             hook(*call)
         elif self.asked:
@@ -100,21 +119,18 @@ class Streams:
         """
         if self.prompt_tracker is None:
             raise RoutingError("this routing doesn't follow texts: attach the router with route().")
-        return self.prompt_tracker.of(stream)
+        return self.prompt_tracker.texts_of(stream)
 
-    def tell(self, told: Told | None) -> Told | None:
-        """Says what the rows of the passes to come were given to read, instead of finding out; returns what was said before."""
-        if self.prompt_tracker is None:
-            return None
-        before, self.prompt_tracker.told_all = self.prompt_tracker.told_all, told
-        return before
+    def announce(self, announced: Announced | None) -> Announced | None:
+        """Says what the rows of the passes to come were given to read; returns what was said before."""
+        return None if self.prompt_tracker is None else self.prompt_tracker.announce(announced)
 
     def stream_of(self, path: str) -> str:
-        """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says it; `context` knows it."""
+        """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says so. `context` knows it."""
         if "encoder" not in self.stacks:
             return "decoder"
-        where = self._where(path)
-        return "encoder" if where.named_so else where.stack
+        location = self._locate(path)
+        return "encoder" if location.named_cross else location.stack
 
     def current(self, stream: str) -> Sequences | None:
         """The tokens of a stack's running pass, if they were asked for."""
@@ -129,14 +145,15 @@ class Streams:
             rows = lead[0] if len(lead) > 1 else 1
             length = shape[:-1].numel() // max(rows, 1)
             return RoutingContext(path, rows, length, None, None, reader, None, stream, problem)
-        where, (batch, length) = self._where(path), run.shape
-        if where.inside:
-            repeats, past = stream != where.stack, run.past.tokens
-            found = match(lead, batch, length, repeats=repeats, dispatched=where.dispatched, past=past)
+        location, (batch, length) = self._locate(path), run.shape
+        if location.inside:
+            # Beams may repeat what was encoded once, for modules that read the encoder's tokens inside the decoder.
+            repeats, past = stream != location.stack, run.past.tokens
+            found = match(lead, batch, length, repeats=repeats, dispatched=location.dispatched, past=past)
         else:
             found = match_head(lead, batch, length, self._now.keep)
-        problem = problem or where.refusal or found.problem
-        by_row = found.by_row if where.refusal is None else batch == 1
+        problem = problem or location.refusal or found.problem
+        by_row = found.by_row if location.refusal is None else batch == 1
         rows, length, built = found.rows, found.length, run.built()
         again = found.again if problem == found.problem else 0
         return RoutingContext(
@@ -145,18 +162,18 @@ class Streams:
 
     def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
         """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the pass's tokens in order."""
-        run, where = self._now.runs.get(stream), self._where(path)
-        return run is not None and run.shape == shape[:-1] and where.inside and where.refusal is None
+        run, location = self._now.runs.get(stream), self._locate(path)
+        return run is not None and run.shape == shape[:-1] and location.inside and location.refusal is None
 
-    def _where(self, path: str) -> _Where:
+    def _locate(self, path: str) -> _Location:
         if path not in self._known:
             inside = not self.prefixes or path.startswith(tuple(self.prefixes.values()))
             stack = "encoder" if path.startswith(self.prefixes.get("encoder", "\0")) else "decoder"
-            refusal = self._refused.get(stack) if inside else None
+            refusal = self._unmatchable.get(stack) if inside else None
             if inside and self._inner is not None and not path.startswith(self._text):
                 refusal = "it isn't in the part of the model that reads the text, so it sees no tokens."
-            dispatched = dispatching(self.model, path)
-            self._known[path] = _Where(stack, inside, reads_encoder(path), refusal, dispatched)
+            dispatched = is_in_expert_list(self.model, path)
+            self._known[path] = _Location(stack, inside, reads_encoder(path), refusal, dispatched)
         return self._known[path]
 
     def tokens_of(self, path: str, u: object) -> Sequences | None:
@@ -164,7 +181,7 @@ class Streams:
         _, run, problem = self._reads(path, u)
         if run is None:
             return None
-        seen, problem = run.built(), problem or self._where(path).refusal
+        seen, problem = run.built(), problem or self._locate(path).refusal
         return seen if problem is None else replace(seen, problem=problem)
 
     def stream_at(self, path: str, u: object) -> str:
@@ -173,35 +190,36 @@ class Streams:
 
     def _reads(self, path: str, u: object) -> tuple[str, Run | None, str | None]:
         """Whose tokens a call sees, the run they are of, and why that can't be known, if it can't."""
-        runs, where = self._now.runs, self._where(path)
-        if where.stack == "encoder":
+        runs, location = self._now.runs, self._locate(path)
+        if location.stack == "encoder":
             return "encoder", runs.get("encoder"), None
-        run, named_so = runs.get("decoder"), where.named_so
+        run, named_cross = runs.get("decoder"), location.named_cross
         encoded = None if run is None or run.encoded is None else run.encoded()
         if encoded is None or not isinstance(u, Tensor):
-            if named_so and run is not None:
+            if named_cross and run is not None:
                 return "encoder", None, "it reads states that the decoder wasn't given."
             return "decoder", run, None
+        # The input decides, not the name: the same memory as the encoder's states, or a copy of them.
         if same_memory(u, encoded):
-            stands = u.shape == encoded.shape and u.stride() == encoded.stride()
-        elif named_so or u.device != encoded.device:  # moved to another device, it is a copy
-            stands = u.shape == encoded.shape and torch.equal(u.to(encoded.device), encoded)
-            if not stands and not named_so:
+            as_given = u.shape == encoded.shape and u.stride() == encoded.stride()
+        elif named_cross or u.device != encoded.device:  # moved to another device, it is a copy
+            as_given = u.shape == encoded.shape and torch.equal(u.to(encoded.device), encoded)
+            if not as_given and not named_cross:
                 return "decoder", run, None
         else:
             return "decoder", run, None
-        if not stands:
+        if not as_given:
             return "encoder", None, "it reads the encoder's states in another form than the decoder."
-        if run is None or (of := self._encoders.run_of(encoded, run.before)) is None:
+        if run is None or (encoder_run := self._encoder_runs.run_of(encoded, run.before)) is None:
             return "encoder", None, "it reads states that this model's encoder didn't compute while routed."
-        return "encoder", of, None
+        return "encoder", encoder_run, None
 
     def _sequences_of(self, name: str) -> Sequences | None:
         run = self._now.runs.get(name)
         return None if run is None else run.built()
 
     def _enter_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._now.outer, self._now.keep = None, named(module, args, kwargs).get("logits_to_keep")
+        self._now.outer, self._now.keep = None, arguments_by_name(module, args, kwargs).get("logits_to_keep")
 
     def _leave_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._now.keep = None
@@ -209,20 +227,22 @@ class Streams:
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = self._now
         if name == "decoder":
+            # The base model and the text decoder inside it both have this hook: the outer one counts.
             if now.outer is not None and now.outer is not module:
-                return  # it runs inside of the other
+                return
             now.outer = module
-        given = named(module, args, kwargs)
+        given = arguments_by_name(module, args, kwargs)
         run = run_of(given, self._caches)
+        # In continuous batching the mask says which tokens attend to which; there is no padding.
         if given.get("cu_seq_lens_q") is not None and getattr(given.get("attention_mask"), "ndim", 0) != 2:
-            run.given["attention_mask"] = None  # continuous batching: there is no padding
+            run.given["attention_mask"] = None
         now.runs[name] = run
         if name == "decoder" and run.encoded is not None:
             run.before = None if now.encoded is run.encoded() else now.encoded
             now.encoded = None
         if self.prompt_tracker is not None:
             encoded = given.get("encoder_hidden_states")
-            self.prompt_tracker.enter(name, Pass(run.past, given.get("attention_mask"), encoded))
+            self.prompt_tracker.enter(name, PassInputs(run.past, given.get("attention_mask"), encoded))
 
     def _leave(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -239,15 +259,17 @@ class Streams:
         if name == "encoder":
             states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
             if isinstance(states, Tensor):
-                self._encoders.keep(states, run)
+                self._encoder_runs.keep(states, run)
                 now.encoded = states
         if self.prompt_tracker is not None:
             self.prompt_tracker.leave(name, output)
 
 
 def _inner_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The text decoder inside of a model without an encoder, if the base model isn't it: OPT's head model calls it directly; in a
-    vision-language model everything beside it sees no text."""
+    """The text decoder inside a model without an encoder, if it isn't the base model itself.
+
+    OPT's head model calls it directly. In a vision-language model everything beside it sees no text.
+    """
     inner = model.get_decoder()
     if inner is model.base_model or not isinstance(inner, PreTrainedModel):
         return None

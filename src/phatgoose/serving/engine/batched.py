@@ -177,7 +177,7 @@ class BatchEngine(Engine):
     def _score(self, job: Job) -> None:
         assert job.score is not None
         ids = torch.tensor([list(job.prompt)], device=self.base.device)
-        with self.multi_router.following(BatchPlan([job.route], told=[(tuple(job.prompt), ())])):
+        with self.multi_router.following(BatchPlan([job.route], texts=[(tuple(job.prompt), ())])):
             logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
         following = list(job.prompt[1:])
         for first in range(

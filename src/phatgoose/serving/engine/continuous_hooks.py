@@ -81,7 +81,7 @@ class Passes:
         (plan, jobs, batch, rows), self._running, self.engine.multi_router.plan = self._running, None, None
         starts = [one.state.position_offset - one.query_length for one in batch]
         self.engine.take_failures(plan, jobs)
-        if plan.watch:
+        if plan.count_loads:
             phases = ["prompt" if s < len(j.prompt) else "answer" for j, s in zip(jobs, starts, strict=True)]
             self.engine.take_loads(plan, jobs, phases)
         for one, job in zip(batch, jobs, strict=True):

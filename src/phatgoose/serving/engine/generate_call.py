@@ -81,7 +81,7 @@ class Batch:
             told = [(tuple(job.prompt), self._before(i)) for i, job in enumerate(self.jobs)]
         # A row that is over goes by the base: what its way was made of may be taken off the model by now.
         routes = [job.route if o else None for o, job in zip(self.open, self.jobs, strict=True)]
-        return BatchPlan(routes, watch=self.owner.watched(self.jobs), told=told, failed={})
+        return BatchPlan(routes, count_loads=self.owner.watched(self.jobs), texts=told, failed={})
 
     def _before(self, row: int) -> tuple[int, ...]:
         """What was read behind a row's prompt before the pass to come; the last token written is read in it."""
@@ -89,7 +89,7 @@ class Batch:
         return (*start, *self._written[row][:-1]) if self._written[row] else ()
 
     def _take_loads(self) -> None:
-        if self.plan.watch:
+        if self.plan.count_loads:
             phase = "prompt" if self.first else "answer"
             self.owner.take_loads(self.plan, self.jobs, [phase if o else "" for o in self.open])
         self.first = False
