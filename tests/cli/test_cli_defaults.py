@@ -115,6 +115,22 @@ def test_without_any_base_on_record_the_next_command_works_too(run, plain, base,
     assert run("generate", *PROMPT, "--pool", tmp_path / "pool", "--base", base).code == 0
 
 
+@pytest.mark.parametrize("name", [None, ""])
+def test_an_adapter_that_names_no_base_leaves_the_choice_to_the_others(run, plain, base, tmp_path, name):
+    folders = plain(base)
+    path = folders[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    made = run("pool", "create", tmp_path / "pool", *folders)
+    assert made.code == 0, made.err
+    result = run(*following(made), "--max-new-tokens", 2)
+    assert result.code == 0, result.err
+    assert f"base: {base} (recorded with the experts)" in result.err
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
+    assert run("pool", "create", tmp_path / "two", *folders).code == 0
+    refused = run("generate", *PROMPT, "--pool", tmp_path / "two")
+    assert (refused.code, "say which one with --base" in refused.err) == (1, True)
+
+
 def test_what_can_be_taken_of_many_folders_is_taken_and_the_rest_is_named(run, plain, base, tmp_path):
     first, second = plain(base)
     (tmp_path / "plain" / "log.txt").write_text("no expert")

@@ -61,7 +61,7 @@ def test_one_module_is_enough(four):
     odd = Expert(
         "a", four[0].adapter_config, {**four[0].tensors, key: four[0].tensors[key] * 1e4}, four[0].gates
     )
-    found = health.wildly_off([odd, *four[1:]])
+    found = health.find_outliers([odd, *four[1:]])
     assert len(found) == 1
     assert found[0].endswith("at model.layers.1.mlp.up_proj; is its scale right?")
 
@@ -70,21 +70,21 @@ def test_gates_that_are_off_constant_or_parallel_are_named(four):
     a, b, c, d = four
     up = "model.layers.1.mlp.up_proj"
     large = a.with_gates({p: g * 1000 for p, g in a.gates.items()})
-    assert health.wildly_off([large, b, c, d])[0].startswith("a: its gate's norm is ")
+    assert health.find_outliers([large, b, c, d])[0].startswith("a: its gate's norm is ")
     flat = a.with_gates({**a.gates, up: torch.full_like(a.gates[up], 3.0)})
-    assert health.wildly_off([flat, b, c, d]) == [
+    assert health.find_outliers([flat, b, c, d]) == [
         f"a: its gate is constant, so it says nothing, at 1 modules (first: {up})."
     ]
     nearly = a.with_gates(
         {**a.gates, up: 1e4 + 1e-3 * a.gates[up]}
     )  # 1 part in 10^7: rounding is all there is
-    assert len(health.wildly_off([nearly, b, c, d])) == 1
+    assert len(health.find_outliers([nearly, b, c, d])) == 1
     same = a.with_gates({p: 2 * g + 0.5 + 0.01 * torch.randn(g.shape) for p, g in b.gates.items()})
-    assert health.wildly_off([same, b, c, d]) == [
+    assert health.find_outliers([same, b, c, d]) == [
         "a and b: their gates are nearly parallel, so wherever one is chosen, the other is as well."
     ]
     opposite = a.with_gates({p: -g for p, g in b.gates.items()})
-    assert health.wildly_off([opposite, b, c, d]) == []
+    assert health.find_outliers([opposite, b, c, d]) == []
 
 
 def test_an_update_larger_than_the_weight_is_named_if_the_base_is_there(four, base):
@@ -100,10 +100,10 @@ def test_an_update_larger_than_the_weight_is_named_if_the_base_is_there(four, ba
 
 def test_an_update_of_zero_and_one_beyond_measure(four):
     zero = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in four[0].tensors.items()}
-    found = health.wildly_off([Expert("a", four[0].adapter_config, zero, four[0].gates), *four[1:]])
+    found = health.find_outliers([Expert("a", four[0].adapter_config, zero, four[0].gates), *four[1:]])
     assert found[0].startswith("a: its update is zero, so it does nothing, at 14 modules (first: ")
     assert len(found) == 1
-    (text,) = health.wildly_off([scaled(four[0], 1e9)])
+    (text,) = health.find_outliers([scaled(four[0], 1e9)])
     assert text.startswith("a: the norm of its update is above 1e+06")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packing_fixtures import adapter, make_plain, pool_of
 from phatgoose import Pool
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts.packed.open import expand, runs
+from phatgoose.experts.packed.open import expand_runs, to_runs
 from phatgoose.experts.packed.pack import pack
 from phatgoose.files import read_json, sha256_file, write_json
 
@@ -173,5 +173,5 @@ def test_gates_must_fit_the_adapter(folder):
 
 @given(st.lists(st.integers(0, 5)))
 def test_runs_are_the_rows(rows):
-    assert expand(runs(rows), [9] * len(rows), "here") == rows
-    assert len(runs(rows)) <= len(rows)
+    assert expand_runs(to_runs(rows), [9] * len(rows), "here") == rows
+    assert len(to_runs(rows)) <= len(rows)

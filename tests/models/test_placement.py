@@ -218,7 +218,7 @@ def test_veras_matrices_must_fit_into_memory(make_base, tmp_path):
     )
     plain = Expert.from_peft(adapter(base.model, tmp_path / "adapter"))
     with pytest.raises(RoutingError, match=r"VeRA of rank 17592186044416, whose matrices take \d+ bytes"):
-        route(base, Pool([placed_expert(plain, {}, {path: update})]), Single(0))
+        route(base, Pool([placed_expert(plain, {path: update})]), Single(0))
 
 
 def test_vera_of_another_base_is_refused(make_base, tmp_path):
@@ -232,4 +232,4 @@ def test_vera_of_another_base_is_refused(make_base, tmp_path):
         ("model.layers.9.mlp.up_proj", "adapts a module this model lacks"),
     ):
         with pytest.raises(RoutingError, match=message):
-            route(base, Pool([placed_expert(plain, {}, {path: update})]), Single(0))
+            route(base, Pool([placed_expert(plain, {path: update})]), Single(0))

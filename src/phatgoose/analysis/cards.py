@@ -11,7 +11,7 @@ from torch import Tensor
 from phatgoose.analysis.activations import parallel_gates
 from phatgoose.experts.card.facts import lowest_loss
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.health import wildly_off
+from phatgoose.experts.health import find_outliers
 from phatgoose.experts.pool import Pool
 from phatgoose.ops.reference import standardise
 
@@ -32,7 +32,7 @@ def cards(
         shares: each expert's share of all routing weight, if it was traced; with them, dead experts are pointed out.
     """
     alike = gate_similarity(pool.experts)
-    off = wildly_off(pool.experts)
+    off = find_outliers(pool.experts)
     along: dict[str, int] = {}
     for name, _, _ in parallel_gates(pool, dict(means or {}), above=ALONG):
         along[name] = along.get(name, 0) + 1
@@ -95,7 +95,7 @@ def _facts(expert: Expert) -> dict[str, Any]:
 
 
 def _off(name: str, texts: Sequence[str]) -> list[dict[str, str]]:
-    """What `wildly_off` says of this expert alone; constant gates are told of anyway."""
+    """What `find_outliers` says of this expert alone; constant gates are told of anyway."""
     mine = [text.removeprefix(f"{name}: ") for text in texts if text.startswith(f"{name}: ")]
     return [{"level": "look", "text": text.rstrip(".")} for text in mine if "gate is constant" not in text]
 

@@ -1,8 +1,7 @@
-"""An expert's folder: an adapter as PEFT or AdapterHub has it, and beside it gates.safetensors, signature and expert.json."""
+"""Read an expert's folder: an adapter of either format, and our gates, data signature and record beside it."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,22 +13,14 @@ from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.card.card import own_card
 from phatgoose.experts.data_signature import DataSignature, StoredSignature
 from phatgoose.experts.files import tokenizer_files
-from phatgoose.experts.files.safetensors_file import check_sha256, read_tensor_file
-from phatgoose.experts.files.safetensors_header import read_header
+from phatgoose.experts.files.safe_folder import SafeFolder
+from phatgoose.experts.files.safetensors_file import check_sha256
 from phatgoose.experts.gates import check_gates_metadata
-from phatgoose.experts.names import (
-    CARD_FILE,
-    EXPERT_FILES,
-    GATES_FILE,
-    RECORD_FILE,
-    SIGNATURE_FILE,
-    slug,
-)
-from phatgoose.files import inside, read_json, sha256_file
+from phatgoose.experts.names import CARD_FILE, EXPERT_FILES, GATES_FILE, RECORD_FILE, SIGNATURE_FILE, slug
 
-OWN_FILES = frozenset(EXPERT_FILES)
 RECORD_VERSION = 1
 RECORD_LIMIT_BYTES = 16 * 2**20
+_RECORDED = f"sha256 in {RECORD_FILE}"
 
 
 def read_plain(
@@ -39,7 +30,11 @@ def read_plain(
     provenance: Mapping[str, Any] | None,
     drop: Collection[str],
 ) -> dict[str, Any]:
-    """What makes an `Expert` of an adapter's folder, without what we write beside it; `wanted`: the adapter's format."""
+    """The arguments of `Expert` for an adapter alone; what we write beside adapters is not read.
+
+    Args:
+        wanted: the format that the adapter must have.
+    """
     config, adapter = read_adapter(folder, drop)
     if (found := format_of(config)) != wanted:
         raise ExpertError(
@@ -48,80 +43,51 @@ def read_plain(
     if drop:
         provenance = {**(provenance or {}), "dropped": list(check_drop(drop))}
     return {
-        "name": name or slug(folder.resolve().name), "adapter_config": config, "tensors": adapter.tensors,
-        "provenance": _with_tokenizer(provenance or {}, folder), "folder": folder,
-    }  # fmt: skip
+        "name": name or slug(folder.resolve().name),
+        "adapter_config": config,
+        "tensors": adapter.tensors,
+        "provenance": _with_tokenizer(provenance or {}, folder),
+        "folder": folder,
+    }
 
 
-def read_folder(folder: Path, name: str | None, drop: Collection[str]) -> dict[str, Any]:
-    """What makes an `Expert` of its folder, every file verified.
+def read_folder(path: Path, name: str | None, drop: Collection[str]) -> dict[str, Any]:
+    """The arguments of `Expert` for its folder, every file verified.
 
     Raises:
         ExpertError: naming the file, what was expected and what was found.
     """
-    config, adapter = read_adapter(folder, drop)
-    record, weights, there = (
-        read_record(folder),
-        folder / weights_file(config),
-        f"sha256 in {RECORD_FILE}",
-    )
-    check_sha256(record.get("adapter_sha256", adapter.sha256), adapter.sha256, weights, there)
+    config, adapter = read_adapter(path, drop)
+    folder = SafeFolder(path)
+    record, weights = read_record(folder), path / weights_file(config)
+    check_sha256(record.get("adapter_sha256", adapter.sha256), adapter.sha256, weights, _RECORDED)
     gates = None
-    if os.path.lexists(folder / GATES_FILE):
-        found = read_tensor_file(inside(folder, GATES_FILE, ExpertError))
-        check_gates_metadata(found.metadata, folder / GATES_FILE, adapter.sha256, weights.name)
-        check_sha256(record.get("gates_sha256", found.sha256), found.sha256, folder / GATES_FILE, there)
+    if _is_there(folder, GATES_FILE, record.get("gates_sha256")):
+        found = folder.read_tensors(GATES_FILE)
+        check_gates_metadata(found.metadata, path / GATES_FILE, adapter.sha256, weights.name)
+        check_sha256(record.get("gates_sha256", found.sha256), found.sha256, path / GATES_FILE, _RECORDED)
         gates = found.tensors
-    elif record.get("gates_sha256"):
-        raise ExpertError(f"{folder / GATES_FILE} is missing, although {RECORD_FILE} records it.")
-    signature = _read_signature(folder, record.get("signature_sha256"), adapter.sha256)
-    name = name or record.get("name") or slug(folder.resolve().name)
-    provenance = _with_tokenizer(record.get("provenance", {}), folder)
+    provenance = _with_tokenizer(record.get("provenance", {}), path)
     if drop:
-        provenance = {
-            **provenance,
-            "dropped": sorted({*check_drop(provenance.get("dropped", ())), *check_drop(drop)}),
-        }
+        dropped = {*check_drop(provenance.get("dropped", ())), *check_drop(drop)}
+        provenance = {**provenance, "dropped": sorted(dropped)}
     return {
-        "name": name, "adapter_config": config, "tensors": adapter.tensors, "gates": gates, "provenance": provenance,
-        "folder": folder, "signature": signature,
-    }  # fmt: skip
+        "name": name or record.get("name") or slug(path.resolve().name),
+        "adapter_config": config,
+        "tensors": adapter.tensors,
+        "gates": gates,
+        "provenance": provenance,
+        "folder": path,
+        "signature": _read_signature(folder, record.get("signature_sha256"), adapter.sha256),
+    }
 
 
-def _with_tokenizer(provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The provenance with what tokenizer files beside the adapter say, which is told once: when they are first met."""
-    found = None if tokenizer_files.KEY in provenance else tokenizer_files.brought(folder)
-    if found is None:
-        return dict(provenance)
-    warnings.warn(f"{folder}: {tokenizer_files.at_load(found)}", stacklevel=4)
-    return {**provenance, tokenizer_files.KEY: found}
-
-
-def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
-    """Refuses a folder that can't be an expert's without something being lost: replacing it deletes whatever else is in it.
-
-    A README.md that somebody wrote may be there only if it `keeps_card`: if the expert was read from this very folder.
-
-    Raises:
-        ExpertError: it holds other files.
-    """
-    if not folder.is_dir():
-        return
-    own = OWN_FILES | ({CARD_FILE} if keeps_card or own_card(folder) is None else set())
-    others = sorted(p.name for p in folder.iterdir() if p.name not in own)
-    if others:
-        raise ExpertError(
-            f"{folder} holds files that are no expert's ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
-            "would be lost: choose another folder with --out."
-        )
-
-
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: SafeFolder) -> dict[str, Any]:
     """expert.json, or {} if there is none."""
-    path = inside(folder, RECORD_FILE, ExpertError)
-    if not os.path.lexists(path):
+    path = folder.file(RECORD_FILE)
+    if not folder.has(RECORD_FILE):
         return {}
-    record = read_json(path, ExpertError, RECORD_LIMIT_BYTES)
+    record = folder.read_json(RECORD_FILE, RECORD_LIMIT_BYTES)
     if not isinstance(record, dict) or record.get("format") != "phatgoose-expert":
         raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
     if record.get("version") != RECORD_VERSION:
@@ -133,15 +99,48 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _read_signature(folder: Path, expected: Any, adapter_sha256: str) -> DataSignature | None:
-    """The data signature beside an adapter with this sha256, if there is one: all of it, checked."""
-    if not os.path.lexists(folder / SIGNATURE_FILE):
-        if expected:
-            raise ExpertError(f"{folder / SIGNATURE_FILE} is missing, although {RECORD_FILE} records it.")
+def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
+    """Refuses to replace a folder that holds anything but an expert: replacing deletes all that is in it.
+
+    Args:
+        keeps_card: a README.md that somebody wrote may be there, since the expert was read from this very folder.
+
+    Raises:
+        ExpertError: it holds other files.
+    """
+    if not folder.is_dir():
+        return
+    own = {*EXPERT_FILES, *([CARD_FILE] if keeps_card or own_card(folder) is None else [])}
+    others = sorted(p.name for p in folder.iterdir() if p.name not in own)
+    if others:
+        raise ExpertError(
+            f"{folder} holds files that are no expert's ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
+            "would be lost: choose another folder with --out."
+        )
+
+
+def _is_there(folder: SafeFolder, name: str, recorded: Any) -> bool:
+    """Whether an optional file is there; it must be if expert.json records its sha256."""
+    if not folder.has(name) and recorded:
+        raise ExpertError(f"{folder.path / name} is missing, although {RECORD_FILE} records it.")
+    return folder.has(name)
+
+
+def _with_tokenizer(provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The provenance, with a record of tokenizer files beside the adapter; a warning is given when they are first recorded."""
+    found = None if tokenizer_files.KEY in provenance else tokenizer_files.brought(folder)
+    if found is None:
+        return dict(provenance)
+    warnings.warn(f"{folder}: {tokenizer_files.at_load(found)}", stacklevel=4)
+    return {**provenance, tokenizer_files.KEY: found}
+
+
+def _read_signature(folder: SafeFolder, recorded: Any, adapter_sha256: str) -> DataSignature | None:
+    """The data signature beside the adapter with this sha256, if there is one: all of it, checked."""
+    if not _is_there(folder, SIGNATURE_FILE, recorded):
         return None
-    path = inside(folder, SIGNATURE_FILE, ExpertError)
-    digest = sha256_file(path, ExpertError)
-    check_sha256(expected or digest, digest, path, f"sha256 in {RECORD_FILE}")
-    found = StoredSignature(path, read_header(path)[1], adapter_sha256, digest)
-    _ = found.texts  # a damaged one is refused here, not later
+    path, digest = folder.file(SIGNATURE_FILE), folder.sha256(SIGNATURE_FILE)
+    check_sha256(recorded or digest, digest, path, _RECORDED)
+    found = StoredSignature(path, folder.read_header(SIGNATURE_FILE)[1], adapter_sha256, digest)
+    _ = found.texts  # read now, so that a damaged one is refused here
     return found

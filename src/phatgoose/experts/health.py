@@ -1,6 +1,6 @@
-"""What is valid in a pool but not what one wants: an expert or a gate that is wildly off the others', above all.
+"""Warnings about pools that are valid but probably wrong: outliers, gates that say nothing, experts that are there twice.
 
-Everything is measured from factors: of an update B A, ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ), matrices of r × r.
+Norms are computed from factors: of an update B A, ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ), matrices of r × r.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from phatgoose.experts.files.tokenizer_files import differences, without_base
 from phatgoose.ops.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
-"""Wildly off: more than a factor of 20 · e^(3σ) from the median at the same module, where σ is 1.4826 times the median absolute
+"""An outlier is more than a factor of 20 · e^(3σ) from the median at the same module, where σ is 1.4826 times the median absolute
 deviation of the logarithms. Experts that were trained alike differ by less than a factor of 4."""
 LARGEST = 1e6
 """A norm that no update of a language model's layer has."""
 FLAT = 1e-5
-"""A gate is constant if its standard deviation is below so much of its mean: what is left of it is rounding."""
+"""A gate is constant if its standard deviation is below this share of its mean: what is left is rounding."""
 PARALLEL, MODULES = 0.99, 32
-"""Two gates say the same if their cosine is above this at more than half of at most 32 modules that both experts adapt."""
+"""Gates are nearly parallel if their cosine is above 0.99 at more than half of at most 32 modules that both experts adapt."""
 
 
 def warnings(
@@ -45,16 +45,16 @@ def warnings(
     return [
         *_bases(experts),
         *_incomplete(experts, compared=weight_norms is not None),
-        *wildly_off(experts, weight_norms),
-        *_alone(experts),
-        *_twice(experts),
+        *find_outliers(experts, weight_norms),
+        *_without_rivals(experts),
+        *_duplicates(experts),
         *(without_base(provenances) if tokenizer is None else differences(provenances, tokenizer)),
     ]
 
 
-def wildly_off(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[str]:
-    """Experts whose updates or gates are of quite another size than the others', or can't mean anything."""
-    found, alike = _Found(), _Alike()
+def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[str]:
+    """Warnings about experts whose updates or gates are of quite another size than the others', or say nothing."""
+    found, parallel = _Findings(), _ParallelGates()
     paths = list(dict.fromkeys(path for e in experts for path in e.updates))
     for number, path in enumerate(paths):  # one module's tensors at a time: a pool may be larger than memory
         sizes: dict[str, dict[str, float]] = defaultdict(dict)
@@ -82,8 +82,8 @@ def wildly_off(experts: Sequence[Expert], weight_norms: Mapping[str, float] | No
                 if (times := _against_base(part, size, (weight_norms or {}).get(path, 0.0))) is not None:
                     found.add(name, _BASE[part], path, times)
         if number % max(1, len(paths) // MODULES) == 0:
-            alike.look(gates)
-    return [*found.texts(), *alike.texts()]
+            parallel.add(gates)
+    return [*found.texts(), *parallel.texts()]
 
 
 _OFF = {
@@ -103,10 +103,10 @@ _BASE = {
 
 
 def strengths(update: Update) -> Iterator[tuple[str, float]]:
-    """How large each part of an update is, comparable between experts at one module: name, norm in float64.
+    """The size of each part of an update, comparable between experts at one module: name and norm in float64.
 
-    "update" is ‖scale · B A‖, "bias" ‖scale · bias‖ (Frobenius norms); of scales c the root mean square of c − 1; of VeRA ‖b‖ ‖d‖, since only the base knows its matrices; of a bottleneck
-    adapter the bound |scale| ‖up‖ ‖down‖.
+    "update" is ‖scale · B A‖ and "bias" ‖scale · bias‖ (Frobenius norms); of scales c it is the root mean square of c − 1; of
+    VeRA ‖b‖ ‖d‖, since only the base knows its matrices; of a bottleneck adapter the bound |scale| ‖up‖ ‖down‖.
     """
     if update.rank:
         a, b = update.A.double(), update.B.double()
@@ -126,9 +126,9 @@ def strengths(update: Update) -> Iterator[tuple[str, float]]:
 
 
 def outliers(values: Mapping[str, float]) -> dict[str, float]:
-    """Those of some positive numbers that are wildly off, by name, and how many times the median they are; zeros don't count.
+    """The outliers among positive numbers by name, and how many times the median they are; zeros don't count.
 
-    Of two numbers nobody can say which is off: then it is the larger one, compared with the other.
+    Of two numbers, the larger is the outlier, compared with the other.
     """
     logs = {name: math.log(value) for name, value in values.items() if 0 < value < math.inf}
     if len(logs) < 2:
@@ -139,8 +139,8 @@ def outliers(values: Mapping[str, float]) -> dict[str, float]:
     return {name: math.exp(min(x - center, 700)) for name, x in logs.items() if abs(x - center) > limit}
 
 
-class _Found:
-    """The same finding at many modules, told once: with their number, and the worst."""
+class _Findings:
+    """Collects findings at many modules, and reports each once, with the number of modules and the worst."""
 
     def __init__(self) -> None:
         self._at: dict[tuple[str, str], list[tuple[float, str, float | None]]] = defaultdict(list)
@@ -162,16 +162,16 @@ class _Found:
 
 
 def _against_base(part: str, size: float, weight: float) -> float | None:
-    """How many times the base's weight a part is, if that is too much: an update larger than the weight, a DoRA magnitude (the
-    norm of its whole weight) twice or half of it."""
+    """How many times the base's weight a part is, if that is suspicious; else None.
+
+    It is for an update that is larger than the weight, and for a DoRA magnitude, the norm of the new weight, that is not
+    between half and twice the old one.
+    """
     if weight <= 0 or part not in _BASE:
         return None
     ratio = size / weight
-    return (
-        ratio
-        if (part == "update" and ratio > 1) or (part == "DoRA magnitude" and not 0.5 <= ratio <= 2)
-        else None
-    )
+    suspicious = ratio > 1 if part == "update" else not 0.5 <= ratio <= 2
+    return ratio if suspicious else None
 
 
 def _is_flat(gate: Tensor) -> bool:
@@ -179,15 +179,16 @@ def _is_flat(gate: Tensor) -> bool:
     return std < 1e-6 or std < FLAT * abs(float(gate.mean()))
 
 
-class _Alike:
-    """Pairs of experts whose gates point the same way: whatever one wants, the other wants too."""
+class _ParallelGates:
+    """Finds pairs of experts whose gates point the same way, so that tokens always choose both."""
 
     def __init__(self) -> None:
         self._both: Counter[tuple[str, str]] = Counter()
         self._same: Counter[tuple[str, str]] = Counter()
 
-    def look(self, gates: Mapping[str, Tensor]) -> None:
-        """At one module: gates without their means, by expert. Of two values they could only be parallel."""
+    def add(self, gates: Mapping[str, Tensor]) -> None:
+        """Compares the gates at one module, by expert and without their means."""
+        # Of two values without their mean, gates are always parallel.
         names = [name for name, gate in gates.items() if len(gate) > 2]
         if len(names) < 2:
             return
@@ -205,7 +206,7 @@ class _Alike:
 
 
 def _bases(experts: Sequence[Expert]) -> Iterator[str]:
-    """Different names of bases in the experts' configs, where no fingerprints say that they are one base."""
+    """A warning if the experts' configs name different bases, and no fingerprints say that these are one."""
     names: dict[str, list[str]] = defaultdict(list)
     for expert in experts:
         if expert.base_name is not None:
@@ -227,7 +228,11 @@ DIFFERENT_BASES = "the experts' configs name different bases"
 
 
 def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
-    """`compared`: whether the experts were routed in the base already, which compares weights that they bring."""
+    """Warnings about what an expert lacks or leaves out.
+
+    Args:
+        compared: the experts were routed in the base already, which compares the weights that they bring.
+    """
     for expert in experts:
         if expert.adapter_config.get("modules_to_save") and expert.base_copies and not compared:
             yield (
@@ -242,7 +247,8 @@ def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
             yield f"{expert.name}: leaves out {', '.join(dropped)} of its adapter, as its record says; it computes something else."
 
 
-def _alone(experts: Sequence[Expert]) -> Iterator[str]:
+def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
+    """Warnings about experts that are the only ones at some modules."""
     owners: dict[str, list[str]] = defaultdict(list)
     for expert in experts:
         for path in expert.updates:
@@ -257,10 +263,11 @@ def _alone(experts: Sequence[Expert]) -> Iterator[str]:
         )
 
 
-def _twice(experts: Sequence[Expert]) -> Iterator[str]:
+def _duplicates(experts: Sequence[Expert]) -> Iterator[str]:
+    """Warnings about adapters that are in the pool twice."""
     alike: dict[bytes, list[Expert]] = defaultdict(list)
     for expert in experts:
-        alike[_glance(expert)].append(expert)
+        alike[_quick_hash(expert)].append(expert)
     for group in alike.values():
         for i, one in enumerate(group):
             for other in group[:i]:
@@ -268,8 +275,8 @@ def _twice(experts: Sequence[Expert]) -> Iterator[str]:
                     yield f"{other.name} and {one.name}: the same adapter twice; together they take both places of a top-2."
 
 
-def _glance(expert: Expert) -> bytes:
-    """Names, shapes and one tensor of an adapter: what differs here differs."""
+def _quick_hash(expert: Expert) -> bytes:
+    """A hash of an adapter's names and shapes and of its smallest tensor: equal adapters have equal ones."""
     digest = hashlib.sha256()
     for key in sorted(expert.tensors):
         tensor = expert.tensors[key]

@@ -1,9 +1,9 @@
-"""A pool's folder: its manifest, and the experts' folders below it."""
+"""A pool's manifest (pool.json): read it with all checks, verify the files it lists, and lock and sweep its folder."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,26 +13,23 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from phatgoose.errors import ExpertError, PoolError, brief
-from phatgoose.experts.names import (
-    EXPERT_FILES,
-    HEADERS,
-    MANIFEST,
-    PACKED_FILES,
-    check_name,
-)
-from phatgoose.files import inside as in_folder
-from phatgoose.files import is_folder, read_json, sha256_file, storage_errors
+from phatgoose.experts.files.safe_folder import SafeFolder
+from phatgoose.experts.files.safetensors_file import check_sha256
+from phatgoose.experts.names import EXPERT_FILES, HEADERS, MANIFEST, PACKED_FILES, check_name
+from phatgoose.files import JSON_LIMIT_BYTES, storage_errors
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
 
-LOCK_SECONDS = 600.0
+LOCK_SECONDS, NOTICE_SECONDS = 600.0, 5.0
+"""How long to wait for a pool's lock, and after how long to say what is waited for."""
 FORMAT_VERSION, PACKED_VERSION = 1, 2
 _FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_log = logging.getLogger(__name__)
 
 
-def unfinished(folder: Path) -> bool:
-    """Whether a folder without a manifest holds nothing but what a killed save() leaves, and experts: which are left alone."""
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder without a manifest holds only what a save that was killed leaves. Experts among it are kept."""
     return folder.is_dir() and all(
         p.name in ("experts", ".lock") or p.name.startswith(f".{MANIFEST}.") for p in folder.iterdir()
     )
@@ -40,20 +37,26 @@ def unfinished(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Held while the pool is written.
+    """Holds the pool's lock while it is written; after a few seconds of waiting, a warning is logged.
 
     Raises:
         PoolError: another process holds it for ten minutes, or it is a link. StorageError: the folder can't be written.
     """
-    _check_own(folder)
-    held = FileLock(folder / ".lock", timeout=LOCK_SECONDS)
-    try:
-        with storage_errors(folder / ".lock"):
-            held.acquire()
-    except Timeout as cause:
-        raise PoolError(
-            f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
-        ) from cause
+    _refuse_links(folder)
+    held = FileLock(folder / ".lock")
+    with storage_errors(folder / ".lock"):
+        try:
+            held.acquire(timeout=min(NOTICE_SECONDS, LOCK_SECONDS))
+        except Timeout:
+            _log.warning(
+                "waiting until another process is done with the pool in %s (%s)", folder, held.lock_file
+            )
+            try:
+                held.acquire(timeout=max(0.0, LOCK_SECONDS - NOTICE_SECONDS))
+            except Timeout as cause:
+                raise PoolError(
+                    f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
+                ) from cause
     try:
         yield
     finally:
@@ -61,16 +64,16 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A pool's manifest, its list of experts checked to be well formed and to name nothing outside the pool.
+    """A pool's manifest; its list of experts is well formed and names nothing outside the pool.
 
     Raises:
         PoolError: what is wrong with it.
     """
-    path = folder / MANIFEST
-    if not is_folder(folder, PoolError):
+    files, path = SafeFolder(folder, PoolError), folder / MANIFEST
+    if not files.exists():
         raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
-    _check_own(folder)
-    manifest = read_json(in_folder(folder, MANIFEST, PoolError), PoolError)
+    _refuse_links(folder)
+    manifest = files.read_json(MANIFEST, JSON_LIMIT_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != "phatgoose-pool":
         raise PoolError(f'{path} is not a pool\'s manifest (no "format": "phatgoose-pool").')
     expected = PACKED_VERSION if "packed" in manifest else FORMAT_VERSION
@@ -91,11 +94,85 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def new_manifest(entries: list[dict[str, Any]], base: Fingerprint | None) -> dict[str, Any]:
+    return {
+        "format": "phatgoose-pool",
+        "version": FORMAT_VERSION,
+        "base": base.to_json() if base else None,
+        "experts": entries,
+    }
+
+
+def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
+    """Where on the Hub the expert of a manifest's entry was fetched from."""
+    return HubSource.from_json(entry["source"]) if entry.get("source") is not None else None
+
+
+def expert_folder(folder: Path, entry: Mapping[str, Any]) -> SafeFolder:
+    """The folder of the expert of a manifest's entry, once neither it nor a file in it is a link that leads out of the pool.
+
+    Raises:
+        PoolError: it is, or nobody may look.
+    """
+    place, root = folder / entry["folder"], folder.resolve()
+    try:
+        for path in (place, *(place / name for name in (*EXPERT_FILES, *PACKED_FILES))):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
+    except (OSError, RuntimeError) as cause:  # RuntimeError: links in a circle
+        raise PoolError(f"{place} can't be read: {cause}") from cause
+    return SafeFolder(place, PoolError, links_checked=True)
+
+
+def verify_files(folder: SafeFolder, entry: dict[str, Any]) -> None:
+    """Compares every file of an expert with its sha256 in the manifest.
+
+    Raises:
+        PoolError: one is damaged, missing, not listed, or larger than this machine's free memory.
+    """
+    for name, expected in entry["files"].items():
+        path = folder.path / name
+        if name not in EXPERT_FILES:
+            raise PoolError(f"{folder.path}: the manifest lists a file {name!r}, which no expert has.")
+        if not folder.has(name):
+            raise PoolError(f"{path} is missing, although the pool's manifest lists it.")
+        check_sha256(expected, folder.sha256(name, available_bytes()), path, error=PoolError)
+    for name in EXPERT_FILES:
+        if name not in entry["files"] and folder.has(name):
+            raise PoolError(
+                f"{folder.path / name} is not listed in the pool's manifest; was it added by hand? Use `phatgoose pool add`."
+            )
+
+
+def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Deletes what the pool no longer needs, now that this manifest is written. Folders that were never the pool's own stay.
+
+    That is: experts of the entries `before` that aren't in the manifest; files of packed experts that are unpacked now, and
+    the reverse; old files of stacks; and what a killed process has half written.
+    """
+    entries = {e["folder"]: e for e in manifest["experts"]}
+    gone = {e["folder"] for e in before} - entries.keys()
+    for path in (folder / "experts").iterdir():
+        entry = entries.get(f"experts/{path.name}")
+        half = path.name.startswith(".") and path.suffix in (".tmp", ".old")
+        if (half or f"experts/{path.name}" in gone) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif entry is not None and not path.is_symlink():
+            for name in HEADERS if "packed" in entry else PACKED_FILES:
+                (path / name).unlink(missing_ok=True)
+    packed = manifest.get("packed")
+    kept = packed.get("file") if isinstance(packed, dict) else None
+    if (folder / "packed").is_dir() and not (folder / "packed").is_symlink():
+        for path in (folder / "packed").iterdir():
+            if f"packed/{path.name}" != kept:
+                path.unlink(missing_ok=True)
+        if "packed" not in manifest:
+            (folder / "packed").rmdir()
+
+
 def _check_entry(entry: Any, where: str) -> None:
-    valid = isinstance(entry, dict) and all(
-        isinstance(entry.get(k), t) for k, t in (("name", str), ("folder", str), ("files", dict))
-    )
-    if not valid:
+    types = (("name", str), ("folder", str), ("files", dict))
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in types):
         raise PoolError(f"{where} lacks a name, a folder or its files' hashes.")
     try:
         check_name(entry["name"])
@@ -117,7 +194,7 @@ def _check_entry(entry: Any, where: str) -> None:
         raise PoolError(f"{where}: its source is {brief(entry['source'])}: {cause}.") from cause
 
 
-def _check_own(folder: Path) -> None:
+def _refuse_links(folder: Path) -> None:
     """Refuses a pool whose own parts are links: what they lead to would be read, written and swept as if it were the pool's."""
     for name in ("experts", "packed", ".lock"):
         try:
@@ -128,76 +205,3 @@ def _check_own(folder: Path) -> None:
             raise PoolError(
                 f"{folder / name} is a link, which is not followed: it could lead out of the pool's folder. Put the folder itself there."
             )
-
-
-def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
-    """Where on the Hub the expert of a manifest's entry was fetched from."""
-    return HubSource.from_json(entry["source"]) if entry.get("source") is not None else None
-
-
-def inside(folder: Path, relative: str) -> Path:
-    place = folder / relative
-    root = folder.resolve()
-    try:
-        for path in (place, *(place / n for n in (*EXPERT_FILES, *PACKED_FILES))):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise PoolError(f"{path} is a link that leads out of the pool's folder; it is not followed.")
-    except (OSError, RuntimeError) as cause:  # links in a circle
-        raise PoolError(f"{place} can't be read: {cause}") from cause
-    return place
-
-
-def verify_files(place: Path, entry: dict[str, Any]) -> None:
-    """Compares every file of an expert with its sha256 in the manifest.
-
-    Raises:
-        PoolError: one is damaged, missing, not listed, or larger than this machine's free memory.
-    """
-    allowed = set(EXPERT_FILES)
-    for name, expected in entry["files"].items():
-        if name not in allowed:
-            raise PoolError(f"{place}: the manifest lists a file {name!r}, which no expert has.")
-        if not os.path.lexists(place / name):
-            raise PoolError(f"{place / name} is missing, although the pool's manifest lists it.")
-        found = sha256_file(place / name, PoolError, available_bytes())
-        if found != expected:
-            raise PoolError(
-                f"{place / name} is damaged or was changed: expected sha256 {expected}, found {found}."
-            )
-    for name in allowed - entry["files"].keys():
-        if os.path.lexists(place / name):
-            raise PoolError(
-                f"{place / name} is not listed in the pool's manifest; was it added by hand? Use `phatgoose pool add`."
-            )
-
-
-def new_manifest(entries: list[dict[str, Any]], base: Fingerprint | None) -> dict[str, Any]:
-    return {
-        "format": "phatgoose-pool",
-        "version": FORMAT_VERSION,
-        "base": base.to_json() if base else None,
-        "experts": entries,
-    }
-
-
-def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Deletes experts that were in the pool (the entries `before`) and aren't in its manifest, the other form of packed and unpacked
-    ones, and what a killed process has half written. Folders that never were the pool's own are left alone."""
-    entries = {e["folder"]: e for e in manifest["experts"]}
-    gone = {e["folder"] for e in before} - entries.keys()
-    for path in (folder / "experts").iterdir():
-        entry = entries.get(f"experts/{path.name}")
-        half = path.name.startswith(".") and path.suffix in (".tmp", ".old")
-        if (half or f"experts/{path.name}" in gone) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif entry is not None and not path.is_symlink():
-            for name in HEADERS if "packed" in entry else PACKED_FILES:
-                (path / name).unlink(missing_ok=True)
-    packed = manifest.get("packed")
-    kept = packed.get("file") if isinstance(packed, dict) else None
-    if (folder / "packed").is_dir() and not (folder / "packed").is_symlink():
-        for path in (folder / "packed").iterdir():
-            if f"packed/{path.name}" != kept:
-                path.unlink(missing_ok=True)
-        if "packed" not in manifest:
-            (folder / "packed").rmdir()

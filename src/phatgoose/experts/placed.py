@@ -1,4 +1,4 @@
-"""An expert as it stands on one model: its modules under that model's names for them. In memory only."""
+"""An expert under one model's own names of its modules. In memory only."""
 
 from __future__ import annotations
 
@@ -14,49 +14,46 @@ T = TypeVar("T")
 
 
 class Renamed(Mapping[str, T]):
-    """A mapping under other keys; values are looked up when they are asked for, as those of a packed pool must be.
+    """A mapping under other keys. Values are looked up when they are asked for, since a packed pool makes them only then.
 
     Args:
-        names: key of `values` → the key here; the others stay as they are.
+        keys: each key here → its key in `values`.
     """
 
-    def __init__(self, values: Mapping[str, T], names: Mapping[str, str]):
-        self._values, self._own = values, {names.get(key, key): key for key in values}
+    def __init__(self, values: Mapping[str, T], keys: Mapping[str, str]):
+        self._values, self._keys = values, keys
 
     def __getitem__(self, key: str) -> T:
-        return self._values[self._own[key]]
+        return self._values[self._keys[key]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self._keys)
 
 
-def placed_expert(expert: Expert, names: Mapping[str, str], updates: Mapping[str, Update]) -> Expert:
-    """The same expert with these updates, and its gates, data signature and copies under other module paths.
+def placed_expert(
+    expert: Expert, updates: Mapping[str, Update], paths: Mapping[str, str] | None = None
+) -> Expert:
+    """The same expert with these updates, and with its gates and data signature under other module paths.
 
     Args:
-        names: the expert's own path of a module → the model's; paths that are the same may be left out.
-        updates: by the model's paths.
+        updates: by the model's path of a module.
+        paths: the model's path of each module → the expert's own; None if all are the same.
     """
-    found = object.__new__(
-        Expert
-    )  # not a PackedExpert, whatever it was: its rows can't be used where they stand
-    for item in fields(Expert):
-        object.__setattr__(found, item.name, getattr(expert, item.name))
-    object.__setattr__(found, "updates", updates)
-    if not names:
+    # Not built anew, since the adapter's tensors keep their own names; and never a PackedExpert, since its rows can't be
+    # used as they are in the file.
+    found = object.__new__(Expert)
+    vars(found).update({item.name: getattr(expert, item.name) for item in fields(Expert)}, updates=updates)
+    if paths is None:
         return found
     if expert.gates is not None:
-        object.__setattr__(found, "gates", Renamed(expert.gates, names))
+        vars(found)["gates"] = Renamed(expert.gates, paths)
     signature = expert.signature
     if signature is not None and signature.activations is not None:
-        renamed = DataSignature(
-            dict(Renamed(signature.activations, names)),
-            signature.texts,
-            signature.encoder,
-            signature.encoder_sha256,
+        means = dict(Renamed(signature.activations, paths))
+        vars(found)["signature"] = DataSignature(
+            means, signature.texts, signature.encoder, signature.encoder_sha256
         )
-        object.__setattr__(found, "signature", renamed)
     return found

@@ -18,18 +18,18 @@ from phatgoose.experts.hub.place import Place
 from phatgoose.experts.hub.pull import check_free, pull_pool
 from phatgoose.experts.hub.push import PushOptions, push_pool
 from phatgoose.experts.manifest import (
-    inside,
+    expert_folder,
+    is_unfinished,
     lock,
     new_manifest,
     origin_of,
     read_manifest,
     sweep,
-    unfinished,
     verify_files,
 )
 from phatgoose.experts.names import MANIFEST
-from phatgoose.experts.packed.expert import PackedExpert, Rows, gate_stack, rows_in_place
-from phatgoose.experts.packed.open import PackedFolder
+from phatgoose.experts.packed.expert import PackedExpert, PackedRows, gate_stack, rows_in_place
+from phatgoose.experts.packed.open import PackedPoolReader
 from phatgoose.experts.pool_entries import place_expert, write_description
 from phatgoose.files import storage_errors, work_place, write_json
 from phatgoose.fingerprints import check_same_base
@@ -37,8 +37,8 @@ from phatgoose.ops.update import sizes_agree
 from phatgoose.records import Fingerprint, HubSource
 from phatgoose.registry import unknown
 
-MANY = 50
-"""Damaged experts, after which the others aren't looked at."""
+MOST_FAILURES = 50
+"""After so many damaged experts, `load` looks at no others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Pool:
         sizes: dict[str, tuple[int, int]] = {}
         seen: set[int] = set()
         for expert in self.experts:
-            if id(expert.sizes) in seen:  # of packed experts that look alike
+            if id(expert.sizes) in seen:  # packed experts with one layout share their sizes
                 continue
             seen.add(id(expert.sizes))
             for path, (*found, embedding) in expert.sizes.items():
@@ -115,22 +115,22 @@ class Pool:
         self[name]
         return Pool([e for e in self.experts if e.name != name])
 
-    def rows(self, path: str, dtype: torch.dtype) -> tuple[Rows | None, str]:
-        """All low-rank rows at a module as they stand in a packed pool's file; or None, and why they must be copied together."""
+    def rows(self, path: str, dtype: torch.dtype) -> tuple[PackedRows | None, str]:
+        """All low-rank rows at a module as views of a packed pool's file; or None, and why they must be copied together."""
         return rows_in_place([e for e in self.experts if path in e.sizes], path, dtype)
 
-    def let_go_of_gates(self) -> None:
-        """Gives back the memory of packed gates that were read; they are read again where somebody asks for them."""
+    def release_gates(self) -> None:
+        """Frees the memory of packed gates that were read; they are read again when they are used again."""
         sources = [e.source for e in self.experts if isinstance(e, PackedExpert)]
         for file in {id(s.file): s.file for s in sources}.values():
             stacks = {gate_stack(path) for s in sources if s.file is file for path in s.gate_index}
-            file.let_go(stacks)
+            file.release(stacks)
 
     def save(self, folder: str | Path, *, replace: bool = True) -> Path:
         """Writes the pool; an existing pool folder becomes this one. Experts of a packed pool are written unpacked.
 
-        Each expert's folder is written before the manifest that names it, and those the pool no longer has are deleted after, so
-        that a killed process leaves either the old pool or the new one. Experts that are there already are not written again.
+        A process that is killed leaves either the old pool or the new one: experts are written before the manifest that names
+        them, and those that the pool no longer has are deleted after it. Experts that are there already are not written again.
 
         Args:
             replace: False to refuse a folder that has a pool by the time it is written.
@@ -164,7 +164,7 @@ class Pool:
 
         Args:
             verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always checked. Of a
-                packed pool only what isn't mapped is compared; `pool_folder.verify_folder` reads all.
+                packed pool the mapped file is not read; `pool_folder.verify_folder` reads all.
 
         Raises:
             PoolError, ExpertError: naming the file, what was expected and what was found.
@@ -173,27 +173,24 @@ class Pool:
         experts: list[Expert] = []
         failures = []
         manifest = read_manifest(folder)
-        packed = PackedFolder(folder, manifest, verify=verify) if "packed" in manifest else None
+        packed = PackedPoolReader(folder, manifest, verify=verify) if "packed" in manifest else None
         for entry in manifest["experts"]:
             try:
-                place = inside(folder, entry["folder"])
+                files = expert_folder(folder, entry)
                 if packed is not None and "packed" in entry:
-                    experts.append(replace(packed.expert(place, entry), origin=origin_of(entry)))
+                    experts.append(replace(packed.expert(files, entry), origin=origin_of(entry)))
                     continue
                 if verify:
-                    verify_files(place, entry)
-                experts.append(Expert.load(place, name=entry["name"], origin=origin_of(entry)))
+                    verify_files(files, entry)
+                experts.append(Expert.load(files.path, name=entry["name"], origin=origin_of(entry)))
             except PhatgooseError as error:
                 failures.append(error)
-                if len(failures) == MANY:
+                if len(failures) == MOST_FAILURES:
                     break
         if len(failures) > 1:
-            more = " or more" if len(failures) == MANY else ""
-            raise PoolError(
-                "\n".join(
-                    [f"{len(failures)}{more} experts of {folder} can't be loaded:", *map(str, failures)]
-                )
-            )
+            more = " or more" if len(failures) == MOST_FAILURES else ""
+            first = f"{len(failures)}{more} experts of {folder} can't be loaded:"
+            raise PoolError("\n".join([first, *map(str, failures)]))
         if failures:
             raise failures[0]
         if not experts:
@@ -214,8 +211,8 @@ class Pool:
         """Fetches a pool from the Hub; a commit that was fetched before needs no network, nor does HF_HUB_OFFLINE=1.
 
         Args:
-            repo: "org/name"; "org/name@revision:subfolder" says it all in one.
-            folder: where to put a copy, to change it or to keep it; without, it is read from the Hub's cache.
+            repo: "org/name", or "org/name@revision:subfolder" in place of the arguments `revision` and `subfolder`.
+            folder: where to put a copy, to change it or to keep it; if None, the pool is read from the cache.
             revision: a branch, tag or commit; the main branch if None.
             token: an access token; if None, the one of `hf auth login` or HF_TOKEN.
             overwrite: replace another pool in `folder`.
@@ -265,21 +262,25 @@ class Pool:
         """What a user should know about this pool although it is valid (docs/experts-and-pools.md lists it). Reads every value.
 
         Args:
-            weight_norms: Frobenius norms of the base's weights by module path (`models.layers.weight_norms`): then updates that
-                are larger than the weights they change are named too.
-            tokenizer: the base's: then tokenizer files that experts bring are compared with it.
+            weight_norms: Frobenius norms of the base's weights by module path, to find updates that are larger than the weights
+                they change.
+            tokenizer: the base's, to compare tokenizer files of the experts with.
         """
         return health.warnings(self.experts, weight_norms, tokenizer)
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of a pool, if there is none."""
-    if folder.exists() and not (folder / MANIFEST).exists() and not unfinished(folder):
+    """Makes a pool's folder if there is none.
+
+    Raises:
+        PoolError: something else is there. StorageError: no space or no permission.
+    """
+    if folder.exists() and not (folder / MANIFEST).exists() and not is_unfinished(folder):
         raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
     with storage_errors(folder):
         (folder / "experts").mkdir(parents=True, exist_ok=True)
 
 
 def manifest_or_new(folder: Path) -> dict[str, Any]:
-    """The pool's manifest, or that of none yet; asked for while the lock is held."""
+    """The pool's manifest, or a new one if there is none. The caller holds the lock."""
     return read_manifest(folder) if (folder / MANIFEST).exists() else new_manifest([], None)

@@ -11,7 +11,8 @@ from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.card.card import write_pool_card
 from phatgoose.experts.card.facts import Facts, read_object
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.manifest import inside, origin_of, verify_files
+from phatgoose.experts.files.safe_folder import SafeFolder
+from phatgoose.experts.manifest import expert_folder, origin_of, verify_files
 from phatgoose.experts.names import CONFIG_FILE, EXPERT_FILES, GATES_FILE, RECORD_FILE
 from phatgoose.files import sha256_file
 
@@ -66,7 +67,7 @@ def _holds(place: Path, expert: Expert, entry: dict[str, Any] | None = None) -> 
     """Whether `place` is a folder, not a link, with this very expert, and with the files of `entry` if that is given."""
     try:
         if entry is not None:
-            verify_files(place, entry)
+            verify_files(SafeFolder(place, PoolError, links_checked=True), entry)
         return not place.is_symlink() and Expert.load(place, name=expert.name).equals(expert)
     except PhatgooseError:
         return False
@@ -74,6 +75,6 @@ def _holds(place: Path, expert: Expert, entry: dict[str, Any] | None = None) -> 
 
 def _object(folder: Path, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     try:
-        return read_object(inside(folder, entry["folder"]) / name)
+        return read_object(expert_folder(folder, entry).path / name)
     except PoolError:  # a link out of the pool
         return {}

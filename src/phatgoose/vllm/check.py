@@ -49,7 +49,7 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
             module = module_at(modules, path, pool)
             bind(pool, router, path)
             samples[path] = sample(module, path)
-        pool.let_go_of_gates()
+        pool.release_gates()
         return samples
 
 

@@ -49,13 +49,13 @@ def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
 
 
 def recorded_base(experts: Sequence[Expert]) -> str | None:
-    """The base that experts record: the one they were trained on here, else the one that all their PEFT configs name.
+    """The base that experts record: the one they were trained on here, else the one that their PEFT configs name.
 
-    None if they record none, or name several.
+    Configs that name none are passed over. None if no expert records a base, or their configs name several.
     """
     if (base := next((e.base for e in experts if e.base is not None), None)) is not None:
         return base.spec
-    names = {e.base_name for e in experts}
+    names = {e.base_name for e in experts if e.base_name is not None}
     return names.pop() if len(names) == 1 else None
 
 

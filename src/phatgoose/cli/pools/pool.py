@@ -123,7 +123,7 @@ def remove(
 @app.command("list")
 def list_(pool: PoolArgument) -> None:
     """Show what is in a pool, and which experts are wildly off the others'."""
-    from phatgoose.experts.health import wildly_off
+    from phatgoose.experts.health import find_outliers
     from phatgoose.experts.packed.expert import PackedExpert
     from phatgoose.experts.pool import Pool
 
@@ -139,7 +139,7 @@ def list_(pool: PoolArgument) -> None:
             "the experts' values, mapped into memory, were not read: `phatgoose pool verify` checks them"
         )
     else:
-        _warn(wildly_off(loaded.experts))
+        _warn(find_outliers(loaded.experts))
 
 
 @app.command("verify")

@@ -15,7 +15,8 @@ from phatgoose.experts.adapters import adapterhub, peft
 from phatgoose.experts.adapters.adapterhub_layers import check_interface
 from phatgoose.experts.adapters.peft import Contents
 from phatgoose.experts.adapters.peft_rules import check_type
-from phatgoose.experts.files.safetensors_file import TensorFile, read_tensor_file
+from phatgoose.experts.files.safe_folder import SafeFolder
+from phatgoose.experts.files.safetensors_file import TensorFile
 from phatgoose.experts.names import (
     ADAPTERHUB_WEIGHTS,
     CONFIG_FILE,
@@ -24,7 +25,6 @@ from phatgoose.experts.names import (
     PEFT_WEIGHTS,
     WEIGHTS_FILES,
 )
-from phatgoose.files import inside, is_folder, read_json
 
 CONFIG_LIMIT_BYTES = 16 * 2**20
 _PICKLES = {
@@ -64,24 +64,23 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
         ExpertError: naming the file, and the tensor, that is missing, damaged, non-finite or not floating point.
     """
     folder = Path(folder)
-    if not is_folder(folder, ExpertError):
+    files = SafeFolder(folder)
+    if not files.exists():
         raise ExpertError(
             f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and {' or '.join(WEIGHTS_FILES)}."
         )
-    if not os.path.lexists(folder / CONFIG_FILE):
+    if not files.has(CONFIG_FILE):
         _refuse_other_folder(folder)
-    config = read_json(inside(folder, CONFIG_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
-    if not isinstance(config, dict):
-        raise ExpertError(f"{folder / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
-    weights = inside(folder, weights_file(config), ExpertError)
-    if not os.path.lexists(weights):
+    config = files.read_object(CONFIG_FILE, CONFIG_LIMIT_BYTES)
+    weights = weights_file(config)
+    if not files.has(weights):
         _refuse_other_weights(folder)
-        raise ExpertError(f"{weights} does not exist.")
+        raise ExpertError(f"{folder / weights} does not exist.")
     if format_of(config) == "AdapterHub":
-        _check_beside(folder, config, drop)
-        return config, read_tensor_file(weights)
+        _check_beside(files, config, drop)
+        return config, files.read_tensors(weights)
     check_type(config, str(folder))  # other kinds have tensors that aren't read at all
-    return config, read_tensor_file(weights, empty=True)
+    return config, files.read_tensors(weights, empty=True)
 
 
 def _refuse_other_folder(folder: Path) -> None:
@@ -140,14 +139,14 @@ def _refuse_other_weights(folder: Path) -> None:
             )
 
 
-def _check_beside(folder: Path, config: Mapping[str, Any], drop: Collection[str]) -> None:
+def _check_beside(folder: SafeFolder, config: Mapping[str, Any], drop: Collection[str]) -> None:
     """What the library keeps in files of its own, and what would be lost without them."""
     for name in HEAD_FILES:
-        if os.path.lexists(folder / name) and "prediction_head" not in drop:
+        if folder.has(name) and "prediction_head" not in drop:
             raise ExpertError(
-                f"{folder} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "
+                f"{folder.path} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "
                 "base's own, leave it out with drop=['prediction_head'] (--drop). A head that was trained can't be routed."
             )
-    if os.path.lexists(folder / INTERFACE_FILE):
-        interface = read_json(inside(folder, INTERFACE_FILE, ExpertError), ExpertError, CONFIG_LIMIT_BYTES)
-        check_interface(interface, config, str(folder))
+    if folder.has(INTERFACE_FILE):
+        interface = folder.read_json(INTERFACE_FILE, CONFIG_LIMIT_BYTES)
+        check_interface(interface, config, str(folder.path))

@@ -101,12 +101,13 @@ def all_identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> boo
     return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
 
 
-def check_sha256(expected: Any, found: str, path: Path, what: str) -> None:
-    """Raises ExpertError unless `path` has the sha256 that `what` recorded."""
+def check_sha256(
+    expected: Any, found: str, path: Path, what: str = "", error: type[PhatgooseError] = ExpertError
+) -> None:
+    """Refuses a file whose sha256 isn't the expected one, which `what` recorded."""
     if expected != found:
-        raise ExpertError(
-            f"{path} is damaged or was changed: {what} is {brief(expected)}, the file's is {found}."
-        )
+        said = f"{what} is {brief(expected)}, the file's is" if what else f"expected sha256 {expected}, found"
+        raise error(f"{path} is damaged or was changed: {said} {found}.")
 
 
 def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = ExpertError) -> None:

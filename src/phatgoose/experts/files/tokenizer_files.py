@@ -7,13 +7,12 @@ An expert is used with its base's tokenizer and chat template. So what an adapte
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phatgoose.errors import ExpertError, PhatgooseError, brief
-from phatgoose.files import inside, open_regular, read_json
+from phatgoose.errors import PhatgooseError, brief
+from phatgoose.experts.files.safe_folder import SafeFolder
 
 TEMPLATE, CONFIG, ADDED, WHOLE = (
     "chat_template.jinja", "tokenizer_config.json", "added_tokens.json", "tokenizer.json",
@@ -35,13 +34,14 @@ def brought(folder: Path) -> dict[str, Any] | None:
 
     None if there are none. What can't be read of a file is left out: its name stands in "files".
     """
-    there = [name for name in (*SMALL, WHOLE) if os.path.lexists(folder / name)]
+    files = SafeFolder(folder)
+    there = [name for name in (*SMALL, WHOLE) if files.has(name)]
     if not there:
         return None
-    config = _json(folder, CONFIG) if CONFIG in there else {}
+    config = _json(files, CONFIG) if CONFIG in there else {}
     template: Any = config.get("chat_template")
     if TEMPLATE in there:
-        template = _text(folder, TEMPLATE)
+        template = _text(files, TEMPLATE)
     if isinstance(template, list):  # several under names
         template = next(
             (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
@@ -51,9 +51,9 @@ def brought(folder: Path) -> dict[str, Any] | None:
         if isinstance(token, dict) and str(number).isdigit():
             tokens[str(token.get("content"))] = int(number)
     if ADDED in there:
-        tokens |= {text: number for text, number in _items(_json(folder, ADDED)) if isinstance(number, int)}
+        tokens |= {text: number for text, number in _items(_json(files, ADDED)) if isinstance(number, int)}
     if WHOLE in there and not tokens:
-        listed = _json(folder, WHOLE).get("added_tokens")
+        listed = _json(files, WHOLE).get("added_tokens")
         for token in listed if isinstance(listed, list) else ():
             if isinstance(token, dict) and isinstance(token.get("id"), int):
                 tokens[str(token.get("content"))] = token["id"]
@@ -181,17 +181,15 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
     return list(value.items()) if isinstance(value, Mapping) else []
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
+def _json(files: SafeFolder, name: str) -> dict[str, Any]:
     try:
-        found = read_json(inside(folder, name, ExpertError), ExpertError, LIMIT_BYTES)
+        return files.read_object(name, LIMIT_BYTES)
     except PhatgooseError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
-def _text(folder: Path, name: str) -> str | None:
+def _text(files: SafeFolder, name: str) -> str | None:
     try:
-        with open_regular(inside(folder, name, ExpertError), ExpertError) as (file, _):
-            return bytes(file.read(LIMIT_BYTES)).decode("utf-8", "replace")
-    except (PhatgooseError, OSError):
+        return files.read_bytes(name, LIMIT_BYTES).decode("utf-8", "replace")
+    except PhatgooseError:
         return None

@@ -1,7 +1,7 @@
-"""Experts of a packed pool: their low-rank rows and gates stand in the pool's file of stacks.
+"""Experts of a packed pool: their low-rank rows and gates are views of the pool's file of stacks.
 
-Nothing is read before it is used, and nothing is copied: an expert's tensors are views of the file. `opening` makes them from a
-pool's manifest, `packing` writes the file; docs/experts-and-pools.md has the format.
+Nothing is read before it is used, and nothing is copied. `open.py` makes them from a pool's manifest, `pack.py` writes the
+file; docs/experts-and-pools.md has the format.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def gate_stack(path: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Where one expert of a packed pool stands."""
+class PackedSource:
+    """The files of one expert in a packed pool, and where its tensors are in them."""
 
     file: StackFile
     folder: Path
-    """Its own folder: config, record, headers, and what stands in no stack."""
+    """Its own folder: config, record, headers, and the rest."""
     config: Mapping[str, Any]
     layout: Layout
     starts: Sequence[int]
     """The first row of each of its pairs."""
     gates: Header | None
-    """What gates.safetensors had in it."""
+    """The header that gates.safetensors had."""
     gate_index: Mapping[str, int]
-    """Module path → number of its gate; gates that aren't here stand in the rest."""
+    """Module path → number of its gate; gates that aren't here are in the rest."""
     gate_rows: Sequence[int]
     """The row of each gate in its stack."""
     hashes: Mapping[str, str]
@@ -60,22 +60,22 @@ class Source:
     drop: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {
-            key: value for key, value in vars(self).items() if key not in ("_rest", "_last")
-        }  # an open file
+        # Without the open file and what was read last.
+        state = {key: value for key, value in vars(self).items() if key not in ("_rest", "_last")}
         return {**state, "folder": self.folder.absolute()}
 
     def rows(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """A [r, d_in] and B transposed [r, d_out], as they stand in the stacks."""
+        """A [r, d_in] and B transposed [r, d_out], as views of the stacks."""
         start, stacks = self.starts[pair.index], self.file.stacks
         return stacks[pair.down].narrow(0, start, pair.rank), stacks[pair.up].narrow(0, start, pair.rank)
 
     def tensor(self, key: str) -> Tensor:
         """A tensor of the adapter, under PEFT's key."""
-        if (spot := self.layout.spots.get(key)) is None:
+        if key not in self.layout.stacked:
             return self._rest.get_tensor(f"{PEFT_WEIGHTS}/{key}")
-        a, b = self.rows(spot[0])
-        return b.T if spot[1] else a
+        pair, is_b = self.layout.stacked[key]
+        a, b = self.rows(pair)
+        return b.T if is_b else a
 
     def raw_gate(self, path: str) -> Tensor:
         """A gate as gates.safetensors had it, of whatever dtype."""
@@ -95,24 +95,24 @@ class Source:
         if pair is not None and template.is_low_rank:
             a, b = self.rows(pair)
             return Update(a, b.T, template.scale)
+        # The layers of a mixture's experts share their tensors, and are asked for in turn: the last ones are kept.
         keys = self.layout.keys[path]
-        last = self.__dict__.get(
-            "_last"
-        )  # the layers of a mixture's experts share their tensors, and are asked for in turn
+        last = self.__dict__.get("_last")
         if last is None or last[0] != keys:
             tensors = {key: self.tensor(key) for key in keys}
-            config = {**self.config, "modules_to_save": None}  # they were checked with the whole adapter
+            config = {**self.config, "modules_to_save": None}  # these were checked with the whole adapter
             last = keys, to_contents(config, tensors, str(self.folder), self.drop).updates
             self.__dict__["_last"] = last
         return last[1][path]
 
     @cached_property
     def _rest(self) -> Any:
-        with self._there():
+        with self._missing_files():
             return safe_open(self.folder / REST_FILE, framework="pt")
 
     @contextlib.contextmanager
-    def _there(self) -> Iterator[None]:
+    def _missing_files(self) -> Iterator[None]:
+        """Turns a missing file into an error that says why it may be missing."""
         try:
             yield
         except FileNotFoundError as cause:
@@ -121,8 +121,8 @@ class Source:
             ) from cause
 
     def original(self, name: str) -> Iterator[memoryview]:
-        """The bytes of adapter_model.safetensors or gates.safetensors as they were, in pieces."""
-        with self._there():
+        """The bytes that adapter_model.safetensors or gates.safetensors (`name`) had before packing, in pieces."""
+        with self._missing_files():
             head = (self.folder / HEADERS[name]).read_bytes()
         yield memoryview(head)
         header = self.layout.header if name == PEFT_WEIGHTS else self.gates
@@ -132,7 +132,7 @@ class Source:
             yield bytes_of(get(key))
 
     def check(self, name: str, digest: str) -> None:
-        """Refuses bytes of `original(name)` with another sha256 than the pool's manifest records."""
+        """Refuses a sha256 of `original(name)` that isn't the one in the pool's manifest."""
         if digest != self.hashes[name]:
             raise PoolError(
                 f"{self.file.path}: the rows of {self.folder.name} are damaged or were changed: its {name} had sha256 "
@@ -140,19 +140,19 @@ class Source:
             )
 
     def write(self, name: str, folder: Path) -> None:
-        """Writes adapter_model.safetensors or gates.safetensors as it was, to the byte."""
+        """Writes adapter_model.safetensors or gates.safetensors as it was before packing, to the byte."""
         data = b"".join(self.original(name))
         self.check(name, hashlib.sha256(data).hexdigest())
         write_bytes(folder / name, data)
 
-    def __deepcopy__(self, memo: object) -> Source:
+    def __deepcopy__(self, memo: object) -> PackedSource:
         return self
 
 
-class Views(Mapping[str, T]):
-    """Tensors or updates of an expert in a packed pool, each made when it is asked for."""
+class LazyTensors(Mapping[str, T]):
+    """Tensors or updates of a packed expert by name; each is made when it is looked up."""
 
-    def __init__(self, source: Source, names: Collection[str], get: Callable[[str], T]):
+    def __init__(self, source: PackedSource, names: Collection[str], get: Callable[[str], T]):
         self.source, self._names, self._get = source, names, get
 
     def __getitem__(self, name: str) -> T:
@@ -171,22 +171,22 @@ class Views(Mapping[str, T]):
 
 
 class PackedExpert(Expert):
-    """An expert of a packed pool: config, records and headers were checked; the values are, by `pool verify`.
+    """An expert of a packed pool. Config, records and headers were checked; the values only are by `pool verify`.
 
-    Made by `packed_expert`; what is derived from it (`with_gates`, `renamed`) shares its file.
+    `packed_expert` makes it; experts that are derived from it (`with_gates`, `renamed`) share its file.
     """
 
     @property
-    def source(self) -> Source:
-        assert isinstance(self.tensors, Views)
+    def source(self) -> PackedSource:
+        assert isinstance(self.tensors, LazyTensors)
         return self.tensors.source
 
     def __post_init__(self) -> None:
         check_name(self.name)
         source = self.source
-        object.__setattr__(self, "updates", Views(source, source.layout.updates, source.update))
-        object.__setattr__(self, "base_copies", Views(source, source.layout.copies, source.base_copy))
-        if self.gates is not None and not isinstance(self.gates, Views):
+        object.__setattr__(self, "updates", LazyTensors(source, source.layout.updates, source.update))
+        object.__setattr__(self, "base_copies", LazyTensors(source, source.layout.copies, source.base_copy))
+        if self.gates is not None and not isinstance(self.gates, LazyTensors):
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
         if self.signature is not None:
             self.signature.fits(source.layout.updates, self._where())
@@ -201,71 +201,81 @@ class PackedExpert(Expert):
 
     def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
         header = self.source.gates
-        if isinstance(self.gates, Views) and header is not None and dict(header.metadata) == metadata:
+        if isinstance(self.gates, LazyTensors) and header is not None and dict(header.metadata) == metadata:
             self.source.write(GATES_FILE, target.parent)
         else:
             super()._write_gates(target, metadata)
 
 
 def packed_expert(
-    name: str, source: Source, provenance: Mapping[str, Any], signature: DataSignature | None = None
+    name: str, source: PackedSource, provenance: Mapping[str, Any], signature: DataSignature | None = None
 ) -> PackedExpert:
-    gates = None if source.gates is None else Views(source, source.gates.items, source.gate)
-    tensors = Views(source, source.layout.header.items, source.tensor)
+    gates = None if source.gates is None else LazyTensors(source, source.gates.items, source.gate)
+    tensors = LazyTensors(source, source.layout.header.items, source.tensor)
     return PackedExpert(name, source.config, tensors, gates, provenance, source.folder, signature=signature)
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """The low-rank rows of several experts at one module, in one place: A [R, d_in], B transposed [R, d_out], and the first row
-    of each expert. Rows that none of them owns lie between."""
+class PackedRows:
+    """The low-rank rows of several experts at one module, as views of the file. Other experts' rows may be between them."""
 
     A: Tensor
+    """[R, d_in]"""
     B: Tensor
+    """Transposed: [R, d_out]."""
     starts: tuple[int, ...]
+    """The first row of each expert."""
     file_bytes: int
-    """The size of the file that they stand in, with all other modules'."""
+    """The size of the whole file, with all other modules."""
 
 
-def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> tuple[Rows | None, str]:
-    """The rows of these experts, who all adapt this module, as they stand in a packed pool's file; or None and why they must be
-    copied together: some are elsewhere, or in another dtype than `dtype`, or DoRA's, which the base's weight changes.
+def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> tuple[PackedRows | None, str]:
+    """The rows at one module as views of a packed pool's file, or None and why the rows must be copied together.
 
-    The reason is "" where there are no rows at all.
+    They must be if some are elsewhere, in another dtype than `dtype`, or DoRA's, which the base's weight changes. The reason
+    is "" where there are no rows at all.
+
+    Args:
+        experts: all of them adapt this module.
     """
     starts, end = [], 0
-    found: Pair | None = None
     file: StackFile | None = None
+    pair: Pair | None = None
     for expert in experts:
-        if not isinstance(expert, PackedExpert):
-            if expert.updates[path].rank:
-                moved = isinstance(expert.tensors, Views)  # packed, but placed on a model in another form
-                why = "names this module otherwise, or is VeRA" if moved else "is not packed"
-                return None, f"expert {expert.name!r} {why}"
+        found = _rows_of(expert, path, dtype)
+        if isinstance(found, str):
+            return None, f"expert {expert.name!r} {found}"
+        if found is None:
             starts.append(0)
             continue
-        source = expert.source
-        template, pair = source.layout.updates[path], source.layout.pairs.get(path)
-        if template.rank == 0:
-            starts.append(0)
-            continue
-        if template.magnitude is not None:
-            return None, f"expert {expert.name!r} is a DoRA, whose rows depend on the base's weight"
-        if pair is None:
-            two = template.A.dtype != template.B.dtype
-            why = (
-                "has A and B of two dtypes"
-                if two
-                else "has A and B that are computed from what its file holds"
-            )
-            return None, f"expert {expert.name!r} {why}"
-        if pair.dtype != dtype:
-            return None, f"expert {expert.name!r} is packed in {pair.dtype}, and {dtype} is wanted"
+        source, pair = found
         if file is not None and source.file is not file:
             return None, f"expert {expert.name!r} is of another packed pool"
-        file, found = source.file, pair
+        file = source.file
         starts.append(source.starts[pair.index])
         end = max(end, starts[-1] + pair.rank)
-    if file is None or found is None:
+    if file is None or pair is None:
         return None, ""
-    return Rows(file.stacks[found.down][:end], file.stacks[found.up][:end], tuple(starts), file.bytes), ""
+    stacks = file.stacks
+    return PackedRows(stacks[pair.down][:end], stacks[pair.up][:end], tuple(starts), file.bytes), ""
+
+
+def _rows_of(expert: Expert, path: str, dtype: torch.dtype) -> tuple[PackedSource, Pair] | str | None:
+    """Where an expert's rows at a module are in a packed file; why they can't be used there; None if it has no rows."""
+    if not isinstance(expert, PackedExpert):
+        if not expert.updates[path].rank:
+            return None
+        is_renamed = isinstance(expert.tensors, LazyTensors)  # packed, but under a model's own names
+        return "names this module otherwise, or is VeRA" if is_renamed else "is not packed"
+    template, pair = expert.source.layout.updates[path], expert.source.layout.pairs.get(path)
+    if template.rank == 0:
+        return None
+    if template.magnitude is not None:
+        return "is a DoRA, whose rows depend on the base's weight"
+    if pair is None and template.A.dtype != template.B.dtype:
+        return "has A and B of two dtypes"
+    if pair is None:
+        return "has A and B that are computed from what its file holds"
+    if pair.dtype != dtype:
+        return f"is packed in {pair.dtype}, and {dtype} is wanted"
+    return expert.source, pair

@@ -1,4 +1,4 @@
-"""What the experts of one config and one header have in common: found out once, whatever number of them a packed pool has."""
+"""An adapter without its values: what all experts of a packed pool with one config and one header share."""
 
 from __future__ import annotations
 
@@ -18,39 +18,38 @@ from phatgoose.ops.update import Update
 
 @dataclass(frozen=True)
 class Pair:
-    """The low-rank matrices of an expert at one module, whose rows stand in two stacks of the packed file.
-
-    `down` and `up` name the stacks of A [·, d_in] and of B transposed [·, d_out].
-    """
+    """The low-rank matrices A and B of an expert at one module, which are rows of two stacks."""
 
     index: int
-    """Which of the expert's pairs it is: they are numbered by module path, sorted."""
+    """Its number among the expert's pairs, by sorted module path."""
     key_a: str
     key_b: str
     rank: int
     dtype: torch.dtype
     down: str
+    """The stack of A [·, d_in]."""
     up: str
+    """The stack of B transposed [·, d_out]."""
     widths: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """An adapter without its values."""
+    """Where the tensors of an adapter are, and what they are."""
 
     header: Header
     updates: Mapping[str, Update]
-    """By module path, of tensors without values (on the meta device)."""
+    """By module path; their tensors are on the meta device, so without values."""
     copies: Mapping[str, str]
-    """Weights of the base that were saved along, by parameter name: their keys."""
+    """Weights of the base that were saved along: parameter name → key."""
     pairs: Mapping[str, Pair]
     """By module path, sorted."""
-    spots: Mapping[str, tuple[Pair, bool]]
+    stacked: Mapping[str, tuple[Pair, bool]]
     """Key → the pair it belongs to, and whether it is B."""
-    apart: Mapping[str, Item]
-    """What stands in no stack, under its name in the rest."""
+    rest: Mapping[str, Item]
+    """Tensors that are in no stack, by their names in the rest."""
     keys: Mapping[str, tuple[str, ...]]
-    """All keys of one module, by its path."""
+    """Module path → all keys of its tensors."""
     sizes: Mapping[str, tuple[int, int, bool]]
     """Module path → d_in, d_out (0: only the base knows), whether it is an embedding."""
 
@@ -58,13 +57,14 @@ class Layout:
 def layout_of(
     config: Mapping[str, Any],
     header: Header,
-    apart: Collection[str] | None,
+    unstacked: Collection[str] | None,
     where: str,
     drop: Collection[str] = (),
 ) -> Layout:
     """The layout of an adapter with this PEFT config and these tensors.
 
-    `apart`: the keys that stand in no stack; None when nobody decided yet: then those that aren't low-rank pairs of one dtype.
+    Args:
+        unstacked: the keys that are in no stack; None to choose them: all but low-rank pairs of one dtype.
 
     Raises:
         ExpertError: as `to_contents` does.
@@ -80,25 +80,26 @@ def layout_of(
         key_a, key_b = named.get(id(update.A)), named.get(id(update.B))
         if key_a is None or key_b is None or update.rank == 0 or update.A.dtype != update.B.dtype:
             continue
-        if apart is not None and key_a in apart and key_b in apart:
+        if unstacked is not None and key_a in unstacked and key_b in unstacked:
             continue
         dtype, widths = update.A.dtype, (update.d_in, update.d_out)
         name = str(dtype).removeprefix("torch.")
         down, up = f"{path}.lora_A.{name}", f"{path}.lora_B.{name}"
         pairs[path] = Pair(len(pairs), key_a, key_b, update.rank, dtype, down, up, widths)
-    spots = {p.key_a: (p, False) for p in pairs.values()} | {p.key_b: (p, True) for p in pairs.values()}
+    stacked = {p.key_a: (p, False) for p in pairs.values()} | {p.key_b: (p, True) for p in pairs.values()}
     copies = {name: named[id(tensor)] for name, tensor in contents.base_copies.items()}
     sizes = {path: (u.d_in, u.d_out, u.embedding) for path, u in contents.updates.items()}
-    beside = {f"{PEFT_WEIGHTS}/{key}": item for key, item in header.items.items() if key not in spots}
-    return Layout(
-        header, contents.updates, copies, pairs, spots, beside, _by_module(header, sizes, where), sizes
-    )
+    rest = {f"{PEFT_WEIGHTS}/{key}": item for key, item in header.items.items() if key not in stacked}
+    keys = _keys_by_module(header, sizes, where)
+    return Layout(header, contents.updates, copies, pairs, stacked, rest, keys, sizes)
 
 
-def _by_module(header: Header, paths: Collection[str], where: str) -> dict[str, tuple[str, ...]]:
-    """The keys of each module: those that begin with its path, and with no longer one; and those that several modules share."""
+def _keys_by_module(header: Header, paths: Collection[str], where: str) -> dict[str, tuple[str, ...]]:
+    """The keys of each module: of tensors below its path, but not below a longer one, and of tensors that modules share."""
     found: dict[str, list[str]] = {path: [] for path in paths}
-    parts: dict[str, list[list[str]]] = {}  # of a parameter that holds the layers of several experts
+    parts: dict[
+        str, list[list[str]]
+    ] = {}  # 3-D parameters of a mixture, each with the layers of several experts
     for path in paths:
         if (owner := owner_of(path)) is not None:
             parts.setdefault(owner, []).append(found[path])

@@ -1,19 +1,20 @@
-"""Opening a packed pool: from its manifest to experts, with every header, shape and row checked and no value read."""
+"""Open a packed pool: every header, shape and row number is checked, and no tensor is read."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.data_signature import StoredSignature
+from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_header import Header, Item, parse_header, read_header
 from phatgoose.experts.folder import read_record
 from phatgoose.experts.gates import check_gates_metadata
@@ -26,21 +27,32 @@ from phatgoose.experts.names import (
     REST_FILE,
     SIGNATURE_FILE,
 )
-from phatgoose.experts.packed.expert import PackedExpert, Source, gate_stack, packed_expert
+from phatgoose.experts.packed.expert import PackedExpert, PackedSource, gate_stack, packed_expert
 from phatgoose.experts.packed.layout import Layout, layout_of
 from phatgoose.experts.packed.stack_file import StackFile
-from phatgoose.files import open_regular
 from phatgoose.ops.update import sizes_agree
-from phatgoose.strict_json import parse_json
 
 STACKS_FILE = re.compile(r"packed/stacks-[0-9]{1,9}\.safetensors")
 SMALL_BYTES = 64 * 2**20
-"""What a file that is read whole has at most: a config, a record, a header."""
+"""The largest config, record or header that is read."""
 
 
-class PackedFolder:
-    """A packed pool's folder. Experts that look alike share one layout, so that opening hundreds takes no longer than reading
-    their small files.
+class _GateLayout(NamedTuple):
+    """What the gates of experts with one layout have in common."""
+
+    numbers: dict[str, int]
+    """Module path → number of its gate among those in stacks."""
+    last: list[int]
+    """The last row that each of these may have."""
+    rest: dict[str, Item]
+    """The gates that are in no stack, by their names in the rest."""
+
+
+class PackedPoolReader:
+    """Makes experts of a packed pool's folder.
+
+    Experts of one config and one header share their layout, so that opening hundreds takes no longer than reading their
+    small files.
 
     Raises:
         PoolError: the manifest's index, or the file of stacks, is not what it should be.
@@ -68,55 +80,58 @@ class PackedFolder:
             self.used[name] = rows
         self._headers: dict[bytes, Header] = {}
         self._layouts: dict[Any, tuple[Mapping[str, Any], Layout, list[int]]] = {}
-        self._gate_layouts: dict[Any, tuple[dict[str, int], list[int], dict[str, Item]]] = {}
+        self._gate_layouts: dict[Any, _GateLayout] = {}
 
-    def expert(self, place: Path, entry: Mapping[str, Any]) -> PackedExpert:
-        """The expert of one of the manifest's entries, whose folder is `place`.
+    def expert(self, folder: SafeFolder, entry: Mapping[str, Any]) -> PackedExpert:
+        """The expert of one of the manifest's entries, with its folder.
 
         Raises:
             PoolError, ExpertError: naming the file, what was expected and what was found.
         """
-        spots = entry["packed"]
-        if not isinstance(spots, dict) or not isinstance(spots.get("files"), dict):
+        packed = entry["packed"]
+        if not isinstance(packed, dict) or not isinstance(packed.get("files"), dict):
             raise PoolError(f"{self._where}: expert {entry['name']!r} lacks its rows or its files' hashes.")
-        files = {**entry["files"], **spots["files"]}
-        record = _record(place, files, self._small(place, RECORD_FILE, files))
-        provenance = record.get("provenance", {})
+        hashes = {**entry["files"], **packed["files"]}
+        provenance = self._record(folder, hashes).get("provenance", {})
         drop = check_drop(provenance.get("dropped", ()))
-        rest = read_header(place / REST_FILE, PoolError)[1] if REST_FILE in files else None
-        config, layout, last = self._layout(place, files, rest, drop)
-        name = f"{self._where}: expert {entry['name']!r}"
-        starts = expand(spots.get("rows"), last, f"{name}: rows")
-        gates, gate_index, gate_last, gates_apart = self._gates(place, files, layout, rest)
-        gate_rows = expand(spots.get("gates", []), gate_last, f"{name}: gates")
-        _check_rest(place, {**layout.apart, **gates_apart} if gates_apart else layout.apart, rest)
-        source = Source(
-            self.file, place, config, layout, starts, gates, gate_index, gate_rows, dict(entry["files"]), drop
+        rest = folder.read_header(REST_FILE)[1] if REST_FILE in hashes else None
+        where = f"{self._where}: expert {entry['name']!r}"
+        config, layout, last = self._layout(folder, hashes, rest, drop)
+        starts = expand_runs(packed.get("rows"), last, f"{where}: rows")
+        gates, found = self._gates(folder, hashes, layout, rest)
+        gate_rows = expand_runs(packed.get("gates", []), found.last, f"{where}: gates")
+        _check_rest(folder.path, {**layout.rest, **found.rest} if found.rest else layout.rest, rest)
+        source = PackedSource(
+            self.file,
+            folder.path,
+            config,
+            layout,
+            starts,
+            gates,
+            found.numbers,
+            gate_rows,
+            dict(entry["files"]),
+            drop,
         )
         signature = None
-        if SIGNATURE_FILE in files:
-            path = place / SIGNATURE_FILE
+        if SIGNATURE_FILE in hashes:
+            path = folder.path / SIGNATURE_FILE
             header = read_header(path)[1]
-            signature = StoredSignature(path, header, files.get(PEFT_WEIGHTS, ""), files[SIGNATURE_FILE])
+            signature = StoredSignature(path, header, hashes.get(PEFT_WEIGHTS, ""), hashes[SIGNATURE_FILE])
         return packed_expert(entry["name"], source, provenance, signature)
 
     def _layout(
-        self, place: Path, files: Mapping[str, str], rest: Header | None, drop: tuple[str, ...]
+        self, folder: SafeFolder, hashes: Mapping[str, str], rest: Header | None, drop: tuple[str, ...]
     ) -> tuple[Mapping[str, Any], Layout, list[int]]:
         """The config, the layout, and the last row at which each of its pairs may begin."""
-        raw_config = self._small(place, CONFIG_FILE, files)
-        raw = self._small(place, HEADERS[PEFT_WEIGHTS], files)
-        apart = _of_file(rest, PEFT_WEIGHTS)
-        key = (raw_config, raw, apart, drop)
+        raw_config = self._read(folder, CONFIG_FILE, hashes)
+        raw = self._read(folder, HEADERS[PEFT_WEIGHTS], hashes)
+        unstacked = _unstacked(rest, PEFT_WEIGHTS)
+        key = (raw_config, raw, unstacked, drop)
         if key not in self._layouts:
-            try:
-                config = parse_json(raw_config)
-            except (ValueError, RecursionError) as cause:
-                raise ExpertError(f"{place / CONFIG_FILE} is not readable as JSON: {cause}") from cause
-            if not isinstance(config, dict):
-                raise ExpertError(f"{place / CONFIG_FILE} holds {type(config).__name__}, expected an object.")
-            header = parse_header(raw, str(place / HEADERS[PEFT_WEIGHTS]), known=self._headers)
-            layout = layout_of(config, header, apart, str(place), drop)
+            config = SafeFolder(folder.path).parse_object(CONFIG_FILE, raw_config)
+            header = parse_header(raw, str(folder.path / HEADERS[PEFT_WEIGHTS]), known=self._headers)
+            layout = layout_of(config, header, unstacked, str(folder.path), drop)
             last = []
             for pair in layout.pairs.values():
                 last.append(self._last_row(pair.down, pair.widths[0], pair.dtype, pair.rank))
@@ -127,28 +142,28 @@ class PackedFolder:
         return self._layouts[key]
 
     def _gates(
-        self, place: Path, files: Mapping[str, str], layout: Layout, rest: Header | None
-    ) -> tuple[Header | None, dict[str, int], list[int], dict[str, Item]]:
-        """The gates' header; of those in stacks, path → number and the last row each may have; and those apart."""
-        if GATES_FILE not in files:
-            return None, {}, [], {}
-        path = place / HEADERS[GATES_FILE]
-        header = parse_header(self._small(place, HEADERS[GATES_FILE], files), str(path), known=self._headers)
-        check_gates_metadata(header.metadata, place / GATES_FILE, files.get(PEFT_WEIGHTS, ""))
-        apart = _of_file(rest, GATES_FILE)
-        key = (id(header.items), id(layout), apart)
+        self, folder: SafeFolder, hashes: Mapping[str, str], layout: Layout, rest: Header | None
+    ) -> tuple[Header | None, _GateLayout]:
+        """The header that gates.safetensors had, and where its gates are."""
+        if GATES_FILE not in hashes:
+            return None, _GateLayout({}, [], {})
+        path = folder.path / HEADERS[GATES_FILE]
+        header = parse_header(self._read(folder, HEADERS[GATES_FILE], hashes), str(path), known=self._headers)
+        check_gates_metadata(header.metadata, folder.path / GATES_FILE, hashes.get(PEFT_WEIGHTS, ""))
+        unstacked = _unstacked(rest, GATES_FILE)
+        key = (id(header.items), id(layout), unstacked)
         if key not in self._gate_layouts:
-            check_gate_shapes(path, header, layout)
-            stacked = sorted(name for name in header.items if name not in apart)
+            _check_gate_shapes(path, header, layout)
+            stacked = sorted(name for name in header.items if name not in unstacked)
             last = [
                 self._last_row(gate_stack(n), header.items[n].shape[0], torch.float32, 1) for n in stacked
             ]
-            beside = {f"{GATES_FILE}/{n}": item for n, item in header.items.items() if n in apart}
-            self._gate_layouts[key] = {n: i for i, n in enumerate(stacked)}, last, beside
-        return header, *self._gate_layouts[key]
+            beside = {f"{GATES_FILE}/{n}": item for n, item in header.items.items() if n in unstacked}
+            self._gate_layouts[key] = _GateLayout({n: i for i, n in enumerate(stacked)}, last, beside)
+        return header, self._gate_layouts[key]
 
     def _last_row(self, name: str, width: int, dtype: torch.dtype, rows: int) -> int:
-        """The last row of a stack at which `rows` rows in use may begin, once it is there in this width and dtype."""
+        """The last row at which `rows` rows in use of a stack may begin; refuses a stack of another width or dtype."""
         stack = self.file.stacks.get(name)
         if stack is None or stack.shape[1] != width or stack.dtype != dtype:
             raise PoolError(
@@ -157,27 +172,31 @@ class PackedFolder:
             )
         return self.used.get(name, 0) - rows
 
-    def _small(self, place: Path, name: str, files: Mapping[str, str]) -> bytes:
-        """A file that is read whole; b"" if none is listed. Its sha256 is compared unless the caller said not to."""
-        if name not in files:
-            if name in (RECORD_FILE, GATES_FILE):
-                return b""
-            raise PoolError(f"{place}: the pool's manifest lists no {name}.")
-        with open_regular(place / name, PoolError) as (file, size):
-            if size > SMALL_BYTES:
+    def _record(self, folder: SafeFolder, hashes: Mapping[str, str]) -> dict[str, Any]:
+        """expert.json, or {} if none is listed; its hashes must be those of the files that were packed."""
+        if RECORD_FILE not in hashes or not self._read(folder, RECORD_FILE, hashes):
+            return {}
+        record = read_record(SafeFolder(folder.path))
+        for key, name in _RECORDED.items():
+            if key in record and record[key] != hashes.get(name):
                 raise PoolError(
-                    f"{place / name} is {size} bytes; a file of its kind has at most {SMALL_BYTES}."
+                    f"{folder.path / RECORD_FILE}: {key} is {brief(record[key])}, and the pool's manifest has {brief(hashes.get(name))}."
                 )
-            data = file.read(SMALL_BYTES)
-        if self.verify and (found := hashlib.sha256(data).hexdigest()) != files[name]:
-            raise PoolError(
-                f"{place / name} is damaged or was changed: expected sha256 {files[name]}, found {found}."
-            )
-        return data
+        return record
+
+    def _read(self, folder: SafeFolder, name: str, hashes: Mapping[str, str]) -> bytes:
+        """A small file, compared with its sha256 unless the caller asked not to verify."""
+        if name not in hashes:
+            raise PoolError(f"{folder.path}: the pool's manifest lists no {name}.")
+        return folder.read_bytes(name, SMALL_BYTES, hashes[name] if self.verify else None)
 
 
-def expand(runs: Any, last: Sequence[int], where: str) -> list[int]:
-    """[[row, n], …] → n times row, …: a row number for each of `last`, and none beyond it."""
+_RECORDED = {"adapter_sha256": PEFT_WEIGHTS, "gates_sha256": GATES_FILE, "signature_sha256": SIGNATURE_FILE}
+"""Fields of expert.json with the sha256 of files beside it."""
+
+
+def expand_runs(runs: Any, last: Sequence[int], where: str) -> list[int]:
+    """Row numbers from their run lengths, [[row, n], …] → n times row, …: one for each of `last`, and none beyond it."""
     found: list[int] = []
     listed: list[Any] = runs if isinstance(runs, list) else [runs]
     for run in listed:
@@ -193,42 +212,18 @@ def expand(runs: Any, last: Sequence[int], where: str) -> list[int]:
     return found
 
 
-def runs(rows: list[int]) -> list[list[int]]:
-    """The reverse of `expand`."""
-    found: list[list[int]] = []
-    for row in rows:
-        if found and found[-1][0] == row:
-            found[-1][1] += 1
-        else:
-            found.append([row, 1])
-    return found
+def to_runs(rows: list[int]) -> list[list[int]]:
+    """The reverse of `expand_runs`."""
+    return [[row, len(list(same))] for row, same in itertools.groupby(rows)]
 
 
-def _record(place: Path, files: Mapping[str, str], raw: bytes) -> dict[str, Any]:
-    """expert.json, whose hashes must be those of the files that were packed."""
-    if not raw:
-        return {}
-    record = read_record(place)
-    written = (
-        ("adapter_sha256", PEFT_WEIGHTS),
-        ("gates_sha256", GATES_FILE),
-        ("signature_sha256", SIGNATURE_FILE),
-    )
-    for key, name in written:
-        if key in record and record[key] != files.get(name):
-            raise PoolError(
-                f"{place / RECORD_FILE}: {key} is {brief(record[key])}, and the pool's manifest has {brief(files.get(name))}."
-            )
-    return record
-
-
-def _of_file(rest: Header | None, name: str) -> frozenset[str]:
-    """The keys of adapter_model.safetensors or gates.safetensors that stand in the rest."""
+def _unstacked(rest: Header | None, name: str) -> frozenset[str]:
+    """The keys of adapter_model.safetensors or gates.safetensors (`name`) that are in the rest, not in a stack."""
     keys = rest.items if rest is not None else ()
     return frozenset(k.removeprefix(f"{name}/") for k in keys if k.startswith(f"{name}/"))
 
 
-def check_gate_shapes(path: Path, header: Header, layout: Layout) -> None:
+def _check_gate_shapes(path: Path, header: Header, layout: Layout) -> None:
     """Refuses gates that aren't one vector for each adapted module, of its size."""
     if header.items.keys() != layout.sizes.keys():
         odd = sorted(header.items.keys() ^ layout.sizes.keys())[0]
@@ -243,7 +238,7 @@ def check_gate_shapes(path: Path, header: Header, layout: Layout) -> None:
 
 
 def _check_rest(place: Path, expected: Mapping[str, Item], rest: Header | None) -> None:
-    """What stands in no stack stands in the rest, as it was; and nothing else does."""
+    """Refuses a rest that doesn't hold just the tensors that are in no stack, with their dtypes and shapes."""
     found = {} if rest is None else rest.items
     for key in expected.keys() | found.keys():
         one, other = expected.get(key), found.get(key)

@@ -1,37 +1,58 @@
-"""Packing a pool on disk and unpacking it again, and adding to a packed one without rewriting the rest.
+"""Pack a pool's folder into one file of stacks, unpack it again, and append an expert to a packed pool.
 
-Whatever is written stands on disk, and was read back and compared, before the manifest that names it: a killed process leaves
-the old pool or the new one.
+Everything is written, synced to disk, read back and compared before the manifest that names it: a process that is killed
+leaves either the old pool or the new one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from phatgoose.errors import PoolError
-from phatgoose.experts.files.safetensors_file import check_finite
-from phatgoose.experts.manifest import FORMAT_VERSION, PACKED_VERSION, inside, lock, read_manifest, sweep
-from phatgoose.experts.names import HEADERS, MANIFEST, PEFT_WEIGHTS
-from phatgoose.experts.packed.expert import PackedExpert, Source
-from phatgoose.experts.packed.open import PackedFolder
-from phatgoose.experts.packed.parts import keep_beside, parts_of, shapes_of, write_rows
-from phatgoose.experts.packed.stack_file import create_stacks, writing
+from phatgoose.experts.adapters.peft_rules import check_drop
+from phatgoose.experts.files.safe_folder import SafeFolder
+from phatgoose.experts.files.safetensors_file import check_finite, read_tensor_file, write_tensors
+from phatgoose.experts.files.safetensors_header import Header, read_header
+from phatgoose.experts.folder import read_record
+from phatgoose.experts.manifest import (
+    FORMAT_VERSION,
+    PACKED_VERSION,
+    expert_folder,
+    lock,
+    read_manifest,
+    sweep,
+)
+from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, MANIFEST, PEFT_WEIGHTS, REST_FILE
+from phatgoose.experts.packed.expert import PackedExpert, PackedSource, gate_stack
+from phatgoose.experts.packed.layout import Layout, layout_of
+from phatgoose.experts.packed.open import SMALL_BYTES, PackedPoolReader, to_runs
+from phatgoose.experts.packed.stack_file import StackShape, StackWriter, create_stacks, writing
 from phatgoose.experts.pool import Pool
-from phatgoose.files import write_json
+from phatgoose.files import sha256_file, write_bytes, write_json
 
 SPARE = 0.5
-"""Room for further rows, as a share of those there."""
+"""Room for further rows, as a share of the rows there are."""
+_ROUND = 64
 
 
 def pack(folder: str | Path, spare: float = SPARE) -> dict[str, str]:
-    """Packs a pool's experts into one file of stacks; of a packed pool, everything again, without the rows of removed experts.
+    """Packs a pool's experts into one file of stacks; a packed pool is packed anew, without the rows of removed experts.
 
-    `spare`: room for further rows as a share of those there; it takes no space on disk before it is used.
-    Returns: the experts that stay as they are, folders beside the packed ones, and why.
+    Args:
+        spare: room for further rows, as a share of the rows there are. It takes no space on disk before it is used.
+
+    Returns: the experts that stay folders beside the packed ones, and why.
 
     Raises:
         PoolError, ExpertError: an expert is damaged, the pool is empty, or `spare` is negative; nothing is changed.
@@ -43,11 +64,11 @@ def pack(folder: str | Path, spare: float = SPARE) -> dict[str, str]:
     with lock(folder):
         manifest = read_manifest(folder)
         _pack(folder, manifest, spare)
-        return {e["name"]: why for e in manifest["experts"] if (why := _why_not(e))}
+        return {e["name"]: why for e in manifest["experts"] if (why := _why_unpackable(e))}
 
 
 def unpack(folder: str | Path) -> None:
-    """Makes a packed pool one folder an expert again, every file and the manifest as they were before packing, to the byte.
+    """Makes a packed pool one folder an expert again. Every file and the manifest are as before packing, to the byte.
 
     Raises:
         PoolError: it isn't packed, or a file wouldn't come out as it was; nothing is changed.
@@ -57,125 +78,48 @@ def unpack(folder: str | Path) -> None:
         manifest = read_manifest(folder)
         if "packed" not in manifest:
             raise PoolError(f"{folder} is not packed.")
-        opened, written = PackedFolder(folder, manifest), list[Path]()
+        reader, written = PackedPoolReader(folder, manifest), list[Path]()
         try:
-            for entry in _packed(manifest):
-                place = inside(folder, entry["folder"])
-                source = opened.expert(place, entry).source
-                for name in _files(source.hashes):
-                    source.write(name, place)
-                    written.append(place / name)
+            for entry in manifest["experts"]:
+                if "packed" in entry:
+                    source = reader.expert(expert_folder(folder, entry), entry).source
+                    for name in _stacked_files(source.hashes):
+                        source.write(name, source.folder)
+                        written.append(source.folder / name)
         except BaseException:
             for path in written:
                 path.unlink(missing_ok=True)
             raise
-        plain = [{k: v for k, v in e.items() if k != "packed"} for e in manifest["experts"]]
-        manifest = {k: v for k, v in manifest.items() if k != "packed"} | {
-            "version": FORMAT_VERSION,
-            "experts": plain,
-        }
-        write_json(folder / MANIFEST, manifest)
-        sweep(folder, manifest)
+        entries = [{k: v for k, v in e.items() if k != "packed"} for e in manifest["experts"]]
+        plain = {k: v for k, v in manifest.items() if k != "packed"}
+        plain |= {"version": FORMAT_VERSION, "experts": entries}
+        write_json(folder / MANIFEST, plain)
+        sweep(folder, plain)
 
 
 def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """Adds an expert, whose folder stands below a packed pool and isn't in its manifest yet. The caller holds the lock.
+    """Adds an expert to a packed pool: its folder is there, its entry not yet in the manifest. The caller holds the lock.
 
-    Only its rows are written, into the spare room; where that is too small, everything is packed again with more.
+    Its rows are written into the spare room; if that is too small, everything is packed again with more.
     """
-    if _why_not(entry):
-        write_json(folder / MANIFEST, {**manifest, "experts": [*manifest["experts"], entry]})
-        return
-    opened = PackedFolder(folder, manifest, verify=False)
-    place = inside(folder, entry["folder"])
-    parts = parts_of(place, entry, None)
-    used = dict(opened.used)
     whole = {**manifest, "experts": [*manifest["experts"], entry]}
-    if any(
-        used.get(name, 0) + shape.rows > opened.file.capacity(name)
-        or (shape.dtype, shape.width) != (opened.file.stacks[name].dtype, opened.file.stacks[name].shape[1])
-        for name, shape in shapes_of([parts], 0, rounded=False).items()
-    ):
+    if _why_unpackable(entry):
+        write_json(folder / MANIFEST, whole)
+        return
+    reader = PackedPoolReader(folder, manifest, verify=False)
+    expert = _read_input(expert_folder(folder, entry), entry, None)
+    if not _has_room(reader, stack_shapes([expert])):
         _pack(folder, whole, SPARE)
         return
-    try:
-        with writing(opened.file.path) as writer:
-            spots = write_rows(parts, writer, used)
-        added = {**entry, "packed": spots | {"files": keep_beside(place, parts)}}
-        index = {**manifest["packed"], "used": used}
-        whole = {**manifest, "experts": [*manifest["experts"], added], "packed": index}
-        _check_bytes(PackedFolder(folder, whole).expert(place, added).source)
-    except BaseException:
-        sweep(folder, manifest, [entry])
-        raise
+    used = dict(reader.used)
+    with _swept_on_error(folder, manifest, [entry]):
+        with writing(reader.file.path) as writer:
+            added = _write_expert(expert, entry, writer, used)
+        packed = {**manifest["packed"], "used": used}
+        whole = {**manifest, "experts": [*manifest["experts"], added], "packed": packed}
+        check_bytes(PackedPoolReader(folder, whole).expert(expert.folder, added).source)
     write_json(folder / MANIFEST, whole)
     sweep(folder, whole)
-
-
-def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
-    """Writes all experts of the manifest, packed or not, into a new file, then the manifest that names it."""
-    opened = PackedFolder(folder, manifest) if "packed" in manifest else None
-    fit = [e for e in manifest["experts"] if not _why_not(e)]
-    if not fit:
-        named = "".join(f": {e['name']!r} {_why_not(e)}" for e in manifest["experts"][:1])
-        raise PoolError(f"{folder} has no expert that can be packed{named}.")
-    places = {e["name"]: inside(folder, e["folder"]) for e in fit}
-    path = folder / "packed" / f"stacks-{_next_number(folder)}.safetensors"
-    try:
-        shapes = shapes_of((parts_of(places[e["name"]], e, opened) for e in fit), spare)
-        create_stacks(path, shapes)
-        used: dict[str, int] = {}
-        entries: dict[str, dict[str, Any]] = {}
-        with writing(path) as writer:
-            for entry in fit:  # one at a time: a large pool's tensors don't fit into memory
-                parts = parts_of(places[entry["name"]], entry, opened)
-                spots = write_rows(parts, writer, used)
-                kept = keep_beside(places[entry["name"]], parts)
-                entries[entry["name"]] = {**entry, "packed": spots | {"files": kept}}
-        index = {"file": str(path.relative_to(folder)), "used": used}
-        whole = [entries.get(e["name"], e) for e in manifest["experts"]]
-        packed = {**manifest, "version": PACKED_VERSION, "experts": whole, "packed": index}
-        check = PackedFolder(folder, packed)
-        experts = [check.expert(places[name], entry) for name, entry in entries.items()]
-        for expert in experts:
-            _check_bytes(expert.source)
-        Pool(experts)
-    except BaseException:
-        sweep(folder, manifest)
-        raise
-    write_json(folder / MANIFEST, packed)
-    sweep(folder, packed)
-
-
-def _why_not(entry: Mapping[str, Any]) -> str:
-    """Why an expert can't be packed, or ""."""
-    return (
-        ""
-        if PEFT_WEIGHTS in entry["files"]
-        else "is an adapter in AdapterHub's format, which has no low-rank rows"
-    )
-
-
-def _next_number(folder: Path) -> int:
-    there = (re.fullmatch(r"stacks-(\d{1,9})\.safetensors", p.name) for p in (folder / "packed").glob("*"))
-    return max((int(m[1]) for m in there if m), default=0) + 1
-
-
-def _files(hashes: Mapping[str, str]) -> list[str]:
-    return [name for name in HEADERS if name in hashes]
-
-
-def _packed(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [entry for entry in manifest["experts"] if "packed" in entry]
-
-
-def _check_bytes(source: Source) -> None:
-    """Compares the sha256 of what the stacks give back with the manifest's."""
-    for name in _files(source.hashes):
-        digest = hashlib.sha256()
-        for piece in source.original(name):
-            digest.update(piece)
-        source.check(name, digest.hexdigest())
 
 
 def check_packed(expert: PackedExpert) -> None:
@@ -184,9 +128,204 @@ def check_packed(expert: PackedExpert) -> None:
     Raises:
         PoolError, ExpertError: what is damaged.
     """
-    _check_bytes(expert.source)
+    check_bytes(expert.source)
     if expert.signature is not None:
         _ = expert.signature.texts  # reads and checks all of it
     for values in (expert.tensors, expert.gates or {}):
         for key, tensor in values.items():
             check_finite(tensor, f"expert {expert.name!r} ({expert.folder}): {key}")
+
+
+def check_bytes(source: PackedSource) -> None:
+    """Compares the files that the stacks give back with their sha256 in the manifest."""
+    for name in _stacked_files(source.hashes):
+        digest = hashlib.sha256()
+        for piece in source.original(name):
+            digest.update(piece)
+        source.check(name, digest.hexdigest())
+
+
+def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
+    """Writes all experts of the manifest, packed or not, into a new file, then the manifest that names it."""
+    reader = PackedPoolReader(folder, manifest) if "packed" in manifest else None
+    entries = {e["name"]: e for e in manifest["experts"] if not _why_unpackable(e)}
+    if not entries:
+        named = "".join(f": {e['name']!r} {_why_unpackable(e)}" for e in manifest["experts"][:1])
+        raise PoolError(f"{folder} has no expert that can be packed{named}.")
+    folders = {name: expert_folder(folder, entry) for name, entry in entries.items()}
+
+    def inputs() -> Iterator[PackInput]:  # one at a time: a large pool's tensors don't fit into memory
+        return (_read_input(folders[name], entry, reader) for name, entry in entries.items())
+
+    path = folder / "packed" / f"stacks-{_next_number(folder)}.safetensors"
+    with _swept_on_error(folder, manifest):
+        create_stacks(path, stack_shapes(inputs(), spare))
+        used: dict[str, int] = {}
+        with writing(path) as writer:
+            pairs = zip(entries.items(), inputs(), strict=True)
+            added = {name: _write_expert(expert, entry, writer, used) for (name, entry), expert in pairs}
+        index = {"file": str(path.relative_to(folder)), "used": used}
+        whole = [added.get(e["name"], e) for e in manifest["experts"]]
+        packed = {**manifest, "version": PACKED_VERSION, "experts": whole, "packed": index}
+        written = PackedPoolReader(folder, packed)
+        experts = [written.expert(folders[name], entry) for name, entry in added.items()]
+        for expert in experts:
+            check_bytes(expert.source)
+        Pool(experts)  # refuses experts that don't go together
+    write_json(folder / MANIFEST, packed)
+    sweep(folder, packed)
+
+
+@contextmanager
+def _swept_on_error(
+    folder: Path, manifest: Mapping[str, Any], before: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[None]:
+    """On an error, deletes what was written so far: all that the old manifest doesn't need."""
+    try:
+        yield
+    except BaseException:
+        sweep(folder, manifest, before)
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class PackInput:
+    """One expert on its way into a file of stacks."""
+
+    folder: SafeFolder
+    layout: Layout
+    gates: Header | None
+    gate_paths: Sequence[str]
+    """Modules whose gates go into a stack, sorted."""
+    tensor: Callable[[str], Tensor]
+    gate: Callable[[str], Tensor]
+    headers: Mapping[str, bytes]
+    packed_files: Mapping[str, str] | None
+    """sha256 of the headers and the rest, where they are written already."""
+
+
+def _read_input(folder: SafeFolder, entry: Mapping[str, Any], reader: PackedPoolReader | None) -> PackInput:
+    """An expert from its own folder or, if it is packed, from the pool's file; tensors are read when they are used."""
+    if reader is not None and "packed" in entry:
+        source = reader.expert(folder, entry).source
+        files = entry["packed"]["files"]
+        return PackInput(
+            folder,
+            source.layout,
+            source.gates,
+            sorted(source.gate_index),
+            source.tensor,
+            source.raw_gate,
+            {},
+            files,
+        )
+    path = folder.path
+    drop = check_drop(read_record(SafeFolder(path)).get("provenance", {}).get("dropped", ()))
+    raw, header = read_header(path / PEFT_WEIGHTS)
+    config = SafeFolder(path, links_checked=True).read_json(CONFIG_FILE, SMALL_BYTES)
+    layout = layout_of(config, header, None, str(path), drop)
+    headers, gates, gate_paths = {PEFT_WEIGHTS: raw}, None, list[str]()
+    if GATES_FILE in entry["files"]:
+        headers[GATES_FILE], gates = read_header(path / GATES_FILE)
+        gate_paths = sorted(
+            p for p, item in gates.items.items() if item.dtype == torch.float32 and item.end > item.begin
+        )
+    weights, vectors = (cache(partial(read_tensor_file, path / name, empty=True)) for name in HEADERS)
+    return PackInput(
+        folder,
+        layout,
+        gates,
+        gate_paths,
+        lambda k: weights().tensors[k],
+        lambda p: vectors().tensors[p],
+        headers,
+        None,
+    )
+
+
+def stack_shapes(experts: Iterable[PackInput], spare: float | None = None) -> dict[str, StackShape]:
+    """The stacks these experts need: a module's A and B one after the other, all gates at the end.
+
+    Args:
+        spare: room for further rows, as a share; None for just the rows there are.
+    """
+    low: dict[str, StackShape] = {}
+    gates: dict[str, StackShape] = {}
+    for expert in experts:
+        for pair in expert.layout.pairs.values():
+            for name, width in zip((pair.down, pair.up), pair.widths, strict=True):
+                rows = pair.rank + (low[name].rows if name in low else 0)
+                low[name] = StackShape(pair.dtype, rows, width)
+        items = {} if expert.gates is None else expert.gates.items
+        for path in expert.gate_paths:
+            name, width = gate_stack(path), items[path].shape[0]
+            gates[name] = StackShape(torch.float32, 1 + (gates[name].rows if name in gates else 0), width)
+
+    def room(rows: int) -> int:
+        return rows if spare is None else math.ceil(int(rows * (1 + spare)) / _ROUND) * _ROUND
+
+    return {name: StackShape(s.dtype, room(s.rows), s.width) for name, s in (low | gates).items()}
+
+
+def _has_room(reader: PackedPoolReader, shapes: Mapping[str, StackShape]) -> bool:
+    """Whether a packed pool's stacks have room for rows of these shapes."""
+    stacks = reader.file.stacks
+    return all(
+        reader.used.get(name, 0) + shape.rows <= reader.file.capacity(name)
+        and (shape.dtype, shape.width) == (stacks[name].dtype, stacks[name].shape[1])
+        for name, shape in shapes.items()
+    )
+
+
+def _write_expert(
+    expert: PackInput, entry: Mapping[str, Any], writer: StackWriter, used: dict[str, int]
+) -> dict[str, Any]:
+    """Writes an expert's rows past those in use, and its other files; returns its manifest entry and counts `used` on."""
+    starts, rows = [], []
+    for pair in expert.layout.pairs.values():
+        start = used.get(pair.down, 0)
+        writer.put(pair.down, start, expert.tensor(pair.key_a))
+        writer.put(pair.up, start, expert.tensor(pair.key_b).T)
+        used[pair.down] = start + pair.rank
+        starts.append(start)
+    for path in expert.gate_paths:
+        row = used.get(gate_stack(path), 0)
+        writer.put(gate_stack(path), row, expert.gate(path)[None])
+        used[gate_stack(path)] = row + 1
+        rows.append(row)
+    packed = {"rows": to_runs(starts), "gates": to_runs(rows), "files": _write_rest(expert)}
+    return {**entry, "packed": packed}
+
+
+def _write_rest(expert: PackInput) -> dict[str, str]:
+    """Writes headers and the tensors that are in no stack into the expert's own folder; returns the files' sha256."""
+    if expert.packed_files is not None:
+        return dict(expert.packed_files)
+    place = expert.folder.path
+    for name, raw in expert.headers.items():
+        write_bytes(place / HEADERS[name], raw)
+    rest = {name: expert.tensor(name.removeprefix(f"{PEFT_WEIGHTS}/")) for name in expert.layout.rest}
+    if expert.gates is not None:
+        stacked = set(expert.gate_paths)
+        rest |= {f"{GATES_FILE}/{p}": expert.gate(p) for p in expert.gates.items if p not in stacked}
+    names = [HEADERS[name] for name in expert.headers]
+    if rest:
+        write_tensors(place / REST_FILE, {key: tensor.clone() for key, tensor in rest.items()})
+        names.append(REST_FILE)
+    return {name: sha256_file(place / name) for name in names}
+
+
+def _why_unpackable(entry: Mapping[str, Any]) -> str:
+    """Why an expert can't be packed, or ""."""
+    in_peft = PEFT_WEIGHTS in entry["files"]
+    return "" if in_peft else "is an adapter in AdapterHub's format, which has no low-rank rows"
+
+
+def _next_number(folder: Path) -> int:
+    there = (re.fullmatch(r"stacks-(\d{1,9})\.safetensors", p.name) for p in (folder / "packed").glob("*"))
+    return max((int(m[1]) for m in there if m), default=0) + 1
+
+
+def _stacked_files(hashes: Mapping[str, str]) -> list[str]:
+    """Those of an expert's files that the stacks hold."""
+    return [name for name in HEADERS if name in hashes]

@@ -1,4 +1,4 @@
-"""The file of a packed pool: stacks of rows, mapped into memory to be read, written in place where nobody owns a row yet."""
+"""A packed pool's file: stacks of rows, mapped into memory to read, and written in place where rows are free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 
 
 class StackFile:
-    """Stacks [capacity, width] by name, mapped into memory: only pages that are used become resident. Don't write into them.
+    """Stacks [capacity, width] by name, mapped into memory: only pages that are used become resident.
+
+    Don't write into the tensors.
 
     Raises:
         PoolError: it is no whole file of stacks.
@@ -56,8 +58,8 @@ class StackFile:
         """How many rows a stack has room for; 0 if there is none of this name."""
         return self.stacks[name].shape[0] if name in self.stacks else 0
 
-    def let_go(self, names: Collection[str]) -> None:
-        """Gives back the memory of these stacks' pages; they are read from the file again where they are used again."""
+    def release(self, names: Collection[str]) -> None:
+        """Frees the memory of these stacks' pages; they are read from the file again when they are used again."""
         page = mmap.PAGESIZE
         for name in names:
             item = self.header.items[name]
@@ -82,16 +84,16 @@ def check_format(path: Path, header: Header) -> None:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a stack is to be: rows of `width` values."""
+class StackShape:
+    """The dtype and size of a stack."""
 
     dtype: torch.dtype
     rows: int
     width: int
 
 
-def create_stacks(path: Path, shapes: Mapping[str, Shape]) -> None:
-    """A new file of empty stacks in this order. It is sparse: rows that were never written take no space on disk."""
+def create_stacks(path: Path, shapes: Mapping[str, StackShape]) -> None:
+    """Makes a file of empty stacks in this order. It is sparse: rows that were never written take no space on disk."""
     items, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + shape.rows * shape.width * shape.dtype.itemsize
@@ -105,8 +107,8 @@ def create_stacks(path: Path, shapes: Mapping[str, Shape]) -> None:
             os.fsync(file.fileno())
 
 
-class Writer:
-    """Writes rows into a file of stacks, past those that anybody owns."""
+class StackWriter:
+    """Writes rows into a file of stacks."""
 
     def __init__(self, path: Path, handle: int):
         raw, self.header = read_header(path, PoolError)
@@ -127,18 +129,18 @@ class Writer:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Writer]:
-    """A Writer; when the block ends, everything is on disk."""
+def writing(path: Path) -> Iterator[StackWriter]:
+    """A StackWriter; when the block ends, everything is on disk."""
     with storage_errors(path):
         handle = os.open(path, os.O_RDWR)
         try:
-            yield Writer(path, handle)
+            yield StackWriter(path, handle)
             os.fsync(handle)
         finally:
             os.close(handle)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's values, row by row, as they stand in a safetensors file."""
+    """A tensor's values, row by row, as in a safetensors file."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]

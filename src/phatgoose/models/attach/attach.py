@@ -162,7 +162,7 @@ class Routing(RoutingState):
             offloaded = [site.fused for site in self.sites if isinstance(site.fused, OffloadedExperts)]
             whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, OffloadedExperts)]
             self.budget = Budget(offloaded, whole, options.device_bytes)
-        pool.let_go_of_gates()
+        pool.release_gates()
 
     @property
     def copied(self) -> dict[str, str]:

@@ -63,8 +63,9 @@ def placed(
     shared = any(update.shared is not None for update in expert.updates.values())
     if not names and not shared:
         return expert, {}
-    updates: Mapping[str, Update] = Renamed(expert.updates, names)
-    found = placed_expert(expert, names, updates)
+    paths = {names.get(path, path): path for path in expert.updates}
+    updates: Mapping[str, Update] = Renamed(expert.updates, paths)
+    found = placed_expert(expert, updates, paths if names else None)
     if names and expert.base_copies:
         copies = {_renamed_parameter(key, names, modules, model): t for key, t in expert.base_copies.items()}
         object.__setattr__(found, "base_copies", copies)

@@ -12,19 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.placed import placed_expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.moe.router_linear import RouterLinear
 from phatgoose.ops.update import Update
 
 _HALVES = ("gate_proj", "up_proj")
-_DERIVED = ("sizes", "hash")
 
 
 def unify_names(model: PreTrainedModel, pool: Pool, modules: Mapping[str, nn.Module]) -> Pool:
@@ -86,16 +85,7 @@ def _renamed(
                 )
             updates[name] = _sum(updates[name], part) if name in updates else part
             of[name] = path
-    values = {k: v for k, v in vars(expert).items() if k not in _DERIVED}
-    gates = expert.gates
-    values |= {
-        "updates": updates,
-        "gates": None if gates is None else {name: gates[path] for name, path in of.items()},
-        "signature": _signature(expert.signature, of),
-    }
-    made = object.__new__(Expert)  # not built anew: its tensors have their own names
-    vars(made).update(values)
-    return made
+    return placed_expert(expert, updates, of)
 
 
 def _sum(one: Update, other: Update) -> Update:
@@ -114,11 +104,3 @@ def _halves(expert: Expert, path: str, update: Update, slot: ExpertLinear) -> tu
         )
     parts = update.B.chunk(2) if slot.experts.is_concatenated else (update.B[::2], update.B[1::2])
     return replace(update, B=parts[0]), replace(update, B=parts[1])
-
-
-def _signature(signature: DataSignature | None, of: Mapping[str, str]) -> DataSignature | None:
-    """The same, with the activations of a layer that was split at both of its halves, which have the same input."""
-    if signature is None or signature.activations is None:
-        return signature
-    means: dict[str, Tensor] = {name: signature.activations[path] for name, path in of.items()}
-    return DataSignature(means, signature.texts, signature.encoder, signature.encoder_sha256)
