@@ -117,7 +117,7 @@ def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = Exper
         PhatgooseError: of the type `error`, with the number of such values.
     """
     bad = 0
-    for piece in tensor.detach().reshape(-1).split(_CHUNK):
+    for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
         wide = piece if piece.dtype.itemsize > 1 else piece.float()  # float8 knows no isfinite
         bad += int(wide.numel() - torch.isfinite(wide).sum())
     if bad:

@@ -180,7 +180,8 @@ def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
     class Meter(tqdm):
         def __init__(self, *args: Any, **settings: Any) -> None:
             self.received = 0
-            super().__init__(*args, **({} if shown else {"disable": True}) | settings)
+            options = ({} if shown else {"disable": True}) | settings
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]  # tqdm has no types
 
         def update(self, n: float | None = 1) -> bool | None:
             self.received += max(0, int(n or 0))
@@ -189,7 +190,8 @@ def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
                     f"{what}: the Hub lists {size} bytes, and {self.received} came without an end: the transfer breaks off "
                     "again and again, or sends something else. Try again later."
                 )
-            return super().update(n)
+            refreshed: bool | None = super().update(n)
+            return refreshed
 
     return Meter
 

@@ -72,7 +72,7 @@ class PackedSource:
     def tensor(self, key: str) -> Tensor:
         """A tensor of the adapter, under PEFT's key."""
         if key not in self.layout.stacked:
-            return self._rest.get_tensor(f"{PEFT_WEIGHTS}/{key}")
+            return self._from_rest(f"{PEFT_WEIGHTS}/{key}")
         pair, is_b = self.layout.stacked[key]
         a, b = self.rows(pair)
         return b.T if is_b else a
@@ -80,7 +80,7 @@ class PackedSource:
     def raw_gate(self, path: str) -> Tensor:
         """A gate as gates.safetensors had it, of whatever dtype."""
         if (index := self.gate_index.get(path)) is None:
-            return self._rest.get_tensor(f"{GATES_FILE}/{path}")
+            return self._from_rest(f"{GATES_FILE}/{path}")
         return self.file.stacks[gate_stack(path)][self.gate_rows[index]]
 
     def gate(self, path: str) -> Tensor:
@@ -104,6 +104,10 @@ class PackedSource:
             last = keys, to_contents(config, tensors, str(self.folder), self.drop).updates
             self.__dict__["_last"] = last
         return last[1][path]
+
+    def _from_rest(self, name: str) -> Tensor:
+        found: Tensor = self._rest.get_tensor(name)
+        return found
 
     @cached_property
     def _rest(self) -> Any:
