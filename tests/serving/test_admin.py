@@ -91,8 +91,14 @@ def test_experts_come_and_go(base, pool, fourth, wanted, tmp_path, kind):
         assert "d" in [m.id for m in server.client().models.list()]
         assert http.post("/admin/experts/c/off").json()["experts"][2]["on"] is False
         assert answer(server) == wanted["abd"][PROMPTS[0]]
-        with pytest.raises(openai.BadRequestError, match="'c' is switched off"):
-            answer(server, model="c")
+        for name in ("c", "single:c", "single:2"):
+            with pytest.raises(openai.NotFoundError, match="'c' is switched off") as refused:
+                answer(server, model=name)
+            assert refused.value.code == "model_not_found"
+            with pytest.raises(openai.NotFoundError, match="'c' is switched off"):
+                server.client().models.retrieve(name)
+            found = http.post("/tokenize", json={"model": name, "prompt": "a"})
+            assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_found")
         assert http.post("/admin/experts/c/on").status_code == 200
         assert http.delete("/admin/experts/d").status_code == 200
         assert answer(server) == wanted["abc"][PROMPTS[0]]
@@ -277,11 +283,11 @@ def test_what_is_changed_while_a_server_starts_or_changes_something_is_followed(
     add_to_folder(folder, others[0])
     service = Service(base, settings(), pool=read, folder=folder)
     service.settings.__dict__["follow_seconds"] = 0.05
-    prepared = service.experts.prepared
+    prepare = service.experts.prepare
 
     async def as_another_adds(pool, off):
-        state = await prepared(pool, off)
-        service.experts.prepared = prepared
+        state = await prepare(pool, off)
+        service.experts.prepare = prepare
         await asyncio.to_thread(add_to_folder, folder, others[1])  # which no server's lock keeps waiting
         return state
 
@@ -291,7 +297,7 @@ def test_what_is_changed_while_a_server_starts_or_changes_something_is_followed(
     with running(service, KEYS) as server, server.http() as http:
         http.headers.update(HEADERS)
         server.until(lambda: names() == "abce")
-        service.experts.prepared = as_another_adds
+        service.experts.prepare = as_another_adds
         assert http.post("/admin/experts", json={"folder": str(tmp_path / "d")}).status_code == 200
         server.until(lambda: names() == "abcefd")
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from phatgoose.serving.threads import apart, away, wait_briefly
+from phatgoose.serving.threads import limit_openmp_spinning, run_in_thread, run_in_thread_async
 
 
 def compute():
@@ -25,13 +25,13 @@ def compute():
 @pytest.mark.parametrize("way", ["apart", "away"])
 def test_nothing_is_left_of_a_computation(way):
     threads = len(os.listdir("/proc/self/task"))
-    found = apart(compute) if way == "apart" else asyncio.run(away(compute))
+    found = run_in_thread(compute) if way == "apart" else asyncio.run(run_in_thread_async(compute))
     assert found.shape == (600, 600)
     until = time.monotonic() + 20
     while len(os.listdir("/proc/self/task")) > threads and time.monotonic() < until:
         time.sleep(0.05)
     assert len(os.listdir("/proc/self/task")) <= threads
-    assert not any(thread.name.startswith("phatgoose-apart") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("phatgoose-once") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("way", ["apart", "away"])
@@ -40,7 +40,7 @@ def test_errors_come_out(way):
         raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        apart(fails) if way == "apart" else asyncio.run(away(fails))
+        run_in_thread(fails) if way == "apart" else asyncio.run(run_in_thread_async(fails))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,6 @@ def test_what_the_environment_says_is_heeded(monkeypatch, given, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    wait_briefly()
+    limit_openmp_spinning()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
     os.environ.pop("GOMP_SPINCOUNT", None)

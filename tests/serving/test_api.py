@@ -132,7 +132,7 @@ def test_models_are_listed(client):
     names = [m.id for m in client.models.list()]
     assert names == ["phatgoose", "base", "a", "b", "c"]
     assert client.models.retrieve("b").id == "b"
-    with pytest.raises(openai.NotFoundError, match="no model 'z'"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'z'"):
         client.models.retrieve("z")
 
 

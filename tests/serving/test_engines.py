@@ -26,14 +26,14 @@ from phatgoose.routers.router import BoundRouter
 from phatgoose.serving.engine import attention
 from phatgoose.serving.engine import batched as batches
 from phatgoose.serving.engine import continuous_hooks as passes
-from phatgoose.serving.engine import generate_call as batch
 from phatgoose.serving.engine.batched import BatchEngine
 from phatgoose.serving.engine.continuous import ContinuousEngine, obstacle
-from phatgoose.serving.engine.job import Job, ServingError
-from phatgoose.serving.engine.sampling import Draw, Sampling
+from phatgoose.serving.engine.engine import GenerationJob
+from phatgoose.serving.engine.sampling import SamplingParams, SequenceSampler
+from phatgoose.serving.errors import ServingError
 from phatgoose.serving.service import Service
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 ROUTERS = {
     "phatgoose": PHATGOOSE(), "base": None, "a": Single("a"), "c": Single("c"), "phatgoose:top_k=1": PHATGOOSE(top_k=1),
     "uniform": Uniform(),
@@ -49,18 +49,18 @@ ENGINES = [
 
 async def finish(engine, job):
     engine.submit(job)
-    async for news in job.news():
+    async for news in job.updates():
         assert news.error is None, news.error
-    return job.written
+    return job.output
 
 
 async def served(service, asked, new=12, **more):
     """The tokens of each (prompt, model) asked, all at once."""
 
     async def one(prompt, model):
-        async with service.catalogue.found(model) as found:
-            ids = await service.prompts.of_text(prompt)
-            job = Job(ids, found.route, Draw(GREEDY), new, service.ends, **more)
+        async with service.models.resolve(model) as found:
+            ids = await service.prompts.encode(prompt)
+            job = GenerationJob(ids, found.route, SequenceSampler(GREEDY), new, service.end_tokens, **more)
             return await finish(service.engine, job)
 
     return await asyncio.gather(*(one(*pair) for pair in asked))
@@ -113,10 +113,10 @@ def test_cancelled_jobs_free_their_place(make_base, make_expert, engine):
     base = make_base("llama")
 
     async def do(service):
-        jobs = [Job([5 + i], None, Draw(GREEDY), 400, frozenset()) for i in range(20)]
+        jobs = [GenerationJob([5 + i], None, SequenceSampler(GREEDY), 400, frozenset()) for i in range(20)]
         for job in jobs:
             service.engine.submit(job)
-        async for _ in jobs[0].news():
+        async for _ in jobs[0].updates():
             break
         assert service.engine.running > 0
         assert service.engine.waiting > 0
@@ -129,7 +129,7 @@ def test_cancelled_jobs_free_their_place(make_base, make_expert, engine):
             manager = service.engine.manager
             assert not manager.output_router.result_handlers
             assert not manager.batch_processor.scheduler.active_requests
-            await asyncio.to_thread(service.engine.between, lambda: None)
+            await asyncio.to_thread(service.engine.run_between_passes, lambda: None)
             assert not manager.batch_processor.cache.cache_allocators["full_attention"].block_table
         return after
 
@@ -140,19 +140,19 @@ def test_cancelled_jobs_free_their_place(make_base, make_expert, engine):
 def test_one_job_that_fails_leaves_the_others_alone(make_base, engine):
     base = make_base("llama")
 
-    class Broken(Draw):
-        def next(self, logits):
+    class Broken(SequenceSampler):
+        def next_token(self, logits):
             raise ArithmeticError("broken")
 
     async def do(service):
-        broken = Job([5, 6], None, Broken(Sampling()), 9, frozenset())
-        good = Job([7, 8], None, Draw(GREEDY), 9, frozenset())
+        broken = GenerationJob([5, 6], None, Broken(SamplingParams()), 9, frozenset())
+        good = GenerationJob([7, 8], None, SequenceSampler(GREEDY), 9, frozenset())
         service.engine.submit(broken)
         written = asyncio.ensure_future(finish(service.engine, good))
-        news = [one async for one in broken.news()]
+        news = [one async for one in broken.updates()]
         assert news[-1].error == "broken"
-        assert await written == greedy(base, [7, 8], 9) or 1 in good.written
-        assert service.engine.trouble is None
+        assert await written == greedy(base, [7, 8], 9) or 1 in good.output
+        assert service.engine.failure is None
 
     with_service(base, None, do, engine=engine)
 
@@ -167,12 +167,14 @@ def test_prompts_are_scored_as_one_pass_scores_them(make_base, make_expert, monk
     prompts = [[5] * 1, list(range(10, 70)), list(range(100, 130)), [9, 8]]  # longer than a pass, and shorter
 
     async def do(service):
-        async with service.catalogue.found("phatgoose") as way:
+        async with service.models.resolve("phatgoose") as way:
             jobs = [
-                Job(p, w, Draw(GREEDY), 3, service.ends, score=2) for p in prompts for w in (way.route, None)
+                GenerationJob(p, w, SequenceSampler(GREEDY), 3, service.end_tokens, top_prompt_logprobs=2)
+                for p in prompts
+                for w in (way.route, None)
             ]
             await asyncio.gather(*(finish(service.engine, job) for job in jobs))
-            return [(job.prompt, job.route is not None, job.prompt_likelihoods) for job in jobs]
+            return [(job.prompt, job.route is not None, job.prompt_logprobs) for job in jobs]
 
     for prompt, routed, scored in with_service(base, pool, do, engine=engine):
         route(base, pool) if routed else unroute(base)
@@ -193,10 +195,14 @@ def test_prompts_are_scored_by_routers_that_read_text(make_base, make_expert, tm
 
     async def do(service):
         way = await service.experts.route(service.experts.state, service.experts.router)
-        scored = Job(ids, way, Draw(GREEDY), 2, service.ends, score=0)
-        nothing = Job([1], way, Draw(GREEDY), 2, service.ends, score=0)  # special tokens only: no text
+        scored = GenerationJob(
+            ids, way, SequenceSampler(GREEDY), 2, service.end_tokens, top_prompt_logprobs=0
+        )
+        nothing = GenerationJob(
+            [1], way, SequenceSampler(GREEDY), 2, service.end_tokens, top_prompt_logprobs=0
+        )  # special tokens only: no text
         await asyncio.gather(finish(service.engine, scored), finish(service.engine, nothing))
-        return [one.logprob for one in scored.prompt_likelihoods]
+        return [one.logprob for one in scored.prompt_logprobs]
 
     found = with_service(base, pool, do, engine=engine, router=f"retrieval:encoder={folder}")
     route(base, pool, Retrieval(str(folder)))
@@ -210,11 +216,16 @@ def test_a_prompt_that_cannot_be_scored_takes_nobody_with_it(make_base, make_exp
 
     async def do(service):
         way = Route(service.experts.state.version, Fussy())
-        bad = Job([77, 5], way, Draw(GREEDY), 4, service.ends, score=0)
-        good = [Job([5, 6], way, Draw(GREEDY), 4, service.ends, score=s) for s in (None, 0)]
+        bad = GenerationJob(
+            [77, 5], way, SequenceSampler(GREEDY), 4, service.end_tokens, top_prompt_logprobs=0
+        )
+        good = [
+            GenerationJob([5, 6], way, SequenceSampler(GREEDY), 4, service.end_tokens, top_prompt_logprobs=s)
+            for s in (None, 0)
+        ]
         service.engine.submit(bad)
         written = await asyncio.gather(*(finish(service.engine, job) for job in good))
-        news = [one async for one in bad.news()]
+        news = [one async for one in bad.updates()]
         assert news[-1].error == "IndexError"
         assert not service.engine.jobs
         return written
@@ -232,13 +243,20 @@ def test_who_acted_is_what_a_trace_records(make_base, make_expert, family, engin
 
     async def do(service):
         found = {}
-        async with service.catalogue.found("phatgoose") as way:
+        async with service.models.resolve("phatgoose") as way:
             jobs = [
-                Job(await service.prompts.of_text(p), way.route, Draw(GREEDY), 5, frozenset(), watch=True)
+                GenerationJob(
+                    await service.prompts.encode(p),
+                    way.route,
+                    SequenceSampler(GREEDY),
+                    5,
+                    frozenset(),
+                    track_experts=True,
+                )
                 for p in PROMPTS
             ]
             await asyncio.gather(*(finish(service.engine, job) for job in jobs))
-            found = {tuple(job.prompt): (job.load, job.written) for job in jobs}
+            found = {tuple(job.prompt): (job.expert_loads, job.output) for job in jobs}
         return found, service.metrics.text().decode()
 
     found, metrics = with_service(base, pool, do, engine=engine)
@@ -276,7 +294,10 @@ def test_routers_that_read_text_follow_prompt_and_answer(make_base, make_expert,
         for name in names:
             way = await service.experts.route(state, name)
             jobs = [
-                Job(await service.prompts.of_text(p), way, Draw(GREEDY), 8, service.ends) for p in PROMPTS
+                GenerationJob(
+                    await service.prompts.encode(p), way, SequenceSampler(GREEDY), 8, service.end_tokens
+                )
+                for p in PROMPTS
             ]
             found[name] = await asyncio.gather(*(finish(service.engine, job) for job in jobs))
         return found
@@ -297,17 +318,17 @@ def test_no_pass_goes_by_experts_that_were_taken_off(make_base, make_expert, mon
         plans.append(list(ways))
         return BatchPlan(ways, *args, **more)
 
-    for module in (passes, batch):
+    for module in (passes, batches):
         monkeypatch.setattr(module, "BatchPlan", planned)
 
     async def do(service):
         engine, loop = service.engine, asyncio.get_running_loop()
         way = await service.experts.route(service.experts.state, "uniform")
-        gone = Job([5, 6], way, Draw(GREEDY), 60, frozenset())
-        stays = Job([7, 8], None, Draw(GREEDY), 60, frozenset())
+        gone = GenerationJob([5, 6], way, SequenceSampler(GREEDY), 60, frozenset())
+        stays = GenerationJob([7, 8], None, SequenceSampler(GREEDY), 60, frozenset())
         engine.submit(gone)
         written = asyncio.ensure_future(finish(engine, stays))
-        async for _ in gone.news():
+        async for _ in gone.updates():
             break
         assert any(way in ways for ways in plans)
 
@@ -318,7 +339,7 @@ def test_no_pass_goes_by_experts_that_were_taken_off(make_base, make_expert, mon
             engine.multi_router.detach(way.version)
             plans.clear()
 
-        await asyncio.to_thread(engine.between, take_off)
+        await asyncio.to_thread(engine.run_between_passes, take_off)
         found = await written
         assert len(plans) > 1
         assert not any(way in ways for ways in plans)
@@ -346,7 +367,7 @@ def test_every_router_writes_or_is_refused_and_none_ends_the_engine(make_base, m
             except PhatgooseError as refused:
                 said = str(refused)
                 assert "needs" in said, said
-            assert service.engine.trouble is None
+            assert service.engine.failure is None
         return done
 
     assert {"phatgoose", "uniform", "random", "single", "arrow"} <= with_service(
@@ -361,21 +382,25 @@ def test_a_router_is_calibrated_by_the_base_whoever_is_answering(make_base, make
     pool = Pool(
         [make_expert(base, n, rank=2 + i, seed=i, scale=0.3, gates=n != "c") for i, n in enumerate("abc")]
     )
-    name = "phatgoose:ungated=weights"
+    names = {
+        None: "phatgoose:ungated=weights",
+        "a": "phatgoose:top_k=2,ungated=weights",
+    }  # one router, bound twice
 
     def sums(way):
         return torch.stack([bound.sums for bound in way.bound.values()])
 
     async def do(service):
         state, found = service.experts.state, []
-        for single in (None, "a"):
-            service.experts._routes.clear()
+        for single, name in names.items():
             if single is None:
                 found.append(sums(await service.experts.route(state, name)))
                 continue
-            running = Job([5, 6], Route(state.version, Single(single)), Draw(GREEDY), 300, frozenset())
+            running = GenerationJob(
+                [5, 6], Route(state.version, Single(single)), SequenceSampler(GREEDY), 300, frozenset()
+            )
             written = asyncio.ensure_future(finish(service.engine, running))
-            while not running.written:
+            while not running.output:
                 await asyncio.sleep(0.01)
             found.append(sums(await service.experts.route(state, name)))
             assert not written.done()
@@ -408,28 +433,29 @@ def test_a_way_that_fails_for_one_fails_for_nobody_else(make_base, make_expert, 
 
     async def do(service):
         way, other = Route(service.experts.state.version, Fussy()), None
-        async with service.catalogue.found("phatgoose") as found:
+        async with service.models.resolve("phatgoose") as found:
             other = found.route
 
             def jobs():
                 ways = [*([p, way] for p in prompts), [prompts[0], other], [prompts[0], None]]
-                return [Job(p, w, Draw(GREEDY), 8, service.ends) for p, w in ways]
+                return [GenerationJob(p, w, SequenceSampler(GREEDY), 8, service.end_tokens) for p, w in ways]
 
             alone = [await finish(service.engine, job) for job in jobs()]
             # One that fails at once, and one that does so in the second of several passes over its prompt.
             bad = [
-                Job(p, way, Draw(GREEDY), 8, service.ends) for p in ([77, 5], [*range(100, 130), 77, 5, 6])
+                GenerationJob(p, way, SequenceSampler(GREEDY), 8, service.end_tokens)
+                for p in ([77, 5], [*range(100, 130), 77, 5, 6])
             ]
             for job in bad:
                 service.engine.submit(job)
             together = await asyncio.gather(*(finish(service.engine, job) for job in jobs()))
             for job in bad:
-                news = [one async for one in job.news()]
+                news = [one async for one in job.updates()]
                 assert [one.error for one in news if one.finished] == [
                     "the router or its experts failed: IndexError"
                 ]
-                assert job.written == []
-        assert service.engine.trouble is None
+                assert job.output == []
+        assert service.engine.failure is None
         assert not service.engine.jobs
         return alone, together
 
@@ -445,9 +471,9 @@ def test_more_experts_than_the_pool_has_are_all_of_it(make_base, make_expert, en
 
     async def do(service):
         version, found = service.experts.state.version, []
-        ids = await service.prompts.of_text(PROMPTS[0])
+        ids = await service.prompts.encode(PROMPTS[0])
         for router in asked:
-            job = Job(ids, Route(version, router), Draw(GREEDY), 8, service.ends)
+            job = GenerationJob(ids, Route(version, router), SequenceSampler(GREEDY), 8, service.end_tokens)
             found.append(await finish(service.engine, job))
         return found
 
@@ -457,14 +483,14 @@ def test_more_experts_than_the_pool_has_are_all_of_it(make_base, make_expert, en
 
 def test_attention_of_packed_sequences_is_sdpas(make_base):
     base = make_base("llama")
-    assert attention.fits(base.model)
+    assert attention.is_supported(base.model)
     asked = [(prompt, "base") for prompt in PROMPTS]
     own = with_service(base, None, lambda s: served(s, asked))
-    attention_of, attention.fits = attention.fits, lambda model: False
+    attention_of, attention.is_supported = attention.is_supported, lambda model: False
     try:
         assert with_service(base, None, lambda s: served(s, asked)) == own
     finally:
-        attention.fits = attention_of
+        attention.is_supported = attention_of
     ids = torch.randint(2, 300, (2, 9))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

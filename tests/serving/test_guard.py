@@ -22,11 +22,11 @@ import pytest
 import uvicorn
 from serving_fixtures import running, settings
 
-from phatgoose.serving.engine.job import ServingError
+from phatgoose.serving.errors import ServingError
 from phatgoose.serving.http.app import make_app
 from phatgoose.serving.http.guard import Keys
-from phatgoose.serving.http.server import LOCAL_NAMES, check_host, is_local, names_of, read_keys, serve
-from phatgoose.serving.logs import Lines, log
+from phatgoose.serving.http.server import LOCAL_NAMES, check_host, host_names, is_local, read_keys, serve
+from phatgoose.serving.logs import JsonFormatter, log
 from phatgoose.serving.service import Service
 
 ASK = {"prompt": "the", "max_tokens": 2}
@@ -142,7 +142,7 @@ def test_other_machines_need_a_key(host, local):
 
 
 def test_names_of_other_places_are_refused_where_there_is_no_key(base):
-    names = names_of(*LOCAL_NAMES, "127.0.0.2")
+    names = host_names(*LOCAL_NAMES, "127.0.0.2")
     with running(Service(base, settings()), hosts=names) as server, server.http() as http:
         for host in ("localhost", "127.0.0.1:99", "LOCALHOST", "[::1]:8000", "[::1]", "127.0.0.2:8000"):
             assert http.get("/ready", headers={"host": host}).status_code == 200, host
@@ -256,7 +256,7 @@ def test_large_slow_and_strange_bodies(base):
 def test_the_log_has_no_prompts(base):
     written = io.StringIO()
     handler = logging.StreamHandler(written)
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
@@ -273,7 +273,7 @@ def test_the_log_has_no_prompts(base):
                 "x-request-id"
             ]
             assert len(other) == 32
-            server.service.check_room = None  # so that the server fails
+            server.service.check_capacity = None  # so that the server fails
             assert http.post("/v1/completions", json={"prompt": "secret"}).status_code == 500
     finally:
         log.removeHandler(handler)
@@ -288,13 +288,13 @@ def test_the_log_has_no_prompts(base):
     assert {line["path"] for line in lines if "path" in line} == {"/v1/completions", "other", "/ready"}
     failed = next(line for line in lines if line["event"] == "failed")
     assert failed["error"] == "TypeError"
-    assert any("answers.py" in place for place in failed["at"])
+    assert any("completions.py" in place for place in failed["at"])
 
 
 def test_errors_of_libraries_are_logged_without_what_they_say():
     written = io.StringIO()
     handler = logging.StreamHandler(written)
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonFormatter())
     library = logging.Logger("library")
     library.addHandler(handler)
     try:

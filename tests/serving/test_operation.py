@@ -153,7 +153,7 @@ def test_a_client_that_does_not_read_its_stream_lets_go_of_the_pool(make_base, m
         }  # fmt: skip
         try:
             await asyncio.wait_for(make_app(service)(scope, receive, send), 30)
-            assert not service.experts._users
+            assert service.experts.pins == 0
             assert not service.engine.jobs
         finally:
             await service.stop()
@@ -213,7 +213,7 @@ def test_metrics_count_what_was_done(make_base, make_expert):
 
 def test_health_and_readiness(make_base):
     service = Service(make_base("llama"), settings())
-    assert service.obstacle == "the server is starting"
+    assert service.unready_reason == "the server is starting"
     with running(service) as server, server.http() as http:
         for path in ("/health", "/ready"):
             assert http.get(path).status_code == 200
@@ -235,10 +235,10 @@ def test_an_engine_that_dies_is_seen(make_base, engine):
         def die(*_):
             raise SystemExit("dead") if engine == "batches" else RuntimeError("dead")
 
-        service.engine.watched = die
+        service.engine.count_pass = die
         with pytest.raises(openai.APIError):
             list(stream)
-        server.until(lambda: service.engine.trouble is not None)
+        server.until(lambda: service.engine.failure is not None)
         found = http.get("/health")
         assert found.status_code == 503
         assert "died" in found.json()["status"]
@@ -267,10 +267,10 @@ def test_those_who_wait_when_an_engine_dies_are_told(make_base):
         def die(*_):
             raise RuntimeError("dead")
 
-        service.engine.watched = die
+        service.engine.count_pass = die
         assert [one.result(timeout=20) for one in asked] == [500] * 6
         assert not service.engine.jobs
-        assert not service.engine._reserved
+        assert service.engine.reserved_pages == 0
         assert not service.engine.manager.output_router.result_handlers
 
 
@@ -322,9 +322,9 @@ def test_nothing_is_kept_of_finished_requests(make_base, make_expert):
         asyncio.run(many(server))
         engine = server.service.engine
         server.until(lambda: not engine.jobs)
-        assert not engine._reserved
-        assert not engine._waiting
+        assert engine.reserved_pages == 0
+        assert engine.waiting == 0
         assert not engine.manager.output_router.result_handlers
         assert engine.manager.output_router.output_queue.empty()
-        assert not server.service.experts._users
-        assert len(server.service.experts._ways) == 1
+        assert server.service.experts.pins == 0
+        assert server.service.experts.ready_routers == 1

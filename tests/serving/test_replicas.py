@@ -22,7 +22,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import remove_from_folder
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
-from phatgoose.serving.engine.job import ServingError
+from phatgoose.serving.errors import ServingError
 
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip(
@@ -161,11 +161,11 @@ def test_without_a_key_names_of_other_places_are_refused():
     from phatgoose.serving.http.guard import Keys
     from phatgoose.serving.replicas import ReplicaSettings
 
-    assert ReplicaSettings(base="x").names(Keys()) == {"localhost", "127.0.0.1", "[::1]"}
+    assert ReplicaSettings(base="x").allowed_hosts(Keys()) == {"localhost", "127.0.0.1", "[::1]"}
     own = ReplicaSettings(base="x", hosts="models.example, ::1")
-    assert own.names(Keys()) == {"models.example", "[::1]"}
-    assert own.names(Keys.of(["an-api-key"])) is None
-    assert ReplicaSettings(base="x", hosts="*").names(Keys()) is None
+    assert own.allowed_hosts(Keys()) == {"models.example", "[::1]"}
+    assert own.allowed_hosts(Keys.of(["an-api-key"])) is None
+    assert ReplicaSettings(base="x", hosts="*").allowed_hosts(Keys()) is None
 
 
 @pytest.mark.slow(51)

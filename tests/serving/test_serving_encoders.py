@@ -125,4 +125,4 @@ def test_experts_are_switched_while_an_encoder_is_waited_for(base, pool, folder,
             go_on.set()
             waiting.join()
     assert found == [200]
-    assert not service.experts._being_bound
+    assert not service.experts.binding

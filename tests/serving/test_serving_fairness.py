@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving_fixtures import running, settings, with_template
 
-from phatgoose.serving import asking
+from phatgoose.serving import requests
 from phatgoose.serving.http import completions as answers
 from phatgoose.serving.prompts import LONG, Prompts
 from phatgoose.serving.service import Service
@@ -34,7 +34,7 @@ def base(make_base):
 )
 def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(base, monkeypatch, path, ask):
     read = []
-    for name in ("_encode", "_render"):
+    for name in ("_encode", "_encode_chat"):
         monkeypatch.setattr(Prompts, name, lambda self, given: read.append(given) or [5])
     with running(Service(base, settings())) as server, server.http() as http:
         refused = http.post(path, json=ask)
@@ -48,7 +48,7 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(base, monkeyp
 
 def test_the_bound_on_a_texts_length_refuses_nothing_that_fits(base):
     prompts = Prompts(base, 100)
-    longest, letters = prompts._longest
+    longest, letters = prompts.longest_token
     tokens = [t for t in base.tokenizer.get_vocab() if t not in base.tokenizer.all_special_tokens]
     assert longest >= max(map(len, tokens))
     word = max(tokens, key=len)
@@ -102,7 +102,7 @@ def test_short_prompts_do_not_wait_for_long_ones(base, monkeypatch):
 @pytest.mark.parametrize("stream", [True, False])
 def test_others_are_answered_while_many_log_probabilities_are_written(base, monkeypatch, stream):
     """The event loop writes few of them itself."""
-    monkeypatch.setattr(answers, "AT_ONCE", 50)
+    monkeypatch.setattr(answers, "MAX_ON_LOOP", 50)
     threads = set()
 
     def noted(make):
@@ -125,7 +125,7 @@ def test_others_are_answered_while_many_log_probabilities_are_written(base, monk
         }
         found = http.post("/v1/completions", json=ask)
         assert found.status_code == 200
-        assert any(name.startswith("phatgoose-apart") for name in threads)
+        assert any(name.startswith("phatgoose-once") for name in threads)
         if not stream:
             assert loop not in threads
             rows = [c["logprobs"] for c in found.json()["choices"]]
@@ -135,7 +135,7 @@ def test_others_are_answered_while_many_log_probabilities_are_written(base, monk
 
 @pytest.mark.slow(4)
 def test_more_log_probabilities_than_a_response_may_have_are_refused(base, monkeypatch):
-    monkeypatch.setattr(asking, "MAX_REPORTED", 1000)
+    monkeypatch.setattr(requests, "MAX_REPORTED", 1000)
     with running(Service(base, settings())) as server, server.http() as http:
         many = {"prompt": [[5] * 100] * 2, "max_tokens": 0, "echo": True, "logprobs": 5}
         found = http.post("/v1/completions", json=many).json()["error"]

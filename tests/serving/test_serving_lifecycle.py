@@ -17,7 +17,7 @@ from test_guard import server_process
 from transformers.generation.continuous_batching import continuous_api
 
 from phatgoose.serving.engine.batched import BatchEngine
-from phatgoose.serving.engine.job import ServingError
+from phatgoose.serving.errors import ServingError
 from phatgoose.serving.service import Service
 
 LONG = {"model": "base", "prompt": "the", "max_tokens": 480, "logit_bias": {"1": -100}}
@@ -38,7 +38,7 @@ def test_a_server_is_ready_when_it_has_written_an_answer(make_base, make_expert,
             (job, started), *others = submitted
             assert not others
             assert not started
-            assert len(job.written) == 1
+            assert len(job.output) == 1
             assert job.route is not None
             assert not service.engine.jobs
             if engine == "continuous":
@@ -57,10 +57,10 @@ def test_a_server_that_cannot_answer_does_not_start(make_base, monkeypatch, engi
 
     service = Service(make_base("llama"), settings(engine=engine))
     monkeypatch.setattr(continuous_api, "PagedAttentionCache", fail)
-    monkeypatch.setattr(BatchEngine, "_run", fail)
+    monkeypatch.setattr(BatchEngine, "_run_batch", fail)
     with pytest.raises(ServingError, match="can't answer anything: RuntimeError: can't allocate memory"):
         asyncio.run(service.start())
-    assert service.failure is not None
+    assert service.start_error is not None
     assert not service.started
 
 
@@ -77,10 +77,10 @@ sys.path[:0] = {paths!r}
 from conftest import make_model, make_tokenizer
 from serving_fixtures import settings
 from phatgoose.models.base.base import Base
-from phatgoose.serving import continuous
+from phatgoose.serving.engine import continuous
 from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
-continuous.ContinuousEngine._manager, made = lambda self: broken(made(self)), continuous.ContinuousEngine._manager
+continuous.ContinuousEngine._make_manager, made = lambda self: broken(made(self)), continuous.ContinuousEngine._make_manager
 def broken(manager):
     def fail():
         raise MemoryError("no room")

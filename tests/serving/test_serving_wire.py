@@ -15,7 +15,7 @@ from serving_fixtures import random_pool, running, settings, with_template
 from conftest import make_model, make_tokenizer
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
-from phatgoose.serving.engine.job import hide_paths
+from phatgoose.serving.errors import hide_paths
 from phatgoose.serving.http.completions import _event
 from phatgoose.serving.http.guard import Keys
 from phatgoose.serving.service import Service

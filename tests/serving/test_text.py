@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
-from phatgoose.serving.engine.text import Decoder, Stops, offsets
+from phatgoose.serving.engine.text import IncrementalDecoder, StopStrings, token_offsets
 
 BYTES = make_tokenizer()
 
@@ -28,8 +28,8 @@ SPACED = spaced()
 
 
 def pieces(tokenizer, ids):
-    decoder = Decoder(tokenizer)
-    return [*(decoder.push(i) for i in ids), decoder.rest()]
+    decoder = IncrementalDecoder(tokenizer)
+    return [*(decoder.push(i) for i in ids), decoder.flush()]
 
 
 @given(st.text(max_size=40))
@@ -58,12 +58,12 @@ def test_a_character_of_several_tokens_comes_once_it_is_whole():
 
 @given(st.text("ab#", max_size=20), st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3), st.data())
 def test_text_ends_before_the_first_stop_string(text, strings, data):
-    stops, shown, rest = Stops(strings), "", text
+    stops, shown, rest = StopStrings(strings), "", text
     while rest and not stops.stopped:
         size = data.draw(st.integers(1, len(rest)))
         shown += stops.push(rest[:size])
         rest = rest[size:]
-    shown += stops.rest()
+    shown += stops.flush()
     # By character: where the first stop string is complete, and of those that are then, the one that began first.
     end = next((i for i in range(1, len(text) + 1) if any(text[:i].endswith(s) for s in strings)), None)
     if end is None:
@@ -85,7 +85,7 @@ def test_text_ends_before_the_first_stop_string(text, strings, data):
     ],
 )
 def test_only_what_may_become_a_stop_string_is_held_back(strings, parts, shown):
-    stops = Stops(strings)
+    stops = StopStrings(strings)
     assert [stops.push(p) for p in parts] == shown
     assert stops.push("more") == ("" if stops.stopped else "more")
 
@@ -94,7 +94,7 @@ def test_only_what_may_become_a_stop_string_is_held_back(strings, parts, shown):
 def test_offsets_are_where_a_tokens_text_stands(ids):
     """Also behind bytes that never become a character."""
     whole = BYTES.decode(ids)
-    for at, token in zip(offsets(BYTES, ids, whole), ids, strict=True):
+    for at, token in zip(token_offsets(BYTES, ids, whole), ids, strict=True):
         own = BYTES.decode([token])
         assert "\ufffd" in own or whole[at:].startswith(own)
 
@@ -109,7 +109,7 @@ class Begins:
 
 
 def test_offsets_leave_out_what_the_tokenizer_puts_before_a_text():
-    assert offsets(Begins(), [0, 1, 2], "a b") == [0, 0, 1]
-    assert offsets(Begins(), [0, 1, 3, 2], "a</s> b") == [0, 0, 1, 5]
-    assert offsets(Begins(), [0, 1, 2], "<s>a b") == [0, 3, 4]  # given as tokens, it is shown
-    assert offsets(Begins(), [0, 1, 2], "A b") == [0, 0, 1]  # a tokenizer that changes its text
+    assert token_offsets(Begins(), [0, 1, 2], "a b") == [0, 0, 1]
+    assert token_offsets(Begins(), [0, 1, 3, 2], "a</s> b") == [0, 0, 1, 5]
+    assert token_offsets(Begins(), [0, 1, 2], "<s>a b") == [0, 3, 4]  # given as tokens, it is shown
+    assert token_offsets(Begins(), [0, 1, 2], "A b") == [0, 0, 1]  # a tokenizer that changes its text

@@ -14,7 +14,7 @@ from phatgoose.cli.common.group import Commands
 from phatgoose.cli.contribute import convert, gate, import_reference, push, signature, train
 from phatgoose.cli.measure import eval, experiment, quickstart, report, routers, tasks
 from phatgoose.cli.pools import pool
-from phatgoose.serving.threads import wait_briefly
+from phatgoose.serving.threads import limit_openmp_spinning
 
 app = typer.Typer(
     name="phatgoose",
@@ -65,7 +65,7 @@ def _options(
 
 def main() -> None:
     """The console script. Settings of other libraries are made here, before any of them is imported."""
-    wait_briefly()
+    limit_openmp_spinning()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get("PHATGOOSE_DEBUG"):
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):

@@ -1,1 +1,5 @@
-"""A pool behind OpenAI's HTTP interface. Needs the extra `phatgoose[serve]`."""
+"""Serve a pool over HTTP, as OpenAI's API does. Needs the extra `phatgoose[serve]`.
+
+`http/` receives requests, `api/` says what they may hold, `service.py` with `requests.py` and `prompts.py` turns them
+into jobs, `pool/` finds the experts, and `engine/` runs the model. To add a parameter of requests, start in `api/`.
+"""

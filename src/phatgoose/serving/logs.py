@@ -1,53 +1,45 @@
-"""One line of JSON for each thing that happens. Nothing of prompts or answers is ever in it."""
+"""The server's log: one line of JSON for each event, without anything of prompts or answers."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+import traceback
 from datetime import UTC, datetime
 from typing import TextIO
 
 log = logging.getLogger("phatgoose.serve")
 
 
-class Lines(logging.Formatter):
-    """time, level, event, what is known about it, and where an error came from."""
+class JsonFormatter(logging.Formatter):
+    """Writes time, level, event, the record's `facts`, and where an error came from."""
 
     def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage().strip()
+        if message.startswith("Traceback "):
+            # A library logged a whole traceback as its message. The last line says what went wrong.
+            message = message.rpartition("\n")[2]
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "event": _event(record.getMessage().strip()),
+            "event": message,
             **getattr(record, "facts", {}),
         }
         if record.exc_info and record.exc_info[0] is not None:
-            # The kind and the places only: an exception's message may repeat what a client said.
-            kind, message = record.exc_info[0].__name__, str(record.exc_info[1])
-            line["event"] = line["event"].replace(message, kind) if message else line["event"]
+            # Only the error's type and the places: its message may repeat what a client sent.
+            kind, said = record.exc_info[0].__name__, str(record.exc_info[1])
+            line["event"] = message.replace(said, kind) if said else message
             line["error"] = kind
-            line["at"] = self._places(record.exc_info[2])
+            frames = traceback.extract_tb(record.exc_info[2])
+            line["at"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames][-12:]
         return json.dumps(line, ensure_ascii=False)
-
-    @staticmethod
-    def _places(traceback: object) -> list[str]:
-        found = []
-        while traceback is not None:
-            code = traceback.tb_frame.f_code  # type: ignore[attr-defined]
-            found.append(f"{code.co_filename}:{traceback.tb_lineno} {code.co_name}")  # type: ignore[attr-defined]
-            traceback = traceback.tb_next  # type: ignore[attr-defined]
-        return found[-12:]
-
-
-def _event(message: str) -> str:
-    """Of a traceback that a library logs as a message, its last line: what went wrong."""
-    return message.rpartition("\n")[2] if message.startswith("Traceback ") else message
 
 
 def set_up(stream: TextIO | None = None) -> None:
-    """Writes the server's log, uvicorn's warnings, and what ends transformers' loop, to standard error."""
+    """Logs to standard error: the server's events, uvicorn's warnings, and errors of transformers' loop."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonFormatter())
     for name, level in (
         ("phatgoose.serve", logging.INFO),
         ("uvicorn.error", logging.WARNING),

@@ -1,8 +1,9 @@
-"""Computing in threads that end.
+"""Run one-off work in short-lived threads.
 
-OpenMP keeps helpers for every thread that ever computed something large, for as long as that thread lives. With more of them than cores,
-libgomp's (which PyTorch's Linux packages have) sleep after every step instead of waiting a moment for the next: on two cores a pool's server
-then took 1.4 times as long for every pass. So whatever computes beside the engine's thread does it here.
+OpenMP keeps a set of worker threads for every thread that ever computed something large, for as long as that thread
+lives. With more of them than cores, libgomp's (used by PyTorch's Linux packages) sleep after every step instead of
+spinning briefly until the next: on two cores, each pass of a pool's server then took 1.4 times as long. So whatever
+computes outside the engine's thread runs in a thread that ends.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def apart(do: Callable[[], T]) -> T:
-    """What `do` returns or raises, in a thread that has ended before this returns."""
-    with ThreadPoolExecutor(1, "phatgoose-apart") as thread:
+def run_in_thread(do: Callable[[], T]) -> T:
+    """Runs `do` in a new thread, which has ended when this returns; gives or raises what `do` does."""
+    with ThreadPoolExecutor(1, "phatgoose-once") as thread:
         return thread.submit(do).result()
 
 
-async def away(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """The same, without holding the event loop up."""
-    thread = ThreadPoolExecutor(1, "phatgoose-apart")
+async def run_in_thread_async(do: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """The same without blocking the event loop."""
+    thread = ThreadPoolExecutor(1, "phatgoose-once")
     try:
         return await asyncio.get_running_loop().run_in_executor(thread, partial(do, *args, **kwargs))
     finally:
         thread.shutdown(wait=False)
 
 
-def wait_briefly() -> None:
-    """Before PyTorch is imported: OpenMP's helpers wait a tenth of a millisecond for their next step, not three, unless the environment says
-    otherwise. Helpers that wait take cores from whatever else runs, and from each other: beside other work on two cores, training and
-    evaluating a tiny model took ten times as long."""
+def limit_openmp_spinning() -> None:
+    """Makes OpenMP's threads spin for 0.1 ms before they sleep, not 3 ms. Call it before PyTorch is imported.
+
+    Spinning threads take cores from everything else: next to other work on two cores, training and evaluating a tiny
+    model took ten times as long. The environment's own OMP_WAIT_POLICY and GOMP_SPINCOUNT have precedence.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

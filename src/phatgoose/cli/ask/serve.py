@@ -62,7 +62,7 @@ def command(
     backend: BackendOption = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's interface does: a pool, its base, single experts and other routers, as models of one server."""
-    from phatgoose.serving.threads import apart
+    from phatgoose.serving.threads import run_in_thread
 
     try:
         from phatgoose.serving.http.server import check_host, read_keys, serve
@@ -95,4 +95,4 @@ def command(
             options=RouteOptions(backend),
         )
 
-    serve(apart(made), host, port, keys, ready=show.say)
+    serve(run_in_thread(made), host, port, keys, ready=show.say)

@@ -1,6 +1,6 @@
 """The engine on generate(): one batch after the other, for models that continuous batching can't run.
 
-Whoever waits when a batch is over makes up the next one, first come, first served.
+Jobs that wait when a batch is over form the next one, first come, first served.
 """
 
 from __future__ import annotations
@@ -14,95 +14,114 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
 
-from phatgoose.models.base.base import Base, context_length
+from phatgoose.models.base.base import Base, context_length, decoder_start
 from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.text.batch import pad_id, pad_rows
 from phatgoose.models.text.capabilities import generation_groups
-from phatgoose.serving.engine.engine import Engine
-from phatgoose.serving.engine.generate_call import Batch
-from phatgoose.serving.engine.job import ENDING, Job, News, ServingError, told
-from phatgoose.serving.engine.sampling import likelihoods
+from phatgoose.models.text.generate import generation_settings, use_generation_config
+from phatgoose.serving.engine.engine import Engine, GenerationJob, JobUpdate
+from phatgoose.serving.engine.sampling import sample_batch, token_logprobs
+from phatgoose.serving.errors import SHUTTING_DOWN, ServingError, client_message
 from phatgoose.serving.logs import log
 from phatgoose.serving.settings import ServeSettings
 
 SCORED_ROWS = 512
-"""Tokens of a prompt that are scored at once."""
+"""Prompt tokens that are scored at once."""
 GATHER_SECONDS = 0.01
-"""How long the first that comes waits for others."""
+"""How long the first job of a batch waits for others."""
 
 
 class BatchEngine(Engine):
-    """A cancelled job leaves its row at the next token; the batch is over when no row is left."""
+    """A cancelled job leaves its row at the next token. The batch is over when no row is left."""
 
     def __init__(self, base: Base, settings: ServeSettings):
         super().__init__(base, settings)
         self.limit = None if base.is_encoder_decoder else context_length(base.model)
-        self._wakeups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: list[Job] = []
-        self._lock = threading.Lock()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """Calls to make between two passes. None only wakes the engine's thread."""
+        self._waiting: list[GenerationJob] = []
+        self._lock = threading.Lock()  # protects _waiting, which both threads change
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._fatal: BaseException | None = None
+        self._fatal_error: BaseException | None = None
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._loop, name="phatgoose-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GenerationJob) -> None:
         self.jobs[job.id] = job
         with self._lock:
             self._waiting.append(job)
-        self._wakeups.put(None)
+        self._calls.put(None)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: GenerationJob) -> None:
         self.jobs.pop(job.id, None)
         with self._lock:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def between(self, do: Callable[[], Any]) -> Any:
-        if self._thread is None or not self._thread.is_alive():
+    def run_between_passes(self, do: Callable[[], Any]) -> Any:
+        if not self.alive:
             return do()
         done: Future[Any] = Future()
 
-        def run() -> None:
+        def call() -> None:
             try:
                 done.set_result(do())
             except BaseException as error:
                 done.set_exception(error)
 
-        self._wakeups.put(run)
+        self._calls.put(call)
         while True:
             with contextlib.suppress(TimeoutError):
                 return done.result(timeout=1)
-            if not self._thread.is_alive():
-                raise ServingError(f"{self.trouble}.")
+            if not self.alive:  # it died before it made the call
+                raise ServingError(f"{self.failure}.")
 
     def stop(self) -> None:
         self._stopping = True
-        self._wakeups.put(None)
+        self._calls.put(None)
         if self._thread is not None:
             self._thread.join(timeout=30)
-        for job in list(self.jobs.values()):
-            self.tell(job, News(finished=True, error=ENDING))
+        self._fail(list(self.jobs.values()), SHUTTING_DOWN)
 
     @property
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
     @property
-    def fatal(self) -> BaseException | None:
-        return self._fatal
+    def fatal_error(self) -> BaseException | None:
+        return self._fatal_error
 
-    def step(self) -> None:
-        """What others want done between two passes."""
-        while not self._wakeups.empty():
-            if (do := self._wakeups.get()) is not None:
-                do()
-
-    def wanted(self, job: Job) -> bool:
-        """Whether somebody still waits for this one."""
+    def is_wanted(self, job: GenerationJob) -> bool:
+        """Whether a client still waits for this job."""
         return job.id in self.jobs and not self._stopping
+
+    def make_calls(self) -> None:
+        """Makes the calls of `run_between_passes`. To be called in the engine's thread."""
+        while not self._calls.empty():
+            if (call := self._calls.get()) is not None:
+                call()
+
+    def publish(self, job: GenerationJob, update: JobUpdate) -> None:
+        """Sends an update from the engine's thread to the event loop, where the jobs are."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody listens any more
+            job.loop.call_soon_threadsafe(self._publish_on_loop, job, update)
+
+    def _publish_on_loop(self, job: GenerationJob, update: JobUpdate) -> None:
+        if job.id in self.jobs:
+            if update.finished:
+                del self.jobs[job.id]
+            job.publish(update)
+
+    def _fail(self, jobs: list[GenerationJob], error: str) -> None:
+        for job in jobs:
+            self.publish(job, JobUpdate(finished=True, error=error))
 
     def _loop(self) -> None:
         try:
@@ -110,23 +129,22 @@ class BatchEngine(Engine):
                 with self._lock:
                     idle = not self._waiting
                 if idle:
-                    if (do := self._wakeups.get()) is not None:
-                        do()
-                    time.sleep(GATHER_SECONDS)  # those that come together go together
-                self.step()
-                batch = self._next()
+                    if (call := self._calls.get()) is not None:
+                        call()
+                    time.sleep(GATHER_SECONDS)  # so that requests that come together share a batch
+                self.make_calls()
+                batch = self._take_batch()
                 if batch and not self._stopping:
-                    self._run(batch)
+                    self._run_batch(batch)
         except BaseException as error:
-            self._fatal = error
-            for job in list(self.jobs.values()):
-                self.tell(job, News(finished=True, error="the engine died"))
+            self._fatal_error = error
+            self._fail(list(self.jobs.values()), "the engine died")
             raise
 
-    def _next(self) -> list[Job]:
-        """The first of those that wait, as many as may run and fit into the model's context side by side.
+    def _take_batch(self) -> list[GenerationJob]:
+        """The first waiting jobs, as many as may run at once and fit side by side into the model's context.
 
-        Where the model would read padding, those whose prompts are as long as the first one's.
+        If padding would change the model's results, only those whose prompts are as long as the first one's.
         """
         with self._lock:
             count, longest, most = 0, 0, 0
@@ -136,52 +154,135 @@ class BatchEngine(Engine):
                     break
                 count += 1
             prompts = [job.prompt for job in self._waiting[:count]]
-            first = generation_groups(self.base.model, prompts, most)[0] if count else []
-            batch = [self._waiting[place] for place in first]
+            rows = generation_groups(self.base.model, prompts, most)[0] if count else []
+            batch = [self._waiting[row] for row in rows]
             self._waiting = [job for job in self._waiting if job not in batch]
         return batch
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _run_batch(self, jobs: list[GenerationJob]) -> None:
         try:
             with torch.no_grad():
                 for job in jobs:
                     job.started = True
-                if jobs := [job for job in jobs if job.score is None or self._scored(job)]:
-                    Batch(self, jobs).run()
-        except Exception as error:  # of the model or a router: the next batch may fare better
+                if jobs := [
+                    job for job in jobs if job.top_prompt_logprobs is None or self._score_prompt(job)
+                ]:
+                    _GenerateCall(self, jobs).run()
+        except Exception as error:  # of the model or a router; the next batch may succeed
             log.exception("a batch failed", extra={"facts": {"answers": len(jobs)}})
-            for job in jobs:
-                self.tell(job, News(finished=True, error=told(error)))
+            self._fail(jobs, client_message(error))
 
-    def tell(self, job: Job, news: News) -> None:
-        """From the engine's thread; the jobs are the event loop's."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            job.loop.call_soon_threadsafe(self._hear, job, news)
-
-    def _hear(self, job: Job, news: News) -> None:
-        if job.id in self.jobs:
-            if news.finished:
-                del self.jobs[job.id]
-            job.tell(news)
-
-    def _scored(self, job: Job) -> bool:
-        """Whether the prompt could be scored; if not, the job is told, and the others go on without it."""
+    def _score_prompt(self, job: GenerationJob) -> bool:
+        """Fills the job's `prompt_logprobs`. If that fails, only this job does; returns whether it succeeded."""
         try:
-            self._score(job)
+            ids = torch.tensor([list(job.prompt)], device=self.base.device)
+            with self.multi_router.following(BatchPlan([job.route], texts=[(tuple(job.prompt), ())])):
+                logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
+            following = list(job.prompt[1:])
+            # In parts: the log-probabilities of a long prompt's whole vocabulary would need the memory again.
+            for start in range(0, len(following), SCORED_ROWS):
+                rows = slice(start, start + SCORED_ROWS)
+                top = job.top_prompt_logprobs or 0
+                job.prompt_logprobs += token_logprobs(logits[rows].cpu(), following[rows], top)
         except Exception as error:
             log.exception("a prompt couldn't be scored")
-            self.tell(job, News(finished=True, error=told(error)))
+            self._fail([job], client_message(error))
             return False
         return True
 
-    def _score(self, job: Job) -> None:
-        assert job.score is not None
-        ids = torch.tensor([list(job.prompt)], device=self.base.device)
-        with self.multi_router.following(BatchPlan([job.route], texts=[(tuple(job.prompt), ())])):
-            logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
-        following = list(job.prompt[1:])
-        for first in range(
-            0, len(following), SCORED_ROWS
-        ):  # whole, the scores of a long prompt would be there twice
-            rows = slice(first, first + SCORED_ROWS)
-            job.prompt_likelihoods += likelihoods(logits[rows].cpu(), following[rows], job.score)
+
+class _GenerateCall:
+    """One call of generate() for several jobs, each with its own route, sampling and end.
+
+    Rows end one by one: at an end token, at their own length, or when their client has left.
+    """
+
+    def __init__(self, engine: BatchEngine, jobs: list[GenerationJob]):
+        self.engine, self.jobs = engine, jobs
+        self.open = [True] * len(jobs)
+        self._output: list[list[int]] = [[] for _ in jobs]
+        self._plan = self._next_plan()
+
+    def run(self) -> None:
+        """Writes all answers, in the engine's thread."""
+        base = self.engine.base
+        # No end token here: each job has its own, which _publish_token looks for.
+        longest = max(job.max_new_tokens for job in self.jobs)
+        own = generation_settings(base.model, pad=pad_id(base.tokenizer), max_new_tokens=longest)
+        prompts = [job.prompt for job in self.jobs]
+        ids, mask = pad_rows(prompts, pad_id(base.tokenizer), left=not base.is_encoder_decoder)
+        generate: Any = base.model.generate
+        with use_generation_config(base.model, own), self.engine.multi_router.following(self._plan):
+            generate(
+                inputs=ids.to(base.device),
+                attention_mask=mask.to(base.device),
+                generation_config=own,
+                logits_processor=LogitsProcessorList([_Processor(self)]),
+                stopping_criteria=StoppingCriteriaList([_Criterion(self)]),
+            )
+
+    def choose_tokens(self, scores: Tensor) -> Tensor:
+        """Chooses and publishes each open row's next token; scores [B, V] → scores that allow no other token."""
+        self._record_pass()
+        # Calls between two passes, as calibrating a router, must see the base alone.
+        self.engine.multi_router.plan = None
+        self.engine.make_calls()
+        self.open = [o and self.engine.is_wanted(job) for o, job in zip(self.open, self.jobs, strict=True)]
+        rows = [i for i, is_open in enumerate(self.open) if is_open]
+        tokens, failed = sample_batch(scores[rows].float(), [self.jobs[i].sampler for i in rows])
+        chosen = torch.zeros(len(self.jobs), 1, dtype=torch.long)
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            chosen[row] = token
+            self._publish_token(row, token, failed.get(place))
+        self._plan = self.engine.multi_router.plan = self._next_plan()
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
+
+    def _record_pass(self) -> None:
+        engine, plan = self.engine, self._plan
+        if plan.count_loads:
+            phase = "answer" if any(self._output) else "prompt"
+            engine.record_loads(plan, self.jobs, [phase if is_open else "" for is_open in self.open])
+        engine.record_failures(plan, self.jobs)
+        for row in plan.failed or ():
+            self.open[row] = False
+            engine.publish(self.jobs[row], JobUpdate(finished=True, error=self.jobs[row].error))
+
+    def _publish_token(self, row: int, token: int, error: Exception | None) -> None:
+        job, output = self.jobs[row], self._output[row]
+        output.append(token)
+        over = token in job.end_tokens or len(output) >= job.max_new_tokens
+        self.open[row] = error is None and not over
+        update = JobUpdate((token,), over) if error is None else JobUpdate(finished=True, error=str(error))
+        self.engine.publish(job, update)
+
+    def _next_plan(self) -> BatchPlan:
+        texts = None
+        if any(job.route is not None and job.route.reads_text for job in self.jobs):
+            texts = [(tuple(job.prompt), self._read_before(i)) for i, job in enumerate(self.jobs)]
+        # A row that is over falls back to the base: its route's experts may have left the model by now.
+        routes = [job.route if is_open else None for is_open, job in zip(self.open, self.jobs, strict=True)]
+        return BatchPlan(routes, count_loads=self.engine.count_pass(self.jobs), texts=texts, failed={})
+
+    def _read_before(self, row: int) -> tuple[int, ...]:
+        """What was read behind a row's prompt before the next pass, which reads the last token written."""
+        if not self._output[row]:
+            return ()
+        base = self.engine.base
+        start = (decoder_start(base.model),) if base.is_encoder_decoder else ()
+        return (*start, *self._output[row][:-1])
+
+
+class _Processor(LogitsProcessor):
+    def __init__(self, call: _GenerateCall):
+        self.call = call
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.call.choose_tokens(scores)
+
+
+class _Criterion(StoppingCriteria):
+    def __init__(self, call: _GenerateCall):
+        self.call = call
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return ~torch.tensor(self.call.open, device=input_ids.device)

@@ -1,7 +1,7 @@
-"""The engine on transformers' continuous batching: at every token, answers join and leave.
+"""The engine on transformers' continuous batching: answers join and leave at every token.
 
-The scheduling, the paged cache and the passes are transformers'. What its requests can't say (temperature, seed and the rest, each
-its own) comes in through a logits processor, which settles every sequence's next token; the way each goes, through hooks.
+transformers does the scheduling, the paged cache and the passes. This file hands it requests and takes its output;
+`continuous_hooks.py` puts in what its requests can't express. README.md says what was missing and how it is put in.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from phatgoose.models.base.base import Base, context_length
 from phatgoose.models.text.batch import pad_id
 from phatgoose.models.text.capabilities import supports_left_padding
 from phatgoose.serving.engine import attention
-from phatgoose.serving.engine.continuous_hooks import Passes, Sampler
-from phatgoose.serving.engine.engine import Engine
-from phatgoose.serving.engine.job import ENDING, Job, News, ServingError
+from phatgoose.serving.engine.continuous_hooks import PassHooks, SamplingProcessor
+from phatgoose.serving.engine.engine import Engine, GenerationJob, JobUpdate
+from phatgoose.serving.errors import SHUTTING_DOWN, ServingError
 from phatgoose.serving.settings import ServeSettings
 
 PAGE = 32
 """Tokens of a page of the cache."""
-SPARE = 2
-"""Pages that a sequence may need beyond its tokens, where kinds of attention share the cache."""
+SPARE_PAGES = 2
+"""Pages that a sequence may need beyond its tokens, where several kinds of attention share the cache."""
 
 
 def obstacle(base: Base) -> str | None:
@@ -45,6 +45,7 @@ def obstacle(base: Base) -> str | None:
     if not model._can_set_attn_implementation() or not hasattr(model, "init_continuous_batching"):
         return f"{type(model).__name__} doesn't take its attention from transformers' AttentionInterface"
     if not supports_left_padding(model):
+        # Its state of several sequences can't be packed into one row.
         return f"{type(model).__name__} keeps more than keys and values of single tokens, or isn't told their positions"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is spread over several devices"
@@ -52,172 +53,198 @@ def obstacle(base: Base) -> str | None:
 
 
 class ContinuousEngine(Engine):
-    """Jobs that find no room in the cache wait here, first come, first served; so that none is ever put back."""
+    """Two threads take part: the event loop (submit, cancel, all queues here) and transformers' own (the passes).
+
+    Jobs that don't fit into the cache wait here, first come, first served. transformers never gets more than fits, so
+    it never has to evict a request and start it again.
+    """
 
     def __init__(self, base: Base, settings: ServeSettings):
         super().__init__(base, settings)
         if (why := obstacle(base)) is not None:
             raise ServingError(f'continuous batching can\'t run {base.spec}: {why}. Use engine "batches".')
-        self.pages = _pages(base, settings)
+        self.pages = _count_pages(base, settings)
         context = context_length(base.model)
-        room = (self.pages - SPARE) * PAGE
-        self.limit = room if context is None else min(context, room)
-        self._attention = base.model.config._attn_implementation
-        self._waiting: deque[Job] = deque()
-        self._reserved: dict[str, int] = {}
-        self._sampler = Sampler()
-        self._ended = False
+        capacity = (self.pages - SPARE_PAGES) * PAGE
+        self.limit = capacity if context is None else min(context, capacity)
+        self._own_attention = base.model.config._attn_implementation
+        self._waiting: deque[GenerationJob] = deque()
+        self._reserved: dict[str, int] = {}  # job id → pages, of the jobs that transformers has
+        self._stopped = False
         self._hooks = Hooks()
         self.manager: Any = None
         """transformers' ContinuousBatchingManager, once started."""
 
-    def _manager(self) -> Any:
+    @property
+    def reserved_pages(self) -> int:
+        """Pages of the cache that are reserved for the jobs that transformers has."""
+        return sum(self._reserved.values())
+
+    def start(self) -> None:
+        disable_progress_bar()
+        # Its warnings show the first tokens of prompts.
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        self.manager = self._make_manager()
+        self._hooks = PassHooks(self, self.manager).attach(self.base.model)
+        self.manager.start()
+
+    def _make_manager(self) -> Any:
         model: Any = self.base.model
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=self.pages,
             max_batch_tokens=max(self.settings.batch_tokens, self.settings.max_running),
             max_requests_per_batch=self.settings.max_running,
-            # A prompt's keys and values are those of the experts that read it: never another request's.
+            # Keys and values depend on the experts that read the prompt, so requests never share them.
             allow_block_sharing=False,
-            # Hooks decide in Python at every pass, which a captured graph would not repeat.
+            # Hooks choose experts in Python at every pass. A captured graph would replay the first choice.
             use_cuda_graph=False,
+            # It prepares the next batch while a pass runs, and the hooks read the batch of the running pass.
             use_async_batching=False,
             safety_margin=0.0,
         )
-        manager = model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=pad_id(self.base.tokenizer)),
-            config,
-        )
-        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._sampler]))
+        # No end token here: each request brings its own (add_request).
+        own = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=pad_id(self.base.tokenizer))
+        manager = model.init_continuous_batching(own, config)
+        # The manager has built processors from the GenerationConfig, which is the same for all requests.
+        processors = LogitsProcessorList([SamplingProcessor()])
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
+        # How many rows of argument tensors transformers allocates: one for each processor with arguments.
         manager.logit_processor.tensors_required = 1
-        if attention.fits(model):
+        if attention.is_supported(model):
             model.set_attn_implementation(attention.register())
         return manager
 
-    def start(self) -> None:
-        model = self.base.model
-        disable_progress_bar()
-        # Its warnings show the first tokens of prompts.
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-        self.manager = self._manager()
-        self._hooks = Passes(self, self.manager).attach(model)
-        self.manager.start()
-
-    def submit(self, job: Job) -> None:
+    def submit(self, job: GenerationJob) -> None:
         self.jobs[job.id] = job
         self._waiting.append(job)
         self._admit()
 
     def _admit(self) -> None:
-        if self._ended or self.manager.background_thread_status.fatal_error is not None:
-            while self._waiting:  # nobody will come for them
-                job = self._waiting.popleft()
-                del self.jobs[job.id]
-                job.tell(News(finished=True, error=self.trouble or ENDING))
+        """Hands waiting jobs to transformers while the cache has room for all of their tokens."""
+        if self._stopped or self.fatal_error is not None:
+            # Nobody will process those that wait.
+            while self._waiting:
+                self._fail(self._waiting.popleft(), self.failure or SHUTTING_DOWN)
         while self._waiting and len(self._reserved) < self.settings.max_running:
             job = self._waiting[0]
-            need = -(-(len(job.prompt) + job.max_new_tokens) // PAGE) + SPARE
-            if self._reserved and sum(self._reserved.values()) + need > self.pages:
+            pages = -(-(len(job.prompt) + job.max_new_tokens) // PAGE) + SPARE_PAGES
+            if self._reserved and self.reserved_pages + pages > self.pages:
                 return
             self._waiting.popleft()
-            self._reserved[job.id] = need
-            self.manager.register_result_handler(job.id, lambda output, job=job: self._take(job, output))
-            taken = self.manager.add_request(
-                list(job.prompt),
-                request_id=job.id,
-                max_new_tokens=job.max_new_tokens,
-                streaming=True,
-                eos_token_id=sorted(job.ends) or [-1],
-                job=job,
-            )
-            # The thread refuses from when it begins to die, and later says so; what came in between it doesn't see.
-            if taken is None or self.manager.background_thread_status.can_accept_new_requests() is not None:
-                del self.jobs[job.id], self._reserved[job.id]
-                self._unhandled(job)
-                job.tell(News(finished=True, error=self.trouble or "the engine failed"))
+            self._reserved[job.id] = pages
+            self._hand_over(job)
 
-    def _take(self, job: Job, output: Any) -> None:
-        """On the event loop: what transformers delivers after each pass."""
+    def _hand_over(self, job: GenerationJob) -> None:
+        # The handler is registered first: the thread may deliver a token before add_request returns. transformers calls
+        # it on the event loop, since it is registered from there.
+        self.manager.register_result_handler(job.id, lambda output: self._on_output(job, output))
+        taken = self.manager.add_request(
+            list(job.prompt),
+            request_id=job.id,
+            max_new_tokens=job.max_new_tokens,
+            streaming=True,
+            eos_token_id=sorted(job.end_tokens) or [-1],
+            job=job,  # arrives in the request's logit_processor_kwargs, where the hooks look for it
+        )
+        # A dying thread refuses requests, and only later fails those that it has. It misses what comes in between, so
+        # its status is read again after the request was added.
+        if taken is None or self.manager.background_thread_status.can_accept_new_requests() is not None:
+            del self._reserved[job.id]
+            self._drop_outputs(job)
+            self._fail(job, self.failure or "the engine failed")
+
+    def _fail(self, job: GenerationJob, error: str) -> None:
+        del self.jobs[job.id]
+        job.publish(JobUpdate(finished=True, error=error))
+
+    def _on_output(self, job: GenerationJob, output: Any) -> None:
+        """Takes what transformers delivers after each pass. Called on the event loop."""
         if job.id not in self.jobs:
-            return
-        error = job.failure or ("the engine failed" if output.error else None)
-        new = tuple(output.generated_tokens[len(job.written) :]) if error is None else ()
+            return  # cancelled while the output was on its way
+        error = job.error or ("the engine failed" if output.error else None)
+        # generated_tokens holds the whole answer so far. A token of a failed job is meaningless.
+        new = tuple(output.generated_tokens[len(job.output) :]) if error is None else ()
         finished = error is not None or output.is_finished()
-        job.tell(News(new, finished, error))
+        job.publish(JobUpdate(new, finished, error))
         if finished:
-            self._forget(job, cancel=not output.is_finished())
+            self._release(job, cancel=not output.is_finished())
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: GenerationJob) -> None:
         if job.id in self.jobs:
-            self._forget(job, cancel=True)
+            self._release(job, cancel=True)
 
-    def _forget(self, job: Job, *, cancel: bool) -> None:
+    def _release(self, job: GenerationJob, *, cancel: bool) -> None:
         del self.jobs[job.id]
         if job.id not in self._reserved:
             self._waiting.remove(job)
             return
         if cancel:
+            # It takes effect between two passes. Until then PassHooks lets the job fall back to the base.
             self.manager.cancel_request(job.id)
-            self._unhandled(job)
+            self._drop_outputs(job)
         del self._reserved[job.id]
         self._admit()
 
-    def _unhandled(self, job: Job) -> None:
-        """Nothing that transformers delivers concerns this job any more."""
+    def _drop_outputs(self, job: GenerationJob) -> None:
+        """Makes sure that nothing of this job is delivered or kept any more."""
         router = self.manager.output_router
-        with router._lock:
+        with router._lock:  # the other thread looks handlers up under it
             router.result_handlers.pop(job.id, None)
-        while not router.output_queue.empty():  # what was on its way to the handler
+        # An output that found no handler landed in the queue, which nobody reads.
+        while not router.output_queue.empty():
             router.output_queue.get_nowait()
 
-    def between(self, do: Callable[[], Any]) -> Any:
+    def run_between_passes(self, do: Callable[[], Any]) -> Any:
         if self.manager is None or not self.manager.is_running():
             return do()
         with contextlib.ExitStack() as stack:
             try:
+                # Returns once the running pass is over; the requests stay as they are.
                 stack.enter_context(self.manager.pause())
-            except RuntimeError:  # it died or ended while we waited
-                raise ServingError(f"{self.trouble}.") from None
+            except RuntimeError:  # the thread died or ended while we waited
+                raise ServingError(f"{self.failure}.") from None
             return do()
 
     def stop(self) -> None:
-        self._ended = True
+        self._stopped = True
         if self.manager is None:
             return
         if self.manager.is_running():
             self.manager.stop(block=True, timeout=30, hard_stop=True)
         self._hooks.remove()
-        self.base.model.set_attn_implementation(self._attention)
+        self.base.model.set_attn_implementation(self._own_attention)
 
     @property
     def alive(self) -> bool:
         return self.manager is not None and bool(self.manager.is_running())
 
     @property
-    def fatal(self) -> BaseException | None:
+    def fatal_error(self) -> BaseException | None:
         return None if self.manager is None else self.manager.background_thread_status.fatal_error
 
 
-def _pages(base: Base, settings: ServeSettings) -> int:
+def _count_pages(base: Base, settings: ServeSettings) -> int:
     """How many pages the cache has."""
-    context = context_length(base.model) or 2**15
+    token_bytes = _bytes_per_token(base)
     if settings.cache_tokens is not None:
         tokens = settings.cache_tokens
     else:
-        tokens = min(settings.max_running * context, _free(base) // 4 // _bytes_per_token(base))
-    pages = tokens // PAGE + SPARE
-    if pages < SPARE + 2:
+        context = context_length(base.model) or 2**15
+        tokens = min(settings.max_running * context, _free_bytes(base) // 4 // token_bytes)
+    pages = tokens // PAGE + SPARE_PAGES
+    if pages < SPARE_PAGES + 2:
         raise ServingError(f"a cache of {tokens} tokens is too small: raise cache_tokens, or free memory.")
-    # The whole cache is written at once: a process that takes more than there is would be killed without a word.
-    if (needed := pages * PAGE * _bytes_per_token(base)) > (free := _free(base)):
+    # The whole cache is allocated and written at the start. Without this check the system would kill the process.
+    if (needed := pages * PAGE * token_bytes) > (free := _free_bytes(base)):
         raise ServingError(
-            f"a cache of {tokens} tokens needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower cache_tokens."
+            f"a cache of {tokens} tokens needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
+            "lower cache_tokens."
         )
     return int(pages)
 
 
-def _free(base: Base) -> int:
+def _free_bytes(base: Base) -> int:
     """Free bytes where the model is."""
     if base.device.type == "cuda":
         with contextlib.suppress(RuntimeError):
@@ -226,8 +253,8 @@ def _free(base: Base) -> int:
 
 
 def _bytes_per_token(base: Base) -> int:
-    """Bytes of keys and values that one token leaves in the cache."""
+    """Bytes of the keys and values that one token leaves in the cache."""
     config = base.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head * torch.empty(0, dtype=base.model.dtype).element_size()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * base.model.dtype.itemsize

@@ -1,8 +1,12 @@
-"""What happens around each pass of the continuous engine, in its thread: ways, loads, scores, and every sequence's next token."""
+"""What happens around each pass of the continuous engine: routes, expert loads, prompt scores, next tokens.
+
+All of it runs in the thread of transformers' ContinuousBatchingManager.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,128 +18,165 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.batched.plan import BatchPlan, TextSoFar
 from phatgoose.serving.engine import attention
-from phatgoose.serving.engine.engine import Engine
-from phatgoose.serving.engine.job import Job
-from phatgoose.serving.engine.sampling import choose, likelihoods
+from phatgoose.serving.engine.engine import Engine, GenerationJob
+from phatgoose.serving.engine.sampling import sample_batch, token_logprobs
 
 _NO_MASK = torch.zeros(1, 1, 1, 1)
 
 
-class Passes:
-    """Hooks on the model. `manager` is transformers' ContinuousBatchingManager, whose requests carry their jobs."""
+@dataclass(frozen=True)
+class _Pass:
+    """The sequences of the running pass, in the order in which they are packed."""
+
+    plan: BatchPlan
+    jobs: list[GenerationJob]
+    requests: list[Any]
+    """transformers' side of each sequence: a FutureRequestState."""
+    kept: Tensor
+    """The tokens whose logits are computed, int64."""
+    logit_rows: list[slice]
+    """Which of the kept logits are whose."""
+    starts: list[int]
+    """The position of each sequence's first token in this pass."""
+
+
+class PassHooks:
+    """Hooks on the model. Each request of `manager`, transformers' ContinuousBatchingManager, carries its job."""
 
     def __init__(self, engine: Engine, manager: Any):
         self.engine, self.manager = engine, manager
-        self._running: tuple[BatchPlan, list[Job], list[Any], list[slice]] | None = None
+        self._pass: _Pass | None = None
 
     def attach(self, model: PreTrainedModel) -> Hooks:
-        return Hooks(
-            [
-                model.register_forward_pre_hook(self._before, with_kwargs=True),
-                model.register_forward_hook(self._after, with_kwargs=True),
-            ]
-        )
+        before = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        return Hooks([before, model.register_forward_hook(self._after, with_kwargs=True)])
 
     def _before(self, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Before a pass: says which way each sequence goes."""
+        """Sets the pass's plan, and asks the model for the logits of scored prompts."""
         if not isinstance(kwargs.get("cache"), PagedAttentionCache):
-            return None  # a pass of somebody else's, between two of ours
-        batch = self.manager.batch_processor.inputs_and_outputs.requests_in_batch
-        jobs = [one.state.logit_processor_kwargs["job"] for one in batch]
-        lengths = [one.query_length for one in batch]
-        places: list[int] = []
-        rows: list[slice] = []
-        at = 0
-        for one, job in zip(batch, jobs, strict=True):
-            job.started = True
-            first = at if job.score is not None else at + one.query_length - one.has_new_token
-            rows.append(slice(len(places), len(places) + at + one.query_length - first))
-            places += range(first, at + one.query_length)
-            at += one.query_length
-        kept = torch.tensor(places, dtype=torch.long)
-        starts = [one.state.position_offset - one.query_length for one in batch]
-        skip = [
-            max(job.counted - start, 0) if job.watch else 0 for job, start in zip(jobs, starts, strict=True)
-        ]
-        told = None
-        if any(job.route is not None and job.route.reads_text for job in jobs):
-            told = [
-                _told(job, one.state.generated_tokens, s)
-                for job, one, s in zip(jobs, batch, starts, strict=True)
-            ]
-        # One that was cancelled just now goes by the base: what its way was made of may be taken off the model by now. So does one whose
-        # way failed, until it is told.
-        routes = [job.route if job.id in self.engine.jobs and job.failure is None else None for job in jobs]
-        plan = BatchPlan(routes, lengths, kept, self.engine.watched(jobs), skip, told, failed={})
-        self._running, self.engine.multi_router.plan = (plan, jobs, batch, rows), plan
+            # Somebody else runs the model between two passes, for example to calibrate a router.
+            return None
+        self._pass = current = self._describe_pass()
+        self.engine.multi_router.plan = current.plan
         if self.engine.base.model.config._attn_implementation == attention.NAME:
-            kwargs["attention_mask"] = _NO_MASK  # or one would be made, to be ignored
+            # Without one, transformers would build a mask over all pairs of tokens, which packed_attention ignores.
+            kwargs["attention_mask"] = _NO_MASK
         if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = kept.to(kwargs["input_ids"].device)
+            kwargs["logits_to_keep"] = current.kept.to(kwargs["input_ids"].device)
         return args, kwargs
 
+    def _describe_pass(self) -> _Pass:
+        requests = self.manager.batch_processor.inputs_and_outputs.requests_in_batch
+        jobs: list[GenerationJob] = [one.state.logit_processor_kwargs["job"] for one in requests]
+        # At this point transformers has already advanced each request's position to the end of the pass.
+        starts = [one.state.position_offset - one.query_length for one in requests]
+        kept: list[int] = []
+        logit_rows: list[slice] = []
+        packed_start = 0
+        for request, job in zip(requests, jobs, strict=True):
+            job.started = True
+            packed_end = packed_start + request.query_length
+            # transformers wants the logits of a sequence's last token, and only if a token follows the pass: a long
+            # prompt is read in several passes. Scoring a prompt takes the logits of all its tokens.
+            scored = job.top_prompt_logprobs is not None
+            first = packed_start if scored else packed_end - request.has_new_token
+            logit_rows.append(slice(len(kept), len(kept) + packed_end - first))
+            kept += range(first, packed_end)
+            packed_start = packed_end
+        # A cancelled job falls back to the base: its route's experts may have left the model by now. So does a job
+        # whose route failed, until its client is told.
+        active = [job.id in self.engine.jobs and job.error is None for job in jobs]
+        places = torch.tensor(kept, dtype=torch.long)
+        plan = BatchPlan(
+            [job.route if is_active else None for job, is_active in zip(jobs, active, strict=True)],
+            [one.query_length for one in requests],
+            places,
+            self.engine.count_pass(jobs),
+            # Tokens that were tracked before: a request that runs out of memory is restarted by transformers.
+            [
+                max(j.tracked_tokens - s, 0) if j.track_experts else 0
+                for j, s in zip(jobs, starts, strict=True)
+            ],
+            _texts_so_far(jobs, requests, starts),
+            failed={},
+        )
+        return _Pass(plan, jobs, requests, places, logit_rows, starts)
+
     def _after(self, _: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """After a pass: takes the prompts' scores, and leaves the logits that transformers expects."""
-        if self._running is None:
+        """Records what the pass did, and leaves transformers only the logits that it expects."""
+        if self._pass is None:
             return None
-        (plan, jobs, batch, rows), self._running, self.engine.multi_router.plan = self._running, None, None
-        starts = [one.state.position_offset - one.query_length for one in batch]
-        self.engine.take_failures(plan, jobs)
+        current, self._pass, self.engine.multi_router.plan = self._pass, None, None
+        plan, jobs = current.plan, current.jobs
+        self.engine.record_failures(plan, jobs)
         if plan.count_loads:
-            phases = ["prompt" if s < len(j.prompt) else "answer" for j, s in zip(jobs, starts, strict=True)]
-            self.engine.take_loads(plan, jobs, phases)
-        for one, job in zip(batch, jobs, strict=True):
-            job.counted = max(job.counted, one.state.position_offset)
-        if all(job.score is None for job in jobs):
+            in_prompt = [start < len(job.prompt) for job, start in zip(jobs, current.starts, strict=True)]
+            self.engine.record_loads(plan, jobs, ["prompt" if yes else "answer" for yes in in_prompt])
+        for request, job in zip(current.requests, jobs, strict=True):
+            job.tracked_tokens = max(job.tracked_tokens, request.state.position_offset)
+        if all(job.top_prompt_logprobs is None for job in jobs):
             return None
-        logits, sliced = output.logits, "logits_to_keep" in kwargs
-        for job, start, place in zip(jobs, starts, rows, strict=True):
-            if job.score is not None:
-                own = logits[0, place] if sliced else logits[0, plan.kept][place]
-                _score(job, start, own)
+        # Models without logits_to_keep return the logits of all tokens, of which transformers takes its own.
+        sliced = "logits_to_keep" in kwargs
+        kept = output.logits[0] if sliced else output.logits[0, current.kept]
+        for job, start, rows in zip(jobs, current.starts, current.logit_rows, strict=True):
+            if job.top_prompt_logprobs is not None:
+                _score_prompt(job, start, kept[rows], job.top_prompt_logprobs)
         if sliced:
-            last = [place.stop - 1 for one, place in zip(batch, rows, strict=True) if one.has_new_token]
-            output.logits = logits[:, last]
+            pairs = zip(current.requests, current.logit_rows, strict=True)
+            output.logits = output.logits[:, [rows.stop - 1 for one, rows in pairs if one.has_new_token]]
         return output
 
 
-class Sampler(ContinuousBatchingLogitsProcessor):
-    """Settles each sequence's next token, and leaves transformers no choice but it."""
+class SamplingProcessor(ContinuousBatchingLogitsProcessor):
+    """Chooses each sequence's next token, and leaves transformers no other choice.
 
-    supported_kwargs = {"job": Job}  # noqa: RUF012 - transformers' own form
+    transformers' own processors know one set of sampling parameters for all requests. This one masks every token but
+    the chosen one, so that transformers' argmax takes it.
+    """
+
+    supported_kwargs = {"job": GenerationJob}  # noqa: RUF012 - transformers' own form
     ignored_kwargs = ()
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []
+        self.jobs: list[GenerationJob] = []
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        # Called before each pass. The tensor is transformers' way to pass arguments; the jobs don't fit into one.
         self.jobs = [one.state.logit_processor_kwargs["job"] for one in requests_with_new_token]
         return torch.zeros(len(self.jobs), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        tokens, failed = choose(scores, [job.draw for job in self.jobs])
+        tokens, failed = sample_batch(scores, [job.sampler for job in self.jobs])
         for i, error in failed.items():
-            self.jobs[i].failure = self.jobs[i].failure or str(error)
-        if not failed and all(job.draw.settings.plain for job in self.jobs):
-            return scores  # transformers takes the highest, too
+            # An exception would end the whole engine. So the job is marked, and fails when its token is delivered.
+            self.jobs[i].error = self.jobs[i].error or str(error)
+        if not failed and all(job.sampler.params.greedy for job in self.jobs):
+            return scores  # transformers takes the argmax, too
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def _told(job: Job, written: Sequence[int], start: int) -> TextSoFar:
-    """A job's prompt, and what of its answer was read before the token at `start`."""
-    return tuple(job.prompt), tuple(written[: max(start - len(job.prompt), 0)])
+def _texts_so_far(
+    jobs: Sequence[GenerationJob], requests: Sequence[Any], starts: Sequence[int]
+) -> list[TextSoFar] | None:
+    """Each job's prompt, and what of its answer comes before this pass; None if no route reads text."""
+    if not any(job.route is not None and job.route.reads_text for job in jobs):
+        return None
+    return [
+        (tuple(job.prompt), tuple(request.state.generated_tokens[: max(start - len(job.prompt), 0)]))
+        for job, request, start in zip(jobs, requests, starts, strict=True)
+    ]
 
 
-def _score(job: Job, start: int, logits: Tensor) -> None:
-    """Takes the likelihoods of the prompt's tokens after those at `start` and on, from logits [n, V]."""
-    assert job.score is not None
-    known = len(job.prompt_likelihoods)
+def _score_prompt(job: GenerationJob, start: int, logits: Tensor, top: int) -> None:
+    """Adds the log-probabilities of prompt tokens from logits [n, V], those at position `start` and after it."""
     following = list(job.prompt[start + 1 : start + 1 + len(logits)])
-    new = following[max(known - start, 0) :]
+    # A restarted request reads its prompt again.
+    new = following[max(len(job.prompt_logprobs) - start, 0) :]
     if new:
         rows = logits[len(following) - len(new) : len(following)]
-        job.prompt_likelihoods += likelihoods(rows.cpu(), new, job.score)
+        job.prompt_logprobs += token_logprobs(rows.cpu(), new, top)

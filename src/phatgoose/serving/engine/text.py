@@ -1,110 +1,234 @@
-"""Tokens → text as they come, cut before the first stop string."""
+"""An answer's tokens as text: decoded while they come, cut at stop strings, with their log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from phatgoose.models.text.encoding import decode_text
+from phatgoose.serving.engine.engine import Engine, GenerationJob
+from phatgoose.serving.engine.sampling import TokenLogprob
 
-UNFINISHED = "\ufffd"
-"""What a decoder writes for bytes of a character whose other bytes are still to come."""
-MOST_HELD = 64
-"""Tokens that are waited for until a character is finished."""
+REPLACEMENT = "\ufffd"
+"""What a decoder writes for the bytes of an incomplete character."""
+MAX_HELD_TOKENS = 64
+FinishReason = Literal["stop", "length"]
 
 
-class Decoder:
-    """Decodes tokens one after the other; the pieces add up to the text that all of them have together.
+class IncrementalDecoder:
+    """Decodes one token after the other. The parts add up to the text that all tokens have together.
 
-    Only the last few tokens are decoded again each time: those of the last piece, since a token's text may depend on the one before
-    (spaces in SentencePiece), and those after it.
+    Only the last few tokens are decoded again each time: those of the last part, since a token's text may depend on
+    the one before it (spaces in SentencePiece), and those after it.
+
+    tokenizers' `DecodeStream` does the same for fast tokenizers, but never gives out the end of a text that isn't a
+    whole character, holds back invalid bytes without a bound, and doesn't say where a token begins.
     """
 
     def __init__(self, tokenizer: Any, *, special: bool = False):
         """`special`: whether special tokens are shown as text."""
         self.tokenizer, self.special = tokenizer, special
-        self.began = 0
-        """Where in the text the last token begins; of a character's tokens each where the character does."""
+        self.token_start = 0
+        """Where the last token begins in the text. All tokens of one character begin where the character does."""
         self._ids: list[int] = []
-        self._before, self._read, self._length = 0, 0, 0
+        # _ids[:_context] isn't decoded any more. _ids[_context:_decoded] was given out last, the rest is held back.
+        self._context, self._decoded, self._length = 0, 0, 0
 
     def push(self, token: int) -> str:
-        """The text that is sure now."""
+        """The text that is certain now."""
         self._ids.append(token)
-        self.began, waiting = self._length, len(self._ids) - self._read > 1
-        piece = self._piece(last=False)
-        self._length += len(piece)
-        if piece and waiting:
-            own = self._text([token])
-            if own and UNFINISHED not in own and piece.endswith(own):
-                self.began = self._length - len(own)  # behind bytes that never became a character
-        return piece
+        self.token_start, had_held = self._length, len(self._ids) - self._decoded > 1
+        part = self._next_part(last=False)
+        self._length += len(part)
+        if part and had_held:
+            own = self._decode([token])
+            # The held bytes never became a character, so this token begins behind them.
+            if own and REPLACEMENT not in own and part.endswith(own):
+                self.token_start = self._length - len(own)
+        return part
 
-    def rest(self) -> str:
-        """What is left at the end: unfinished characters as they are."""
-        return self._piece(last=True)
+    def flush(self) -> str:
+        """The rest at the end, with incomplete characters as they are."""
+        return self._next_part(last=True)
 
-    def _piece(self, last: bool) -> str:
-        known = self._text(self._ids[self._before : self._read])
-        whole = self._text(self._ids[self._before :])
-        held = len(self._ids) - self._read
-        # A character has four bytes at most: what stays unfinished for longer isn't one, and would be decoded again and again.
-        if not last and held < MOST_HELD and (len(whole) <= len(known) or whole.endswith(UNFINISHED)):
+    def _next_part(self, last: bool) -> str:
+        known = self._decode(self._ids[self._context : self._decoded])
+        whole = self._decode(self._ids[self._context :])
+        held = len(self._ids) - self._decoded
+        # A character has at most four bytes. What is incomplete for longer isn't one, and would be decoded forever.
+        incomplete = len(whole) <= len(known) or whole.endswith(REPLACEMENT)
+        if incomplete and not last and held < MAX_HELD_TOKENS:
             return ""
-        self._before, self._read = self._read, len(self._ids)
+        self._context, self._decoded = self._decoded, len(self._ids)
         return whole[len(known) :]
 
-    def _text(self, ids: list[int]) -> str:
-        return shown(self.tokenizer, ids) if self.special else decode_text(self.tokenizer, ids)
+    def _decode(self, ids: list[int]) -> str:
+        return decode_with_special(self.tokenizer, ids) if self.special else decode_text(self.tokenizer, ids)
 
 
-def shown(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Token ids → text with special tokens, and spaces as they are."""
+def decode_with_special(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Token ids → text that includes special tokens; spaces aren't cleaned up."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def offsets(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
-    """Where in `text` each of its tokens begins: a character of several tokens at its first."""
-    whole = shown(tokenizer, ids)
-    # What the tokenizer itself puts before a text isn't in it, though special tokens that the text spells out are.
+def token_offsets(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
+    """Where each of its tokens begins in `text`; all tokens of one character begin where the character does."""
+    whole = decode_with_special(tokenizer, ids)
+    # Special tokens that the text spells out are in it; those that the tokenizer itself puts before a text aren't.
     special = whole.endswith(text)
     before = len(whole) - len(text) if special else 0
-    decoder, found = Decoder(tokenizer, special=special), []
+    decoder, offsets = IncrementalDecoder(tokenizer, special=special), []
     for token in ids:
         decoder.push(token)
-        found.append(min(max(decoder.began - before, 0), len(text)))
-    return found
+        offsets.append(min(max(decoder.token_start - before, 0), len(text)))
+    return offsets
 
 
-@dataclass
-class Stops:
-    """Looks for stop strings in text that comes in pieces; holds back what may be the beginning of one."""
+class StopStrings:
+    """Looks for stop strings in text that comes in parts. It holds back what may be the beginning of one."""
 
-    strings: Sequence[str]
-    stopped: bool = False
-    _held: str = field(default="", repr=False)
+    def __init__(self, strings: Sequence[str]):
+        self.strings, self.stopped, self._held = strings, False, ""
 
-    def push(self, piece: str) -> str:
-        """What may be shown now; nothing after the first stop string, nor it."""
+    def push(self, part: str) -> str:
+        """The text that may be shown now: nothing from the first stop string on."""
         if self.stopped:
             return ""
-        text = self._held + piece
+        text = self._held + part
         found = min((at for s in self.strings if (at := text.find(s)) >= 0), default=-1)
         if found >= 0:
             self.stopped, self._held = True, ""
             return text[:found]
-        hold = max((_overlap(text, s) for s in self.strings), default=0)
-        cut = len(text) - hold
+        cut = len(text) - max((_overlap(text, s) for s in self.strings), default=0)
         self._held = text[cut:]
         return text[:cut]
 
-    def rest(self) -> str:
-        """What was held back, now that nothing follows."""
+    def flush(self) -> str:
+        """The text that was held back, once nothing follows."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class EngineFailure(Exception):
+    """The engine couldn't finish a job."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next part of an answer."""
+
+    text: str = ""
+    logprobs: tuple[tuple[int, TokenLogprob], ...] = ()
+    """(where in the answer the token begins, its log-probability)"""
+    finish_reason: FinishReason | None = None
+    """Set in the last delta."""
+    tokens: tuple[int, ...] = ()
+    """The tokens written since the last delta, including those whose text is held back."""
+
+
+class TextStream:
+    """One answer as text. Leaving `deltas` before the end cancels its job."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, job: GenerationJob, stops: Sequence[str]):
+        self.engine, self.job = engine, job
+        self.token_count = 0
+        """Tokens written, including those of a stop string, but not those that the engine wrote after it."""
+        self._decoder, self._stops = IncrementalDecoder(tokenizer), StopStrings(stops)
+        self._shown = 0
+        self._held_logprobs: list[tuple[int, TokenLogprob]] = []
+        self._new_tokens: list[int] = []
+
+    async def deltas(self, deadline: float | None = None) -> AsyncGenerator[Delta]:
+        """The answer while it is written. Only the last delta has a finish reason.
+
+        Raises:
+            EngineFailure: with the reason. TimeoutError: the answer wasn't finished at `deadline`.
+        """
+        try:
+            async for update in self.job.updates(deadline):
+                if update.error is not None:
+                    raise EngineFailure(update.error)
+                for token in update.tokens:
+                    text = self._push(token)
+                    if self._stops.stopped:
+                        yield self._delta(text, "stop")
+                        return
+                    if text:
+                        yield self._delta(text)
+                if update.finished:
+                    rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
+                    output = self.job.output
+                    ended = bool(output) and output[-1] in self.job.end_tokens
+                    yield self._delta(rest, "stop" if ended or self._stops.stopped else "length")
+                    return
+        finally:
+            self.engine.cancel(self.job)
+
+    def _push(self, token: int) -> str:
+        self.token_count += 1
+        self._new_tokens.append(token)
+        text = self._decoder.push(token)
+        sampler = self.job.sampler
+        if sampler.params.logprobs is not None:
+            self._held_logprobs.append((self._decoder.token_start, sampler.logprobs[self.token_count - 1]))
+        # Stop strings are looked for only behind the first min_tokens tokens.
+        return text if self.token_count <= sampler.params.min_tokens else self._stops.push(text)
+
+    def _delta(self, text: str, reason: FinishReason | None = None) -> Delta:
+        """The next delta. Log-probabilities wait for their token's text, which may turn out to be a stop string's."""
+        self._shown += len(text)
+        show_all = not self._stops.stopped if reason else not self._stops.strings
+        ready = tuple(one for one in self._held_logprobs if show_all or one[0] < self._shown)
+        self._held_logprobs = self._held_logprobs[len(ready) :]
+        tokens, self._new_tokens = tuple(self._new_tokens), []
+        return Delta(text, ready, reason, tokens)
+
+
+async def collect(stream: TextStream, deadline: float | None) -> Delta:
+    """The whole answer as one delta."""
+    async with aclosing(stream.deltas(deadline)) as deltas:
+        parts = [delta async for delta in deltas]
+    logprobs = tuple(one for part in parts for one in part.logprobs)
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return Delta("".join(part.text for part in parts), logprobs, parts[-1].finish_reason, tokens)
+
+
+async def merge_streams(
+    streams: Sequence[TextStream], deadline: float | None
+) -> AsyncGenerator[tuple[int, Delta]]:
+    """The deltas of several answers as they come, each with its answer's index.
+
+    Raises:
+        EngineFailure, TimeoutError: of the first answer that fails. The others are cancelled.
+    """
+    queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue(maxsize=len(streams) * 2)
+
+    async def follow(index: int, stream: TextStream) -> None:
+        try:
+            async with aclosing(stream.deltas(deadline)) as deltas:
+                async for delta in deltas:
+                    await queue.put((index, delta))
+        except Exception as error:
+            await queue.put((index, error))
+
+    tasks = [asyncio.ensure_future(follow(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        open_streams = len(streams)
+        while open_streams:
+            index, got = await queue.get()
+            if isinstance(got, BaseException):
+                raise got
+            open_streams -= got.finish_reason is not None
+            yield index, got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,10 +1,10 @@
-"""The routes."""
+"""The HTTP routes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,25 @@ from phatgoose import __version__
 from phatgoose.errors import PhatgooseError, UnknownName
 from phatgoose.serving.api.errors import APIError, from_validation_errors
 from phatgoose.serving.api.schema import AddExpert, ChatRequest, CompletionRequest, Detokenize, Tokenize
-from phatgoose.serving.engine.text import shown
+from phatgoose.serving.engine.text import decode_with_special
 from phatgoose.serving.http.completions import answer
 from phatgoose.serving.http.guard import Guard, Keys
 from phatgoose.serving.service import Service
-from phatgoose.serving.threads import away
+from phatgoose.serving.threads import run_in_thread_async
 
 _ERROR = {"description": "Refused; `error.message` says why."}
-REFUSED: dict[int | str, dict[str, Any]] = dict.fromkeys(
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504), _ERROR
 )
+_CONFLICT: dict[int | str, dict[str, Any]] = {409: _ERROR}
 
 
 def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] | None = None) -> FastAPI:
-    """The whole interface, as an ASGI application whose lifespan starts and ends the service.
+    """The server as an ASGI application, whose lifespan starts and stops the service.
 
     Args:
-        keys: who may ask and who may change things; None: everybody asks, nobody changes.
-        hosts: names under which the server may be asked for (Guard); None: any.
+        keys: who may send requests and who may change experts; None: everybody, and nobody.
+        hosts: names by which the server may be called (see Guard); None: any.
     """
 
     @contextlib.asynccontextmanager
@@ -52,35 +53,39 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would name the host and scheme that a client wrote, not the proxy's
-        responses=REFUSED,
+        redirect_slashes=False,  # a redirect would name the host and scheme that the client wrote, not the proxy's
+        responses=ERROR_RESPONSES,
     )
     app.state.service = service
     app.add_middleware(Guard, service=service, keys=keys, hosts=hosts)
-    _errors(app)
-    _answers(app, service)
-    _tokens(app, service)
-    _operation(app, service)
-    _admin(app, service)
+    for add_routes in (_add_completions, _add_models, _add_tokenizer, _add_monitoring, _add_admin):
+        add_routes(app, service)
+    _add_error_handlers(app)
     return app
 
 
-def _errors(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
-    async def refused(_: Request, error: APIError) -> JSONResponse:
+    async def api_error(_: Request, error: APIError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         return from_validation_errors(list(error.errors())).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
         message = "the request's body is not JSON." if error.status_code == 400 else str(error.detail)
         return APIError(error.status_code, message, headers=error.headers).response()
 
 
-def _answers(app: FastAPI, service: Service) -> None:
+def _add_get(app: FastAPI, path: str, do: Callable[..., Any], **more: Any) -> None:
+    """Adds a route for GET and HEAD."""
+    app.add_api_route(path, do, methods=["GET"], **more)
+    app.add_api_route(path, do, methods=["HEAD"], include_in_schema=False, **more)
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_class=JSONResponse)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await answer(service, request, body)
@@ -89,129 +94,123 @@ def _answers(app: FastAPI, service: Service) -> None:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await answer(service, request, body)
 
+
+def _add_models(app: FastAPI, service: Service) -> None:
     def model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": service.created, "owned_by": "phatgoose"}
 
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model(name) for name in service.catalogue.models()]}
+        return {"object": "list", "data": [model(name) for name in service.models.listed()]}
 
     async def one_model(name: str) -> dict[str, Any]:
-        """Whatever a request may name, listed or not."""
-        if service.experts.being_bound >= service.places:
-            raise service.busy()
+        """A model that a request may name, listed or not."""
+        if service.experts.binding >= service.capacity:
+            raise service.busy_error()
         try:
-            async with service.catalogue.found(name):
+            async with service.models.resolve(name):
                 return model(name)
-        except UnknownName:
-            why = f"there is no model {name[:256]!r}."
-        except PhatgooseError as error:
-            why = service.told(error)[:500]
-        raise APIError(404, why, param="model", code="model_not_found")
+        except PhatgooseError as error:  # here also a router that can't serve this pool is no model
+            why = service.client_message(error)[:500]
+            raise APIError(404, why, param="model", code="model_not_found") from None
 
-    _get(app, "/v1/models", models)
-    _get(app, "/v1/models/{name:path}", one_model)
+    _add_get(app, "/v1/models", models)
+    _add_get(app, "/v1/models/{name:path}", one_model)
 
 
-def _tokens(app: FastAPI, service: Service) -> None:
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
     """vLLM's routes between text and tokens."""
 
-    @contextlib.asynccontextmanager
-    async def known(model: str | None) -> AsyncIterator[None]:
+    async def check_model(model: str | None) -> None:
         try:
-            async with service.catalogue.found(model or service.catalogue.default):
-                yield
-        except UnknownName as error:
-            raise APIError(404, service.told(error)[:500], param="model", code="model_not_found") from None
+            async with service.models.resolve(model or service.models.default):
+                pass
         except PhatgooseError as error:
-            raise APIError(400, service.told(error)[:500], param="model") from None
+            raise service.model_error(error) from None
 
     @app.post("/tokenize")
     async def tokenize(body: Tokenize) -> dict[str, Any]:
         """The tokens that a text, or a conversation, is read as."""
+        await check_model(body.model)
         prompts = service.prompts
-        async with known(body.model):
-            if body.messages is not None:
-                found = await prompts.of_chat(body.messages)
-            elif body.add_special_tokens is False:
-                found = await prompts.bare(body.prompt or "")
-            else:
-                found = await prompts.of_text(body.prompt or "")
-        strings = service.base.tokenizer.convert_ids_to_tokens(found) if body.return_token_strs else None
-        return {"count": len(found), "max_model_len": prompts.most, "tokens": found, "token_strs": strings}
+        if body.messages is not None:
+            tokens = await prompts.encode_chat(body.messages)
+        elif body.add_special_tokens is False:
+            tokens = await prompts.encode_bare(body.prompt or "")
+        else:
+            tokens = await prompts.encode(body.prompt or "")
+        strings = service.base.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+        return {"count": len(tokens), "max_model_len": prompts.limit, "tokens": tokens, "token_strs": strings}
 
     @app.post("/detokenize")
     async def detokenize(body: Detokenize) -> dict[str, Any]:
-        """The text of tokens, special ones too."""
-        async with known(body.model):
-            if body.tokens:
-                service.prompts.check(body.tokens, "tokens")
-            return {"prompt": await away(shown, service.base.tokenizer, body.tokens)}
+        """The text of tokens, special ones included."""
+        await check_model(body.model)
+        if body.tokens:
+            service.prompts.check_tokens(body.tokens, "tokens")
+        return {"prompt": await run_in_thread_async(decode_with_special, service.base.tokenizer, body.tokens)}
 
 
-def _get(app: FastAPI, path: str, do: Callable[..., Any], **more: Any) -> None:
-    """A route for GET and HEAD."""
-    app.add_api_route(path, do, methods=["GET"], **more)
-    app.add_api_route(path, do, methods=["HEAD"], include_in_schema=False, **more)
-
-
-def _operation(app: FastAPI, service: Service) -> None:
+def _add_monitoring(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
-        """Whether the process works; if not, it is to be restarted."""
-        trouble = service.engine.trouble if service.started and not service.draining else None
-        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
+        """Whether the process works. If not, restart it."""
+        failure = service.engine.failure if service.started and not service.draining else None
+        return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
 
     async def ready() -> Response:
-        """Whether requests are taken."""
-        why = service.obstacle
+        """Whether requests are accepted."""
+        why = service.unready_reason
         return JSONResponse({"status": why or "ready"}, 503 if why else 200)
 
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    _get(app, "/health", health)
-    _get(app, "/ready", ready)
-    _get(app, "/metrics", metrics, response_class=PlainTextResponse)
+    _add_get(app, "/health", health)
+    _add_get(app, "/ready", ready)
+    _add_get(app, "/metrics", metrics, response_class=PlainTextResponse)
 
 
-def _admin(app: FastAPI, service: Service) -> None:
+def _add_admin(app: FastAPI, service: Service) -> None:
+    # Changes are shielded: a client that leaves must not break one off halfway.
+    changes = service.changes
+
     @contextlib.contextmanager
-    def said(*folders: str) -> Any:
+    def api_errors(*folders: str) -> Iterator[None]:
         try:
             yield
         except UnknownName as error:
-            raise APIError(404, service.told(error, *folders)[:500]) from None
+            raise APIError(404, service.client_message(error, *folders)[:500]) from None
         except PhatgooseError as error:
-            raise APIError(409, service.told(error, *folders)[:1000]) from None
+            raise APIError(409, service.client_message(error, *folders)[:1000]) from None
 
-    def listed() -> dict[str, Any]:
-        return {"experts": service.changes.listed()}
+    def experts_response() -> dict[str, Any]:
+        return {"experts": changes.list_experts()}
 
     @app.get("/admin/experts")
     async def experts() -> dict[str, Any]:
-        return listed()
+        return experts_response()
 
-    @app.post("/admin/experts", responses={409: _ERROR})
+    @app.post("/admin/experts", responses=_CONFLICT)
     async def add(body: AddExpert) -> dict[str, Any]:
-        with said(body.folder):
-            added = await asyncio.shield(service.changes.add(Path(body.folder), body.name))
-        return {"added": added, **listed()}
+        with api_errors(body.folder):
+            added = await asyncio.shield(changes.add(Path(body.folder), body.name))
+        return {"added": added, **experts_response()}
 
-    @app.delete("/admin/experts/{name}", responses={409: _ERROR})
+    @app.delete("/admin/experts/{name}", responses=_CONFLICT)
     async def remove(name: str) -> dict[str, Any]:
-        with said():
-            await asyncio.shield(service.changes.remove(name))
-        return listed()
+        with api_errors():
+            await asyncio.shield(changes.remove(name))
+        return experts_response()
 
-    @app.post("/admin/experts/{name}/{state}", responses={409: _ERROR})
+    @app.post("/admin/experts/{name}/{state}", responses=_CONFLICT)
     async def switch(name: str, state: str) -> dict[str, Any]:
         if state not in ("on", "off"):
             raise APIError(404, f"there is no {state!r}: an expert is switched on or off.")
-        with said():
-            await asyncio.shield(service.changes.switch(name, on=state == "on"))
-        return listed()
+        with api_errors():
+            await asyncio.shield(changes.switch(name, on=state == "on"))
+        return experts_response()
 
-    @app.post("/admin/reload", responses={409: _ERROR})
+    @app.post("/admin/reload", responses=_CONFLICT)
     async def reload() -> dict[str, Any]:
-        with said():
-            await asyncio.shield(service.changes.reload())
-        return listed()
+        with api_errors():
+            await asyncio.shield(changes.reload())
+        return experts_response()

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions."""
+"""Answer /v1/chat/completions and /v1/completions, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,53 +17,72 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from phatgoose.errors import PhatgooseError, UnknownName
+from phatgoose.errors import PhatgooseError
 from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
-from phatgoose.serving.engine.job import ENDING
 from phatgoose.serving.engine.sampling import RULED_OUT
-from phatgoose.serving.engine.text import shown
-from phatgoose.serving.engine.text_stream import EngineFailure, Piece, Writer, all_pieces, whole
-from phatgoose.serving.http.responses import Form, usage, usage_so_far
-from phatgoose.serving.service import Ask, Service
-from phatgoose.serving.threads import away
+from phatgoose.serving.engine.text import (
+    Delta,
+    EngineFailure,
+    TextStream,
+    collect,
+    decode_with_special,
+    merge_streams,
+)
+from phatgoose.serving.errors import SHUTTING_DOWN
+from phatgoose.serving.http.responses import ResponseFormat, count_logprobs, usage, usage_so_far
+from phatgoose.serving.service import Generation, Service
+from phatgoose.serving.threads import run_in_thread_async
 
-Body = ChatRequest | CompletionRequest
 T = TypeVar("T")
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""No proxy keeps a stream back: nginx would, until its buffers are full."""
-AT_ONCE = 2000
-"""Log-probabilities, or tokens of prompts that are repeated, that are written on the event loop."""
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""Without the second one, nginx keeps a stream back until its buffers are full."""
+MAX_ON_LOOP = 2000
+"""The most log-probabilities, or tokens of repeated prompts, that are formatted on the event loop."""
 UNREAD_SECONDS = 30.0
-"""How long after a request's time is up its client may take to read what was written."""
+"""How long after a request's deadline its client may take to read what was written."""
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
-async def answer(service: Service, request: Request, body: Body) -> Response:
-    """An answer, whole or as a stream.
+@dataclass(frozen=True)
+class _Call:
+    """One HTTP request on its way to an answer."""
+
+    service: Service
+    request: Request
+    body: ChatRequest | CompletionRequest
+    arrived: float
+    """By time.perf_counter(), for the metrics."""
+    deadline: float
+    """By the event loop's clock."""
+
+
+async def answer(service: Service, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+    """Answers a request.
 
     Raises:
         APIError: the request can't be answered.
     """
-    service.check_room(1)
-    began = time.perf_counter()
+    service.check_capacity(1)
     deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
+    call = _Call(service, request, body, time.perf_counter(), deadline)
+    # Holds what must be given back, whatever happens: the experts' pin, the jobs, the facts for the log.
     stack = AsyncExitStack()
     try:
-        ask = await _begin(service, request, body, stack, began, deadline)
-        form = await _form(service, body, ask)
-        stack.callback(_note, request, ask, body)
+        generation = await _begin(call, stack)
+        response_format = await _response_format(call, generation)
+        stack.callback(_log_facts, call, generation)
         if body.stream:
-            return _Stream(_events(service, request, body, ask, form, deadline), stack, deadline)
+            return _Stream(_events(call, generation, response_format), stack, deadline)
     except BaseException:
         await stack.aclose()
         raise
     async with stack:
-        return await _until_gone(service, request, _at_once(service, request, body, ask, form, deadline))
+        return await _until_disconnect(call, _whole_response(call, generation, response_format))
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; whatever happens to them, what they needed is given back, also if the client doesn't read them."""
+    """Server-sent events. What they hold is given back in any case, also if the client doesn't read them."""
 
     def __init__(self, events: AsyncGenerator[str, None], stack: AsyncExitStack, deadline: float):
         super().__init__(events, media_type="text/event-stream", headers=STREAM_HEADERS)
@@ -70,122 +90,127 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.stack, aclosing(self.events):
-            with contextlib.suppress(TimeoutError):  # uvicorn closes a connection whose answer ends like this
+            with contextlib.suppress(TimeoutError):  # uvicorn closes the connection of an unfinished answer
                 async with asyncio.timeout_at(self.deadline + UNREAD_SECONDS):
                     await super().__call__(scope, receive, send)
 
 
-async def _begin(
-    service: Service, request: Request, body: Body, stack: AsyncExitStack, began: float, deadline: float
-) -> Ask:
-    """Finds the model and hands over the jobs; leaving the stack takes off what isn't finished."""
+async def _begin(call: _Call, stack: AsyncExitStack) -> Generation:
+    """Resolves the model and submits the jobs. Leaving the stack cancels those that aren't finished."""
+    service, body = call.service, call.body
     try:
-        async with asyncio.timeout_at(deadline):
-            found = await stack.enter_async_context(service.catalogue.found(body.model))
-            prompts = await _until_gone(service, request, service.read(body))
-            ask = await service.ask(found, body, prompts, began)
-    except UnknownName as error:
-        raise APIError(404, service.told(error)[:500], param="model", code="model_not_found") from None
+        async with asyncio.timeout_at(call.deadline):
+            model = await stack.enter_async_context(service.models.resolve(body.model))
+            prompts = await _until_disconnect(call, service.encode_prompts(body))
+            generation = await service.generate(model, body, prompts, call.arrived)
     except PhatgooseError as error:
-        raise APIError(400, service.told(error)[:500], param="model") from None
+        raise service.model_error(error) from None
     except TimeoutError as error:
-        raise _refused(error) from None
+        raise _api_error(error) from None
 
-    def take_off() -> None:
-        for writer in ask.writers:
-            service.engine.cancel(writer.job)
+    def cancel() -> None:
+        for stream in generation.streams:
+            service.engine.cancel(stream.job)
 
-    stack.callback(take_off)
-    return ask
+    stack.callback(cancel)
+    return generation
 
 
-async def _form(service: Service, body: Body, ask: Ask) -> Form:
+async def _response_format(call: _Call, generation: Generation) -> ResponseFormat:
+    service, body = call.service, call.body
     chat, tokenizer = isinstance(body, ChatRequest), service.base.tokenizer
     echo: list[str] = []
     if isinstance(body, CompletionRequest) and body.echo:
-        given = body.prompts
-        make = partial(_texts, tokenizer, given)
-        texts = await away(make) if sum(map(len, ask.prompts)) > AT_ONCE else make()
-        echo = [text for text in texts for _ in range(body.n or 1)]
-    name = body.model or (service.catalogue.name if ask.found.route is not None else "base")
-    kind = "chatcmpl" if chat else "cmpl"
-    return Form(f"{kind}-{uuid.uuid4().hex}", name, int(time.time()), body, tokenizer, echo)
+        prompts = body.prompts
+
+        def texts() -> list[str]:
+            return [p if isinstance(p, str) else decode_with_special(tokenizer, p) for p in prompts]
+
+        is_large = sum(map(len, generation.prompts)) > MAX_ON_LOOP
+        echo = [text for text in await _run(texts, is_large) for _ in range(body.n or 1)]
+    name = body.model or (service.models.name if generation.model.route is not None else "base")
+    answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+    return ResponseFormat(answer_id, name, int(time.time()), body, tokenizer, echo)
 
 
-def _texts(tokenizer: Any, prompts: Sequence[str | list[int]]) -> list[str]:
-    return [p if isinstance(p, str) else shown(tokenizer, p) for p in prompts]
+async def _run(do: Callable[[], T], is_large: bool) -> T:
+    """Large work runs in a thread, so that the event loop can serve others."""
+    return await run_in_thread_async(do) if is_large else do()
 
 
-async def _at_once(
-    service: Service, request: Request, body: Body, ask: Ask, form: Form, deadline: float
-) -> Response:
+async def _whole_response(call: _Call, generation: Generation, response_format: ResponseFormat) -> Response:
+    streams = generation.streams
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(whole(writer, deadline)) for writer in ask.writers]
+            tasks = [group.create_task(collect(stream, call.deadline)) for stream in streams]
     except BaseExceptionGroup as errors:
-        raise _refused(errors.exceptions[0]) from None
-    pieces = [_cut(body, task.result(), writer) for task, writer in zip(tasks, ask.writers, strict=True)]
-    content = await _off_the_loop(form, ask.writers, partial(_whole_body, form, ask, pieces))
-    service.metrics.seconds.observe(time.perf_counter() - ask.began)
+        raise _api_error(errors.exceptions[0]) from None
+    deltas = [
+        _without_token(call.body, task.result(), stream) for task, stream in zip(tasks, streams, strict=True)
+    ]
+    write = partial(_whole_body, response_format, generation, deltas)
+    content = await _run(write, count_logprobs(streams) > MAX_ON_LOOP)
+    call.service.metrics.seconds.observe(time.perf_counter() - generation.arrived)
     return Response(content, media_type="application/json")
 
 
-def _whole_body(form: Form, ask: Ask, pieces: Sequence[Piece]) -> bytes:
-    """The response of all choices, written one by one: other threads wait while one of them is."""
+def _whole_body(response_format: ResponseFormat, generation: Generation, deltas: list[Delta]) -> bytes:
+    # The choices are written one by one: json.dumps holds the GIL, so other threads wait while it runs.
+    streams = generation.streams
     choices = [
-        _json(form.choice(i, piece, writer))
-        for i, (piece, writer) in enumerate(zip(pieces, ask.writers, strict=True))
+        _json(response_format.choice(i, delta, stream))
+        for i, (delta, stream) in enumerate(zip(deltas, streams, strict=True))
     ]
-    head, last = _json(form.head()), _json({"usage": usage(ask), **form.of_prompt(ask.writers[0])})
+    prompt = response_format.prompt_fields(streams[0]) if response_format.chat else {}
+    head, last = _json(response_format.head()), _json({"usage": usage(generation), **prompt})
     return f'{head[:-1]}, "choices": [{", ".join(choices)}], {last[1:]}'.encode()
 
 
-async def _off_the_loop(form: Form, writers: Sequence[Writer], do: Callable[[], T]) -> T:
-    """What `do` makes of these answers; in a thread of its own if it is much, so that the event loop answers others."""
-    return await away(do) if form.reported(writers) > AT_ONCE else do()
-
-
-def _cut(body: Body, piece: Piece, writer: Writer) -> Piece:
-    """Nothing of the token that was written because something must be, where only the prompt was asked for."""
+def _without_token(body: ChatRequest | CompletionRequest, delta: Delta, stream: TextStream) -> Delta:
+    """Drops the answer if max_tokens is 0. The engine always writes a token, but only the prompt was asked for."""
     if not isinstance(body, CompletionRequest) or body.max_tokens != 0:
-        return piece
-    writer.tokens = 0
-    return Piece("", (), piece.finish and "length", ())
+        return delta
+    stream.token_count = 0
+    return Delta(finish_reason=delta.finish_reason and "length")
 
 
 async def _events(
-    service: Service, request: Request, body: Body, ask: Ask, form: Form, deadline: float
+    call: _Call, generation: Generation, response_format: ResponseFormat
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events."""
-    counted = bool(body.stream_options and body.stream_options.include_usage)
+    """The server-sent events of a stream."""
+    facts, options, metrics = call.request.state.facts, call.body.stream_options, call.service.metrics
     begun: set[int] = set()
     try:
-        async with aclosing(all_pieces(ask.writers, deadline)) as pieces:
-            async for index, piece in pieces:
-                writer, first = ask.writers[index], index not in begun
+        async with aclosing(merge_streams(generation.streams, call.deadline)) as deltas:
+            async for index, delta in deltas:
+                stream, first = generation.streams[index], index not in begun
                 begun.add(index)
-                make = partial(_chunk, form, index, _cut(body, piece, writer), writer, first=first)
-                yield await _off_the_loop(form, [writer], make) if first else make()
-        if counted:
-            yield _event({**form.head(chunk=True), "choices": [], "usage": usage(ask)})
-        service.metrics.seconds.observe(time.perf_counter() - ask.began)
+                delta = _without_token(call.body, delta, stream)
+                write = partial(_chunk, response_format, index, delta, stream, first=first)
+                # Only the first chunk can be large: it brings the prompt's log-probabilities.
+                yield await _run(write, first and count_logprobs([stream]) > MAX_ON_LOOP)
+        if options and options.include_usage:
+            yield _event({**response_format.head(chunk=True), "choices": [], "usage": usage(generation)})
+        metrics.seconds.observe(time.perf_counter() - generation.arrived)
     except (EngineFailure, TimeoutError) as error:
-        request.state.facts["failed"] = type(error).__name__
-        yield _event(_refused(error).body())
+        facts["failed"] = type(error).__name__
+        yield _event(_api_error(error).body())
     except (asyncio.CancelledError, GeneratorExit):
-        if not service.ended:
-            _left(service, request)
+        if not call.service.ended:
+            _count_disconnect(call)
         raise
     yield "data: [DONE]\n\n"
 
 
-def _chunk(form: Form, index: int, piece: Piece, writer: Writer, *, first: bool) -> str:
-    choice = form.chunk(index, piece, writer, first=first)
-    more = form.of_prompt(writer) if first else {}
-    options = form.request.stream_options
+def _chunk(
+    response_format: ResponseFormat, index: int, delta: Delta, stream: TextStream, *, first: bool
+) -> str:
+    choice = response_format.chunk_choice(index, delta, stream, first=first)
+    more = response_format.prompt_fields(stream) if first and response_format.chat else {}
+    options = response_format.request.stream_options
     if options is not None and options.include_usage:
-        more |= {"usage": usage_so_far(writer) if options.continuous_usage_stats else None}
-    return _event({**form.head(chunk=True), "choices": [choice], **more})
+        more |= {"usage": usage_so_far(stream) if options.continuous_usage_stats else None}
+    return _event({**response_format.head(chunk=True), "choices": [choice], **more})
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -193,56 +218,58 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _json(data: dict[str, Any]) -> str:
-    """Without what some clients take for the end of a line of a stream, though it may stand in JSON."""
+    """JSON in which the characters are escaped that some clients take for the end of a stream's line."""
     return json.dumps(data, ensure_ascii=False).translate(_LINE_ENDS)
 
 
-async def _until_gone(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; broken off when the client leaves, which raises a APIError."""
+async def _until_disconnect(call: _Call, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects; that raises an APIError."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    disconnect = asyncio.ensure_future(_disconnect(call.request))
     try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, disconnect], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        _left(service, request)
+        _count_disconnect(call)
         raise APIError(499, "the client left.")
     finally:
-        for one in (task, gone):
+        for one in (task, disconnect):
             one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _refused(error: BaseException) -> APIError:
+def _api_error(error: BaseException) -> APIError:
+    """The response to a timeout or a failure of the engine; any other error is raised."""
     if isinstance(error, TimeoutError):
         return APIError(504, "the answer wasn't finished in time.", code="timeout")
-    if isinstance(error, EngineFailure) and str(error) == ENDING:
-        return APIError(503, f"{ENDING}.", code="server_ending", headers={"Retry-After": "5"})
-    if isinstance(error, EngineFailure) and str(error) == RULED_OUT:
+    if not isinstance(error, EngineFailure):
+        raise error
+    if str(error) == SHUTTING_DOWN:
+        return APIError(503, f"{SHUTTING_DOWN}.", code="server_ending", headers={"Retry-After": "5"})
+    if str(error) == RULED_OUT:
         return APIError(400, f"{RULED_OUT}.", param="allowed_token_ids")
-    if isinstance(error, EngineFailure):
-        return APIError(500, f"{error}.".replace("..", "."), code="engine_failure")
-    raise error
+    return APIError(500, f"{error}.".replace("..", "."), code="engine_failure")
 
 
-def _note(request: Request, ask: Ask, body: Body) -> None:
-    """Facts for the log: nothing of what was said."""
-    firsts = [w.job.first_token - w.job.began for w in ask.writers if w.job.first_token is not None]
-    request.state.facts |= {
-        "kind": ask.found.kind,
-        "answers": len(ask.writers),
-        "prompt_tokens": sum(map(len, ask.prompts)),
-        "answer_tokens": sum(writer.tokens for writer in ask.writers),
-        "first_token_seconds": round(min(firsts), 4) if firsts else None,
-        "stream": bool(body.stream),
+def _log_facts(call: _Call, generation: Generation) -> None:
+    """Adds facts about the answer to the request's line in the log, none about what was said."""
+    jobs = [stream.job for stream in generation.streams]
+    waited = [job.first_token_time - job.arrived for job in jobs if job.first_token_time is not None]
+    call.request.state.facts |= {
+        "kind": generation.model.kind,
+        "answers": len(generation.streams),
+        "prompt_tokens": sum(map(len, generation.prompts)),
+        "answer_tokens": sum(stream.token_count for stream in generation.streams),
+        "first_token_seconds": round(min(waited), 4) if waited else None,
+        "stream": bool(call.body.stream),
     }
 
 
-def _left(service: Service, request: Request) -> None:
-    service.metrics.left.inc()
-    request.state.facts["left"] = True
+def _count_disconnect(call: _Call) -> None:
+    call.service.metrics.left.inc()
+    call.request.state.facts["left"] = True

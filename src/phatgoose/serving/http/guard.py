@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: keys, sizes, names; and what is written about it afterwards."""
+"""Check every request before a route sees it (key, host, size), and log it afterwards."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from phatgoose.serving.api.errors import APIError
 from phatgoose.serving.logs import log
 from phatgoose.serving.service import Service
 
-OPEN = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready")
 """Paths that need no key."""
-ANSWERS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json", "/v1/models", *ANSWERS})
+ANSWER_PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+LOGGED_PATHS = frozenset({*OPEN_PATHS, "/metrics", "/openapi.json", "/v1/models", *ANSWER_PATHS})
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]+)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -31,35 +31,33 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True)
 class Keys:
-    """Who may come in. Kept as digests, so that comparing takes the same time whatever the key."""
+    """The keys that open the server, as digests: comparing those takes equally long for every key."""
 
     api: tuple[bytes, ...] = ()
-    """None: everybody may ask."""
+    """Empty: everybody may send requests."""
     admin: tuple[bytes, ...] = ()
-    """None: nobody may change anything."""
+    """Empty: nobody may change experts."""
 
     @staticmethod
     def of(api: Collection[str] = (), admin: Collection[str] = ()) -> Keys:
         return Keys(tuple(map(_digest, api)), tuple(map(_digest, admin)))
 
     def check(self, path: str, given: str | None) -> None:
-        """Raises a APIError, unless `given` opens `path`."""
-        if path in OPEN:
+        """Raises an APIError unless `given` opens `path`."""
+        if path in OPEN_PATHS:
             return
-        administers = path == "/admin" or path.startswith("/admin/")
-        if administers and not self.admin:
+        is_admin = path == "/admin" or path.startswith("/admin/")
+        if is_admin and not self.admin:
             raise APIError(403, "nothing can be changed: the server was started without an admin key.")
-        wanted = self.admin if administers else self.api
+        wanted = self.admin if is_admin else self.api
         if not wanted:
             return
         digest = _digest(given or "")
-        # Every key is compared, so that time doesn't tell which of them was near.
-        fits = [hmac.compare_digest(digest, key) for key in wanted]
-        if given is None or not any(fits):
-            raise APIError(
-                401, "the key is missing or wrong: send Authorization: Bearer KEY.", code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
+        # Compare with every key, so that the time doesn't tell which of them was close.
+        matches = [hmac.compare_digest(digest, key) for key in wanted]
+        if given is None or not any(matches):
+            why = "the key is missing or wrong: send Authorization: Bearer KEY."
+            raise APIError(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _digest(key: str) -> bytes:
@@ -70,8 +68,8 @@ class Guard:
     """Middleware around all routes.
 
     Args:
-        hosts: what the Host header may say; None: anything. Without a key, a page in a browser could otherwise reach a server on
-            this machine under a name of its own.
+        hosts: what the Host header may say; None: anything. Without a key, a page in a browser could otherwise reach a
+            server on this machine under a name of its own (DNS rebinding).
     """
 
     def __init__(
@@ -84,86 +82,89 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        call = _Call(scope, receive, send, self.service)
+        exchange = _Exchange(scope, receive, send, self.service)
         try:
-            self._check(call)
-            with self._place(call):
-                await call.read()
-                await self.app(scope, call.replay, call.send)
-        except APIError as refusal:
-            await call.refuse(refusal)
+            self._check_head(exchange)
+            with self._take_place(exchange):
+                await exchange.read_body()
+                await self.app(scope, exchange.receive, exchange.send)
+        except APIError as error:
+            await exchange.send_error(error)
         except Exception as error:
-            call.facts["error"] = type(error).__name__
-            log.exception("failed", extra={"facts": {"id": call.id}})
-            await call.refuse(APIError(500, "the server failed.", code="internal_error"))
+            exchange.facts["error"] = type(error).__name__
+            log.exception("failed", extra={"facts": {"id": exchange.id}})
+            await exchange.send_error(APIError(500, "the server failed.", code="internal_error"))
         finally:
-            call.finish()
+            exchange.finish()
 
     @contextlib.contextmanager
-    def _place(self, call: _Call) -> Iterator[None]:
-        """A request for answers has one at least, so more of them than there are places for answers needn't be read."""
-        if call.path not in ANSWERS:
+    def _take_place(self, exchange: _Exchange) -> Iterator[None]:
+        """Limits how many requests for answers are read: each asks for one at least, of which only so many may wait."""
+        if exchange.path not in ANSWER_PATHS:
             yield
             return
         if self.service.draining:
-            raise self.service.unready()
-        if self.service.inside >= self.service.places:
-            raise self.service.busy()
-        self.service.inside += 1
+            raise self.service.unready_error()
+        if self.service.open_requests >= self.service.capacity:
+            raise self.service.busy_error()
+        self.service.open_requests += 1
         try:
             yield
         finally:
-            self.service.inside -= 1
+            self.service.open_requests -= 1
 
-    def _check(self, call: _Call) -> None:
-        if call.header(b"transfer-encoding") and call.header(b"content-length"):
-            # A proxy may have gone by the one, and the server by the other: what follows would be another request.
+    def _check_head(self, exchange: _Exchange) -> None:
+        header = exchange.header
+        if header(b"transfer-encoding") and header(b"content-length"):
+            # A proxy may have used one and the server the other: what follows would be another request (smuggling).
             raise APIError(400, "a request has either Transfer-Encoding or Content-Length.")
         if self.hosts is not None:
-            found = _HOST.fullmatch(call.header(b"host") or "")
-            if found is None or found[1].lower() not in self.hosts:
+            host = _HOST.fullmatch(header(b"host") or "")
+            if host is None or host[1].lower() not in self.hosts:
                 raise APIError(
                     403, "this server answers to local names only; start it with a key to change that."
                 )
-        if _CONTROL.search(
-            call.path
-        ):  # a route matches a path before a line's end, too, which is compared here
+        # A route also matches a path followed by a newline, but `Keys.check` compares whole paths.
+        if _CONTROL.search(exchange.path):
             raise APIError(404, "Not Found")
-        given = call.header(b"authorization")
-        scheme, _, key = (given or "").partition(" ")
-        self.keys.check(call.path, key.strip() if scheme.lower() == "bearer" else None)
-        if call.scope["method"] in ("POST", "PUT", "PATCH"):
-            kind = (call.header(b"content-type") or "").partition(";")[0].strip().lower()
-            if kind != "application/json" and not (call.path.startswith("/admin/") and not kind):
+        scheme, _, key = (header(b"authorization") or "").partition(" ")
+        self.keys.check(exchange.path, key.strip() if scheme.lower() == "bearer" else None)
+        if exchange.scope["method"] in ("POST", "PUT", "PATCH"):
+            kind = (header(b"content-type") or "").partition(";")[0].strip().lower()
+            if kind != "application/json" and not (exchange.path.startswith("/admin/") and not kind):
                 raise APIError(415, "expected Content-Type: application/json.")
-            coding = (call.header(b"content-encoding") or "identity").strip().lower()
+            coding = (header(b"content-encoding") or "identity").strip().lower()
             if coding != "identity":
                 raise APIError(415, "compressed bodies aren't read: send it without Content-Encoding.")
 
 
-class _Call:
-    """One request on its way through."""
+class _Exchange:
+    """One request and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service):
         self.scope, self._receive, self._send, self.service = scope, receive, send, service
-        # As the routes see it, also where the server is below a path of its own.
+        # The path as the routes see it, also if the server is mounted below another path.
         self.path = get_route_path(scope)
         self.headers = dict(scope["headers"])
-        asked = self.header(b"x-request-id") or ""
-        self.id = asked if _ID.fullmatch(asked) else uuid.uuid4().hex
+        request_id = self.header(b"x-request-id") or ""
+        self.id = request_id if _ID.fullmatch(request_id) else uuid.uuid4().hex
         self.facts: dict[str, Any] = {}
         scope.setdefault("state", {})["facts"] = self.facts
-        self.began, self.status, self.begun = time.perf_counter(), 0, False
+        self.arrived, self.status, self.response_begun = time.perf_counter(), 0, False
         self.body: bytes | None = None
-        self.whole = not self.header(b"transfer-encoding") and self.header(b"content-length") in (None, "0")
-        """Whether nothing more of the request is to come."""
+        self.is_read = not self.header(b"transfer-encoding") and self.header(b"content-length") in (None, "0")
+        """Whether the client sends nothing more."""
 
     def header(self, name: bytes) -> str | None:
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
 
-    async def read(self) -> None:
-        """The whole body, if it isn't too long and doesn't take too long."""
+    async def read_body(self) -> None:
+        """Reads the whole body.
+
+        Raises:
+            APIError: it is too long, takes too long, or the client leaves.
+        """
         settings, length = self.service.settings, self.header(b"content-length")
         too_large = APIError(413, f"the request's body is larger than {settings.max_body_bytes} bytes.")
         if length is not None and length.isdigit() and int(length) > settings.max_body_bytes:
@@ -180,16 +181,15 @@ class _Call:
                     if size > settings.max_body_bytes:
                         raise too_large
                     if not message.get("more_body", False):
-                        self.whole = True
+                        self.is_read = True
                         break
         except TimeoutError:
-            raise APIError(
-                408, f"the request's body took longer than {settings.body_seconds:g} seconds."
-            ) from None
+            why = f"the request's body took longer than {settings.body_seconds:g} seconds."
+            raise APIError(408, why) from None
         self.body = b"".join(parts)
 
-    async def replay(self) -> Message:
-        """The body at once, then whatever comes: that the client leaves."""
+    async def receive(self) -> Message:
+        """The body as one message, then whatever comes: that the client disconnects."""
         if self.body is not None:
             body, self.body = self.body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -197,20 +197,24 @@ class _Call:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.begun, self.status = True, message["status"]
+            self.response_begun, self.status = True, message["status"]
             more = [(b"x-request-id", self.id.encode())]
-            # What the client still sends isn't read, so the connection can't be used again.
-            more += [] if self.whole else [(b"connection", b"close")]
+            if not self.is_read:
+                # The rest of the request won't be read, so the connection can't be used again.
+                more.append((b"connection", b"close"))
             message = {**message, "headers": [*message["headers"], *more]}
         await self._send(message)
 
-    async def refuse(self, refusal: APIError) -> None:
-        if not self.begun:
-            await refusal.response()(self.scope, self._receive, self.send)
+    async def send_error(self, error: APIError) -> None:
+        if not self.response_begun:
+            await error.response()(self.scope, self._receive, self.send)
 
     def finish(self) -> None:
-        seconds = time.perf_counter() - self.began
-        path = self.path if self.path in PATHS else "/admin" if self.path.startswith("/admin") else "other"
+        """Counts and logs the request."""
+        path = self.path
+        if path not in LOGGED_PATHS:
+            path = "/admin" if path.startswith("/admin") else "other"
         self.service.metrics.requests.labels(path, str(self.status)).inc()
         facts = {"id": self.id, "method": self.scope["method"], "path": path, "status": self.status}
-        log.info("request", extra={"facts": {**facts, "seconds": round(seconds, 4), **self.facts}})
+        seconds = round(time.perf_counter() - self.arrived, 4)
+        log.info("request", extra={"facts": {**facts, "seconds": seconds, **self.facts}})

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP, with an end to the time that a request's head may take."""
+"""uvicorn's HTTP protocol, with a time limit for a request's head."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def protocol(seconds: float) -> type[asyncio.Protocol]:
-    """A connection that has begun and not sent a whole head for so long is closed. Its bytes h11 bounds, a body's time the guard, and
-    uvicorn the time between an answer and the next request's first byte."""
+    """A protocol that closes connections whose request has no complete head after so many seconds.
+
+    The rest is limited elsewhere: a head's bytes by h11, a body's time by the guard, and the time between an answer and
+    the next request's first byte by uvicorn.
+    """
 
     class Protocol(H11Protocol):
-        late: asyncio.TimerHandle | None = None
+        timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's own type
             super().connection_made(transport)
-            self._watch()
+            self._update_timer()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch()
+            self._update_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._forget()
+            self._cancel_timer()
 
-        def _watch(self) -> None:
-            """More of a head doesn't prolong its time."""
+        def _update_timer(self) -> None:
             if self.conn.their_state is not h11.IDLE:
-                self._forget()
-            elif self.late is None:
-                self.late = self.loop.call_later(seconds, self._close)
+                self._cancel_timer()
+            elif self.timer is None:  # more bytes of a head don't prolong its time
+                self.timer = self.loop.call_later(seconds, self._close)
 
-        def _forget(self) -> None:
-            if self.late is not None:
-                self.late.cancel()
-                self.late = None
+        def _cancel_timer(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
 
         def _close(self) -> None:
-            self.late = None
+            self.timer = None
             if self.conn.their_state is h11.IDLE:
                 self.transport.close()
 

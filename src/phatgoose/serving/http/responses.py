@@ -1,4 +1,4 @@
-"""Answers in OpenAI's forms."""
+"""Answers as JSON in OpenAI's forms, with vLLM's additions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
-from phatgoose.serving.engine.sampling import Likelihood
-from phatgoose.serving.engine.text import UNFINISHED, offsets
-from phatgoose.serving.engine.text_stream import Piece, Writer
-from phatgoose.serving.service import Ask
+from phatgoose.serving.engine.sampling import TokenLogprob
+from phatgoose.serving.engine.text import REPLACEMENT, Delta, TextStream, token_offsets
+from phatgoose.serving.service import Generation
 
-LOWEST = -9999.0
-"""What stands for a log-probability of minus infinity, which JSON doesn't have."""
-LISTED = 32
-"""Experts that an answer's list shows at most, heaviest first."""
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON lacks."""
+MAX_EXPERTS = 32
+"""The most experts in an answer's list."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """What all parts of one answer share."""
+class ResponseFormat:
+    """What all parts of one response share."""
 
     id: str
     model: str
@@ -28,8 +27,8 @@ class Form:
     request: ChatRequest | CompletionRequest
     tokenizer: Any
     echo: Sequence[str] = ()
-    """Of each prompt its text, if it is to be repeated."""
-    _texts: dict[int, str] = field(default_factory=dict, repr=False)
+    """The text of each answer's prompt, if the request wants it repeated."""
+    _token_texts: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def chat(self) -> bool:
@@ -39,148 +38,145 @@ class Form:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def choice(self, index: int, piece: Piece, writer: Writer) -> dict[str, Any]:
-        """A whole choice."""
+    def choice(self, index: int, delta: Delta, stream: TextStream) -> dict[str, Any]:
+        """A whole answer."""
         if self.chat:
-            text = {"role": "assistant", "content": piece.text, "refusal": None}
-            found: dict[str, Any] = {"index": index, "message": text}
+            message = {"role": "assistant", "content": delta.text, "refusal": None}
+            choice: dict[str, Any] = {"index": index, "message": message}
         else:
-            found = {"index": index, "text": self.echoed(index, writer) + piece.text}
-        found["finish_reason"] = piece.finish
-        found["logprobs"] = self.logprobs(index, piece, writer) if shown(writer) else None
+            choice = {"index": index, "text": self._echo_text(index) + delta.text}
+        choice["finish_reason"] = delta.finish_reason
+        choice["logprobs"] = self._logprobs(index, delta, stream) if _wants_logprobs(stream) else None
         if not self.chat:
-            found |= self.of_prompt(writer, whole=False)
-        return found | self.token_ids(piece) | acted(writer)
+            choice |= self.prompt_fields(stream)
+        return choice | self._token_ids(delta) | expert_shares(stream)
 
-    def chunk(self, index: int, piece: Piece, writer: Writer, *, first: bool) -> dict[str, Any]:
-        """A piece of a choice as the server sends it while it writes."""
+    def chunk_choice(self, index: int, delta: Delta, stream: TextStream, *, first: bool) -> dict[str, Any]:
+        """The next part of an answer, as a stream sends it."""
         if self.chat:
-            delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            if piece.text or first:
-                delta["content"] = piece.text
-            found: dict[str, Any] = {"index": index, "delta": delta}
+            message: dict[str, Any] = {"role": "assistant"} if first else {}
+            if delta.text or first:
+                message["content"] = delta.text
+            choice: dict[str, Any] = {"index": index, "delta": message}
         else:
-            found = {"index": index, "text": (self.echoed(index, writer) if first else "") + piece.text}
-        found["finish_reason"] = piece.finish
-        found["logprobs"] = None
-        if shown(writer) and (piece.likelihoods or (first and self.echo)):
-            found["logprobs"] = self.logprobs(index, piece, writer, first=first)
+            choice = {"index": index, "text": (self._echo_text(index) if first else "") + delta.text}
+        choice["finish_reason"] = delta.finish_reason
+        choice["logprobs"] = None
+        if _wants_logprobs(stream) and (delta.logprobs or (first and self.echo)):
+            choice["logprobs"] = self._logprobs(index, delta, stream, first=first)
         if first and not self.chat:
-            found |= self.of_prompt(writer, whole=False)
-        return found | self.token_ids(piece) | (acted(writer) if piece.finish else {})
+            choice |= self.prompt_fields(stream)
+        return choice | self._token_ids(delta) | (expert_shares(stream) if delta.finish_reason else {})
 
-    def token_ids(self, piece: Piece) -> dict[str, Any]:
-        return {"token_ids": list(piece.tokens)} if self.request.return_token_ids else {}
+    def _token_ids(self, delta: Delta) -> dict[str, Any]:
+        return {"token_ids": list(delta.tokens)} if self.request.return_token_ids else {}
 
-    def of_prompt(self, writer: Writer, *, whole: bool = True) -> dict[str, Any]:
-        """What was asked of the prompt, in vLLM's form: beside a chat's choices, and in a completion's."""
-        found: dict[str, Any] = {}
-        if whole and not self.chat:
-            return found
+    def prompt_fields(self, stream: TextStream) -> dict[str, Any]:
+        """vLLM's fields about the prompt, which are beside a chat's choices, and inside a completion's."""
+        fields: dict[str, Any] = {}
         if self.request.return_token_ids:
-            found["prompt_token_ids"] = list(writer.job.prompt)
+            fields["prompt_token_ids"] = list(stream.job.prompt)
         if (top := self.request.prompt_logprobs) is not None:
-            known = writer.job.prompt_likelihoods
-            found["prompt_logprobs"] = [None, *(self._ranked(one, top) for one in known)]
-        return found
+            ranked = (self._ranked(one, top) for one in stream.job.prompt_logprobs)
+            fields["prompt_logprobs"] = [None, *ranked]
+        return fields
 
-    def _ranked(self, one: Likelihood, top: int) -> dict[str, dict[str, Any]]:
-        """A prompt's token and the likeliest in its place, by their ids."""
+    def _ranked(self, one: TokenLogprob, top: int) -> dict[str, dict[str, Any]]:
+        """A prompt token and the likeliest ones in its place, by their ids."""
         rows = [(one.token, one.logprob, one.rank)]
         rows += [(t, lp, rank) for rank, (t, lp) in enumerate(one.top[:top], 1) if t != one.token]
         return {
-            str(t): {"logprob": finite(lp), "rank": rank, "decoded_token": self.text(t)}
+            str(t): {"logprob": _finite(lp), "rank": rank, "decoded_token": self._token_text(t)}
             for t, lp, rank in rows
         }
 
-    def reported(self, writers: Sequence[Writer]) -> int:
-        """Log-probabilities of these answers so far."""
-        jobs = [writer.job for writer in writers]
-        rows = [one for job in jobs for one in (*job.draw.likelihoods, *job.prompt_likelihoods)]
-        return sum(1 + len(one.top) for one in rows)
-
-    def echoed(self, index: int, writer: Writer) -> str:
+    def _echo_text(self, index: int) -> str:
         return self.echo[index] if self.echo else ""
 
-    def logprobs(self, index: int, piece: Piece, writer: Writer, *, first: bool = True) -> dict[str, Any]:
+    def _logprobs(
+        self, index: int, delta: Delta, stream: TextStream, *, first: bool = True
+    ) -> dict[str, Any]:
         if self.chat:
-            return {"content": [self._of_chat(one) for _, one in piece.likelihoods], "refusal": None}
-        offset, rows = len(self.echoed(index, writer)), []
+            return {"content": [self._chat_logprob(one) for _, one in delta.logprobs], "refusal": None}
+        job, echo = stream.job, self._echo_text(index)
+        rows: list[tuple[int, int, TokenLogprob | None]] = []  # (offset, token, log-probability)
         if self.echo and first:
-            rows = self._of_prompt(writer, self.echoed(index, writer))
-        rows += [(at + offset, one.token, one) for at, one in piece.likelihoods]
+            prompt = list(job.prompt)
+            offsets = token_offsets(self.tokenizer, prompt, echo)
+            rows = list(
+                zip(offsets, prompt, [None, *job.prompt_logprobs], strict=True)
+            )  # nothing predicts the first
+        rows += [(start + len(echo), one.token, one) for start, one in delta.logprobs]
+        top = job.sampler.params.logprobs
         return {
-            "tokens": [self.text(token) for _, token, _ in rows],
-            "token_logprobs": [None if one is None else finite(one.logprob) for _, _, one in rows],
-            "top_logprobs": [self._top(one, writer.job.draw.settings.logprobs) for _, _, one in rows],
-            "text_offset": [at for at, _, _ in rows],
+            "tokens": [self._token_text(token) for _, token, _ in rows],
+            "token_logprobs": [None if one is None else _finite(one.logprob) for _, _, one in rows],
+            "top_logprobs": [None if one is None else self._top_logprobs(one, top) for _, _, one in rows],
+            "text_offset": [offset for offset, _, _ in rows],
         }
 
-    def _of_prompt(self, writer: Writer, text: str) -> list[tuple[int, int, Likelihood | None]]:
-        """(offset, token, likelihood) of the prompt's tokens; nothing predicts the first."""
-        prompt, job = list(writer.job.prompt), writer.job
-        known: list[Likelihood | None] = [None, *job.prompt_likelihoods]
-        return list(zip(offsets(self.tokenizer, prompt, text), prompt, known, strict=True))
-
-    def _top(self, one: Likelihood | None, most: int | None) -> dict[str, float] | None:
-        if one is None:
-            return None
+    def _top_logprobs(self, one: TokenLogprob, top: int | None) -> dict[str, float]:
         best: dict[str, float] = {}
-        for token, logprob in one.top[:most]:  # the best first: of tokens that look alike it is shown
-            best.setdefault(self.text(token), finite(logprob))
-        best.setdefault(self.text(one.token), finite(one.logprob))
+        for token, logprob in one.top[
+            :top
+        ]:  # best first: of several tokens with the same text, the best is shown
+            best.setdefault(self._token_text(token), _finite(logprob))
+        best.setdefault(self._token_text(one.token), _finite(one.logprob))
         return best
 
-    def _of_chat(self, one: Likelihood) -> dict[str, Any]:
+    def _chat_logprob(self, one: TokenLogprob) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.text(token)
-            known = None if UNFINISHED in text else list(text.encode())
-            return {"token": text, "logprob": finite(logprob), "bytes": known}
+            text = self._token_text(token)
+            known = None if REPLACEMENT in text else list(text.encode())
+            return {"token": text, "logprob": _finite(logprob), "bytes": known}
 
         return {**entry(one.token, one.logprob), "top_logprobs": [entry(t, lp) for t, lp in one.top]}
 
-    def text(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return self._texts[token]
+    def _token_text(self, token: int) -> str:
+        if token not in self._token_texts:
+            text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            self._token_texts[token] = text
+        return self._token_texts[token]
 
 
-def shown(writer: Writer) -> bool:
-    """Whether log-probabilities were asked for."""
-    return writer.job.draw.settings.logprobs is not None
+def _wants_logprobs(stream: TextStream) -> bool:
+    return stream.job.sampler.params.logprobs is not None
 
 
-def finite(logprob: float) -> float:
-    return max(logprob, LOWEST)
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
 
 
-def usage(ask: Ask) -> dict[str, Any]:
-    """Tokens read and written; a prompt counts once, however many answers it has."""
-    return _usage(sum(map(len, ask.prompts)), sum(writer.tokens for writer in ask.writers))
+def count_logprobs(streams: Sequence[TextStream]) -> int:
+    """How many log-probabilities these answers have so far."""
+    jobs = [stream.job for stream in streams]
+    return sum(1 + len(one.top) for job in jobs for one in (*job.sampler.logprobs, *job.prompt_logprobs))
 
 
-def usage_so_far(writer: Writer) -> dict[str, Any]:
-    """Of one answer and its prompt, while it is written."""
-    return _usage(len(writer.job.prompt), writer.tokens)
+def usage(generation: Generation) -> dict[str, Any]:
+    """Tokens read and written. A prompt counts once, however many answers it has."""
+    written = sum(stream.token_count for stream in generation.streams)
+    return _usage(sum(map(len, generation.prompts)), written)
+
+
+def usage_so_far(stream: TextStream) -> dict[str, Any]:
+    """The tokens of one answer and its prompt, while it is written."""
+    return _usage(len(stream.job.prompt), stream.token_count)
 
 
 def _usage(read: int, written: int) -> dict[str, Any]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def acted(writer: Writer) -> dict[str, Any]:
-    """Which experts acted, if that was asked for: of each phase, the share of the routing weight over modules and tokens."""
-    job = writer.job
-    if not job.watch:
+def expert_shares(stream: TextStream) -> dict[str, Any]:
+    """Which experts acted, if the request wants to know: their shares of the routing weight in each phase."""
+    job = stream.job
+    if not job.track_experts:
         return {}
     names = () if job.route is None else job.route.version.pool.names
-    shares = {}
-    for phase in ("prompt", "answer"):
-        found = []
-        if phase in job.load:
-            weights, choices = job.load[phase]
-            part = weights / max(choices, 1)
-            best = part.argsort(descending=True)[:LISTED].tolist()
-            found = [{"name": names[i], "share": round(float(part[i]), 6)} for i in best if part[i] > 0]
-        shares[phase] = found
+    shares: dict[str, list[dict[str, Any]]] = {"prompt": [], "answer": []}
+    for phase, (weights, choices) in job.expert_loads.items():
+        share = weights / max(choices, 1)
+        best = share.argsort(descending=True)[:MAX_EXPERTS].tolist()
+        shares[phase] = [{"name": names[i], "share": round(float(share[i]), 6)} for i in best if share[i] > 0]
     return {"phatgoose": {"experts": shares}}

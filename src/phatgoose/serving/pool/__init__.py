@@ -1,1 +1,4 @@
-"""Which experts a server answers with, under which names, and how that changes while it runs."""
+"""The experts that a server serves: under which names, in which version, and how they change while it runs.
+
+In: model names of requests, and changes by an administrator or in the pool's folder. Out: routes for the engine.
+"""

@@ -1,4 +1,4 @@
-"""Experts added, removed and switched while the server runs, and kept in the pool's folder, which several servers may share."""
+"""Add, remove and switch experts while the server runs, and keep that in the pool's folder, which servers may share."""
 
 from __future__ import annotations
 
@@ -19,117 +19,122 @@ from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, storage_errors, write_json
-from phatgoose.serving.engine.job import ServingError
+from phatgoose.serving.errors import ServingError
 from phatgoose.serving.logs import log
-from phatgoose.serving.pool.versions import Experts, State
-from phatgoose.serving.threads import away
+from phatgoose.serving.pool.versions import ExpertState, ServedExperts
+from phatgoose.serving.threads import run_in_thread_async
 
 STATE = "serving.json"
 """In a pool's folder: which experts are switched off."""
 LOCK, LOCK_SECONDS = ".serving.lock", 60.0
 """Held by the server that changes a folder."""
-UNSEEN = (None, None)
-"""The stamp of a folder that is to be read, whatever it holds."""
+UNREAD = (None, None)
+"""The stamp of a folder that must be read again, whatever it holds."""
 
 
-class Changes:
-    """One change at a time; each is done as a whole or not at all.
+class PoolChanges:
+    """Makes one change at a time; each is done completely or not at all.
 
     Args:
         folder: the pool's folder, where changes are kept; None: they last as long as the server.
     """
 
-    def __init__(self, experts: Experts, folder: Path | None = None):
+    def __init__(self, experts: ServedExperts, folder: Path | None = None):
         self.experts, self.folder = experts, folder
         self._changing = asyncio.Lock()
-        self._seen = self._stamp()
+        self._read_stamp = self._stamp()
+        """The folder's stamp when it was last read."""
 
     async def load(self, pool: Pool | None) -> None:
-        """The first experts, of which those are off that were when the server ended; without a pool those of the folder.
+        """Loads the first experts: `pool`, or those of the folder. Experts stay off that were off when a server ended.
 
         Raises:
-            PhatgooseError: the pool can't be read, isn't of this base, or the default router can't serve it.
+            PhatgooseError: the pool can't be read, is of another base, or the default router can't serve it.
         """
         if pool is not None:
-            await self.experts.activate(await self.experts.prepared(pool, self._off(pool)))
-            if self.folder is not None and not self._is_of_folder({}):  # changed since the pool was read
-                self._seen = UNSEEN
+            await self.experts.activate(await self.experts.prepare(pool, self._read_off(pool)))
+            if self.folder is not None and not self._folder_matches(
+                {}
+            ):  # it was changed since the pool was read
+                self._read_stamp = UNREAD
         elif self.folder is not None:
-            await self._read()
+            await self._read_folder()
 
     async def follow(self, seconds: float) -> None:
-        """Takes over what others change in the folder, which is looked at every so many seconds."""
-        tried = self._seen
+        """Takes over what others change in the folder, which is checked every so many seconds."""
+        tried = self._read_stamp
         while True:
             await asyncio.sleep(seconds)
-            if (now := self._stamp()) in (self._seen, tried):
+            if (now := self._stamp()) in (self._read_stamp, tried):
                 continue
             tried = now
             try:
                 async with self._changing:
-                    if self._stamp() != self._seen:
-                        await self._read()
-            except Exception:  # whatever is wrong with it, the next change may mend it
+                    if self._stamp() != self._read_stamp:
+                        await self._read_folder()
+            except Exception:  # whatever is wrong with the folder, the next change may repair it
                 log.exception("the pool's folder was changed and can't be read; the experts stay")
 
     async def add(self, folder: Path, name: str | None = None) -> str:
-        """Adds the expert in this folder; its name.
+        """Adds the expert in this folder; returns its name.
 
         Raises:
-            PhatgooseError: it can't be read, its name is taken, or it doesn't fit the base or the router. Nothing is changed then.
+            PhatgooseError: it can't be read, its name is taken, or it doesn't fit the base or the router. Nothing is
+                changed then.
         """
         async with self._change():
-            expert = await away(Expert.load, folder, name=name)
-            now = self.experts.state
-            pool, off = (now.version.pool if now.version else None), now.off
+            expert = await run_in_thread_async(Expert.load, folder, name=name)
+            version, off = self.experts.state.version, self.experts.state.off
+            pool = version.pool if version else None
             if pool is not None and any(isinstance(e, PackedExpert) for e in pool.experts):
-                state = await self._added_to_packed(expert, off)
+                state = await self._add_to_packed(expert, off)
             else:
-                state = await self.experts.prepared(pool.add(expert) if pool else Pool([expert]), off)
+                state = await self.experts.prepare(pool.add(expert) if pool else Pool([expert]), off)
                 if self.folder is not None:
-                    await away(add_to_folder, self.folder, expert)
+                    await run_in_thread_async(add_to_folder, self.folder, expert)
             await self.experts.activate(state)
             return expert.name
 
-    async def _added_to_packed(self, expert: Expert, off: frozenset[str]) -> State:
-        """A packed pool's rows are used where they stand in its file, so there the file comes first."""
+    async def _add_to_packed(self, expert: Expert, off: frozenset[str]) -> ExpertState:
+        """Changes the folder first: a packed pool's rows are used where they are in its file."""
         if self.folder is None:
             raise ServingError("a packed pool without a folder can't be changed.")
-        await away(add_to_folder, self.folder, expert)
+        await run_in_thread_async(add_to_folder, self.folder, expert)
         try:
-            return await self.experts.prepared(await away(Pool.load, self.folder, verify=False), off)
+            return await self.experts.prepare(
+                await run_in_thread_async(Pool.load, self.folder, verify=False), off
+            )
         except Exception:
-            await away(remove_from_folder, self.folder, expert.name)
+            await run_in_thread_async(remove_from_folder, self.folder, expert.name)
             raise
 
     async def remove(self, name: str) -> None:
-        """Takes an expert out of the pool, and out of its folder.
+        """Takes an expert out of the pool and its folder.
 
         Raises:
-            UnknownName: there is none of this name.
+            UnknownName: there is no such expert.
         """
         async with self._change():
             pool = self._pool()
             pool[name]
             left, off = (pool.remove(name) if len(pool) > 1 else None), self.experts.state.off - {name}
-            state = await self.experts.prepared(left, off)
+            state = await self.experts.prepare(left, off)
             if self.folder is not None:
-                await away(remove_from_folder, self.folder, name)
-            self._keep(off)
+                await run_in_thread_async(remove_from_folder, self.folder, name)
+            self._write_off(off)
             await self.experts.activate(state)
 
     async def switch(self, name: str, *, on: bool) -> None:
-        """Switches an expert on or off for requests that come from now on.
+        """Switches an expert on or off for new requests.
 
         Raises:
-            UnknownName: there is none of this name. RoutingError: the default router can't do without single experts.
+            UnknownName: there is no such expert. RoutingError: the default router can't leave out single experts.
         """
         async with self._change():
-            pool = self._pool()
-            pool[name]
+            self._pool()[name]
             off = self.experts.state.off - {name} if on else self.experts.state.off | {name}
             state = await self._switched(off)
-            self._keep(off)
+            self._write_off(off)
             self.experts.state = state
 
     async def reload(self) -> None:
@@ -143,9 +148,9 @@ class Changes:
                 "there is no pool's folder to read again: the server was started without --pool."
             )
         async with self._changing:
-            await self._read(whole=True)
+            await self._read_folder(whole=True)
 
-    def listed(self) -> list[dict[str, Any]]:
+    def list_experts(self) -> list[dict[str, Any]]:
         """Every expert of the pool, with whether it is on."""
         state = self.experts.state
         return [
@@ -160,97 +165,97 @@ class Changes:
 
     @contextlib.asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
-        """One change at a time, also among servers that share the folder; each begins with what is there."""
+        """Allows one change at a time, also among servers that share the folder. It begins with what is there."""
         async with self._changing:
             if self.folder is None:
                 yield
                 return
-            if not (self.folder / MANIFEST).is_file():  # or the lock would make the folder anew
+            if not (self.folder / MANIFEST).is_file():  # the lock file would create the folder again
                 raise ServingError(
                     f"{self.folder} isn't a pool's folder any more, so nothing is changed: put {MANIFEST} back."
                 )
-            held = FileLock(self.folder / LOCK, timeout=LOCK_SECONDS, thread_local=False)
+            lock = FileLock(self.folder / LOCK, timeout=LOCK_SECONDS, thread_local=False)
             try:
                 with storage_errors(self.folder / LOCK):
-                    await asyncio.to_thread(held.acquire)
+                    await asyncio.to_thread(lock.acquire)
             except Timeout:
                 raise ServingError(f"{self.folder} is being changed by another server: try again.") from None
             try:
-                if self._stamp() != self._seen:
-                    await self._read()
-                before = {entry["name"]: entry for entry in self._entries()}
+                if self._stamp() != self._read_stamp:
+                    await self._read_folder()
+                before = {entry["name"]: entry for entry in self._manifest_entries()}
                 yield
                 stamp = self._stamp()
-                # Others than servers don't wait for the lock: what `phatgoose pool add` did meanwhile is still to be read.
-                self._seen = stamp if self._is_of_folder(before) else UNSEEN
+                # Only servers wait for the lock. What `phatgoose pool add` did meanwhile is still to be read.
+                self._read_stamp = stamp if self._folder_matches(before) else UNREAD
             finally:
-                held.release()
+                lock.release()
 
-    async def _read(self, *, whole: bool = False) -> None:
-        """Makes the experts those of the folder; only what changed, unless the whole is asked for."""
+    async def _read_folder(self, *, whole: bool = False) -> None:
+        """Makes the experts those of the folder. Reads only what changed, unless `whole` is set."""
         assert self.folder is not None
         stamp, version = self._stamp(), self.experts.state.version
-        if version is not None and stamp[0] == self._seen[0] and not whole:
-            self.experts.state = await self._switched(self._off(version.pool))
+        if version is not None and stamp[0] == self._read_stamp[0] and not whole:
+            self.experts.state = await self._switched(self._read_off(version.pool))
         else:
-            there = read_manifest(self.folder)["experts"]
-            pool = await away(Pool.load, self.folder) if there else None
-            await self.experts.activate(await self.experts.prepared(pool, self._off(pool)))
-        self._seen = stamp
+            entries = read_manifest(self.folder)["experts"]
+            pool = await run_in_thread_async(Pool.load, self.folder) if entries else None
+            await self.experts.activate(await self.experts.prepare(pool, self._read_off(pool)))
+        self._read_stamp = stamp
 
-    async def _switched(self, off: frozenset[str]) -> State:
-        """The experts as they are but for those that are off, ready to answer."""
+    async def _switched(self, off: frozenset[str]) -> ExpertState:
+        """The current experts with other ones switched off, ready to answer."""
         state = replace(self.experts.state, off=off)
-        if state.version is not None and off != frozenset(state.version.pool.names):
+        if state.names_on:
             await self.experts.route(state, self.experts.router)
         return state
 
-    def _off(self, pool: Pool | None) -> frozenset[str]:
-        """Which of a pool's experts are off by the folder."""
+    def _read_off(self, pool: Pool | None) -> frozenset[str]:
+        """Which of a pool's experts the folder says are off."""
         if self.folder is None or not (self.folder / STATE).exists():
             return frozenset()
-        found = read_json(self.folder / STATE, ServingError)
-        names = found.get("off") if isinstance(found, dict) else None
+        data = read_json(self.folder / STATE, ServingError)
+        names = data.get("off") if isinstance(data, dict) else None
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ServingError(
                 f'{self.folder / STATE} is damaged: expected {{"off": [names]}}. Repair or delete it.'
             )
         return frozenset(names) & frozenset(pool.names if pool else ())
 
-    def _is_of_folder(self, known: Mapping[str, Any]) -> bool:
-        """Whether the folder holds the experts of memory, those that are `known` as they were."""
+    def _write_off(self, off: frozenset[str]) -> None:
+        if self.folder is not None:
+            write_json(self.folder / STATE, {"off": sorted(off)})
+
+    def _folder_matches(self, known: Mapping[str, Any]) -> bool:
+        """Whether the folder holds the experts that are in memory; entries in `known` must be unchanged."""
         version = self.experts.state.version
         names = version.pool.names if version is not None else ()
         try:
-            there = self._entries()
-        except PhatgooseError:  # it is being damaged, which whoever reads it next says
+            entries = self._manifest_entries()
+        except PhatgooseError:  # it is damaged, which the next one to read it reports
             return False
-        same = all(known.get(entry["name"], entry) == entry for entry in there)
-        return same and tuple(entry["name"] for entry in there) == names
+        unchanged = all(known.get(entry["name"], entry) == entry for entry in entries)
+        return unchanged and tuple(entry["name"] for entry in entries) == names
 
-    def _entries(self) -> list[Any]:
-        """The folder's list of experts, if there is one."""
+    def _manifest_entries(self) -> list[Any]:
+        """The folder's list of experts; empty without a manifest."""
         if self.folder is None or not (self.folder / MANIFEST).exists():
             return []
         return list(read_manifest(self.folder)["experts"])
 
     def _stamp(self) -> tuple[tuple[int, ...] | None, ...]:
-        """What tells that the folder's list of experts, or of those that are off, was written."""
-        return tuple(map(_written, (self.folder / MANIFEST, self.folder / STATE))) if self.folder else ()
+        """Changes whenever the folder's manifest or its list of switched-off experts is written."""
+        return tuple(map(_file_stamp, (self.folder / MANIFEST, self.folder / STATE))) if self.folder else ()
 
     def _pool(self) -> Pool:
         if self.experts.state.version is None:
             raise UnknownName("there are no experts.")
         return self.experts.state.version.pool
 
-    def _keep(self, off: frozenset[str]) -> None:
-        if self.folder is not None:
-            write_json(self.folder / STATE, {"off": sorted(off)})
 
-
-def _written(file: Path) -> tuple[int, ...] | None:
+def _file_stamp(file: Path) -> tuple[int, ...] | None:
     try:
-        found = file.stat()
+        stat = file.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -1,4 +1,4 @@
-"""What can be asked for by name."""
+"""Resolve the model names of requests."""
 
 from __future__ import annotations
 
@@ -7,88 +7,95 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from phatgoose.errors import RoutingError
+from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.models.batched.version import Route
 from phatgoose.registry import unknown
 from phatgoose.routers import Single
 from phatgoose.routers.example import AUTO
 from phatgoose.routers.parse import ROUTERS, is_router, parse_router
-from phatgoose.serving.pool.versions import Experts, State
+from phatgoose.serving.pool.versions import ExpertState, ServedExperts
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a name means."""
+class ResolvedModel:
+    """What a model name stands for."""
 
     kind: str
     """pool, base, expert or router."""
     route: Route | None
+    """None: the base alone."""
 
 
-class Catalogue:
-    """Names of a server's models.
+class ModelNames:
+    """The names of a server's models.
 
     Args:
-        name: of the routed pool.
+        name: the name of the routed pool.
     """
 
-    def __init__(self, experts: Experts, name: str = "phatgoose"):
+    def __init__(self, experts: ServedExperts, name: str = "phatgoose"):
         self.experts, self.name = experts, name
         spec = experts.base.spec
         self.base_name = Path(spec).name if Path(spec).is_dir() else spec
-        """The base's own name: of a folder its last part, since where it lies is nobody's business."""
+        """The base's own name. For a folder only its last part: clients needn't know where it is."""
 
     @property
     def default(self) -> str:
-        """What answers a request that names no model, or the base where every expert is off."""
-        version = self.experts.state.version
-        on = version is not None and set(version.pool.names) - self.experts.state.off
-        return self.name if on else BASE
+        """The model of a request that names none: the pool, or the base if no expert is on."""
+        return self.name if self.experts.state.names_on else BASE
 
-    def models(self) -> list[str]:
-        """The names that a client is shown: the pool, the base, every expert that is on. Routers can be asked for, too."""
-        version, found = self.experts.state.version, [BASE]
-        if version is not None:
-            on = [n for n in version.pool.names if n not in self.experts.state.off]
-            found = [*([self.name] if on else []), BASE, *map(self._called, on)]
-        return found
+    def listed(self) -> list[str]:
+        """The names that clients are shown: the pool, the base, and every expert that is on.
 
-    def _called(self, expert: str) -> str:
-        """An expert's name, or single:NAME where that name means something else."""
+        Clients can ask for routers, too.
+        """
+        names_on = self.experts.state.names_on
+        return [*([self.name] if names_on else []), BASE, *map(self._expert_name, names_on)]
+
+    def _expert_name(self, expert: str) -> str:
+        """An expert's name, or single:NAME if that name stands for something else."""
         taken = expert in (self.name, BASE, self.base_name) or is_router(expert)
         return f"single:{expert}" if taken else expert
 
     @contextlib.asynccontextmanager
-    async def found(self, name: str | None) -> AsyncIterator[Found]:
-        """What a request's `model` means now, which stays as it is inside; None: the pool, or the base where there is none.
+    async def resolve(self, name: str | None) -> AsyncIterator[ResolvedModel]:
+        """Resolves a request's `model`; its experts stay attached inside the context.
+
+        Args:
+            name: None stands for the pool, or for the base if there is no pool.
 
         Raises:
-            UnknownName: nothing has this name. PhatgooseError: the pool can't be served so.
+            UnknownName: nothing has this name, or the expert is switched off.
+            PhatgooseError: the pool can't be served this way.
         """
         state = self.experts.state
-        with self.experts.pinned(state.version):
-            yield await self._find(state, name)
+        with self.experts.pin(state.version):
+            yield await self._resolve(state, name)
 
-    async def _find(self, state: State, name: str | None) -> Found:
+    async def _resolve(self, state: ExpertState, name: str | None) -> ResolvedModel:
         if name is None:
             name = self.name if state.version is not None else BASE
         if name in (BASE, self.base_name):
-            return Found("base", None)
+            return ResolvedModel("base", None)
         if state.version is None:
             raise unknown("model", name, [BASE, self.base_name])
-        names = state.version.pool.names
         if name == self.name:
-            return Found("pool", await self.experts.route(state, self.experts.router))
+            return ResolvedModel("pool", await self.experts.route(state, self.experts.router))
         if is_router(name):
             router = parse_router(name)
-            if getattr(router, "encoder", AUTO) != AUTO:
-                raise RoutingError(
-                    "a request can't name an encoder, which is a file of the server's: start it with --router."
-                )
-            kind = "expert" if isinstance(router, Single) else "router"
-            return Found(kind, await self.experts.route(state, name))
-        if name in names:
-            return Found("expert", Route(state.version, Single(name), state.off))
-        raise unknown("model", name, [self.name, BASE, *names, *ROUTERS])
+        elif name in state.version.pool.names:
+            router = Single(name)
+        else:
+            raise unknown("model", name, [self.name, BASE, *state.version.pool.names, *ROUTERS])
+        if isinstance(router, Single):
+            names = state.version.pool.names
+            if (expert := names[router.place(names)]) in state.off:
+                raise UnknownName(f"expert {expert!r} is switched off.")
+            return ResolvedModel("expert", Route(state.version, router, state.off))
+        if getattr(router, "encoder", AUTO) != AUTO:
+            raise RoutingError(
+                "a request can't name an encoder, which is a file of the server's: start it with --router."
+            )
+        return ResolvedModel("router", await self.experts.route(state, name))

@@ -1,14 +1,14 @@
-"""The experts that answer now, and the ways through them, which come and go while the server runs.
+"""The experts that requests get now, and the routes through them, which change while the server runs.
 
-Every change makes a new state; a request keeps the one it began with. Experts that were replaced stay attached until the last
-answer by them is finished, so no answer mixes two pools.
+Each change makes a new state; a request keeps the one it began with. Replaced experts stay attached until the last
+answer that uses them is finished, so no answer mixes two pools.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,54 +24,35 @@ from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO
 from phatgoose.routers.parse import parse_router
 from phatgoose.serving.engine.engine import Engine
-from phatgoose.serving.threads import away
+from phatgoose.serving.threads import run_in_thread_async
 
-
-class Encoders:
-    """Which sentence encoders a server loads.
-
-    Args:
-        chosen: by the operator; None: none.
-        router: the default router, which may name one.
-    """
-
-    def __init__(self, chosen: str | None, router: str):
-        own = getattr(parse_router(router), "encoder", AUTO)
-        self.chosen = [name for name in (chosen, own) if name not in (None, AUTO)]
-
-    def allowed(self, name: str) -> str:
-        """The encoder to load where an expert's author or the default router names one.
-
-        Raises:
-            RoutingError: it is neither the pinned one nor the operator's.
-        """
-        if name == DEFAULT_ENCODER or name in self.chosen:
-            return name
-        if self.chosen:
-            return str(self.chosen[0])  # whether it is the same encoder, its sha256 says
-        raise RoutingError(
-            f"the experts' texts were embedded with another encoder than {DEFAULT_ENCODER}, and a server loads none that experts name: "
-            "whoever runs it can choose one with --encoder."
-        )
+RouteKey = tuple[int, str, frozenset[str]]
+"""A version's id, a router's text, and the experts that are switched off."""
 
 
 @dataclass(frozen=True)
-class State:
-    """The experts as they are now."""
+class ExpertState:
+    """The experts at one time."""
 
     version: PoolVersion | None = None
     """None: there are no experts."""
     off: frozenset[str] = frozenset()
 
+    @property
+    def names_on(self) -> list[str]:
+        """The experts that aren't switched off."""
+        names = () if self.version is None else self.version.pool.names
+        return [name for name in names if name not in self.off]
 
-class Experts:
-    """Lives on the event loop; what takes long runs in threads.
+
+class ServedExperts:
+    """The experts and their routes. It lives on the event loop; slow work runs in threads.
 
     Args:
-        router: who chooses, where a request doesn't say.
-        max_routers: how many others are kept ready.
-        encoder: the sentence encoder that the operator chose for routers that read text, a folder or a Hub id. Beside it only the
-            pinned one and that of `router` are loaded: what an expert's author names is never fetched or opened.
+        router: the router of requests that name none.
+        max_routers: how many other routers are kept ready.
+        encoder: the sentence encoder that the operator chose for routers that read text, a folder or a Hub id. Besides
+            it, only the pinned one and that of `router` are loaded, never one that an expert's author names.
     """
 
     def __init__(
@@ -86,27 +67,39 @@ class Experts:
     ):
         self.base, self.engine, self.router = base, engine, router
         self.options, self.max_routers = options, max_routers
-        self.state = State()
-        self._routes: OrderedDict[tuple[int, str, frozenset[str]], Route] = OrderedDict()
-        self._users: dict[int, int] = {}
+        self.state = ExpertState()
+        self._routes: OrderedDict[RouteKey, Route] = OrderedDict()
+        self._binding: dict[RouteKey, asyncio.Task[Route]] = {}
+        # By id: how many requests pin a version, and the versions that were replaced but are still pinned.
+        self._pins: Counter[int] = Counter()
         self._retired: dict[int, PoolVersion] = {}
-        self._tasks: set[asyncio.Future[Any]] = set()  # the event loop alone wouldn't keep them
-        self._encoders = Encoders(encoder, router)
-        self._being_bound: dict[tuple[int, str, frozenset[str]], asyncio.Task[Route]] = {}
-        # Requests' routers are bound one at a time. Those that may wait for an encoder don't hold the others up, and neither do they
-        # the default router, which changes of the experts need.
-        self._turns = {reads: asyncio.Semaphore(1) for reads in (True, False)}
+        self._tasks: set[asyncio.Future[Any]] = set()  # the event loop itself keeps no reference to tasks
+        own = getattr(parse_router(router), "encoder", AUTO)
+        self._encoders = [name for name in (encoder, own) if name not in (None, AUTO)]
+        # Requests' routers are bound one at a time. Those that may wait for an encoder don't hold up the others. The
+        # default router takes no turn: changes of the experts need it.
+        self._turns = {reads_text: asyncio.Semaphore(1) for reads_text in (True, False)}
 
     @property
-    def being_bound(self) -> int:
-        """How many routers are being made ready."""
-        return len(self._being_bound)
+    def binding(self) -> int:
+        """How many routers are being bound."""
+        return len(self._binding)
 
-    async def route(self, state: State, text: str) -> Route:
-        """The way of the router `text` names through these experts.
+    @property
+    def ready_routers(self) -> int:
+        """How many routers are kept ready, the default one included."""
+        return len(self._routes)
+
+    @property
+    def pins(self) -> int:
+        """How many requests keep a version attached."""
+        return self._pins.total()
+
+    async def route(self, state: ExpertState, text: str) -> Route:
+        """The route of the router `text` through these experts.
 
         Raises:
-            PhatgooseError: there is no such router, or it can't serve them.
+            PhatgooseError: there is no such router, or it can't serve these experts.
         """
         version, router = state.version, parse_router(text)
         assert version is not None
@@ -116,87 +109,102 @@ class Experts:
         if key in self._routes:
             self._routes.move_to_end(key)
             return self._routes[key]
-        if key not in self._being_bound:
-            task = asyncio.ensure_future(self._made(key, state, router))
-            self._being_bound[key] = task
-            task.add_done_callback(partial(self._bound, key))
-        # Whoever waits may leave; the others who wait for the same router, and those to come, don't.
-        return await asyncio.shield(self._being_bound[key])
+        if key not in self._binding:
+            task = asyncio.ensure_future(self._bind_in_turn(key, state, router))
+            self._binding[key] = task
+            task.add_done_callback(partial(self._finish_binding, key))
+        # Shielded: a client that leaves must not cancel the binding that others wait for.
+        return await asyncio.shield(self._binding[key])
 
-    async def _made(self, key: tuple[int, str, frozenset[str]], state: State, router: Router) -> Route:
+    async def _bind_in_turn(self, key: RouteKey, state: ExpertState, router: Router) -> Route:
         version = state.version
         assert version is not None
         turn = self._turns[router.reads == "texts"] if key[1] != self.router else contextlib.nullcontext()
-        with self.pinned(version):
+        with self.pin(version):
             async with turn:
-                route = await away(self._bind, version, router, state.off)
+                route = await run_in_thread_async(self._bind, version, router, state.off)
             self._routes[key] = route
-            self._trim(state)
+            self._drop_old_routes(state)
         return route
 
-    def _bound(self, key: tuple[int, str, frozenset[str]], task: asyncio.Task[Route]) -> None:
-        del self._being_bound[key]
+    def _finish_binding(self, key: RouteKey, task: asyncio.Task[Route]) -> None:
+        del self._binding[key]
         if not task.cancelled():
-            task.exception()  # whoever waits is told of it; perhaps nobody does any more
+            task.exception()  # marks it as retrieved: perhaps nobody waits for it any more
 
     def _bind(self, version: PoolVersion, router: Router, off: frozenset[str]) -> Route:
-        route = Route(version, router, off, self._encoders.allowed)
+        route = Route(version, router, off, self._allowed_encoder)
         if route.needs_reference:
-            self.engine.between(route.calibrate)
+            self.engine.run_between_passes(route.calibrate)
         return route
 
-    def _trim(self, state: State) -> None:
-        """Lets go of routers that weren't asked for lately; whoever answers by one still has it."""
+    def _allowed_encoder(self, name: str) -> str:
+        """The encoder to load where an expert's author or the default router names one.
+
+        Raises:
+            RoutingError: it is neither the pinned one nor the operator's.
+        """
+        if name == DEFAULT_ENCODER or name in self._encoders:
+            return name
+        if self._encoders:
+            # Its sha256 is compared later, which shows whether it is the one that the experts were embedded with.
+            return str(self._encoders[0])
+        raise RoutingError(
+            f"the experts' texts were embedded with another encoder than {DEFAULT_ENCODER}, and a server loads "
+            "none that experts name: whoever runs it can choose one with --encoder."
+        )
+
+    def _drop_old_routes(self, state: ExpertState) -> None:
+        """Drops the routers that weren't used lately. Answers that use them still hold them."""
         default = (id(state.version), self.router, state.off)
-        for key in [k for k in self._routes if k != default][
-            : max(len(self._routes) - self.max_routers - 1, 0)
-        ]:
+        surplus = max(len(self._routes) - self.max_routers - 1, 0)
+        for key in [k for k in self._routes if k != default][:surplus]:
             del self._routes[key]
 
     @contextlib.contextmanager
-    def pinned(self, version: PoolVersion | None) -> Iterator[None]:
+    def pin(self, version: PoolVersion | None) -> Iterator[None]:
         """Keeps a version attached."""
         if version is None:
             yield
             return
         key = id(version)
-        self._users[key] = self._users.get(key, 0) + 1
+        self._pins[key] += 1
         try:
             yield
         finally:
-            self._users[key] -= 1
-            if not self._users[key]:
-                del self._users[key]
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
                 if key in self._retired:
-                    self._let_go(key)
+                    self._detach(key)
 
-    def _let_go(self, key: int) -> None:
+    def _detach(self, key: int) -> None:
         version = self._retired.pop(key)
         for stale in [k for k in self._routes if k[0] == key]:
             del self._routes[stale]
-        take_off = partial(self.engine.between, lambda: self.engine.multi_router.detach(version))
-        task = asyncio.ensure_future(away(take_off))
+        detach = partial(self.engine.run_between_passes, partial(self.engine.multi_router.detach, version))
+        task = asyncio.ensure_future(run_in_thread_async(detach))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def prepared(self, pool: Pool | None, off: frozenset[str]) -> State:
-        """These experts, ready but not attached; raises whatever is wrong with them."""
+    async def prepare(self, pool: Pool | None, off: frozenset[str]) -> ExpertState:
+        """The state with these experts, ready but not attached. Raises whatever is wrong with them."""
         if pool is None:
-            return State()
-        made = partial(PoolVersion, self.base, pool, self.options)
-        state = State(await away(made), off)
-        if off != frozenset(pool.names):
+            return ExpertState()
+        make_version = partial(PoolVersion, self.base, pool, self.options)
+        state = ExpertState(await run_in_thread_async(make_version), off)
+        if state.names_on:
             await self.route(state, self.router)
         return state
 
-    async def activate(self, state: State) -> None:
-        """Makes these the experts that new requests get."""
+    async def activate(self, state: ExpertState) -> None:
+        """Gives new requests these experts."""
         old, version = self.state.version, state.version
         if version is not None:
-            await away(self.engine.between, lambda: self.engine.multi_router.attach(version))
+            attach = partial(self.engine.multi_router.attach, version)
+            await run_in_thread_async(self.engine.run_between_passes, attach)
         self.state = state
         if old is not None:
-            key = id(old)
-            self._retired[key] = old
-            if key not in self._users:
-                self._let_go(key)
+            self._retired[id(old)] = old
+            if id(old) not in self._pins:
+                self._detach(id(old))
