@@ -2,7 +2,7 @@
 
 import pytest
 
-from phatgoose.evaluation.answers import Rule
+from phatgoose.evaluation.rows import MatchRule
 
 END = 1
 
@@ -11,7 +11,7 @@ END = 1
 def judge(tokenizer):
     def run(text, *targets, limit=50, ended=False, ends=(END,), **options):
         tokens = tokenizer(text).input_ids + ([END] if ended else [])
-        found = Rule(tokenizer, frozenset(targets), frozenset(ends), limit).judge(tokens, **options)
+        found = MatchRule(tokenizer, frozenset(targets), frozenset(ends), limit).judge(tokens, **options)
         return found and (found.correct, found.text, found.complete)
 
     return run
@@ -74,18 +74,18 @@ def test_gives_up_only_when_no_target_can_follow(judge, text, targets, is_open):
 
 def test_half_a_character_may_become_any(tokenizer):
     tokens = tokenizer("zü").input_ids
-    rule = Rule(tokenizer, frozenset(["zü"]), frozenset([END]), 50)
+    rule = MatchRule(tokenizer, frozenset(["zü"]), frozenset([END]), 50)
     assert tokenizer.decode(tokens[:-1]).endswith("�")
     assert rule.judge(tokens[:-1]) is None
     assert rule.judge([*tokens, END]).correct
-    assert not Rule(tokenizer, frozenset(["yü"]), frozenset([END]), 50).judge(tokens[:-1]).complete
+    assert not MatchRule(tokenizer, frozenset(["yü"]), frozenset([END]), 50).judge(tokens[:-1]).complete
 
 
 def test_the_limit_counts_the_end(tokenizer):
     tokens = [*tokenizer("walked").input_ids, END]
     targets, ends = frozenset(["walked"]), frozenset([END])
-    assert Rule(tokenizer, targets, ends, len(tokens)).judge(tokens).correct
-    cut = Rule(tokenizer, targets, ends, len(tokens) - 1).judge(tokens[:-1])
+    assert MatchRule(tokenizer, targets, ends, len(tokens)).judge(tokens).correct
+    cut = MatchRule(tokenizer, targets, ends, len(tokens) - 1).judge(tokens[:-1])
     assert (cut.correct, cut.text, cut.complete) == (False, "walked", False)
 
 

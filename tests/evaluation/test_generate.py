@@ -11,9 +11,8 @@ from conftest import CORPUS, FAMILIES
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation import generate as module
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import Row
 from phatgoose.evaluation.generate import _argmax, generate, match_exactly
-from phatgoose.evaluation.rows import encode
+from phatgoose.evaluation.rows import Row, encode
 from phatgoose.models.base.base import decoder_start, end_tokens
 from phatgoose.records import Example
 

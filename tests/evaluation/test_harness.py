@@ -12,9 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from architectures import make
 from conftest import make_tokenizer
 from encoder_fixtures import make_encoder, signed
-from harness_fixtures import ROWS
+from harness_fixtures import ROWS, harness_choices, harness_task
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.harness import harness_choices, harness_task
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
 from phatgoose.models.base.base import Base, decoder_start

@@ -7,12 +7,12 @@ import torch
 
 from conftest import CORPUS, FAMILIES
 from phatgoose.errors import EvaluationError
+from phatgoose.evaluation.batching import split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import Row, groups
-from phatgoose.evaluation.rank import best, score_choice_plainly, score_choices
-from phatgoose.evaluation.rows import encode
+from phatgoose.evaluation.rank import best, score_choices
+from phatgoose.evaluation.rows import Row, encode
 from phatgoose.records import Example
-from ranking_fixtures import assert_plain
+from ranking_fixtures import assert_plain, score_choice_plainly
 
 WORDS = " ".join(CORPUS).split()
 
@@ -135,7 +135,7 @@ def test_groups_hold_everything_once_within_limits(seed):
     lengths = [
         draws.choice([0, 1, 2, 3, 3, 3, 40, draws.randint(1, 200)]) for _ in range(draws.randint(0, 80))
     ]
-    found = groups(lengths, [(0, 256), (10, 600)], 17)
+    found = split_into_batches(lengths, [(0, 256), (10, 600)], 17)
     assert sorted(i for group in found for i in group) == list(range(len(lengths)))
     for group in found:
         longest = max(lengths[i] for i in group)

@@ -10,11 +10,11 @@ import torch
 from conftest import CORPUS, FAMILIES, hooked
 from phatgoose.errors import EvaluationError, PhatgooseError, UnknownName
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.rank import score_choice_plainly
 from phatgoose.evaluation.rows import encode
 from phatgoose.evaluation.run import evaluate
 from phatgoose.evaluation.statistics import bootstrap_interval, suite_interval
 from phatgoose.records import Example, Task
+from ranking_fixtures import score_choice_plainly
 
 WORDS = " ".join(CORPUS).split()
 

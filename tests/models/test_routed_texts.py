@@ -12,8 +12,9 @@ from conftest import CORPUS
 from encoder_fixtures import make_encoder, signed, texts
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import extend, read
-from phatgoose.evaluation.rank import score_choice_plainly, score_choices
+from phatgoose.evaluation.continuations import extend
+from phatgoose.evaluation.prefill import prefill_prompts
+from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
@@ -22,6 +23,7 @@ from phatgoose.models.context.prompted import prompted
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, AverageActivation, Centroid, Retrieval, Single, SoftCentroid
 from phatgoose.routers.masked import Masked, Switches
+from ranking_fixtures import score_choice_plainly
 
 PROMPTS = [
     "the quick brown fox",
@@ -300,7 +302,7 @@ def test_prompts_read_in_one_batch_are_gone_on_with_in_another(made):
     base, pool, router = made("llama")
     prompts = [ids_of(base, p) for p in PROMPTS]
     route(base, pool, router)
-    before = read(base.model, prompts, 0)
+    before = prefill_prompts(base.model, prompts, 0)
     found = extend(base.model, before, [4, 1, 1], [[70, 71], [72], [73, 74]], 0)
     for place, (row, tokens) in enumerate([(4, [70, 71]), (1, [72]), (1, [73, 74])]):
         with prompted(base, [prompts[row]]):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from serving_fixtures import PROMPTS, greedy, running, settings, text
 
-from harness_fixtures import ROWS
-from phatgoose.evaluation.harness import harness_choices, harness_task
+from harness_fixtures import ROWS, harness_choices, harness_task
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.records import Task

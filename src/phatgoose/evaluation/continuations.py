@@ -1,347 +1,229 @@
-"""Prompts read once, then continued by several answers each: the engine under ranking and under exact match.
+"""Answers that continue prefilled prompts: the logits after each of their tokens, in few forwards.
 
-`read` runs the prompts (left-padded, logits of the last position only) and keeps the key-value cache. `continuations` lays any
-number of answers behind them: `extend` copies the cache's rows, one for each answer, and runs all answers in one forward
-(right-padded); where the model attends by a mask of ours, a prompt's answers lie behind one copy, hidden from each other. In an
-encoder–decoder the encoder reads the prompt (right-padded), and the decoder's start token with the cross-attention's keys and values is
-what is kept. Where no cache can be shared (recurrent layers, experts with a capacity), every answer is read with its prompt (`plain.py`).
+Design. Any number of answers may continue one prompt. Every answer goes into a batch (`batching.py`) with its own copy of its
+prompt's cache rows (`_extend`). Copies are what costs memory, so where the model attends by a mask of ours, several answers to one
+prompt are packed into one row behind a single copy, and a block mask hides them from each other (`_extend_packed`). A pack is short
+(`MAX_PACKED_TOKENS`), since its tokens attend to each other in vain. Where no cache can be shared (recurrent layers, experts with a
+capacity), every answer is run together with its prompt (`uncached_continuations`).
+
+All functions yield batches in the same form, so that ranking and exact match don't depend on which way was taken.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from phatgoose.evaluation.batching import split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.plain import check_once, plain_logits
+from phatgoose.evaluation.prefill import Prefill, can_prefill_in_parts, select_cache_rows
+from phatgoose.evaluation.uncached import uncached_logits
 from phatgoose.models.base.base import decoder_start, device_of
-from phatgoose.models.context.prompted import ATTRIBUTE, prompted
-from phatgoose.models.text.batch import pad_rows
-from phatgoose.models.text.capabilities import (
-    accepts_argument,
-    has_cache_layers,
-    is_plain_cache,
-    max_mixed_length,
-    may_attend_ahead,
-    supports_shared_cache,
-)
+from phatgoose.models.context.prompted import prompted
+from phatgoose.models.text.capabilities import accepts_argument, max_mixed_length
 from phatgoose.models.text.encoding import UNLIMITED
 
-OVERHEAD = 64
-"""What one more forward costs beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
+MAX_PACKED_TOKENS = 256
+"""Most tokens of one prompt's answers that are packed into one row."""
 
-BUNDLE = 256
-"""Most tokens of one prompt's answers that go in one row: they look at each other in vain, in exchange for one cache."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example as tokens. Each answer ends in the end token; `truncated` if the prompt was cut to fit."""
-
-    index: int
-    prompt: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Read:
-    """Prompts that were read. logits: [rows, vocabulary], the next token's, in the model's dtype.
-
-    Both logits and cache are None where no cache can be gone on with: then prompts are read with what follows them (`anew`).
-    """
-
-    logits: Tensor | None
-    cache: Any
-    mask: Tensor
-    prompts: tuple[tuple[int, ...], ...]
-    encoded: Tensor | None = None
-    held: int = 0
-    """Positions (rows × width) of the caches that this one was made of, which live as long."""
-
-    def room(self, config: EvaluationConfig) -> int:
-        """Positions that may still be kept beside it."""
-        return config.cache_tokens - self.held - self.mask.numel()
-
-
-def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Read:
-    """Runs `prompts` (none empty) once and keeps their cache, if what follows may go on from it.
-
-    Raises:
-        EvaluationError: if the model's scores mean nothing (`check_once`).
-    """
-    if may_attend_ahead(model):
-        check_once(model)
-    whole, seq2seq = tuple(map(tuple, prompts)), bool(model.config.is_encoder_decoder)
-    ids, mask = (tensor.to(device_of(model)) for tensor in pad_rows(prompts, pad, left=not seq2seq))
-    if supports_shared_cache(model) and (seq2seq or ids.shape[1] <= max_mixed_length(model)):
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-        if seq2seq:
-            inputs["decoder_input_ids"] = torch.full(
-                (len(prompts), 1), decoder_start(model), device=ids.device
-            )
-        elif accepts_argument(model, "position_ids"):
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        if accepts_argument(model, "logits_to_keep"):
-            inputs["logits_to_keep"] = 1
-        out = model(**inputs)
-        kept = getattr(out, "past_key_values", None)
-        if is_plain_cache(kept):
-            encoded = out.encoder_last_hidden_state if seq2seq else None
-            return Read(out.logits[:, -1], kept, mask, whole, encoded)
-    return Read(None, None, mask, whole)
-
-
-def extend(
-    model: PreTrainedModel, before: Read, rows: Sequence[int], tokens: Sequence[Sequence[int]], pad: int
-) -> Tensor:
-    """Logits [n, longest, vocabulary] after each of `tokens[i]`, put behind prompt `rows[i]`; `before` stays usable.
-
-    Position j of row i predicts what follows tokens[i][: j + 1]; beyond len(tokens[i]) it means nothing.
-    """
-    device, width = device_of(model), max(len(t) for t in tokens)
-    lengths = torch.tensor([len(t) for t in tokens])
-    ids = torch.tensor([list(t) + [pad] * (width - len(t)) for t in tokens])
-    chosen = torch.tensor(rows)
-    mask = before.mask[chosen.to(before.mask.device)]
-    inputs: dict[str, Any] = {"past_key_values": select(before.cache, chosen), "use_cache": True}
-    if before.encoded is not None:
-        inputs |= {
-            "decoder_input_ids": ids.to(device),
-            "encoder_outputs": BaseModelOutput(
-                last_hidden_state=before.encoded[chosen.to(before.encoded.device)]
-            ),
-            "attention_mask": mask,
-        }
-    else:
-        # What pads the right end is seen by no real token (attention is causal), so it needs no mask.
-        inputs |= {
-            "input_ids": ids.to(device),
-            "attention_mask": torch.cat([mask, mask.new_ones(len(rows), width)], dim=1),
-        }
-        if accepts_argument(model, "position_ids"):
-            # The padding repeats the last real position: a table of learnt positions may end right there.
-            offsets = torch.minimum(torch.arange(width), lengths[:, None] - 1)
-            starts = torch.tensor([len(before.prompts[row]) for row in rows])
-            inputs["position_ids"] = (starts[:, None] + offsets).to(device)
-    # An encoder–decoder's cache holds the decoder's start token.
-    start = [] if before.encoded is None else [decoder_start(model)]
-    with prompted(model, [before.prompts[row] for row in rows], [start] * len(rows)):
-        return model(**inputs).logits
-
-
-def groups(
-    lengths: Sequence[int], limits: Sequence[tuple[int, int]], rows: int, overhead: int = OVERHEAD
-) -> list[list[int]]:
-    """Splits items into forwards, longest first, so that little is spent on padding and on one more forward.
-
-    `limits` holds (extra, most) pairs: n items padded to length L need n·(L + extra) <= most; a single item may exceed
-    it, since it can't be split. At most `rows` items go together. `overhead` is what a forward costs beside its tokens,
-    in tokens.
-    """
-    sizes = np.asarray(lengths)
-    order = np.argsort(-sizes, kind="stable")
-    sizes = sizes[order]
-    found, start = [], 0
-    while start < len(order):
-        longest = int(sizes[start])
-        room = min(
-            [rows, *(most // (longest + extra) if longest + extra else rows for extra, most in limits)]
-        )
-        end = min(len(order), start + max(1, room))
-        saved = (longest - sizes[start + 1 : end]) * np.arange(end - start - 1, 0, -1)
-        if saved.size and saved.max() > overhead:
-            end = start + 1 + int(saved.argmax())
-        found.append(order[start:end].tolist())
-        start = end
-    return found
+LogitBatch = tuple[list[int], Tensor, Tensor]
+"""(which answers, logits [any, vocabulary], positions int64): `positions` says which rows of `logits` follow each token of the first
+answer, then of the next, and so on."""
 
 
 def continuations(
     model: PreTrainedModel,
-    before: Read,
-    rows: Sequence[int],
-    tokens: Sequence[Sequence[int]],
+    prefill: Prefill,
+    owners: Sequence[int],
+    answers: Sequence[Sequence[int]],
     pad: int,
     config: EvaluationConfig,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Runs all of `tokens` (none empty), each behind prompt `rows[i]`, in batches: (which ones, logits, places).
+) -> Iterator[LogitBatch]:
+    """Runs all of `answers` (none empty), each behind prompt `owners[i]` of `prefill`, which stays usable."""
+    if prefill.cache is None:
+        prompts = [prefill.prompts[owner] for owner in owners]
+        yield from uncached_continuations(model, prompts, answers, pad, config, after_prompt=False)
+    elif answers and _accepts_4d_mask(model):
+        yield from _packed_continuations(model, prefill, owners, answers, pad, config)
+    elif answers:
+        limits = _limits(model, prefill, config)
+        for batch in split_into_batches([len(a) for a in answers], limits, config.batch_rows):
+            new = [answers[n] for n in batch]
+            logits = extend(model, prefill, [owners[n] for n in batch], new, pad)
+            starts = [logits.shape[1] * n for n in range(len(batch))]
+            yield batch, logits.flatten(0, 1), _ranges(starts, [len(a) for a in new])
 
-    logits: [any, vocabulary]; places int64: whose rows follow each token of the first one, then of the next, and so on.
-    """
-    if before.cache is None:
-        yield from anew(model, [before.prompts[row] for row in rows], tokens, pad, config, first=False)
-    elif tokens:
-        yield from _behind(model, before, rows, tokens, pad, config)
 
-
-def anew(
+def uncached_continuations(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    tokens: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
     pad: int,
     config: EvaluationConfig,
     *,
-    first: bool = True,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """As `continuations`, but each of `tokens` is read with its prompt, without a cache; `first`: also what follows the prompt.
+    after_prompt: bool = True,
+) -> Iterator[LogitBatch]:
+    """As `continuations`, but each answer is run together with its prompt, without a cache.
+
+    Args:
+        after_prompt: positions also hold, before each answer's, the row of logits that follows its prompt.
 
     Raises:
-        EvaluationError: if the model's scores mean nothing (`plain.py`).
+        EvaluationError: the model's scores mean nothing (`uncached.py`).
     """
-    lengths = [len(p) + len(t) + 1 for p, t in zip(prompts, tokens, strict=True)]
-    for part in groups(lengths, [(0, _most(model, config))], config.batch_rows):
-        new = [tokens[n] for n in part]
-        logits = plain_logits(model, [prompts[n] for n in part], new, pad)[:, 0 if first else 1 :]
-        starts = [logits.shape[1] * n for n in range(len(part))]
-        yield part, logits.flatten(0, 1), _ranges(starts, [len(t) + first for t in new])
+    lengths = [len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True)]
+    for batch in split_into_batches(lengths, [(0, _max_logit_tokens(model, config))], config.batch_rows):
+        new = [answers[n] for n in batch]
+        logits = uncached_logits(model, [prompts[n] for n in batch], new, pad)[:, 0 if after_prompt else 1 :]
+        starts = [logits.shape[1] * n for n in range(len(batch))]
+        yield batch, logits.flatten(0, 1), _ranges(starts, [len(a) + after_prompt for a in new])
 
 
-def _most(model: PreTrainedModel, config: EvaluationConfig) -> int:
+def max_cached_length(model: PreTrainedModel, prefill: Prefill) -> int:
+    """The length of prompt and answer up to which continuing from the cache computes what running both together does."""
+    if prefill.cache is None:
+        return 0
+    return UNLIMITED if prefill.encoder_output is not None else max_mixed_length(model)
+
+
+def extend(
+    model: PreTrainedModel,
+    prefill: Prefill,
+    owners: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    pad: int,
+) -> Tensor:
+    """Logits [n, longest, vocabulary] after each token of `answers[i]` behind prompt `owners[i]`.
+
+    Position j of row i predicts what follows answers[i][: j + 1]; positions beyond len(answers[i]) mean nothing.
+    """
+    device, width = device_of(model), max(len(a) for a in answers)
+    ids = torch.tensor([list(a) + [pad] * (width - len(a)) for a in answers]).to(device)
+    chosen = torch.tensor(owners)
+    mask = prefill.mask[chosen.to(prefill.mask.device)]
+    inputs: dict[str, Any] = {"past_key_values": select_cache_rows(prefill.cache, chosen), "use_cache": True}
+    if prefill.encoder_output is not None:
+        encoded = prefill.encoder_output[chosen.to(prefill.encoder_output.device)]
+        inputs["decoder_input_ids"], inputs["attention_mask"] = ids, mask
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+    else:
+        # The padding at the right end is seen by no real token (attention is causal), so it needs no mask.
+        inputs["input_ids"] = ids
+        inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(owners), width)], dim=1)
+        if accepts_argument(model, "position_ids"):
+            # The padding repeats the last real position: a table of learnt positions may end right there.
+            lengths = torch.tensor([len(a) for a in answers])
+            offsets = torch.minimum(torch.arange(width), lengths[:, None] - 1)
+            starts = torch.tensor([len(prefill.prompts[owner]) for owner in owners])
+            inputs["position_ids"] = (starts[:, None] + offsets).to(device)
+    # The cache of an encoder–decoder holds the decoder's start token.
+    written = [] if prefill.encoder_output is None else [decoder_start(model)]
+    with prompted(model, [prefill.prompts[owner] for owner in owners], [written] * len(owners)):
+        return model(**inputs).logits
+
+
+def _packed_continuations(
+    model: PreTrainedModel,
+    prefill: Prefill,
+    owners: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    pad: int,
+    config: EvaluationConfig,
+) -> Iterator[LogitBatch]:
+    most = min(MAX_PACKED_TOKENS, _max_logit_tokens(model, config))
+    packs = _pack(owners, answers, min(most, prefill.free_positions(config) - prefill.mask.shape[1]))
+    sizes = [sum(len(answers[n]) for n in pack) for pack in packs]
+    for batch in split_into_batches(sizes, _limits(model, prefill, config), config.batch_rows):
+        chosen = [packs[n] for n in batch]
+        new = [[answers[n] for n in pack] for pack in chosen]
+        logits = _extend_packed(model, prefill, [owners[pack[0]] for pack in chosen], new, pad)
+        starts: list[int] = []
+        for row, pack in enumerate(new):
+            starts += [logits.shape[1] * row + sum(map(len, pack[:n])) for n in range(len(pack))]
+        numbers = [n for pack in chosen for n in pack]
+        yield numbers, logits.flatten(0, 1), _ranges(starts, [len(answers[n]) for n in numbers])
+
+
+def _pack(owners: Sequence[int], answers: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Answers to the same prompt that share one copy of its cache: at most `most` tokens together, or a single answer."""
+    packs: list[list[int]] = []
+    last: dict[int, tuple[list[int], int]] = {}  # owner → its pack that may still grow, and the pack's tokens
+    for number, (owner, answer) in enumerate(zip(owners, answers, strict=True)):
+        pack, size = last.get(owner, ([], 0))
+        if not pack or size + len(answer) > most:
+            pack, size = [], 0
+            packs.append(pack)
+        pack.append(number)
+        last[owner] = pack, size + len(answer)
+    return packs
+
+
+def _extend_packed(
+    model: PreTrainedModel,
+    prefill: Prefill,
+    owners: Sequence[int],
+    packs: Sequence[Sequence[Sequence[int]]],
+    pad: int,
+) -> Tensor:
+    """Logits [n, longest, vocabulary] after the answers of `packs[i]`, one after the other, behind prompt `owners[i]`.
+
+    Each answer sees its prompt and itself, by a mask.
+    """
+    width = max(sum(map(len, pack)) for pack in packs)
+    ids, offsets = torch.full((len(packs), width), pad), torch.zeros(len(packs), width, dtype=torch.int64)
+    # Which answer a position belongs to: each padding position is an answer of its own, so it sees only itself and the prompt.
+    answer_of = torch.arange(width).repeat(len(packs), 1)
+    for row, pack in enumerate(packs):
+        start = 0
+        for number, answer in enumerate(pack):
+            end = start + len(answer)
+            ids[row, start:end], offsets[row, start:end] = torch.tensor(answer), torch.arange(len(answer))
+            answer_of[row, start:end] = width + number
+            start = end
+    same_answer = answer_of[:, :, None] == answer_of[:, None, :]
+    own = same_answer & torch.ones(width, width, dtype=torch.bool).tril()
+    chosen = torch.tensor(owners)
+    visible = prefill.mask[chosen.to(prefill.mask.device)].bool()[:, None, :].expand(-1, width, -1)
+    mask = torch.cat([visible, own.to(visible.device)], dim=2)[:, None].to(device_of(model))
+    if model.config._attn_implementation == "eager":  # it adds the mask to the scores; sdpa takes booleans
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, lowest)
+    lengths = torch.tensor([len(prefill.prompts[owner]) for owner in owners])
+    logits: Tensor = model(
+        input_ids=ids.to(device_of(model)),
+        attention_mask=mask,
+        position_ids=(lengths[:, None] + offsets).to(device_of(model)),
+        past_key_values=select_cache_rows(prefill.cache, chosen),
+        use_cache=True,
+    ).logits
+    return logits
+
+
+def _accepts_4d_mask(model: PreTrainedModel) -> bool:
+    """True if the model attends by a mask [rows, 1, queries, keys] as given, and a router may see the packed tokens together."""
+    implementation = getattr(model.config, "_attn_implementation", None)
+    return can_prefill_in_parts(model) and implementation in ("sdpa", "eager")
+
+
+def _limits(model: PreTrainedModel, prefill: Prefill, config: EvaluationConfig) -> list[tuple[int, int]]:
+    """Limits of `split_into_batches`: logits of a forward, and positions of the cache's copies with their answers."""
+    return [
+        (0, _max_logit_tokens(model, config)),
+        (prefill.mask.shape[1], prefill.free_positions(config)),
+    ]
+
+
+def _max_logit_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int:
     """Most tokens in one forward whose logits are all asked for."""
     head: Any = model.get_output_embeddings()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or head.weight.shape[0]
     return min(config.tokens_for(device_of(model)), max(1, config.logit_values // vocabulary))
 
 
-def reach(model: PreTrainedModel, before: Read) -> int:
-    """Length of prompt and answer up to which going on from the cache is what reading both anew is."""
-    if before.cache is None:
-        return 0
-    return UNLIMITED if before.encoded is not None else max_mixed_length(model)
-
-
-def _behind(
-    model: PreTrainedModel,
-    before: Read,
-    rows: Sequence[int],
-    tokens: Sequence[Sequence[int]],
-    pad: int,
-    config: EvaluationConfig,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """As `continuations`, all from the cache."""
-    most = _most(model, config)
-    limits = [(0, most), (before.mask.shape[1], before.room(config))]
-    if not _takes_own_mask(model):
-        for part in groups([len(t) for t in tokens], limits, config.batch_rows):
-            logits = extend(model, before, [rows[n] for n in part], [tokens[n] for n in part], pad)
-            starts = [logits.shape[1] * n for n in range(len(part))]
-            yield part, logits.flatten(0, 1), _ranges(starts, [len(tokens[n]) for n in part])
-        return
-    bundles = _bundles(rows, tokens, min(BUNDLE, most, before.room(config) - before.mask.shape[1]))
-    for chosen in groups([sum(len(tokens[n]) for n in b) for b in bundles], limits, config.batch_rows):
-        found = [bundles[n] for n in chosen]
-        logits = _extend_together(
-            model, before, [rows[b[0]] for b in found], [[tokens[n] for n in b] for b in found], pad
-        )
-        starts, part = [], []
-        for place, bundle in enumerate(found):
-            lengths = [len(tokens[n]) for n in bundle]
-            starts += [logits.shape[1] * place + sum(lengths[:n]) for n in range(len(bundle))]
-            part += bundle
-        yield part, logits.flatten(0, 1), _ranges(starts, [len(tokens[n]) for n in part])
-
-
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-
-
-def _bundles(rows: Sequence[int], tokens: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """Continuations of the same prompt that share one copy of its cache: at most `most` tokens, or a single one."""
-    found: list[list[int]] = []
-    last: dict[int, tuple[list[int], int]] = {}
-    for place, (row, new) in enumerate(zip(rows, tokens, strict=True)):
-        bundle, size = last.get(row, ([], 0))
-        if not bundle or size + len(new) > most:
-            bundle, size = [], 0
-            found.append(bundle)
-        bundle.append(place)
-        last[row] = bundle, size + len(new)
-    return found
-
-
-def _extend_together(
-    model: PreTrainedModel,
-    before: Read,
-    rows: Sequence[int],
-    bundles: Sequence[Sequence[Sequence[int]]],
-    pad: int,
-) -> Tensor:
-    """Logits [n, longest, vocabulary] after the continuations bundles[i], one after the other, of prompt `rows[i]`.
-
-    Each sees the prompt and itself, by a mask, so the prompt's cache is copied once for all of them.
-    """
-    width = max(sum(len(t) for t in bundle) for bundle in bundles)
-    ids, offsets = torch.full((len(bundles), width), pad), torch.zeros(len(bundles), width, dtype=torch.int64)
-    owner = torch.arange(width).repeat(len(bundles), 1)  # padding is of its own
-    for n, bundle in enumerate(bundles):
-        start = 0
-        for part, new in enumerate(bundle):
-            end = start + len(new)
-            ids[n, start:end], offsets[n, start:end] = torch.tensor(new), torch.arange(len(new))
-            owner[n, start:end] = width + part
-            start = end
-    own = (owner[:, :, None] == owner[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
-    chosen = torch.tensor(rows)
-    seen = before.mask[chosen.to(before.mask.device)].bool()[:, None, :].expand(-1, width, -1)
-    seen = torch.cat([seen, own.to(seen.device)], dim=2)[:, None]
-    mask = seen.to(device_of(model))
-    if model.config._attn_implementation == "eager":  # adds it; the other takes it as it is
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(model.dtype).min
-        )
-    lengths = torch.tensor([len(before.prompts[row]) for row in rows])
-    found: Tensor = model(
-        input_ids=ids.to(device_of(model)),
-        attention_mask=mask,
-        position_ids=(lengths[:, None] + offsets).to(device_of(model)),
-        past_key_values=select(before.cache, chosen),
-        use_cache=True,
-    ).logits
-    return found
-
-
-def _takes_own_mask(model: PreTrainedModel) -> bool:
-    """Whether the model attends by a mask [rows, 1, queries, keys] of ours as it stands, to keys that a router may see together."""
-    return reads_on(model) and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
-
-
-def reads_on(model: PreTrainedModel) -> bool:
-    """Whether a prompt may be read in two goes, the first one shared with others, and beside what it doesn't see.
-
-    Not in an encoder–decoder, whose encoder looks ahead; where positions or windows are counted by places in the cache, not by what
-    they hold; where the rotation of early tokens depends on how many follow; with caches that keep less than every position; for a
-    router that looks at more than a token; while a trace counts tokens, which would miss the shared ones.
-    """
-    config = model.config
-    if config.is_encoder_decoder or getattr(config, "alibi", False) or config.model_type == "gpt_neo":
-        return False
-    if not (accepts_argument(model, "position_ids") and accepts_argument(model, "logits_to_keep")):
-        return False
-    if max_mixed_length(model) < UNLIMITED:
-        return False
-    routing = model.__dict__.get(ATTRIBUTE)
-    if routing is not None and (routing.recorder is not None or not routing.router.by_token):
-        return False
-    return has_cache_layers(model, (DynamicLayer,))
-
-
-def select(kept: Any, rows: Tensor) -> Any:
-    """A cache that holds rows `rows` (int64, on the CPU: that indexes layers on any device) of `kept`, left as it is."""
-    if isinstance(kept, EncoderDecoderCache):
-        parts = select(kept.self_attention_cache, rows), select(kept.cross_attention_cache, rows)
-        return EncoderDecoderCache(*parts)
-    # These layers replace their tensors and never write into them, so copies of the layers may share them.
-    new = copy.copy(kept)
-    new.layers = [copy.copy(layer) for layer in kept.layers]
-    new.batch_select_indices(rows)
-    return new

@@ -1,12 +1,12 @@
 """Exact match of greedy generation, mostly without generating.
 
-Greedy decoding yields a target if and only if each of its tokens is the argmax after the ones before, and an end is the
-argmax after all of them. So all targets of a row are laid behind its prompt in one forward, and the argmaxes tell the
-greedy path up to the first place where it leaves the target that it follows longest. If the path ends there, or its text
-can no longer become any target, the row is decided; if it still can (the target in other tokens, a leading space), the
-row is generated. Both judge tokens by the same `Rule`, so they agree wherever the two forwards agree on the argmax: in
-fp32 outside of near-ties of about 1e-5. In bf16 logits have 8 bits and ties are common; the first of equal logits is
-taken, and another batch or a cache may tip a row.
+Greedy decoding yields a target if and only if each of its tokens is the argmax after the ones before, and an end token is the
+argmax after all of them. So all targets of a row are run behind its prompt in one forward (teacher forcing). The argmaxes tell the
+greedy path up to the first token where it leaves the target that it follows longest. If the path ends there, or its text can no
+longer become any target, the row is decided. If it still can (the target in other tokens, a leading space), the row is generated.
+Both ways judge tokens by the same `MatchRule`, so they agree wherever the two forwards agree on the argmax: in fp32 outside of
+near-ties of about 1e-5. In bf16 logits have 8 bits and ties are common; the first of equal logits is taken, and another batch or a
+cache may change a row's answer.
 """
 
 from __future__ import annotations
@@ -17,25 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.answers import Rule
+from phatgoose.evaluation.batching import split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import (
-    Read,
-    Row,
-    continuations,
-    groups,
-)
-from phatgoose.evaluation.plain import plain_logits
-from phatgoose.evaluation.readings import readings
+from phatgoose.evaluation.continuations import continuations
+from phatgoose.evaluation.prefill import Prefill, prefill_batches
+from phatgoose.evaluation.rows import MatchRule, Row
+from phatgoose.evaluation.uncached import uncached_logits
 from phatgoose.models.base.base import context_length, device_of
 from phatgoose.models.text.batch import pad_rows
 from phatgoose.models.text.capabilities import generation_groups, max_mixed_length, supports_cache
@@ -46,7 +37,7 @@ from phatgoose.records import Prediction
 def match_exactly(
     model: PreTrainedModel,
     rows: Sequence[Row],
-    rules: Sequence[Rule],
+    rules: Sequence[MatchRule],
     pad: int,
     config: EvaluationConfig,
     done: Callable[[int], None] = lambda count: None,
@@ -59,17 +50,17 @@ def match_exactly(
         EvaluationError: naming the row, if a logit that decides is not finite.
     """
     found: list[Prediction | None] = [None] * len(rows)
-    for batch, before in readings(model, [row.prompt for row in rows], pad, config):
-        paths = _greedy_paths(model, before, [rows[i] for i in batch], pad, config)
+    for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
+        paths = _greedy_paths(model, prefill, [rows[i] for i in batch], pad, config)
         for i, path in zip(batch, paths, strict=True):
             found[i] = rules[i].judge(path[: rules[i].limit])
         done(sum(found[i] is not None for i in batch))
-        del before
-    open_rows = [i for i, prediction in enumerate(found) if prediction is None]
+        del prefill  # or its cache would live beside the next one
+    undecided = [i for i, prediction in enumerate(found) if prediction is None]
     generated = generate(
-        model, [rows[i] for i in open_rows], [rules[i] for i in open_rows], pad, config, done
+        model, [rows[i] for i in undecided], [rules[i] for i in undecided], pad, config, done
     )
-    for i, prediction in zip(open_rows, generated, strict=True):
+    for i, prediction in zip(undecided, generated, strict=True):
         found[i] = prediction
     return [prediction for prediction in found if prediction is not None]
 
@@ -77,14 +68,14 @@ def match_exactly(
 def generate(
     model: PreTrainedModel,
     rows: Sequence[Row],
-    rules: Sequence[Rule],
+    rules: Sequence[MatchRule],
     pad: int,
     config: EvaluationConfig,
     done: Callable[[int], None] = lambda count: None,
     *,
     to_the_end: bool = False,
 ) -> list[Prediction]:
-    """One prediction a row, by the model's own greedy generate(); a row stops early as `Rule.judge` allows.
+    """One prediction a row, by the model's own greedy generate(); a row stops early as `MatchRule.judge` allows.
 
     Nothing of the checkpoint's generation settings (sampling, penalties, suppressed tokens, lengths) is used, but its
     end tokens and its decoder's start token.
@@ -95,9 +86,9 @@ def generate(
     found: dict[int, Prediction] = {}
     longest = max((rule.limit for rule in rules), default=0)
     limits = [(0, config.tokens_for(device_of(model))), (longest, config.cache_tokens)]
-    for part in groups([len(row.prompt) for row in rows], limits, config.batch_rows):
-        for batch in _within_context(model, part, rows, rules):
-            judge = _Judge([rows[i] for i in batch], [rules[i] for i in batch], to_the_end)
+    for part in split_into_batches([len(row.prompt) for row in rows], limits, config.batch_rows):
+        for batch in _split_for_generate(model, part, rows, rules):
+            judge = _StopAtVerdict([rows[i] for i in batch], [rules[i] for i in batch], to_the_end)
             _run_generate(model, judge, pad)
             found |= zip(batch, judge.verdicts(), strict=True)
             done(len(batch))
@@ -105,38 +96,36 @@ def generate(
 
 
 def _greedy_paths(
-    model: PreTrainedModel, before: Read, rows: Sequence[Row], pad: int, config: EvaluationConfig
+    model: PreTrainedModel, prefill: Prefill, rows: Sequence[Row], pad: int, config: EvaluationConfig
 ) -> list[list[int]]:
     """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and one more."""
-    logits = before.logits
+    logits = prefill.logits
     if logits is None:
-        logits = plain_logits(model, before.prompts, [()] * len(rows), pad)[:, 0]
-    firsts = _argmax(logits, rows)
-    paths = [[token] for token in firsts.tolist()]
-    # Only targets that the first token hasn't already left, that don't end with it, and that may be read in one go.
+        logits = uncached_logits(model, prefill.prompts, [()] * len(rows), pad)[:, 0]
+    paths = [[token] for token in _argmax(logits, rows).tolist()]
+    # Only targets that the first token hasn't left yet, that don't end with it, and that may be run in one forward.
     most = max_mixed_length(model) if supports_cache(model) else 0
     pairs = [
-        (place, target)
-        for place, row in enumerate(rows)
+        (i, target)
+        for i, row in enumerate(rows)
         for target in dict.fromkeys(row.answers)
-        if len(target) > 1 and target[0] == paths[place][0] and len(row.prompt) + len(target) - 1 <= most
+        if len(target) > 1 and target[0] == paths[i][0] and len(row.prompt) + len(target) - 1 <= most
     ]
-    owners, rests = [place for place, _ in pairs], [target[:-1] for _, target in pairs]
-    for part, logits, at in continuations(model, before, owners, rests, pad, config):
-        asked = [rows[pairs[n][0]] for n in part for _ in rests[n]]
-        nexts = iter(_argmax(logits[at.to(logits.device)], asked).tolist())
-        for place, target in (pairs[n] for n in part):
+    owners, rests = [i for i, _ in pairs], [target[:-1] for _, target in pairs]
+    for batch, logits, positions in continuations(model, prefill, owners, rests, pad, config):
+        asked = [rows[owners[n]] for n in batch for _ in rests[n]]
+        nexts = iter(_argmax(logits[positions.to(logits.device)], asked).tolist())
+        for i, target in (pairs[n] for n in batch):
             argmax = list(islice(nexts, len(target) - 1))
             same = next((j for j in range(1, len(target)) if argmax[j - 1] != target[j]), len(target) - 1)
-            path = [*target[:same], argmax[same - 1]]
-            paths[place] = max(paths[place], path, key=len)
+            paths[i] = max(paths[i], [*target[:same], argmax[same - 1]], key=len)
     return paths
 
 
 def _argmax(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The first of the highest of each row's logits [n, vocabulary], on the CPU; refuses those that aren't finite."""
+    """The first of the highest of each row's logits [n, vocabulary], on the CPU. Refuses logits that aren't finite."""
     chosen = logits.argmax(-1)
-    # argmax takes a NaN for the highest, so the value it picked tells about all of them.
+    # argmax takes a NaN for the highest, so the value that it picked tells about all of them.
     finite = logits.gather(-1, chosen[..., None]).squeeze(-1).isfinite().cpu()
     if not finite.all():
         row = rows[int(torch.where(~finite)[0][0])]
@@ -144,11 +133,14 @@ def _argmax(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return chosen.cpu()
 
 
-def _within_context(
-    model: PreTrainedModel, batch: list[int], rows: Sequence[Row], rules: Sequence[Rule]
+def _split_for_generate(
+    model: PreTrainedModel, batch: list[int], rows: Sequence[Row], rules: Sequence[MatchRule]
 ) -> list[list[int]]:
-    """`batch`, or its rows one by one where a row, going on for another's longer limit, would leave the context; and those of
-    one length together where padding would be read."""
+    """`batch` in parts that one `generate` call may take.
+
+    Row by row where a row, continued up to another's longer limit, would leave the context; rows of one length where the model would
+    read the padding.
+    """
     if model.config.is_encoder_decoder:
         return [batch]
     context = context_length(model)
@@ -156,15 +148,15 @@ def _within_context(
     if context is not None and need > context:
         return [[i] for i in batch]
     parts = generation_groups(model, [rows[i].prompt for i in batch], max(rules[i].limit for i in batch))
-    return [[batch[place] for place in part] for part in parts]
+    return [[batch[i] for i in part] for part in parts]
 
 
-def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
+def _run_generate(model: PreTrainedModel, judge: _StopAtVerdict, pad: int) -> None:
     left = not model.config.is_encoder_decoder
     prompts = [row.prompt for row in judge.rows]
     ids, mask = (tensor.to(device_of(model)) for tensor in pad_rows(prompts, pad, left=left))
     judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
-    own = generation_settings(
+    settings = generation_settings(
         model,
         pad=pad,
         max_new_tokens=max(rule.limit for rule in judge.rules),
@@ -172,30 +164,32 @@ def _run_generate(model: PreTrainedModel, judge: _Judge, pad: int) -> None:
     )
     if not model.config.is_encoder_decoder:
         lengths = [len(prompt) for prompt in prompts]
-        own.use_cache = supports_cache(model, min(lengths), max(lengths) + int(own.max_new_tokens or 0))
-    with use_generation_config(model, own):
+        settings.use_cache = supports_cache(
+            model, min(lengths), max(lengths) + int(settings.max_new_tokens or 0)
+        )
+    with use_generation_config(model, settings):
         run: Any = model.generate
         run(
             inputs=ids,
             attention_mask=mask,
-            generation_config=own,
+            generation_config=settings,
             stopping_criteria=StoppingCriteriaList([judge]),
-            logits_processor=LogitsProcessorList([_Finite(judge)]),
+            logits_processor=LogitsProcessorList([_RefuseNonFinite(judge)]),
         )
 
 
-class _Judge(StoppingCriteria):
+class _StopAtVerdict(StoppingCriteria):
     """Stops each row as soon as its rule has a verdict, and keeps the verdict."""
 
-    def __init__(self, rows: Sequence[Row], rules: Sequence[Rule], to_the_end: bool) -> None:
+    def __init__(self, rows: Sequence[Row], rules: Sequence[MatchRule], to_the_end: bool) -> None:
         self.rows, self.rules, self.to_the_end = rows, rules, to_the_end
         self.start = 0
         self.found: list[Prediction | None] = [None] * len(rows)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for place, tokens in enumerate(input_ids[:, self.start :].tolist()):
-            if self.found[place] is None:
-                self.found[place] = self.rules[place].judge(tokens, to_the_end=self.to_the_end)
+        for i, tokens in enumerate(input_ids[:, self.start :].tolist()):
+            if self.found[i] is None:
+                self.found[i] = self.rules[i].judge(tokens, to_the_end=self.to_the_end)
         return torch.tensor([prediction is not None for prediction in self.found], device=input_ids.device)
 
     def verdicts(self) -> list[Prediction]:
@@ -207,13 +201,13 @@ class _Judge(StoppingCriteria):
         return verdicts
 
 
-class _Finite(LogitsProcessor):
-    """Changes nothing; refuses logits that aren't finite, of rows without a verdict."""
+class _RefuseNonFinite(LogitsProcessor):
+    """Refuses logits that aren't finite, of rows without a verdict. Changes nothing."""
 
-    def __init__(self, judge: _Judge) -> None:
+    def __init__(self, judge: _StopAtVerdict) -> None:
         self.judge = judge
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        undecided = [place for place, found in enumerate(self.judge.found) if found is None]
-        _argmax(scores[undecided], [self.judge.rows[place] for place in undecided])
+        undecided = [i for i, found in enumerate(self.judge.found) if found is None]
+        _argmax(scores[undecided], [self.judge.rows[i] for i in undecided])
         return scores

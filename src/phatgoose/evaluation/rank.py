@@ -1,10 +1,10 @@
-"""Rank classification: the answer whose tokens are the likeliest per token, end token included.
+"""Rank classification: the answer with the highest log-likelihood per token, end token included.
 
     score(choice) = (1 / n) Σ_{j=1..n} log p(t_j | prompt, t_1 … t_{j−1}),   t_n the end token
 
 The highest score wins; of equal ones the first. Scores are computed from the model's logits in float32, but a bf16 model's
-own rounding stays in them: against one plain forward a choice they differ by up to 0.1 nats per token there (2e-5 in
-float32; a model of 135M parameters), so close choices may tie, or swap when the batches change. Choices of one row that
+own rounding stays in them: compared with one plain forward a choice they differ by up to 0.1 nats per token there (2e-5 in
+float32; a model of 135M parameters). So close choices may tie, or swap when the batches change. Choices of one row that
 are equal as tokens are scored once, so they always tie.
 """
 
@@ -18,11 +18,14 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import Read, Row, anew, continuations, reach
-from phatgoose.evaluation.readings import readings
-from phatgoose.models.base.base import decoder_start, device_of
-from phatgoose.models.context.prompted import prompted
-from phatgoose.models.text.capabilities import accepts_argument
+from phatgoose.evaluation.continuations import (
+    LogitBatch,
+    continuations,
+    max_cached_length,
+    uncached_continuations,
+)
+from phatgoose.evaluation.prefill import Prefill, prefill_batches
+from phatgoose.evaluation.rows import Row
 
 _CHUNK = 2**24  # logits turned to float32 at a time
 
@@ -36,95 +39,76 @@ def score_choices(
 ) -> list[tuple[float, ...]]:
     """Length-normalised log-likelihoods (nats per token) of each row's answers, in their order.
 
-    Each prompt is read once and its cache shared by its answers; what many prompts begin with is read once for all. Where no cache can
-    be shared, each answer is read with its prompt. `done` is told how many rows are finished.
+    Each prompt is run once and its cache shared by its answers; what many prompts begin with is run once for all. Where no cache can
+    be shared, each answer is run with its prompt. `done` is told how many rows are finished.
 
     Raises:
         EvaluationError: naming the row, if a score is not finite.
     """
     scores: list[tuple[float, ...]] = [()] * len(rows)
-    for batch, before in readings(model, [row.prompt for row in rows], pad, config):
-        chosen = [rows[i] for i in batch]
-        for place, row, totals in zip(
-            batch, chosen, _totals(model, before, chosen, pad, config), strict=True
-        ):
-            scores[place] = tuple(totals[answer] / len(answer) for answer in row.answers)
-            if not all(abs(score) < float("inf") for score in scores[place]):
+    for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
+        totals = _totals(model, prefill, [rows[i] for i in batch], pad, config)
+        for i, of_answer in zip(batch, totals, strict=True):
+            scores[i] = tuple(of_answer[answer] / len(answer) for answer in rows[i].answers)
+            if not all(abs(score) < float("inf") for score in scores[i]):
                 raise EvaluationError(
-                    f"row {row.index}: the model's log-likelihoods are not finite: {scores[place]}."
+                    f"row {rows[i].index}: the model's log-likelihoods are not finite: {scores[i]}."
                 )
         done(len(batch))
-        del before
+        del prefill  # or its cache would live beside the next one
     return scores
 
 
-def score_choice_plainly(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """The same score of one answer, by the definition: one forward over prompt and answer, no cache, no padding."""
-    with prompted(model, [prompt]):
-        logits = _plain_logits(model, prompt, answer)
-    log_p = logits.float().log_softmax(-1)
-    return float(log_p[torch.arange(len(answer)), torch.tensor(list(answer))].mean())
-
-
-def _plain_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Logits [len(answer), vocabulary] that predict the answer's tokens."""
-    ids = torch.tensor([[*prompt, *answer[:-1]]], device=device_of(model))
-    settings = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
-    if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[decoder_start(model), *answer[:-1]]], device=ids.device)
-        return model(input_ids=ids[:, : len(prompt)], decoder_input_ids=decoder, **settings).logits[0]
-    return model(input_ids=ids, **settings).logits[0, len(prompt) - 1 :]
-
-
 def best(scores: Sequence[float]) -> int:
-    """The place of the highest score, the first of equal ones."""
-    return max(range(len(scores)), key=lambda place: (scores[place], -place))
+    """The index of the highest score, the first of equal ones."""
+    return max(range(len(scores)), key=lambda index: (scores[index], -index))
 
 
 def _totals(
-    model: PreTrainedModel, before: Read, rows: Sequence[Row], pad: int, config: EvaluationConfig
+    model: PreTrainedModel, prefill: Prefill, rows: Sequence[Row], pad: int, config: EvaluationConfig
 ) -> list[dict[tuple[int, ...], float]]:
-    """Summed log-probabilities of every distinct answer of every row; `before` has read their prompts."""
-    pairs = [(place, answer) for place, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
-    most = reach(model, before)
-    near = [len(before.prompts[place]) + len(answer) - 1 <= most for place, answer in pairs]
+    """Summed log-probabilities of every distinct answer of every row; `prefill` holds their prompts."""
+    pairs = [(i, answer) for i, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
+    most = max_cached_length(model, prefill)
+    fits = [len(prefill.prompts[i]) + len(answer) - 1 <= most for i, answer in pairs]
     totals = dict.fromkeys(pairs, 0.0)
-    far = [pair for pair, is_near in zip(pairs, near, strict=True) if not is_near]
-    prompts = [before.prompts[place] for place, _ in far]
-    for n, value in _sums(anew(model, prompts, [a[:-1] for _, a in far], pad, config), [a for _, a in far]):
+    # Answers that can't continue from the cache: run with their prompts.
+    far = [pair for pair, fit in zip(pairs, fits, strict=True) if not fit]
+    prompts = [prefill.prompts[i] for i, _ in far]
+    batches = uncached_continuations(model, prompts, [answer[:-1] for _, answer in far], pad, config)
+    for n, value in _sums(batches, [answer for _, answer in far]):
         totals[far[n]] = value
-    close = [pair for pair, is_near in zip(pairs, near, strict=True) if is_near]
-    if close and before.logits is not None:
-        places, firsts = torch.tensor([p for p, _ in close]), torch.tensor([a[0] for _, a in close])
-        totals |= zip(close, _log_probabilities(before.logits, places, firsts).tolist(), strict=True)
-    longer = [(place, answer) for place, answer in close if len(answer) > 1]
+    # The others: the first token by the prompt's logits, the rest behind the cache.
+    near = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
+    if near and prefill.logits is not None:
+        owners, firsts = torch.tensor([i for i, _ in near]), torch.tensor([a[0] for _, a in near])
+        totals |= zip(near, _log_probabilities(prefill.logits, owners, firsts).tolist(), strict=True)
+    longer = [(i, answer) for i, answer in near if len(answer) > 1]
     rests = [answer[:-1] for _, answer in longer]
-    behind = continuations(model, before, [place for place, _ in longer], rests, pad, config)
-    for n, value in _sums(behind, [answer[1:] for _, answer in longer]):
+    batches = continuations(model, prefill, [i for i, _ in longer], rests, pad, config)
+    for n, value in _sums(batches, [answer[1:] for _, answer in longer]):
         totals[longer[n]] += value
     result: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
-    for (place, answer), total in totals.items():
-        result[place][answer] = total
+    for (i, answer), total in totals.items():
+        result[i][answer] = total
     return result
 
 
-def _sums(
-    batches: Iterable[tuple[list[int], Tensor, Tensor]], answers: Sequence[Sequence[int]]
-) -> Iterator[tuple[int, float]]:
-    """The place of each answer, and the summed log-probabilities of its tokens under the logits that a batch says."""
-    for part, logits, places in batches:
-        values = _log_probabilities(
-            logits, places, torch.tensor([token for n in part for token in answers[n]])
-        )
-        owner = torch.repeat_interleave(torch.tensor([len(answers[n]) for n in part]))
-        sums = torch.zeros(len(part), dtype=torch.float32).index_add(0, owner, values)
-        yield from zip(part, sums.tolist(), strict=True)
+def _sums(batches: Iterable[LogitBatch], answers: Sequence[Sequence[int]]) -> Iterator[tuple[int, float]]:
+    """The number of each answer, and the summed log-probabilities of its tokens under a batch's logits."""
+    for batch, logits, positions in batches:
+        tokens = torch.tensor([token for n in batch for token in answers[n]])
+        values = _log_probabilities(logits, positions, tokens)
+        owner = torch.repeat_interleave(torch.tensor([len(answers[n]) for n in batch]))
+        sums = torch.zeros(len(batch), dtype=torch.float32).index_add(0, owner, values)
+        yield from zip(batch, sums.tolist(), strict=True)
 
 
-def _log_probabilities(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-    """log p [n] in float32 on the CPU: of tokens[i] under logits[places[i]]; logits is [anything, vocabulary]."""
-    used, back = places.unique(return_inverse=True)
+def _log_probabilities(logits: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """log p [n] in float32 on the CPU: of tokens[i] under logits[positions[i]]; logits is [anything, vocabulary]."""
+    # A position's sum is computed once, however many answers use it, and no more than _CHUNK logits are float32 at a time.
+    used, back = positions.unique(return_inverse=True)
     step = max(1, _CHUNK // logits.shape[-1])
     sums = [logits[part.to(logits.device)].float().logsumexp(-1).cpu() for part in used.split(step)]
-    picked = logits[places.to(logits.device), tokens.to(logits.device)].float().cpu()
+    picked = logits[positions.to(logits.device), tokens.to(logits.device)].float().cpu()
     return picked - torch.cat(sums)[back]

@@ -10,13 +10,14 @@ from transformers.cache_utils import DynamicLayer
 
 from conftest import FAMILIES
 from encoder_fixtures import make_encoder, signed
+from phatgoose.evaluation.batching import FORWARD_COST
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import BUNDLE, OVERHEAD, Row, _bundles, read, reads_on
+from phatgoose.evaluation.continuations import MAX_PACKED_TOKENS, _pack
 from phatgoose.evaluation.generate import generate, match_exactly
-from phatgoose.evaluation.prefixes import LEVELS, TOGETHER, prefixes
+from phatgoose.evaluation.prefill import can_prefill_in_parts, prefill_batches, prefill_prompts
+from phatgoose.evaluation.prefix_tree import MAX_COMPARED, MAX_DEPTH, build_prefix_tree
 from phatgoose.evaluation.rank import score_choices
-from phatgoose.evaluation.readings import readings
-from phatgoose.evaluation.rows import encode
+from phatgoose.evaluation.rows import Row, encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.text.batch import pad_rows
@@ -66,47 +67,48 @@ def counted(model, run):
 
 
 def places(node):
-    return node.rows + [row for part in node.parts for row in places(part)]
+    return node.rows + [row for part in node.children for row in places(part)]
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("least", [0, 20, OVERHEAD])
+@pytest.mark.parametrize("least", [0, 20, FORWARD_COST])
 def test_the_tree_holds_every_prompt_once_behind_tokens_it_begins_with(seed, least):
     prompts = nested(seed) if seed % 2 else [tokens(random.Random(n % 9), n % 7 + 1) for n in range(50)]
-    root = prefixes(prompts, least)
+    root = build_prefix_tree(prompts, least)
     assert sorted(places(root)) == list(range(len(prompts)))
 
-    def check(node, above, level):
-        assert level <= LEVELS
-        for part in node.parts:
+    def check(node, above, depth):
+        assert depth <= MAX_DEPTH
+        for part in node.children:
             under = places(part)
             assert (len(under) - 1) * (part.length - node.length) > least
             assert len({prompts[row][: part.length] for row in under}) == 1
             assert all(len(prompts[row]) > part.length for row in under)  # a token of their own is left
-            assert part.first() in under
-            check(part, node, level + 1)
+            assert part.any_row() in under
+            check(part, node, depth + 1)
 
     check(root, None, 0)
 
 
 def test_the_tree_finds_what_was_made():
     """Two tasks, four passages each; prompts that end where a passage does keep its last token."""
-    root = prefixes(nested(), OVERHEAD)
-    assert sorted(part.length for part in root.parts) == [29, 40]
-    assert [len(part.parts) for part in root.parts] == [4, 4]
-    assert not any(part.parts for task in root.parts for part in task.parts)
+    root = build_prefix_tree(nested(), FORWARD_COST)
+    assert sorted(part.length for part in root.children) == [29, 40]
+    assert [len(part.children) for part in root.children] == [4, 4]
+    assert not any(part.children for task in root.children for part in task.children)
 
 
 def test_thousands_of_nested_prompts_are_no_deep_recursion():
-    prompts = [tuple(range(n)) for n in range(1, 3 * TOGETHER)]
-    root = prefixes(prompts, 0)
+    prompts = [tuple(range(n)) for n in range(1, 3 * MAX_COMPARED)]
+    root = build_prefix_tree(prompts, 0)
     assert sorted(places(root)) == list(range(len(prompts)))
 
 
 def test_few_shared_tokens_are_no_forward_of_their_own():
     prompts = [(5,) * 16 + (n,) for n in range(5)]
-    assert not prefixes(prompts, OVERHEAD).parts  # saves 4 times 16, just what a forward costs
-    assert prefixes([*prompts, (5,) * 16 + (9,)], OVERHEAD).parts[0].length == 16
+    # Saves 4 times 16, just what a forward costs.
+    assert not build_prefix_tree(prompts, FORWARD_COST).children
+    assert build_prefix_tree([*prompts, (5,) * 16 + (9,)], FORWARD_COST).children[0].length == 16
 
 
 @torch.no_grad()
@@ -122,14 +124,14 @@ def test_scores_equal_one_plain_forward_a_choice(make_base, family, config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen", "gpt2"])
-def test_a_reading_is_what_one_read_gives(make_base, family):
+def test_a_prefill_in_parts_is_what_one_forward_gives(make_base, family):
     """Logits, and the cache with its padding at the left: what is read in two goes leaves none between."""
     base, prompts = make_base(family), nested()
     seen = 0
-    for part, made in readings(base.model, prompts, 0, EvaluationConfig()):
+    for part, made in prefill_batches(base.model, prompts, 0, EvaluationConfig()):
         seen += len(part)
         assert made.prompts == tuple(prompts[n] for n in part)
-        whole = read(base.model, made.prompts, 0)
+        whole = prefill_prompts(base.model, made.prompts, 0)
         assert torch.equal(made.mask, pad_rows(made.prompts, 0, left=True)[1])
         assert torch.allclose(made.logits, whole.logits, atol=1e-4)
         real = made.mask.bool()
@@ -146,7 +148,9 @@ def test_shared_tokens_are_read_once(make_base):
     shared = tokens(draws, 50)
     passages = [shared + tokens(draws, 40) for _ in range(3)]
     prompts = [p + tokens(draws, 5) for p in passages for _ in range(4)]
-    _, read_tokens = counted(base.model, lambda: list(readings(base.model, prompts, 0, EvaluationConfig())))
+    _, read_tokens = counted(
+        base.model, lambda: list(prefill_batches(base.model, prompts, 0, EvaluationConfig()))
+    )
     assert read_tokens == 50 + 3 * 40 + 12 * 5
 
 
@@ -161,7 +165,7 @@ def test_greedy_answers_are_the_same(make_base, family):
         text = f"{beginning} {' '.join(draws.choices(['yes', 'no', '1', '2'], k=index + 1))}"
         found.append(encode(base, Example(text, ("yes no",), None), index, config))
     rows, rules = [row for row, _ in found], [rule for _, rule in found]
-    assert prefixes([row.prompt for row in rows], OVERHEAD).parts
+    assert build_prefix_tree([row.prompt for row in rows], FORWARD_COST).children
     fast = match_exactly(base.model, rows, rules, 0, config)
     slow = generate(base.model, rows, rules, 0, config, to_the_end=True)
     for quick, full in zip(fast, slow, strict=True):
@@ -244,7 +248,7 @@ def test_batches_stay_within_their_limits(make_base):
 
     model.forward = spy
     try:
-        read_rows = [n for part, _ in readings(model, prompts, 0, config) for n in part]
+        read_rows = [n for part, _ in prefill_batches(model, prompts, 0, config) for n in part]
     finally:
         del model.forward
     assert sorted(read_rows) == list(range(len(prompts)))
@@ -287,11 +291,11 @@ def test_every_architecture_scores_as_its_plain_forward(kind, attention):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_answers_share_one_copy_of_their_prompt(make_base, family):
-    """As many as fit in a bundle: 40 answers of up to 12 tokens behind each of three prompts, one of them alone too long."""
+    """As many as fit in a pack: 40 answers of up to 12 tokens behind each of three prompts, one of them alone too long."""
     base, draws = make_base(family), random.Random(5)
     answers = lambda: tuple((*tokens(draws, draws.randint(1, 12)), 1) for _ in range(40))  # noqa: E731
     rows = [Row(n, tokens(draws, 20 + 9 * n), answers()) for n in range(3)]
-    rows.append(Row(3, tokens(draws, 5), ((*tokens(draws, BUNDLE + 3), 1), (7, 8, 1))))
+    rows.append(Row(3, tokens(draws, 5), ((*tokens(draws, MAX_PACKED_TOKENS + 3), 1), (7, 8, 1))))
     shapes = []
     handle = base.model.get_input_embeddings().register_forward_pre_hook(
         lambda _, args: shapes.append(args[0].shape)
@@ -302,17 +306,20 @@ def test_answers_share_one_copy_of_their_prompt(make_base, family):
     assert_plain(base.model, rows, scores)
 
 
-def test_bundles_keep_each_prompts_continuations_together():
+def test_packs_keep_each_prompts_continuations_together():
     draws = random.Random(0)
     rows = [draws.randrange(5) for _ in range(200)]
-    new = [(3,) * draws.choice([1, 2, 30, BUNDLE - 1, BUNDLE, BUNDLE + 9]) for _ in rows]
-    bundles = _bundles(rows, new, BUNDLE)
-    assert sorted(n for bundle in bundles for n in bundle) == list(range(200))
-    for bundle in bundles:
-        assert len({rows[n] for n in bundle}) == 1
-        assert len(bundle) == 1 or sum(len(new[n]) for n in bundle) <= BUNDLE
-    assert len(_bundles([0] * BUNDLE, [(3,)] * BUNDLE, BUNDLE)) == 1
-    assert _bundles([0, 0, 1], [(3, 4)] * 3, -5) == [[0], [1], [2]]
+    new = [
+        (3,) * draws.choice([1, 2, 30, MAX_PACKED_TOKENS - 1, MAX_PACKED_TOKENS, MAX_PACKED_TOKENS + 9])
+        for _ in rows
+    ]
+    packs = _pack(rows, new, MAX_PACKED_TOKENS)
+    assert sorted(n for pack in packs for n in pack) == list(range(200))
+    for pack in packs:
+        assert len({rows[n] for n in pack}) == 1
+        assert len(pack) == 1 or sum(len(new[n]) for n in pack) <= MAX_PACKED_TOKENS
+    assert len(_pack([0] * MAX_PACKED_TOKENS, [(3,)] * MAX_PACKED_TOKENS, MAX_PACKED_TOKENS)) == 1
+    assert _pack([0, 0, 1], [(3, 4)] * 3, -5) == [[0], [1], [2]]
 
 
 ROTATIONS = {
@@ -342,10 +349,10 @@ def test_a_rotation_that_hangs_on_the_length_is_read_in_one():
 @pytest.mark.parametrize("nested_settings", [False, True])
 def test_such_rotations_are_known_however_they_are_set(make_base, kind, nested_settings):
     model = make_base("llama").model
-    assert reads_on(model)
+    assert can_prefill_in_parts(model)
     rope = {"rope_theta": 10000.0, **ROTATIONS[kind]}
     model.config.rope_parameters = {"full_attention": rope} if nested_settings else rope
-    assert not reads_on(model)
+    assert not can_prefill_in_parts(model)
 
 
 @pytest.mark.slow(21)
@@ -383,7 +390,7 @@ def test_caches_stay_within_their_limit_together(make_base, prompts, cache_token
     [EvaluationConfig(batch_tokens=64), EvaluationConfig(logit_values=64 * 320)],
     ids=["tokens", "logits"],
 )
-def test_bundles_keep_to_the_limits_of_a_forward(make_base, config):
+def test_packs_keep_to_the_limits_of_a_forward(make_base, config):
     base, draws = make_base("llama"), random.Random(5)
     row = Row(0, tokens(draws, 50), tuple((*tokens(draws, 4), 1) for _ in range(60)))
     shapes = []
@@ -404,5 +411,5 @@ def test_a_router_may_say_that_it_looks_at_more_than_a_token(routed):
     base, pool = routed
     for router, on in ((Uniform(), True), (Whole(), False), (Masked(PHATGOOSE()), False)):
         route(base, pool, router)
-        assert reads_on(base.model) is on
+        assert can_prefill_in_parts(base.model) is on
         unroute(base)

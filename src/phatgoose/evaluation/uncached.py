@@ -1,4 +1,4 @@
-"""Where a prompt's cache can't be shared: prompt and answer in one plain forward, without a cache."""
+"""Prompt and answer in one forward without a cache, for models whose caches can't be shared between rows."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from phatgoose.models.text.encoding import Encoded
 _CHECKED = "_phatgoose_rows_checked"
 
 
-def plain_logits(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], behind: Sequence[Sequence[int]], pad: int
+def uncached_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int
 ) -> Tensor:
-    """Logits [n, 1 + longest, vocabulary] after prompt i, and after each token of `behind[i]` that stands behind it.
+    """Logits [n, 1 + longest, vocabulary] after prompt i, and after each token of `answers[i]` that follows it.
 
     Raises:
         EvaluationError: the model's scores would mean nothing (`check_scorable`).
     """
-    check_once(model)
+    check_scorable_once(model)
     seq2seq = bool(model.config.is_encoder_decoder)
-    # What follows the last token is asked for by a token that nobody reads.
-    rows = [Encoded(tuple(p), (*b, pad)) for p, b in zip(prompts, behind, strict=True)]
+    # What follows an answer's last token is predicted at a token that is never read: the padding token.
+    rows = [Encoded(tuple(p), (*a, pad)) for p, a in zip(prompts, answers, strict=True)]
     batch = collate(rows, pad, is_encoder_decoder=seq2seq, left=supports_left_padding(model))
     with prompted(model, prompts):
         logits = target_logits(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()})
     if seq2seq:
         return logits
+    # Decoder-only targets end in the last column: move each row's logits to the front.
     width = logits.shape[1]
     starts = torch.tensor([width - len(row.target_ids) for row in rows])
-    places = (starts[:, None] + torch.arange(width)).clamp(max=width - 1).to(logits.device)
-    return logits[torch.arange(len(rows), device=logits.device)[:, None], places]
+    columns = (starts[:, None] + torch.arange(width)).clamp(max=width - 1).to(logits.device)
+    return logits[torch.arange(len(rows), device=logits.device)[:, None], columns]
 
 
-def check_once(model: PreTrainedModel) -> None:
-    """`check_scorable`, once a model, on the base alone."""
+def check_scorable_once(model: PreTrainedModel) -> None:
+    """Runs `check_scorable` on the base alone, without routing and trace, the first time it is called for a model."""
     if model.__dict__.get(_CHECKED):
         return
     routing = model.__dict__.get(ATTRIBUTE)

@@ -9,11 +9,11 @@ from accelerate import cpu_offload
 from architectures import make
 from conftest import make_tokenizer
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation.answers import Rule
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import Row, read
 from phatgoose.evaluation.generate import generate, match_exactly
+from phatgoose.evaluation.prefill import prefill_prompts
 from phatgoose.evaluation.rank import score_choices
+from phatgoose.evaluation.rows import MatchRule, Row
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base, decoder_start, device_of
@@ -65,11 +65,12 @@ def test_scores_equal_one_plain_forward_a_choice(name):
 def test_answers_are_those_of_the_row_alone(name):
     model, tokenizer = make(name), make_tokenizer()
     paths = [greedy(model, row.prompt, 5) for row in rows_of()]
-    written = [Rule(tokenizer, frozenset(), {1}, 5).judge(path, to_the_end=True).text for path in paths]
+    written = [MatchRule(tokenizer, frozenset(), {1}, 5).judge(path, to_the_end=True).text for path in paths]
     # Every other row's target is what it writes.
     rows = [Row(r.index, r.prompt, ((*path[:-1], 1),)) for r, path in zip(rows_of(), paths, strict=True)]
     rules = [
-        Rule(tokenizer, frozenset([text if i % 2 else "never"]), {1}, 5) for i, text in enumerate(written)
+        MatchRule(tokenizer, frozenset([text if i % 2 else "never"]), {1}, 5)
+        for i, text in enumerate(written)
     ]
     made = generate(model, rows, rules, 0, EvaluationConfig(), to_the_end=True)
     assert [p.text for p in made] == written
@@ -88,7 +89,7 @@ def test_a_model_that_looks_ahead_is_refused_and_stays_routed(make_base, make_ex
 @torch.no_grad()
 def test_the_check_of_a_routed_model_runs_on_the_base_and_traces_nothing(make_base, make_expert, monkeypatch):
     base = make_base("llama")
-    monkeypatch.setattr("phatgoose.evaluation.continuations.supports_shared_cache", lambda model: False)
+    monkeypatch.setattr("phatgoose.evaluation.prefill.supports_shared_cache", lambda model: False)
     route(base, Pool([make_expert(base, "one"), make_expert(base, "two", seed=1)]), PHATGOOSE(top_k=1))
     before = routing_of(base)
     with trace(base.model) as found:
@@ -111,7 +112,7 @@ def test_answers_longer_than_the_rotations_first_range_are_read_anew():
     scaling["original_max_position_embeddings"] = 16
     model = make("llama", max_position_embeddings=64, rope_parameters=scaling)
     rows = rows_of()
-    assert read(model, [rows[0].prompt], 0).cache is not None
+    assert prefill_prompts(model, [rows[0].prompt], 0).cache is not None
     long = Row(9, rows[2].prompt, (rows[1].prompt[:12], (4, 1)))
     for batch in ([rows[0], rows[2]], [*rows, long]):
         assert_plain(model, batch, score_choices(model, batch, 0, EvaluationConfig()))

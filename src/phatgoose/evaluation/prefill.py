@@ -1,0 +1,209 @@
+"""Prefill: prompts → their next-token logits and key-value caches, which many answers then continue from.
+
+Decoder-only prompts are padded on the left, and logits are asked for at the last position only. In an encoder–decoder the encoder
+reads the prompt (padded on the right); what is kept is its output, and the decoder's cache of the start token with the
+cross-attention's keys and values. Prefixes that many prompts share are computed once (`prefix_tree.py`) and continued by each of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from phatgoose.evaluation.batching import FORWARD_COST, split_into_batches
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.prefix_tree import PrefixNode, build_prefix_tree
+from phatgoose.evaluation.uncached import check_scorable_once
+from phatgoose.models.base.base import decoder_start, device_of
+from phatgoose.models.context.prompted import ATTRIBUTE
+from phatgoose.models.text.batch import pad_rows
+from phatgoose.models.text.capabilities import (
+    accepts_argument,
+    has_cache_layers,
+    is_plain_cache,
+    max_mixed_length,
+    may_attend_ahead,
+    supports_shared_cache,
+)
+from phatgoose.models.text.encoding import UNLIMITED
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prompts that were run. Logits and cache are None where no cache can be shared: then each answer is run with its prompt."""
+
+    logits: Tensor | None
+    """[rows, vocabulary]: the next token's, in the model's dtype."""
+    cache: Any
+    mask: Tensor
+    """[rows, width]: 1 at the prompts' tokens."""
+    prompts: tuple[tuple[int, ...], ...]
+    encoder_output: Tensor | None = None
+    parent_positions: int = 0
+    """Positions (rows × width) of the caches that this one continues, which live as long as it."""
+
+    def free_positions(self, config: EvaluationConfig) -> int:
+        """Positions that may still be cached beside it."""
+        return config.cache_tokens - self.parent_positions - self.mask.numel()
+
+
+def prefill_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Prefill:
+    """Runs `prompts` (none empty) in one forward, and keeps their cache if answers may continue from it.
+
+    Raises:
+        EvaluationError: the model's scores mean nothing (`check_scorable_once`).
+    """
+    if may_attend_ahead(model):
+        check_scorable_once(model)
+    whole, seq2seq = tuple(map(tuple, prompts)), bool(model.config.is_encoder_decoder)
+    ids, mask = (tensor.to(device_of(model)) for tensor in pad_rows(prompts, pad, left=not seq2seq))
+    if supports_shared_cache(model) and (seq2seq or ids.shape[1] <= max_mixed_length(model)):
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if seq2seq:
+            start = torch.full((len(prompts), 1), decoder_start(model), device=ids.device)
+            inputs["decoder_input_ids"] = start
+        elif accepts_argument(model, "position_ids"):
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if accepts_argument(model, "logits_to_keep"):
+            inputs["logits_to_keep"] = 1
+        out = model(**inputs)
+        cache = getattr(out, "past_key_values", None)
+        if is_plain_cache(cache):
+            encoder_output = out.encoder_last_hidden_state if seq2seq else None
+            return Prefill(out.logits[:, -1], cache, mask, whole, encoder_output)
+    return Prefill(None, None, mask, whole)
+
+
+def prefill_batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, config: EvaluationConfig
+) -> Iterator[tuple[list[int], Prefill]]:
+    """Runs `prompts` (none empty) in batches, each prompt once: (the numbers of some prompts, their Prefill).
+
+    Let go of a Prefill before asking for the next. Then caches hold at most `config.cache_tokens` in all, or one row for each depth of
+    the prefix tree.
+
+    Raises:
+        EvaluationError: as `prefill_prompts`.
+    """
+    whole = tuple(tuple(p) for p in prompts)
+    if can_prefill_in_parts(model):
+        root = build_prefix_tree(whole, FORWARD_COST)
+    else:
+        root = PrefixNode(0, list(range(len(whole))))
+    return _prefill_under(model, None, [(0, root)], whole, pad, config)
+
+
+def _prefill_under(
+    model: PreTrainedModel,
+    parent: Prefill | None,
+    nodes: Sequence[tuple[int, PrefixNode]],
+    prompts: Sequence[tuple[int, ...]],
+    pad: int,
+    config: EvaluationConfig,
+) -> Iterator[tuple[list[int], Prefill]]:
+    """All prompts under `nodes`: prefixes, each with the row of `parent` that holds it."""
+    limits = [(0, config.tokens_for(device_of(model)))]
+    if parent is not None:
+        # Half of what is free is for this level; the rest is for the levels below it and for answers.
+        limits.append((parent.mask.shape[1], parent.free_positions(config) // 2))
+
+    def batches(jobs: Sequence[tuple[int, tuple[int, ...]]]) -> list[list[int]]:
+        done = [0 if parent is None else len(parent.prompts[owner]) for owner, _ in jobs]
+        left = [len(tokens) - n for n, (_, tokens) in zip(done, jobs, strict=True)]
+        return split_into_batches(left, limits, config.batch_rows)
+
+    def run(jobs: Sequence[tuple[int, tuple[int, ...]]]) -> Prefill:
+        owners, tokens = [owner for owner, _ in jobs], [tokens for _, tokens in jobs]
+        if parent is None:
+            return prefill_prompts(model, tokens, pad)
+        return _continue_prefill(model, parent, owners, tokens, pad)
+
+    # No name here holds a Prefill while the next is computed, or two caches would live at a time.
+    rows = [(owner, row) for owner, node in nodes for row in node.rows]
+    jobs = [(owner, prompts[row]) for owner, row in rows]
+    for batch in batches(jobs):
+        yield [rows[n][1] for n in batch], run([jobs[n] for n in batch])
+    children = [(owner, child) for owner, node in nodes for child in node.children]
+    jobs = [(owner, prompts[child.any_row()][: child.length]) for owner, child in children]
+    for batch in batches(jobs):
+        under = [(n, children[c][1]) for n, c in enumerate(batch)]
+        yield from _prefill_under(model, run([jobs[n] for n in batch]), under, prompts, pad, config)
+
+
+def _continue_prefill(
+    model: PreTrainedModel,
+    parent: Prefill,
+    owners: Sequence[int],
+    prompts: Sequence[tuple[int, ...]],
+    pad: int,
+) -> Prefill:
+    """Runs what prompt i has beyond row `owners[i]` of `parent`, its prefix. The result is as if the prompt had been run in one."""
+    rests = [p[len(parent.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
+    ids, new = (tensor.to(device_of(model)) for tensor in pad_rows(rests, pad, left=True))
+    chosen = torch.tensor(owners)
+    mask = torch.cat([parent.mask[chosen.to(parent.mask.device)], new], dim=1)
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+        past_key_values=select_cache_rows(parent.cache, chosen),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    positions = parent.parent_positions + parent.mask.numel()
+    cache, mask = _move_padding_left(out.past_key_values, mask)
+    return Prefill(out.logits[:, -1], cache, mask, tuple(prompts), parent_positions=positions)
+
+
+def _move_padding_left(cache: Any, mask: Tensor) -> tuple[Any, Tensor]:
+    """A cache and its mask [rows, positions] with each row's padding at the left, also that between prefix and rest."""
+    width = int(mask.sum(-1).max())
+    if width == mask.shape[1] and bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        return cache, mask
+    # A stable sort by the mask keeps the order of the tokens, and cuts columns that are padding in every row.
+    order = mask.argsort(dim=-1, stable=True)[:, -width:]
+    for layer in cache.layers:
+        columns = order.to(layer.keys.device)[:, None, :, None]
+        layer.keys, layer.values = (
+            x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values)
+        )
+    return cache, mask.gather(1, order)
+
+
+def can_prefill_in_parts(model: PreTrainedModel) -> bool:
+    """True if a prompt may be run in two forwards, its prefix shared with others, and beside tokens that it doesn't see.
+
+    False for an encoder–decoder, whose encoder looks ahead; where positions or windows are counted by places in the cache, not by what
+    they hold; where the rotation of early tokens depends on how many follow; with caches that keep less than every position; for a
+    router that looks at more than one token; and while a trace counts tokens, which would miss the shared ones.
+    """
+    config = model.config
+    if config.is_encoder_decoder or getattr(config, "alibi", False) or config.model_type == "gpt_neo":
+        return False
+    if not (accepts_argument(model, "position_ids") and accepts_argument(model, "logits_to_keep")):
+        return False
+    if max_mixed_length(model) < UNLIMITED:
+        return False
+    routing = model.__dict__.get(ATTRIBUTE)
+    if routing is not None and (routing.recorder is not None or not routing.router.by_token):
+        return False
+    return has_cache_layers(model, (DynamicLayer,))
+
+
+def select_cache_rows(cache: Any, rows: Tensor) -> Any:
+    """A cache that holds rows `rows` (int64, on the CPU: that indexes layers on any device) of `cache`, which stays as it is."""
+    if isinstance(cache, EncoderDecoderCache):
+        parts = cache.self_attention_cache, cache.cross_attention_cache
+        return EncoderDecoderCache(*(select_cache_rows(part, rows) for part in parts))
+    # These layers replace their tensors and never write into them, so copies of the layers may share them.
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
+    new.batch_select_indices(rows)
+    return new
