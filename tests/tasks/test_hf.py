@@ -9,7 +9,7 @@ from phatgoose.errors import DownloadError, TaskError, UnknownName
 from phatgoose.records import Example
 from phatgoose.tasks import load_task
 from phatgoose.tasks.sources.hf import load_data
-from phatgoose.tasks.sources.promptsource import templates
+from phatgoose.tasks.sources.promptsource import read_templates
 from phatgoose.tasks.spec import TaskSpec
 
 pytest_plugins = ["hub_stand_in"]
@@ -318,7 +318,7 @@ def test_a_dataset_is_found_by_the_id_that_it_once_had(script, tmp_path, name):
 
 
 def test_prompts_over_a_copy(script, tmp_path, monkeypatch, request):
-    request.addfinalizer(templates.cache_clear)
+    request.addfinalizer(read_templates.cache_clear)
     repo = script(TWO)
     (tmp_path / "ps" / "qa" / "v1.0").mkdir(parents=True)
     (tmp_path / "ps" / "qa" / "v1.0" / "templates.yaml").write_text(
@@ -327,7 +327,7 @@ def test_prompts_over_a_copy(script, tmp_path, monkeypatch, request):
         "      original_task: true\n    name: a\n    reference: ''\n"
     )
     monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "ps"))
-    templates.cache_clear()
+    read_templates.cache_clear()
     task = load_task("prompted:qa/v1.0")
     assert task.source["copy"]["commit"] == repo.branches[BRANCH]
     assert prompts(task.validation) == {f"p{i}?" for i in range(40, 50)}

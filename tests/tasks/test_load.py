@@ -5,7 +5,7 @@ import pytest
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.records import SPLITS
 from phatgoose.tasks import Fractions, list_tasks, load_task, split_spec
-from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.examples import make_example
 from phatgoose.tasks.load import SOURCES, check_task, find_source
 from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import without_paths

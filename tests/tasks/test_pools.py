@@ -12,7 +12,7 @@ from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks.lists.entries import (
     Entry,
-    check_apart,
+    check_no_shared_data,
     even_shares,
     folder_for,
     load_entry,
@@ -23,8 +23,8 @@ from phatgoose.tasks.lists.same_dataset import bigbench_name, datasets_of
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.sources.known_datasets import KNOWN_SPLITS
-from phatgoose.tasks.sources.prompted import choose
-from phatgoose.tasks.sources.promptsource import PACKAGE, templates
+from phatgoose.tasks.sources.prompted import choose_templates
+from phatgoose.tasks.sources.promptsource import PACKAGE, read_templates
 from phatgoose.tasks.spec import split_spec
 
 
@@ -89,7 +89,7 @@ def test_bbl_measures_one_translation_by_rouge():
 def test_which_pools_and_suites_are_apart():
     def apart(pool, name):
         found = suite(name)
-        check_apart(pool_entries(pool), found.entries, found.refuses, name)
+        check_no_shared_data(pool_entries(pool), found.entries, found.refuses, name)
 
     for name in ("t0ho", "bbh", "bbl", "bbh-cot-repo", "quickstart"):
         apart("t0-held-in", name)
@@ -103,13 +103,15 @@ def test_which_pools_and_suites_are_apart():
         apart("bigbench", "quickstart")
     with pytest.raises(TaskError, match=r"one \(bigbench/causal_judgment\)"):
         found = suite("bbh-cot-repo")
-        check_apart([Entry("one", ("bigbench:causal_judgment",))], found.entries, found.refuses, found.name)
+        check_no_shared_data(
+            [Entry("one", ("bigbench:causal_judgment",))], found.entries, found.refuses, found.name
+        )
 
 
 def test_natural_instructions_alone_refuse_t0ho():
     one = next(e for e in pool_entries("flan") if e.name == "niv2_textual_entailment")
     with pytest.raises(TaskError, match="natural-instructions"):
-        check_apart([one], suite("t0ho").entries, suite("t0ho").refuses, "t0ho")
+        check_no_shared_data([one], suite("t0ho").entries, suite("t0ho").refuses, "t0ho")
 
 
 def test_bigbench_pool_keeps_away_from_hard_lite_and_what_is_near_them():
@@ -163,7 +165,7 @@ def test_every_prompted_dataset_has_its_templates():
     if not (cache_folder() / "promptsource" / f"0.2.3-{PACKAGE.sha256[:12]}").is_dir():
         pytest.skip("promptsource's prompts are not in the cache (any `prompted:` task fetches them)")
     assert len(PROMPTED) == 42 + 11
-    counts = {spec: len(choose(split_spec(spec))) for spec in PROMPTED}
+    counts = {spec: len(choose_templates(split_spec(spec))) for spec in PROMPTED}
     for one in suite("t0ho").entries:
         if one.name in ORIGINAL:
             assert counts[one.specs[0]] == ORIGINAL[one.name], one.name
@@ -216,10 +218,10 @@ def test_relative_paths_start_at_their_folder(tmp_path):
     assert file not in map(str, datasets_of("hf:rows.jsonl"))
     ours = {"up": str(tmp_path), "held": str(tmp_path / "other")}
     pool, held = Entry("up", ("jsonl:rows.jsonl",)), Entry("held", ("jsonl:rows.jsonl",))
-    check_apart([pool], [held], frozenset(), "unseen", ours)
+    check_no_shared_data([pool], [held], frozenset(), "unseen", ours)
     for same in ({}, {"jsonl": str(tmp_path)}, {"up": str(tmp_path), "unseen": str(tmp_path)}):
         with pytest.raises(TaskError, match="up \\("):
-            check_apart([pool], [held], frozenset(), "unseen", same)
+            check_no_shared_data([pool], [held], frozenset(), "unseen", same)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +246,9 @@ def test_owners_tell_datasets_of_one_name_apart(ours, theirs, same):
     pool, held = [Entry("one", (ours,))], [Entry("two", (theirs,))]
     if same:
         with pytest.raises(TaskError, match="'unseen' is for models that never saw its data"):
-            check_apart(pool, held, frozenset(), "unseen")
+            check_no_shared_data(pool, held, frozenset(), "unseen")
     else:
-        check_apart(pool, held, frozenset(), "unseen")
+        check_no_shared_data(pool, held, frozenset(), "unseen")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_owners_tell_datasets_of_one_name_apart(ours, theirs, same):
 def test_a_suite_is_refused_for_its_data_whichever_source_it_comes_from(spec, name):
     found = suite(name)
     with pytest.raises(TaskError, match=f"suite '{name}' is for models that never saw its data"):
-        check_apart([Entry("one", (spec,))], found.entries, found.refuses, name)
+        check_no_shared_data([Entry("one", (spec,))], found.entries, found.refuses, name)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ def test_a_suite_is_refused_for_its_data_whichever_source_it_comes_from(spec, na
 )
 def test_neighbours_by_name_are_let_in(spec, name):
     found = suite(name)
-    check_apart([Entry("one", (spec,))], found.entries, found.refuses, name)
+    check_no_shared_data([Entry("one", (spec,))], found.entries, found.refuses, name)
 
 
 def write(path, rows):
@@ -378,9 +380,9 @@ def prompts(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "templates.yaml").write_text(PROMPTS + "".join(PROMPT.format(n=n) for n in range(5)))
     monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "prompts"))
-    templates.cache_clear()
+    read_templates.cache_clear()
     yield
-    templates.cache_clear()
+    read_templates.cache_clear()
 
 
 @pytest.mark.parametrize("rendered", [False, True])

@@ -10,7 +10,7 @@ import pytest
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.tasks import load_task
 from phatgoose.tasks.sources.known_datasets import to_hub_row
-from phatgoose.tasks.sources.promptsource import Template, templates
+from phatgoose.tasks.sources.promptsource import Template, read_templates
 
 YAML = """
 dataset: toy
@@ -42,10 +42,10 @@ def place(tmp_path, monkeypatch):
         (tmp_path / "ps" / name).mkdir(parents=True)
         (tmp_path / "ps" / name / "templates.yaml").write_text(YAML)
     monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "ps"))
-    templates.cache_clear()
+    read_templates.cache_clear()
     (tmp_path / "data").mkdir()
     yield tmp_path / "data"
-    templates.cache_clear()
+    read_templates.cache_clear()
 
 
 def write(path, rows):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example
-from phatgoose.tasks.splits import Fractions, build_task, merge, normalise, position, split
+from phatgoose.tasks.splits import Fractions, build_task, hash_fraction, merge, normalise, split
 
 WORDS = st.lists(st.sampled_from(["a", "A", "b", "ß", "SS", " ", "\n", "c"]), min_size=1, max_size=5).map(
     "".join
@@ -25,14 +25,14 @@ def rows(n: int) -> list[Example]:
 def test_position_is_the_documented_formula():
     text = "  What is\n 2 + 2?\tSTRASSE"
     digest = hashlib.sha256(b"what is 2 + 2? strasse").hexdigest()
-    assert position(text) == int(digest[:16], 16) / 2**64
-    assert position("Straße") == position(" STRASSE")
+    assert hash_fraction(text) == int(digest[:16], 16) / 2**64
+    assert hash_fraction("Straße") == hash_fraction(" STRASSE")
 
 
 def test_fractions_and_order():
     task = build_task("t", {"train": rows(2000)}, {}, Fractions())
     for name, low, high in (("test", 0, 0.2), ("validation", 0.2, 0.3), ("train", 0.3, 1)):
-        h = [position(e.input) for e in task.split(name)]
+        h = [hash_fraction(e.input) for e in task.split(name)]
         assert h == sorted(h)
         assert all(low <= x < high + 1e-12 for x in h)
         assert len(h) == pytest.approx(2000 * (high - low), abs=60)
@@ -81,7 +81,9 @@ def test_a_missing_split_is_taken_from_train():
     r, other = rows(300), [Example(f"other {i}", ("x",)) for i in range(20)]
     splits, _ = split({"train": r, "test": other}, Fractions())
     assert len(splits["test"]) == 20
-    assert {e.input for e in splits["validation"]} == {e.input for e in r if 0.2 <= position(e.input) < 0.3}
+    assert {e.input for e in splits["validation"]} == {
+        e.input for e in r if 0.2 <= hash_fraction(e.input) < 0.3
+    }
     assert len(splits["train"]) + len(splits["validation"]) == 300
 
 

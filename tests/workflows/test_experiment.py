@@ -31,9 +31,9 @@ from phatgoose.records import Prediction, TaskScore
 from phatgoose.routers import Single
 from phatgoose.tasks.lists.named import pool_entries
 from phatgoose.tasks.lists.named import suite as named_suite
-from phatgoose.tasks.representable import Loss
-from phatgoose.tasks.sources.promptsource import config_name, templates
+from phatgoose.tasks.sources.promptsource import config_name, read_templates
 from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.tokenizer_loss import TokenizerLoss
 from phatgoose.workflows.experiment import steps as experiment_steps
 from phatgoose.workflows.experiment import worker as experiment_worker
 from phatgoose.workflows.experiment.executors import Processes
@@ -478,7 +478,9 @@ def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
 def test_a_model_whose_tokenizer_loses_a_task_is_not_measured_on_it(place, make_base, monkeypatch):
     made = recipe(place, systems=["base", f"model:{place / 'base'}"])
     monkeypatch.setattr(
-        experiment_steps, "loss", lambda tokenizer, task: Loss(0.5 if task.name == "held" else 0.0, 0.0)
+        experiment_steps,
+        "tokenizer_loss",
+        lambda tokenizer, task: TokenizerLoss(0.5 if task.name == "held" else 0.0, 0.0),
     )
     monkeypatch.setattr(experiment_steps, "check_tasks", check_without_loss)
     results = run_experiment(made, place / "out")
@@ -490,7 +492,7 @@ def test_a_model_whose_tokenizer_loses_a_task_is_not_measured_on_it(place, make_
 
 def check_without_loss(**given):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment_steps, "loss", lambda tokenizer, task: Loss(0.0, 0.0))
+        patch.setattr(experiment_steps, "tokenizer_loss", lambda tokenizer, task: TokenizerLoss(0.0, 0.0))
         return CHECK(**given)
 
 
@@ -939,9 +941,9 @@ def local_t0(tmp_path, monkeypatch):
         tmp_path / "rows/trec"
     )
     monkeypatch.setenv("PHATGOOSE_PROMPTSOURCE", str(tmp_path / "prompts"))
-    templates.cache_clear()
+    read_templates.cache_clear()
     yield {"t0-held-in": str(tmp_path / "rows"), "t0ho": str(tmp_path / "held-out")}
-    templates.cache_clear()
+    read_templates.cache_clear()
 
 
 @pytest.mark.slow(37)

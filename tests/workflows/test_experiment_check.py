@@ -14,7 +14,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.tasks import load_task
 from phatgoose.tasks.lists.named import POOLS, SUITES, pool_entries, suite
 from phatgoose.tasks.load import check_task
-from phatgoose.tasks.sources import promptsource as templates
+from phatgoose.tasks.sources import promptsource
 from phatgoose.tasks.sources.known_datasets import KNOWN_SPLITS, check_splits
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.check import check_data
@@ -36,7 +36,7 @@ def test_the_papers_recipe_holds_in_full():
     from phatgoose.tasks.sources import bigbench_files
 
     try:
-        templates.root()
+        promptsource.root()
         bigbench_files.root(None)
     except (DownloadError, StorageError) as cause:
         pytest.skip(f"promptsource and BIG-bench can't be had here: {cause}")

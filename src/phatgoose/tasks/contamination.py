@@ -1,8 +1,8 @@
 """Contamination: which held-out rows share text with the rows that experts were trained on.
 
-A text is words (lower case, letters and digits only). A held-out row is flagged if one of its runs of `n` words stands in a
-training row, or, being shorter, if all of its words together are the whole of a training row. Runs that are part of the task's
-own prompt, i.e. stand in more than a tenth of its rows, are passed over.
+A text is its words (lower case, letters and digits only). A held-out row is flagged if one of its runs of `n` words is in a training
+row. A row with fewer words is flagged if all of its words together are a whole training row. Runs that are in more than a tenth of a
+task's rows are part of the task's own prompt and don't count.
 """
 
 from __future__ import annotations
@@ -14,80 +14,69 @@ from dataclasses import dataclass, field
 
 from phatgoose.records import Example
 
-WORDS = 13
-"""The length of run that GPT-3's authors used."""
+RUN_WORDS = 13
+"""Words in a run: what GPT-3's authors used."""
 _COMMON = 0.1
 _WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
-class Overlap:
+@dataclass
+class Contamination:
     """How much of a held-out task was seen in training."""
 
     task: str
     rows: int
-    flagged: tuple[int, ...]
-    """Places of flagged rows among those looked at."""
-    trained: tuple[str, ...]
-    """Training tasks that they share text with."""
-
-
-@dataclass
-class _Measured:
-    task: str
-    rows: int
     own: str | None
-    flagged: set[int] = field(default_factory=set)
-    trained: dict[str, None] = field(default_factory=dict)
+    """The training task that doesn't count."""
+    flagged_rows: set[int] = field(default_factory=set)
+    shared_with: dict[str, None] = field(default_factory=dict)
+    """Training tasks that share text with it, in the order in which they came."""
 
 
-class Overlaps:
-    """Rows that are measured, held against training rows one task after the other: only the former stay in memory.
+class ContaminationCheck:
+    """Held-out rows, compared with one training task after the other, so that only the former stay in memory.
 
-    First `measured`, then `trained`, then `found`.
+    First `add_held_out` for each task, then `compare` for each training task; `results` holds what was found, in the order of
+    `add_held_out`.
     """
 
-    def __init__(self, n: int = WORDS):
+    def __init__(self, n: int = RUN_WORDS):
         self.n = n
-        self._tasks: list[_Measured] = []
-        self._rows: dict[int, list[tuple[int, int]]] = {}  # run → (task, row) that hold it
+        self.results: list[Contamination] = []
+        self._rows: dict[int, list[tuple[int, int]]] = {}  # hash of a run → (task, row) pairs that hold it
 
-    def measured(self, task: str, rows: Sequence[Example], *, own: str | None = None) -> None:
-        """Takes in a measured task's rows.
+    def add_held_out(self, task: str, rows: Sequence[Example], *, own: str | None = None) -> None:
+        """Adds the rows of a held-out task.
 
         Args:
             own: a training task that doesn't count: the task's own, with which it shares passages and lists of choices.
         """
-        found = [set(runs(text_of(example), self.n)) for example in rows]
+        found = [set(hash_runs(text_of(example), self.n)) for example in rows]
         counts = Counter(run for row in found for run in row)
         common = max(2, round(_COMMON * len(rows)))
         for number, row in enumerate(found):
             for run in row:
                 if counts[run] <= common:
-                    self._rows.setdefault(run, []).append((len(self._tasks), number))
-        self._tasks.append(_Measured(task, len(rows), own))
+                    self._rows.setdefault(run, []).append((len(self.results), number))
+        self.results.append(Contamination(task, len(rows), own))
 
-    def trained(self, name: str, examples: Iterable[Example]) -> None:
-        """Holds a training task's rows, prompt and answers, against all that is measured."""
+    def compare(self, name: str, examples: Iterable[Example]) -> None:
+        """Compares the rows of a training task, prompts and answers, with all held-out rows."""
         for example in examples:
-            for run in runs(text_of(example), self.n):
-                for place, number in self._rows.get(run, ()):
-                    one = self._tasks[place]
-                    if one.own != name:
-                        one.flagged.add(number)
-                        one.trained[name] = None
-
-    def found(self) -> list[Overlap]:
-        """One for each measured task, in the order in which they came."""
-        return [Overlap(t.task, t.rows, tuple(sorted(t.flagged)), tuple(t.trained)) for t in self._tasks]
+            for run in hash_runs(text_of(example), self.n):
+                for task, number in self._rows.get(run, ()):
+                    result = self.results[task]
+                    if result.own != name:
+                        result.flagged_rows.add(number)
+                        result.shared_with[name] = None
 
 
 def text_of(example: Example) -> str:
-    """What a row is made of, for this purpose: its prompt and its first target."""
+    """The text of a row that is compared: its prompt and its first target."""
     return f"{example.input} {example.targets[0]}"
 
 
-def runs(text: str, n: int) -> list[int]:
+def hash_runs(text: str, n: int) -> list[int]:
     """Hashes of every run of `n` words, or of all words if there are fewer."""
     words = _WORD.findall(text.casefold())
     if not words:

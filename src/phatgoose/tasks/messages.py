@@ -1,12 +1,13 @@
 """Rows that hold a conversation → one Example for each of the assistant's turns.
 
 A row has its messages under "messages", "conversations" or "conversation" (or the column that `messages=` names), as a list of
-{"role", "content"} or, in ShareGPT's form, of {"from", "value"}; or under "prompt" and "completion", two lists, as TRL has them:
-then only turns of the completion are answers. Beside them it may have "tools" (a list, or its JSON), "system" (a text that goes
-first) and "choices" (for the last turn; or `choices=yes|no` for every row's). What else a message holds (tool_calls, name, reasoning_content) goes to the template.
+{"role", "content"} or, in ShareGPT's form, of {"from", "value"}. Or it has two lists as TRL does, "prompt" and "completion": then
+only turns of the completion are answers. A row may also have "tools" (a list, or its JSON), "system" (a text that goes first) and
+"choices" (for the last turn; `choices=yes|no` gives them for every row). Whatever else a message holds (tool_calls, name,
+reasoning_content) goes to the chat template.
 
-Each turn of the assistant's is an example of its own, with all messages before it as its prompt, as they are when a model is asked
-for that turn. One that has `"weight": 0`, `"train": false` or `"training": false` is context only.
+Each turn of the assistant is an example of its own, with all messages before it as its prompt, as when a model is asked for that turn.
+A turn with `"weight": 0`, `"train": false` or `"training": false` is context only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import date
 from typing import Any
 
 from phatgoose.records import Example
-from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.examples import make_example
 
 COLUMNS = ("messages", "conversations", "conversation")
 OPTIONS = ("messages", "tools")
@@ -29,13 +30,13 @@ _ROLES = {
     "model": "assistant",
     "observation": "tool",
 }
-_MARKS = ("weight", "train", "training")
-"""How OpenAI's and axolotl's rows say whether a turn is learnt from."""
-_KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_TRAIN_KEYS = ("weight", "train", "training")
+"""Keys with which OpenAI's and axolotl's rows say whether a turn is trained on."""
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
-def columns_of(row: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The columns that hold a row's messages; None where it holds none, or the options say that it is read otherwise."""
+def message_columns(row: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The columns that hold a row's messages; None if it holds none, or if the options say to read it in another way."""
     if "messages" in options:
         return (options["messages"],)
     if "input" in options or "input" in row:
@@ -46,7 +47,7 @@ def columns_of(row: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str,
     return pair if all(_is_list(row.get(name)) for name in pair) else None
 
 
-def used(columns: Sequence[str], options: Mapping[str, str]) -> set[str]:
+def columns_read(columns: Sequence[str], options: Mapping[str, str]) -> set[str]:
     """Columns that `to_examples` reads."""
     return {*columns, options.get("tools", "tools"), "system", options.get("choices", "choices")}
 
@@ -54,7 +55,7 @@ def used(columns: Sequence[str], options: Mapping[str, str]) -> set[str]:
 def to_examples(
     row: Mapping[str, Any], columns: Sequence[str], options: Mapping[str, str], group: str
 ) -> list[Example]:
-    """The examples of a row's conversation. Those of one conversation share `group`, and their split.
+    """The examples of a row's conversation. They share `group`, and their split.
 
     Raises:
         ValueError: the row breaks a rule; the message says which.
@@ -69,21 +70,23 @@ def to_examples(
         if any(m["role"] == "system" for m in messages):
             raise ValueError('both a "system" field and a message of the system')
         messages, first = [{"role": "system", "content": system}, *messages], first + bool(first)
-    name = _named("tools", row, options)
+    name = _column_of("tools", row, options)
     tools = _list(row[name], name) if row.get(name) else None
     answers = [
-        i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first and not _left_out(m)
+        i
+        for i, m in enumerate(messages)
+        if m["role"] == "assistant" and i >= first and not _is_context_only(m)
     ]
     if not answers:
         raise ValueError("no turn of the assistant to learn from")
-    messages = [{k: v for k, v in m.items() if k not in _MARKS} for m in messages]
+    messages = [{k: v for k, v in m.items() if k not in _TRAIN_KEYS} for m in messages]
     choices = _choices(row, options)
     found = [_example(messages, i, tools, choices if i == answers[-1] else None) for i in answers]
     return found if len(found) == 1 else [replace(e, group=group) for e in found]
 
 
-def _named(what: str, row: Mapping[str, Any], options: Mapping[str, str]) -> str:
-    """The column of tools or choices. One that an option names must be there."""
+def _column_of(what: str, row: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    """The column of tools or choices. A column that an option names must exist."""
     if what in options and options[what] not in row:
         raise ValueError(f"{what}={options[what]}: there is no such column")
     return options.get(what, what)
@@ -92,21 +95,21 @@ def _named(what: str, row: Mapping[str, Any], options: Mapping[str, str]) -> str
 def _choices(row: Mapping[str, Any], options: Mapping[str, str]) -> list[Any] | None:
     if "|" in (literal := options.get("choices", "")):
         return list(literal.split("|"))
-    name = _named("choices", row, options)
+    name = _column_of("choices", row, options)
     return _list(row[name], name) if row.get(name) else None
 
 
-def _example(messages: list[dict[str, Any]], place: int, tools: Any, choices: list[Any] | None) -> Example:
-    before, answer = messages[:place], messages[place]
+def _example(messages: list[dict[str, Any]], turn: int, tools: Any, choices: list[Any] | None) -> Example:
+    before, answer = messages[:turn], messages[turn]
     if not before:
         raise ValueError('the assistant\'s turn comes first: give it "weight": 0 if it is only context')
-    first = next(i for i, m in enumerate(messages) if (i and m["role"] == "assistant") or i == place)
+    first = next(i for i, m in enumerate(messages) if (i and m["role"] == "assistant") or i == turn)
     text = _text(answer).strip()
     made = make_example(_joined(before), [text], None if choices is None else [str(c) for c in choices])
     if choices is not None:
         answer = {**answer, "content": text}
     conversation = {"messages": before, **({"tools": tools} if tools else {})}
-    opening = _joined(messages[:first]) if first < place else None
+    opening = _joined(messages[:first]) if first < turn else None
     return replace(made, conversation=_json(conversation), answers=(_json(answer),), opening=opening)
 
 
@@ -124,8 +127,8 @@ def _message(given: Any) -> dict[str, Any]:
             raise ValueError("a function_call isn't JSON") from cause
         role, message["tool_calls"] = "assistant", [{"type": "function", "function": call}]
     role = _ROLES.get(str(role), role)
-    if role not in _KNOWN:
-        raise ValueError(f"a message's role is {role!r}, expected one of {', '.join(_KNOWN)}")
+    if role not in _KNOWN_ROLES:
+        raise ValueError(f"a message's role is {role!r}, expected one of {', '.join(_KNOWN_ROLES)}")
     content = message.get("content")
     if not isinstance(content, str | list) and not (content is None and "tool_calls" in message):
         raise ValueError(f"a message of role {role!r} has no content")
@@ -138,12 +141,12 @@ def _message(given: Any) -> dict[str, Any]:
     return {"role": role, **message}
 
 
-def _left_out(message: Mapping[str, Any]) -> bool:
-    return any(message.get(mark) in (0, False) for mark in _MARKS if mark in message)
+def _is_context_only(message: Mapping[str, Any]) -> bool:
+    return any(message.get(mark) in (0, False) for mark in _TRAIN_KEYS if mark in message)
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """A message for people, and for whatever compares texts: its content, and the calls behind it."""
+    """A message as text, for people and for comparisons: its content, followed by its tool calls."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
@@ -156,7 +159,7 @@ def _joined(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _is_list(value: Any) -> bool:
-    """A list of messages, or one written as JSON."""
+    """True for a list of messages, also if it is written as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -177,11 +180,11 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_plain)
+    return json.dumps(value, ensure_ascii=False, default=_date_to_text)
 
 
-def _plain(value: Any) -> str:
-    """Tables have times beside texts (WildChat's turns)."""
+def _date_to_text(value: Any) -> str:
+    """Dates as text: tables hold them beside texts (WildChat's turns)."""
     if isinstance(value, date):
         return value.isoformat()
     raise ValueError(f"a message holds a {type(value).__name__}, which isn't JSON")

@@ -31,6 +31,13 @@ class TaskSpec:
             if name not in known:
                 raise unknown(f"option of {self.source}: specs", name, known)
 
+    def count(self, option: str, default: int) -> int:
+        """The number of at least 1 that an option gives, or `default`. Raises TaskError if it gives something else."""
+        text = self.options.get(option, str(default))
+        if not (text.isascii() and text.isdigit()) or int(text) < 1:
+            raise TaskError(f"{self.text}: {option} must be a number of at least 1, got {text!r}.")
+        return int(text)
+
 
 def split_spec(spec: str) -> TaskSpec:
     """Parses `source:name[?option=value&…]`. In values, write & as %26, % as %25 and a line break as %0A.
@@ -58,7 +65,7 @@ def split_spec(spec: str) -> TaskSpec:
 
 
 def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `source` as it may be given away: local paths are cut to their last part, and folders are left out, its parts' too."""
+    """A task's `source` as it may be published: local paths are cut to their last part and folders left out, in its parts too."""
     kept = {key: value for key, value in source.items() if key != "folder"}
     if "spec" in kept:
         kept["spec"] = " + ".join(without_path(part) for part in str(kept["spec"]).split(" + "))
@@ -68,13 +75,13 @@ def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_path(spec: str) -> str:
-    """A task's spec as it may be given away: of a local file only the name."""
+    """A task's spec as it may be published: of a local file only the name."""
     kind, _, rest = spec.partition(":")
     name, mark, query = rest.partition("?")
     return f"{kind}:{Path(name).name}{mark}{query}" if is_local(spec) else spec
 
 
 def is_local(spec: str) -> bool:
-    """Whether a spec reads a file or folder of this machine."""
+    """True if a spec reads a file or folder of this machine."""
     kind, _, name = spec.partition(":")
     return kind == "jsonl" or (kind == "hf" and name.startswith(("/", ".", "~")))

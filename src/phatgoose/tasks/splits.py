@@ -1,10 +1,10 @@
-"""The split rule: which rows are for training, validation and test. Everyone relies on it; change it and RULE changes.
+"""The split rule: which rows are for training, validation and test.
 
-h(prompt) = sha256 of the prompt (white space runs made one space, case folded), its first 16 hex digits as a fraction
-of 2^64. h < 0.2 is test, h < 0.3 validation, the rest train; rows are sorted by h inside a split. So rows with one
-prompt always share a split, a row's split depends on nothing but its prompt (another row more or less in the source
-moves nothing), the same prompt in two tasks falls on the same side, and the first n rows are a random sample. Turns of a
-conversation go by what stands before its first answer (`Example.placed_by`), so that they share a split.
+h(prompt) = sha256 of the prompt (runs of white space made one space, case folded), its first 16 hex digits as a fraction of
+2^64. h < 0.2 is test, h < 0.3 validation, the rest train; inside a split rows are sorted by h. So a row's split depends on
+nothing but its prompt: rows with the same prompt share a split, also in two tasks, and adding or removing a row moves no other.
+The first n rows of a split are a random sample. Turns of a conversation are split by what comes before its first answer
+(`Example.placed_by`), so they share a split. Everyone's results rely on the rule: whoever changes it changes RULE.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Fractions:
                 f"got test={self.test}, validation={self.validation}."
             )
 
-    def place(self, h: float) -> SplitName:
+    def split_of(self, h: float) -> SplitName:
+        """The split of a prompt with this hash."""
         if h < self.test:
             return "test"
         return "validation" if h < self.test + self.validation else "train"
@@ -53,18 +54,18 @@ def normalise(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
-def position(prompt: str) -> float:
+def hash_fraction(prompt: str) -> float:
     """h(prompt) in [0, 1)."""
     return int(hashlib.sha256(normalise(prompt).encode()).hexdigest()[:16], 16) / 2**64
 
 
 def merge(examples: Iterable[Example]) -> tuple[list[Example], Counter[str]]:
-    """One example per prompt and set of choices, in order of first appearance, and how many rows went where.
+    """One example for each prompt and set of choices, in order of first appearance, and how many rows were merged or dropped.
 
-    Rows equal in everything are kept once ("duplicate"). Rows with the same prompt, and the same choices if they have
-    choices, but other targets become one example that accepts the targets of all ("merged"; the first row's order
-    stays). One prompt with two sets of choices is two questions: both stay (and share a split). An example for which
-    every choice has become right can't be scored and goes ("all_choices_right").
+    Rows that are equal in everything are kept once ("duplicate"). Rows with the same prompt and the same choices, if any, but other
+    targets become one example that accepts the targets of all ("merged"; the first row's order stays). A prompt with two sets of
+    choices is two questions: both stay, in one split. An example of which every choice is right can't be scored and is dropped
+    ("all_choices_right").
     """
     first: dict[tuple[str, str | None, frozenset[str] | None], Example] = {}
     counts: Counter[str] = Counter()
@@ -85,11 +86,11 @@ def merge(examples: Iterable[Example]) -> tuple[list[Example], Counter[str]]:
 
 
 def split(own: Mapping[SplitName, Sequence[Example]], fractions: Fractions) -> tuple[Splits, Counter[str]]:
-    """Three disjoint splits from the splits that a source has (all of it under "train" if it has none).
+    """Three disjoint splits from the splits that a source has (all rows under "train" if it has none), and counts.
 
-    A source's own validation and test splits stay what they are; where one is missing or empty it is taken out of
-    train by the rule above. A prompt that is also in test is dropped from validation and train, one in validation from
-    train ("train_in_test" and so on are counted). Rows are merged inside a split and sorted by h.
+    A source's own validation and test splits are kept; one that is missing or empty is taken out of train by the split rule. A prompt
+    that is also in test is dropped from validation and train, one in validation from train (counted as "train_in_test" and so on).
+    Rows are merged inside a split and sorted by h.
     """
     counts: Counter[str] = Counter()
     merged: dict[SplitName, list[Example]] = {}
@@ -99,8 +100,8 @@ def split(own: Mapping[SplitName, Sequence[Example]], fractions: Fractions) -> t
     wanted = {name for name in SPLITS if name == "train" or not merged[name]}
     carved: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
     for e in merged["train"]:
-        place = fractions.place(position(e.placed_by))
-        carved[place if place in wanted else "train"].append(e)
+        split_name = fractions.split_of(hash_fraction(e.placed_by))
+        carved[split_name if split_name in wanted else "train"].append(e)
     rows = {name: carved[name] if name in wanted else merged[name] for name in SPLITS}
     seen: dict[str, SplitName] = {}
     result: dict[SplitName, list[Example]] = {}
@@ -116,7 +117,7 @@ def split(own: Mapping[SplitName, Sequence[Example]], fractions: Fractions) -> t
 
 
 def _order(e: Example) -> tuple[float, str, str, tuple[str, ...]]:
-    return position(e.placed_by), e.input, e.conversation or "", e.choices or ()
+    return hash_fraction(e.placed_by), e.input, e.conversation or "", e.choices or ()
 
 
 def build_task(

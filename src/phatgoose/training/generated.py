@@ -20,7 +20,7 @@ from phatgoose.files import read_json, sha256_json, work_place, write_json
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Example, Task
-from phatgoose.tasks.columns import trimmed
+from phatgoose.tasks.examples import strip_prompt
 from phatgoose.training.config import GateConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.trainer.arguments import Logger
@@ -83,7 +83,7 @@ def write_task(
         RoutingError, BaseModelError: the expert doesn't fit the base.
     """
     base, config = as_base(base), config or WritingConfig()
-    prompts = tuple(map(trimmed, prompts))
+    prompts = tuple(map(strip_prompt, prompts))
     if any(not p for p in prompts):
         raise TrainingError("a prompt is empty.")
     if base.is_encoder_decoder and not prompts:

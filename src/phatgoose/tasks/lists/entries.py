@@ -1,4 +1,4 @@
-"""An entry: one task of a named pool or suite, and whether a pool and a suite are apart."""
+"""An entry: one task of a pool or suite, made of one or several specs; and whether a pool and a suite share data."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
-from phatgoose.tasks.lists.same_dataset import Dataset, datasets_of, shared
+from phatgoose.tasks.lists.same_dataset import Dataset, datasets_of, shared_datasets
 from phatgoose.tasks.load import SOURCES, find_source, load_task
 from phatgoose.tasks.sources.prompted import ROWS
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
 
 Folders = Mapping[str, str | Path]
-"""Where data is read from instead of being fetched: by the name of a task, of a suite or pool, or of a source (bigbench, prompted, …)."""
+"""Folders to read data from instead of fetching it: by the name of a task, of a suite or pool, or of a source (bigbench, prompted, …)."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Entry:
     """One task under a name of its own."""
 
     name: str
-    """Of the expert, or of the column in a table."""
+    """The expert's name, or the column's in a table of results."""
     specs: tuple[str, ...]
-    """Specs whose rows together are the task."""
+    """Specs whose rows together make the task."""
     metric: str | None = None
-    """How rows without choices are scored, if not by exact match: "rougeL"."""
+    """Metric of rows without choices, if not exact match: "rougeL"."""
     note: str = ""
-    """Where it differs from what it is named after."""
+    """How it differs from the task that it is named after."""
 
     def datasets(self, folders: Folders, group: str = "") -> frozenset[Dataset]:
-        """What its specs read, by common names (`tasks/lists/same_dataset.py`); `group` as for `load_entry`."""
+        """The datasets that its specs read, under common names (`same_dataset.py`); `group` as for `load_entry`."""
         found = [datasets_of(spec, folder_for(spec, (self.name, group), folders)) for spec in self.specs]
         return frozenset[Dataset]().union(*found)
 
@@ -46,12 +46,12 @@ def load_entry(
     limit: int | Mapping[SplitName, int] | None = None,
     needed: int | None = None,
 ) -> Task:
-    """The entry as one Task, named after the entry; several specs' rows are put together, a prompt in one split only.
+    """The entry as one Task, named after the entry. The rows of several specs are put together, each prompt in one split only.
 
     Args:
-        group: the pool or suite it is of; a folder given for the entry goes before one for that, and that before one of the source.
-        limit: as for `load_task`, of the whole entry: several specs have like parts in it, as far as they have rows.
-        needed: how many rows of a split are wanted, for sources that render each; None: the largest `limit`.
+        group: the entry's pool or suite. A folder given for the entry wins over one for its group, and that over one for the source.
+        limit: as for `load_task`, for the whole entry: several specs get equal shares of it, as far as they have rows.
+        needed: how many rows of a split are wanted, for sources that render each row. None: the largest `limit`.
 
     Raises:
         TaskError, UnknownName, DownloadError: as `load_task`.
@@ -60,7 +60,7 @@ def load_entry(
     most = needed or (limit if isinstance(limit, int) else max((limit or {}).values(), default=0))
     for spec in entry.specs:
         folder = folder_for(spec, (entry.name, group), folders or {})
-        parts.append(load_task(_capped(spec, most), folder=folder, fractions=fractions, limit=limit))
+        parts.append(load_task(_with_row_limit(spec, most), folder=folder, fractions=fractions, limit=limit))
     if len(parts) == 1:
         source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
     else:
@@ -72,35 +72,35 @@ def load_entry(
 
 
 def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path | None:
-    """Where a spec's data is read from, by the first of `names` (the entry's, its pool's or suite's) that has a folder, else by its
-    source; None: it is fetched.
+    """The folder of a spec's data: that of the first of `names` (the entry's, its pool's or suite's) with a folder, else its source's.
+    None: the data is fetched.
 
-    A folder under a name that is a suite's or pool's as well as a source's ("bbh", "bigbench", "flan") is the source's: such a suite
-    also has tasks of other sources, whose data doesn't lie there.
+    Some names are a suite's or pool's and a source's ("bbh", "bigbench", "flan"). A folder under such a name is the source's: the
+    suite also has tasks of other sources, whose data isn't there.
     """
     own = next((folders[name] for name in names if name in folders and name not in SOURCES), None)
     return own or folders.get(split_spec(spec).source)
 
 
-def check_apart(
+def check_no_shared_data(
     pool: Sequence[Entry],
     held_out: Sequence[Entry],
     refused: frozenset[str],
     suite: str,
     folders: Folders | None = None,
 ) -> None:
-    """Refuses a suite for a pool that was trained on its data, as far as their names tell.
+    """Refuses a suite for a pool that was trained on its data, as far as names of datasets tell.
 
     Args:
-        refused: names of further datasets that the suite isn't measured with, since they contain its own.
-        folders: where both are read from.
+        refused: names of further datasets that no expert may hold, since they contain the suite's own.
+        folders: the folders of both.
 
     Raises:
         TaskError: naming the experts and the datasets.
     """
-    places = folders or {}
-    wanted = {Dataset(name) for name in refused}.union(*(e.datasets(places, suite) for e in held_out))
-    found = {e.name: both for e in pool if (both := shared(e.datasets(places), wanted))}
+    folders = folders or {}
+    wanted = {Dataset(name) for name in refused}.union(*(e.datasets(folders, suite) for e in held_out))
+    found = {e.name: both for e in pool if (both := shared_datasets(e.datasets(folders), wanted))}
     if found:
         listed = "; ".join(f"{name} ({', '.join(map(str, d))})" for name, d in list(found.items())[:6])
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
@@ -111,11 +111,11 @@ def check_apart(
 
 
 def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
-    """`task` with validation rows: if it has none, what lies behind its first `test_rows` test rows, which are in random order.
+    """`task` with validation rows. If it has none, they are the test rows after the first `test_rows`; test rows are in random order.
 
-    Where that is less than `validation_rows`, up to 3 of 10 rows. Where raw rows are shown under several prompts, no raw row is on
-    both sides: the validation rows are all prompts of the raw rows that the test rows leave, of which 1 in 10 is set aside if
-    they leave fewer. These may be less than `validation_rows`; a lone raw row leaves none.
+    If these are fewer than `validation_rows`, up to 3 of 10 test rows are taken. Where raw rows are shown under several prompts, no raw
+    row is on both sides: the validation rows are all prompts of the raw rows that the first test rows don't show, and at most 9 in 10 raw
+    rows are measured. So there may be fewer than `validation_rows`; a single raw row leaves none.
     """
     if task.validation or not validation_rows or len(task.test) < 2:
         return task
@@ -135,38 +135,39 @@ def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
     return replace(task, test=test, validation=rest, source=task.source | {"validation": behind})
 
 
-def _capped(spec: str, most: int) -> str:
-    """Rendering every row under every prompt is slow: sources that can are told how many rows are wanted at most."""
+def _with_row_limit(spec: str, most: int) -> str:
+    """The spec with `rows=`, if its source has that option: rendering every row under every prompt is slow."""
     parsed = split_spec(spec)
     if "rows" not in find_source(parsed.source).options or "rows" in parsed.options or not most:
         return spec
-    # Ten times as many, since duplicates go and splits are carved out of these; no more than the sources' own cap, which is T0's.
+    # Ten times as many as wanted, since duplicates are dropped and three splits are made of them; at most the sources' own limit.
     return f"{spec}{'&' if '?' in spec else '?'}rows={max(most, min(10 * most, ROWS))}"
 
 
 def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) -> list[Task]:
-    """The parts with no more rows than `limit` together: each its first ones, which are a random sample."""
+    """The parts with at most `limit` rows together: the first ones of each, which are a random sample."""
     limits = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else limit or {}
     shares = {name: even_shares([len(t.split(name)) for t in parts], most) for name, most in limits.items()}
     cut = []
-    for place, part in enumerate(parts):
-        rows = {name: part.split(name)[: shares[name][place] if name in shares else None] for name in SPLITS}
+    for number, part in enumerate(parts):
+        rows = {name: part.split(name)[: shares[name][number] if name in shares else None] for name in SPLITS}
         cut.append(Task(part.name, rows["train"], rows["validation"], rows["test"], part.source))
     return cut
 
 
 def even_shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each size to take for at most `most` together, as even as can be; what is left over goes to the first ones."""
+    """How many of each size to take for at most `most` together, as evenly as possible; a remainder goes to the first ones."""
     shares, left = [0] * len(sizes), most
-    for done, place in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))):
-        shares[place] = min(sizes[place], left // (len(sizes) - done))
-        left -= shares[place]
+    # From the smallest on: what one can't use of its share is left for those after it.
+    for done, i in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))):
+        shares[i] = min(sizes[i], left // (len(sizes) - done))
+        left -= shares[i]
     return shares
 
 
 def _union(entry: Entry, parts: Sequence[Task], fractions: Fractions) -> Task:
     own: dict[SplitName, list[Example]] = {
-        name: [_of_part(e, number) for number, t in enumerate(parts) for e in t.split(name)]
+        name: [_with_part(e, number) for number, t in enumerate(parts) for e in t.split(name)]
         for name in SPLITS
     }
     source = {"spec": " + ".join(entry.specs), "source": "union", "parts": [t.source for t in parts]}
@@ -174,6 +175,6 @@ def _union(entry: Entry, parts: Sequence[Task], fractions: Fractions) -> Task:
     return build_task(entry.name, own, source, fractions)
 
 
-def _of_part(example: Example, number: int) -> Example:
-    """Raw rows of two parts may have one number."""
+def _with_part(example: Example, number: int) -> Example:
+    """The example with its part's number in its group: raw rows of two parts may have the same number."""
     return example if example.group is None else replace(example, group=f"{number} {example.group}")

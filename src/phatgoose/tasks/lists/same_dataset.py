@@ -1,7 +1,8 @@
-"""Which datasets a task's spec reads, under names that are the same whichever source they come from.
+"""Which datasets a task's spec reads, under names that are the same for every source.
 
-`super_glue/rte` is what `prompted:super_glue/rte`, `hf:aps/super_glue?config=rte`, `flan:flan2021/super_glue/rte:1.0.2` and the configurations
-`super_glue_rte_…` of P3 read; BIG-bench's tasks are `bigbench/TASK/SUBTASK`, also those that BIG-bench Hard published under other names.
+`super_glue/rte` is what `prompted:super_glue/rte`, `hf:aps/super_glue?config=rte`, `flan:flan2021/super_glue/rte:1.0.2` and P3's
+configurations `super_glue_rte_…` read. BIG-bench's tasks are `bigbench/TASK/SUBTASK`, also those that BIG-bench Hard published under
+other names.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.spec import TaskSpec, is_local, split_spec
 
 NATURAL_INSTRUCTIONS = "natural-instructions"
-"""The dataset of all its categories: they hold tasks built on many datasets, and aren't searched one by one."""
-_RENAMED = {"causal_judgement": "causal_judgment", "formal_fallacies": "formal_fallacies_syllogisms_negation"}
-_SIZED = ("logical_deduction", "tracking_shuffled_objects")
+"""One dataset for all categories of Natural Instructions: they hold tasks built on many datasets, and aren't searched one by one."""
+_HARD_RENAMED = {
+    "causal_judgement": "causal_judgment",
+    "formal_fallacies": "formal_fallacies_syllogisms_negation",
+}
+_HARD_SIZED = ("logical_deduction", "tracking_shuffled_objects")
 # Names of copies on the Hub.
-_HARD = frozenset({"bbh", "bigbenchhard", "big_bench_hard", "big-bench-hard"})
-_COPIED = frozenset({"bigbench", "p3", NATURAL_INSTRUCTIONS})
-_INSTRUCTIONS = frozenset(
+_HARD_COPIES = frozenset({"bbh", "bigbenchhard", "big_bench_hard", "big-bench-hard"})
+_OWNERLESS = frozenset({"bigbench", "p3", NATURAL_INSTRUCTIONS})
+_INSTRUCTIONS_COPIES = frozenset(
     {NATURAL_INSTRUCTIONS, "natural_instructions", "super_natural_instructions", "super-natural-instructions"}
 )
 
@@ -32,18 +36,19 @@ class Dataset:
     """A dataset or a part of one, as DATASET/PART."""
 
     name: str
-    """In small letters: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration"; of a local file its whole path as it is."""
+    """In lower case: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration"; for a local file its whole path as it is."""
     owner: str = ""
-    """Whose it is on the Hub, where that was said; of collections that many have copied (BIG-bench, P3, Natural Instructions) nobody's."""
+    """Its owner on the Hub, if the spec names one. Empty for collections that many have copied (BIG-bench, P3, Natural Instructions)."""
 
     def __str__(self) -> str:
         return self.name
 
-    def meets(self, other: Dataset) -> bool:
-        """Whether both are the same, or one is a part of the other: bigbench/logical_deduction/three_objects of bigbench/logical_deduction.
+    def overlaps(self, other: Dataset) -> bool:
+        """True if both are the same, or one is a part of the other, as bigbench/logical_deduction/three_objects of
+        bigbench/logical_deduction.
 
-        Of different owners they are different; where one has none, it is a name that everybody uses, and the other a copy. P3's
-        configurations are DATASET_PROMPT, with _ for /; of two of them nothing but equality is known.
+        Datasets of different owners differ. A dataset without an owner is known by its name, and others of that name are copies. P3's
+        configurations are DATASET_PROMPT, with _ for /; two of them only overlap if they are equal.
         """
         if self.owner and other.owner and self.owner != other.owner:
             return False
@@ -55,14 +60,14 @@ class Dataset:
 
 
 def datasets_of(spec: str, folder: str | Path | None = None) -> frozenset[Dataset]:
-    """The dataset that a spec reads: one, but for Hub names that can be read in two ways: `hf:super_glue/rte` may be a part of super_glue,
-    or the dataset rte of somebody named super_glue.
+    """The dataset that a spec reads. Two for Hub names that can be read in two ways: `hf:super_glue/rte` may be a part of super_glue, or
+    the dataset rte of an owner named super_glue.
 
     Args:
         folder: where relative paths start.
 
     Raises:
-        TaskError: `spec` is none.
+        TaskError: `spec` is malformed.
     """
     parsed = split_spec(spec)
     if parsed.source == "hf" or is_local(spec):
@@ -88,7 +93,7 @@ def _on_hub(spec: TaskSpec) -> frozenset[Dataset]:
     if len(parts) == 1:
         return frozenset({Dataset(_hub_name([*parts, *named]))})
     name = _hub_name([*parts[1:], *named])
-    owned = Dataset(name, owner="" if name.partition("/")[0] in _COPIED else parts[0])
+    owned = Dataset(name, owner="" if name.partition("/")[0] in _OWNERLESS else parts[0])
     if len(parts) > 2 or config:
         return frozenset({owned})
     return frozenset({owned, Dataset(_hub_name(parts))})
@@ -97,9 +102,9 @@ def _on_hub(spec: TaskSpec) -> frozenset[Dataset]:
 def _hub_name(parts: list[str]) -> str:
     """DATASET/CONFIG of the Hub under the name that other sources give it."""
     dataset, rest = parts[0], "/".join(parts[1:])
-    if dataset in _HARD:
+    if dataset in _HARD_COPIES:
         return f"bigbench/{bigbench_name(rest)}" if rest else "bigbench"
-    if dataset in _INSTRUCTIONS:
+    if dataset in _INSTRUCTIONS_COPIES:
         return NATURAL_INSTRUCTIONS
     if dataset == "bigbench":
         rest = rest.removesuffix("_zero_shot")
@@ -107,12 +112,14 @@ def _hub_name(parts: list[str]) -> str:
 
 
 def bigbench_name(published: str) -> str:
-    """The BIG-bench task whose rows a file of BIG-bench Hard has."""
-    sized = next((task for task in _SIZED if published in NAMES and published.startswith(f"{task}_")), None)
-    return sized or _RENAMED.get(published, published)
+    """The BIG-bench task that a file of BIG-bench Hard takes its rows from."""
+    sized = next(
+        (task for task in _HARD_SIZED if published in NAMES and published.startswith(f"{task}_")), None
+    )
+    return sized or _HARD_RENAMED.get(published, published)
 
 
-def shared(ours: Iterable[Dataset], theirs: Iterable[Dataset]) -> list[Dataset]:
-    """Those of `ours` that are among `theirs`, hold one of them or are a part of one, sorted."""
+def shared_datasets(ours: Iterable[Dataset], theirs: Iterable[Dataset]) -> list[Dataset]:
+    """Those of `ours` that overlap with any of `theirs`, sorted."""
     wanted = set(theirs)
-    return sorted({one for one in ours if any(one.meets(other) for other in wanted)})
+    return sorted({one for one in ours if any(one.overlaps(other) for other in wanted)})

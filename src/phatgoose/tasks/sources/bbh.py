@@ -1,27 +1,24 @@
 """`bbh:NAME`: BIG-bench Hard as its authors published it. For evaluation only: every row is in the test split.
 
 Files are NAME.json or NAME.json.gz holding {"canary", "examples": [{"input", "target"}]}, in `folder`, in
-$PHATGOOSE_BBH, or else the Hub's copy (`lukaemon/bbh`). The prompt is the input, then "\\nAnswer:". Where the input
+$PHATGOOSE_BBH, or else in the Hub's copy (`lukaemon/bbh`). The prompt is the input, then "\\nAnswer:". Where the input
 ends in an "Options:" block and the target is one of its labels ("(A)", or "Yes" of "- Yes"), the labels are choices;
-`bbh:NAME?choices=True|False` gives them where the input doesn't.
+`bbh:NAME?choices=True|False` gives choices where the input doesn't.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
 import re
-import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import DownloadError, TaskError
-from phatgoose.files import is_folder
 from phatgoose.records import Example, Task
 from phatgoose.registry import unknown
-from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.examples import make_example, read_examples
 from phatgoose.tasks.sources import TaskSource
+from phatgoose.tasks.sources.local_files import check_folder, given_folder, read_json
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -48,22 +45,17 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: the file is malformed.
         DownloadError: the Hub can't be reached.
     """
-    files = _find(spec, folder)
-    fixed = tuple(spec.options["choices"].split("|")) if "choices" in spec.options else None
+    files = _find_files(spec, folder)
+    choices = tuple(spec.options["choices"].split("|")) if "choices" in spec.options else None
     where = f"{HUB}/{spec.name}" if files is None else str(files[spec.name])
-    rows = _hub(spec.name) if files is None else _read(files[spec.name])
-    examples = []
-    for i, row in enumerate(rows):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("input"), str)
-            or not isinstance(row.get("target"), str)
-        ):
-            raise TaskError(f'{where}, example {i}: expected {{"input": text, "target": text}}.')
-        try:
-            examples.append(to_example(row["input"], row["target"], fixed))
-        except ValueError as cause:
-            raise TaskError(f"{where}, example {i}: {cause}.") from cause
+    rows = _read_hub(spec.name) if files is None else _read_file(files[spec.name])
+
+    def read(row: Any, _: int) -> list[Example]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "target")):
+            raise ValueError('expected {"input": text, "target": text}')
+        return [to_example(row["input"], row["target"], choices)]
+
+    examples = list(read_examples(rows, read, f"{where}, example", Counter()))
     source = {"spec": spec.text, "source": "bbh", "from": HUB if files is None else "folder"}
     source["prompt_style"] = "input, then \\nAnswer:"
     return build_task(f"bbh:{spec.name}", {"test": examples}, source, fractions)
@@ -71,59 +63,52 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
-    return "the Hub" if _find(spec, folder) is None else None
+    return "the Hub" if _find_files(spec, folder) is None else None
 
 
-def _find(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
+def list_names(folder: Path | None) -> list[str]:
+    """The tasks in the folder, or those of the published set."""
+    files = _list_files(folder)
+    return sorted(NAMES if files is None else files)
+
+
+def to_example(text: str, target: str, choices: tuple[str, ...] | None = None) -> Example:
+    """The Example of one row. Raises ValueError if input or target is empty, or the target none of the given choices."""
+    if choices is None and (headings := list(_OPTIONS.finditer(text))):
+        block = text[headings[-1].end() :]
+        labels = tuple(_LETTER.findall(block)) or tuple(_DASH.findall(block))
+        if target.strip() in labels and len(set(labels)) > 1:
+            choices = labels
+    return make_example(f"{text.strip()}\nAnswer:", [target], choices)
+
+
+def _find_files(spec: TaskSpec, folder: Path | None) -> dict[str, Path] | None:
     """The files of the folder, the one that is asked for among them; None: the Hub's copy is read."""
-    files = _files(folder)
+    files = _list_files(folder)
     known = NAMES if files is None else tuple(files)
     if spec.name not in known:
         raise unknown("bbh task", spec.name, known)
     return files
 
 
-def list_names(folder: Path | None) -> list[str]:
-    """The tasks in the folder, or those of the published set."""
-    files = _files(folder)
-    return sorted(NAMES if files is None else files)
-
-
-def to_example(text: str, target: str, choices: tuple[str, ...] | None = None) -> Example:
-    """The Example of one row. Raises ValueError if input or target is empty, or the target none of the given choices."""
-    if choices is None and (parts := list(_OPTIONS.finditer(text))):
-        block = text[parts[-1].end() :]
-        found = tuple(_LETTER.findall(block)) or tuple(_DASH.findall(block))
-        if target.strip() in found and len(set(found)) > 1:
-            choices = found
-    return make_example(f"{text.strip()}\nAnswer:", [target], choices)
-
-
-def _files(folder: Path | None) -> dict[str, Path] | None:
-    if folder is None and (named := os.environ.get("PHATGOOSE_BBH")):
-        folder = Path(named).expanduser()
+def _list_files(folder: Path | None) -> dict[str, Path] | None:
+    """Task → file; None if no folder is named."""
+    folder = given_folder(folder, "PHATGOOSE_BBH")
     if folder is None:
         return None
-    if not is_folder(folder, TaskError):
-        raise TaskError(
-            f"{folder} is not a folder; expected one with NAME.json or NAME.json.gz files of BIG-bench Hard."
-        )
+    check_folder(folder, "NAME.json or NAME.json.gz files of BIG-bench Hard")
     found = sorted(p for p in folder.iterdir() if p.name.endswith((".json", ".json.gz")))
     return {p.name.partition(".json")[0]: p for p in found}
 
 
-def _read(path: Path) -> list[Any]:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        data = json.loads(raw)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
-        raise TaskError(f"{path} can't be read: {cause}.") from cause
+def _read_file(path: Path) -> list[Any]:
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("examples"), list):
         raise TaskError(f'{path}: expected an object with a list "examples".')
     return data["examples"]
 
 
-def _hub(name: str) -> list[Any]:
+def _read_hub(name: str) -> list[Any]:
     from datasets import load_dataset
 
     try:

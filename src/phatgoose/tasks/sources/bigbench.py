@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import TaskError
 from phatgoose.records import Example, Task
-from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.examples import Dropped, make_example, read_examples
 from phatgoose.tasks.sources import TaskSource, bigbench_files
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
 GENERIC_LABELS = frozenset(
-    {
+    [
         "",
         "q",
         "question",
@@ -40,15 +41,15 @@ GENERIC_LABELS = frozenset(
         "output",
         "the answer is",
         "best choice",
-    }
+    ]
 )
-"""Prefixes (without colon, case folded) that say nothing about what to do."""
+"""Prefixes (without colon, case folded) that say nothing about the task; the empty one too."""
 
 RANKED, MATCHED = "multiple_choice_grade", "exact_str_match"
 
 
 @dataclass(frozen=True)
-class Style:
+class PromptStyle:
     """What a task.json says about all of its rows."""
 
     opening: str
@@ -73,18 +74,17 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         DownloadError, StorageError: BIG-bench can't be fetched or unpacked.
     """
     ranked = _ranked(spec)
-    place = bigbench_files.root(folder)
+    root = bigbench_files.root(folder)
     name = spec.name.strip("/")
-    parts = bigbench_files.find(place, name)
-    examples: list[Example] = []
+    parts = bigbench_files.find(root, name)
     dropped: Counter[str] = Counter()
-    for _, path, data in parts:
-        examples += _examples(path, data, dropped, ranked)
+    examples = [e for _, path, data in parts for e in _examples(path, data, dropped, ranked)]
     preferred = {part: data.get("preferred_score") for part, _, data in parts}
     scores = sorted({str(s) for s in preferred.values()})
     source: dict[str, Any] = {"spec": spec.text, "source": "bigbench"}
-    if bigbench_files.is_sdist(place):
-        source |= {"package": bigbench_files.PACKAGE.requirement, "sha256": bigbench_files.PACKAGE.sha256}
+    if bigbench_files.is_sdist(root):
+        package = bigbench_files.PACKAGE
+        source |= {"package": package.requirement, "sha256": package.sha256}
     source |= {
         "subtasks": [part for part, _, _ in parts] if len(parts) > 1 else [],
         "prompt_style": "bigbench/1: task_prefix, input prefix, input, choices, output prefix, then \\nAnswer:",
@@ -97,18 +97,27 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     return build_task(f"bigbench:{name}", {"train": examples}, source, fractions, dropped)
 
 
+def check(spec: TaskSpec, folder: Path | None) -> str | None:
+    """As `TaskSource.check`."""
+    _ranked(spec)
+    if not bigbench_files.is_available(folder):
+        return "BIG-bench, which isn't in the cache"
+    bigbench_files.find(bigbench_files.root(folder), spec.name.strip("/"))
+    return None
+
+
 def list_names(folder: Path | None) -> list[str]:
     """Every task and NAME/SUBTASK."""
     return bigbench_files.names(bigbench_files.root(folder))
 
 
 def is_generic(prefix: str) -> bool:
-    """Whether a prefix is a mere label."""
+    """True if a prefix is a mere label."""
     return prefix.strip().rstrip(":").rstrip().casefold() in GENERIC_LABELS
 
 
-def style(path: Path, data: dict[str, Any]) -> Style:
-    """The Style of one task.json.
+def prompt_style(path: Path, data: dict[str, Any]) -> PromptStyle:
+    """The PromptStyle of one task.json.
 
     Raises:
         TaskError: a field has another type than BIG-bench gives it.
@@ -134,24 +143,15 @@ def style(path: Path, data: dict[str, Any]) -> Style:
         text("example_output_prefix", ""),
     )
     if is_generic(before):
-        # The label also kept the instruction and the input apart; a line break does so in its place.
+        # The label also separated the instruction from the input; a line break takes its place.
         before = "" if not prefix or prefix[-1].isspace() else "\n"
-    return Style(
+    return PromptStyle(
         opening=prefix + before,
         closing="" if is_generic(after) else after,
         choice_prefix=text("choice_prefix", "\n  choice: "),
         show_choices=show,
         prefer_rank=preferred == RANKED,
     )
-
-
-def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
-    _ranked(spec)
-    if not bigbench_files.is_available(folder):
-        return "BIG-bench, which isn't in the cache"
-    bigbench_files.find(bigbench_files.root(folder), spec.name.strip("/"))
-    return None
 
 
 def _ranked(spec: TaskSpec) -> bool:
@@ -161,54 +161,51 @@ def _ranked(spec: TaskSpec) -> bool:
     return value == "true"
 
 
-def _examples(path: Path, data: dict[str, Any], dropped: Counter[str], ranked: bool) -> list[Example]:
+def _examples(path: Path, data: dict[str, Any], dropped: Counter[str], ranked: bool) -> Iterator[Example]:
     rows = data.get("examples")
     if not isinstance(rows, list) or not rows:
         raise TaskError(f'{path}: "examples" must be a list of at least one row.')
-    how = style(path, data)
-    how = replace(how, prefer_rank=how.prefer_rank or ranked)
-    examples = []
-    for i, row in enumerate(rows):
-        try:
-            made = to_example(row, how)
-            if ranked and isinstance(made, Example) and made.choices is None:
-                raise ValueError('no "target_scores", and the spec says ranked=true')
-        except ValueError as cause:
-            raise TaskError(f"{path}, example {i}: {cause}.") from cause
-        if isinstance(made, str):
-            dropped[made] += 1
-        else:
-            examples.append(made)
-    return examples
+    style = prompt_style(path, data)
+    style = replace(style, prefer_rank=style.prefer_rank or ranked)
+
+    def read(row: Any, _: int) -> list[Example]:
+        example = to_example(row, style)
+        if ranked and example.choices is None:
+            raise ValueError('no "target_scores", and the spec says ranked=true')
+        return [example]
+
+    return read_examples(rows, read, f"{path}, example", dropped)
 
 
-def to_example(row: Any, how: Style) -> Example | str:
-    """The Example of a row, or why a well-formed row can't be used: "no_right_choice", "one_choice", "empty_answer".
+def to_example(row: Any, style: PromptStyle) -> Example:
+    """The Example of a row.
 
     Raises:
+        Dropped: "no_right_choice", "one_choice" or "empty_answer".
         ValueError: the row is malformed.
     """
     if not isinstance(row, dict) or not isinstance(row.get("input"), str):
         raise ValueError('expected an object with a text "input"')
     if row.get("target") is None and row.get("target_scores") is None:
         raise ValueError('neither "target" nor "target_scores"')
-    ranked = row.get("target_scores") is not None and (how.prefer_rank or row.get("target") is None)
+    ranked = row.get("target_scores") is not None and (style.prefer_rank or row.get("target") is None)
     scores = _scores(row["target_scores"]) if row.get("target_scores") is not None else {}
     choices = shuffled(row["input"], scores)
-    prompt = how.opening + row["input"]
-    if how.show_choices:
-        prompt += "".join(how.choice_prefix + choice for choice in choices)
-    prompt = (prompt + how.closing).strip() + "\nAnswer:"
+    prompt = style.opening + row["input"]
+    if style.show_choices:
+        prompt += "".join(style.choice_prefix + choice for choice in choices)
+    prompt = (prompt + style.closing).strip() + "\nAnswer:"
     if not ranked:
-        targets = _targets(row["target"])
-        return make_example(prompt, targets) if targets else "empty_answer"
+        if not (targets := _targets(row["target"])):
+            raise Dropped("empty_answer")
+        return make_example(prompt, targets)
     if "" in scores:
-        return "empty_answer"
+        raise Dropped("empty_answer")
     if len(scores) < 2:
-        return "one_choice"
+        raise Dropped("one_choice")
     best = max(scores.values())
     if best == min(scores.values()):
-        return "no_right_choice"
+        raise Dropped("no_right_choice")
     return make_example(prompt, [c for c in choices if scores[c] == best], choices)
 
 
@@ -230,7 +227,7 @@ def _scores(raw: Any) -> dict[str, float]:
 
 
 def _targets(raw: Any) -> list[str]:
-    """Acceptable answers as text; empty ones can't be generated and go."""
+    """Acceptable answers as text. Empty ones are left out, since they can't be generated."""
     values = raw if isinstance(raw, list) else [raw]
     for value in values:
         if not isinstance(value, str | int | float):

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from phatgoose.errors import TaskError, UnknownName
 from phatgoose.fetch import PinnedPackage, build_once
 from phatgoose.files import cache_folder
 from phatgoose.registry import unknown
+from phatgoose.tasks.sources.local_files import given_folder, read_json
 
 PACKAGE = PinnedPackage(
     "bigbench==1.0.0",
@@ -33,13 +32,12 @@ _PROGRAMS = "programmatic.json"
 
 def root(folder: Path | None) -> Path:
     """The folder that holds the tasks: `folder`, $PHATGOOSE_BIGBENCH, or the cache (fetched on first use)."""
-    if folder is None and (named := os.environ.get("PHATGOOSE_BIGBENCH")):
-        folder = Path(named).expanduser()
+    folder = given_folder(folder, "PHATGOOSE_BIGBENCH")
     if folder is None:
         return build_once(cached(), _unpack)
-    for place in (folder, folder / "benchmark_tasks", folder / "bigbench" / "benchmark_tasks"):
-        if place.is_dir() and any(place.glob("*/task.json*")):
-            return place
+    for inside in (folder, folder / "benchmark_tasks", folder / "bigbench" / "benchmark_tasks"):
+        if inside.is_dir() and any(inside.glob("*/task.json*")):
+            return inside
     raise TaskError(
         f"{folder} holds no BIG-bench tasks: expected NAME/task.json as in the repository's benchmark_tasks."
     )
@@ -90,11 +88,7 @@ def find(folder: Path, name: str) -> list[tuple[str, Path, dict[str, Any]]]:
 def read(folder: Path) -> tuple[Path, dict[str, Any]]:
     """(file, content) of one task folder."""
     path = next(folder / f for f in _FILES if (folder / f).exists())
-    try:
-        raw = path.read_bytes()
-        data = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
-        raise TaskError(f"{path} can't be read: {cause}.") from cause
+    data = read_json(path)
     if not isinstance(data, dict):
         raise TaskError(f"{path}: expected a JSON object, got {type(data).__name__}.")
     return path, data
@@ -116,7 +110,7 @@ def _programs(folder: Path) -> set[str]:
 
 def is_available(folder: Path | None) -> bool:
     """Whether the tasks can be read without fetching anything."""
-    return bool(folder or os.environ.get("PHATGOOSE_BIGBENCH")) or cached().is_dir()
+    return given_folder(folder, "PHATGOOSE_BIGBENCH") is not None or cached().is_dir()
 
 
 def cached() -> Path:

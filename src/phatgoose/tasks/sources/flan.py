@@ -19,9 +19,9 @@ from typing import Any
 
 from phatgoose.errors import DownloadError, TaskError
 from phatgoose.records import Example, Task
-from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.examples import Dropped, make_example, read_examples
 from phatgoose.tasks.sources import TaskSource
-from phatgoose.tasks.sources.jsonl import read_lines
+from phatgoose.tasks.sources.local_files import find_file, read_lines
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -46,10 +46,10 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         DownloadError: the Hub can't be reached.
     """
     collection, task = _parts(spec)
-    most = int(spec.options.get("rows", ROWS))
-    rows = _local(spec.name, folder) if folder is not None else _hub(collection, task, spec.text)
+    most = spec.count("rows", ROWS)
+    rows = _read_folder(spec.name, folder) if folder is not None else _read_hub(collection, task, spec.text)
     dropped: Counter[str] = Counter()
-    examples = list(itertools.islice(_examples(rows, spec.text, dropped), most))
+    examples = list(itertools.islice(read_examples(rows, _read, f"{spec.text}, row", dropped), most))
     source = {"spec": spec.text, "source": "flan", "from": HUB if folder is None else "folder"}
     source["prompt_style"] = "FLAN, as rendered, zero-shot"
     return build_task(f"flan:{spec.name}", {"train": examples}, source, fractions, dropped)
@@ -58,11 +58,12 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
     collection, task = _parts(spec)
+    spec.count("rows", ROWS)
     if folder is not None:
-        _file(spec.name, folder)
+        _find_file(spec.name, folder)
         return None
     if collection in NAMELESS:
-        raise _nameless(collection, task, spec.text)
+        raise _needs_folder(collection, task, spec.text)
     return "the Hub"
 
 
@@ -79,29 +80,26 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-def _examples(rows: Iterable[Mapping[str, Any]], where: str, dropped: Counter[str]) -> Iterable[Example]:
-    for number, row in enumerate(rows):
-        prompt, target = row.get("inputs"), row.get("targets")
-        if not isinstance(prompt, str) or not isinstance(target, str):
-            raise TaskError(f'{where}, row {number}: expected texts in "inputs" and "targets".')
-        if str(row.get("_template_type", "zs")).startswith("fs"):
-            dropped["few_shot"] += 1
-        elif prompt.strip() and target.strip():
-            yield make_example(prompt, [target])
-        else:
-            dropped["empty"] += 1
+def _read(row: Mapping[str, Any], _: int) -> list[Example]:
+    prompt, target = row.get("inputs"), row.get("targets")
+    if not isinstance(prompt, str) or not isinstance(target, str):
+        raise ValueError('expected texts in "inputs" and "targets"')
+    if str(row.get("_template_type", "zs")).startswith("fs"):
+        raise Dropped("few_shot")
+    if not prompt.strip() or not target.strip():
+        raise Dropped("empty")
+    return [make_example(prompt, [target])]
 
 
-def _file(name: str, folder: Path) -> Path:
-    paths = [folder / f"{file_stem(name)}{ending}" for ending in ENDINGS]
-    path = next((p for p in paths if p.exists()), None)
+def _find_file(name: str, folder: Path) -> Path:
+    path = find_file(folder, file_stem(name), ENDINGS)
     if path is None:
         raise TaskError(f"{folder} has no {file_stem(name)}.jsonl, .jsonl.gz or .parquet for flan:{name}.")
     return path
 
 
-def _local(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
-    path = _file(name, folder)
+def _read_folder(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
+    path = _find_file(name, folder)
     if path.suffix == ".parquet":
         import datasets
 
@@ -109,16 +107,16 @@ def _local(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
     return (row for _, row in read_lines(path))
 
 
-def _nameless(collection: str, task: str, where: str) -> TaskError:
+def _needs_folder(collection: str, task: str, where: str) -> TaskError:
     return TaskError(
         f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their category. Gather "
         f"them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
     )
 
 
-def _hub(collection: str, task: str, where: str) -> Iterable[Mapping[str, Any]]:
+def _read_hub(collection: str, task: str, where: str) -> Iterable[Mapping[str, Any]]:
     if collection in NAMELESS:
-        raise _nameless(collection, task, where)
+        raise _needs_folder(collection, task, where)
     import datasets
 
     try:

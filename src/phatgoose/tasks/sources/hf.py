@@ -5,12 +5,12 @@
 
 DATASET on the Hub is `name` or `owner/name`; write `owner/name/CONFIG` or, for a name without owner, `name/CONFIG`;
 `config=` says it where that is ambiguous. Column options: see `columns`. A class label column counts as its names.
-The dataset's train, validation and test splits are kept (`train=`, `validation=`, `test=` name them otherwise, or take
-another in their place: `test=validation`); what is missing or unlabelled is taken from train by the split
-rule. `revision=` pins the Hub's version.
+The dataset's train, validation and test splits are kept. `train=`, `validation=` and `test=` give the names of the dataset's splits, or
+take another one: `test=validation`. A split that is missing or unlabelled is taken from train by the split rule. `revision=` pins the
+Hub's version.
 
-A dataset that the Hub holds as a script, which `datasets` no longer runs, is read from the Hub's parquet copy, unless a
-revision is asked for; the record says so under `copy`.
+A dataset that the Hub holds as a script, which `datasets` no longer runs, is read from the Hub's parquet copy, unless a revision is
+asked for. The task's record then has that copy under `copy`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from phatgoose.errors import DownloadError, PhatgooseError, TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks import messages
-from phatgoose.tasks.columns import OPTIONS, Columns, Unlabelled, to_example
+from phatgoose.tasks.columns import OPTIONS, Columns, to_example
+from phatgoose.tasks.examples import read_examples
 from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import TaskSpec, is_local
 from phatgoose.tasks.splits import CHAT, Fractions, build_task
@@ -33,7 +34,7 @@ from phatgoose.tasks.splits import CHAT, Fractions, build_task
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 COPY = "refs/convert/parquet"
 """The branch on which the Hub keeps a copy of a dataset, as CONFIG/SPLIT/0000.parquet."""
-OWN_COPY = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
+ADVICE = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
@@ -46,15 +47,15 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     """
     source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
     data = load_data(spec, folder, source)
-    columns = Columns.of(spec, Columns(target="target"))
+    columns = Columns.from_spec(spec, Columns(target="target"))
 
     def read(row: Mapping[str, Any], labels: Mapping[str, list[str]], where: str) -> list[Example]:
-        if (chat := messages.columns_of(row, spec.options)) is not None:
+        if (chat := messages.message_columns(row, spec.options)) is not None:
             source["prompt_style"] = CHAT
-            return messages.to_examples(_filled(row), chat, spec.options, where)
+            return messages.to_examples(_without_nulls(row), chat, spec.options, where)
         return [to_example(row, columns, labels)]
 
-    own, dropped = collect(data, spec, read)
+    own, dropped = read_splits(data, spec, read)
     source["fingerprints"] = {name: getattr(part, "_fingerprint", "") for name, part in data.items()}
     return build_task(f"hf:{_short(spec.name)}", own, source, fractions, dropped)
 
@@ -74,7 +75,8 @@ def load_data(
 ) -> Mapping[str, Any]:
     """Split name → `datasets.Dataset`, from a local path or the Hub.
 
-    Into `source`, the task's record, goes which copy was read in place of a dataset script; without a record none is read.
+    Args:
+        source: the task's record, which is told the copy that was read instead of a dataset script. None: no copy is read.
     """
     import datasets
 
@@ -82,14 +84,14 @@ def load_data(
     local = (folder or Path()) / Path(name).expanduser()
     try:
         if local.exists():
-            loaded = _local(local, config)
+            loaded = _load_local(local, config)
         else:
             if name.startswith((".", "/", "~")):
                 raise TaskError(f"{local} does not exist.")
             parts = name.split("/")
             if config is None and len(parts) == 3:
                 name, config = "/".join(parts[:2]), parts[2]
-            loaded = _hub(name, config, spec.options.get("revision"), source)
+            loaded = _load_hub(name, config, spec.options.get("revision"), source)
     except PhatgooseError:
         raise
     except Exception as cause:
@@ -102,47 +104,47 @@ def load_data(
     return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
 
-def _hub(name: str, config: str | None, revision: str | None, source: dict[str, Any] | None) -> Any:
-    """`name/CONFIG` with two parts may also be `owner/name`: the Hub is asked, the config second."""
+def _load_hub(name: str, config: str | None, revision: str | None, source: dict[str, Any] | None) -> Any:
+    """Loads from the Hub. A name of two parts is tried as `owner/name` first, then as `name/CONFIG`."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return _data_or_copy(name, config, revision, source)
+        return _load_or_copy(name, config, revision, source)
     except DatasetNotFoundError:
         if config is not None or name.count("/") != 1:
             raise
         plain, config = name.split("/")
-        return _data_or_copy(plain, config, revision, source)
+        return _load_or_copy(plain, config, revision, source)
 
 
-def _data_or_copy(name: str, config: str | None, revision: str | None, source: dict[str, Any] | None) -> Any:
+def _load_or_copy(name: str, config: str | None, revision: str | None, source: dict[str, Any] | None) -> Any:
     import datasets
     import huggingface_hub
 
     try:
         return datasets.load_dataset(name, config, revision=revision)
     except getattr(huggingface_hub.errors, "HfUriError", ()):
-        # `datasets` (5.2) makes URLs of ids without an owner, as super_glue, that it then can't read: the Hub knows them by a newer one.
+        # `datasets` (5.2) can't read the URLs that it makes of ids without an owner, as super_glue. The Hub answers with a newer id.
         if "/" in name or "/" not in (found := huggingface_hub.HfApi().dataset_info(name).id):
             raise
-        return _data_or_copy(found, config, revision, source)
+        return _load_or_copy(found, config, revision, source)
     except RuntimeError as cause:
         is_script = str(cause).startswith("Dataset scripts are no longer supported")
         if not is_script or revision is not None or source is None:
             raise
-    data, source["copy"] = _copy(name, config)
+    data, source["copy"] = _load_copy(name, config)
     return data
 
 
-def _copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
-    """The Hub's parquet copy of a config of a dataset script (of the only one, if none is asked for), and what the record says of it.
+def _load_copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
+    """The Hub's parquet copy of a config of a dataset script (of the only config, if none is asked for), and its record.
 
-    Not `load_dataset(name, revision=COPY)`: it tells splits by words in their names (train_r1 and partial-train would be train),
-    and what it caches under the script's name is what `datasets` takes, unsaid, for whatever config is asked for next.
+    Not by `load_dataset(name, revision=COPY)`, for two reasons. It guesses splits by words in file names: train_r1 and partial-train
+    would both be train. And it caches the copy under the script's name, where `datasets` then finds it for any other config.
     """
     import datasets
 
-    where, files, record = _copied_files(name)
+    url, files, record = _list_copy(name)
     if config is None and len(files) > 1:
         raise TaskError(
             f"{name} has several configs: {', '.join(files)}. Write one as ?config=NAME (prompted: ?subset=NAME)."
@@ -154,14 +156,14 @@ def _copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
         raise TaskError(
             f"{name} is a dataset script, and the Hub's parquet copy (branch {COPY}) can't stand for it: expected files in "
             f"{config}/SPLIT for each whole split, found some in {', '.join(f'{config}/{split}' for split in odd)} "
-            f"(partial-SPLIT is the first part of a split). {OWN_COPY}"
+            f"(partial-SPLIT is the first part of a split). {ADVICE}"
         )
-    paths = {split: [where + path for path in found] for split, found in files[config].items()}
+    paths = {split: [url + path for path in found] for split, found in files[config].items()}
     return datasets.load_dataset("parquet", data_files=paths), record | {"config": config}
 
 
-def _copied_files(name: str) -> tuple[str, dict[str, dict[str, list[str]]], dict[str, Any]]:
-    """The copy's place as a URL, its files' paths in order by config and folder of a split, and its commit as a record."""
+def _list_copy(name: str) -> tuple[str, dict[str, dict[str, list[str]]], dict[str, Any]]:
+    """The copy's URL, its files as config → split → sorted paths, and its commit as a record."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -177,14 +179,14 @@ def _copied_files(name: str) -> tuple[str, dict[str, dict[str, list[str]]], dict
     if not files:
         raise DownloadError(
             f"{name} is a dataset script on the Hub, which `datasets` no longer runs, and the Hub has no parquet copy of it "
-            f"(branch {COPY}). {OWN_COPY}"
+            f"(branch {COPY}). {ADVICE}"
         )
-    # By the id that the Hub answers with: `hf://` URLs don't take the ids without an owner that it once had.
+    # By the id that the Hub answers with: `hf://` URLs don't take the old ids without an owner.
     record = {"branch": COPY, "dataset": info.id, "commit": info.sha}
     return f"hf://datasets/{info.id}@{info.sha}/", files, record
 
 
-def _local(path: Path, config: str | None) -> Any:
+def _load_local(path: Path, config: str | None) -> Any:
     import datasets
 
     if path.is_file():
@@ -200,7 +202,7 @@ def _local(path: Path, config: str | None) -> Any:
 
 
 def choose_splits(data: Mapping[str, Any], spec: TaskSpec) -> dict[SplitName, Any]:
-    """Which of the dataset's splits stands for which of ours: as the options say, else by name; a lone split is train.
+    """The dataset's splits as train, validation and test: as the options say, else by name; a lone split is train.
 
     A split that an option names is not used a second time under its own name.
     """
@@ -221,32 +223,35 @@ def choose_splits(data: Mapping[str, Any], spec: TaskSpec) -> dict[SplitName, An
     return chosen
 
 
-def collect(
+def read_splits(
     data: Mapping[str, Any],
     spec: TaskSpec,
     read: Callable[[Mapping[str, Any], Mapping[str, list[str]], str], list[Example]],
 ) -> tuple[dict[SplitName, list[Example]], Counter[str]]:
-    """The examples of every chosen split, and how many rows had no answer. `read(row, label names, which row)` makes them."""
+    """The examples of every chosen split, and how many rows had no answer.
+
+    `read(row, label names by column, name of the row)` makes them.
+    """
     own: dict[SplitName, list[Example]] = {}
     dropped: Counter[str] = Counter()
     for split, part in choose_splits(data, spec).items():
         labels = {c: list(f.names) for c, f in part.features.items() if hasattr(f, "names")}
-        own[split] = []
-        for i, row in enumerate(part):
-            try:
-                own[split] += read(row, labels, f"{split} row {i}")
-            except Unlabelled:
-                dropped[f"unlabelled_{split}"] += 1
-            except ValueError as cause:
-                raise TaskError(f"{spec.text}, {split} row {i}: {cause}.") from cause
+
+        def read_row(
+            row: Mapping[str, Any], number: int, split: str = split, labels: Any = labels
+        ) -> list[Example]:
+            return read(row, labels, f"{split} row {number}")
+
+        rows = read_examples(part, read_row, f"{spec.text}, {split} row", dropped, suffix=f"_{split}")
+        own[split] = list(rows)
     return own, dropped
 
 
-def _filled(value: Any) -> Any:
-    """A row without what tables fill in: every key that another row's message, call or tool has, with nothing."""
+def _without_nulls(value: Any) -> Any:
+    """A row without what its table filled in: keys with nothing, which only other rows' messages, calls or tools have."""
     if isinstance(value, Mapping):
-        return {key: _filled(part) for key, part in value.items() if part is not None}
-    return [_filled(part) for part in value] if isinstance(value, list) else value
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _short(name: str) -> str:

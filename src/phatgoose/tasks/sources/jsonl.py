@@ -1,18 +1,15 @@
 """`jsonl:PATH`: one JSON object a line, plain or gzipped.
 
 Fields: "input" (the whole prompt), "target" (text, number or a list of acceptable answers) or "targets" (list),
-optional "choices" (list) and "answer_index" (0-based place of the right choice, may stand instead of a target),
-optional "split" (train, validation or test; in every row or in none). Or "messages": see `messages`. Other names through options, see `columns`:
+optional "choices" (list) and "answer_index" (0-based index of the right choice, may replace a target),
+optional "split" (train, validation or test; in every row or in none). Or "messages": see `messages`. Options give fields other
+names, see `columns`:
 `jsonl:rte.jsonl.gz?input={premise} Question: {hypothesis}?&choices=True|False&answer_index=label&ignore=idx`.
-A field that nothing reads is refused by name, unless it starts with "_" or `ignore=a,b` (or `ignore=*`) names it.
+A field that isn't read is refused by name, unless it starts with "_" or `ignore=a,b` (or `ignore=*`) names it.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, to_example
 from phatgoose.tasks.sources import TaskSource
+from phatgoose.tasks.sources.local_files import read_lines
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
@@ -72,7 +70,7 @@ def _path(spec: TaskSpec, folder: Path | None) -> Path:
 
 
 def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, list[Example]]:
-    chat = messages.columns_of(row, spec.options)
+    chat = messages.message_columns(row, spec.options)
     columns = None if chat else _columns(spec, row, where)
     problem, examples = None, None
     try:
@@ -85,8 +83,9 @@ def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | N
     except ValueError as cause:
         problem = cause
     split_column = spec.options.get("split", "split")
-    read = messages.used(chat, spec.options) if chat else columns.used() if columns else set()
-    _refuse_unread(spec, row, read | {split_column}, where)  # first: it may explain the problem
+    read = messages.columns_read(chat, spec.options) if chat else columns.columns_read() if columns else set()
+    # A misspelt field may explain the problem, so it is reported first.
+    _refuse_unread(spec, row, read | {split_column}, where)
     if examples is None:
         raise TaskError(f"{where}: {problem}.") from problem
     split = row.get(split_column)
@@ -109,7 +108,7 @@ def _refuse_unread(spec: TaskSpec, row: dict[str, Any], read: set[str], where: s
 
 
 def _columns(spec: TaskSpec, row: dict[str, Any], where: str) -> Columns:
-    """The options, with the documented fields for whatever they leave open and the row has."""
+    """The columns that the options name; the documented fields of the row where they name none."""
     explicit = spec.options.keys() & {"target", "answer_index", "choices"}
     if not explicit & {"target", "answer_index"} and "target" in row and "targets" in row:
         raise TaskError(f'{where}: has both "target" and "targets".')
@@ -119,36 +118,7 @@ def _columns(spec: TaskSpec, row: dict[str, Any], where: str) -> Columns:
         choices="choices" if "choices" in row else None,
         answer_index="answer_index" if "answer_index" in row and "target" not in explicit else None,
     )
-    return Columns.of(spec, default)
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) for every line that isn't blank.
-
-    Raises:
-        TaskError: the file is missing, not gzip or UTF-8 as it says, or a line isn't a JSON object.
-    """
-    number = 0
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise TaskError(
-                            f"{path}, line {number}: expected a JSON object, got {type(row).__name__}."
-                        )
-                    yield number, row
-    except FileNotFoundError:
-        raise TaskError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, RecursionError) as cause:
-        raise TaskError(
-            f"{path}, line {number}: not JSON ({cause}). Expected one JSON object a line."
-        ) from cause
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as cause:
-        past = f" past line {number}" if number else ""
-        raise TaskError(f"{path} can't be read{past}: {cause}.") from cause
+    return Columns.from_spec(spec, default)
 
 
 SOURCE = TaskSource(load, check, (*OPTIONS, *messages.OPTIONS, "ignore", "split"))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import TaskError
-from phatgoose.files import is_folder
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
-from phatgoose.tasks.columns import Unlabelled, make_example
+from phatgoose.tasks.examples import Dropped, make_example, make_rendered_example
 from phatgoose.tasks.sources import TaskSource, hf
+from phatgoose.tasks.sources.local_files import check_folder, find_file
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -39,13 +39,13 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         options = spec.options | {"config": spec.name}
         data = hf.load_data(TaskSpec("p3", HUB, options, spec.text), source=copy)
     else:
-        data = hf.load_data(TaskSpec("p3", str(_local(spec.name, folder).resolve()), {}, spec.text))
+        data = hf.load_data(TaskSpec("p3", str(_find_file(spec.name, folder).resolve()), {}, spec.text))
     columns = {name for part in data.values() for name in part.features}
     if missing := {"inputs_pretokenized", "targets_pretokenized"} - columns:
         raise TaskError(
             f"p3:{spec.name} has no column {', '.join(sorted(missing))} (columns: {', '.join(sorted(columns))})."
         )
-    own, dropped = _grouped(data, spec) if "is_correct" in columns else hf.collect(data, spec, _plain)
+    own, dropped = _grouped(data, spec) if "is_correct" in columns else hf.read_splits(data, spec, _read)
     source = {
         "spec": spec.text,
         "source": "p3",
@@ -60,29 +60,26 @@ def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
     if folder is None:
         return "the Hub"
-    _local(spec.name, folder)
+    _find_file(spec.name, folder)
     return None
 
 
-def _local(name: str, folder: Path) -> Path:
-    if not is_folder(folder, TaskError):
-        raise TaskError(f"{folder} is not a folder; expected one with a file or folder for each P3 config.")
-    for ending in ENDINGS:
-        if (folder / f"{name}{ending}").exists():
-            return folder / f"{name}{ending}"
-    raise unknown(
-        "P3 config", name, {p.name.partition(".")[0] for p in folder.iterdir() if not p.name.startswith(".")}
-    )
+def _find_file(name: str, folder: Path) -> Path:
+    check_folder(folder, "a file or folder for each P3 config")
+    path = find_file(folder, name, ENDINGS)
+    if path is None:
+        known = {p.name.partition(".")[0] for p in folder.iterdir() if not p.name.startswith(".")}
+        raise unknown("P3 config", name, known)
+    return path
 
 
-def _plain(row: Mapping[str, Any], _: Mapping[str, list[str]], __: str) -> list[Example]:
-    """A row is an example; it has choices if there are at least two and the target is one of them."""
-    target = (row["targets_pretokenized"] or "").strip()
-    if not target:
-        raise Unlabelled("no target")
+def _read(row: Mapping[str, Any], _: Mapping[str, list[str]], __: str) -> list[Example]:
+    """A row is an example. It has choices if there are at least two and the target is one of them."""
+    target = row["targets_pretokenized"] or ""
+    if not target.strip():
+        raise Dropped("unlabelled", "no target")
     choices = [c.strip() for c in row.get("answer_choices") or ()]
-    ranked = len(set(choices)) > 1 and target in choices and "" not in choices
-    return [make_example(row["inputs_pretokenized"] or "", [target], choices if ranked else None)]
+    return [make_rendered_example(row["inputs_pretokenized"] or "", target, choices)]
 
 
 def _grouped(data: Mapping[str, Any], spec: TaskSpec) -> tuple[dict[SplitName, list[Example]], Counter[str]]:

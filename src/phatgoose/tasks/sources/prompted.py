@@ -6,16 +6,16 @@
 The prompts (Jinja, Apache-2.0) are read from the pinned sdist of `promptsource`, never imported. `templates=` is `all` (the
 default), `original` (those of the dataset's original task) or names separated by |; `without=` leaves some out. Rows come from the
 Hub (`hub=` and `subset=` give another id, `revision=` pins it), or with a folder from DATASET_SUBSET.SPLIT.jsonl[.gz] there
-(`files=` gives another stem); such a file may also hold rendered rows: {"template", "prompt", "completion"}. Each row is shown
-under every template; of more than `rows=` (500,000, as in T0) a fixed random part is taken. Splits: `train=`, `validation=`,
-`test=` name them; one that is missing is taken from train by the raw row, so that all prompts of a row share a split.
+(`files=` gives another stem). Such a file may also hold rendered rows: {"template", "prompt", "completion"}. Each row is shown
+under every template; of more than `rows=` examples (500,000, as in T0) a fixed random part is taken. `train=`, `validation=` and
+`test=` name the splits. A missing one is taken from train by the raw row, so that all prompts of a row share a split.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,22 @@ from typing import Any
 import numpy as np
 
 from phatgoose.errors import TaskError
-from phatgoose.files import is_folder, sha256_json
+from phatgoose.files import sha256_json
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
-from phatgoose.tasks.columns import make_example
+from phatgoose.tasks.examples import Dropped, make_example, make_rendered_example
 from phatgoose.tasks.sources import TaskSource, hf
-from phatgoose.tasks.sources.jsonl import read_lines
 from phatgoose.tasks.sources.known_datasets import check_splits, to_hub_row
-from phatgoose.tasks.sources.promptsource import PACKAGE, Template, config_name, is_available, templates
+from phatgoose.tasks.sources.local_files import check_folder, read_lines
+from phatgoose.tasks.sources.promptsource import PACKAGE, Template, config_name, is_available, read_templates
 from phatgoose.tasks.spec import TaskSpec
-from phatgoose.tasks.splits import Fractions, build_task, position
+from phatgoose.tasks.splits import Fractions, build_task, hash_fraction
 
 ROWS = 500_000
 ENDINGS = (".jsonl", ".jsonl.gz")
 _SPLIT_FILES = {"validation": ("validation", "dev", "val"), "train": ("train",), "test": ("test",)}
 
-Rows = Sequence[Mapping[str, Any]]
+RawRows = Sequence[Mapping[str, Any]]
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
@@ -49,45 +49,48 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         TaskError: no file in the folder, or a row that no template can render.
         DownloadError: the Hub or the prompts can't be fetched.
     """
-    most = _count(spec)
-    chosen = choose(spec)
+    most = spec.count("rows", ROWS)
+    templates = choose_templates(spec)
     copy: dict[str, Any] = {}
-    data = _local(spec, folder) if folder is not None else _hub(spec, copy)
+    data = _read_folder(spec, folder) if folder is not None else _read_hub(spec, copy)
     dropped: Counter[str] = Counter()
     own = {
-        name: [replace(e, group=f"{name} {e.group}") for e in _prompted(spec, rows, chosen, most, dropped)]
-        for name, rows in _carved(data, fractions).items()
+        name: [replace(e, group=f"{name} {e.group}") for e in _examples(spec, rows, templates, most, dropped)]
+        for name, rows in _with_missing_splits(data, fractions).items()
         if len(rows)
     }
     source = {
         "spec": spec.text, "source": "prompted", "from": "folder" if folder is not None else "Hub",
-        "prompt_style": f"{PACKAGE.requirement}, as rendered", "templates": [t.name for t in chosen],
+        "prompt_style": f"{PACKAGE.requirement}, as rendered", "templates": [t.name for t in templates],
         **copy,
     }  # fmt: skip
-    return build_task(f"prompted:{spec.name}{_suffix(spec)}", own, source, fractions, dropped)
+    # Several tasks may be splits of one dataset, as ANLI's rounds are: their names tell which.
+    test = spec.options.get("test", "")
+    suffix = f"/{test}" if test and test not in SPLITS else ""
+    return build_task(f"prompted:{spec.name}{suffix}", own, source, fractions, dropped)
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
-    _count(spec)
+    spec.count("rows", ROWS)
     known = True
     if folder is not None:
-        files(spec, folder)
+        split_files(spec, folder)
     else:
         known = check_splits(spec)
     if not is_available():
         return "promptsource's prompts, which aren't in the cache" + ("" if folder else ", and the Hub")
-    choose(spec)
+    choose_templates(spec)
     return None if folder else "the Hub" if known else "splits that only the Hub knows"
 
 
-def choose(spec: TaskSpec) -> list[Template]:
+def choose_templates(spec: TaskSpec) -> list[Template]:
     """The templates that a spec asks for.
 
     Raises:
         UnknownName: there is no such dataset or template.
     """
-    known = templates(spec.name)
+    known = read_templates(spec.name)
     wanted = spec.options.get("templates", "all")
     without = [name for name in spec.options.get("without", "").split("|") if name]
     names = [] if wanted in ("all", "original") else wanted.split("|")
@@ -101,21 +104,8 @@ def choose(spec: TaskSpec) -> list[Template]:
     return kept
 
 
-def _suffix(spec: TaskSpec) -> str:
-    """What tells several tasks on one dataset apart: ANLI's rounds are splits of one."""
-    test = spec.options.get("test", "")
-    return f"/{test}" if test and test not in SPLITS else ""
-
-
-def _count(spec: TaskSpec) -> int:
-    text = spec.options.get("rows", str(ROWS))
-    if not text.isdigit() or int(text) < 1:
-        raise TaskError(f"{spec.text}: rows must be a number of at least 1, got {text!r}.")
-    return int(text)
-
-
-def _hub(spec: TaskSpec, copy: dict[str, Any]) -> dict[SplitName, Rows]:
-    """The chosen splits' rows. Into `copy` goes what the record says of a copy that was read in place of a script."""
+def _read_hub(spec: TaskSpec, copy: dict[str, Any]) -> dict[SplitName, RawRows]:
+    """The chosen splits' rows. `copy` is told which copy was read instead of a dataset script."""
     name, _, subset = spec.name.partition("/")
     options = {k: v for k, v in spec.options.items() if k in (*SPLITS, "revision")}
     if wanted := spec.options.get("subset", subset):
@@ -124,35 +114,32 @@ def _hub(spec: TaskSpec, copy: dict[str, Any]) -> dict[SplitName, Rows]:
     return dict(hf.choose_splits(hf.load_data(plain, source=copy), plain).items())
 
 
-def _local(spec: TaskSpec, folder: Path) -> dict[SplitName, Rows]:
-    return {split: [row for _, row in read_lines(path)] for split, path in files(spec, folder).items()}
+def _read_folder(spec: TaskSpec, folder: Path) -> dict[SplitName, RawRows]:
+    return {split: [row for _, row in read_lines(path)] for split, path in split_files(spec, folder).items()}
 
 
-def files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
+def split_files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
     """The file of each split in a folder. A lone file of another split than train stands for the split it is asked for.
 
     Raises:
         TaskError: there is no folder, or no file of this dataset in it.
     """
-    if not is_folder(folder, TaskError):
-        raise TaskError(f"{folder} is not a folder; expected one with NAME.SPLIT.jsonl files.")
+    check_folder(folder, "NAME.SPLIT.jsonl files")
     stem = spec.options.get("files", config_name(spec.name))
     found: dict[SplitName, Path] = {}
-    taken: set[Path] = set()
     for split in reversed(SPLITS):
         asked = spec.options.get(split, split)
         names = (asked, asked.split("_")[0], *_SPLIT_FILES.get(asked, ()))
-        tries = [folder / f"{stem}.{n}{e}" for n in dict.fromkeys(names) for e in ENDINGS]
-        path = next((p for p in tries if p.exists() and p not in taken), None)
+        paths = [folder / f"{stem}.{n}{e}" for n in dict.fromkeys(names) for e in ENDINGS]
+        path = next((p for p in paths if p.exists() and p not in found.values()), None)
         if path is not None:
-            taken.add(path)
             found[split] = path
     if not found:
         raise TaskError(f"{folder} has no file {stem}.SPLIT.jsonl or .jsonl.gz, which {spec.text} needs.")
     return found
 
 
-def _carved(data: dict[SplitName, Rows], fractions: Fractions) -> dict[SplitName, Rows]:
+def _with_missing_splits(data: dict[SplitName, RawRows], fractions: Fractions) -> dict[SplitName, RawRows]:
     """All three splits; those that the data lacks are taken from train, by the hash of the raw row."""
     missing = {name for name in SPLITS if name != "train" and not len(data.get(name, ()))}
     if not missing or not len(data.get("train", ())):
@@ -160,74 +147,77 @@ def _carved(data: dict[SplitName, Rows], fractions: Fractions) -> dict[SplitName
     parts: dict[SplitName, list[Mapping[str, Any]]] = {name: [] for name in SPLITS}
     for row in data["train"]:
         # Rendered rows of one raw row carry its number.
-        key = str(row["i"]) if "i" in row and "completion" in row else sha256_json(_plain(row))
-        place = fractions.place(position(key))
-        parts[place if place in missing else "train"].append(row)
+        rendered = "i" in row and "completion" in row
+        key = str(row["i"]) if rendered else sha256_json({k: str(v) for k, v in row.items()})
+        split = fractions.split_of(hash_fraction(key))
+        parts[split if split in missing else "train"].append(row)
     return {name: parts[name] if name == "train" or name in missing else data[name] for name in SPLITS}
 
 
-def _prompted(
-    spec: TaskSpec, rows: Rows, chosen: Sequence[Template], most: int, dropped: Counter[str]
-) -> list[Example]:
+def _examples(
+    spec: TaskSpec, rows: RawRows, templates: Sequence[Template], most: int, dropped: Counter[str]
+) -> Iterator[Example]:
     """Examples of one split's rows, each with its raw row's number as its group."""
     if "template" in rows[0] and "completion" in rows[0]:
-        return list(_rendered(rows, spec, chosen, most, dropped))
-    examples = []
-    for number in _sample(len(rows) * len(chosen), most):
-        template = chosen[number % len(chosen)]
-        row = to_hub_row(spec.name, rows[number // len(chosen)])
-        made = example(template, row, spec.text, number // len(chosen))
-        if isinstance(made, str):
-            dropped[made] += 1
+        yield from _rendered_examples(rows, spec, templates, most, dropped)
+        return
+    # Pairs of row and template are numbered row by row, so that a sample of the numbers is one of the pairs.
+    for pair in _sample(len(rows) * len(templates), most):
+        number, template = pair // len(templates), templates[pair % len(templates)]
+        try:
+            example = render_example(template, to_hub_row(spec.name, rows[number]), number)
+        except Dropped as cause:
+            dropped[cause.reason] += 1
+        except ValueError as cause:
+            where = f"{spec.text}, row {number}, template {template.name!r}"
+            raise TaskError(f"{where}: {cause}.") from cause
         else:
-            examples.append(replace(made, group=str(number // len(chosen))))
-    return examples
+            yield replace(example, group=str(number))
 
 
-def example(template: Template, row: Mapping[str, Any], where: str, number: int) -> Example | str:
-    """A row under a template; or why it has none: the template doesn't apply to it, or it has no answer.
+def render_example(template: Template, row: Mapping[str, Any], number: int) -> Example:
+    """Row `number` under a template.
 
     Raises:
-        TaskError: the row lacks what the template reads, or breaks a rule of Example.
+        Dropped: the template doesn't apply to the row, or the row has no answer.
+        TaskError: the row lacks what the template reads.
+        ValueError: it breaks a rule of Example.
     """
     if row.get("label") == -1:  # how the Hub marks a row without its label
-        return "unlabelled"
-    choice = random.Random(f"{number}/{template.name}")
-    rendered = template.render(row, choice)
+        raise Dropped("unlabelled")
+    rendered = template.render(row, random.Random(f"{number}/{template.name}"))
     if rendered is None:
-        return "not_applicable"
+        raise Dropped("not_applicable")
     prompt, target, choices = rendered
     if not prompt.strip():
-        return "empty_prompt"
+        raise Dropped("empty_prompt")
     if not target.strip():
-        return "empty_target"
-    ranked = choices is not None and target.strip() in choices and len(set(choices)) > 1 and "" not in choices
-    try:
-        return make_example(prompt, [target], choices if ranked else None)
-    except ValueError as cause:
-        raise TaskError(f"{where}, row {number}, template {template.name!r}: {cause}.") from cause
+        raise Dropped("empty_target")
+    return make_rendered_example(prompt, target, choices)
 
 
-def _rendered(
-    rows: Rows, spec: TaskSpec, chosen: Sequence[Template], most: int, dropped: Counter[str]
-) -> Iterable[Example]:
-    """Rows that were rendered elsewhere. Where all templates are asked for, templates of other versions are welcome."""
-    names = {config_name(t.name) for t in chosen}
+def _rendered_examples(
+    rows: RawRows, spec: TaskSpec, templates: Sequence[Template], most: int, dropped: Counter[str]
+) -> Iterator[Example]:
+    """Examples of rows that were rendered elsewhere. With templates=all, templates of other versions are welcome too."""
+    names = {config_name(t.name) for t in templates}
     without = {config_name(name) for name in spec.options.get("without", "").split("|")}
     every = spec.options.get("templates", "all") == "all"
-    kept = [row for row in rows if _wanted(config_name(str(row["template"])), names, without, every)]
+
+    def is_wanted(template: str) -> bool:
+        return template not in without if every else template in names
+
+    kept = [row for row in rows if is_wanted(config_name(str(row["template"])))]
     dropped["other_template"] += len(rows) - len(kept)
     for number in _sample(len(kept), most):
         prompt, target = str(kept[number].get("prompt") or ""), str(kept[number].get("completion") or "")
         if prompt.strip() and target.strip():
-            raw = kept[number].get("i", f"line {number}")  # without its raw row's number, a row is by itself
+            raw = kept[number].get(
+                "i", f"line {number}"
+            )  # a row without its raw row's number is a group of its own
             yield replace(make_example(prompt, [target]), group=str(raw))
         else:
             dropped["empty_target"] += 1
-
-
-def _wanted(template: str, names: set[str], without: set[str], every: bool) -> bool:
-    return template not in without if every else template in names
 
 
 def _sample(count: int, most: int) -> list[int]:
@@ -235,10 +225,6 @@ def _sample(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return sorted(int(i) for i in np.random.default_rng(0).choice(count, most, replace=False))
-
-
-def _plain(row: Mapping[str, Any]) -> Any:
-    return {key: str(value) for key, value in row.items()}
 
 
 SOURCE = TaskSource(

@@ -1,7 +1,7 @@
 """promptsource's prompts, read from its pinned sdist: YAML and Jinja only, nothing of the package is imported or run.
 
-Rendered in Jinja's sandbox, the way promptsource does it: variables are cut after 2048 characters, "|||" parts the prompt from
-the answer, `answer_choices` is a Jinja expression of its own. Its random `choice` draws from the row's own generator.
+They are rendered in Jinja's sandbox, as promptsource does it: variables are cut after 2048 characters, "|||" separates the prompt from
+the answer, and `answer_choices` is a Jinja expression of its own. The random `choice` draws from the row's own generator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKAGE = PinnedPackage(
 )
 LONGEST = 2048
 _MEMBER = re.compile(r"promptsource-0\.2\.3/promptsource/templates/(\w[\w./-]*)/templates\.yaml")
-_PIPE, _PIPE_STAND_IN = "|||", "\ue000\ue001\ue000"  # a row's own "|||" must not part anything
+_PIPE, _PIPE_STAND_IN = "|||", "\ue000\ue001\ue000"  # a "|||" in a row's text must not separate anything
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Template:
     jinja: str
     answer_choices: str | None
     original: bool
-    """Whether it asks for what the dataset was made for (a question's answer, not the question of an answer)."""
+    """True if it asks for what the dataset was made for (the answer to a question, not the question to an answer)."""
 
     def render(
         self, row: Mapping[str, Any], generator: random.Random
@@ -56,19 +56,19 @@ class Template:
         Raises:
             TaskError: the row lacks a column or has it in another form.
         """
-        _DRAWING.generator = generator
+        _RANDOM.generator = generator
         values = {k: v.replace(_PIPE, _PIPE_STAND_IN) if isinstance(v, str) else v for k, v in row.items()}
         try:
             choices = None
             if self.answer_choices:
                 text = _compiled(self.answer_choices, False).render(**values)
-                choices = [_unprotected(c) for c in text.split(_PIPE)]
+                choices = [_restore_pipes(c) for c in text.split(_PIPE)]
             text = _compiled(self.jinja, True).render(**values, answer_choices=choices)
         except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as cause:
             raise TaskError(
                 f"template {self.name!r} can't render a row with the columns {', '.join(row)}: {cause}."
             ) from cause
-        parts = [_unprotected(part) for part in text.split(_PIPE)]
+        parts = [_restore_pipes(part) for part in text.split(_PIPE)]
         return (parts[0], parts[1], choices) if len(parts) >= 2 else None
 
 
@@ -78,7 +78,7 @@ def config_name(name: str) -> str:
 
 
 @cache
-def templates(name: str) -> Mapping[str, Template]:
+def read_templates(name: str) -> Mapping[str, Template]:
     """Template name → Template of `DATASET[/SUBSET]`, in promptsource's order.
 
     Raises:
@@ -111,7 +111,7 @@ def root() -> Path:
 
 
 def is_available() -> bool:
-    """Whether the prompts can be read without fetching anything."""
+    """True if the prompts can be read without fetching anything."""
     return bool(os.environ.get("PHATGOOSE_PROMPTSOURCE")) or cached().is_dir()
 
 
@@ -141,37 +141,37 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: loader.construct_mapping(node, deep=True))
 
 
-class _Drawing(threading.local):
+class _RowRandom(threading.local):
     """The generator that Jinja's `choice` draws from while a row is rendered."""
 
     generator = random.Random(0)
 
 
-_DRAWING = _Drawing()
+_RANDOM = _RowRandom()
 
 
 @cache
-def _environment(cut: bool) -> SandboxedEnvironment:
+def _environment(truncate: bool) -> SandboxedEnvironment:
     environment = SandboxedEnvironment(autoescape=False, undefined=jinja2.StrictUndefined)
-    if cut:
+    if truncate:
         environment.finalize = lambda value: do_truncate(environment, str(value), LONGEST)
     environment.globals.update(zip=zip)
     environment.filters.update(
         highlight=lambda text: text,
-        choice=_draw,
+        choice=_choose_randomly,
         most_frequent=lambda items: _most_frequent(list(items)),
     )
     return environment
 
 
 @jinja2.pass_context  # without one Jinja would draw from a constant list once, when it compiles the template
-def _draw(context: Any, items: list[Any]) -> Any:
-    return _DRAWING.generator.choice(items)
+def _choose_randomly(context: Any, items: list[Any]) -> Any:
+    return _RANDOM.generator.choice(items)
 
 
 @lru_cache(maxsize=1024)
-def _compiled(jinja: str, cut: bool) -> jinja2.Template:
-    return _environment(cut).from_string(jinja)
+def _compiled(jinja: str, truncate: bool) -> jinja2.Template:
+    return _environment(truncate).from_string(jinja)
 
 
 def _most_frequent(items: list[Any]) -> list[Any]:
@@ -180,5 +180,5 @@ def _most_frequent(items: list[Any]) -> list[Any]:
     return [item for item in dict.fromkeys(items) if counts[str(item)] == most]
 
 
-def _unprotected(text: str) -> str:
+def _restore_pipes(text: str) -> str:
     return text.replace(_PIPE_STAND_IN, _PIPE).strip()

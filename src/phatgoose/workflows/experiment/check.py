@@ -9,8 +9,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.tasks.lists.entries import Entry, folder_for
 from phatgoose.tasks.load import check_task
-from phatgoose.tasks.sources import prompted
-from phatgoose.tasks.sources import promptsource as templates
+from phatgoose.tasks.sources import prompted, promptsource
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.experiment.systems import MULTITASK
@@ -67,5 +66,5 @@ def _check(
         if unsure is not None:
             found.unknown.setdefault(unsure, []).append(entry.name)
         parsed = split_spec(spec)
-        if parsed.source == "prompted" and templates.is_available():
-            found.prompts[spec] = len(prompted.choose(parsed))
+        if parsed.source == "prompted" and promptsource.is_available():
+            found.prompts[spec] = len(prompted.choose_templates(parsed))

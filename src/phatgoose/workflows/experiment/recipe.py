@@ -49,7 +49,7 @@ from phatgoose.models.base.load_options import DTYPES
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers.parse import is_router, parse_router
-from phatgoose.tasks.lists.entries import Entry, check_apart, folder_for
+from phatgoose.tasks.lists.entries import Entry, check_no_shared_data, folder_for
 from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.spec import split_spec, without_path
@@ -189,7 +189,7 @@ class ExperimentRecipe:
             self._check_routers([e.name for e in entries])
         for found in self.suites:
             if found.name != IN_POOL:
-                check_apart(entries, found.entries, found.refuses, found.name, self.folders)
+                check_no_shared_data(entries, found.entries, found.refuses, found.name, self.folders)
         # Also those of suites and tasks that this recipe leaves out: several recipes may have one list of folders.
         known = {
             *SOURCES,

@@ -19,8 +19,8 @@ from phatgoose.analysis.page import RoutedPrompt, report
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, write_bytes, write_json
-from phatgoose.tasks.contamination import WORDS
-from phatgoose.tasks.lists.entries import Entry, check_apart
+from phatgoose.tasks.contamination import RUN_WORDS
+from phatgoose.tasks.lists.entries import Entry, check_no_shared_data
 from phatgoose.workflows.experiment.board import Board
 from phatgoose.workflows.experiment.executors import Executor, Inline, Outcome, Step
 from phatgoose.workflows.experiment.markdown import markdown
@@ -162,7 +162,7 @@ class _Run:
         said = [Entry(name, tuple(r["trained_on"])) for name, r in taken.items() if r["trained_on"]]
         for one in self.recipe.suites:
             if one.name != IN_POOL:
-                check_apart(said, one.entries, one.refuses, one.name, self.recipe.folders)
+                check_no_shared_data(said, one.entries, one.refuses, one.name, self.recipe.folders)
         return taken, set(outcome.value["failed"])
 
     def train(
@@ -296,7 +296,7 @@ class _Run:
         """{"suites": suite → task → what its rows share with training rows, "read": whose rows these are, "unread": whose aren't known}."""
         suites = {s: list(found) for s, found in tasks.items() if found}
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
-        step = self.step("contamination", "contamination", words=WORDS, suites=suites, trained=known)
+        step = self.step("contamination", "contamination", words=RUN_WORDS, suites=suites, trained=known)
         outcome = self.run("contamination", [step])["contamination"] if known else Outcome()
         found = outcome.value or {"suites": {}, "read": []}
         return {**found, "unread": [n for n in pool.names if n not in found["read"]]}

@@ -19,11 +19,11 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.records import Example, Task, groups_of
 from phatgoose.routers import PHATGOOSE, Single
-from phatgoose.tasks.contamination import Overlaps
+from phatgoose.tasks.contamination import ContaminationCheck
 from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.lists.same_dataset import datasets_of
-from phatgoose.tasks.representable import loss
 from phatgoose.tasks.spec import is_local, without_path, without_paths
+from phatgoose.tasks.tokenizer_loss import tokenizer_loss
 from phatgoose.training.gate import match_to_base
 from phatgoose.training.trainer.rows import draw_rows
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
@@ -239,7 +239,7 @@ def measure(
             kind, _, spec = system.partition(":")
             if kind == OTHER:
                 by, attached, router = state.other(spec), None, None
-                if (lost := loss(by.base.tokenizer, task)).too_much:
+                if (lost := tokenizer_loss(by.base.tokenizer, task)).too_much:
                     raise PhatgooseError(f"{spec}'s tokenizer can't write it: {lost}.")
             else:
                 by, (attached, router) = state.scores, state.system(system, experts.get(name))
@@ -269,11 +269,11 @@ def contamination(
 
     A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
     """
-    state, overlaps = worker_state(run), Overlaps(words)
+    state, found = worker_state(run), ContaminationCheck(words)
     asked = [(suite, name) for suite, tasks in suites.items() for name in tasks]
     for suite, name in asked:
         rows = state.task(suite, name).test[: state.recipe.measure.test_rows]
-        overlaps.measured(name, rows, own=name if suite == IN_POOL else None)
+        found.add_held_out(name, rows, own=name if suite == IN_POOL else None)
     read = []
     for name in trained:
         try:
@@ -282,9 +282,10 @@ def contamination(
             continue
         saw = state.pool[name].provenance.get("task")
         if isinstance(saw, Mapping) and saw.get("hash") == task.hash:
-            overlaps.trained(name, task.train)
+            found.compare(name, task.train)
             read.append(name)
-    found: dict[str, Any] = {suite: {} for suite in suites}
-    for (suite, name), one in zip(asked, overlaps.found(), strict=True):
-        found[suite][name] = {"rows": one.rows, "flagged": list(one.flagged), "trained": list(one.trained)}
-    return {"suites": found, "read": read}
+    by_suite: dict[str, Any] = {suite: {} for suite in suites}
+    for (suite, name), one in zip(asked, found.results, strict=True):
+        flagged, trained_with = sorted(one.flagged_rows), list(one.shared_with)
+        by_suite[suite][name] = {"rows": one.rows, "flagged": flagged, "trained": trained_with}
+    return {"suites": by_suite, "read": read}

@@ -14,9 +14,9 @@ from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task
 from phatgoose.tasks.lists.entries import load_entry
 from phatgoose.tasks.lists.named import suite
-from phatgoose.tasks.representable import loss
 from phatgoose.tasks.sources import bigbench_files
 from phatgoose.tasks.splits import Fractions
+from phatgoose.tasks.tokenizer_loss import tokenizer_loss
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def task(*rows):
 def test_plain_rows_lose_nothing(words, tokenizer):
     rows = task(Example("which colour", ("red",), ("red", "blue")), Example("which", ("blue",)))
     for one in (words, tokenizer):
-        assert loss(one, rows).answers == loss(one, rows).prompt == 0
-        assert not loss(one, rows).too_much
+        assert tokenizer_loss(one, rows).answers == tokenizer_loss(one, rows).prompt == 0
+        assert not tokenizer_loss(one, rows).too_much
 
 
 def test_unknown_answers_and_prompts_are_counted(words):
@@ -44,7 +44,7 @@ def test_unknown_answers_and_prompts_are_counted(words):
         Example("which colour", ("red",), ("red", "blue")),
         Example("which farbe", ("red",)),
     )
-    found = loss(words, rows)
+    found = tokenizer_loss(words, rows)
     assert found.answers == pytest.approx(1 / 3)
     assert found.prompt == pytest.approx(1 / 6)
     assert found.too_much
@@ -52,13 +52,13 @@ def test_unknown_answers_and_prompts_are_counted(words):
 
 
 def test_choices_that_become_the_same_tokens_are_lost(words):
-    found = loss(words, task(Example("which", ("red",), ("red", "red "[:3] + "\t"))))
+    found = tokenizer_loss(words, task(Example("which", ("red",), ("red", "red "[:3] + "\t"))))
     assert found.answers == 1
 
 
 def test_bytes_lose_nothing(tokenizer):
     rows = task(Example("🎬 фильм {", ("🟥",), ("🟥", "синий")))
-    assert not loss(tokenizer, rows).too_much
+    assert not tokenizer_loss(tokenizer, rows).too_much
 
 
 VOCABULARY = ("diffsynth==1.1.9", "9a47387385840e11537613f319cb01ac7d1ac24073ea4a42454c839f11c6d7cc")
@@ -88,7 +88,7 @@ def t5(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_t5_loses_what_the_papers_evaluation_left_out(t5, name, expected):
-    """Their lists (colm/experiments/eval.gin of the authors' repository), but for code_line_description: see `representable`."""
+    """Their lists (colm/experiments/eval.gin of the authors' repository), but for code_line_description: see `tokenizer_loss`."""
     if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.PACKAGE.sha256[:12]}").is_dir():
         pytest.skip("BIG-bench is not in the cache (`phatgoose tasks list bigbench` fetches it)")
     entries = [e for e in suite(name).entries if e.specs[0].startswith("bigbench:")]
@@ -98,6 +98,6 @@ def test_t5_loses_what_the_papers_evaluation_left_out(t5, name, expected):
         task = load_entry(
             one, group=name, fractions=Fractions(test=0.7, validation=0.3), limit={"train": 0, "test": 200}
         )
-        if loss(t5, task).too_much:
+        if tokenizer_loss(t5, task).too_much:
             lost.add(one.name)
     assert lost == expected

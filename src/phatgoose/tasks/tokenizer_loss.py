@@ -1,11 +1,11 @@
 """Which tasks a tokenizer can't write: answers with unknown tokens, or choices that become the same tokens.
 
 T5's vocabulary has no emoji, no Cyrillic and no curly brackets: a model with it can't give such an answer, and its rank
-classification compares unknowns with unknowns.
+classification compares unknown tokens with unknown tokens.
 
-Where the limits are: with T5's own vocabulary they leave out what the PHATGOOSE authors' evaluation left out of BIG-bench Hard
-(dyck_languages) and Lite (six tasks), but for code_line_description, which theirs left out too and which T5 loses less of than of
-conlang_translation, which they kept. They were set to do so.
+The limits were set so that with T5's own vocabulary they leave out what the PHATGOOSE authors' evaluation left out of BIG-bench Hard
+(dyck_languages) and Lite (six tasks). The exception is code_line_description, which theirs left out too: T5 loses less of it than of
+conlang_translation, which they kept.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROWS = 200
 ANSWERS_LOST = 0.2
 """A task is out if more than this share of its rows has an answer that the tokenizer loses."""
 PROMPT_LOST = 0.02
-"""A task is out if more than this share of its prompts' tokens is unknown: a character that all hangs on is one token of many."""
+"""A task is out if more than this share of its prompts' tokens is unknown: the one character that decides may be one token of many."""
 
 
 @dataclass(frozen=True)
-class Loss:
+class TokenizerLoss:
     """How much of a task a tokenizer loses, on its first test rows (a random sample)."""
 
     answers: float
@@ -34,25 +34,29 @@ class Loss:
 
     @property
     def too_much(self) -> bool:
+        """True if a model with this tokenizer shouldn't be measured on the task."""
         return self.answers > ANSWERS_LOST or self.prompt > PROMPT_LOST
 
     def __str__(self) -> str:
-        return f"{self.answers:.0%} of its rows have answers that the tokenizer can't write, {self.prompt:.0%} of the prompts' tokens are unknown"
+        return (
+            f"{self.answers:.0%} of its rows have answers that the tokenizer can't write, "
+            f"{self.prompt:.0%} of the prompts' tokens are unknown"
+        )
 
 
-def loss(tokenizer: PreTrainedTokenizerBase, task: Task, rows: int = ROWS) -> Loss:
-    """The Loss on the first `rows` test rows, or those of another split if there are none."""
+def tokenizer_loss(tokenizer: PreTrainedTokenizerBase, task: Task, rows: int = ROWS) -> TokenizerLoss:
+    """The TokenizerLoss on the first `rows` test rows, or those of another split if there are none."""
     examples = next((split for split in (task.test, task.validation, task.train) if split), ())[:rows]
     unknown = tokenizer.unk_token_id
     tokens = [_ids(tokenizer, e.input) for e in examples]
     total = sum(map(len, tokens))
-    return Loss(
-        answers=sum(_answers_lost(tokenizer, e) for e in examples) / max(1, len(examples)),
+    return TokenizerLoss(
+        answers=sum(_loses_answer(tokenizer, e) for e in examples) / max(1, len(examples)),
         prompt=0.0 if unknown is None else sum(ids.count(unknown) for ids in tokens) / max(1, total),
     )
 
 
-def _answers_lost(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
+def _loses_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
     answers = [_ids(tokenizer, text) for text in example.choices or example.targets]
     if any(
         not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids) for ids in answers
