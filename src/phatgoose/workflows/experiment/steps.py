@@ -52,7 +52,7 @@ def check_tasks(run: Run, suite: str) -> dict[str, Any]:
             task = state.task(suite, entry.name)
             if not task.test or (suite == IN_POOL and not task.train):
                 raise PhatgooseError(f"it has {len(task.test)} test and {len(task.train)} training rows.")
-            lost, measure = loss(state.base.tokenizer, task), state.recipe.measure
+            lost, measure = tokenizer_loss(state.base.tokenizer, task), state.recipe.measure
             test, choice = task.test[: measure.test_rows], task.validation[: measure.choice_rows]
             found[entry.name] = {
                 "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
