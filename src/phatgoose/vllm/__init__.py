@@ -1,4 +1,5 @@
-"""A plugin that lets vLLM serve a pool: every adapted linear of the base is routed. See docs/vllm.md.
+"""A plugin that lets vLLM serve a pool: every adapted linear layer of the base is routed. See docs/vllm.md.
 
-`settings`, `check`, `slices` and `site` need no vLLM; `plugin`, `config` and `method` are what vLLM sees.
+In: a pool's folder and a router, from vLLM's options. Out: vLLM's layers with the routed updates added.
+`plugin` and `config` are what vLLM sees. The other files need no vLLM.
 """

@@ -1,4 +1,4 @@
-"""A pool and a router at one module, in the form that the operator carries: gates and low-rank rows. All else is refused by name."""
+"""A pool and a router at one module, as gates and low-rank rows. Other kinds are refused by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from phatgoose.routers.parse import parse_router
 from phatgoose.routers.router import Candidates, Encoder, Setup
 
 
-def prepared(text: str, pool: Pool) -> Router:
-    """The router that `text` names, having looked at the pool.
+def prepare_router(text: str, pool: Pool) -> Router:
+    """The router that `text` names, prepared for this pool.
 
     Raises:
-        RoutingError, UnknownName: there is no such router, or it can't serve this pool, or it reads text.
+        RoutingError, UnknownName, PluginError: there is no such router, or it can't serve this pool, or it reads text.
     """
     router = parse_router(text)
     router.check(pool.names)
@@ -63,14 +63,16 @@ def bind(pool: Pool, router: Router, path: str) -> Bound:
     """The router at the module `path`.
 
     Raises:
-        RoutingError: an expert here isn't LoRA alone, or lacks what the router needs, or the router doesn't choose by gates.
+        RoutingError: an expert here isn't LoRA alone, or lacks what the router needs, or the router doesn't
+            choose by gates.
     """
     candidates = candidates_at(pool, path, router.offers_null)
     for member, update in zip(candidates.members, candidates.updates, strict=True):
         if update is not None and not update.is_low_rank:
             raise RoutingError(
                 f"expert {pool.names[member]!r} is {update.described} at {path}; in vLLM only plain LoRA of "
-                "linear layers is routed. Serve a pool without it (`phatgoose pool remove`), or route it in transformers."
+                "linear layers is routed. Serve a pool without it (`phatgoose pool remove`), or route it in "
+                "transformers."
             )
     bound = router.bind(candidates)
     if bound.by_gates is None:
@@ -78,8 +80,9 @@ def bind(pool: Pool, router: Router, path: str) -> Bound:
     return Bound(candidates, *bound.by_gates, pool)
 
 
-def held(stack: Stack, columns: range, rows: Sequence[range], d_in: int, d_out: int) -> Stack:
-    """What a rank holds of a stack: these inputs and these outputs; the stack itself where that is all of them."""
+def shard_stack(stack: Stack, columns: range, rows: Sequence[range], d_in: int, d_out: int) -> Stack:
+    """The part of a stack with these inputs and outputs, as one rank holds it. A and B aren't copied if it is
+    all of them."""
     a = stack.A if len(columns) == d_in else stack.A[:, columns.start : columns.stop].clone()
     whole = len(rows) == 1 and len(rows[0]) == d_out
     b = stack.B if whole else torch.cat([stack.B[:, r.start : r.stop] for r in rows], 1)
@@ -89,6 +92,7 @@ def held(stack: Stack, columns: range, rows: Sequence[range], d_in: int, d_out: 
 def _no_gates(router: Router) -> RoutingError:
     name = type(getattr(router, "settings", router)).__name__
     return RoutingError(
-        f"{name} can't be served by vLLM, where a router must choose by gates, one vector per expert and module: phatgoose, "
-        "average-activation or shuffled-gates. PHATGOOSE needs every expert to have gates (`phatgoose gate`)."
+        f"{name} can't be served by vLLM, where a router must choose by gates, one vector per expert and "
+        "module: phatgoose, average-activation or shuffled-gates. PHATGOOSE needs every expert to have gates "
+        "(`phatgoose gate`)."
     )

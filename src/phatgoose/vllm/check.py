@@ -1,4 +1,4 @@
-"""What is checked before vLLM serves a pool, against the base as transformers knows it."""
+"""Check a pool against the base, as transformers knows it, before vLLM serves it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from phatgoose.models.attach.modules import check_copies, module_at
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.without_weights import mapped_base
 from phatgoose.models.moe.names import is_expert_path
-from phatgoose.vllm.binding import bind, prepared
+from phatgoose.vllm.binding import bind, prepare_router
 from phatgoose.vllm.samples import sample
 from phatgoose.vllm.settings import Settings
 
 
 def check(settings: Settings, base: str, revision: str | None = None) -> dict[str, tuple[float, ...]]:
-    """Refuses what can't be served, before anything is loaded for good.
+    """Refuses what can't be served, before vLLM loads anything.
 
     Args:
         base: the folder or Hub id that vLLM serves.
 
-    Returns: by the path of each module that the pool adapts, a few of the base's weights.
+    Returns: a few of the base's weights for each module that the pool adapts, by its path.
 
     Raises:
-        PoolError, ExpertError: the pool is missing or damaged. BaseModelError: it is of another base, or the base can't be read.
-        RoutingError: a module, an expert or the router that can't be routed in vLLM.
+        PoolError, ExpertError: the pool is missing or damaged. BaseModelError: it is of another base, or the
+            base can't be read.
+        RoutingError: a module, an expert or the router can't be routed in vLLM.
     """
     with _one_thread():
         pool = Pool.load(settings.pool)
-        router = prepared(settings.router, pool)
+        router = prepare_router(settings.router, pool)
         model = mapped_base(base, revision)
         if pool.base is not None and not settings.any_base:
             check_same_base(pool.base, fingerprint(model, base), "the pool's experts")
@@ -43,8 +44,8 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
         for path in pool.modules:
             if is_expert_path(path):
                 raise RoutingError(
-                    f"{path} is inside a mixture's experts, which can't be routed in vLLM: use `phatgoose serve`, or adapters of the "
-                    "attention alone."
+                    f"{path} is inside a mixture's experts, which can't be routed in vLLM: use `phatgoose "
+                    "serve`, or adapters of the attention alone."
                 )
             module = module_at(modules, path, pool)
             bind(pool, router, path)
@@ -55,7 +56,8 @@ def check(settings: Settings, base: str, revision: str | None = None) -> dict[st
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """vLLM may fork this process, and the threads of torch's products would not be there in the child, which then waits for them."""
+    """Runs torch on one thread: vLLM may fork this process, and the child would wait for threads that only the
+    parent has."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

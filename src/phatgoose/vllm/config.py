@@ -1,6 +1,7 @@
-"""What vLLM sees of a pool: a quantization config, the way in which vLLM lets others bring their own linear layers.
+"""What vLLM sees of a pool: a quantization config and the method of its linear layers.
 
-vLLM makes it in its front process, where everything is checked, and pickles it to the processes that run the model.
+A quantization config is how vLLM lets a plugin bring its own linear layers. vLLM makes it in its front
+process, where everything is checked, and pickles it to the processes that run the model.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
@@ -21,8 +30,81 @@ from phatgoose.experts.names import MANIFEST
 from phatgoose.files import sha256_file
 from phatgoose.ops import backend
 from phatgoose.vllm.layers import Layers
-from phatgoose.vllm.method import RoutedLinearMethod
 from phatgoose.vllm.settings import METHOD, Settings
+from phatgoose.vllm.slices import Linear, Slice
+
+CHILD = "phatgoose"
+"""The name of the routing within a layer."""
+
+
+@register_weight_loader_v2_supported_method
+class RoutedLinearMethod(UnquantizedLinearMethod):
+    """What a linear layer of vLLM computes: its own product, and the routed updates added to it.
+
+    Layers that aren't adapted have one as well: only when every layer has asked is it known that the pool's
+    modules were all found.
+    """
+
+    def __init__(self, layers: Layers, config: PhatgooseConfig, prefix: str):
+        super().__init__()
+        self._layers, self._config, self._prefix = layers, config, prefix
+        self.slices: list[Slice] = []
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        self.linear = _describe(
+            layer, self._prefix, input_size_per_partition, output_partition_sizes, input_size
+        )
+        self.slices = self._layers.take(self.linear, self._config.packed_modules_mapping)
+        if (
+            self.slices
+            and self._prefix.endswith("kv_b_proj")
+            and get_current_vllm_config().model_config.use_mla
+        ):
+            raise RoutingError(
+                f"the pool adapts {self._prefix}, whose weight vLLM folds into its latent attention: it "
+                "can't be routed there."
+            )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self._layers.check_taken()
+        made = None
+        if self.slices and CHILD not in layer._modules:
+            made = self._layers.make(
+                self.linear, self.slices, layer.weight.data, tensor_model_parallel_all_reduce
+            )
+        super().process_weights_after_loading(layer)  # which may pack the weight
+        if made is not None:
+            layer.add_module(CHILD, made)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().apply(layer, x, bias)
+        return getattr(layer, CHILD)(x, y) if self.slices else y
+
+
+def _describe(layer: LinearBase, prefix: str, held_in: int, held_out: list[int], d_in: int) -> Linear:
+    ranks = 1 if isinstance(layer, ReplicatedLinear) else layer.tp_size
+    copies = [1] * len(held_out)
+    if isinstance(layer, QKVParallelLinear) and layer.num_kv_head_replicas > 1:
+        copies[1:] = [layer.num_kv_head_replicas] * (len(held_out) - 1)
+    return Linear(prefix, d_in, layer.tp_rank, ranks, held_in, tuple(held_out), tuple(copies))
 
 
 class PhatgooseConfig(QuantizationConfig):
@@ -60,10 +142,10 @@ class PhatgooseConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Called in the front process, once it is known what is served.
+        """Called in the front process, once the model is known.
 
         Raises:
-            PhatgooseError: it can't be, as `check` says.
+            PhatgooseError: the pool can't be served on it, as `check` says.
         """
         from phatgoose.vllm.check import check  # transformers' models take a while to import
 
@@ -80,15 +162,17 @@ class PhatgooseConfig(QuantizationConfig):
             return RoutedLinearMethod(layers, self, prefix)
         if (path := layers.paths.get(prefix)) is not None:
             raise RoutingError(
-                f"the pool adapts {path}, which is a {type(layer).__name__} in vLLM; only linear layers are routed there."
+                f"the pool adapts {path}, which is a {type(layer).__name__} in vLLM; only linear layers are "
+                "routed there."
             )
-        return None  # as it is
+        return None
 
     def _open(self) -> Layers:
         if self._layers is None:
             config = get_current_vllm_config()
             _refuse(config)
-            # Compiled graphs hold top_k and the shapes of stacks, and vLLM keeps them by a hash that knows nothing of the pool.
+            # Compiled graphs contain top_k and the shapes of stacks. vLLM caches graphs by a hash of its own
+            # config, which knows nothing of the pool unless an entry there says so.
             if not isinstance(config.additional_config, dict):
                 raise RoutingError(
                     "--additional-config of this platform can't hold an entry, which the pool needs there."
@@ -102,7 +186,7 @@ class PhatgooseConfig(QuantizationConfig):
         return self._layers
 
     def _renamed(self, path: str) -> str:
-        """What vLLM calls a module of the base."""
+        """vLLM's name of a module of the base."""
         for mapper in self._mappers:
             path = next(iter(mapper.apply_list([path])), path)
         return path
@@ -113,7 +197,7 @@ class PhatgooseConfig(QuantizationConfig):
 
 
 def _refuse(config: Any) -> None:
-    """What would drop the routing of some layer, or was never tried."""
+    """Refuses what would drop the routing of some layer, or was never tried."""
     if config.lora_config is not None:
         raise RoutingError(
             "--enable-lora can't be used with a pool: its experts are routed already. Leave it out."

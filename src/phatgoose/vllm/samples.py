@@ -1,4 +1,4 @@
-"""A few weights of each routed module, by which it is known that a layer of vLLM is that module, row by row."""
+"""A few weights of each routed module, which show that a layer of vLLM is that module, row by row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SAMPLES = 32
 
 
 def sample(module: nn.Module, path: str) -> tuple[float, ...]:
-    """SAMPLES of the weight [d_out, d_in] of a linear module, from places that depend on its path and shape alone."""
+    """SAMPLES values of the weight [d_out, d_in] of a linear module, at places that depend only on its path
+    and shape."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
@@ -24,7 +25,7 @@ def sample(module: nn.Module, path: str) -> tuple[float, ...]:
 def differing(
     part: Tensor, path: str, expected: tuple[float, ...], rows: range, columns: range, size: tuple[int, int]
 ) -> str:
-    """How `part`, these rows and columns of a module's weight, differs from what was sampled; "" where it doesn't by more than a cast.
+    """How `part`, some rows and columns of a module's weight, differs from the samples; "" if by no more than a cast.
 
     Args:
         size: d_out and d_in of the whole module.

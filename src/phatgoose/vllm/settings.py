@@ -1,4 +1,4 @@
-"""What a user of vLLM says: which pool, which router."""
+"""What a user of vLLM sets: the pool and the router."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Settings:
     @staticmethod
     def parse(given: Mapping[str, Any]) -> Settings:
         """Raises:
-        RoutingError: no pool, or an entry of the wrong type. UnknownName: an entry that there isn't.
+        RoutingError: no pool, or an entry of the wrong type. UnknownName: an unknown entry.
         """
         entries = {k: v for k, v in given.items() if k != "quant_method"}
         kinds = {f.name: {"str": str, "bool": bool}[str(f.type)] for f in fields(Settings)}
@@ -37,13 +37,12 @@ class Settings:
                 raise unknown(f"entry of the {METHOD} quantization_config", name, kinds)
             if type(value) is not kinds[name]:
                 raise RoutingError(
-                    f"quantization_config: {name} is {value!r}, expected {'true or false' if kinds[name] is bool else 'a text'}."
+                    f"quantization_config: {name} is {value!r}, expected "
+                    f"{'true or false' if kinds[name] is bool else 'a text'}."
                 )
         if not entries.get("pool"):
-            raise RoutingError(
-                'quantization_config names no pool: pass --hf-overrides \'{"quantization_config": {"quant_method": "phatgoose", '
-                '"pool": "FOLDER"}}\'.'
-            )
+            example = '{"quantization_config": {"quant_method": "phatgoose", "pool": "FOLDER"}}'
+            raise RoutingError(f"quantization_config names no pool: pass --hf-overrides '{example}'.")
         return Settings(**{**entries, "pool": str(Path(entries["pool"]).expanduser().resolve())})
 
     def to_json(self) -> dict[str, Any]:

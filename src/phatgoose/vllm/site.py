@@ -1,4 +1,4 @@
-"""Routing at one linear layer of a running engine, as a module of buffers that torch.compile can look through."""
+"""Routing at one linear layer of vLLM, as a module of buffers that torch.compile can trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AllReduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a module's input this rank gets, where tensor parallelism splits it."""
+    """The part of a module's input that this rank gets when tensor parallelism splits it."""
 
     rank: int
     ranks: int
@@ -32,12 +32,12 @@ class Shard:
 
 
 class RoutedSlice(nn.Module):
-    """Σ w Δ(u) of one module of the pool, added to what a rank holds of its output.
+    """Adds Σ w Δ(u) of one module of the pool to the part of its output that a rank holds.
 
     Args:
         gates: standardised, float32 [E, d_in], of the whole input.
         stack: as the rank holds it: A [R, inputs it gets], B [R, outputs it has].
-        shard: None where the rank gets the whole input.
+        shard: None if the rank gets the whole input.
     """
 
     gates: Tensor
@@ -71,8 +71,10 @@ class RoutedSlice(nn.Module):
             self.register_buffer(name, value.detach().contiguous().to(device), persistent=False)
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
-        """y + Σ w Δ(u), a new tensor. u: [N, inputs this rank gets], y: [N, outputs it has]; where the input is split, y is the rank's
-        part of a sum over ranks, and so is what is added to it."""
+        """y + Σ w Δ(u), a new tensor. u: [N, inputs this rank gets], y: [N, outputs it has].
+
+        If the input is split, y is the rank's term of a sum over ranks, and so is the update.
+        """
         rows = [self.a, self.b, self.owners, self.scales]
         if self.fused:
             gates = [getattr(self, name) for name in self.gate_names]
@@ -81,7 +83,7 @@ class RoutedSlice(nn.Module):
         return routed_mix(u, y, chosen, weights, rows, self.widest)
 
     def _scores(self, u: Tensor) -> Tensor:
-        """Of the whole input, the same on every rank: float32 [N, E]."""
+        """Scores of the whole input, float32 [N, E], the same on every rank."""
         if (shard := self.shard) is None:
             return gate_scores(u, self.gates)
         total = shard.all_reduce(partial_scores(u, self.gates, shard.rank, shard.ranks))
@@ -89,7 +91,7 @@ class RoutedSlice(nn.Module):
 
 
 class RoutedLinear(nn.Module):
-    """The routed modules within one layer, each with the columns of the layer's output that are its own."""
+    """The routed modules in one layer, each with its own columns of the layer's output."""
 
     def __init__(self, parts: Sequence[tuple[int, int, RoutedSlice]]):
         super().__init__()
@@ -97,7 +99,7 @@ class RoutedLinear(nn.Module):
         self.parts = nn.ModuleList(part for _, _, part in parts)
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
-        """u: [..., inputs], y: [..., outputs] of the layer on this rank → y with every part's update; the rest as it is."""
+        """y [..., outputs] with the update of every routed module, for u [..., inputs] of the layer on this rank."""
         flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])
         pieces, done = [], 0
         for (begin, end), part in zip(self.places, self.parts, strict=True):

@@ -1,5 +1,6 @@
-"""Which modules of a pool a linear layer of vLLM holds, and which of their rows and columns: vLLM merges q, k, v and gate, up, and
-gives each rank of tensor parallelism a part. Sizes only, no tensors, no vLLM.
+"""Which modules of a pool a linear layer of vLLM holds, and which of their rows and columns.
+
+vLLM merges q, k, v and gate, up, and gives each rank of tensor parallelism a part. Sizes only, no tensors, no vLLM.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ class Linear:
     path: str
     """Its name in vLLM's model, such as model.layers.0.self_attn.qkv_proj."""
     d_in: int
-    """Of the whole layer, as `full`."""
+    """Inputs of the whole layer."""
     rank: int
     ranks: int
-    """Of tensor parallelism; 1 where this layer takes no part in it."""
+    """The number of ranks of tensor parallelism; 1 if this layer isn't split."""
     held_in: int
-    """How many of the d_in inputs this rank gets: fewer where the layer is split over its input (row-parallel)."""
+    """How many of the d_in inputs this rank gets: fewer if the layer is split over its input (row-parallel)."""
     held_out: tuple[int, ...]
-    """Rows of this rank's output, one number for each matrix merged in it."""
+    """How many rows of each matrix that is merged in the layer this rank holds."""
     replicas: tuple[int, ...]
-    """For each merged matrix, how many ranks in a row hold the same rows of it: more than 1 where keys are fewer than ranks."""
+    """How many successive ranks hold the same rows of each merged matrix: more than 1 if there are fewer keys
+    than ranks."""
 
     @property
     def splits_input(self) -> bool:
@@ -43,7 +45,7 @@ class Slice:
     end: int
     """Its columns of the layer's output on this rank."""
     rows: tuple[range, ...]
-    """The module's own outputs that these are, in order."""
+    """The outputs of the module that these columns are, in order."""
     d_out: int
     """How many outputs the whole module has."""
 
@@ -55,7 +57,8 @@ def columns(linear: Linear) -> range:
 
 
 def modules_in(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[str]:
-    """The paths, in vLLM's model were it not merged, of the modules that a layer holds; `merged` as for `slices`."""
+    """The paths of the modules in a layer, as vLLM would name them if it didn't merge them; `merged` as for
+    `slices`."""
     before, dot, last = linear.path.rpartition(".")
     return [f"{before}{dot}{name}" for name in merged.get(last, [last])]
 
@@ -67,11 +70,12 @@ def slices(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[Slice]:
         merged: vLLM's packed_modules_mapping: the last part of a merged layer's name → those of the modules in it.
 
     Raises:
-        RoutingError: a layer says that it holds so many matrices, and is said to be merged of another number of modules.
+        RoutingError: the layer has another number of matrices than `merged` names modules.
     """
     names = modules_in(linear, merged)
     parts = [
-        _held(linear, size, copies) for size, copies in zip(linear.held_out, linear.replicas, strict=True)
+        _rows_held(linear, size, copies)
+        for size, copies in zip(linear.held_out, linear.replicas, strict=True)
     ]
     if len(names) == 1:  # one module, of which the layer may still hold several parts, split one by one
         rows, d_out = [], 0
@@ -81,8 +85,9 @@ def slices(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[Slice]:
         return [Slice(names[0], 0, sum(linear.held_out), tuple(rows), d_out)]
     if len(names) != len(parts):
         raise RoutingError(
-            f"vLLM's {linear.path} is merged of {', '.join(name.rpartition('.')[2] for name in names)}, but in {len(parts)} parts, so that it isn't known which "
-            "part is whose. This architecture can't be routed."
+            f"vLLM's {linear.path} is merged of {', '.join(name.rpartition('.')[2] for name in names)}, but "
+            f"in {len(parts)} parts, so it isn't known which part belongs to which module. This architecture "
+            "can't be routed."
         )
     found, begin = [], 0
     for name, (held, size) in zip(names, parts, strict=True):
@@ -91,8 +96,8 @@ def slices(linear: Linear, merged: Mapping[str, Sequence[str]]) -> list[Slice]:
     return found
 
 
-def _held(linear: Linear, size: int, copies: int) -> tuple[range, int]:
-    """The rows of a merged matrix that this rank holds, and how many there are in all."""
+def _rows_held(linear: Linear, size: int, copies: int) -> tuple[range, int]:
+    """The rows of a merged matrix that this rank holds, and how many rows it has in all."""
     if linear.splits_input or linear.ranks == 1:
         return range(size), size
     start = linear.rank // copies * size
