@@ -21,7 +21,8 @@ LOOP_TOKENS = 4
 def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
     """score_e = v̄_eᵀ ū / √d in float32 (float64 if u is). u: [N, d], gates: standardised [E, d] → [N, E]."""
     u = u.to(torch.promote_types(u.dtype, torch.float32))
-    return F.layer_norm(u, u.shape[-1:], eps=EPS) @ gates.to(u.dtype).T * u.shape[-1] ** -0.5
+    scale: float = u.shape[-1] ** -0.5
+    return F.layer_norm(u, u.shape[-1:], eps=EPS) @ gates.to(u.dtype).T * scale
 
 
 def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

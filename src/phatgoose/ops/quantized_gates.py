@@ -62,7 +62,8 @@ class QuantizedGates:
                 (x @ codes[some].to(x.dtype).T) * steps[some]
                 for codes, steps in zip(self.codes, self.steps, strict=True)
             )
-        return scores * d**-0.5
+        scale: float = d**-0.5
+        return scores * scale
 
     def rounding(self, device: torch.device) -> float:
         """How far rounding can carry `scores` from the exact product.
@@ -70,7 +71,8 @@ class QuantizedGates:
         d products and sums are off by at most d 2⁻²⁴ ‖v̄‖ ‖ū‖, in whatever order they are added; the score is that over √d.
         """
         d = self.codes.shape[-1]
-        return 1.1 * d**0.5 * ((d + 16) * 2.0**-24 + _factor_rounding(device))
+        norm: float = d**0.5
+        return 1.1 * norm * ((d + 16) * 2.0**-24 + _factor_rounding(device))
 
 
 def quantize(gates: Tensor, planes: int | None = None) -> QuantizedGates:
@@ -122,7 +124,8 @@ def exact_scores(x: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
 
     So equal gates have equal scores, which a product in float32 doesn't promise.
     """
-    return (x @ gates.to(x.dtype).T * x.shape[-1] ** -0.5).to(dtype)
+    scale: float = x.shape[-1] ** -0.5
+    return (x @ gates.to(x.dtype).T * scale).to(dtype)
 
 
 _UNIT = {"none": 0.0, "ieee": 0.0, "highest": 0.0, "tf32": 2.0**-10, "high": 2.0**-10}

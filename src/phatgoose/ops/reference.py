@@ -24,7 +24,8 @@ def standardise(x: Tensor) -> Tensor:
 def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
     """score_e = v̄_eᵀ ū / √d. u: [N, d] raw inputs, gates: [E, d] standardised vectors v̄ → [N, E] (paper, section 3.2)."""
     dtype = torch.promote_types(torch.promote_types(u.dtype, gates.dtype), torch.float32)
-    return standardise(u).to(dtype) @ gates.to(dtype).T / u.shape[-1] ** 0.5
+    norm: float = u.shape[-1] ** 0.5
+    return standardise(u).to(dtype) @ gates.to(dtype).T / norm
 
 
 def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

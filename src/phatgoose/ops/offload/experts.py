@@ -22,6 +22,7 @@ from phatgoose.ops.quantized_gates import CHUNK_VALUES, QuantizedGates, exact_sc
 from phatgoose.ops.stack import Layer, Stack
 
 Mix = Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
+_Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ class OffloadedExperts:
         self.capacity = self.max_capacity if capacity is None else capacity
         self._state: _OnDevice | None = None
         self._lock = threading.Lock()
-        self._run = torch.compiler.disable(
-            self._routed
-        )  # which experts are on the device is no part of a graph
+        # Which experts are on the device is no part of a graph.
+        self._run: _Run = torch.compiler.disable(self._routed)
 
     def __reduce__(self) -> Any:
         # Copies begin with nothing on the device.

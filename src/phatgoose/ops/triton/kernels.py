@@ -1,9 +1,14 @@
-"""The Triton kernels of routing at one module: score, finish, plan, shrink, expand. `triton_backend.py` launches them.
+"""The Triton kernels of routing at one module: score, finish, plan, shrink, expand. `launch.py` launches them.
 
-Every grid is as large as the worst case needs, and programs that find nothing to do end at once: no size is ever asked of the
-GPU, so a CUDA graph may hold any of these. Matrices are row-major and whole; n tokens, K choices, K2 ≥ K a power of two.
+Few tokens:  score → shrink_few → expand_few. A program computes for one token; nothing is sorted.
+Many tokens: score → finish → plan → shrink_grouped → expand_grouped for each of the K choices. A program computes for a tile, which is
+up to BM tokens of one expert, so an expert's rows are read once for all of them.
+If the choice was made elsewhere, `score` is left out.
+
+Every grid is as large as the worst case needs, and programs that find nothing to do end at once. So no size is ever asked of the GPU,
+and a CUDA graph may hold any of these. Matrices are row-major without gaps; n tokens, K choices, K2 ≥ K a power of two.
 """
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
@@ -18,8 +23,12 @@ _NAN = tl.constexpr(0x7FC00000)
 
 @triton.jit
 def _key(score, expert):
-    """int64s that are ordered as scores are, equal ones by the lower expert first. NaN is above all, and nothing is `_LOWEST`."""
+    """Score and expert in one int64. A greater key is a better choice: of equal scores the lower expert's; NaN is above all scores.
+
+    The upper half holds the score's bits, the lower half the expert with all bits flipped. No key is `_LOWEST`.
+    """
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # −0 is 0
+    # As integers, the bits of positive floats are ordered as the floats; those of negative ones in reverse, so they are flipped.
     bits = tl.where(bits < 0, bits ^ _MOST, bits)
     bits = tl.where(score == score, bits, _NAN)
     return (bits.to(tl.int64) << 32) | (expert ^ _MOST).to(tl.int64)
@@ -30,15 +39,15 @@ INTERPRETED = tl.constexpr(not isinstance(_key, triton.JITFunction))
 
 @triton.jit
 def _dot(a, b, acc):
-    """acc + a b with a float32 sum; float32 factors are multiplied as such, not rounded to TF32."""
-    if INTERPRETED:  # which has no products of bfloat16; these are exact in float32
+    """acc + a b, summed in float32. float32 factors are multiplied as they are, not rounded to TF32."""
+    if INTERPRETED:  # the interpreter has no products of bfloat16; they are exact in float32
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def _leaders(keys, K: tl.constexpr, K2: tl.constexpr):
-    """The K greatest of each row, in order: [M, W] → [M, K2]."""
+    """The K greatest keys of each row, in order: [M, W] → [M, K2]. Columns beyond K hold `_LOWEST`."""
     column = tl.arange(0, K2)[None, :]
     best = tl.full([keys.shape[0], K2], _LOWEST, tl.int64)
     for j in range(K):
@@ -50,7 +59,7 @@ def _leaders(keys, K: tl.constexpr, K2: tl.constexpr):
 
 @triton.jit
 def _leaders_of_both(known, keys, K: tl.constexpr, K2: tl.constexpr):
-    """The K greatest of each row of two, in order: [M, K2], [M, W] → [M, K2]."""
+    """The K greatest keys of each row of two matrices, in order: [M, K2], [M, W] → [M, K2]."""
     column = tl.arange(0, K2)[None, :]
     best = tl.full([keys.shape[0], K2], _LOWEST, tl.int64)
     for j in range(K):
@@ -93,9 +102,11 @@ def _statistics(u, rows, there, d, BN: tl.constexpr, BD: tl.constexpr):
 def _score_products(
     u, gates, rows, there, experts, known, mean, d, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr
 ):
-    """v̄ᵀu in float32's precision: [BN, BE]. bfloat16 inputs go to tensor cores, gates as three bfloat16 terms, which are all of them.
+    """v̄ᵀu in float32's precision: [BN, BE].
 
-    v̄ᵀ(u − mean) is the same, and more precise where the mean is far from zero; but u − mean isn't bfloat16 any more.
+    v̄ᵀ(u − mean) is the same, since v̄'s mean is zero, and more precise if u's is far from it. That is computed for a single token and
+    for float32 inputs. u − mean isn't bfloat16 any more, so bfloat16 inputs go to tensor cores as they are, and each gate as the sum of
+    three bfloat16 terms, which hold all of its bits. The small terms are added first.
     """
     if BN == 1:
         wide = tl.zeros([BE, BD], tl.float32)
@@ -104,7 +115,7 @@ def _score_products(
         columns = i + tl.arange(0, BD)[None, :]
         x = tl.load(u + rows[:, None] * d + columns, mask=there[:, None] & (columns < d), other=0)
         v = tl.load(gates + experts[:, None] * d + columns, mask=known[:, None] & (columns < d), other=0)
-        if BN == 1:
+        if BN == 1:  # products are kept apart and summed once, after the loop
             wide += v * (x.to(tl.float32) - mean[:, None])
         elif x.dtype == tl.bfloat16:
             high = v.to(tl.bfloat16)
@@ -126,10 +137,10 @@ def score(
     u, gates, leaders, n, experts, d, each,
     K: tl.constexpr, K2: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The K leaders of `each` experts for BN tokens, as keys [n, splits, K2]: a running top-k, the scores stay in registers.
+    """The K best of one split of the experts (`each` of them) for BN tokens, as keys: leaders [n, splits, K2].
 
-    u [n, d]; gates float32 [experts, d], standardised, so that their mean is zero. score_e = v̄_eᵀ u / (std √d).
-    Grid: (blocks of tokens, splits).
+    A program keeps a running top-k, so scores stay in registers and [n, experts] is never written. u [n, d]; gates float32 [experts, d],
+    standardised, so that their mean is zero. score_e = v̄_eᵀ u / (std √d). Grid: (blocks of tokens, splits).
     """
     rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     there = rows < n
@@ -153,9 +164,10 @@ def shrink_few(
     u, a, starts, ranks, scales, leaders, chosen, weights, h, d, widest, n, splits,
     K: tl.constexpr, K2: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
-    """w · s · A u of one choice and BR of its expert's rows: h float32 [n · K, widest]. Grid: (n · K, blocks of rows).
+    """w · s · A u of one (token, choice) pair and BR of its expert's rows: h float32 [n · K, widest]. Grid: (n · K, blocks of rows).
 
-    If SCORED, it first makes the choice itself, of the leaders of all splits (W ≥ splits · K2 of them), and keeps it.
+    If SCORED, each program first makes the token's choice itself, from the leaders of all splits (W ≥ splits · K2 of them): that costs
+    less than another launch. The first block of rows keeps the choice.
     """
     pair = tl.program_id(0).to(tl.int64)
     token = pair // K
@@ -193,7 +205,7 @@ def shrink_few(
 def expand_few(
     y, b, starts, ranks, chosen, h, out, d, widest, K: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr
 ):
-    """y + Σ_j B_{e_j} h_j of one token and BO columns, summed in registers, rounded once. Grid: (n, blocks of columns)."""
+    """y + Σ_j B_{e_j} h_j of one token and BO columns. It is summed in registers and rounded once. Grid: (n, blocks of columns)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BO + tl.arange(0, BO)
     acc = tl.zeros([BO], tl.float32)
@@ -218,9 +230,9 @@ def finish(
     leaders, chosen, weights, owners, counts, n, experts, splits,
     K: tl.constexpr, K2: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
-    """The choice of BN tokens, of all splits' leaders if SCORED; and how many tokens each expert has. Grid: (blocks of tokens,).
+    """The choice of BN tokens, from all splits' leaders if SCORED, and how many tokens each expert has. Grid: (blocks of tokens,).
 
-    owners int32 [K, n]: the choice again, where −1 (nothing) has become `experts`. counts int32 [K, experts + 1], zero before.
+    owners int32 [K, n]: the choice again, with `experts` in place of −1 (nothing). counts int32 [K, experts + 1] must be zero before.
     """
     rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
     column = tl.arange(0, K2)[None, :]
@@ -243,15 +255,16 @@ def finish(
 def plan(
     owners, counts, slots, tables, n, experts, tiles, E2: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr
 ):
-    """The tokens of expert e as j-th choice, in order, and the tiles of at most BM of them. Grid: (K, experts + 1).
+    """Sorts tokens by the expert that is their j-th choice, and cuts each expert's tokens into tiles of at most BM.
 
-    slots int32 [K, n]: tokens sorted by owner. tables int32 [K, 3, tiles]: each tile's owner, first slot and size; sizes that
-    nobody writes stay zero.
+    Grid: (K, experts + 1); a program writes one expert's part. slots int32 [K, n]: tokens sorted by owner. tables int32 [K, 3, tiles]:
+    each tile's owner, first slot and size. Sizes that no program writes stay zero: those tiles are empty.
     """
     j, owner = tl.program_id(0), tl.program_id(1)
     counts += j * (experts + 1)
     mine = tl.load(counts + owner)
     if mine > 0:
+        # Where this expert's slots and tiles begin follows from the counts of the experts before it.
         e = tl.arange(0, E2)
         before = tl.load(counts + e, mask=e < owner, other=0)
         first = tl.sum(before, axis=0)
@@ -262,6 +275,7 @@ def plan(
             tl.store(table + 2 * tiles, tl.minimum(mine - start, BM))
             table += 1
         at = slots + j.to(tl.int64) * n + first
+        # Tokens keep their order, without atomics: each one's place is the number of own tokens before it.
         for start in range(0, n, BP):
             token = start + tl.arange(0, BP)
             own = tl.load(owners + j.to(tl.int64) * n + token, mask=token < n, other=-1) == owner
@@ -275,7 +289,10 @@ def shrink_grouped(
     u, a, starts, ranks, scales, weights, slots, tables, h, d, widest, n, experts, tiles,
     K: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """w · s · A u of a tile's tokens and BR of its expert's rows, read once for all of them. Grid: (K · tiles, blocks of rows)."""
+    """w · s · A u of a tile's tokens and BR of its expert's rows, which are read once for the tile.
+
+    Grid: (K · tiles, blocks of rows). Tiles of `experts`, which stands for "nothing chosen", are skipped.
+    """
     j = tl.program_id(0) // tiles
     table = tables + j * 3 * tiles + tl.program_id(0) % tiles
     expert, size = tl.load(table), tl.load(table + 2 * tiles)
@@ -310,9 +327,10 @@ def expand_grouped(
     y, b, starts, ranks, slots, tables, h, partial, out, d, widest, n, experts, tiles, j,
     K: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """B h of a tile's tokens and BO columns, for j-th choices. Grid: (tiles, blocks of columns), one launch a choice.
+    """B h of a tile's tokens and BO columns, for j-th choices. Grid: (tiles, blocks of columns); one launch per choice.
 
-    A launch meets every token once. All but the last leave their sum in `partial` [n, d]; the last adds it and y, and rounds once.
+    A launch meets every token once, so nothing is added atomically and results are the same in every run. All launches but the last
+    leave their sum in `partial` [n, d]; the last adds it and y, and rounds once.
     """
     table = tables + j * 3 * tiles + tl.program_id(0)
     expert, size = tl.load(table), tl.load(table + 2 * tiles)

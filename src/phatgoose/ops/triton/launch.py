@@ -190,13 +190,13 @@ def _score(u: Tensor, gates: Tensor, k: int) -> Tensor:
     the experts are split until there are two programs a processor. `finish` or `shrink_few` chooses among the splits' best.
     """
     (n, d), experts, k2 = u.shape, gates.shape[0], _power(k)
-    # A product with one or two rows is a sum. Tensor cores need at least 16 rows, which would be padding: so one token a program,
-    # only four gates at once, and d in long pieces, which keep enough loads in flight.
+    # One or two tokens: tensor cores take at least 16 rows, which would be padding. So a program has one token and four gates, and
+    # reads d in long pieces.
     few = n <= 2
-    # Up to 1024 tokens, blocks of 16 × 16 make enough programs. Above, 64 × 64 reads u and the gates a quarter as often.
+    # More tokens: a larger block reads u and the gates less often, but makes fewer programs. Above 1024 tokens there are enough.
     tokens = 1 if few else 16 if n <= 1024 else 64
     block = 4 if few else 16 if n <= 1024 or experts <= 16 else 64
-    # Two programs a processor, but no split without experts; and at most 1024 keys a token, which one program sorts later.
+    # Two programs a processor, but no split without experts, and at most 1024 keys a token: one program merges them later.
     programs = -(-2 * _processors(u.device) // -(-n // tokens))
     splits = max(1, min(-(-experts // block), programs, 1024 // k2))
     each = -(-experts // (splits * block)) * block
