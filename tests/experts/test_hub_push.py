@@ -280,7 +280,7 @@ def test_somebody_elses_push_in_between_is_not_undone(login, pool):
     ],
 )
 def test_local_paths_are_not_published_unasked(login, pool, tmp_path, file, change, where):
-    from phatgoose.experts.manifest import sha256_file
+    from phatgoose.files import sha256_file
 
     path = pool / "experts" / "b" / file
     write_json(path, {**read_json(path, PoolError), **change})

@@ -1,8 +1,8 @@
-"""What a contributor says about an expert's data, beside it: mean activations, and embeddings of training texts.
+"""An expert's data signature: mean activations on its data, and embeddings of training texts.
 
-signature.safetensors holds `activations/MODULE` ([d] float32, what the module's inputs were on the expert's own rows, averaged over
-tokens) and `texts` ([n, width] float32, n ≤ 1000 unit vectors), either or both. Its metadata names the adapter it was made with by
-sha256, and the sentence encoder by name and sha256. How it was made stands in expert.json, under "signature".
+signature.safetensors holds `activations/MODULE` ([d] float32: the module's input on the expert's own rows, averaged
+over tokens), `texts` ([n, width] float32: n ≤ 1000 unit vectors), or both. Its metadata names the adapter by sha256,
+and the sentence encoder by name and sha256. expert.json records under "signature" how it was made.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _UNIT = 1e-3
 
 
 class DataSignature:
-    """Mean activations and text embeddings of one expert's own data. Immutable; values may be read when they are first used.
+    """Mean activations and text embeddings of one expert's own data. Immutable; values may be read on first use.
 
     Raises:
         ExpertError: naming the tensor, what was expected and what was found.
     """
 
     encoder: str | None
-    """What the texts were embedded with: an alias or a Hub id; None without texts."""
+    """The sentence encoder of the texts, an alias or a Hub id; None without texts."""
     encoder_sha256: str | None
-    """The encoder's fingerprint: embeddings of two encoders can't be compared."""
+    """The encoder's fingerprint, since embeddings of two encoders can't be compared."""
 
     def __init__(
         self,
@@ -56,7 +56,12 @@ class DataSignature:
         *,
         where: str = "a data signature",
     ):
-        """activations: float [d] by module path. texts: float [n, width], unit rows. `where` begins what is said of errors."""
+        """
+        Args:
+            activations: float [d] by module path.
+            texts: float [n, width], rows of length 1.
+            where: what error messages begin with.
+        """
         self.path: Path | None = None
         self.encoder, self.encoder_sha256 = encoder, encoder_sha256
         self.has_activations, self.has_texts = activations is not None, texts is not None
@@ -77,7 +82,7 @@ class DataSignature:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of what it says: every value, and the encoder's fingerprint."""
+        """sha256 of every value and of the encoder's fingerprint."""
         digest = hashlib.sha256(str(self.encoder_sha256).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name}\0{list(tensor.shape)}".encode())
@@ -85,14 +90,15 @@ class DataSignature:
         return digest.hexdigest()
 
     def fits(self, updates: Mapping[str, Update], where: str) -> None:
-        """Refuses activations that aren't one vector for each module the expert adapts, of its size."""
+        """Refuses activations that aren't one vector for each module that the expert adapts, of its size."""
         if not self.has_activations:
             return
         found = self._widths()
         if found.keys() != updates.keys():
             odd = sorted(found.keys() ^ updates.keys())[0]
             raise ExpertError(
-                f"{where}: {SIGNATURE_FILE} must have activations of every adapted module and of none else; {odd} differs."
+                f"{where}: {SIGNATURE_FILE} must have activations of every adapted module and of none else; {odd} "
+                "differs."
             )
         for path, width in found.items():
             if not sizes_agree(width, updates[path].gate_dim):
@@ -101,7 +107,7 @@ class DataSignature:
                 )
 
     def write(self, target: Path, adapter_sha256: str) -> None:
-        """Writes signature.safetensors: as it was read, to the byte, where it says the same of the same adapter."""
+        """Writes signature.safetensors: a copy of the file that was read if it still holds the same."""
         metadata = {"format": _FORMAT, "version": _VERSION, "adapter_sha256": adapter_sha256}
         if self.encoder is not None:
             metadata |= {"encoder": self.encoder, "encoder_sha256": str(self.encoder_sha256)}
@@ -133,10 +139,13 @@ class DataSignature:
 
 
 class StoredSignature(DataSignature):
-    """A data signature in a file whose header was checked; its values are read, and checked, when they are first used."""
+    """A data signature in a file whose header was checked; its values are read, and checked, on first use.
+
+    Args:
+        sha256: the file's, to be compared when it is read; None if it isn't known.
+    """
 
     def __init__(self, path: Path, header: Header, adapter_sha256: str, sha256: str | None = None):
-        """`sha256`: the file's, to be compared when it is read; None: not known."""
         self.path, self._sha256 = path, sha256
         check_metadata(header.metadata, path, adapter_sha256)
         self._shapes = _shapes(header, str(path))
@@ -192,7 +201,7 @@ def _check_encoder(signature: DataSignature, where: str) -> None:
 
 
 def _shapes(header: Header, where: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, once names, dtypes and dimensions are what they should be."""
+    """Every tensor's shape; refuses wrong names, dtypes and dimensions."""
     if not header.items:
         raise ExpertError(f"{where} holds neither activations nor texts.")
     for name, item in header.items.items():
@@ -237,7 +246,7 @@ def _checked(
 
 
 def describe(record: Any) -> str:
-    """A data signature in a few words, from its record in expert.json, which may hold anything; "" if there is none."""
+    """A data signature in a few words, from its record in expert.json, which may be anything; "" if there is none."""
     if not isinstance(record, dict):
         return ""
     parts = []

@@ -1,4 +1,4 @@
-"""An expert: an adapter, its gates, and where both come from."""
+"""An expert: an adapter, its gates, its data signature, and the records of how they were made."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from phatgoose.records import Fingerprint, HubSource
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One contributor's expert. Immutable: training a gate gives a new one.
+    """One contributor's expert. Immutable: training its gates gives a new one.
 
-    Build it with `from_peft`, `load` or `train_expert` rather than by hand.
+    Build it with `from_peft`, `load`, `pull` or `train_expert` rather than by hand.
 
     Raises (from every way of building one):
         ExpertError: naming the file, the tensor or the setting, what was expected and what was found.
@@ -52,19 +52,19 @@ class Expert:
     tensors: Mapping[str, Tensor] = field(repr=False)
     """The adapter's tensors under its format's keys, untouched."""
     gates: Mapping[str, Tensor] | None = field(default=None, repr=False)
-    """One float32 vector [d_in] per adapted module, by module path; None if nobody trained them yet."""
+    """One float32 vector [d_in] per adapted module, by module path; None if they aren't trained yet."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """How it was made: base, task, configs, versions, validation losses, and the gate's own record under "gate"."""
+    """How it was made: base, task, configs, versions, validation losses, and the gates' own record under "gate"."""
     folder: Path | None = field(default=None, repr=False)
-    """Where it was read from, if it was."""
+    """The folder that it was read from; None if it wasn't read."""
     origin: HubSource | None = None
-    """Where on the Hub its adapter was fetched from, if it was; a pool keeps this in its manifest."""
+    """Where on the Hub its adapter was fetched from, or None; a pool keeps this in its manifest."""
     signature: DataSignature | None = field(default=None, repr=False)
-    """What its contributor says about its data: mean activations, text embeddings; None if nothing."""
+    """Its data signature (mean activations, text embeddings), or None."""
     updates: Mapping[str, Update] = field(init=False, repr=False)
     """What it does at each adapted module, by the module's path in the base model."""
     base_copies: Mapping[str, Tensor] = field(init=False, repr=False)
-    """Weights of the base that PEFT saved along, by parameter name; `route` checks that they are the base's own."""
+    """Weights of the base that PEFT saved along, by parameter name; `route` checks that they equal the base's."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -76,7 +76,7 @@ class Expert:
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
         if self.signature is not None:
             self.signature.fits(self.updates, self._where())
-        _ = self.base  # refused here if it isn't one, not later
+        _ = self.base  # so that a wrong record is refused here, not later
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.updates.values()})
@@ -87,7 +87,7 @@ class Expert:
 
     @property
     def base(self) -> Fingerprint | None:
-        """The base it was trained on, or else its gates, if that was recorded (a plain PEFT folder records only a name)."""
+        """The base that it, or else its gates, was trained on; None if only a name is recorded, or nothing."""
         if not (found := self.recorded_base):
             return None
         try:
@@ -99,24 +99,24 @@ class Expert:
 
     @property
     def recorded_base(self) -> Any:
-        """`base` as the records have it; None if they don't."""
+        """`base` as the records have it, unchecked."""
         gate = self.provenance.get("gate")
         return self.provenance.get("base") or (gate.get("base") if isinstance(gate, dict) else None)
 
     @property
     def base_name(self) -> str | None:
-        """What the adapter's own config calls its base; it may be a path."""
+        """The base's name in the adapter's own config; it may be a path."""
         name = self.adapter_config.get("base_model_name_or_path") or self.adapter_config.get("model_name")
         return name if isinstance(name, str) and name else None
 
     @cached_property
     def sizes(self) -> Mapping[str, tuple[int, int, bool]]:
-        """Module path → d_in, d_out (0: only the base knows), whether it is an embedding; no tensor is touched."""
+        """Module path → (d_in, d_out, whether it is an embedding), with 0 for a size that only the base knows."""
         return {path: (u.d_in, u.d_out, u.embedding) for path, u in self.updates.items()}
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of what it computes: every update and gate, with names, shapes and dtypes (not of names or records)."""
+        """sha256 of what it computes: every update and gate by module. Its name and records don't count."""
         digest = hashlib.sha256()
         for path in sorted(self.updates):
             update = self.updates[path]
@@ -154,10 +154,11 @@ class Expert:
         provenance: Mapping[str, Any] | None = None,
         drop: Collection[str] = (),
     ) -> Expert:
-        """Reads any PEFT LoRA or (IA)³ folder, without building a PEFT model; gates and records beside it are not read.
+        """Reads the PEFT adapter in a folder, without building a PEFT model; gates and records beside it are not read.
 
-        `drop` names what to leave out although the adapter then computes something else ("modules_to_save",
-        "trainable_token_indices"); it is recorded in the provenance.
+        Args:
+            drop: what to leave out ("modules_to_save", "trainable_token_indices"), although the adapter then
+                computes something else; the provenance records it.
         """
         return Expert(**read_plain(Path(folder), "PEFT", name, provenance, drop))
 
@@ -169,9 +170,10 @@ class Expert:
         provenance: Mapping[str, Any] | None = None,
         drop: Collection[str] = (),
     ) -> Expert:
-        """Reads a bottleneck adapter that the `adapters` library saved (with use_safetensors=True), without the library.
+        """Reads a bottleneck adapter that the `adapters` library saved with use_safetensors=True.
 
-        `drop` as in `from_peft`; here it may name "prediction_head".
+        Args:
+            drop: as in `from_peft`; here it may be "prediction_head".
         """
         return Expert(**read_plain(Path(folder), "AdapterHub", name, provenance, drop))
 
@@ -183,7 +185,7 @@ class Expert:
         drop: Collection[str] = (),
         origin: HubSource | None = None,
     ) -> Expert:
-        """Reads an expert folder and verifies all of it: the adapter, of either format, and its gates, signature and record if present.
+        """Reads an expert folder, of either format, and verifies it all, with gates, signature and record.
 
         Args:
             drop: as in `from_peft`.
@@ -248,7 +250,7 @@ class Expert:
             return push_expert(self.save(work / self.name), repo, subfolder, options)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the expert's folder, whole or not at all; an existing one is replaced. Files keep their permissions, also in a copy.
+        """Writes the expert's folder, whole or not at all; an existing one is replaced. Permissions are kept.
 
         Raises:
             StorageError: no space or no permission; what was there is left as it was.
@@ -302,7 +304,7 @@ class Expert:
         write_card(work, facts, self.folder)
 
     def _write_adapter(self, work: Path) -> None:
-        """Writes config and tensors: copies of the files that were read, if these still hold the same, else new files."""
+        """Writes config and tensors: copies of the files that were read if they still hold the same."""
         weights = weights_file(self.adapter_config)
         source = self.folder
         if source is not None and (source / weights).is_file() and (source / CONFIG_FILE).is_file():

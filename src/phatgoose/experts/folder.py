@@ -92,7 +92,8 @@ def read_record(folder: SafeFolder) -> dict[str, Any]:
         raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
     if record.get("version") != RECORD_VERSION:
         raise ExpertError(
-            f"{path} has format version {brief(record.get('version'))}; this phatgoose reads {RECORD_VERSION}. Update phatgoose."
+            f"{path} has format version {brief(record.get('version'))}; this phatgoose reads {RECORD_VERSION}. "
+            "Update phatgoose."
         )
     if not isinstance(record.get("provenance", {}), dict):
         raise ExpertError(f"{path}: provenance is not an object.")
@@ -114,7 +115,8 @@ def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
     others = sorted(p.name for p in folder.iterdir() if p.name not in own)
     if others:
         raise ExpertError(
-            f"{folder} holds files that are no expert's ({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
+            f"{folder} holds files that are no expert's "
+            f"({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
             "would be lost: choose another folder with --out."
         )
 
@@ -127,7 +129,7 @@ def _is_there(folder: SafeFolder, name: str, recorded: Any) -> bool:
 
 
 def _with_tokenizer(provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The provenance, with a record of tokenizer files beside the adapter; a warning is given when they are first recorded."""
+    """The provenance with a record of tokenizer files beside the adapter; a new record gives a warning."""
     found = None if tokenizer_files.KEY in provenance else tokenizer_files.brought(folder)
     if found is None:
         return dict(provenance)

@@ -1,4 +1,4 @@
-"""An expert's gates: one vector for every module it adapts, in a file of their own beside the adapter."""
+"""An expert's gates: one vector for each module that it adapts, in gates.safetensors beside the adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GATES_VERSION = 1
 
 
 def gates_metadata(adapter_sha256: str, base: Any) -> dict[str, str]:
-    """What their file says of itself: the adapter they were trained for and, where it is known, its base."""
+    """The metadata of gates.safetensors: the adapter that the gates were trained for and, if known, its base."""
     metadata = {"format": "phatgoose-gates", "version": str(GATES_VERSION), "adapter_sha256": adapter_sha256}
     if base:
         metadata["base"] = json.dumps(base, sort_keys=True)
@@ -29,7 +29,7 @@ def gates_metadata(adapter_sha256: str, base: Any) -> dict[str, str]:
 def check_gates_metadata(
     metadata: Mapping[str, str], path: Path, adapter_hash: str, weights: str = PEFT_WEIGHTS
 ) -> None:
-    """Refuses gates of another format, or of another adapter than the one with this sha256."""
+    """Refuses gates in another format, or for another adapter than the one with this sha256."""
     if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(GATES_VERSION):
         raise ExpertError(
             f"{path} has format {brief(metadata.get('format'))} version {brief(metadata.get('version'))}; "
@@ -46,7 +46,7 @@ def check_gates_metadata(
 def checked_gates(
     gates: Mapping[str, Tensor], updates: Mapping[str, Update], where: str
 ) -> dict[str, Tensor]:
-    """The gates in float32 on the CPU: one for each module that the expert adapts, of the right size, finite.
+    """The gates in float32 on the CPU, checked: one for each module that the expert adapts, of the right size, finite.
 
     Raises:
         ExpertError: naming the module.

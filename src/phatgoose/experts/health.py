@@ -1,4 +1,4 @@
-"""Warnings about pools that are valid but probably wrong: outliers, gates that say nothing, experts that are there twice.
+"""Warnings about valid pools that are probably wrong: outliers, useless gates, duplicates.
 
 Norms are computed from factors: of an update B A, ‖B A‖² = Σ (BᵀB) ∘ (AAᵀ), matrices of r × r.
 """
@@ -22,14 +22,14 @@ from phatgoose.experts.files.tokenizer_files import differences, without_base
 from phatgoose.ops.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
-"""An outlier is more than a factor of 20 · e^(3σ) from the median at the same module, where σ is 1.4826 times the median absolute
-deviation of the logarithms. Experts that were trained alike differ by less than a factor of 4."""
+"""An outlier is more than a factor of 20 · e^(3σ) from the median at the same module, where σ is 1.4826 times the
+median absolute deviation of the logarithms. Experts that were trained alike differ by less than a factor of 4."""
 LARGEST = 1e6
 """A norm that no update of a language model's layer has."""
 FLAT = 1e-5
 """A gate is constant if its standard deviation is below this share of its mean: what is left is rounding."""
 PARALLEL, MODULES = 0.99, 32
-"""Gates are nearly parallel if their cosine is above 0.99 at more than half of at most 32 modules that both experts adapt."""
+"""Gates are nearly parallel if their cosine is above 0.99 at most of 32 modules that both experts adapt."""
 
 
 def warnings(
@@ -105,7 +105,8 @@ _BASE = {
 def strengths(update: Update) -> Iterator[tuple[str, float]]:
     """The size of each part of an update, comparable between experts at one module: name and norm in float64.
 
-    "update" is ‖scale · B A‖ and "bias" ‖scale · bias‖ (Frobenius norms); of scales c it is the root mean square of c − 1; of
+    "update" is ‖scale · B A‖ and "bias" ‖scale · bias‖ (Frobenius norms); of scales c it is the root mean square of
+    c − 1; of
     VeRA ‖b‖ ‖d‖, since only the base knows its matrices; of a bottleneck adapter the bound |scale| ‖up‖ ‖down‖.
     """
     if update.rank:
@@ -164,8 +165,8 @@ class _Findings:
 def _against_base(part: str, size: float, weight: float) -> float | None:
     """How many times the base's weight a part is, if that is suspicious; else None.
 
-    It is for an update that is larger than the weight, and for a DoRA magnitude, the norm of the new weight, that is not
-    between half and twice the old one.
+    It is for an update that is larger than the weight, and for a DoRA magnitude, the norm of the new weight, that
+    is not between half and twice the old one.
     """
     if weight <= 0 or part not in _BASE:
         return None
@@ -219,7 +220,8 @@ def _bases(experts: Sequence[Expert]) -> Iterator[str]:
         for base, owners in names.items()
     )
     yield (
-        f"{DIFFERENT_BASES}: {listed}. These may be copies of one model, or models of one shape; without a recorded base nobody can "
+        f"{DIFFERENT_BASES}: {listed}. These may be copies of one model, or models of one shape; without a "
+        "recorded base nobody can "
         "tell here. Make sure that all were trained on one base: on another, an expert computes nonsense."
     )
 
@@ -236,7 +238,8 @@ def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
     for expert in experts:
         if expert.adapter_config.get("modules_to_save") and expert.base_copies and not compared:
             yield (
-                f"{expert.name}: brings its own {', '.join(expert.base_copies)}, and is refused on a base whose weights differ from "
+                f"{expert.name}: brings its own {', '.join(expert.base_copies)}, and is refused on a base whose "
+                "weights differ from "
                 "these (`phatgoose pool verify --base` compares them)."
             )
         if expert.base is None:
@@ -259,7 +262,8 @@ def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
             alone[names[0]].append(path)
     for name, paths in alone.items():
         yield (
-            f"{name}: the only expert at {len(paths)} modules (first: {paths[0]}); there it competes only with the null candidate."
+            f"{name}: the only expert at {len(paths)} modules (first: {paths[0]}); there it competes only with the "
+            "null candidate."
         )
 
 

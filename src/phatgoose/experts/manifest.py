@@ -55,7 +55,8 @@ def lock(folder: Path) -> Iterator[None]:
                 held.acquire(timeout=max(0.0, LOCK_SECONDS - NOTICE_SECONDS))
             except Timeout as cause:
                 raise PoolError(
-                    f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
+                    f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is "
+                    "done, or end it."
                 ) from cause
     try:
         yield
@@ -79,7 +80,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     expected = PACKED_VERSION if "packed" in manifest else FORMAT_VERSION
     if manifest.get("version") != expected:
         raise PoolError(
-            f"{path} has format version {brief(manifest.get('version'))}; this phatgoose reads {FORMAT_VERSION} and, of packed pools, "
+            f"{path} has format version {brief(manifest.get('version'))}; this phatgoose reads {FORMAT_VERSION} "
+            "and, of packed pools, "
             f"{PACKED_VERSION}. Update phatgoose."
         )
     entries = manifest.get("experts")
@@ -109,7 +111,7 @@ def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
 
 
 def expert_folder(folder: Path, entry: Mapping[str, Any]) -> SafeFolder:
-    """The folder of the expert of a manifest's entry, once neither it nor a file in it is a link that leads out of the pool.
+    """An expert's folder from its manifest entry; neither it nor a file in it is a link out of the pool.
 
     Raises:
         PoolError: it is, or nobody may look.
@@ -140,15 +142,16 @@ def verify_files(folder: SafeFolder, entry: dict[str, Any]) -> None:
     for name in EXPERT_FILES:
         if name not in entry["files"] and folder.has(name):
             raise PoolError(
-                f"{folder.path / name} is not listed in the pool's manifest; was it added by hand? Use `phatgoose pool add`."
+                f"{folder.path / name} is not listed in the pool's manifest; was it added by hand? Use `phatgoose "
+                "pool add`."
             )
 
 
 def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Deletes what the pool no longer needs, now that this manifest is written. Folders that were never the pool's own stay.
+    """Deletes what the pool no longer needs once this manifest is written; what was never its own stays.
 
-    That is: experts of the entries `before` that aren't in the manifest; files of packed experts that are unpacked now, and
-    the reverse; old files of stacks; and what a killed process has half written.
+    That is: experts of the entries `before` that aren't in the manifest; files of packed experts that are unpacked
+    now, and the reverse; old files of stacks; and what a killed process has half written.
     """
     entries = {e["folder"]: e for e in manifest["experts"]}
     gone = {e["folder"] for e in before} - entries.keys()
@@ -195,7 +198,7 @@ def _check_entry(entry: Any, where: str) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Refuses a pool whose own parts are links: what they lead to would be read, written and swept as if it were the pool's."""
+    """Refuses a pool whose own parts are links: a sweep would delete what they lead to."""
     for name in ("experts", "packed", ".lock"):
         try:
             linked = (folder / name).is_symlink()
@@ -203,5 +206,6 @@ def _refuse_links(folder: Path) -> None:
             raise PoolError(f"{folder} can't be read: {cause.strerror}.") from cause
         if linked:
             raise PoolError(
-                f"{folder / name} is a link, which is not followed: it could lead out of the pool's folder. Put the folder itself there."
+                f"{folder / name} is a link, which is not followed: it could lead out of the pool's folder. Put "
+                "the folder itself there."
             )

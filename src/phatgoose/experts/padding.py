@@ -1,4 +1,4 @@
-"""A pool with experts that know nothing added to it: does a router leave them alone?"""
+"""Pad a pool with random experts, as a control: does a router leave them alone?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from phatgoose.experts.pool import Pool
 
 
 def padded(pool: Pool, count: int, seed: int = 0) -> Pool:
-    """The pool with `count` randomly initialised experts behind its own.
+    """The pool with `count` random experts after its own.
 
-    Each is shaped after one of the pool's experts in turn: every tensor and every gate is drawn from a normal distribution
-    with the mean and standard deviation of the one it stands for, so that it can't be told by its size.
+    Each is modelled on one of the pool's experts in turn: every tensor and every gate is drawn from a normal
+    distribution with the mean and standard deviation of the original, so that its size doesn't give it away.
 
     Raises:
         PoolError: `count` is negative, or a name it would use is taken.

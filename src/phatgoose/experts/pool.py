@@ -80,7 +80,8 @@ class Pool:
                 first, known = owners.setdefault(path, expert), sizes.setdefault(path, (0, 0))
                 if not all(map(sizes_agree, known, found)) or embedding != first.sizes[path][2]:
                     raise PoolError(
-                        f"experts {first.name!r} and {expert.name!r} disagree about {path}: {known[0]} → {known[1]} and "
+                        f"experts {first.name!r} and {expert.name!r} disagree about {path}: {known[0]} → "
+                        f"{known[1]} and "
                         f"{found[0]} → {found[1]}. They can't be of one base."
                     )
                 sizes[path] = (known[0] or found[0], known[1] or found[1])
@@ -116,7 +117,7 @@ class Pool:
         return Pool([e for e in self.experts if e.name != name])
 
     def rows(self, path: str, dtype: torch.dtype) -> tuple[PackedRows | None, str]:
-        """All low-rank rows at a module as views of a packed pool's file; or None, and why they must be copied together."""
+        """All low-rank rows at a module as views of a packed pool's file, or None and why they must be copied."""
         return rows_in_place([e for e in self.experts if path in e.sizes], path, dtype)
 
     def release_gates(self) -> None:
@@ -129,8 +130,9 @@ class Pool:
     def save(self, folder: str | Path, *, replace: bool = True) -> Path:
         """Writes the pool; an existing pool folder becomes this one. Experts of a packed pool are written unpacked.
 
-        A process that is killed leaves either the old pool or the new one: experts are written before the manifest that names
-        them, and those that the pool no longer has are deleted after it. Experts that are there already are not written again.
+        A process that is killed leaves either the old pool or the new one: experts are written before the manifest
+        that names them, and those that the pool no longer has are deleted after it. Experts that are there already
+        are not written again.
 
         Args:
             replace: False to refuse a folder that has a pool by the time it is written.
@@ -148,7 +150,8 @@ class Pool:
                 )
             if "packed" in manifest:
                 raise PoolError(
-                    f"{folder} is packed and can't be written as a whole: change it by `phatgoose pool add` and `pool remove` "
+                    f"{folder} is packed and can't be written as a whole: change it by `phatgoose pool add` and "
+                    "`pool remove` "
                     "(add_to_folder, remove_from_folder), unpack it first, or choose another folder."
                 )
             entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
@@ -163,8 +166,8 @@ class Pool:
         """Reads a pool folder. A packed pool is mapped into memory: its values are read when they are used.
 
         Args:
-            verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always checked. Of a
-                packed pool the mapped file is not read; `pool_folder.verify_folder` reads all.
+            verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always
+                checked. Of a packed pool the mapped file is not read; `pool_folder.verify_folder` reads all.
 
         Raises:
             PoolError, ExpertError: naming the file, what was expected and what was found.
@@ -259,11 +262,11 @@ class Pool:
             return push_pool(self.save(work / "pool"), repo, options)
 
     def warnings(self, weight_norms: Mapping[str, float] | None = None, tokenizer: Any = None) -> list[str]:
-        """What a user should know about this pool although it is valid (docs/experts-and-pools.md lists it). Reads every value.
+        """What a user should know about this pool although it is valid; docs/experts-and-pools.md has the list.
 
         Args:
-            weight_norms: Frobenius norms of the base's weights by module path, to find updates that are larger than the weights
-                they change.
+            weight_norms: Frobenius norms of the base's weights by module path, to find updates that are larger than
+                the weights they change.
             tokenizer: the base's, to compare tokenizer files of the experts with.
         """
         return health.warnings(self.experts, weight_norms, tokenizer)

@@ -64,7 +64,7 @@ def _entry(expert: Expert, relative: str, files: dict[str, str]) -> dict[str, An
 
 
 def _holds(place: Path, expert: Expert, entry: dict[str, Any] | None = None) -> bool:
-    """Whether `place` is a folder, not a link, with this very expert, and with the files of `entry` if that is given."""
+    """Whether `place` is a folder, not a link, with this very expert, and with the files of `entry`."""
     try:
         if entry is not None:
             verify_files(SafeFolder(place, PoolError, links_checked=True), entry)

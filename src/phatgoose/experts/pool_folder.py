@@ -20,7 +20,7 @@ from phatgoose.registry import unknown
 
 
 def add_to_folder(folder: str | Path, expert: Expert) -> None:
-    """Adds one expert to a pool on disk; only its files and the manifest are written. Without a pool, a new one is made.
+    """Adds one expert to a pool on disk, a new one if there is none; the other experts aren't written.
 
     A packed pool stays packed, and is packed again with more room when it is full.
 

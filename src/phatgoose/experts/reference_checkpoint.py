@@ -1,13 +1,14 @@
-"""The paper authors' checkpoints: one torch file of all experts → a pool of PEFT experts with gates.
+"""Import the paper authors' checkpoints: one torch file of all experts becomes a pool of PEFT experts with gates.
 
-Their keys, i numbering the experts, and the update of expert i at a module with input u [d_in]:
+These are its keys, for expert i, and the update of that expert at a module with input u [d_in]:
 
     <module>._addons.expert_lora.layer1__<i>          L1 [d_in, 16]
     <module>._addons.expert_lora.layer2__<i>          L2 [16, d_out]        Δ(u) = (u L1 L2) / 16
     <module>._addons.router.expert_embeddings__<i>    the gate v [d_in]
 
-So A = L1ᵀ, B = L2ᵀ and alpha 1 at rank 16. <module> is the module's path in the base. The files also hold the base's token
-embeddings under the names that T5 has for them, which training left as they were: they are compared, not used.
+So A = L1ᵀ, B = L2ᵀ and alpha 1 at rank 16. <module> is the module's path in the base. The files also hold the
+base's token embeddings under T5's names for them. Training didn't change them: they are compared with the base's, not
+used.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from phatgoose.records import Fingerprint
 RANK = 16
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 AT_ONCE_BYTES = 4 * 2**30
-"""The file is mapped anew after so much of it was used: until then, pages that were read count as this process' memory."""
+"""The file is mapped anew after so much of it was read, since pages that were read count as this process' memory."""
 _KEY = re.compile(
     r"(?P<module>[^\s]+)\._addons\.(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)__(?P<i>0|[1-9][0-9]{0,5})"
 )
@@ -44,7 +45,7 @@ _PARTS = ("expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings"
 
 @dataclass(frozen=True, eq=False)
 class BaseShape:
-    """What an import must know of the base; none of its weights."""
+    """What an import must know of the base, without its weights."""
 
     spec: str
     linears: Mapping[str, tuple[int, int]]
@@ -53,28 +54,28 @@ class BaseShape:
     """Name of every parameter → its shape."""
     encoder_decoder: bool
     fingerprint: Fingerprint | None = None
-    """If its weights are at hand."""
+    """None without the base's weights."""
     is_own: Callable[[str, Tensor], bool] | None = field(default=None, repr=False)
-    """Whether a tensor is the base's own parameter of this name, up to rounding; None if its weights aren't at hand."""
+    """Whether a tensor is the base's own parameter of this name, up to rounding; None without the base's weights."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds, found out without reading a value of an expert."""
+    """What a checkpoint holds, known without reading a value of an expert."""
 
     experts: int
     modules: tuple[str, ...]
     """In the base's order."""
     copies: Mapping[str, str]
-    """The base's parameters in it → "the base's own", or "not compared" where the base's weights aren't at hand."""
+    """The base's parameters in it → "the base's own", or "not compared" without the base's weights."""
 
 
 def inspect(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) -> Contents:
     """Checks that a checkpoint holds whole experts of this base and nothing else.
 
     Raises:
-        ExpertError: a key that is unknown, missing or numbered with a gap; a shape that isn't the base's; embeddings that
-            aren't the base's own.
+        ExpertError: a key that is unknown, missing or numbered with a gap; a shape that isn't the base's;
+            embeddings that aren't the base's own.
     """
     found: dict[str, dict[str, set[int]]] = {}
     copies = {}
@@ -84,13 +85,15 @@ def inspect(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) ->
             continue
         if (match := _KEY.fullmatch(key)) is None:
             raise ExpertError(
-                f"{checkpoint}: unknown key {brief(key)}; expected <module>._addons.expert_lora.layer1__<i>, …layer2__<i> and "
+                f"{checkpoint}: unknown key {brief(key)}; expected <module>._addons.expert_lora.layer1__<i>, "
+                "…layer2__<i> and "
                 "<module>._addons.router.expert_embeddings__<i>."
             )
         module, part = match["module"], match["part"]
         if module not in base.linears:
             raise ExpertError(
-                f"{checkpoint}: {brief(key)} is of {brief(module)}, and the base {base.spec!r} has no linear layer of that name."
+                f"{checkpoint}: {brief(key)} is of {brief(module)}, and the base {base.spec!r} has no linear layer "
+                "of that name."
             )
         d_in, d_out = base.linears[module]
         expected = {"layer1": (d_in, RANK), "layer2": (RANK, d_out)}.get(part.rpartition(".")[2], (d_in,))
@@ -107,7 +110,8 @@ def inspect(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) ->
             if len(numbers) != count:
                 missing = next(i for i in range(count) if i not in numbers)
                 raise ExpertError(
-                    f"{checkpoint}: {module}._addons.{part}__{missing} is missing; other parts go from 0 to {count - 1}."
+                    f"{checkpoint}: {module}._addons.{part}__{missing} is missing; other parts go from 0 to "
+                    f"{count - 1}."
                 )
     return Contents(count, tuple(path for path in base.linears if path in found), copies)
 
@@ -119,7 +123,7 @@ def import_reference(
     names: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Contents:
-    """Writes the pool of all experts of a checkpoint: PEFT folders with gates. Whole or not at all; one expert at a time.
+    """Writes a pool of all experts of a checkpoint, as PEFT folders with gates: one expert at a time, all or none.
 
     Args:
         names: the experts' names, in their order in the checkpoint; expert-0, expert-1, … if None.
@@ -148,7 +152,7 @@ def import_reference(
 
 
 def _one_by_one(checkpoint: Path, contents: Contents) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Every expert's number and tensors, of a file that is mapped anew before too much of it is in memory."""
+    """Every expert's number and tensors; the file is mapped anew before too much of it is in memory."""
     tensors: dict[str, Tensor] = {}
     used = AT_ONCE_BYTES
     for i in range(contents.experts):
@@ -192,7 +196,7 @@ def _expert(
 
 
 def _config(base: BaseShape, contents: Contents) -> dict[str, Any]:
-    """PEFT's config; the modules by the last part of their names, if that means just these in this base."""
+    """PEFT's config. The modules are named by the last part of their paths, if that means just these in this base."""
     last = {path.rpartition(".")[2] for path in contents.modules}
     meant = [path for path in base.linears if path.rpartition(".")[2] in last]
     return {
@@ -211,13 +215,15 @@ def _config(base: BaseShape, contents: Contents) -> dict[str, Any]:
 def _compared(checkpoint: Path, key: str, tensor: Tensor, base: BaseShape) -> str:
     if tuple(tensor.shape) != base.parameters[key]:
         raise ExpertError(
-            f"{checkpoint}: {key} has shape {list(tensor.shape)}, and the base {base.spec!r} has {list(base.parameters[key])}."
+            f"{checkpoint}: {key} has shape {list(tensor.shape)}, and the base {base.spec!r} has "
+            f"{list(base.parameters[key])}."
         )
     if base.is_own is None:
         return "not compared"
     if not base.is_own(key, tensor):
         raise ExpertError(
-            f"{checkpoint}: {key} is not that of the base {base.spec!r}. The experts were trained on another base, or with other "
+            f"{checkpoint}: {key} is not that of the base {base.spec!r}. The experts were trained on another base, "
+            "or with other "
             "embeddings, which can't be routed."
         )
     return "the base's own"

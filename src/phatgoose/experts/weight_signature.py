@@ -1,4 +1,4 @@
-"""What an expert's weights alone say about the inputs it is for: the singular value decomposition of its ΔW."""
+"""The signature of an expert's weights: its ΔW's singular values and input directions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from phatgoose.ops.update import Update
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """ΔW = U diag(values) vectors without U: which input directions an update reads, and how strongly.
+    """ΔW = U diag(values) vectors, without U: the input directions that an update reads, and how strongly.
 
-    values: float64 [q], the singular values above rounding, largest first; vectors: float64 [q, d_in], the right-singular
-    vectors as rows, each of length 1 and of either sign. q is the rank of ΔW, 0 where ΔW is zero.
+    q is the rank of ΔW, 0 where ΔW is zero.
     """
 
     values: Tensor
+    """float64 [q]: the singular values above rounding, largest first."""
     vectors: Tensor
+    """float64 [q, d_in]: the right-singular vectors as rows, each of length 1 and of either sign."""
 
     @property
     def arrow(self) -> Tensor:
@@ -29,7 +30,7 @@ class Signature:
 
 
 def why_no_signature(update: Update) -> str | None:
-    """What keeps an update from having a signature, or None: ΔW must be the low-rank part, and there must be one."""
+    """Why an update has no signature, or None if it has one: its ΔW must be a low-rank matrix and nothing else."""
     if update.embedding:
         return "an embedding's input is a token's number, which has no direction"
     if update.shared is not None:
@@ -42,8 +43,8 @@ def why_no_signature(update: Update) -> str | None:
 def signature(update: Update) -> Signature:
     """The singular value decomposition of ΔW = scale · B A, from its factors, in float64.
 
-    With Aᵀ = Q_A R_A and B = Q_B R_B it is that of R_B R_Aᵀ, a matrix of at most r × r, turned by Q_A: exact, and
-    nothing of the size of ΔW is made. A bias of the update plays no part: it doesn't depend on the input.
+    With Aᵀ = Q_A R_A and B = Q_B R_B it is that of R_B R_Aᵀ, a matrix of at most r × r, rotated by Q_A. That is
+    exact, and no matrix of ΔW's size is made. A bias of the update is ignored, since it doesn't depend on the input.
 
     Raises:
         ExpertError: the update is no low-rank matrix ((IA)³, DoRA, bottleneck, embedding).
@@ -55,7 +56,7 @@ def signature(update: Update) -> Signature:
     r_b = torch.linalg.qr(b, mode="r").R
     _, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     values = values * abs(update.scale)
-    # Below rounding the vectors are arbitrary: B or A may have less than full rank, and zero padding has none.
+    # Singular values below rounding have arbitrary vectors: B or A may lack full rank, or be padded with zeros.
     tiny = max(*a.shape, *b.shape) * torch.finfo(torch.float64).eps
     known = values > tiny * values[0]
     return Signature(values[known], (right @ q_a.T)[known])

@@ -1,1 +1,5 @@
-"""The README.md of an expert or a pool: facts collected, then written as Markdown with the Hub's metadata."""
+"""The model card (README.md) of an expert or a pool.
+
+In: an expert's config and records. Out: Markdown with the Hub's metadata. `facts.py` collects, `card.py` writes.
+A new row of the card's table: `Facts.rows`.
+"""

@@ -1,6 +1,6 @@
-"""README.md beside an expert or a pool: the model card that the Hub shows, made from what the folder records.
+"""Write the model card (README.md) of an expert or a pool, from what its folder records.
 
-Records are other people's text: on a card they stand in YAML that a library has quoted, or in Markdown as literal text.
+Records are other people's text: a card has them in YAML that a library has quoted, or in Markdown as literal text.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ MARK = "<!-- Written by phatgoose. Remove this line and the file is yours: it is
 
 _PAPER = "https://arxiv.org/abs/2402.05859"
 _METRICS = (
-    "Validation losses are in nats per target token, as the contributor's training recorded them on rows of the expert's own "
-    "task; nobody else has checked them.\n\nIn the examples REPOSITORY stands for the id of this repository on the Hub, "
+    "Validation losses are in nats per target token, as the contributor's training recorded them on rows of the "
+    "expert's own "
+    "task; nobody else has checked them.\n\nIn the examples REPOSITORY stands for the id of this repository on the "
+    "Hub, "
     "organisation/name."
 )
 
@@ -38,20 +40,25 @@ def write_card(target: Path, facts: Facts, source: Path | None) -> None:
 
 
 def write_pool_card(folder: Path, experts: Sequence[tuple[Facts, str]], base: str | None) -> None:
-    """Writes a pool's card, unless somebody's own is there; `experts` are facts and folder of each, `base` the base's name."""
+    """Writes a pool's card, unless there is one that somebody wrote.
+
+    Args:
+        experts: the facts and the folder of each.
+        base: the base's name.
+    """
     base = base or next((facts.base for facts, _ in experts if facts.base), None)
     try:
         if own_card(folder) is not None:
             return
-    except ExpertError:  # too large for a card, so not one that we made
+    except ExpertError:  # it is too large to be one that we made
         return
     write_bytes(folder / CARD_FILE, pool_card(experts, base).encode())
 
 
 def own_card(folder: Path) -> bytes | None:
-    """The card in `folder` if somebody wrote it: if it is neither ours nor PEFT's template, not filled in.
+    """The card in `folder` if somebody wrote it: if it is neither ours nor PEFT's empty template.
 
-    A link is followed within the folder and into the Hub's cache alone, since what it leads to is copied and published.
+    Only links within the folder and into the Hub's cache are followed, since what they lead to is copied and published.
 
     Raises:
         ExpertError: it is too large to be one.
@@ -68,7 +75,7 @@ def own_card(folder: Path) -> bytes | None:
 
 
 def is_made(card: bytes) -> bool:
-    """Whether a program wrote it: we, or PEFT's save_pretrained with hardly a field filled in."""
+    """Whether a program wrote the card: ours, or PEFT's save_pretrained with hardly a field filled in."""
     template = b"# Model Card for Model ID" in card and card.count(b"[More Information Needed]") > 30
     return MARK.encode() in card or template
 
@@ -82,7 +89,8 @@ def expert_card(facts: Facts) -> str:
         *([f"base_model:adapter:{base}"] if base else []),
     ]
     opening = (
-        f"An adapter of the base model {code(public(facts.base))}: an expert for phatgoose ([the method]({_PAPER})). It works "
+        f"An adapter of the base model {code(public(facts.base))}: an expert for phatgoose ([the "
+        f"method]({_PAPER})). It works "
         "alone, and in a pool of experts, where every token is routed to those that suit it."
     )
     parts = [
@@ -103,7 +111,8 @@ def pool_card(experts: Sequence[tuple[Facts, str]], base: str | None) -> str:
     """The card of a pool, in Markdown."""
     known = hub_id(base)
     opening = (
-        f"{len(experts)} experts, adapters of the base model {code(public(base))}, for phatgoose ([the method]({_PAPER})): every "
+        f"{len(experts)} experts, adapters of the base model {code(public(base))}, for phatgoose ([the "
+        f"method]({_PAPER})): every "
         "token is routed to the experts that suit it."
     )
     columns = ("expert", "task", "kind", "gates", "validation loss", "from")

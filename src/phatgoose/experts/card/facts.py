@@ -1,4 +1,4 @@
-"""What a model card says about one expert, read from its records, which may hold anything."""
+"""The facts of one expert for its model card, read from its records, which may hold anything."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _number(value: Any) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; {} if that can't be had: a card must not stop what it describes."""
+    """A JSON object in a file; {} if it can't be read, since a card must not stop what it describes."""
     try:
         return _dict(read_json(path, ExpertError))
     except ExpertError:

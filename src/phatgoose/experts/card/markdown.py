@@ -1,4 +1,4 @@
-"""Other people's text on a model card: literal whatever is in it, and without local paths."""
+"""Markdown for model cards: other people's text stays literal, and local paths are cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 _HUB_ID = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
 _SPEC = re.compile(rf"{_NAME}(/{_NAME})?(@[\w./-]{{1,96}})?", re.ASCII)
-# A path that starts at a root, a home or a drive, to its last part. It may hold spaces, so it ends with the text or at a "?".
+# A path that starts at a root, a home or a drive, up to its last part. It may contain spaces, so it ends only with the
+# text or at a "?".
 _PATH = re.compile(
     r"(?:(?<![\w/])/(?!/)|~\w*/|\b[A-Za-z]:[\\/](?!/)|\\\\)(?:[^?]*[\\/](?=[^?]))?([^?\\/]*)[\\/]?"
 )
@@ -18,21 +19,22 @@ _RELATIVE = re.compile(r"\.{1,2}[\\/](?:.*[\\/])?([^\\/]+)[\\/]?", re.DOTALL)
 
 
 def hub_id(spec: str | None) -> str | None:
-    """The repository that a base's spec names ("org/name@revision" → "org/name"); None if it names none, or a folder here."""
+    """The repository that a base's spec names ("org/name@revision" → "org/name"); None if it names a local folder
+    or none."""
     name = (spec or "").partition("@")[0]
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def loadable(spec: str | None) -> str | None:
-    """A base's spec if it may mean the same elsewhere: an alias or something on the Hub, in characters that need no quoting."""
+    """A base's spec if it can mean the same elsewhere: an alias or a Hub id that needs no quoting."""
     name = (spec or "").partition("@")[0]
     return spec if spec and _SPEC.fullmatch(spec) and not Path(name).exists() else None
 
 
 def public(text: str | None) -> str:
-    """`text` with local paths cut to their last part: the folders above say who somebody is and where they work.
+    """`text` with local paths cut to their last part, since the folders above may tell who somebody is.
 
-    What could also be the rest of the sentence is cut as well: rather too much than too little.
+    Where a path's end is unclear, too much is cut rather than too little.
     """
     if not text:
         return ""
@@ -55,5 +57,5 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def python(lines: Iterable[str]) -> str:
-    """A code block. Its lines are our own."""
+    """A code block; its lines must be our own."""
     return "\n".join(["```python", *lines, "```"])

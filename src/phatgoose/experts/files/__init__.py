@@ -1,4 +1,4 @@
-"""Readers of single files that strangers wrote: safetensors, torch pickles (without unpickling), tokenizer files.
+"""Readers of files that strangers wrote: safetensors, torch files (nothing in them is run), tokenizer files.
 
-In: a path. Out: tensors or settings, read within bounds of memory, or a clear error.
+In: a path or a `SafeFolder`. Out: tensors or settings, read within bounds of memory, or an error that names the file.
 """

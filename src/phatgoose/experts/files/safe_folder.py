@@ -19,8 +19,9 @@ from phatgoose.strict_json import parse_json
 class SafeFolder:
     """Reads files of one folder without trusting them.
 
-    Links are followed within the folder only (of a download also within the Hub's cache), only ordinary files are opened,
-    and none is read beyond a bound. Whatever is wrong is raised as an error of the type `error`, which names the file.
+    Links are followed within the folder only (of a download also within the Hub's cache), only ordinary files are
+    opened, and none is read beyond a bound. Whatever is wrong is raised as an error of the type `error`, which names
+    the file.
     """
 
     path: Path

@@ -1,7 +1,7 @@
-"""Reading a whole safetensors file that somebody else wrote: header first, then as much as it says, once.
+"""Read a whole safetensors file that a stranger wrote: the header first, then the tensors, once.
 
-It is read, not mapped into memory: a mapped file that is cut short later ends the process (SIGBUS), and one that is changed
-later changes tensors that were checked.
+It is read, not mapped into memory: a mapped file that is cut short later ends the process (SIGBUS), and one that is
+changed later changes tensors that were checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """What a safetensors file holds, all of it from the bytes whose sha256 this is."""
+    """The content of a safetensors file, and the sha256 of the bytes that it was read from."""
 
     tensors: dict[str, Tensor]
     """Floating point, every value finite."""
@@ -38,11 +38,15 @@ class TensorFile:
 def read_tensor_file(
     path: Path, error: type[PhatgooseError] = ExpertError, *, empty: bool = False
 ) -> TensorFile:
-    """Reads a safetensors file. `empty`: whether tensors without values are taken too; whoever reads them must look.
+    """Reads a safetensors file.
+
+    Args:
+        empty: accept tensors without values; the caller must handle them.
 
     Raises:
-        PhatgooseError: of the type `error`, naming the file, and the tensor where there is one: no whole safetensors file,
-            not floating point, a value that isn't finite, a tensor without values, or more than fits into memory.
+        PhatgooseError: of the type `error`, naming the file, and the tensor if there is one: no whole safetensors
+            file, not floating point, a value that isn't finite, a tensor without values, or more than fits into
+            memory.
     """
     with open_regular(Path(path), error) as (file, size):
         raw, header = header_of(file, size, str(path), error)
@@ -89,15 +93,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def identical(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors would be written as the same bytes: dtype, shape, every bit. (torch.equal knows no float8.)"""
+    """Whether two tensors would be written as the same bytes: dtype, shape, every bit."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
+    # As bytes, since torch.equal knows no float8.
     a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
     return torch.equal(a, b)
 
 
 def all_identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors have the same names, and `identical` tensors under each."""
+    """Whether two sets of tensors have the same names and `identical` tensors."""
     return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
 
 
@@ -111,7 +116,7 @@ def check_sha256(
 
 
 def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = ExpertError) -> None:
-    """Refuses NaN and infinity, in pieces: the check of a large tensor needs little memory of its own.
+    """Refuses NaN and infinity. It works in pieces, so that checking a large tensor takes little memory.
 
     Raises:
         PhatgooseError: of the type `error`, with the number of such values.

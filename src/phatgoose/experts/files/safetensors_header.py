@@ -1,4 +1,4 @@
-"""The header of a safetensors file: checked by itself, without reading a tensor, and kept to the byte."""
+"""The header of a safetensors file: read and checked without its tensors, and written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of a file: its bytes are [begin, end) of what follows the header."""
+    """One tensor of a file, whose bytes are [begin, end) after the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,19 +42,20 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a safetensors file says of its tensors. `data_bytes`: how much follows the header."""
+    """What a safetensors file says of its tensors."""
 
     items: Mapping[str, Item]
     metadata: Mapping[str, str]
     data_bytes: int
+    """The size of what follows the header."""
 
     def in_order(self) -> list[tuple[str, Item]]:
-        """The tensors as they lie in the file."""
+        """The tensors in the file's order."""
         return sorted(self.items.items(), key=lambda named: (named[1].begin, named[1].end))
 
 
 def read_header(path: Path, error: type[PhatgooseError] = ExpertError) -> tuple[bytes, Header]:
-    """The first bytes of a file, up to its tensors, and what they say; the file must be as long as they say.
+    """A file's first bytes, up to its tensors, and the header in them; the file must be as long as the header says.
 
     Raises:
         PhatgooseError: of the type `error`: the file is no whole safetensors file of floating-point tensors.
@@ -66,7 +67,7 @@ def read_header(path: Path, error: type[PhatgooseError] = ExpertError) -> tuple[
 def header_of(
     file: BufferedReader, size: int, where: str, error: type[PhatgooseError] = ExpertError
 ) -> tuple[bytes, Header]:
-    """As `read_header`, of a file of `size` bytes that is open at its beginning; it is left at its first tensor."""
+    """As `read_header`, of an open file of `size` bytes at its beginning; it is left at the first tensor."""
     first = file.read(8)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > min(size - 8, LIMIT_BYTES):
@@ -86,14 +87,16 @@ def parse_header(
     error: type[PhatgooseError] = ExpertError,
     known: dict[bytes, Header] | None = None,
 ) -> Header:
-    """What the first bytes of a safetensors file say, length included: every dtype, shape and offset checked.
+    """The header in the first bytes of a safetensors file: every dtype, shape and offset checked.
 
-    `known` remembers headers by what they say of tensors, since many files of a pool differ in their metadata alone.
+    Args:
+        raw: the header with the length before it.
+        known: a cache of headers by all but their metadata, since many files of a pool differ in nothing else.
     """
     if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
         raise error(f"{where}: the header is not as long as it says.")
     try:
-        metadata, body = _metadata_apart(raw[8:].rstrip(b" ")) if known is not None else (None, raw[8:])
+        metadata, body = _split_metadata(raw[8:].rstrip(b" ")) if known is not None else (None, raw[8:])
         if known is not None and body in known:
             same = known[body]
             return same if metadata is None else Header(same.items, metadata, same.data_bytes)
@@ -118,7 +121,7 @@ def parse_header(
 
 
 def write_header(items: Mapping[str, Item], metadata: Mapping[str, str], align: int = 8) -> bytes:
-    """The first bytes of a file that holds these tensors, padded so that the tensors begin at a multiple of `align`."""
+    """The first bytes of a file with these tensors, padded so that the tensors begin at a multiple of `align`."""
     data: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, item in items.items():
         data[name] = {
@@ -159,8 +162,8 @@ def _checked_metadata(found: Any) -> dict[str, str]:
     return found
 
 
-def _metadata_apart(text: bytes) -> tuple[dict[str, str] | None, bytes]:
-    """The metadata and the rest of a header, where the metadata comes first, as every writer has it; else None and all."""
+def _split_metadata(text: bytes) -> tuple[dict[str, str] | None, bytes]:
+    """The metadata and the rest of a header, or None and all of it if the metadata doesn't come first."""
     first = b'{"__metadata__":'
     if not text.startswith(first):
         return None, text

@@ -1,7 +1,8 @@
-"""Tokenizer files beside an adapter: trainers save them along, and what was trained on may not be what the base's own tokenizer makes.
+"""Tokenizer files beside an adapter: record them, and warn where they differ from the base's own tokenizer.
 
-An expert is used with its base's tokenizer and chat template. So what an adapter brings is recorded in its provenance, under
-"tokenizer", told at load and by a pool, and compared with the base's as soon as that is at hand.
+Trainers save them with an adapter, but an expert is used with its base's tokenizer and chat template, which may
+make other tokens than it was trained on. What an adapter brings is recorded in its provenance under "tokenizer", and
+users are warned when it is loaded, by its pool, and when it is compared with the base.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ TEMPLATE, CONFIG, ADDED, WHOLE = (
     "chat_template.jinja", "tokenizer_config.json", "added_tokens.json", "tokenizer.json",
 )  # fmt: skip
 SMALL = (TEMPLATE, CONFIG, ADDED)
-"""Of a repository these are fetched; the whole tokenizer is many megabytes."""
+"""Those that are fetched from the Hub; the whole tokenizer is many megabytes."""
 KEY = "tokenizer"
 LIMIT_BYTES = 64 * 2**20
 TOKENS = 4096
-"""More added tokens aren't recorded one by one."""
+"""At most so many added tokens are recorded."""
 ADVICE = (
-    "To use them, load the base from a folder of its own that holds these tokenizer files; or train the gates on rows made with the "
+    "To use them, load the base from a folder of its own that holds these tokenizer files; or train the gates on "
+    "rows made with the "
     "base's (docs/experts-and-pools.md#tokenizers)."
 )
 
 
 def brought(folder: Path) -> dict[str, Any] | None:
-    """What the tokenizer files in an adapter's folder say: {"files", "chat_template": sha256 or None, "added_tokens": {text: id}}.
+    """A record of the tokenizer files in an adapter's folder; None if there are none.
 
-    None if there are none. What can't be read of a file is left out: its name stands in "files".
+    Returns: {"files", "chat_template": sha256 or None, "added_tokens": {text: id}}. What can't be read of a file is
+        left out,
+    though the file is listed.
     """
     files = SafeFolder(folder)
     there = [name for name in (*SMALL, WHOLE) if files.has(name)]
@@ -65,20 +69,21 @@ def brought(folder: Path) -> dict[str, Any] | None:
 
 
 def sha256_of(template: str) -> str:
-    """Of a template's text; white space at its ends, which moves when it is saved elsewhere, doesn't count."""
+    """Hex sha256 of a template's text, without white space at its ends, which may change when it is saved elsewhere."""
     return hashlib.sha256(template.strip().encode("utf-8", "replace")).hexdigest()
 
 
 def at_load(found: Mapping[str, Any]) -> str:
-    """What there is to know of an adapter that was just read."""
+    """The warning for an adapter that was just read, from its record."""
     return (
-        f"the adapter brings tokenizer files ({_what([found])}), which aren't used: prompts go through the base's tokenizer and chat "
+        f"the adapter brings tokenizer files ({_what([found])}), which aren't used: prompts go through the base's "
+        "tokenizer and chat "
         f"template. {ADVICE}"
     )
 
 
 def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What users should know of the tokenizer files that experts bring, while no base is at hand.
+    """Warnings about the tokenizer files that experts bring, if there is no base to compare them with.
 
     Args:
         provenances: each expert's provenance, by its name.
@@ -87,8 +92,10 @@ def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not found:
         return []
     lines = [
-        f"{_named(list(found))} {'brings' if len(found) == 1 else 'bring'} tokenizer files ({_what(list(found.values()))}), which aren't used: "
-        "prompts go through the base's tokenizer and chat template. `phatgoose pool verify POOL --base BASE` says where they differ."
+        f"{_named(list(found))} {'brings' if len(found) == 1 else 'bring'} tokenizer files "
+        f"({_what(list(found.values()))}), which aren't used: "
+        "prompts go through the base's tokenizer and chat template. `phatgoose pool verify POOL --base BASE` says "
+        "where they differ."
     ]
     templates: dict[str, list[str]] = {}
     for name, record in found.items():
@@ -103,7 +110,7 @@ def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[str]:
-    """How the tokenizer files that experts bring differ from the base's tokenizer: chat template, added tokens and their ids.
+    """How tokenizer files of experts differ from the base's: chat template, added tokens and their ids.
 
     Args:
         provenances: each expert's provenance, by its name.
@@ -116,7 +123,8 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
         record, trained = _record(provenance), _trained_through(provenance)
         if trained is not None and (own is None or trained != sha256_of(own)):
             lines.append(
-                f"expert {expert!r} was trained on conversations through another chat template than this base's, which `chat` and "
+                f"expert {expert!r} was trained on conversations through another chat template than this base's, "
+                "which `chat` and "
                 "`serve` don't use. Load the base with the template that it was trained with."
             )
         if record is None:
@@ -125,7 +133,8 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
         if theirs is not None and (own is None or theirs != sha256_of(own)):
             has = "the base has none" if own is None else "the base's is another one"
             lines.append(
-                f"expert {expert!r} brings a chat template of its own, and {has}: it was trained on prompts that `chat` and `serve` "
+                f"expert {expert!r} brings a chat template of its own, and {has}: it was trained on prompts that "
+                "`chat` and `serve` "
                 f"don't make. {ADVICE}"
             )
         if record["added_tokens"]:
@@ -137,7 +146,8 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
                     for t in odd[:3]
                 )
                 lines.append(
-                    f"expert {expert!r} brings added tokens that the base's tokenizer lacks or has at other ids, {len(odd)} in all, so that "
+                    f"expert {expert!r} brings added tokens that the base's tokenizer lacks or has at other ids, "
+                    f"{len(odd)} in all, so that "
                     f"it reads them as other tokens: {first}. {ADVICE}"
                 )
     return lines

@@ -1,4 +1,4 @@
-"""A torch file that somebody else wrote: mapped into memory, nothing in it run, nothing but named tensors accepted."""
+"""Map a torch file that a stranger wrote into memory: nothing in it is run, and only named tensors are accepted."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from phatgoose.errors import ExpertError, brief
 from phatgoose.files import open_regular
 
 INDEX_BYTES = 256 * 2**20
-"""What the list of a file's tensors may take: a million of them need about 150 MB."""
+"""The largest list of a file's tensors; a million of them need about 150 MB."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def map_torch_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote of a dict, in its order; their values are read where they are used.
+    """The tensors of a dict that torch.save wrote, in its order; their values are read when they are used.
 
     Raises:
-        ExpertError: it isn't such a file, is damaged, or holds anything but tensors of float32, bfloat16 or float16 on the CPU.
+        ExpertError: it isn't such a file, is damaged, or holds anything but tensors of float32, bfloat16 or float16
+            on the CPU.
     """
     path = Path(path)
     _check_archive(path)
@@ -30,7 +31,8 @@ def map_torch_file(path: Path) -> dict[str, Tensor]:
         data = _load(path)
     except Exception as cause:  # torch has an error of its own for each kind of damage
         raise ExpertError(
-            f"{path} can't be read as a torch file of tensors alone: {brief(str(cause), 300)} Nothing else in it is run or read."
+            f"{path} can't be read as a torch file of tensors alone: {brief(str(cause), 300)} Nothing else in it "
+            "is run or read."
         ) from cause
     if not isinstance(data, dict) or not data:
         raise ExpertError(f"{path} holds {type(data).__name__}, expected a dictionary of tensors by name.")
@@ -41,7 +43,8 @@ def map_torch_file(path: Path) -> dict[str, Tensor]:
             raise ExpertError(f"{path}: {brief(key)} is {type(value).__name__}, expected a tensor.")
         if value.dtype not in FLOATS or value.layout != torch.strided or value.device.type != "cpu":
             raise ExpertError(
-                f"{path}: {brief(key)} is {value.dtype}, {value.layout}, on {value.device.type}; expected float32, bfloat16 or "
+                f"{path}: {brief(key)} is {value.dtype}, {value.layout}, on {value.device.type}; expected float32, "
+                "bfloat16 or "
                 "float16, in memory."
             )
     return {key: value.detach() for key, value in data.items()}
@@ -56,19 +59,20 @@ def _load(path: Path) -> Any:
     except RuntimeError as error:
         if "unable to mmap" not in str(error):
             raise
-        # Linux refuses a private mapping of a file larger than its memory; one that is shared with the file it doesn't.
+        # Linux refuses a private mapping of a file that is larger than memory, but not a shared one.
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             return load()
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses what isn't an archive of plain files: mapping needs that, and a packed list of tensors could grow without bounds."""
+    """Refuses all but an archive of uncompressed files: only these can be mapped, and have known sizes."""
     with open_regular(path, ExpertError) as (file, size):
         try:
             entries = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as cause:
             raise ExpertError(
-                f"{path} is not a torch file of today's format ({cause}). If it is one of torch 1.5 or older, load it where you "
+                f"{path} is not a torch file of today's format ({cause}). If it is one of torch 1.5 or older, load "
+                "it where you "
                 "trust it, and save it again."
             ) from cause
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Whatever huggingface_hub raises while experts are fetched or published, as one error of ours."""
+"""Turn whatever huggingface_hub raises into one error of ours, without access tokens in it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def hub_errors(
 ) -> Iterator[None]:
     """Turns whatever huggingface_hub raises into one error that says what to do, and has no access token in it.
 
+    Args:
+        doing: what was tried, as in "fetch org/name".
+
     Raises:
         `kind`; StorageError: no space or permission to keep what is fetched.
     """
@@ -28,13 +31,11 @@ def hub_errors(
             yield
     except PhatgooseError:
         raise
-    except (
-        Exception
-    ) as error:  # its own errors, its HTTP library's, ValueError, RuntimeError: they have no common type
+    except Exception as error:  # huggingface_hub's errors and its HTTP library's have no common type
         secrets = [s for s in (token, huggingface_hub.get_token()) if isinstance(s, str) and s]
         said = explain(error, repo, "repository") or f"{type(error).__name__}: {error}"
         text = hide_tokens(f"can't {doing}: {said}", secrets)
-        # What the Hub answered stays attached for whoever wants it, unless a token is in there.
+        # The Hub's own error stays attached, unless a token is in it.
         raise kind(text[:1000]) from (None if _leaks(error, secrets) else error)
 
 
@@ -43,12 +44,8 @@ def _leaks(error: BaseException | None, secrets: Sequence[str]) -> bool:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
-        if _leaks_itself(error, secrets):
+        text = " ".join(str(error).split())
+        if hide_tokens(text, secrets) != text:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _leaks_itself(error: BaseException, secrets: Sequence[str]) -> bool:
-    text = " ".join(str(error).split())
-    return hide_tokens(text, secrets) != text

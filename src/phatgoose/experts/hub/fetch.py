@@ -1,7 +1,7 @@
-"""Fetching files of one commit from the Hub, into huggingface_hub's own cache: bounded, and checked against the Hub's hashes.
+"""Fetch files of one commit from the Hub into huggingface_hub's cache, within bounds and with hashes checked.
 
-huggingface_hub compares the size of what it fetched, not the hash (only its Xet transfers are verified), and a body that
-never ends or breaks off again and again would be read forever. Both are checked here. Nothing is unpacked, imported or run.
+huggingface_hub compares the size of what it fetched but not the hash, except in Xet transfers, and it reads a body that
+never ends, or breaks off again and again, forever. Both are checked here. Nothing is unpacked, imported or run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ TEXT_BYTES = 64 * 2**20
 """The largest JSON or README.md that is fetched."""
 TIMEOUT_SECONDS = 10.0
 RETRY_SECONDS = (1.0, 3.0)
-"""How long to wait before the Hub is asked again for a listing; then it is given up."""
+"""Waits before the Hub is asked again for a listing; after the last, the error is raised."""
 SLACK_BYTES = 2**20
-"""How much more than three times a file's size may come before a transfer is ended."""
+"""A transfer is ended when it has sent this much more than three times the file's size."""
 THREADS = 8
 LIBRARY = "phatgoose"
 Result = TypeVar("Result")
@@ -38,16 +38,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub lists it: its size in bytes, and the sha256 of its bytes (LFS) or git's sha1 (other files)."""
+    """A file as the Hub lists it."""
 
     size: int
+    """In bytes."""
     sha256: str | None
+    """Of files in LFS."""
     git_sha1: str | None
+    """Of all others."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a commit holds, as the Hub says."""
+    """The files of a commit, as the Hub lists them."""
 
     revision: str
     """The commit's sha."""
@@ -62,12 +65,12 @@ class Listing:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Files of one commit that lie here now."""
+    """Files of one commit in huggingface_hub's cache."""
 
     revision: str
     """The commit's sha."""
     paths: Mapping[str, Path] = field(repr=False)
-    """By their paths in the repository; an optional one that the commit doesn't have is absent."""
+    """By their paths in the repository; optional files that the commit lacks are absent."""
 
 
 def fetch(
@@ -78,16 +81,16 @@ def fetch(
     token: str | bool | None,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
-    """The files `required` and `optional` (paths in the repository) of the commit that is listed.
+    """Fetches the files `required` and `optional`, by their paths in the repository, of the listed commit.
 
     Raises:
-        DownloadError: a file is missing, too large, or not what the Hub's listing says. Others from huggingface_hub.
+        DownloadError: a file is missing, too large, or not what the Hub lists. Other errors are huggingface_hub's.
     """
     wanted = [*required, *(name for name in optional if name in listing.files)]
     for name in wanted:
         _check_size(place, name, listing, max_bytes)
     session = _Session(place.repo, listing, token)
-    # The first by the revision's name, so that huggingface_hub notes which commit it stands for, for use without a network.
+    # The first is fetched by the revision's name, so that huggingface_hub notes its commit for use without a network.
     paths = [session.get(name, place.revision) for name in wanted[:1]]
     paths += _in_threads(session.get, wanted[1:])
     _in_threads(session.note_absence, [name for name in optional if name not in listing.files])
@@ -95,7 +98,7 @@ def fetch(
 
 
 def list_files(repo: str, revision: str | None, token: str | bool | None) -> Listing:
-    """Every file of a revision, with sizes and hashes, in one call. Asks again after a failure of the Hub or the network."""
+    """Every file of a revision, with sizes and hashes, in one request, which is retried when it fails."""
     for wait in (*RETRY_SECONDS, None):
         try:
             info = HfApi(token=token, library_name=LIBRARY).model_info(
@@ -116,10 +119,10 @@ def list_files(repo: str, revision: str | None, token: str | bool | None) -> Lis
 
 
 def from_cache(place: Place, required: Sequence[str], optional: Sequence[str]) -> Fetched:
-    """What huggingface_hub's cache has, without asking the Hub.
+    """The files from huggingface_hub's cache, without asking the Hub.
 
     Raises:
-        LookupError: the cache lacks a file, or doesn't know whether the commit has it.
+        LookupError: the cache lacks a required file, or doesn't know whether the commit has an optional one.
         DownloadError: a file is damaged.
     """
     found: dict[str, Path] = {}
@@ -129,7 +132,7 @@ def from_cache(place: Place, required: Sequence[str], optional: Sequence[str]) -
         if isinstance(path, str):
             found[name] = Path(path)
             revision = _commit_of(found[name], name)
-            _check_named(place.repo, name, found[name])
+            _check_cached(place.repo, name, found[name])
         elif path is None or name in required:
             raise LookupError(name)
     return Fetched(revision, found)
@@ -142,7 +145,7 @@ class _Session:
         self.repo, self.listing, self.token = repo, listing, token
 
     def get(self, name: str, revision: str | None = "") -> Path:
-        """A file's path in the cache; `revision` stands for the commit if it is given."""
+        """Downloads a file and returns its path in the cache. `revision`, if given, must be the listed commit."""
         file = self.listing.files[name]
         path = Path(self._download(name, self.listing.revision if revision == "" else revision, file.size))
         if _commit_of(path, name) != self.listing.revision:
@@ -151,7 +154,7 @@ class _Session:
         return path
 
     def note_absence(self, name: str) -> None:
-        """Asks for a file that isn't there, so that the cache knows it and will do without the network."""
+        """Asks the Hub for a file that isn't there, so that the cache knows, and needs no network next time."""
         known = try_to_load_from_cache(self.repo, name, revision=self.listing.revision)
         if known is not None and not isinstance(known, str):
             return
@@ -174,7 +177,7 @@ class _Session:
 
 
 def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
-    """A progress bar that ends a transfer of much more than `size` bytes, which huggingface_hub would go on with."""
+    """A progress bar that raises an error when a transfer sends much more than `size` bytes."""
     limit = 3 * size + SLACK_BYTES
 
     class Meter(tqdm):
@@ -187,7 +190,8 @@ def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
             self.received += max(0, int(n or 0))
             if self.received > limit:
                 raise DownloadError(
-                    f"{what}: the Hub lists {size} bytes, and {self.received} came without an end: the transfer breaks off "
+                    f"{what}: the Hub lists {size} bytes, and {self.received} came without an end: the transfer "
+                    "breaks off "
                     "again and again, or sends something else. Try again later."
                 )
             refreshed: bool | None = super().update(n)
@@ -210,46 +214,48 @@ def _check_size(place: Place, name: str, listing: Listing, max_bytes: int) -> No
     limit = max_bytes if name.endswith(".safetensors") else min(TEXT_BYTES, max_bytes)
     if (size := listing.files[name].size) > limit:
         raise DownloadError(
-            f"{place.repo}: {name} is {size:,} bytes, and at most {limit:,} are fetched; it was not. If that is right, allow more "
+            f"{place.repo}: {name} is {size:,} bytes, and at most {limit:,} are fetched; it was not. If that is "
+            "right, allow more "
             "with max_bytes (--max-gb on the command line)."
         )
 
 
 def _check_hash(repo: str, name: str, path: Path, file: RemoteFile) -> None:
-    """Compares a fetched file with the hash that the Hub lists."""
+    """Refuses a fetched file that doesn't have the hash that the Hub lists."""
     expected = file.sha256 or file.git_sha1
     if expected is None:
         raise DownloadError(f"{repo}: the Hub lists no hash of {name}, so it can't be checked.")
     found = sha256_file(path) if file.sha256 else _git_sha1(path)
     if found != expected:
-        raise _wrong(repo, name, path, expected, found)
-    called = _called(path)
-    if len(called) == len(expected) and called != expected:
-        raise _wrong(repo, name, path, expected, called)
+        raise _discard(repo, name, path, expected, found)
+    blob = _blob_hash(path)
+    if len(blob) == len(expected) and blob != expected:
+        raise _discard(repo, name, path, expected, blob)
 
 
-def _check_named(repo: str, name: str, path: Path) -> None:
-    """Compares a cached file with the hash that it is called by."""
-    called = _called(path)
-    if len(called) in (40, 64):
-        found = sha256_file(path) if len(called) == 64 else _git_sha1(path)
-        if found != called:
-            raise _wrong(repo, name, path, called, found)
+def _check_cached(repo: str, name: str, path: Path) -> None:
+    """Refuses a cached file that doesn't have the hash that its blob is named after."""
+    blob = _blob_hash(path)
+    if len(blob) in (40, 64):
+        found = sha256_file(path) if len(blob) == 64 else _git_sha1(path)
+        if found != blob:
+            raise _discard(repo, name, path, blob, found)
 
 
-def _called(path: Path) -> str:
-    """The hash that huggingface_hub's cache keeps a file under, where it can link; "" elsewhere."""
+def _blob_hash(path: Path) -> str:
+    """The hash that the file's blob in huggingface_hub's cache is named after; "" where the cache has no links."""
     return path.readlink().name if path.is_symlink() else ""
 
 
-def _wrong(repo: str, name: str, path: Path, expected: str, found: str) -> DownloadError:
-    """The refusal of a file, which is removed from the cache."""
+def _discard(repo: str, name: str, path: Path, expected: str, found: str) -> DownloadError:
+    """Removes a wrong file from the cache, and returns the error to raise."""
     named = path.parent / path.readlink() if path.is_symlink() else path
-    for victim in (path.resolve(), named, path):
-        victim.unlink(missing_ok=True)
+    for file in (path.resolve(), named, path):
+        file.unlink(missing_ok=True)
     kind = "sha256" if len(expected) == 64 else "git's sha1"
     return DownloadError(
-        f"{repo}: {name} is not the file that the Hub lists: {kind} expected {expected}, found {found}. It was not kept: try again."
+        f"{repo}: {name} is not the file that the Hub lists: {kind} expected {expected}, found {found}. It was not "
+        "kept: try again."
     )
 
 
@@ -259,5 +265,5 @@ def _git_sha1(path: Path) -> str:
 
 
 def _commit_of(path: Path, name: str) -> str:
-    """The commit that a path in the cache belongs to: …/snapshots/COMMIT/NAME."""
+    """The commit of a file in the cache, from its path …/snapshots/COMMIT/NAME."""
     return path.parents[name.count("/")].name

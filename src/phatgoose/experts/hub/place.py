@@ -1,4 +1,4 @@
-"""What names something on the Hub: "org/name", "org/name@revision", "org/name@revision:folder"."""
+"""Parse names of places on the Hub: "org/name", "org/name@revision", "org/name@revision:folder"."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Place:
 
     @property
     def commit(self) -> str | None:
-        """The commit's sha, if the revision is one in full."""
+        """The revision, if it is a commit's full sha."""
         return self.revision if self.revision and _COMMIT.fullmatch(self.revision) else None
 
     def path(self, name: str) -> str:
@@ -38,7 +38,11 @@ class Place:
 
     @staticmethod
     def parse(text: str, revision: str | None = None, subfolder: str | None = None) -> Place:
-        """Raises DownloadError if `text` names nothing on the Hub, or names another revision or subfolder than is given."""
+        """The place that `text` names, with the revision and subfolder from the text or from the other arguments.
+
+        Raises:
+            DownloadError: `text` is no Hub id, or names another revision or subfolder than the arguments.
+        """
         match = _PLACE.fullmatch(text)
         if match is None:
             raise DownloadError(

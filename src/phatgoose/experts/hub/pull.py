@@ -77,8 +77,10 @@ def pull_expert(place: Place, drop: Collection[str], token: str | bool | None, m
                 optional.append(INTERFACE_FILE)
                 if "prediction_head" not in drop and (heads := remote.find(HEAD_FILES)):
                     raise ExpertError(
-                        f"{place} has a prediction head of its own ({heads[0]}). If it is the base's own, which the library saves "
-                        "along, leave it out with drop=('prediction_head',) (--drop). A head that was trained can't be routed."
+                        f"{place} has a prediction head of its own ({heads[0]}). If it is the base's own, which "
+                        "the library saves "
+                        "along, leave it out with drop=('prediction_head',) (--drop). A head that was trained "
+                        "can't be routed."
                     )
             else:
                 check_targets(config, str(place))
@@ -94,7 +96,8 @@ def pull_pool(place: Place, token: str | bool | None, max_bytes: int) -> Pulled:
     """The files of the pool in a repository, or in a folder of one.
 
     Raises:
-        DownloadError: it can't be fetched, is too large, or isn't what the Hub lists. PoolError: its manifest is refused.
+        DownloadError: it can't be fetched, is too large, or isn't what the Hub lists. PoolError: its manifest is
+            refused.
     """
     with hub_errors(f"fetch {place}", place.repo, token):
         remote = _Remote(place, token, max_bytes, _check_is_pool)
@@ -129,7 +132,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _lay_out(place: Place, fetched: Fetched) -> Path:
-    """The fetched files as a folder of plain files, in our cache: huggingface_hub's is made of links, which we don't follow.
+    """The fetched files as a folder of plain files, in our cache: huggingface_hub's is made of links, which we
+    don't follow.
 
     They take no space of their own where the file system can link them.
     """
@@ -153,8 +157,8 @@ def _lay_out(place: Place, fetched: Fetched) -> Path:
 class _Remote:
     """One commit of a repository: the one that the place's revision names when the first file is asked for.
 
-    Files come from huggingface_hub's cache if the user forbids the network, or if a commit is given and the cache has all
-    of them; else from the Hub.
+    Files come from huggingface_hub's cache if the user forbids the network, or if a commit is given and the cache
+    has all of them; else from the Hub.
     """
 
     def __init__(
@@ -210,7 +214,8 @@ class _Remote:
         except LookupError as lacking:
             if is_offline():
                 raise DownloadError(
-                    f"can't fetch {self.place}: {lacking} isn't in the Hub cache ({huggingface_hub.constants.HF_HUB_CACHE}), "
+                    f"can't fetch {self.place}: {lacking} isn't in the Hub cache "
+                    f"({huggingface_hub.constants.HF_HUB_CACHE}), "
                     "and HF_HUB_OFFLINE is set: unset it, or fetch it once where there is a network."
                 ) from None
         return None
@@ -240,7 +245,8 @@ def _check_is_expert(place: Place, listing: Listing) -> None:
     pickles = sorted(n for n in names if n.endswith((".bin", ".pt")) and "/" not in n)
     if pickles and not names & {*WEIGHTS_FILES}:
         raise DownloadError(
-            f"{place} has its weights in {pickles[0]}, a pickle, which is refused, because opening one can run code. If you trust "
+            f"{place} has its weights in {pickles[0]}, a pickle, which is refused, because opening one can run "
+            "code. If you trust "
             f"its author, load it with the library that made it and save it again as {' or '.join(WEIGHTS_FILES)}."
         )
 

@@ -80,7 +80,8 @@ def _push(
         there = listing.below(place)
         if options.private and not listing.private:
             raise UploadError(
-                f"{place.repo} is there already, and it is public: nothing was published. Choose another, or make it private on the Hub."
+                f"{place.repo} is there already, and it is public: nothing was published. Choose another, or make "
+                "it private on the Hub."
             )
         if refused in there:
             raise UploadError(f"{place} is {what} to a repository of its own.")
@@ -126,7 +127,8 @@ def _refuse_paths(files: Mapping[str, Path]) -> None:
             for key, value in _strings(read_json(path, UploadError)):
                 if _PATH.fullmatch(value):
                     raise UploadError(
-                        f"{name} holds a local path, which everybody could read: {key} is {value!r}. Nothing was published. "
+                        f"{name} holds a local path, which everybody could read: {key} is {value!r}. Nothing was "
+                        "published. "
                         "Allow it (allow_paths=True, --allow-paths), or train on a base that is named by a Hub id."
                     )
 

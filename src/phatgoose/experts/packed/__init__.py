@@ -1,5 +1,5 @@
 """A pool in one file that is mapped into memory, so that it opens without reading a tensor.
 
-In (`pack.py`): a pool's folder. Out: a folder with one stack a module, and what cannot be stacked beside it.
+In (`pack.py`): a pool's folder. Out: the same folder with one file of stacks, and what can't be stacked beside it.
 In (`open.py`): such a folder. Out: a `Pool` whose tensors are views of the file.
 """

@@ -1,7 +1,7 @@
 """Experts of a packed pool: their low-rank rows and gates are views of the pool's file of stacks.
 
-Nothing is read before it is used, and nothing is copied. `open.py` makes them from a pool's manifest, `pack.py` writes the
-file; docs/experts-and-pools.md has the format.
+Nothing is read before it is used, and nothing is copied. `open.py` makes them from a pool's manifest, `pack.py`
+writes the file; docs/experts-and-pools.md has the format.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def packed_expert(
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """The low-rank rows of several experts at one module, as views of the file. Other experts' rows may be between them."""
+    """The rows of several experts at one module, as views of the file. Others' rows may be between them."""
 
     A: Tensor
     """[R, d_in]"""
@@ -236,8 +236,8 @@ class PackedRows:
 def rows_in_place(experts: Sequence[Expert], path: str, dtype: torch.dtype) -> tuple[PackedRows | None, str]:
     """The rows at one module as views of a packed pool's file, or None and why the rows must be copied together.
 
-    They must be if some are elsewhere, in another dtype than `dtype`, or DoRA's, which the base's weight changes. The reason
-    is "" where there are no rows at all.
+    They must be if some are elsewhere, in another dtype than `dtype`, or DoRA's, which the base's weight changes.
+    The reason is "" where there are no rows at all.
 
     Args:
         experts: all of them adapt this module.

@@ -95,7 +95,7 @@ def layout_of(
 
 
 def _keys_by_module(header: Header, paths: Collection[str], where: str) -> dict[str, tuple[str, ...]]:
-    """The keys of each module: of tensors below its path, but not below a longer one, and of tensors that modules share."""
+    """The keys of each module: of tensors below its path and no longer one, and of shared tensors."""
     found: dict[str, list[str]] = {path: [] for path in paths}
     parts: dict[
         str, list[list[str]]

@@ -180,7 +180,8 @@ class PackedPoolReader:
         for key, name in _RECORDED.items():
             if key in record and record[key] != hashes.get(name):
                 raise PoolError(
-                    f"{folder.path / RECORD_FILE}: {key} is {brief(record[key])}, and the pool's manifest has {brief(hashes.get(name))}."
+                    f"{folder.path / RECORD_FILE}: {key} is {brief(record[key])}, and the pool's manifest has "
+                    f"{brief(hashes.get(name))}."
                 )
         return record
 
@@ -196,7 +197,7 @@ _RECORDED = {"adapter_sha256": PEFT_WEIGHTS, "gates_sha256": GATES_FILE, "signat
 
 
 def expand_runs(runs: Any, last: Sequence[int], where: str) -> list[int]:
-    """Row numbers from their run lengths, [[row, n], …] → n times row, …: one for each of `last`, and none beyond it."""
+    """Row numbers from their run lengths, [[row, n], …] → n times row, …: one for each of `last`."""
     found: list[int] = []
     listed: list[Any] = runs if isinstance(runs, list) else [runs]
     for run in listed:

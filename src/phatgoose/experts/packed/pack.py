@@ -1,7 +1,7 @@
 """Pack a pool's folder into one file of stacks, unpack it again, and append an expert to a packed pool.
 
-Everything is written, synced to disk, read back and compared before the manifest that names it: a process that is killed
-leaves either the old pool or the new one.
+Everything is written, synced to disk, read back and compared before the manifest that names it: a process that is
+killed leaves either the old pool or the new one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ROUND = 64
 
 
 def pack(folder: str | Path, spare: float = SPARE) -> dict[str, str]:
-    """Packs a pool's experts into one file of stacks; a packed pool is packed anew, without the rows of removed experts.
+    """Packs a pool's experts into one file of stacks; a packed pool is packed anew, without unused rows.
 
     Args:
         spare: room for further rows, as a share of the rows there are. It takes no space on disk before it is used.
@@ -98,7 +98,7 @@ def unpack(folder: str | Path) -> None:
 
 
 def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """Adds an expert to a packed pool: its folder is there, its entry not yet in the manifest. The caller holds the lock.
+    """Adds an expert, whose folder is there already, to a packed pool. The caller holds the lock.
 
     Its rows are written into the spare room; if that is too small, everything is packed again with more.
     """
@@ -280,7 +280,7 @@ def _has_room(reader: PackedPoolReader, shapes: Mapping[str, StackShape]) -> boo
 def _write_expert(
     expert: PackInput, entry: Mapping[str, Any], writer: StackWriter, used: dict[str, int]
 ) -> dict[str, Any]:
-    """Writes an expert's rows past those in use, and its other files; returns its manifest entry and counts `used` on."""
+    """Writes an expert's rows after those in `used`, and its other files; returns its manifest entry."""
     starts, rows = [], []
     for pair in expert.layout.pairs.values():
         start = used.get(pair.down, 0)

@@ -47,7 +47,8 @@ class StackFile:
     def _stack(self, name: str, item: Item) -> Tensor:
         if len(item.shape) != 2 or 0 in item.shape or (self.start + item.begin) % item.dtype.itemsize:
             raise PoolError(
-                f"{self.path}: stack {name!r} has shape {list(item.shape)} and begins at byte {self.start + item.begin}; "
+                f"{self.path}: stack {name!r} has shape {list(item.shape)} and begins at byte "
+                f"{self.start + item.begin}; "
                 "expected [rows, width] at a whole number of its values."
             )
         count = item.shape[0] * item.shape[1]
