@@ -27,8 +27,8 @@ from phatgoose.records import Task, TaskScore
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Router, SpectR, Uniform, WeightOnly
 from phatgoose.routers.router import BoundRouter, Candidates
 from phatgoose.routers.weights import Comparable
+from phatgoose.training.config import WritingConfig
 from phatgoose.training.generated import train_generated_gate
-from phatgoose.training.writing import WritingConfig
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.results import against, interval, resampled_means, share_of_gain
 from phatgoose.workflows.experiment.scores import ScoreCache

@@ -16,11 +16,11 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
 from phatgoose.routers import Single
 from phatgoose.training import generated
-from phatgoose.training.config import GateConfig
+from phatgoose.training.config import GateConfig, WritingConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.generated import train_generated_gate, write_task
 from phatgoose.training.trainer.progress import silent
-from phatgoose.training.writing import WritingConfig, usable_rows, write_batch
+from phatgoose.training.writing import usable_rows, write_batch
 
 CONFIG = GateConfig(**SMALL)
 WRITING = WritingConfig(rows=24, rows_per_batch=10, max_new_tokens=12)

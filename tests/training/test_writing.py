@@ -8,7 +8,8 @@ import torch
 from phatgoose.errors import TrainingError
 from phatgoose.models.base.base import end_tokens
 from phatgoose.records import Example
-from phatgoose.training.writing import WritingConfig, _begin, _circles, _halves, usable_rows, write_batch
+from phatgoose.training.config import WritingConfig
+from phatgoose.training.writing import _begin, _circles, _halves, usable_rows, write_batch
 
 CONFIG = WritingConfig(rows=8, rows_per_batch=5, max_new_tokens=7)
 

@@ -21,12 +21,12 @@ from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Example, Task
 from phatgoose.tasks.examples import strip_prompt
-from phatgoose.training.config import GateConfig
+from phatgoose.training.config import GateConfig, WritingConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.trainer.arguments import Logger
 from phatgoose.training.trainer.preserve import expert_attached
 from phatgoose.training.trainer.progress import Progress, Report, display
-from phatgoose.training.writing import Text, WritingConfig, usable_rows, write_batch
+from phatgoose.training.writing import Text, usable_rows, write_batch
 
 __all__ = ["WritingConfig", "train_generated_gate", "write_task"]
 FOLDER, FILE = "generated", "texts.json"

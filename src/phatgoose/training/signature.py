@@ -22,8 +22,8 @@ from phatgoose.models.text.encoding import Encoded, chat_template_key, decode_te
 from phatgoose.records import Example, Task
 from phatgoose.tasks.spec import without_paths
 from phatgoose.training.activations import mean_activations
+from phatgoose.training.config import SignatureConfig
 from phatgoose.training.gate import match_to_base
-from phatgoose.training.signature_config import SignatureConfig
 from phatgoose.training.trainer.progress import Report
 from phatgoose.training.trainer.rows import draw_rows, encode_rows
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,39 +18,8 @@ from phatgoose.models.text.capabilities import generation_groups
 from phatgoose.models.text.encoding import prompt_ids
 from phatgoose.models.text.generate import answer_settings, use_generation_config
 from phatgoose.records import Example
+from phatgoose.training.config import WritingConfig
 from phatgoose.training.trainer.preserve import preserved_random_state
-
-
-@dataclass(frozen=True, kw_only=True)
-class WritingConfig:
-    """How the base with an expert writes the rows of a task.
-
-    Raises (when built):
-        TrainingError: naming the setting that is out of range.
-    """
-
-    rows: int = 512
-    """Usable texts wanted. Of them a tenth are for validation."""
-    max_new_tokens: int = 64
-    """Most tokens of a text; longer ones are cut off there and counted."""
-    temperature: float = 1.0
-    """Of the sampling; 1 is the model's own distribution, nothing else (top-k, top-p, penalties) changes it."""
-    seed: int = 0
-    """Of the sampling."""
-    rows_per_batch: int = 64
-    """Texts written at once. Another number draws other texts."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "max_new_tokens", "rows_per_batch"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"WritingConfig.{name} = {getattr(self, name)!r}: expected at least 1.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise TrainingError(
-                f"WritingConfig.temperature = {self.temperature!r}: expected a positive number."
-            )
-        if self.seed < 0:
-            raise TrainingError(f"WritingConfig.seed = {self.seed!r}: expected at least 0.")
-
 
 Text = tuple[str, bool]
 """A text, and whether it was cut off."""

@@ -15,8 +15,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json
 from phatgoose.models.base.base import Base
 from phatgoose.records import Task
+from phatgoose.training.config import WritingConfig
 from phatgoose.training.generated import write_task
-from phatgoose.training.writing import WritingConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from phatgoose.cli.common.options import (
     with_settings,
 )
 from phatgoose.cli.measure import show
-from phatgoose.training.signature_config import SignatureConfig
+from phatgoose.training.config import SignatureConfig
 
 if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert

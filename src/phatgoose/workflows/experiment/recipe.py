@@ -53,8 +53,7 @@ from phatgoose.tasks.lists.entries import Entry, check_no_shared_data, folder_fo
 from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.spec import split_spec, without_path
-from phatgoose.training.config import ExpertConfig, GateConfig
-from phatgoose.training.signature_config import SignatureConfig
+from phatgoose.training.config import ExpertConfig, GateConfig, SignatureConfig
 from phatgoose.workflows.experiment.systems import (
     BASE,
     CHOSEN,
