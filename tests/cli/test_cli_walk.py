@@ -93,7 +93,7 @@ def test_overwrite_replaces_and_a_work_folder_keeps_what_else_is_in_it(ready, ru
         (tmp_path / "w" / name / "mine.txt").write_text("mine")
     result = run("train", "--out", tmp_path / "f", "--work", tmp_path / "w", *options)
     assert result.code == 1
-    assert "adapter is there, and no training wrote it" in result.err
+    assert "adapter exists, and no training wrote it" in result.err
     (tmp_path / "w" / "adapter" / "mine.txt").unlink()
     (tmp_path / "w" / "adapter").rmdir()
     result = run("train", "--out", tmp_path / "f", "--work", tmp_path / "w", *options)

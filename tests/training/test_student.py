@@ -10,7 +10,7 @@ from conftest import FAMILIES
 from phatgoose.errors import TrainingError
 from phatgoose.models.text.batch import collate
 from phatgoose.training.config import ExpertConfig, GateConfig
-from phatgoose.training.expert import adapted
+from phatgoose.training.expert import add_adapter
 from phatgoose.training.gate import GatedStudent
 from phatgoose.training.modules import is_conv1d, target_paths
 from phatgoose.training.student import Student
@@ -70,7 +70,7 @@ def test_gradient_of_an_adapter_is_the_formulas(make_base, family):
     encoded, batch = batch_of(base)
     reference = copy.deepcopy(base.model)
     paths = target_paths(base.model, "all-linear")
-    student = Student(adapted(base, paths, CONFIG), base.model, CONFIG)
+    student = Student(add_adapter(base, paths, CONFIG), base.model, CONFIG)
     pairs, weights = {}, {}
     generator = torch.Generator().manual_seed(1)
     for path in paths:
@@ -110,7 +110,7 @@ def test_recomputing_activations_changes_no_gradient(make_base, family, dropout)
     for checkpointing in (False, True):
         base = make_base(family)
         config = ExpertConfig(**SMALL, **LORA, gradient_checkpointing=checkpointing, base_dropout=dropout)
-        model = adapted(base, target_paths(base.model, "all-linear"), config)
+        model = add_adapter(base, target_paths(base.model, "all-linear"), config)
         student = Student(model, base.model, config).train()
         with torch.no_grad():
             for p in student.trained().values():
@@ -133,7 +133,7 @@ def test_dropout_acts_where_it_is_asked_for(make_base):
                 module.p = 0.5
         config = ExpertConfig(**SMALL, **LORA, base_dropout=base_dropout, dropout=dropout)
         student = Student(
-            adapted(base, target_paths(base.model, "all-linear"), config), base.model, config
+            add_adapter(base, target_paths(base.model, "all-linear"), config), base.model, config
         ).train()
         with torch.no_grad():
             for p in student.trained().values():

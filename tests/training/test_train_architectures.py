@@ -16,7 +16,7 @@ from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.base import Base
 from phatgoose.routers import Single
 from phatgoose.training.config import ExpertConfig, GateConfig
-from phatgoose.training.expert import _check_readable, adapted, adapted_paths, train_expert
+from phatgoose.training.expert import _check_readable, adapted_paths, add_adapter, train_expert
 from phatgoose.training.gate import train_gate
 from phatgoose.training.modules import describe_left_out, target_paths, text_model_prefix
 from phatgoose.training.signature import SignatureConfig, make_signature
@@ -72,7 +72,7 @@ def test_named_they_are_refused_before_the_first_step():
         train()
     paths = [p for p in target_paths(base.model, "all-linear") if not p.endswith(("gate_proj", "up_proj"))]
     with pytest.raises(TrainingError, match=r"other layers than were asked for|can't be read again"):
-        adapted(Base(make("deepseek_v3"), make_tokenizer(), spec="x"), paths, ExpertConfig(**SETTINGS))
+        add_adapter(Base(make("deepseek_v3"), make_tokenizer(), spec="x"), paths, ExpertConfig(**SETTINGS))
 
 
 @pytest.mark.slow(5)
@@ -140,6 +140,6 @@ def test_a_vision_language_base_trains_what_reads_text(kind):
 
 def test_what_could_not_be_read_again_is_refused(make_base):
     base = make_base("llama")
-    model = adapted(base, target_paths(base.model, ["q_proj"]), ExpertConfig(**SETTINGS))
+    model = add_adapter(base, target_paths(base.model, ["q_proj"]), ExpertConfig(**SETTINGS))
     with pytest.raises(TrainingError, match="can't be read again once it is trained"):
         _check_readable(model, LoraConfig(layer_replication=[(0, 1)]), target_paths(base.model, ["q_proj"]))

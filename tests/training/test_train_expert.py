@@ -13,7 +13,7 @@ from conftest import FAMILIES, make_model
 from phatgoose.errors import BaseModelError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.expert import adapted, train_expert
+from phatgoose.training.expert import add_adapter, train_expert
 from phatgoose.training.modules import target_paths
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.progress import silent
@@ -36,7 +36,7 @@ def equal(one: Expert, other: Expert) -> bool:
 def test_first_values_are_the_papers(make_base):
     base = make_base("llama")
     config = ExpertConfig()
-    model = adapted(base, target_paths(base.model, "all-linear"), config)
+    model = add_adapter(base, target_paths(base.model, "all-linear"), config)
     a = [p for n, p in model.named_parameters() if ".lora_A." in n]
     b = [p for n, p in model.named_parameters() if ".lora_B." in n]
     flat = torch.cat([p.detach().flatten() for p in a])
@@ -51,7 +51,7 @@ def test_first_values_depend_on_the_name_and_the_seed_alone(make_base):
     def first(targets, seed):
         base = make_base("llama")
         config = ExpertConfig(target_modules=targets, seed=seed)
-        model = adapted(base, target_paths(base.model, targets), config)
+        model = add_adapter(base, target_paths(base.model, targets), config)
         return {n: p.detach() for n, p in model.named_parameters() if ".lora_A." in n}
 
     everything, few, other = first("all-linear", 0), first(("v_proj",), 0), first(("v_proj",), 1)
@@ -78,7 +78,7 @@ def test_training_is_adamw_on_the_mean_over_all_targets_of_a_step(make_base, tas
     base = make_base("llama")
     reference, rows = copy.deepcopy(base.model), training_rows(base, task, config)
     paths = target_paths(base.model, "all-linear")
-    model = adapted(base, paths, config)
+    model = add_adapter(base, paths, config)
     start = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if "lora_" in n}
     optimizer = torch.optim.AdamW(start.values(), lr=2e-3, weight_decay=0.0)
 
@@ -173,7 +173,7 @@ def test_the_best_checkpoint_is_kept_not_the_last(make_base, task):
     best = expert.provenance["best_step"]
     assert losses[best] == min(losses.values())
     assert best < 9
-    model = adapted(base, target_paths(base.model, "all-linear"), config)
+    model = add_adapter(base, target_paths(base.model, "all-linear"), config)
     student = Student(model, base.model, config).eval()
     with torch.no_grad():
         for name, parameter in student.trained().items():

@@ -9,7 +9,7 @@ from phatgoose.errors import TrainingError
 from phatgoose.models.base.base import end_tokens
 from phatgoose.records import Example
 from phatgoose.training.config import WritingConfig
-from phatgoose.training.writing import _begin, _circles, _halves, usable_rows, write_batch
+from phatgoose.training.writing import _first_token, _repeats_itself, _split_in_half, usable_rows, write_batch
 
 CONFIG = WritingConfig(rows=8, rows_per_batch=5, max_new_tokens=7)
 
@@ -53,16 +53,16 @@ def test_every_text_has_one_fate():
         ("first line\nsecond", ("first", "line\nsecond")),
     ],
 )
-def test_halves_join_to_the_text(text, halves):
-    assert _halves(text) == halves
+def test_split_in_half_join_to_the_text(text, halves):
+    assert _split_in_half(text) == halves
     assert not halves[0] or " ".join(halves) == text
 
 
-def test_circles():
-    assert _circles(("no no no " * 5).split())
-    assert _circles(("x y z w " * 5).split())
-    assert not _circles(["a", "b", "c", "a", "b", "c"])  # short: four runs
-    assert not _circles(
+def test_repeats_itself():
+    assert _repeats_itself(("no no no " * 5).split())
+    assert _repeats_itself(("x y z w " * 5).split())
+    assert not _repeats_itself(["a", "b", "c", "a", "b", "c"])  # short: four runs
+    assert not _repeats_itself(
         ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "sat", "on", "the", "rug"]
     )
 
@@ -87,7 +87,7 @@ def test_sampling_is_the_models_own_distribution(make_base):
     base.model.generation_config.top_k = 1
     base.model.generation_config.repetition_penalty = 3.0
     base.model.generation_config.do_sample = False
-    start = torch.tensor([[_begin(base)]])
+    start = torch.tensor([[_first_token(base)]])
     for temperature in (1.0, 0.5):
         config = WritingConfig(rows_per_batch=2000, max_new_tokens=1, temperature=temperature)
         texts = [text for text, _ in write_batch(base, config, (), 0)]

@@ -1,4 +1,4 @@
-"""Mean inputs of an expert's modules over its own rows, summed up in float64 and resumable."""
+"""Mean inputs of an expert's modules over its own rows, summed in float64 and resumable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from phatgoose.training.trainer.preserve import expert_attached
 from phatgoose.training.trainer.progress import Progress, Report, display
 
 SAVE_SECONDS = 20.0
-"""Time between writing down how far the sums are."""
+"""Time between two saves of the sums."""
 
 
 def mean_activations(
@@ -42,17 +42,19 @@ def mean_activations(
     key: str,
     report: Report | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Mean input [d] float32 of each adapted module, with the expert on every token, and the most tokens one is over.
+    """(mean input [d] float32 of each adapted module, the most tokens that one of them saw).
+
+    The base runs with the expert on every token.
 
     Args:
-        file: where the sums so far are kept under `key`; a later call with the same goes on from there.
+        file: keeps the sums so far, under `key`; a later call with the same key continues from there.
 
     Raises:
-        TrainingError: inputs that aren't finite. RoutingError, BaseModelError: the expert doesn't fit the base.
+        TrainingError: inputs aren't finite. RoutingError, BaseModelError: the expert doesn't fit the base.
     """
-    sums, counts, done = _kept(file, key)
+    sums, counts, done = _load(file, key)
     label, saved = f"signature {expert.name}", time.monotonic()
-    with _watched(base, expert, sums, counts), display(label, len(batches)) as bar:
+    with _collecting(base, expert, sums, counts), display(label, len(batches)) as bar:
         show = report or bar
         for number, batch in enumerate(batches):
             show(Progress(label, number, len(batches), None, None, 0.0, math.inf))
@@ -65,7 +67,8 @@ def mean_activations(
         show(Progress(label, len(batches), len(batches), None, None, 0.0, math.inf))
     means = {path: (total / counts[path]).float() for path, total in sums.items()}
     for path, module in modules_by_path(base.model, expert.updates).items():
-        # No token went to this expert of a mixture. A mean of zeros scores 0 on every token: it says nothing.
+        # No token reached this expert of a mixture. A mean of zeros scores 0 on every token, so it doesn't influence
+        # routing.
         if isinstance(module, ExpertLinear) and path not in means:
             means[path] = torch.zeros(module.in_features)
     for path, mean in means.items():
@@ -81,26 +84,28 @@ def _forward(base: Base, rows: Sequence[Encoded]) -> None:
             target_logits(base.model, batch)
             return
         labels = batch.pop("labels")
-        # Not what training gives: there the decoder's padding is told by the labels alone.
+        # Training passes no decoder mask: there the labels alone mark the decoder's padding.
         mask = (labels >= 0).long()
         inputs = decoder_inputs(base.model, labels)
         base.model(**batch, decoder_input_ids=inputs, decoder_attention_mask=mask, use_cache=False)
 
 
 @contextlib.contextmanager
-def _watched(base: Base, expert: Expert, sums: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
-    """The base with the expert on every token, its modules' inputs summed up over real tokens."""
+def _collecting(
+    base: Base, expert: Expert, sums: dict[str, Tensor], counts: dict[str, int]
+) -> Iterator[None]:
+    """Inside, the base has the expert on every token, and its modules' inputs are summed over real tokens."""
     modules = modules_by_path(base.model, expert.updates)
     with Hooks() as hooks:
         for path, update in expert.updates.items():
-            # Before the routing's own hook, so that an embedding's output is seen as its gate sees it.
-            hook = partial(apart, _adding(path, update.embedding, base.model, sums, counts))
+            # Registered before the routing's own hook, so that it gets an embedding's output as the gate does.
+            hook = partial(apart, _summing_hook(path, update.embedding, base.model, sums, counts))
             hooks.add([modules[path].register_forward_hook(hook, with_kwargs=True)])
         with expert_attached(base, expert):
             yield
 
 
-def _adding(
+def _summing_hook(
     path: str, embedding: bool, model: PreTrainedModel, sums: dict[str, Tensor], counts: dict[str, int]
 ) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -119,8 +124,8 @@ def _adding(
     return hook
 
 
-def _kept(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """Sums, counts and the number of batches that a stopped call had done; nothing if there is none, or it was of another."""
+def _load(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    """(sums, counts, number of batches) of an interrupted call with this key; empty if there is none."""
     if not file.exists():
         return {}, {}, 0
     found = read_tensor_file(file, TrainingError)

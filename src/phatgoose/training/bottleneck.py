@@ -1,4 +1,4 @@
-"""Training bottleneck adapters, which PEFT doesn't have: hooks on the base, and AdapterHub's format for the result."""
+"""Bottleneck adapters, which PEFT doesn't have: trained by hooks on the base, saved in AdapterHub's format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(config: ExpertConfig) -> dict[str, Any]:
-    """AdapterHub's settings of such an adapter."""
+    """AdapterHub's settings for such an adapter."""
     return {
         **SETTINGS[config.placement],
         "output_adapter": True,
@@ -49,15 +49,16 @@ def settings_of(config: ExpertConfig) -> dict[str, Any]:
 
 
 def adapter_locations(base: Base, config: ExpertConfig) -> dict[str, str]:
-    """Paths of the layers that get an adapter → path of the module whose input is the residual stream there.
+    """Path of each layer that gets an adapter → path of the module whose input is its residual stream.
 
     Raises:
-        TrainingError: where adapters go in this base isn't known.
+        TrainingError: it isn't known where adapters go in this base.
     """
     family = base.model.config.model_type
     if family not in adapterhub_places.FAMILIES:
         raise TrainingError(
-            f"kind='bottleneck': where adapters go in a {family} isn't known, only in {', '.join(adapterhub_places.FAMILIES)}."
+            f"kind='bottleneck': where adapters go in a {family} isn't known, only in "
+            f"{', '.join(adapterhub_places.FAMILIES)}."
         )
     paths = [path for path, _ in base.model.named_modules()]
     return adapterhub_places.places(family, settings_of(config), paths)
@@ -85,11 +86,11 @@ class Adapter(nn.Module):
                 parameter.zero_()
 
     def forward(self, y: Tensor, residual: Residual | None) -> Tensor:
-        """What is added to y: [..., d] → [..., d] in y's dtype."""
+        """The value to add to y: [..., d] → [..., d] in y's dtype."""
         return self.dropout(self._bottleneck(self._tensors()).apply(y, residual)).to(y.dtype)
 
     def update(self) -> Update:
-        """What it is, on the CPU."""
+        """The adapter as an `Update`, on the CPU."""
         copies = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
         return Update(*no_rows(None, self.up.out_features), bottleneck=self._bottleneck(copies))
 
@@ -99,12 +100,16 @@ class Adapter(nn.Module):
     def _bottleneck(self, tensors: list[Tensor]) -> Bottleneck:
         down, up, down_bias, up_bias = tensors
         return Bottleneck(
-            down, up, down_bias, up_bias, self.activation, self.scale, residual=self.source, reads_output=self.reads_output
+            down, up, down_bias, up_bias, self.activation, self.scale,
+            residual=self.source, reads_output=self.reads_output,
         )  # fmt: skip
 
 
 class BottleneckStudent(Student):
-    """The base with an adapter's output added to that of every layer of `adapter_locations`, by hooks; only the adapters are trained."""
+    """The base with adapters whose outputs are added to those of their layers by hooks. Only the adapters are trained.
+
+    locations: the result of `adapter_locations`.
+    """
 
     def __init__(self, base: Base, locations: Mapping[str, str], config: ExpertConfig, name: str) -> None:
         model = base.model
@@ -115,7 +120,7 @@ class BottleneckStudent(Student):
         reads_residual = settings["is_parallel"] or settings["original_ln_before"]
         self.sources = {path: source if reads_residual else None for path, source in locations.items()}
         self.size = 0
-        hooks = Hooks()  # taken off by `preserved`
+        hooks = Hooks()  # removed by `preserved`
         for path, source in self.sources.items():
             module = model.get_submodule(path)
             _, self.size = linear_shape(module) or (0, 0)
@@ -136,7 +141,7 @@ class BottleneckStudent(Student):
         }
 
     def updates(self) -> dict[str, Update]:
-        """What was trained, by module path."""
+        """The trained adapters by module path."""
         found = {}
         for key, adapter in self.adapters.items():
             assert isinstance(adapter, Adapter)
@@ -152,13 +157,13 @@ def _adding(adapter: Adapter, residual: Residual | None) -> Any:
 
 
 def _library_name(name: str) -> str:
-    """A name under which the library can keep an adapter: a key of a ModuleDict, without dots and none of its methods."""
+    """The adapter's name in AdapterHub's library, a key of a ModuleDict: without dots, and not one of its methods."""
     key = name.replace(".", "-")
     return f"{key}-adapter" if hasattr(nn.ModuleDict(), key) else key
 
 
 def save_adapter(student: Student, folder: Path) -> None:
-    """The adapter in AdapterHub's format."""
+    """Writes the adapter in AdapterHub's format."""
     assert isinstance(student, BottleneckStudent)
     tensors = adapterhub.to_tensors(student.updates(), student.record["model_type"], student.record["name"])
     (folder / ADAPTERHUB_WEIGHTS).write_bytes(tensor_bytes(tensors))

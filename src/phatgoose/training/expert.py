@@ -1,4 +1,4 @@
-"""Training an expert on one task, by transformers' Trainer: LoRA and (IA)³ of PEFT's, bottleneck adapters of our own."""
+"""Train an expert on one task with transformers' Trainer: PEFT's LoRA and (IA)³, or our own bottleneck adapters."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from phatgoose.training.config import ExpertConfig
 from phatgoose.training.modules import describe_left_out, is_conv1d, seeded_normal, target_paths
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.arguments import Logger
+from phatgoose.training.trainer.job import TrainingJob
 from phatgoose.training.trainer.progress import Report
-from phatgoose.training.trainer.run import TrainingJob, run_training
+from phatgoose.training.trainer.run import run_training
 
 __all__ = ["ExpertConfig", "train_expert"]
 
@@ -48,65 +49,57 @@ def train_expert(
     report: Report | None = None,
     loggers: Sequence[Logger] = (),
 ) -> Expert:
-    """Trains an expert on a task's training split. The base is the same object, bit for bit, afterwards (also on errors).
+    """Trains an expert on a task's training split. The base is bit for bit the same afterwards (also on errors).
 
-    The loss is the mean of −log p over all target tokens (end token included) of a step's rows. Started by torchrun or
-    accelerate launch, the rows of a step are shared by all processes; each returns the expert, the first one writes.
+    The loss is the mean of −log p over all target tokens (end token included) of a step's rows. Under torchrun or
+    accelerate launch all processes share the rows of a step; each returns the expert, the first one writes files.
 
     Args:
         config: the paper's settings if None.
-        name: of the expert; from the task's name if None.
-        work_folder: keeps checkpoints, from which the same call continues after a kill, and the result: the adapter's folder
-            `adapter/`. A finished one is read, not trained again. None: a temporary folder, nothing is kept.
+        name: of the expert; derived from the task's name if None.
+        work_folder: keeps checkpoints, from which the same call continues after a kill, and the result: the adapter's
+            folder `adapter/`. A finished training is read, not repeated. None: a temporary folder, nothing is kept.
         report: called with a Progress after every step; None: a progress bar (or lines) on standard error.
         loggers: names that Trainer's report_to knows ("tensorboard", "wandb"), or TrainerCallbacks.
 
     Returns:
-        the expert without gates; its provenance says how it was made. A LoRA or (IA)³ is in PEFT's format, a bottleneck adapter in
-        AdapterHub's.
+        the expert without gates; its provenance says how it was made. A LoRA or (IA)³ is in PEFT's format, a bottleneck
+        adapter in AdapterHub's.
 
     Raises:
-        TrainingError: settings, rows or the base can't be trained with, or a loss isn't finite; the message says what to do.
-        BaseModelError: the base is wrapped by PEFT, or it can't be scored token by token (its attention isn't causal).
+        TrainingError: the settings, the rows or the base can't be trained with, or a loss isn't finite; the message
+            says what to do.
+        BaseModelError: the base is wrapped by PEFT, or can't be scored token by token (its attention isn't causal).
         StorageError: a checkpoint or the result can't be written.
     """
     base, config = as_base(base), config or ExpertConfig()
     name = name or slug(task.name)
-    build, write = _recipe(base, config, name)
-    folder = Path(work_folder) if work_folder is not None else None
+    build, write = _student_and_writer(base, config, name)
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
-        source = Expert.from_adapterhub if config.kind == "bottleneck" else Expert.from_peft
-        expert = source(result, name=name, provenance=record)
-        return (
-            expert if folder is not None and result.is_relative_to(folder) else replace(expert, folder=None)
-        )
+        load = Expert.from_adapterhub if config.kind == "bottleneck" else Expert.from_peft
+        expert = load(result, name=name, provenance=record)
+        is_kept = work_folder is not None and result.is_relative_to(work_folder)
+        return expert if is_kept else replace(expert, folder=None)
 
     job = TrainingJob(
-        kind="expert",
-        result="adapter",
-        base=base,
-        task=task,
-        config=config,
-        key={},
-        build=build,
-        write=write,
-        read=read,
-    )
-    return run_training(job, folder, f"expert {name}", report, loggers)
+        kind="expert", label=f"expert {name}", result="adapter", base=base, task=task, config=config,
+        build=build, write=write, read=read,
+    )  # fmt: skip
+    return run_training(job, work_folder, report, loggers)
 
 
-def _recipe(
+def _student_and_writer(
     base: Base, config: ExpertConfig, name: str
 ) -> tuple[Callable[[], Student], Callable[[Student, Path], None]]:
-    """What makes the student, and what writes its result. Settings that don't fit the base are refused here."""
+    """A function that builds the student and one that writes its result. Refuses settings that don't fit the base."""
     if config.kind == "bottleneck":
-        places = bottleneck.adapter_locations(base, config)
-        return lambda: bottleneck.BottleneckStudent(base, places, config, name), bottleneck.save_adapter
+        locations = bottleneck.adapter_locations(base, config)
+        return lambda: bottleneck.BottleneckStudent(base, locations, config, name), bottleneck.save_adapter
     paths = adapted_paths(base, config)
     if config.target_modules == "all-linear" and (rest := describe_left_out(base.model, paths)):
         warnings.warn(f"expert {name}: left out of training are {'; '.join(rest)}.", stacklevel=3)
-    return lambda: Student(adapted(base, paths, config), base.model, config), _write
+    return lambda: Student(add_adapter(base, paths, config), base.model, config), _save_adapter
 
 
 def adapted_paths(base: Base, config: ExpertConfig) -> list[str]:
@@ -121,24 +114,24 @@ def adapted_paths(base: Base, config: ExpertConfig) -> list[str]:
     paths = target_paths(base.model, names)
     if config.kind != "lora":
         return paths
-    refused = {n for n in {path.rpartition(".")[2] for path in paths} if _kept_from(base.model, n)}
+    refused = {n for n in {path.rpartition(".")[2] for path in paths} if not _peft_adapts(base.model, n)}
     if refused and names != "all-linear":
         raise TrainingError(
-            f"target_modules: in a {base.model.config.model_type} PEFT doesn't adapt linear layers called {', '.join(sorted(refused))} "
-            "(it takes the names for fused experts, or refuses them): leave them out."
+            f"target_modules: in a {base.model.config.model_type} PEFT doesn't adapt linear layers called "
+            f"{', '.join(sorted(refused))} (it takes the names for fused experts, or refuses them): leave them out."
         )
     return [path for path in paths if path.rpartition(".")[2] not in refused]
 
 
-def _kept_from(model: PreTrainedModel, name: str) -> bool:
-    """Whether PEFT wouldn't adapt the linear layers of this name: it takes some for the experts of an earlier transformers."""
+def _peft_adapts(model: PreTrainedModel, name: str) -> bool:
+    """False if PEFT wouldn't adapt linear layers of this name. It takes some names for older fused experts."""
     settings = LoraConfig(target_modules=[name])
     try:
         _check_lora_target_modules_mamba(settings, model, name)
         convert_peft_config_for_transformers(settings, model, None)
     except ValueError:
-        return True
-    return name not in (settings.target_modules or ())
+        return False
+    return name in (settings.target_modules or ())
 
 
 def _ia3_names(base: Base, known: Mapping[str, list[str]]) -> list[str]:
@@ -150,8 +143,8 @@ def _ia3_names(base: Base, known: Mapping[str, list[str]]) -> list[str]:
     return known[family]
 
 
-def adapted(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftModel:
-    """PEFT's model around the base, with new weights in float32 at `paths`."""
+def add_adapter(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftModel:
+    """Wraps the base in a PEFT model, with new weights in float32 at `paths`."""
     conv1d = {is_conv1d(base.model.get_submodule(path)) for path in paths}
     if len(conv1d) > 1:
         raise TrainingError(
@@ -165,36 +158,29 @@ def adapted(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftModel
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            warnings.filterwarnings(
-                "ignore", ".lora_bias=True. was passed but", UserWarning
-            )  # merging isn't meant
+            # It warns that such an adapter can't be merged, which nobody asks for here.
+            warnings.filterwarnings("ignore", ".lora_bias=True. was passed but", UserWarning)
             model = get_peft_model(base.model, settings)
     except (ValueError, TypeError, NotImplementedError) as cause:
         raise TrainingError(f"PEFT can't adapt this base: {cause}") from cause
-    settings.base_model_name_or_path = base.spec  # get_peft_model puts the model's own path there
+    settings.base_model_name_or_path = base.spec  # get_peft_model sets the model's own path
     _check_readable(model, settings, paths)
     initialise(model, config)
     return model
 
 
 def _check_readable(model: PeftModel, settings: PeftConfig, paths: Sequence[str]) -> None:
-    """Refuses, before the first step, what could not be read again when it is saved.
+    """Refuses, before the first step, an adapter that couldn't be loaded after it is saved.
 
     Raises:
-        TrainingError: PEFT adapts other layers than these, or in a way that experts can't have.
+        TrainingError: PEFT adapts other layers than `paths`, or in a way that experts don't support.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    kind = str(getattr(settings.peft_type, "value", settings.peft_type))
     try:
-        found = to_contents(
-            {
-                **settings.to_dict(),
-                "peft_type": str(getattr(settings.peft_type, "value", settings.peft_type)),
-            },
-            tensors,
-            "the adapter",
-        ).updates
+        found = to_contents({**settings.to_dict(), "peft_type": kind}, tensors, "the adapter").updates
     except ExpertError as cause:
         raise TrainingError(
             f"an adapter of these modules can't be read again once it is trained: {cause}"
@@ -202,7 +188,8 @@ def _check_readable(model: PeftModel, settings: PeftConfig, paths: Sequence[str]
     if found.keys() != set(paths):
         others = sorted(found.keys() ^ set(paths))
         raise TrainingError(
-            f"target_modules: PEFT would adapt other layers than were asked for, such as {others[0]}; name linear layers that it knows."
+            f"target_modules: PEFT would adapt other layers than were asked for, such as {others[0]}; name linear "
+            "layers that it knows."
         )
 
 
@@ -214,16 +201,16 @@ def _lora(base: Base, paths: Sequence[str], config: ExpertConfig, common: dict[s
         use_rslora=config.rslora,
         use_dora=config.dora,
         lora_bias=config.lora_bias,
-        target_modules=_shortest(base.model, paths),
+        target_modules=_target_names(base.model, paths),
         **common,
     )
 
 
 def _ia3(base: Base, paths: Sequence[str], common: dict[str, Any]) -> PeftConfig:
-    """Scales the inputs of those layers that PEFT calls feed-forward, the outputs of the others."""
+    """(IA)³ on these layers: it scales the inputs of those that PEFT calls feed-forward, the outputs of the others."""
     ends = _ia3_names(base, TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING)
     inputs = [path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)]
-    targets, feedforward = _shortest(base.model, paths), _shortest(base.model, inputs)
+    targets, feedforward = _target_names(base.model, paths), _target_names(base.model, inputs)
     if not set(feedforward) <= set(targets):  # PEFT compares the names
         targets, feedforward = sorted(paths), sorted(inputs)
     return IA3Config(target_modules=targets, feedforward_modules=feedforward, **common)
@@ -231,7 +218,7 @@ def _ia3(base: Base, paths: Sequence[str], common: dict[str, Any]) -> PeftConfig
 
 @torch.no_grad()
 def initialise(model: PeftModel, config: ExpertConfig) -> None:
-    """LoRA's A ~ N(0, init_std²), B and its bias zero; (IA)³'s vectors are PEFT's ones, DoRA's norms those of W."""
+    """Sets LoRA's A ~ N(0, init_std²), B and its bias to zero. (IA)³'s ones and DoRA's norms of W are PEFT's own."""
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             parameter.copy_(seeded_normal(config.seed, name, parameter.shape) * config.init_std)
@@ -239,27 +226,27 @@ def initialise(model: PeftModel, config: ExpertConfig) -> None:
             parameter.zero_()
 
 
-def _shortest(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
-    """The ends of the paths ("q_proj") where these mean exactly the same modules, else the paths."""
+def _target_names(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """The ends of the paths ("q_proj") if these match exactly the same modules, else the whole paths."""
     ends = sorted({path.rpartition(".")[2] for path in paths})
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
-    return ends if meant == set(paths) else sorted(paths)
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return ends if matched == set(paths) else sorted(paths)
 
 
-def _write(student: Student, folder: Path) -> None:
+def _save_adapter(student: Student, folder: Path) -> None:
     model = student.model
     assert isinstance(model, PeftModel)
-    # The embeddings aren't trained; PEFT would look up the base's config on the Hub to find that out.
+    # save_embedding_layers=False: they aren't trained, and PEFT would ask the Hub for the base's config to find out.
     try:
         with warnings.catch_warnings():
-            # What PEFT takes for a shard that wasn't gathered is lora_bias' vector; sharded training is refused elsewhere.
+            # PEFT takes lora_bias' vector for a shard that wasn't gathered. (Sharded training is refused elsewhere.)
             warnings.filterwarnings("ignore", "Adapter .* have invalid shape", UserWarning)
             model.save_pretrained(str(folder), save_embedding_layers=False)
-    except SafetensorError as cause:  # how it reports a full disk
+    except SafetensorError as cause:  # its error for a full disk
         raise StorageError(f"can't write the adapter in {folder}: {cause}. Is there space left?") from cause
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form to fill in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
     settings = read_json(folder / CONFIG_FILE, TrainingError)
     for key in ("target_modules", "feedforward_modules"):
-        if isinstance(settings.get(key), list):  # a set in PEFT: its order changes from run to run
+        if isinstance(settings.get(key), list):  # a set in PEFT, whose order changes from run to run
             settings[key] = sorted(settings[key])
     write_json(folder / CONFIG_FILE, settings)

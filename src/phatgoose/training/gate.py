@@ -1,4 +1,4 @@
-"""Training a gate: base and expert frozen, one vector per adapted module learns when the expert should act."""
+"""Train a gate: with base and expert frozen, one vector per adapted module learns when the expert should act."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ from phatgoose.training.config import GateConfig
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.arguments import Logger
 from phatgoose.training.trainer.checkpoints import tensor_bytes
+from phatgoose.training.trainer.job import TrainingJob
 from phatgoose.training.trainer.progress import Report
-from phatgoose.training.trainer.run import TrainingJob, run_training
+from phatgoose.training.trainer.run import run_training
 
 __all__ = ["GateConfig", "train_gate"]
 FILE = "gates.safetensors"
@@ -54,25 +55,23 @@ def train_gate(
     report: Report | None = None,
     loggers: Sequence[Logger] = (),
 ) -> Expert:
-    """Trains one vector v per module of the expert, with W u + σ(vᵀu)·Δ(u) in the module's place (PHATGOOSE, section 3).
+    """Trains one vector v per module of the expert, whose output is W u + σ(vᵀu)·Δ(u) (PHATGOOSE, section 3).
 
-    Everything but the vectors is frozen: base and expert are bit for bit the same afterwards. Arguments as those of
-    `train_expert`; the same `work_folder` may be used for both.
+    Only the vectors are trained: base and expert are bit for bit the same afterwards. The arguments are those of
+    `train_expert`; both may use the same `work_folder`.
 
     Returns:
-        a new expert with gates; the one passed is untouched. provenance["gate"] says how they were made, and what they
-        cost as a share of the expert ("cost_share": seconds and tokens), where the expert's record has that.
+        a new expert with gates; the given one is unchanged. provenance["gate"] says how the gates were made, and
+        their cost as a share of the expert's ("cost_share": seconds and tokens), if the expert's record has that.
 
     Raises:
-        TrainingError: as `train_expert`; also an expert that doesn't fit the base's modules, or gates that never moved.
+        TrainingError: as for `train_expert`; or the expert doesn't fit the base's modules, or no gate moved.
         BaseModelError: the expert was trained on another base.
         StorageError: a checkpoint or the result can't be written.
     """
     base, config = as_base(base), config or GateConfig()
-    here, names = match_to_base(base, expert)
-    own = {name: path for path, name in names.items()}
+    here, own = match_to_base(base, expert)
     check_copies(dict(base.model.named_modules(remove_duplicate=False)), [here])
-    folder = Path(work_folder) if work_folder is not None else None
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
         gates = {own.get(path, path): gate for path, gate in read_tensors(result / FILE).items()}
@@ -80,21 +79,15 @@ def train_gate(
         return expert.with_gates(gates, provenance=record)
 
     job = TrainingJob(
-        kind="gate",
-        result="gates",
-        base=base,
-        task=task,
-        config=config,
-        key={"expert": _digest(expert)},
-        build=lambda: GatedStudent(base.model, here.updates, config),
-        write=_write,
-        read=read,
-    )
-    return run_training(job, folder, f"gate {expert.name}", report, loggers)
+        kind="gate", label=f"gate {expert.name}", result="gates", base=base, task=task, config=config,
+        build=lambda: GatedStudent(base.model, here.updates, config), write=_save_gates, read=read,
+        extra_key={"expert": _expert_hash(expert)},
+    )  # fmt: skip
+    return run_training(job, work_folder, report, loggers)
 
 
 class Score(torch.autograd.Function):
-    """vᵀu in float32 from u of any dtype, keeping u itself for the backward pass instead of a float32 copy."""
+    """vᵀu in float32, from u of any dtype. Saves u itself for the backward pass, instead of a float32 copy."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
@@ -113,7 +106,7 @@ class Score(torch.autograd.Function):
 
 
 class Gate(nn.Linear):
-    """One module's v. A module of its own, so that wrappers which shard or hook leaf modules find it."""
+    """The vector v of one module. It is an nn.Linear, so that wrappers that shard or hook leaf modules find it."""
 
     def __init__(self, d_in: int, device: torch.device) -> None:
         super().__init__(d_in, 1, bias=False, device=device, dtype=torch.float32)
@@ -125,24 +118,23 @@ class Gate(nn.Linear):
 
 
 class GatedStudent(Student):
-    """The base with σ(vᵀu)·Δ(u) added to the output of every module of the expert, by hooks; only the gates are trained."""
+    """The base with σ(vᵀu)·Δ(u) added to every adapted module's output by hooks. Only the gates are trained."""
 
     def __init__(self, base: PreTrainedModel, updates: Mapping[str, Update], config: GateConfig) -> None:
         base.requires_grad_(False)
         super().__init__(base, base, config)
         self.gates = nn.ModuleDict()
         modules = modules_by_path(base, updates)
-        dtype, hooks = self.autocast or torch.float32, Hooks()  # taken off by `preserved`
+        dtype, hooks = self.autocast or torch.float32, Hooks()  # removed by `preserved`
         for path, update in updates.items():
             module = modules[path]
-            d_in, d_out = _size(module, update) or (0, 0)  # check_fits has refused others
+            d_in, d_out = _layer_shape(module, update) or (0, 0)  # match_to_base has refused others
             gate = Gate(d_out if update.embedding else d_in, device_of(base))
             self.gates[encode_path(path)] = gate
             stack = make_stack([resolve_update(update, module, path)], d_in, d_out, dtype).to(device_of(base))
-            adding = (
-                _adding_rows(gate, stack) if update.is_low_rank else _adding(gate, stack, ModuleLayer(module))
-            )
-            hooks.add([module.register_forward_hook(adding)])
+            is_low_rank, layer = update.is_low_rank, ModuleLayer(module)
+            hook = _low_rank_hook(gate, stack) if is_low_rank else _mix_hook(gate, stack, layer)
+            hooks.add([module.register_forward_hook(hook)])
             source = residual_source(base, [update])
             if source is not None and stack.residual is not None:
                 hooks.add(track_residual(source, module, stack.residual))
@@ -155,12 +147,12 @@ class GatedStudent(Student):
         }
 
 
-def _adding_rows(gate: Gate, stack: Stack) -> Any:
-    """The hook for a low-rank update."""
+def _low_rank_hook(gate: Gate, stack: Stack) -> Any:
+    """A hook that adds σ(vᵀu)·Δ(u) of a low-rank update."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         u = args[0]
-        # A number per token: it can scale the r values between A and B instead of the d_out after.
+        # The gate is one number per token, so it may scale the r values between A and B instead of the d_out after B.
         dtype = torch.promote_types(u.dtype, stack.A.dtype)
         low = u.to(dtype) @ stack.A.to(dtype).T
         low = (low.float() * (gate(u) * stack.scales[0])).to(dtype)
@@ -169,8 +161,8 @@ def _adding_rows(gate: Gate, stack: Stack) -> Any:
     return hook
 
 
-def _adding(gate: Gate, stack: Stack, layer: Layer) -> Any:
-    """The hook for any update: the routing operation itself, with one expert whose weight is the gate."""
+def _mix_hook(gate: Gate, stack: Stack, layer: Layer) -> Any:
+    """The same for any update, by the routing operation: one expert, whose weight is the gate."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         u, y = args[0], output.reshape(-1, output.shape[-1])
@@ -182,12 +174,12 @@ def _adding(gate: Gate, stack: Stack, layer: Layer) -> Any:
     return hook
 
 
-def _size(module: nn.Module, update: Update) -> tuple[int, int] | None:
+def _layer_shape(module: nn.Module, update: Update) -> tuple[int, int] | None:
     return embedding_shape(module) if update.embedding else linear_shape(module)
 
 
 def encode_path(path: str) -> str:
-    """A module path as a key of a ModuleDict, which may not hold dots."""
+    """A module path as a key of a ModuleDict, which allows no dots."""
     return path.replace("%", "%25").replace(".", "%2E")
 
 
@@ -196,10 +188,11 @@ def decode_path(key: str) -> str:
 
 
 def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
-    """Refuses an expert of another base; else the expert as it stands on this one, and what `placed` says of its modules' names.
+    """(the expert with this base's names of modules, name here → the expert's own name where they differ).
 
     Raises:
-        BaseModelError: it was made on another. RoutingError, TrainingError, naming the module: one of its modules is no linear layer of its size here.
+        BaseModelError: the expert was made on another base.
+        RoutingError, TrainingError: a module is missing here, is no linear layer, or is of another size; they name it.
     """
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
@@ -214,26 +207,27 @@ def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
             raise TrainingError(
                 f"expert {expert.name!r} adapts {path}, which this base doesn't have: it belongs to another base."
             )
-        found = _size(modules[path], update)
+        found = _layer_shape(modules[path], update)
         if found is None or not all(map(sizes_agree, (update.d_in, update.d_out), found)):
             raise TrainingError(
                 f"expert {expert.name!r} at {path}: expected a layer of (d_in, d_out) = {(update.d_in, update.d_out)}, "
                 f"found {found or type(modules[path]).__name__}: it belongs to another base."
             )
-    return here, names
+    return here, {name: path for path, name in names.items()}
 
 
-def _write(student: Student, folder: Path) -> None:
+def _save_gates(student: Student, folder: Path) -> None:
     assert isinstance(student, GatedStudent)
     vectors = student.vectors()
     if not any(bool(v.any()) for v in vectors.values()):
         raise TrainingError(
-            "no gate moved from zero: the expert does nothing (is its B all zero?), or the learning rate is zero throughout."
+            "no gate moved from zero: the expert does nothing (is its B all zero?), or the learning rate is zero "
+            "throughout."
         )
     (folder / FILE).write_bytes(tensor_bytes(vectors))
 
 
-def _digest(expert: Expert) -> str:
+def _expert_hash(expert: Expert) -> str:
     tensors = {
         k: hashlib.sha256(safetensors.torch.save({"": t.contiguous()})).hexdigest()
         for k, t in expert.tensors.items()
@@ -242,6 +236,6 @@ def _digest(expert: Expert) -> str:
 
 
 def _cost_share(gate: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, float]:
-    """What the gate cost divided by what its expert cost, where both are known."""
+    """The gate's cost divided by its expert's, where both are known."""
     known = [k for k in ("seconds", "tokens") if gate.get(k) and expert.get(k)]
     return {key: round(gate[key] / expert[key], 4) for key in known}

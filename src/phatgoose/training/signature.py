@@ -1,9 +1,9 @@
-"""The data signature of an expert, made by its contributor: mean activations and embedded texts of the expert's own training rows."""
+"""Make an expert's data signature: mean activations and embedded prompts of its own training rows."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -42,23 +42,24 @@ def make_signature(
 ) -> Expert:
     """The expert with a data signature of its own task's training rows.
 
-    Activations: ā = mean over all tokens of all rows (prompt and target, as in training) of each adapted module's input, in the base
-    with this expert on every token; of an embedding, its output. Summed in float64. Texts: the prompts, as the base's tokenizer gives
-    them back, embedded.
+    Activations: for each adapted module the mean input (for an embedding: output) over all tokens of the rows, prompt
+        and
+    target as in training, in the base with this expert on every token. Summed in float64. Texts: embeddings of the
+    prompts as the base's tokenizer decodes them again.
 
     Args:
-        work_folder: keeps the sums so far, from which the same call goes on after a kill and ends in the same numbers.
+        work_folder: keeps the sums so far. After a kill the same call continues from them, with the same result.
 
     Returns:
         a new expert; provenance["signature"] says how it was made.
 
     Raises:
-        TrainingError: no training rows, routing attached to the base, values that aren't finite, or the expert doesn't fit the base.
-        BaseModelError: the expert is of another base, or the encoder can't be loaded.
+        TrainingError: no training rows, routing attached to the base, values that aren't finite, or the expert doesn't
+            fit the base.
+        BaseModelError: the expert was made on another base, or the encoder can't be loaded.
     """
     base, config = as_base(base), config or SignatureConfig()
-    here, names = match_to_base(base, expert)
-    own = {name: path for path, name in names.items()}
+    here, own = match_to_base(base, expert)
     if routing_of(base) is not None:
         raise TrainingError("routing is attached to the base: call unroute(base) first.")
     if not task.train:
@@ -80,7 +81,7 @@ def make_signature(
         activations, texts, encoder.name if encoder else None, encoder.sha256 if encoder else None
     )
     record = {
-        "kind": "signature", "key": key, "config": {**asdict(config), "encoder": encoder.name if encoder else None},
+        "kind": "signature", "key": key, "config": {**config.to_json(), "encoder": encoder.name if encoder else None},
         "task": {"name": task.name, "source": without_paths(task.source), "hash": task.hash},
         "rows": len(rows), "tokens": tokens, "texts": 0 if texts is None else len(texts), "texts_cut": cut,
         "encoder": encoder.name if encoder else None, "seconds": round(time.monotonic() - started, 3),
@@ -92,26 +93,26 @@ def make_signature(
 def signature_key(
     base: Base, expert: Expert, task: Task, config: SignatureConfig, encoder: SentenceEncoder | None
 ) -> str:
-    """sha256 of everything a signature depends on."""
+    """sha256 of everything that a signature depends on."""
     adapter, sha256 = replace(expert, gates=None).hash, encoder.sha256 if encoder else None
     rendered = list(chat_template_key(base, task).values())
     return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256, *rendered])
 
 
 def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
-    """The rows as training encodes them, the longest first, so that batches hold rows of like lengths."""
+    """The rows as training encodes them, the longest first, so that batches hold rows of similar length."""
     which = sorted(draw_rows(len(task.train), min(config.rows, len(task.train)), config.seed))
     found = encode_rows(base, task.name, "training", task.train, which, config.max_length)
     return sorted(found.values(), key=lambda row: -row.length)
 
 
 def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder) -> tuple[Tensor, int]:
-    """Embeddings of training prompts, and how many of these were longer than the encoder reads."""
+    """(embeddings of training prompts, how many of them were too long for the encoder)."""
     chosen = sorted(draw_rows(len(task.train), min(config.texts, len(task.train)), config.seed))
     prompts = [decoded_prompt(base, task.train[index]) for index in chosen]
     return encoder(prompts), encoder.cut(prompts)
 
 
 def decoded_prompt(base: Base, example: Example) -> str:
-    """A prompt as a router finds it again from its tokens: T5's tokenizer, for one, drops line breaks."""
+    """The prompt as a router decodes it from its tokens, which may differ: T5's tokenizer drops line breaks."""
     return decode_text(base.tokenizer, encode_input(base, example))

@@ -1,4 +1,4 @@
-"""The model as the loop sees it: a batch in, the summed loss of its targets out."""
+"""The model that the training loop sees: a batch in, the summed loss of its targets out."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from phatgoose.models.base.base import device_of
 from phatgoose.models.text.batch import target_logits, target_loss
 from phatgoose.training.config import LoopConfig
 
-SHORT = 128
-"""Tokens up to which plain attention beats torch's fused kernel in bf16 on a CPU, forward and backward: 13 against 26 ms
-at 48 tokens, 57 against 69 ms at 128, 96 against 67 ms at 256 (16 rows, 9 heads of 64)."""
+SHORT_TOKENS = 128
+"""Tokens up to which plain attention beats torch's fused kernel in bf16 on a CPU, forward and backward: 13 against 26
+ms at 48 tokens, 57 against 69 ms at 128, 96 against 67 ms at 256 (16 rows, 9 heads of 64)."""
 
 
 class Student(nn.Module):
-    """Wraps what is trained, so that Trainer, accelerate and DDP meet one plain module with nothing of PEFT's in it."""
+    """Wraps the trained model, so that Trainer, accelerate and DDP see one plain module and nothing of PEFT."""
 
     def __init__(self, model: nn.Module, base: PreTrainedModel, config: LoopConfig) -> None:
-        """`model` is what computes (a PEFT model, or the base itself); `base` is the transformers model inside it."""
+        """`model` computes (a PEFT model, or the base itself); `base` is the transformers model inside it."""
         super().__init__()
         self.model = model
         self.base_dropout = config.base_dropout
         self.autocast = autocast_dtype(base, config)
         self.device_type = device_of(base).type
         self.checkpointing = config.gradient_checkpointing
-        # Not registered a second time: only looked at.
+        # Through __dict__, so that it isn't registered as a second submodule.
         self.__dict__["base"] = base
         if (device_map := getattr(base, "hf_device_map", None)) is not None:
-            self.hf_device_map = device_map  # Trainer and accelerate then leave the model where it is
+            self.hf_device_map = device_map  # with it, Trainer and accelerate don't move the model
         if self.checkpointing:
             if not base.supports_gradient_checkpointing:
                 raise TrainingError(
                     f"{type(base).__name__} can't recompute activations: set gradient_checkpointing=False."
                 )
-            new = getattr(base, "activation_checkpointing_enable", None)  # its name since transformers 5.20
+            new = getattr(base, "activation_checkpointing_enable", None)  # the name since transformers 5.20
             (new or base.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, **batch: Tensor) -> Tensor:
-        """The sum over all targets of −log p(target), a float32 scalar; `batch` is what tasks.batch.collate gives."""
+        """Sum over all targets of −log p(target), a float32 scalar. `batch` is made by `collate`."""
         labels = batch["labels"]
         with self._attention(batch["input_ids"].shape[1]), self._precision():
             logits = target_logits(self.model, batch)
@@ -57,13 +57,13 @@ class Student(nn.Module):
             self.__dict__["base"].eval()
             for name, module in self.named_modules():
                 if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True  # it recomputes only in training; dropout is in its children
+                    module.training = True  # recomputes only in training mode; dropout is in its children
                 elif ".lora_dropout." in name:
                     module.training = True
         return self
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
+        """The trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def _precision(self) -> Any:
@@ -72,8 +72,8 @@ class Student(nn.Module):
         return torch.autocast(self.device_type, dtype=self.autocast)
 
     def _attention(self, tokens: int) -> Any:
-        # Not with recomputation, which happens outside of this and would meet another kernel.
-        if self.device_type == "cpu" and self.autocast and tokens <= SHORT and not self.checkpointing:
+        # Not with checkpointing: recomputation runs outside of this context, where another kernel would be chosen.
+        if self.device_type == "cpu" and self.autocast and tokens <= SHORT_TOKENS and not self.checkpointing:
             return sdpa_kernel(SDPBackend.MATH)
         return contextlib.nullcontext()
 
@@ -81,8 +81,9 @@ class Student(nn.Module):
 def autocast_dtype(base: PreTrainedModel, config: LoopConfig) -> torch.dtype | None:
     """bfloat16 if the training computes in it, None for float32.
 
-    With a bf16 base and float32 adapters, autocast computes the adapters in bf16 too: as fast as adapters held in bf16
-    within a tenth (1.9 against 1.7 s of CPU time for a step of SmolLM2-135M; 5.4 s in float32), without their rounding.
+    With a bf16 base and float32 adapters, autocast computes the adapters in bf16 too. That is nearly as fast as
+    adapters held in bf16 (1.9 against 1.7 s of CPU time for a step of SmolLM2-135M; 5.4 s in float32), without their
+    rounding.
 
     Raises:
         TrainingError: the base's dtype doesn't allow the precision asked for.
@@ -90,11 +91,13 @@ def autocast_dtype(base: PreTrainedModel, config: LoopConfig) -> torch.dtype | N
     dtype = base.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise TrainingError(
-            f"the base is in {dtype}, in which gradients over- or underflow: load it with dtype='bfloat16' or 'float32'."
+            f"the base is in {dtype}, in which gradients over- or underflow: load it with dtype='bfloat16' or "
+            "'float32'."
         )
     if config.precision == "float32" and dtype != torch.float32:
         raise TrainingError(
-            f"precision='float32' needs the base in float32, it is in {dtype}: load it with dtype='float32', or set precision='auto'."
+            f"precision='float32' needs the base in float32, it is in {dtype}: load it with dtype='float32', or set "
+            "precision='auto'."
         )
     if config.precision == "bfloat16" or dtype == torch.bfloat16:
         return torch.bfloat16

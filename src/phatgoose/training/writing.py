@@ -1,4 +1,4 @@
-"""The base with an expert writes: texts sampled in batches, and which of them can be rows of a task."""
+"""Sample texts from the base with an expert, in batches, and select those that can be rows of a task."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from phatgoose.training.config import WritingConfig
 from phatgoose.training.trainer.preserve import preserved_random_state
 
 Text = tuple[str, bool]
-"""A text, and whether it was cut off."""
+"""(a text, whether it was cut off)."""
 
 
 def write_batch(base: Base, config: WritingConfig, prompts: Sequence[str], number: int) -> list[Text]:
-    """Batch `number`: its texts depend on nothing but the settings and this number."""
+    """Writes batch `number`. Its texts depend only on the settings and this number."""
     model, tokenizer, size = base.model, base.tokenizer, config.rows_per_batch
     ends = end_tokens(base.model, base.tokenizer.eos_token_id)
     if prompts:
         texts = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
         inputs = [list(prompt_ids(tokenizer, text, base.is_encoder_decoder)) for text in texts]
     else:
-        inputs = [[_begin(base)]] * size
+        inputs = [[_first_token(base)]] * size
     settings = answer_settings(base, config.max_new_tokens, config.temperature)
     found: list[Text] = [("", False)] * size
     with preserved_random_state(), use_generation_config(model, settings), torch.no_grad():
@@ -41,14 +41,14 @@ def write_batch(base: Base, config: WritingConfig, prompts: Sequence[str], numbe
             int.from_bytes(hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7], "big")
         )
         for part in generation_groups(model, inputs, config.max_new_tokens):
-            answers = _sampled(base, [inputs[i] for i in part], settings)
+            answers = _sample(base, [inputs[i] for i in part], settings)
             for i, tokens in zip(part, answers, strict=True):
                 found[i] = _text(tokenizer, tokens, ends)
     return found
 
 
-def _sampled(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig) -> list[list[int]]:
-    """What is written behind each input."""
+def _sample(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    """The tokens written after each input."""
     left = not base.is_encoder_decoder
     ids, mask = pad_rows(inputs, pad_id(base.tokenizer), left=left)
     run: Any = base.model.generate
@@ -66,23 +66,23 @@ def _sampled(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig
 
 
 def _text(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> Text:
-    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
     return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is None
 
 
 def usable_rows(
     batches: Sequence[Sequence[Text]], prompts: Sequence[str], config: WritingConfig
 ) -> tuple[list[Example], dict[str, int]]:
-    """The usable rows, each once, and how many texts there were of each kind."""
+    """(the usable rows without duplicates, the number of texts of each kind)."""
     rows: dict[Example, None] = {}
     counts: Counter[str] = Counter()
-    for place, (text, cut) in enumerate(text for batch in batches for text in batch):
-        prompt, target = (prompts[place % len(prompts)], text) if prompts else _halves(text)
+    for i, (text, cut) in enumerate(text for batch in batches for text in batch):
+        prompt, target = (prompts[i % len(prompts)], text) if prompts else _split_in_half(text)
         if not text:
             kind = "empty"
         elif not prompt or not target:
             kind = "too_short"
-        elif _circles(text.split()):
+        elif _repeats_itself(text.split()):
             kind = "circular"
         elif (row := Example(prompt, (target,))) in rows:
             kind = "repeated"
@@ -96,8 +96,8 @@ def usable_rows(
     return list(rows), {"written": written, **{kind: counts[kind] for kind in kinds}}
 
 
-def _halves(text: str) -> tuple[str, str]:
-    """The text cut at the space nearest to its middle, which encoding puts back; ("", "") if it has none inside."""
+def _split_in_half(text: str) -> tuple[str, str]:
+    """The text split at the space nearest to its middle, which encoding adds again; ("", "") if it has none inside."""
     spaces = [
         i
         for i in range(1, len(text) - 1)
@@ -109,13 +109,13 @@ def _halves(text: str) -> tuple[str, str]:
     return text[:middle], text[middle + 1 :]
 
 
-def _circles(words: Sequence[str]) -> bool:
-    """Whether more than half of all runs of three words were there before."""
+def _repeats_itself(words: Sequence[str]) -> bool:
+    """True if more than half of all runs of three words occurred before."""
     runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return len(runs) > 5 and len(set(runs)) * 2 < len(runs)
 
 
-def _begin(base: Base) -> int:
+def _first_token(base: Base) -> int:
     tokenizer = base.tokenizer
     found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if found is None:

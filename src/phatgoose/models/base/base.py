@@ -141,8 +141,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The number of positions a model knows; None if its relative positions have no limit (T5, ALiBi; XLNet says
-    -1)."""
+    """The number of positions of a model; None if relative positions have no limit (T5, ALiBi; XLNet says -1)."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
 

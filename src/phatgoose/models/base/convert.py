@@ -160,9 +160,7 @@ def _reinitialise(
         settings.modules_to_save, settings.inference_mode = None, True
         try:
             whole: Any = get_peft_model(model, settings)
-        except (
-            Exception
-        ) as cause:  # of many types: no such module, a packed weight, a rank above the module's
+        except Exception as cause:  # of many types: no such module, packed weights, too large a rank
             raise ExpertError(f"PEFT can't initialise {folder} on this base: {cause}") from cause
     found = {}
     for path, update in updates.items():

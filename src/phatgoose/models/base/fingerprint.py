@@ -148,8 +148,7 @@ def _spread(items: Sequence[tuple[str, Tensor]], count: int) -> list[tuple[str, 
 
 
 def sample_positions(name: str, shape: Sequence[int], count: int) -> list[int]:
-    """Flat row-major indices into a tensor: the i-th is the first 8 bytes, big-endian, of sha256("NAME|D0xD1|i"), mod
-    numel."""
+    """Flat row-major indices into a tensor: sha256("NAME|D0xD1|i"), its first 8 bytes big-endian, mod numel."""
     key = f"{name}|{'x'.join(map(str, shape))}|"
     digests = (hashlib.sha256(f"{key}{i}".encode()).digest() for i in range(count))
     return [int.from_bytes(digest[:8], "big") % math.prod(shape) for digest in digests]

@@ -73,8 +73,7 @@ def copy_of_file(file: Path) -> Path:
 
 
 def _copy(name: str, source: dict[str, str], provide: Callable[[Path], Path]) -> Path:
-    """The copy called `name` in the cache folder. `provide` gives the GGUF file, unpacked into the folder it gets if
-    need be."""
+    """The copy called `name` in the cache folder. `provide` returns the GGUF file; it may unpack it into its folder."""
     folder = cache_folder() / "bases" / name
 
     def build(work: Path) -> None:

@@ -142,8 +142,7 @@ def weight_state(module: nn.Module) -> tuple[object, ...] | None:
 
 
 def resolve_update(update: Update, module: nn.Module, path: str) -> Update:
-    """The update as this module applies it: DoRA with the base's weight filled in, an embedding's times its
-    `embed_scale`.
+    """The update as this module applies it: DoRA gets the base's weight, an embedding's is scaled by `embed_scale`.
 
     Raises:
         RoutingError: a DoRA update needs the weight, which is packed and can't be unpacked.

@@ -105,9 +105,7 @@ def load_base(
     source = find_source(os.fspath(spec), revision)
     with hide_progress_bars(source.copy):
         config = read_config(source)
-        tokenizer = _tokenizer(
-            source
-        )  # before the weights, so that a missing tokenizer costs no long download
+        tokenizer = _tokenizer(source)  # first, so that a missing tokenizer costs no long download
         model = read_model(source, config, options)
     _set_padding(source, model, tokenizer)
     if device is not None and "device_map" not in options:
@@ -120,8 +118,7 @@ def load_base(
 
 
 def forced_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A note for checkpoints that force an answer's first token (BART's <s>, mBART's and NLLB's language); else
-    None."""
+    """A note for checkpoints that force an answer's first token (BART's <s>, mBART's language), else None."""
     token = getattr(model.generation_config, "forced_bos_token_id", None)
     if token is None:
         return None

@@ -25,8 +25,7 @@ _UNKNOWN_ARCHITECTURE = (
 
 @contextlib.contextmanager
 def explain_load_errors(spec: str, part: str, folder: Path | None, tried: str = "") -> Iterator[None]:
-    """Turns any error raised while `part` ("the configuration", "the weights", …) of `spec` is read into a
-    BaseModelError.
+    """Turns any error while `part` ("the configuration", "the weights", …) of `spec` is read into a BaseModelError.
 
     Raises:
         BaseModelError: its message names the spec, the cause and what to do.

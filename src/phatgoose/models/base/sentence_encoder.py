@@ -51,8 +51,7 @@ each."""
 
 
 class SentenceEncoder:
-    """Texts → float32 [n, width] on the CPU, rows of length 1. Texts over `max_tokens` are cut at the end (`cut` counts
-    them)."""
+    """Texts → float32 [n, width] on the CPU, rows of length 1. Texts over `max_tokens` are cut at the end."""
 
     def __init__(
         self, folder: Path, name: str, device: torch.device | str = "cpu", expected: str | None = None

@@ -113,8 +113,7 @@ def _has_local_weights(source: Source) -> bool:
 
 
 def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
-    """The model in its checkpoint's dtype, in eval mode, on the CPU, with weights mapped from the files and read on
-    use.
+    """The model in its checkpoint's dtype, on the CPU, in eval mode. Weights are mapped from the files, read on use.
 
     This is for reading a few values of a model of any size. If transformers must rename or change the checkpoint's
     tensors, they can't be mapped; the base is then loaded into memory as by `load_base`.

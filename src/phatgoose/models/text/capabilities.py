@@ -44,8 +44,7 @@ def accepts_argument(model: PreTrainedModel, argument: str) -> bool:
 
 
 def supports_left_padding(model: PreTrainedModel) -> bool:
-    """True if decoder-only rows may be padded on the left, with a mask and with `position_ids` if the model takes
-    them."""
+    """True if decoder-only rows may be padded on the left, with a mask and, if the model takes them, position_ids."""
     config = model.config
     if config.is_encoder_decoder or config.model_type in (*_IGNORE_MASK, *_READ_LENGTH):
         return False
@@ -92,8 +91,7 @@ def generation_groups(model: PreTrainedModel, prompts: Sequence[Sequence[int]], 
 
 
 def supports_cache(model: PreTrainedModel, shortest: int = 0, longest: int = 0) -> bool:
-    """True if rows of `shortest` to `longest` tokens get the same values from a cache as from reading all tokens
-    again."""
+    """True if rows of `shortest` to `longest` tokens get the same values with a cache as without one."""
     kind = model.config.model_type
     # `expert_capacity`: what a token gets depends on which tokens are read together with it.
     if hasattr(model.config, "expert_capacity") or kind in (*_READ_LENGTH, *_ONE_TOKEN_AT_A_TIME):
@@ -172,8 +170,7 @@ def max_mixed_length(model: PreTrainedModel) -> int:
 def _rope_limits(
     settings: Any, context: int | None, kinds: Sequence[str] = ("dynamic", "longrope")
 ) -> list[int]:
-    """Lengths of a row beyond which rotary embeddings change for all of its tokens, at any depth of a model's
-    settings."""
+    """Row lengths beyond which rotary embeddings change for all tokens, at any depth of a model's settings."""
     if not isinstance(settings, dict):
         return []
     found = []

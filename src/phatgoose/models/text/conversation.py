@@ -32,8 +32,7 @@ def conversation_ids(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[int]:
-    """A conversation's tokens up to the model's answer, as `apply_chat_template(add_generation_prompt=True)` gives
-    them.
+    """A conversation's tokens up to the model's answer: `apply_chat_template(add_generation_prompt=True)`.
 
     Args:
         messages: {"role", "content", …} each, as the template takes them. `developer` becomes `system` if the template

@@ -88,8 +88,7 @@ def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:
 
 
 def chat_template_key(base: Base, task: Task) -> dict[str, str]:
-    """{"chat_template": sha256} if the task has conversations, else {}: results depend on the template beside the
-    rows."""
+    """{"chat_template": sha256} if the task has conversations, whose tokens depend on the template; else {}."""
     if not any(e.conversation is not None for split in SPLITS for e in task.split(split)):
         return {}
     template = base.tokenizer.chat_template

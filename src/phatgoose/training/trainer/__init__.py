@@ -1,4 +1,5 @@
 """One training from start to end, whatever is trained: rows, loop, checkpoints, progress.
 
-In: a base, trainable parameters, a loss and rows. Out: trained parameters; the base comes back as it was.
+In: a `TrainingJob`, which says how to build, write and read what is trained. Out: the trained expert; the base comes
+back as it was. `run.py` shows the order of steps; `loop.py` is transformers' Trainer.
 """

@@ -1,4 +1,4 @@
-"""Our settings as Trainer's arguments, and what all processes of one training have to agree on."""
+"""Our settings as transformers' TrainingArguments, and values that all processes of a training must agree on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Logger = str | TrainerCallback
 def trainer_arguments(
     base: Base, config: LoopConfig, folder: Path, loggers: Sequence[Logger] = ()
 ) -> TrainingArguments:
-    """Trainer's arguments; building them joins the process group that torchrun or accelerate launch asks for.
+    """Trainer's arguments. Building them joins the process group of torchrun or accelerate launch, if there is one.
 
     Raises:
-        TrainingError: the rows of a step can't be shared out evenly, or the base is on another device than this process's.
+        TrainingError: the rows of a step can't be shared out evenly, or the base is on another device than this
+            process.
     """
     device = base.device.type
     built = TrainingArguments(
@@ -37,14 +38,14 @@ def trainer_arguments(
         optim="adamw_torch_fused" if device in ("cpu", "cuda") else "adamw_torch",
         seed=config.seed,
         use_cpu=device == "cpu",
-        train_sampling_strategy="sequential",  # OrderedRows has the order
+        train_sampling_strategy="sequential",  # OrderedRows decides the order
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device == "cuda",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         eval_strategy="no",
-        save_strategy="no",  # Watch says when
+        save_strategy="no",  # LoopCallback decides when
         logging_strategy="steps" if loggers else "no",
         logging_steps=10,
         logging_nan_inf_filter=False,
@@ -57,9 +58,7 @@ def trainer_arguments(
             f"the base is on {base.device}, this process trains on {own}: load the base there "
             f"(load_base(..., device={str(own)!r})), or set CUDA_VISIBLE_DEVICES."
         )
-    built._n_gpu = min(
-        built._n_gpu, 1
-    )  # several devices are used by several processes, never by DataParallel
+    built._n_gpu = min(built._n_gpu, 1)  # several devices need several processes; DataParallel is never used
     share, rest = divmod(config.rows_per_step, config.rows_per_batch * built.world_size)
     if rest:
         raise TrainingError(
@@ -71,7 +70,7 @@ def trainer_arguments(
 
 
 def broadcast_value(value: Any) -> Any:
-    """The first process's value, in all of them."""
+    """The first process's value, in all processes."""
     box = [value]
     broadcast_object_list(box)
     return box[0]

@@ -1,6 +1,6 @@
-"""A training's folder: what it is the training of, its checkpoints, and its finished result. See docs for the layout.
+"""A training's folder: its key, its checkpoints, and its finished result.
 
-WORK/KIND-training/training.json      the key: another config, task or base is refused
+WORK/KIND-training/training.json      the key: a training with another config, task or base is refused
 WORK/KIND-training/checkpoint-N/      whole or absent; manifest.json has the sha256 of every file
 WORK/KIND-training/result.json        written last: the record, and the sha256 of the result's files
 WORK/adapter/ or WORK/gates/          the result
@@ -30,15 +30,15 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 @dataclass
 class History:
-    """What happened so far; part of every checkpoint."""
+    """The training so far; part of every checkpoint."""
 
     losses: list[float] = field(default_factory=list)
-    """Of every step: mean over its target tokens, in nats."""
+    """Loss of every step: mean over its target tokens, in nats."""
     validation: dict[str, float] = field(default_factory=dict)
-    """Step → mean over the validation rows' target tokens, in nats."""
+    """Step → mean loss over the validation rows' target tokens, in nats."""
     best_step: int | None = None
     seconds: float = 0.0
-    """Of the loop alone, over all its runs; work that a kill undid isn't counted."""
+    """Time in the loop alone, over all its runs, without work that was lost in a kill."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,16 +57,17 @@ class RunFolder:
         return self.work / f"{self.kind}-training"
 
     def check(self, result: str) -> None:
-        """Refuses a folder that holds another training, or something of somebody's where the result belongs.
+        """Refuses a folder that holds another training, or other files in the result's place.
 
         Raises:
-            TrainingError: saying which part of the key differs.
+            TrainingError: it does; the message says which part of the key differs.
         """
         file = self.path / "training.json"
         if not file.exists():
             if os.path.lexists(self.work / result):
                 raise TrainingError(
-                    f"{self.work / result} is there, and no training wrote it; it would be replaced. Choose another work_folder."
+                    f"{self.work / result} exists, and no training wrote it; it would be replaced. Choose another "
+                    "work_folder."
                 )
             return
         found = read_json(file, TrainingError)
@@ -75,20 +76,20 @@ class RunFolder:
         old = found.get("key", {})
         parts = [part for part in self.key if sha256_json(old.get(part)) != sha256_json(self.key[part])]
         raise TrainingError(
-            f"{self.path} holds the training of another {' and another '.join(parts) or 'key'}; it can't be continued with "
-            "what was passed. Choose another work_folder, or delete that folder to start afresh."
+            f"{self.path} holds the training of another {' and another '.join(parts) or 'key'}; it can't be continued "
+            "with what was passed. Choose another work_folder, or delete that folder to start afresh."
         )
 
     def claim(self) -> None:
-        """Says whose folder this is."""
+        """Writes the key, unless it is there already."""
         if not (self.path / "training.json").exists():
             write_json(self.path / "training.json", {"sha256": sha256_json(self.key), "key": dict(self.key)})
 
     def finished(self, result: str) -> dict[str, Any] | None:
-        """The record of the finished training, if `work/result` still holds what it wrote.
+        """The record of the finished training; None if it isn't finished.
 
         Raises:
-            TrainingError: the result was changed or lost since.
+            TrainingError: the result has been changed or lost since.
         """
         file = self.path / "result.json"
         if not file.exists():
@@ -98,26 +99,27 @@ class RunFolder:
             path = self.work / result / name
             if not path.is_file() or sha256_file(path) != digest:
                 raise TrainingError(
-                    f"{path} is no longer what the finished training wrote: restore it, or delete {self.path} to train again."
+                    f"{path} is no longer what the finished training wrote: restore it, or delete {self.path} to train "
+                    "again."
                 )
         return dict(found["record"])
 
     def finish(self, result: str, record: Mapping[str, Any]) -> None:
-        """Marks the training as finished and removes its checkpoints."""
+        """Marks the training as finished, then removes its checkpoints."""
         files = {p.name: sha256_file(p) for p in sorted((self.work / result).iterdir())}
         write_json(self.path / "result.json", {"files": files, "record": dict(record)})
         for _, folder in self._checkpoints():
             shutil.rmtree(folder, ignore_errors=True)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; one whose files are missing or damaged is passed over."""
+        """The newest whole checkpoint. Checkpoints with missing or damaged files are skipped."""
         return next((folder for _, folder in self._checkpoints() if _is_whole(folder)), None)
 
     def save_checkpoint(self, step: int, files: Mapping[str, bytes]) -> None:
         """Writes a checkpoint whole or not at all, then removes the older ones.
 
         Raises:
-            StorageError: no space or no permission; the older checkpoints are still there.
+            StorageError: no space or no permission; the older checkpoints are kept.
         """
         with atomic_folder(self.path / f"checkpoint-{step}") as work:
             for name, content in files.items():
@@ -151,7 +153,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def state_bytes(state: Any) -> bytes:
-    """A torch file, as Trainer reads it back (weights_only)."""
+    """A torch file that Trainer can read back (with weights_only)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

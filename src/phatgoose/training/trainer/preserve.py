@@ -1,4 +1,4 @@
-"""Borrowing a model for training: whatever happens to it inside, it comes back as it was."""
+"""Borrow a model for training: afterwards it is exactly as before."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.attach.hooks import forget_compiled
-from phatgoose.models.base.base import Base
+from phatgoose.models.base.base import Base, eval_mode
 from phatgoose.routers import Single
 
 
 @contextlib.contextmanager
 def preserved(model: PreTrainedModel) -> Iterator[None]:
-    """Gives back the very same modules, parameters, buffers, hooks, modes, requires_grad flags, gradients and configuration.
+    """Restores modules, parameters, buffers, hooks, modes, requires_grad flags, gradients and configuration at the end.
 
-    PEFT replaces modules, Trainer sets flags, training hooks in. Their own undoing is neither complete nor safe against
-    an exception in its midst, so all of it is put back from a snapshot of references (no weights are copied: nothing here
-    writes to a frozen weight). Also on errors and KeyboardInterrupt.
+    PEFT replaces modules, Trainer sets flags, training adds hooks. Their own undoing is neither complete nor safe
+    against an exception in between, so everything is restored from a snapshot of references, also on errors and
+    KeyboardInterrupt. No weights are copied, because nothing here writes to a frozen weight.
     """
     modules = [(module, _state(module)) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -51,36 +51,31 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def expert_attached(base: Base, expert: Expert) -> Iterator[None]:
-    """Inside, the base has this expert on every token, and no dropout; the base is unrouted before and after.
+    """Routes every token to this expert inside, without dropout. Afterwards the base is unrouted, as before.
 
     Raises:
         RoutingError, BaseModelError: the expert doesn't fit the base.
     """
-    training = [module for module in base.model.modules() if module.training]
-    base.model.eval()
-    try:
-        route(base, Pool([expert]), Single(0))
-        yield
-    finally:
-        unroute(base)
-        for module in training:
-            module.training = True
+    with eval_mode(base.model):
+        try:
+            route(base, Pool([expert]), Single(0))
+            yield
+        finally:
+            unroute(base)
 
 
 def _state(module: torch.nn.Module) -> tuple[dict[str, Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]:
-    """A module's attributes, and the content of those that are tables: submodules, parameters, buffers, hooks."""
+    """A module's attributes, and a copy of each that is a dict: submodules, parameters, buffers, hooks."""
     attributes = dict(module.__dict__)
-    tables = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
-    return attributes, tables
+    return attributes, [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
 
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Training seeds the global generators; the caller's own random numbers go on as if it hadn't."""
+    """Restores the global random generators, which training seeds, so that the caller's random numbers don't change."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    cuda = (
-        torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    )
+    uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    cuda = torch.cuda.get_rng_state_all() if uses_cuda else None
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: one record per step, and two ways to show it."""
+"""Progress of a training: one record per step, shown as a bar or as lines."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 QUIET_SECONDS = 60.0
-"""How long a training that prints lines says nothing, at most."""
+"""The longest time without a line, if progress is printed as lines."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is."""
+    """How far a training is."""
 
     label: str
-    """What is trained, e.g. "expert plural"."""
+    """What is being trained, e.g. "expert plural"."""
     step: int
     steps: int
     loss: float | None
-    """Of the last step, nats per target token; None before the first."""
+    """Loss of the last step, in nats per target token; None before the first."""
     validation_loss: float | None
-    """The last one, nats per target token; None before the first."""
+    """The last one, in nats per target token; None before the first."""
     rows_per_second: float
-    """Over all processes, since this process began (steps done before a resume don't count)."""
+    """Over all processes, since this process began (steps before a resume don't count)."""
     seconds_left: float
     """Infinite before the first step."""
     part: float = 0.0
-    """Share of the next step that is done, in [0, 1): above 0 only in reports from within a step that takes long."""
+    """Share of the next step that is done, in [0, 1): above 0 only in reports from within a long step."""
 
 
 Report = Callable[[Progress], None]
@@ -42,7 +42,7 @@ def silent(progress: Progress) -> None:
 
 @contextlib.contextmanager
 def display(label: str, steps: int) -> Iterator[Report]:
-    """A progress bar on standard error if that is a terminal, else a line every tenth of the way, and at least every minute."""
+    """A progress bar on standard error, if that is a terminal; else `lines`."""
     if not sys.stderr.isatty():
         yield lines()
         return
@@ -60,7 +60,7 @@ def display(label: str, steps: int) -> Iterator[Report]:
 
 
 def lines() -> Report:
-    """Prints a line on standard error at every tenth of the way, and where `QUIET_SECONDS` have passed since the last one."""
+    """Prints a line on standard error at every tenth of the way, and `QUIET_SECONDS` after the last line."""
     printed = time.monotonic()
 
     def show(progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""A task's rows → the encoded rows of every step, in an order that depends on nothing but the seed."""
+"""A task's rows → the encoded rows of every step, in an order that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phatgoose.training.config import LoopConfig
 
 
 class OrderedRows(Dataset):
-    """The rows of a whole training, one after the other: rows_per_step for each step."""
+    """The rows of a whole training in their order, rows_per_step for each step."""
 
     def __init__(self, encoded: dict[int, Encoded], order: Sequence[int]) -> None:
         self.encoded = encoded
@@ -25,38 +25,35 @@ class OrderedRows(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> Encoded:
-        return self.encoded[self.order[place]]
+    def __getitem__(self, index: int) -> Encoded:
+        return self.encoded[self.order[index]]
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What one training reads."""
+    """The rows of one training."""
 
     train: OrderedRows
     validation: list[Encoded]
     truncated: int
-    """Different training and validation rows whose prompt was cut."""
+    """Number of distinct training and validation rows whose prompt was truncated."""
 
     @property
     def tokens(self) -> int:
-        """Tokens seen in training, padding not counted."""
-        return sum(row.length for row in self._seen())
+        """Tokens seen in training, without padding."""
+        return sum(self.train[i].length for i in range(len(self.train)))
 
     @property
     def target_tokens(self) -> int:
-        """Target tokens seen in training: what the loss is a mean of."""
-        return sum(len(row.target_ids) for row in self._seen())
-
-    def _seen(self) -> list[Encoded]:
-        return [self.train[i] for i in range(len(self.train))]
+        """Target tokens seen in training, which the loss averages over."""
+        return sum(len(self.train[i].target_ids) for i in range(len(self.train)))
 
 
 def training_rows(base: Base, task: Task, config: LoopConfig) -> TrainingRows:
-    """Draws and encodes the rows of a training; rows that are never drawn are not encoded.
+    """Draws and encodes the rows of a training. Rows that are never drawn are not encoded.
 
     Raises:
-        TrainingError: no training rows, no validation rows although validation is asked for, or a row that can't be
+        TrainingError: there are no training rows, no validation rows although validation is on, or a row can't be
             encoded (its target is longer than max_length).
     """
     if not task.train:
@@ -71,7 +68,7 @@ def training_rows(base: Base, task: Task, config: LoopConfig) -> TrainingRows:
     lengths = {index: row.length for index, row in train.items()}
     size = config.rows_per_step
     for start in range(0, len(order), size):
-        # Longest first within a step: its batches then hold rows of like lengths, and its gradient stays the same.
+        # Longest first within a step: its batches then hold rows of similar length, and its gradient stays the same.
         order[start : start + size] = sorted(order[start : start + size], key=lambda i: (-lengths[i], i))
     chosen: list[int] = []
     if config.validate_every:
@@ -83,7 +80,7 @@ def training_rows(base: Base, task: Task, config: LoopConfig) -> TrainingRows:
 
 
 def draw_rows(rows: int, count: int, seed: int) -> list[int]:
-    """`count` row numbers below `rows` from shuffled passes: every row comes once before any comes again."""
+    """`count` row numbers below `rows` in shuffled passes: every row comes once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     drawn: list[int] = []
     while len(drawn) < count:
@@ -94,10 +91,10 @@ def draw_rows(rows: int, count: int, seed: int) -> list[int]:
 def encode_rows(
     base: Base, name: str, split: str, examples: Sequence[Example], which: Sequence[int], max_length: int
 ) -> dict[int, Encoded]:
-    """Rows number `which` of a task's split, with their first target, by their number.
+    """Row number → the row with its first target, for the rows `which` of a task's split.
 
     Raises:
-        TrainingError: naming the row, if it can't be encoded.
+        TrainingError: a row can't be encoded; the message names it.
     """
     encoded = {}
     for index in which:

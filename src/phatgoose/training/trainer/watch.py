@@ -1,4 +1,4 @@
-"""What happens between the steps of a loop: the loss is checked, validation and checkpoints are due, progress is shown."""
+"""Between the steps of a loop: check the loss, decide on validation and checkpoints, report progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl
 
 from phatgoose.errors import TrainingError
-from phatgoose.training.config import LoopConfig
+from phatgoose.training.trainer.job import TrainingJob
 from phatgoose.training.trainer.progress import Progress, Report
 
 ADVICE = (
@@ -17,19 +17,19 @@ ADVICE = (
 )
 
 WITHIN_SECONDS = 15.0
-"""After how long within a step its progress is shown."""
+"""A step that takes longer than this reports progress within the step."""
 
 
 class LoopCallback(TrainerCallback):
-    """Stops at a loss that isn't finite, says when to validate and save, and shows how far it is."""
+    """Stops at a loss that isn't finite, decides when to validate and save, and reports progress."""
 
-    def __init__(self, loop: Any, config: LoopConfig, label: str, report: Report) -> None:
-        self.loop, self.config, self.label, self.report = loop, config, label, report
-        self.first, self.since = 0, time.monotonic()
+    def __init__(self, loop: Any, job: TrainingJob, report: Report) -> None:
+        self.loop, self.config, self.label, self.report = loop, job.config, job.label, report
+        self.first_step, self.since = 0, time.monotonic()
         self.shown, self.batches = self.since, 0
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        self.first, self.since = state.global_step, time.monotonic()
+        self.first_step, self.since = state.global_step, time.monotonic()
         self.loop.started = self.since
         self._show(state)
 
@@ -63,7 +63,7 @@ class LoopCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         history, step = self.loop.history, state.global_step
-        pace = (step + part - self.first) / max(time.monotonic() - self.since, 1e-9)
+        pace = (step + part - self.first_step) / max(time.monotonic() - self.since, 1e-9)
         self.report(
             Progress(
                 self.label,
