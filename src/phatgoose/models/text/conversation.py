@@ -99,7 +99,7 @@ class _Conversation:
             hint = " Some templates do so with a system turn: write it into the first user turn."
             system = any(m.get("role") == "system" for m in self.messages)
             raise TaskError(
-                "the chat template renders a conversation with its answer differently from the conversation before it: "
+                "the chat template renders a conversation with its answer differently from that before it: "
                 f"{_first_difference(text, self.text)}. A model trained on the one would be served the other."
                 + (hint if system else "")
             )
@@ -150,7 +150,7 @@ class _Conversation:
         if any("tool_calls" in m for m in messages):
             without = [_without_key(m, "tool_calls") for m in messages]
             self._refuse_if_same("tool_calls", self.text, without, self.tools)
-        # Templates treat messages by role, so one comparison per role is enough; a client may send thousands of messages.
+        # Templates treat messages by role, so one comparison per role is enough; a client may send thousands of them.
         for role in dict.fromkeys(m.get("role") for m in messages):
             indices = [i for i, m in enumerate(messages) if m.get("role") == role]
             # The name of a tool's message only repeats the one in its call.
