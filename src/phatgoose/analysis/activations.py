@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.hooks import Hooks, apart
+from phatgoose.models.attach.hooks import Hooks, run_eagerly
 from phatgoose.models.base.base import Base, decoder_start
 from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.moe.names import modules_by_path
@@ -45,7 +45,8 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
         if path not in found:
             raise RoutingError(f"this model has no module {path}: its inputs can't be averaged.")
     reading = [
-        found[path].register_forward_hook(partial(apart, partial(_read, path, hook))) for path in modules
+        found[path].register_forward_hook(partial(run_eagerly, partial(_read, path, hook)))
+        for path in modules
     ]
     with Hooks(reading), torch.no_grad():
         for text in texts:

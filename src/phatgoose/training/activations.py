@@ -20,7 +20,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.files import write_bytes
 from phatgoose.models.attach.attach import Routing, routing_of
-from phatgoose.models.attach.hooks import Hooks, apart
+from phatgoose.models.attach.hooks import Hooks, run_eagerly
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.layers import first_argument
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
@@ -99,7 +99,7 @@ def _collecting(
     with Hooks() as hooks:
         for path, update in expert.updates.items():
             # Registered before the routing's own hook, so that it gets an embedding's output as the gate does.
-            hook = partial(apart, _summing_hook(path, update.embedding, base.model, sums, counts))
+            hook = partial(run_eagerly, _summing_hook(path, update.embedding, base.model, sums, counts))
             hooks.add([modules[path].register_forward_hook(hook, with_kwargs=True)])
         with expert_attached(base, expert):
             yield

@@ -19,7 +19,7 @@ from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.modules import check_copies, check_parameters
-from phatgoose.models.attach.placement import placed
+from phatgoose.models.attach.placement import expert_on_model
 from phatgoose.models.base.base import Base, as_base, device_of
 from phatgoose.models.base.layers import (
     ModuleLayer,
@@ -198,7 +198,7 @@ def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
     modules = modules_by_path(base.model, expert.updates)
     try:
-        here, names = placed(base.model, modules, expert)
+        here, names = expert_on_model(base.model, modules, expert)
     except RoutingError as cause:
         raise TrainingError(str(cause)) from cause
     check_parameters(modules, [here])

@@ -1,5 +1,7 @@
 """Routing on and off a model: `route` and `unroute`.
 
-In: a model, a pool, a router. Out: the same model with one forward hook a module. `attach.py` checks everything and then attaches;
-`site.py` is routing at one module; `hooks.py` is the only place that puts hooks on and takes them off.
+In: a model, a pool, a router, `RouteOptions`. Out: the same model with one forward hook per adapted module.
+`attach.py` checks everything and then attaches, `site.py` is routing at one module (start reading there),
+`candidates.py` stacks the experts of a module, `hooks.py` is the only place that puts hooks on and takes them off. A
+new check of a pool against a model goes into `modules.py`, another naming of modules into `placement.py`.
 """

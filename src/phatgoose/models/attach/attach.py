@@ -1,7 +1,7 @@
 """Attach routing to a model, and take it off again.
 
-A forward hook on each adapted module adds Σ w_e Δ_e(u) to the module's own output. Modules, parameter names and the state
-dict stay as they are, so generate(), save_pretrained(), device_map and quantised bases go on working.
+A forward hook on each adapted module adds Σ w_e Δ_e(u) to the module's own output. Modules, parameter names and the
+state dict stay as they are, so generate(), save_pretrained(), device_map and quantised bases go on working.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from phatgoose.models.attach.hooks import Hooks, forget_compiled
 from phatgoose.models.attach.idle_modules import IdleModuleCheck
 from phatgoose.models.attach.modules import check_copies, check_parameters, module_at
 from phatgoose.models.attach.options import RouteOptions
-from phatgoose.models.attach.placement import placed_pool
+from phatgoose.models.attach.placement import pool_on_model
 from phatgoose.models.attach.reference_text import calibrate
-from phatgoose.models.attach.site import ChoiceRecorder, RoutingState, Site
+from phatgoose.models.attach.site import RoutingState, Site
 from phatgoose.models.base.base import Base, unwrap_model
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.layers import track_residual
@@ -29,6 +29,7 @@ from phatgoose.models.context.prompted import ATTRIBUTE, setup_of
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.names import modules_by_path
 from phatgoose.models.moe.pool import unify_names
+from phatgoose.models.trace.recorder import Recorder
 from phatgoose.ops import backend
 from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.records import Fingerprint
@@ -45,22 +46,28 @@ def route(
     dtype: torch.dtype | None = None,
     device_memory: int | str | None = None,
 ) -> PreTrainedModel:
-    """Attaches routing and returns the same model object; an earlier routing is replaced. What torch.compile has compiled is compiled anew.
+    """Attaches routing to a model and returns the same model object. An earlier routing is replaced.
+
+    Code that torch.compile has compiled is compiled again at the next call.
 
     Args:
-        model: the base the pool's experts were trained on.
+        model: the base that the pool's experts were trained on.
         pool: the experts.
-        router: who chooses; PHATGOOSE(top_k=2) if None.
-        backend_name: "auto", "cpu" (a compiled kernel) and "triton" (GPUs), both inference only, "torch" or "reference".
-        dtype: what the experts' matrices are kept and multiplied in; None: what each module computes in. With float32 on a
-            bfloat16 base the experts' own rounding is gone, as in PEFT, at twice the memory.
-        any_base: skip the check that `model` is the pool's base (for bases that are knowingly a variant of it).
-        device_memory: bytes, or "8GB": the pool may take that much of the model's devices. Coarse gates stand there, experts are
-            brought there when they are needed, the rest stays on the host (`cache_use` counts). Choices are the same. None: all of it.
+        router: chooses the experts; None: PHATGOOSE(top_k=2).
+        backend_name: "auto"; "cpu" (a compiled kernel) or "triton" (GPUs), both for inference only; "torch";
+        "reference".
+        dtype: the dtype in which the experts' matrices are kept and multiplied; None: that of each module. float32 on a
+            bfloat16 base avoids rounding the experts, as PEFT does, at twice the memory.
+        any_base: skip the check that `model` is the pool's base, for a base that is known to be a variant of it.
+        device_memory: bytes, or "8GB": how much of the devices' memory the pool may take. Coarse gates are then kept
+            there, experts are copied there when they are needed, and everything else stays on the host (`cache_use` has
+            the counts). Choices are the same. None: as much as the pool needs.
 
     Raises:
-        BaseModelError: `model` is not the base the pool records, or no transformers model, as an exported program.
-        RoutingError: a module is missing or of another shape, the router can't serve this pool, or not with so little memory.
+        BaseModelError: `model` is not the base that the pool records, or no transformers model (e.g. an exported
+        program).
+        RoutingError: a module is missing or has another shape, or the router can't serve this pool, or not with so
+            little memory.
     """
     return route_with(model, pool, router, RouteOptions(backend_name, dtype, any_base, device_memory))
 
@@ -93,7 +100,7 @@ def check_base(model: Base | PreTrainedModel, pool: Pool, options: RouteOptions)
 
 
 def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
-    """Shows the reference text to the sites whose routers need it, on the base alone."""
+    """Shows the reference text to routers that need it, on the base alone."""
     routers = [(site, site.router) for site in routing.sites if site.router.needs_reference]
     if not routers:
         return
@@ -101,7 +108,8 @@ def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
     base = model if isinstance(model, Base) else bare.__dict__.get("_phatgoose_base")
     if base is None:
         raise RoutingError(
-            f"{type(routing.router).__name__} compares scores on reference text, for which it needs the tokenizer: pass the Base."
+            f"{type(routing.router).__name__} compares scores on reference text, for which it needs the tokenizer: "
+            "pass the Base."
         )
     if earlier is not None:
         earlier.detach()
@@ -145,7 +153,7 @@ class Routing(RoutingState):
         self.options = options = RouteOptions() if options is None else options
         self.ops = backend(options.backend, model.device.type)
         modules = modules_by_path(model, pool.modules)
-        pool, self.renamed = placed_pool(model, modules, pool)
+        pool, self.renamed = pool_on_model(model, modules, pool)
         check_copies(modules, pool.experts)
         check_parameters(modules, pool.experts)
         if (named := unify_names(model, pool, modules)) is not pool:
@@ -166,11 +174,11 @@ class Routing(RoutingState):
 
     @property
     def copied(self) -> dict[str, str]:
-        """Modules whose rows were copied together for routing, and why; a packed pool's are used where they stand if they can be."""
+        """Modules of a packed pool whose rows couldn't be used where they are mapped and were copied, and why."""
         return {site.path: site.copied for site in self.sites if site.copied}
 
     def attach(self) -> None:
-        """Does nothing if it is attached: hooks that stand twice would add every update twice."""
+        """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""
         if self._hooks:
             return
         self.record(None)
@@ -178,7 +186,7 @@ class Routing(RoutingState):
             self._hooks.add(self.streams.attach())
             for site in self.sites:
                 self._hooks.add(self._attach_site(site))
-            # Once: modules that were attached before have been watched.
+            # Only once: when routing comes back, its modules have been watched before.
             if self._idle_check is None:
                 modules = [(site.path, site.module) for site in self.sites]
                 self._idle_check = IdleModuleCheck(self.model, modules, self.streams)
@@ -189,7 +197,7 @@ class Routing(RoutingState):
         self.model.__dict__[ATTRIBUTE] = self
 
     def _attach_site(self, site: Site) -> list[RemovableHandle]:
-        hook = site.hook if site.one_operator else site.apart
+        hook = site.hook if site.one_operator else site.eager_hook
         handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
         if site.source is not None and site.stack.residual is not None:
             handles += track_residual(site.source, site.module, site.stack.residual)
@@ -201,8 +209,8 @@ class Routing(RoutingState):
         if self._idle_check is not None:
             self._idle_check.hooks.remove()
 
-    def record(self, recorder: ChoiceRecorder | None) -> None:
-        """Hands every choice to this recorder from now on; None: to nobody."""
+    def record(self, recorder: Recorder | None) -> None:
+        """Passes every choice to this recorder from now on; None: to none."""
         self.recorder = recorder
         self.streams.asked = recorder is not None or not all(site.one_operator for site in self.sites)
         forget_compiled()

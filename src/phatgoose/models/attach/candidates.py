@@ -16,7 +16,8 @@ from phatgoose.routers.router import Candidates
 
 
 def candidates_at(pool: Pool, path: str, offers_null: bool) -> Candidates:
-    """The experts that adapt the module at `path`, and the null candidate where it is offered and some expert is absent."""
+    """The experts that adapt the module at `path`; and the null candidate, if it is offered and some expert is
+    absent."""
     members = [i for i, expert in enumerate(pool.experts) if path in expert.sizes]
     updates: list[Update | None] = [pool.experts[i].updates[path] for i in members]
     gates = [(pool.experts[i].gates or {}).get(path) for i in members]
@@ -35,7 +36,10 @@ def stacked(
     dtype: torch.dtype,
     residual: Residual | None = None,
 ) -> tuple[Stack, int, str]:
-    """The candidates' updates side by side; the bytes of the packed pool's file that it is views of; why it was copied instead.
+    """Stacks the candidates' updates.
+
+    Returns the stack; the size of the packed pool's file if the stack consists of views of it, else 0; and why a
+    packed pool's rows were copied, if they were.
 
     Raises:
         RoutingError: an expert has values that aren't finite in this dtype.
@@ -52,7 +56,7 @@ def stacked(
 def _check_finite(stack: Stack, names: Sequence[str], path: str, mapped: bool) -> None:
     """Raises RoutingError, naming the expert, if a value of a stack isn't finite.
 
-    mapped: A and B are views of a packed pool's file. Nobody reads these values before they are used, so neither does this check.
+    mapped: A and B are views of a packed pool's file. They are read when they are used, and not before by this check.
     """
     bad: set[int] = set()
     if not mapped and not (_finite(stack.A) and _finite(stack.B)):
@@ -68,8 +72,9 @@ def _check_finite(stack: Stack, names: Sequence[str], path: str, mapped: bool) -
             bad.add(expert)
     if bad:
         raise RoutingError(
-            f"{path}: {', '.join(names[e] for e in sorted(bad))}: values that aren't finite in {stack.A.dtype}. They are too large "
-            "for it (load the base in float32 or bfloat16, or route(…, dtype=torch.float32)), or a DoRA divides by a row of zeros."
+            f"{path}: {', '.join(names[e] for e in sorted(bad))}: values that aren't finite in {stack.A.dtype}. They "
+            "are too large for it (load the base in float32 or bfloat16, or route(…, dtype=torch.float32)), or a "
+            "DoRA divides by a row of zeros."
         )
 
 

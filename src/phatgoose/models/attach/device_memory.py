@@ -61,9 +61,9 @@ class Budget:
                 f", {len(whole)} modules with embedding or bottleneck adapters as they are" if whole else ""
             )
             raise RoutingError(
-                f"device_memory is {budget:,} bytes, and this pool needs {self.resident + least:,} at least: {self.resident:,} for what "
-                f"is always there (gates in 8 or 16 bits{kept}) and {least:,} for one expert at each of {len(offloaded)} modules. "
-                "Give it more, or route fewer experts."
+                f"device_memory is {budget:,} bytes, and this pool needs {self.resident + least:,} at least: "
+                f"{self.resident:,} for what is always there (gates in 8 or 16 bits{kept}) and {least:,} for one "
+                f"expert at each of {len(offloaded)} modules. Give it more, or route fewer experts."
             )
         # Every module gets the same share of what it could use beyond its least.
         left, wanted = budget - self.resident - least, max(1, self.pool - least)

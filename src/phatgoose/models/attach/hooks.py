@@ -1,4 +1,4 @@
-"""The one place where hooks are put on a model and taken off it again."""
+"""Putting hooks on a model and taking them off, nowhere else, so that torch.compile always notices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Hooks:
-    """Hooks that go together; usable in a with statement, which takes them off."""
+    """A set of hooks that are removed together; a `with` statement removes them at its end."""
 
     def __init__(self, handles: Iterable[RemovableHandle] = ()) -> None:
         self._handles: list[RemovableHandle] = []
@@ -22,14 +22,15 @@ class Hooks:
         return bool(self._handles)
 
     def add(self, handles: Iterable[RemovableHandle]) -> None:
-        """Takes over hooks that were just registered."""
+        """Adds hooks that were just registered."""
         new = list(handles)
         self._handles += new
         if new:
             forget_compiled()
 
     def remove(self, *, forget: bool = True) -> None:
-        """Takes all of them off. Does nothing if there are none. `forget`: False for hooks that do nothing in compiled code."""
+        """Takes all of them off. forget: False for hooks that do nothing in compiled code, which then need not be
+        remade."""
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()
@@ -46,7 +47,10 @@ class Hooks:
 
 
 class StandInHandle(RemovableHandle):
-    """Removes a hook of a module that stands for a part of another one, and tells it (`closed`): the other may then run as it did."""
+    """The handle of a hook on a stand-in for part of another module.
+
+    Removing the hook notifies the stand-in (`closed`), so that the other module can run as before.
+    """
 
     def __init__(self, handle: RemovableHandle, stand_in: Any) -> None:
         self.handle, self.stand_in = handle, stand_in
@@ -55,7 +59,7 @@ class StandInHandle(RemovableHandle):
         self.handle.remove()
         self.stand_in.closed()
 
-    # RemovableHandle's own keep a weak reference, which this one doesn't have.
+    # RemovableHandle's methods expect a weak reference, which this class doesn't have.
     def __getstate__(self) -> Any:
         return self.__dict__
 
@@ -64,19 +68,22 @@ class StandInHandle(RemovableHandle):
 
 
 @torch.compiler.disable
-def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls it as it is, between two graphs, where torch.compile compiles what is around it."""
+def run_eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function eagerly, between two graphs, where torch.compile compiles the code around it."""
     return function(*args, **kwargs)
 
 
 def compiled_anything() -> bool:
-    """Whether torch.compile has compiled anything since it was last made to forget it."""
+    """Whether torch.compile has compiled anything since `forget_compiled` was last called."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and bool(dynamo.convert_frame.input_codes.seen)
 
 
 def forget_compiled() -> None:
-    """Makes torch.compile compile everything anew when it runs next: what it has compiled doesn't notice that hooks, or what they do,
-    have changed (`torch._dynamo.config.skip_nnmodule_hook_guards`)."""
+    """Makes torch.compile compile everything again at the next call.
+
+    Compiled code doesn't notice when hooks, or what they do, have changed
+    (`torch._dynamo.config.skip_nnmodule_hook_guards`).
+    """
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()

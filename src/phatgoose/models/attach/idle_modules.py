@@ -1,4 +1,4 @@
-"""Experts at modules that don't run: said once, after the model's first whole pass."""
+"""A warning about experts at modules that don't run, given once, after the model's first whole pass."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")  # layers.3, and exp
 
 
 class IdleModuleCheck:
-    """Watches which of these modules run, until the model has run once as a whole; after that it costs nothing.
+    """Watches which modules run, until the model has run once as a whole. After that it costs nothing.
 
     Args:
         modules: (path, module) of each.
-        streams: the model's. What is in an encoder or a decoder that hasn't run isn't spoken of.
+        streams: the model's. There is no warning about modules of an encoder or decoder that hasn't run.
     """
 
     def __init__(
         self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], streams: Streams | None = None
     ):
-        # Which of a mixture's experts run is a matter of the tokens.
+        # Which of a mixture's experts run depends on the tokens.
         self.modules = {path: module for path, module in modules if not isinstance(module, ExpertLinear)}
         self.model, self.ran = model, set[str]()
         stacks = {} if streams is None else streams.stacks
@@ -59,14 +59,15 @@ class IdleModuleCheck:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            # Behind a cache, cross-attention's keys and values aren't computed again.
+            # With a cache, cross-attention's keys and values aren't computed again.
             self.whole = not length_of(cache_of(kwargs))
 
     def _done(self, *_: Any) -> None:
         if torch.compiler.is_compiling() or not self.hooks or not self.whole:
             return
         self.hooks.remove(forget=False)
-        if compiled_anything():  # what runs there isn't seen
+        # Modules that run inside compiled code weren't seen.
+        if compiled_anything():
             return
         waiting = {p for p, stack in self.stacks.items() if p not in self.ran}
         sometimes = {_family(path) for path in self.ran}
@@ -78,13 +79,15 @@ class IdleModuleCheck:
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             warnings.warn(
-                f"experts adapt {', '.join(found[:SHOWN])}{more}, which didn't run in the model's first pass: there they have done nothing "
-                "yet, and never will if the model doesn't call these modules. (Some run for some inputs only, as for images.)",
+                f"experts adapt {', '.join(found[:SHOWN])}{more}, which didn't run in the model's first pass: there "
+                "they have done nothing yet, and never will if the model doesn't call these modules. (Some run for "
+                "some inputs only, as for images.)",
                 stacklevel=2,
             )
 
 
 def _family(path: str) -> str:
-    """A module and those that stand beside it, of which some run at a time: the experts of a mixture. Itself where there are none."""
+    """The path with the last of several numbers left out: the same for all experts of a mixture, of which some run at
+    a time."""
     numbers = list(_NUMBER.finditer(path))
     return path if len(numbers) < 2 else f"{path[: numbers[-1].start()]}*{path[numbers[-1].end() :]}"

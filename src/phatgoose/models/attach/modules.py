@@ -1,4 +1,4 @@
-"""The modules of a model that a pool's experts adapt, checked against what the experts say of them."""
+"""Checks of a model's modules against the experts that adapt them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from phatgoose.registry import unknown
 
 
 def shape_of(module: nn.Module, embedding: bool) -> tuple[int, int]:
-    """Of a module that `module_at` gave: (d_in, d_out), or of an embedding (vocabulary, d_out)."""
+    """(d_in, d_out) of a module that `module_at` returned; (vocabulary, d_out) of an embedding."""
     shape = embedding_shape(module) if embedding else linear_shape(module)
     assert shape is not None  # module_at has refused others
     return shape
@@ -31,7 +31,7 @@ def module_at(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module
     """The model's module at `path`, checked against the updates and gates of every expert that adapts it.
 
     Raises:
-        RoutingError: it isn't there, is of another kind or shape, or a gate is of another length.
+        RoutingError: the model has no such module, or one of another kind or shape, or a gate has another length.
     """
     owner = next(e for e in pool.experts if path in e.sizes)
     if path not in modules:
@@ -51,21 +51,24 @@ def module_at(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module
             continue
         if not all(map(sizes_agree, size[:2], shape)):
             raise RoutingError(
-                f"expert {expert.name!r} has an update {size[0]} → {size[1]} at {path}, where this model has {shape[0]} → {shape[1]}."
+                f"expert {expert.name!r} has an update {size[0]} → {size[1]} at {path}, where this model has "
+                f"{shape[0]} → {shape[1]}."
             )
         gate, wanted_length = (expert.gates or {}).get(path), shape[1] if embedding else shape[0]
         if gate is not None and gate.shape[0] != wanted_length:
             raise RoutingError(
-                f"expert {expert.name!r} has a gate of {gate.shape[0]} values at {path}, where this model needs {wanted_length}."
+                f"expert {expert.name!r} has a gate of {gate.shape[0]} values at {path}, where this model needs "
+                f"{wanted_length}."
             )
     return module
 
 
 def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]) -> None:
-    """Refuses adapters of PEFT's `target_parameters` that don't lie as this model's parameters do.
+    """Refuses adapters of PEFT's `target_parameters` whose layout isn't that of this model's parameters.
 
     Raises:
-        RoutingError: of another number of experts, or of a layout that an earlier PEFT had and that the sizes can't tell.
+        RoutingError: they are for another number of experts; or the layout may be that of an earlier PEFT, and the
+            sizes don't say.
     """
     for expert in experts:
         if not (targets := expert.adapter_config.get("target_parameters")):
@@ -80,8 +83,8 @@ def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]
                 _check_layout(expert, path, module)
             elif isinstance(module, Conv1D) and any(f".{path}.weight".endswith(f".{t}") for t in targets):
                 raise RoutingError(
-                    f"expert {expert.name!r} adapts {path}.weight as a bare parameter, of a layer whose weight lies transposed; name "
-                    "the module in target_modules instead."
+                    f"expert {expert.name!r} adapts {path}.weight as a bare parameter, of a layer whose weight lies "
+                    "transposed; name the module in target_modules instead."
                 )
         for (owner, name), number in numbers.items():
             experts_module: Any = modules[f"{owner}.0.{name}"]
@@ -99,13 +102,13 @@ def _check_layout(expert: Expert, path: str, slot: ExpertLinear) -> None:
     ) < (0, 19)
     if early and slot.in_features == slot.out_features and not slot.experts.is_transposed:
         raise RoutingError(
-            f"expert {expert.name!r} was saved by a PEFT before 0.19, which took {path} for its transpose; as it is square, its "
-            "tensors don't say which they are. Train it with a later PEFT."
+            f"expert {expert.name!r} was saved by a PEFT before 0.19, which took {path} for its transpose; as it is "
+            "square, its tensors don't say which they are. Train it with a later PEFT."
         )
 
 
 def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> None:
-    """Refuses experts that bring their own, changed copy of a base weight: it would be lost without a word.
+    """Refuses experts that bring a changed copy of a base weight, which routing would silently leave out.
 
     Raises:
         RoutingError: naming the expert and the weight.
@@ -115,15 +118,16 @@ def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> No
             path, _, name = key.rpartition(".")
             if path not in modules or not same_weights(modules[path], name, copy, cut=True):
                 raise RoutingError(
-                    f"expert {expert.name!r} brings its own {key} {list(copy.shape)}, which is not this model's: its vocabulary was "
-                    "resized or its embeddings were retrained, and that can't be routed. To leave them out, knowing that the expert "
-                    "then computes something else, make it again with drop=['modules_to_save'] (--drop modules_to_save). If they "
-                    "weren't changed, it is of another base."
+                    f"expert {expert.name!r} brings its own {key} {list(copy.shape)}, which is not this model's: its "
+                    "vocabulary was resized or its embeddings were retrained, and that can't be routed. To leave "
+                    "them out, knowing that the expert then computes something else, make it again with "
+                    "drop=['modules_to_save'] (--drop modules_to_save). If they weren't changed, it is of another "
+                    "base."
                 )
 
 
 def weight_norms(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, float]:
-    """Frobenius norms of the weights of these modules; of a packed one that can't be unpacked there is none."""
+    """Frobenius norms of these modules' weights, without packed ones that can't be unpacked."""
     found = {}
     modules = modules_by_path(model, paths)
     for path in paths:

@@ -1,7 +1,7 @@
-"""Experts as they stand on one model: module names of other layouts matched, VeRA's shared matrices cut to the modules' sizes.
+"""Matching experts to one model: modules under other names, VeRA's matrices in its sizes.
 
-A language model may stand alone or inside a vision-language model, and transformers 4.52 renamed the modules of the latter. Adapters
-of one layout fit the other wherever exactly one module of the model can be meant.
+A language model may stand alone or inside a vision-language model, and transformers 4.52 renamed the modules of the
+latter. Adapters for one layout fit the other if each of their names can mean only one module of the model.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from phatgoose.models.base.layers import embedding_shape, linear_shape
 from phatgoose.ops.update import Update, sizes_agree
 
 LAYOUTS = (
-    "model.",  # a language model alone; before transformers 4.52 also Qwen2-VL's
+    "model.",  # a language model alone, and Qwen2-VL before transformers 4.52
     "model.language_model.",
     "language_model.model.",  # before transformers 4.52
     "language_model.",
     "model.text_model.",
     "text_model.model.",
 )
-"""What stands before the names of a language model's layers."""
+"""Prefixes of the names of a language model's layers."""
 
 
-def placed_pool(
+def pool_on_model(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], pool: Pool
 ) -> tuple[Pool, dict[str, dict[str, str]]]:
-    """The pool as it stands on a model, and for each expert that calls modules otherwise, its own path → the model's.
+    """The pool under the model's names of its modules, and by expert: its own path → the model's, where they differ.
 
-    The pool is the very same object where every expert stands as it is.
+    The same object is returned if no expert changes.
 
     Args:
         modules: the model's modules by path.
@@ -44,22 +44,22 @@ def placed_pool(
     Raises:
         RoutingError: a module's name may mean several modules, or two of an expert's names mean one.
     """
-    found = [placed(model, modules, expert) for expert in pool.experts]
+    found = [expert_on_model(model, modules, expert) for expert in pool.experts]
     renamed = {expert.name: names for expert, names in found if names}
     if all(one is other for (one, _), other in zip(found, pool.experts, strict=True)):
         return pool, renamed
     return Pool([expert for expert, _ in found]), renamed
 
 
-def placed(
+def expert_on_model(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Expert
 ) -> tuple[Expert, dict[str, str]]:
-    """The expert as it stands on a model, and the model's path of every module that the expert calls otherwise.
+    """The expert under the model's names of its modules, and its own path → the model's, where they differ.
 
     Raises:
-        RoutingError: as `placed_pool`; of VeRA also a module that the model lacks.
+        RoutingError: as `pool_on_model`; with VeRA also if the model lacks a module.
     """
-    names = _names(model, modules, expert)
+    names = _renamed_modules(model, modules, expert)
     shared = any(update.shared is not None for update in expert.updates.values())
     if not names and not shared:
         return expert, {}
@@ -70,22 +70,26 @@ def placed(
         copies = {_renamed_parameter(key, names, modules, model): t for key, t in expert.base_copies.items()}
         object.__setattr__(found, "base_copies", copies)
     if shared:
-        object.__setattr__(found, "updates", _cut(modules, found))
+        object.__setattr__(found, "updates", _resolve_vera(modules, found))
         found.__dict__.pop("sizes", None)
     return found, names
 
 
-def _names(model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Expert) -> dict[str, str]:
-    """The expert's path → the model's, where they differ; what can't be found is left out, and refused by `module_at`."""
+def _renamed_modules(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Expert
+) -> dict[str, str]:
+    """The expert's path → the model's, where they differ. Unknown paths are left out: `module_at` refuses them."""
     names: dict[str, str] = {}
     for path, size in expert.sizes.items():
         if path in modules:
             continue
-        found = sorted(name for name in _meant(model, modules, path) if _fits(modules[name], size))
+        found = sorted(
+            name for name in _possible_modules(model, modules, path) if _sizes_match(modules[name], size)
+        )
         if len(found) > 1:
             raise RoutingError(
-                f"expert {expert.name!r} adapts {path}, which this model lacks; it could mean {' or '.join(found)}. Rename the "
-                "adapter's keys after this model's modules."
+                f"expert {expert.name!r} adapts {path}, which this model lacks; it could mean {' or '.join(found)}. "
+                "Rename the adapter's keys after this model's modules."
             )
         if found:
             names[path] = found[0]
@@ -96,23 +100,23 @@ def _names(model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Exp
     return names
 
 
-def _meant(model: PreTrainedModel, modules: Mapping[str, nn.Module], path: str) -> set[str]:
-    """The model's modules that a path of another layout may mean."""
+def _possible_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module], path: str) -> set[str]:
+    """The modules that a path of another layout may mean."""
     candidates = {f"model.{path}", path.removeprefix("language_model.")}
-    own = _prefix(model, modules)
+    own = _layer_prefix(model, modules)
     if own in LAYOUTS:
         candidates |= {own + path.removeprefix(layout) for layout in LAYOUTS if path.startswith(layout)}
     return {name for name in candidates if name in modules}
 
 
-def _prefix(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> str:
-    """What stands before the names of the model's own layers: its input embedding is beside them."""
+def _layer_prefix(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> str:
+    """The prefix of the names of the model's own layers, beside which its input embedding stands."""
     embedding = model.get_input_embeddings()
     path = next((name for name, module in modules.items() if module is embedding), "")
     return path[: path.rfind(".") + 1]
 
 
-def _fits(module: nn.Module, size: tuple[int, int, bool]) -> bool:
+def _sizes_match(module: nn.Module, size: tuple[int, int, bool]) -> bool:
     shape = embedding_shape(module) if size[2] else linear_shape(module)
     return shape is not None and all(map(sizes_agree, size[:2], shape))
 
@@ -124,12 +128,12 @@ def _renamed_parameter(
     path, _, kind = key.rpartition(".")
     if path in names:
         return f"{names[path]}.{kind}"
-    found = {path} if path in modules else _meant(model, modules, path)
+    found = {path} if path in modules else _possible_modules(model, modules, path)
     return f"{found.pop()}.{kind}" if len(found) == 1 else key
 
 
-def _cut(modules: Mapping[str, nn.Module], expert: Expert) -> dict[str, Update]:
-    """The expert's updates with VeRA's shared matrices cut to each module, or drawn for the widest of them."""
+def _resolve_vera(modules: Mapping[str, nn.Module], expert: Expert) -> dict[str, Update]:
+    """The expert's updates with VeRA's shared matrices cut to each module's sizes, or drawn for the largest of them."""
     alone, shapes = Pool([expert]), {}
     for path, update in expert.updates.items():
         module = module_at(dict(modules), path, alone)
@@ -140,8 +144,8 @@ def _cut(modules: Mapping[str, nn.Module], expert: Expert) -> dict[str, Update]:
     needed = 4 * len(first.d) * (d_in + d_out + sum(map(sum, shapes.values())))
     if needed > (free := available_bytes()):
         raise RoutingError(
-            f"expert {expert.name!r} is VeRA of rank {len(first.d)}, whose matrices take {needed} bytes in this model, and this machine has "
-            f"{free} bytes of memory free."
+            f"expert {expert.name!r} is VeRA of rank {len(first.d)}, whose matrices take {needed} bytes in this "
+            f"model, and this machine has {free} bytes of memory free."
         )
     projections = first.projections.drawn(len(first.d), d_in, d_out)
     updates = {}

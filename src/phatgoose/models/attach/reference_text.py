@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.attach.hooks import Hooks, apart
+from phatgoose.models.attach.hooks import Hooks, run_eagerly
 from phatgoose.models.attach.site import Site
 from phatgoose.models.base.base import device_of, eval_mode
 from phatgoose.models.base.layers import first_argument
@@ -24,7 +24,8 @@ from phatgoose.ops import Backend
 from phatgoose.routers.router import BoundRouter
 
 PIECE = 64
-"""Tokens in a piece. The text is read in pieces of equal length: none needs padding, and every model's context has room."""
+"""Tokens in a piece. The text is read in pieces of equal length: none needs padding, and every model's context has
+room."""
 
 Observer = Callable[[Tensor], None]
 
@@ -87,7 +88,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def _observed(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[None]:
     with Hooks() as hooks:
         for module, wants_output, observe in observers:
-            hook = partial(apart, _observing_hook(wants_output, observe))
+            hook = partial(run_eagerly, _observing_hook(wants_output, observe))
             hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
         yield
 

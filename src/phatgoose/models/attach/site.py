@@ -8,7 +8,8 @@ The hook leaves by one of these exits, in this order:
 4. fused with its choice: the same call also returns the choice, which is handed to the recorder;
 5. in three steps: the router chooses, the backend mixes.
 
-Under torch.compile a fused call that the compiler can keep in its graph is made there; everything else runs between two graphs.
+Under torch.compile a fused call that the compiler can keep in its graph is made there; everything else runs between
+two graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.candidates import candidates_at, stacked
 from phatgoose.models.attach.device_memory import cacheable
-from phatgoose.models.attach.hooks import apart
+from phatgoose.models.attach.hooks import run_eagerly
 from phatgoose.models.attach.modules import shape_of
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.layers import (
@@ -42,43 +43,13 @@ from phatgoose.models.base.layers import (
 from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
+from phatgoose.models.trace.recorder import Recorder
 from phatgoose.ops import Backend, CpuRouting, FusedRouting, Stack
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Router
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import BoundRouter
-
-
-class ChoiceBuffer(Protocol):
-    """Where a kernel writes the choices of one module after the other."""
-
-    def next(self) -> tuple[int, int]:
-        """Addresses for the next module's choices and weights."""
-
-    def wrote(self, path: str) -> None:
-        """The module at `path` has written there."""
-
-
-class ChoiceRecorder(Protocol):
-    """What a trace offers to sites; `models/trace/recorder.py` implements it."""
-
-    wants_scores: bool
-
-    def buffer(
-        self, top_k: int, path: str, members: tuple[int, ...], u: Tensor, shape: torch.Size, streams: Streams
-    ) -> ChoiceBuffer | None:
-        """The buffer for this call of a module; None if its choices must be recorded one by one."""
-
-    def record(
-        self,
-        context: RoutingContext,
-        members: tuple[int, ...],
-        chosen: Tensor,
-        weights: Tensor,
-        scores: Tensor | None,
-    ) -> None:
-        """Takes in one module's choices."""
 
 
 class RoutingState(ABC):
@@ -95,7 +66,7 @@ class RoutingState(ABC):
     memory: int
     """Bytes of memory that were free before the stacks were made."""
     streams: Streams
-    recorder: ChoiceRecorder | None = None
+    recorder: Recorder | None = None
 
     @abstractmethod
     def detach(self) -> None:
@@ -152,8 +123,8 @@ class Site:
         self.fused = None
         if routing.options.device_memory is not None and by_gates is None:
             raise RoutingError(
-                f"{type(routing.router).__name__} doesn't choose by gates, and with device_memory only gates are looked at: "
-                "leave device_memory out, or use PHATGOOSE."
+                f"{type(routing.router).__name__} doesn't choose by gates, and with device_memory only gates are "
+                "looked at: leave device_memory out, or use PHATGOOSE."
             )
         if by_gates is not None and routing.options.device_memory is not None and cacheable(self.stack):
             self.fused = OffloadedExperts(*by_gates, self.stack, layer, routing.ops.mix, self.path)
@@ -189,18 +160,18 @@ class Site:
         """The forward hook, where the call may become part of a compiled graph."""
         if not torch.compiler.is_compiling():
             return self._routed(module, args, kwargs, output)
-        # In a graph nothing may be looked up or noted, so only the plain case stays there. Where the module has moved since
-        # (`_at`), the stack must follow it first.
+        # In a graph nothing may be looked up or noted, so only the plain case stays there. Where the module has moved
+        # since (`_at`), the stack must follow it first.
         if self.routing.recorder is None and self._at == (output.device, output.dtype) and self.one_operator:
             assert self.fused is not None
             done = self.fused(first_argument(args, kwargs), output, self.fresh and may_modify_output(module))
             if done is not None:
                 return done
-        return self.apart(module, args, kwargs, output)
+        return self.eager_hook(module, args, kwargs, output)
 
-    def apart(self, *call: Any) -> Tensor:
+    def eager_hook(self, *call: Any) -> Tensor:
         """The hook between two graphs, where torch.compile compiles what is around it."""
-        done: Tensor = apart(self._routed, *call)
+        done: Tensor = run_eagerly(self._routed, *call)
         return done
 
     def _routed(
@@ -210,7 +181,8 @@ class Site:
         if not isinstance(output, Tensor) or torch.jit.is_tracing():
             self._refuse(output)
         u = first_argument(args, kwargs)
-        # `weight_state` changes with every write into a weight that DoRA's norms were taken of, so it is compared at each call.
+        # `weight_state` changes with every write into a weight that DoRA's norms were taken of, so it is compared at
+        # each call.
         if self._at != (output.device, output.dtype) or self._reads_weight:
             self._follow(output)
         # A router whose experts can be switched off has no gates to fuse while some are off.
@@ -226,13 +198,14 @@ class Site:
             return done
 
         def context() -> RoutingContext:
-            # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device changes.
+            # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device
+            # changes.
             return routing_context(self.path, module, args, u, output.shape, self.routing.streams)
 
         return self._in_steps(context, u, output, fused)
 
     def _write_choices(
-        self, recorder: ChoiceRecorder | None, u: Tensor, output: Tensor, writable: bool
+        self, recorder: Recorder | None, u: Tensor, output: Tensor, writable: bool
     ) -> Tensor | None:
         """The fused call, whose kernel writes its choices where the recorder keeps them; None if it can't."""
         # Scores aren't among what the kernel writes.
@@ -280,7 +253,8 @@ class Site:
         if changed or dtype != self.dtype:
             if self.routing.options.device_memory is not None:
                 raise RoutingError(
-                    f"{self.path} has other weights, or another dtype, than when it was routed with device_memory: route it again."
+                    f"{self.path} has other weights, or another dtype, than when it was routed with device_memory: "
+                    "route it again."
                 )
             self._make_stack()
             if not self.router.needs_reference:  # what it has observed would be lost
@@ -295,14 +269,14 @@ class Site:
         """Raises RoutingError: this call can't be routed. The routing is taken off if no call of the module can."""
         if torch.jit.is_tracing():
             raise RoutingError(
-                "torch.jit.trace would keep the choice of experts that its example makes, for all inputs: a routed model can't be traced. "
-                "Unroute it first, or use torch.compile."
+                "torch.jit.trace would keep the choice of experts that its example makes, for all inputs: a routed "
+                "model can't be traced. Unroute it first, or use torch.compile."
             )
         self.routing.detach()
         self.routing.model.__dict__.pop(ATTRIBUTE, None)
         raise RoutingError(
-            f"{self.path} is a {type(self.module).__name__} that returns a {type(output).__name__}, to which no update can be added: "
-            "it can't be routed. The routing was taken off; use experts that leave it out."
+            f"{self.path} is a {type(self.module).__name__} that returns a {type(output).__name__}, to which no "
+            "update can be added: it can't be routed. The routing was taken off; use experts that leave it out."
         )
 
     def _record(self, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor) -> None:

@@ -16,7 +16,7 @@ from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
 from phatgoose.models.attach.modules import check_parameters, module_at
-from phatgoose.models.attach.placement import placed_pool
+from phatgoose.models.attach.placement import pool_on_model
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.layers import linear_shape, same_weights
 from phatgoose.models.base.load import (
@@ -81,7 +81,7 @@ def check_mixture(spec: str, pool: Pool) -> None:
         return
     model = empty_model(_source(spec))
     modules = modules_by_path(model, pool.modules)
-    placed = placed_pool(model, modules, pool)[0]
+    placed = pool_on_model(model, modules, pool)[0]
     check_parameters(modules, placed.experts)
     for path in placed.modules:
         module_at(modules, path, placed)

@@ -45,8 +45,8 @@ class MultiRouter:
         self.plan: BatchPlan | None = None
         self.streams = Streams(model)
         self._versions: dict[int, tuple[PoolVersion, Hooks, IdleModuleCheck]] = {}
-        # One hook a module, whatever the number of versions. Of a mixture's layers every version has a stand-in module of its own:
-        # only the one that has the hook runs.
+        # One hook a module, whatever the number of versions. Of a mixture's layers every version has a stand-in
+        # module of its own: only the one that has the hook runs.
         self._hooks: dict[str, tuple[nn.Module, Hooks]] = {}
         self._streams = Hooks()
 

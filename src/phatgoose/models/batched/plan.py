@@ -1,7 +1,7 @@
 """Which route each token of a pass takes.
 
-The tokens of a pass belong to items: rows of a batch, or sequences packed one after the other into one row. A `BatchPlan` gives
-every item a route; None is the base alone.
+The tokens of a pass belong to items: rows of a batch, or sequences packed one after the other into one row. A
+`BatchPlan` gives every item a route; None is the base alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NO_ITEMS_FAULT = (MemoryError, torch.OutOfMemoryError, getattr(torch, "Accelera
 class Group:
     """Tokens of one forward pass that share a route, or that each use a single expert of one pool version.
 
-    members: the items. rows: into how many rows of equal length the tokens fit; 1 if they don't. index: int64 [n], which of the
-    pass's tokens; None: all. items: int64 [n], the item of each token. experts: int64 [n], the single expert of each token, None if
-    `route` chooses.
+    members: the items. rows: into how many rows of equal length the tokens fit; 1 if they don't. index: int64 [n],
+    which of the pass's tokens; None: all. items: int64 [n], the item of each token. experts: int64 [n], the single
+    expert of each token, None if `route` chooses.
     """
 
     version: PoolVersion
@@ -40,8 +40,8 @@ class Group:
     texts: dict[tuple[str, int], Texts] = field(default_factory=dict, repr=False)
     """What the items were given to read, by stream and the number of tokens that a module saw."""
     picked_from: tuple[Group, int, Tensor] | None = None
-    """For tokens that one of a mixture's experts sees: the group in the whole pass, the pass's number of tokens, and which of the
-    group's tokens these are."""
+    """For tokens that one of a mixture's experts sees: the group in the whole pass, the pass's number of tokens, and
+    which of the group's tokens these are."""
 
 
 @dataclass(eq=False)
@@ -58,14 +58,17 @@ class ExpertLoads:
     def note(
         self, version: int, members: tuple[int, ...], items: Tensor, chosen: Tensor, weights: Tensor
     ) -> None:
-        """Takes in one module's choice for n tokens of these items int64 [n]: candidates int64 [n, k] (−1: none), weights [n, k].
+        """Takes in one module's choice for n tokens of these items int64 [n]: candidates int64 [n, k] (−1: none),
+        weights [n, k].
 
-        members: the pool's expert that each candidate is, −1 for none. They are kept until `summed`, so nobody may write into them.
+        members: the pool's expert that each candidate is, −1 for none. They are kept until `summed`, so nobody may
+        write into them.
         """
         self._noted.setdefault((version, members, chosen.shape[1]), []).append((items, chosen, weights))
 
     def summed(self, items: int, sizes: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """By version: float64 [items, experts], the weights summed, and int64 [items], how many choices of k experts that were.
+        """By version: float64 [items, experts], the weights summed, and int64 [items], how many choices of k experts
+        that were.
 
         sizes: how many experts each version's pool has.
         """
@@ -105,7 +108,8 @@ class BatchPlan:
     texts: Sequence[TextSoFar] | None = None
     """Of each item, for routes that read text."""
     failed: dict[int, Exception] | None = None
-    """Collects which items failed, and why: failing items fall back to the base, the others are unaffected. None: errors are raised."""
+    """Collects which items failed, and why: failing items fall back to the base, the others are unaffected. None:
+    errors are raised."""
     loads: ExpertLoads = field(default_factory=ExpertLoads)
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
@@ -158,7 +162,8 @@ class BatchPlan:
         # Whatever the expert: it is in a table, and the version's stack has them all.
         if route.single is not None:
             return (id(route.version),)
-        # A router that reads text is shown rows of one length, which packed items have only beside others of their length.
+        # A router that reads text is shown rows of one length, which packed items have only beside others of their
+        # length.
         if route.reads_text and self.lengths is not None:
             return id(route.version), id(route), self.lengths[item], count
         return id(route.version), id(route)

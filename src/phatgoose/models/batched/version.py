@@ -31,7 +31,8 @@ CACHED_TEXTS = 1024
 
 @dataclass(frozen=True)
 class _NullOffered(Router):
-    """Chooses nothing. It keeps room for the null candidate, so that routers with and without one can share the stacks."""
+    """Chooses nothing. It keeps room for the null candidate, so that routers with and without one can share the
+    stacks."""
 
     offers_null = True
 
@@ -45,7 +46,8 @@ class PoolVersion:
     Nothing is attached to the model; `MultiRouter.attach` does that.
 
     Raises:
-        BaseModelError: the model is not the base that the pool records. RoutingError: a module is missing or of another shape.
+        BaseModelError: the model is not the base that the pool records. RoutingError: a module is missing or of
+        another shape.
     """
 
     def __init__(
@@ -110,8 +112,8 @@ class Route:
         )
         if self.reads_text and inside is not None:
             raise RoutingError(
-                f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart yet: take a router "
-                "that goes by gates or weights, or route() a separate copy of the model."
+                f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart "
+                "yet: take a router that goes by gates or weights, or route() a separate copy of the model."
             )
         self.single: int | None = None
         """The one expert that acts, with weight 1; None if a router chooses."""
@@ -138,8 +140,8 @@ class Route:
         return any(bound.needs_reference for bound in self.bound.values())
 
     def calibrate(self) -> None:
-        """Shows the reference text to routers that need it, on the base alone: nothing may be attached to the model that changes
-        what it computes, and no other pass may run.
+        """Shows the reference text to routers that need it, on the base alone: nothing may be attached to the model
+        that changes what it computes, and no other pass may run.
 
         Raises:
             RoutingError: the base computes values that aren't finite on it.
@@ -151,7 +153,8 @@ class Route:
         calibrate(version.base.model, version.base.tokenizer, routers, version.ops)
 
     def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
-        """Chosen candidates int64 [N, k] (−1: none) and weights float32 [N, k] at one module, for its inputs u and outputs y [N, …]."""
+        """Chosen candidates int64 [N, k] (−1: none) and weights float32 [N, k] at one module, for its inputs u and
+        outputs y [N, …]."""
         site = self.version.sites[path]
         return self.bound[path](y if site.embedding else u, context, self.version.ops)
 

@@ -22,9 +22,10 @@ _UNKNOWN = ("cache", "mems", "past_buckets_states")
 class Past:
     """What stands before the tokens of a pass.
 
-    cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it holds.
-    real: int64 [B], how many of these are no padding; None if only the pass's attention mask can say it. problem: why this can't
-    be known, else None.
+    cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it
+    holds.
+    real: int64 [B], how many of these are no padding; None if only the pass's attention mask can say it. problem: why
+    this can't be known, else None.
     """
 
     cache: Any = None
@@ -65,8 +66,8 @@ class Caches:
     def before(self, given: Mapping[str, Any], rows: int, length: int) -> Past:
         """What stands before a pass over [rows, length] tokens, which was called with `given`."""
         if given.get("cache") is not None and given.get("cu_seq_lens_q") is not None:
-            # transformers' continuous batching: sequences side by side in one row, whose positions are given. What stands before
-            # each of them is said by whoever runs the pass (BatchPlan).
+            # transformers' continuous batching: sequences side by side in one row, whose positions are given. What
+            # stands before each of them is said by whoever runs the pass (BatchPlan).
             return Past()
         if (other := next((name for name in _UNKNOWN if given.get(name) is not None), None)) is not None:
             return Past(
@@ -96,8 +97,8 @@ class Caches:
             return Past(cache, mask.shape[1] - length)
         return Past(
             cache,
-            problem=f"the pass goes on with a {type(cache).__name__} that doesn't count its tokens, and whose earlier passes weren't seen. "
-            "Give the attention mask of all tokens, or begin without a cache.",
+            problem=f"the pass goes on with a {type(cache).__name__} that doesn't count its tokens, and whose earlier "
+            "passes weren't seen. Give the attention mask of all tokens, or begin without a cache.",
         )
 
     def after(self, given: Mapping[str, Any], output: Any, past: Past, rows: int, length: int) -> None:

@@ -21,8 +21,8 @@ _UNMATCHABLE = {
     "pegasus_x": ("encoder",),
     "xlnet": ("decoder",),
 }
-"""Architectures whose blocks see rows and columns exchanged, or tokens of their own (global ones) too. In some batches these have the
-same shape as the tokens in order, so a shape says nothing."""
+"""Architectures whose blocks see rows and columns exchanged, or tokens of their own (global ones) too. In some
+batches these have the same shape as the tokens in order, so a shape says nothing."""
 
 
 def unmatchable_stacks(model: PreTrainedModel) -> dict[str, str]:
@@ -31,8 +31,8 @@ def unmatchable_stacks(model: PreTrainedModel) -> dict[str, str]:
     if kind == "longt5" and model.config.encoder_attention_type == "local":
         return {}
     why = (
-        f"the modules of {kind}'s {{}} see tokens in another order, or more than the text's, so their tokens can't be told. "
-        "Traces and Random need them; take a router that reads activations alone, such as PHATGOOSE or Single."
+        f"the modules of {kind}'s {{}} see tokens in another order, or more than the text's, so their tokens can't be "
+        "told. Traces and Random need them; take a router that reads activations alone, such as PHATGOOSE or Single."
     )
     return {name: why.format(name) for name in _UNMATCHABLE.get(kind, ())}
 
@@ -52,8 +52,8 @@ def is_in_expert_list(model: nn.Module, path: str) -> bool:
 class Match:
     """The tokens that a module sees: [rows, length], all of each sequence, or those at `kept`.
 
-    problem: why that can't be known. The rows may still be those of the pass, with `length` inputs each (by_row), and all but the
-    first `again` inputs of a row may be its new tokens.
+    problem: why that can't be known. The rows may still be those of the pass, with `length` inputs each (by_row), and
+    all but the first `again` inputs of a row may be its new tokens.
     """
 
     rows: int
@@ -67,10 +67,11 @@ class Match:
 def match(
     lead: Sequence[int], batch: int, length: int, *, repeats: bool, dispatched: bool, past: int = 0
 ) -> Match:
-    """What a module inside a stack sees, if the stack runs over [batch, length] tokens and the module's input is [*lead, d].
+    """What a module inside a stack sees, if the stack runs over [batch, length] tokens and the module's input is
+    [*lead, d].
 
-    repeats: the input may have each sequence several times (beams read what was encoded once). dispatched: the module may be given
-    tokens that were picked for it, in any order. past: how many tokens a cache holds before these.
+    repeats: the input may have each sequence several times (beams read what was encoded once). dispatched: the module
+    may be given tokens that were picked for it, in any order. past: how many tokens a cache holds before these.
     """
     # DeepSeek's kv_b_proj has a dimension of heads, of size 1.
     if len(lead) > 2:

@@ -4,13 +4,14 @@ Routers that read text choose by the prompt, and nobody tells a forward hook wha
 
 1. A pass without a cache behind it reads its rows' prompts: all of their real tokens.
 2. These are remembered with the cache that the pass fills: with the object, held weakly, so they are forgotten with it.
-3. A later pass inherits the prompts of the cache it continues. Its tokens stand behind them. Its rows may be repeated (beams).
-4. In an encoder–decoder the encoder reads the prompts. The decoder inherits them by the states that the encoder returned, which it
-   is given to cross-attend to, and later by its own cache.
+3. A later pass inherits the prompts of the cache it continues. Its tokens stand behind them. Its rows may be repeated
+(beams).
+4. In an encoder–decoder the encoder reads the prompts. The decoder inherits them by the states that the encoder
+   returned, which it is given to cross-attend to, and later by its own cache.
 5. Where none of this holds, the caller announces the prompts (`prompted`).
 
-What can't be followed exactly is refused, not guessed. What was written behind a prompt is followed too, but it may be unknown: then
-the reason stands in its place, and only a router that asks for it refuses.
+What can't be followed exactly is refused, not guessed. What was written behind a prompt is followed too, but it may
+be unknown: then the reason stands in its place, and only a router that asks for it refuses.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class PassInputs:
 
 @dataclass(frozen=True, eq=False)
 class CachedPrompts:
-    """What is known of the sequences in a key-value cache. read: how many of the cached tokens are prompt; −1: unknown."""
+    """What is known of the sequences in a key-value cache. read: how many of the cached tokens are prompt; −1:
+    unknown."""
 
     prompts: tuple[Prompt, ...]
     read: tuple[int, ...]
@@ -72,7 +74,8 @@ class _Now(ForwardState):
 
 
 class PromptTracker:
-    """Follows the prompts of one model's passes. A cache may be continued in another thread than the one it was made in."""
+    """Follows the prompts of one model's passes. A cache may be continued in another thread than the one it was made
+    in."""
 
     def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):
         """`sequences` finds the tokens of the last pass of a stack."""
@@ -89,7 +92,8 @@ class PromptTracker:
         )  # a copy of the model shares no caches with it
 
     def announce(self, announced: Announced | None) -> Announced | None:
-        """Sets the prompts of this thread's passes to come; None: they are followed. Returns what was announced before."""
+        """Sets the prompts of this thread's passes to come; None: they are followed. Returns what was announced
+        before."""
         before, self._now.announced = self._now.announced, announced
         return before
 
@@ -164,7 +168,8 @@ class PromptTracker:
             return _repeat_announced(self._now.announced, rows)
         if cached is None:
             raise RoutingError(
-                f"this pass goes on with a key-value cache whose prompts weren't seen by the router that is attached. {ADVICE}"
+                "this pass goes on with a key-value cache whose prompts weren't seen by the router that is attached. "
+                f"{ADVICE}"
             )
         return _repeat_cached(cached.prompts, rows)
 
@@ -176,7 +181,8 @@ class PromptTracker:
             return _repeat_announced(self._now.announced, rows)
         if cached is not None:
             return _repeat_cached(cached.prompts, rows)
-        # The encoder's last pass is this decoder's only if the decoder was given what that pass returned, perhaps repeated for beams.
+        # The encoder's last pass is this decoder's only if the decoder was given what that pass returned, perhaps
+        # repeated for beams.
         returned, given = self._now.encoded, inputs.encoded
         if (
             not isinstance(returned, Tensor)
@@ -203,7 +209,8 @@ def _all_tokens(ids: Tensor | None, real: Tensor, tokens: Sequences) -> tuple[Pr
 
 
 def _behind_prompt(prompts: Sequence[Prompt], ids: Tensor | None, real: Tensor) -> Tensor:
-    """Which tokens of a first pass stand behind the prompt: bool as `real`. None do behind a prompt that was announced as text."""
+    """Which tokens of a first pass stand behind the prompt: bool as `real`. None do behind a prompt that was
+    announced as text."""
     fresh = torch.zeros_like(real)
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -223,7 +230,8 @@ def _written_before(
     inputs: PassInputs,
     length: int,
 ) -> Written:
-    """What stood behind each prompt before this pass, or why that isn't known; `last` is what did after the pass before."""
+    """What stood behind each prompt before this pass, or why that isn't known; `last` is what did after the pass
+    before."""
     past, mask = inputs.past.tokens, inputs.mask
     if not past:
         return ((),) * len(prompts)

@@ -17,7 +17,8 @@ from phatgoose.routers.context import Sequences, positions_from
 
 @dataclass(eq=False)
 class Run:
-    """One pass of a stack over [rows, length] tokens. given: the arguments that say which. encoded: what a decoder cross-attends to."""
+    """One pass of a stack over [rows, length] tokens. given: the arguments that say which. encoded: what a decoder
+    cross-attends to."""
 
     given: dict[str, Any]
     shape: tuple[int, int]
@@ -49,7 +50,8 @@ class EncoderRuns:
         self._runs[states] = run
 
     def run_of(self, encoded: Tensor, last: Tensor | None) -> Run | None:
-        """The run that returned these states, or that returned `last`, if these are its rows, each repeated (beams); else None."""
+        """The run that returned these states, or that returned `last`, if these are its rows, each repeated (beams);
+        else None."""
         if encoded not in self._runs:
             if last is None or len(encoded) % max(len(last), 1) or encoded.shape[1:] != last.shape[1:]:
                 return None

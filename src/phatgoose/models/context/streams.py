@@ -1,11 +1,15 @@
-"""Which tokens a model is running over right now: hooks on its encoder and decoder note it, routers and traces ask for it.
+"""Which tokens a model is running over right now: hooks on its encoder and decoder note it, routers and traces ask
+for it.
 
-While a pass runs, only references are kept (`Run`): its arguments, and its cache's length, as the cache grows meanwhile. Tokens,
-positions and padding (`Sequences`) are worked out when somebody asks, once a pass. A module then asks by its path and its input:
+While a pass runs, only references are kept (`Run`): its arguments, and its cache's length, as the cache grows
+meanwhile. Tokens, positions and padding (`Sequences`) are worked out when somebody asks, once a pass. A module then
+asks by its path and its input:
 
-1. Whose tokens does it see? Its place in the model says so, except that keys and values of cross-attention read the encoder's
-   tokens inside the decoder. They are known by their input, which is what the decoder was given to cross-attend to (`_reads`).
-2. Which of them? The shape of its output says so (`matching.py`). What can't be told is refused when a router or a trace asks.
+1. Whose tokens does it see? Its place in the model says so, except that keys and values of cross-attention read the
+   encoder's tokens inside the decoder. They are known by their input, which is what the decoder was given to
+   cross-attend to (`_reads`).
+2. Which of them? The shape of its output says so (`matching.py`). What can't be told is refused when a router or a
+trace asks.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.attach.hooks import apart
+from phatgoose.models.attach.hooks import run_eagerly
 from phatgoose.models.base.module_names import plain_name, reads_encoder
 from phatgoose.models.context.caches import Caches, arguments_by_name
 from phatgoose.models.context.matching import (
@@ -109,7 +113,7 @@ class Streams:
         if not torch.compiler.is_compiling():
             hook(*call)
         elif self.asked:
-            apart(hook, *call)
+            run_eagerly(hook, *call)
 
     def texts_of(self, stream: str) -> Texts:
         """What the sequences of the pass that a stack runs were given to read.
@@ -126,7 +130,8 @@ class Streams:
         return None if self.prompt_tracker is None else self.prompt_tracker.announce(announced)
 
     def stream_of(self, path: str) -> str:
-        """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says so. `context` knows it."""
+        """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says so. `context`
+        knows it."""
         if "encoder" not in self.stacks:
             return "decoder"
         location = self._locate(path)
@@ -161,7 +166,8 @@ class Streams:
         )
 
     def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
-        """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the pass's tokens in order."""
+        """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the
+        pass's tokens in order."""
         run, location = self._now.runs.get(stream), self._locate(path)
         return run is not None and run.shape == shape[:-1] and location.inside and location.refusal is None
 

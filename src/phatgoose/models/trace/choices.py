@@ -12,9 +12,10 @@ from torch import Tensor
 class Tokens:
     """N real tokens, in the order they were read.
 
-    rows, positions: int64 [N], the row of the batch and the place in the sequence. inputs: int64 [N], which sequence of the
-    whole trace (beams of one input share its number). ids: int64 [N], −1 where the model was given embeddings. generated:
-    bool [N], True for a token read behind a key-value cache. draws: float32 [N] in [0, 1), what sampling goes by.
+    rows, positions: int64 [N], the row of the batch and the place in the sequence. inputs: int64 [N], which sequence
+    of the whole trace (beams of one input share its number). ids: int64 [N], −1 where the model was given embeddings.
+    generated: bool [N], True for a token read behind a key-value cache. draws: float32 [N] in [0, 1), what sampling
+    goes by.
     """
 
     rows: Tensor
@@ -45,8 +46,9 @@ def joined(parts: list[Tokens]) -> Tokens:
 class Choices:
     """The choices of one module on N real tokens (padding left out), k each.
 
-    experts: int16 [N, k], indices into Trace.experts, best first (−1: none). weights: float16 [N, k]. margins: float16 [N], the
-    k-th best score minus the next one, NaN where there is no next; None if the router compares no scores or they weren't asked for.
+    experts: int16 [N, k], indices into Trace.experts, best first (−1: none). weights: float16 [N, k]. margins:
+    float16 [N], the k-th best score minus the next one, NaN where there is no next; None if the router compares no
+    scores or they weren't asked for.
     """
 
     path: str
@@ -76,8 +78,8 @@ class Choices:
 class Load:
     """Sums over one module's tokens, of the prompt ([0]) and read behind a cache ([1]); the last expert is "none".
 
-    weight: float64 [2, E+1], summed weights. acted and first: int64 [2, E+1], on how many tokens an expert was among the chosen,
-    and was the one with most weight. tokens: int64 [2].
+    weight: float64 [2, E+1], summed weights. acted and first: int64 [2, E+1], on how many tokens an expert was among
+    the chosen, and was the one with most weight. tokens: int64 [2].
     """
 
     weight: Tensor

@@ -46,7 +46,8 @@ class Header:
     sums_only: bool = False
     """Recorded with histogram=True: `loads` is there, `choices` is empty."""
     reordered: bool = False
-    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do: an input's beams share its number)."""
+    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do: an input's beams share
+    its number)."""
 
 
 def save(path: Path, header: Header, choices: Iterable[Choices], loads: Mapping[str, Load]) -> Path:

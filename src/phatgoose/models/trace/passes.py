@@ -70,7 +70,8 @@ class Call(NamedTuple):  # made for every module and token: a dataclass would ta
 class ChoiceBuffer:
     """Where a kernel writes the choices of modules that see the same tokens, one module after the other.
 
-    chosen: int64 [M, N, k] and weights: float32 [M, N, k] on the CPU. paths: the modules whose choices are written, in order.
+    chosen: int64 [M, N, k] and weights: float32 [M, N, k] on the CPU. paths: the modules whose choices are written,
+    in order.
     """
 
     def __init__(self, seen: TracedPass, shape: torch.Size, modules: int, k: int):
@@ -160,8 +161,8 @@ class PendingChoices:
     def take(self) -> Iterator[list[list[Block]]]:
         """Hands out all blocks: batches of chains, each the blocks of the same modules in one pass after the other.
 
-        A chain's modules have all of their tokens in order. A module that stands in a block with others than before begins a new
-        batch, since what it read earlier must be summed up earlier.
+        A chain's modules have all of their tokens in order. A module that stands in a block with others than before
+        begins a new batch, since what it read earlier must be summed up earlier.
         """
         self.pack()
         blocks, self._blocks, self.count = self._blocks, [], 0

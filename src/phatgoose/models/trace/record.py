@@ -34,10 +34,12 @@ def trace(
 
     Args:
         histogram: keep only sums per module and expert (`Trace.loads`): memory doesn't grow, and it costs least.
-        margins: also record how far the last chosen expert was ahead of the next; computes every module's scores once more.
+        margins: also record how far the last chosen expert was ahead of the next; computes every module's scores once
+        more.
         sample: share of the tokens to keep, drawn at random.
-        max_bytes: memory for choices, beside a few MB of what is pending and what one pass chose. When it is full, every second token is let go and
-            `Trace.share` is halved, as often as needed: what is left is a random sample of the whole run.
+        max_bytes: memory for choices, beside a few MB of what is pending and what one pass chose. When it is full,
+            every second token is let go and `Trace.share` is halved, as often as needed: what is left is a random
+            sample of the whole run.
 
     Raises:
         RoutingError: if no routing is attached, a trace is already running, or an argument is out of its range.
@@ -70,8 +72,8 @@ def trace(
 def _watch_generate(model: Any, recorder: Recorder) -> Iterator[None]:
     """Tells the recorder what generate() does to rows and drafts, which no forward hook sees.
 
-    transformers calls these methods on the model, so they are wrapped on the instance: inputs are repeated for beams, beams move
-    to other rows of the cache, and drafted tokens are taken back (assisted decoding, prompt lookup).
+    transformers calls these methods on the model, so they are wrapped on the instance: inputs are repeated for beams,
+    beams move to other rows of the cache, and drafted tokens are taken back (assisted decoding, prompt lookup).
     """
     own_reorder = getattr(model, "_reorder_cache", None)
     own_expand = getattr(model, "_expand_inputs_for_generation", None)
@@ -104,8 +106,8 @@ def _watch_generate(model: Any, recorder: Recorder) -> Iterator[None]:
         assert own_drafts is not None
         if generation_config.assistant_early_exit is not None:
             raise RoutingError(
-                "with assistant_early_exit the model's first layers also read drafts, which a trace can't tell from the text: "
-                "leave it out, or use another model as the assistant."
+                "with assistant_early_exit the model's first layers also read drafts, which a trace can't tell from "
+                "the text: leave it out, or use another model as the assistant."
             )
         return own_drafts(generation_config, *args, **kwargs)
 

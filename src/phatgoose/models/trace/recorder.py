@@ -1,12 +1,15 @@
 """What runs inside a traced model: it takes in every module's choices at little cost, and sums them up now and then.
 
-While a pass runs, nothing is looked at, moved between devices or waited for. A kernel that can writes its choices where the recorder
-says (`buffer`); every other call hands its choice over (`record`) and goes on. When the next pass begins, the choices of all modules
-are packed as int16 and half precision. Every FLUSH choices, between two passes and at the end, what is pending is brought to the CPU
-in large pieces: padding is left out, candidates become indices of the pool's experts, and either choices or only sums are kept.
+While a pass runs, nothing is looked at, moved between devices or waited for. A kernel that can writes its choices
+where the recorder says (`buffer`); every other call hands its choice over (`record`) and goes on. When the next pass
+begins, the choices of all modules are packed as int16 and half precision. Every FLUSH choices, between two passes and
+at the end, what is pending is brought to the CPU
+in large pieces: padding is left out, candidates become indices of the pool's experts, and either choices or only sums
+are kept.
 
-Nobody tells a hook that a new pass begins, or that it is one of new inputs. Both are read off the `Sequences` of a call: every pass
-has an object of its own (`Recorder._pass`), and `InputCounter` knows which passes go on with the same inputs.
+Nobody tells a hook that a new pass begins, or that it is one of new inputs. Both are read off the `Sequences` of a
+call: every pass has an object of its own (`Recorder._pass`), and `InputCounter` knows which passes go on with the
+same inputs.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class Expanded(NamedTuple):
     times: int
 
     def rows_per_input(self, sequences: Sequences) -> int:
-        """`times` if a pass reads these prompts; 1 if it doesn't, as generate() ended before it read them, or is done with them."""
+        """`times` if a pass reads these prompts; 1 if it doesn't, as generate() ended before it read them, or is done
+        with them."""
         ids, read = self.ids, sequences.ids
         if read is None or ids is None:
             return self.times if sequences.positions.shape[0] % self.times == 0 else 1
@@ -66,15 +70,16 @@ class InputCounter:
         # A decoder alone: what stands behind a cache continues, what doesn't is new.
         new = sequences.past == 0
         if self.encoder_decoder and location.reads == "decoder":
-            # The encoder's pass has counted these inputs, if any of its modules is routed. If none is, the decoder counts them: it
-            # reads the very same encoded states in every pass over the same inputs, with a cache and without.
+            # The encoder's pass has counted these inputs, if any of its modules is routed. If none is, the decoder
+            # counts them: it reads the very same encoded states in every pass over the same inputs, with a cache and
+            # without.
             now, before = ((x and x()) for x in (sequences.encoded, self._encoded))
             new = new and not self._awaits_decoder and (now is None or now is not before)
             self._led_by_decoder, self._awaits_decoder = self._led_by_decoder or new, False
             self._encoded = sequences.encoded
         elif self.encoder_decoder:
-            # Every pass of an encoder is of new inputs. But keys and values of cross-attention read the encoder's tokens while the
-            # decoder runs: if it has begun these inputs, they mustn't be counted twice.
+            # Every pass of an encoder is of new inputs. But keys and values of cross-attention read the encoder's
+            # tokens while the decoder runs: if it has begun these inputs, they mustn't be counted twice.
             new = not (location.part == "cross-attention" and self._led_by_decoder)
             self._awaits_decoder, self._led_by_decoder = new, not new
         rows = sequences.positions.shape[0]
@@ -108,7 +113,8 @@ class Recorder:
         weights: Tensor,
         scores: Tensor | None,
     ) -> None:
-        """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates] or None.
+        """Takes in one module's choices among its candidates: int64 [N, k] and weights [N, k]; scores [N, candidates]
+        or None.
 
         They are kept until the pass is over, so nobody may write into them.
 
@@ -137,8 +143,8 @@ class Recorder:
         stream = streams.stream_at(path, u)
         kind = stream, top_k
         buffer = self._pending.buffers.get(kind)
-        # This is asked at every module and token, so the usual case is told without a RoutingContext: the pass is the one that the
-        # buffer is for, and the module sees all of its tokens, as it did before.
+        # This is asked at every module and token, so the usual case is told without a RoutingContext: the pass is the
+        # one that the buffer is for, and the module sees all of its tokens, as it did before.
         if (
             buffer is None
             or buffer.seen.sequences is not streams.current(stream)
@@ -158,7 +164,8 @@ class Recorder:
         return buffer
 
     def _pass(self, context: RoutingContext) -> TracedPass:
-        """The pass that a call belongs to, and what of it the module sees; a new one packs what was recorded of the last."""
+        """The pass that a call belongs to, and what of it the module sees; a new one packs what was recorded of the
+        last."""
         self._check_thread()
         context.check()
         assert context.sequences is not None
@@ -170,8 +177,8 @@ class Recorder:
         key = (context.stream, context.rows, context.length, kept)
         known = self._passes.get(key)
         if known is None or known.sequences is not context.sequences:
-            # Modules of one pass may see it in several shapes (beams, the last tokens only). They share its `sequences`, so only an
-            # object that none of them has seen is a new pass.
+            # Modules of one pass may see it in several shapes (beams, the last tokens only). They share its
+            # `sequences`, so only an object that none of them has seen is a new pass.
             if not any(p.sequences is context.sequences for p in self._passes.values()):
                 self._begin_pass(context.path, context.sequences)
             known = self._passes[key] = TracedPass(
@@ -196,8 +203,8 @@ class Recorder:
         if self._thread is not now:
             if self._thread is not None and self._thread.is_alive():
                 raise RoutingError(
-                    "a trace records the passes of one thread, and another one runs this model as well. Run it in one thread while it "
-                    "is traced, or give each thread a copy of the model."
+                    "a trace records the passes of one thread, and another one runs this model as well. Run it in "
+                    "one thread while it is traced, or give each thread a copy of the model."
                 )
             self._thread = now
 
@@ -205,14 +212,15 @@ class Recorder:
         """Notes whose tokens a module turned out to read, which its name may not say."""
         if (known := self._streams.setdefault(path, stream)) != stream:
             raise RoutingError(
-                f"{path} reads the encoder's tokens in one call and the decoder's in another, which a trace can't tell apart. "
-                "Trace a pool whose experts leave it alone."
+                f"{path} reads the encoder's tokens in one call and the decoder's in another, which a trace can't "
+                "tell apart. Trace a pool whose experts leave it alone."
             )
         if known != self.trace.locations[path].reads:
             self.trace.move(path, stream)
 
     def expand(self, ids: Tensor | None, times: int) -> None:
-        """generate() is about to read each of its inputs in `times` rows (beams, several samples); ids: int64 [rows, T], its prompts."""
+        """generate() is about to read each of its inputs in `times` rows (beams, several samples); ids: int64 [rows,
+        T], its prompts."""
         self.inputs.expanded = Expanded(ids, times)
 
     def reject_drafts(self, cache: object) -> None:
@@ -227,7 +235,8 @@ class Recorder:
             one.rejected = one.sequences.past + one.sequences.positions.shape[1] - length
             if one.rejected and one.tokens is not None:
                 raise RoutingError(
-                    "a trace that is read while drafts are being checked counts those that are rejected: read it when generate() is done."
+                    "a trace that is read while drafts are being checked counts those that are rejected: read it "
+                    "when generate() is done."
                 )
 
     def flush(self) -> None:
@@ -280,7 +289,8 @@ def _new_tokens(x: Tensor, context: RoutingContext) -> Tensor:
 
 
 def _margins(scores: Tensor, chosen: Tensor) -> Tensor:
-    """The lowest chosen score minus the highest of the others: float16 [N]; NaN where nothing is chosen or nothing is left."""
+    """The lowest chosen score minus the highest of the others: float16 [N]; NaN where nothing is chosen or nothing is
+    left."""
     none, n = chosen < 0, scores.shape[0]
     worst = scores.gather(1, chosen.clamp(min=0)).masked_fill(none, torch.inf).amin(1)
     taken = torch.zeros(n, scores.shape[1] + 1, dtype=torch.bool, device=scores.device)

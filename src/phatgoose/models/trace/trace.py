@@ -67,7 +67,8 @@ class Trace(files.Header):
         return [parts[0] for parts in self._choices.values()]
 
     def drain(self) -> list[Choices]:
-        """The choices since the last call of `drain`. They are removed from the trace, so a long run can be followed in little memory."""
+        """The choices since the last call of `drain`. They are removed from the trace, so a long run can be followed
+        in little memory."""
         found, self._choices = self.choices, {}
         return found
 
@@ -113,7 +114,8 @@ class Trace(files.Header):
         *,
         sums_only: bool,
     ) -> None:
-        """Adds choices of M modules on the same tokens ([M, N, k], margins [M, N]), or with `sums_only` what they add up to."""
+        """Adds choices of M modules on the same tokens ([M, N, k], margins [M, N]), or with `sums_only` what they add
+        up to."""
         if sums_only:
             for path, load in zip(paths, loads_of(tokens, experts, weights, len(self.experts)), strict=True):
                 self._loads[path] = self._loads[path] + load if path in self._loads else load
