@@ -160,7 +160,7 @@ class Routing(RoutingState):
             pool, modules = named, modules_by_path(model, named.modules)
         self.model, self.pool, self.router = model, pool, router
         self.memory = available_bytes()
-        self.ready = router.prepared(setup_of(model, pool))
+        self.prepared_router = router.prepared(setup_of(model, pool))
         self.streams = Streams(model, reads_text=router.reads == "texts")
         self._hooks = Hooks()
         self._idle_check: IdleModuleCheck | None = None

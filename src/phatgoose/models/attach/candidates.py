@@ -16,8 +16,7 @@ from phatgoose.routers.router import Candidates
 
 
 def candidates_at(pool: Pool, path: str, offers_null: bool) -> Candidates:
-    """The experts that adapt the module at `path`; and the null candidate, if it is offered and some expert is
-    absent."""
+    """The experts that adapt a module, and the null candidate if it is offered and some expert is absent."""
     members = [i for i, expert in enumerate(pool.experts) if path in expert.sizes]
     updates: list[Update | None] = [pool.experts[i].updates[path] for i in members]
     gates = [(pool.experts[i].gates or {}).get(path) for i in members]

@@ -1,4 +1,4 @@
-"""A pool larger than its device: how modules share the bytes there are for it, and what became of them."""
+"""A pool larger than its device: how modules share a budget of device memory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from phatgoose.ops.offload.slots import Counts
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What a budget of device memory was made into, and how it did since routing was attached."""
+    """How a budget of device memory was divided, and how often it sufficed since routing was attached."""
 
     budget_bytes: int
-    """What may be used, of all devices together."""
+    """The budget, of all devices together."""
     resident_bytes: int
-    """What always stands there: gates of all experts in 8 or 16 bits, vectors, and what can't be cached."""
+    """Bytes that are always on the device: quantised gates of all experts, vectors, modules that can't be offloaded."""
     cache_bytes: int
-    """For experts and float32 gates that were used last. It is allocated when a module runs first."""
+    """Bytes for the experts and float32 gates that were used last, allocated when a module first runs."""
     pool_bytes: int
-    """What all of them would take."""
+    """Bytes that all of these would take."""
     experts: Counts
-    """Of experts' low-rank rows."""
+    """Hits and misses of experts' low-rank rows."""
     gates: Counts
-    """Of float32 gates, which only the experts need that coarse gates leave in doubt."""
+    """Hits and misses of float32 gates, which are needed where quantised gates leave the choice open."""
 
 
 def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
-    """How the pool that is attached to this model uses its `device_memory`; None where it has none."""
+    """How the pool attached to this model uses its `device_memory`; None if it has none."""
     bare = unwrap_model(model)
     routing = bare.__dict__.get(ATTRIBUTE)
     return None if routing is None or routing.budget is None else routing.budget.use()
@@ -80,7 +80,7 @@ class Budget:
 
 
 def cacheable(stack: Stack) -> bool:
-    """Whether a module's experts can be brought to the device when they are needed; others stay there."""
+    """Whether a module's experts can be copied to the device when they are needed. Others stay there."""
     return not stack.embedding and not stack.bottlenecks
 
 

@@ -29,8 +29,7 @@ class Hooks:
             forget_compiled()
 
     def remove(self, *, forget: bool = True) -> None:
-        """Takes all of them off. forget: False for hooks that do nothing in compiled code, which then need not be
-        remade."""
+        """Removes all of them. forget: False for hooks that do nothing in compiled code."""
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()

@@ -87,7 +87,6 @@ class IdleModuleCheck:
 
 
 def _family(path: str) -> str:
-    """The path with the last of several numbers left out: the same for all experts of a mixture, of which some run at
-    a time."""
+    """The path without its last number if it has several: the same for all experts of a mixture."""
     numbers = list(_NUMBER.finditer(path))
     return path if len(numbers) < 2 else f"{path[: numbers[-1].start()]}*{path[numbers[-1].end() :]}"

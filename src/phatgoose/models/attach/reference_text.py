@@ -24,8 +24,7 @@ from phatgoose.ops import Backend
 from phatgoose.routers.router import BoundRouter
 
 PIECE = 64
-"""Tokens in a piece. The text is read in pieces of equal length: none needs padding, and every model's context has
-room."""
+"""Tokens in a piece. The text is read in pieces of equal length, without padding, that fit into any context."""
 
 Observer = Callable[[Tensor], None]
 

@@ -59,7 +59,7 @@ class RoutingState(ABC):
     pool: Pool
     router: Router
     """As it was given."""
-    ready: Router
+    prepared_router: Router
     """The same, after it has looked at the pool."""
     options: RouteOptions
     ops: Backend
@@ -78,15 +78,16 @@ class Site:
 
     def __init__(self, routing: RoutingState, path: str, module: nn.Module):
         self.routing, self.path, self.module = routing, path, module
-        self._listed = candidates_at(routing.pool, path, routing.ready.offers_null)
+        self._listed = candidates_at(routing.pool, path, routing.prepared_router.offers_null)
         self.members = self._listed.members
         updates = [update for update in self._listed.updates if update is not None]
         self.embedding = updates[0].embedding
         self._reads_weight = any(update.magnitude is not None for update in updates)
         self.source = residual_source(routing.model, updates)
-        self._residual = Residual()  # hooks fill it, so a stack that is made anew must read the same
+        # Hooks write the residual stream here, so a stack that is made anew must read from the same object.
+        self._residual = Residual()
         self.layer = ModuleLayer(module)
-        self.fresh = is_plain_linear(module)
+        self.plain = is_plain_linear(module)
         self.fused: FusedRouting | None = None
         self._make_stack()
         self.bind()
@@ -113,7 +114,7 @@ class Site:
 
     def bind(self) -> None:
         """Binds the router to the experts as they act here."""
-        self.router: BoundRouter = self.routing.ready.bind(self.candidates)
+        self.router: BoundRouter = self.routing.prepared_router.bind(self.candidates)
         self._by_gates = self.router.by_gates
 
     def prepare(self) -> None:
@@ -135,7 +136,7 @@ class Site:
 
     @property
     def device_bytes(self) -> int:
-        """What stands on the device where nothing is offloaded: the stack, and the gates in float32."""
+        """Bytes on the device if nothing is offloaded: the stack, and the gates in float32."""
         stack = self.stack
         tensors = [stack.A, stack.B, *stack.other_tensors()]
         if self._by_gates is not None:
@@ -145,7 +146,8 @@ class Site:
     @property
     def one_operator(self) -> bool:
         """Whether all of it is one call that torch.compile can keep in its graph; else it runs between two graphs."""
-        fixed = "by_gates" in vars(self.router)  # not one that changes with switches
+        # An attribute of the instance is fixed; a property may change, as with experts that are switched off.
+        fixed = "by_gates" in vars(self.router)
         return (
             fixed
             and self.fused is not None
@@ -164,7 +166,7 @@ class Site:
         # since (`_at`), the stack must follow it first.
         if self.routing.recorder is None and self._at == (output.device, output.dtype) and self.one_operator:
             assert self.fused is not None
-            done = self.fused(first_argument(args, kwargs), output, self.fresh and may_modify_output(module))
+            done = self.fused(first_argument(args, kwargs), output, self.plain and may_modify_output(module))
             if done is not None:
                 return done
         return self.eager_hook(module, args, kwargs, output)
@@ -177,7 +179,7 @@ class Site:
     def _routed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        # Exit 1.
+        # Exit 1. Some modules return tuples; a traced graph would freeze the choice that its example makes.
         if not isinstance(output, Tensor) or torch.jit.is_tracing():
             self._refuse(output)
         u = first_argument(args, kwargs)
@@ -188,12 +190,14 @@ class Site:
         # A router whose experts can be switched off has no gates to fuse while some are off.
         fused = None if self.router.by_gates is None else self.fused
         # The output may be written into only if the module made it in this call and no other hook can hold it.
-        writable = self.fresh and may_modify_output(module)
+        writable = self.plain and may_modify_output(module)
         recorder, done = self.routing.recorder, None
         if fused is not None and recorder is None:
-            done = fused(u, output, writable)  # exit 2
+            # Exit 2, the usual one. A backend may still decline a call (None): gradients, another dtype.
+            done = fused(u, output, writable)
         elif fused is not None and fused is self.writer and not isinstance(module, ExpertLinear):
-            done = self._write_choices(recorder, u, output, writable)  # exit 3
+            # Exit 3. Not for a mixture's experts: the buffer is for modules that see all tokens, and theirs are picked.
+            done = self._write_choices(recorder, u, output, writable)
         if done is not None:
             return done
 
@@ -235,7 +239,8 @@ class Site:
             if self.routing.recorder is not None:
                 self._record(context(), u, chosen, weights)
             return done
-        # Exit 5.
+        # Exit 5. The router contract is about [N, d], whatever shape the module works on; an embedding's router reads
+        # its output, as its input is a token's number.
         y = output.reshape(-1, output.shape[-1])
         flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         read, call = y if self.embedding else flat, context()
@@ -246,7 +251,7 @@ class Site:
         return mixed.reshape(output.shape)
 
     def _follow(self, output: Tensor) -> None:
-        """Makes the stack anew where the module was moved, cast, or given other weights since."""
+        """Makes a new stack if the module was moved, cast, or given other weights since."""
         state = weight_state(self.module) if self._reads_weight else None
         changed = state is not None and state != self._weight
         dtype = self.routing.options.dtype or compute_dtype(self.module, self.routing.model)
@@ -257,7 +262,8 @@ class Site:
                     "route it again."
                 )
             self._make_stack()
-            if not self.router.needs_reference:  # what it has observed would be lost
+            # A router that was shown the reference text keeps what it has observed.
+            if not self.router.needs_reference:
                 self.bind()
             self.prepare()
         if self.stack.A.device != output.device and not isinstance(self.fused, OffloadedExperts):
@@ -285,7 +291,8 @@ class Site:
         assert recorder is not None
         if recorder.wants_scores:
             flat = read.reshape(-1, read.shape[-1])
-            if isinstance(self.fused, OffloadedExperts):  # all gates are on the host
+            # With offloading all gates are on the host.
+            if isinstance(self.fused, OffloadedExperts):
                 flat = flat.to(self.stack.A.device)
             scores = self.router.scores(flat, context, self.routing.ops)
             scores = None if scores is None else scores.to(read.device)

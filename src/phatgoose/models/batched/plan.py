@@ -40,8 +40,7 @@ class Group:
     texts: dict[tuple[str, int], Texts] = field(default_factory=dict, repr=False)
     """What the items were given to read, by stream and the number of tokens that a module saw."""
     picked_from: tuple[Group, int, Tensor] | None = None
-    """For tokens that one of a mixture's experts sees: the group in the whole pass, the pass's number of tokens, and
-    which of the group's tokens these are."""
+    """What `pick` was given: the group in the whole pass, the pass's number of tokens, and which of them these are."""
 
 
 @dataclass(eq=False)
@@ -108,8 +107,7 @@ class BatchPlan:
     texts: Sequence[TextSoFar] | None = None
     """Of each item, for routes that read text."""
     failed: dict[int, Exception] | None = None
-    """Collects which items failed, and why: failing items fall back to the base, the others are unaffected. None:
-    errors are raised."""
+    """Collects the errors of items, which then fall back to the base. None: errors are raised."""
     loads: ExpertLoads = field(default_factory=ExpertLoads)
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)

@@ -13,15 +13,15 @@ from phatgoose.models.context.streams import Streams
 from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SubsetContext(RoutingContext):
     """What a router may know of a group's tokens: rows of one length if they fit into such, else one row."""
 
-    plan: BatchPlan | None = None
-    group: Group | None = None
-    call: RoutingContext | None = None
+    plan: BatchPlan
+    group: Group
+    call: RoutingContext
     """The module's whole call."""
-    streams: Streams | None = None
+    streams: Streams
 
     @staticmethod
     def of(plan: BatchPlan, group: Group, call: RoutingContext, streams: Streams) -> SubsetContext:
@@ -42,8 +42,7 @@ class SubsetContext(RoutingContext):
         Raises:
             RoutingError: the model was called in a way that hides them.
         """
-        _, group, call, _ = self._parts()
-        seen = call.tokens()
+        group, seen = self.group, self.call.tokens()
 
         def subset(x: Tensor) -> Tensor:
             flat = x.reshape(-1)
@@ -58,19 +57,19 @@ class SubsetContext(RoutingContext):
         Raises:
             RoutingError: the plan doesn't say.
         """
-        plan, group, call, streams = self._parts()
+        plan, group, call = self.plan, self.group, self.call
         stream, seen = call.stream, call.sequences
         key = (stream, call.rows * call.length)
         if key not in group.texts:
             if plan.texts is None or seen is None:
                 raise RoutingError(f"the text that module {self.path} works on is unknown.")
             seen.check()
-            group.texts[key] = _texts_of(plan, group, seen, stream, "encoder" in streams.stacks)
+            group.texts[key] = _texts_of(plan, group, seen, stream, "encoder" in self.streams.stacks)
         return group.texts[key]
 
     def note(self, chosen: Tensor, weights: Tensor) -> None:
         """Adds the group's choice at this module to the plan's loads; padding isn't counted."""
-        plan, group, call, _ = self._parts()
+        plan, group, call = self.plan, self.group, self.call
         items = group.items
         if plan.skip is not None and plan.lengths is not None and any(plan.skip):
             new = plan.positions(group, call.rows * call.length) >= torch.tensor(plan.skip)[items]
@@ -82,17 +81,10 @@ class SubsetContext(RoutingContext):
 
     def _counted(self) -> Tensor:
         """bool [n], on the CPU: which of the group's tokens are real, and seen for the first time."""
-        _, group, call, _ = self._parts()
+        group, call = self.group, self.call
         counted = torch.zeros(call.rows, call.length, dtype=torch.bool)
         counted[:, call.again :] = call.new().tokens().real.reshape(call.rows, -1).cpu()
         return counted.flatten() if group.index is None else counted.flatten()[group.index.cpu()]
-
-    def _parts(self) -> tuple[BatchPlan, Group, RoutingContext, Streams]:
-        assert self.plan is not None
-        assert self.group is not None
-        assert self.call is not None
-        assert self.streams is not None
-        return self.plan, self.group, self.call, self.streams
 
 
 def _texts_of(plan: BatchPlan, group: Group, seen: Sequences, stream: str, encoder_decoder: bool) -> Texts:

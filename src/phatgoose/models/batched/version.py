@@ -31,8 +31,7 @@ CACHED_TEXTS = 1024
 
 @dataclass(frozen=True)
 class _NullOffered(Router):
-    """Chooses nothing. It keeps room for the null candidate, so that routers with and without one can share the
-    stacks."""
+    """Chooses nothing, but has the stacks keep room for the null candidate: routers with and without it share them."""
 
     offers_null = True
 
@@ -153,8 +152,7 @@ class Route:
         calibrate(version.base.model, version.base.tokenizer, routers, version.ops)
 
     def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
-        """Chosen candidates int64 [N, k] (−1: none) and weights float32 [N, k] at one module, for its inputs u and
-        outputs y [N, …]."""
+        """The choice at one module for inputs u and outputs y: int64 [N, k] (−1: none) and weights float32 [N, k]."""
         site = self.version.sites[path]
         return self.bound[path](y if site.embedding else u, context, self.version.ops)
 

@@ -1,5 +1,6 @@
-"""Which tokens a module sees: what a router or a trace may know beyond the activation.
+"""Which tokens a module sees, and of which prompt: what a router or a trace may know beyond the activation.
 
-In: the arguments of the running forward pass. Out: a `RoutingContext`, or a `RoutingError` where tokens cannot be
-told apart. An architecture whose modules see other tokens than most is described in `matching.py`.
+In: the arguments of the running forward pass. Out: a `RoutingContext`, or a `RoutingError` where tokens can't be told
+apart. Start with `streams.py` (tokens) and `prompts.py` (prompts). An architecture whose modules see other tokens
+than most goes into `matching.py`, a cache that doesn't count its tokens into `caches.py`.
 """

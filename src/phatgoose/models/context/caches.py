@@ -20,7 +20,7 @@ _UNKNOWN = ("cache", "mems", "past_buckets_states")
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What stands before the tokens of a pass.
+    """What comes before the tokens of a pass.
 
     cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it
     holds.
@@ -64,10 +64,10 @@ class Caches:
         return type(self), ()  # a copy of the model shares no caches with it
 
     def before(self, given: Mapping[str, Any], rows: int, length: int) -> Past:
-        """What stands before a pass over [rows, length] tokens, which was called with `given`."""
+        """What comes before a pass over [rows, length] tokens, which was called with `given`."""
         if given.get("cache") is not None and given.get("cu_seq_lens_q") is not None:
-            # transformers' continuous batching: sequences side by side in one row, whose positions are given. What
-            # stands before each of them is said by whoever runs the pass (BatchPlan).
+            # transformers' continuous batching: sequences side by side in one row, whose positions are given. The
+            # caller says what comes before each of them (BatchPlan).
             return Past()
         if (other := next((name for name in _UNKNOWN if given.get(name) is not None), None)) is not None:
             return Past(

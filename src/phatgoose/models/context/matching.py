@@ -108,6 +108,15 @@ def match_head(lead: Sequence[int], batch: int, length: int, asked: Any) -> Matc
     return whole
 
 
+def is_repeated(one: Tensor, other: Tensor) -> bool:
+    """Whether `one` is `other`, or has each of its rows as often as the others (beams)."""
+    if one is other:
+        return True
+    if one.shape[1:] != other.shape[1:] or len(one) % max(len(other), 1):
+        return False
+    return torch.equal(one.to(other.device), other.repeat_interleave(len(one) // len(other), dim=0))
+
+
 def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether they are one tensor, or views of one."""
     return one is other or (

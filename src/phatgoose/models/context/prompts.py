@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.context.caches import Past, cache_of
+from phatgoose.models.context.matching import is_repeated
 from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
@@ -54,8 +55,7 @@ class PassInputs:
 
 @dataclass(frozen=True, eq=False)
 class CachedPrompts:
-    """What is known of the sequences in a key-value cache. read: how many of the cached tokens are prompt; −1:
-    unknown."""
+    """What a key-value cache holds. read: how many of the cached tokens are prompt; −1: unknown."""
 
     prompts: tuple[Prompt, ...]
     read: tuple[int, ...]
@@ -74,31 +74,30 @@ class _Now(ForwardState):
 
 
 class PromptTracker:
-    """Follows the prompts of one model's passes. A cache may be continued in another thread than the one it was made
-    in."""
+    """Follows the prompts of one model's passes, from thread to thread if a cache is continued in another one."""
 
     def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):
         """`sequences` finds the tokens of the last pass of a stack."""
         self.encoder_decoder, self.sequences = encoder_decoder, sequences
         self._now = _Now()
-        self._caches: WeakIdKeyDictionary = WeakIdKeyDictionary()  # caches → CachedPrompts
+        # Caches → CachedPrompts.
+        self._caches: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_caches"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(
-            state, _caches=WeakIdKeyDictionary()
-        )  # a copy of the model shares no caches with it
+        # A copy of the model shares no caches with the original.
+        vars(self).update(state, _caches=WeakIdKeyDictionary())
 
     def announce(self, announced: Announced | None) -> Announced | None:
-        """Sets the prompts of this thread's passes to come; None: they are followed. Returns what was announced
-        before."""
+        """Sets the prompts of this thread's passes to come (None: follow them); returns what was set before."""
         before, self._now.announced = self._now.announced, announced
         return before
 
     def enter(self, stack: str, inputs: PassInputs) -> None:
         """A stack's pass begins."""
+        # Nothing is read yet: most passes are over before a router asks, and what the last one was asked for is void.
         self._now.passes[stack] = inputs
         self._now.texts.pop(stack, None)
         self._now.uncached.pop(stack, None)
@@ -125,6 +124,7 @@ class PromptTracker:
                 raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
             inputs = now.passes[stack]
             now.texts[stack], cached = self._read(stack, tokens, inputs)
+            # Without a cache argument, the model may make a cache inside the pass: `leave` finds it in the output.
             if cached is not None and inputs.past.cache is not None:
                 self._caches[inputs.past.cache] = cached
             elif cached is not None:
@@ -144,6 +144,7 @@ class PromptTracker:
         cache = inputs.past.cache
         cached: CachedPrompts | None = None
         if tokens.past and cache is not None:
+            # An empty cache is no continuation, even if it is an object that was used before (and reset).
             cached = self._caches.get(cache)
         if self.encoder_decoder:
             # Nothing of the prompt is in the decoder's sequence.
@@ -154,6 +155,7 @@ class PromptTracker:
             read = tuple(-1 if isinstance(p, str) else len(p) for p in prompts)
             read = _repeat_cached(cached.read, rows) if cached else read
         else:
+            # A first pass. What stands behind an announced prompt (as an answer that is scored) was written.
             prompts = _repeat_announced(announced, rows) if announced else _all_tokens(ids, real, tokens)
             fresh = _behind_prompt(prompts, ids, real)
             read = tuple((real & ~fresh).sum(1).tolist())
@@ -164,6 +166,7 @@ class PromptTracker:
         return texts, CachedPrompts(prompts, read, written)
 
     def _continued_prompts(self, rows: int, cached: CachedPrompts | None) -> tuple[Prompt, ...]:
+        # Announced prompts go first: whoever announces them knows better than the cache.
         if self._now.announced:
             return _repeat_announced(self._now.announced, rows)
         if cached is None:
@@ -187,7 +190,7 @@ class PromptTracker:
         if (
             not isinstance(returned, Tensor)
             or not isinstance(given, Tensor)
-            or not _is_repeated(given, returned)
+            or not is_repeated(given, returned)
         ):
             raise RoutingError(
                 f"the decoder reads states that this model's encoder didn't compute just before. {ADVICE}"
@@ -209,10 +212,10 @@ def _all_tokens(ids: Tensor | None, real: Tensor, tokens: Sequences) -> tuple[Pr
 
 
 def _behind_prompt(prompts: Sequence[Prompt], ids: Tensor | None, real: Tensor) -> Tensor:
-    """Which tokens of a first pass stand behind the prompt: bool as `real`. None do behind a prompt that was
-    announced as text."""
+    """Which tokens of a first pass stand behind the prompt, bool as `real`; none if it was announced as text."""
     fresh = torch.zeros_like(real)
     for row, prompt in enumerate(prompts):
+        # A text's tokens aren't known here, so all of the row counts as prompt.
         if isinstance(prompt, str):
             continue
         columns = real[row].nonzero().flatten()
@@ -230,8 +233,7 @@ def _written_before(
     inputs: PassInputs,
     length: int,
 ) -> Written:
-    """What stood behind each prompt before this pass, or why that isn't known; `last` is what did after the pass
-    before."""
+    """What stood behind each prompt before this pass, or why that isn't known. last: the same after the last pass."""
     past, mask = inputs.past.tokens, inputs.mask
     if not past:
         return ((),) * len(prompts)
@@ -248,7 +250,8 @@ def _written_before(
         elif count < 0 or len(old) < behind:
             found.append("the cache holds tokens that no routed pass saw")
         else:
-            found.append(old[: max(behind, 0)])  # shorter where the cache was cropped
+            # Shorter than before if the cache was cropped, as when drafts were rejected.
+            found.append(old[: max(behind, 0)])
     # Beam search moves rows of the cache, which no hook sees. Rows of one prompt that differ may have changed places.
     by_prompt: dict[Prompt, set[Any]] = {}
     for prompt, old in zip(prompts, found, strict=True):
@@ -264,16 +267,6 @@ def _append(old: tuple[int, ...] | str, ids: Tensor | None, fresh: Tensor, row: 
     if ids is None:
         return "no token ids were given" if bool(fresh[row].any()) else old
     return (*old, *ids[row][fresh[row]].tolist())
-
-
-def _is_repeated(given: Tensor, returned: Tensor) -> bool:
-    """Whether `given` is `returned` with each row repeated (beams)."""
-    if given is returned:
-        return True
-    if given.shape[1:] != returned.shape[1:] or len(given) % max(len(returned), 1):
-        return False
-    times = len(given) // len(returned)
-    return torch.equal(given.to(returned.device), returned.repeat_interleave(times, dim=0))
 
 
 def _repeat_announced(announced: Announced, rows: int) -> tuple[Prompt, ...]:

@@ -12,13 +12,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.context.caches import Caches, Past
+from phatgoose.models.context.matching import is_repeated
 from phatgoose.routers.context import Sequences, positions_from
 
 
 @dataclass(eq=False)
 class Run:
-    """One pass of a stack over [rows, length] tokens. given: the arguments that say which. encoded: what a decoder
-    cross-attends to."""
+    """One pass of a stack over [rows, length] tokens. given: its arguments. encoded: what its cross-attention reads."""
 
     given: dict[str, Any]
     shape: tuple[int, int]
@@ -50,12 +50,9 @@ class EncoderRuns:
         self._runs[states] = run
 
     def run_of(self, encoded: Tensor, last: Tensor | None) -> Run | None:
-        """The run that returned these states, or that returned `last`, if these are its rows, each repeated (beams);
-        else None."""
+        """The run that returned these states, or `last`, if these are its rows, each repeated (beams); else None."""
         if encoded not in self._runs:
-            if last is None or len(encoded) % max(len(last), 1) or encoded.shape[1:] != last.shape[1:]:
-                return None
-            if not torch.equal(encoded, last.repeat_interleave(len(encoded) // len(last), dim=0)):
+            if last is None or not is_repeated(encoded, last):
                 return None
             self._runs[encoded] = self._runs[last]
         found: Run = self._runs[encoded]

@@ -166,8 +166,7 @@ class Streams:
         )
 
     def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
-        """Whether a call of a module that reads `stream`, with an output [..., d] of this shape, sees all of the
-        pass's tokens in order."""
+        """Whether a module that reads `stream`, with an output [..., d] of this shape, sees all tokens in order."""
         run, location = self._now.runs.get(stream), self._locate(path)
         return run is not None and run.shape == shape[:-1] and location.inside and location.refusal is None
 

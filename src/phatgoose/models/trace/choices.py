@@ -1,4 +1,4 @@
-"""What is known of one module's choices: each of them, or their sums."""
+"""The choices that were recorded at one module: each of them (`Choices`), or their sums (`Load`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TOKEN_FIELDS = ("rows", "positions", "inputs", "ids", "generated", "draws")
 
 
 def joined(parts: list[Tokens]) -> Tokens:
-    """All of them, one after the other."""
+    """The parts, one after the other."""
     if len(parts) == 1:
         return parts[0]
     return Tokens(*(torch.cat([getattr(part, name) for part in parts]) for name in TOKEN_FIELDS))
@@ -92,20 +92,18 @@ class Load:
 
 
 def load_of(c: Choices, experts: int) -> Load:
-    """What the choices of one module add up to."""
+    """The sums of one module's choices."""
     return loads_of(c.tokens, c.experts[None], c.weights[None], experts)[0]
 
 
 def loads_of(tokens: Tokens, chosen: Tensor, weights: Tensor, experts: int) -> list[Load]:
-    """What the choices of M modules on the same tokens add up to; chosen (−1: none) and weights: [M, N, k]."""
+    """The sums of the choices of M modules on the same tokens; chosen (−1: none) and weights: [M, N, k]."""
     m, _, k = chosen.shape
     part, size = tokens.generated.long(), experts + 1
     index = torch.where(chosen >= 0, chosen.long(), experts) + part[:, None] * size
     index += (torch.arange(m) * 2 * size)[:, None, None]
-    acted, weight = (
-        torch.zeros(m * 2 * size, dtype=torch.int64),
-        torch.zeros(m * 2 * size, dtype=torch.float64),
-    )
+    acted = torch.zeros(m * 2 * size, dtype=torch.int64)
+    weight = torch.zeros(m * 2 * size, dtype=torch.float64)
     weight.index_add_(0, index.reshape(-1), weights.double().reshape(-1))
     acted.index_add_(0, index.reshape(-1), torch.ones_like(index).reshape(-1))
     first = torch.zeros_like(acted)
@@ -118,7 +116,7 @@ def loads_of(tokens: Tokens, chosen: Tensor, weights: Tensor, experts: int) -> l
 
 
 def merged(parts: list[Choices], tokens: Tokens | None = None) -> Choices:
-    """All of them as one, in this order; `tokens`, if the joined ones are there already."""
+    """The parts as one, in this order. tokens: those of all parts, if they are joined already."""
     if len(parts) == 1:
         return parts[0]
     margins = [p.margins for p in parts if p.margins is not None]

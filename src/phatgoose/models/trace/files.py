@@ -46,8 +46,7 @@ class Header:
     sums_only: bool = False
     """Recorded with histogram=True: `loads` is there, `choices` is empty."""
     reordered: bool = False
-    """Beam search moved sequences to other rows: `rows` then follow no sequence (`inputs` do: an input's beams share
-    its number)."""
+    """Beam search moved sequences to other rows: `rows` follow no sequence, `inputs` do, as beams share a number."""
 
 
 def save(path: Path, header: Header, choices: Iterable[Choices], loads: Mapping[str, Load]) -> Path:
@@ -100,28 +99,8 @@ def load(path: Path) -> tuple[Header, list[Choices], dict[str, Load]]:
         raise RoutingError(
             f"{path} is not a trace this version reads: expected {FORMAT} {VERSION}, found {found}."
         )
-    choices: list[Choices] = []
-    loads: dict[str, Load] = {}
     try:
-        data = json.loads(metadata["header"])
-        header = Header(
-            tuple(map(str, data["experts"])),
-            {p["path"]: ModuleLocation(**p) for p in data["places"]},
-            bool(data["encoder_decoder"]),
-            float(data["share"]),
-            bool(data["sums_only"]),
-            bool(data["reordered"]),
-        )
-        groups: dict[int, Tokens] = {}  # shared by modules, as when they were recorded
-        for i, module in enumerate(data["modules"]):
-            name = str(module["path"])
-            if header.sums_only:
-                loads[name] = Load(*(tensors[f"loads.{i}.{field}"] for field in _LOAD_FIELDS))
-                continue
-            group = int(module["tokens"])
-            groups[group] = tokens = groups.get(group) or _tokens(tensors, group)
-            experts, weights = tensors[f"choices.{i}.experts"], tensors[f"choices.{i}.weights"]
-            choices.append(Choices(name, experts, weights, tokens, tensors.get(f"choices.{i}.margins")))
+        header, choices, loads = _parse(json.loads(metadata["header"]), tensors)
     except (KeyError, TypeError, ValueError) as cause:
         raise RoutingError(f"{path} lacks a part of a trace or has a malformed one: {cause!r}") from cause
     for c in choices:
@@ -135,6 +114,30 @@ def load(path: Path) -> tuple[Header, list[Choices], dict[str, Load]]:
     for name in (*(c.path for c in choices), *loads):
         if name not in header.locations:
             raise RoutingError(f"{path}: module {name} has no place.")
+    return header, choices, loads
+
+
+def _parse(data: Any, tensors: dict[str, Tensor]) -> tuple[Header, list[Choices], dict[str, Load]]:
+    header = Header(
+        tuple(map(str, data["experts"])),
+        {p["path"]: ModuleLocation(**p) for p in data["places"]},
+        bool(data["encoder_decoder"]),
+        float(data["share"]),
+        bool(data["sums_only"]),
+        bool(data["reordered"]),
+    )
+    choices: list[Choices] = []
+    loads: dict[str, Load] = {}
+    groups: dict[int, Tokens] = {}  # shared by modules, as when they were recorded
+    for i, module in enumerate(data["modules"]):
+        name = str(module["path"])
+        if header.sums_only:
+            loads[name] = Load(*(tensors[f"loads.{i}.{field}"] for field in _LOAD_FIELDS))
+            continue
+        group = int(module["tokens"])
+        groups[group] = tokens = groups.get(group) or _tokens(tensors, group)
+        experts, weights = tensors[f"choices.{i}.experts"], tensors[f"choices.{i}.weights"]
+        choices.append(Choices(name, experts, weights, tokens, tensors.get(f"choices.{i}.margins")))
     return header, choices, loads
 
 

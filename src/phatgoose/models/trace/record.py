@@ -56,7 +56,7 @@ def trace(
     paths = [site.path for site in routing.sites]
     where = locate_modules(paths, [routing.streams.stream_of(path) for path in paths])
     recorded = Trace(routing.pool.names, where, "encoder" in routing.streams.stacks, sums_only=histogram)
-    recorder = Recorder(recorded, histogram=histogram, margins=margins, sample=sample, max_bytes=max_bytes)
+    recorder = Recorder(recorded, margins=margins, sample=sample, max_bytes=max_bytes)
     recorded._flush = recorder.flush
     routing.record(recorder)
     try:
@@ -75,6 +75,16 @@ def _watch_generate(model: Any, recorder: Recorder) -> Iterator[None]:
     transformers calls these methods on the model, so they are wrapped on the instance: inputs are repeated for beams,
     beams move to other rows of the cache, and drafted tokens are taken back (assisted decoding, prompt lookup).
     """
+    wrapped = _wrapped_methods(model, recorder)
+    model.__dict__.update(wrapped)
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            del model.__dict__[name]
+
+
+def _wrapped_methods(model: Any, recorder: Recorder) -> dict[str, Any]:
     own_reorder = getattr(model, "_reorder_cache", None)
     own_expand = getattr(model, "_expand_inputs_for_generation", None)
     own_update = getattr(model, "_update_model_kwargs_for_generation", None)
@@ -119,9 +129,4 @@ def _watch_generate(model: Any, recorder: Recorder) -> Iterator[None]:
         ("_get_candidate_generator", own_drafts, drafts),
     ):
         wrapped |= {} if own is None else {name: wrapper}
-    model.__dict__.update(wrapped)
-    try:
-        yield
-    finally:
-        for name in wrapped:
-            del model.__dict__[name]
+    return wrapped

@@ -42,8 +42,7 @@ class Expanded(NamedTuple):
     times: int
 
     def rows_per_input(self, sequences: Sequences) -> int:
-        """`times` if a pass reads these prompts; 1 if it doesn't, as generate() ended before it read them, or is done
-        with them."""
+        """`times` if a pass reads these prompts; 1 if generate() ended before it read them, or is done with them."""
         ids, read = self.ids, sequences.ids
         if read is None or ids is None:
             return self.times if sequences.positions.shape[0] % self.times == 0 else 1
@@ -61,9 +60,12 @@ class InputCounter:
         self.current = 0
         """Inputs that are being read."""
         self.expanded: Expanded | None = None
-        self._encoded: weakref.ref[Tensor] | None = None  # the encoder's states that the decoder read last
-        self._awaits_decoder = False  # an encoder has read the inputs, and no decoder yet
-        self._led_by_decoder = False  # the decoder began them, since no module of the encoder is routed
+        # The encoder's states that the decoder read last.
+        self._encoded: weakref.ref[Tensor] | None = None
+        # An encoder has read the inputs, and no decoder yet.
+        self._awaits_decoder = False
+        # The decoder began these inputs, since no module of the encoder is routed.
+        self._led_by_decoder = False
 
     def begin_pass(self, location: ModuleLocation, sequences: Sequences) -> None:
         """A stack runs over new tokens; `location` is that of the first module that saw them."""
@@ -93,17 +95,19 @@ class InputCounter:
 class Recorder:
     """Fills a Trace; a `Site` calls it for every call of its module."""
 
-    def __init__(self, trace: Trace, *, histogram: bool, margins: bool, sample: float, max_bytes: int):
-        self.trace, self.histogram, self.max_bytes = trace, histogram, max_bytes
-        self.wants_scores = margins and not histogram
+    def __init__(self, trace: Trace, *, margins: bool, sample: float, max_bytes: int):
+        self.trace, self.max_bytes = trace, max_bytes
+        self.wants_scores = margins and not trace.sums_only
         self.trace.share = sample
         self.inputs = InputCounter(trace.encoder_decoder)
-        self._pending = PendingChoices(torch.float32 if histogram else torch.float16)
+        self._pending = PendingChoices(torch.float32 if trace.sums_only else torch.float16)
         self._members: dict[str, tuple[int, ...]] = {}
         self._passes: dict[tuple[str, int, int, tuple[int, ...] | None], TracedPass] = {}
-        self._streams: dict[str, str] = {}  # of the modules that ran, whose tokens they read
+        # Of the modules that ran, whose tokens they read.
+        self._streams: dict[str, str] = {}
         self._random = torch.Generator().manual_seed(0)
-        self._thread: threading.Thread | None = None  # whose passes these are
+        # The thread whose passes are recorded.
+        self._thread: threading.Thread | None = None
 
     def record(
         self,
@@ -127,7 +131,8 @@ class Recorder:
             scores = None if scores is None else _new_tokens(scores, context)
             context = context.new()
         margin = None if scores is None else _margins(scores.detach(), chosen)
-        seen = self._pass(context)  # may be the first call of a new pass, and then packs those of the last
+        # This may be the first call of a new pass. Then the calls of the last pass are packed before this one is added.
+        seen = self._pass(context)
         self._members[context.path] = members
         weights = weights.detach() if weights.requires_grad else weights
         self._pending.add(Call(context.path, seen, chosen, weights, margin))
@@ -157,15 +162,15 @@ class Recorder:
                 return None
             seen = self._pass(context)
             if buffer is not None and (buffer.seen is not seen or not buffer.fits(path, shape)):
-                self._pending.pack()  # a module runs again in this pass, or sees other tokens, or in another shape
+                # A module runs again in this pass, or sees other tokens, or the same ones in another shape.
+                self._pending.pack()
             if (buffer := self._pending.buffers.get(kind)) is None:
                 buffer = ChoiceBuffer(seen, shape[:-1], len(self.trace.locations), top_k)
                 self._pending.buffers[kind] = buffer
         return buffer
 
     def _pass(self, context: RoutingContext) -> TracedPass:
-        """The pass that a call belongs to, and what of it the module sees; a new one packs what was recorded of the
-        last."""
+        """The pass that a call belongs to, as the module sees it. Begins a new one if nobody has seen these tokens."""
         self._check_thread()
         context.check()
         assert context.sequences is not None
@@ -219,8 +224,7 @@ class Recorder:
             self.trace.move(path, stream)
 
     def expand(self, ids: Tensor | None, times: int) -> None:
-        """generate() is about to read each of its inputs in `times` rows (beams, several samples); ids: int64 [rows,
-        T], its prompts."""
+        """generate() will read each input in `times` rows (beams, samples); ids: int64 [rows, T], its prompts."""
         self.inputs.expanded = Expanded(ids, times)
 
     def reject_drafts(self, cache: object) -> None:
@@ -232,6 +236,7 @@ class Recorder:
         for (stream, *_), one in self._passes.items():
             if stream != "decoder" or (length := length_of(cache)) is None:
                 continue
+            # The cache has lost the rejected ones, which are the last tokens of the pass.
             one.rejected = one.sequences.past + one.sequences.positions.shape[1] - length
             if one.rejected and one.tokens is not None:
                 raise RoutingError(
@@ -244,7 +249,8 @@ class Recorder:
         for chains in self._pending.take():
             self._sum_up(chains)
         self.trace.arrange(self._members)
-        while not self.histogram and self.trace.bytes > self.max_bytes:
+        # Halving the share drops tokens that are kept now, and as many of those to come: the rest is a fair sample.
+        while not self.trace.sums_only and self.trace.bytes > self.max_bytes:
             self.trace.thin(self.trace.share / 2)
 
     def _sum_up(self, chains: list[list[Block]]) -> None:
@@ -263,7 +269,7 @@ class Recorder:
                 chosen, weights = chosen[:, keep], weights[:, keep]
                 margins = None if margins is None else margins[:, keep]
             experts = self._experts_of(paths, chosen)
-            self.trace.take(paths, tokens, experts, weights, margins, sums_only=self.histogram)
+            self.trace.take(paths, tokens, experts, weights, margins)
 
     def _experts_of(self, paths: tuple[str, ...], chosen: Tensor) -> Tensor:
         """Candidates → indices of the pool's experts, −1 for none: int16 [M, N, k]."""
@@ -289,8 +295,7 @@ def _new_tokens(x: Tensor, context: RoutingContext) -> Tensor:
 
 
 def _margins(scores: Tensor, chosen: Tensor) -> Tensor:
-    """The lowest chosen score minus the highest of the others: float16 [N]; NaN where nothing is chosen or nothing is
-    left."""
+    """The lowest chosen score minus the highest of the others: float16 [N]; NaN if either is missing."""
     none, n = chosen < 0, scores.shape[0]
     worst = scores.gather(1, chosen.clamp(min=0)).masked_fill(none, torch.inf).amin(1)
     taken = torch.zeros(n, scores.shape[1] + 1, dtype=torch.bool, device=scores.device)

@@ -42,7 +42,7 @@ class Selection(TypedDict, total=False):
 
 @dataclass(eq=False)
 class Trace(files.Header):
-    """Everything recorded. While recording goes on, `choices` and `loads` hold what came so far."""
+    """What was recorded. During a recording, `choices` and `loads` hold what came so far."""
 
     _choices: dict[str, list[Choices]] = field(default_factory=dict, repr=False)
     _loads: dict[str, Load] = field(default_factory=dict, repr=False)
@@ -56,7 +56,7 @@ class Trace(files.Header):
 
     @property
     def choices(self) -> list[Choices]:
-        """One entry a module, in the order in which they first ran; its tokens in the order they were read."""
+        """One entry per module, in the order in which they first ran, with its tokens in the order they were read."""
         self._flush()
         whole: dict[tuple[int, ...], Tokens] = {}  # modules that read the same tokens go on sharing them
         for path, parts in self._choices.items():
@@ -67,8 +67,7 @@ class Trace(files.Header):
         return [parts[0] for parts in self._choices.values()]
 
     def drain(self) -> list[Choices]:
-        """The choices since the last call of `drain`. They are removed from the trace, so a long run can be followed
-        in little memory."""
+        """The choices since the last `drain`, removed from the trace: a long run can be followed in little memory."""
         found, self._choices = self.choices, {}
         return found
 
@@ -111,12 +110,9 @@ class Trace(files.Header):
         experts: Tensor,
         weights: Tensor,
         margins: Tensor | None,
-        *,
-        sums_only: bool,
     ) -> None:
-        """Adds choices of M modules on the same tokens ([M, N, k], margins [M, N]), or with `sums_only` what they add
-        up to."""
-        if sums_only:
+        """Adds choices of M modules on the same tokens ([M, N, k], margins [M, N]), or only their sums."""
+        if self.sums_only:
             for path, load in zip(paths, loads_of(tokens, experts, weights, len(self.experts)), strict=True):
                 self._loads[path] = self._loads[path] + load if path in self._loads else load
             return
@@ -125,7 +121,7 @@ class Trace(files.Header):
             self._choices.setdefault(path, []).append(Choices(path, experts[i], weights[i], tokens, margin))
 
     def move(self, path: str, stream: str) -> None:
-        """Corrects whose tokens the module at `path` reads. Its name said otherwise, so its block is cross-attention."""
+        """Corrects whose tokens a module reads. Its name said otherwise, so its block is cross-attention."""
         self.locations[path] = replace(self.locations[path], reads=stream)
         block = path.rpartition(".")[0]
         for other, place in self.locations.items():
@@ -133,13 +129,13 @@ class Trace(files.Header):
                 self.locations[other] = replace(place, part="cross-attention")
 
     def arrange(self, order: Iterable[str]) -> None:
-        """Puts modules into this order."""
+        """Sorts modules in this order."""
         order = list(order)
         self._choices = {path: self._choices[path] for path in order if path in self._choices}
         self._loads = {path: self._loads[path] for path in order if path in self._loads}
 
     def thin(self, share: float) -> None:
-        """Keeps only this share of all tokens read, drawn at random; what is read later is thinned as well."""
+        """Keeps only this share of all tokens, drawn at random, and of those that are read later."""
         self.share = share
         kept: dict[int, tuple[Tokens, Tensor]] = {}
         for path, parts in self._choices.items():
