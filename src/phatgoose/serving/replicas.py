@@ -52,13 +52,13 @@ class ReplicaSettings(BaseModel):
     """Without a key, the names by which clients may call Ray's proxy, separated by commas. *: any, which also lets in
     pages in browsers that reach it under names of their own."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
-    """Each replica serves its metrics on a port of its own, on its machine: the first free one of the 2 × replicas ports
-    that begin here. None: only /metrics behind Ray's proxy, where each request is answered by some replica."""
+    """Each replica serves its metrics on a port of its machine: the first free one of the 2 × replicas ports that begin
+    here. None: only /metrics behind Ray's proxy, where each request is answered by some replica."""
     metrics_host: str = "127.0.0.1"
     """Where those ports listen. They need no key; metrics hold nothing of prompts or answers."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Each replica's ServeSettings; on the command line as JSON. By default `follow_seconds` is 2, so that replicas take
-    over each other's changes of the folder."""
+    """Each replica's ServeSettings; on the command line as JSON. `follow_seconds` is 2 unless it is given, so that
+    replicas take over each other's changes of the folder."""
 
     @field_validator("settings", mode="before")
     @classmethod

@@ -27,10 +27,10 @@ class ServeSettings:
     max_prompt_tokens: int = 4096
     """The most tokens of a prompt, for models that have no limit of their own (encoder–decoders)."""
     batch_tokens: int = 512
-    """The most tokens of a pass of the continuous engine. A longer prompt takes several passes; others go on meanwhile."""
+    """The most tokens of a pass of the continuous engine. A longer prompt takes several passes; others go on."""
     cache_tokens: int | None = None
-    """Tokens that the continuous engine's cache holds, allocated at the start; none: what max_running answers can need, at
-    most a quarter of the free memory."""
+    """Tokens that the continuous engine's cache holds, allocated at the start; none: what max_running answers can need,
+    at most a quarter of the free memory."""
     timeout_seconds: float = 600.0
     """A request that isn't finished by then ends with status 504."""
     drain_seconds: float = 60.0

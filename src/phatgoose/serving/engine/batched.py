@@ -191,10 +191,11 @@ class BatchEngine(Engine):
         return True
 
 
-class _GenerateCall:
+class _GenerateCall(LogitsProcessor):
     """One call of generate() for several jobs, each with its own route, sampling and end.
 
-    Rows end one by one: at an end token, at their own length, or when their client has left.
+    It is its own logits processor, which chooses all tokens. Rows end one by one: at an end token, at their own length,
+    or when their client has left.
     """
 
     def __init__(self, engine: BatchEngine, jobs: list[GenerationJob]):
@@ -217,11 +218,11 @@ class _GenerateCall:
                 inputs=ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=own,
-                logits_processor=LogitsProcessorList([_Processor(self)]),
-                stopping_criteria=StoppingCriteriaList([_Criterion(self)]),
+                logits_processor=LogitsProcessorList([self]),
+                stopping_criteria=StoppingCriteriaList([_EndedRows(self)]),
             )
 
-    def choose_tokens(self, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Chooses and publishes each open row's next token; scores [B, V] → scores that allow no other token."""
         self._record_pass()
         # Calls between two passes, as calibrating a router, must see the base alone.
@@ -272,15 +273,7 @@ class _GenerateCall:
         return (*start, *self._output[row][:-1])
 
 
-class _Processor(LogitsProcessor):
-    def __init__(self, call: _GenerateCall):
-        self.call = call
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.call.choose_tokens(scores)
-
-
-class _Criterion(StoppingCriteria):
+class _EndedRows(StoppingCriteria):
     def __init__(self, call: _GenerateCall):
         self.call = call
 

@@ -17,7 +17,7 @@ RULED_OUT = "min_tokens, bad_words and allowed_token_ids together rule out every
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request says about sampling. Names and ranges are OpenAI's, or vLLM's where OpenAI has none.
+    """What a request says about sampling, as the fields of the same names in `api/schema.py` describe it.
 
     The order: forbidden tokens are ruled out; `logit_bias`, `repetition_penalty` and the other penalties change the
     logits; unless the temperature is 0, `temperature`, `top_k`, `top_p` and `min_p` apply as in transformers.
@@ -26,25 +26,18 @@ class SamplingParams:
     temperature: float = 1.0
     """0: the likeliest token, the first of equal ones."""
     top_p: float = 1.0
-    """Sample from the smallest set of likeliest tokens whose probabilities add up to this."""
     top_k: int = 0
-    """Sample from this many likeliest tokens, and those as likely as the last of them; 0: all."""
+    """Tokens as likely as the last of the top k are kept, too. 0: all."""
     min_p: float = 0.0
-    """Sample from tokens whose probability is at least this fraction of the likeliest token's."""
     seed: int | None = None
     """The same seed samples the same tokens, up to rounding: another batch may round logits differently."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of every token that was written already."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token once for each time it was written."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that are in the prompt or the answer are divided by this (negative ones are multiplied)."""
     min_tokens: int = 0
-    """At least this many tokens are written before one of `end_tokens` may be."""
     end_tokens: frozenset[int] = frozenset()
-    """Tokens that end an answer, for `min_tokens`."""
+    """Tokens that end an answer, which `min_tokens` holds back."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never written: the last token is ruled out where the others come before it."""
     allowed: tuple[int, ...] | None = None
