@@ -3,7 +3,7 @@
     python docs/generate/cli.py [--check] [FOLDER]
 
 cli.md is written here, from the commands themselves. `pools_and_suites.py` and `serving_parameters.py` write the pages of those names,
-`router_table.py` the table of routers in method.md.
+`router_table.py` the table of routers in method.md, `adapter_tables.py` those of adapters' settings in experts-and-pools.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_origin
 
+import adapter_tables
 import pools_and_suites
 import router_table
 import serving_parameters
@@ -143,8 +144,9 @@ def main(arguments: list[str]) -> int:
         folder / "pools-and-suites.md": pools_and_suites.markdown(),
         folder / "serving-parameters.md": serving_parameters.markdown(),
     }
-    if (method := folder / "method.md").is_file():  # only a table of it is written
-        pages[method] = router_table.page(method)
+    for name, tables in (("method.md", router_table), ("experts-and-pools.md", adapter_tables)):
+        if (path := folder / name).is_file():  # only tables of it are written
+            pages[path] = tables.page(path)
     if "--check" in arguments:
         current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named
         return 0 if all(current) else 1

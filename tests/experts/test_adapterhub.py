@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import ExpertError, PoolError
 from phatgoose.experts.adapters.adapterhub import ACTIVATIONS, to_contents
 from phatgoose.experts.adapters.adapterhub_layers import FAMILIES
-from phatgoose.experts.adapters.adapterhub_rules import RULES
+from phatgoose.experts.adapters.peft_rules import ADAPTERHUB_RULES
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder
@@ -135,7 +135,7 @@ def test_a_nonlinearity_that_is_missing_is_not_guessed():
 
 
 def test_every_setting_of_the_library_has_a_rule():
-    assert set(adapter()[0]["config"]) <= set(RULES)
+    assert set(adapter()[0]["config"]) <= set(ADAPTERHUB_RULES)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from test_train_expert import equal
 from training_helpers import SMALL, make_task
 
 from phatgoose.experts.adapters import adapterhub
-from phatgoose.experts.adapters.adapterhub_rules import RULES
+from phatgoose.experts.adapters.peft_rules import ADAPTERHUB_RULES
 from phatgoose.training.bottleneck import BottleneckStudent, adapter_locations, settings_of
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import train_expert
@@ -129,7 +129,7 @@ def test_our_placements_are_the_librarys_configs(placement):
     free = {"reduction_factor", "non_linearity", "init_weights", "dropout"}
     if placement == "parallel":
         free |= {"mh_adapter"}  # the fixture has both
-    assert ours.keys() <= RULES.keys()
+    assert ours.keys() <= ADAPTERHUB_RULES.keys()
     assert {k: v for k, v in ours.items() if k not in free} == {k: library[k] for k in ours if k not in free}
 
 
