@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cli as docs
-from phatgoose.cli.common import options
+from phatgoose.cli.common import expand, options
 from phatgoose.training.config import ExpertConfig, GateConfig
 
 pytest_plugins = ["cli_fixtures"]
@@ -110,8 +110,8 @@ def test_every_setting_is_an_option_with_its_docstring(run, name, config):
     for field in fields(config):
         assert field.name in found, field.name
         assert getattr(found[field.name].default, "value", found[field.name].default) == field.default
-        assert options.field_docs(config)[field.name] in found[field.name].info.help
-    assert options.field_docs(GateConfig)["steps"] == "Updates of the gates."
+        assert expand.field_docs(config)[field.name] in found[field.name].info.help
+    assert expand.field_docs(GateConfig)["steps"] == "Updates of the gates."
 
 
 def test_the_default_base_is_the_librarys():

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
+from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.batch import pad_id
-from phatgoose.routers import PHATGOOSE, Random, Single
+from phatgoose.routers import PHATGOOSE, Random, Single, SoftCentroid
 from phatgoose.workflows import explain as module
 from phatgoose.workflows.explain import Effect, Explanation, explain, words
 
@@ -100,7 +102,7 @@ def test_few_forwards(pooled, monkeypatch):
     ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
     rows = []
     logits = module._logits
-    monkeypatch.setattr(module, "_logits", lambda b, p, a, n: rows.append(n) or logits(b, p, a, n))
+    monkeypatch.setattr(module, "_logits", lambda b, a, n: rows.append(n) or logits(b, a, n))
     explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3, batch_rows=5)
     assert rows == [5, 3]
 
@@ -129,3 +131,24 @@ def test_in_words():
     assert text[3] == "y acted, but leaving it out hardly changes the answer."
     none = Explanation("p", "a", ("a",), {}, -2.0, -2.0, True, (effect("x", 0.0),), 0)
     assert words(none)[1].startswith("No expert mattered by itself")
+
+
+def test_routers_read_the_turn_of_a_chat_as_generate_gives_it(make_base, make_expert, tmp_path):
+    """What is scored is what `generate --chat` would write: each token's log-likelihood under the text that was read."""
+    base, folder = make_base("llama"), make_encoder(tmp_path / "encoder", max_tokens=60)
+    pool = Pool(
+        [signed(make_expert(base, n, seed=s), folder, seed=s, count=5) for s, n in enumerate("ab", 1)]
+    )
+    router = SoftCentroid(encoder=str(folder))
+    ids = torch.tensor([base.tokenizer(f"a template around {PROMPT} and behind it")["input_ids"]])
+    found, _ = explain(base, pool, ids, router, prompt=PROMPT, read=["walk"], max_new_tokens=5)
+    route(base, pool, router)
+    with prompted(base, ["walk"]), torch.no_grad():
+        out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=pad_id(base.tokenizer), output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    unroute(base)
+    answer = out.sequences[0, ids.shape[1] :]
+    total = sum(float(step[0].log_softmax(-1)[t]) for step, t in zip(out.logits, answer, strict=True))
+    assert len(found.tokens) == len(answer) > 1
+    assert found.log_likelihood == pytest.approx(total, abs=1e-4)
+    whole, _ = explain(base, pool, ids, router, prompt=PROMPT, max_new_tokens=5)
+    assert whole.log_likelihood != pytest.approx(total, abs=1e-4)

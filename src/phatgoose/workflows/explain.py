@@ -80,6 +80,7 @@ def explain(
     router: Router | None = None,
     *,
     prompt: str,
+    read: Sequence[str] = (),
     max_new_tokens: int = 64,
     most: int | None = None,
     batch_rows: int = 8,
@@ -92,6 +93,7 @@ def explain(
 
     Args:
         ids: the prompt's tokens, int64 [1, T]; `prompt` is its text.
+        read: what routers that read text get in place of the whole prompt, such as a chat's last turn without its template.
         router: one that chooses by scores; PHATGOOSE() if None.
         most: look only at this many experts, those with the most routing weight; None: at all that acted.
         batch_rows: variants in one forward.
@@ -104,7 +106,7 @@ def explain(
     route_with(base, pool, Masked(router, switches), options or RouteOptions())
     try:
         ids = ids.to(base.device)
-        with trace(base, margins=False) as recorded:
+        with prompted(base, read), trace(base, margins=False) as recorded:
             out = greedy_answer(base, ids, max_new_tokens)
         answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
         if not len(answer):
@@ -114,7 +116,9 @@ def explain(
         active = sorted((name for name in pool.names if shares[name] > 0), key=lambda name: -shares[name])
         chosen = active if most is None else active[:most]
         rows = _variants(pool.names, chosen)
-        likelihoods, kept = _scored(base, switches, ids, answer, rows, batch_rows)
+        likelihoods, kept = _scored(
+            base, switches, Answered(ids, answer, tuple(read)), rows.split(batch_rows)
+        )
     finally:
         unroute(base)
     whole, alone_base = likelihoods[0], likelihoods[1]
@@ -144,19 +148,28 @@ def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
     return torch.stack(rows)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A prompt [1, T], its answer [A], and the texts that routers read in place of the prompt."""
+
+    prompt: Tensor
+    answer: Tensor
+    read: tuple[str, ...]
+
+
 def _scored(
-    base: Base, switches: Switches, prompt: Tensor, answer: Tensor, rows: Tensor, batch_rows: int
+    base: Base, switches: Switches, answered: Answered, batches: Sequence[Tensor]
 ) -> tuple[list[float], list[bool]]:
     """For each variant the answer's log-likelihood in nats, and whether it has the likeliest tokens of the first variant."""
     likelihoods: list[float] = []
     kept: list[bool] = []
     greedy: Tensor | None = None  # the same as the answer, but for ties that another batch or a cache may tip
     try:
-        for part in rows.split(batch_rows):
-            switches.allowed = part
-            logits = _logits(base, prompt, answer, len(part)).float()
-            scores = logits.log_softmax(-1).gather(-1, answer.expand(len(part), -1)[..., None])[..., 0]
-            likelihoods += scores.sum(1).tolist()
+        for allowed in batches:
+            switches.allowed = allowed
+            logits = _logits(base, answered, len(allowed)).float()
+            answer = answered.answer.expand(len(allowed), -1)
+            likelihoods += logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0].sum(1).tolist()
             likeliest = logits.argmax(-1)
             greedy = likeliest[0] if greedy is None else greedy
             kept += (likeliest == greedy).all(1).tolist()
@@ -169,17 +182,24 @@ def _scored(
     return likelihoods, kept
 
 
-def _logits(base: Base, prompt: Tensor, answer: Tensor, rows: int) -> Tensor:
+@torch.no_grad()
+def _logits(base: Base, answered: Answered, rows: int) -> Tensor:
     """What predicts each token of the answer: [rows, answer, vocabulary]."""
-    whole = prompt if base.is_encoder_decoder else torch.cat([prompt, answer[None]], dim=1)
-    whole = whole.expand(rows, -1)
-    batch = {
-        "input_ids": whole,
-        "attention_mask": torch.ones_like(whole),
-        "labels": answer.expand(rows, -1),
-    }
+    prompt, answer = answered.prompt.expand(rows, -1), answered.answer.expand(rows, -1)
+    if answered.read and not base.is_encoder_decoder:
+        # Routers can't tell where a prompt ends that they are given as a text: the answer goes in a pass of its own.
+        with prompted(base, answered.read):
+            first = base.model(input_ids=prompt, use_cache=True)
+            if (cache := getattr(first, "past_key_values", None)) is not None:
+                last = first.logits[:, -1:]
+                if answer.shape[1] == 1:
+                    return last
+                rest = base.model(input_ids=answer[:, :-1], past_key_values=cache).logits
+                return torch.cat([last, rest], dim=1)
+    whole = prompt if base.is_encoder_decoder else torch.cat([prompt, answer], dim=1)
+    batch = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "labels": answer}
     assert IGNORED not in answer
-    with prompted(base, [prompt[0].tolist()]), torch.no_grad():
+    with prompted(base, answered.read or [prompt[0].tolist()]):
         return target_logits(base.model, batch)
 
 

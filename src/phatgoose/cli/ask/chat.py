@@ -1,4 +1,4 @@
-"""`phatgoose chat`."""
+"""`phatgoose chat`: a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phatgoose.cli.ask.generate import RouterOption, SeedOption, TemperatureOption, TokensOption
+from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
-    BackendOption,
-    DeviceMemoryOption,
-    DeviceOption,
-    DtypeOption,
-    PoolBaseOption,
+    BackendOptions,
+    BaseOptions,
+    GenerationOptions,
     PoolOption,
+    RouterOption,
 )
 from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError
@@ -39,8 +38,10 @@ HELP = r"""/router R   choose who routes: phatgoose, phatgoose:top_k=3, single:N
 With --raw every line is a prompt by itself, and \n in it is a line break."""
 
 
+@expand_options
 def command(
-    base: PoolBaseOption = None,
+    base: BaseOptions,
+    backend: BackendOptions,
     pool: PoolOption = None,
     router: RouterOption = None,
     raw: Annotated[
@@ -52,34 +53,22 @@ def command(
         ),
     ] = None,
     show_trace: Annotated[
-        bool,
-        typer.Option("--trace", help="Show beside each answer which experts led it; /trace switches it."),
+        bool, typer.Option("--trace", help="Show which experts led each answer; /trace switches it.")
     ] = False,
-    max_new_tokens: TokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
-    device_memory: DeviceMemoryOption = None,
+    generation: GenerationOptions = GenerationOptions(max_new_tokens=256),  # noqa: B008 - it is frozen
 ) -> None:
     """Talk with a pool or a base. /help shows what can be typed."""
-    from phatgoose.cli.common.loading import attach, choose, load_for, load_pool
-    from phatgoose.models.attach.options import RouteOptions
+    from phatgoose.cli.common.loading import load_routed
 
-    experts = load_pool(pool)
-    choice = choose(router, experts, RouteOptions(backend, device_memory=device_memory))
-    model = load_for(experts, base, dtype, device)
-    attach(model, experts, choice)
+    model, experts, choice = load_routed(pool, router, base, backend)
     has_template = model.tokenizer.chat_template is not None
     if raw is False and not has_template:
         raise PhatgooseError(f"the tokenizer of {model.spec} has no chat template: use --raw.")
     from phatgoose.workflows.prompt_forms import fitting_form
 
     form, remark = fitting_form(experts, None if raw is None else "raw" if raw else "chat", has_template)
-    as_is = form == "raw"
-    chat = Chat(model, experts, choice, as_is, max_new_tokens, temperature, seed, show_trace)
-    show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if as_is else 'chat'}; /help, /quit")
+    chat = Chat(model, experts, choice, form == "raw", generation, show_trace)
+    show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if chat.raw else 'chat'}; /help, /quit")
     if remark:
         show.note(f"note: {remark}")
     for line in lines():
@@ -121,9 +110,7 @@ class Chat:
     pool: Pool | None
     choice: Choice
     raw: bool
-    max_new_tokens: int
-    temperature: float
-    seed: int
+    generation: GenerationOptions
     trace: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -183,14 +170,13 @@ class Chat:
         """Streams what follows the prompt, and then, if asked for, who led it."""
         from phatgoose.cli.common.streaming import stream
 
-        settings = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
         if not self.trace or self.choice.router is None:
-            return stream(self.base, ids, **settings)  # type: ignore[arg-type]
+            return stream(self.base, ids, self.generation)
         from phatgoose.analysis.prompts import routed_prompt
         from phatgoose.models.trace.record import trace
 
         with trace(self.base, margins=False) as recorded:
-            text = stream(self.base, ids, **settings)  # type: ignore[arg-type]
+            text = stream(self.base, ids, self.generation)
         routed = routed_prompt(
             recorded, self.base, task="", prompt="", expected="", answer=text, correct=False
         )

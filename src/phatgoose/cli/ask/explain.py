@@ -1,57 +1,47 @@
-"""`phatgoose explain`."""
+"""`phatgoose explain`: which experts an answer rests on."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
-    ROUTER_HELP,
     BackendOption,
-    DeviceOption,
-    DtypeOption,
-    PoolBaseOption,
+    BaseOptions,
+    ChatOption,
+    PoolFolderOption,
+    PromptArgument,
+    RouterOption,
 )
+from phatgoose.cli.common.prompts import encode, read_prompt
 from phatgoose.cli.measure import show
 
 if TYPE_CHECKING:
     from phatgoose.workflows.explain import Explanation
 
 
+@expand_options
 def command(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    pool: Annotated[Path, typer.Option("--pool", help="The pool's folder.")],
-    base: PoolBaseOption = None,
-    router: Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")
-    ] = 64,
+    prompt: PromptArgument,
+    pool: PoolFolderOption,
+    base: BaseOptions,
+    router: RouterOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64,
     most: Annotated[
-        int | None,
-        typer.Option("--most", min=1, help="Look only at this many experts, those with the most weight."),
+        int | None, typer.Option(min=1, help="Look only at this many experts, those with the most weight.")
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat/--raw", help="Put the prompt through the model's chat template, or give it as it is."
-        ),
-    ] = False,
+    chat: ChatOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
     backend: BackendOption = "auto",
 ) -> None:
     """Say which experts an answer rests on: what changes without each of them, with each alone, and with none.
 
-    Only a greedy answer can be explained, and only of a router that chooses by scores.
+    Only a greedy answer can be explained, and only one of a router that chooses by scores.
     """
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    if not text.strip():
-        raise typer.BadParameter("it is empty.", param_hint="PROMPT")
+    text = read_prompt(prompt)
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.errors import RoutingError
     from phatgoose.models.attach.options import RouteOptions
@@ -61,17 +51,12 @@ def command(
     choice = choose(router, experts, RouteOptions(backend))
     if experts is None or choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
-    model = load_for(experts, base, dtype, device)
+    model = load_for(experts, base)
     from phatgoose.cli.common.streaming import room_for
-    from phatgoose.models.text.encoding import encode_chat, encode_prompt
-    from phatgoose.workflows.prompt_forms import fitting_form
 
-    _, remark = fitting_form(experts, "chat" if chat else "raw", model.tokenizer.chat_template is not None)
-    if remark:
-        show.note(f"note: {remark}")
-    ids = encode_chat(model, [{"role": "user", "content": text}]) if chat else encode_prompt(model, text)
+    ids, read = encode(model, experts, text, chat=chat)
     found, _ = explain(
-        model, experts, ids, choice.router, prompt=text, most=most, options=choice.options,
+        model, experts, ids, choice.router, prompt=text, read=read, most=most, options=choice.options,
         max_new_tokens=room_for(model, ids, max_new_tokens),
     )  # fmt: skip
     if as_json:

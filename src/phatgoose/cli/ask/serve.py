@@ -1,64 +1,56 @@
-"""`phatgoose serve`."""
+"""`phatgoose serve`: a pool behind OpenAI's HTTP interface."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.options import (
-    ROUTER_NAMES,
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    PoolBaseOption,
-    PoolOption,
-    with_settings,
-)
+from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.options import ROUTER_NAMES, BackendOption, BaseOptions, PoolOption
 from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError
 from phatgoose.extras import install
 from phatgoose.serving.settings import ServeSettings
 
 
-@with_settings(ServeSettings)
+@dataclass(frozen=True)
+class AddressOptions:
+    """Where the server listens, and who may come in."""
+
+    host: Annotated[
+        str, typer.Option(help="Where to listen. Any place but this machine needs --api-keys.")
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with a key a line, one of which a request must bring. Or set PHATGOOSE_API_KEY."
+        ),
+    ] = None
+    admin_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the key that changes experts while the server runs. Or set PHATGOOSE_ADMIN_KEY."
+        ),
+    ] = None
+
+
+@expand_options
 def command(
+    base: BaseOptions,
+    address: AddressOptions,
     config: ServeSettings,
-    base: PoolBaseOption = None,
     pool: PoolOption = None,
     router: Annotated[
         str | None,
         typer.Option(
-            "--router",
-            help=f"{ROUTER_NAMES} If not given: phatgoose, or where experts lack gates a router that needs none.",
+            help=f"{ROUTER_NAMES} If not given: phatgoose, or where experts lack gates a router that needs none."
         ),
     ] = None,
-    name: Annotated[
-        str, typer.Option("--name", help="The routed pool's name among the models.")
-    ] = "phatgoose",
-    host: Annotated[
-        str, typer.Option("--host", help="Where to listen. Any place but this machine needs --api-keys.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes a free one.")
-    ] = 8000,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-keys",
-            help="A file with a key a line, one of which a request must bring. Or set PHATGOOSE_API_KEY.",
-        ),
-    ] = None,
-    admin_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--admin-key",
-            help="A file with the key that changes experts while the server runs. Or set PHATGOOSE_ADMIN_KEY.",
-        ),
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    name: Annotated[str, typer.Option(help="The routed pool's name among the models.")] = "phatgoose",
     backend: BackendOption = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's interface does: a pool, its base, single experts and other routers, as models of one server."""
@@ -74,15 +66,15 @@ def command(
     from phatgoose.models.attach.options import RouteOptions
     from phatgoose.workflows.prompt_forms import endpoint
 
-    keys = read_keys(api_keys, admin_key)
-    check_host(host, keys)
+    keys = read_keys(address.api_keys, address.admin_key)
+    check_host(address.host, keys)
 
     def made() -> Service:
-        # Without experts, since the last was taken out while it ran, the base answers until there are some.
+        # A pool may be empty: the last expert was removed while a server ran. Then the base answers until there are some.
         empty = pool is not None and not read_manifest(pool)["experts"]
         experts = None if empty else load_pool(pool)
         routed_by = router or own_router(experts)
-        model = load_for(experts, base, dtype, device, folder=pool)
+        model = load_for(experts, base, folder=pool)
         if experts and (path := endpoint(experts)):
             show.note(f"note: use {path}: the experts were trained on prompts in that form.")
         return Service(
@@ -95,4 +87,4 @@ def command(
             options=RouteOptions(backend),
         )
 
-    serve(run_in_thread(made), host, port, keys, ready=show.say)
+    serve(run_in_thread(made), address.host, address.port, keys, ready=show.say)

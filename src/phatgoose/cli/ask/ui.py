@@ -1,26 +1,24 @@
-"""`phatgoose ui`."""
+"""`phatgoose ui`: a page that shows an answer's experts as it is written."""
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.options import BackendOption, DeviceOption, DtypeOption, PoolBaseOption
+from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.options import BackendOption, BaseOptions, PoolFolderOption
 from phatgoose.cli.measure import show
 
 
+@expand_options
 def command(
-    pool: Annotated[Path, typer.Option("--pool", help="The pool's folder.")],
-    base: PoolBaseOption = None,
+    pool: PoolFolderOption,
+    base: BaseOptions,
     port: Annotated[
-        int,
-        typer.Option("--port", min=0, max=65535, help="Where the page is; 0 takes any port that is free."),
+        int, typer.Option(min=0, max=65535, help="Where the page is; 0 takes any port that is free.")
     ] = 8746,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
     backend: BackendOption = "auto",
 ) -> None:
     """Show in a browser, while an answer is written, which experts act on each token; switch routers, top-k and experts.
@@ -40,12 +38,12 @@ def command(
         raise PhatgooseError(f"phatgoose ui needs FastAPI and uvicorn: {install('serve')}") from error
     from phatgoose.ui.session import Session
 
-    with listen(port) as socket:  # a taken port is told before anything is loaded
+    with listen(port) as socket:  # fails before anything is loaded if the port is taken
         experts = load_pool(pool)
         assert experts is not None
-        app = make_app(Session(load_for(experts, base, dtype, device), experts, RouteOptions(backend)))
+        app = make_app(Session(load_for(experts, base), experts, RouteOptions(backend)))
         show.say(f"http://127.0.0.1:{socket.getsockname()[1]}/")
         show.note("Ctrl-C ends it")
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and says how it came
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down, and raises it again
             server(app).run(sockets=[socket])
-        show.note("ended")  # also where the shell that started this ignores Ctrl-C, and uvicorn doesn't
+        show.note("ended")  # also if uvicorn was stopped by Ctrl-C and didn't raise it again

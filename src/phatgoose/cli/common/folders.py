@@ -1,4 +1,4 @@
-"""Where train and gate write: what may be replaced, what is finished already, and what to clear away afterwards."""
+"""Where train, gate and signature write: what may be replaced, what is finished, what to remove afterwards."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Path, command: str) -> Iterator[None]:
-    """Held while `command` makes what goes to `folder`. Of the processes that torchrun started, the first holds it for all.
+    """Locks `folder` while `command` makes what goes there. Of the processes that torchrun started, the first locks it for all.
 
     Raises:
-        StorageError: another run of this command does.
+        StorageError: another run of this command has locked it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -87,22 +87,33 @@ LEFT = {
 }
 
 
-def standing(folder: Path) -> Expert | None:
+def existing_expert(folder: Path) -> Expert | None:
     """The expert in a folder, None if there is nothing."""
     return Expert.load(folder) if folder.exists() and any(folder.iterdir()) else None
 
 
-def laid_over(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
-    """`made`, an expert with new gates or a new signature (`part`: "gate" or "signature"), on what stands in `target` by now: while
-    one of them was made, the other may have come.
+def is_main_process() -> bool:
+    """Whether this process writes the result; waits until no other one of torchrun's reads the work folder any more."""
+    from accelerate import PartialState
+
+    processes = PartialState()
+    processes.wait_for_everyone()
+    return bool(processes.is_main_process)
+
+
+def merge_onto(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
+    """`made`, an expert with new gates or a new signature, merged onto the expert that is in `target` by now.
+
+    While one of the two was made, another command may have added the other one.
 
     Args:
-        before: what stood there when this began, None if nothing did.
+        before: the expert that was there when this began, None if there was none.
+        part: what is new, "gate" or "signature".
 
     Raises:
         ExpertError: the adapter or the same part was changed meanwhile.
     """
-    if (now := standing(target)) is None:
+    if (now := existing_expert(target)) is None:
         return made
     if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
         raise ExpertError(

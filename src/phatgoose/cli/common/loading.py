@@ -1,4 +1,4 @@
-"""Loading a base, and attaching to it what a router's name on the command line means. Imports torch: import it lazily."""
+"""Load a base and attach the pool and router that the command line names. Imports torch: import it lazily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from phatgoose.cli.common.options import DEFAULT_BASE
+from phatgoose.cli.common.options import DEFAULT_BASE, BackendOptions, BaseOptions
 from phatgoose.cli.measure import show
 from phatgoose.cli.pools.packing import show_copied
 from phatgoose.errors import BaseModelError, ExpertError, RoutingError
@@ -59,36 +59,29 @@ def recorded_base(experts: Sequence[Expert]) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def load_recorded(experts: Sequence[Expert], spec: str | None, dtype: str, device: str) -> Base:
-    """`load` of the base that is asked for, or else of the one that these experts record, which is said.
+def load_recorded(experts: Sequence[Expert], options: BaseOptions) -> Base:
+    """The base that is asked for, or else the one that these experts record, which is noted.
 
     Raises:
         ExpertError: they record none. BaseModelError: what they record can't be loaded here.
     """
-    if spec is not None:
-        check_mixture(spec, Pool(experts))
-        return _compared(load(spec, dtype, device), experts)
-    who = (
-        f"expert {experts[0].name!r} doesn't record its base"
-        if len(experts) == 1
-        else "the experts record no base, or different ones"
-    )
-    if (spec := recorded_base(experts)) is None:
-        raise ExpertError(f"{who}: say which one with --base.")
+    spec = options.base or recorded_base(experts)
+    if spec is None:
+        one = len(experts) == 1
+        why = (
+            f"expert {experts[0].name!r} doesn't record its base"
+            if one
+            else "the experts record no base, or different ones"
+        )
+        raise ExpertError(f"{why}: say which one with --base.")
     check_mixture(spec, Pool(experts))
-    return _compared(_load_named(spec, dtype, device), experts)
-
-
-def _compared(base: Base, experts: Sequence[Expert]) -> Base:
-    """The base; what experts bring beside it that isn't its own is said."""
+    base = load(spec, options.dtype, options.device) if options.base else _load_named(spec, options)
     for text in differences({e.name: e.provenance for e in experts}, base.tokenizer):
         show.note(f"note: {text}")
     return base
 
 
-def load_for(
-    pool: Pool | None, spec: str | None, dtype: str, device: str, folder: Path | None = None
-) -> Base:
+def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None) -> Base:
     """The base for a pool: the one that is asked for, else the one that the pool records, or the default base without a pool.
 
     Args:
@@ -98,31 +91,46 @@ def load_for(
         ExpertError, BaseModelError: as `load_recorded`.
     """
     if pool is not None:
-        return load_recorded(pool.experts, spec, dtype, device)
-    if spec is None and folder is not None:
+        return load_recorded(pool.experts, options)
+    if options.base is None and folder is not None:
         named = read_manifest(folder).get("base")
         if isinstance(named, dict) and isinstance(named.get("spec"), str):
-            return _load_named(named["spec"], dtype, device)
-    return load(spec or DEFAULT_BASE, dtype, device)
+            return _load_named(named["spec"], options)
+    return load(options.base or DEFAULT_BASE, options.dtype, options.device)
 
 
-def _load_named(spec: str, dtype: str, device: str) -> Base:
+def _load_named(spec: str, options: BaseOptions) -> Base:
     show.note(f"base: {spec} (recorded with the experts)")
     try:
-        return load(spec, dtype, device)
+        return load(spec, options.dtype, options.device)
     except BaseModelError as error:
         raise BaseModelError(
             f"the base that the experts record can't be loaded here: {error} If it is elsewhere, say where with --base."
         ) from error
 
 
+def load_routed(
+    folder: Path | None, router: str | None, base: BaseOptions, backend: BackendOptions
+) -> tuple[Base, Pool | None, Choice]:
+    """(the base, already routed; its pool; how it is routed), as the command's options say.
+
+    Raises:
+        PhatgooseError: as `choose`, `load_for` and `attach`.
+    """
+    pool = load_pool(folder)
+    choice = choose(router, pool, backend.route_options)
+    model = load_for(pool, base)
+    attach(model, pool, choice)
+    return model, pool, choice
+
+
 def load_pool(folder: Path | None) -> Pool | None:
-    """The pool, verified; what there is to know about it goes to standard error only from `pool verify`."""
+    """The pool, verified. Warnings about it are printed by `pool verify` alone."""
     return None if folder is None else Pool.load(folder)
 
 
 def own_router(pool: Pool | None) -> str:
-    """The router for a pool where the user names none: "phatgoose", or what serves experts without gates, which is said."""
+    """The router for a pool if the user names none: "phatgoose", or one that needs no gates if experts lack them, which is noted."""
     text, why = ("phatgoose", "") if pool is None else fitting_router(pool.experts)
     if why:
         show.note(f"router: {text} ({why}; --router chooses another)")
@@ -165,7 +173,7 @@ def attach(base: Base, pool: Pool | None, choice: Choice) -> None:
 
 
 def show_cache_use(base: Base) -> dict[str, object]:
-    """Says how well the experts fitted into --device-memory, if that was given; the same for results."""
+    """Notes how well the experts fitted into --device-memory, if that was given; returns the same for results."""
     if (use := cache_use(base)) is None:
         return {}
     experts = use.experts
@@ -179,7 +187,7 @@ def show_cache_use(base: Base) -> dict[str, object]:
 
 
 def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice]) -> None:
-    """Attaches every choice once, so that the last one's refusal doesn't come after hours of the first one's work."""
+    """Attaches every choice once: a refusal of the last one must not come after hours of work with the first."""
     for choice in choices:
         attach(base, pool, choice)
     unroute(base)

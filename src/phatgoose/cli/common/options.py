@@ -1,21 +1,18 @@
-"""Options that several commands share, and options made from a dataclass of settings."""
+"""Options that several commands share, alone or in groups that a command takes as one object (`expand_options`)."""
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
-import types
-from collections.abc import Callable
-from dataclasses import Field, fields
-from enum import Enum, StrEnum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phatgoose.routers.parse import ROUTERS
+
+if TYPE_CHECKING:
+    from phatgoose.models.attach.options import RouteOptions
+    from phatgoose.records import SplitName
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
 """The same as phatgoose.models.base.load.DEFAULT_BASE, written again because reading that one would import torch."""
@@ -24,49 +21,6 @@ BASE_HELP = "The base model: an alias, a folder, a GGUF file, or a Hub id (org/n
 TASK_HELP = (
     "The task: bigbench:NAME, bbh:NAME, jsonl:PATH, hf:DATASET or p3:CONFIG (see `phatgoose tasks --help`)."
 )
-BaseOption = Annotated[str, typer.Option("--base", help=BASE_HELP)]
-PoolBaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        help=f"{BASE_HELP} If not given, the one that the pool records; {DEFAULT_BASE} without a pool.",
-    ),
-]
-RecordedBaseOption = Annotated[
-    str | None, typer.Option("--base", help=f"{BASE_HELP} If not given, the one that the expert records.")
-]
-LimitTrainOption = Annotated[
-    int | None, typer.Option("--limit-train", min=1, help="Only the first rows of the task's training split.")
-]
-TaskOption = Annotated[str, typer.Option("--task", help=TASK_HELP)]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--dtype", help="What the base is loaded in: auto (as it is stored), float32, bfloat16 or float16."
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="Where it runs, e.g. cpu or cuda:1; auto is the GPU if there is one.")
-]
-BackendOption = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        help="What computes the routing: auto, cpu (a compiled kernel), triton (GPUs), torch, or reference (plain and slow). "
-        "See `phatgoose doctor`.",
-    ),
-]
-DeviceMemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device-memory",
-        help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when they are needed. "
-        "Without it, all must fit. For routers that choose by gates.",
-    ),
-]
-PoolOption = Annotated[
-    Path | None, typer.Option("--pool", help="A pool's folder; without one, the base alone answers.")
-]
 ROUTER_NAMES = (
     f"Who chooses the experts, as NAME or NAME:setting=value,…: {', '.join(ROUTERS.table)} (single:NAME is one expert; "
     "`phatgoose routers` lists them with what they need)."
@@ -76,83 +30,163 @@ ROUTER_HELP = (
     "phatgoose, or where experts lack gates a router that needs none."
 )
 
-
-def with_settings(config: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Replaces a command's parameter `config` by one option for each field of this dataclass, helped by its docstring.
-
-    The command gets the dataclass, built from the options; what that raises is the command's refusal.
-    """
-    options = {f.name: _option(config, f) for f in fields(config)}
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(command, eval_str=True)
-        own = [
-            p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for p in signature.parameters.values()
-            if p.name != "config"
-        ]
-
-        @functools.wraps(command)
-        def wrapped(**given: Any) -> Any:
-            settings = {name: _plain(name, given.pop(name)) for name in options}
-            return command(**given, config=config(**settings))
-
-        # Typer reads both; functools.wraps has copied those of the command.
-        wrapped.__signature__ = signature.replace(parameters=[*own, *options.values()])  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options.values()]}
-        return wrapped
-
-    return decorate
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, its parents' fields included, on one line."""
-    docs: dict[str, str] = {}
-    for kind in reversed(config.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for statement, after in zip(body.body, body.body[1:], strict=False):
-            match statement, after:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
-    return docs
+TaskOption = Annotated[str, typer.Option(help=TASK_HELP)]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="What the base is loaded in: auto (as it is stored), float32, bfloat16 or float16."),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where it runs, e.g. cpu or cuda:1; auto is the GPU if there is one.")
+]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        help="What computes the routing: auto, cpu (a compiled kernel), triton (GPUs), torch, or reference (plain and slow). "
+        "See `phatgoose doctor`."
+    ),
+]
+PoolOption = Annotated[
+    Path | None, typer.Option(help="A pool's folder; without one, the base alone answers.")
+]
+PoolFolderOption = Annotated[Path, typer.Option(help="The pool's folder.")]
+RouterOption = Annotated[str | None, typer.Option(help=ROUTER_HELP)]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat/--raw", help="Put the prompt through the model's chat template, or give it as it is."
+    ),
+]
+PromptArgument = Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")]
+ExpertArgument = Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")]
+ExpertOutOption = Annotated[
+    Path | None, typer.Option(help="Where the result goes; into the expert's own folder if not given.")
+]
+ExpertNameOption = Annotated[
+    str | None, typer.Option(help="What the expert is called; like the folder OUT if not given.")
+]
 
 
-def _option(config: type, field: Field[Any]) -> inspect.Parameter:
-    kind, default = _typer_type(field.name, get_type_hints(config)[field.name]), field.default
-    extra = " Several are separated by commas." if field.name == "target_modules" else ""
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        default = kind(default)
-    flag = (
-        [f"--{field.name.replace('_', '-')}"] if default is False else []
-    )  # no --no-… for what is off anyway
-    info = typer.Option(
-        *flag,
-        # A bracket would be read as rich's markup.
-        help=(field_docs(config)[field.name] + extra).replace("[", "\\["),
-        rich_help_panel=f"Settings ({config.__name__})",
-        show_default="none" if default is None else True,
-    )
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-    )
+@dataclass(frozen=True)
+class BaseOptions:
+    """The base model of a pool."""
+
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{BASE_HELP} If not given, the one that the pool records; {DEFAULT_BASE} without a pool."
+        ),
+    ] = None
+    dtype: DtypeOption = "auto"
+    device: DeviceOption = "auto"
 
 
-def _typer_type(name: str, hint: Any) -> Any:
-    """What typer can parse: Literal as an Enum, names of modules as text; the rest as it is."""
-    if get_origin(hint) is Literal:
-        return StrEnum(name, {value: value for value in get_args(hint)})
-    if get_origin(hint) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(hint) if kind is not type(None) and get_origin(kind) is not tuple]
-        if len(kinds) != 1:
-            raise TypeError(f"{name}: no option can be made of the type {hint}.")
-        return kinds[0] | None if type(None) in get_args(hint) else kinds[0]
-    return hint
+@dataclass(frozen=True)
+class ExpertBaseOptions(BaseOptions):
+    """The base model of an expert."""
+
+    base: Annotated[
+        str | None, typer.Option(help=f"{BASE_HELP} If not given, the one that the expert records.")
+    ] = None
 
 
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if name == "target_modules" and value not in ("auto", "all-linear"):
-        return tuple(part.strip() for part in value.split(","))
-    return value
+@dataclass(frozen=True)
+class TrainBaseOptions(BaseOptions):
+    """The base model that an expert is trained on."""
+
+    base: Annotated[str, typer.Option(help=BASE_HELP)] = DEFAULT_BASE
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What computes the routing, and where the pool's tensors are."""
+
+    backend: BackendOption = "auto"
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when they are needed. "
+            "Without it, all must fit. For routers that choose by gates."
+        ),
+    ] = None
+
+    @property
+    def route_options(self) -> RouteOptions:
+        """The same for `route`; imports torch."""
+        from phatgoose.models.attach.options import RouteOptions
+
+        return RouteOptions(self.backend, device_memory=self.device_memory)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is generated."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="0 always takes the likeliest token; above 0 samples. Of the checkpoint's own generation settings only the end tokens "
+            "are used: no penalties, forced or suppressed tokens, beams or lengths.",
+        ),
+    ] = 0.0
+    seed: Annotated[int, typer.Option(min=0, help="Sampling seed; used when --temperature > 0.")] = 0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run of `train`, `gate` or `signature` that can be stopped and goes on."""
+
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Where unfinished work is kept until it is done; OUT.work if not given."),
+    ] = None
+    limit_train: Annotated[
+        int | None, typer.Option(min=1, help="Only the first rows of the task's training split.")
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another result that is there already.")
+    ] = False
+
+    def work_folder(self, target: Path) -> Path:
+        return self.work or target.with_name(target.name + ".work")
+
+    @property
+    def row_limit(self) -> dict[SplitName, int] | None:
+        """What `load_task` takes as its limit."""
+        return None if self.limit_train is None else {"train": self.limit_train}
+
+
+_WRITING_PANEL = "Without the contributor's data (--generated)"
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """Texts that the base writes with the expert, in place of a task."""
+
+    generated: Annotated[
+        bool,
+        typer.Option(
+            "--generated",
+            rich_help_panel=_WRITING_PANEL,
+            help="Instead of a task: train on text that the base writes with this expert. Gates from the expert's own data are "
+            "better.",
+        ),
+    ] = False
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_WRITING_PANEL,
+            help="A file of prompts, one a line, that the texts answer; without one they begin from nothing. "
+            "Encoder–decoders need it.",
+        ),
+    ] = None
+    texts: Annotated[
+        int, typer.Option(min=2, rich_help_panel=_WRITING_PANEL, help="Usable texts wanted.")
+    ] = 512
+    text_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_WRITING_PANEL, help="Most tokens of a text.")
+    ] = 64
+    temperature: Annotated[
+        float, typer.Option(rich_help_panel=_WRITING_PANEL, help="Sampling temperature.")
+    ] = 1.0

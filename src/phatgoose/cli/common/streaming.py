@@ -1,4 +1,4 @@
-"""Prompt → text on standard output, token by token. Imports torch: import it lazily."""
+"""Print an answer to standard output as it is generated. Imports torch: import it lazily."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from phatgoose.cli.common.options import GenerationOptions
 from phatgoose.cli.measure import show
 from phatgoose.models.base.base import Base, context_length
 from phatgoose.models.text.generate import answer_settings, max_answer_tokens, use_generation_config
 
 
 class Printer(TextStreamer):
-    """Prints as it comes, without the space that stands between a prompt and its answer, and keeps the text."""
+    """Prints text as it comes, without the space between the prompt and its answer, and keeps it."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -40,16 +41,16 @@ def room_for(base: Base, ids: Tensor, max_new_tokens: int) -> int:
     return room
 
 
-def stream(base: Base, ids: Tensor, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+def stream(base: Base, ids: Tensor, options: GenerationOptions) -> str:
     """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text.
 
     Raises:
         PhatgooseError: the prompt leaves no room in the model's context.
     """
-    room = room_for(base, ids, max_new_tokens)
-    own = answer_settings(base, room, temperature)
-    if temperature > 0:
-        torch.manual_seed(seed)
+    room = room_for(base, ids, options.max_new_tokens)
+    own = answer_settings(base, room, options.temperature)
+    if options.temperature > 0:
+        torch.manual_seed(options.seed)
     printer = Printer(base.tokenizer)
     ids = ids.to(base.device)
     run: Any = base.model.generate

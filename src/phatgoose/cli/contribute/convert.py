@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.options import BASE_HELP, DtypeOption
+from phatgoose.cli.common.options import BASE_HELP, DtypeOption, ExpertNameOption
 from phatgoose.cli.measure import show
 
 
@@ -30,10 +30,7 @@ def command(
             help="The base is the changed one that the adapter was trained on (LoftQ's, PiSSA's residual).",
         ),
     ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="What the expert is called; like the folder OUT if not given."),
-    ] = None,
+    name: ExpertNameOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Make a plain LoRA of an adapter whose training began by changing the base: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ.

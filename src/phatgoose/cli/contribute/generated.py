@@ -1,4 +1,4 @@
-"""What `phatgoose gate --generated` adds to `phatgoose gate`: texts instead of a task."""
+"""`phatgoose gate --generated`: texts that the base writes, in place of a task."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from phatgoose.cli.common.options import WritingOptions
 from phatgoose.cli.measure import show
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
@@ -20,7 +21,7 @@ from phatgoose.training.generated import write_task
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedTexts:
     """Texts that are to be written."""
 
     config: WritingConfig
@@ -47,20 +48,21 @@ class Wanted:
         return task
 
 
-def wanted(
-    generated: bool, task: str | None, prompts: Path | None, given: Mapping[str, Any], seed: int
-) -> Wanted | None:
-    """What the options ask for; None if they name a task.
+def wanted_texts(options: WritingOptions, task: str | None, seed: int) -> WantedTexts | None:
+    """The texts that the options ask for; None if they name a task.
 
     Raises:
         BadParameter: both or neither of task and --generated, or options that go with --generated only.
         TaskError: the file of prompts can't be read or is empty. TrainingError: a setting is out of range.
     """
+    generated, prompts = options.generated, options.prompts
     if generated == (task is not None):
         raise typer.BadParameter("give the expert's --task, or --generated if its data are not at hand.")
-    config = WritingConfig(**given, seed=seed)
+    config = WritingConfig(
+        rows=options.texts, max_new_tokens=options.text_tokens, temperature=options.temperature, seed=seed
+    )
     if generated:
-        return Wanted(config, lines(prompts) if prompts is not None else ())
+        return WantedTexts(config, lines(prompts) if prompts is not None else ())
     if prompts is not None or config != WritingConfig(seed=seed):
         raise typer.BadParameter("--prompts, --texts, --text-tokens and --temperature go with --generated.")
     return None

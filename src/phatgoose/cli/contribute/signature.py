@@ -1,20 +1,18 @@
-"""`phatgoose signature`."""
+"""`phatgoose signature`: the data signature of an expert."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
-    DeviceOption,
-    DtypeOption,
-    LimitTrainOption,
-    RecordedBaseOption,
+    ExpertArgument,
+    ExpertBaseOptions,
+    ExpertOutOption,
+    RunOptions,
     TaskOption,
-    with_settings,
 )
 from phatgoose.cli.measure import show
 from phatgoose.training.config import SignatureConfig
@@ -23,30 +21,14 @@ if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
 
 
-@with_settings(SignatureConfig)
+@expand_options
 def command(
-    expert: Annotated[Path, typer.Argument(help="The expert's folder; a plain PEFT folder will do.")],
-    config: SignatureConfig,
+    expert: ExpertArgument,
     task: TaskOption,
-    base: RecordedBaseOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="Where the expert with its signature goes; into its own folder if not given."
-        ),
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            "--work", help="Where the sums so far are kept until it is done; OUT.work if not given."
-        ),
-    ] = None,
-    limit_train: LimitTrainOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another signature that is there already.")
-    ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    base: ExpertBaseOptions,
+    run: RunOptions,
+    config: SignatureConfig,
+    out: ExpertOutOption = None,
 ) -> None:
     """Make an expert's data signature: what its own training rows look like, for routers that need no gates.
 
@@ -60,33 +42,30 @@ def command(
     from phatgoose.tasks import load_task
 
     target = out or expert
-    folders.check_target(target, keeps_card=out is None or out == expert)
+    folders.check_target(target, keeps_card=target == expert)
     with folders.only_run(target, "signature"):
-        work = work or target.with_name(target.name + ".work")
-        source = Expert.load(expert)
-        rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-        model = load_recorded([source], base, dtype, device)
+        work, source = run.work_folder(target), Expert.load(expert)
+        rows = load_task(task, limit=run.row_limit)
+        model = load_recorded([source], base)
         from phatgoose.models.base.sentence_encoder import load_encoder
         from phatgoose.training.signature import make_signature, signature_key
 
         encoder = load_encoder(config.encoder) if config.texts else None
-        before = source if target == expert else folders.standing(target)
-        there = before or source
-        if there.signature is not None and not overwrite:
-            made = there.provenance.get("signature", {})
-            if not isinstance(made, dict) or made.get("key") != signature_key(
-                model, source, rows, config, encoder
-            ):
+        before = source if target == expert else folders.existing_expert(target)
+        existing = before or source
+        if existing.signature is not None and not run.overwrite:
+            made = existing.provenance.get("signature", {})
+            key = signature_key(model, source, rows, config, encoder)
+            if not isinstance(made, dict) or made.get("key") != key:
                 raise ExpertError(
                     f"{target} holds another signature or another expert: choose another --out, or replace it with --overwrite."
                 )
             show.say(f"{target} has this very signature, finished before.")
-            folders.clear_work(work, "signature")
-            _summary(there, target)
-            return
-        signed = make_signature(model, source, rows, config, work_folder=work)
-        signed = folders.laid_over(target, signed, before, "signature", work)
-        signed.save(target)
+            signed = existing
+        else:
+            signed = make_signature(model, source, rows, config, work_folder=work)
+            signed = folders.merge_onto(target, signed, before, "signature", work)
+            signed.save(target)
         folders.clear_work(work, "signature")
         _summary(signed, target)
 

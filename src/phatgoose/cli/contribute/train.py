@@ -1,4 +1,4 @@
-"""`phatgoose train`."""
+"""`phatgoose train`: an expert on one task."""
 
 from __future__ import annotations
 
@@ -9,47 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phatgoose.cli.common.options import (
-    DEFAULT_BASE,
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
-    LimitTrainOption,
-    TaskOption,
-    with_settings,
-)
+from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.options import ExpertNameOption, RunOptions, TaskOption, TrainBaseOptions
 from phatgoose.cli.measure import show
 from phatgoose.training.config import ExpertConfig, GateConfig
 
 if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
-    from phatgoose.models.base.base import Base
-    from phatgoose.records import Task
 
 
-@with_settings(ExpertConfig)
+@expand_options
 def command(
     task: TaskOption,
     out: Annotated[
-        Path,
-        typer.Option("--out", help="The expert's folder, which PEFT (or AdapterHub's library) can load too."),
+        Path, typer.Option(help="The expert's folder, which PEFT (or AdapterHub's library) can load too.")
     ],
+    base: TrainBaseOptions,
+    run: RunOptions,
     config: ExpertConfig,
-    base: BaseOption = DEFAULT_BASE,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="What the expert is called; like the folder OUT if not given."),
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option("--work", help="Where checkpoints are kept until it is done; OUT.work if not given."),
-    ] = None,
-    limit_train: LimitTrainOption = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another expert that is in OUT already.")
-    ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    name: ExpertNameOption = None,
 ) -> None:
     """Train an expert on one task: a LoRA, (IA)³ or bottleneck adapter of the base.
 
@@ -62,39 +40,28 @@ def command(
 
     folders.check_target(out)
     with folders.only_run(out, "train"):
-        rows = load_task(task, limit=None if limit_train is None else {"train": limit_train})
-        wanted = name or slug(out.name)
-        there = None if overwrite else folders.standing(out)
-        if there and not (there.name == wanted and folders.made_so(there.provenance, None, rows, config)):
+        rows = load_task(task, limit=run.row_limit)
+        name, work = name or slug(out.name), run.work_folder(out)
+        existing = None if run.overwrite else folders.existing_expert(out)
+        if existing and not (
+            existing.name == name and folders.made_so(existing.provenance, None, rows, config)
+        ):
             raise _taken(out)
-        model = load(base, dtype, device)
-        next_command = _next(out, task, limit_train, dtype, config)
-        work = work or out.with_name(out.name + ".work")
-        if there:
-            if not folders.made_so(there.provenance, model, rows, config):
-                raise _taken(out)
+        model = load(base.base, base.dtype, base.device)
+        if existing and not folders.made_so(existing.provenance, model, rows, config):
+            raise _taken(out)
+        if existing:
             show.say(f"{out} is this very expert, finished before.")
-            folders.clear_work(work, "train")
-            _summary(there, out, next_command)
-            return
-        _train(model, rows, config, wanted, work, out, next_command)
+            expert = existing
+        else:
+            from phatgoose.training.expert import train_expert
 
-
-def _train(
-    model: Base, rows: Task, config: ExpertConfig, name: str, work: Path, out: Path, next_command: str
-) -> None:
-    from accelerate import PartialState
-
-    from phatgoose.cli.common import folders
-    from phatgoose.training.expert import train_expert
-
-    expert = train_expert(model, rows, config, name=name, work_folder=work)
-    processes = PartialState()
-    processes.wait_for_everyone()  # the others may still be reading the work folder
-    if processes.is_main_process:
-        expert.save(out)
+            expert = train_expert(model, rows, config, name=name, work_folder=work)
+            if not folders.is_main_process():
+                return
+            expert.save(out)
         folders.clear_work(work, "train")
-        _summary(expert, out, next_command)
+        _summary(expert, out, _next(out, task, run.limit_train, base.dtype, config))
 
 
 def _summary(expert: Expert, out: Path, next_command: str) -> None:

@@ -1,41 +1,101 @@
-"""`phatgoose experiment`."""
+"""`phatgoose experiment`: run a recipe, or check it."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.measure import show
 
 PROBLEMS = 12
-"""Of a check, how many are told in full."""
+"""How many problems a check prints in full."""
 
 if TYPE_CHECKING:
     from phatgoose.workflows.experiment.executors import Executor
     from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 
 
+@dataclass(frozen=True)
+class ExecutorOptions:
+    """What runs the steps."""
+
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes on this machine, 1 if not given; 0: everything in this one."),
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."),
+    ] = None
+    cpus: Annotated[
+        float | None, typer.Option(min=0, help="With --ray: CPUs that a step asks for; 1 if not given.")
+    ] = None
+    gpus: Annotated[
+        float,
+        typer.Option(
+            min=0, help="GPUs that a step asks for (with --ray, parts of one too); else how many to share."
+        ),
+    ] = 0
+    retries: Annotated[int, typer.Option(min=0, help="How often a step is run again whose worker died.")] = 1
+
+    def executor(self) -> Executor:
+        """What these options ask for.
+
+        Raises:
+            PhatgooseError: they contradict each other.
+        """
+        from phatgoose.errors import PhatgooseError
+        from phatgoose.workflows.experiment.executors import Inline, Processes
+
+        for option, asked in (("--cpus", self.cpus), ("--gpus", self.gpus)):
+            if asked is not None and not math.isfinite(asked):
+                raise PhatgooseError(f"{option} {asked}: expected a number that is finite.")
+        if self.cpus == 0:
+            raise PhatgooseError("--cpus 0: all steps would start at once; expected more than 0.")
+        if self.ray is not None:
+            if self.workers is not None:
+                raise PhatgooseError(
+                    "--workers: with --ray, as many steps run as its CPUs and GPUs allow (--cpus)."
+                )
+            from phatgoose.workflows.experiment.ray_executor import RayExecutor
+
+            address, cpus = None if self.ray == "local" else self.ray, 1 if self.cpus is None else self.cpus
+            return RayExecutor(address, cpus=cpus, gpus=self.gpus, retries=self.retries)
+        if self.cpus is not None:
+            raise PhatgooseError(
+                "--cpus: only with --ray does a step ask for CPUs; elsewhere they are shared out (--workers)."
+            )
+        if self.gpus != int(self.gpus):
+            raise PhatgooseError(f"--gpus {self.gpus}: only with --ray can a step ask for a part of a GPU.")
+        if self.workers != 0:
+            return Processes(self.workers or 1, gpus=int(self.gpus), retries=self.retries)
+        if self.gpus:
+            raise PhatgooseError(f"--gpus {self.gpus:g}: GPUs are dealt out to workers, and --workers is 0.")
+        return Inline(self.retries)
+
+
+@expand_options
 def command(
     recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
+    run: ExecutorOptions,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The folder for everything; RECIPE's name with -out if not given."),
+        Path | None, typer.Option(help="The folder for everything; RECIPE's name with -out if not given.")
     ] = None,
     folder: Annotated[
         list[str] | None,
         typer.Option(
-            "--folder",
-            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…).",
+            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…)."
         ),
     ] = None,
     pool: Annotated[
         Path | None,
         typer.Option(
-            "--pool",
-            help="A pool that is there: its experts are taken, not trained. Of the recipe's tasks, the others are trained.",
+            help="A pool that is there: its experts are taken, not trained. Of the recipe's tasks, the others are trained."
         ),
     ] = None,
     check: Annotated[
@@ -46,42 +106,13 @@ def command(
             "nothing is loaded or fetched.",
         ),
     ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=0,
-            help="Processes on this machine, 1 if not given; 0: everything in this one.",
-        ),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray", help="Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."
-        ),
-    ] = None,
-    cpus: Annotated[
-        float | None,
-        typer.Option("--cpus", min=0, help="With --ray: CPUs that a step asks for; 1 if not given."),
-    ] = None,
-    gpus: Annotated[
-        float,
-        typer.Option(
-            "--gpus",
-            min=0,
-            help="GPUs that a step asks for (with --ray, parts of one too); else how many to share.",
-        ),
-    ] = 0,
-    retries: Annotated[
-        int, typer.Option("--retries", min=0, help="How often a step is run again whose worker died.")
-    ] = 1,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")
     ] = False,
 ) -> None:
     """Train a pool's experts and gates, measure every router and baseline on the same rows, and compare them.
 
-    Writes results.json, results.md and plot.svg. Stopped or killed, the same command goes on where it was. A step that fails costs
+    Writes results.json, results.md, plot.svg and a page. Stopped or killed, the same command goes on where it was. A step that fails costs
     only itself; the exit code is then 1, and the same command runs it again.
     """
     from phatgoose.errors import PhatgooseError
@@ -100,7 +131,7 @@ def command(
             raise PhatgooseError(
                 f"--fresh would remove the pool that is to be taken, {found.pool.folder}: choose another --out."
             )
-    executor = _executor(workers, ray, cpus, gpus, retries)
+    executor = run.executor()
     try:
         results = run_experiment(found, target, executor=executor, fresh=fresh)
     finally:
@@ -115,7 +146,9 @@ def command(
             [(s, f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}") for s, v in ranked],
         )
         show.say()
-    show.note(f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}")
+    show.note(
+        f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}, {target / 'experiment.html'}"
+    )
     if results["failed"]:
         for what, why in results["failed"].items():
             show.warn(f"{what}: {why}")
@@ -132,41 +165,6 @@ def _folders(given: list[str]) -> dict[str, str]:
             raise TaskError(f"--folder {text!r} should read NAME=FOLDER.")
         found[name] = path
     return found
-
-
-def _executor(
-    workers: int | None, ray: str | None, cpus: float | None, gpus: float, retries: int
-) -> Executor:
-    from phatgoose.errors import PhatgooseError
-    from phatgoose.workflows.experiment.executors import Inline, Processes
-
-    for option, asked in (("--cpus", cpus), ("--gpus", gpus)):
-        if asked is not None and not math.isfinite(asked):
-            raise PhatgooseError(f"{option} {asked}: expected a number that is finite.")
-    if cpus == 0:
-        raise PhatgooseError("--cpus 0: all steps would start at once; expected more than 0.")
-    if ray is not None:
-        if workers is not None:
-            raise PhatgooseError(
-                "--workers: with --ray, as many steps run as its CPUs and GPUs allow (--cpus)."
-            )
-        from phatgoose.workflows.experiment.ray_executor import RayExecutor
-
-        asked = 1 if cpus is None else cpus
-        return RayExecutor(None if ray == "local" else ray, cpus=asked, gpus=gpus, retries=retries)
-    if cpus is not None:
-        raise PhatgooseError(
-            "--cpus: only with --ray does a step ask for CPUs; elsewhere they are shared out (--workers)."
-        )
-    if gpus != int(gpus):
-        raise PhatgooseError(f"--gpus {gpus}: only with --ray can a step ask for a part of a GPU.")
-    if workers is None:
-        workers = 1
-    if workers == 0:
-        if gpus:
-            raise PhatgooseError(f"--gpus {gpus:g}: GPUs are dealt out to workers, and --workers is 0.")
-        return Inline(retries)
-    return Processes(workers, gpus=int(gpus), retries=retries)
 
 
 def _say(recipe: ExperimentRecipe) -> None:

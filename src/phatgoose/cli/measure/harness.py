@@ -1,4 +1,4 @@
-"""`phatgoose eval --harness`: what lm-evaluation-harness says of the base or a pool under one router or several."""
+"""`phatgoose eval --harness`: tasks that lm-evaluation-harness scores."""
 
 from __future__ import annotations
 
@@ -8,43 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from phatgoose.cli.common.loading import Choice, attach, show_cache_use
-from phatgoose.cli.measure import show
 from phatgoose.evaluation.harness import run_harness
-from phatgoose.experts.pool import Pool
-from phatgoose.files import write_json
 from phatgoose.models.base.base import Base
 
 
 def measure_by_harness(
-    base: Base,
-    pool: Pool | None,
-    choices: list[Choice],
-    tasks: list[str],
-    folder: Path | None,
-    limit: int | None,
-    recipe: dict[str, Any],
-    out: Path | None,
-) -> None:
-    """Prints the harness's metrics for every router and writes them to `out`, with the rows' answers."""
-    results: dict[str, Any] = {}
-    metrics: dict[str, dict[str, Any]] = {}
-    for choice in choices:
-        attach(base, pool, choice)
-        found = run_harness(base, [t.strip() for t in tasks], include=folder, limit=limit)
-        kept = {"lm_eval": version("lm_eval")} | {
-            key: found[key]
-            for key in ("results", "versions", "configs", "n-samples", "samples")
-            if key in found
-        }
-        used = show_cache_use(base)
-        metrics[choice.text] = found["results"]
-        results[choice.text] = {"router": choice.describe(), "harness": _plain(kept), **used}
-        if out is not None:
-            write_json(out, {**recipe, "format": "phatgoose-harness", "results": results})
-    show.table(("task", "metric", *metrics), table(metrics), numbers=list(metrics))
-    if out is not None:
-        show.note(f"written: {out}")
+    base: Base, tasks: list[str], folder: Path | None, limit: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(its metrics by task, all that is kept of its results, the rows' answers too) for the base as it is routed now."""
+    found = run_harness(base, tasks, include=folder, limit=limit)
+    kept = ("results", "versions", "configs", "n-samples", "samples")
+    return found["results"], _plain(
+        {"lm_eval": version("lm_eval")} | {k: found[k] for k in kept if k in found}
+    )
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""`phatgoose quickstart`."""
+"""`phatgoose quickstart`: the built-in experiment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ def command(
         "quickstart-out"
     ),
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Two experts and a few steps: tests the way, not the result.")
+        bool,
+        typer.Option(
+            "--smoke",
+            help="Two experts and a few steps: shows that all parts work; the numbers mean nothing.",
+        ),
     ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")

@@ -1,57 +1,53 @@
-"""`phatgoose report`."""
+"""`phatgoose report`: one HTML page of results, and of what a pool does."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.options import (
-    ROUTER_HELP,
-    TASK_HELP,
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    PoolBaseOption,
-)
+from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.options import TASK_HELP, BackendOption, BaseOptions, RouterOption
 from phatgoose.cli.measure import show
 
 
+@dataclass(frozen=True)
+class TraceOptions:
+    """What of a pool is traced."""
+
+    pool: Annotated[
+        Path | None, typer.Option(help="A pool's folder: its experts get cards, and it is traced.")
+    ] = None
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{TASK_HELP} Traced on its first test rows; may be given several times."),
+    ] = None
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt to answer and trace; may be given several times.")
+    ] = None
+    router: RouterOption = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24
+    backend: BackendOption = "auto"
+
+
+@expand_options
 def command(
+    traced: TraceOptions,
+    base: BaseOptions,
     results: Annotated[
         Path | None,
         typer.Argument(
-            help="results.json of a quickstart or an experiment, or the data downloaded from a page; may be left out."
+            help="results.json of an experiment or the quickstart, or the data downloaded from a page; may be left out."
         ),
     ] = None,
-    pool: Annotated[
-        Path | None, typer.Option("--pool", help="A pool's folder: its experts get cards, and it is traced.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task", help=f"{TASK_HELP} Traced on its first test rows; may be given several times."
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", help="A prompt to answer and trace; may be given several times."),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
-    base: PoolBaseOption = None,
-    router: Annotated[str | None, typer.Option("--router", help=ROUTER_HELP)] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
-    ] = 24,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    backend: BackendOption = "auto",
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
     """Write a page that shows a comparison, and which experts act where: one HTML file that needs no network."""
-    if results is None and pool is None:
+    if results is None and traced.pool is None:
         raise typer.BadParameter("give results, or a pool, or both.", param_hint="RESULTS or --pool")
-    if pool is None and (task or prompt):
+    if traced.pool is None and (traced.task or traced.prompt):
         raise typer.BadParameter(
             "tasks and prompts are traced with a pool: give --pool.", param_hint="--pool"
         )
@@ -59,21 +55,21 @@ def command(
     from phatgoose.workflows.page import page, read_results
 
     measured = None if results is None else read_results(results)
-    if pool is None:
+    if traced.pool is None:
         show.say(str(page(out, results=measured)))
         return
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.models.attach.options import RouteOptions
     from phatgoose.tasks import load_task
 
-    experts = load_pool(pool)
-    choice = choose(router, experts, RouteOptions(backend))
+    experts = load_pool(traced.pool)
+    choice = choose(traced.router, experts, RouteOptions(traced.backend))
     if choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
-    tasks = [load_task(spec) for spec in task or ()]
-    model = load_for(experts, base, dtype, device)
+    tasks = [load_task(spec) for spec in traced.task or ()]
+    model = load_for(experts, base)
     written = page(
-        out, results=measured, base=model, pool=experts, router=choice.router, tasks=tasks, texts=prompt or (),
-        new_tokens=max_new_tokens, options=choice.options,
+        out, results=measured, base=model, pool=experts, router=choice.router, tasks=tasks, texts=traced.prompt or (),
+        new_tokens=traced.max_new_tokens, options=choice.options,
     )  # fmt: skip
     show.say(str(written))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phatgoose.cli.common.options import field_docs
+from phatgoose.cli.common.expand import field_docs
 from phatgoose.cli.measure import show
 
 if TYPE_CHECKING:

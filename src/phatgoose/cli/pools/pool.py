@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.hub_options import (
     MAX_GB,
     BranchOption,
@@ -18,7 +20,7 @@ from phatgoose.cli.common.hub_options import (
     RepoArgument,
     in_bytes,
 )
-from phatgoose.cli.common.options import BASE_HELP, DeviceOption, DtypeOption
+from phatgoose.cli.common.options import BASE_HELP, BaseOptions
 from phatgoose.cli.measure import show
 from phatgoose.cli.pools import packing
 from phatgoose.cli.pools.packing import show_copied
@@ -142,28 +144,31 @@ def list_(pool: PoolArgument) -> None:
         _warn(find_outliers(loaded.experts))
 
 
-@app.command("verify")
-def verify(
-    pool: PoolArgument,
+@dataclass(frozen=True)
+class CheckedBaseOptions(BaseOptions):
+    """The base that experts are checked against."""
+
     base: Annotated[
-        str | None, typer.Option("--base", help=f"{BASE_HELP} Given, the experts are checked against it.")
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-) -> None:
+        str | None, typer.Option(help=f"{BASE_HELP} Given, the experts are checked against it.")
+    ] = None
+
+
+@app.command("verify")
+@expand_options
+def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
     """Check every file of a pool: hashes, shapes, finite values, one base; warn of experts that are wildly off the others'. Exit code
     1 if anything is damaged."""
     from phatgoose.experts.pool_folder import verify_folder
 
     loaded, norms, tokenizer = verify_folder(pool), None, None
     here = loaded
-    if base is not None:
+    if base.base is not None:
         from phatgoose.cli.common.loading import load
         from phatgoose.models.attach.attach import route, routing_of, unroute
         from phatgoose.models.attach.modules import weight_norms
         from phatgoose.routers import Uniform
 
-        model = load(base, dtype, device)
+        model = load(base.base, base.dtype, base.device)
         route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
         routing = routing_of(model)
         show_copied(routing)
@@ -174,8 +179,10 @@ def verify(
     _warn(here.warnings(norms, tokenizer))
     recorded = loaded.base.spec if loaded.base else "none recorded"
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
-    if base is not None:
-        show.say(f"{base} has every module the experts adapt" + (" and is their base" if loaded.base else ""))
+    if base.base is not None:
+        show.say(
+            f"{base.base} has every module the experts adapt" + (" and is their base" if loaded.base else "")
+        )
 
 
 app.command("pack")(packing.pack)

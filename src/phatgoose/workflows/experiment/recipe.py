@@ -1,42 +1,12 @@
-"""A recipe: one readable TOML file that says everything about an experiment.
+"""A recipe: one TOML file that says everything about an experiment.
 
-base = "smollm2-135m-instruct-q4"
-systems = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
-seeds = [0, 1]
-
-[pool]
-names = ["bigbench"]                # named pools, tasks' specs under names of their own, or both
-tasks = { colours = "jsonl:colours.jsonl" }
-leave_out = ["cryptonite"]
-folder = "my-pool"                  # experts that are there: taken, not trained
-
-[measure]
-suites = ["in-pool", "bbh", "bbl"]
-test_rows = 100
-
-[page]
-prompts = 6                         # trace the pool, and show so many prompts token by token
-
-[claims]                            # floors for PHATGOOSE's share of the oracle's gain over the base
-in-pool = 0.6
-
-[expert]                            # settings of ExpertConfig and GateConfig
-steps = 300
-[gate]
-steps = 100
-[signature]                         # of SignatureConfig, for systems that need data signatures
-rows = 500
-[multitask]                         # of ExpertConfig, for the system "multitask"; as [expert] if left out
-steps = 3000
-
-[folders]                           # by task, suite or pool, or by source; everything else is fetched
-bbh = "data/bbh"
+docs/experiments.md has an example with every table. Each table but [folders] and [claims] is a dataclass here or in `training`.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +45,10 @@ class RecipeError(PhatgooseError):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolPart:
-    """Which experts there are: trained, or taken from a pool."""
+    """[pool]: which experts there are, trained or taken from a pool."""
 
     names: tuple[str, ...] = ()
-    """Named pools (`tasks/lists/pools.py`)."""
+    """Named pools (`tasks/lists/named.py`)."""
     tasks: Mapping[str, str] = field(default_factory=dict)
     """Further tasks: expert's name → spec."""
     only: tuple[str, ...] = ()
@@ -86,18 +56,18 @@ class PoolPart:
     leave_out: tuple[str, ...] = ()
     """Leave out the experts of these names."""
     folder: str = ""
-    """A pool of experts that are there already. Those of the tasks above are taken from it instead of being trained; the others act
-    beside them, and have no task of their own in "in-pool"."""
+    """An existing pool. Experts named after the tasks above are taken from it instead of being trained. Its other experts
+    act beside them, and have no task of their own in "in-pool"."""
     train_rows: int = 2000
     """At most this many rows of a task's training split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurePart:
-    """What the pool is measured on."""
+    """[measure]: what the pool is measured on."""
 
     suites: tuple[str, ...] = (IN_POOL,)
-    """Named suites (`tasks/lists/suites.toml`), "in-pool" (the experts' own tasks), "unseen" (`tasks` below)."""
+    """Named suites (`tasks/lists/named.py`), "in-pool" (the experts' own tasks), "unseen" (`tasks` below)."""
     tasks: Mapping[str, str] = field(default_factory=dict)
     """Tasks of the suite "unseen": name → spec."""
     test_rows: int = 100
@@ -110,10 +80,10 @@ class MeasurePart:
 
 @dataclass(frozen=True, kw_only=True)
 class PagePart:
-    """What the page shows beside the numbers."""
+    """[page]: what the page shows beside the numbers."""
 
     prompts: int = 0
-    """Tasks whose first test row is answered and shown token by token, those of the pool first. 0: the pool isn't traced."""
+    """Tasks whose first test row is answered and shown token by token, the pool's own first. 0: nothing is traced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,53 +113,29 @@ class ExperimentRecipe:
     signature: SignatureConfig = field(default_factory=SignatureConfig)
     page: PagePart = field(default_factory=PagePart)
     claims: Mapping[str, float] = field(default_factory=dict)
-    """Suite → the share of the oracle's gain over the base that PHATGOOSE must recover there, said before anything is measured."""
+    """Suite → the share of the oracle's gain over the base that PHATGOOSE must recover there: said before measuring."""
     multitask: ExpertConfig | None = None
     """How the system "multitask" is trained; None: as the experts."""
     folders: Mapping[str, str] = field(default_factory=dict)
     """Where data is read from instead of being fetched."""
 
     def __post_init__(self) -> None:
-        for part, given in (("systems", self.systems), ("[measure] suites", self.measure.suites)):
-            if not given:
-                raise RecipeError(f"{part} is empty: there would be nothing to compare.")
-        for name in self.all_systems:
-            check_system(name)
-        if self.measure.test_rows < 1:
-            raise RecipeError("[measure] test_rows is 0: there would be nothing to measure.")
-        if self.measure.choice_rows < 1 and (told := [s for s in self.all_systems if s in CHOSEN]):
-            raise RecipeError(
-                f"[measure] choice_rows is 0, and {' and '.join(told)} choose by such rows: leave these systems out, or set it."
-            )
-        if self.measure.backend not in ("auto", *BACKENDS):
-            raise unknown("backend", self.measure.backend, ("auto", *BACKENDS))
-        if self.measure.tasks and UNSEEN not in self.measure.suites:
-            raise RecipeError(
-                f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it there, or leave out the tasks."
-            )
-        if self.dtype not in ("auto", *DTYPES):
-            raise unknown("dtype", self.dtype, ("auto", *DTYPES))
-        for name in self.pool.tasks:
-            check_name(name)
+        self._check_settings()
+        self._check_claims()
         for spec in (*self.pool.tasks.values(), *self.measure.tasks.values()):
             if (source := split_spec(spec).source) not in SOURCES:
                 raise unknown("task source", source, SOURCES)
-        self._check_claims()
         entries = self.pool_entries
         if not entries and not self.pool.folder:
             raise RecipeError(
-                "the recipe's pool has no tasks: name pools or tasks under [pool], or the folder of a pool that is there."
-            )
-        if OWN in self.all_systems and IN_POOL not in self.measure.suites:
-            raise RecipeError(
-                f"the system {OWN} is measured on {IN_POOL}, which isn't among the suites: add it there, or leave out the system."
+                "the recipe's pool has no tasks: under [pool], name pools or tasks, or the folder of an existing pool."
             )
         if not self.pool.folder:
             self._check_routers([e.name for e in entries])
         for found in self.suites:
             if found.name != IN_POOL:
                 check_no_shared_data(entries, found.entries, found.refuses, found.name, self.folders)
-        # Also those of suites and tasks that this recipe leaves out: several recipes may have one list of folders.
+        # Folders of suites and tasks that this recipe leaves out are fine: several recipes may share one list.
         known = {
             *SOURCES,
             *POOLS,
@@ -202,6 +148,35 @@ class ExperimentRecipe:
         for name in self.folders:
             if name not in known:
                 raise unknown("suite, pool, source or task of a folder", name, known)
+
+    def _check_settings(self) -> None:
+        """Refuses settings that mean nothing, or contradict each other."""
+        measure, systems = self.measure, self.all_systems
+        for part, given in (("systems", self.systems), ("[measure] suites", measure.suites)):
+            if not given:
+                raise RecipeError(f"{part} is empty: there would be nothing to compare.")
+        for name in systems:
+            check_system(name)
+        if measure.test_rows < 1:
+            raise RecipeError("[measure] test_rows is 0: there would be nothing to measure.")
+        if measure.choice_rows < 1 and (choosing := [s for s in systems if s in CHOSEN]):
+            raise RecipeError(
+                f"[measure] choice_rows is 0, and {' and '.join(choosing)} choose by such rows: "
+                "leave these systems out, or set it."
+            )
+        for kind, value, known in (("backend", measure.backend, BACKENDS), ("dtype", self.dtype, DTYPES)):
+            if value not in ("auto", *known):
+                raise unknown(kind, value, ("auto", *known))
+        if measure.tasks and UNSEEN not in measure.suites:
+            raise RecipeError(
+                f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it, or leave out the tasks."
+            )
+        if OWN in systems and IN_POOL not in measure.suites:
+            raise RecipeError(
+                f"the system {OWN} is measured on {IN_POOL}, which isn't among the suites: add it, or leave out {OWN}."
+            )
+        for name in self.pool.tasks:
+            check_name(name)
 
     def _check_claims(self) -> None:
         for name, floor in self.claims.items():
@@ -249,25 +224,25 @@ class ExperimentRecipe:
         return found + [Entry(name, (spec,)) for name, spec in self.pool.tasks.items()]
 
     def taken(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Those of the experts `names`, all that are in `pool.folder`, that the recipe's pool has.
+        """Those of the experts `names`, which are all of `pool.folder`, that the recipe's pool has.
 
         Raises:
-            UnknownName, RoutingError: what is to be kept or left out is neither among them nor a task, or a system can't serve these
-                experts. RecipeError: nothing is left, or there is no data of an expert's for the multitask expert.
+            UnknownName, RoutingError: an expert to keep or leave out is neither among them nor a task, or a system can't
+                serve these experts. RecipeError: nothing is left, or the multitask expert lacks an expert's data.
         """
         tasks, known = [e.name for e in self.pool_entries], [e.name for e in self._all_entries()]
         for name in (*self.pool.only, *self.pool.leave_out):
             if name not in (*names, *known):
                 raise unknown("expert or task of the pool", name, [*names, *known])
-        kept = tuple(
-            n for n in names if (not self.pool.only or n in self.pool.only) and n not in self.pool.leave_out
-        )
+        only = self.pool.only or names
+        kept = tuple(n for n in names if n in only and n not in self.pool.leave_out)
         if not kept and not tasks:
             raise RecipeError(f"no expert of {self.pool.folder} is left.")
         self._check_routers(list(dict.fromkeys((*tasks, *kept))))
         if MULTITASK in self.all_systems and (without := [n for n in kept if n not in tasks]):
             raise RecipeError(
-                f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], or leave it out."
+                f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], "
+                "or leave it out."
             )
         return kept
 
@@ -294,7 +269,7 @@ class ExperimentRecipe:
         return asdict(self)
 
     def without_paths(self) -> dict[str, Any]:
-        """As `to_json`, to be given away: of files and folders of this machine only the names."""
+        """As `to_json`, for results that are given away: of this machine's files and folders only the names."""
         data = self.to_json()
         data["base"] = local_name(self.base)
         data["signature"]["encoder"] = local_name(self.signature.encoder)
@@ -311,13 +286,11 @@ class ExperimentRecipe:
         Raises:
             UnknownName: a setting that doesn't exist. RecipeError: one of the wrong type.
         """
-        parts = {
-            "pool": PoolPart, "measure": MeasurePart, "expert": ExpertConfig, "gate": GateConfig, "signature": SignatureConfig,
-            "multitask": ExpertConfig, "page": PagePart,
-        }  # fmt: skip
         given = {k: v for k, v in data.items() if k != "multitask" or v is not None}
-        values = {k: _part(parts[k], v, f"{where}, [{k}]") if k in parts else v for k, v in given.items()}
-        made = _part(ExperimentRecipe, values, where)
+        values = {
+            k: _dataclass_of(TABLES[k], v, f"{where}, [{k}]") if k in TABLES else v for k, v in given.items()
+        }
+        made = _dataclass_of(ExperimentRecipe, values, where)
         assert isinstance(made, ExperimentRecipe)
         return made
 
@@ -325,7 +298,7 @@ class ExperimentRecipe:
     def read(
         path: str | Path, folders: Mapping[str, str] | None = None, pool: str | Path | None = None
     ) -> ExperimentRecipe:
-        """The recipe in a TOML file; `folders` and `pool` go before its own. Relative folders of the file start where the file is.
+        """The recipe in a TOML file; `folders` and `pool` go before its own. Relative paths start where the file is.
 
         Raises:
             RecipeError: the file is missing or no TOML; others as `from_json`.
@@ -354,6 +327,18 @@ class ExperimentRecipe:
         return ExperimentRecipe.from_json(data, str(path))
 
 
+TABLES: dict[str, type] = {
+    "pool": PoolPart,
+    "measure": MeasurePart,
+    "page": PagePart,
+    "expert": ExpertConfig,
+    "gate": GateConfig,
+    "signature": SignatureConfig,
+    "multitask": ExpertConfig,
+}
+"""The tables of a recipe that are a dataclass each."""
+
+
 def fast_dtype() -> str:
     """bfloat16 where this machine computes in it (three times as fast there), else float32."""
     fast = (
@@ -365,7 +350,7 @@ def fast_dtype() -> str:
 
 
 def _absolute(path: str | Path) -> str:
-    """A worker elsewhere may have another current folder."""
+    """Absolute, since a worker elsewhere may have another current folder."""
     return str(Path(path).expanduser().absolute())
 
 
@@ -374,55 +359,57 @@ def local_name(spec: str) -> str:
     return Path(spec).name if spec.startswith(("/", ".", "~")) else spec
 
 
-def _part(kind: Any, data: Any, where: str) -> Any:
+def _dataclass_of(kind: Any, data: Any, where: str) -> Any:
+    """The dataclass that TOML or JSON describes; lists become tuples.
+
+    Raises:
+        UnknownName: a setting that doesn't exist. RecipeError: one of the wrong type, or missing.
+    """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: expected settings, got {type(data).__name__}.")
-    known = {f.name for f in fields(kind)}
-    for name in data:
-        if name not in known:
-            raise unknown(f"setting in {where}", name, known)
+    types = {f.name: str(f.type) for f in fields(kind)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    for f in fields(kind):
-        value = values.get(f.name)
-        wrong = f.name in values and _wrong_type(value, str(f.type))
-        if wrong:
-            raise RecipeError(f"{where}: {f.name} is {value!r}, expected {wrong}.")
+    for name, value in values.items():
+        if name not in types:
+            raise unknown(f"setting in {where}", name, types)
+        expected, fits = _TYPES.get(types[name], ("", lambda value: True))
+        if not fits(value):
+            raise RecipeError(f"{where}: {name} is {value!r}, expected {expected}.")
     try:
         return kind(**values)
     except TypeError as cause:
         raise RecipeError(f"{where}: {str(cause).partition('() ')[2] or cause}.") from cause
 
 
-def _wrong_type(value: Any, expected: str) -> str | None:
-    """What was expected, if `value` is something else."""
-    if expected == "tuple[str, ...]":
-        return (
-            None if isinstance(value, tuple) and all(isinstance(v, str) for v in value) else "a list of texts"
-        )
-    if expected == "tuple[int, ...]":
-        numbers = isinstance(value, tuple) and value and all(isinstance(v, int) for v in value)
-        return None if numbers else "a list of whole numbers"
-    if expected == "str":
-        return None if isinstance(value, str) else "a text"
-    if expected == "int":
-        return (
-            None
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            else "a whole number"
-        )
-    if expected == "float":
-        return None if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    if expected in ("Mapping[str, str]", "Mapping[str, float]"):
-        kind, said = (str, "texts") if "float" not in expected else (int | float, "numbers")
-        good = isinstance(value, Mapping) and all(
-            isinstance(v, kind) and not isinstance(v, bool) for v in value.values()
-        )
-        return None if good else f"names and {said}"
-    return None
+def _is(kind: Any) -> Callable[[Any], bool]:
+    """Whether a value is of this kind. A bool is no number, although Python says that it is an int."""
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _all(kind: Any) -> Callable[[Any], bool]:
+    return lambda value: all(map(_is(kind), value.values() if isinstance(value, Mapping) else value))
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a text", _is(str)),
+    "int": ("a whole number", lambda value: _is(int)(value) and value >= 0),
+    "float": ("a number", _is(int | float)),
+    "tuple[str, ...]": ("a list of texts", lambda value: _is(tuple)(value) and _all(str)(value)),
+    "tuple[int, ...]": (
+        "a list of whole numbers",
+        lambda value: _is(tuple)(value) and bool(value) and _all(int)(value),
+    ),
+    "Mapping[str, str]": ("names and texts", lambda value: _is(Mapping)(value) and _all(str)(value)),
+    "Mapping[str, float]": (
+        "names and numbers",
+        lambda value: _is(Mapping)(value) and _all(int | float)(value),
+    ),
+}
+"""Type of a field → (what is expected there, its check). Fields of other types check themselves."""
 
 
 def without_own_copies(recipe: ExperimentRecipe, found: Suite) -> tuple[Suite, tuple[str, ...]]:
-    """The suite without those of its own-copy tasks for which there is no file, and their names."""
+    """(the suite without its own-copy tasks for which there is no file, the names of those)."""
     missing = []
     for one in (e for e in found.entries if e.name in found.own_copy):
         folder = folder_for(one.specs[0], (one.name, found.name), recipe.folders)
