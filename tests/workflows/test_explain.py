@@ -13,7 +13,7 @@ from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.batch import pad_id
 from phatgoose.routers import PHATGOOSE, Random, Single, SoftCentroid
 from phatgoose.workflows import explain as module
-from phatgoose.workflows.explain import Effect, Explanation, explain, words
+from phatgoose.workflows.explain import Effect, ExplainOptions, Explanation, explain, words
 
 PROMPT = "What is the past tense of walk?"
 
@@ -51,7 +51,7 @@ def likelihood(base, prompt, answer):
 def test_every_number_agrees_with_pools_made_for_it(pooled, family):
     base, experts = pooled(family)
     ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
-    found, routed = explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=6, batch_rows=3)
+    found, routed = explain(base, Pool(experts), ids, prompt=PROMPT, options=ExplainOptions(6, batch_rows=3))
     assert routing_of(base) is None
 
     route(base, Pool(experts), PHATGOOSE())
@@ -88,8 +88,8 @@ def test_every_number_agrees_with_pools_made_for_it(pooled, family):
 def test_most_looks_at_the_heaviest_and_counts_the_rest(pooled):
     base, experts = pooled("llama")
     ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
-    every, _ = explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3)
-    one, _ = explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3, most=1)
+    every, _ = explain(base, Pool(experts), ids, prompt=PROMPT, options=ExplainOptions(3))
+    one, _ = explain(base, Pool(experts), ids, prompt=PROMPT, options=ExplainOptions(3, most=1))
     heaviest = max(every.effects, key=lambda e: e.share)
     assert [e.expert for e in one.effects] == [heaviest.expert]
     assert one.effects[0].without == pytest.approx(heaviest.without, abs=1e-5)
@@ -103,7 +103,7 @@ def test_few_forwards(pooled, monkeypatch):
     rows = []
     logits = module._logits
     monkeypatch.setattr(module, "_logits", lambda b, a, n: rows.append(n) or logits(b, a, n))
-    explain(base, Pool(experts), ids, prompt=PROMPT, max_new_tokens=3, batch_rows=5)
+    explain(base, Pool(experts), ids, prompt=PROMPT, options=ExplainOptions(3, batch_rows=5))
     assert rows == [5, 3]
 
 
@@ -141,7 +141,7 @@ def test_routers_read_the_turn_of_a_chat_as_generate_gives_it(make_base, make_ex
     )
     router = SoftCentroid(encoder=str(folder))
     ids = torch.tensor([base.tokenizer(f"a template around {PROMPT} and behind it")["input_ids"]])
-    found, _ = explain(base, pool, ids, router, prompt=PROMPT, read=["walk"], max_new_tokens=5)
+    found, _ = explain(base, pool, ids, router, prompt=PROMPT, read=["walk"], options=ExplainOptions(5))
     route(base, pool, router)
     with prompted(base, ["walk"]), torch.no_grad():
         out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=pad_id(base.tokenizer), output_logits=True, return_dict_in_generate=True)  # fmt: skip
@@ -150,5 +150,5 @@ def test_routers_read_the_turn_of_a_chat_as_generate_gives_it(make_base, make_ex
     total = sum(float(step[0].log_softmax(-1)[t]) for step, t in zip(out.logits, answer, strict=True))
     assert len(found.tokens) == len(answer) > 1
     assert found.log_likelihood == pytest.approx(total, abs=1e-4)
-    whole, _ = explain(base, pool, ids, router, prompt=PROMPT, max_new_tokens=5)
+    whole, _ = explain(base, pool, ids, router, prompt=PROMPT, options=ExplainOptions(5))
     assert whole.log_likelihood != pytest.approx(total, abs=1e-4)

@@ -16,7 +16,7 @@ from phatgoose.models.trace.record import trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Uniform
 from phatgoose.workflows.page import page, read_results
-from phatgoose.workflows.traced import layer_shares, traced, with_cards
+from phatgoose.workflows.traced import TraceRequest, layer_shares, traced, with_cards
 
 ROWS = tuple(Example(f"{word} number {i}?", ("yes",)) for i, word in enumerate(["walk", "true", "the fox"]))
 TASK = Task("t", ROWS, ROWS, ROWS)
@@ -34,7 +34,7 @@ def pooled(make_base, make_expert):
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_profiles_are_means_over_modules(pooled, family):
     base, pool = pooled(family)
-    seen = traced(base, pool, PHATGOOSE(), [TASK], shown=1, texts=["maybe"], new_tokens=3)
+    seen = traced(base, pool, PHATGOOSE(), TraceRequest([TASK], 1, ["maybe"], new_tokens=3))
     assert routing_of(base) is None
     route(base, pool, PHATGOOSE())
     with torch.no_grad(), trace(base) as t:
@@ -72,7 +72,7 @@ def test_an_adapter_that_names_its_modules_in_another_layout_is_shown(pooled, tm
     }
     save_file(tensors, file, {"format": "pt"})
     other = Expert.from_peft(tmp_path / "a", name="other")
-    seen = traced(base, Pool([other, pool.experts[1]]), Uniform(), [TASK], shown=0)
+    seen = traced(base, Pool([other, pool.experts[1]]), Uniform(), TraceRequest([TASK], shown=0))
     assert seen.shares["t"] == pytest.approx({"other": 0.5, "b": 0.5}, abs=1e-3)
     assert [card["name"] for card in seen.cards] == ["other", "b"]
 
@@ -84,7 +84,12 @@ def test_what_was_measured_stands_before_cards():
 
 def test_a_page_of_a_pool_alone_and_of_what_it_offers_for_download(pooled, tmp_path):
     base, pool = pooled()
-    out = page(tmp_path / "p.html", base=base, pool=pool, tasks=[TASK], texts=["<b>maybe"], new_tokens=2)
+    out = page(
+        tmp_path / "p.html",
+        base=base,
+        pool=pool,
+        request=TraceRequest([TASK], texts=["<b>maybe"], new_tokens=2),
+    )
     html = out.read_text()
     assert "&lt;b&gt;maybe" in html
     start = html.index('id="data">') + len('id="data">')

@@ -1,11 +1,11 @@
-"""Why this answer: what each expert contributed to it, found by leaving experts out and by letting each act alone."""
+"""Why this answer: what changes without each expert, and with each alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,9 +40,9 @@ class Effect:
     without: float
     """The answer's log-likelihood with this expert left out of the pool."""
     change: float
-    """What leaving it out does: `without` minus the log-likelihood of the whole pool. Negative: it made the answer likelier."""
+    """`without` minus the log-likelihood of the whole pool. Negative: the expert made the answer likelier."""
     keeps_answer: bool
-    """Whether the greedy answer stays the same token by token without it."""
+    """Whether the greedy answer stays the same, token by token, without it."""
     alone: float
     """The answer's log-likelihood with this expert on every token it has something for, and no other."""
 
@@ -53,7 +53,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An answer and what it rests on; experts in order of what leaving them out does, the largest loss first."""
+    """An answer and the experts it rests on, in the order of their `change`: the largest loss first."""
 
     prompt: str
     answer: str
@@ -64,7 +64,7 @@ class Explanation:
     base_keeps_answer: bool
     effects: tuple[Effect, ...]
     left_out: int
-    """Active experts that were not looked at, those with the least weight, because of `most`."""
+    """Active experts that were not examined, those with the least weight, because of `most`."""
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -73,79 +73,16 @@ class Explanation:
         return {"format": "phatgoose-explanation/1", **data}
 
 
-def explain(
-    base: Base,
-    pool: Pool,
-    ids: Tensor,
-    router: Router | None = None,
-    *,
-    prompt: str,
-    read: Sequence[str] = (),
-    max_new_tokens: int = 64,
-    most: int | None = None,
-    batch_rows: int = 8,
-    options: RouteOptions | None = None,
-) -> tuple[Explanation, RoutedPrompt]:
-    """Answers greedily and says which experts the answer rests on; also gives the answer's routing, token by token.
+@dataclass(frozen=True)
+class ExplainOptions:
+    """How an answer is generated and examined."""
 
-    The answer's tokens are laid behind the prompt once for the whole pool, once for the base, and twice for each active expert
-    (without it, it alone), several variants in one forward, one a row.
-
-    Args:
-        ids: the prompt's tokens, int64 [1, T]; `prompt` is its text.
-        read: what routers that read text get in place of the whole prompt, such as a chat's last turn without its template.
-        router: one that chooses by scores; PHATGOOSE() if None.
-        most: look only at this many experts, those with the most routing weight; None: at all that acted.
-        batch_rows: variants in one forward.
-
-    Raises:
-        RoutingError: the router can't switch experts off. EvaluationError: the answer is empty.
-    """
-    router = PHATGOOSE() if router is None else router
-    switches = Switches()
-    route_with(base, pool, Masked(router, switches), options or RouteOptions())
-    try:
-        ids = ids.to(base.device)
-        with prompted(base, read), trace(base, margins=False) as recorded:
-            out = greedy_answer(base, ids, max_new_tokens)
-        answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
-        if not len(answer):
-            raise EvaluationError("the model answered nothing, so there is nothing to explain.")
-        text = str(base.tokenizer.decode(answer, skip_special_tokens=True))
-        shares = expert_shares(recorded)
-        active = sorted((name for name in pool.names if shares[name] > 0), key=lambda name: -shares[name])
-        chosen = active if most is None else active[:most]
-        rows = _variants(pool.names, chosen)
-        likelihoods, kept = _scored(
-            base, switches, Answered(ids, answer, tuple(read)), rows.split(batch_rows)
-        )
-    finally:
-        unroute(base)
-    whole, alone_base = likelihoods[0], likelihoods[1]
-    effects = [
-        Effect(
-            name, shares[name], likelihoods[2 + 2 * i], likelihoods[2 + 2 * i] - whole, kept[2 + 2 * i], likelihoods[3 + 2 * i]
-        )
-        for i, name in enumerate(chosen)
-    ]  # fmt: skip
-    routed = routed_prompt(
-        recorded, base, task="", prompt=prompt, expected="", answer=text.strip(), correct=False
-    )
-    pieces = tuple(str(base.tokenizer.decode([token])) for token in answer.tolist())
-    found = Explanation(
-        prompt, text, pieces, router.describe(), whole, alone_base, kept[1],
-        tuple(sorted(effects, key=lambda e: e.change)), len(active) - len(chosen),
-    )  # fmt: skip
-    return found, routed
-
-
-def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
-    """Who is on: the whole pool, nobody, then for each chosen expert all but it and it alone. bool [2 + 2·chosen, experts]."""
-    rows = [torch.ones(len(names), dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)]
-    for name in chosen:
-        alone = torch.tensor([other == name for other in names])
-        rows += [~alone, alone]
-    return torch.stack(rows)
+    max_new_tokens: int = 64
+    most: int | None = None
+    """Examine only this many experts, those with the most routing weight; None: all that acted."""
+    batch_rows: int = 8
+    """Variants of the pool in one forward pass."""
+    route: RouteOptions = field(default_factory=RouteOptions)
 
 
 @dataclass(frozen=True)
@@ -157,13 +94,79 @@ class Answered:
     read: tuple[str, ...]
 
 
+def explain(
+    base: Base,
+    pool: Pool,
+    ids: Tensor,
+    router: Router | None = None,
+    *,
+    prompt: str,
+    read: Sequence[str] = (),
+    options: ExplainOptions | None = None,
+) -> tuple[Explanation, RoutedPrompt]:
+    """Answers greedily and finds the experts that the answer rests on; also returns the answer's routing, token by token.
+
+    The answer's tokens are scored behind the prompt once with the whole pool, once with the base, and twice for each active
+    expert (without it, it alone). Several of these variants share a forward pass, one a row.
+
+    Args:
+        ids: the prompt's tokens, int64 [1, T]; `prompt` is its text.
+        router: one that chooses by scores; PHATGOOSE() if None.
+        read: what routers that read text get in place of the whole prompt, such as a chat's last turn without its template.
+
+    Raises:
+        RoutingError: the router can't switch experts off. EvaluationError: the answer is empty.
+    """
+    router, options = router or PHATGOOSE(), options or ExplainOptions()
+    switches = Switches()
+    route_with(base, pool, Masked(router, switches), options.route)
+    try:
+        ids = ids.to(base.device)
+        with prompted(base, read), trace(base, margins=False) as recorded:
+            out = greedy_answer(base, ids, options.max_new_tokens)
+        answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
+        if not len(answer):
+            raise EvaluationError("the model answered nothing, so there is nothing to explain.")
+        shares = expert_shares(recorded)
+        active = sorted((name for name in pool.names if shares[name] > 0), key=lambda name: -shares[name])
+        chosen = active[: options.most]
+        variants = _variants(pool.names, chosen).split(options.batch_rows)
+        likelihoods, kept = _scored(base, switches, Answered(ids, answer, tuple(read)), variants)
+    finally:
+        unroute(base)
+    whole, base_alone = likelihoods[:2]
+    pairs = zip(chosen, likelihoods[2::2], kept[2::2], likelihoods[3::2], strict=True)
+    effects = [
+        Effect(n, shares[n], without, without - whole, keeps, alone) for n, without, keeps, alone in pairs
+    ]
+    text = str(base.tokenizer.decode(answer, skip_special_tokens=True))
+    found = Explanation(
+        prompt, text, tuple(str(base.tokenizer.decode([token])) for token in answer.tolist()), router.describe(), whole,
+        base_alone, kept[1], tuple(sorted(effects, key=lambda e: e.change)), len(active) - len(chosen),
+    )  # fmt: skip
+    routed = routed_prompt(
+        recorded, base, task="", prompt=prompt, expected="", answer=text.strip(), correct=False
+    )
+    return found, routed
+
+
+def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
+    """Which experts are on: all, none, then for each chosen one all others, and it alone. bool [2 + 2·chosen, experts]."""
+    rows = [torch.ones(len(names), dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)]
+    for name in chosen:
+        alone = torch.tensor([other == name for other in names])
+        rows += [~alone, alone]
+    return torch.stack(rows)
+
+
 def _scored(
     base: Base, switches: Switches, answered: Answered, batches: Sequence[Tensor]
 ) -> tuple[list[float], list[bool]]:
-    """For each variant the answer's log-likelihood in nats, and whether it has the likeliest tokens of the first variant."""
+    """For each variant: the answer's log-likelihood in nats, and whether its likeliest tokens are those of the first."""
     likelihoods: list[float] = []
     kept: list[bool] = []
-    greedy: Tensor | None = None  # the same as the answer, but for ties that another batch or a cache may tip
+    # The first variant's likeliest tokens are the answer's, except where another batch size or a cache tips a tie.
+    greedy: Tensor | None = None
     try:
         for allowed in batches:
             switches.allowed = allowed
@@ -220,8 +223,11 @@ def words(found: Explanation) -> list[str]:
     for e in mattered:
         line = f"{e.expert} mattered: without it the answer is {_times(e.change)} ({e.change:+.2f} nats)"
         line += "" if e.keeps_answer else " and the greedy answer is another"
-        alone = "on its own it " + ("does better than" if e.alone > found.log_likelihood + MATTERS else "does as well as" if e.alone > found.log_likelihood - MATTERS else "falls short of")  # fmt: skip
-        lines.append(f"{line}; {alone} the pool ({e.alone:.2f} nats).")
+        gap = e.alone - found.log_likelihood
+        alone = (
+            "does better than" if gap > MATTERS else "does as well as" if gap > -MATTERS else "falls short of"
+        )
+        lines.append(f"{line}; on its own it {alone} the pool ({e.alone:.2f} nats).")
     others = [e.expert for e in found.effects if not e.mattered]
     if mattered and others:
         left = "it" if len(others) == 1 else "any one of them"

@@ -1,8 +1,9 @@
-"""The page of results and pools: what was measured, and what tracing a pool on tasks and prompts shows."""
+"""The HTML page of results and of a traced pool."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
-from phatgoose.records import Task
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.workflows.experiment.page import FORMAT, page_data
-from phatgoose.workflows.traced import traced, with_cards
+from phatgoose.workflows.traced import TraceRequest, traced, with_cards
 
 
 def report(
@@ -61,17 +61,15 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def page(
     out: Path,
-    *,
     results: Mapping[str, Any] | None = None,
+    *,
     base: Base | None = None,
     pool: Pool | None = None,
     router: Router | None = None,
-    tasks: Sequence[Task] = (),
-    texts: Sequence[str] = (),
-    new_tokens: int = 24,
+    request: TraceRequest | None = None,
     options: RouteOptions | None = None,
 ) -> Path:
-    """Writes the page. With a pool and its base, experts get cards, `tasks` profiles and an answer each, `texts` an answer each.
+    """Writes the page. With a pool and its base, the pool is traced: experts get cards, tasks profiles, and prompts answers.
 
     Raises:
         EvaluationError: there is nothing to show, or the results are malformed.
@@ -81,9 +79,9 @@ def page(
         if not data["systems"]:
             raise EvaluationError("there is nothing to show: give results, or a pool.")
         return analysis_page.report(data, out=out)
-    seen = traced(
-        base, pool, router or PHATGOOSE(), tasks, shown=len(tasks), texts=texts, new_tokens=new_tokens, options=options
-    )  # fmt: skip
+    request = request or TraceRequest()
+    tasks = request.tasks
+    seen = traced(base, pool, router or PHATGOOSE(), replace(request, shown=len(tasks)), options)
     known = {task["name"] for task in data["tasks"]}
     data["tasks"] = [
         *data["tasks"],

@@ -1,4 +1,4 @@
-"""Which experts acted where: routed prompts for the page, every task's routing profile, and what there is to say of each expert."""
+"""Trace a pool: routed prompts, each task's routing profile, a card for each expert."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from phatgoose.routers import Router
 
 PROFILE_ROWS = 16
 MEAN_ROWS = 2
-NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -37,46 +36,46 @@ class TraceReport:
     prompts: list[RoutedPrompt]
     """A greedy answer to the first test row of some tasks (and to given texts), with every choice."""
     shares: dict[str, dict[str, float]]
-    """For each task, the share of the routing weight that each expert gets on the prompts of its first test rows (and on their
-    answers, in an encoder–decoder's decoder)."""
+    """Task → expert → its share of the routing weight on the prompts of the task's first test rows. In an encoder–decoder
+    the decoder reads their answers."""
     layers: dict[str, dict[str, Any]]
     """The same for each layer."""
     cards: list[dict[str, Any]]
     """One for each expert."""
 
 
-def traced(
-    base: Base,
-    pool: Pool,
-    router: Router,
-    tasks: Sequence[Task],
-    *,
-    shown: int = 6,
-    texts: Sequence[str] = (),
-    new_tokens: int = NEW_TOKENS,
-    options: RouteOptions | None = None,
-) -> TraceReport:
-    """Traces a pool; the base is left without routing.
+@dataclass(frozen=True)
+class TraceRequest:
+    """What a pool is traced on."""
 
-    Args:
-        tasks: all of them get a profile, from their first 16 test rows.
-        shown: of how many tasks the first test row is answered.
-        texts: prompts that are answered as well, after those of the tasks.
-    """
+    tasks: Sequence[Task] = ()
+    """All of them get a profile, from their first 16 test rows."""
+    shown: int = 6
+    """Of how many tasks the first test row is answered."""
+    texts: Sequence[str] = ()
+    """Prompts that are answered as well, after those of the tasks."""
+    new_tokens: int = 24
+    """Most tokens of an answer."""
+
+
+def traced(
+    base: Base, pool: Pool, router: Router, request: TraceRequest, options: RouteOptions | None = None
+) -> TraceReport:
+    """Traces a pool; the base is left without routing."""
     unroute(base)
-    options = options or RouteOptions()
-    samples = [*texts, *(e.input for task in tasks for e in task.test[:MEAN_ROWS])]
+    tasks, options = request.tasks, options or RouteOptions()
+    samples = [*request.texts, *(e.input for task in tasks for e in task.test[:MEAN_ROWS])]
     route_with(base, pool, router, options)
     routing = routing_of(base)
     assert routing is not None
-    here = routing.pool  # under this model's names of its modules
+    here = routing.pool  # its modules have this model's names
     unroute(base)
     means = mean_inputs(base, here.modules, samples) if samples else None
     route_with(base, pool, router, options)
     try:
         profiles = {task.name: _profile(base, task) for task in tasks}
-        prompts = [_answer(base, task.name, task.test[0], new_tokens) for task in tasks[:shown]]
-        prompts += [_answer(base, "", Example(text, ()), new_tokens) for text in texts]
+        prompts = [_answer(base, t.name, t.test[0], request.new_tokens) for t in tasks[: request.shown]]
+        prompts += [_answer(base, "", Example(text, ()), request.new_tokens) for text in request.texts]
     finally:
         unroute(base)
     shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
@@ -88,7 +87,7 @@ def traced(
 def with_cards(
     records: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The records of results.json's experts, with what their cards add; what was measured stands."""
+    """The records of results.json's experts, with what their cards add. What was measured goes before a card."""
     known = {card["name"]: card for card in found}
     return [{**known.get(record["name"], {}), **record} for record in records]
 
@@ -113,7 +112,7 @@ def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
 
 def _profile(base: Base, task: Task) -> Trace:
     with trace(base, histogram=True) as recorded, torch.no_grad():
-        for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, and memory stays small
+        for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, little memory
             batch = {"input_ids": torch.tensor([encode_input(base, row)], device=base.device)}
             if base.is_encoder_decoder:  # the decoder reads what it should write
                 (encoded,) = encode_answers(base, row, row.targets[:1], UNLIMITED)

@@ -45,7 +45,7 @@ def command(
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.errors import RoutingError
     from phatgoose.models.attach.options import RouteOptions
-    from phatgoose.workflows.explain import explain, words
+    from phatgoose.workflows.explain import ExplainOptions, explain, words
 
     experts = load_pool(pool)
     choice = choose(router, experts, RouteOptions(backend))
@@ -55,10 +55,8 @@ def command(
     from phatgoose.cli.common.streaming import room_for
 
     ids, read = encode(model, experts, text, chat=chat)
-    found, _ = explain(
-        model, experts, ids, choice.router, prompt=text, read=read, most=most, options=choice.options,
-        max_new_tokens=room_for(model, ids, max_new_tokens),
-    )  # fmt: skip
+    options = ExplainOptions(room_for(model, ids, max_new_tokens), most, route=choice.options)
+    found, _ = explain(model, experts, ids, choice.router, prompt=text, read=read, options=options)
     if as_json:
         show.say(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return

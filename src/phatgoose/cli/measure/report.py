@@ -61,6 +61,7 @@ def command(
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.models.attach.options import RouteOptions
     from phatgoose.tasks import load_task
+    from phatgoose.workflows.traced import TraceRequest
 
     experts = load_pool(traced.pool)
     choice = choose(traced.router, experts, RouteOptions(traced.backend))
@@ -68,8 +69,8 @@ def command(
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
     tasks = [load_task(spec) for spec in traced.task or ()]
     model = load_for(experts, base)
+    request = TraceRequest(tasks, texts=traced.prompt or (), new_tokens=traced.max_new_tokens)
     written = page(
-        out, results=measured, base=model, pool=experts, router=choice.router, tasks=tasks, texts=traced.prompt or (),
-        new_tokens=traced.max_new_tokens, options=choice.options,
-    )  # fmt: skip
+        out, measured, base=model, pool=experts, router=choice.router, request=request, options=choice.options
+    )
     show.say(str(written))

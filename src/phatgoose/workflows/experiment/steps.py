@@ -40,7 +40,7 @@ from phatgoose.workflows.experiment.worker import (
     trained_on,
     worker_state,
 )
-from phatgoose.workflows.traced import TraceReport, traced
+from phatgoose.workflows.traced import TraceReport, TraceRequest, traced
 
 
 def check_tasks(run: Run, suite: str) -> dict[str, Any]:
@@ -256,9 +256,8 @@ def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceRep
     tasks = [
         replace(state.task(suite, task), name=name) for (suite, task), name in page_names(suites).items()
     ]
-    return traced(
-        state.base, state.pool, PHATGOOSE(), tasks, shown=state.recipe.page.prompts, options=state.options
-    )  # fmt: skip
+    request = TraceRequest(tasks, shown=state.recipe.page.prompts)
+    return traced(state.base, state.pool, PHATGOOSE(), request, state.options)
 
 
 def contamination(
