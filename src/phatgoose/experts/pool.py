@@ -190,12 +190,8 @@ class Pool:
                 failures.append(error)
                 if len(failures) == MOST_FAILURES:
                     break
-        if len(failures) > 1:
-            more = " or more" if len(failures) == MOST_FAILURES else ""
-            first = f"{len(failures)}{more} experts of {folder} can't be loaded:"
-            raise PoolError("\n".join([first, *map(str, failures)]))
-        if failures:
-            raise failures[0]
+        more = " or more" if len(failures) == MOST_FAILURES else ""
+        raise_all(failures, f"{len(failures)}{more} experts of {folder} can't be loaded:")
         if not experts:
             raise PoolError(f"{folder} is an empty pool; add an expert with `phatgoose pool add`.")
         return Pool(experts)
@@ -270,6 +266,14 @@ class Pool:
             tokenizer: the base's, to compare tokenizer files of the experts with.
         """
         return health.warnings(self.experts, weight_norms, tokenizer)
+
+
+def raise_all(failures: Sequence[PhatgooseError], title: str) -> None:
+    """Raises a single failure as it is, and several as one PoolError under a title; nothing without failures."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise PoolError("\n".join([title, *map(str, failures)]))
 
 
 def make_folder(folder: Path) -> None:

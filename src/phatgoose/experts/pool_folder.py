@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phatgoose.errors import PhatgooseError, PoolError
+from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.hub.push import PushOptions, push_pool
 from phatgoose.experts.manifest import lock, read_manifest, sweep
 from phatgoose.experts.names import MANIFEST
 from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.packed.pack import append, check_packed
-from phatgoose.experts.pool import Pool, make_folder, manifest_or_new
+from phatgoose.experts.pool import Pool, make_folder, manifest_or_new, raise_all
 from phatgoose.experts.pool_entries import place_expert, write_description
 from phatgoose.files import write_json
 from phatgoose.records import HubSource
@@ -71,10 +71,7 @@ def verify_folder(folder: str | Path) -> Pool:
                 check_packed(expert)
             except PhatgooseError as error:
                 failures.append(error)
-    if len(failures) > 1:
-        raise PoolError("\n".join([f"{len(failures)} experts of {folder} are damaged:", *map(str, failures)]))
-    if failures:
-        raise failures[0]
+    raise_all(failures, f"{len(failures)} experts of {folder} are damaged:")
     return pool
 
 

@@ -5,29 +5,23 @@ Records are other people's text: a card has them in YAML that a library has quot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card.facts import Facts
-from phatgoose.experts.card.markdown import code, grid, hub_id, loadable, public, python
+from phatgoose.experts.card.markdown import code, hub_id, loadable, public
 from phatgoose.experts.names import CARD_FILE
 from phatgoose.files import write_bytes
 
 CARD_LIMIT_BYTES = 2**20
 MARK = "<!-- Written by phatgoose. Remove this line and the file is yours: it is kept as it is. -->"
-
-_PAPER = "https://arxiv.org/abs/2402.05859"
-_METRICS = (
-    "Validation losses are in nats per target token, as the contributor's training recorded them on rows of the "
-    "expert's own "
-    "task; nobody else has checked them.\n\nIn the examples REPOSITORY stands for the id of this repository on the "
-    "Hub, "
-    "organisation/name."
-)
 
 
 def write_card(target: Path, facts: Facts, source: Path | None) -> None:
@@ -83,83 +77,35 @@ def is_made(card: bytes) -> bool:
 def expert_card(facts: Facts) -> str:
     """The card of one expert, in Markdown."""
     base = hub_id(facts.base)
-    tags = [
-        "phatgoose",
-        *([facts.tag] if facts.tag else []),
-        *([f"base_model:adapter:{base}"] if base else []),
-    ]
-    opening = (
-        f"An adapter of the base model {code(public(facts.base))}: an expert for phatgoose ([the "
-        f"method]({_PAPER})). It works "
-        "alone, and in a pool of experts, where every token is routed to those that suit it."
-    )
-    parts = [
-        _head(base, facts.is_peft, tags),
-        MARK,
-        f"# {code(facts.name)}",
-        opening,
-        grid(("", ""), facts.rows()),
-        _METRICS,
-    ]
-    if facts.is_peft:
-        parts += ["## With plain PEFT", python(_peft(base, "REPOSITORY"))]
-    parts += ["## With phatgoose", python(_expert(facts.base))]
-    return "\n\n".join(parts) + "\n"
+    tags = ["phatgoose", facts.tag, base and f"base_model:adapter:{base}"]
+    return _render("expert.md.j2", facts.base, facts.is_peft, tags, expert=facts)
 
 
 def pool_card(experts: Sequence[tuple[Facts, str]], base: str | None) -> str:
-    """The card of a pool, in Markdown."""
-    known = hub_id(base)
-    opening = (
-        f"{len(experts)} experts, adapters of the base model {code(public(base))}, for phatgoose ([the "
-        f"method]({_PAPER})): every "
-        "token is routed to the experts that suit it."
+    """The card of a pool, in Markdown; `experts` are the facts and the folder of each."""
+    folder = next((folder for facts, folder in experts if facts.is_peft), None)
+    tags = ["phatgoose", "mixture-of-experts"]
+    is_peft = folder is not None or not experts
+    return _render("pool.md.j2", base, is_peft, tags, experts=[f for f, _ in experts], peft_folder=folder)
+
+
+def _render(template: str, base: str | None, is_peft: bool, tags: Sequence[str | None], **values: Any) -> str:
+    library = "peft" if is_peft else "adapter-transformers"  # the Hub's word for AdapterHub's library
+    metadata = ModelCardData(base_model=hub_id(base), library_name=library, tags=[t for t in tags if t])
+    page = _environment().get_template(template)
+    return page.render(metadata=metadata.to_yaml(), mark=MARK, base=base, **values)
+
+
+@cache
+def _environment() -> Environment:
+    # Not escaped: the filter `code` makes other people's text literal.
+    environment = Environment(
+        loader=PackageLoader("phatgoose.experts.card", "."),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    columns = ("expert", "task", "kind", "gates", "validation loss", "from")
-    rows = [(code(f.name), code(f.task), code(f.kind), f.gates, f.loss, code(f.origin)) for f, _ in experts]
-    place = next((place for facts, place in experts if facts.is_peft), None)
-    head = _head(known, place is not None or not experts, ["phatgoose", "mixture-of-experts"])
-    parts = [head, MARK, "# A pool of experts", opening]
-    parts += [grid(columns, rows), _METRICS, "## With phatgoose", python(_pool(base))]
-    if place:
-        parts += ["## One expert with plain PEFT", python(_peft(known, "REPOSITORY", place))]
-    return "\n\n".join(parts) + "\n"
-
-
-def _head(base: str | None, peft: bool, tags: Iterable[str]) -> str:
-    library = "peft" if peft else "adapter-transformers"  # the Hub's word for AdapterHub's library
-    return f"---\n{ModelCardData(base_model=base, library_name=library, tags=list(tags)).to_yaml()}\n---"
-
-
-def _peft(base: str | None, place: str, subfolder: str = "") -> list[str]:
-    inside = f', subfolder="{subfolder}"' if subfolder else ""
-    load = f'AutoModel.from_pretrained("{base}")' if base else "...  # the base model named above"
-    lines = ["from peft import PeftModel"]
-    if base:
-        lines.append("from transformers import AutoModelForCausalLM as AutoModel  # or AutoModelForSeq2SeqLM")
-    return [*lines, "", f"base = {load}", f'model = PeftModel.from_pretrained(base, "{place}"{inside})']
-
-
-def _expert(base: str | None) -> list[str]:
-    return [
-        "from phatgoose import Expert, Pool, load_base, route",
-        "",
-        'expert = Expert.pull("REPOSITORY")',
-        _load(base),
-        "model = route(base, Pool([expert]))  # and more experts of this base",
-    ]
-
-
-def _pool(base: str | None) -> list[str]:
-    return [
-        "from phatgoose import Pool, load_base, route",
-        "",
-        'pool = Pool.pull("REPOSITORY")',
-        _load(base),
-        "model = route(base, pool)",
-    ]
-
-
-def _load(base: str | None) -> str:
-    spec = loadable(base)
-    return f'base = load_base("{spec}")' if spec else 'base = load_base("BASE")  # the base model named above'
+    environment.filters |= {"code": code, "public": public, "hub_id": hub_id, "loadable": loadable}
+    return environment

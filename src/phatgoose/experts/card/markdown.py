@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
@@ -49,13 +48,3 @@ def code(text: str | None, limit: int = 200) -> str:
     if not kept:
         return "–"
     return "`" + (kept if len(kept) <= limit else kept[: limit - 1] + "…").replace("|", "\\|") + "`"
-
-
-def grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; its cells are Markdown already."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
-
-
-def python(lines: Iterable[str]) -> str:
-    """A code block; its lines must be our own."""
-    return "\n".join(["```python", *lines, "```"])
