@@ -116,6 +116,7 @@ class DataSignature:
             if found.metadata == metadata and all_identical(found.tensors, self._tensors()):
                 shutil.copyfile(self.path, target)
                 return
+        # Not by safetensors' own writer, which puts metadata in random order: one signature should have one sha256.
         items, end, tensors = {}, 0, self._tensors()
         for name, tensor in tensors.items():
             items[name] = Item(tensor.dtype, tuple(tensor.shape), end, end + 4 * tensor.numel())

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters.formats import to_contents, weights_file
-from phatgoose.experts.adapters.peft import read_tensors
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.card.card import write_card
 from phatgoose.experts.card.facts import Facts
@@ -67,6 +66,7 @@ class Expert:
     """Weights of the base that PEFT saved along, by parameter name; `route` checks that they equal the base's."""
 
     def __post_init__(self) -> None:
+        # object.__setattr__, since the dataclass is frozen: these fields are derived once, here.
         check_name(self.name)
         drop = check_drop(self.provenance.get("dropped", ()))
         contents = to_contents(self.adapter_config, self.tensors, self._where(), drop)
@@ -309,7 +309,7 @@ class Expert:
         source = self.folder
         if source is not None and (source / weights).is_file() and (source / CONFIG_FILE).is_file():
             config = read_json(source / CONFIG_FILE, ExpertError)
-            found = read_tensors(source / weights)
+            found = read_tensor_file(source / weights, empty=True).tensors
             if config == dict(self.adapter_config) and all_identical(found, self.tensors):
                 for name in (CONFIG_FILE, weights):
                     shutil.copyfile(source / name, work / name)

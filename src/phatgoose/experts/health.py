@@ -81,6 +81,7 @@ def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] |
                     )
                 if (times := _against_base(part, size, (weight_norms or {}).get(path, 0.0))) is not None:
                     found.add(name, _BASE[part], path, times)
+        # All pairs of gates are compared, so at a sample of modules only.
         if number % max(1, len(paths) // MODULES) == 0:
             parallel.add(gates)
     return [*found.texts(), *parallel.texts()]

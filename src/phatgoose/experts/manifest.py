@@ -157,7 +157,7 @@ def sweep(folder: Path, manifest: Mapping[str, Any], before: Iterable[Mapping[st
     gone = {e["folder"] for e in before} - entries.keys()
     for path in (folder / "experts").iterdir():
         entry = entries.get(f"experts/{path.name}")
-        half = path.name.startswith(".") and path.suffix in (".tmp", ".old")
+        half = path.name.startswith(".") and path.suffix in (".tmp", ".old")  # as `atomic_folder` names them
         if (half or f"experts/{path.name}" in gone) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif entry is not None and not path.is_symlink():

@@ -103,6 +103,7 @@ def _dense(
                 "ignore", "The density 1", UserWarning
             )  # density 1 keeps everything: fine
             delta = combine(path, parts)
+        # ΔW as a product B A of full rank: ΔW itself is one factor, and the identity of the smaller size the other.
         wide = first.d_in >= first.d_out
         a, b = (delta, torch.eye(first.d_out)) if wide else (torch.eye(first.d_in), delta)
         tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b
@@ -121,7 +122,7 @@ def _average_lora(pool: Pool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     biased = any(u.bias is not None for e in pool.experts for u in e.updates.values())
     for path in pool.modules:
         updates = _updates_at(pool, path)
-        share = 1 / len(pool.experts)
+        share = 1 / len(pool.experts)  # this and each expert's scale go into B, so that the merged scale is 1
         names = ("embedding_A", "embedding_B") if updates[0].embedding else ("A.weight", "B.weight")
         tensors[f"{PREFIX}{path}.lora_{names[0]}"] = torch.cat([u.A.float() for u in updates])
         tensors[f"{PREFIX}{path}.lora_{names[1]}"] = torch.cat(

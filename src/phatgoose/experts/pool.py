@@ -76,6 +76,7 @@ class Pool:
             if id(expert.sizes) in seen:  # packed experts with one layout share their sizes
                 continue
             seen.add(id(expert.sizes))
+            # A size of 0, which only the base knows, agrees with any other.
             for path, (*found, embedding) in expert.sizes.items():
                 first, known = owners.setdefault(path, expert), sizes.setdefault(path, (0, 0))
                 if not all(map(sizes_agree, known, found)) or embedding != first.sizes[path][2]:
@@ -156,7 +157,7 @@ class Pool:
                 )
             entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
             manifest = new_manifest(entries, self.base)
-            write_json(folder / MANIFEST, manifest)
+            write_json(folder / MANIFEST, manifest)  # from here on it is the new pool
             sweep(folder, manifest, old["experts"])
             write_description(folder, manifest)
         return folder

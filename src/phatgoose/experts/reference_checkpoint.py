@@ -157,7 +157,7 @@ def _one_by_one(checkpoint: Path, contents: Contents) -> Iterator[tuple[int, dic
     used = AT_ONCE_BYTES
     for i in range(contents.experts):
         if used >= AT_ONCE_BYTES:
-            tensors.clear()
+            tensors.clear()  # the old mapping goes with its last tensor, and its pages with it
             tensors, used = map_torch_file(checkpoint), 0
         keys = [f"{module}._addons.{part}__{i}" for module in contents.modules for part in _PARTS]
         own = {key: tensors[key] for key in keys}

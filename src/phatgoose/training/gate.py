@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError, TrainingError
-from phatgoose.experts.adapters.peft import read_tensors
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.hooks import Hooks
@@ -74,7 +74,10 @@ def train_gate(
     check_copies(dict(base.model.named_modules(remove_duplicate=False)), [here])
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
-        gates = {own.get(path, path): gate for path, gate in read_tensors(result / FILE).items()}
+        gates = {
+            own.get(path, path): gate
+            for path, gate in read_tensor_file(result / FILE, empty=True).tensors.items()
+        }
         record = {**record, "cost_share": _cost_share(record, expert.provenance)}
         return expert.with_gates(gates, provenance=record)
 

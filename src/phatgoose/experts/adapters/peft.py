@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,17 +13,7 @@ from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.adapters.peft_keys import SHARED, plain_keys
 from phatgoose.experts.adapters.peft_rules import check_config
 from phatgoose.experts.adapters.peft_updates import KINDS
-from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.ops.update import Update
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, checked to be floating point and finite; some may have no values.
-
-    Raises:
-        ExpertError: naming the file and the tensor.
-    """
-    return read_tensor_file(path, empty=True).tensors
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def header_of(
     """As `read_header`, of an open file of `size` bytes at its beginning; it is left at the first tensor."""
     first = file.read(8)
     length = int.from_bytes(first, "little")
+    # Bounded before it is read: a stranger's file may claim any length.
     if len(first) < 8 or length > min(size - 8, LIMIT_BYTES):
         raise error(f"{where} is not a whole safetensors file: its header can't have {length} bytes.")
     raw = first + file.read(length)
@@ -104,9 +105,10 @@ def parse_header(
         if not isinstance(data, dict):
             raise ValueError("it is no object")
         if metadata is not None and "__metadata__" in data:
-            raise ValueError("its metadata stands there twice")
+            raise ValueError("it has metadata twice")
         inside = _checked_metadata(data.pop("__metadata__", None))
         items = {name: _item(name, entry) for name, entry in data.items()}
+        # Tensors must follow each other without gaps or overlaps, so that the file has no bytes that nobody checks.
         end = 0
         header = Header(items, inside, max((item.end for item in items.values()), default=0))
         for name, item in header.in_order():

@@ -207,6 +207,7 @@ class _Remote:
         return found
 
     def _cached(self, needed: Sequence[str], extra: Sequence[str]) -> Fetched | None:
+        # A branch or a tag may have moved since it was cached, so the Hub is asked unless that is forbidden.
         if self.listing is not None or not (self.place.commit or is_offline()):
             return None
         try:

@@ -85,6 +85,7 @@ def _push(
             )
         if refused in there:
             raise UploadError(f"{place} is {what} to a repository of its own.")
+        # A card that somebody wrote on the Hub stays; our own files that the folder no longer has are deleted.
         add = [n for n in files if n != CARD_FILE or not _is_theirs(place, listing, files[n], token)]
         gone = sorted(n for n in there - files.keys() if _OURS.fullmatch(n) and n != CARD_FILE)
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [

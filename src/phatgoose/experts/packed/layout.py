@@ -69,6 +69,8 @@ def layout_of(
     Raises:
         ExpertError: as `to_contents` does.
     """
+    # The same code that reads real tensors is run on tensors without values; their identity then tells which key
+    # became which matrix.
     tensors = {
         key: torch.empty(item.shape, dtype=item.dtype, device="meta") for key, item in header.items.items()
     }

@@ -127,11 +127,13 @@ class PackedPoolReader:
         raw_config = self._read(folder, CONFIG_FILE, hashes)
         raw = self._read(folder, HEADERS[PEFT_WEIGHTS], hashes)
         unstacked = _unstacked(rest, PEFT_WEIGHTS)
+        # Everything a layout depends on: hundreds of experts that were trained alike share one key.
         key = (raw_config, raw, unstacked, drop)
         if key not in self._layouts:
             config = SafeFolder(folder.path).parse_object(CONFIG_FILE, raw_config)
             header = parse_header(raw, str(folder.path / HEADERS[PEFT_WEIGHTS]), known=self._headers)
             layout = layout_of(config, header, unstacked, str(folder.path), drop)
+            # The manifest's row numbers are a stranger's too: with these bounds none leads out of the rows in use.
             last = []
             for pair in layout.pairs.values():
                 last.append(self._last_row(pair.down, pair.widths[0], pair.dtype, pair.rank))

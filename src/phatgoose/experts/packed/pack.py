@@ -106,6 +106,7 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
     if _why_unpackable(entry):
         write_json(folder / MANIFEST, whole)
         return
+    # Without verification: other experts aren't touched, so they need not be sound.
     reader = PackedPoolReader(folder, manifest, verify=False)
     expert = _read_input(expert_folder(folder, entry), entry, None)
     if not _has_room(reader, stack_shapes([expert])):
@@ -167,6 +168,7 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
         index = {"file": str(path.relative_to(folder)), "used": used}
         whole = [added.get(e["name"], e) for e in manifest["experts"]]
         packed = {**manifest, "version": PACKED_VERSION, "experts": whole, "packed": index}
+        # Read back what was written, before the manifest names it.
         written = PackedPoolReader(folder, packed)
         experts = [written.expert(folders[name], entry) for name, entry in added.items()]
         for expert in experts:
