@@ -80,7 +80,8 @@ class Expert:
 
     def __repr__(self) -> str:
         ranks = sorted({u.rank for u in self.updates.values()})
-        return f"Expert({self.name!r}, modules={len(self.updates)}, ranks={ranks}, gates={'yes' if self.gates is not None else 'no'})"
+        gates = "no" if self.gates is None else "yes"
+        return f"Expert({self.name!r}, modules={len(self.updates)}, ranks={ranks}, gates={gates})"
 
     def _where(self) -> str:
         return f"expert {self.name!r}" + (f" ({self.folder})" if self.folder else "")

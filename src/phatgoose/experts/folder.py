@@ -116,8 +116,8 @@ def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
     if others:
         raise ExpertError(
             f"{folder} holds files that are no expert's "
-            f"({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which "
-            "would be lost: choose another folder with --out."
+            f"({', '.join(others[:4])}{', …' if len(others) > 4 else ''}), which would be lost: choose another "
+            "folder with --out."
         )
 
 

@@ -204,7 +204,10 @@ class _ParallelGates:
     def texts(self) -> Iterator[str]:
         for (one, other), count in self._same.items():
             if count > self._both[one, other] / 2:
-                yield f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as well."
+                yield (
+                    f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as "
+                    "well."
+                )
 
 
 def _bases(experts: Sequence[Expert]) -> Iterator[str]:
@@ -222,8 +225,8 @@ def _bases(experts: Sequence[Expert]) -> Iterator[str]:
     )
     yield (
         f"{DIFFERENT_BASES}: {listed}. These may be copies of one model, or models of one shape; without a "
-        "recorded base nobody can "
-        "tell here. Make sure that all were trained on one base: on another, an expert computes nonsense."
+        "recorded base nobody can tell here. Make sure that all were trained on one base: on another, an expert "
+        "computes nonsense."
     )
 
 
@@ -240,15 +243,17 @@ def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
         if expert.adapter_config.get("modules_to_save") and expert.base_copies and not compared:
             yield (
                 f"{expert.name}: brings its own {', '.join(expert.base_copies)}, and is refused on a base whose "
-                "weights differ from "
-                "these (`phatgoose pool verify --base` compares them)."
+                "weights differ from these (`phatgoose pool verify --base` compares them)."
             )
         if expert.base is None:
             yield f"{expert.name}: records no base, so it can't be checked that it was trained on this one."
         if expert.gates is None:
             yield f"{expert.name}: has no gates; PHATGOOSE can't route to it until they are trained (`phatgoose gate`)."
         if dropped := expert.provenance.get("dropped"):
-            yield f"{expert.name}: leaves out {', '.join(dropped)} of its adapter, as its record says; it computes something else."
+            yield (
+                f"{expert.name}: leaves out {', '.join(dropped)} of its adapter, as its record says; it computes "
+                "something else."
+            )
 
 
 def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
@@ -277,7 +282,8 @@ def _duplicates(experts: Sequence[Expert]) -> Iterator[str]:
         for i, one in enumerate(group):
             for other in group[:i]:
                 if all_identical(one.tensors, other.tensors):
-                    yield f"{other.name} and {one.name}: the same adapter twice; together they take both places of a top-2."
+                    names = f"{other.name} and {one.name}"
+                    yield f"{names}: the same adapter twice; together they take both places of a top-2."
 
 
 def _quick_hash(expert: Expert) -> bytes:

@@ -81,8 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != expected:
         raise PoolError(
             f"{path} has format version {brief(manifest.get('version'))}; this phatgoose reads {FORMAT_VERSION} "
-            "and, of packed pools, "
-            f"{PACKED_VERSION}. Update phatgoose."
+            f"and, of packed pools, {PACKED_VERSION}. Update phatgoose."
         )
     entries = manifest.get("experts")
     if not isinstance(entries, list):

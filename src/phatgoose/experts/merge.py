@@ -35,8 +35,7 @@ def merged(pool: Pool, name: str = "merged") -> Expert:
         return _peft_expert(pool, name, *_average_lora(pool))
     raise PoolError(
         f"experts of the kinds {', '.join(sorted(kinds))} don't average to one PEFT adapter; route with Uniform() "
-        "instead, which "
-        "is the same function."
+        "instead, which is the same function."
     )
 
 
@@ -160,8 +159,7 @@ def _average_ia3(pool: Pool) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if len(of_input) > 1:
             raise PoolError(
                 f"some (IA)³ experts scale the input of {path} and some its output, which don't average to one "
-                "adapter; route "
-                "with Uniform() instead, which is the same function."
+                "adapter; route with Uniform() instead, which is the same function."
             )
         vectors = [u.input_scale if u.input_scale is not None else u.output_scale for u in updates]
         mean = 1 + torch.stack([v.float() - 1 for v in vectors if v is not None]).sum(0) / len(pool.experts)

@@ -47,6 +47,5 @@ def check_name(name: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ExpertError(
             f"{brief(name)} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a "
-            "letter or digit); "
-            f"for example {slug(str(name)[:100])!r}."
+            f"letter or digit); for example {slug(str(name)[:100])!r}."
         )

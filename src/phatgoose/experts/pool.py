@@ -82,8 +82,7 @@ class Pool:
                 if not all(map(sizes_agree, known, found)) or embedding != first.sizes[path][2]:
                     raise PoolError(
                         f"experts {first.name!r} and {expert.name!r} disagree about {path}: {known[0]} → "
-                        f"{known[1]} and "
-                        f"{found[0]} → {found[1]}. They can't be of one base."
+                        f"{known[1]} and {found[0]} → {found[1]}. They can't be of one base."
                     )
                 sizes[path] = (known[0] or found[0], known[1] or found[1])
 
@@ -152,8 +151,7 @@ class Pool:
             if "packed" in manifest:
                 raise PoolError(
                     f"{folder} is packed and can't be written as a whole: change it by `phatgoose pool add` and "
-                    "`pool remove` "
-                    "(add_to_folder, remove_from_folder), unpack it first, or choose another folder."
+                    "`pool remove` (add_to_folder, remove_from_folder), unpack it first, or choose another folder."
                 )
             entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
             manifest = new_manifest(entries, self.base)

@@ -38,7 +38,8 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 AT_ONCE_BYTES = 4 * 2**30
 """The file is mapped anew after so much of it was read, since pages that were read count as this process' memory."""
 _KEY = re.compile(
-    r"(?P<module>[^\s]+)\._addons\.(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)__(?P<i>0|[1-9][0-9]{0,5})"
+    r"(?P<module>[^\s]+)\._addons\.(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)"
+    r"__(?P<i>0|[1-9][0-9]{0,5})"
 )
 _PARTS = ("expert_lora.layer1", "expert_lora.layer2", "router.expert_embeddings")
 
@@ -86,8 +87,7 @@ def inspect(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) ->
         if (match := _KEY.fullmatch(key)) is None:
             raise ExpertError(
                 f"{checkpoint}: unknown key {brief(key)}; expected <module>._addons.expert_lora.layer1__<i>, "
-                "…layer2__<i> and "
-                "<module>._addons.router.expert_embeddings__<i>."
+                "…layer2__<i> and <module>._addons.router.expert_embeddings__<i>."
             )
         module, part = match["module"], match["part"]
         if module not in base.linears:
@@ -223,8 +223,7 @@ def _compared(checkpoint: Path, key: str, tensor: Tensor, base: BaseShape) -> st
     if not base.is_own(key, tensor):
         raise ExpertError(
             f"{checkpoint}: {key} is not that of the base {base.spec!r}. The experts were trained on another base, "
-            "or with other "
-            "embeddings, which can't be routed."
+            "or with other embeddings, which can't be routed."
         )
     return "the base's own"
 

@@ -26,8 +26,7 @@ TOKENS = 4096
 """At most so many added tokens are recorded."""
 ADVICE = (
     "To use them, load the base from a folder of its own that holds these tokenizer files; or train the gates on "
-    "rows made with the "
-    "base's (docs/experts-and-pools.md#tokenizers)."
+    "rows made with the base's (docs/experts-and-pools.md#tokenizers)."
 )
 
 
@@ -77,8 +76,7 @@ def at_load(found: Mapping[str, Any]) -> str:
     """The warning for an adapter that was just read, from its record."""
     return (
         f"the adapter brings tokenizer files ({_what([found])}), which aren't used: prompts go through the base's "
-        "tokenizer and chat "
-        f"template. {ADVICE}"
+        f"tokenizer and chat template. {ADVICE}"
     )
 
 
@@ -93,9 +91,8 @@ def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     lines = [
         f"{_named(list(found))} {'brings' if len(found) == 1 else 'bring'} tokenizer files "
-        f"({_what(list(found.values()))}), which aren't used: "
-        "prompts go through the base's tokenizer and chat template. `phatgoose pool verify POOL --base BASE` says "
-        "where they differ."
+        f"({_what(list(found.values()))}), which aren't used: prompts go through the base's tokenizer and chat "
+        "template. `phatgoose pool verify POOL --base BASE` says where they differ."
     ]
     templates: dict[str, list[str]] = {}
     for name, record in found.items():
@@ -124,8 +121,7 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
         if trained is not None and (own is None or trained != sha256_of(own)):
             lines.append(
                 f"expert {expert!r} was trained on conversations through another chat template than this base's, "
-                "which `chat` and "
-                "`serve` don't use. Load the base with the template that it was trained with."
+                "which `chat` and `serve` don't use. Load the base with the template that it was trained with."
             )
         if record is None:
             continue
@@ -134,8 +130,7 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
             has = "the base has none" if own is None else "the base's is another one"
             lines.append(
                 f"expert {expert!r} brings a chat template of its own, and {has}: it was trained on prompts that "
-                "`chat` and `serve` "
-                f"don't make. {ADVICE}"
+                f"`chat` and `serve` don't make. {ADVICE}"
             )
         if record["added_tokens"]:
             vocabulary = tokenizer.get_vocab() if vocabulary is None else vocabulary
@@ -147,8 +142,7 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
                 )
                 lines.append(
                     f"expert {expert!r} brings added tokens that the base's tokenizer lacks or has at other ids, "
-                    f"{len(odd)} in all, so that "
-                    f"it reads them as other tokens: {first}. {ADVICE}"
+                    f"{len(odd)} in all, so that it reads them as other tokens: {first}. {ADVICE}"
                 )
     return lines
 

@@ -44,8 +44,7 @@ def map_torch_file(path: Path) -> dict[str, Tensor]:
         if value.dtype not in FLOATS or value.layout != torch.strided or value.device.type != "cpu":
             raise ExpertError(
                 f"{path}: {brief(key)} is {value.dtype}, {value.layout}, on {value.device.type}; expected float32, "
-                "bfloat16 or "
-                "float16, in memory."
+                "bfloat16 or float16, in memory."
             )
     return {key: value.detach() for key, value in data.items()}
 
@@ -72,8 +71,7 @@ def _check_archive(path: Path) -> None:
         except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as cause:
             raise ExpertError(
                 f"{path} is not a torch file of today's format ({cause}). If it is one of torch 1.5 or older, load "
-                "it where you "
-                "trust it, and save it again."
+                "it where you trust it, and save it again."
             ) from cause
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:

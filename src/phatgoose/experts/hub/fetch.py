@@ -191,8 +191,7 @@ def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
             if self.received > limit:
                 raise DownloadError(
                     f"{what}: the Hub lists {size} bytes, and {self.received} came without an end: the transfer "
-                    "breaks off "
-                    "again and again, or sends something else. Try again later."
+                    "breaks off again and again, or sends something else. Try again later."
                 )
             refreshed: bool | None = super().update(n)
             return refreshed
@@ -215,8 +214,7 @@ def _check_size(place: Place, name: str, listing: Listing, max_bytes: int) -> No
     if (size := listing.files[name].size) > limit:
         raise DownloadError(
             f"{place.repo}: {name} is {size:,} bytes, and at most {limit:,} are fetched; it was not. If that is "
-            "right, allow more "
-            "with max_bytes (--max-gb on the command line)."
+            "right, allow more with max_bytes (--max-gb on the command line)."
         )
 
 

@@ -78,9 +78,8 @@ def pull_expert(place: Place, drop: Collection[str], token: str | bool | None, m
                 if "prediction_head" not in drop and (heads := remote.find(HEAD_FILES)):
                     raise ExpertError(
                         f"{place} has a prediction head of its own ({heads[0]}). If it is the base's own, which "
-                        "the library saves "
-                        "along, leave it out with drop=('prediction_head',) (--drop). A head that was trained "
-                        "can't be routed."
+                        "the library saves along, leave it out with drop=('prediction_head',) (--drop). A head "
+                        "that was trained can't be routed."
                     )
             else:
                 check_targets(config, str(place))
@@ -216,8 +215,8 @@ class _Remote:
             if is_offline():
                 raise DownloadError(
                     f"can't fetch {self.place}: {lacking} isn't in the Hub cache "
-                    f"({huggingface_hub.constants.HF_HUB_CACHE}), "
-                    "and HF_HUB_OFFLINE is set: unset it, or fetch it once where there is a network."
+                    f"({huggingface_hub.constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set: unset it, or fetch it "
+                    "once where there is a network."
                 ) from None
         return None
 
@@ -247,8 +246,8 @@ def _check_is_expert(place: Place, listing: Listing) -> None:
     if pickles and not names & {*WEIGHTS_FILES}:
         raise DownloadError(
             f"{place} has its weights in {pickles[0]}, a pickle, which is refused, because opening one can run "
-            "code. If you trust "
-            f"its author, load it with the library that made it and save it again as {' or '.join(WEIGHTS_FILES)}."
+            "code. If you trust its author, load it with the library that made it and save it again as "
+            f"{' or '.join(WEIGHTS_FILES)}."
         )
 
 

@@ -129,8 +129,8 @@ def _refuse_paths(files: Mapping[str, Path]) -> None:
                 if _PATH.fullmatch(value):
                     raise UploadError(
                         f"{name} holds a local path, which everybody could read: {key} is {value!r}. Nothing was "
-                        "published. "
-                        "Allow it (allow_paths=True, --allow-paths), or train on a base that is named by a Hub id."
+                        "published. Allow it (allow_paths=True, --allow-paths), or train on a base that is named "
+                        "by a Hub id."
                     )
 
 

@@ -48,8 +48,7 @@ class StackFile:
         if len(item.shape) != 2 or 0 in item.shape or (self.start + item.begin) % item.dtype.itemsize:
             raise PoolError(
                 f"{self.path}: stack {name!r} has shape {list(item.shape)} and begins at byte "
-                f"{self.start + item.begin}; "
-                "expected [rows, width] at a whole number of its values."
+                f"{self.start + item.begin}; expected [rows, width] at a whole number of its values."
             )
         count = item.shape[0] * item.shape[1]
         flat = torch.frombuffer(self._map, dtype=item.dtype, count=count, offset=self.start + item.begin)
