@@ -1,4 +1,5 @@
-"""Rows on which lm-evaluation-harness and we must agree, whichever way it is connected, and its two rules by our engine."""
+"""Rows on which lm-evaluation-harness and we must agree, whichever way it is connected, and its two rules by
+our engine."""
 
 from __future__ import annotations
 
@@ -8,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import best, score_choices
 from phatgoose.evaluation.rows import encode
-from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base, eval_mode
 from phatgoose.models.text.batch import pad_id
 from phatgoose.records import Example, SplitName, Task
 
@@ -67,8 +67,8 @@ def harness_task(
             )
         if delimiter and example.input[-1:].isspace():
             raise EvaluationError(
-                f"row {number} of {task.name!r}: its prompt ends in a line break, which the harness counts as a part of each "
-                "choice: its scores would be others. Score it with `evaluate`."
+                f"row {number} of {task.name!r}: its prompt ends in a line break, which the harness counts "
+                "as a part of each choice: its scores would be others. Score it with `evaluate`."
             )
         gold = example.choices.index(example.targets[0])
         rows.append({"prompt": example.input, "choices": list(example.choices), "gold": gold})
@@ -77,9 +77,10 @@ def harness_task(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     name = "phatgoose_" + "".join(c if c.isalnum() else "_" for c in task.name)
     return {
-        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_choice": "choices", "doc_to_target": "gold",
-        "target_delimiter": delimiter, "num_fewshot": 0, "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "choices", "doc_to_target": "gold", "target_delimiter": delimiter, "num_fewshot": 0,
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
 
 
@@ -102,13 +103,8 @@ def harness_choices(
         rows.append(
             replace(row, answers=tuple(answer[:-1] for answer in row.answers))
         )  # without the end token
-    training = base.model.training
-    try:
-        base.model.eval()
-        with torch.no_grad():
-            means = score_choices(base.model, rows, pad_id(base.tokenizer), config)
-    finally:
-        base.model.train(training)
+    with eval_mode(base.model):
+        means = score_choices(base.model, rows, pad_id(base.tokenizer), config)
     found = []
     for example, row, scores in zip(examples, rows, means, strict=True):
         sums = [score * len(answer) for score, answer in zip(scores, row.answers, strict=True)]

@@ -212,7 +212,3 @@ class Scores:
             if score.task == task:
                 return score
         raise KeyError(task)
-
-
-def by_name(items: Sequence[Any]) -> dict[str, Any]:
-    return {item.name: item for item in items}

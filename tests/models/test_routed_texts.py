@@ -303,7 +303,7 @@ def test_prompts_read_in_one_batch_are_gone_on_with_in_another(made):
     prompts = [ids_of(base, p) for p in PROMPTS]
     route(base, pool, router)
     before = prefill_prompts(base.model, prompts, 0)
-    found = extend(base.model, before, [4, 1, 1], [[70, 71], [72], [73, 74]], 0)
+    found = extend(before, [4, 1, 1], [[70, 71], [72], [73, 74]])
     for place, (row, tokens) in enumerate([(4, [70, 71]), (1, [72]), (1, [73, 74])]):
         with prompted(base, [prompts[row]]):
             plain = base.model(torch.tensor([[*prompts[row], *tokens]])).logits[0, len(prompts[row]) :]

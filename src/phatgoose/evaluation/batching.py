@@ -1,11 +1,12 @@
 """Which items share a forward: little padding, few forwards, within given limits.
 
-Design. All items of a batch are padded to its longest one, so a batch of n items of at most L tokens costs n·L tokens, and each
-forward costs some fixed time beside its tokens (`FORWARD_COST`, counted in tokens). Items are sorted by length, longest first, and
-batches are cut from the front. A batch takes as many items as its limits allow. It is cut shorter where that pays: with the cut
-behind item k, the n − k items after it are padded to the length of item k + 1 instead of L, which saves
-(L − length[k + 1])·(n − k) tokens and costs one more forward. The cut that saves most is made if it saves more than a forward
-costs. This is greedy, not optimal, and takes O(n) a batch.
+Design. All items of a batch are padded to its longest one, so a batch of n items of at most L tokens costs n·L
+tokens, and each forward costs some fixed time beside its tokens (`FORWARD_COST`, counted in tokens). Items are
+sorted by length, longest first, and batches are cut from the front. A batch takes as many items as its limits
+allow. It is cut shorter where that pays: with the cut behind item k, the n − k items after it are padded to
+the length of item k + 1 instead of L, which saves (L − length[k + 1])·(n − k) tokens and costs one more
+forward. The cut that saves most is made if it saves more than a forward costs. This is greedy, not optimal,
+and takes O(n) a batch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def split_into_batches(
     """Splits the numbers of `lengths` into batches, longest first; see the module's text.
 
     Args:
-        limits: (extra, most) pairs: a batch of n items padded to length L needs n·(L + extra) <= most. A single item may exceed
-            that, since it can't be split.
+        limits: (extra, most) pairs: a batch of n items padded to length L needs n·(L + extra) <= most. A
+            single item may exceed that, since it can't be split.
         max_rows: the most items in a batch.
     """
     sizes = np.asarray(lengths)

@@ -18,7 +18,8 @@ class EvaluationConfig:
     batch_rows: int = 256
     """Most rows in one forward."""
     cache_tokens: int = 32768
-    """Most positions (rows × length) kept in key-value caches: of prompts, of what they begin with, and of their copies for answers."""
+    """Most positions (rows × length) kept in key-value caches: of prompts, of what they begin with, and of
+    their copies for answers."""
     logit_values: int = 2**26
     """Most logits (rows × length × vocabulary) asked of the model at a time."""
     max_input_tokens: int | None = None

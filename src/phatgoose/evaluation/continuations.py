@@ -1,10 +1,11 @@
-"""Answers that continue prefilled prompts: the logits after each of their tokens, in few forwards.
+"""Answers behind prefilled prompts: the logits after each of their tokens.
 
-Design. Any number of answers may continue one prompt. Every answer goes into a batch (`batching.py`) with its own copy of its
-prompt's cache rows (`_extend`). Copies are what costs memory, so where the model attends by a mask of ours, several answers to one
-prompt are packed into one row behind a single copy, and a block mask hides them from each other (`_extend_packed`). A pack is short
-(`MAX_PACKED_TOKENS`), since its tokens attend to each other in vain. Where no cache can be shared (recurrent layers, experts with a
-capacity), every answer is run together with its prompt (`uncached_continuations`).
+Design. Any number of answers may continue one prompt. Every answer goes into a batch (`batching.py`) with its
+own copy of its prompt's cache rows (`_extend`). Copies are what costs memory, so where the model attends by a
+mask of ours, several answers to one prompt are packed into one row behind a single copy, and a block mask
+hides them from each other (`_extend_packed`). A pack is short (`MAX_PACKED_TOKENS`), since its tokens attend
+to each other in vain. Where no cache can be shared (recurrent layers, experts with a capacity), every answer
+is run together with its prompt (`uncached_continuations`).
 
 All functions yield batches in the same form, so that ranking and exact match don't depend on which way was taken.
 """
@@ -25,36 +26,32 @@ from phatgoose.evaluation.prefill import Prefill, can_prefill_in_parts, select_c
 from phatgoose.evaluation.uncached import uncached_logits
 from phatgoose.models.base.base import decoder_start, device_of
 from phatgoose.models.context.prompted import prompted
-from phatgoose.models.text.capabilities import accepts_argument, max_mixed_length
-from phatgoose.models.text.encoding import UNLIMITED
+from phatgoose.models.text.capabilities import accepts_argument
 
 MAX_PACKED_TOKENS = 256
 """Most tokens of one prompt's answers that are packed into one row."""
 
 LogitBatch = tuple[list[int], Tensor, Tensor]
-"""(which answers, logits [any, vocabulary], positions int64): `positions` says which rows of `logits` follow each token of the first
-answer, then of the next, and so on."""
+"""(which answers, logits [any, vocabulary], positions int64): `positions` says which rows of `logits` follow
+each token of the first answer, then of the next, and so on."""
 
 
 def continuations(
-    model: PreTrainedModel,
-    prefill: Prefill,
-    owners: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    pad: int,
-    config: EvaluationConfig,
+    prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]], config: EvaluationConfig
 ) -> Iterator[LogitBatch]:
     """Runs all of `answers` (none empty), each behind prompt `owners[i]` of `prefill`, which stays usable."""
     if prefill.cache is None:
         prompts = [prefill.prompts[owner] for owner in owners]
-        yield from uncached_continuations(model, prompts, answers, pad, config, after_prompt=False)
-    elif answers and _accepts_4d_mask(model):
-        yield from _packed_continuations(model, prefill, owners, answers, pad, config)
+        yield from uncached_continuations(
+            prefill.model, prompts, answers, prefill.pad, config, after_prompt=False
+        )
+    elif answers and _accepts_4d_mask(prefill.model):
+        yield from _packed_continuations(prefill, owners, answers, config)
     elif answers:
-        limits = _limits(model, prefill, config)
+        limits = _limits(prefill, config)
         for batch in split_into_batches([len(a) for a in answers], limits, config.batch_rows):
             new = [answers[n] for n in batch]
-            logits = extend(model, prefill, [owners[n] for n in batch], new, pad)
+            logits = extend(prefill, [owners[n] for n in batch], new)
             starts = [logits.shape[1] * n for n in range(len(batch))]
             yield batch, logits.flatten(0, 1), _ranges(starts, [len(a) for a in new])
 
@@ -84,26 +81,13 @@ def uncached_continuations(
         yield batch, logits.flatten(0, 1), _ranges(starts, [len(a) + after_prompt for a in new])
 
 
-def max_cached_length(model: PreTrainedModel, prefill: Prefill) -> int:
-    """The length of prompt and answer up to which continuing from the cache computes what running both together does."""
-    if prefill.cache is None:
-        return 0
-    return UNLIMITED if prefill.encoder_output is not None else max_mixed_length(model)
-
-
-def extend(
-    model: PreTrainedModel,
-    prefill: Prefill,
-    owners: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    pad: int,
-) -> Tensor:
+def extend(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
     """Logits [n, longest, vocabulary] after each token of `answers[i]` behind prompt `owners[i]`.
 
     Position j of row i predicts what follows answers[i][: j + 1]; positions beyond len(answers[i]) mean nothing.
     """
-    device, width = device_of(model), max(len(a) for a in answers)
-    ids = torch.tensor([list(a) + [pad] * (width - len(a)) for a in answers]).to(device)
+    model, device, width = prefill.model, device_of(prefill.model), max(len(a) for a in answers)
+    ids = torch.tensor([list(a) + [prefill.pad] * (width - len(a)) for a in answers]).to(device)
     chosen = torch.tensor(owners)
     mask = prefill.mask[chosen.to(prefill.mask.device)]
     inputs: dict[str, Any] = {"past_key_values": select_cache_rows(prefill.cache, chosen), "use_cache": True}
@@ -128,20 +112,15 @@ def extend(
 
 
 def _packed_continuations(
-    model: PreTrainedModel,
-    prefill: Prefill,
-    owners: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    pad: int,
-    config: EvaluationConfig,
+    prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]], config: EvaluationConfig
 ) -> Iterator[LogitBatch]:
-    most = min(MAX_PACKED_TOKENS, _max_logit_tokens(model, config))
+    most = min(MAX_PACKED_TOKENS, _max_logit_tokens(prefill.model, config))
     packs = _pack(owners, answers, min(most, prefill.free_positions(config) - prefill.mask.shape[1]))
     sizes = [sum(len(answers[n]) for n in pack) for pack in packs]
-    for batch in split_into_batches(sizes, _limits(model, prefill, config), config.batch_rows):
+    for batch in split_into_batches(sizes, _limits(prefill, config), config.batch_rows):
         chosen = [packs[n] for n in batch]
         new = [[answers[n] for n in pack] for pack in chosen]
-        logits = _extend_packed(model, prefill, [owners[pack[0]] for pack in chosen], new, pad)
+        logits = _extend_packed(prefill, [owners[pack[0]] for pack in chosen], new)
         starts: list[int] = []
         for row, pack in enumerate(new):
             starts += [logits.shape[1] * row + sum(map(len, pack[:n])) for n in range(len(pack))]
@@ -150,7 +129,8 @@ def _packed_continuations(
 
 
 def _pack(owners: Sequence[int], answers: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-    """Answers to the same prompt that share one copy of its cache: at most `most` tokens together, or a single answer."""
+    """Answers to the same prompt that share one copy of its cache: at most `most` tokens together, or a single
+    answer."""
     packs: list[list[int]] = []
     last: dict[int, tuple[list[int], int]] = {}  # owner → its pack that may still grow, and the pack's tokens
     for number, (owner, answer) in enumerate(zip(owners, answers, strict=True)):
@@ -164,19 +144,19 @@ def _pack(owners: Sequence[int], answers: Sequence[Sequence[int]], most: int) ->
 
 
 def _extend_packed(
-    model: PreTrainedModel,
-    prefill: Prefill,
-    owners: Sequence[int],
-    packs: Sequence[Sequence[Sequence[int]]],
-    pad: int,
+    prefill: Prefill, owners: Sequence[int], packs: Sequence[Sequence[Sequence[int]]]
 ) -> Tensor:
     """Logits [n, longest, vocabulary] after the answers of `packs[i]`, one after the other, behind prompt `owners[i]`.
 
     Each answer sees its prompt and itself, by a mask.
     """
-    width = max(sum(map(len, pack)) for pack in packs)
-    ids, offsets = torch.full((len(packs), width), pad), torch.zeros(len(packs), width, dtype=torch.int64)
-    # Which answer a position belongs to: each padding position is an answer of its own, so it sees only itself and the prompt.
+    model, width = prefill.model, max(sum(map(len, pack)) for pack in packs)
+    ids, offsets = (
+        torch.full((len(packs), width), prefill.pad),
+        torch.zeros(len(packs), width, dtype=torch.int64),
+    )
+    # Which answer a position belongs to: each padding position is an answer of its own, so it sees only
+    # itself and the prompt.
     answer_of = torch.arange(width).repeat(len(packs), 1)
     for row, pack in enumerate(packs):
         start = 0
@@ -205,15 +185,16 @@ def _extend_packed(
 
 
 def _accepts_4d_mask(model: PreTrainedModel) -> bool:
-    """True if the model attends by a mask [rows, 1, queries, keys] as given, and a router may see the packed tokens together."""
+    """True if the model attends by a mask [rows, 1, queries, keys] as given, and a router may see the packed
+    tokens together."""
     implementation = getattr(model.config, "_attn_implementation", None)
     return can_prefill_in_parts(model) and implementation in ("sdpa", "eager")
 
 
-def _limits(model: PreTrainedModel, prefill: Prefill, config: EvaluationConfig) -> list[tuple[int, int]]:
+def _limits(prefill: Prefill, config: EvaluationConfig) -> list[tuple[int, int]]:
     """Limits of `split_into_batches`: logits of a forward, and positions of the cache's copies with their answers."""
     return [
-        (0, _max_logit_tokens(model, config)),
+        (0, _max_logit_tokens(prefill.model, config)),
         (prefill.mask.shape[1], prefill.free_positions(config)),
     ]
 

@@ -1,12 +1,13 @@
 """Exact match of greedy generation, mostly without generating.
 
-Greedy decoding yields a target if and only if each of its tokens is the argmax after the ones before, and an end token is the
-argmax after all of them. So all targets of a row are run behind its prompt in one forward (teacher forcing). The argmaxes tell the
-greedy path up to the first token where it leaves the target that it follows longest. If the path ends there, or its text can no
-longer become any target, the row is decided. If it still can (the target in other tokens, a leading space), the row is generated.
-Both ways judge tokens by the same `MatchRule`, so they agree wherever the two forwards agree on the argmax: in fp32 outside of
-near-ties of about 1e-5. In bf16 logits have 8 bits and ties are common; the first of equal logits is taken, and another batch or a
-cache may change a row's answer.
+Greedy decoding yields a target if and only if each of its tokens is the argmax after the ones before, and an
+end token is the argmax after all of them. So all targets of a row are run behind its prompt in one forward
+(teacher forcing). The argmaxes tell the greedy path up to the first token where it leaves the target that it
+follows longest. If the path ends there, or its text can no longer become any target, the row is decided. If it
+still can (the target in other tokens, a leading space), the row is generated. Both ways judge tokens by the
+same `MatchRule`, so they agree wherever the two forwards agree on the argmax: in fp32 outside of near-ties of
+about 1e-5. In bf16 logits have 8 bits and ties are common; the first of equal logits is taken, and another
+batch or a cache may change a row's answer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def match_exactly(
     """
     found: list[Prediction | None] = [None] * len(rows)
     for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
-        paths = _greedy_paths(model, prefill, [rows[i] for i in batch], pad, config)
+        paths = _greedy_paths(prefill, [rows[i] for i in batch], config)
         for i, path in zip(batch, paths, strict=True):
             found[i] = rules[i].judge(path[: rules[i].limit])
         done(sum(found[i] is not None for i in batch))
@@ -95,13 +96,12 @@ def generate(
     return [found[i] for i in range(len(rows))]
 
 
-def _greedy_paths(
-    model: PreTrainedModel, prefill: Prefill, rows: Sequence[Row], pad: int, config: EvaluationConfig
-) -> list[list[int]]:
-    """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and one more."""
-    logits = prefill.logits
+def _greedy_paths(prefill: Prefill, rows: Sequence[Row], config: EvaluationConfig) -> list[list[int]]:
+    """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and
+    one more."""
+    model, logits = prefill.model, prefill.logits
     if logits is None:
-        logits = uncached_logits(model, prefill.prompts, [()] * len(rows), pad)[:, 0]
+        logits = uncached_logits(model, prefill.prompts, [()] * len(rows), prefill.pad)[:, 0]
     paths = [[token] for token in _argmax(logits, rows).tolist()]
     # Only targets that the first token hasn't left yet, that don't end with it, and that may be run in one forward.
     most = max_mixed_length(model) if supports_cache(model) else 0
@@ -112,7 +112,7 @@ def _greedy_paths(
         if len(target) > 1 and target[0] == paths[i][0] and len(row.prompt) + len(target) - 1 <= most
     ]
     owners, rests = [i for i, _ in pairs], [target[:-1] for _, target in pairs]
-    for batch, logits, positions in continuations(model, prefill, owners, rests, pad, config):
+    for batch, logits, positions in continuations(prefill, owners, rests, config):
         asked = [rows[owners[n]] for n in batch for _ in rests[n]]
         nexts = iter(_argmax(logits[positions.to(logits.device)], asked).tolist())
         for i, target in (pairs[n] for n in batch):
@@ -138,8 +138,8 @@ def _split_for_generate(
 ) -> list[list[int]]:
     """`batch` in parts that one `generate` call may take.
 
-    Row by row where a row, continued up to another's longer limit, would leave the context; rows of one length where the model would
-    read the padding.
+    Row by row where a row, continued up to another's longer limit, would leave the context; rows of one length
+    where the model would read the padding.
     """
     if model.config.is_encoder_decoder:
         return [batch]

@@ -3,9 +3,10 @@
     lm = harness_model(route(base, pool, PHATGOOSE()))          # any object that simple_evaluate takes
     lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])
 
-The harness ranks choices by log p(choice | prompt), summed (`acc`) or divided by the choice's characters (`acc_norm`); the end
-token plays no part. Ours (`rank.py`) divides by tokens and includes the end token, as the PHATGOOSE paper does. So the two may answer
-a row differently. The tests compute the harness's answers with our engine, to tell a difference in the rules from an error.
+The harness ranks choices by log p(choice | prompt), summed (`acc`) or divided by the choice's characters
+(`acc_norm`); the end token plays no part. Ours (`rank.py`) divides by tokens and includes the end token, as
+the PHATGOOSE paper does. So the two may answer a row differently. The tests compute the harness's answers with
+our engine, to tell a difference in the rules from an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import EvaluationError
 from phatgoose.extras import install
-from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base, eval_mode
 
 
 def harness_model(model: Base | PreTrainedModel, **settings: Any) -> Any:
@@ -68,16 +69,12 @@ def run_harness(
         raise EvaluationError(
             f"lm-evaluation-harness knows no task {', '.join(unknown)} (`lm-eval ls tasks` lists them)."
         )
-    base = as_base(model)
-    training = base.model.training
     try:
-        base.model.eval()
-        found = lm_eval.simple_evaluate(
-            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, **settings
-        )
+        with eval_mode(as_base(model).model):
+            found = lm_eval.simple_evaluate(
+                model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, **settings
+            )
     except (OSError, ValueError, KeyError) as cause:
         raise EvaluationError(f"lm-evaluation-harness failed: {type(cause).__name__}: {cause}") from cause
-    finally:
-        base.model.train(training)
     assert found is not None
     return dict(found)

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness's own model class, told by us where prompts end: it lays choices behind them in one pass.
+"""lm-evaluation-harness's model class, which tells routers where prompts end.
 
-Imports lm-eval: import it lazily.
+The harness runs prompts and choices in one pass. Imports lm-eval: import it lazily.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from phatgoose.models.text.capabilities import supports_left_padding
 
 
 class RoutedLM(HFLM):
-    """HFLM that says which tokens of a row are its prompt, for routers that read text, and whose rows don't change each other.
+    """HFLM that says which tokens of a row are its prompt, for routers that read text, and whose rows don't
+    change each other.
 
-    Encoders' inputs are padded on the right, decoders start as in generation, and where a model reads padding its rows are written one
-    at a time. Else it computes the same.
+    Encoders' inputs are padded on the right, decoders start as in generation, and where a model reads padding
+    its rows are written one at a time. Else it computes the same.
     """
 
     _prompts: dict[tuple[int, ...], tuple[int, ...]] | None = None
@@ -87,6 +88,7 @@ class RoutedLM(HFLM):
         found = self._prompts[tuple(row[:end])]
         if not found:
             raise EvaluationError(
-                "two requests of the harness have the same tokens and other prompts, so a router can't tell what was asked."
+                "two requests of the harness have the same tokens and other prompts, so a router can't tell "
+                "what was asked."
             )
         return found

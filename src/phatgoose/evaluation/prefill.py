@@ -1,8 +1,9 @@
-"""Prefill: prompts → their next-token logits and key-value caches, which many answers then continue from.
+"""Prompts → next-token logits and key-value caches, which many answers continue from.
 
-Decoder-only prompts are padded on the left, and logits are asked for at the last position only. In an encoder–decoder the encoder
-reads the prompt (padded on the right); what is kept is its output, and the decoder's cache of the start token with the
-cross-attention's keys and values. Prefixes that many prompts share are computed once (`prefix_tree.py`) and continued by each of them.
+Decoder-only prompts are padded on the left, and logits are asked for at the last position only. In an
+encoder–decoder the encoder reads the prompt (padded on the right); what is kept is its output, and the
+decoder's cache of the start token with the cross-attention's keys and values. Prefixes that many prompts share
+are computed once (`prefix_tree.py`) and continued by each of them.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ from phatgoose.models.text.encoding import UNLIMITED
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prompts that were run. Logits and cache are None where no cache can be shared: then each answer is run with its prompt."""
+    """Prompts that were run. Logits and cache are None where no cache can be shared: then each answer is run
+    with its prompt."""
 
-    logits: Tensor | None
-    """[rows, vocabulary]: the next token's, in the model's dtype."""
-    cache: Any
+    model: PreTrainedModel
+    pad: int
+    prompts: tuple[tuple[int, ...], ...]
     mask: Tensor
     """[rows, width]: 1 at the prompts' tokens."""
-    prompts: tuple[tuple[int, ...], ...]
+    logits: Tensor | None = None
+    """[rows, vocabulary]: the next token's, in the model's dtype."""
+    cache: Any = None
     encoder_output: Tensor | None = None
     parent_positions: int = 0
     """Positions (rows × width) of the caches that this one continues, which live as long as it."""
@@ -52,6 +56,14 @@ class Prefill:
     def free_positions(self, config: EvaluationConfig) -> int:
         """Positions that may still be cached beside it."""
         return config.cache_tokens - self.parent_positions - self.mask.numel()
+
+    @property
+    def max_cached_length(self) -> int:
+        """The length of prompt and answer up to which continuing from the cache computes what running both
+        together does."""
+        if self.cache is None:
+            return 0
+        return UNLIMITED if self.encoder_output is not None else max_mixed_length(self.model)
 
 
 def prefill_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Prefill:
@@ -77,8 +89,8 @@ def prefill_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pa
         cache = getattr(out, "past_key_values", None)
         if is_plain_cache(cache):
             encoder_output = out.encoder_last_hidden_state if seq2seq else None
-            return Prefill(out.logits[:, -1], cache, mask, whole, encoder_output)
-    return Prefill(None, None, mask, whole)
+            return Prefill(model, pad, whole, mask, out.logits[:, -1], cache, encoder_output)
+    return Prefill(model, pad, whole, mask)
 
 
 def prefill_batches(
@@ -86,8 +98,8 @@ def prefill_batches(
 ) -> Iterator[tuple[list[int], Prefill]]:
     """Runs `prompts` (none empty) in batches, each prompt once: (the numbers of some prompts, their Prefill).
 
-    Let go of a Prefill before asking for the next. Then caches hold at most `config.cache_tokens` in all, or one row for each depth of
-    the prefix tree.
+    Let go of a Prefill before asking for the next. Then caches hold at most `config.cache_tokens` in all, or
+    one row for each depth of the prefix tree.
 
     Raises:
         EvaluationError: as `prefill_prompts`.
@@ -123,7 +135,7 @@ def _prefill_under(
         owners, tokens = [owner for owner, _ in jobs], [tokens for _, tokens in jobs]
         if parent is None:
             return prefill_prompts(model, tokens, pad)
-        return _continue_prefill(model, parent, owners, tokens, pad)
+        return _continue_prefill(parent, owners, tokens)
 
     # No name here holds a Prefill while the next is computed, or two caches would live at a time.
     rows = [(owner, row) for owner, node in nodes for row in node.rows]
@@ -137,14 +149,10 @@ def _prefill_under(
         yield from _prefill_under(model, run([jobs[n] for n in batch]), under, prompts, pad, config)
 
 
-def _continue_prefill(
-    model: PreTrainedModel,
-    parent: Prefill,
-    owners: Sequence[int],
-    prompts: Sequence[tuple[int, ...]],
-    pad: int,
-) -> Prefill:
-    """Runs what prompt i has beyond row `owners[i]` of `parent`, its prefix. The result is as if the prompt had been run in one."""
+def _continue_prefill(parent: Prefill, owners: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> Prefill:
+    """Runs what prompt i has beyond row `owners[i]` of `parent`, its prefix. The result is as if the prompt
+    had been run in one."""
+    model, pad = parent.model, parent.pad
     rests = [p[len(parent.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
     ids, new = (tensor.to(device_of(model)) for tensor in pad_rows(rests, pad, left=True))
     chosen = torch.tensor(owners)
@@ -159,7 +167,8 @@ def _continue_prefill(
     )
     positions = parent.parent_positions + parent.mask.numel()
     cache, mask = _move_padding_left(out.past_key_values, mask)
-    return Prefill(out.logits[:, -1], cache, mask, tuple(prompts), parent_positions=positions)
+    logits = out.logits[:, -1]
+    return Prefill(model, pad, tuple(prompts), mask, logits, cache, parent_positions=positions)
 
 
 def _move_padding_left(cache: Any, mask: Tensor) -> tuple[Any, Tensor]:
@@ -178,11 +187,13 @@ def _move_padding_left(cache: Any, mask: Tensor) -> tuple[Any, Tensor]:
 
 
 def can_prefill_in_parts(model: PreTrainedModel) -> bool:
-    """True if a prompt may be run in two forwards, its prefix shared with others, and beside tokens that it doesn't see.
+    """True if a prompt may be run in two forwards, its prefix shared with others, and beside tokens that it
+    doesn't see.
 
-    False for an encoder–decoder, whose encoder looks ahead; where positions or windows are counted by places in the cache, not by what
-    they hold; where the rotation of early tokens depends on how many follow; with caches that keep less than every position; for a
-    router that looks at more than one token; and while a trace counts tokens, which would miss the shared ones.
+    False for an encoder–decoder, whose encoder looks ahead; where positions or windows are counted by places
+    in the cache, not by what they hold; where the rotation of early tokens depends on how many follow; with
+    caches that keep less than every position; for a router that looks at more than one token; and while a
+    trace counts tokens, which would miss the shared ones.
     """
     config = model.config
     if config.is_encoder_decoder or getattr(config, "alibi", False) or config.model_type == "gpt_neo":
@@ -198,7 +209,8 @@ def can_prefill_in_parts(model: PreTrainedModel) -> bool:
 
 
 def select_cache_rows(cache: Any, rows: Tensor) -> Any:
-    """A cache that holds rows `rows` (int64, on the CPU: that indexes layers on any device) of `cache`, which stays as it is."""
+    """A cache that holds rows `rows` (int64, on the CPU: that indexes layers on any device) of `cache`, which
+    stays as it is."""
     if isinstance(cache, EncoderDecoderCache):
         parts = cache.self_attention_cache, cache.cross_attention_cache
         return EncoderDecoderCache(*(select_cache_rows(part, rows) for part in parts))

@@ -1,8 +1,8 @@
 """Which common prefixes of prompts are worth a forward of their own, as a tree.
 
-A task's instructions, its examples, or the passage of several questions are the same tokens in many of its prompts. Their keys and
-values don't depend on what follows, since attention is causal and routers choose token by token. (`prefill.can_prefill_in_parts`
-knows where that isn't so.)
+A task's instructions, its examples, or the passage of several questions are the same tokens in many of its
+prompts. Their keys and values don't depend on what follows, since attention is causal and routers choose token
+by token. (`prefill.can_prefill_in_parts` knows where that isn't so.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 MAX_DEPTH = 4
-"""Most prefixes within prefixes, whose caches live at the same time. The tasks of BIG-bench and T0 have no use for more."""
+"""Most prefixes within prefixes, whose caches live at the same time. The tasks of BIG-bench and T0 have no use
+for more."""
 MAX_COMPARED = 1024
 """Most prompts that are compared with each other, so that thousands of nested ones cost no more than others."""
 
@@ -35,8 +36,8 @@ class PrefixNode:
 def build_prefix_tree(prompts: Sequence[Sequence[int]], min_saved: int) -> PrefixNode:
     """The tree of prefixes under an empty one. Every prompt is in exactly one node.
 
-    A prefix is shorter than each of its prompts, so that all have a token of their own to read. Reading it once must save more than
-    `min_saved` tokens compared with its parent: (prompts − 1) · (tokens beyond the parent).
+    A prefix is shorter than each of its prompts, so that all have a token of their own to read. Reading it
+    once must save more than `min_saved` tokens compared with its parent: (prompts − 1) · (tokens beyond the parent).
     """
     # Sorted, so that prompts with a common prefix stand side by side; common[i] is what neighbours i and i + 1 share.
     order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))

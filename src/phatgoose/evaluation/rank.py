@@ -1,11 +1,13 @@
-"""Rank classification: the answer with the highest log-likelihood per token, end token included.
+"""Rank classification: the answer with the highest log-likelihood per token.
+
+A choice's end token counts as one of its tokens.
 
     score(choice) = (1 / n) Σ_{j=1..n} log p(t_j | prompt, t_1 … t_{j−1}),   t_n the end token
 
-The highest score wins; of equal ones the first. Scores are computed from the model's logits in float32, but a bf16 model's
-own rounding stays in them: compared with one plain forward a choice they differ by up to 0.1 nats per token there (2e-5 in
-float32; a model of 135M parameters). So close choices may tie, or swap when the batches change. Choices of one row that
-are equal as tokens are scored once, so they always tie.
+The highest score wins; of equal ones the first. Scores are computed from the model's logits in float32, but a
+bf16 model's own rounding stays in them: compared with one plain forward a choice they differ by up to 0.1 nats
+per token there (2e-5 in float32; a model of 135M parameters). So close choices may tie, or swap when the
+batches change. Choices of one row that are equal as tokens are scored once, so they always tie.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import (
     LogitBatch,
     continuations,
-    max_cached_length,
     uncached_continuations,
 )
 from phatgoose.evaluation.prefill import Prefill, prefill_batches
@@ -39,15 +40,15 @@ def score_choices(
 ) -> list[tuple[float, ...]]:
     """Length-normalised log-likelihoods (nats per token) of each row's answers, in their order.
 
-    Each prompt is run once and its cache shared by its answers; what many prompts begin with is run once for all. Where no cache can
-    be shared, each answer is run with its prompt. `done` is told how many rows are finished.
+    Each prompt is run once and its cache shared by its answers; what many prompts begin with is run once for
+    all. Where no cache can be shared, each answer is run with its prompt. `done` is told how many rows are finished.
 
     Raises:
         EvaluationError: naming the row, if a score is not finite.
     """
     scores: list[tuple[float, ...]] = [()] * len(rows)
     for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
-        totals = _totals(model, prefill, [rows[i] for i in batch], pad, config)
+        totals = _totals(prefill, [rows[i] for i in batch], config)
         for i, of_answer in zip(batch, totals, strict=True):
             scores[i] = tuple(of_answer[answer] / len(answer) for answer in rows[i].answers)
             if not all(abs(score) < float("inf") for score in scores[i]):
@@ -65,17 +66,18 @@ def best(scores: Sequence[float]) -> int:
 
 
 def _totals(
-    model: PreTrainedModel, prefill: Prefill, rows: Sequence[Row], pad: int, config: EvaluationConfig
+    prefill: Prefill, rows: Sequence[Row], config: EvaluationConfig
 ) -> list[dict[tuple[int, ...], float]]:
     """Summed log-probabilities of every distinct answer of every row; `prefill` holds their prompts."""
     pairs = [(i, answer) for i, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
-    most = max_cached_length(model, prefill)
-    fits = [len(prefill.prompts[i]) + len(answer) - 1 <= most for i, answer in pairs]
+    fits = [len(prefill.prompts[i]) + len(answer) - 1 <= prefill.max_cached_length for i, answer in pairs]
     totals = dict.fromkeys(pairs, 0.0)
     # Answers that can't continue from the cache: run with their prompts.
     far = [pair for pair, fit in zip(pairs, fits, strict=True) if not fit]
     prompts = [prefill.prompts[i] for i, _ in far]
-    batches = uncached_continuations(model, prompts, [answer[:-1] for _, answer in far], pad, config)
+    batches = uncached_continuations(
+        prefill.model, prompts, [answer[:-1] for _, answer in far], prefill.pad, config
+    )
     for n, value in _sums(batches, [answer for _, answer in far]):
         totals[far[n]] = value
     # The others: the first token by the prompt's logits, the rest behind the cache.
@@ -85,7 +87,7 @@ def _totals(
         totals |= zip(near, _log_probabilities(prefill.logits, owners, firsts).tolist(), strict=True)
     longer = [(i, answer) for i, answer in near if len(answer) > 1]
     rests = [answer[:-1] for _, answer in longer]
-    batches = continuations(model, prefill, [i for i, _ in longer], rests, pad, config)
+    batches = continuations(prefill, [i for i, _ in longer], rests, config)
     for n, value in _sums(batches, [answer[1:] for _, answer in longer]):
         totals[longer[n]] += value
     result: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
@@ -106,7 +108,8 @@ def _sums(batches: Iterable[LogitBatch], answers: Sequence[Sequence[int]]) -> It
 
 def _log_probabilities(logits: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """log p [n] in float32 on the CPU: of tokens[i] under logits[positions[i]]; logits is [anything, vocabulary]."""
-    # A position's sum is computed once, however many answers use it, and no more than _CHUNK logits are float32 at a time.
+    # A position's sum is computed once, however many answers use it, and no more than _CHUNK logits are
+    # float32 at a time.
     used, back = positions.unique(return_inverse=True)
     step = max(1, _CHUNK // logits.shape[-1])
     sums = [logits[part.to(logits.device)].float().logsumexp(-1).cpu() for part in used.split(step)]

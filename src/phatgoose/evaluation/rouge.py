@@ -1,7 +1,8 @@
-"""ROUGE-L of generated answers, by the package rouge-score: what the paper scores BIG-bench's conlang_translation with.
+"""ROUGE-L of generated answers, by the package rouge-score.
 
-The F-measure of the longest common subsequence of words (lower case, letters and digits only, no stemming), as `evaluate`'s rouge
-gives it; of several targets the best counts.
+The paper scores BIG-bench's conlang_translation by it. It is the F-measure of the longest common
+subsequence of words (lower case, letters and digits only, no stemming), as `evaluate`'s rouge gives it; of
+several targets the best counts.
 """
 
 from __future__ import annotations

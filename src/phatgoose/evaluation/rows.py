@@ -1,4 +1,4 @@
-"""Examples → token rows that fit the model, and the rule by which a generated answer is judged."""
+"""Examples → token rows that fit the model, and the rule that judges generated answers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Row:
 class MatchRule:
     """How one row's generated answer is judged: a rule on text and token ids, without a model.
 
-    The answer is the text up to an end token or the first newline (unless a target of the row holds a newline), stripped. It is right
-    if and only if it equals one of the targets; case counts. A generation that reaches its limit without an end is wrong.
+    The answer is the text up to an end token or the first newline (unless a target of the row holds a
+    newline), stripped. It is right if and only if it equals one of the targets; case counts. A generation that
+    reaches its limit without an end is wrong.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -67,7 +68,8 @@ def encode(
     A prompt that doesn't fit beside the answers is cut from the left, the same for all of them, and marked.
 
     Raises:
-        EvaluationError: naming the row, if it has no answers, a text has no tokens, or an answer fills the model's context.
+        EvaluationError: naming the row, if it has no answers, a text has no tokens, or an answer fills the
+            model's context.
     """
     answers = example.targets if example.choices is None else example.choices
     if not answers:

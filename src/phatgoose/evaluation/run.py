@@ -1,4 +1,4 @@
-"""`evaluate`: every row of some tasks, each by rank classification or exact match, with intervals."""
+"""`evaluate`: scores every row of some tasks, by rank classification or exact match."""
 
 from __future__ import annotations
 

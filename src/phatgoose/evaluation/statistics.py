@@ -1,4 +1,4 @@
-"""Intervals by the percentile bootstrap: what a score would have been on other rows of the same tasks.
+"""Bootstrap intervals: what a score would have been on other rows of the same tasks.
 
 A resample draws each task's rows with replacement, task by task (stratified), and takes the unweighted mean of the
 tasks' means. The interval speaks about the choice of rows only, not about seeds, prompts or other tasks. Where all
@@ -50,7 +50,8 @@ def suite_interval(
     """(low, high) of the unweighted mean over tasks; `tasks` holds one array [rows] for each, of any lengths.
 
     Raises:
-        EvaluationError: if there is no task, a task has no values, groups don't fit the rows, or as in `bootstrap_interval`.
+        EvaluationError: if there is no task, a task has no values, groups don't fit the rows, or as in
+            `bootstrap_interval`.
     """
     if not 0 < level < 1:
         raise EvaluationError(f"an interval's level must lie between 0 and 1, got {level}.")
@@ -124,9 +125,9 @@ def resampled(
 def two_sided_p(differences: NDArray[np.float64]) -> float:
     """Two-sided bootstrap p-value of "two systems are equal on rows like these" from resampled differences [resamples].
 
-    Twice the smaller share of differences at or beyond zero on either side, (count + 1) / (resamples + 1), at most 1. So it is
-    below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples + 1): what is to be adjusted for
-    many comparisons needs resamples enough that this is small beside the level.
+    Twice the smaller share of differences at or beyond zero on either side, (count + 1) / (resamples + 1), at
+    most 1. So it is below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples +
+    1): what is to be adjusted for many comparisons needs resamples enough that this is small beside the level.
     """
     rounding = 1e-12  # means of differences that cancel aren't exactly zero
     below, above = int((differences <= rounding).sum()), int((differences >= -rounding).sum())
@@ -162,7 +163,8 @@ def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
 def resampled_means(
     values: NDArray[np.float64], groups: Groups, resamples: int, draws: np.random.Generator
 ) -> NDArray[np.float64]:
-    """The means of `resamples` resamples of one task's rows, the same rows for all systems: [systems, rows] → [systems, resamples].
+    """The means of `resamples` resamples of one task's rows, the same rows for all systems: [systems, rows] →
+    [systems, resamples].
 
     Raises:
         EvaluationError: groups don't fit the rows.

@@ -1,4 +1,4 @@
-"""Prompt and answer in one forward without a cache, for models whose caches can't be shared between rows."""
+"""Prompt and answer in one forward without a cache, for models that can't share one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a row of named columns to an Example: column names, templates with {column}, literal choices.
+"""A row of named columns → an Example, by column names, templates and literal choices.
 
 The options that `jsonl:` and `hf:` specs share (for the others see each source):
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phatgoose.errors import TaskError
@@ -60,14 +60,8 @@ class Columns:
         if base not in ("0", "1"):
             raise TaskError(f"{spec.text}: answer_base must be 0 or 1, got {base!r}.")
         target = o.get("target", None if "answer_index" in o else default.target)
-        return Columns(
-            input=o.get("input", default.input),
-            target=target,
-            choices=o.get("choices", default.choices),
-            answer_index=o.get("answer_index", default.answer_index),
-            answer_base=int(base),
-            values=values,
-        )
+        named = {key: o[key] for key in ("input", "choices", "answer_index") if key in o}
+        return replace(default, **named, target=target, answer_base=int(base), values=values)
 
     def columns_read(self) -> set[str]:
         """Columns that these settings read; of nested ones also the top-level column."""

@@ -1,8 +1,8 @@
 """Contamination: which held-out rows share text with the rows that experts were trained on.
 
-A text is its words (lower case, letters and digits only). A held-out row is flagged if one of its runs of `n` words is in a training
-row. A row with fewer words is flagged if all of its words together are a whole training row. Runs that are in more than a tenth of a
-task's rows are part of the task's own prompt and don't count.
+A text is its words (lower case, letters and digits only). A held-out row is flagged if one of its runs of `n`
+words is in a training row. A row with fewer words is flagged if all of its words together are a whole training
+row. Runs that are in more than a tenth of a task's rows are part of the task's own prompt and don't count.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Contamination:
 class ContaminationCheck:
     """Held-out rows, compared with one training task after the other, so that only the former stay in memory.
 
-    First `add_held_out` for each task, then `compare` for each training task; `results` holds what was found, in the order of
-    `add_held_out`.
+    First `add_held_out` for each task, then `compare` for each training task; `results` holds what was found,
+    in the order of `add_held_out`.
     """
 
     def __init__(self, n: int = RUN_WORDS):

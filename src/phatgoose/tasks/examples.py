@@ -1,4 +1,4 @@
-"""Rows of any source → Examples: the rules that all rows obey, and what becomes of rows that break them."""
+"""Rows of any source → Examples: the rules that all rows obey."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _Row = TypeVar("_Row")
 
 
 class Dropped(ValueError):
-    """A well-formed row that can't be used. `reason` is the word under which such rows are counted in a task's source."""
+    """A well-formed row that can't be used. `reason` is the word under which such rows are counted in a task's
+    source."""
 
     def __init__(self, reason: str, message: str = "") -> None:
         super().__init__(message or reason)
@@ -21,7 +22,8 @@ class Dropped(ValueError):
 
 
 def strip_prompt(prompt: str) -> str:
-    """A prompt without white space at its ends, except a line break directly after its text, and what follows that break.
+    """A prompt without white space at its ends, except a line break directly after its text, and what follows
+    that break.
 
     Rendered templates end so ("…<|im_start|>assistant\\n", "### Response:\\n"), and the answer begins on the next line.
     """
@@ -71,7 +73,8 @@ def make_example(
 
 
 def make_rendered_example(prompt: str, target: str, choices: list[str] | None) -> Example:
-    """An Example of a rendered prompt. It has the choices if they can be ranked: at least two, the target one of them, none empty."""
+    """An Example of a rendered prompt. It has the choices if they can be ranked: at least two, the target one
+    of them, none empty."""
     target = target.strip()
     can_rank = choices is not None and target in choices and len(set(choices)) > 1 and "" not in choices
     return make_example(prompt, [target], choices if can_rank else None)

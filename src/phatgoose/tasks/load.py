@@ -33,7 +33,8 @@ def find_source(name: str) -> TaskSource:
     """The source of this name.
 
     Raises:
-        UnknownName: there is none (with suggestions). PluginError: another package's can't be imported, or is no TaskSource.
+        UnknownName: there is none (with suggestions). PluginError: another package's can't be imported, or is
+            no TaskSource.
     """
     source = SOURCES[name]
     if not isinstance(source, TaskSource):
@@ -51,12 +52,12 @@ def load_task(
     fractions: Fractions | None = None,
     limit: int | Mapping[SplitName, int] | None = None,
 ) -> Task:
-    """The task that `spec` names: `bigbench:NAME[/SUBTASK]`, `bbh:NAME`, `jsonl:PATH`, `hf:DATASET[/CONFIG]`, `p3:CONFIG`,
-    `prompted:DATASET[/SUBSET]`, `flan:NAME`.
+    """The task that `spec` names: `bigbench:NAME[/SUBTASK]`, `bbh:NAME`, `jsonl:PATH`, `hf:DATASET[/CONFIG]`,
+    `p3:CONFIG`, `prompted:DATASET[/SUBSET]`, `flan:NAME`.
 
     Args:
-        folder: where a source finds its data instead of fetching it (bigbench, bbh, p3, prompted, flan), or what a relative path
-            starts from (jsonl, hf).
+        folder: where a source finds its data instead of fetching it (bigbench, bbh, p3, prompted, flan), or
+            what a relative path starts from (jsonl, hf).
         fractions: how much is kept for test and validation where the source has no splits of its own; see `splits`.
         limit: at most this many rows in each split, or in the splits named. The first n rows are a random sample.
 

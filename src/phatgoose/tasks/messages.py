@@ -1,13 +1,14 @@
 """Rows that hold a conversation → one Example for each of the assistant's turns.
 
-A row has its messages under "messages", "conversations" or "conversation" (or the column that `messages=` names), as a list of
-{"role", "content"} or, in ShareGPT's form, of {"from", "value"}. Or it has two lists as TRL does, "prompt" and "completion": then
-only turns of the completion are answers. A row may also have "tools" (a list, or its JSON), "system" (a text that goes first) and
-"choices" (for the last turn; `choices=yes|no` gives them for every row). Whatever else a message holds (tool_calls, name,
-reasoning_content) goes to the chat template.
+A row has its messages under "messages", "conversations" or "conversation" (or the column that `messages=`
+names), as a list of {"role", "content"} or, in ShareGPT's form, of {"from", "value"}. Or it has two lists as
+TRL does, "prompt" and "completion": then only turns of the completion are answers. A row may also have "tools"
+(a list, or its JSON), "system" (a text that goes first) and "choices" (for the last turn; `choices=yes|no`
+gives them for every row). Whatever else a message holds (tool_calls, name, reasoning_content) goes to the chat
+template.
 
-Each turn of the assistant is an example of its own, with all messages before it as its prompt, as when a model is asked for that turn.
-A turn with `"weight": 0`, `"train": false` or `"training": false` is context only.
+Each turn of the assistant is an example of its own, with all messages before it as its prompt, as when a model
+is asked for that turn. A turn with `"weight": 0`, `"train": false` or `"training": false` is context only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", 
 
 
 def message_columns(row: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The columns that hold a row's messages; None if it holds none, or if the options say to read it in another way."""
+    """The columns that hold a row's messages; None if it holds none, or if the options say to read it in
+    another way."""
     if "messages" in options:
         return (options["messages"],)
     if "input" in options or "input" in row:

@@ -1,4 +1,7 @@
-"""Task specs: `source:name`, optionally with options as in a URL: `jsonl:data.jsonl?input=question&target=answer`."""
+"""Task specs: `source:name`, optionally with options as in a URL.
+
+For example `jsonl:data.jsonl?input=question&target=answer`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,8 @@ def split_spec(spec: str) -> TaskSpec:
 
 
 def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `source` as it may be published: local paths are cut to their last part and folders left out, in its parts too."""
+    """A task's `source` as it may be published: local paths are cut to their last part and folders left out,
+    in its parts too."""
     kept = {key: value for key, value in source.items() if key != "folder"}
     if "spec" in kept:
         kept["spec"] = " + ".join(without_path(part) for part in str(kept["spec"]).split(" + "))

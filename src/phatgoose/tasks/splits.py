@@ -1,10 +1,11 @@
 """The split rule: which rows are for training, validation and test.
 
-h(prompt) = sha256 of the prompt (runs of white space made one space, case folded), its first 16 hex digits as a fraction of
-2^64. h < 0.2 is test, h < 0.3 validation, the rest train; inside a split rows are sorted by h. So a row's split depends on
-nothing but its prompt: rows with the same prompt share a split, also in two tasks, and adding or removing a row moves no other.
-The first n rows of a split are a random sample. Turns of a conversation are split by what comes before its first answer
-(`Example.placed_by`), so they share a split. Everyone's results rely on the rule: whoever changes it changes RULE.
+h(prompt) = sha256 of the prompt (runs of white space made one space, case folded), its first 16 hex digits as
+a fraction of 2^64. h < 0.2 is test, h < 0.3 validation, the rest train; inside a split rows are sorted by h.
+So a row's split depends on nothing but its prompt: rows with the same prompt share a split, also in two tasks,
+and adding or removing a row moves no other. The first n rows of a split are a random sample. Turns of a
+conversation are split by what comes before its first answer (`Example.placed_by`), so they share a split.
+Everyone's results rely on the rule: whoever changes it changes RULE.
 """
 
 from __future__ import annotations
@@ -60,12 +61,13 @@ def hash_fraction(prompt: str) -> float:
 
 
 def merge(examples: Iterable[Example]) -> tuple[list[Example], Counter[str]]:
-    """One example for each prompt and set of choices, in order of first appearance, and how many rows were merged or dropped.
+    """One example for each prompt and set of choices, in order of first appearance, and how many rows were
+    merged or dropped.
 
-    Rows that are equal in everything are kept once ("duplicate"). Rows with the same prompt and the same choices, if any, but other
-    targets become one example that accepts the targets of all ("merged"; the first row's order stays). A prompt with two sets of
-    choices is two questions: both stay, in one split. An example of which every choice is right can't be scored and is dropped
-    ("all_choices_right").
+    Rows that are equal in everything are kept once ("duplicate"). Rows with the same prompt and the same
+    choices, if any, but other targets become one example that accepts the targets of all ("merged"; the first
+    row's order stays). A prompt with two sets of choices is two questions: both stay, in one split. An example
+    of which every choice is right can't be scored and is dropped ("all_choices_right").
     """
     first: dict[tuple[str, str | None, frozenset[str] | None], Example] = {}
     counts: Counter[str] = Counter()
@@ -88,9 +90,9 @@ def merge(examples: Iterable[Example]) -> tuple[list[Example], Counter[str]]:
 def split(own: Mapping[SplitName, Sequence[Example]], fractions: Fractions) -> tuple[Splits, Counter[str]]:
     """Three disjoint splits from the splits that a source has (all rows under "train" if it has none), and counts.
 
-    A source's own validation and test splits are kept; one that is missing or empty is taken out of train by the split rule. A prompt
-    that is also in test is dropped from validation and train, one in validation from train (counted as "train_in_test" and so on).
-    Rows are merged inside a split and sorted by h.
+    A source's own validation and test splits are kept; one that is missing or empty is taken out of train by
+    the split rule. A prompt that is also in test is dropped from validation and train, one in validation from
+    train (counted as "train_in_test" and so on). Rows are merged inside a split and sorted by h.
     """
     counts: Counter[str] = Counter()
     merged: dict[SplitName, list[Example]] = {}

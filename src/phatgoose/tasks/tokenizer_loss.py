@@ -1,11 +1,12 @@
-"""Which tasks a tokenizer can't write: answers with unknown tokens, or choices that become the same tokens.
+"""Which tasks a tokenizer can't write.
 
-T5's vocabulary has no emoji, no Cyrillic and no curly brackets: a model with it can't give such an answer, and its rank
-classification compares unknown tokens with unknown tokens.
+Their answers have unknown tokens, or choices that become the same tokens. T5's vocabulary has no emoji, no
+Cyrillic and no curly brackets: a model with it can't give such an answer, and its rank classification compares
+unknown tokens with unknown tokens.
 
-The limits were set so that with T5's own vocabulary they leave out what the PHATGOOSE authors' evaluation left out of BIG-bench Hard
-(dyck_languages) and Lite (six tasks). The exception is code_line_description, which theirs left out too: T5 loses less of it than of
-conlang_translation, which they kept.
+The limits were set so that with T5's own vocabulary they leave out what the PHATGOOSE authors' evaluation left
+out of BIG-bench Hard (dyck_languages) and Lite (six tasks). The exception is code_line_description, which
+theirs left out too: T5 loses less of it than of conlang_translation, which they kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ ROWS = 200
 ANSWERS_LOST = 0.2
 """A task is out if more than this share of its rows has an answer that the tokenizer loses."""
 PROMPT_LOST = 0.02
-"""A task is out if more than this share of its prompts' tokens is unknown: the one character that decides may be one token of many."""
+"""A task is out if more than this share of its prompts' tokens is unknown: the one character that decides may
+be one token of many."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An entry: one task of a pool or suite, made of one or several specs; and whether a pool and a suite share data."""
+"""Entries of pools and suites: tasks of one or several specs, and checks for shared data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
 
 Folders = Mapping[str, str | Path]
-"""Folders to read data from instead of fetching it: by the name of a task, of a suite or pool, or of a source (bigbench, prompted, …)."""
+"""Folders to read data from instead of fetching it: by the name of a task, of a suite or pool, or of a source
+(bigbench, prompted, …)."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def load_entry(
     limit: int | Mapping[SplitName, int] | None = None,
     needed: int | None = None,
 ) -> Task:
-    """The entry as one Task, named after the entry. The rows of several specs are put together, each prompt in one split only.
+    """The entry as one Task, named after the entry. The rows of several specs are put together, each prompt in
+    one split only.
 
     Args:
-        group: the entry's pool or suite. A folder given for the entry wins over one for its group, and that over one for the source.
+        group: the entry's pool or suite. A folder given for the entry wins over one for its group, and that
+            over one for the source.
         limit: as for `load_task`, for the whole entry: several specs get equal shares of it, as far as they have rows.
         needed: how many rows of a split are wanted, for sources that render each row. None: the largest `limit`.
 
@@ -72,11 +75,12 @@ def load_entry(
 
 
 def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path | None:
-    """The folder of a spec's data: that of the first of `names` (the entry's, its pool's or suite's) with a folder, else its source's.
+    """The folder of a spec's data: that of the first of `names` (the entry's, its pool's or suite's) with a
+    folder, else its source's.
     None: the data is fetched.
 
-    Some names are a suite's or pool's and a source's ("bbh", "bigbench", "flan"). A folder under such a name is the source's: the
-    suite also has tasks of other sources, whose data isn't there.
+    Some names are a suite's or pool's and a source's ("bbh", "bigbench", "flan"). A folder under such a name
+    is the source's: the suite also has tasks of other sources, whose data isn't there.
     """
     own = next((folders[name] for name in names if name in folders and name not in SOURCES), None)
     return own or folders.get(split_spec(spec).source)
@@ -105,17 +109,19 @@ def check_no_shared_data(
         listed = "; ".join(f"{name} ({', '.join(map(str, d))})" for name, d in list(found.items())[:6])
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
         raise TaskError(
-            f"suite {suite!r} is for models that never saw its data, and {len(found)} of the pool's experts were trained on it: "
-            f"{listed}{more}. Leave out the suite or those experts."
+            f"suite {suite!r} is for models that never saw its data, and {len(found)} of the pool's experts "
+            f"were trained on it: {listed}{more}. Leave out the suite or those experts."
         )
 
 
 def with_validation(task: Task, test_rows: int, validation_rows: int) -> Task:
-    """`task` with validation rows. If it has none, they are the test rows after the first `test_rows`; test rows are in random order.
+    """`task` with validation rows. If it has none, they are the test rows after the first `test_rows`; test
+    rows are in random order.
 
-    If these are fewer than `validation_rows`, up to 3 of 10 test rows are taken. Where raw rows are shown under several prompts, no raw
-    row is on both sides: the validation rows are all prompts of the raw rows that the first test rows don't show, and at most 9 in 10 raw
-    rows are measured. So there may be fewer than `validation_rows`; a single raw row leaves none.
+    If these are fewer than `validation_rows`, up to 3 of 10 test rows are taken. Where raw rows are shown
+    under several prompts, no raw row is on both sides: the validation rows are all prompts of the raw rows
+    that the first test rows don't show, and at most 9 in 10 raw rows are measured. So there may be fewer than
+    `validation_rows`; a single raw row leaves none.
     """
     if task.validation or not validation_rows or len(task.test) < 2:
         return task
@@ -140,7 +146,8 @@ def _with_row_limit(spec: str, most: int) -> str:
     parsed = split_spec(spec)
     if "rows" not in find_source(parsed.source).options or "rows" in parsed.options or not most:
         return spec
-    # Ten times as many as wanted, since duplicates are dropped and three splits are made of them; at most the sources' own limit.
+    # Ten times as many as wanted, since duplicates are dropped and three splits are made of them; at most
+    # the sources' own limit.
     return f"{spec}{'&' if '?' in spec else '?'}rows={max(most, min(10 * most, ROWS))}"
 
 
@@ -156,7 +163,8 @@ def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) 
 
 
 def even_shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each size to take for at most `most` together, as evenly as possible; a remainder goes to the first ones."""
+    """How many of each size to take for at most `most` together, as evenly as possible; a remainder goes to
+    the first ones."""
     shares, left = [0] * len(sizes), most
     # From the smallest on: what one can't use of its share is left for those after it.
     for done, i in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))):

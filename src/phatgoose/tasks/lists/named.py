@@ -1,4 +1,4 @@
-"""Pools and suites under names, read from pools.toml and suites.toml: those of the paper, and ours."""
+"""Named pools and suites, read from pools.toml and suites.toml."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Suite:
     refuses: frozenset[str] = frozenset()
     """Datasets beyond its own that no expert may hold."""
     own_copy: tuple[str, ...] = ()
-    """Entries whose data can't be fetched. Without the user's own copy in a folder they are left out, and that is said."""
+    """Entries whose data can't be fetched. Without the user's own copy in a folder they are left out, and that
+    is said."""
 
 
 @cache

@@ -1,8 +1,8 @@
 """Which datasets a task's spec reads, under names that are the same for every source.
 
-`super_glue/rte` is what `prompted:super_glue/rte`, `hf:aps/super_glue?config=rte`, `flan:flan2021/super_glue/rte:1.0.2` and P3's
-configurations `super_glue_rte_…` read. BIG-bench's tasks are `bigbench/TASK/SUBTASK`, also those that BIG-bench Hard published under
-other names.
+`super_glue/rte` is what `prompted:super_glue/rte`, `hf:aps/super_glue?config=rte`,
+`flan:flan2021/super_glue/rte:1.0.2` and P3's configurations `super_glue_rte_…` read. BIG-bench's tasks are
+`bigbench/TASK/SUBTASK`, also those that BIG-bench Hard published under other names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.spec import TaskSpec, is_local, split_spec
 
 NATURAL_INSTRUCTIONS = "natural-instructions"
-"""One dataset for all categories of Natural Instructions: they hold tasks built on many datasets, and aren't searched one by one."""
+"""One dataset for all categories of Natural Instructions: they hold tasks built on many datasets, and aren't
+searched one by one."""
 _HARD_RENAMED = {
     "causal_judgement": "causal_judgment",
     "formal_fallacies": "formal_fallacies_syllogisms_negation",
@@ -36,9 +37,11 @@ class Dataset:
     """A dataset or a part of one, as DATASET/PART."""
 
     name: str
-    """In lower case: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration"; for a local file its whole path as it is."""
+    """In lower case: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration"; for a local file its whole
+    path as it is."""
     owner: str = ""
-    """Its owner on the Hub, if the spec names one. Empty for collections that many have copied (BIG-bench, P3, Natural Instructions)."""
+    """Its owner on the Hub, if the spec names one. Empty for collections that many have copied (BIG-bench, P3,
+    Natural Instructions)."""
 
     def __str__(self) -> str:
         return self.name
@@ -47,8 +50,9 @@ class Dataset:
         """True if both are the same, or one is a part of the other, as bigbench/logical_deduction/three_objects of
         bigbench/logical_deduction.
 
-        Datasets of different owners differ. A dataset without an owner is known by its name, and others of that name are copies. P3's
-        configurations are DATASET_PROMPT, with _ for /; two of them only overlap if they are equal.
+        Datasets of different owners differ. A dataset without an owner is known by its name, and others of
+        that name are copies. P3's configurations are DATASET_PROMPT, with _ for /; two of them only overlap if
+        they are equal.
         """
         if self.owner and other.owner and self.owner != other.owner:
             return False
@@ -60,8 +64,8 @@ class Dataset:
 
 
 def datasets_of(spec: str, folder: str | Path | None = None) -> frozenset[Dataset]:
-    """The dataset that a spec reads. Two for Hub names that can be read in two ways: `hf:super_glue/rte` may be a part of super_glue, or
-    the dataset rte of an owner named super_glue.
+    """The dataset that a spec reads. Two for Hub names that can be read in two ways: `hf:super_glue/rte` may
+    be a part of super_glue, or the dataset rte of an owner named super_glue.
 
     Args:
         folder: where relative paths start.

@@ -1,9 +1,10 @@
-"""`bbh:NAME`: BIG-bench Hard as its authors published it. For evaluation only: every row is in the test split.
+"""`bbh:NAME`: BIG-bench Hard as its authors published it.
 
-Files are NAME.json or NAME.json.gz holding {"canary", "examples": [{"input", "target"}]}, in `folder`, in
-$PHATGOOSE_BBH, or else in the Hub's copy (`lukaemon/bbh`). The prompt is the input, then "\\nAnswer:". Where the input
-ends in an "Options:" block and the target is one of its labels ("(A)", or "Yes" of "- Yes"), the labels are choices;
-`bbh:NAME?choices=True|False` gives choices where the input doesn't.
+For evaluation only: every row is in the test split. Files are NAME.json or NAME.json.gz holding {"canary",
+"examples": [{"input", "target"}]}, in `folder`, in $PHATGOOSE_BBH, or else in the Hub's copy (`lukaemon/bbh`).
+The prompt is the input, then "\\nAnswer:". Where the input ends in an "Options:" block and the target is one
+of its labels ("(A)", or "Yes" of "- Yes"), the labels are choices; `bbh:NAME?choices=True|False` gives choices
+where the input doesn't.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def list_names(folder: Path | None) -> list[str]:
 
 
 def to_example(text: str, target: str, choices: tuple[str, ...] | None = None) -> Example:
-    """The Example of one row. Raises ValueError if input or target is empty, or the target none of the given choices."""
+    """The Example of one row. Raises ValueError if input or target is empty, or the target none of the given
+    choices."""
     if choices is None and (headings := list(_OPTIONS.finditer(text))):
         block = text[headings[-1].end() :]
         labels = tuple(_LETTER.findall(block)) or tuple(_DASH.findall(block))

@@ -1,14 +1,14 @@
-"""`bigbench:NAME[/SUBTASK][?ranked=true]`: BIG-bench's JSON tasks, with BIG-bench's own meaning of their fields.
+"""`bigbench:NAME[/SUBTASK]`: BIG-bench's JSON tasks, as BIG-bench means their fields.
 
 The prompt is (task_prefix + input prefix + input + choices + output prefix).strip() + "\\nAnswer:", as in the paper:
 "Today I walk. Yesterday I\\nAnswer:". A task's prompt must carry its instruction, so task_prefix and prefixes that say
-something ("Today I ", "\\nJoke or not? ") stay; generic labels ("Q:", "Input:", "A:") give way to "\\nAnswer:".
+something ("Today I ", "\\nJoke or not? ") stay; generic labels ("Q:", "Input:", "A:") are replaced by "\\nAnswer:".
 
-Choices are shown (unless append_choices_to_input is false) in an order that depends on nothing but their text and the
-row's input, since the files often list the right one first. Every choice with the highest score is right. A row that
-has both target and target_scores is ranked if the task's preferred score is multiple_choice_grade or the spec says ranked=true, else
-matched.
-A name with subtasks is all of them together, each row under its own instruction.
+Choices are shown (unless append_choices_to_input is false) in an order that depends only on their text and the
+row's input, since the files often list the right one first. Every choice with the highest score is right. A
+row that has both target and target_scores is ranked if the task's preferred score is multiple_choice_grade or
+the spec says ranked=true; otherwise it is matched. The name of a task with subtasks means all of them
+together, each row under its own instruction.
 """
 
 from __future__ import annotations
@@ -27,22 +27,10 @@ from phatgoose.tasks.sources import TaskSource, bigbench_files
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
-GENERIC_LABELS = frozenset(
-    [
-        "",
-        "q",
-        "question",
-        "input",
-        "text",
-        "sentence",
-        "example",
-        "a",
-        "answer",
-        "output",
-        "the answer is",
-        "best choice",
-    ]
-)
+GENERIC_LABELS = frozenset({
+    "", "q", "question", "input", "text", "sentence", "example", "a", "answer", "output", "the answer is",
+    "best choice",
+})  # fmt: skip
 """Prefixes (without colon, case folded) that say nothing about the task; the empty one too."""
 
 RANKED, MATCHED = "multiple_choice_grade", "exact_str_match"
@@ -50,18 +38,18 @@ RANKED, MATCHED = "multiple_choice_grade", "exact_str_match"
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """What a task.json says about all of its rows."""
+    """How the prompts of all rows of one task.json are made."""
 
     opening: str
     """Instruction and input prefix, before the input."""
     closing: str
     """Output prefix, after input and choices; empty if generic."""
     choice_prefix: str
-    """What stands before each choice."""
+    """Text before each choice."""
     show_choices: bool
-    """Whether choices are part of the prompt."""
+    """True if choices are part of the prompt."""
     prefer_rank: bool
-    """Whether a row with both target and target_scores is ranked."""
+    """True if a row with both target and target_scores is ranked."""
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
@@ -69,8 +57,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
     Raises:
         UnknownName: no such task or subtask.
-        TaskError: a file is malformed (named, with the row), has no examples, the task is programmatic, or its rows have no choices and
-            ranked=true.
+        TaskError: a file is malformed (named, with the row), has no examples, the task is programmatic, or its
+            rows have no choices and ranked=true.
         DownloadError, StorageError: BIG-bench can't be fetched or unpacked.
     """
     ranked = _ranked(spec)

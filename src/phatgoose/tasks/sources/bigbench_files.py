@@ -1,4 +1,4 @@
-"""Where BIG-bench's task.json files are: a folder of the user's, or those of the PyPI sdist, unpacked once.
+"""BIG-bench's task.json files: in a folder of the user, or in the PyPI sdist, unpacked once.
 
 Both have the repository's layout: NAME/task.json, or NAME/SUBTASK/task.json below a NAME/task.json without examples.
 Of the sdist (358 MB, 1.9 GB unpacked) only the JSON tasks are kept, gzipped, in the cache folder; nothing else of it is
@@ -44,6 +44,7 @@ def root(folder: Path | None) -> Path:
 
 
 def is_sdist(folder: Path) -> bool:
+    """True for the folder of the unpacked sdist."""
     return folder.parent == cache_folder() / "bigbench"
 
 
@@ -95,7 +96,8 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _unknown_task(name: str, known: list[str]) -> UnknownName:
-    """Suggests whole tasks, or a subtask that has the name's last part (past_tense → linguistic_mappings/past_tense…)."""
+    """Suggests whole tasks, or a subtask that has the name's last part (past_tense →
+    linguistic_mappings/past_tense…)."""
     last = name.rpartition("/")[2]
     inside = [n for n in known if "/" in n and last in n.partition("/")[2]]
     hint = f"It looks like {' or '.join(repr(n) for n in inside[:3])}." if inside else ""
@@ -109,7 +111,7 @@ def _programs(folder: Path) -> set[str]:
 
 
 def is_available(folder: Path | None) -> bool:
-    """Whether the tasks can be read without fetching anything."""
+    """True if the tasks can be read without fetching anything."""
     return given_folder(folder, "PHATGOOSE_BIGBENCH") is not None or cached().is_dir()
 
 

@@ -1,11 +1,12 @@
-"""`flan:COLLECTION/TASK`: a task of the FLAN collection (Open-Orca/FLAN), zero-shot prompts only.
+"""`flan:COLLECTION/TASK`: the FLAN collection (Open-Orca/FLAN), zero-shot prompts only.
 
     flan:flan2021/ai2_arc/ARC-Easy:1.0.0     flan:dialog/qrecc     flan:niv2/Translation
 
-Rows: {"inputs", "targets"}, with "_task_name" and "_template_type" in the Hub's files. With a folder, COLLECTION_TASK.jsonl,
-.jsonl.gz or .parquet is read from there (every character of the name but letters, digits, . and - written _); rows with a
-few-shot "_template_type" are dropped. Without one the Hub's zero-shot files are streamed until `rows=` (500,000) were found: hours.
-A `niv2/` task is a category of Natural Instructions, which Open-Orca's files don't name: it needs a folder.
+Rows: {"inputs", "targets"}, with "_task_name" and "_template_type" in the Hub's files. With a folder,
+COLLECTION_TASK.jsonl, .jsonl.gz or .parquet is read from there (every character of the name but letters,
+digits, . and - written _); rows with a few-shot "_template_type" are dropped. Without one the Hub's zero-shot
+files are streamed until `rows=` (500,000) were found: hours. A `niv2/` task is a category of Natural
+Instructions, which Open-Orca's files don't name: it needs a folder.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def _read_folder(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
 
 def _needs_folder(collection: str, task: str, where: str) -> TaskError:
     return TaskError(
-        f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their category. Gather "
-        f"them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
+        f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their "
+        f"category. Gather them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
     )
 
 

@@ -1,16 +1,16 @@
-"""`hf:DATASET[/CONFIG]`: any dataset that `datasets` can load, from the Hub or a local folder or file.
+"""`hf:DATASET[/CONFIG]`: any dataset that `datasets` loads, local or from the Hub.
 
     hf:super_glue/cb?input={premise} Question: {hypothesis}?&target=label&choices=names
     hf:/data/my_folder?input=question&target=answer            parquet, json, csv, arrow, or saved with save_to_disk
 
 DATASET on the Hub is `name` or `owner/name`; write `owner/name/CONFIG` or, for a name without owner, `name/CONFIG`;
 `config=` says it where that is ambiguous. Column options: see `columns`. A class label column counts as its names.
-The dataset's train, validation and test splits are kept. `train=`, `validation=` and `test=` give the names of the dataset's splits, or
-take another one: `test=validation`. A split that is missing or unlabelled is taken from train by the split rule. `revision=` pins the
-Hub's version.
+The dataset's train, validation and test splits are kept. `train=`, `validation=` and `test=` give the names of
+the dataset's splits, or take another one: `test=validation`. A split that is missing or unlabelled is taken
+from train by the split rule. `revision=` pins the Hub's version.
 
-A dataset that the Hub holds as a script, which `datasets` no longer runs, is read from the Hub's parquet copy, unless a revision is
-asked for. The task's record then has that copy under `copy`.
+A dataset that the Hub holds as a script, which `datasets` no longer runs, is read from the Hub's parquet copy,
+unless a revision is asked for. The task's record then has that copy under `copy`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from phatgoose.tasks.splits import CHAT, Fractions, build_task
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 COPY = "refs/convert/parquet"
 """The branch on which the Hub keeps a copy of a dataset, as CONFIG/SPLIT/0000.parquet."""
-ADVICE = "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files (docs/tasks.md)."
+ADVICE = (
+    "Give your own copy: hf:/path/to/folder, or for prompted: a folder with DATASET.SPLIT.jsonl files "
+    "(docs/tasks.md)."
+)
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
@@ -76,7 +79,8 @@ def load_data(
     """Split name → `datasets.Dataset`, from a local path or the Hub.
 
     Args:
-        source: the task's record, which is told the copy that was read instead of a dataset script. None: no copy is read.
+        source: the task's record, which is told the copy that was read instead of a dataset script. None: no
+            copy is read.
     """
     import datasets
 
@@ -124,7 +128,8 @@ def _load_or_copy(name: str, config: str | None, revision: str | None, source: d
     try:
         return datasets.load_dataset(name, config, revision=revision)
     except getattr(huggingface_hub.errors, "HfUriError", ()):
-        # `datasets` (5.2) can't read the URLs that it makes of ids without an owner, as super_glue. The Hub answers with a newer id.
+        # `datasets` (5.2) can't read the URLs that it makes of ids without an owner, as super_glue. The Hub
+        # answers with a newer id.
         if "/" in name or "/" not in (found := huggingface_hub.HfApi().dataset_info(name).id):
             raise
         return _load_or_copy(found, config, revision, source)
@@ -137,10 +142,12 @@ def _load_or_copy(name: str, config: str | None, revision: str | None, source: d
 
 
 def _load_copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
-    """The Hub's parquet copy of a config of a dataset script (of the only config, if none is asked for), and its record.
+    """The Hub's parquet copy of a config of a dataset script (of the only config, if none is asked for), and
+    its record.
 
-    Not by `load_dataset(name, revision=COPY)`, for two reasons. It guesses splits by words in file names: train_r1 and partial-train
-    would both be train. And it caches the copy under the script's name, where `datasets` then finds it for any other config.
+    Not by `load_dataset(name, revision=COPY)`, for two reasons. It guesses splits by words in file names:
+    train_r1 and partial-train would both be train. And it caches the copy under the script's name, where
+    `datasets` then finds it for any other config.
     """
     import datasets
 
@@ -154,9 +161,9 @@ def _load_copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
         raise unknown(f"config of {name}", config, files)
     if odd := [split for split in files[config] if not re.fullmatch(r"\w+(\.\w+)*", split)]:
         raise TaskError(
-            f"{name} is a dataset script, and the Hub's parquet copy (branch {COPY}) can't stand for it: expected files in "
-            f"{config}/SPLIT for each whole split, found some in {', '.join(f'{config}/{split}' for split in odd)} "
-            f"(partial-SPLIT is the first part of a split). {ADVICE}"
+            f"{name} is a dataset script, and the Hub's parquet copy (branch {COPY}) can't stand for it: "
+            f"expected files in {config}/SPLIT for each whole split, found some in "
+            f"{', '.join(f'{config}/{split}' for split in odd)} (partial-SPLIT is the first part of a split). {ADVICE}"
         )
     paths = {split: [url + path for path in found] for split, found in files[config].items()}
     return datasets.load_dataset("parquet", data_files=paths), record | {"config": config}
@@ -178,8 +185,8 @@ def _list_copy(name: str) -> tuple[str, dict[str, dict[str, list[str]]], dict[st
         files.setdefault(config, {}).setdefault(rest.rpartition("/")[0], []).append(path)
     if not files:
         raise DownloadError(
-            f"{name} is a dataset script on the Hub, which `datasets` no longer runs, and the Hub has no parquet copy of it "
-            f"(branch {COPY}). {ADVICE}"
+            f"{name} is a dataset script on the Hub, which `datasets` no longer runs, and the Hub has no "
+            f"parquet copy of it (branch {COPY}). {ADVICE}"
         )
     # By the id that the Hub answers with: `hf://` URLs don't take the old ids without an owner.
     record = {"branch": COPY, "dataset": info.id, "commit": info.sha}
@@ -248,7 +255,8 @@ def read_splits(
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row without what its table filled in: keys with nothing, which only other rows' messages, calls or tools have."""
+    """A row without what its table filled in: keys with nothing, which only other rows' messages, calls or
+    tools have."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

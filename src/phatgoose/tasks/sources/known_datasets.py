@@ -1,4 +1,4 @@
-"""Datasets that `prompted:` knows: their splits on the Hub, and rows in the form in which their authors published them."""
+"""What `prompted:` knows of datasets: their splits, and rows as authors published them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def check_splits(spec: TaskSpec) -> bool:
 
 
 def to_hub_row(dataset: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`row` of `dataset` (promptsource's name) with the Hub's column names and label numbers; a row that has them is unchanged."""
+    """`row` of `dataset` (promptsource's name) with the Hub's column names and label numbers; a row that has
+    them is unchanged."""
     found = dict(row)
     for published, name in _TABLES["columns"].get(dataset, {}).items():
         if published in found and name not in found:

@@ -1,7 +1,8 @@
-"""promptsource's prompts, read from its pinned sdist: YAML and Jinja only, nothing of the package is imported or run.
+"""promptsource's prompts: YAML and Jinja, read from its pinned source distribution.
 
-They are rendered in Jinja's sandbox, as promptsource does it: variables are cut after 2048 characters, "|||" separates the prompt from
-the answer, and `answer_choices` is a Jinja expression of its own. The random `choice` draws from the row's own generator.
+Nothing of the package is imported or run. They are rendered in Jinja's sandbox, as promptsource does it:
+variables are cut after 2048 characters, "|||" separates the prompt from the answer, and `answer_choices` is a
+Jinja expression of its own. The random `choice` draws from the row's own generator.
 """
 
 from __future__ import annotations
