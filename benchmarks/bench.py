@@ -2,9 +2,9 @@
 
     python benchmarks/bench.py [--experts 4 16 64 166] [--quick] [--out FOLDER]
 
-Prints medians and their ratios to the base of the same run, beside the floor that reading (or multiplying) what is needed sets.
-Keeps everything in benchmarks/results/bench-<date>.json, and a plot beside it. PEFT's Arrow needs patience: --arrow turns it on
-(it takes half a minute a step at 166 experts). Where torch finds a GPU, a model of Llama-3-8B's shape is measured on it as well.
+Prints medians and their ratios to the base of the same run, and the floor: the ratio if only the necessary bytes were read (or numbers
+multiplied). Writes everything to benchmarks/results/bench-<date>.json, and a plot beside it. PEFT's Arrow is slow (half a minute a step
+at 166 experts), so --arrow turns it on. If torch finds a GPU, a model of Llama-3-8B's shape is measured on it as well.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ import bench_gpu
 import bench_layers
 import bench_models as models
 import torch
-from bench_machine import machine, read_bandwidth
+from bench_machine import machine, options_parser, read_bandwidth
 from bench_plot import plot
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument(
         "--experts", type=int, nargs="*", default=[4, 16, 64, 166], help="pool sizes of whole models"
     )

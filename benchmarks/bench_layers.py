@@ -1,6 +1,6 @@
 """Single linear layers: what routing adds to one, by backend, pool size, tokens, dtype and rank.
 
-Every shape is a dozen layers taking turns, so that their weights come from where they come from in a whole model: memory, not a cache.
+Of every shape a dozen layers take turns, so that their weights come from memory, not from a cache, as in a whole model.
 """
 
 from __future__ import annotations

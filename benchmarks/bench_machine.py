@@ -1,11 +1,16 @@
-"""What every measurement shares: interleaved medians, and what there is to know about the machine and the code."""
+"""What all benchmarks share: interleaved medians, facts about the machine, options, processes and result files."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -22,30 +27,30 @@ def medians(
     rounds: int,
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Seconds of each way, the ways taking turns so that a busy moment hits all alike; the first round doesn't count.
+    """Median seconds of each way. The ways take turns, so that a busy moment affects all of them; the first round doesn't count.
 
-    Each is called with the number of the round. `before[name]` makes the way ready, and isn't timed.
+    Each way is called with the number of the round. `before[name]` prepares it and isn't timed.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
             if before is not None:
                 before[name]()
-            _wait()
+            _synchronize()
             start = time.perf_counter()
             run(number)
-            _wait()
+            _synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def read_bandwidth(megabytes: int = 1024) -> float:
-    """Bytes per second that this many threads read from memory: the best of a few sums over more than any cache holds."""
+    """Bytes per second that all threads read from memory: the best of a few sums over more data than any cache holds."""
     x = torch.ones(megabytes * 2**18)
     best = min(_seconds(x) for _ in range(5))
     return x.numel() * 4 / best
@@ -57,8 +62,41 @@ def _seconds(x: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def options_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def in_work_folder(
+    prefix: str, parent: Path | None, run: Callable[[Path], dict[str, object]]
+) -> dict[str, object]:
+    """What `run` returns for a folder that doesn't exist yet, below a new one that is removed at the end."""
+    work = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=parent))
+    try:
+        return run(work / "pool")
+    finally:
+        shutil.rmtree(work)
+
+
+def in_new_process(script: str, *arguments: object) -> dict[str, object]:
+    """Runs a script in a fresh process; the last line that it prints is its result as JSON."""
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(result: dict[str, object], out: Path | None) -> None:
+    """Prints a result, and writes it to `out` if that is given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
 def machine() -> dict[str, object]:
-    """Everything that a number depends on, for the results file."""
+    """What the numbers depend on, for the results file."""
     kind, why = auto_is()
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,15 +1,14 @@
-"""Pools larger than the device: how often experts are there, and how many bytes are copied, by the budget.
+"""Pools larger than the device: how often experts are in its memory, and how many bytes are copied, by the budget.
 
     python benchmarks/cached.py [--experts 166] [--layers 30] [--shares 0.1 0.25 0.5 1] [--out RESULT.json]
 
-What is counted is the same on every device; the milliseconds are this machine's, where the CPU is both host and device. The base,
-experts and tokens are random, so nearly all choices differ: the worst case for a cache. A share is that of the pool's bytes beside what is
-always there.
+The counts are the same on every device; the milliseconds are this machine's, where the CPU is both host and device. The base,
+experts and tokens are random, so nearly all choices differ: the worst case for a cache. A share is of the pool's bytes, beside what is
+always in memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import bench_models as models
 import torch
-from bench_machine import machine
+from bench_machine import machine, options_parser
 
 from phatgoose.models.attach.attach import route
 from phatgoose.models.attach.device_memory import cache_use
@@ -67,9 +66,7 @@ def measure(model: Any, pool: Any, share: float, resident: int, whole: int) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--experts", type=int, default=166)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rank", type=int, default=16)

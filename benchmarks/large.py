@@ -15,10 +15,7 @@ import argparse
 import json
 import mmap
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +24,7 @@ from typing import Any
 
 import bench_models as models
 import torch
-from bench_machine import machine, medians
+from bench_machine import in_new_process, in_work_folder, machine, medians, options_parser, report
 from packed import memory, model_of, random_expert
 from torch import Tensor
 
@@ -176,9 +173,7 @@ def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--experts", type=int, default=2000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=30)
@@ -190,24 +185,14 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.layers)))
         return
-    work = Path(tempfile.mkdtemp(prefix="large-", dir=options.work))
-    try:
-        result = {
-            "experts": options.experts,
-            "rank": options.rank,
-            "layers": options.layers,
-            "modules": options.modules or "all",
-            **write(work / "pool", options),
-        }
-        command = [sys.executable, __file__, "--measure", str(work / "pool"), "--work", str(work)]
-        command += ["--layers", str(options.layers)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result |= json.loads(done.stdout.splitlines()[-1])
-    finally:
-        shutil.rmtree(work)
-    print(json.dumps(result, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def run(pool: Path) -> dict[str, object]:
+        settings = {"experts": options.experts, "rank": options.rank, "layers": options.layers}
+        result = {**settings, "modules": options.modules or "all", **write(pool, options)}
+        layers = ("--layers", options.layers)
+        return result | in_new_process(__file__, "--measure", pool, "--work", pool.parent, *layers)
+
+    report(in_work_folder("large", options.work, run), options.out)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""The ways the torch backend chooses between, at one linear layer, for more and more experts and tokens.
+"""The algorithms that the torch backend chooses from, at one linear layer, for more and more experts and tokens.
 
     python benchmarks/ops.py [--dtype float32] [--threads 1]
 
-Median microseconds of interleaved runs, layers taking turns so that weights come from memory. The switches in phatgoose/ops/fast.py
-(DENSE_ROWS, DENSE_SHARE, GATHER_TOKENS, LOOP_TOKENS) were set by this; * marks the way taken.
+Median microseconds of interleaved runs; layers take turns, so that their weights come from memory. The limits in
+phatgoose/ops/fast.py (DENSE_ROWS, DENSE_SHARE, GATHER_TOKENS, LOOP_TOKENS) were set by it; * marks the algorithm that is chosen.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from bench_layers import Case, layers_of
-from bench_machine import medians
+from bench_machine import medians, options_parser
 
 from phatgoose.ops import fast
 
@@ -21,9 +20,7 @@ WAYS = ("_dense", "_gather", "_grouped", "_loop")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--d-in", type=int, default=576)
     parser.add_argument("--d-out", type=int, default=1536)
     parser.add_argument("--rank", type=int, default=16)
@@ -74,7 +71,7 @@ def experts_rows(case: Case) -> int:
 
 
 def _taken(u: torch.Tensor, y: torch.Tensor, layer: object, choice: tuple[torch.Tensor, torch.Tensor]) -> str:
-    """Which way `mix` goes."""
+    """Which algorithm `mix` chooses."""
     kept, taken = {name: getattr(fast, name) for name in WAYS}, []
     for name, way in kept.items():
         setattr(fast, name, lambda *args, name=name, way=way: taken.append(name) or way(*args))

@@ -3,8 +3,8 @@
     python benchmarks/packed.py [--experts 166] [--layers 30] [--work FOLDER] [--out RESULT.json]
 
 Writes random bfloat16 experts of rank 16 with gates at all 7 linear layers of every block (1.6 GB for 166 experts) into a folder
-that it removes in the end, packs them, and measures every step in a process of its own. Memory is Linux' RssAnon (what the process
-allocated) and RssFile (pages of the mapped file it has touched), both in bytes above what the process had before.
+that it removes at the end, packs them, and measures every step in a process of its own. Memory is Linux' RssAnon (what the process
+allocated) and RssFile (pages of the mapped file that it has touched), both in bytes above what the process had before.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Collection
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from bench_machine import in_new_process, in_work_folder, options_parser, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 if TYPE_CHECKING:
@@ -153,18 +151,8 @@ def measure_route(folder: str, layers: int) -> dict[str, object]:
     return steps
 
 
-def apart(*arguments: object) -> dict[str, object]:
-    """This script in another process; what it prints."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--experts", type=int, default=166)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--work", type=Path, default=None)
@@ -172,21 +160,15 @@ def main() -> None:
     parser.add_argument("--step", choices=["open", "route"], default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step is not None:
-        run = (
-            measure_open(str(options.work))
-            if options.step == "open"
-            else measure_route(str(options.work), options.layers)
+        folder = str(options.work)
+        print(
+            json.dumps(
+                measure_open(folder) if options.step == "open" else measure_route(folder, options.layers)
+            )
         )
-        print(json.dumps(run))
         return
-    work = Path(tempfile.mkdtemp(prefix="packed-", dir=options.work))
-    try:
-        result = measured(work / "pool", options.experts, options.layers)
-    finally:
-        shutil.rmtree(work)
-    print(json.dumps(result, indent=2))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    run = partial(measured, experts=options.experts, layers=options.layers)
+    report(in_work_folder("packed", options.work, run), options.out)
 
 
 def measured(folder: Path, experts: int, layers: int) -> dict[str, object]:
@@ -207,12 +189,12 @@ def measured(folder: Path, experts: int, layers: int) -> dict[str, object]:
         "layers": layers,
         "tensor_bytes": tensors,
     }
-    result["open as folders"] = apart("--step", "open", "--work", folder)
+    result["open as folders"] = in_new_process(__file__, "--step", "open", "--work", folder)
     result["pack"] = timed(lambda: pack(folder))
     stacks = next((folder / "packed").iterdir()).stat()
     result["file_bytes"], result["file_bytes_on_disk"] = stacks.st_size, stacks.st_blocks * 512
-    result["open packed"] = [apart("--step", "open", "--work", folder) for _ in range(3)]
-    result["route packed"] = apart("--step", "route", "--work", folder, "--layers", layers)
+    result["open packed"] = [in_new_process(__file__, "--step", "open", "--work", folder) for _ in range(3)]
+    result["route packed"] = in_new_process(__file__, "--step", "route", "--work", folder, "--layers", layers)
     result["verify"] = timed(lambda: verify_folder(folder))
     new = random_expert(experts, layers, json.loads((folder / "pool.json").read_text())["base"])
     result["add one"] = timed(lambda: add_to_folder(folder, new))

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from bench_machine import machine
+from bench_machine import machine, options_parser
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -255,9 +255,7 @@ def summary(own: list[Turn], base: list[Turn]) -> dict[str, Any]:
 
 
 def options_of(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--base", default="smollm2-135m-instruct-q4")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--experts", type=int, nargs="*", default=[8, 166], help="sizes of random pools")

@@ -12,7 +12,6 @@ EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only ba
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_machine import options_parser
 from rich.console import Console
 from rich.progress import track
 
@@ -251,9 +251,7 @@ def tasks(lab: WorkerState) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("experiment", type=Path)
     parser.add_argument("what", choices=["shares", "drop", "longer", "gates", "answers"])
     parser.add_argument(

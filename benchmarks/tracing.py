@@ -1,9 +1,9 @@
-"""What tracing costs, against routing alone: a random base of SmolLM2-135M's shape, the ways of tracing taking turns.
+"""What tracing costs compared with routing alone, on a random base of SmolLM2-135M's shape.
 
     python benchmarks/tracing.py [--experts 6] [--rounds 15] [--backends cpu torch]
 
-Decoding is 32 tokens one after the other behind a key-value cache, 1 or 8 sequences at once; reading is 4 × 128 tokens in one forward.
-Summing up at the end of a trace counts.
+Decoding is 32 tokens one after the other with a key-value cache, of 1 or 8 sequences; reading is 4 × 128 tokens in one forward. The
+time to sum up at the end of a trace is included. The ways of tracing take turns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from bench_machine import machine, medians
+from bench_machine import machine, medians, options_parser
 from bench_models import base_model, random_pool
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -66,9 +66,7 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--experts", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--backends", nargs="*", default=["cpu", "torch"])

@@ -1,15 +1,15 @@
-"""Training speed: an expert and its gates here, and the same expert by PEFT and transformers' Trainer as their documentation has it.
+"""Training speed: an expert and its gates, compared with the same expert by PEFT and transformers' Trainer.
 
     python benchmarks/training.py [--tasks bigbench:NAME …] [--steps 6] [--repeats 3] [--out RESULT.json]
 
-All train a LoRA of rank 16 at all linear layers on the same rows: a base in bfloat16, adapters in float32, AdamW, 16 rows a step. PEFT's
-way pads each batch to its longest row and computes logits at every position. The ways take turns; what counts is the median time from
-one step's end to the next's, without set-up, the first step and validation.
+Both train a LoRA of rank 16 at all linear layers on the same rows: a base in bfloat16, adapters in float32, AdamW, 16 rows a step.
+PEFT and Trainer are used as their documentation shows: each batch is padded to its longest row, and logits are computed at every
+position. The two take turns. The result is the median time from one step's end to the next's, without set-up, the first step and
+validation.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from bench_machine import machine
+from bench_machine import machine, options_parser
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -128,9 +128,7 @@ def measure(base: Base, task: Task, steps: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--base", default="smollm2-135m-instruct-q4")
     parser.add_argument("--steps", type=int, default=6)

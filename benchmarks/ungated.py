@@ -8,12 +8,12 @@ measured. Stopped, the same command goes on. docs/results.md, "Experts without g
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_machine import options_parser
 
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -136,9 +136,7 @@ def own_shares(base: Base, system: System, tasks: list[Task]) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_parser(__doc__)
     parser.add_argument("--pool", type=Path, default=Path("quickstart-out/pool"))
     parser.add_argument("--out", type=Path, default=Path("build/ungated"))
     parser.add_argument("--dtype", default="bfloat16", help="the quickstart's, where it was measured")

@@ -45,7 +45,7 @@ def match_exactly(
 ) -> list[Prediction]:
     """One prediction a row, by teacher forcing where that decides and by `generate` where it doesn't.
 
-    A row's answers are its targets as tokens, each with the end token. `done` is told how many rows are finished.
+    A row's answers are its targets as tokens, each with the end token. `done` is called with the number of rows that were finished.
 
     Raises:
         EvaluationError: naming the row, if a logit that decides is not finite.
@@ -125,7 +125,7 @@ def _greedy_paths(prefill: Prefill, rows: Sequence[Row], config: EvaluationConfi
 def _argmax(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """The first of the highest of each row's logits [n, vocabulary], on the CPU. Refuses logits that aren't finite."""
     chosen = logits.argmax(-1)
-    # argmax takes a NaN for the highest, so the value that it picked tells about all of them.
+    # argmax takes a NaN for the highest, so if the picked value is finite, all are.
     finite = logits.gather(-1, chosen[..., None]).squeeze(-1).isfinite().cpu()
     if not finite.all():
         row = rows[int(torch.where(~finite)[0][0])]

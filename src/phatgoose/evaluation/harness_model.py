@@ -20,11 +20,10 @@ from phatgoose.models.text.capabilities import supports_left_padding
 
 
 class RoutedLM(HFLM):
-    """HFLM that says which tokens of a row are its prompt, for routers that read text, and whose rows don't
-    change each other.
+    """HFLM that tells routers which tokens of a row are its prompt, and whose rows don't influence each other.
 
-    Encoders' inputs are padded on the right, decoders start as in generation, and where a model reads padding
-    its rows are written one at a time. Else it computes the same.
+    Encoder inputs are padded on the right, decoders start as in generation, and a model that reads padding
+    generates its rows one at a time. In all other respects it computes what HFLM does.
     """
 
     _prompts: dict[tuple[int, ...], tuple[int, ...]] | None = None
@@ -32,14 +31,14 @@ class RoutedLM(HFLM):
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         routing = routing_of(self.model)
         if self.backend != "causal" or routing is None or routing.streams.prompt_tracker is None:
-            # An encoder reads the prompt and nothing else; and nobody else asks for it.
+            # An encoder is given the prompt alone, and without a router that reads text nothing asks for it.
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         self._prompts = {}
         for _, context, continuation in requests:
             kept = (list(context) + list(continuation))[-(self.max_length + 1) :]
             row, prompt = tuple(kept[:-1]), tuple(kept[: max(len(kept) - len(continuation), 0)])
             if self._prompts.setdefault(row, prompt) != prompt:
-                self._prompts[row] = ()
+                self._prompts[row] = ()  # two prompts for the same tokens: refused if this row is run
         try:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
         finally:
@@ -70,12 +69,12 @@ class RoutedLM(HFLM):
         mask = kwargs.get("attention_mask")
         if self.backend != "causal" or mask is None or bool(mask.all()) or supports_left_padding(self.model):
             return super()._model_generate(context, max_length, stop, **kwargs)
-        written = []
+        outputs = []
         for row, real in zip(context, mask.bool(), strict=True):
             alone = {**kwargs, "attention_mask": mask.new_ones(1, int(real.sum()))}
             found = super()._model_generate(row[real][None], max_length - int((~real).sum()), stop, **alone)
-            written.append(torch.cat([row[~real], found[0]]))
-        return pad_sequence(written, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            outputs.append(torch.cat([row[~real], found[0]]))
+        return pad_sequence(outputs, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
     def _prompt_of(self, row: list[int]) -> tuple[int, ...]:
         """The prompt of a row that the harness has padded on the right."""

@@ -23,7 +23,7 @@ from phatgoose.registry import unknown
 RANK, MATCH = "accuracy (rank)", "exact match"
 
 Progress = Callable[[str, int, int], None]
-"""Told (task, rows done, rows in all), after each batch."""
+"""Called with (task, rows done, rows in all) after each batch."""
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         limit: only the first rows of each split.
-        progress: True for a bar (none where the output isn't a terminal), or a function that is told how far it is.
+        progress: True for a bar (none where the output isn't a terminal), or a function that is called with the progress.
 
     Returns:
         One TaskScore a task, with predictions in the order of the split's rows, and the unweighted mean.

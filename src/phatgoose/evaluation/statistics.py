@@ -4,7 +4,7 @@ A resample draws each task's rows with replacement, task by task (stratified), a
 tasks' means. The interval speaks about the choice of rows only, not about seeds, prompts or other tasks. Where all
 rows agree, one row included, it has no width: the data show no spread, which is not the same as certainty.
 
-Rows that show one raw row under several prompts are no independent draws. Where a task's `groups` say which rows belong
+Rows that show one raw row under several prompts aren't independent. Where a task's `groups` say which rows belong
 together, whole groups are drawn, as many as there are, and a resample's mean is that of all rows in them.
 """
 
@@ -20,7 +20,7 @@ from phatgoose.errors import EvaluationError
 _CHUNK = 2**22  # row numbers drawn at a time: bounds the memory of a large task
 
 Groups = Sequence[int]
-"""For each row of a task the number of the group that it is drawn with; empty: every row by itself."""
+"""The group of each row of a task, as a number; rows of a group are drawn together. Empty: every row by itself."""
 
 
 def bootstrap_interval(
@@ -140,9 +140,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)), with p_(1) ≤ … ≤ p_(m); in the order given.
     """
     adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = running
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
     return adjusted
 
 
@@ -189,8 +189,8 @@ def _grouped(values: NDArray[np.float64], groups: Groups) -> tuple[NDArray[np.fl
         return values, np.ones(values.shape[1])
     if len(groups) != values.shape[1]:
         raise EvaluationError(f"groups of {len(groups)} rows don't fit a task of {values.shape[1]} rows.")
-    _, places = np.unique(np.asarray(groups), return_inverse=True)
-    counts = np.bincount(places).astype(np.float64)
+    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    counts = np.bincount(group_of).astype(np.float64)
     if len(counts) == values.shape[1]:
         return values, counts  # in the rows' own order, so that the draws are the same as without groups
-    return np.stack([np.bincount(places, weights=system) for system in values]), counts
+    return np.stack([np.bincount(group_of, weights=system) for system in values]), counts

@@ -6,7 +6,7 @@ The options that `jsonl:` and `hf:` specs share (for the others see each source)
     target=      a column (text, number, or a list of acceptable answers) or a template
     choices=     a column holding a list; `names` for the label names of the target column (hf: only); or choices
                  separated by |, each a text or template: `yes|no`, `{option1}|{option2}`
-    answer_index= a column holding the right choice's place (or its letter, A first); answer_base=1 if counted from 1
+    answer_index= a column holding the right choice's index (or its letter, A first); answer_base=1 if counted from 1
     values=      what raw target values stand for: `e:yes|n:maybe|c:no`
 
 A dot reaches into a nested column: `choices.text`.
