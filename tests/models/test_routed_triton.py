@@ -47,7 +47,7 @@ def test_a_stack_and_what_was_made_of_it_go_where_their_module_computes(make_bas
     u, y = torch.randn(3, site.stack.A.shape[1]), torch.randn(3, site.stack.B.shape[1])
     expected, here = site.hook(site.module, (u,), {}, y.clone()), site.stack
     elsewhere = here.to(torch.device("meta"))
-    site.stack, site._at = elsewhere, (elsewhere.A.device, y.dtype)
+    site.stack, site._stack_for = elsewhere, (elsewhere.A.device, y.dtype)
     site.prepare()
     monkeypatch.setattr(Stack, "to", lambda stack, device: {elsewhere: here}[stack])
     assert torch.equal(site.hook(site.module, (u,), {}, y.clone()), expected)

@@ -78,9 +78,9 @@ class Site:
 
     def __init__(self, routing: RoutingState, path: str, module: nn.Module):
         self.routing, self.path, self.module = routing, path, module
-        self._listed = candidates_at(routing.pool, path, routing.prepared_router.offers_null)
-        self.members = self._listed.members
-        updates = [update for update in self._listed.updates if update is not None]
+        self._pool_candidates = candidates_at(routing.pool, path, routing.prepared_router.offers_null)
+        self.members = self._pool_candidates.members
+        updates = [update for update in self._pool_candidates.updates if update is not None]
         self.embedding = updates[0].embedding
         self._reads_weight = any(update.magnitude is not None for update in updates)
         self.source = residual_source(routing.model, updates)
@@ -99,18 +99,16 @@ class Site:
         sizes = shape_of(module, self.embedding)
         self._weight = weight_state(module) if self._reads_weight else None
         self.dtype = routing.options.dtype or compute_dtype(module, routing.model)
-        updates = tuple(
-            None if u is None else resolve_update(u, module, self.path) for u in self._listed.updates
-        )
-        self.candidates = replace(
-            self._listed, updates=updates, d_in=sizes[1] if self.embedding else sizes[0]
-        )
+        listed = self._pool_candidates
+        updates = tuple(u if u is None else resolve_update(u, module, self.path) for u in listed.updates)
+        self.candidates = replace(listed, updates=updates, d_in=sizes[self.embedding])
         stack, file_bytes, self.copied = stacked(
             routing.pool, self.candidates, sizes, self.dtype, self._residual
         )
-        # A pool that may not stay in memory is read ahead: the next experts' pages come in while this one computes.
+        # Of a packed pool that may not fit into memory, chosen rows are asked for before they are read.
         self.stack: Stack = replace(stack, prefetch=True) if file_bytes > routing.memory // 2 else stack
-        self._at: tuple[torch.device, torch.dtype] = stack.A.device, compute_dtype(module, routing.model)
+        # The module's device and compute dtype that the stack was made or moved for.
+        self._stack_for = stack.A.device, compute_dtype(module, routing.model)
 
     def bind(self) -> None:
         """Binds the router to the experts as they act here."""
@@ -118,7 +116,7 @@ class Site:
         self._by_gates = self.router.by_gates
 
     def prepare(self) -> None:
-        """Has the backend prepare its fused call for the stack, where the stack is."""
+        """Has the backend prepare its fused call, on the stack's device."""
         routing, by_gates = self.routing, self._by_gates
         layer = None if self.stack.low_rank_only else self.layer
         self.fused = None
@@ -163,8 +161,12 @@ class Site:
         if not torch.compiler.is_compiling():
             return self._routed(module, args, kwargs, output)
         # In a graph nothing may be looked up or noted, so only the plain case stays there. Where the module has moved
-        # since (`_at`), the stack must follow it first.
-        if self.routing.recorder is None and self._at == (output.device, output.dtype) and self.one_operator:
+        # since (`_stack_for`), the stack must follow it first.
+        if (
+            self.routing.recorder is None
+            and self._stack_for == (output.device, output.dtype)
+            and self.one_operator
+        ):
             assert self.fused is not None
             done = self.fused(first_argument(args, kwargs), output, self.plain and may_modify_output(module))
             if done is not None:
@@ -185,7 +187,7 @@ class Site:
         u = first_argument(args, kwargs)
         # `weight_state` changes with every write into a weight that DoRA's norms were taken of, so it is compared at
         # each call.
-        if self._at != (output.device, output.dtype) or self._reads_weight:
+        if self._stack_for != (output.device, output.dtype) or self._reads_weight:
             self._follow(output)
         # A router whose experts can be switched off has no gates to fuse while some are off.
         fused = None if self.router.by_gates is None else self.fused
@@ -269,7 +271,7 @@ class Site:
         if self.stack.A.device != output.device and not isinstance(self.fused, OffloadedExperts):
             self.stack = self.stack.to(output.device)
             self.prepare()
-        self._at = output.device, output.dtype
+        self._stack_for = output.device, output.dtype
 
     def _refuse(self, output: Any) -> None:
         """Raises RoutingError: this call can't be routed. The routing is taken off if no call of the module can."""

@@ -191,7 +191,7 @@ def _route_group(
         mixed, chosen, weights = fused.with_choice(u, y)
     else:
         if group.experts is not None:
-            chosen = version.slots[path].to(u.device)[group.experts][:, None]
+            chosen = version.by_expert[path].to(u.device)[group.experts][:, None]
             weights = (chosen >= 0).float()
         else:
             chosen, weights = route.choose(path, u, y, context)

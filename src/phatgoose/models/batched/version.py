@@ -66,14 +66,7 @@ class PoolVersion:
             device = weight.device if isinstance(weight, Tensor) and not weight.is_meta else base.device
             if site.stack.A.device != device:
                 site.stack = site.stack.to(device)
-        # By module, the candidate that each of the pool's experts is; −1 if it has nothing there.
-        self.slots: dict[str, Tensor] = {}
-        for path, site in self.sites.items():
-            table = torch.full((len(pool),), -1, dtype=torch.long)
-            for slot, member in enumerate(site.members):
-                if member >= 0:
-                    table[member] = slot
-            self.slots[path] = table
+        self.by_expert = {path: site.candidates.by_expert() for path, site in self.sites.items()}
 
 
 class Route:
