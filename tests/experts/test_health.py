@@ -143,7 +143,7 @@ def test_veras_vectors_are_compared_with_each_other():
         *no_rows(None, 2),
         shared=SharedUpdate(torch.tensor([3.0, 4]), torch.tensor([2.0]), Projections(seed=0)),
     )
-    assert dict(health.strengths(update)) == {"VeRA vectors": 10.0}
+    assert dict(health.part_norms(update)) == {"VeRA vectors": 10.0}
     assert (update.kind, update.width, update.d_in, update.d_out) == ("VeRA", 1, 0, 2)
 
 
@@ -155,7 +155,7 @@ def test_strengths_are_the_norms_of_the_dense_updates(dtype):
         return torch.randn(*shape, generator=generator).to(dtype)
 
     low = Update(draw(3, 63), draw(100, 3), -0.7, bias=draw(100))
-    assert dict(health.strengths(low)) == pytest.approx(
+    assert dict(health.part_norms(low)) == pytest.approx(
         {
             "update": float((0.7 * (low.B.double() @ low.A.double())).norm()),
             "bias": 0.7 * float(low.bias.double().norm()),
@@ -165,13 +165,13 @@ def test_strengths_are_the_norms_of_the_dense_updates(dtype):
     scales = Update(
         *no_rows(None, 5), output_scale=torch.tensor([1.0, 1, 2, 1, 1]), input_scale=torch.tensor([3.0])
     )
-    assert dict(health.strengths(scales)) == pytest.approx(
+    assert dict(health.part_norms(scales)) == pytest.approx(
         {"output scale": math.sqrt(1 / 5), "input scale": 2.0}
     )
     dora = Update(draw(3, 63), draw(100, 3), magnitude=torch.ones(100))
-    assert dict(health.strengths(dora))["DoRA magnitude"] == 10
+    assert dict(health.part_norms(dora))["DoRA magnitude"] == 10
     narrow = Bottleneck(torch.ones(2, 8), torch.ones(8, 2), scale=2.0)
-    assert dict(health.strengths(Update(*no_rows(None, 8), bottleneck=narrow))) == pytest.approx(
+    assert dict(health.part_norms(Update(*no_rows(None, 8), bottleneck=narrow))) == pytest.approx(
         {"bottleneck": 32}
     )
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import make_model, make_tokenizer
 from phatgoose import Expert, Pool
-from phatgoose.experts.files.tokenizer_files import brought, differences, sha256_of
+from phatgoose.experts.files.tokenizer_files import differences, read_tokenizer_record, template_sha256
 
 
 def compared(experts, tokenizer):
@@ -80,7 +80,7 @@ def test_pools_name_the_experts_and_compare_them_with_a_base(tmp_path, own, thei
 
 
 def test_the_template_of_its_own_training_is_compared(tmp_path, own, theirs):
-    trained = {"task": {"chat_template": sha256_of(TEMPLATE + "\n")}}
+    trained = {"task": {"chat_template": template_sha256(TEMPLATE + "\n")}}
     expert = Expert.from_peft(adapter(tmp_path / "plain"), provenance=trained)
     assert compared([expert], own) == []
     (line,) = compared([expert], theirs)
@@ -99,10 +99,10 @@ def test_the_template_of_its_own_training_is_compared(tmp_path, own, theirs):
     ],
 )  # fmt: skip
 def test_forms_of_the_files(tmp_path, files, tokens, has_template):
-    assert brought(tmp_path) is None
+    assert read_tokenizer_record(tmp_path) is None
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
-    found = brought(tmp_path)
+    found = read_tokenizer_record(tmp_path)
     assert found["files"] == list(files)
     assert found["added_tokens"] == tokens
     assert (found["chat_template"] is not None) == has_template

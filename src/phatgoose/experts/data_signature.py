@@ -89,7 +89,7 @@ class DataSignature:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def fits(self, updates: Mapping[str, Update], where: str) -> None:
+    def check_fits(self, updates: Mapping[str, Update], where: str) -> None:
         """Refuses activations that aren't one vector for each module that the expert adapts, of its size."""
         if not self.has_activations:
             return

@@ -75,7 +75,7 @@ class Expert:
         if self.gates is not None:
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
         if self.signature is not None:
-            self.signature.fits(self.updates, self._where())
+            self.signature.check_fits(self.updates, self._where())
         _ = self.base  # so that a wrong record is refused here, not later
 
     def __repr__(self) -> str:
@@ -264,7 +264,7 @@ class Expert:
             )
         check_replaceable(folder, keeps_card=self.folder is not None and self.folder == folder)
         with atomic_folder(folder, like=self.folder) as work:
-            self._fill(work)
+            self._write_files(work)
         return folder
 
     def equals(self, other: Expert) -> bool:
@@ -280,7 +280,7 @@ class Expert:
             )
         )
 
-    def _fill(self, work: Path) -> None:
+    def _write_files(self, work: Path) -> None:
         """Writes all files of the expert into an empty folder."""
         self._write_adapter(work)
         record: dict[str, Any] = {"format": "phatgoose-expert", "version": RECORD_VERSION, "name": self.name}

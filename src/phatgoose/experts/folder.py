@@ -130,10 +130,10 @@ def _is_there(folder: SafeFolder, name: str, recorded: Any) -> bool:
 
 def _with_tokenizer(provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The provenance with a record of tokenizer files beside the adapter; a new record gives a warning."""
-    found = None if tokenizer_files.KEY in provenance else tokenizer_files.brought(folder)
+    found = None if tokenizer_files.KEY in provenance else tokenizer_files.read_tokenizer_record(folder)
     if found is None:
         return dict(provenance)
-    warnings.warn(f"{folder}: {tokenizer_files.at_load(found)}", stacklevel=4)
+    warnings.warn(f"{folder}: {tokenizer_files.load_warning(found)}", stacklevel=4)
     return {**provenance, tokenizer_files.KEY: found}
 
 

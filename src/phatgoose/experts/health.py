@@ -18,7 +18,7 @@ from torch import Tensor
 from phatgoose.errors import brief
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import all_identical
-from phatgoose.experts.files.tokenizer_files import differences, without_base
+from phatgoose.experts.files.tokenizer_files import differences, unchecked_warnings
 from phatgoose.ops.update import Update
 
 FACTOR, DEVIATIONS = 20.0, 3.0
@@ -48,7 +48,7 @@ def warnings(
         *find_outliers(experts, weight_norms),
         *_without_rivals(experts),
         *_duplicates(experts),
-        *(without_base(provenances) if tokenizer is None else differences(provenances, tokenizer)),
+        *(unchecked_warnings(provenances) if tokenizer is None else differences(provenances, tokenizer)),
     ]
 
 
@@ -60,7 +60,7 @@ def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] |
         sizes: dict[str, dict[str, float]] = defaultdict(dict)
         gates: dict[str, Tensor] = {}
         for expert in (e for e in experts if path in e.updates):
-            for part, size in strengths(expert.updates[path]):
+            for part, size in part_norms(expert.updates[path]):
                 sizes[part][expert.name] = size
                 if part in ("update", "VeRA vectors") and size == 0:
                     found.add(expert.name, "its update is zero, so it does nothing,", path)
@@ -103,7 +103,7 @@ _BASE = {
 }
 
 
-def strengths(update: Update) -> Iterator[tuple[str, float]]:
+def part_norms(update: Update) -> Iterator[tuple[str, float]]:
     """The size of each part of an update, comparable between experts at one module: name and norm in float64.
 
     "update" is ‖scale · B A‖ and "bias" ‖scale · bias‖ (Frobenius norms); of scales c it is the root mean square of

@@ -22,7 +22,7 @@ def padded(pool: Pool, count: int, seed: int = 0) -> Pool:
         raise PoolError(f"{count} experts can't be added to a pool.")
     generator = torch.Generator().manual_seed(seed)
 
-    def like(tensor: torch.Tensor) -> torch.Tensor:
+    def random_like(tensor: torch.Tensor) -> torch.Tensor:
         values = tensor.float()
         draw = torch.randn(tensor.shape, generator=generator)
         return (values.mean() + values.std(correction=0) * draw).to(tensor.dtype)
@@ -33,7 +33,9 @@ def padded(pool: Pool, count: int, seed: int = 0) -> Pool:
         provenance = {"kind": "random", "like": model.name, "seed": seed}
         if model.base is not None:
             provenance["base"] = model.base.to_json()
-        gates = None if model.gates is None else {path: like(gate) for path, gate in model.gates.items()}
-        tensors = {key: like(tensor) for key, tensor in model.tensors.items()}
+        gates = (
+            None if model.gates is None else {path: random_like(gate) for path, gate in model.gates.items()}
+        )
+        tensors = {key: random_like(tensor) for key, tensor in model.tensors.items()}
         added.append(Expert(f"random-{number + 1}", model.adapter_config, tensors, gates, provenance))
     return Pool([*pool.experts, *added])

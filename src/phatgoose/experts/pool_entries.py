@@ -24,13 +24,15 @@ def place_expert(folder: Path, expert: Expert, entries: list[dict[str, Any]]) ->
         entries: of the experts that the pool has.
     """
     for entry in entries:
-        if entry["name"] == expert.name and _holds(folder / entry["folder"], expert, entry):
+        if entry["name"] == expert.name and _has_expert(folder / entry["folder"], expert, entry):
             return _entry(expert, entry["folder"], entry["files"])
     taken = {entry["folder"] for entry in entries}
     relative, number = f"experts/{expert.name}", 1
     # A folder that no entry names was left by a process that was killed before it wrote the manifest: if it
     # holds this very expert, it is used.
-    while relative in taken or (os.path.lexists(folder / relative) and not _holds(folder / relative, expert)):
+    while relative in taken or (
+        os.path.lexists(folder / relative) and not _has_expert(folder / relative, expert)
+    ):
         number += 1
         relative = f"experts/{expert.name}.{number}"
     place = folder / relative
@@ -63,7 +65,7 @@ def _entry(expert: Expert, relative: str, files: dict[str, str]) -> dict[str, An
     return entry if expert.origin is None else {**entry, "source": expert.origin.to_json()}
 
 
-def _holds(place: Path, expert: Expert, entry: dict[str, Any] | None = None) -> bool:
+def _has_expert(place: Path, expert: Expert, entry: dict[str, Any] | None = None) -> bool:
     """Whether `place` is a folder, not a link, with this very expert, and with the files of `entry`."""
     try:
         if entry is not None:

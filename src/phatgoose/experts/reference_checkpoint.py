@@ -71,7 +71,7 @@ class Contents:
     """The base's parameters in it → "the base's own", or "not compared" without the base's weights."""
 
 
-def inspect(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) -> Contents:
+def inspect_checkpoint(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) -> Contents:
     """Checks that a checkpoint holds whole experts of this base and nothing else.
 
     Raises:
@@ -82,7 +82,7 @@ def inspect(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) ->
     copies = {}
     for key, tensor in tensors.items():
         if key in COPIES and key in base.parameters:
-            copies[key] = _compared(checkpoint, key, tensor, base)
+            copies[key] = _compare_copy(checkpoint, key, tensor, base)
             continue
         if (match := _KEY.fullmatch(key)) is None:
             raise ExpertError(
@@ -136,13 +136,13 @@ def import_reference(
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PoolError(f"{out} exists and isn't empty; choose another folder.")
-    contents = inspect(checkpoint, map_torch_file(checkpoint), base)
-    called = _names(names, contents.experts)
+    contents = inspect_checkpoint(checkpoint, map_torch_file(checkpoint), base)
+    called = _expert_names(names, contents.experts)
     config = _config(base, contents)
     with atomic_folder(out) as work:
         entries = []
         for i, tensors in _one_by_one(checkpoint, contents):
-            expert = _expert(checkpoint, contents, config, base, i, called[i], tensors)
+            expert = _build_expert(checkpoint, contents, config, base, i, called[i], tensors)
             entries.append(place_expert(work, expert, []))
             progress(i + 1, contents.experts)
         manifest = new_manifest(entries, base.fingerprint)
@@ -165,7 +165,7 @@ def _one_by_one(checkpoint: Path, contents: Contents) -> Iterator[tuple[int, dic
         yield i, own
 
 
-def _expert(
+def _build_expert(
     checkpoint: Path,
     contents: Contents,
     config: Mapping[str, Any],
@@ -212,7 +212,7 @@ def _config(base: BaseShape, contents: Contents) -> dict[str, Any]:
     }
 
 
-def _compared(checkpoint: Path, key: str, tensor: Tensor, base: BaseShape) -> str:
+def _compare_copy(checkpoint: Path, key: str, tensor: Tensor, base: BaseShape) -> str:
     if tuple(tensor.shape) != base.parameters[key]:
         raise ExpertError(
             f"{checkpoint}: {key} has shape {list(tensor.shape)}, and the base {base.spec!r} has "
@@ -228,7 +228,7 @@ def _compared(checkpoint: Path, key: str, tensor: Tensor, base: BaseShape) -> st
     return "the base's own"
 
 
-def _names(names: Sequence[str] | None, count: int) -> list[str]:
+def _expert_names(names: Sequence[str] | None, count: int) -> list[str]:
     if names is None:
         return [f"expert-{i}" for i in range(count)]
     if len(names) != count:

@@ -103,6 +103,7 @@ def _environment() -> Environment:
         loader=PackageLoader("phatgoose.experts.card", "."),
         autoescape=False,
         undefined=StrictUndefined,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

@@ -30,7 +30,7 @@ ADVICE = (
 )
 
 
-def brought(folder: Path) -> dict[str, Any] | None:
+def read_tokenizer_record(folder: Path) -> dict[str, Any] | None:
     """A record of the tokenizer files in an adapter's folder; None if there are none.
 
     Returns: {"files", "chat_template": sha256 or None, "added_tokens": {text: id}}. What can't be read of a file is
@@ -62,25 +62,25 @@ def brought(folder: Path) -> dict[str, Any] | None:
                 tokens[str(token.get("content"))] = token["id"]
     return {
         "files": there,
-        "chat_template": sha256_of(template) if isinstance(template, str) else None,
+        "chat_template": template_sha256(template) if isinstance(template, str) else None,
         "added_tokens": dict(sorted(tokens.items(), key=lambda item: item[1])[:TOKENS]),
     }
 
 
-def sha256_of(template: str) -> str:
+def template_sha256(template: str) -> str:
     """Hex sha256 of a template's text, without white space at its ends, which may change when it is saved elsewhere."""
     return hashlib.sha256(template.strip().encode("utf-8", "replace")).hexdigest()
 
 
-def at_load(found: Mapping[str, Any]) -> str:
+def load_warning(found: Mapping[str, Any]) -> str:
     """The warning for an adapter that was just read, from its record."""
     return (
-        f"the adapter brings tokenizer files ({_what([found])}), which aren't used: prompts go through the base's "
+        f"the adapter brings tokenizer files ({_summary([found])}), which aren't used: prompts go through the base's "
         f"tokenizer and chat template. {ADVICE}"
     )
 
 
-def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def unchecked_warnings(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Warnings about the tokenizer files that experts bring, if there is no base to compare them with.
 
     Args:
@@ -90,8 +90,8 @@ def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not found:
         return []
     lines = [
-        f"{_named(list(found))} {'brings' if len(found) == 1 else 'bring'} tokenizer files "
-        f"({_what(list(found.values()))}), which aren't used: prompts go through the base's tokenizer and chat "
+        f"{_listed(list(found))} {'brings' if len(found) == 1 else 'bring'} tokenizer files "
+        f"({_summary(list(found.values()))}), which aren't used: prompts go through the base's tokenizer and chat "
         "template. `phatgoose pool verify POOL --base BASE` says where they differ."
     ]
     templates: dict[str, list[str]] = {}
@@ -99,7 +99,7 @@ def without_base(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if record["chat_template"] is not None:
             templates.setdefault(record["chat_template"], []).append(name)
     if len(templates) > 1:
-        groups = "; ".join(_named(names) for names in templates.values())
+        groups = "; ".join(_listed(names) for names in templates.values())
         lines.append(
             f"the experts bring different chat templates, of which a base has one: {groups}. {ADVICE}"
         )
@@ -117,8 +117,8 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
     own = own.get("default") if isinstance(own, dict) else own
     lines, vocabulary = [], None
     for expert, provenance in provenances.items():
-        record, trained = _record(provenance), _trained_through(provenance)
-        if trained is not None and (own is None or trained != sha256_of(own)):
+        record, trained = _record(provenance), _training_template(provenance)
+        if trained is not None and (own is None or trained != template_sha256(own)):
             lines.append(
                 f"expert {expert!r} was trained on conversations through another chat template than this base's, "
                 "which `chat` and `serve` don't use. Load the base with the template that it was trained with."
@@ -126,7 +126,7 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
         if record is None:
             continue
         theirs = record["chat_template"]
-        if theirs is not None and (own is None or theirs != sha256_of(own)):
+        if theirs is not None and (own is None or theirs != template_sha256(own)):
             has = "the base has none" if own is None else "the base's is another one"
             lines.append(
                 f"expert {expert!r} brings a chat template of its own, and {has}: it was trained on prompts that "
@@ -148,7 +148,7 @@ def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) ->
 
 
 def _record(provenance: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of `brought` in a provenance, which a stranger may have written."""
+    """The record of `read_tokenizer_record` in a provenance, which a stranger may have written."""
     found = provenance.get(KEY)
     if not isinstance(found, Mapping) or not isinstance(found.get("files"), list):
         return None
@@ -159,14 +159,14 @@ def _record(provenance: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _trained_through(provenance: Mapping[str, Any]) -> str | None:
+def _training_template(provenance: Mapping[str, Any]) -> str | None:
     """sha256 of the chat template that the expert was trained with, if that was on conversations."""
     task = provenance.get("task")
     found = task.get("chat_template") if isinstance(task, Mapping) else None
     return found if isinstance(found, str) else None
 
 
-def _what(records: Sequence[Mapping[str, Any]]) -> str:
+def _summary(records: Sequence[Mapping[str, Any]]) -> str:
     most = max(len(r["added_tokens"]) for r in records)
     upto = "up to " if len(records) > 1 else ""
     parts = [
@@ -176,7 +176,7 @@ def _what(records: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(parts) or "no template, no added tokens"
 
 
-def _named(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{'expert' if len(names) == 1 else 'experts'} {shown}"
 

@@ -193,7 +193,7 @@ class PackedExpert(Expert):
         if self.gates is not None and not isinstance(self.gates, LazyTensors):
             object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
         if self.signature is not None:
-            self.signature.fits(source.layout.updates, self._where())
+            self.signature.check_fits(source.layout.updates, self._where())
 
     @property
     def sizes(self) -> Mapping[str, tuple[int, int, bool]]:

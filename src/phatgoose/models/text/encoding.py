@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from phatgoose.errors import PhatgooseError, TaskError
-from phatgoose.experts.files.tokenizer_files import sha256_of
+from phatgoose.experts.files.tokenizer_files import template_sha256
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.conversation import conversation_answer_ids, conversation_ids
 from phatgoose.records import SPLITS, Example, Task
@@ -93,7 +93,7 @@ def chat_template_key(base: Base, task: Task) -> dict[str, str]:
         return {}
     template = base.tokenizer.chat_template
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return {"chat_template": sha256_of(text)}
+    return {"chat_template": template_sha256(text)}
 
 
 def encode_choices(
