@@ -20,18 +20,18 @@ from phatgoose.models.text.encoding import encode_prompt
 from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Arrow
-from phatgoose.ui.session import Ask, Limits, Session, offered_routers
+from phatgoose.ui.session import Limits, Question, Session, offered_routers
 
 pytest_plugins = ["ui_fixtures"]
 
 
-class Job:
+class QueuedAnswer:
     """Takes what a client would be told."""
 
     def __init__(self, stop_after=None):
         self.events, self.stopped, self.stop_after = [], threading.Event(), stop_after
 
-    def tell(self, event):
+    def send(self, event):
         self.events.append(event)
         if self.stop_after is not None and len(self.of("tokens")) == self.stop_after:
             self.stopped.set()
@@ -41,8 +41,8 @@ class Job:
 
 
 def answered(session, job=None, **question):
-    job = Job() if job is None else job
-    asked = Ask(PROMPT, **{"max_new_tokens": 9, **question})
+    job = QueuedAnswer() if job is None else job
+    asked = Question(PROMPT, **{"max_new_tokens": 9, **question})
     session.check(asked)
     session.answer(asked, job)
     return job
@@ -157,7 +157,7 @@ def test_top_k_and_routers_can_be_changed_from_answer_to_answer(make_session):
 
 
 def test_a_stopped_answer_ends_at_its_next_token(make_session):
-    job = answered(make_session(), Job(stop_after=2))
+    job = answered(make_session(), QueuedAnswer(stop_after=2))
     assert len(job.of("tokens")) == 2
     assert (job.events[-1]["why"], job.events[-1]["tokens"]) == ("stopped", 2)
 
@@ -190,7 +190,7 @@ def test_a_refused_router_leaves_what_was_there(make_session):
 def test_what_is_refused_at_once(make_session, question, words):
     session = make_session(limits=Limits(new_tokens=40))
     with pytest.raises(PhatgooseError, match=words):
-        session.check(Ask(**{"prompt": PROMPT, **question}))
+        session.check(Question(**{"prompt": PROMPT, **question}))
 
 
 def test_what_is_refused_in_its_turn(make_session):
@@ -204,10 +204,10 @@ def test_what_is_refused_in_its_turn(make_session):
         answered(session, chat=True)
     session.limits = Limits(prompt_tokens=5000)
     with pytest.raises(PhatgooseError, match="context 512: nothing can be added"):
-        session.answer(Ask("word " * 600), Job())
-    long = Ask("yes " * 200, max_new_tokens=500)
+        session.answer(Question("word " * 600), QueuedAnswer())
+    long = Question("yes " * 200, max_new_tokens=500)
     taken = encode_prompt(session.base, long.prompt).shape[1]
-    job = Job(stop_after=1)
+    job = QueuedAnswer(stop_after=1)
     session.answer(long, job)
     assert job.events[0]["room"] == 512 - taken < 500
 
@@ -258,8 +258,8 @@ def test_modules_with_fewer_experts_are_told_as_wide_as_the_others(make_base, ma
 
 def test_characters_of_several_tokens_are_told_when_they_are_whole(make_session):
     session = make_session()
-    job = Job()
-    session.answer(replace(Ask("né → 日本"), max_new_tokens=3), job)
+    job = QueuedAnswer()
+    session.answer(replace(Question("né → 日本"), max_new_tokens=3), job)
     _, _, texts = choices_of(job, len(session.locations))
     ids = encode_prompt(session.base, "né → 日本")
     assert "".join(texts[: ids.shape[1]]) == session.base.tokenizer.decode(ids[0])

@@ -1,1 +1,5 @@
-"""`phatgoose ui`: a page on this machine that shows an answer's routing while it is written."""
+"""`phatgoose ui`: a page that shows, while an answer is written, which experts act on each token.
+
+In: a base and a pool, and questions from a browser on this machine. Out: the page, and events of each answer
+as lines of JSON.
+"""

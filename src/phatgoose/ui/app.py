@@ -1,4 +1,4 @@
-"""The server: the page, and answers as lines of JSON while they are written."""
+"""The web application: the page, and answers as lines of JSON while they are written."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from starlette.exceptions import HTTPException
 from phatgoose.analysis.live import live_page
 from phatgoose.errors import PhatgooseError
 from phatgoose.ui.guard import Guard
-from phatgoose.ui.session import Ask, Session
-from phatgoose.ui.turns import Busy, Job, Turns
+from phatgoose.ui.queue import AnswerQueue, Busy, QueuedAnswer
+from phatgoose.ui.session import Question, Session
 from phatgoose.workflows.prompt_forms import trained_form
 
-_ASK = TypeAdapter(Ask)
+_QUESTION = TypeAdapter(Question)
 
 
 def make_app(session: Session) -> FastAPI:
-    """The page of this session at /, and POST /answer, which takes an `Ask` and gives the events of `Session.answer`, one a line."""
+    """GET / is the page. POST /answer takes a `Question` and gives the events of `Session.answer`, one per line."""
     trained = {trained_form(expert) for expert in session.pool.experts}
     html, policy = live_page(
         base=session.base.spec,
@@ -37,12 +37,12 @@ def make_app(session: Session) -> FastAPI:
         form=trained.pop() if len(trained) == 1 else None,
         most_new_tokens=session.limits.new_tokens,
     )
-    turns = Turns(session.limits.waiting)
+    queue = AnswerQueue(session.limits.waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        turns.close()
+        queue.close()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(Guard, body_bytes=session.limits.body_bytes)
@@ -54,9 +54,9 @@ def make_app(session: Session) -> FastAPI:
 
     @app.post("/answer")
     async def answer(request: Request) -> Response:
-        ask = _ASK.validate_json(await request.body())
-        session.check(ask)
-        return _Lines(turns, turns.submit(partial(session.answer, ask)))
+        question = _QUESTION.validate_json(await request.body())
+        session.check(question)
+        return _Lines(queue, queue.submit(partial(session.answer, question)))
 
     @app.exception_handler(PhatgooseError)
     async def refused(request: Request, error: PhatgooseError) -> Response:
@@ -78,25 +78,25 @@ def make_app(session: Session) -> FastAPI:
 
 
 class _Lines(StreamingResponse):
-    """A job's events; when nobody reads them any more, however that came, nobody waits for it either."""
+    """An answer's events as a response. Whatever ends the response also ends the answer."""
 
-    def __init__(self, turns: Turns, job: Job) -> None:
-        self.turns, self.job = turns, job
+    def __init__(self, queue: AnswerQueue, queued: QueuedAnswer) -> None:
+        self.queue, self.queued = queue, queued
         super().__init__(self._lines(), media_type="application/x-ndjson")
 
     async def _lines(self) -> AsyncIterator[bytes]:
-        async for event in self.turns.events(self.job):
+        async for event in self.queue.events(self.queued):
             yield json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.turns.leave(self.job)
+            self.queue.leave(self.queued)
 
 
 def listen(port: int) -> socket.socket:
-    """A socket of this machine's own address, which other machines can't reach; port 0: any that is free.
+    """A socket that other machines can't reach. Port 0 takes any free one.
 
     Raises:
         PhatgooseError: the port is taken, or may not be used.
@@ -105,7 +105,7 @@ def listen(port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(("127.0.0.1", port))
-        found.listen()  # whoever comes before the server runs waits
+        found.listen()  # clients that come before the server runs have to wait
     except OSError as error:
         found.close()
         raise PhatgooseError(
@@ -115,7 +115,7 @@ def listen(port: int) -> socket.socket:
 
 
 def server(app: FastAPI) -> uvicorn.Server:
-    """What runs the application on a socket: `server(app).run(sockets=[listen(port)])`."""
+    """Runs the application: `server(app).run(sockets=[listen(port)])`."""
     return uvicorn.Server(
         uvicorn.Config(
             app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,

@@ -1,8 +1,8 @@
-"""What keeps other sites and other machines out of a server on this one.
+"""Keep other sites and other machines out of a server on this machine.
 
-A page from elsewhere can send requests here, and by giving its own name our address (DNS rebinding) even read the answers. So the
-Host must be this machine's own name, a question must come from our own page or from no page at all, as JSON, and what is answered
-may not be framed, embedded or kept.
+A page from elsewhere can send requests here, and even read the answers if its own name is given our address
+(DNS rebinding). So the Host must be this machine's own name, a question must come from our own page or from no
+page at all, as JSON, and responses can't be framed, embedded or cached.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HEADERS = {
 
 
 class Guard:
-    """Wraps an ASGI application."""
+    """An ASGI middleware that refuses requests before the application sees them."""
 
     def __init__(self, app: App, body_bytes: int) -> None:
         self.app, self.body_bytes = app, body_bytes
@@ -47,7 +47,7 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
-        if scope["type"] != "http":  # a web socket, which nothing here answers
+        if scope["type"] != "http":  # a web socket; there are none here
             await send({"type": "websocket.close", "code": 1008})
         elif (refusal := self._refusal(scope)) is not None:
             await _refuse(guarded, *refusal)
@@ -55,7 +55,7 @@ class Guard:
             await self.app(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the reason, or None."""
+        """The status and reason of a refusal, or None."""
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
@@ -74,7 +74,7 @@ class Guard:
         ]:
             return 415, "expected content-type application/json."
         lengths = headers.get("content-length", [])
-        # A body in chunks is as long as it likes, whatever length is said beside.
+        # A chunked body has any length, whatever the content-length says.
         if "transfer-encoding" in headers or len(lengths) != 1 or not re.fullmatch(r"\d{1,18}", lengths[0]):
             return 411, "expected one content-length."
         if int(lengths[0]) > self.body_bytes:
@@ -85,7 +85,7 @@ class Guard:
 async def _refuse(send: Send, status: int, reason: str) -> None:
     body = json.dumps({"error": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    # What the client still sends isn't read, so the connection can't be used again.
+    # The rest of the request isn't read, so the connection can't be used again.
     await send(
         {"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]}
     )

@@ -1,4 +1,4 @@
-"""The model behind the page: what may be asked of it, and answering, one question at a time."""
+"""The model behind the page: check a question, then answer it."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ from phatgoose.routers import Router
 from phatgoose.routers.fitting import fitting_router
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.parse import BASE, REQUIRED, ROUTERS, parse_router, router_class, settings_of
-from phatgoose.ui.pieces import Pieces
-from phatgoose.ui.turns import Job
+from phatgoose.ui.queue import QueuedAnswer
+from phatgoose.ui.token_events import TokenEvents
 from phatgoose.workflows.prompt_forms import read_of_turn
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one question may cost. Whatever is above is refused, but for tokens that don't fit into the model's context."""
+    """What one question may cost. Whatever is above is refused, but for tokens that don't fit into the model's
+    context."""
 
     body_bytes: int = 2**18
-    """Of a request."""
+    """Bytes of a request."""
     prompt_tokens: int = 2048
-    """Of a prompt, with its chat template."""
+    """Tokens of a prompt, with its chat template."""
     new_tokens: int = 512
-    """Of an answer."""
+    """Tokens of an answer."""
     choices: int = 2**22
-    """Tokens × modules × choices of one answer: about six bytes each on their way to the page."""
+    """Tokens × modules × choices of one answer; each takes about six bytes on its way to the page."""
     waiting: int = 4
-    """Questions that may wait behind the one that is answered."""
+    """Questions that may wait while one is answered."""
 
 
 @dataclass(frozen=True)
-class Ask:
+class Question:
     """One question, as the page sends it."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     prompt: str
     router: str = ""
-    """A router's name, or "base" for the base alone; empty: the first that the page offers."""
+    """A router's name, or "base" for the base alone. Empty: the first that the page offers."""
     top_k: int | None = None
-    """Its top-k; None: its own. Routers that have none take none."""
+    """The router's top_k; None: its default. Only for routers that have one."""
     off: list[int] = field(default_factory=list)
-    """Experts that are switched off, by their place in the pool."""
+    """Experts that are switched off, by their index in the pool."""
     chat: bool = False
     """Whether the prompt goes through the model's chat template."""
     max_new_tokens: int = 64
@@ -67,8 +68,9 @@ class Ask:
 def offered_routers(pool: Pool | None = None) -> list[dict[str, Any]]:
     """{"name", "top_k"} of every router that needs nothing but a pool, and the base; top_k is None if it has none.
 
-    The first one suits the pool best: PHATGOOSE if all experts have gates. Routers that read gates or data signatures which some
-    of this pool's experts lack are left out, and so are routers of other packages that can't be imported.
+    The first one suits the pool best: PHATGOOSE if all experts have gates. Routers that read gates or data
+    signatures which some of this pool's experts lack are left out, and so are routers of other packages that
+    can't be imported.
     """
     found = []
     first = fitting_router(pool.experts)[0] if pool else "phatgoose"
@@ -117,115 +119,122 @@ class Session:
         modules = routing.pool.modules
         return locate_modules(modules, [routing.streams.stream_of(path) for path in modules])
 
-    def check(self, ask: Ask) -> None:
-        """Refuses what can be refused before the model is asked.
+    def check(self, question: Question) -> None:
+        """Refuses a question that can be refused without running the model.
 
         Raises:
-            PhatgooseError: a setting is unknown or out of its range; says what is expected.
+            PhatgooseError: a setting is unknown or out of its range; the message says what is expected.
         """
-        ask = self._with_router(ask)
-        if not ask.prompt.strip():
+        question = self._with_router(question)
+        if not question.prompt.strip():
             raise PhatgooseError("the prompt is empty.")
-        if any("\ud800" <= c <= "\udfff" for c in ask.prompt):
+        if any("\ud800" <= c <= "\udfff" for c in question.prompt):
             raise PhatgooseError("the prompt holds half a character (a lone surrogate), which is no text.")
-        if ask.router not in self.routers:
-            raise unknown("router", ask.router[:100], self.routers)
-        if ask.top_k is not None and (
-            self.routers[ask.router]["top_k"] is None or not 1 <= ask.top_k <= len(self.pool)
+        if question.router not in self.routers:
+            raise unknown("router", question.router[:100], self.routers)
+        if question.top_k is not None and (
+            self.routers[question.router]["top_k"] is None or not 1 <= question.top_k <= len(self.pool)
         ):
             raise RoutingError(
-                f"top_k is {ask.top_k} for router {ask.router!r}: expected 1 to {len(self.pool)}, and only for routers that have one."
+                f"top_k is {question.top_k} for router {question.router!r}: expected 1 to {len(self.pool)}, "
+                "and only for routers that have one."
             )
-        if len(set(ask.off)) < len(ask.off) or not all(0 <= i < len(self.pool) for i in ask.off):
+        if len(set(question.off)) < len(question.off) or not all(
+            0 <= i < len(self.pool) for i in question.off
+        ):
             raise RoutingError(f"off should name experts of the pool, 0 to {len(self.pool) - 1}, each once.")
-        if not 1 <= ask.max_new_tokens <= self.limits.new_tokens:
+        if not 1 <= question.max_new_tokens <= self.limits.new_tokens:
             raise PhatgooseError(
-                f"max_new_tokens is {ask.max_new_tokens}, expected 1 to {self.limits.new_tokens}."
+                f"max_new_tokens is {question.max_new_tokens}, expected 1 to {self.limits.new_tokens}."
             )
 
-    def answer(self, ask: Ask, job: Job) -> None:
-        """Answers greedily, telling `job` {"event": "turn", "read", "generated_from", "room"} (how many tokens are read, which is the
-        answer's first, how many there may be), then what `Pieces` says of each step, then {"event": "end", "answer", "why" (end, length
-        or stopped), "tokens", "seconds"}.
+    def answer(self, question: Question, queued: QueuedAnswer) -> None:
+        """Answers greedily and sends events.
+
+        They are: "turn" with the number of tokens read, the index of the answer's first and how many there may
+        be ("read", "generated_from", "room"); those of `TokenEvents` for each step; "end" with "answer", "why"
+        (end, length or stopped), "tokens" and "seconds".
 
         Raises:
             PhatgooseError: the router refuses, or the prompt is too long.
         """
         began = time.monotonic()
-        ask = self._with_router(ask)
-        ids = self._encoded(ask)
+        question = self._with_router(question)
+        ids = self._encoded(question)
         count = ids.shape[1]
-        room = max_answer_tokens(self.base, count, ask.max_new_tokens)
-        self._bounded(ask, count + room)
-        self._attach(ask)
+        room = max_answer_tokens(self.base, count, question.max_new_tokens)
+        self._bounded(question, count + room)
+        self._attach(question)
         start = 1 if self.base.is_encoder_decoder else count
-        job.tell({"event": "turn", "read": count, "generated_from": count, "room": room})
-        told = read_of_turn(self.pool, ask.prompt) if ask.chat else []
-        with prompted(self.base, told):
-            out = self._generate(ids.to(self.base.device), room, job, alone=ask.router == BASE)
+        queued.send({"event": "turn", "read": count, "generated_from": count, "room": room})
+        prompts = read_of_turn(self.pool, question.prompt) if question.chat else []
+        with prompted(self.base, prompts):
+            out = self._generate(ids.to(self.base.device), room, queued, alone=question.router == BASE)
         answer = out[0, start:]
-        why = "stopped" if job.stopped.is_set() else "length" if len(answer) >= room else "end"
+        why = "stopped" if queued.stopped.is_set() else "length" if len(answer) >= room else "end"
         text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))
         seconds = round(time.monotonic() - began, 3)
-        job.tell(
+        queued.send(
             {"event": "end", "answer": text.strip(), "why": why, "tokens": len(answer), "seconds": seconds}
         )
 
-    def _with_router(self, ask: Ask) -> Ask:
-        return ask if ask.router else replace(ask, router=next(iter(self.routers)))
+    def _with_router(self, question: Question) -> Question:
+        return question if question.router else replace(question, router=next(iter(self.routers)))
 
-    def _encoded(self, ask: Ask) -> Tensor:
-        turn = [{"role": "user", "content": ask.prompt}]
-        ids = encode_chat(self.base, turn) if ask.chat else encode_prompt(self.base, ask.prompt)
+    def _encoded(self, question: Question) -> Tensor:
+        turn = [{"role": "user", "content": question.prompt}]
+        ids = encode_chat(self.base, turn) if question.chat else encode_prompt(self.base, question.prompt)
         if ids.shape[1] > self.limits.prompt_tokens:
             raise PhatgooseError(
                 f"the prompt has {ids.shape[1]} tokens, at most {self.limits.prompt_tokens} are taken: shorten it."
             )
         return ids
 
-    def _bounded(self, ask: Ask, tokens: int) -> None:
-        if ask.router == BASE:
+    def _bounded(self, question: Question, tokens: int) -> None:
+        if question.router == BASE:
             return
-        own = self.routers[ask.router]["top_k"]
+        own = self.routers[question.router]["top_k"]
         k = (
-            min(len(self.pool), ask.top_k or own or len(self.pool)) + 1
+            min(len(self.pool), question.top_k or own or len(self.pool)) + 1
         )  # a null candidate may be chosen as well
         if (need := tokens * len(self.locations) * k) > self.limits.choices:
             raise PhatgooseError(
-                f"{tokens} tokens at {len(self.locations)} modules with up to {k} choices are {need:,} choices to show, at most "
-                f"{self.limits.choices:,} are taken: shorten the prompt or the answer, or take a smaller top-k."
+                f"{tokens} tokens at {len(self.locations)} modules with up to {k} choices are {need:,} "
+                f"choices to show, at most {self.limits.choices:,} are taken: shorten the prompt or the "
+                "answer, or take a smaller top-k."
             )
 
-    def _attach(self, ask: Ask) -> None:
-        if ask.router == BASE:
+    def _attach(self, question: Question) -> None:
+        if question.router == BASE:
             unroute(self.base)
             self._attached = None
             return
-        text = ask.router if ask.top_k is None else f"{ask.router}:top_k={ask.top_k}"
+        text = question.router if question.top_k is None else f"{question.router}:top_k={question.top_k}"
         known, switches = self._attached or ("", None)
-        if known != text or (ask.off and switches is None):
+        if known != text or (question.off and switches is None):
             router: Router = parse_router(text)
-            switches = Switches() if ask.off else None
-            # Not every router's experts can be switched off one by one, so that is asked for only when somebody does.
+            switches = Switches() if question.off else None
+            # Masked refuses some routers, so it is only used when experts are switched off.
             routed = router if switches is None else Masked(router, switches)
             route_with(self.base, self.pool, routed, self.options)
             self._attached = text, switches
         if switches is not None:
             allowed = torch.ones(1, len(self.pool), dtype=torch.bool)
-            allowed[0, ask.off] = False
-            switches.allowed = allowed if ask.off else None
+            allowed[0, question.off] = False
+            switches.allowed = allowed if question.off else None
 
-    def _generate(self, ids: Tensor, room: int, job: Job, *, alone: bool) -> Tensor:
+    def _generate(self, ids: Tensor, room: int, queued: QueuedAnswer, *, alone: bool) -> Tensor:
         where = {} if alone else self.locations
-        pieces = Pieces(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
+        events = TokenEvents(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
         if alone:
-            return greedy_answer(self.base, ids, room, lambda so_far: _told(job, pieces.event(so_far, ())))
+            return greedy_answer(self.base, ids, room, lambda so_far: _send(queued, events.event(so_far, ())))
         with trace(self.base, margins=False) as recorded:
             return greedy_answer(
-                self.base, ids, room, lambda so_far: _told(job, pieces.event(so_far, recorded.drain()))
+                self.base, ids, room, lambda so_far: _send(queued, events.event(so_far, recorded.drain()))
             )
 
 
-def _told(job: Job, event: dict[str, Any]) -> bool:
-    job.tell(event)
-    return job.stopped.is_set()
+def _send(queued: QueuedAnswer, event: dict[str, Any]) -> bool:
+    """Sends an event; True if the answer should stop."""
+    queued.send(event)
+    return queued.stopped.is_set()

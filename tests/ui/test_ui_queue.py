@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from phatgoose.errors import RoutingError
-from phatgoose.ui import turns as module
-from phatgoose.ui.turns import Busy, Turns
+from phatgoose.ui import queue as module
+from phatgoose.ui.queue import AnswerQueue, Busy
 
 
 def run(coroutine):
@@ -24,7 +24,7 @@ async def collected(turns, job):
 
 
 def test_jobs_run_one_after_the_other_and_too_many_are_refused(monkeypatch):
-    monkeypatch.setattr(module, "NEWS_SECONDS", 0.02)
+    monkeypatch.setattr(module, "KEEP_ALIVE_SECONDS", 0.02)
     go, running, most = threading.Event(), [], []
 
     def work(number):
@@ -32,13 +32,13 @@ def test_jobs_run_one_after_the_other_and_too_many_are_refused(monkeypatch):
             running.append(number)
             most.append(len(running))
             go.wait(10)
-            job.tell({"event": "told", "number": number})
+            job.send({"event": "told", "number": number})
             running.remove(number)
 
         return job_of
 
     async def main():
-        turns = Turns(waiting=2)
+        turns = AnswerQueue(waiting=2)
         jobs = [turns.submit(work(i)) for i in range(3)]
         with pytest.raises(Busy, match="3 answers"):
             turns.submit(work(9))
@@ -63,7 +63,7 @@ def test_who_leaves_frees_a_place_and_never_runs():
     go, ran = threading.Event(), []
 
     async def main():
-        turns = Turns(waiting=1)
+        turns = AnswerQueue(waiting=1)
         first = turns.submit(lambda job: go.wait(10))
         second = turns.submit(lambda job: ran.append("second"))
         turns.leave(second)
@@ -88,8 +88,8 @@ def test_errors_are_told_and_the_next_one_runs(caplog):
         raise ZeroDivisionError("secret text of a prompt")
 
     async def main():
-        turns = Turns(waiting=5)
-        jobs = [turns.submit(work) for work in (refuse, break_down, lambda job: job.tell({"event": "end"}))]
+        turns = AnswerQueue(waiting=5)
+        jobs = [turns.submit(work) for work in (refuse, break_down, lambda job: job.send({"event": "end"}))]
         found = [await collected(turns, job) for job in jobs]
         turns.close()
         return found
@@ -110,7 +110,7 @@ def test_closing_stops_what_runs():
         assert job.stopped.wait(10)
 
     async def main():
-        turns = Turns(waiting=1)
+        turns = AnswerQueue(waiting=1)
         turns.submit(wait)
         turns.submit(wait)
         await asyncio.to_thread(begun.wait)

@@ -1,4 +1,4 @@
-"""What the model read and whom it chose, step by step, as the page takes it."""
+"""The tokens and routing choices of a growing answer, as events for the page."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from phatgoose.models.base.module_names import ModuleLocation
 from phatgoose.models.trace.choices import Choices
 
 
-class Pieces:
-    """Turns an answer that grows into events {"event": "tokens", …}, each with the tokens that were read since the last one.
+class TokenEvents:
+    """Makes an event {"event": "tokens", …} for the tokens that were read since the last event.
 
-    `texts`: what each of these tokens adds. `choices` and `weights` (in thousandths): of each module, `k` for each of these
-    tokens, in the pool's order of modules, as little-endian int16 in base64; −1: no expert; −2: a filler. `next`: what the newest
-    token adds to the answer; it is read in the next step, or never if it is the last.
+    `texts` is what each of these tokens adds. `choices` and `weights` (in thousandths) have `k` values for
+    each module and token, in the pool's order of modules, as little-endian int16 in base64; −1 is no expert,
+    −2 a filler. `next` is what the newest token adds to the answer. It is read in the next step, or never if
+    it is the last.
     """
 
     def __init__(
@@ -31,19 +32,19 @@ class Pieces:
         ids: Tensor,
         encoder_decoder: bool,
     ):
-        """`where`: the routed modules, none where the base answers alone. `ids`: the prompt's tokens, int64 [1, T]."""
+        """`where`: the routed modules, none if the base answers alone. `ids`: the prompt's tokens, int64 [1, T]."""
         self.where, self.rows = where, {path: m for m, path in enumerate(where)}
         self.encoder = ids[0].tolist() if encoder_decoder else []
         self._encoder_texts, self._texts = TokenTexts(tokenizer), TokenTexts(tokenizer)
-        self._unread: list[str] = []  # texts of the decoder's tokens that are there and weren't read
-        self._read = 0  # how many of the decoder's tokens were
+        self._unread: list[str] = []  # texts of the decoder's newest tokens, which it hasn't read
+        self._read = 0  # how many tokens the decoder has read
         self._k = 0
 
     def event(self, ids: Tensor, choices: Sequence[Choices]) -> dict[str, Any]:
         """The next event.
 
         Args:
-            ids: all tokens of the decoder so far, int64 [1, n]; all but the last one were read.
+            ids: all tokens of the decoder so far, int64 [1, n]. It has read all but the last.
             choices: what was recorded since the last event.
         """
         own = ids[0].tolist()
@@ -63,8 +64,9 @@ class Pieces:
     def _table(
         self, choices: Sequence[Choices], starts: Mapping[str, int], n: int
     ) -> tuple[int, Tensor, Tensor]:
-        """k, the same in all events, and the choices and weights of all modules, int16 [M, n, k]."""
-        # In the first event all modules ran; those of a decoder alone may have fewer candidates than an encoder's.
+        """k, which is the same in all events, and the choices and weights of all modules, int16 [M, n, k]."""
+        # All modules ran in the first event. Later ones, of a decoder alone, may have fewer candidates than
+        # an encoder's.
         self._k = k = max((self._k, *(c.experts.shape[1] for c in choices)))
         chosen = torch.full((len(self.where), n, k), UNSEEN, dtype=torch.int16)
         weights = torch.zeros_like(chosen)
