@@ -72,6 +72,7 @@ def test_same_source_same_hash(file):
         ("jsonl:data.jsonl", "jsonl:data.jsonl"),
         ("hf:/home/me/set?target=a", "hf:set?target=a"),
         ("hf:org/set", "hf:org/set"),
+        ("from-a-package:/home/me/set.csv?sheet=1", "from-a-package:set.csv?sheet=1"),
         ("bigbench:a/b", "bigbench:a/b"),
     ],
 )
