@@ -304,7 +304,7 @@ def test_who_acted_is_returned_where_it_is_asked_for(client):
         (
             {"model": "phatgoose:top_k=9223372036854775808"},
             400,
-            "'top_k' of router 'phatgoose' is '922337203",
+            "'phatgoose:top_k=9223372036854775808': top_k is '9223372036854775808', expected at most 2147483647",
         ),
         ({"model": f"soft-centroid:temperature={2**31}"}, 400, "expected at most 2147483647"),
         ({"model": "single:²"}, 404, "unknown expert '²'"),

@@ -177,7 +177,7 @@ class Engine(ABC):
         if not plan.failed:
             return
         first = next(iter(plan.failed.values()))
-        log.error("a way failed", exc_info=first, extra={"facts": {"answers": len(plan.failed)}})
+        log.error("a route failed", exc_info=first, extra={"facts": {"answers": len(plan.failed)}})
         for item, error in plan.failed.items():
             jobs[item].error = f"the router or its experts failed: {client_message(error)}"
 

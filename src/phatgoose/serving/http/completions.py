@@ -205,7 +205,7 @@ async def _events(
 def _chunk(
     response_format: ResponseFormat, index: int, delta: Delta, stream: TextStream, *, first: bool
 ) -> str:
-    choice = response_format.chunk_choice(index, delta, stream, first=first)
+    choice = response_format.choice(index, delta, stream, chunk=True, first=first)
     more = response_format.prompt_fields(stream) if first and response_format.chat else {}
     options = response_format.request.stream_options
     if options is not None and options.include_usage:

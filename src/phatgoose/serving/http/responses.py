@@ -38,38 +38,28 @@ class ResponseFormat:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def choice(self, index: int, delta: Delta, stream: TextStream) -> dict[str, Any]:
-        """A whole answer."""
-        if self.chat:
-            message = {"role": "assistant", "content": delta.text, "refusal": None}
-            choice: dict[str, Any] = {"index": index, "message": message}
-        else:
-            choice = {"index": index, "text": self._echo_text(index) + delta.text}
-        choice["finish_reason"] = delta.finish_reason
-        choice["logprobs"] = self._logprobs(index, delta, stream) if _wants_logprobs(stream) else None
+    def choice(
+        self, index: int, delta: Delta, stream: TextStream, *, chunk: bool = False, first: bool = True
+    ) -> dict[str, Any]:
+        """An answer, or with `chunk` the next part of one, as a stream sends it."""
+        choice: dict[str, Any] = {"index": index}
         if not self.chat:
-            choice |= self.prompt_fields(stream)
-        return choice | self._token_ids(delta) | expert_shares(stream)
-
-    def chunk_choice(self, index: int, delta: Delta, stream: TextStream, *, first: bool) -> dict[str, Any]:
-        """The next part of an answer, as a stream sends it."""
-        if self.chat:
-            message: dict[str, Any] = {"role": "assistant"} if first else {}
-            if delta.text or first:
-                message["content"] = delta.text
-            choice: dict[str, Any] = {"index": index, "delta": message}
+            choice["text"] = (self._echo_text(index) if first else "") + delta.text
+        elif not chunk:
+            choice["message"] = {"role": "assistant", "content": delta.text, "refusal": None}
         else:
-            choice = {"index": index, "text": (self._echo_text(index) if first else "") + delta.text}
+            choice["delta"] = {"role": "assistant"} if first else {}
+            if delta.text or first:
+                choice["delta"]["content"] = delta.text
+        has_logprobs = not chunk or delta.logprobs or (first and self.echo)
+        wanted = stream.job.sampler.params.logprobs is not None
         choice["finish_reason"] = delta.finish_reason
-        choice["logprobs"] = None
-        if _wants_logprobs(stream) and (delta.logprobs or (first and self.echo)):
-            choice["logprobs"] = self._logprobs(index, delta, stream, first=first)
+        choice["logprobs"] = self._logprobs(index, delta, stream, first) if wanted and has_logprobs else None
         if first and not self.chat:
             choice |= self.prompt_fields(stream)
-        return choice | self._token_ids(delta) | (expert_shares(stream) if delta.finish_reason else {})
-
-    def _token_ids(self, delta: Delta) -> dict[str, Any]:
-        return {"token_ids": list(delta.tokens)} if self.request.return_token_ids else {}
+        if self.request.return_token_ids:
+            choice["token_ids"] = list(delta.tokens)
+        return choice | (expert_shares(stream) if delta.finish_reason else {})
 
     def prompt_fields(self, stream: TextStream) -> dict[str, Any]:
         """vLLM's fields about the prompt, which are beside a chat's choices, and inside a completion's."""
@@ -93,9 +83,7 @@ class ResponseFormat:
     def _echo_text(self, index: int) -> str:
         return self.echo[index] if self.echo else ""
 
-    def _logprobs(
-        self, index: int, delta: Delta, stream: TextStream, *, first: bool = True
-    ) -> dict[str, Any]:
+    def _logprobs(self, index: int, delta: Delta, stream: TextStream, first: bool) -> dict[str, Any]:
         if self.chat:
             return {"content": [self._chat_logprob(one) for _, one in delta.logprobs], "refusal": None}
         job, echo = stream.job, self._echo_text(index)
@@ -137,10 +125,6 @@ class ResponseFormat:
             text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
             self._token_texts[token] = text
         return self._token_texts[token]
-
-
-def _wants_logprobs(stream: TextStream) -> bool:
-    return stream.job.sampler.params.logprobs is not None
 
 
 def _finite(logprob: float) -> float:
