@@ -144,7 +144,7 @@ def test_every_setting_of_the_library_has_a_rule():
         ({"model_type": "bert"}, "model_type is 'bert'.*llama, mistral"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["llama"]}, "model_type is"),
-        ({"name": "other"}, "is of an adapter 'houlsby', and the config of 'other'"),
+        ({"name": "other"}, "belongs to an adapter 'houlsby', and the config to 'other'"),
         ({"config": "pfeiffer"}, "config is 'pfeiffer'"),
         ({"config": None}, "config is None"),
         ({"hidden_size": 16}, "writes 8 values, and hidden_size is 16"),
@@ -182,13 +182,13 @@ def test_tensors_that_do_not_fit(change, message):
 
 def test_no_tensors_and_half_of_them():
     config, tensors = adapter()
-    with pytest.raises(ExpertError, match="there are no tensors of it"):
+    with pytest.raises(ExpertError, match="it has no tensors for it"):
         to_contents(config, {}, "here")
     half = {k: v for k, v in tensors.items() if "attention" not in k}
-    with pytest.raises(ExpertError, match="mh_adapter is true in its config, but there are no tensors"):
+    with pytest.raises(ExpertError, match="mh_adapter is true in its config, but it has no tensors"):
         to_contents(config, half, "here")
     nowhere = changed(config, mh_adapter=False, output_adapter=False)
-    with pytest.raises(ExpertError, match="there is no tensor of an adapter"):
+    with pytest.raises(ExpertError, match="it holds no tensors of an adapter"):
         to_contents(nowhere, {}, "here")
 
 
@@ -224,7 +224,7 @@ def test_an_interface_of_the_trainers_own_is_refused(tmp_path):
     with pytest.raises(ExpertError, match="layer_ln_1 = 'post_attention_layernorm'"):
         Expert.load(folder)
     path.write_text("[]")
-    with pytest.raises(ExpertError, match="not one of a known architecture"):
+    with pytest.raises(ExpertError, match="isn't that of a known architecture"):
         Expert.load(folder)
 
 

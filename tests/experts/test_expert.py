@@ -198,11 +198,11 @@ def test_folders_of_adapters_are_named_with_what_to_give(saved, tmp_path):
     for name in ("cats", "dogs"):
         shutil.copytree(expert.folder, tmp_path / "two" / name)
     with pytest.raises(
-        ExpertError, match=r"folders of their own: cats, dogs.* one by one: .*two/cats .*two/dogs"
+        ExpertError, match=r"folders with one adapter each: cats, dogs.* one by one: .*two/cats .*two/dogs"
     ):
         Expert.from_peft(tmp_path / "two")
     Pool([expert]).save(tmp_path / "pool")
-    with pytest.raises(ExpertError, match=r"is a pool: give folders of experts in it .*pool/experts/NAME"):
+    with pytest.raises(ExpertError, match=r"is a pool\. Give folders of experts in it .*pool/experts/NAME"):
         Expert.load(tmp_path / "pool")
     (tmp_path / "whole").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -236,7 +236,7 @@ def test_folders_of_adapters_are_named_with_what_to_give(saved, tmp_path):
         ({"r": True}, "r of module .* is True, expected a finite number"),
         ({"r": 2.5}, "rank of module .* is 2.5"),
         ({"lora_alpha": "x"}, "lora_alpha of module .* is 'x'"),
-        ({"lora_alpha": 1e308}, "so its scale is 3.3+e.307, which no float32 holds"),
+        ({"lora_alpha": 1e308}, "so its scale is 3.3+e.307, which doesn't fit into float32"),
         (
             {"lora_alpha": 10**400},
             "lora_alpha of module .* is 10+… .401 characters., expected a finite number",

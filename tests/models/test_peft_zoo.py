@@ -266,7 +266,7 @@ def test_refused_by_name(kind, make_base, tmp_path):
 def test_retrained_biases_of_the_base_are_refused(family, bias, make_base, tmp_path):
     config = lora(family, bias=bias, target_modules=ATTENTION[family])
     folder = saved(adapted(make_base(family), config), tmp_path / "adapter")
-    with pytest.raises(ExpertError, match=f"bias = '{bias}', and the adapter brings the base's own biases"):
+    with pytest.raises(ExpertError, match=f"bias = '{bias}', and the adapter holds the base's own biases"):
         Expert.from_peft(folder)
 
 

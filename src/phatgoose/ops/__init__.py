@@ -1,8 +1,9 @@
 """Routing at one module, on tensors only: score → choose → mix, in several backends behind one signature.
 
 In: a module's input u and output y, gates, and a `Stack` of its experts' updates. Out: y + Σ w Δ(u).
-To add a backend: a module with `gate_scores`, `choose` and `mix` (and `fuse`, if it has one), and its entry in `backends.py`; the
-tests then hold it to `reference.py`. To add a part of an update: `update.py`, and if it is a vector, its term in `stack.py`.
+To add a backend: a module with `gate_scores`, `choose` and `mix` (and `fuse`, if it has one), and its entry in
+`backends.py`; the tests then hold it to `reference.py`. To add a part of an update: `update.py`, and if it is
+a vector, its term in `stack.py`.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ class Backend:
     def routed_update(
         self, u: Tensor, y: Tensor, gates: Tensor, stack: Stack, top_k: int, layer: Layer | None = None
     ) -> Tensor:
-        """y + Σ w_e Δ_e(u), the `top_k` experts chosen by their gates. If a module is called often, prepare it once by `fuse`.
+        """y + Σ w_e Δ_e(u), the `top_k` experts chosen by their gates.
 
+        If a module is called often, prepare it once by `fuse`.
         u: [N, d_in], y: [N, d_out], gates: standardised [E, d_in].
         """
         fused = None if self.fuse is None else self.fuse(gates, top_k, stack, layer)
@@ -68,11 +69,13 @@ OPERATORS = (operators.routed_update, operators.routed_mix)
 def backend(name: str = "auto", device: str = "cpu") -> Backend:
     """The backend of this name, for models on this type of device.
 
-    "auto" is "cpu" on CPUs and "triton" on GPUs, if these can be used here, for whatever they can do. It is "torch" for the rest
-    (other devices and dtypes, gradients); `auto_is` says which. Any other name is that backend and no other.
+    "auto" is "cpu" on CPUs and "triton" on GPUs, if these can be used here, for whatever they can do. It is
+    "torch" for the rest (other devices and dtypes, gradients); `auto_is` says which. Any other name is that
+    backend and no other.
 
     Raises:
-        UnknownName: with the known names. RoutingError: "cpu" or "triton" was asked for and can't be used here; says why.
+        UnknownName: with the known names. RoutingError: "cpu" or "triton" was asked for and can't be used
+            here; says why.
     """
     if name == "auto":
         kind, _ = auto_is(device)

@@ -48,8 +48,8 @@ class Residual(ForwardState):
         """
         if self.value is None:
             raise RoutingError(
-                "a bottleneck adapter reads the residual stream that its module's output is added to, and there is none: "
-                "the module was run by itself. Run the whole model."
+                "a bottleneck adapter reads the residual stream that its module's output is added to, and "
+                "there is none: the module was run by itself. Run the whole model."
             )
         return self.value.reshape(y.shape).to(y.device, y.dtype)
 
@@ -58,8 +58,9 @@ class Residual(ForwardState):
 class Bottleneck:
     """scale · (U f(D x + d) + u₀), a bottleneck adapter without its residual connection.
 
-    Houlsby et al. 2019; Pfeiffer et al. 2021. down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias: u₀ [d_out];
-    `activation` is one of ACTIVATIONS. x is the module's own output y unless `residual` and `reads_output` say otherwise.
+    Houlsby et al. 2019; Pfeiffer et al. 2021. down: D [r, d_out], down_bias: d [r], up: U [d_out, r], up_bias:
+    u₀ [d_out]; `activation` is one of ACTIVATIONS. x is the module's own output y unless `residual` and
+    `reads_output` say otherwise.
     """
 
     down: Tensor
@@ -92,7 +93,8 @@ class Bottleneck:
         return replace(self, scale=float(self.scale), **moved)
 
     def apply(self, y: Tensor, residual: Residual | None) -> Tensor:
-        """What it adds to the module's output y [N, d_out], in the dtype of its weights. `residual`: where h is found."""
+        """What it adds to the module's output y [N, d_out], in the dtype of its weights. `residual`: where h
+        is found."""
         x = y
         if self.residual is not None:
             assert residual is not None

@@ -9,9 +9,10 @@ from torch import Tensor
 from phatgoose.ops.reference import EPS
 from phatgoose.ops.stack import VECTOR_TERMS, Layer, Stack
 
-# Measured by benchmarks/ops.py on a CPU (576 → 1536, rank 16, k = 2). In 16 bits, up to DENSE_ROWS stacked rows one product over
-# all experts is cheapest, unless fewer than one row in DENSE_SHARE is wanted; above, up to GATHER_TOKENS tokens gather their own rows.
-# In float32 copying rows costs more than it saves, and so does multiplying rows that nobody wants.
+# Measured by benchmarks/ops.py on a CPU (576 → 1536, rank 16, k = 2). In 16 bits, up to DENSE_ROWS stacked
+# rows one product over all experts is cheapest, unless fewer than one row in DENSE_SHARE is wanted; above,
+# up to GATHER_TOKENS tokens gather their own rows. In float32 copying rows costs more than it saves, and so
+# does multiplying rows that nobody wants.
 DENSE_ROWS = 1024
 DENSE_SHARE = 3
 GATHER_TOKENS = 64
@@ -26,7 +27,8 @@ def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
 
 
 def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The k best experts of every token and the softmax over their scores. Which of two equal scores comes first is open."""
+    """The k best experts of every token and the softmax over their scores. Which of two equal scores comes
+    first is open."""
     values, chosen = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     return chosen, values.softmax(-1)
 
@@ -44,7 +46,8 @@ def mix(
 def with_others(
     added: Tensor, u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None
 ) -> Tensor:
-    """`added`, which is y + the low-rank parts, with all other parts; u: [..., d_in], y: [..., d_out], chosen and weights: [N, k]."""
+    """`added`, which is y + the low-rank parts, with all other parts; u: [..., d_in], y: [..., d_out], chosen
+    and weights: [N, k]."""
     if stack.low_rank_only:
         return added
     flat = u.reshape(-1) if stack.embedding else u.reshape(-1, u.shape[-1])
@@ -53,7 +56,8 @@ def with_others(
 
 
 def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
-    """By whichever way was measured to be cheapest. Rows that nobody owns may hold anything, NaN too: no dense product there."""
+    """By whichever way was measured to be cheapest. Rows that nobody owns may hold anything, NaN too: no dense
+    product there."""
     rows, wanted = stack.A.shape[0], chosen.numel() * max(stack.ranks)
     narrow = stack.A.dtype.itemsize == 2
     if narrow and rows <= min(DENSE_ROWS, DENSE_SHARE * wanted) and not stack.has_gaps:
@@ -69,7 +73,8 @@ def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tenso
 def _others(
     u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None
 ) -> Tensor:
-    """Everything but the low-rank parts: [N, d_out] in float32 or wider. W runs once, whatever number of experts scale its input."""
+    """Everything but the low-rank parts: [N, d_out] in float32 or wider. W runs once, whatever number of
+    experts scale its input."""
     per_expert = _per_expert(stack, chosen, weights)
     own = y.to(torch.promote_types(y.dtype, torch.float32))
     total = torch.zeros_like(own)
@@ -96,7 +101,8 @@ def _scaled(stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
-    """A u by its weights, 0 where they are: in float16, A u of an expert that nobody chose may be infinite, and 0 times that is NaN."""
+    """A u by its weights, 0 where they are: in float16, A u of an expert that nobody chose may be infinite,
+    and 0 times that is NaN."""
     return torch.where(weights != 0, hidden, 0) * weights.to(hidden.dtype)
 
 

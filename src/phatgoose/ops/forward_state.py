@@ -7,7 +7,8 @@ from typing import Any
 
 
 class ForwardState(threading.local):
-    """What one module leaves for another during a forward pass. Threads don't share it; copies and pickles start empty."""
+    """What one module leaves for another during a forward pass. Threads don't share it; copies and pickles
+    start empty."""
 
     def __reduce__(self) -> Any:
         return type(self), ()

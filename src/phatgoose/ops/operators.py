@@ -1,7 +1,7 @@
 """Routing as operators that compilers can carry: torch.ops.phatgoose.*, each with a fake kernel.
 
-They take a module's tensors as lists: `gates` is [gates] for Triton and what `kernel_gates` returns for the CPU kernel; `rows` are
-`KernelOperands.tensors`: [a, b, owners, scales].
+They take a module's tensors as lists: `gates` is [gates] for Triton and what `kernel_gates` returns for the
+CPU kernel; `rows` are `KernelOperands.tensors`: [a, b, owners, scales].
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def routed_update(
     `widest` is the stack's highest rank, for Triton.
 
     Raises:
-        RoutingError: a tensor is of another shape or dtype. That the stack has the rows that `owners` names isn't checked.
+        RoutingError: a tensor is of another shape or dtype. That the stack has the rows that `owners` names
+            isn't checked.
     """
     if len(gates) > 1:
         return cpu.routed_update(u, y, gates, rows, top_k)

@@ -11,8 +11,9 @@ from torch import Tensor
 from phatgoose.ops.reference import EPS
 
 MAX_MEAN_ERROR = 0.25
-"""If 8 bits leave a score in doubt by more than this on average, 8 more bits are kept. Scores of random gates have deviation 1.
-Every expert in doubt costs a float32 gate, fetched from the host. Doubt grows as √d: 0.22 at d = 576, 0.6 at 4096, 1.1 at 14336."""
+"""If 8 bits leave a score in doubt by more than this on average, 8 more bits are kept. Scores of random gates
+have deviation 1. Every expert in doubt costs a float32 gate, fetched from the host. Doubt grows as √d: 0.22 at
+d = 576, 0.6 at 4096, 1.1 at 14336."""
 CHUNK_VALUES = 1 << 22
 """Temporary matrices have about this many values, so that memory beside the gates is bounded."""
 LANES = 16
@@ -23,7 +24,8 @@ LANES = 16
 class QuantizedGates:
     """v̄_e = Σ_p step_pe · codes_pe + rest, with ‖rest‖ ≤ error_e.
 
-    So |score_e − quantized score_e| ≤ error_e, since ‖ū‖ ≤ √d. codes: int8 [P, E, d]. steps: float32 [P, E]. error: float32 [E].
+    So |score_e − quantized score_e| ≤ error_e, since ‖ū‖ ≤ √d. codes: int8 [P, E, d]. steps: float32 [P, E].
+    error: float32 [E].
     """
 
     codes: Tensor
@@ -40,13 +42,14 @@ class QuantizedGates:
     def leaders(self, x: Tensor, k: int) -> Tensor:
         """The experts that may be among a token's best k ≤ E: bool [N, E], at least k for each token.
 
-        A token whose input isn't finite has none. x: `standardised` inputs [N, d]. Whatever `exact_scores` finds best is always
-        included; of equal scores, the lower indices.
+        A token whose input isn't finite has none. x: `standardised` inputs [N, d]. Whatever `exact_scores`
+        finds best is always included; of equal scores, the lower indices.
         """
         narrow = x.float()
         scores, doubt = self.scores(narrow), self.error + self.rounding(x.device)
         least = (scores - doubt).topk(k, dim=-1).values[:, -1:]
-        # Padding is often all zero. All its scores are 0, which would leave every expert in doubt; the first k are chosen.
+        # Padding is often all zero. All its scores are 0, which would leave every expert in doubt; the first
+        # k are chosen.
         nothing = (narrow == 0).all(-1, keepdim=True)
         first = torch.arange(scores.shape[1], device=x.device) < k
         return torch.where(nothing, first, scores + doubt >= least)
@@ -68,7 +71,8 @@ class QuantizedGates:
     def rounding(self, device: torch.device) -> float:
         """How far rounding can carry `scores` from the exact product.
 
-        d products and sums are off by at most d 2⁻²⁴ ‖v̄‖ ‖ū‖, in whatever order they are added; the score is that over √d.
+        d products and sums are off by at most d 2⁻²⁴ ‖v̄‖ ‖ū‖, in whatever order they are added; the score is
+        that over √d.
         """
         d = self.codes.shape[-1]
         norm: float = d**0.5
@@ -76,7 +80,8 @@ class QuantizedGates:
 
 
 def quantize(gates: Tensor, planes: int | None = None) -> QuantizedGates:
-    """Standardised gates, float32 [E, d], in `planes` times 8 bits; None: in 8 bits, or in 16 if 8 leave too much in doubt."""
+    """Standardised gates, float32 [E, d], in `planes` times 8 bits; None: in 8 bits, or in 16 if 8 leave too
+    much in doubt."""
     if planes is None:
         one = quantize(gates, 1)
         return one if not len(gates) or float(one.error.mean()) <= MAX_MEAN_ERROR else quantize(gates, 2)
@@ -98,9 +103,11 @@ def quantize(gates: Tensor, planes: int | None = None) -> QuantizedGates:
 
 
 def kernel_gates(gates: Tensor) -> list[Tensor]:
-    """Standardised gates, float32 [E, d], as the CPU kernel scans them: the gates, their 8-bit codes, and facts about these.
+    """Standardised gates, float32 [E, d], as the CPU kernel scans them: the gates, their 8-bit codes, and
+    facts about these.
 
-    codes: int8 [⌈E/16⌉, d, 16]. facts: float32 [3, 16⌈E/16⌉]: the steps, the sums of the codes, and the error, which is ∞ for
+    codes: int8 [⌈E/16⌉, d, 16]. facts: float32 [3, 16⌈E/16⌉]: the steps, the sums of the codes, and the error,
+        which is ∞ for
     what fills up the last block.
     """
     quantized, (experts, d) = quantize(gates, 1), gates.shape
@@ -132,7 +139,8 @@ _UNIT = {"none": 0.0, "ieee": 0.0, "highest": 0.0, "tf32": 2.0**-10, "high": 2.0
 
 
 def _factor_rounding(device: torch.device) -> float:
-    """The relative rounding of factors of float32 products that torch is set to. Codes are exact in any of these formats."""
+    """The relative rounding of factors of float32 products that torch is set to. Codes are exact in any of
+    these formats."""
     settings = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     kept = getattr(getattr(settings, "matmul", None), "fp32_precision", None)  # since torch 2.9
     return _UNIT.get(kept or torch.get_float32_matmul_precision(), 2.0**-8)

@@ -15,14 +15,16 @@ EPS = 1e-5
 
 
 def standardise(x: Tensor) -> Tensor:
-    """(x − mean)/√(var + 1e-5) over the last dimension, biased variance: LayerNorm without affine. [..., d] → [..., d]."""
+    """(x − mean)/√(var + 1e-5) over the last dimension, biased variance: LayerNorm without affine. [..., d] →
+    [..., d]."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
 def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
-    """score_e = v̄_eᵀ ū / √d. u: [N, d] raw inputs, gates: [E, d] standardised vectors v̄ → [N, E] (paper, section 3.2)."""
+    """score_e = v̄_eᵀ ū / √d. u: [N, d] raw inputs, gates: [E, d] standardised vectors v̄ → [N, E] (paper,
+    section 3.2)."""
     dtype = torch.promote_types(torch.promote_types(u.dtype, gates.dtype), torch.float32)
     norm: float = u.shape[-1] ** 0.5
     return standardise(u).to(dtype) @ gates.to(dtype).T / norm
@@ -41,7 +43,8 @@ def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def mix(
     u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
 ) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u). u: [N, d_in] (ids [N] at an embedding), y: [N, d_out], chosen and weights: [N, k] → y's shape and dtype.
+    """y + Σ_j w_j Δ_{e_j}(u). u: [N, d_in] (ids [N] at an embedding), y: [N, d_out], chosen and weights: [N,
+    k] → y's shape and dtype.
 
     A negative index chooses nothing. `layer` is needed where an expert scales W u without the bias, or u.
     """
@@ -54,7 +57,8 @@ def mix(
 
 
 def _delta(u: Tensor, y: Tensor, stack: Stack, expert: int, layer: Layer | None) -> Tensor:
-    """Δ_e(u) = scale·B A u + its vectors' terms (`stack.VECTOR_TERMS`) + bottleneck(y), one by one: [N, d_out] in y's dtype."""
+    """Δ_e(u) = scale·B A u + its vectors' terms (`stack.VECTOR_TERMS`) + bottleneck(y), one by one: [N, d_out]
+    in y's dtype."""
     a, b = stack.A[stack.rows(expert)].to(y.dtype), stack.B[stack.rows(expert)].to(y.dtype)
     delta = (a[:, u].T if stack.embedding else u.to(y.dtype) @ a.T) @ b * stack.scales[expert]
     for name, vectors in stack.vectors.items():

@@ -22,7 +22,8 @@ class Layer:
 
 
 VectorTerm = Callable[[Tensor, Tensor, Tensor, Layer | None], Tensor]
-"""(v, u, y, layer) → what the vectors v add to the output, in y's dtype. v: one per token, or one for all; y: [N, d_out]."""
+"""(v, u, y, layer) → what the vectors v add to the output, in y's dtype. v: one per token, or one for all; y:
+[N, d_out]."""
 
 
 def _linear_scale(v: Tensor, u: Tensor, y: Tensor, layer: Layer | None) -> Tensor:
@@ -41,8 +42,8 @@ VECTOR_TERMS: dict[str, VectorTerm] = {
     "linear_scale": _linear_scale,
     "input_scale": _input_scale,
 }
-"""The terms of Δ(u) that a vector per expert makes, by the names that `Update.vectors` gives. Each is linear in its vectors, so a
-weighted sum of experts needs it once. They are added in this order."""
+"""The terms of Δ(u) that a vector per expert makes, by the names that `Update.vectors` gives. Each is linear
+in its vectors, so a weighted sum of experts needs it once. They are added in this order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,8 @@ class Stack:
     """The updates of E experts at one module.
 
     The low-rank rows of all experts share two matrices, A: [R, d_in] and B: [R, d_out] (B transposed). Expert e owns
-    ranks[e] rows from starts[e] and multiplies them by scales[e]. Ranks may differ. Rank 0 means no low-rank part, and an
-    expert without any part is the null candidate. Rows that nobody owns are allowed and never used.
+    ranks[e] rows from starts[e] and multiplies them by scales[e]. Ranks may differ. Rank 0 means no low-rank
+    part, and an expert without any part is the null candidate. Rows that nobody owns are allowed and never used.
     """
 
     A: Tensor
@@ -80,7 +81,8 @@ class Stack:
     embedding: bool = False
     """Whether u are token ids, int64 [N], and A u are columns of A."""
     prefetch: bool = False
-    """Whether A and B are mapped from a file that may not fit into memory: rows are then best asked for before they are read."""
+    """Whether A and B are mapped from a file that may not fit into memory: rows are then best asked for before
+    they are read."""
 
     @property
     def experts(self) -> int:
@@ -170,8 +172,8 @@ def make_stack(
 
     Args:
         dtype: of A and B: the dtype the module computes in. Vectors are kept in float32 or wider, whatever it is.
-        rows: A [R, d_in], B transposed [R, d_out], both in `dtype`, and where each update's rows begin, if all of them stand
-            side by side already. Nothing is copied then.
+        rows: A [R, d_in], B transposed [R, d_out], both in `dtype`, and where each update's rows begin, if all
+            of them stand side by side already. Nothing is copied then.
         residual: where bottleneck adapters read the residual stream; None: a new place.
     """
     present = [(e, update) for e, update in enumerate(updates) if update is not None]

@@ -30,7 +30,8 @@ class Projections:
             return self
         generator = torch.Generator().manual_seed(self.seed)
         shapes = ((rank, d_in), (d_out, rank))
-        # Kaiming's uniform distribution. PEFT rounds its bound in this order, and other bounds would draw other numbers.
+        # Kaiming's uniform distribution. PEFT rounds its bound in this order, and other bounds would draw
+        # other numbers.
         bounds = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns)) for _, columns in shapes)
         a, b = (
             torch.empty(shape).uniform_(-bound, bound, generator=generator)
@@ -50,12 +51,13 @@ class SharedUpdate:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """Δ(u) of an expert at one module that computes y = W u + b. Absent parts are None; an absent low-rank part has rank 0.
+    """Δ(u) of an expert at one module that computes y = W u + b. Absent parts are None; an absent low-rank
+    part has rank 0.
 
     Δ(u) = scale·(B A u + bias) + (c−1) ⊙ y + W((l−1) ⊙ u) + bottleneck(y)
 
-    LoRA and rsLoRA are the first term, (IA)³ is one of the next two. DoRA is the first two with W u in place of y, after
-    `resolved` has put the base's weight in. Tensors are kept as trained, in any float dtype.
+    LoRA and rsLoRA are the first term, (IA)³ is one of the next two. DoRA is the first two with W u in place
+    of y, after `resolved` has put the base's weight in. Tensors are kept as trained, in any float dtype.
     """
 
     A: Tensor
@@ -119,7 +121,8 @@ class Update:
         return all(part is None for part in others) and not self.embedding
 
     def vectors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The vectors of Δ(u) in this dtype, by the names of `stack.VECTOR_TERMS`, ready to be applied: 0 would change nothing."""
+        """The vectors of Δ(u) in this dtype, by the names of `stack.VECTOR_TERMS`, ready to be applied: 0
+        would change nothing."""
         found = {}
         if self.bias is not None:
             found["bias"] = self.bias.detach().to(dtype) * self.scale
@@ -181,7 +184,8 @@ class Update:
         return found
 
     def resolved(self, weight: Tensor) -> Update:
-        """DoRA with the base's weight [d_out, d_in] put in: c = m/‖W + s B A‖ (norms of rows), Δ = (c−1) ⊙ W u + c ⊙ s B A u.
+        """DoRA with the base's weight [d_out, d_in] put in: c = m/‖W + s B A‖ (norms of rows), Δ = (c−1) ⊙ W u
+        + c ⊙ s B A u.
 
         Liu et al. 2024, arXiv 2402.09353, eq. 5. Computed in float32 or wider. Other updates are returned as they are.
         """
@@ -193,7 +197,8 @@ class Update:
         return replace(self, A=a, B=c[:, None] * b, output_scale=c, covers_bias=False, magnitude=None)
 
     def placed(self, d_in: int, projections: Projections) -> Update:
-        """VeRA at a module of d_in inputs as a low-rank update, in float32 or wider; `projections` that have their matrices.
+        """VeRA at a module of d_in inputs as a low-rank update, in float32 or wider; `projections` that have
+        their matrices.
 
         Raises:
             ValueError: A has fewer columns than the module has inputs, or B fewer rows than it has outputs.

@@ -1,8 +1,9 @@
-"""AdapterHub's format (the `adapters` library): bottleneck adapters → updates, and back. Whatever isn't exact is refused by name.
+"""AdapterHub's format (the `adapters` library): bottleneck adapters → updates, and back.
 
-The library puts an adapter between a block's output y and the residual addition y + h. In models whose layer norms stand before
-their blocks that is an addition to y, so to the output of the block's last linear layer: y + h + s·(U f(D x + d) + u₀), where x is
-y (Houlsby et al. 2019), y + h (Pfeiffer et al. 2021) or h (parallel, He et al. 2021).
+What can't be computed exactly is refused by name. The library puts an adapter between a block's output y and
+the residual addition y + h. In models with layer norms before their blocks, that is an addition to y, which is
+the output of the block's last linear layer: y + h + s·(U f(D x + d) + u₀), where x is y (Houlsby et al. 2019),
+y + h (Pfeiffer et al. 2021) or h (parallel, He et al. 2021).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from phatgoose.ops.update import Update, no_rows
 
 ACTIVATIONS = {
     "relu": "relu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_new", "gelu_fast": "gelu_new",
-    "gelu_accurate": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_python_tanh": "gelu_new", "quick_gelu": "quick_gelu",
+    "gelu_accurate": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_python_tanh": "gelu_new",
+    "quick_gelu": "quick_gelu",
     "silu": "silu", "swish": "silu", "mish": "mish", "hardswish": "hardswish", "tanh": "tanh", "sigmoid": "sigmoid",
     "leakyrelu": "leakyrelu", "leaky_relu": "leakyrelu", "relu6": "relu6", "relu2": "relu2", "linear": "identity",
 }  # fmt: skip
-"""The library's names (those of transformers' ACT2FN, and its own "leakyrelu") → those of `ops.bottleneck.ACTIVATIONS`."""
+"""The library's names (those of transformers' ACT2FN, and its own "leakyrelu") → those of
+`ops.bottleneck.ACTIVATIONS`."""
 # What configs without a version mean by these names.
 _BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _PARTS = {
@@ -44,17 +47,17 @@ def to_contents(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
     """The update of every adapted module.
 
     Raises:
-        ExpertError: for an architecture or a setting that isn't handled, or a tensor that is unknown, missing or of the wrong shape.
+        ExpertError: an architecture or a setting isn't handled, or a tensor is unknown, missing or of the wrong shape.
     """
     settings, family = check_settings(config, where), _family(config, where)
     found = _grouped(family, settings, config, tensors, where)
     for location in family.locations:
         if settings[location.setting] and location not in [place for place, _ in found]:
             raise ExpertError(
-                f"{where}: {location.setting} is true in its config, but there are no tensors of it."
+                f"{where}: {location.setting} is true in its config, but it has no tensors for it."
             )
     if not found:
-        raise ExpertError(f"{where}: there is no tensor of an adapter in it.")
+        raise ExpertError(f"{where}: it holds no tensors of an adapter.")
     updates = {}
     for (location, layer), parts in found.items():
         path = f"{layer}.{location.module}"
@@ -88,7 +91,7 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ExpertError(
-            f"{where}: model_type is {brief(kind)}; where AdapterHub puts adapters is known exactly for {', '.join(FAMILIES)}."
+            f"{where}: model_type is {brief(kind)}. Where AdapterHub puts adapters is known for {', '.join(FAMILIES)}."
         )
     return FAMILIES[kind]
 
@@ -117,8 +120,9 @@ def _grouped(
 
 
 def _place(family: Family, key: str, name: Any, normed: bool, where: str) -> tuple[Location, str, str]:
-    """The location a tensor belongs to, its layer's path in the base, and which part it is."""
-    # Saved from the bare model there is no prefix; from a T5 with the library's own heads there is one.
+    """The location that a tensor belongs to, its layer's path in the base, and which part it is."""
+    # An adapter saved from the bare model has no prefix; one saved from a T5 with the library's own heads
+    # has "transformer.".
     bare = key.removeprefix(family.prefix or "transformer.")
     for location in family.locations:
         pattern = rf"({location.layer})\.{re.escape(location.container)}adapters\.([^.]+)\.(.+)"
@@ -126,13 +130,14 @@ def _place(family: Family, key: str, name: Any, normed: bool, where: str) -> tup
             continue
         if match[2] != name:
             raise ExpertError(
-                f"{where}: tensor {brief(key)} is of an adapter {brief(match[2])}, and the config of {brief(name)}."
+                f"{where}: tensor {brief(key)} belongs to an adapter {brief(match[2])}, and the config to "
+                f"{brief(name)}."
             )
         if part := _part(match[3], normed):
             return location, family.prefix + match[1], part
     raise ExpertError(
-        f"{where}: tensor {brief(key)} is no part of a bottleneck adapter of this architecture; it can't be routed. If it was "
-        "written by an old version of the library, load and save it with a current one."
+        f"{where}: tensor {brief(key)} is no part of a bottleneck adapter of this architecture, so it can't "
+        "be routed. If an old version of the library wrote it, load and save it with a current one."
     )
 
 
@@ -155,12 +160,14 @@ def _bottleneck(
     if parts.keys() != wanted:
         missing, other = sorted(wanted - parts.keys()), sorted(parts.keys() - wanted)
         raise ExpertError(
-            f"{where} lacks {', '.join(missing) or 'nothing'} and has {', '.join(other) or 'nothing'} beyond its config."
+            f"{where} lacks {', '.join(missing) or 'nothing'} and has {', '.join(other) or 'nothing'} beyond "
+            "its config."
         )
     r, d = parts["down_bias"].numel(), parts["up_bias"].numel()
     learned = (1,) if settings["scaling"] == "learned" else (d,)
     shapes = {
-        "down": (r, d), "down_bias": (r,), "up": (d, r), "up_bias": (d,), "norm_weight": (d,), "norm_bias": (d,), "scaling": learned,
+        "down": (r, d), "down_bias": (r,), "up": (d, r), "up_bias": (d,), "norm_weight": (d,), "norm_bias": (d,),
+        "scaling": learned,
     }  # fmt: skip
     if (hidden := config.get("hidden_size")) is not None and hidden != d:
         raise ExpertError(f"{where} writes {d} values, and hidden_size is {brief(hidden)} in its config.")
@@ -170,7 +177,7 @@ def _bottleneck(
                 f"{where} has a {part} of shape {list(tensor.shape)}, expected {list(shapes[part])}."
             )
     up, up_bias, scale = parts["up"], parts["up_bias"], settings["scaling"]
-    if isinstance(scale, str):  # learned, one number or one a channel: the same as other values of `up`
+    if isinstance(scale, str):  # one learned number, or one a channel: `up` is multiplied by it
         factor = parts["scaling"].float()
         up, up_bias, scale = factor[:, None] * up.float(), factor * up_bias.float(), 1.0
     return Bottleneck(

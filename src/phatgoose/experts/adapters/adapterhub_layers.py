@@ -1,4 +1,4 @@
-"""Where the `adapters` library puts bottleneck adapters, architecture by architecture, in terms of transformers' modules."""
+"""Where the `adapters` library puts bottleneck adapters in each architecture, by transformers' modules."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ FAMILIES = {
 
 
 def places(model_type: str, settings: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
-    """Those of a base's module paths where an adapter with these settings goes → the module whose input is its residual stream.
+    """Module paths that get an adapter with these settings → the module whose input is the residual stream there.
 
     Raises:
-        KeyError: the library's adapters aren't known for this model_type.
+        KeyError: it isn't known where the library puts adapters in this model_type.
     """
     family = FAMILIES[model_type]
     found = {path: family.at(path) for path in paths}
@@ -98,21 +98,22 @@ def places(model_type: str, settings: Mapping[str, Any], paths: Iterable[str]) -
 
 
 def check_interface(interface: Any, config: Mapping[str, Any], where: str) -> None:
-    """Refuses an adapter that was trained through an interface of the trainer's own, if it puts adapters elsewhere.
+    """Refuses an adapter that was trained through a custom interface which puts adapters elsewhere.
 
     Raises:
         ExpertError: naming what differs.
     """
     known = {
-        "layer_self_attn": "self_attn", "layer_cross_attn": None, "attn_o_proj": "o_proj", "layer_output_proj": "mlp.down_proj",
-        "layer_pre_self_attn": "input_layernorm", "layer_pre_ffn": "post_attention_layernorm", "layer_ln_1": None, "layer_ln_2": None,
+        "layer_self_attn": "self_attn", "layer_cross_attn": None, "attn_o_proj": "o_proj",
+        "layer_output_proj": "mlp.down_proj", "layer_pre_self_attn": "input_layernorm",
+        "layer_pre_ffn": "post_attention_layernorm", "layer_ln_1": None, "layer_ln_2": None,
     }  # fmt: skip
     given = interface.get("interface") if isinstance(interface, dict) else None
     if not isinstance(given, dict) or FAMILIES.get(str(config.get("model_type"))) is not _LLAMA:
-        raise ExpertError(f"{where}: its {INTERFACE_FILE} is not one of a known architecture.")
+        raise ExpertError(f"{where}: its {INTERFACE_FILE} isn't that of a known architecture.")
     for key, value in known.items():
         if given.get(key) != value:
             raise ExpertError(
-                f"{where}: it was trained through an interface of its own, with {key} = {brief(given.get(key))} (expected {value!r}): "
-                "where that puts adapters isn't known here."
+                f"{where}: it was trained through a custom interface, with {key} = {brief(given.get(key))} "
+                f"(expected {value!r}): where that puts adapters isn't known."
             )

@@ -1,4 +1,4 @@
-"""Which settings of an AdapterHub adapter are computed exactly, have no effect, or are refused (rules.toml)."""
+"""The settings of an AdapterHub adapter, checked by rules.toml, with the library's defaults."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ _DEFAULTS: dict[str, Any] = {
     "is_parallel": False, "ln_before": False, "scaling": 1.0,
 }  # fmt: skip
 """The library's, where a config lacks a setting."""
+_BOOLEANS = (
+    "mh_adapter", "output_adapter", "cross_adapter", "original_ln_before", "original_ln_after", "is_parallel",
+    "ln_before",
+)  # fmt: skip
 
 
 def check_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def check_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ExpertError(f"{where}: config is {brief(given)}; expected an adapter's settings.")
     check_rules(given, ADAPTERHUB_RULES, where, empty=())
     settings = {**_DEFAULTS, **given}
-    for key in ("mh_adapter", "output_adapter", "cross_adapter", "original_ln_before", "original_ln_after", "is_parallel", "ln_before"):  # fmt: skip
+    for key in _BOOLEANS:
         if not isinstance(settings.get(key), bool):
             raise ExpertError(f"{where}: {key} is {brief(settings.get(key))}, expected true or false.")
     scaling = settings["scaling"]
@@ -38,7 +42,7 @@ def check_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_sum(settings: Mapping[str, Any], where: str) -> None:
-    """The block must give y + h + adapter(…), with y and h once each; the library can be told to drop h or to add it twice."""
+    """The block must give y + h + adapter(…), with y and h once each. Some settings drop h or add it twice."""
     before, after, own = (
         settings[k] for k in ("original_ln_before", "original_ln_after", "residual_before_ln")
     )
@@ -46,11 +50,13 @@ def _check_sum(settings: Mapping[str, Any], where: str) -> None:
         before, own = False, True
     if not isinstance(own, bool):
         raise ExpertError(
-            f"{where}: residual_before_ln = {brief(own)}: the library doesn't define it for models whose layer norms stand before their blocks."
+            f"{where}: residual_before_ln = {brief(own)}: the library doesn't define it for models whose "
+            "layer norms stand before their blocks."
         )
     inside = before and not own  # whether the adapter's own residual connection brings h along
     if inside == after:
         raise ExpertError(
-            f"{where}: original_ln_before = {before}, residual_before_ln = {own} and original_ln_after = {after} together "
-            f"{'add the residual stream twice' if after else 'drop the residual stream'}, so the adapter is no addition to the base."
+            f"{where}: original_ln_before = {before}, residual_before_ln = {own} and original_ln_after = "
+            f"{after} together {'add the residual stream twice' if after else 'drop the residual stream'}, "
+            "so the adapter is no addition to the base."
         )

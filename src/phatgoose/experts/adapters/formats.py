@@ -1,4 +1,4 @@
-"""The two formats of adapters that are read, PEFT's and AdapterHub's, told apart by their adapter_config.json."""
+"""An adapter's folder → its config and tensors, in PEFT's format or AdapterHub's."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from phatgoose.experts.names import (
 
 CONFIG_LIMIT_BYTES = 16 * 2**20
 _PICKLES = {
-    "adapter_model.bin": "PEFT where you trust it and save it again with safe_serialization=True",
-    "adapter_model.pt": "PEFT where you trust it and save it again with safe_serialization=True",
-    "pytorch_adapter.bin": "the adapters library where you trust it and save it again with save_adapter(…, use_safetensors=True)",
+    "adapter_model.bin": "PEFT, if you trust it, and save it again with safe_serialization=True",
+    "adapter_model.pt": "PEFT, if you trust it, and save it again with safe_serialization=True",
+    "pytorch_adapter.bin": "adapters, if you trust it, and save it with save_adapter(…, use_safetensors=True)",
 }
 
 
@@ -50,7 +50,7 @@ def to_contents(
     """The update of every adapted module, in either format.
 
     Raises:
-        ExpertError: for a setting that isn't handled, or a tensor that is unknown, missing or of the wrong shape.
+        ExpertError: a setting isn't handled, or a tensor is unknown, missing or of the wrong shape.
     """
     if format_of(config) == "AdapterHub":
         return adapterhub.to_contents(config, tensors, where)
@@ -58,16 +58,17 @@ def to_contents(
 
 
 def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, Any], TensorFile]:
-    """The config and the tensors of an adapter's folder, as they stand on disk.
+    """The config and the tensors of an adapter's folder, unchanged.
 
     Raises:
-        ExpertError: naming the file, and the tensor, that is missing, damaged, non-finite or not floating point.
+        ExpertError: a file is missing or damaged, or a tensor isn't finite or not floating point; names both.
     """
     folder = Path(folder)
     files = SafeFolder(folder)
     if not files.exists():
         raise ExpertError(
-            f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and {' or '.join(WEIGHTS_FILES)}."
+            f"{folder} is not a folder; expected an adapter's folder with {CONFIG_FILE} and "
+            f"{' or '.join(WEIGHTS_FILES)}."
         )
     if not files.has(CONFIG_FILE):
         _refuse_other_folder(folder)
@@ -79,37 +80,38 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
     if format_of(config) == "AdapterHub":
         _check_beside(files, config, drop)
         return config, files.read_tensors(weights)
-    check_type(config, str(folder))  # other kinds have tensors that aren't read at all
+    check_type(config, str(folder))  # the tensors of other kinds can't be read
     return config, files.read_tensors(weights, empty=True)
 
 
 def _refuse_other_folder(folder: Path) -> None:
-    """Says what a folder without an adapter of its own holds, if that can be said: a training's checkpoints, named adapters, …"""
+    """Says what a folder without adapter_config.json holds, if it is known: a pool, checkpoints, named
+    adapters, a model."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as cause:
         raise ExpertError(f"{folder} can't be read: {cause.strerror}.") from cause
     if "pool.json" in names:
         raise ExpertError(
-            f"{folder} is a pool: give folders of experts in it ({folder / 'experts' / 'NAME'})."
+            f"{folder} is a pool. Give folders of experts in it ({folder / 'experts' / 'NAME'})."
         )
     found = [name for name in names if os.path.lexists(folder / name / CONFIG_FILE)]
     steps = sorted((int(m[1]), m[0]) for name in found if (m := _CHECKPOINT.fullmatch(name)))
     if steps:
         last = folder / steps[-1][1]
         raise ExpertError(
-            f"{folder} holds no adapter itself, but checkpoints of a training: {_few([name for _, name in steps])}. Give one of them; "
-            f"the last is {last}."
+            f"{folder} holds no adapter itself, but a training's checkpoints: "
+            f"{_few([name for _, name in steps])}. Give one of them; the last is {last}."
         )
     if found:
         raise ExpertError(
-            f"{folder} holds no adapter itself, but adapters in folders of their own: {_few(found)}. Give them one by one: "
-            f"{' '.join(str(folder / name) for name in found[:3])}{' …' if len(found) > 3 else ''}"
+            f"{folder} holds no adapter itself, but folders with one adapter each: {_few(found)}. Give them "
+            f"one by one: {' '.join(str(folder / name) for name in found[:3])}{' …' if len(found) > 3 else ''}"
         )
     if "config.json" in names and any(name.endswith((".safetensors", ".bin")) for name in names):
         raise ExpertError(
-            f"{folder} holds a whole model (config.json), not an adapter. If an adapter was merged into it, give the adapter as it was "
-            "before."
+            f"{folder} holds a whole model (config.json), not an adapter. If an adapter was merged into it, "
+            "give the adapter from before the merge."
         )
 
 
@@ -123,7 +125,8 @@ def _few(names: list[str]) -> str:
 def _refuse_other_weights(folder: Path) -> None:
     if os.path.lexists(folder / "adapter_model.header"):
         raise ExpertError(
-            f"{folder} belongs to a packed pool, whose file holds its tensors: unpack the pool (`phatgoose pool unpack`)."
+            f"{folder} belongs to a packed pool, whose file holds its tensors. Unpack the pool (`phatgoose "
+            "pool unpack`)."
         )
     for name, advice in _PICKLES.items():
         if os.path.lexists(folder / name):
@@ -140,12 +143,13 @@ def _refuse_other_weights(folder: Path) -> None:
 
 
 def _check_beside(folder: SafeFolder, config: Mapping[str, Any], drop: Collection[str]) -> None:
-    """What the library keeps in files of its own, and what would be lost without them."""
+    """Refuses what the library keeps in further files, and what would be lost without them."""
     for name in HEAD_FILES:
         if folder.has(name) and "prediction_head" not in drop:
             raise ExpertError(
-                f"{folder.path} has a prediction head of its own ({name}). The library saves one even if it wasn't trained: if it is the "
-                "base's own, leave it out with drop=['prediction_head'] (--drop). A head that was trained can't be routed."
+                f"{folder.path} has a prediction head ({name}). The library saves one even if it wasn't "
+                "trained. If it is the base's own, leave it out with drop=['prediction_head'] (--drop). A "
+                "head that was trained can't be routed."
             )
     if folder.has(INTERFACE_FILE):
         interface = folder.read_json(INTERFACE_FILE, CONFIG_LIMIT_BYTES)

@@ -1,4 +1,4 @@
-"""PEFT's adapter format → updates. What can't be handled exactly is refused by name; nothing is dropped."""
+"""PEFT's adapter format → updates. What can't be computed exactly is refused by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from phatgoose.ops.update import Update
 
 @dataclass(frozen=True)
 class Contents:
-    """What an adapter's tensors are."""
+    """What an adapter's tensors mean."""
 
     updates: dict[str, Update]
     """By the module's path in the base model."""
     base_copies: dict[str, Tensor]
-    """Weights of the base that PEFT saved along ("lm_head.weight" → tensor): to be compared with the base's own, never used."""
+    """The base's own weights that PEFT saved along ("lm_head.weight" → tensor). They are compared with the
+    base's, never used."""
 
 
 def to_contents(
@@ -32,7 +33,7 @@ def to_contents(
     """The update of every adapted module.
 
     Raises:
-        ExpertError: for a setting that isn't handled, or a tensor that is unknown, unpaired or of the wrong shape.
+        ExpertError: a setting isn't handled, or a tensor is unknown, unpaired or of the wrong shape.
     """
     check_config(config, where, drop)
     if not tensors:
@@ -53,14 +54,14 @@ def to_contents(
             _put(shared, SHARED[plain], tensor, key, where)
         elif part := kind.part(plain):
             _put(found.setdefault(part[0], {}), part[1], tensor, key, where)
-        elif name := _copied(plain):
+        elif name := _base_parameter(plain):
             _put(copies, name, tensor, key, where)
         else:
             raise _refused(key, plain, config, where)
     _check_saved(config, copies, where, drop)
     if not found:
         raise ExpertError(
-            f"{where}: it holds no adapter tensors, only {', '.join([*copies, *shared][:4]) or 'what is left out'}."
+            f"{where}: it holds no adapter tensors, only {', '.join([*copies, *shared][:4]) or 'what was left out'}."
         )
     updates = kind.updates(config, found, shared, where)
     if not updates:
@@ -69,9 +70,9 @@ def to_contents(
 
 
 _SHARDED = (
-    "Adapters saved from sharded training (DeepSpeed ZeRO-3, FSDP) look so where the weights weren't gathered first. Save it again "
-    "with stage3_gather_16bit_weights_on_model_save (FSDP: with a full state dict), or make whole weights of the checkpoint with its "
-    "zero_to_fp32.py."
+    "Adapters look so if they were saved from sharded training (DeepSpeed ZeRO-3, FSDP) without gathering "
+    "the weights. Save it again with stage3_gather_16bit_weights_on_model_save (FSDP: with a full state "
+    "dict), or convert the checkpoint with its zero_to_fp32.py."
 )
 _NO_TENSORS = f"its file of weights holds no tensors at all. {_SHARDED}"
 
@@ -85,11 +86,11 @@ def _put(into: dict[str, Tensor], name: str, tensor: Tensor, key: str, where: st
 _COPIED = ("embed", "wte", "shared", "lm_head", "output")
 
 
-def _copied(name: str) -> str | None:
-    """The base's parameter that is saved along under this name, if it is one.
+def _base_parameter(name: str) -> str | None:
+    """The parameter of the base that PEFT saved along under this name; None if it is none.
 
-    PEFT does so with embeddings and heads: under base_layer where they are adapted, bare where the vocabulary was resized or they
-    are among modules_to_save.
+    PEFT saves embeddings and heads: as base_layer if they are adapted, and under their own names if the
+    vocabulary was resized or they are among modules_to_save.
     """
     path, _, kind = name.rpartition(".")
     path = path.removesuffix(".base_layer").removesuffix(".modules_to_save")
@@ -98,22 +99,22 @@ def _copied(name: str) -> str | None:
 
 
 def _dropped(plain: str, config: Mapping[str, Any], drop: Collection[str]) -> bool:
-    """Whether a tensor belongs to what the caller asked to leave out."""
+    """Whether the caller asked to leave this tensor out."""
     if "trainable_token_indices" in drop and "token_adapter." in plain:
         return True
     if "modules_to_save" not in drop:
         return False
-    return _saved_by(plain, config) is not None or _copied(plain) is not None
+    return _saved_by(plain, config) is not None or _base_parameter(plain) is not None
 
 
 def _saved_by(plain: str, config: Mapping[str, Any]) -> str | None:
-    """The name in modules_to_save of the module that a tensor is below: PEFT takes modules whose path ends in the name."""
+    """The name in modules_to_save that a tensor belongs to: PEFT saves the modules whose path ends in it."""
     saved = config.get("modules_to_save") or ()
     return next((name for name in saved if f"{name}." in plain), None)
 
 
 def _for_training(plain: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor is what VeLoRA or MonteCLoRA keep for further training: PEFT doesn't read it at inference."""
+    """Whether VeLoRA or MonteCLoRA keep this tensor for further training only: PEFT doesn't read it at inference."""
     return bool(
         (config.get("velora_config") and plain.endswith(".lora_velora_embed"))
         or (config.get("monteclora_config") and ".lora_monteclora_sampler." in plain)
@@ -124,26 +125,27 @@ def _refused(key: str, plain: str, config: Mapping[str, Any], where: str) -> Exp
     """Why a tensor can't be routed."""
     if _saved_by(plain, config) is not None:
         return ExpertError(
-            f"{where}: modules_to_save = {brief(config['modules_to_save'])}: the adapter brings a whole module of its own "
-            f"({brief(key)}), which can't be routed token by token; or leave such modules out with drop='modules_to_save' (--drop)."
+            f"{where}: modules_to_save = {brief(config['modules_to_save'])}: the adapter holds a whole module "
+            f"({brief(key)}), which can't be routed token by token. Leave such modules out with "
+            "drop='modules_to_save' (--drop)."
         )
     if plain.endswith(".bias") and config.get("bias") not in (None, "none"):
         return ExpertError(
-            f"{where}: bias = {config['bias']!r}, and the adapter brings the base's own biases, retrained ({brief(key)}), which "
-            "can't be routed token by token; train it with bias='none', or with lora_bias=True."
+            f"{where}: bias = {config['bias']!r}, and the adapter holds the base's own biases, retrained "
+            f"({brief(key)}), which can't be routed token by token. Train it with bias='none', or with lora_bias=True."
         )
     return ExpertError(
-        f"{where}: tensor {brief(key)} is no part of a {config['peft_type']} adapter; it can't be routed."
+        f"{where}: tensor {brief(key)} is no part of a {config['peft_type']} adapter, so it can't be routed."
     )
 
 
 def _check_saved(
     config: Mapping[str, Any], copies: Collection[str], where: str, drop: Collection[str]
 ) -> None:
-    """Refuses an adapter that says it saved whole modules, where none of them is in it."""
+    """Refuses an adapter whose config says that it saved whole modules, if none of them is in the file."""
     saved = config.get("modules_to_save") or ()
     if saved and "modules_to_save" not in drop and not any(_saved_by(name, config) for name in copies):
         raise ExpertError(
-            f"{where}: modules_to_save = {brief(saved)}, but none of these modules is in the file: the adapter is incomplete; or leave "
-            "them out with drop='modules_to_save' (--drop)."
+            f"{where}: modules_to_save = {brief(saved)}, but none of these modules is in the file, so the "
+            "adapter is incomplete. Save it again, or leave them out with drop='modules_to_save' (--drop)."
         )

@@ -1,4 +1,4 @@
-"""Keys of a PEFT adapter's tensors → module and part. Names that wrappers and PEFT itself left in them are taken off."""
+"""Keys of a PEFT adapter's tensors, without the names that wrappers and PEFT left in them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from phatgoose.errors import ExpertError, brief
 
 PREFIX = "base_model.model."
 SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
-"""Keys of tensors that belong to the whole adapter, not to a module."""
+"""Keys of tensors that belong to the whole adapter and not to one module."""
 
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and activation checkpointing put before the names of what they wrap."""
+"""What torch.compile, FSDP and activation checkpointing put before the names of the modules they wrap."""
 _PARTS = (
     "lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "lora_velora_embed",
     "ia3_l", "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "modules_to_save", "trainable_tokens_delta",
@@ -21,21 +21,21 @@ _NAMED = re.compile(rf"(?P<head>(?:.+\.)?(?:{'|'.join(_PARTS)}))\.(?P<name>[^.]+
 
 
 def plain_keys(keys: Iterable[str], where: str) -> dict[str, str]:
-    """Key as it stands in the file → key as PEFT writes it, without "base_model.model." (but for SHARED ones).
+    """Key in the file → key as PEFT writes it, without "base_model.model." (SHARED keys keep it).
 
-    Taken off are: torch.compile's `_orig_mod.`, FSDP's `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`, a `module.` (of
-    DistributedDataParallel) at the beginning of every key, a second "base_model.model.", and the adapter's name ("lora_A.default.weight"), if it is the same everywhere.
+    These are removed: torch.compile's `_orig_mod.`, FSDP's `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`,
+    DistributedDataParallel's `module.` if every key begins with it, a second "base_model.model.", and the
+    adapter's name ("lora_A.default.weight") if it is the same everywhere.
 
     Raises:
-        ExpertError: a key that isn't PEFT's, or tensors of several adapters.
+        ExpertError: a key isn't PEFT's, or the tensors are of several adapters.
     """
     found = {key: _WRAPPERS.sub("", key) for key in keys}
     for prefix in ("", PREFIX):
         while found and all(key.startswith(f"{prefix}module.") for key in found.values()):
             found = {key: prefix + plain.removeprefix(f"{prefix}module.") for key, plain in found.items()}
-    while found and all(
-        key.startswith(PREFIX + PREFIX) for key in found.values()
-    ):  # a PEFT model that was wrapped again
+    # A PEFT model that was wrapped again has the prefix twice.
+    while found and all(key.startswith(PREFIX + PREFIX) for key in found.values()):
         found = {key: plain.removeprefix(PREFIX) for key, plain in found.items()}
     names: set[str | None] = set()
     for key, plain in found.items():
@@ -55,7 +55,7 @@ def plain_keys(keys: Iterable[str], where: str) -> dict[str, str]:
     if len(names) > 1:
         listed = ", ".join(sorted("none" if name is None else repr(name) for name in names)[:5])
         raise ExpertError(
-            f"{where}: its tensors are of several adapters (names in their keys: {listed}). Save each of them with PEFT's "
-            "save_pretrained, which puts every adapter into a folder of its own."
+            f"{where}: its tensors are of several adapters (names in their keys: {listed}). Save each of "
+            "them with PEFT's save_pretrained, which gives every adapter its own folder."
         )
     return found

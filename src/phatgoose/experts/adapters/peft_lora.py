@@ -1,4 +1,4 @@
-"""LoRA's settings as PEFT resolves them for a module, and its tensors there → an update."""
+"""LoRA at one module: its settings as PEFT resolves them, and its tensors → an update."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from phatgoose.ops.update import Update
 
 
 class Settings:
-    """The settings of a LoRA adapter, as PEFT resolves them for a module.
+    """A LoRA adapter's settings, resolved for a module as PEFT does it.
 
     Raises:
-        ExpertError: one isn't what PEFT takes.
+        ExpertError: a setting isn't what PEFT takes.
     """
 
     def __init__(self, config: Mapping[str, Any], where: str):
@@ -52,10 +52,10 @@ class Settings:
 
 
 def finite(value: Any, what: str) -> float:
-    """A number of a config as it stands there.
+    """A number of a config, unchanged.
 
     Raises:
-        ExpertError: it is none, or not finite.
+        ExpertError: it isn't a number, or not finite.
     """
     if (
         not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _HUGE
@@ -65,18 +65,18 @@ def finite(value: Any, what: str) -> float:
 
 
 def in_float32(scale: float, what: str) -> float:
-    """An update's scale.
+    """An update's scale, which must fit into float32.
 
     Raises:
-        ExpertError: no float32 holds it.
+        ExpertError: it doesn't; `what` begins the message.
     """
     if abs(scale) > _LARGEST:
-        raise ExpertError(f"{what}, so its scale is {scale!r}, which no float32 holds.")
+        raise ExpertError(f"{what}, so its scale is {scale!r}, which doesn't fit into float32.")
     return float(scale)
 
 
 _LARGEST = 3.4028234663852886e38
-"""Of float32."""
+"""The largest float32."""
 _HUGE = 1.7976931348623157e308
 """The largest float."""
 
@@ -97,14 +97,15 @@ def lora_update(settings: Settings, path: str, parts: Mapping[str, Tensor], wher
             raise ExpertError(f"{where}: module {path} has no lora_{name} weight.")
     if embedding and settings.flag("ensure_weight_tying"):
         raise ExpertError(
-            f"{where}: ensure_weight_tying ties the update of {path} to another module's; train it without."
+            f"{where}: ensure_weight_tying ties the update of {path} to another module's. Train it without."
         )
     rank = settings.rank(path)
     a, b = (parts[name] for name in names)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise ExpertError(
-            f"{where}: module {path} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; expected [{rank}, d_in] and "
-            f"[d_out, {rank}] for the configured rank {rank} (layers other than linear ones and embeddings can't be routed)."
+            f"{where}: module {path} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; expected "
+            f"[{rank}, d_in] and [d_out, {rank}] for the configured rank {rank} (layers other than linear "
+            "ones and embeddings can't be routed)."
         )
     vectors = {name: parts.get(name) for name in ("bias", "magnitude")}
     for name, vector in vectors.items():
@@ -115,11 +116,12 @@ def lora_update(settings: Settings, path: str, parts: Mapping[str, Tensor], wher
     for setting, name in (("lora_bias", "bias"), ("use_dora", "magnitude")):
         if not embedding and settings.flag(setting) != (vectors[name] is not None):
             raise ExpertError(
-                f"{where}: {setting} is {settings.flag(setting)}, and module {path} has {'a' if vectors[name] is not None else 'no'} {name}."
+                f"{where}: {setting} is {settings.flag(setting)}, and module {path} has "
+                f"{'a' if vectors[name] is not None else 'no'} {name}."
             )
     if vectors["bias"] is not None and vectors["magnitude"] is not None:
         raise ExpertError(
-            f"{where}: module {path} has both a bias and a DoRA magnitude, which PEFT doesn't define."
+            f"{where}: module {path} has both a bias and a DoRA magnitude, and PEFT doesn't define such an adapter."
         )
     return Update(
         a, b, settings.scale(path, rank), vectors["bias"], magnitude=vectors["magnitude"], embedding=embedding

@@ -1,4 +1,4 @@
-"""rank_pattern and alpha_pattern: regular expressions that strangers wrote, matched as PEFT does, in bounded time."""
+"""rank_pattern and alpha_pattern: strangers' regular expressions, matched in bounded time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import regex
 from phatgoose.errors import ExpertError, brief
 
 SECONDS = 2.0
-"""Of processor time, for one setting at all of an adapter's modules; ordinary ones take thousandths."""
+"""Processor time for one setting at all of an adapter's modules. Ordinary patterns take milliseconds."""
 _PLAIN = re.compile(r"[\w.-]*")
-# What means the same to `re` and to `regex`, which alone can stop in the middle of a match: characters, classes, groups, look-around.
+# Only `regex` can stop in the middle of a match. What is allowed means the same to it as to `re`:
+# characters, classes, groups, look-around.
 _SIMPLE = re.compile(
     r"""(?:
         (?: \\[.\-/_dDwWsS]                             # an escaped character, a class of them
@@ -30,10 +31,12 @@ _FEW = 1000
 
 
 class Patterns:
-    """A setting by patterns of module paths. PEFT takes the first key for which re.match(rf"(.*\\.)?({key})$", path) finds one.
+    """A setting's values by patterns of module paths.
+
+    As in PEFT, the first key counts for which re.match(rf"(.*\\.)?({key})$", path) finds a match.
 
     Raises:
-        ExpertError: it is no object of values by pattern, or a pattern isn't valid, or isn't of the simple kind that can be
+        ExpertError: it isn't an object, or a pattern isn't valid, or isn't of the simple kind that can be
             matched safely (no back-references, flags, named groups).
     """
 
@@ -44,7 +47,7 @@ class Patterns:
                 f"{where}: {setting} is {brief(patterns)}, expected an object of numbers by pattern."
             )
         self._values = list((patterns or {}).values())
-        # Plain ones, by length and by where their dots are, which match any character: {length: {dots: {text: number}}}.
+        # Patterns without other special characters than dots are looked up: {length: {places of dots: {text: number}}}.
         self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._others: list[tuple[int, str, Any]] = []
         for number, pattern in enumerate(patterns or {}):
@@ -59,8 +62,9 @@ class Patterns:
         try:
             if not simple:
                 raise ExpertError(
-                    f"{self._where}: {self._setting} has {brief(pattern)}, a regular expression of a kind that isn't matched "
-                    "here: write module names, or characters, classes, groups and look-around, without back-references, flags and named groups."
+                    f"{self._where}: {self._setting} has {brief(pattern)}, a regular expression of a kind "
+                    "that isn't matched here. Write module names, or characters, classes, groups and "
+                    "look-around, without back-references, flags and named groups."
                 )
             re.compile(rf"(.*\.)?({pattern})$")
             return regex.compile(rf"(.*\.)?({pattern})$", regex.VERSION0)
@@ -70,12 +74,12 @@ class Patterns:
             ) from cause
 
     def find(self, path: str, default: Any) -> Any:
-        """The value for a module path, or `default` if no pattern is its.
+        """The value for a module path, or `default` if no pattern matches it.
 
         Raises:
             ExpertError: matching takes too long.
         """
-        if not self._others and len(self._values) < _FEW:  # asking for the time takes longer than this
+        if not self._others and len(self._values) < _FEW:  # this is quicker than asking for the time
             first = self._first_plain(path) if self._values else None
             return default if first is None else self._values[first]
         start = time.process_time()
@@ -113,6 +117,6 @@ class Patterns:
         self._seconds = 0.0
         which = "" if pattern is None else f" ({brief(pattern)})"
         return ExpertError(
-            f"{self._where}: {self._setting} takes longer than {SECONDS:g} seconds to match with the adapter's modules{which}; "
-            "write module names instead of regular expressions."
+            f"{self._where}: {self._setting} takes longer than {SECONDS:g} seconds to match with the "
+            f"adapter's modules{which}. Write module names instead of regular expressions."
         )

@@ -1,4 +1,4 @@
-"""Which settings of an adapter are computed exactly, have no effect, or are refused: one rule a setting, in rules.toml."""
+"""Which settings of an adapter are exact, have no effect, or are refused, by rules.toml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.adapters.peft_target_parameters import check_targets
 
 DROPPABLE = {
-    "modules_to_save": "the modules it saved whole (a classification head, embeddings and heads that aren't the base's own)",
+    "modules_to_save": "the modules it saved whole (a classification head, embeddings or heads that aren't the base's)",
     "trainable_token_indices": "the token embeddings it retrained",
     "prediction_head": "the prediction head that AdapterHub saved along",
 }
@@ -57,7 +57,9 @@ def check_rules(
     drop: Collection[str] = (),
     empty: tuple[Any, ...] = ([], {}),
 ) -> None:
-    """Refuses unknown settings and refused ones; `drop` names refused ones to let pass, `empty` values that say nothing.
+    """Refuses settings that are unknown or have a rule to refuse them.
+
+    `drop` names settings to let pass. A refused setting without a default also passes if its value is in `empty`.
 
     Raises:
         ExpertError: naming the setting and its value.
@@ -68,8 +70,8 @@ def check_rules(
             if value is None or value is False or value in ({}, []):
                 continue
             raise ExpertError(
-                f"{where}: unknown setting {brief(key)} = {brief(value)}. It may change what the adapter computes, so it isn't "
-                "ignored. If it has no effect at inference, remove it from the config."
+                f"{where}: unknown setting {brief(key)} = {brief(value)}. It may change what the adapter "
+                "computes, so it isn't ignored. If it has no effect at inference, remove it from the config."
             )
         says_nothing = value is None or value == rule.default or (rule.default is None and value in empty)
         if rule.how == "refused" and not says_nothing and key not in drop:
@@ -88,8 +90,8 @@ def check_type(config: Mapping[str, Any], where: str) -> str:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in RULES:
         raise ExpertError(
-            f"{where}: peft_type is {brief(kind)}; {', '.join(map(repr, RULES))} can be routed exactly. Train it as one of these, "
-            "or merge it into a base of its own."
+            f"{where}: peft_type is {brief(kind)}; {', '.join(map(repr, RULES))} can be routed exactly. "
+            "Train it as one of these, or merge it into a base of its own."
         )
     return kind
 
@@ -112,13 +114,15 @@ def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = 
         raise ExpertError(f"{where}: modules_to_save = {brief(saved)}, expected a list of at most 100 names.")
     if config.get("bias") not in (None, "none", "all", f"{_ONLY.get(kind, kind.lower())}_only"):
         raise ExpertError(
-            f"{where}: bias = {brief(config['bias'])}, expected 'none', 'all' or '{_ONLY.get(kind, kind.lower())}_only'."
+            f"{where}: bias = {brief(config['bias'])}, expected 'none', 'all' or "
+            f"'{_ONLY.get(kind, kind.lower())}_only'."
         )
     init = config.get("init_lora_weights", True)
     if kind == "LORA" and init not in PLAIN_INITS:
         raise ExpertError(
-            f"{where}: init_lora_weights = {brief(init)} changes the base's weights, so the adapter is not an update of the plain base. "
-            "Make a plain LoRA of it once: `phatgoose convert ADAPTER --base BASE --out FOLDER`."
+            f"{where}: init_lora_weights = {brief(init)} changes the base's weights, so the adapter is not "
+            "an update of the plain base. Make a plain LoRA of it once: `phatgoose convert ADAPTER --base "
+            "BASE --out FOLDER`."
         )
 
 

@@ -1,38 +1,34 @@
-"""PEFT's target_parameters → updates: LoRA of the 3-D parameters that hold one linear layer of all experts of a mixture.
+"""PEFT's target_parameters → updates: LoRA of a mixture's 3-D parameters.
 
-PEFT keeps lora_A [r·E, d_in], expert after expert, and lora_B [d_out, r·E], in which E is the fastest. It wraps the module once for
-each parameter, so the first parameter's tensors stand under the most `base_layer`s.
+Such a parameter holds one linear layer of each of the mixture's E experts. PEFT keeps lora_A [r·E, d_in],
+expert after expert, and lora_B [d_out, r·E], in which the expert changes fastest. It wraps the module once for
+each parameter, so the first parameter's tensors are under the most `base_layer`s.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.adapters.peft_lora import Settings
 from phatgoose.ops.update import Update
 
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
-"""Parameters of fused experts that can be routed, in the order in which modules have them."""
+"""3-D parameters that can be routed, in the order in which modules have them."""
 MOST_EXPERTS = 4096
 _WRAPPED = ".base_layer"
 _PART = re.compile(rf"(.+)\.\d+\.(?:{'|'.join(PARAMETERS)})")
-
-
-class Settings(Protocol):
-    def rank(self, path: str) -> int: ...
-    def scale(self, path: str, rank: int) -> float: ...
-    def flag(self, name: str) -> bool: ...
 
 
 def check_targets(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The setting `target_parameters`, sorted; () if it is absent.
 
     Raises:
-        ExpertError: it isn't a list of names, or names a parameter that can't be routed.
+        ExpertError: it isn't a list of names, or it names a parameter that can't be routed.
     """
     names = config.get("target_parameters") or []
     if not isinstance(names, list) or len(names) > 1000 or not all(isinstance(n, str) and n for n in names):
@@ -40,8 +36,8 @@ def check_targets(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     for name in names:
         if name.rpartition(".")[2] not in (*PARAMETERS, "weight"):
             raise ExpertError(
-                f"{where}: target_parameters names {brief(name)}; only {', '.join(PARAMETERS)} of a mixture's experts and the "
-                "weight of a linear layer can be routed."
+                f"{where}: target_parameters names {brief(name)}. Only {', '.join(PARAMETERS)} of a "
+                "mixture's experts and the weight of a linear layer can be routed."
             )
     return tuple(sorted(set(names)))
 
@@ -49,17 +45,17 @@ def check_targets(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
 def of_parameters(
     found: dict[str, Mapping[str, Tensor]], targets: tuple[str, ...], settings: Settings, where: str
 ) -> dict[str, Update]:
-    """Takes what belongs to bare parameters out of `found` (module path → its tensors), as updates.
+    """Removes what belongs to bare parameters from `found` (module path → its tensors), and returns it as updates.
 
-    An expert's part of a 3-D parameter becomes an update of its own, at MODULE.INDEX.PARAMETER.
+    Each expert's part of a 3-D parameter becomes an update of its own, at MODULE.INDEX.PARAMETER.
 
     Raises:
-        ExpertError: tensors that don't fit the parameters that the config names.
+        ExpertError: tensors don't fit the parameters that the config names.
     """
     updates: dict[str, Update] = {}
     if not targets:
         return updates
-    modules: dict[str, list[str]] = {}  # the wrappers of one module, the outermost first
+    modules: dict[str, list[str]] = {}  # each module's wrappers, the outermost first
     for path in sorted(found, key=len):
         modules.setdefault(_unwrapped(path), []).append(path)
     for module, paths in modules.items():
@@ -68,7 +64,8 @@ def of_parameters(
             continue
         if [p.removeprefix(module) for p in paths] != [_WRAPPED * i for i in range(len(names))]:
             raise ExpertError(
-                f"{where}: {module} has tensors of {len(paths)} parameters, where target_parameters names {', '.join(names)}."
+                f"{where}: {module} has tensors of {len(paths)} parameters, where target_parameters names "
+                f"{', '.join(names)}."
             )
         for path, name in zip(paths, reversed(names), strict=True):
             updates |= _split(found.pop(path), module, name, settings, where)
@@ -76,7 +73,7 @@ def of_parameters(
 
 
 def owner_of(path: str) -> str | None:
-    """The module whose parameter an update at `path` may be a part of; None if the path is of another form."""
+    """The module with the 3-D parameter that an update at `path` is a part of; None if the path has another form."""
     match = _PART.fullmatch(path)
     return None if match is None else match[1]
 
@@ -88,9 +85,9 @@ def _unwrapped(path: str) -> str:
 
 
 def _named(module: str, targets: tuple[str, ...], number: int) -> list[str]:
-    """The parameters of a module that `targets` mean, in the module's order, where `number` of them have tensors.
+    """The parameters of a module that `targets` mean, in the module's order; `number` of them have tensors.
 
-    A name without a module may mean a parameter of any, so names with this module go first.
+    A name without a module may mean any module's parameter, so names with this module count first.
     """
     ends = [t.rpartition(".") for t in targets]
     own = {name for owner, _, name in ends if owner and f".{module}".endswith(f".{owner}")}
@@ -101,7 +98,7 @@ def _named(module: str, targets: tuple[str, ...], number: int) -> list[str]:
 def _is_linear(
     module: str, targets: tuple[str, ...], wrappers: list[Mapping[str, Tensor]], settings: Settings
 ) -> bool:
-    """Whether its tensors are those of an ordinary linear layer, which a name without a module can't exclude."""
+    """Whether the tensors are an ordinary linear layer's: a name without a module doesn't exclude that."""
     owners = [owner for t in targets if (owner := t.rpartition(".")[0])]
     if len(wrappers) > 1 or any(f".{module}".endswith(f".{owner}") for owner in owners):
         return False
@@ -115,14 +112,14 @@ def _split(
     path = f"{module}.{name}"
     if parts.keys() != {"A", "B"} or settings.flag("use_dora") or settings.flag("lora_bias"):
         raise ExpertError(
-            f"{where}: parameter {path} has {', '.join(sorted(parts))}; PEFT defines plain LoRA for bare parameters, without "
-            "use_dora and lora_bias."
+            f"{where}: parameter {path} has {', '.join(sorted(parts))}; for bare parameters PEFT defines "
+            "plain LoRA only, without use_dora and lora_bias."
         )
     a, b, rank = parts["A"], parts["B"], settings.rank(path)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank or not a.shape[0]:
         raise ExpertError(
-            f"{where}: parameter {path} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; expected [{rank}·E, d_in] and "
-            f"[d_out, {rank}·E] for E experts and the configured rank {rank}."
+            f"{where}: parameter {path} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; expected "
+            f"[{rank}·E, d_in] and [d_out, {rank}·E] for E experts and the configured rank {rank}."
         )
     scale, number = settings.scale(path, rank), a.shape[0] // rank
     if name == "weight":

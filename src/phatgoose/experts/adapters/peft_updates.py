@@ -1,4 +1,4 @@
-"""The tensors of a PEFT adapter at one module → an update, for each kind of adapter that is an exact update."""
+"""The tensors of a PEFT adapter at one module → an update, for each kind that is read."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Kind:
     patterns: Mapping[str, re.Pattern[str]]
     """Part → the keys that hold it; the first group is the module's path."""
     updates: Callable[[Mapping[str, Any], Mapping[str, Parts], Parts, str], dict[str, Update]]
-    """Of config, parts by module path, tensors that all modules share, and a name for messages."""
+    """(config, parts by module path, tensors that all modules share, name for messages) → updates by module path."""
     empty: bool = False
-    """Whether tensors without values are in order."""
+    """Whether tensors without values are allowed."""
 
     def part(self, plain: str) -> tuple[str, str] | None:
-        """The module's path and the part that a key stands for."""
+        """The module's path and the part that a key names; None if it names none of this kind."""
         for name, pattern in self.patterns.items():
             if match := pattern.fullmatch(plain):
                 return match[1], name
@@ -39,7 +39,7 @@ class Kind:
 
 
 def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
-    """PEFT keeps l as [d_out, 1] where it scales the output, bias included, and as [1, d_in] where it scales the input."""
+    """PEFT keeps l as [d_out, 1] if it scales the output, bias included, and as [1, d_in] if it scales the input."""
     if parts.keys() != {"ia3"}:
         raise ExpertError(
             f"{where}: module {path} has {', '.join(sorted(parts))}; an (IA)³ adapter has one ia3_l."
@@ -53,7 +53,8 @@ def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
         return Update(*no_rows(vector.shape[1], None), input_scale=vector.reshape(-1))
     if vector.shape == (1, 1):
         raise ExpertError(
-            f"{where}: module {path} has an ia3_l of one value, which may scale its input or its output."
+            f"{where}: module {path} has an ia3_l of one value: whether it scales the input or the output "
+            "can't be told."
         )
     return Update(*no_rows(None, vector.shape[0]), output_scale=vector.reshape(-1))
 
@@ -61,7 +62,8 @@ def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
 def _all_lora(
     config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
 ) -> dict[str, Update]:
-    """LoRA's scale is alpha/r, or alpha/√r with rsLoRA, where rank_pattern and alpha_pattern give a module's own r and alpha."""
+    """LoRA's scale is alpha/r, or alpha/√r with rsLoRA. rank_pattern and alpha_pattern may give a module its
+    own r and alpha."""
     settings = Settings(config, where)
     rest = dict(found)
     updates = of_parameters(rest, check_targets(config, where), settings, where)
@@ -75,7 +77,8 @@ def _all_ia3(_: Mapping[str, Any], found: Mapping[str, Parts], __: Parts, where:
 def _all_adalora(
     config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
 ) -> dict[str, Update]:
-    """AdaLoRA (Zhang et al. 2023): ΔW = alpha/(init_r + 1e-5) · B (E ⊙ A), E [r, 1]; modules whose rank became 0 are left as they are."""
+    """AdaLoRA (Zhang et al. 2023): ΔW = alpha/(init_r + 1e-5) · B (E ⊙ A), E [r, 1]. Modules whose rank became
+    0 get no update."""
     first = finite(config.get("init_r", 12), f"{where}: init_r")
     alpha = finite(config.get("lora_alpha", 8), f"{where}: lora_alpha")
     if first != int(first) or first < 0:
@@ -91,8 +94,9 @@ def _all_adalora(
         rank = kept.get(path, int(first))
         if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1], tuple(e.shape)) != (rank, rank, (rank, 1)):
             raise ExpertError(
-                f"{where}: module {path} has lora_A {list(a.shape)}, lora_B {list(b.shape)} and lora_E {list(e.shape)}; expected "
-                f"[{rank}, d_in], [d_out, {rank}] and [{rank}, 1]: its rank is {rank} by init_r and rank_pattern."
+                f"{where}: module {path} has lora_A {list(a.shape)}, lora_B {list(b.shape)} and lora_E "
+                f"{list(e.shape)}; expected [{rank}, d_in], [d_out, {rank}] and [{rank}, 1]: its rank is "
+                f"{rank} by init_r and rank_pattern."
             )
         if rank:
             scale = in_float32(
@@ -104,7 +108,7 @@ def _all_adalora(
 
 
 def _kept_ranks(pattern: Any, where: str) -> dict[str, int]:
-    """AdaLoRA's rank_pattern ("PATH.lora_E" → which of the init_r ranks were kept) as ranks by module path."""
+    """Ranks by module path, from AdaLoRA's rank_pattern ("PATH.lora_E" → which of the init_r ranks were kept)."""
     ranks = {}
     for name, kept in (pattern or {}).items() if isinstance(pattern, dict | None) else [("", None)]:
         if not isinstance(kept, list) or not all(isinstance(one, bool) for one in kept):
@@ -118,7 +122,8 @@ def _kept_ranks(pattern: Any, where: str) -> dict[str, int]:
 def _all_vera(
     config: Mapping[str, Any], found: Mapping[str, Parts], shared: Parts, where: str
 ) -> dict[str, Update]:
-    """VeRA (Kopiczko et al. 2024): ΔW = diag(b) B diag(d) A, with one A and one B for all modules, saved or drawn from a seed."""
+    """VeRA (Kopiczko et al. 2024): ΔW = diag(b) B diag(d) A. All modules share A and B, which are saved or
+    drawn from a seed."""
     saved, seed = config.get("save_projection", True), config.get("projection_prng_key", 0)
     if (
         not isinstance(saved, bool)
@@ -126,7 +131,8 @@ def _all_vera(
         or (not saved and shared)
     ):
         raise ExpertError(
-            f"{where}: save_projection is {brief(saved)}, and of vera_A and vera_B the file holds {', '.join(sorted(shared)) or 'none'}."
+            f"{where}: save_projection is {brief(saved)}, and the file holds of vera_A and vera_B: "
+            f"{', '.join(sorted(shared)) or 'none'}."
         )
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ExpertError(f"{where}: projection_prng_key is {brief(seed)}, expected a whole number.")
@@ -143,15 +149,15 @@ def _all_vera(
         b, d = parts["b"], parts["d"]
         if b.ndim != 1 or tuple(d.shape) != (rank,):
             raise ExpertError(
-                f"{where}: module {path} has vera_lambda_b {list(b.shape)} and vera_lambda_d {list(d.shape)}; expected [d_out] and "
-                f"[{brief(rank)}] for the configured rank."
+                f"{where}: module {path} has vera_lambda_b {list(b.shape)} and vera_lambda_d "
+                f"{list(d.shape)}; expected [d_out] and [{brief(rank)}] for the configured rank."
             )
         if saved and (shared["vera_A"].ndim, shared["vera_B"].ndim) != (2, 2):
-            raise ExpertError(f"{where}: vera_A and vera_B are no matrices.")
+            raise ExpertError(f"{where}: vera_A and vera_B must be matrices.")
         if saved and (shared["vera_A"].shape[0], shared["vera_B"].shape[1]) != (rank, rank):
             raise ExpertError(
-                f"{where}: vera_A is {list(shared['vera_A'].shape)} and vera_B {list(shared['vera_B'].shape)}; expected [{rank}, …] "
-                f"and […, {rank}]."
+                f"{where}: vera_A is {list(shared['vera_A'].shape)} and vera_B "
+                f"{list(shared['vera_B'].shape)}; expected [{rank}, …] and […, {rank}]."
             )
         if saved and shared["vera_B"].shape[0] < b.shape[0]:
             raise ExpertError(
@@ -181,4 +187,4 @@ KINDS = {
     "ADALORA": Kind(_patterns(A="lora_A", B="lora_B", E="lora_E"), _all_adalora, empty=True),
     "VERA": Kind(_patterns(b="vera_lambda_b", d="vera_lambda_d"), _all_vera),
 }
-"""By PEFT's name for it."""
+"""By PEFT's name."""

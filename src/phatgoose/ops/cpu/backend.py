@@ -39,7 +39,8 @@ class Prefetch(ctypes.Structure):
 
 @cache
 def shared_prefetch() -> Prefetch:
-    """One for all modules, since they share the memory. Half of what is free now holds the base and whatever else comes."""
+    """One for all modules, since they share the memory. Half of what is free now holds the base and whatever
+    else comes."""
     return Prefetch(available_bytes() // 2, 0, 1)
 
 
@@ -110,7 +111,8 @@ def _run(
     chosen: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> None:
-    """Runs the kernel on contiguous tensors. It reads `chosen` and `weights`, or writes into them if the site has gates."""
+    """Runs the kernel on contiguous tensors. It reads `chosen` and `weights`, or writes into them if the site
+    has gates."""
     code = library().run(
         0, ctypes.addressof(site), u.data_ptr(), y.data_ptr(), out.data_ptr(), tokens,
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
@@ -139,11 +141,12 @@ def mix(
     *,
     strict: bool = True,
 ) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernel, other parts by torch. If not `strict`, torch does what it can't.
+    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernel, other parts by torch. If not `strict`, torch
+    does what it can't.
 
     Raises:
-        RoutingError: a gradient is asked for, the tensors are of another device, dtype or shape, or an expert is chosen that
-            doesn't exist.
+        RoutingError: a gradient is asked for, the tensors are of another device, dtype or shape, or an expert
+            is chosen that doesn't exist.
     """
     if (why := obstacle(u, y, stack)) is not None:
         if strict:
@@ -195,8 +198,8 @@ class CpuRouting(KernelRouting):
         """y + Σ w Δ(u), as `FusedRouting.__call__`.
 
         Args:
-            choice_at: addresses to which the chosen experts, int64 [N, k], and their weights, float32 [N, k], are written. The
-                stack must be `plain`.
+            choice_at: addresses to which the chosen experts, int64 [N, k], and their weights, float32 [N, k],
+                are written. The stack must be `plain`.
 
         Raises:
             RoutingError: as `mix`, if `strict`; or u or y has another shape.
@@ -249,7 +252,8 @@ class CpuRouting(KernelRouting):
 def fuse(
     gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True
 ) -> CpuRouting | None:
-    """The three steps in one call; None for an embedding, and for a stack that the kernel can't take if not `strict`."""
+    """The three steps in one call; None for an embedding, and for a stack that the kernel can't take if not
+    `strict`."""
     if stack.embedding or (not strict and obstacle(stack.A, stack.B, stack) is not None):
         return None
     return CpuRouting(gates, top_k, stack, layer, strict)

@@ -43,7 +43,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-"""Instruction sets and the compiler's options for them. One that the compiler doesn't know is left out, but for the last."""
+"""Instruction sets and the compiler's options for them. One that the compiler doesn't know is left out, but
+for the last."""
 COMPILERS = ("g++", "c++", "clang++")
 SECONDS = 600
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ def _key() -> str:
 
 
 def compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler to use: $CXX, which may be several words (ccache g++), or the first one found; none: empty."""
+    """The command of the C++ compiler to use: $CXX, which may be several words (ccache g++), or the first one
+    found; none: empty."""
     asked = os.environ.get("CXX")
     if not asked:
         return next(((found,) for name in COMPILERS if (found := shutil.which(name))), ())
@@ -120,14 +122,16 @@ def compiler() -> tuple[str, ...]:
 
 
 def _openmp() -> str | None:
-    """The OpenMP library that torch has loaded. A second one would have threads of its own, fighting for the same cores."""
+    """The OpenMP library that torch has loaded. A second one would have threads of its own, fighting for the
+    same cores."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:
             files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and "/" in line}
     except OSError:
         return None
     known = [f for f in sorted(files) if os.path.basename(f).startswith(("libgomp", "libiomp5", "libomp"))]
-    # Other packages (scikit-learn, sentencepiece) bring their own, in folders named NAME.libs, and may be loaded as well.
+    # Other packages (scikit-learn, sentencepiece) bring their own, in folders named NAME.libs, and may be
+    # loaded as well.
     torchs = os.path.dirname(torch.__file__) + os.sep
     return min(known, key=lambda f: (not f.startswith(torchs), ".libs/" in f, f), default=None)
 
@@ -154,8 +158,8 @@ def _compiled() -> bytes:
             raise RoutingError(f"{shlex.join(cxx)} failed: {failed['portable']}")
         built = [name for name in variants if name not in failed]
         has = [f"-DHAS_{name.upper()}" for name in built]
-        # Of symbols that several objects define, the linker keeps the first. There should be none; if there are, every processor
-        # can run the portable one.
+        # Of symbols that several objects define, the linker keeps the first. There should be none; if there
+        # are, every processor can run the portable one.
         objects = [f"{folder}/{name}.o" for name in ("dispatch", *reversed(built))]
         for command in (
             [*cxx, *FLAGS, *has, "-c", str(SOURCES / "dispatch.cpp"), "-o", objects[0]],

@@ -1,7 +1,9 @@
-"""Routing at one module whose experts stay on the host: score → choose → mix, exactly, with those used last on the device.
+"""Routing at one module whose experts stay on the host: score → choose → mix, exactly, with those used last on
+the device.
 
-Quantized gates of all experts are on the device. They rule out all but a few of a token's best. Those few are scored again by their
-float32 gates, and the chosen experts' rows are brought to the device; both are fetched from the host if they aren't there yet.
+Quantized gates of all experts are on the device. They rule out all but a few of a token's best. Those few are
+scored again by their float32 gates, and the chosen experts' rows are brought to the device; both are fetched
+from the host if they aren't there yet.
 """
 
 from __future__ import annotations
@@ -152,8 +154,8 @@ class OffloadedExperts:
             why = NO_BACKWARD
         elif _is_capturing(y):
             why = (
-                "every forward pass decides which experts have to be copied to the device, and a CUDA graph would repeat "
-                "the same copies. Run it eagerly, or route without device_memory."
+                "every forward pass decides which experts have to be copied to the device, and a CUDA graph "
+                "would repeat the same copies. Run it eagerly, or route without device_memory."
             )
         if why is not None:
             raise RoutingError(f"{self.path}: routing with device_memory can't do this: {why}")

@@ -31,10 +31,11 @@ class Counts:
 
 
 class Slots:
-    """Room for `capacity` rows of these matrices [R, d] on a device. Expert e owns sizes[e] rows of each, from starts[e] on.
+    """Room for `capacity` rows of these matrices [R, d] on a device. Expert e owns sizes[e] rows of each, from
+    starts[e] on.
 
-    Copies are made on the device's current stream; for a GPU, from pinned memory. The host doesn't wait for them, and what is computed
-    next does.
+    Copies are made on the device's current stream; for a GPU, from pinned memory. The host doesn't wait for
+    them, and what is computed next does.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Slots:
     def visit(self, experts: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Brings all of these experts (different, in order) to the device, in as few parts as there is room for.
 
-        Yields the experts of a part, in order, and their first rows in `on_device`. They stay until the next part is asked for.
+        Yields the experts of a part, in order, and their first rows in `on_device`. They stay until the next
+        part is asked for.
         """
         waiting = list(experts)
         for expert in waiting if self.prefetch else ():

@@ -1,7 +1,8 @@
 """The GPU backend: what the Triton kernels (kernels.py) accept, and how they are called.
 
-They compute in float32, bfloat16 and float16, for inference only, with the results of `phatgoose.ops.reference`. Nothing here waits
-for the GPU or asks it for a number, so all of it may be captured in a CUDA graph, after one call that compiles.
+They compute in float32, bfloat16 and float16, for inference only, with the results of
+`phatgoose.ops.reference`. Nothing here waits for the GPU or asks it for a number, so all of it may be captured
+in a CUDA graph, after one call that compiles.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def mix(
     *,
     strict: bool = True,
 ) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernels, other parts by torch. If not `strict`, torch does what they can't.
+    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernels, other parts by torch. If not `strict`, torch
+    does what they can't.
 
     Raises:
         RoutingError: a gradient is asked for, or the tensors are of another device or dtype.

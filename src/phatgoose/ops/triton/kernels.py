@@ -1,12 +1,13 @@
 """The Triton kernels of routing at one module: score, finish, plan, shrink, expand. `launch.py` launches them.
 
 Few tokens:  score → shrink_few → expand_few. A program computes for one token; nothing is sorted.
-Many tokens: score → finish → plan → shrink_grouped → expand_grouped for each of the K choices. A program computes for a tile, which is
-up to BM tokens of one expert, so an expert's rows are read once for all of them.
+Many tokens: score → finish → plan → shrink_grouped → expand_grouped for each of the K choices. A program
+computes for a tile, which is up to BM tokens of one expert, so an expert's rows are read once for all of them.
 If the choice was made elsewhere, `score` is left out.
 
-Every grid is as large as the worst case needs, and programs that find nothing to do end at once. So no size is ever asked of the GPU,
-and a CUDA graph may hold any of these. Matrices are row-major without gaps; n tokens, K choices, K2 ≥ K a power of two.
+Every grid is as large as the worst case needs, and programs that find nothing to do end at once. So no size is
+ever asked of the GPU, and a CUDA graph may hold any of these. Matrices are row-major without gaps; n tokens, K
+choices, K2 ≥ K a power of two.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
@@ -23,12 +24,14 @@ _NAN = tl.constexpr(0x7FC00000)
 
 @triton.jit
 def _key(score, expert):
-    """Score and expert in one int64. A greater key is a better choice: of equal scores the lower expert's; NaN is above all scores.
+    """Score and expert in one int64. A greater key is a better choice: of equal scores the lower expert's; NaN
+    is above all scores.
 
     The upper half holds the score's bits, the lower half the expert with all bits flipped. No key is `_LOWEST`.
     """
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # −0 is 0
-    # As integers, the bits of positive floats are ordered as the floats; those of negative ones in reverse, so they are flipped.
+    # As integers, the bits of positive floats are ordered as the floats; those of negative ones in reverse,
+    # so they are flipped.
     bits = tl.where(bits < 0, bits ^ _MOST, bits)
     bits = tl.where(score == score, bits, _NAN)
     return (bits.to(tl.int64) << 32) | (expert ^ _MOST).to(tl.int64)
@@ -104,9 +107,10 @@ def _score_products(
 ):
     """v̄ᵀu in float32's precision: [BN, BE].
 
-    v̄ᵀ(u − mean) is the same, since v̄'s mean is zero, and more precise if u's is far from it. That is computed for a single token and
-    for float32 inputs. u − mean isn't bfloat16 any more, so bfloat16 inputs go to tensor cores as they are, and each gate as the sum of
-    three bfloat16 terms, which hold all of its bits. The small terms are added first.
+    v̄ᵀ(u − mean) is the same, since v̄'s mean is zero, and more precise if u's is far from it. That is
+    computed for a single token and for float32 inputs. u − mean isn't bfloat16 any more, so bfloat16 inputs go
+    to tensor cores as they are, and each gate as the sum of three bfloat16 terms, which hold all of its bits.
+    The small terms are added first.
     """
     if BN == 1:
         wide = tl.zeros([BE, BD], tl.float32)
@@ -139,8 +143,9 @@ def score(
 ):  # fmt: skip
     """The K best of one split of the experts (`each` of them) for BN tokens, as keys: leaders [n, splits, K2].
 
-    A program keeps a running top-k, so scores stay in registers and [n, experts] is never written. u [n, d]; gates float32 [experts, d],
-    standardised, so that their mean is zero. score_e = v̄_eᵀ u / (std √d). Grid: (blocks of tokens, splits).
+    A program keeps a running top-k, so scores stay in registers and [n, experts] is never written. u [n, d];
+    gates float32 [experts, d], standardised, so that their mean is zero. score_e = v̄_eᵀ u / (std √d). Grid:
+    (blocks of tokens, splits).
     """
     rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     there = rows < n
@@ -164,10 +169,11 @@ def shrink_few(
     u, a, starts, ranks, scales, leaders, chosen, weights, h, d, widest, n, splits,
     K: tl.constexpr, K2: tl.constexpr, W: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
-    """w · s · A u of one (token, choice) pair and BR of its expert's rows: h float32 [n · K, widest]. Grid: (n · K, blocks of rows).
+    """w · s · A u of one (token, choice) pair and BR of its expert's rows: h float32 [n · K, widest]. Grid: (n
+    · K, blocks of rows).
 
-    If SCORED, each program first makes the token's choice itself, from the leaders of all splits (W ≥ splits · K2 of them): that costs
-    less than another launch. The first block of rows keeps the choice.
+    If SCORED, each program first makes the token's choice itself, from the leaders of all splits (W ≥ splits ·
+    K2 of them): that costs less than another launch. The first block of rows keeps the choice.
     """
     pair = tl.program_id(0).to(tl.int64)
     token = pair // K
@@ -205,7 +211,8 @@ def shrink_few(
 def expand_few(
     y, b, starts, ranks, chosen, h, out, d, widest, K: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr
 ):
-    """y + Σ_j B_{e_j} h_j of one token and BO columns. It is summed in registers and rounded once. Grid: (n, blocks of columns)."""
+    """y + Σ_j B_{e_j} h_j of one token and BO columns. It is summed in registers and rounded once. Grid: (n,
+    blocks of columns)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BO + tl.arange(0, BO)
     acc = tl.zeros([BO], tl.float32)
@@ -230,9 +237,11 @@ def finish(
     leaders, chosen, weights, owners, counts, n, experts, splits,
     K: tl.constexpr, K2: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
-    """The choice of BN tokens, from all splits' leaders if SCORED, and how many tokens each expert has. Grid: (blocks of tokens,).
+    """The choice of BN tokens, from all splits' leaders if SCORED, and how many tokens each expert has. Grid:
+    (blocks of tokens,).
 
-    owners int32 [K, n]: the choice again, with `experts` in place of −1 (nothing). counts int32 [K, experts + 1] must be zero before.
+    owners int32 [K, n]: the choice again, with `experts` in place of −1 (nothing). counts int32 [K, experts +
+    1] must be zero before.
     """
     rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
     column = tl.arange(0, K2)[None, :]
@@ -257,7 +266,8 @@ def plan(
 ):
     """Sorts tokens by the expert that is their j-th choice, and cuts each expert's tokens into tiles of at most BM.
 
-    Grid: (K, experts + 1); a program writes one expert's part. slots int32 [K, n]: tokens sorted by owner. tables int32 [K, 3, tiles]:
+    Grid: (K, experts + 1); a program writes one expert's part. slots int32 [K, n]: tokens sorted by owner.
+        tables int32 [K, 3, tiles]:
     each tile's owner, first slot and size. Sizes that no program writes stay zero: those tiles are empty.
     """
     j, owner = tl.program_id(0), tl.program_id(1)
@@ -329,8 +339,8 @@ def expand_grouped(
 ):  # fmt: skip
     """B h of a tile's tokens and BO columns, for j-th choices. Grid: (tiles, blocks of columns); one launch per choice.
 
-    A launch meets every token once, so nothing is added atomically and results are the same in every run. All launches but the last
-    leave their sum in `partial` [n, d]; the last adds it and y, and rounds once.
+    A launch meets every token once, so nothing is added atomically and results are the same in every run. All
+    launches but the last leave their sum in `partial` [n, d]; the last adds it and y, and rounds once.
     """
     table = tables + j * 3 * tiles + tl.program_id(0)
     expert, size = tl.load(table), tl.load(table + 2 * tiles)

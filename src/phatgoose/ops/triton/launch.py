@@ -13,13 +13,14 @@ from torch import Tensor
 from phatgoose.ops.operands import KernelOperands, check_choice, check_is, tokens_of
 
 FEW_TOKENS = 64
-"""Up to this many tokens, each reads its own experts' rows. Above, tokens are sorted by expert, so that an expert's rows are read
-once for all of its tokens. Chosen by arithmetic, not measured."""
+"""Up to this many tokens, each reads its own experts' rows. Above, tokens are sorted by expert, so that an
+expert's rows are read once for all of its tokens. Chosen by arithmetic, not measured."""
 
 
 @cache
 def kernels() -> Any:
-    """The module of kernels. It is imported when kernels are first wanted, since importing Triton takes a second or two.
+    """The module of kernels. It is imported when kernels are first wanted, since importing Triton takes a
+    second or two.
 
     Raises:
         ImportError: Triton isn't installed.
@@ -49,7 +50,8 @@ def _processors(device: torch.device) -> int:
 def updated(
     rows: KernelOperands, u: Tensor, y: Tensor, gates: Tensor, k: int, into_y: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and float32 [N, k].
+    """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and
+    float32 [N, k].
 
     Raises:
         RoutingError: a tensor is of another shape, or the gates aren't in float32.
@@ -69,7 +71,8 @@ def mixed(rows: KernelOperands, u: Tensor, y: Tensor, chosen: Tensor, weights: T
     """y + Σ w Δ(u) of experts chosen elsewhere. chosen int64, weights float32: contiguous [N, k], N and k not 0.
 
     Raises:
-        RoutingError: a tensor is of another shape. An index of E or more isn't noticed: to check it is to wait for the GPU.
+        RoutingError: a tensor is of another shape. An index of E or more isn't noticed: to check it is to wait
+            for the GPU.
     """
     check_choice(chosen, weights, tokens_of(u, y, rows.a.shape[1], rows.b.shape[1]))
     return _run(rows, u.contiguous(), y, False, chosen, weights, None)
@@ -131,7 +134,8 @@ def _few(call: _Call) -> None:
     block = min(_power(widest), 4 if pairs <= 16 else 16)
     launch(
         kernels().shrink_few, (pairs, -(-widest // block)),
-        call.u, rows.a, *rows.owners, rows.scales, call.leaders, call.chosen, call.weights, call.h, d_in, widest, call.n, call.splits,
+        call.u, rows.a, *rows.owners, rows.scales, call.leaders, call.chosen, call.weights, call.h,
+        d_in, widest, call.n, call.splits,
         **call.merge, BR=block, BD=min(_power(d_in), 8192 // block),
     )  # fmt: skip
     columns = min(_power(d_out), 64 if call.n <= 8 else 256)
@@ -143,7 +147,8 @@ def _few(call: _Call) -> None:
 
 
 def _grouped(call: _Call) -> None:
-    """Tokens are sorted by expert, for each of the k choices separately. An expert's rows are read once for a tile of tokens.
+    """Tokens are sorted by expert, for each of the k choices separately. An expert's rows are read once for a
+    tile of tokens.
 
     A tile holds as many tokens as an expert has on average, between the 16 rows that tensor cores need and 64.
     """
@@ -171,8 +176,8 @@ def _grouped(call: _Call) -> None:
         call.u, rows.a, *rows.owners, rows.scales, call.weights, slots, tables, call.h, d_in, widest, n, experts, tiles,
         K=k, BM=tile, BR=block, BD=min(max(16, _power(d_in)), 64),
     )  # fmt: skip
-    # With two choices, the first one's product is kept in the output's dtype, as torch would. With more, sums of sums are kept,
-    # which float32 must hold.
+    # With two choices, the first one's product is kept in the output's dtype, as torch would. With more,
+    # sums of sums are kept, which float32 must hold.
     partial = torch.empty_like(call.out, dtype=call.out.dtype if k == 2 else torch.float32) if k > 1 else None
     columns = min(max(16, _power(d_out)), 128)
     for j in range(k):
@@ -186,17 +191,20 @@ def _grouped(call: _Call) -> None:
 def _score(u: Tensor, gates: Tensor, k: int) -> Tensor:
     """Each token's k best of each split of the experts, as keys: int64 [n, splits, K2].
 
-    One program scores a block of tokens against one split. Tokens alone would leave most of a GPU idle when there are few of them, so
-    the experts are split until there are two programs a processor. `finish` or `shrink_few` chooses among the splits' best.
+    One program scores a block of tokens against one split. Tokens alone would leave most of a GPU idle when
+    there are few of them, so the experts are split until there are two programs a processor. `finish` or
+    `shrink_few` chooses among the splits' best.
     """
     (n, d), experts, k2 = u.shape, gates.shape[0], _power(k)
-    # One or two tokens: tensor cores take at least 16 rows, which would be padding. So a program has one token and four gates, and
-    # reads d in long pieces.
+    # One or two tokens: tensor cores take at least 16 rows, which would be padding. So a program has one
+    # token and four gates, and reads d in long pieces.
     few = n <= 2
-    # More tokens: a larger block reads u and the gates less often, but makes fewer programs. Above 1024 tokens there are enough.
+    # More tokens: a larger block reads u and the gates less often, but makes fewer programs. Above 1024
+    # tokens there are enough.
     tokens = 1 if few else 16 if n <= 1024 else 64
     block = 4 if few else 16 if n <= 1024 or experts <= 16 else 64
-    # Two programs a processor, but no split without experts, and at most 1024 keys a token: one program merges them later.
+    # Two programs a processor, but no split without experts, and at most 1024 keys a token: one program
+    # merges them later.
     programs = -(-2 * _processors(u.device) // -(-n // tokens))
     splits = max(1, min(-(-experts // block), programs, 1024 // k2))
     each = -(-experts // (splits * block)) * block
