@@ -87,18 +87,22 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def _observed(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[None]:
     with Hooks() as hooks:
         for module, wants_output, observe in observers:
-            hook = partial(run_eagerly, _observing_hook(wants_output, observe))
+            hook = partial(run_eagerly, _hand_over, wants_output, observe)
             hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
         yield
 
 
-def _observing_hook(wants_output: bool, observe: Observer) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen = output if wants_output else first_argument(args, kwargs).to(output.device)
-        if not seen.isfinite().all():
-            raise RoutingError(
-                "the base computes values that aren't finite on the reference text; load it in another dtype."
-            )
-        observe(seen.reshape(-1, seen.shape[-1]))
-
-    return hook
+def _hand_over(
+    wants_output: bool,
+    observe: Observer,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> None:
+    seen = output if wants_output else first_argument(args, kwargs).to(output.device)
+    if not seen.isfinite().all():
+        raise RoutingError(
+            "the base computes values that aren't finite on the reference text; load it in another dtype."
+        )
+    observe(seen.reshape(-1, seen.shape[-1]))

@@ -14,6 +14,7 @@ two graphs.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -203,12 +204,23 @@ class Site:
         if done is not None:
             return done
 
+        if fused is None and isinstance(self.fused, OffloadedExperts):
+            raise RoutingError(
+                f"{self.path}: experts can't be switched off with device_memory. Leave it out."
+            )
+
+        @functools.cache
         def context() -> RoutingContext:
             # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device
             # changes.
             return routing_context(self.path, module, args, u, output.shape, self.routing.streams)
 
-        return self._in_steps(context, u, output, fused)
+        # With offloading the module's input may still be where the last module left it.
+        here = u.to(output.device)
+        done, chosen, weights = self.mix(self.router, fused, here, output, context)
+        if recorder is not None:
+            self._record(recorder, context(), output if self.embedding else here, chosen, weights)
+        return done
 
     def _write_choices(
         self, recorder: Recorder | None, u: Tensor, output: Tensor, writable: bool
@@ -226,31 +238,25 @@ class Site:
             buffer.wrote(self.path)
         return done
 
-    def _in_steps(
-        self, context: Callable[[], RoutingContext], u: Tensor, output: Tensor, fused: FusedRouting | None
-    ) -> Tensor:
-        if fused is None and isinstance(self.fused, OffloadedExperts):
-            raise RoutingError(
-                f"{self.path}: experts can't be switched off with device_memory. Leave it out."
-            )
-        # With offloading the module's input may still be where the last module left it.
-        u = u.to(output.device)
+    def mix(
+        self,
+        router: BoundRouter,
+        fused: FusedRouting | None,
+        u: Tensor,
+        y: Tensor,
+        context: Callable[[], RoutingContext],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y + Σ w Δ(u) for this module's inputs u and outputs y, the choice, int64 [N, k], and its weights [N, k]."""
         # Exit 4: the same kernel as without a recorder, so that recording changes no bit of the output.
-        if fused is not None and fused.can(u, output):
-            done, chosen, weights = fused.with_choice(u, output)
-            if self.routing.recorder is not None:
-                self._record(context(), u, chosen, weights)
-            return done
+        if fused is not None and fused.can(u, y):
+            return fused.with_choice(u, y)
         # Exit 5. The router contract is about [N, d], whatever shape the module works on; an embedding's router reads
         # its output, as its input is a token's number.
-        y = output.reshape(-1, output.shape[-1])
-        flat = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
-        read, call = y if self.embedding else flat, context()
-        chosen, weights = self.router(read, call, self.routing.ops)
-        if self.routing.recorder is not None:
-            self._record(call, read, chosen, weights)
-        mixed = self.routing.ops.mix(flat, y, self.stack, chosen, weights, self.layer)
-        return mixed.reshape(output.shape)
+        flat_u = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
+        flat_y, ops = y.reshape(-1, y.shape[-1]), self.routing.ops
+        chosen, weights = router(flat_y if self.embedding else flat_u, context(), ops)
+        mixed = ops.mix(flat_u, flat_y, self.stack, chosen, weights, self.layer)
+        return mixed.reshape(y.shape), chosen, weights
 
     def _follow(self, output: Tensor) -> None:
         """Makes a new stack if the module was moved, cast, or given other weights since."""
@@ -287,10 +293,11 @@ class Site:
             "update can be added: it can't be routed. The routing was taken off; use experts that leave it out."
         )
 
-    def _record(self, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    def _record(
+        self, recorder: Recorder, context: RoutingContext, read: Tensor, chosen: Tensor, weights: Tensor
+    ) -> None:
         """Hands a choice to the recorder, with scores if it wants them."""
-        recorder, scores = self.routing.recorder, None
-        assert recorder is not None
+        scores = None
         if recorder.wants_scores:
             flat = read.reshape(-1, read.shape[-1])
             # With offloading all gates are on the host.

@@ -187,15 +187,12 @@ def _route_group(
     fused = None if group.experts is not None else route.fused.get(path)
     if fused is not None and not plan.count_loads and (mixed := fused(u, y)) is not None:
         return mixed
-    if fused is not None and fused.can(u, y):
-        mixed, chosen, weights = fused.with_choice(u, y)
-    else:
-        if group.experts is not None:
-            chosen = version.by_expert[path].to(u.device)[group.experts][:, None]
-            weights = (chosen >= 0).float()
-        else:
-            chosen, weights = route.choose(path, u, y, context)
+    if group.experts is not None:
+        chosen = version.by_expert[path].to(u.device)[group.experts][:, None]
+        weights = (chosen >= 0).float()
         mixed = version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
+    else:
+        mixed, chosen, weights = site.mix(route.bound[path], fused, u, y, lambda: context)
     if plan.count_loads:
         context.note(chosen, weights)
     return mixed

@@ -21,7 +21,6 @@ from phatgoose.ops import FusedRouting
 from phatgoose.registry import unknown
 from phatgoose.routers import Router, Single
 from phatgoose.routers.constant import Fixed
-from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.router import BoundRouter, Candidates, Encoder
 
@@ -143,11 +142,6 @@ class Route:
             (version.sites[path], bound) for path, bound in self.bound.items() if bound.needs_reference
         ]
         calibrate(version.base.model, version.base.tokenizer, routers, version.ops)
-
-    def choose(self, path: str, u: Tensor, y: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
-        """The choice at one module for inputs u and outputs y: int64 [N, k] (−1: none) and weights float32 [N, k]."""
-        site = self.version.sites[path]
-        return self.bound[path](y if site.embedding else u, context, self.version.ops)
 
     def _fuse(self) -> None:
         for path, site in self.version.sites.items():

@@ -97,7 +97,7 @@ class Trace(files.Header):
         tensors = [t for p in parts for t in (p.experts, p.weights, p.margins) if t is not None]
         tokens = {id(p.tokens): p.tokens for p in parts}.values()
         tensors += [getattr(one, name) for one in tokens for name in TOKEN_FIELDS]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors)
 
     def shares(self) -> dict[str, Tensor]:
         """Share of the routing weight each expert got, per module: float64 [experts] summing to at most 1."""
