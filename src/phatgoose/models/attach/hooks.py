@@ -45,6 +45,7 @@ class Hooks:
         self.remove()
 
 
+<<<<<<< HEAD
 class StandInHandle(RemovableHandle):
     """The handle of a hook on a stand-in for part of another module.
 
@@ -66,6 +67,8 @@ class StandInHandle(RemovableHandle):
         self.__dict__.update(state)
 
 
+=======
+>>>>>>> 718467a (Make the layers inside mixtures stand-ins of one class, and explain transformers' 3-D experts in the room: two classes repeated each other)
 @torch.compiler.disable
 def run_eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function eagerly, between two graphs, where torch.compile compiles the code around it."""

@@ -87,8 +87,8 @@ def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]
                     "transposed; name the module in target_modules instead."
                 )
         for (owner, name), number in numbers.items():
-            experts_module: Any = modules[f"{owner}.0.{name}"]
-            if number != (wanted := experts_module.experts.num_experts):
+            first: Any = modules[f"{owner}.0.{name}"]
+            if number != (wanted := first.weight_owner.num_experts):
                 raise RoutingError(
                     f"expert {expert.name!r} changes {number} experts in {owner}.{name}, where this model has {wanted}."
                 )
@@ -100,7 +100,7 @@ def _check_layout(expert: Expert, path: str, slot: ExpertLinear) -> None:
         int(version[0]),
         int("".join(filter(str.isdigit, version[1:2])) or 0),
     ) < (0, 19)
-    if early and slot.in_features == slot.out_features and not slot.experts.is_transposed:
+    if early and slot.in_features == slot.out_features and not slot.weight_owner.is_transposed:
         raise RoutingError(
             f"expert {expert.name!r} was saved by a PEFT before 0.19, which took {path} for its transpose; as it is "
             "square, its tensors don't say which they are. Train it with a later PEFT."

@@ -127,7 +127,7 @@ class ModuleLayer(Layer):
 
 def weight_owner(module: nn.Module) -> nn.Module:
     """The module that holds the weight and fetches it if offloaded: an `ExpertLinear`'s experts module, else itself."""
-    found: nn.Module = getattr(module, "holder", module)
+    found: nn.Module = getattr(module, "weight_owner", module)
     return found
 
 

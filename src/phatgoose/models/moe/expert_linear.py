@@ -1,9 +1,7 @@
-"""Mixture-of-experts bases: the linear layers inside fused experts, made modules that hooks can be put on.
+"""The linear layers inside fused experts, as modules that take hooks (see the room's `__init__.py`).
 
-transformers 5 keeps the experts of a mixture in two 3-D parameters of one module, so expert j's linear layers are no modules. A
-`ExpertLinear` stands for one of them: it has the layer's sizes, weight and bias, and takes forward hooks as the layer itself would. While
-any slot has a hook, its experts module runs expert by expert, by transformers' own formula, and calls the slots. The
-module, its names and its state dict stay as they are, and when the last hook is removed it runs as before.
+While any `ExpertLinear` of an experts module has a hook, that module runs expert by expert, by the formula of
+transformers' experts interface, and calls the stand-ins. When the last hook is removed it runs as before.
 """
 
 from __future__ import annotations
@@ -16,30 +14,32 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.attach.hooks import StandInHandle
+from phatgoose.models.base.layers import FLOATS
 from phatgoose.models.context.streams import Streams
+from phatgoose.models.moe.stand_in import LinearStandIn, hook_object
 from phatgoose.routers.context import RoutingContext, unmatched
 
-_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FUSED_ATTRIBUTES = (
+    "num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate",
+)  # fmt: skip
+"""What transformers' experts interface puts on every fused experts module."""
 
 
 class Dispatched(NamedTuple):
-    """Which of the tokens that an experts module was given reach one expert."""
+    """Which of an experts module's tokens are sent to one expert."""
 
     tokens: Tensor
-    """int64 [n], in the order in which the slot sees them."""
+    """int64 [n], in the order in which the stand-in gets them."""
     of: int
-    """How many tokens the module was given."""
+    """Number of tokens that the module was called with."""
 
 
 def routing_context(
     path: str, module: nn.Module, args: tuple[Any, ...], u: Tensor, shape: torch.Size, streams: Streams
 ) -> RoutingContext:
-    """What a router may know of this call of a module on `u`, whose output has this shape."""
+    """The routing context of this call of a module on `u`, whose output has this shape."""
     if not isinstance(module, ExpertLinear):
         return streams.context(path, u, shape)
     seen, problem = streams.tokens_of(path, u), None
@@ -47,107 +47,96 @@ def routing_context(
     if dispatched is None:
         problem = "it ran outside of its mixture of experts, so which tokens it sees is unknown."
     elif seen is not None and seen.positions.numel() != dispatched.of:
-        what = unmatched((dispatched.of,), *seen.positions.shape)
-        problem = f"{what}."
+        problem = f"{unmatched((dispatched.of,), *seen.positions.shape)}."
     return RoutingContext(
         path, 1, shape[:-1].numel(), seen, reader=streams.texts_of, stream=streams.stream_at(path, u), problem=problem,
         picked=None if dispatched is None else dispatched.tokens,
     )  # fmt: skip
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(LinearStandIn):
     """One linear layer of one expert of a fused experts module, as a module.
 
-    part: "gate_up_proj", "gate_proj" or "up_proj" (a half of it), "down_proj"; of experts without a gate "up_proj" and "down_proj".
+    part: "gate_up_proj", "down_proj", or "gate_proj" or "up_proj", the halves of the first. Experts without a gate have
+    "up_proj" and "down_proj".
     """
 
-    experts: Any
+    weight_owner: Any
     index: int
     part: str
 
     def __init__(self, experts: nn.Module, index: int, part: str):
-        super().__init__()
-        self.__dict__["experts"] = experts  # not a submodule: the slot owns nothing of it
-        self.index, self.part = index, part
-        self.out_features, self.in_features = self.weight.shape
-
-    @property
-    def holder(self) -> nn.Module:
-        """The module that holds the weight, and has it moved where it is offloaded."""
-        module: nn.Module = self.experts
-        return module
+        self.__dict__.update(weight_owner=experts, index=index, part=part)  # `weight` needs them at once
+        super().__init__(experts)
 
     @property
     def weight(self) -> Tensor:
-        """W [d_out, d_in], a view of the module's parameter."""
-        whole = getattr(self.experts, self.parameter)[self.index]
-        return self._half(whole.T if self.experts.is_transposed else whole)
+        whole = getattr(self.weight_owner, self.parameter)[self.index]
+        return self._half(whole.T if self.weight_owner.is_transposed else whole)
 
     @property
     def bias(self) -> Tensor | None:
-        if not self.experts.has_bias:
+        if not self.weight_owner.has_bias:
             return None
-        return self._half(getattr(self.experts, f"{self.parameter}_bias")[self.index])
+        return self._half(getattr(self.weight_owner, f"{self.parameter}_bias")[self.index])
 
     @property
     def parameter(self) -> str:
         """Name of the parameter that holds the layer."""
-        return (
-            "gate_up_proj" if self.experts.has_gate and self.part in ("gate_proj", "up_proj") else self.part
-        )
+        is_half = self.weight_owner.has_gate and self.part in ("gate_proj", "up_proj")
+        return "gate_up_proj" if is_half else self.part
 
     def _half(self, whole: Tensor) -> Tensor:
-        """The rows of gate_up_proj that are this part's."""
+        """The rows of the parameter that belong to this part."""
         if self.parameter == self.part:
             return whole
-        up = self.part == "up_proj"
-        return whole.chunk(2)[up] if self.experts.is_concatenated else whole[int(up) :: 2]
+        return gate_and_up(self.weight_owner, whole, 0)[self.part == "up_proj"]
 
-    def forward(self, u: Tensor, y: Tensor | None = None, dispatched: Dispatched | None = None) -> Tensor:
-        """W u + b, which is `y` where the experts module has computed it already. u: [n, d_in]."""
-        return F.linear(u, self.weight, self.bias) if y is None else y
+    def start_hooking(self) -> None:
+        unfused = _find_unfused(self.weight_owner) or _UnfusedExperts(self.weight_owner)
+        unfused.add(self)
 
-    def register_forward_hook(self, hook: Callable[..., Any], **how: Any) -> RemovableHandle:
-        handle = super().register_forward_hook(hook, **how)
-        opened = _opened(self.experts) or _Opened(self.experts)
-        opened.add(self)
-        return StandInHandle(handle, self)
-
-    def closed(self) -> None:
-        """A hook was removed: with the last one of all its slots, the experts module runs as it did."""
-        opened = _opened(self.experts)
-        if opened is not None and not self._forward_hooks:
-            opened.drop(self)
+    def stop_hooking(self) -> None:
+        if (unfused := _find_unfused(self.weight_owner)) is not None:
+            unfused.remove(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, index={self.index}, part={self.part!r}"
 
 
-class _Opened:
-    """An experts module that runs expert by expert; known by its hooks on the module."""
+def gate_and_up(experts: Any, whole: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(gate, up) of gate_up_proj's rows or outputs along `dim`: one after the other, or interleaved (GPT-OSS)."""
+    if experts.is_concatenated:
+        gate, up = whole.chunk(2, dim)
+        return gate, up
+    return whole.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
+
+
+class _UnfusedExperts:
+    """Runs an experts module expert by expert while stand-ins have hooks. It is found again by its hooks on the
+    module."""
 
     def __init__(self, experts: Any):
         self.experts = experts
-        self.slots: dict[tuple[int, str], list[ExpertLinear]] = {}
-        # The module itself is given no tokens: it costs nothing and needn't be replaced. Hooks of others see its real output.
+        self.layers: dict[tuple[int, str], list[ExpertLinear]] = {}
+        # The module's own forward gets no tokens, so it costs nothing and needn't be replaced. `after` is the first
+        # forward hook, so that other hooks get the real output.
         self._handles = [
             experts.register_forward_pre_hook(self.before, with_kwargs=True),
             experts.register_forward_hook(self.after, with_kwargs=True, prepend=True),
         ]
 
-    def add(self, slot: ExpertLinear) -> None:
-        there = self.slots.setdefault((slot.index, slot.part), [])
-        if not any(known is slot for known in there):
-            there.append(slot)
+    def add(self, layer: ExpertLinear) -> None:
+        known = self.layers.setdefault((layer.index, layer.part), [])
+        if not any(k is layer for k in known):
+            known.append(layer)
 
-    def drop(self, slot: ExpertLinear) -> None:
-        key = slot.index, slot.part
-        left = [known for known in self.slots.get(key, ()) if known is not slot]
+    def remove(self, layer: ExpertLinear) -> None:
+        key = layer.index, layer.part
+        left = [k for k in self.layers.pop(key, ()) if k is not layer]
         if left:
-            self.slots[key] = left
-        else:
-            self.slots.pop(key, None)
-        if not self.slots:
+            self.layers[key] = left
+        if not self.layers:
             for handle in self._handles:
                 handle.remove()
 
@@ -157,6 +146,7 @@ class _Opened:
         given = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
         _, hidden, index, weights = given.values()
         nothing = hidden[:0]
+        # Kept on the tensor and not on self: threads may run the model at the same time.
         nothing._phatgoose_call = (hidden, index, weights)
         return (nothing, index[:0], weights[:0]), {}
 
@@ -166,7 +156,8 @@ class _Opened:
         call = getattr(args[0], "_phatgoose_call", None)
         if call is None:
             raise RoutingError(
-                f"another hook has replaced the input of {type(module).__name__}, whose experts are routed: remove it, or route first."
+                f"another hook has replaced the input of {type(module).__name__}, whose experts are routed: remove it, "
+                "or route first."
             )
         from accelerate.utils import align_module_device
 
@@ -174,17 +165,18 @@ class _Opened:
             device = next(module.parameters()).device
             return self.run(*(x.to(device) for x in call)).to(output.device)
 
-    @torch.compiler.disable  # who gets how many tokens is no part of a graph
+    @torch.compiler.disable  # how many tokens each expert gets can't be part of a graph
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Σ_k w_k · expert_{i_k}(u) for tokens [N, d], their experts' numbers and weights [N, k]."""
         (n, k), experts = index.shape, self.experts
-        order = index.reshape(-1).argsort(stable=True)  # numbers beyond the last expert mean nobody
+        # The (token, choice) pairs sorted by expert. Numbers beyond the last expert mean no expert; they come last.
+        order = index.reshape(-1).argsort(stable=True)
         counts = index.reshape(-1).bincount(minlength=experts.num_experts)[: experts.num_experts].tolist()
         tokens, start, parts = order // k, 0, []
         for j, count in enumerate(counts):
             if count:
-                of = tokens[start : start + count]
-                parts.append(self._expert(j, hidden[of], Dispatched(of, n)))
+                own = tokens[start : start + count]
+                parts.append(self._expert(j, hidden[own], Dispatched(own, n)))
                 start += count
         if not parts:
             return torch.zeros_like(hidden)
@@ -193,40 +185,41 @@ class _Opened:
             done = torch.cat([done, done.new_zeros(n * k - start, done.shape[-1])])
         return done[order.argsort()].view(n, k, -1).sum(1).to(hidden.dtype)
 
-    def _expert(self, j: int, u: Tensor, of: Dispatched) -> Tensor:
+    def _expert(self, j: int, u: Tensor, dispatched: Dispatched) -> Tensor:
+        """Expert j's output, by the formula of transformers' experts interface."""
         experts = self.experts
         if experts.has_gate:
-            inner = self._through(j, "gate_up_proj", u, self._product("gate_up_proj", j, u), of)
-            inner = experts._apply_gate(self._halves(j, u, inner, of))
+            inner = self._layer("gate_up_proj", j, u, dispatched)
+            inner = experts._apply_gate(self._call_halves(j, u, inner, dispatched))
         else:
-            inner = experts.act_fn(self._through(j, "up_proj", u, self._product("up_proj", j, u), of))
-        out = self._through(j, "down_proj", inner, self._product("down_proj", j, inner), of)
+            inner = experts.act_fn(self._layer("up_proj", j, u, dispatched))
+        out = self._layer("down_proj", j, inner, dispatched)
         return experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out
 
-    def _product(self, name: str, j: int, u: Tensor) -> Tensor:
+    def _layer(self, name: str, j: int, u: Tensor, dispatched: Dispatched) -> Tensor:
+        """W u + b of a whole parameter, changed by the hooks on its stand-ins."""
         experts, weight = self.experts, getattr(self.experts, name)[j]
         y = u @ weight if experts.is_transposed else F.linear(u, weight)
-        return y + getattr(experts, f"{name}_bias")[j] if experts.has_bias else y
+        if experts.has_bias:
+            y = y + getattr(experts, f"{name}_bias")[j]
+        return self._call(j, name, u, y, dispatched)
 
-    def _through(self, j: int, part: str, u: Tensor, y: Tensor, of: Dispatched) -> Tensor:
-        """What the hooks at a slot make of its output."""
-        for slot in self.slots.get((j, part), ()):
-            y = slot(u, y, of)
+    def _call(self, j: int, part: str, u: Tensor, y: Tensor, dispatched: Dispatched) -> Tensor:
+        """A layer's output after the hooks on its stand-ins."""
+        for layer in self.layers.get((j, part), ()):
+            y = layer(u, y, dispatched)
         return y
 
-    def _halves(self, j: int, u: Tensor, y: Tensor, of: Dispatched) -> Tensor:
-        if (j, "gate_proj") not in self.slots and (j, "up_proj") not in self.slots:
+    def _call_halves(self, j: int, u: Tensor, y: Tensor, dispatched: Dispatched) -> Tensor:
+        """The same for the halves of gate_up_proj, which may have stand-ins of their own."""
+        if (j, "gate_proj") not in self.layers and (j, "up_proj") not in self.layers:
             return y
-        apart = y.chunk(2, dim=-1) if self.experts.is_concatenated else (y[..., ::2], y[..., 1::2])
-        gate, up = (
-            self._through(j, part, u, half, of)
-            for part, half in zip(("gate_proj", "up_proj"), apart, strict=True)
-        )
-        return (
-            torch.cat([gate, up], -1)
-            if self.experts.is_concatenated
-            else torch.stack([gate, up], -1).flatten(-2)
-        )
+        gate, up = gate_and_up(self.experts, y, -1)
+        gate = self._call(j, "gate_proj", u, gate, dispatched)
+        up = self._call(j, "up_proj", u, up, dispatched)
+        if self.experts.is_concatenated:
+            return torch.cat([gate, up], -1)
+        return torch.stack([gate, up], -1).flatten(-2)
 
 
 @functools.cache
@@ -234,26 +227,25 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _opened(experts: nn.Module) -> _Opened | None:
-    """What runs this module expert by expert, if anything does."""
-    owners = (getattr(hook, "__self__", None) for hook in experts._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, _Opened)), None)
+def _find_unfused(experts: nn.Module) -> _UnfusedExperts | None:
+    return hook_object(experts._forward_pre_hooks, _UnfusedExperts)
 
 
 def is_fused(module: nn.Module | None) -> bool:
-    """Whether a module holds experts in transformers 5's fused form: 3-D parameters with its experts interface."""
+    """True for experts in transformers 5's fused form: 3-D parameters with its experts interface."""
     down = getattr(module, "down_proj", None)
-    return all(hasattr(module, name) for name in _FLAGS) and isinstance(down, nn.Parameter) and down.ndim == 3
+    has_interface = all(hasattr(module, name) for name in _FUSED_ATTRIBUTES)
+    return has_interface and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
 def check_fused(module: Any, path: str) -> None:
-    """Refuses fused experts that can't run expert by expert here.
+    """Refuses fused experts that can't run expert by expert.
 
     Raises:
         RoutingError: packed weights, or experts split over devices.
     """
     dtype = module.down_proj.dtype
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise RoutingError(
             f"{path}: experts in {dtype} can't be routed; load the base unpacked (dtype='bfloat16')."
         )

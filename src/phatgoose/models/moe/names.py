@@ -1,4 +1,4 @@
-"""Which linear layer of a mixture's experts a path means: transformers 5's names, or those of a checkpoint from before."""
+"""Module path → the linear layer of a mixture that it means, under transformers 5's names or older ones."""
 
 from __future__ import annotations
 
@@ -28,99 +28,101 @@ _LAYER = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
 def modules_by_path(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """The model's modules by path, and a `ExpertLinear` for each of `paths` that means a linear layer of fused experts; in place of a
-    router that returns its choice, a `RouterLinear`.
+    """The model's modules by path, with stand-ins for the layers of mixtures among `paths`.
+
+    These are an `ExpertLinear` for a linear layer of fused experts, and a `RouterLinear` in place of a mixture's
+    router.
 
     Raises:
-        RoutingError: such a path names an expert that isn't there, or experts that can't be routed.
+        RoutingError: a path names an expert that doesn't exist, or experts that can't be routed.
     """
     modules: dict[str, nn.Module] = {
         plain_name(path): module for path, module in model.named_modules(remove_duplicate=False)
     }
-    names = _Names(model, modules)
-    found = {path: slot for path in paths if (slot := names.slot(path) or names.router(path)) is not None}
-    return modules | found
+    names = _MixtureNames(model, modules)
+    found = {path: names.expert_linear(path) or names.router_linear(path) for path in paths}
+    return modules | {path: stand_in for path, stand_in in found.items() if stand_in is not None}
 
 
 def is_expert_path(path: str) -> bool:
-    """Whether a path has the form of a layer of one of a block's experts: two numbers, and one name behind the second."""
+    """True if a path looks like a layer of one of a block's experts: two numbers, and one name after the second."""
     match = _LAYER.fullmatch(path)
     return match is not None and any(part.isdecimal() for part in match[1].split("."))
 
 
-class _Names:
-    """Finds slots by path. What a name means is found out once for all experts of a module."""
+class _MixtureNames:
+    """Finds stand-ins by path. What a name means is looked up once for all experts of a module."""
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module]):
         self.model, self.modules = model, modules
-        self._known: dict[tuple[str, str], tuple[str, str] | None] = {}
+        self._locations: dict[tuple[str, str], tuple[str, str] | None] = {}
 
-    def slot(self, path: str) -> ExpertLinear | None:
-        """None if the path means no linear layer of an expert."""
+    def expert_linear(self, path: str) -> ExpertLinear | None:
+        """None if the path doesn't mean a linear layer of an expert."""
         if path in self.modules or (match := _LAYER.fullmatch(path)) is None:
             return None
         owner, index, name = match[1], int(match[2]), match[3]
-        if (owner, name) not in self._known:
-            self._known[owner, name] = self._place(owner, name)
-        if (place := self._known[owner, name]) is None:
+        if (owner, name) not in self._locations:
+            self._locations[owner, name] = self._locate(owner, name)
+        if (location := self._locations[owner, name]) is None:
             return None
-        experts: Any = self.modules[place[0]]
+        experts_path, part = location
+        experts: Any = self.modules[experts_path]
         if not is_fused(experts):
             raise RoutingError(
-                f"{path} is inside {place[0]}, a {type(experts).__name__}, whose experts don't run through transformers' experts "
-                "interface; they can't be routed."
+                f"{path} is inside {experts_path}, a {type(experts).__name__}, whose experts don't run through "
+                "transformers' experts interface; they can't be routed."
             )
         if index >= experts.num_experts:
             raise RoutingError(
-                f"{path} is of expert {index}, and {place[0]} has {experts.num_experts}: it is of another base."
+                f"{path} is of expert {index}, and {experts_path} has {experts.num_experts}: it is of another base."
             )
-        return ExpertLinear(experts, index, place[1])
+        return ExpertLinear(experts, index, part)
 
-    def router(self, path: str) -> RouterLinear | None:
-        """None if the path means no router that returns its choice."""
+    def router_linear(self, path: str) -> RouterLinear | None:
+        """None if the path doesn't mean a mixture's router."""
         if path not in self.modules and path.rpartition(".")[2] in _ROUTERS:
-            renamings, _ = self._table
+            renamings, _ = self._conversions
             path = rename_source_key(f"{path}.weight", renamings, [])[0].removesuffix(".weight")
         return find_router_linear(self.modules[path]) if path in self.modules else None
 
-    def _place(self, owner: str, name: str) -> tuple[str, str] | None:
-        """(path of the experts module, which part of it) of OWNER.j.NAME, for any j."""
+    def _locate(self, owner: str, name: str) -> tuple[str, str] | None:
+        """(path of the experts module, part of it) that OWNER.j.NAME means, for any j."""
         module: Any = self.modules.get(owner)
         if is_fused(module):
             check_fused(module, owner)
             whole = ("gate_up_proj", "gate_proj", "up_proj") if module.has_gate else ("up_proj",)
             return (owner, name) if name in (*whole, "down_proj") else None
         if module is not None and any(p.ndim == 3 for p in module.parameters(recurse=False)):
-            return owner, name  # experts of another form: refused by name
-        return self._converted(owner, name)
+            return owner, name  # experts of another form, which expert_linear refuses by name
+        return self._locate_old_name(owner, name)
 
-    def _converted(self, owner: str, name: str) -> tuple[str, str] | None:
-        """The same for the name that a checkpoint had before its experts were fused, by transformers' own table."""
-        renamings, converters = self._table
+    def _locate_old_name(self, owner: str, name: str) -> tuple[str, str] | None:
+        """The same for a name from before experts were fused, by the table with which transformers loads
+        checkpoints."""
+        renamings, converters = self._conversions
         key, pattern = rename_source_key(f"{owner}.0.{name}.weight", renamings, converters)
         if pattern is None:
             return None
         converter = next(c for c in converters if pattern in c.source_patterns)
-        place, _, parameter = key.rpartition(".")
+        experts_path, _, parameter = key.rpartition(".")
         kinds = [type(operation) for operation in converter.operations]
         number = converter.source_patterns.index(pattern)
-        if place not in self.modules or kinds[:1] != [MergeModulelist]:
+        if experts_path not in self.modules:
             return None
-        if kinds == [MergeModulelist]:
+        if kinds == [MergeModulelist]:  # one old layer per expert, stacked
             part = parameter
         elif kinds == [MergeModulelist, Concatenate] and parameter == "gate_up_proj" and number < 2:
-            part = ("gate_proj", "up_proj")[number]
+            part = ("gate_proj", "up_proj")[number]  # two old layers per expert, stacked and concatenated
         else:
             return None
-        if is_fused(self.modules[place]):
-            check_fused(self.modules[place], place)
-        return place, part
+        if is_fused(self.modules[experts_path]):
+            check_fused(self.modules[experts_path], experts_path)
+        return experts_path, part
 
     @cached_property
-    def _table(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        if not isinstance(self.model, PreTrainedModel):
-            return [], []
-        table = get_model_conversion_mapping(self.model)
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        table = get_model_conversion_mapping(self.model) if isinstance(self.model, PreTrainedModel) else []
         return (
             [entry for entry in table if isinstance(entry, WeightRenaming)],
             [entry for entry in table if isinstance(entry, WeightConverter)],

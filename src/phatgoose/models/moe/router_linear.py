@@ -1,8 +1,9 @@
-"""The linear layer inside a mixture's router: its scores are changed before the router chooses among its experts.
+"""The linear layer inside a mixture's router, as a module that takes hooks: they change scores before the router
+chooses.
 
-A router computes W u, and from that, which experts a token goes to and with what weights; it returns all of it, so no hook on
-the router can change W u alone. A `RouterLinear` stands for that product and takes forward hooks as a linear layer would. While it
-has some, the router runs a second time under them, and what it gave at first is dropped: it is small.
+A router computes W u, from that which experts a token goes to and with what weights, and returns all of it. So no hook
+on the router can change W u alone. A `RouterLinear` stands for that product. While it has hooks, the router runs a
+second time under them and its first result is dropped, which is cheap.
 """
 
 from __future__ import annotations
@@ -14,85 +15,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from phatgoose.models.attach.hooks import StandInHandle
+from phatgoose.models.moe.stand_in import LinearStandIn, hook_object
 
 
-class RouterLinear(nn.Module):
-    """W u (+ b) of a router, as a linear layer. router: a module of transformers' whose forward has exactly one such product."""
+class RouterLinear(LinearStandIn):
+    """W u (+ b) of a router. weight_owner: a transformers module whose forward computes exactly one such product."""
 
-    router: Any
-
-    def __init__(self, router: nn.Module):
-        super().__init__()
-        self.__dict__["router"] = router  # not a submodule
-        self.out_features, self.in_features = self.weight.shape
-
-    @property
-    def holder(self) -> nn.Module:
-        """The module that holds the weight, and has it moved where it is offloaded."""
-        module: nn.Module = self.router
-        return module
+    weight_owner: Any
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.router.weight
+        weight: Tensor = self.weight_owner.weight
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.router, "bias", None)
+        bias = getattr(self.weight_owner, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    def forward(self, u: Tensor, y: Tensor | None = None) -> Tensor:
-        """The product, which is `y` where the router has computed it already."""
-        return F.linear(u, self.weight, self.bias) if y is None else y
+    def start_hooking(self) -> None:
+        rerun = _find_rerun(self.weight_owner) or _Rerun(self.weight_owner)
+        if not any(layer is self for layer in rerun.layers):
+            rerun.layers.append(self)
 
-    def register_forward_hook(self, hook: Callable[..., Any], **how: Any) -> RemovableHandle:
-        handle = super().register_forward_hook(hook, **how)
-        opened = _opened(self.router) or _Opened(self.router)
-        if not any(slot is self for slot in opened.slots):
-            opened.slots.append(self)
-        return StandInHandle(handle, self)
-
-    def closed(self) -> None:
-        """A hook was removed: with the last one of all its slots, the router runs as it did."""
-        opened = _opened(self.router)
-        if opened is None or self._forward_hooks:
-            return
-        opened.slots = [slot for slot in opened.slots if slot is not self]
-        if not opened.slots:
-            opened.handle.remove()
+    def stop_hooking(self) -> None:
+        if (rerun := _find_rerun(self.weight_owner)) is not None:
+            rerun.layers = [layer for layer in rerun.layers if layer is not self]
+            if not rerun.layers:
+                rerun.handle.remove()
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, of {type(self.router).__name__}"
+        return f"{self.in_features}, {self.out_features}, of {type(self.weight_owner).__name__}"
 
 
-class _Opened:
-    """A router that runs again with the hooks of its slots; known by its hook on the router."""
+class _Rerun:
+    """Runs a router again with its stand-ins in the product's place. It is found again by its hook on the router."""
 
     def __init__(self, router: nn.Module):
-        self.slots: list[RouterLinear] = []
-        self.handle = router.register_forward_hook(self.again, with_kwargs=True, prepend=True)
+        self.layers: list[RouterLinear] = []
+        self.handle = router.register_forward_hook(self.run_again, with_kwargs=True, prepend=True)
 
     @torch.compiler.disable
-    def again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        with _Products(self.slots[0].weight.shape, self._through):
+    def run_again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        with _ReplaceProducts(self.layers[0].weight.shape, self._call):
             return module.forward(*args, **kwargs)
 
-    def _through(self, u: Tensor, y: Tensor) -> Tensor:
-        for slot in self.slots:
-            y = slot(u, y)
+    def _call(self, u: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = layer(u, y)
         return y
 
 
-class _Products(TorchFunctionMode):
-    """Hands the products with a weight of this shape on, and takes what comes back in their place."""
+def _find_rerun(router: nn.Module) -> _Rerun | None:
+    return hook_object(router._forward_hooks, _Rerun)
+
+
+class _ReplaceProducts(TorchFunctionMode):
+    """Inside, `F.linear` with a weight of this shape returns change(u, its result); `count` is how often it did."""
 
     def __init__(self, shape: torch.Size, change: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
-        self.shape, self.change, self.number = shape, change, 0
+        self.shape, self.change, self.count = shape, change, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -104,17 +88,15 @@ class _Products(TorchFunctionMode):
         u, weight = [*args, *kwargs.values()][:2]
         if weight.shape != self.shape:
             return y
-        self.number += 1
+        self.count += 1
         return self.change(u, y)
 
 
-def _opened(router: nn.Module) -> _Opened | None:
-    owners = (getattr(hook, "__self__", None) for hook in router._forward_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, _Opened)), None)
-
-
 def find_router_linear(module: nn.Module) -> RouterLinear | None:
-    """The slot of a module that computes one product with its own `weight` and returns more than that; None of any other."""
+    """The stand-in for a module that computes one product with its own `weight` and returns more than that; else None.
+
+    It finds out by running the module on a zero vector.
+    """
     weight = getattr(module, "weight", None)
     if not type(module).__module__.startswith("transformers.models.") or not isinstance(weight, nn.Parameter):
         return None
@@ -123,15 +105,14 @@ def find_router_linear(module: nn.Module) -> RouterLinear | None:
     from accelerate.utils import align_module_device
 
     with align_module_device(module), torch.no_grad():
-        there = next(module.parameters())
-        u = torch.zeros(1, weight.shape[1], dtype=there.dtype, device=there.device)
-        for tried in (u, u[None]):
-            products = _Products(weight.shape, lambda u, y: y)
+        parameter = next(module.parameters())
+        u = torch.zeros(1, weight.shape[1], dtype=parameter.dtype, device=parameter.device)
+        for tried in (u, u[None]):  # some routers take [tokens, d], some [rows, tokens, d]
             try:
-                with products:
+                with _ReplaceProducts(weight.shape, lambda u, y: y) as products:
                     output = module.forward(tried)
-            except Exception:  # what it needs beside tokens, nobody knows
+            except Exception:  # it needs other arguments, so it isn't such a router
                 continue
-            if products.number == 1 and isinstance(output, tuple | list):
+            if products.count == 1 and isinstance(output, tuple | list):
                 return RouterLinear(module)
     return None
