@@ -45,30 +45,6 @@ class Hooks:
         self.remove()
 
 
-<<<<<<< HEAD
-class StandInHandle(RemovableHandle):
-    """The handle of a hook on a stand-in for part of another module.
-
-    Removing the hook notifies the stand-in (`closed`), so that the other module can run as before.
-    """
-
-    def __init__(self, handle: RemovableHandle, stand_in: Any) -> None:
-        self.handle, self.stand_in = handle, stand_in
-
-    def remove(self) -> None:
-        self.handle.remove()
-        self.stand_in.closed()
-
-    # RemovableHandle's methods expect a weak reference, which this class doesn't have.
-    def __getstate__(self) -> Any:
-        return self.__dict__
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state)
-
-
-=======
->>>>>>> 718467a (Make the layers inside mixtures stand-ins of one class, and explain transformers' 3-D experts in the room: two classes repeated each other)
 @torch.compiler.disable
 def run_eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a function eagerly, between two graphs, where torch.compile compiles the code around it."""
@@ -78,6 +54,8 @@ def run_eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def compiled_anything() -> bool:
     """Whether torch.compile has compiled anything since `forget_compiled` was last called."""
     dynamo = sys.modules.get("torch._dynamo")
+    # `input_codes` is internal to torch, which has no public way to ask: torch.compiler tells only whether this very
+    # call is being compiled, and dynamo's counters are reset by whoever reads them.
     return dynamo is not None and bool(dynamo.convert_frame.input_codes.seen)
 
 
