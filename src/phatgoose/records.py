@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 SplitName = Literal["train", "validation", "test"]
@@ -76,6 +76,11 @@ class Task:
 
     def split(self, name: SplitName) -> tuple[Example, ...]:
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    def cut(self, limits: Mapping[SplitName, int]) -> Task:
+        """The task with at most so many rows in each split that is named: the first ones, which are a random sample."""
+        rows = {name: self.split(name)[:most] for name, most in limits.items()}
+        return replace(self, **rows)  # type: ignore[arg-type]  # the names of splits are fields
 
     @property
     def hash(self) -> str:

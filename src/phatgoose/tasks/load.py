@@ -68,7 +68,8 @@ def load_task(
     """
     source, parsed = _parse(spec)
     task = source.load(parsed, _expanded(folder), fractions or Fractions())
-    record = task.source | ({"folder": str(folder)} if folder is not None else {})
+    record = {"spec": spec, "source": parsed.source} | task.source
+    record |= {"folder": str(folder)} if folder is not None else {}
     if limit is None:
         return replace(task, source=record)
     limits: dict[SplitName, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit)
@@ -76,8 +77,7 @@ def load_task(
         raise TaskError(
             f"limit of {', '.join(wrong)}: expected train, validation or test and a number of at least 0."
         )
-    rows = {name: task.split(name)[: limits.get(name)] for name in SPLITS}
-    return Task(task.name, rows["train"], rows["validation"], rows["test"], record | {"limit": limits})
+    return replace(task.cut(limits), source=record | {"limit": limits})
 
 
 def check_task(spec: str, folder: str | Path | None = None) -> str | None:

@@ -145,4 +145,4 @@ def build_task(
         "dropped": dropped,
         "merging": dict(sorted(counts.items())),
     }
-    return Task(name, splits["train"], splits["validation"], splits["test"], source | how)
+    return Task(name, **splits, source=source | how)

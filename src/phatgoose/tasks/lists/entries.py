@@ -64,14 +64,9 @@ def load_entry(
     for spec in entry.specs:
         folder = folder_for(spec, (entry.name, group), folders or {})
         parts.append(load_task(_with_row_limit(spec, most), folder=folder, fractions=fractions, limit=limit))
-    if len(parts) == 1:
-        source_record, rows = parts[0].source, {name: parts[0].split(name) for name in SPLITS}
-    else:
-        union = _union(entry, _within(parts, limit), fractions)
-        source_record, rows = union.source, {name: union.split(name) for name in SPLITS}
-    if entry.metric:
-        source_record = source_record | {"metric": entry.metric}
-    return Task(entry.name, rows["train"], rows["validation"], rows["test"], source_record)
+    task = parts[0] if len(parts) == 1 else _union(entry, _within(parts, limit), fractions)
+    source = task.source | ({"metric": entry.metric} if entry.metric else {})
+    return replace(task, name=entry.name, source=source)
 
 
 def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path | None:
@@ -155,11 +150,7 @@ def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) 
     """The parts with at most `limit` rows together: the first ones of each, which are a random sample."""
     limits = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else limit or {}
     shares = {name: even_shares([len(t.split(name)) for t in parts], most) for name, most in limits.items()}
-    cut = []
-    for number, part in enumerate(parts):
-        rows = {name: part.split(name)[: shares[name][number] if name in shares else None] for name in SPLITS}
-        cut.append(Task(part.name, rows["train"], rows["validation"], rows["test"], part.source))
-    return cut
+    return [part.cut({name: of[i] for name, of in shares.items()}) for i, part in enumerate(parts)]
 
 
 def even_shares(sizes: Sequence[int], most: int) -> list[int]:

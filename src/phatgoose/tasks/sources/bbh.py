@@ -57,8 +57,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         return [to_example(row["input"], row["target"], choices)]
 
     examples = list(read_examples(rows, read, f"{where}, example", Counter()))
-    source = {"spec": spec.text, "source": "bbh", "from": HUB if files is None else "folder"}
-    source["prompt_style"] = "input, then \\nAnswer:"
+    origin = HUB if files is None else "folder"
+    source = {"from": origin, "prompt_style": "input, then \\nAnswer:"}
     return build_task(f"bbh:{spec.name}", {"test": examples}, source, fractions)
 
 

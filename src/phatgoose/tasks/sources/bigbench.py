@@ -69,7 +69,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     examples = [e for _, path, data in parts for e in _examples(path, data, dropped, ranked)]
     preferred = {part: data.get("preferred_score") for part, _, data in parts}
     scores = sorted({str(s) for s in preferred.values()})
-    source: dict[str, Any] = {"spec": spec.text, "source": "bigbench"}
+    source: dict[str, Any] = {}
     if bigbench_files.is_sdist(root):
         package = bigbench_files.PACKAGE
         source |= {"package": package.requirement, "sha256": package.sha256}

@@ -51,8 +51,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     rows = _read_folder(spec.name, folder) if folder is not None else _read_hub(collection, task, spec.text)
     dropped: Counter[str] = Counter()
     examples = list(itertools.islice(read_examples(rows, _read, f"{spec.text}, row", dropped), most))
-    source = {"spec": spec.text, "source": "flan", "from": HUB if folder is None else "folder"}
-    source["prompt_style"] = "FLAN, as rendered, zero-shot"
+    origin = HUB if folder is None else "folder"
+    source = {"from": origin, "prompt_style": "FLAN, as rendered, zero-shot"}
     return build_task(f"flan:{spec.name}", {"train": examples}, source, fractions, dropped)
 
 

@@ -48,7 +48,7 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         UnknownName: an option or column isn't there.
         DownloadError: the Hub can't be reached, has no such dataset, or holds a script without a copy.
     """
-    source: dict[str, Any] = {"spec": spec.text, "source": "hf", "prompt_style": "as the template has it"}
+    source: dict[str, Any] = {"prompt_style": "as the template has it"}
     data = load_data(spec, folder, source)
     columns = Columns.from_spec(spec, Columns(target="target"))
 

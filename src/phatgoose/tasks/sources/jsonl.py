@@ -47,13 +47,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         own[split or "train"] += examples
     if not any(own.values()):
         raise TaskError(f"{path} has no examples.")
-    source = {
-        "spec": spec.text,
-        "source": "jsonl",
-        "file": path.name,
-        "sha256": sha256_file(path),
-        "prompt_style": CHAT if chats else "as is",
-    }
+    style = CHAT if chats else "as is"
+    source = {"file": path.name, "sha256": sha256_file(path), "prompt_style": style}
     return build_task(f"jsonl:{path.name.partition('.')[0]}", own, source, fractions)
 
 

@@ -46,13 +46,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
             f"p3:{spec.name} has no column {', '.join(sorted(missing))} (columns: {', '.join(sorted(columns))})."
         )
     own, dropped = _grouped(data, spec) if "is_correct" in columns else hf.read_splits(data, spec, _read)
-    source = {
-        "spec": spec.text,
-        "source": "p3",
-        "from": HUB if folder is None else "folder",
-        "prompt_style": "P3, as rendered",
-        **copy,
-    }
+    origin = HUB if folder is None else "folder"
+    source = {"from": origin, "prompt_style": "P3, as rendered", **copy}
     return build_task(f"p3:{spec.name}", own, source, fractions, dropped)
 
 

@@ -63,10 +63,11 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
         if len(rows)
     }
     source = {
-        "spec": spec.text, "source": "prompted", "from": "folder" if folder is not None else "Hub",
-        "prompt_style": f"{PACKAGE.requirement}, as rendered", "templates": [t.name for t in templates],
+        "from": "folder" if folder is not None else "Hub",
+        "prompt_style": f"{PACKAGE.requirement}, as rendered",
+        "templates": [t.name for t in templates],
         **copy,
-    }  # fmt: skip
+    }
     # Several tasks may be splits of one dataset, as ANLI's rounds are: their names tell which.
     test = spec.options.get("test", "")
     suffix = f"/{test}" if test and test not in SPLITS else ""
