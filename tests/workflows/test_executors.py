@@ -136,7 +136,7 @@ def test_gpus_are_dealt_out_and_none_is_made_up(monkeypatch):
     dealt = [s["CUDA_VISIBLE_DEVICES"] for s in Processes(5, gpus=2).settings]
     assert dealt == ["0", "1", "0", "1", "0"]
     assert "CUDA_VISIBLE_DEVICES" not in Processes(1).settings[0]  # its one process may see them all
-    with pytest.raises(PhatgooseError, match="2 GPUs to be seen here, 4 can't be dealt out"):
+    with pytest.raises(PhatgooseError, match="shows 2 GPUs, so 4 can't be dealt out"):
         Processes(4, gpus=4)
     with pytest.raises(PhatgooseError, match="2 workers would all take the first of 2 GPUs"):
         Processes(2)

@@ -1,4 +1,4 @@
-"""What one contributor does: trains an expert on their own task, then its gates, and says what its data look like; each once."""
+"""What one contributor does, each once: train an expert, train its gates, make its data signature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
 from phatgoose.training.signature import SignatureConfig, load_encoder, make_signature, signature_key
-from phatgoose.training.trainer.progress import Report
+from phatgoose.training.trainer.progress import silent
 
 KEY = "contribution_key"
 
@@ -37,13 +37,12 @@ def contribute(
     name: str,
     folder: Path,
     work: Path,
-    report: Report | None = None,
 ) -> Expert:
-    """The expert with gates in `folder`: found there if it is whole and of this very base, task and settings, else trained.
+    """The expert with gates in `folder`: read if it was made from this very base, task and settings, else trained.
 
     Args:
         gate: None: without gates.
-        work: what an interrupted training needs to go on; removed at the end.
+        work: the folder of what an interrupted training needs to go on; removed at the end.
 
     Raises:
         ExpertError: what is in `folder` is damaged.
@@ -52,22 +51,20 @@ def contribute(
     key = contribution_key(base, task, expert, gate)
     found = finished(folder, key)
     if found is None:
-        trained = train_expert(base, task, expert, name=name, work_folder=work / "expert", report=report)
+        trained = train_expert(base, task, expert, name=name, work_folder=work / "expert", report=silent)
         if gate is not None:
-            trained = train_gate(base, trained, task, gate, work_folder=work / "gate", report=report)
+            trained = train_gate(base, trained, task, gate, work_folder=work / "gate", report=silent)
         replace(trained, provenance={**trained.provenance, KEY: key}).save(folder)
         found = Expert.load(folder)
     shutil.rmtree(work, ignore_errors=True)
     return found
 
 
-def sign(
-    base: Base, task: Task, config: SignatureConfig, *, folder: Path, work: Path, report: Report | None = None
-) -> Expert:
-    """The expert in `folder` with its data signature: found there if it is of these very rows and settings, else made.
+def sign(base: Base, task: Task, config: SignatureConfig, *, folder: Path, work: Path) -> Expert:
+    """The expert in `folder` with its data signature: read if it was made from these very rows and settings, else made.
 
     Args:
-        work: what an interrupted one needs to go on; removed at the end.
+        work: the folder of what an interrupted run needs to go on; removed at the end.
 
     Raises:
         ExpertError: what is in `folder` is damaged. TrainingError, BaseModelError: as `make_signature`.
@@ -77,14 +74,14 @@ def sign(
     made = expert.provenance.get("signature")
     key = signature_key(base, expert, task, config, encoder)
     if expert.signature is None or not isinstance(made, dict) or made.get("key") != key:
-        make_signature(base, expert, task, config, work_folder=work, report=report).save(folder)
+        make_signature(base, expert, task, config, work_folder=work, report=silent).save(folder)
         expert = Expert.load(folder)
     shutil.rmtree(work, ignore_errors=True)
     return expert
 
 
 def finished(folder: Path, key: str) -> Expert | None:
-    """The expert in `folder` if it is whole and was made so."""
+    """The expert in `folder`, if its record has this key."""
     if not folder.exists():
         return None
     expert = Expert.load(folder)
@@ -92,7 +89,7 @@ def finished(folder: Path, key: str) -> Expert | None:
 
 
 def record(expert: Expert, task: Task) -> dict[str, Any]:
-    """What the training cost, for results."""
+    """What an expert's training cost, for results."""
     made, gate = expert.provenance, expert.provenance.get("gate")
     found = {
         "name": expert.name,
@@ -114,7 +111,7 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
 
 
 def sizes(expert: Expert) -> dict[str, int]:
-    """How large an expert and its gates are."""
+    """The size of an expert and its gates."""
     return {
         "rank": max(u.width for u in expert.updates.values()),
         "parameters": expert.parameters,

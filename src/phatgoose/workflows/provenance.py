@@ -13,7 +13,7 @@ from phatgoose.extras import installed_versions
 
 
 def made(seconds: float) -> dict[str, Any]:
-    """The record "made" of results.json; `seconds` is this run's own time, without the steps that an earlier run had finished."""
+    """The record "made" of results.json; `seconds` is this run's own time, without what an earlier run had finished."""
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         **installed_versions("phatgoose", "torch", "transformers", "peft"),

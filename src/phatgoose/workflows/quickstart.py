@@ -1,4 +1,4 @@
-"""`phatgoose quickstart`: a built-in experiment, with its tables and what to type next on the screen."""
+"""The quickstart: a built-in experiment that prints its tables and what to type next."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def run_quickstart(
         console = Console() if sys.stdout.isatty() else Console(width=1000)
     recipe = recipe or quickstart_recipe(smoke=smoke)
     console.print(
-        f"[bold]phatgoose quickstart[/]: {len(recipe.pool_entries)} contributors train an expert and its gates on {recipe.base}, "
-        f"each on a task of their own; the pool is then measured on those tasks and {len(recipe.measure.tasks)} unseen ones. "
+        f"[bold]phatgoose quickstart[/]: {len(recipe.pool_entries)} contributors train an expert and its gates on "
+        f"{recipe.base}, each on a task of their own; the pool is then measured on those tasks and "
+        f"{len(recipe.measure.tasks)} unseen ones. "
         f"Everything goes to [bold]{out}[/]; stop and start again as you like."
     )
     results = run_experiment(recipe, out, console=console, fresh=fresh, kind="quickstart")

@@ -16,7 +16,7 @@ MADE = ("experts", "pool", "scores", "work")
 
 @contextlib.contextmanager
 def locked_folder(out: Path, kind: str) -> Iterator[None]:
-    """Makes `out` the folder of a `kind` of run ("quickstart", "experiment") and locks it; a folder of anything else is left alone.
+    """Marks `out` as the folder of a `kind` of run ("quickstart", "experiment") and locks it; others' folders stay as they are.
 
     Raises:
         StorageError: it is a folder of something else, or another run is at work in it.

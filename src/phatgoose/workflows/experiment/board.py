@@ -1,9 +1,10 @@
-"""The live table of an experiment: a line for each stage, what runs now, what failed. Plain lines where there is no terminal."""
+"""The live table of an experiment on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -11,13 +12,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from phatgoose.workflows.experiment.executors import State, Step
+from phatgoose.workflows.experiment.executors import State, Step, Tell
 
 SHOWN = 8
 
 
 class Board:
-    """Told by an executor of every change of a step."""
+    """Shows a line for each stage, the steps that run, and the last failures."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -38,13 +39,13 @@ class Board:
         if self._live:
             self._live.stop()
 
-    def stage(self, name: str, steps: Sequence[Step]) -> Stage:
-        """A further stage; what it returns is the executor's `tell`."""
+    def stage(self, name: str, steps: Sequence[Step]) -> Tell:
+        """Begins a stage; returns the `tell` that its executor calls."""
         self.stages[name] = {step.name: "waiting" for step in steps}
         self._times[name] = (time.monotonic(), None)
         if self._live is None:
             self.console.print(f"{name}: {len(steps)} steps", highlight=False)
-        return Stage(self, name)
+        return partial(self.tell, name)
 
     def tell(self, stage: str, step: Step, state: State, why: str) -> None:
         states = self.stages[stage]
@@ -56,9 +57,8 @@ class Board:
         if state in ("failed", "retry"):
             self.problems.append((f"{step.name}: {state}", why))
         if self._live is None and state not in ("queued", "running"):
-            started = self.started.get(
-                step.name
-            )  # unknown, where one began and ended elsewhere before that was heard
+            # Unknown if a step elsewhere began and ended before its beginning was reported.
+            started = self.started.get(step.name)
             took = "" if started is None else f" ({time.monotonic() - started:.0f} s)"
             self.console.print(
                 f"  {step.name}: {state}" + (took if state == "done" else f": {why}"),
@@ -86,13 +86,3 @@ class Board:
         ][:SHOWN]  # fmt: skip
         lines += [Text(f"  {what}: {why}", style="red") for what, why in self.problems[-3:]]
         return Group(table, *lines)
-
-
-class Stage:
-    """One stage's `tell`."""
-
-    def __init__(self, board: Board, name: str):
-        self.board, self.name = board, name
-
-    def __call__(self, step: Step, state: State, why: str) -> None:
-        self.board.tell(self.name, step, state, why)

@@ -1,4 +1,4 @@
-"""What can be said of a recipe's data before anything is loaded or fetched: names, splits, prompts, files."""
+"""Check a recipe's names, splits, prompts and files before anything is loaded or fetched."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from phatgoose.workflows.experiment.systems import MULTITASK
 
 @dataclass
 class Checked:
-    """What was found."""
+    """What the check found."""
 
     problems: dict[str, str] = field(default_factory=dict)
     """Task → why a run can't load it."""
     prompts: dict[str, int] = field(default_factory=dict)
     """Spec → how many prompts its rows are shown under."""
     unknown: dict[str, list[str]] = field(default_factory=dict)
-    """What couldn't be looked into → the tasks that need it."""
+    """What couldn't be checked → the tasks that need it."""
 
 
 def check_data(recipe: ExperimentRecipe) -> Checked:
-    """Looks up every task of the pool and of the suites in what is at hand; nothing is fetched, no row is read."""
+    """Checks every task of the pool and the suites against the files on this machine; fetches nothing, reads no row."""
     found = Checked()
     for suite in recipe.suites:
         kept, missing = without_own_copies(recipe, suite)
@@ -44,7 +44,7 @@ def check_data(recipe: ExperimentRecipe) -> Checked:
 
 
 def _only_searched(recipe: ExperimentRecipe) -> set[str]:
-    """Experts that are there and whose rows nothing needs: if they are missing, they are only not searched for contamination."""
+    """Existing experts whose rows no step needs: if these are missing, they are merely not searched for contamination."""
     used = IN_POOL in recipe.measure.suites or recipe.needs_signatures or MULTITASK in recipe.all_systems
     if used or not recipe.pool.folder:
         return set()
@@ -62,7 +62,7 @@ def _check(
             if not spared:
                 found.problems[f"{group}: {entry.name}" if group else entry.name] = str(error)
                 continue
-            unsure = "rows of experts that are there, which aren't searched for contamination then"
+            unsure = "rows of existing experts, which aren't searched for contamination then"
         if unsure is not None:
             found.unknown.setdefault(unsure, []).append(entry.name)
         parsed = split_spec(spec)

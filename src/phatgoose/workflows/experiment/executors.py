@@ -1,7 +1,7 @@
-"""Running independent steps in parallel, so that a worker that dies or a step that fails costs that step only.
+"""Run independent steps in parallel: a worker that dies or a step that fails costs that step only.
 
-A step is a function's name and plain arguments: any process that can import phatgoose can run it. What a step makes lies on disk;
-what it returns is small. `Processes` is the embedded default, `ray_executor.RayExecutor` spreads steps over a cluster.
+A step is a function's name and plain arguments, so any process that can import phatgoose can run it. A step writes what it makes to
+disk and returns little. `Processes` is the default; `ray_executor.RayExecutor` spreads steps over a cluster.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Step:
     """One piece of work."""
 
     name: str
-    """For people; unique among the steps run together."""
+    """What people see; unique among the steps of one run."""
     function: str
     """module:function, called with `arguments`."""
     arguments: Mapping[str, Any]
@@ -51,16 +51,16 @@ class Executor(Protocol):
     """Something that runs steps."""
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        """Runs all steps, in any order; step name → outcome. `tell` hears of every change; nothing is raised for a failed step."""
+        """Runs all steps, in any order: step name → outcome. Calls `tell` on every change; a failed step raises nothing."""
         ...
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Frees workers and connections."""
         ...
 
 
 def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
-    """("ok", value), ("refused", why) for an error that would come again, or ("error", why) for one that may not."""
+    """("ok", value), ("refused", why) for an error that a retry would repeat, or ("error", why) for one that it may not."""
     module, _, name = function.partition(":")
     try:
         return "ok", getattr(importlib.import_module(module), name)(**arguments)
@@ -69,7 +69,7 @@ def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def why(error: Exception) -> str:
-    """What went wrong, in a line; with its place, if it is no error of ours."""
+    """What went wrong, in one line; with file and line unless it is a PhatgooseError."""
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, PhatgooseError):
         return said
@@ -111,16 +111,16 @@ class Processes:
     ):
         if workers < 1 or retries < 0:
             raise PhatgooseError(f"{workers} workers and {retries} retries: expected at least 1 and 0.")
-        # The number of threads decides the order of sums, so the last bits: whoever sets it gets the same numbers anywhere.
+        # The number of threads decides the order of sums, so the last bits. Whoever sets it gets the same numbers anywhere.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
         own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
         visible = _gpus()
         if gpus > len(visible):
-            raise PhatgooseError(f"there are {len(visible)} GPUs to be seen here, {gpus} can't be dealt out.")
+            raise PhatgooseError(f"this machine shows {len(visible)} GPUs, so {gpus} can't be dealt out.")
         if visible and workers > 1 and not gpus:
             raise PhatgooseError(
-                f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share (--gpus 1), or hide them "
-                "(CUDA_VISIBLE_DEVICES= )."
+                f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share (--gpus 1), "
+                "or hide them (CUDA_VISIBLE_DEVICES= )."
             )
         self.retries = retries
         self.settings = [

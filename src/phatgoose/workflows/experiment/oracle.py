@@ -1,7 +1,7 @@
-"""Which expert labels choose: the oracle's for each task, and the best single one for a whole suite.
+"""Which expert labels choose: the oracle's for each task, the best single one for a suite.
 
-Both go by a few validation rows, so many experts tie. Ties go to the expert that finds right choices likelier, then to the first one
-of the pool.
+Both go by a few validation rows, so many experts tie. A tie goes to the expert under which right choices are likelier, then to the
+first one of the pool.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from phatgoose.records import Example, TaskScore
 from phatgoose.workflows.experiment.systems import BEST_SINGLE, ORACLE
 
 Standing = Sequence[float | None]
-"""(mean score on a task's validation rows, mean log-likelihood of right choices a token; None where no row has choices)."""
+"""(mean score on a task's validation rows, mean log-likelihood per token of right choices; None if no row has choices)."""
 
 
 def standing(score: TaskScore, rows: Sequence[Example]) -> list[float | None]:
-    """What an expert is chosen by on one task: its score there, on these rows."""
+    """What an expert is chosen by on one task, from its score on these rows."""
     found = [
         max(s for choice, s in zip(row.choices, made.choice_scores, strict=True) if choice in row.targets)
         for row, made in zip(rows, score.predictions, strict=True)
@@ -31,7 +31,7 @@ def best(scores: Mapping[str, Sequence[Standing]]) -> str:
 
 
 def rank(standings: Sequence[Standing]) -> tuple[float, float]:
-    """What the better of two experts has more of; rounded, so that equal scores are equal in whatever order they are summed."""
+    """Sorts experts, the best last. Rounded, so that the order of summing doesn't tip a tie."""
     return round(sum(mean or 0.0 for mean, _ in standings), 9), sum(likely or 0.0 for _, likely in standings)
 
 
@@ -40,7 +40,7 @@ def picks(
 ) -> dict[str, dict[str, str]]:
     """System → task → expert, from expert → task → its standing there.
 
-    A task that can't be scored has no oracle, and an expert that couldn't be scored on all that others were is no single best.
+    A task on which no expert could be scored has no oracle. An expert that couldn't be scored where others were can't be best-single.
 
     Args:
         names: the tasks that can be chosen on.

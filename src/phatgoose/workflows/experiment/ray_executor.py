@@ -1,4 +1,4 @@
-"""Steps as Ray tasks: on this machine or a cluster. Folders must be where every node can read and write them."""
+"""Run steps as Ray tasks, on this machine or a cluster whose nodes share the folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
 
 
 class _Begun:
-    """An actor to which workers say what they begin; without it nobody here knows what of all that was sent runs already."""
+    """An actor that workers tell which step they begin: Ray itself doesn't say which of the submitted tasks already run."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, str]] = []
@@ -31,7 +31,7 @@ class _Begun:
 def _attempt_in(
     folder: str, begun: Any, name: str, function: str, arguments: Mapping[str, Any]
 ) -> tuple[str, Any]:
-    """`attempt` where the driver runs, so that relative paths mean the same: a cluster's workers have a current folder of their own."""
+    """`attempt` in the driver's current folder, so that relative paths mean the same; a cluster's workers start elsewhere."""
     begun.say.remote(name, platform.node())
     if os.path.isdir(folder):
         os.chdir(folder)
@@ -41,12 +41,12 @@ def _attempt_in(
 class RayExecutor:
     """Runs every step as a Ray task with its own request for CPUs and GPUs.
 
-    Ray starts a task again whose worker process died, `retries` times; a step that raised something that may not come again is
-    submitted again here. Worker processes are reused, so what one loaded serves its next step; those with a GPU are not.
+    If a worker process dies, Ray starts its task again, up to `retries` times. A step that raised an error that may not come again is
+    resubmitted here. Worker processes are reused and keep what they loaded, except those with a GPU.
 
     Args:
-        address: of a running cluster ("auto", "ray://host:10001"); None starts Ray on this machine for the time of the run.
-        cpus, gpus: what one step asks for; fractions of a GPU let several steps share it.
+        address: of a running cluster ("auto", "ray://host:10001"); None starts Ray on this machine for this run.
+        cpus, gpus: what one step asks for. Fractions of a GPU let several steps share it.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class RayExecutor:
         if address is None:
             self._check(cpus, gpus)
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": retries}
-        if not gpus:  # with one, Ray's own way: a process that it gives another GPU would stay on its first
+        if not gpus:  # a reused process would keep its first GPU even if Ray gave it another
             options["max_calls"] = 0
         self._attempt = ray.remote(**options)(_attempt_in)
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Begun)
         self._begun = actor.remote()
 
     def _check(self, cpus: float, gpus: float) -> None:
-        """Steps that ask for more than this machine has would wait for ever. (A cluster may grow.)"""
+        """Refuses steps that ask for more than this machine has: they would wait for ever. (A cluster may grow.)"""
         there = self.ray.cluster_resources()
         for name, asked in (("CPU", cpus), ("GPU", gpus)):
             if asked > there.get(name, 0):
@@ -130,14 +130,16 @@ class RayExecutor:
         return found
 
     def _just_begun(self) -> list[tuple[str, str]]:
-        """What workers have said since the last answer. One that takes its time is waited for the next time: nothing is lost."""
+        """The steps that began since the last answer. An answer that isn't there yet is taken the next time."""
         self._asked = self._asked or self._begun.take.remote()
         if not self.ray.wait([self._asked], timeout=_ANSWER_SECONDS)[0]:
             return []
         answer, self._asked = self._asked, None
         try:
             return self.ray.get(answer)
-        except self.ray.exceptions.RayError:  # its node died: what runs isn't shown for a moment
+        except (
+            self.ray.exceptions.RayError
+        ):  # the actor's node died: for a moment, running steps aren't shown
             return []
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From the score files of all systems to results.json: means, comparisons, shares of the oracle's gain."""
+"""From score files to results.json: means, comparisons, shares of the oracle's gain."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
 
 
 def _claims(floors: Mapping[str, float], suites: Mapping[str, Any]) -> dict[str, Any]:
-    """Suite → the floor that the recipe sets for PHATGOOSE's share of the oracle's gain, that share, and whether the claim holds.
+    """Suite → the recipe's floor for PHATGOOSE's share of the oracle's gain, that share, and whether the claim holds.
 
-    A share that has no value leaves the claim open: None.
+    "holds" is None if the share has no value.
     """
     found = {}
     for suite, floor in floors.items():
@@ -166,8 +166,8 @@ def _measured(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
 def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     """Means, intervals and comparisons on the tasks that every system was measured on.
 
-    "unlike" lists the tasks whose rows differ between systems. A system without a single score is left out: else no task would
-    be common to all.
+    "unlike" lists the tasks whose rows differ between systems. A system without any score is left out; otherwise no task
+    would be common to all.
 
     Args:
         tasks: by name, the hash that each had when it was checked, and when experts were chosen on it.
@@ -214,7 +214,7 @@ def resampled_means(table: Table, tasks: Sequence[str]) -> tuple[dict[str, float
 
 
 def against(means: Mapping[str, float], drawn: Resampled, other: str) -> dict[str, Any]:
-    """Every system minus `other` on the same rows: mean, 95 % interval, p-value, and p adjusted by Holm over the systems."""
+    """Every system minus `other` on the same rows: mean, 95 % interval, p, and p adjusted by Holm over the systems."""
     differences = {s: drawn[s] - drawn[other] for s in drawn if s != other}
     values = [two_sided_p(d) for d in differences.values()]
     return {
@@ -226,8 +226,8 @@ def against(means: Mapping[str, float], drawn: Resampled, other: str) -> dict[st
 def share_of_gain(means: Mapping[str, float], drawn: Resampled, system: str) -> dict[str, float | None]:
     """(system − base) / (oracle − base) with its 95 % interval: {"share", "low", "high"}.
 
-    All are None where the oracle gains too little over the base. If its gain vanishes in some resample, the share has no interval,
-    and a ratio to a gain that may be zero says nothing.
+    All are None if the oracle gains too little over the base. If its gain vanishes in some resample, the share has no
+    interval, and a ratio to a gain that may be zero says nothing.
     """
     gain, gains = means[ORACLE] - means[BASE], drawn[ORACLE] - drawn[BASE]
     if gain <= 0 or not (gains > 0).all():

@@ -1,8 +1,8 @@
 """An experiment from its recipe: train, choose, measure, compare, and report.
 
-Everything lies in one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg, a page, and work/, which holds
-what an interrupted training needs. A second run finds every finished step again. Steps run through an executor; this driver itself
-loads no base.
+Everything lies in one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg, a page, and work/, which
+holds what an interrupted training needs. A second run finds every finished step again. Steps run through an executor; this driver
+itself loads no base.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Runs the recipe, or the steps that are still missing, and returns what results.json holds.
 
-    A failed step doesn't stop the others. An expert that can't be trained is left out of the pool; a task that some system can't
-    be measured on is left out of the comparison; a system that fails everywhere is left out. results["failed"] says which and why.
+    A failed step doesn't stop the others. An expert that can't be trained is left out of the pool, a task that some system can't be
+    measured on is left out of the comparison, and so is a system that fails everywhere. results["failed"] says which and why.
 
     Args:
         out: the folder for everything. With several machines, all of them must see it under this name.
@@ -57,8 +57,8 @@ def run_experiment(
         kind: what the folder is marked as, and the name of its page: "experiment" or "quickstart".
 
     Raises:
-        StorageError: `out` is a folder of something else, or another run is at work there. RecipeError: no expert could be taken or
-            trained. TaskError: an expert that is taken was trained on what a suite measures, as its record says.
+        StorageError: `out` is a folder of something else, or another run is at work there. RecipeError: no expert could be taken
+            or trained. TaskError: an expert that is taken was trained on what a suite measures, as its record says.
     """
     out = Path(out)
     with locked_folder(out, kind):
@@ -86,7 +86,7 @@ class _Run:
         self.board = Board(console)
         self.failed: dict[str, str] = {}
         self.prompts: list[RoutedPrompt] = []
-        # A number of its own: processes that ran another before read their data anew.
+        # The number makes processes that worked for an earlier run read their data again.
         self.common = {
             "run": {"recipe": recipe.to_json(), "out": str(out.absolute()), "number": secrets.token_hex(8)}
         }
@@ -151,7 +151,7 @@ class _Run:
         return tasks, left_out
 
     def take(self) -> tuple[dict[str, dict[str, Any]], set[str]]:
-        """What is taken from a pool that is there: (records, names of those that can't be)."""
+        """(records of the experts taken from an existing pool, names of those that can't be taken)."""
         if not self.recipe.pool.folder:
             return {}, set()
         outcome = self.run("take", [self.step("take the pool's experts", "take")])["take the pool's experts"]
@@ -168,10 +168,10 @@ class _Run:
     def train(
         self, left_out: Mapping[str, str], taken: Mapping[str, dict[str, Any]], refused: set[str]
     ) -> dict[str, dict[str, Any]]:
-        """The records of all experts: of the recipe's tasks in their order, then of the others that are taken.
+        """The records of all experts: those of the recipe's tasks in order, then the others that are taken.
 
         Args:
-            left_out: tasks of "in-pool" that couldn't be loaded, and have failed already.
+            left_out: tasks of "in-pool" that couldn't be loaded, which were reported already.
         """
         names = [e.name for e in self.recipe.pool_entries if e.name not in left_out or e.name in taken]
         steps = [
@@ -183,8 +183,10 @@ class _Run:
         return {n: found_or_made[n] for n in dict.fromkeys((*names, *taken)) if n in found_or_made}
 
     def sign(self, records: dict[str, dict[str, Any]]) -> None:
-        """Data signatures, where a system reads them, of experts that have a task and brought none. An expert without one stays; the
-        systems that need it say so."""
+        """Adds data signatures, if a system reads them, to experts that have a task and brought none.
+
+        An expert that gets none stays in the pool; the systems that need it report that.
+        """
         able = [e.name for e in self.recipe.pool_entries]
         wanted = {
             n: r
@@ -210,13 +212,13 @@ class _Run:
     def without_experts(
         self, pool: Pool, tasks: dict[str, dict[str, Any]], left_out: dict[str, dict[str, str]]
     ) -> None:
-        """A task whose expert failed is none of the pool's: it leaves "in-pool", whose mean says how well a pool does on its own."""
+        """Drops tasks from "in-pool" whose expert failed: its mean says how well a pool does on its own tasks."""
         for name in [n for n in tasks.get(IN_POOL, {}) if n not in pool.names]:
             del tasks[IN_POOL][name]
             left_out[IN_POOL][name] = "its expert couldn't be taken or trained"
 
     def without_choice(self, tasks: dict[str, dict[str, Any]], left_out: dict[str, dict[str, str]]) -> None:
-        """A task without validation rows has no oracle, so it can't be compared with all systems."""
+        """Drops tasks without validation rows: they have no oracle, so they can't be compared under all systems."""
         if ORACLE in self.recipe.all_systems:
             for suite, found in tasks.items():
                 for name in [n for n, info in found.items() if not info["choice_rows"]]:
@@ -228,8 +230,9 @@ class _Run:
     def choose(
         self, pool: Pool, key: str, tasks: Mapping[str, Mapping[str, Any]]
     ) -> tuple[dict[str, Any] | None, dict[str, dict[str, dict[str, str]]]]:
-        """What routers are held against: (the record of the one expert on everybody's data, if it is compared; system → suite → task →
-        the expert that acts). One stage: a training alone would keep one worker busy, and no other.
+        """(the record of the multitask expert, if it is compared; system → suite → task → the expert that acts).
+
+        Both are one stage: the training alone would keep one worker busy and leave the others idle.
         """
         wanted = [s for s in self.recipe.all_systems if s in CHOSEN]
         rows = {s: [n for n, info in found.items() if info["choice_rows"]] for s, found in tasks.items()}
@@ -264,7 +267,7 @@ class _Run:
         steps, asked = [], {}
         for system in self.recipe.all_systems:
             if system == MULTITASK and together is None:
-                continue  # what lies in its folder would be of other data
+                continue  # the expert in its folder would be of other data
             for suite, found in tasks.items():
                 experts = dict(chosen.get(system, {}).get(suite, {}))
                 if system == MULTITASK and together is not None:
@@ -273,17 +276,14 @@ class _Run:
                 if names:
                     name = f"measure {system} on {suite}"
                     asked[name] = (system, suite)
-                    steps.append(
-                        self.step(
-                            name,
-                            "measure",
-                            pool=key,
-                            system=system,
-                            suite=suite,
-                            tasks=names,
-                            experts=experts,
-                        )
-                    )
+                    arguments = {
+                        "pool": key,
+                        "system": system,
+                        "suite": suite,
+                        "tasks": names,
+                        "experts": experts,
+                    }
+                    steps.append(self.step(name, "measure", **arguments))
         files: dict[str, dict[str, dict[str, str]]] = {s: {} for s in self.recipe.all_systems}
         for name, outcome in self.run("measure", steps).items():
             system, suite = asked[name]
@@ -293,7 +293,7 @@ class _Run:
         return files
 
     def contaminated(self, pool: Pool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """{"suites": suite → task → what its rows share with training rows, "read": whose rows these are, "unread": whose aren't known}."""
+        """{"suites": suite → task → rows that share text with training rows, "read" and "unread": experts whose rows were compared or not}."""
         suites = {s: list(found) for s, found in tasks.items() if found}
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
         step = self.step("contamination", "contamination", words=RUN_WORDS, suites=suites, trained=known)
@@ -316,7 +316,7 @@ class _Run:
 
 
 def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """{what: why} of tasks that couldn't be chosen on; one that fails with every expert is said once."""
+    """{what: why} of tasks that couldn't be chosen on; a task that fails with every expert is named once."""
     found = {}
     for task in tasks:
         whys = {expert: mine[task] for expert, mine in failed.items() if task in mine}
@@ -328,7 +328,7 @@ def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str
 
 
 def _unmeasured(what: str, scores: Mapping[str, str], failed: Mapping[str, str]) -> dict[str, str]:
-    """{what: why} of tasks that couldn't be measured; what a system can't do at all is said once."""
+    """{what: why} of tasks that couldn't be measured; a system that fails everywhere in one way is named once."""
     if len(failed) > 1 and not scores and len(set(failed.values())) == 1:
         return {f"{what} (all {len(failed)} tasks)": next(iter(failed.values()))}
     return {f"{what}: {task}": why for task, why in failed.items()}

@@ -27,7 +27,7 @@ from phatgoose.records import SplitName, Task, TaskScore, groups_of
 from phatgoose.routers import Router
 
 RESAMPLES = 20_000
-"""Resamples of all intervals and p-values. Holm over 25 systems multiplies the smallest possible p-value by 24: to 0.0024."""
+"""Resamples of all intervals and p-values. Holm over 25 systems multiplies the smallest p-value by 24, to 0.0024."""
 EVALUATION = EvaluationConfig(resamples=RESAMPLES)
 
 _SCORE_SOURCES = ("records.py", "evaluation", "experts", "models", "ops", "routers", "tasks")
@@ -37,9 +37,9 @@ _SOURCE_ENDINGS = (".py", ".cpp", ".h", ".inc", ".toml", ".json")
 
 @cache
 def code_version() -> str:
-    """phatgoose's version and a hash of the source that scores depend on: a fixed router must not go on from older scores.
+    """phatgoose's version and a hash of the source that scores depend on: scores of older code are measured again.
 
-    Any edit there measures everything again, even one that changes no score. Training, serving and pages are not part of the hash.
+    Any edit there measures everything again, even one that changes no score. Training, serving and pages aren't part of it.
     """
     root, digest = Path(phatgoose.__file__).parent, hashlib.sha256()
     for part in _SCORE_SOURCES:
@@ -52,7 +52,7 @@ def code_version() -> str:
 
 
 class ScoreCache:
-    """Scores of one base with different pools and routers, in one folder. A killed run repeats at most one evaluation."""
+    """Scores of one base under pools and routers, in a folder. A killed run repeats at most one evaluation."""
 
     def __init__(self, base: Base, folder: Path, options: RouteOptions | None = None):
         self.base, self.folder, self.options = base, folder, options or RouteOptions()
@@ -66,7 +66,7 @@ class ScoreCache:
     def measure(
         self, task: Task, pool: Pool | None, router: Router | None, *, split: SplitName = "test", limit: int
     ) -> Path:
-        """The file with the score of `router` over `pool` on the first `limit` rows of a split; without both, of the bare base."""
+        """The file with the score of `router` over `pool` on a split's first `limit` rows; without both, of the base."""
         path, key = self._entry(task, pool, router, split, limit)
         if path.exists():
             return path
@@ -77,7 +77,7 @@ class ScoreCache:
             scores = evaluate(self.base, task, split=split, limit=limit, config=EVALUATION)
         finally:
             unroute(self.base)
-        # The number of threads changes at most the last bits, by the order of sums: it is recorded, and not part of the key.
+        # The number of threads changes at most the last bits: it is recorded, but not part of the key.
         made = {"threads": torch.get_num_threads(), "seconds": round(time.monotonic() - started, 3)}
         write_json(path, {"key": key, "made": made, "scores": scores_to_json(scores)})
         return path

@@ -1,4 +1,4 @@
-"""The steps of an experiment as functions of plain data, to be run in any process: take or train experts, choose, measure.
+"""The steps of an experiment, as functions of plain data that any process can run.
 
 Each step finds what it made before and does only what is missing, so it may be killed and run again at any time. `worker.py` is
 what a process keeps between steps.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from phatgoose.workflows.traced import TraceReport, TraceRequest, traced
 
 
 def check_tasks(run: Run, suite: str) -> dict[str, Any]:
-    """Loads every task of a suite: {task: {spec, hash, rows, …}} or {task: {"error"}}; what the tokenizer can't write is said."""
+    """Loads every task of a suite: task → {spec, hash, rows, …, what the tokenizer can't write}, or → {"error"}."""
     state = worker_state(run)
     found: dict[str, Any] = {}
     for entry in state.suites[suite].entries:
@@ -62,7 +62,7 @@ def check_tasks(run: Run, suite: str) -> dict[str, Any]:
                 "source": without_paths(task.source),
                 "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
             }  # fmt: skip
-        except Exception as error:  # whatever it is: the other tasks go on
+        except Exception as error:  # of any kind: the other tasks go on
             found[entry.name] = {"error": why(error)}
     return found
 
@@ -72,33 +72,32 @@ def _spec(entry: Entry) -> str:
 
 
 def commonest(rows: Sequence[Example]) -> float:
-    """The share of rows that one and the same answer is right for: what saying nothing else would score."""
+    """The share of rows for which the most frequent right answer is right: what always giving it would score."""
     found = Counter(answer for row in rows for answer in set(row.targets))
     return found.most_common(1)[0][1] / len(rows)
 
 
 def chance(rows: Sequence[Example]) -> float | None:
-    """What choosing blindly among each row's choices scores on average; None where rows have none."""
+    """What a random choice among each row's choices scores on average; None if no row has choices."""
     shares = [sum(c in row.targets for c in row.choices) / len(row.choices) for row in rows if row.choices]
     return sum(shares) / len(rows) if shares else None
 
 
 def train(run: Run, name: str) -> dict[str, Any]:
-    """One contributor's work: an expert and its gates. Returns what they cost."""
+    """One contributor's work: an expert and its gates. Returns the expert's record."""
     state = worker_state(run)
     entry = next(e for e in state.recipe.pool_entries if e.name == name)
     task = trained_on(state, name)
     folder = folder_of(state.recipe, state.out, entry)
     key = contribution_key(state.base, task, state.recipe.expert, state.recipe.gate)
     expert = contribute(
-        state.base, task, state.recipe.expert, state.recipe.gate, name=name, folder=folder,
-        work=_work(state, folder, key), report=lambda progress: None,
+        state.base, task, state.recipe.expert, state.recipe.gate, name=name, folder=folder, work=_work(state, folder, key)
     )  # fmt: skip
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
 
 
 def _work(state: WorkerState, folder: Path, key: str) -> Path:
-    """Where the training of this very data and these settings goes on; what an interrupted one of others left there is removed."""
+    """The work folder of a training of these data and settings. Those of other data or settings are removed."""
     place = state.out / "work" / f"{folder.name}-{key[:10]}"
     for other in place.parent.glob(f"{folder.name}-*"):
         if other != place:
@@ -107,7 +106,7 @@ def _work(state: WorkerState, folder: Path, key: str) -> Path:
 
 
 def take(run: Run) -> dict[str, Any]:
-    """Copies of the experts that the recipe takes from a pool: {"taken": {name: record}, "failed": {name: why}}.
+    """Copies the experts that the recipe takes from a pool: {"taken": {name: record}, "failed": {name: why}}.
 
     Raises:
         PoolError: the pool can't be read. UnknownName, RecipeError: as `ExperimentRecipe.taken`.
@@ -130,27 +129,27 @@ def take(run: Run) -> dict[str, Any]:
         task = tasks.get(name)
         taken[name] = {
             "name": name, "task": task and task.name, "spec": task and _spec(task), "taken": True,
-            **sizes(expert), "folder": place.name, "hash": expert.hash, "trained_on": _said(expert),
+            **sizes(expert), "folder": place.name, "hash": expert.hash, "trained_on": _trained_on_specs(expert),
         }  # fmt: skip
         if brought is not None:
             taken[name]["signature"] = brought
     return {"taken": taken, "failed": failed}
 
 
-def _said(expert: Expert) -> list[str] | None:
-    """The specs that an expert's record says it was trained on; None if it names none that can be read.
+def _trained_on_specs(expert: Expert) -> list[str] | None:
+    """The specs that an expert's record says it was trained on; None if it names none that can be parsed.
 
-    Local files aren't among them: a record keeps their name alone, and two files of one name may hold anything. (A local folder that
-    `hf:` read counts as a dataset of its name.)
+    Local files are left out: a record keeps only their name, and files of one name may differ. (A local folder that `hf:` read
+    counts as a dataset of its name.)
     """
     task = expert.provenance.get("task")
     source = task.get("source") if isinstance(task, Mapping) else None
     parts = source.get("parts", [source]) if isinstance(source, Mapping) else []
     specs = [p.get("spec") for p in parts if isinstance(p, Mapping)] if isinstance(parts, list) else []
-    return [s for s in specs if isinstance(s, str) and _readable(s)] or None
+    return [s for s in specs if isinstance(s, str) and _is_comparable(s)] or None
 
 
-def _readable(spec: str) -> bool:
+def _is_comparable(spec: str) -> bool:
     try:
         return not is_local(spec) and bool(datasets_of(spec))
     except TaskError:
@@ -158,13 +157,11 @@ def _readable(spec: str) -> bool:
 
 
 def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
-    """A contributor's data signature, beside the expert. Returns what it cost."""
+    """Adds the contributor's data signature to an expert. Returns what it adds to the expert's record."""
     state = worker_state(run)
     place = state.out / "experts" / folder
     work = state.out / "work" / f"{folder}.signature"
-    signed = sign(
-        state.base, trained_on(state, name), state.recipe.signature, folder=place, work=work, report=lambda progress: None
-    )  # fmt: skip
+    signed = sign(state.base, trained_on(state, name), state.recipe.signature, folder=place, work=work)
     assert signed.signature is not None
     made = signed.provenance["signature"]
     return {"signature": signed.signature.hash} | {
@@ -173,10 +170,10 @@ def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
 
 
 def multitask(run: Run, names: list[str]) -> dict[str, Any]:
-    """What pooling all contributors' data would give: one expert on the union of their rows. Returns what it cost.
+    """What pooling all contributors' data would give: one expert on the union of their rows. Returns its record.
 
-    Of every task the rows that its expert was trained on, in that number, some twice if need be: drawn from all rows, a task with
-    many would be most of what it learns. Validation rows are as many of each task, as far as it has them.
+    It sees the rows that each task's expert was trained on, as often as that expert did. Drawn from all rows instead, a task with
+    many rows would be most of what it learns. Validation rows are taken evenly from all tasks.
     """
     state = worker_state(run)
     config, own = state.recipe.multitask or state.recipe.expert, state.recipe.expert
@@ -189,33 +186,30 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
     folder = multitask_folder(state.recipe, state.out, names)
     work = _work(state, folder, contribution_key(state.base, union, config, None))
-    expert = contribute(
-        state.base,
-        union,
-        config,
-        None,
-        name=MULTITASK,
-        folder=folder,
-        work=work,
-        report=lambda progress: None,
-    )
+    expert = contribute(state.base, union, config, None, name=MULTITASK, folder=folder, work=work)
     return {**record(expert, union), "folder": folder.name, "hash": expert.hash}
 
 
 def choose(run: Run, pool: str, expert: str, suite: str, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """One expert on the validation rows of a suite's tasks: {"scores": {task: [mean, likelihood]}, "failed": {task: why}}.
-
-    The likelihood is the mean log-likelihood of right choices, a token; None where no row has choices.
-    """
+    """One expert on the validation rows of a suite's tasks: {"scores": {task: standing}, "failed": {task: why}}."""
     state = worker_state(run, pool)
     alone, limit = Pool([state.pool[expert]]), state.recipe.measure.choice_rows
-    scores: dict[str, list[float | None]] = {}
+
+    def chosen_by(name: str) -> list[float | None]:
+        task = state.task(suite, name)
+        score = state.scores.score(task, alone, Single(0), split="validation", limit=limit)
+        return standing(score, task.validation[:limit])
+
+    return _each(tasks, chosen_by)
+
+
+def _each(tasks: Sequence[str], function: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+    """The function of every task, {"scores": …, "failed": {task: why}}: a task that fails costs only itself."""
+    scores: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for name in tasks:
         try:
-            task = state.task(suite, name)
-            score = state.scores.score(task, alone, Single(0), split="validation", limit=limit)
-            scores[name] = standing(score, task.validation[:limit])
+            scores[name] = function(name)
         except Exception as error:
             failed[name] = why(error)
     return {"scores": scores, "failed": failed}
@@ -229,25 +223,20 @@ def measure(
     tasks: list[str],
     experts: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}. `experts`: `WorkerState.system`'s, by task."""
+    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}; `experts`: task → the one that acts."""
     state = worker_state(run, pool)
-    scores: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for name in tasks:
-        try:
-            task = state.task(suite, name)
-            kind, _, spec = system.partition(":")
-            if kind == OTHER:
-                by, attached, router = state.other(spec), None, None
-                if (lost := tokenizer_loss(by.base.tokenizer, task)).too_much:
-                    raise PhatgooseError(f"{spec}'s tokenizer can't write it: {lost}.")
-            else:
-                by, (attached, router) = state.scores, state.system(system, experts.get(name))
-            path = by.measure(task, attached, router, limit=state.recipe.measure.test_rows)
-            scores[name] = path.name
-        except Exception as error:
-            failed[name] = why(error)
-    return {"scores": scores, "failed": failed}
+    kind, _, spec = system.partition(":")
+
+    def measured(name: str) -> str:
+        task, limit = state.task(suite, name), state.recipe.measure.test_rows
+        if kind != OTHER:
+            return state.scores.measure(task, *state.system(system, experts.get(name)), limit=limit).name
+        other = state.other(spec)
+        if (lost := tokenizer_loss(other.base.tokenizer, task)).too_much:
+            raise PhatgooseError(f"{spec}'s tokenizer can't write it: {lost}.")
+        return other.measure(task, None, None, limit=limit).name
+
+    return _each(tasks, measured)
 
 
 def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceReport:
@@ -263,10 +252,10 @@ def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceRep
 def contamination(
     run: Run, words: int, suites: Mapping[str, list[str]], trained: list[str]
 ) -> dict[str, Any]:
-    """{"suites": {suite: {task: {rows, flagged, trained}}}, "read": names}: which measured rows share a run of words with a row that
-    experts were trained on, and whose rows these are: not those of an expert that was taken and whose record names other rows, or none.
+    """Which measured rows share `words` words in a row with a training row: {"suites": {suite: {task: …}}, "read": names}.
 
-    A task of "in-pool" is held against the other experts' rows: of its own, whose test rows are apart, it may share passages.
+    "read" names the experts whose training rows were compared. An expert that was taken is among them only if its record names
+    the very rows of its task. A task of "in-pool" is compared with the other experts' rows: with its own it may share passages.
     """
     state, found = worker_state(run), ContaminationCheck(words)
     asked = [(suite, name) for suite, tasks in suites.items() for name in tasks]
@@ -277,7 +266,7 @@ def contamination(
     for name in trained:
         try:
             task = trained_on(state, name)
-        except PhatgooseError:  # of an expert that was taken: its rows can't be looked at, and results say so
+        except PhatgooseError:  # an expert that was taken: results say that its rows weren't compared
             continue
         saw = state.pool[name].provenance.get("task")
         if isinstance(saw, Mapping) and saw.get("hash") == task.hash:

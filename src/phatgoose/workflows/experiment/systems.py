@@ -1,13 +1,13 @@
-"""What an experiment compares: the base, routers, merged experts, choices that need labels, controls. Names → (pool, router).
+"""What an experiment compares: system names → (pool, router).
 
-Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"), with {seed} filled in where it has one. Beside those:
+Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"); {seed} in it is replaced by each seed. Further systems:
 
     base          the base alone
     merged        one expert made of all; so do ties[:density=X] and dare[:density=X,seed=N]
     best-single   one expert for a whole suite            oracle               one expert for each task
     own           each task's own expert, in-pool only
     multitask     one expert trained on all the pool's data together: what pooling the data would give
-    padded:N      PHATGOOSE, N experts that know nothing among the pool's (padded:N,seed=M: others)
+    padded:N      PHATGOOSE with N experts added that know nothing (padded:N,seed=M: others)
     model:SPEC    another model by itself on the same rows, such as a released multitask one (model:google/flan-t5-xl)
 """
 
@@ -27,13 +27,13 @@ MAIN = "phatgoose"
 MULTITASK, OTHER, PADDED = "multitask", "model", "padded"
 BEST_SINGLE, ORACLE, OWN = "best-single", "oracle", "own"
 CHOSEN = (BEST_SINGLE, ORACLE)
-"""Systems that choose an expert by labels, on validation rows: no router has that."""
+"""Systems that choose an expert by labels of validation rows, which no router has."""
 TOLD = (*CHOSEN, OWN)
-"""Systems that are told which expert acts: those, and the one that knows the task's name."""
+"""Systems that are told which expert acts: those above, and the one that knows the task's name."""
 
 
 def expanded(systems: Sequence[str], seeds: Sequence[int]) -> tuple[str, ...]:
-    """Every system once for each seed, if it has one; what it is in small letters, as on the command line."""
+    """Every system, once for each seed if it has {seed}; its name in lower case, as on the command line."""
     found = [
         s.replace("{seed}", str(seed)) for s in systems for seed in (seeds if "{seed}" in s else (None,))
     ]
@@ -42,7 +42,7 @@ def expanded(systems: Sequence[str], seeds: Sequence[int]) -> tuple[str, ...]:
 
 
 def check_system(name: str) -> None:
-    """Refuses a name that means nothing.
+    """Refuses a name that is no system.
 
     Raises:
         UnknownName: there is no such system or router. RoutingError: a setting is wrong.
@@ -70,12 +70,15 @@ def _padding(name: str) -> tuple[int, dict[str, Any]]:
 
 
 def reads(name: str) -> str:
-    """What of the experts' data signatures a system needs: "activations", "texts", or nothing."""
+    """The part of data signatures that a system reads: "activations", "texts", or "" for none."""
     return parse_router(name).reads if is_router(name) else ""
 
 
 def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None, Router | None]:
-    """(pool, router) to attach for a system; (None, None) is the base. `expert` is the one that acts, for a system of `TOLD`.
+    """(pool, router) to attach for a system; (None, None) for the base.
+
+    Args:
+        expert: the one that acts, for a system of `TOLD`.
 
     Raises:
         PoolError, RoutingError: this pool can't be merged or routed so.

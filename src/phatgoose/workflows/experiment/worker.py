@@ -1,4 +1,4 @@
-"""What one process keeps of an experiment between its steps: base, tasks, pool, scores; and where its experts lie."""
+"""What a process keeps between the steps of an experiment: base, tasks, pool, scores."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ from phatgoose.workflows.experiment.scores import ScoreCache
 from phatgoose.workflows.experiment.systems import MULTITASK, build
 
 UNSEEN_FRACTIONS = Fractions(test=0.7, validation=0.3)
-"""Nothing is trained on a suite's tasks: what has no splits is all test and validation."""
-
+"""Nothing is trained on a suite's tasks, so one without splits of its own is divided into test and validation rows."""
 
 KEPT_ROWS = 1_000_000
-"""Training rows that a process keeps in memory, of all its tasks, a kilobyte or two each; the oldest tasks go."""
+"""The most training rows that a process keeps in memory, of a kilobyte or two each; the oldest tasks are dropped."""
 
 
 class WorkerState:
-    """One process's view of an experiment."""
+    """One process's view of an experiment; everything is loaded when it is first needed."""
 
     def __init__(self, recipe: ExperimentRecipe, out: Path):
         self.recipe, self.out = recipe, out
@@ -64,15 +63,15 @@ class WorkerState:
         return Pool.load(self.out / "pool")
 
     def other(self, spec: str) -> ScoreCache:
-        """Another model, measured by itself; the last one is kept."""
+        """The scores of another model by itself; the last such model is kept."""
         if self._other is None or self._other[0] != spec:
-            self._other = None  # two don't fit everywhere
+            self._other = None  # frees it first: two may not fit
             base = load_base(spec, dtype=self.recipe.dtype, device=str(self.base.device))
             self._other = spec, ScoreCache(base, self.out / "scores")
         return self._other[1]
 
     def task(self, suite: str, name: str) -> Task:
-        """A task of a suite, as it is measured; one of "in-pool" also as it is trained on."""
+        """A task of a suite with the rows that are measured; a task of "in-pool" with its training rows too."""
         if (suite, name) not in self._tasks:
             entry = next(e for e in self.suites[suite].entries if e.name == name)
             loaded = self._in_pool(entry) if suite == IN_POOL else self._unseen(suite, entry)
@@ -93,16 +92,16 @@ class WorkerState:
             entry, group=suite, folders=self.recipe.folders, fractions=UNSEEN_FRACTIONS, needed=most,
             limit={"train": 0, "validation": measure.choice_rows},
         )  # fmt: skip
-        # All test rows are looked through: a raw row that isn't measured may be far behind those that are.
+        # Needs all test rows: a raw row that isn't measured may be far behind those that are.
         task = with_validation(task, measure.test_rows, measure.choice_rows)
         return replace(task, test=task.test[:most], validation=task.validation[: measure.choice_rows])
 
     def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
-        """What to attach for a system; `expert` is the one that was chosen, or the hash of this run's multitask expert."""
+        """(pool, router) to attach. `expert`: the one that was chosen, or the hash of this run's multitask expert."""
         if name == MULTITASK:
             found = Expert.load(multitask_folder(self.recipe, self.out, self.pool.names))
             if found.hash != expert:
-                raise PhatgooseError(f"the multitask expert that lies there isn't this run's, {expert}.")
+                raise PhatgooseError(f"the multitask expert in its folder isn't this run's, {expert}.")
             return Pool([found]), Single(0)
         if (name, expert) not in self._systems:
             if len(self._systems) > 4:  # a merged pool is as large as the pool
@@ -115,12 +114,12 @@ class WorkerState:
 
 
 Run = Mapping[str, Any]
-"""Of which run a step is: its "recipe" as JSON, its folder "out", and a "number" of its own."""
+"""The run that a step is part of: its "recipe" as JSON, its folder "out", and a "number" of its own."""
 
 
 @lru_cache(maxsize=1)
 def _cached_state(run: str, pool: str) -> WorkerState:
-    """`pool` is what the pool holds: a process that knew another one must not go on with it, nor with what an earlier run read."""
+    """The state for this run and this content of its pool. It is kept for the next step, but not for another run or pool."""
     known = json.loads(run)
     return WorkerState(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
 
@@ -139,7 +138,7 @@ def _quiet() -> None:
 
 
 def folder_of(recipe: ExperimentRecipe, out: Path, entry: Entry) -> Path:
-    """Where an expert is made: named after it and what it is asked to be, so that another recipe's is never overwritten."""
+    """Where an expert is trained. Its settings are part of the name: another recipe's expert is never overwritten."""
     asked = [
         recipe.base,
         recipe.dtype,
@@ -159,7 +158,7 @@ def trained_on(state: WorkerState, name: str) -> Task:
 
 
 def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) -> Path:
-    """Where the one expert on the data of all of these is made."""
+    """Where the one expert on the data of all these experts is trained."""
     specs = {e.name: list(e.specs) for e in recipe.pool_entries}
     asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
     return out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
