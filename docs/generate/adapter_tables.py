@@ -1,4 +1,5 @@
-"""The tables of adapters' settings in docs/experts-and-pools.md, written from experts/adapters/rules.toml by `cli.py`."""
+"""The tables of adapters' settings in docs/experts-and-pools.md, written from experts/adapters/rules.toml by
+`cli.py`."""
 
 from __future__ import annotations
 

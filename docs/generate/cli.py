@@ -2,8 +2,9 @@
 
     python docs/generate/cli.py [--check] [FOLDER]
 
-cli.md is written here, from the commands themselves. `pools_and_suites.py` and `serving_parameters.py` write the pages of those names,
-`router_table.py` the table of routers in method.md, `adapter_tables.py` those of adapters' settings in experts-and-pools.md.
+cli.md is written here, from the commands themselves. `pools_and_suites.py` and `serving_parameters.py` write the
+pages of those names, `router_table.py` the table of routers in method.md, `adapter_tables.py` those of adapters'
+settings in experts-and-pools.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """docs/pools-and-suites.md, written from the lists themselves by `cli.py`.
 
-There is one table for each source, since what there is to say of an entry depends on its source. A new pool or suite of these sources
-needs no change here.
+There is one table for each source, since what there is to say of an entry depends on its source. A new pool or
+suite of these sources needs no change here.
 """
 
 from __future__ import annotations

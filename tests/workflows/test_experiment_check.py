@@ -166,7 +166,7 @@ def test_what_a_run_would_fail_at_is_told_now(nothing_cached, tmp_path, monkeypa
         "split: unknown split of wiki_bio 'tset': did you mean 'test'",
         "hard: unknown bbh task 'snark': did you mean 'snarks'",
         "has no file quail.SPLIT.jsonl",
-        "not looked into: the Hub (hub)",
+        "not checked: the Hub (hub)",
     ):
         assert part in said, said
     assert "good:" not in said

@@ -1,4 +1,4 @@
-"""What one contributor does, each once: train an expert, train its gates, make its data signature."""
+"""What one contributor does, each once: an expert, its gates, its data signature."""
 
 from __future__ import annotations
 

@@ -104,15 +104,17 @@ def explain(
     read: Sequence[str] = (),
     options: ExplainOptions | None = None,
 ) -> tuple[Explanation, RoutedPrompt]:
-    """Answers greedily and finds the experts that the answer rests on; also returns the answer's routing, token by token.
+    """Answers greedily and finds the experts that the answer rests on; also returns the answer's routing, token by
+    token.
 
-    The answer's tokens are scored behind the prompt once with the whole pool, once with the base, and twice for each active
-    expert (without it, it alone). Several of these variants share a forward pass, one a row.
+    The answer's tokens are scored behind the prompt once with the whole pool, once with the base, and twice for
+    each active expert (without it, it alone). Several of these variants share a forward pass, one a row.
 
     Args:
         ids: the prompt's tokens, int64 [1, T]; `prompt` is its text.
         router: one that chooses by scores; PHATGOOSE() if None.
-        read: what routers that read text get in place of the whole prompt, such as a chat's last turn without its template.
+        read: what routers that read text get in place of the whole prompt, such as a chat's last turn without its
+            template.
 
     Raises:
         RoutingError: the router can't switch experts off. EvaluationError: the answer is empty.
@@ -151,7 +153,8 @@ def explain(
 
 
 def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
-    """Which experts are on: all, none, then for each chosen one all others, and it alone. bool [2 + 2·chosen, experts]."""
+    """Which experts are on: all, none, then for each chosen one all others, and it alone. bool [2 + 2·chosen,
+    experts]."""
     rows = [torch.ones(len(names), dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)]
     for name in chosen:
         alone = torch.tensor([other == name for other in names])
@@ -162,7 +165,8 @@ def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
 def _scored(
     base: Base, switches: Switches, answered: Answered, batches: Sequence[Tensor]
 ) -> tuple[list[float], list[bool]]:
-    """For each variant: the answer's log-likelihood in nats, and whether its likeliest tokens are those of the first."""
+    """For each variant: the answer's log-likelihood in nats, and whether its likeliest tokens are those of the
+    first."""
     likelihoods: list[float] = []
     kept: list[bool] = []
     # The first variant's likeliest tokens are the answer's, except where another batch size or a cache tips a tie.

@@ -26,8 +26,8 @@ def report(
 
     Args:
         results: what an experiment or the quickstart writes as results.json, or tables of your own:
-            `phatgoose.analysis.checks.SHAPE` says what they must hold. Parts that are left out are left out of the page. Tasks
-            and systems may be empty if there are prompts or experts.
+            `phatgoose.analysis.checks.SHAPE` says what they must hold. Parts that are left out are left out of the
+            page. Tasks and systems may be empty if there are prompts or experts.
         prompts: shown in this order, tokens coloured by expert.
 
     Raises:
@@ -69,7 +69,8 @@ def page(
     request: TraceRequest | None = None,
     options: RouteOptions | None = None,
 ) -> Path:
-    """Writes the page. With a pool and its base, the pool is traced: experts get cards, tasks profiles, and prompts answers.
+    """Writes the page. With a pool and its base, the pool is traced: experts get cards, tasks profiles, and prompts
+    answers.
 
     Raises:
         EvaluationError: there is nothing to show, or the results are malformed.

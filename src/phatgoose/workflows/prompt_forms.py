@@ -1,4 +1,4 @@
-"""Whether a pool's experts were trained on plain prompts or on conversations, and which form of prompt therefore fits them."""
+"""Which form of prompt fits a pool's experts: plain text, or a chat through the template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Form = Literal["raw", "chat"]
 
 
 def trained_form(expert: Expert) -> Form | None:
-    """How its rows were put to the base, as its record says: of its training, else of its gates'; None where neither says."""
+    """The form of an expert's training rows, by the record of its training or else of its gates; None if neither
+    tells."""
     gate = expert.provenance.get("gate")
     for record in (expert.provenance, gate):
         task = record.get("task") if isinstance(record, Mapping) else None
@@ -35,7 +36,8 @@ def _form(source: Mapping[str, Any]) -> Form | None:
 
 
 def endpoint(pool: Pool) -> str | None:
-    """Which of a server's two endpoints gives the base prompts as the experts were trained on; None where their records don't agree."""
+    """The server's endpoint whose prompts have the form that all experts were trained on; None if their records
+    differ."""
     forms = {trained_form(expert) for expert in pool.experts}
     return (
         {"raw": "/v1/completions", "chat": "/v1/chat/completions"}.get(str(forms.pop()))
@@ -45,26 +47,30 @@ def endpoint(pool: Pool) -> str | None:
 
 
 def read_of_turn(pool: Pool | None, turn: str) -> list[str]:
-    """What `prompted` is given for a chat's prompt, for routers that read text: the last turn without the template around it.
+    """What `prompted` gets for a chat's prompt, for routers that read text: the last turn without the template.
 
-    Nothing where experts were trained on conversations: their data signatures are of whole rendered prompts, so those are read.
+    Empty if experts were trained on conversations: their data signatures are of whole rendered prompts, so those
+        are read.
     """
     forms = {trained_form(expert) for expert in pool.experts} if pool is not None else set()
     return [] if "chat" in forms else [turn]
 
 
 def fitting_form(pool: Pool | None, asked: Form | None, has_template: bool) -> tuple[Form, str | None]:
-    """(the form of prompts to take, what to say about it).
+    """(the form of prompts to use, a remark about it or None).
 
     Args:
-        asked: the form that the user asked for, which is taken; None: the one that all experts were trained on, where their records
-            agree, else a chat if there is a template.
+        asked: the form that the user asked for, which is used. None: raw prompts if all experts were trained on
+            those, else a
+            chat if there is a template.
     """
     forms = {e.name: trained_form(e) for e in pool.experts} if pool is not None else {}
     usual: Form = "chat" if has_template else "raw"
     if asked is None and has_template and forms and set(forms.values()) == {"raw"}:
         return "raw", (
-            "raw prompts: the experts were trained on prompts without the chat template; type what they were trained on, or give --chat."
+            "raw prompts: the experts were trained on prompts without the chat template; type what they were "
+            "trained on, "
+            "or give --chat."
         )
     taken = asked or usual
     others = [name for name, form in forms.items() if form not in (None, taken)]
@@ -72,7 +78,7 @@ def fitting_form(pool: Pool | None, asked: Form | None, has_template: bool) -> t
         return taken, None
     named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if taken == "chat":
-        why = "prompts without the chat template: as turns of a chat they may meet neither their experts nor their gates"
+        why = "prompts without the chat template, so turns of a chat may suit neither them nor their gates"
         return taken, f"trained on {why} (--raw gives prompts as they are): {named}."
     hint = " (--chat puts prompts through it)" if has_template else ", which this base's tokenizer lacks"
     return taken, f"trained on conversations through a chat template{hint}: {named}."

@@ -121,7 +121,8 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
             low, high = -d["high"], -d["low"]
             verdict = "more than" if low > 0 else "less than" if high < 0 else "not distinguishable from"
             lines.append(
-                f"  {name}: PHATGOOSE − {other} = {-d['difference']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict} {other}"
+                f"  {name}: PHATGOOSE − {other} = {-d['difference']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict} "
+                f"{other}"
             )
     experts = results["experts"]
     share_of_tokens = sum(e["gate_token_share"] for e in experts) / len(experts)
@@ -152,7 +153,8 @@ def _print_next_steps(console: Console, out: Path, recipe: ExperimentRecipe) -> 
 
 
 def _activation() -> list[str]:
-    """The command that puts `phatgoose` on the path, if it isn't there: `make quickstart` runs it from its own environment."""
+    """The command that puts `phatgoose` on the path, if it isn't there: `make quickstart` runs it from its own
+    environment."""
     script = Path(sys.prefix) / "bin" / "activate"
     if shutil.which("phatgoose") is not None or not script.exists():
         return []

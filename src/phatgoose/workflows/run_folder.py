@@ -16,7 +16,8 @@ MADE = ("experts", "pool", "scores", "work")
 
 @contextlib.contextmanager
 def locked_folder(out: Path, kind: str) -> Iterator[None]:
-    """Marks `out` as the folder of a `kind` of run ("quickstart", "experiment") and locks it; others' folders stay as they are.
+    """Marks `out` as the folder of a `kind` of run ("quickstart", "experiment") and locks it; others' folders stay
+    as they are.
 
     Raises:
         StorageError: it is a folder of something else, or another run is at work in it.
@@ -24,7 +25,8 @@ def locked_folder(out: Path, kind: str) -> Iterator[None]:
     marker = out / f".phatgoose-{kind}"
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.exists())):
         raise StorageError(
-            f"{out} exists and is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}'s folder; choose another one with --out."
+            f"{out} exists and is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}'s folder; choose another one "
+            "with --out."
         )
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ class TraceReport:
     prompts: list[RoutedPrompt]
     """A greedy answer to the first test row of some tasks (and to given texts), with every choice."""
     shares: dict[str, dict[str, float]]
-    """Task → expert → its share of the routing weight on the prompts of the task's first test rows. In an encoder–decoder
-    the decoder reads their answers."""
+    """Task → expert → its share of the routing weight on the prompts of the task's first test rows. In an
+    encoder–decoder the decoder reads their answers."""
     layers: dict[str, dict[str, Any]]
     """The same for each layer."""
     cards: list[dict[str, Any]]
@@ -93,7 +93,8 @@ def with_cards(
 
 
 def layer_shares(t: Trace) -> dict[str, Any]:
-    """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their load."""
+    """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their
+    load."""
     loads = load(t)
     groups: dict[str, list[torch.Tensor]] = {}
     for path, label in layer_labels(t.locations).items():

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base.base import Base
 
-HELP = r"""/router R   choose who routes: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, uniform, merged, ties, base
-/router     show who routes, and the experts' names
+HELP = r"""/router R   choose the router: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, merged, base
+/router     show the router, and the experts' names
 /base       the base alone: the same as /router base
 /trace      show or hide which experts lead each part of an answer
 /reset      forget the conversation
@@ -82,7 +82,7 @@ def command(
 
 
 def lines() -> Iterator[str]:
-    """What is typed or piped, line by line, without blank lines, until it ends."""
+    """The lines that are typed or piped, without blank ones."""
     typed = sys.stdin.isatty()
     if typed:
         import contextlib
@@ -104,7 +104,7 @@ def lines() -> Iterator[str]:
 
 @dataclass
 class Chat:
-    """A conversation and what answers in it."""
+    """A conversation, and the routed model that answers."""
 
     base: Base
     pool: Pool | None
@@ -115,7 +115,7 @@ class Chat:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def take(self, line: str) -> bool:
-        """Obeys or answers one line; True at the end."""
+        """Runs a command or answers a prompt; True if the conversation ends."""
         if not line.startswith("/"):
             self.answer(line)
             return False
@@ -144,7 +144,7 @@ class Chat:
         return False
 
     def switch(self, text: str) -> None:
-        """Another router; the old one stays if the new one is refused."""
+        """Attaches another router; the old one stays if the new one is refused."""
         from phatgoose.cli.common.loading import attach, choose
 
         choice = choose(text, self.pool, self.choice.options)
@@ -167,7 +167,7 @@ class Chat:
         self.messages = [*turn, {"role": "assistant", "content": text}]
 
     def generate(self, ids: Tensor) -> str:
-        """Streams what follows the prompt, and then, if asked for, who led it."""
+        """Streams the answer, and then, if asked for, the experts that led it."""
         from phatgoose.cli.common.streaming import stream
 
         if not self.trace or self.choice.router is None:
@@ -185,7 +185,7 @@ class Chat:
 
 
 def show_leaders(routed: RoutedPrompt) -> None:
-    """The answer's stretches with their leading experts, on standard error, so that a piped answer stays alone."""
+    """Prints the answer's parts with their leading experts on standard error, so that a piped answer stays clean."""
     from phatgoose.analysis.prompts import written
 
     stretches = written(routed)

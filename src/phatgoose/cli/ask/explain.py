@@ -77,7 +77,8 @@ def _show(found: Explanation, lines: list[str]) -> None:
         )
         for e in found.effects
     ]  # fmt: skip
-    rows.append(("(base alone)", "", f"{found.base_log_likelihood - found.log_likelihood:+.3f}", "yes" if found.base_keeps_answer else "no", ""))  # fmt: skip
+    change = f"{found.base_log_likelihood - found.log_likelihood:+.3f}"
+    rows.append(("(base alone)", "", change, "yes" if found.base_keeps_answer else "no", ""))
     show.table(columns, rows, numbers=columns[1:])
     show.note(
         f"in nats, against the whole pool, under which the answer's log-likelihood is {found.log_likelihood:.3f}"

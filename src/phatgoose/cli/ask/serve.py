@@ -53,7 +53,7 @@ def command(
     name: Annotated[str, typer.Option(help="The routed pool's name among the models.")] = "phatgoose",
     backend: BackendOption = "auto",
 ) -> None:
-    """Answer over HTTP as OpenAI's interface does: a pool, its base, single experts and other routers, as models of one server."""
+    """Answer over HTTP by OpenAI's API: a pool, its base, single experts and other routers are models of one server."""
     from phatgoose.serving.threads import run_in_thread
 
     try:
@@ -70,7 +70,7 @@ def command(
     check_host(address.host, keys)
 
     def made() -> Service:
-        # A pool may be empty: the last expert was removed while a server ran. Then the base answers until there are some.
+        # A pool may be empty, if its last expert was removed while a server ran: then the base answers meanwhile.
         empty = pool is not None and not read_manifest(pool)["experts"]
         experts = None if empty else load_pool(pool)
         routed_by = router or own_router(experts)

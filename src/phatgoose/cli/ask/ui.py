@@ -21,7 +21,7 @@ def command(
     ] = 8746,
     backend: BackendOption = "auto",
 ) -> None:
-    """Show in a browser, while an answer is written, which experts act on each token; switch routers, top-k and experts.
+    """Show in a browser which experts act on each token as an answer is written; switch routers, top-k and experts.
 
     Only this machine can open the page. Ctrl-C ends it.
     """

@@ -18,9 +18,10 @@ import typer
 def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces each parameter of a command that is a dataclass by one option for each of its fields.
 
-    A field that is `Annotated` with typer's own declaration is taken as it is. Any other is a setting of the library: its docstring
-    is the help. The command gets the dataclass, built from the options; what that raises is the command's refusal. A default of the
-    parameter (`GenerationOptions(max_new_tokens=256)`) gives the options' defaults.
+    A field that is `Annotated` with typer's own declaration is taken as it is. Any other field is a setting of the
+    library, and its docstring is the help. The command gets the dataclass, built from the options; an error in that
+    is the command's refusal. A default of the parameter (`GenerationOptions(max_new_tokens=256)`) gives the
+    options' defaults.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, type] = {}
@@ -43,7 +44,8 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(**given)
 
     # Typer reads both; functools.wraps has copied those of the command.
-    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functools.wraps is typed without it
+    new_signature = signature.replace(parameters=parameters)
+    wrapped.__signature__ = new_signature  # type: ignore[attr-defined]  # typeshed doesn't know it
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
 

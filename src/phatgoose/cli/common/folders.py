@@ -1,4 +1,4 @@
-"""Where train, gate and signature write: what may be replaced, what is finished, what to remove afterwards."""
+"""Where train, gate and signature write: what may be replaced, and what is finished."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
     """
     if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
         raise ExpertError(
-            f"{folder} is replaced as a whole, and you are in it: run this from outside, or choose another folder with --out."
+            f"{folder} is replaced as a whole, and you are in it: run this from outside, or choose another folder "
+            "with --out."
         )
     pool = folder.absolute().parent.parent
     if folder.absolute().parent.name == "experts" and (pool / MANIFEST).exists():
         raise ExpertError(
-            f"{folder} belongs to the pool {pool}, which records its files' hashes: write to another folder with --out, "
-            "then use `phatgoose pool remove` and `phatgoose pool add`."
+            f"{folder} belongs to the pool {pool}, which records its files' hashes: write to another folder with "
+            "--out, then use `phatgoose pool remove` and `phatgoose pool add`."
         )
     if folder.exists() and not folder.is_dir():
         raise ExpertError(f"{folder} is a file; give a folder.")
@@ -48,7 +49,7 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Path, command: str) -> Iterator[None]:
-    """Locks `folder` while `command` makes what goes there. Of the processes that torchrun started, the first locks it for all.
+    """Locks `folder` while `command` makes what goes there. Of torchrun's processes, the first locks it for all.
 
     Raises:
         StorageError: another run of this command has locked it.
@@ -61,7 +62,7 @@ def only_run(folder: Path, command: str) -> Iterator[None]:
 
 
 def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:
-    """Whether a training's record says that it was this training; without a base or task, as far as that can be said."""
+    """Whether a record is of this very training; without a base or task, as far as the record tells."""
     try:
         settings = type(config)(**record["config"]).key()
         same = _json(settings) == _json(config.key())
@@ -117,8 +118,9 @@ def merge_onto(target: Path, made: Expert, before: Expert | None, part: str, wor
         return made
     if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
         raise ExpertError(
-            f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the same command again "
-            f"with another --out and --work {work}."
+            f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the "
+            "same "
+            f"command again with another --out and --work {work}."
         )
     if not all_identical(now.tensors, made.tensors):  # another expert, to be replaced
         return made
@@ -149,7 +151,7 @@ def best_loss(expert: Expert) -> float | None:
 
 
 def validation(record: Mapping[str, Any]) -> str:
-    """The validation losses of a training in a few words."""
+    """The validation losses of a training, summarised."""
     best = lowest_loss(record)
     if best is None:
         return "none (validate_every is 0)"

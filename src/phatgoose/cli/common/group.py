@@ -1,4 +1,4 @@
-"""How every command ends: a refusal is one line and exit code 1, Ctrl-C is exit code 130, neither has a traceback."""
+"""How every command ends: a refusal is one line and exit code 1, Ctrl-C exit code 130."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (PhatgooseError, OSError) as error:
-            # The system's own refusals of a path: a name too long, a disk that fails. One that names no file isn't about any.
+            # An OSError with a file name is a refusal too (a name too long, a failing disk). Others are bugs.
             said = str(error)
             if isinstance(error, OSError):
                 said = f"{error.filename}: {error.strerror}." if error.filename is not None else ""

@@ -1,4 +1,7 @@
-"""Options of the commands that speak with the Hub. There is none for an access token: command lines are seen by others."""
+"""Options of the commands that use the Hub.
+
+There is none for an access token, since other users can see command lines.
+"""
 
 from __future__ import annotations
 

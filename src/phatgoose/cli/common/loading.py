@@ -1,4 +1,4 @@
-"""Load a base and attach the pool and router that the command line names. Imports torch: import it lazily."""
+"""Load a base, and attach the pool and router that the command line names (imports torch)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Choice(System):
 
 
 def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
-    """`load_base` with the command line's device, telling the user what the base's notes say."""
+    """`load_base` on the command line's device; prints the base's notes."""
     transformers_logging.disable_progress_bar()
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,8 @@ def load_recorded(experts: Sequence[Expert], options: BaseOptions) -> Base:
 
 
 def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None) -> Base:
-    """The base for a pool: the one that is asked for, else the one that the pool records, or the default base without a pool.
+    """The base for a pool: the one that is asked for, else the one that the pool records, or the default base
+    without a pool.
 
     Args:
         folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
@@ -130,7 +131,8 @@ def load_pool(folder: Path | None) -> Pool | None:
 
 
 def own_router(pool: Pool | None) -> str:
-    """The router for a pool if the user names none: "phatgoose", or one that needs no gates if experts lack them, which is noted."""
+    """The router for a pool if the user names none: "phatgoose", or if experts lack gates one that needs none
+    (noted)."""
     text, why = ("phatgoose", "") if pool is None else fitting_router(pool.experts)
     if why:
         show.note(f"router: {text} ({why}; --router chooses another)")
@@ -138,7 +140,7 @@ def own_router(pool: Pool | None) -> str:
 
 
 def choose(text: str | None, pool: Pool | None, options: RouteOptions | None = None) -> Choice:
-    """What `text` means for this pool, checked as far as that goes without a base.
+    """What `text` means for this pool, checked as far as possible without a base.
 
     Raises:
         UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
@@ -179,9 +181,11 @@ def show_cache_use(base: Base) -> dict[str, object]:
     experts = use.experts
     asked = max(1, experts.hits + experts.misses)
     show.note(
-        f"device memory: {use.resident_bytes / 1e6:.1f} MB always, {use.cache_bytes / 1e6:.1f} MB for experts used last, of "
-        f"{use.pool_bytes / 1e6:.1f} MB that all would take; {100 * experts.hits / asked:.1f} % of {asked:,} needed experts were there, "
-        f"{(experts.bytes_copied + use.gates.bytes_copied) / 1e6:.1f} MB were copied."
+        f"device memory: {use.resident_bytes / 1e6:.1f} MB always, {use.cache_bytes / 1e6:.1f} MB for experts used "
+        "last, of "
+        f"{use.pool_bytes / 1e6:.1f} MB that all would take; {100 * experts.hits / asked:.1f} % of {asked:,} needed "
+        "experts "
+        f"were there, {(experts.bytes_copied + use.gates.bytes_copied) / 1e6:.1f} MB were copied."
     )
     return {"device_memory": asdict(use)}
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, alone or in groups that a command takes as one object (`expand_options`)."""
+"""Options that several commands share, alone or as dataclasses for `expand_options`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ ROUTER_NAMES = (
     "`phatgoose routers` lists them with what they need)."
 )
 ROUTER_HELP = (
-    f"{ROUTER_NAMES} Or one expert made of all: merged, ties, dare. Or base for none. If not given: base without a pool; with one "
-    "phatgoose, or where experts lack gates a router that needs none."
+    f"{ROUTER_NAMES} Or one expert made of all: merged, ties, dare. Or base for none. If not given: base without a "
+    "pool; "
+    "with one phatgoose, or where experts lack gates a router that needs none."
 )
 
 TaskOption = Annotated[str, typer.Option(help=TASK_HELP)]
@@ -41,8 +42,8 @@ DeviceOption = Annotated[
 BackendOption = Annotated[
     str,
     typer.Option(
-        help="What computes the routing: auto, cpu (a compiled kernel), triton (GPUs), torch, or reference (plain and slow). "
-        "See `phatgoose doctor`."
+        help="What computes the routing: auto, cpu (a compiled kernel), triton (GPUs), torch, or reference (plain and "
+        "slow). See `phatgoose doctor`."
     ),
 ]
 PoolOption = Annotated[
@@ -104,8 +105,9 @@ class BackendOptions:
     device_memory: Annotated[
         str | None,
         typer.Option(
-            help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when they are needed. "
-            "Without it, all must fit. For routers that choose by gates."
+            help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when "
+            "they are "
+            "needed. Without it, all must fit. For routers that choose by gates."
         ),
     ] = None
 
@@ -126,8 +128,9 @@ class GenerationOptions:
         float,
         typer.Option(
             min=0.0,
-            help="0 always takes the likeliest token; above 0 samples. Of the checkpoint's own generation settings only the end tokens "
-            "are used: no penalties, forced or suppressed tokens, beams or lengths.",
+            help="0 always takes the likeliest token; above 0 samples. Of the checkpoint's own generation settings "
+            "only the "
+            "end tokens are used: no penalties, forced or suppressed tokens, beams or lengths.",
         ),
     ] = 0.0
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed; used when --temperature > 0.")] = 0
@@ -169,8 +172,9 @@ class WritingOptions:
         typer.Option(
             "--generated",
             rich_help_panel=_WRITING_PANEL,
-            help="Instead of a task: train on text that the base writes with this expert. Gates from the expert's own data are "
-            "better.",
+            help="Instead of a task: train on text that the base writes with this expert. Gates from the expert's "
+            "own data "
+            "are better.",
         ),
     ] = False
     prompts: Annotated[

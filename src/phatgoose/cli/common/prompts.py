@@ -29,7 +29,8 @@ def read_prompt(prompt: str) -> str:
 
 
 def encode(base: Base, pool: Pool | None, text: str, *, chat: bool) -> tuple[Tensor, list[str]]:
-    """(token ids [1, T], the texts that routers read instead of them); a prompt of a form that the experts don't know is noted."""
+    """(token ids [1, T], the texts that routers read instead of them). Notes a form of prompt that experts don't
+    know."""
     from phatgoose.models.text.encoding import encode_chat, encode_prompt
     from phatgoose.workflows.prompt_forms import fitting_form, read_of_turn
 

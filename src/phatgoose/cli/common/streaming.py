@@ -1,4 +1,4 @@
-"""Print an answer to standard output as it is generated. Imports torch: import it lazily."""
+"""Print an answer to standard output as it is generated (imports torch)."""
 
 from __future__ import annotations
 

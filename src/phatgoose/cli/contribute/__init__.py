@@ -1,1 +1,4 @@
-"""Commands of a contributor: train an expert, its gates, its data signature; convert and publish."""
+"""Commands of a contributor: train an expert, gates, a data signature; convert; publish.
+
+In: a base, a task or an adapter. Out: an expert's folder.
+"""

@@ -1,4 +1,4 @@
-"""`phatgoose convert`."""
+"""`phatgoose convert`: a plain LoRA of PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def command(
 ) -> None:
     """Make a plain LoRA of an adapter whose training began by changing the base: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ.
 
-    PEFT's own conversion: ΔW = s (BA − B₀A₀), of twice the rank, with A₀ and B₀ as they were before training. PiSSA's and OLoRA's are
-    computed from the base again; CorDA's, LoRA-GA's and fast PiSSA's (pissa_niter) need --initial, LoftQ needs its own base (--residual).
+    PEFT's own conversion: ΔW = s (BA − B₀A₀), of twice the rank, with A₀ and B₀ as they were before training.
+    PiSSA's and OLoRA's are computed from the base again; CorDA's, LoRA-GA's and fast PiSSA's (pissa_niter) need
+    --initial, LoftQ needs its own base (--residual).
     """
     from phatgoose.cli.common import folders
     from phatgoose.errors import ExpertError
@@ -62,13 +63,15 @@ def command(
     expert.save(out)
     if far is not None and far > LARGE_CHANGE:
         show.warn(
-            f"training moved a module's product of A and B by {far:.3g} times its norm: is {base} the base that it was trained on?"
+            f"training moved a module's product of A and B by {far:.3g} times its norm: is {base} the base that it was "
+            "trained on?"
         )
     show.facts(
         [
             (
                 "expert",
-                f"{expert.name}: LoRA of rank {max(u.rank for u in expert.updates.values())}, {len(expert.updates)} modules",
+                f"{expert.name}: LoRA of rank {max(u.rank for u in expert.updates.values())}, {len(expert.updates)} "
+                "modules",
             ),
             ("saved", str(out)),
             ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(out)])),

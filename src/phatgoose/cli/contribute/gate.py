@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Train an expert's gates: for each module one vector that says which tokens the expert should act on.
 
-    Base and expert stay as they are. Use the rows the expert was trained on; for an expert that came without gates or data
-    there is --generated (texts are sampled with --seed). Stopped, the same command goes on.
+    Base and expert stay as they are. Use the rows that the expert was trained on. If they aren't available, use
+    --generated (texts are sampled with --seed). Stopped, the same command goes on.
     """
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load_recorded

@@ -1,4 +1,4 @@
-"""`phatgoose import-reference`."""
+"""`phatgoose import-reference`: a pool of the authors' checkpoint."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def command(
 ) -> None:
     """Make a pool of a checkpoint that the paper's authors published: PEFT folders with gates.
 
-    The file is mapped into memory and read one expert at a time. Anything in it that isn't expected is refused by name, and then
-    nothing is written. Where the base's weights are on this machine its fingerprint is recorded, so that the pool is refused on
-    other bases.
+    The file is mapped into memory and read one expert at a time. Unexpected content is refused by name, and nothing
+    is written then. If the base's weights are on this machine, its fingerprint is recorded, and other bases refuse
+    the pool.
     """
     from phatgoose.errors import PoolError
     from phatgoose.experts.reference_checkpoint import import_reference

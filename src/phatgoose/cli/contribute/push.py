@@ -1,4 +1,4 @@
-"""`phatgoose push`."""
+"""`phatgoose push`: publish an expert on the Hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def command(
     message: MessageOption = None,
     allow_paths: PathsOption = False,
 ) -> None:
-    """Publish one expert on the Hub, in one commit, so that others can add it to their pools. Log in with `hf auth login`."""
+    """Publish one expert on the Hub, in one commit, so that others can add it to their pools. Log in with `hf auth
+    login`."""
     from phatgoose.experts.expert import Expert
 
     loaded = Expert.load(expert)

@@ -32,8 +32,9 @@ def command(
 ) -> None:
     """Make an expert's data signature: what its own training rows look like, for routers that need no gates.
 
-    Mean activations at every adapted module (average-activation), and embeddings of training prompts (retrieval, centroid,
-    soft-centroid). Nothing is trained. Use the rows the expert was trained on. Stopped, the same command goes on.
+    Mean activations at every adapted module (average-activation), and embeddings of training prompts (retrieval,
+    centroid, soft-centroid). Nothing is trained. Use the rows the expert was trained on. Stopped, the same command
+    goes on.
     """
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load_recorded
@@ -58,7 +59,8 @@ def command(
             key = signature_key(model, source, rows, config, encoder)
             if not isinstance(made, dict) or made.get("key") != key:
                 raise ExpertError(
-                    f"{target} holds another signature or another expert: choose another --out, or replace it with --overwrite."
+                    f"{target} holds another signature or another expert: choose another --out, or replace it with "
+                    "--overwrite."
                 )
             show.say(f"{target} has this very signature, finished before.")
             signed = existing

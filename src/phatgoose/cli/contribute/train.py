@@ -87,7 +87,7 @@ def _summary(expert: Expert, out: Path, next_command: str) -> None:
 
 
 def _next(out: Path, task: str, limit_train: int | None, dtype: str, config: ExpertConfig) -> str:
-    """The gate's command, with the expert's settings where they aren't the defaults: the paper's gates have them too."""
+    """The command for the gates, with the expert's settings that aren't the defaults: the paper's gates share them."""
     parts = ["phatgoose", "gate", str(out), "--task", task]
     if limit_train is not None:
         parts += ["--limit-train", str(limit_train)]
@@ -107,5 +107,6 @@ def _taken(out: Path) -> Exception:
     from phatgoose.errors import ExpertError
 
     return ExpertError(
-        f"{out} holds another expert (other settings, task, base or name): choose another --out, or replace it with --overwrite."
+        f"{out} holds another expert (other settings, task, base or name): choose another --out, or replace it with "
+        "--overwrite."
     )

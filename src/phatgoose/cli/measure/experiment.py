@@ -89,21 +89,23 @@ def command(
     folder: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…)."
+            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, "
+            "t0ho=…, bbh=…)."
         ),
     ] = None,
     pool: Annotated[
         Path | None,
         typer.Option(
-            help="A pool that is there: its experts are taken, not trained. Of the recipe's tasks, the others are trained."
+            help="An existing pool: its experts are taken, not trained. Only the recipe's other tasks are trained on."
         ),
     ] = None,
     check: Annotated[
         bool,
         typer.Option(
             "--check",
-            help="Only check the recipe, and that names, splits, prompts and files are there as far as that can be said here; "
-            "nothing is loaded or fetched.",
+            help="Only check the recipe, and as far as files on this machine tell, that names, splits, prompts and "
+            "data "
+            "exist; nothing is loaded or fetched.",
         ),
     ] = False,
     fresh: Annotated[
@@ -112,8 +114,8 @@ def command(
 ) -> None:
     """Train a pool's experts and gates, measure every router and baseline on the same rows, and compare them.
 
-    Writes results.json, results.md, plot.svg and a page. Stopped or killed, the same command goes on where it was. A step that fails costs
-    only itself; the exit code is then 1, and the same command runs it again.
+    Writes results.json, results.md, plot.svg and a page. Stopped or killed, the same command goes on where it was.
+    A step that fails costs only itself; the exit code is then 1, and the same command runs it again.
     """
     from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.experiment.recipe import ExperimentRecipe
@@ -147,7 +149,8 @@ def command(
         )
         show.say()
     show.note(
-        f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}, {target / 'experiment.html'}"
+        f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}, "
+        f"{target / 'experiment.html'}"
     )
     if results["failed"]:
         for what, why in results["failed"].items():
@@ -168,7 +171,7 @@ def _folders(given: list[str]) -> dict[str, str]:
 
 
 def _say(recipe: ExperimentRecipe) -> None:
-    """What a recipe comes to."""
+    """Prints what a recipe comes to."""
     show.facts(
         [
             ("base", recipe.base),
@@ -180,7 +183,7 @@ def _say(recipe: ExperimentRecipe) -> None:
 
 
 def _say_data(recipe: ExperimentRecipe) -> None:
-    """What is known of its data; the exit code is 1 where some can't be loaded."""
+    """Prints what is known of its data; exits with 1 if some can't be loaded."""
     from phatgoose.workflows.experiment.check import check_data
 
     found = check_data(recipe)
@@ -189,7 +192,7 @@ def _say_data(recipe: ExperimentRecipe) -> None:
     for what, tasks in found.unknown.items():
         names = list(dict.fromkeys(tasks))
         some = f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 5 else ", ".join(names)
-        show.note(f"not looked into: {what} ({some})")
+        show.note(f"not checked: {what} ({some})")
     for task, why in list(found.problems.items())[:PROBLEMS]:
         show.warn(f"{task}: {why}")
     if (more := len(found.problems) - PROBLEMS) > 0:
@@ -199,7 +202,7 @@ def _say_data(recipe: ExperimentRecipe) -> None:
 
 
 def _experts(recipe: ExperimentRecipe) -> str:
-    """How many are trained, and which are there."""
+    """How many experts are trained, and how many are taken."""
     from phatgoose.experts.manifest import read_manifest
 
     tasks = [e.name for e in recipe.pool_entries]

@@ -15,7 +15,8 @@ from phatgoose.models.base.base import Base
 def measure_by_harness(
     base: Base, tasks: list[str], folder: Path | None, limit: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(its metrics by task, all that is kept of its results, the rows' answers too) for the base as it is routed now."""
+    """(metrics by task, the parts of its results that are kept, with the rows' answers) for the base as it is
+    routed now."""
     found = run_harness(base, tasks, include=folder, limit=limit)
     kept = ("results", "versions", "configs", "n-samples", "samples")
     return found["results"], _plain(
@@ -43,7 +44,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of the harness's results: functions and other objects by their names, infinities and NaN by theirs."""
+    """The harness's results as JSON can hold them: functions and other objects, infinities and NaN as text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -39,7 +39,7 @@ def command(
     results: Annotated[
         Path | None,
         typer.Argument(
-            help="results.json of an experiment or the quickstart, or the data downloaded from a page; may be left out."
+            help="results.json of an experiment or the quickstart, or data downloaded from a page; may be left out."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),

@@ -1,4 +1,4 @@
-"""What the commands print: coloured and boxed on a terminal, plain and never cut when piped."""
+"""Print for commands: coloured on a terminal, plain and never cut when piped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 
 def visible(text: str) -> str:
-    """Text of strangers' files for a terminal: what isn't printable, as an escape sequence of Python's, not of the terminal's."""
+    """Text of strangers' files for a terminal: unprintable characters are escaped, so that they can't control it."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,4 +1,4 @@
-"""`phatgoose tasks`: what can be trained on."""
+"""`phatgoose tasks`: list tasks, pools and suites, or look into a task."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def suite(
         str | None, typer.Argument(help="The suite; if not given, the names of all.", show_default=False)
     ] = None,
 ) -> None:
-    """List a named suite: each task, what it reads, and for experts on which datasets it is refused. Nothing is fetched."""
+    """List a named suite: each task, what it reads, and the datasets whose experts it refuses. Nothing is fetched."""
     from phatgoose.tasks.lists import named
 
     if name is None:
@@ -138,7 +138,7 @@ def _list(source: str, match: str, folder: Path | None) -> None:
 
 
 def remarks(entry: Entry, own_copy: Sequence[str] = ()) -> str:
-    """What must be known of an entry beside what it reads; `own_copy` as in `Suite`."""
+    """What to know of an entry besides its specs; `own_copy` as in `Suite`."""
     found = [
         entry.note,
         f"scored by {entry.metric}" if entry.metric else "",
@@ -152,7 +152,7 @@ def _counts(kind: str, what: str, counts: Mapping[str, int]) -> None:
 
 
 def _entries(first: str, entries: Sequence[Entry], own_copy: Sequence[str] = ()) -> None:
-    """One a line. What it reads comes last, since it may be long; it is written as `phatgoose tasks show` takes it."""
+    """One entry a line. Its specs come last, since they may be long, as `phatgoose tasks show` takes them."""
     rows = [(e.name, remarks(e, own_copy), " + ".join(e.specs)) for e in entries]
     if any(note for _, note, _ in rows):
         show.table([first, "note", "reads"], rows)

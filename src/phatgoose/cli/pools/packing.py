@@ -28,8 +28,8 @@ def pack(
 ) -> None:
     """Put the experts' tensors into one file that is mapped into memory, so that a large pool opens at once.
 
-    Everything else works as before: experts are added and removed without rewriting the rest. A packed pool is packed again,
-    without what was removed from it.
+    Everything else works as before: experts are added and removed without rewriting the rest. Packing a packed pool
+    again drops what was removed from it.
     """
     from phatgoose.experts.manifest import read_manifest
     from phatgoose.experts.packed.pack import pack
@@ -39,8 +39,8 @@ def pack(
     place = pool / manifest["packed"]["file"]
     size = place.stat()
     show.say(
-        f"{pool}: {len(manifest['experts']) - len(beside)} experts in {place.name}, {_mib(size.st_blocks * 512)} on disk "
-        f"and {_mib(size.st_size)} with room for more"
+        f"{pool}: {len(manifest['experts']) - len(beside)} experts in {place.name}, {_mib(size.st_blocks * 512)} on "
+        f"disk and {_mib(size.st_size)} with room for more"
     )
     for name, reason in beside.items():
         show.warn(f"{name} {reason}; it stays in its folder.")
@@ -56,8 +56,7 @@ def unpack(pool: PoolArgument) -> None:
 
 
 def show_copied(routing: Routing | None) -> None:
-    """Says which experts call modules otherwise than this model, and where the rows of a packed pool couldn't be used where they
-    stand; of other pools they never can."""
+    """Notes which experts name modules otherwise than this model, and which rows of a packed pool had to be copied."""
     from phatgoose.experts.packed.expert import PackedExpert
 
     if routing is None:
@@ -69,8 +68,10 @@ def show_copied(routing: Routing | None) -> None:
         return
     if copied := routing.copied:
         first = next(iter(copied))
-        text = f"note: at {len(copied)} of {len(routing.sites)} modules the packed rows are copied into memory ({first}: {copied[first]})"
-        _once(text)
+        _once(
+            f"note: at {len(copied)} of {len(routing.sites)} modules the packed rows are copied into memory "
+            f"({first}: {copied[first]})"
+        )
 
 
 def _once(text: str) -> None:

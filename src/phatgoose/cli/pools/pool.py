@@ -36,7 +36,9 @@ PoolArgument = Annotated[Path, typer.Argument(help="The pool's folder.")]
 ExpertsArgument = Annotated[
     list[str],
     typer.Argument(
-        help="Experts: folders, or on the Hub org/name, org/name@revision, org/name@revision:folder. Plain PEFT adapters will do."
+        help="Experts: folders, or on the Hub org/name, org/name@revision, org/name@revision:folder. Plain PEFT "
+        "adapters "
+        "will do."
     ),
 ]
 
@@ -44,8 +46,8 @@ DropOption = Annotated[
     list[str] | None,
     typer.Option(
         "--drop",
-        help="Leave this out of the adapters, which then compute something else: modules_to_save, trainable_token_indices or "
-        "prediction_head.",
+        help="Leave this out of the adapters, which then compute something else: modules_to_save, "
+        "trainable_token_indices or prediction_head.",
     ),
 ]
 
@@ -54,9 +56,10 @@ DropOption = Annotated[
 def create(
     pool: PoolArgument, experts: ExpertsArgument, drop: DropOption = None, max_gb: MaxOption = MAX_GB
 ) -> None:
-    """Make a pool of experts; their folders are copied into it, with the commits of those that come from the Hub.
+    """Make a pool of experts. Their folders are copied into it; for experts from the Hub the commits are recorded.
 
-    Of several files and folders, those that hold no expert are left out, and named: `phatgoose pool create POOL runs/*`.
+    Of several files and folders, those that hold no expert are left out, and named:
+    `phatgoose pool create POOL runs/*`.
     """
     from phatgoose.errors import PoolError
     from phatgoose.experts.names import MANIFEST
@@ -124,7 +127,7 @@ def remove(
 
 @app.command("list")
 def list_(pool: PoolArgument) -> None:
-    """Show what is in a pool, and which experts are wildly off the others'."""
+    """Show what is in a pool, and which experts are far off the others'."""
     from phatgoose.experts.health import find_outliers
     from phatgoose.experts.packed.expert import PackedExpert
     from phatgoose.experts.pool import Pool
@@ -156,8 +159,11 @@ class CheckedBaseOptions(BaseOptions):
 @app.command("verify")
 @expand_options
 def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
-    """Check every file of a pool: hashes, shapes, finite values, one base; warn of experts that are wildly off the others'. Exit code
-    1 if anything is damaged."""
+    """Check every file of a pool: hashes, shapes, finite values, one base. Warn of experts that are far off the
+    others'.
+
+    Exit code 1 if anything is damaged.
+    """
     from phatgoose.experts.pool_folder import verify_folder
 
     loaded, norms, tokenizer = verify_folder(pool), None, None
@@ -198,7 +204,7 @@ def push(
     message: MessageOption = None,
     allow_paths: PathsOption = False,
 ) -> None:
-    """Publish a pool on the Hub, in one commit; a pool that is there already becomes this one. Log in with `hf auth login`."""
+    """Publish a pool on the Hub, in one commit that replaces a pool there. Log in with `hf auth login`."""
     from phatgoose.experts.hub.push import PushOptions
     from phatgoose.experts.pool import Pool
     from phatgoose.experts.pool_folder import push_folder
@@ -234,10 +240,10 @@ def pull(
 def _read_all(
     texts: list[str], name: str | None, drop: list[str] | None, max_gb: float
 ) -> tuple[list[Expert], list[str]]:
-    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among what lies there.
+    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among other files.
 
     Raises:
-        PhatgooseError: one that isn't there: it was mistyped. PoolError: none of them is an expert.
+        PhatgooseError: one doesn't exist (it was mistyped). PoolError: none of them is an expert.
     """
     from phatgoose.errors import PhatgooseError, PoolError
 
@@ -274,7 +280,7 @@ def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) ->
 
 
 def _next(folder: Path, pool: Pool) -> list[tuple[str, str]]:
-    """What to type next: `generate`, or where nothing says which base it needs, `verify` before it."""
+    """What to type next: `generate`, or if no expert records a base, `verify` before it."""
     from phatgoose.cli.common.loading import recorded_base
 
     generate = shlex.join(["phatgoose", "generate", "--pool", str(folder)])
@@ -304,7 +310,7 @@ def _row(expert: Expert) -> tuple[str, ...]:
 
 
 def _names(pool: Path) -> list[str]:
-    """The manifest's names, read without the experts: one of them may be damaged."""
+    """The names in the manifest, without reading the experts: one of them may be damaged."""
     from phatgoose.experts.manifest import read_manifest
 
     return [entry["name"] for entry in read_manifest(pool)["experts"]]

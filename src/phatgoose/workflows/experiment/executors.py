@@ -1,7 +1,8 @@
-"""Run independent steps in parallel: a worker that dies or a step that fails costs that step only.
+"""Run independent steps in parallel: a dead worker or a failed step costs that step only.
 
-A step is a function's name and plain arguments, so any process that can import phatgoose can run it. A step writes what it makes to
-disk and returns little. `Processes` is the default; `ray_executor.RayExecutor` spreads steps over a cluster.
+A step is a function's name and plain arguments, so any process that can import phatgoose can run it. A step writes
+what it makes to disk and returns little. `Processes` is the default; `ray_executor.RayExecutor` spreads steps over
+a cluster.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Executor(Protocol):
     """Something that runs steps."""
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        """Runs all steps, in any order: step name → outcome. Calls `tell` on every change; a failed step raises nothing."""
+        """Runs all steps, in any order: step name → outcome. Calls `tell` on every change; a failed step raises
+        nothing."""
         ...
 
     def close(self) -> None:
@@ -60,7 +62,8 @@ class Executor(Protocol):
 
 
 def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
-    """("ok", value), ("refused", why) for an error that a retry would repeat, or ("error", why) for one that it may not."""
+    """("ok", value), ("refused", why) for an error that a retry would repeat, or ("error", why) for one that it may
+    not."""
     module, _, name = function.partition(":")
     try:
         return "ok", getattr(importlib.import_module(module), name)(**arguments)
@@ -111,7 +114,7 @@ class Processes:
     ):
         if workers < 1 or retries < 0:
             raise PhatgooseError(f"{workers} workers and {retries} retries: expected at least 1 and 0.")
-        # The number of threads decides the order of sums, so the last bits. Whoever sets it gets the same numbers anywhere.
+        # The number of threads decides the order of sums, so the last bits. With it set, numbers are the same anywhere.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
         own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
         visible = _gpus()
@@ -119,7 +122,8 @@ class Processes:
             raise PhatgooseError(f"this machine shows {len(visible)} GPUs, so {gpus} can't be dealt out.")
         if visible and workers > 1 and not gpus:
             raise PhatgooseError(
-                f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share (--gpus 1), "
+                f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share "
+                "(--gpus 1), "
                 "or hide them (CUDA_VISIBLE_DEVICES= )."
             )
         self.retries = retries

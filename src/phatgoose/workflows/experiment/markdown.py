@@ -14,19 +14,24 @@ def markdown(results: Mapping[str, Any]) -> str:
     recipe, made = results["recipe"], results["made"]
     lines = [f"# Experiment on {recipe['base']}", ""]
     lines += [
-        f"{len(results['experts'])} experts, made {made['when']} with phatgoose {made['phatgoose']}, torch {made['torch']}, "
-        f"transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are unweighted over tasks, intervals "
-        "are 95 % by bootstrap over rows (over raw rows, where a task shows one under several prompts), differences are paired by row, "
-        f"p-values are adjusted by Holm over the systems of a suite, and can't be less than {2 / (results['resamples'] + 1):.2g} before that: "
-        f"{results['resamples']} resamples. *Blind choice* is what a draw among each row's choices scores (0 where it has none); *guessing* "
-        "is that or the commonest answer of a task's measured rows, whichever scores more, so it knows a little of them.",
+        f"{len(results['experts'])} experts, made {made['when']} with phatgoose {made['phatgoose']}, torch "
+        f"{made['torch']}, transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are "
+        "unweighted over tasks, intervals are 95 % by bootstrap over rows (over raw rows, where a task shows one under "
+        "several prompts), differences are paired by row, p-values are adjusted by Holm over the systems of a "
+        "suite, and "
+        f"can't be less than {2 / (results['resamples'] + 1):.2g} before that: {results['resamples']} resamples. "
+        "*Blind "
+        "choice* is what a draw among each row's choices scores (0 where it has none); *guessing* is that or the "
+        "commonest "
+        "answer of a task's measured rows, whichever scores more, so it knows a little of them.",
         "",
     ]
     lines += [_computed(results["measured"]), ""]
     if results["chosen"].get(ORACLE):
         lines += [
-            "Oracle and best-single choose by validation rows, as few as the tables say: they are no upper bounds, and a share of the "
-            "oracle's gain can exceed 100 %.",
+            "Oracle and best-single choose by validation rows, as few as the tables say: they are no upper bounds, "
+            "and a "
+            "share of the oracle's gain can exceed 100 %.",
             "",
         ]
     lines += _overview(results["suites"])
@@ -38,19 +43,18 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _computed(measured: Mapping[str, Sequence[Any]]) -> str:
-    """How the scores were computed, and what of it wasn't the same for all."""
+    """How the scores were computed, and what wasn't the same for all of them."""
     said = {
         k: [str(v).removeprefix("torch.") for v in values] for k, values in measured.items() if k != "base"
     }
-    text = "Scores were computed in {dtype} on {device} (threads: {threads}), routed by backend {backend}, code {code}.".format(
-        **{k: " and ".join(v) or "–" for k, v in said.items()}
-    )
+    text = "Scores were computed in {dtype} on {device} (threads: {threads}), routed by backend {backend}, code {code}."
+    text = text.format(**{k: " and ".join(v) or "–" for k, v in said.items()})
     mixed = [k for k, v in said.items() if len(v) > 1]
     return text + (f" **Not all in one way: {', '.join(mixed)} differ.**" if mixed else "")
 
 
 def _overview(suites: Mapping[str, Any]) -> list[str]:
-    """Every system's mean on every suite, and whether it can be told from the base's; the best in all on top."""
+    """Every system's mean on every suite, and whether it differs from the base's; the best overall on top."""
     measured = {name: suite for name, suite in suites.items() if suite["common_tasks"]}
     if len(measured) < 2:
         return []
@@ -77,8 +81,8 @@ def _overview(suites: Mapping[str, Any]) -> list[str]:
     return [
         "## Overview",
         "",
-        "Mean scores; ▲ better and ▼ worse than the base by more than the choice of rows explains (adjusted p < 0.05). Systems stand by the "
-        "sum of their means.",
+        "Mean scores; ▲ better and ▼ worse than the base by more than the choice of rows explains (adjusted p < 0.05). "
+        "Systems stand by the sum of their means.",
         "",
         *_table(["system", *measured], rows),
     ]
@@ -128,7 +132,7 @@ def _raw(suite: Mapping[str, Any], choosing: Mapping[str, Any]) -> list[str]:
 
 
 def _task(task: str, suite: Mapping[str, Any], pick: str | None) -> list[str]:
-    """What a task's numbers mean: its rows, how they are scored, what guessing would score, whom the oracle takes."""
+    """What a task's numbers mean: its rows, how they are scored, what guessing scores, the oracle's expert."""
     score, info = next(iter(suite["systems"].values()))["tasks"][task], suite["tasks"][task]
     blind = "" if (g := _guess(info)) is None else f"{g:.2f}"
     chosen = [] if pick is None else [f"{pick} (on {info['choice_rows']})"]
@@ -136,19 +140,20 @@ def _task(task: str, suite: Mapping[str, Any], pick: str | None) -> list[str]:
 
 
 def guessing(suite: Mapping[str, Any]) -> float:
-    """The mean over a suite's common tasks, of which there are some, of what guessing scores; 0 where an answer is graded, and neither
-    guess is one."""
+    """What guessing scores, the mean over a suite's common tasks; 0 for a task whose answers are graded."""
     return sum(_guess(suite["tasks"][t]) or 0.0 for t in suite["common_tasks"]) / len(suite["common_tasks"])
 
 
 def blind_choice(suite: Mapping[str, Any]) -> float:
-    """The same of drawing one of each row's choices; 0 where it has none."""
+    """What drawing one of each row's choices scores, the mean over the common tasks; 0 for a task without choices."""
     return sum(suite["tasks"][t]["chance"] or 0.0 for t in suite["common_tasks"]) / len(suite["common_tasks"])
 
 
 def _guess(info: Mapping[str, Any]) -> float | None:
-    """What a task gives who doesn't read its prompts: by a blind choice among each row's, or by the commonest answer of its measured
-    rows, which one must know to give it, so that this is more than anybody can count on."""
+    """What can be scored without reading prompts: by a random choice, or by always giving the commonest answer.
+
+    The commonest answer is that of the measured rows, so this is a little more than a guesser could know.
+    """
     return max((g for g in (info["commonest"], info["chance"]) if g is not None), default=None)
 
 
@@ -184,7 +189,8 @@ def _notes(name: str, suite: Mapping[str, Any], training: Mapping[str, Sequence[
     notes = {t: info["note"] for t, info in suite["tasks"].items() if info.get("note")}
     lines += [f"- {task}: {note}" for task, note in notes.items()]
     cut = {
-        t: max(s["tasks"][t]["cut"] for s in suite["systems"].values() if t in s["tasks"]) for t in suite["common_tasks"]
+        t: max(s["tasks"][t]["cut"] for s in suite["systems"].values() if t in s["tasks"])
+        for t in suite["common_tasks"]
     }  # fmt: skip
     lines += [
         f"- {task}: {n} prompts were cut at the left to fit the model's context."
@@ -195,7 +201,7 @@ def _notes(name: str, suite: Mapping[str, Any], training: Mapping[str, Sequence[
 
 
 def _contamination(name: str, suite: Mapping[str, Any], training: Mapping[str, Sequence[str]]) -> list[str]:
-    """What measured rows share with training rows, and of which experts nothing is known."""
+    """What measured rows share with training rows, and the experts of which nothing is known."""
     own = name == IN_POOL  # a task isn't held against its own expert's rows
     others = "other experts' training row" if own else "training row"
     read, found = training["read"], suite["contamination"]

@@ -1,7 +1,7 @@
 """Which expert labels choose: the oracle's for each task, the best single one for a suite.
 
-Both go by a few validation rows, so many experts tie. A tie goes to the expert under which right choices are likelier, then to the
-first one of the pool.
+Both go by a few validation rows, so many experts tie. A tie goes to the expert under which right choices are
+likelier, then to the first one of the pool.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from phatgoose.records import Example, TaskScore
 from phatgoose.workflows.experiment.systems import BEST_SINGLE, ORACLE
 
 Standing = Sequence[float | None]
-"""(mean score on a task's validation rows, mean log-likelihood per token of right choices; None if no row has choices)."""
+"""(mean score on a task's validation rows, mean log-likelihood per token of right choices; None if no row has
+choices)."""
 
 
 def standing(score: TaskScore, rows: Sequence[Example]) -> list[float | None]:
@@ -40,7 +41,8 @@ def picks(
 ) -> dict[str, dict[str, str]]:
     """System → task → expert, from expert → task → its standing there.
 
-    A task on which no expert could be scored has no oracle. An expert that couldn't be scored where others were can't be best-single.
+    A task on which no expert could be scored has no oracle. An expert that couldn't be scored where others were
+    can't be best-single.
 
     Args:
         names: the tasks that can be chosen on.

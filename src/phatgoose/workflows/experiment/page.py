@@ -28,8 +28,8 @@ EXPERT = (
 """What the page shows of an expert: what it cost, and its card if the pool was traced."""
 NOTES = [
     "Means are over the tasks that every system was measured on; scores of other tasks stand beside them.",
-    "Intervals are 95 % by bootstrap over rows, differences are paired by row. With many systems some differences look real by chance: "
-    "results.md has p-values adjusted for that.",
+    "Intervals are 95 % by bootstrap over rows, differences are paired by row. With many systems some differences look "
+    "real by chance: results.md has p-values adjusted for that.",
     "Oracle and best-single choose their experts by labels of a few validation rows, which no router has.",
 ]
 SYSTEM_NOTES = {
@@ -69,13 +69,17 @@ def _page_data(results: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": results["recipe"],
         "experts": [_expert(e, suites.get(IN_POOL, {}).get("systems", {})) for e in results["experts"]],
         "tasks": [
-            {"name": name, "group": suite, "spec": suites[suite]["tasks"][task]["spec"], **_measured(suites[suite], task)}
+            {
+                "name": name, "group": suite, "spec": suites[suite]["tasks"][task]["spec"],
+                **_measured(suites[suite], task),
+            }
             for (suite, task), name in names.items()
         ],
         "systems": [_system(system, suites, names) for system in systems],
         "comparisons": [row for suite, found in suites.items() for row in _comparisons(suite, found)],
         "recovered": {
-            suite: found["oracle_gain_share"][MAIN] for suite, found in suites.items() if MAIN in found["oracle_gain_share"]
+            suite: share
+            for suite, found in suites.items() if (share := found["oracle_gain_share"].get(MAIN)) is not None
         },
         **traced,
         "notes": [*NOTES, *claims],
@@ -83,7 +87,8 @@ def _page_data(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page_names(suites: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
-    """(suite, task) → the task's name on the page, which names its suite too where two suites have a task of that name."""
+    """(suite, task) → the task's name on the page, which names its suite too where two suites have a task of that
+    name."""
     tasks = [(suite, task) for suite, found in suites.items() for task in found]
     several = Counter(task for _, task in tasks)
     return {(suite, task): f"{suite}: {task}" if several[task] > 1 else task for suite, task in tasks}
@@ -91,7 +96,10 @@ def page_names(suites: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str
 
 def claim_text(suite: str, claim: Mapping[str, Any]) -> str:
     """A claim of the recipe, and whether the results bear it out."""
-    text = f"Claimed beforehand: on {suite}, PHATGOOSE recovers at least {claim['floor']:.0%} of the oracle's gain over the base"
+    text = (
+        f"Claimed beforehand: on {suite}, PHATGOOSE recovers at least {claim['floor']:.0%} of the oracle's gain "
+        "over the base"
+    )
     if claim["share"] is None:
         return f"{text}. The oracle gains too little here to say."
     return f"{text}. It recovers {claim['share']:.0%}: the claim {'holds' if claim['holds'] else 'does not hold'}."
@@ -124,7 +132,8 @@ def _system(system: str, suites: Mapping[str, Any], names: Mapping[tuple[str, st
             for task, score in mine["tasks"].items()
         },
         "groups": {
-            suite: {key: mine[key] for key in ("mean", "low", "high")} for suite, mine in found.items() if "mean" in mine
+            suite: {key: mine[key] for key in ("mean", "low", "high")}
+            for suite, mine in found.items() if "mean" in mine
         },
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""An experiment's results as one SVG: per suite a row for each system, its mean and 95 % interval."""
+"""An experiment's results as one SVG: for each suite, every system's mean and interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = {
 
 
 def plot(results: Mapping[str, Any]) -> str:
-    """The SVG's text, two suites beside each other. Systems stand by their mean, the best on top.
+    """The SVG's text, two suites side by side, systems sorted by their mean.
 
     A dashed line marks the base's mean, a dotted one what guessing scores.
     """
@@ -37,14 +37,14 @@ def plot(results: Mapping[str, Any]) -> str:
         y = max(ends)
     total = max(across * column, 2 * column - LABEL)
     style = (
-        "text{font:12px system-ui,sans-serif;fill:#333}.head{font-weight:600;font-size:14px}.axis{stroke:#ddd;stroke-width:1}"
-        ".base{stroke:#777;stroke-dasharray:5 3}.guess{stroke:#777;stroke-dasharray:1 3;stroke-width:2}"
+        "text{font:12px system-ui,sans-serif;fill:#333}.head{font-weight:600;font-size:14px}"
+        ".axis{stroke:#ddd;stroke-width:1}.base{stroke:#777;stroke-dasharray:5 3}"
+        ".guess{stroke:#777;stroke-dasharray:1 3;stroke-width:2}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {y}" width="{total}" height="{y}" role="img">'
-        f'<title>Mean scores with 95 % intervals</title><style>{style}</style><rect width="{total}" height="{y}" fill="#fff"/>'
-        + "".join(parts)
-        + "</svg>\n"
+        f"<title>Mean scores with 95 % intervals</title><style>{style}</style>"
+        f'<rect width="{total}" height="{y}" fill="#fff"/>' + "".join(parts) + "</svg>\n"
     )
 
 
@@ -66,7 +66,7 @@ def _kind(system: str) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers within [low, high], five steps apart at most; the interval lies in [0, 1] and is 0.01 wide at least."""
+    """Round numbers within [low, high], at most five steps; the interval lies in [0, 1] and is at least 0.01 wide."""
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 5 * s)
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 

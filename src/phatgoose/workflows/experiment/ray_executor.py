@@ -15,7 +15,8 @@ _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
 
 
 class _Begun:
-    """An actor that workers tell which step they begin: Ray itself doesn't say which of the submitted tasks already run."""
+    """An actor that workers tell which step they begin: Ray itself doesn't say which of the submitted tasks already
+    run."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, str]] = []
@@ -31,7 +32,8 @@ class _Begun:
 def _attempt_in(
     folder: str, begun: Any, name: str, function: str, arguments: Mapping[str, Any]
 ) -> tuple[str, Any]:
-    """`attempt` in the driver's current folder, so that relative paths mean the same; a cluster's workers start elsewhere."""
+    """`attempt` in the driver's current folder, so that relative paths mean the same; a cluster's workers start
+    elsewhere."""
     begun.say.remote(name, platform.node())
     if os.path.isdir(folder):
         os.chdir(folder)
@@ -41,8 +43,9 @@ def _attempt_in(
 class RayExecutor:
     """Runs every step as a Ray task with its own request for CPUs and GPUs.
 
-    If a worker process dies, Ray starts its task again, up to `retries` times. A step that raised an error that may not come again is
-    resubmitted here. Worker processes are reused and keep what they loaded, except those with a GPU.
+    If a worker process dies, Ray starts its task again, up to `retries` times. A step that raised an error that may
+    not come again is resubmitted here. Worker processes are reused and keep what they loaded, except those with a
+    GPU.
 
     Args:
         address: of a running cluster ("auto", "ray://host:10001"); None starts Ray on this machine for this run.

@@ -1,6 +1,7 @@
 """A recipe: one TOML file that says everything about an experiment.
 
-docs/experiments.md has an example with every table. Each table but [folders] and [claims] is a dataclass here or in `training`.
+docs/experiments.md has an example with every table. Each table but [folders] and [claims] is a dataclass here or
+in `training`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class PoolPart:
     leave_out: tuple[str, ...] = ()
     """Leave out the experts of these names."""
     folder: str = ""
-    """An existing pool. Experts named after the tasks above are taken from it instead of being trained. Its other experts
-    act beside them, and have no task of their own in "in-pool"."""
+    """An existing pool. Experts named after the tasks above are taken from it instead of being trained. Its other
+    experts act beside them, and have no task of their own in "in-pool"."""
     train_rows: int = 2000
     """At most this many rows of a task's training split."""
 
@@ -227,8 +228,8 @@ class ExperimentRecipe:
         """Those of the experts `names`, which are all of `pool.folder`, that the recipe's pool has.
 
         Raises:
-            UnknownName, RoutingError: an expert to keep or leave out is neither among them nor a task, or a system can't
-                serve these experts. RecipeError: nothing is left, or the multitask expert lacks an expert's data.
+            UnknownName, RoutingError: an expert to keep or leave out is neither among them nor a task, or a system
+                can't serve these experts. RecipeError: nothing is left, or the multitask expert lacks some data.
         """
         tasks, known = [e.name for e in self.pool_entries], [e.name for e in self._all_entries()]
         for name in (*self.pool.only, *self.pool.leave_out):
@@ -241,7 +242,8 @@ class ExperimentRecipe:
         self._check_routers(list(dict.fromkeys((*tasks, *kept))))
         if MULTITASK in self.all_systems and (without := [n for n in kept if n not in tasks]):
             raise RecipeError(
-                f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under [pool], "
+                f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under "
+                "[pool], "
                 "or leave it out."
             )
         return kept

@@ -73,7 +73,8 @@ class Findings:
 def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: float) -> dict[str, Any]:
     """What results.json holds.
 
-    Two runs of a recipe in which nothing fails hold the same, apart from "made" and seconds, if they use as many threads.
+    Two runs of a recipe in which nothing fails hold the same, apart from "made" and seconds, if they use as many
+    threads.
     """
     suites: dict[str, Any] = {}
     unlike: dict[str, str] = {}
@@ -166,8 +167,8 @@ def _measured(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
 def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     """Means, intervals and comparisons on the tasks that every system was measured on.
 
-    "unlike" lists the tasks whose rows differ between systems. A system without any score is left out; otherwise no task
-    would be common to all.
+    "unlike" lists the tasks whose rows differ between systems. A system without any score is left out; otherwise no
+    task would be common to all.
 
     Args:
         tasks: by name, the hash that each had when it was checked, and when experts were chosen on it.
@@ -180,8 +181,8 @@ def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     systems: dict[str, dict[str, Any]] = {}
     for system, row in table.items():
         scores = {
-            t: {"mean": s.mean, "low": s.low, "high": s.high, "rows": s.rows, "raw_rows": s.raw_rows, "metric": s.metric,
-                "cut": s.truncated_rows}
+            t: {"mean": s.mean, "low": s.low, "high": s.high, "rows": s.rows, "raw_rows": s.raw_rows,
+                "metric": s.metric, "cut": s.truncated_rows}
             for t, s in row.items()
         }  # fmt: skip
         systems[system] = {"tasks": scores}

@@ -1,8 +1,8 @@
 """An experiment from its recipe: train, choose, measure, compare, and report.
 
-Everything lies in one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg, a page, and work/, which
-holds what an interrupted training needs. A second run finds every finished step again. Steps run through an executor; this driver
-itself loads no base.
+Everything lies in one folder: recipe.json, experts/, pool/, scores/, results.json, results.md, plot.svg, a page,
+and work/, which holds what an interrupted training needs. A second run finds every finished step again. Steps run
+through an executor; this driver itself loads no base.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Runs the recipe, or the steps that are still missing, and returns what results.json holds.
 
-    A failed step doesn't stop the others. An expert that can't be trained is left out of the pool, a task that some system can't be
-    measured on is left out of the comparison, and so is a system that fails everywhere. results["failed"] says which and why.
+    A failed step doesn't stop the others. An expert that can't be trained is left out of the pool, a task that some
+    system can't be measured on is left out of the comparison, and so is a system that fails everywhere.
+    results["failed"] says which and why.
 
     Args:
         out: the folder for everything. With several machines, all of them must see it under this name.
@@ -57,8 +58,8 @@ def run_experiment(
         kind: what the folder is marked as, and the name of its page: "experiment" or "quickstart".
 
     Raises:
-        StorageError: `out` is a folder of something else, or another run is at work there. RecipeError: no expert could be taken
-            or trained. TaskError: an expert that is taken was trained on what a suite measures, as its record says.
+        StorageError: `out` is a folder of something else, or another run is at work there. RecipeError: no expert
+            could be taken or trained. TaskError: an expert that is taken was trained on what a suite measures.
     """
     out = Path(out)
     with locked_folder(out, kind):
@@ -108,8 +109,9 @@ class _Run:
         contamination = self.contaminated(pool, tasks)
         traced, cards = self.trace(key, tasks)
         found = Findings(
-            tasks=tasks, left_out=left_out, experts=with_cards([records[n] for n in pool.names], cards), multitask=together,
-            files=files, chosen=chosen, contamination=contamination, traced=traced, failed=self.failed,
+            tasks=tasks, left_out=left_out, experts=with_cards([records[n] for n in pool.names], cards),
+            multitask=together, files=files, chosen=chosen, contamination=contamination, traced=traced,
+            failed=self.failed,
         )  # fmt: skip
         return results_of(self.recipe, self.out, found, time.monotonic() - started)
 
@@ -293,7 +295,8 @@ class _Run:
         return files
 
     def contaminated(self, pool: Pool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """{"suites": suite → task → rows that share text with training rows, "read" and "unread": experts whose rows were compared or not}."""
+        """{"suites": suite → task → rows that share text with training rows, "read" and "unread": experts whose
+        rows were compared or not}."""
         suites = {s: list(found) for s, found in tasks.items() if found}
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
         step = self.step("contamination", "contamination", words=RUN_WORDS, suites=suites, trained=known)

@@ -39,7 +39,8 @@ _SOURCE_ENDINGS = (".py", ".cpp", ".h", ".inc", ".toml", ".json")
 def code_version() -> str:
     """phatgoose's version and a hash of the source that scores depend on: scores of older code are measured again.
 
-    Any edit there measures everything again, even one that changes no score. Training, serving and pages aren't part of it.
+    Any edit there measures everything again, even one that changes no score. Training, serving and pages aren't
+    part of it.
     """
     root, digest = Path(phatgoose.__file__).parent, hashlib.sha256()
     for part in _SCORE_SOURCES:
@@ -66,7 +67,8 @@ class ScoreCache:
     def measure(
         self, task: Task, pool: Pool | None, router: Router | None, *, split: SplitName = "test", limit: int
     ) -> Path:
-        """The file with the score of `router` over `pool` on a split's first `limit` rows; without both, of the base."""
+        """The file with the score of `router` over `pool` on a split's first `limit` rows; without both, of the
+        base."""
         path, key = self._entry(task, pool, router, split, limit)
         if path.exists():
             return path

@@ -1,7 +1,7 @@
 """The steps of an experiment, as functions of plain data that any process can run.
 
-Each step finds what it made before and does only what is missing, so it may be killed and run again at any time. `worker.py` is
-what a process keeps between steps.
+Each step finds what it made before and does only what is missing, so it may be killed and run again at any time.
+`worker.py` is what a process keeps between steps.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def check_tasks(run: Run, suite: str) -> dict[str, Any]:
             test, choice = task.test[: measure.test_rows], task.validation[: measure.choice_rows]
             found[entry.name] = {
                 "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
-                "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric, "note": entry.note,
+                "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric,
+                "note": entry.note,
                 "commonest": None if entry.metric else commonest(test), "chance": chance(test),
                 "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
                 "source": without_paths(task.source),
@@ -90,9 +91,10 @@ def train(run: Run, name: str) -> dict[str, Any]:
     task = trained_on(state, name)
     folder = folder_of(state.recipe, state.out, entry)
     key = contribution_key(state.base, task, state.recipe.expert, state.recipe.gate)
+    work = _work(state, folder, key)
     expert = contribute(
-        state.base, task, state.recipe.expert, state.recipe.gate, name=name, folder=folder, work=_work(state, folder, key)
-    )  # fmt: skip
+        state.base, task, state.recipe.expert, state.recipe.gate, name=name, folder=folder, work=work
+    )
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
 
 
@@ -139,8 +141,8 @@ def take(run: Run) -> dict[str, Any]:
 def _trained_on_specs(expert: Expert) -> list[str] | None:
     """The specs that an expert's record says it was trained on; None if it names none that can be parsed.
 
-    Local files are left out: a record keeps only their name, and files of one name may differ. (A local folder that `hf:` read
-    counts as a dataset of its name.)
+    Local files are left out: a record keeps only their name, and files of one name may differ. (A local folder that
+    `hf:` read counts as a dataset of its name.)
     """
     task = expert.provenance.get("task")
     source = task.get("source") if isinstance(task, Mapping) else None
@@ -172,8 +174,8 @@ def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
 def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     """What pooling all contributors' data would give: one expert on the union of their rows. Returns its record.
 
-    It sees the rows that each task's expert was trained on, as often as that expert did. Drawn from all rows instead, a task with
-    many rows would be most of what it learns. Validation rows are taken evenly from all tasks.
+    It sees the rows that each task's expert was trained on, as often as that expert did. Drawn from all rows
+    instead, a task with many rows would be most of what it learns. Validation rows are taken evenly from all tasks.
     """
     state = worker_state(run)
     config, own = state.recipe.multitask or state.recipe.expert, state.recipe.expert
@@ -223,7 +225,8 @@ def measure(
     tasks: list[str],
     experts: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}; `experts`: task → the one that acts."""
+    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}; `experts`: task → the one
+    that acts."""
     state = worker_state(run, pool)
     kind, _, spec = system.partition(":")
 
@@ -252,10 +255,12 @@ def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceRep
 def contamination(
     run: Run, words: int, suites: Mapping[str, list[str]], trained: list[str]
 ) -> dict[str, Any]:
-    """Which measured rows share `words` words in a row with a training row: {"suites": {suite: {task: …}}, "read": names}.
+    """Which measured rows share `words` words in a row with a training row: {"suites": {suite: {task: …}}, "read":
+    names}.
 
-    "read" names the experts whose training rows were compared. An expert that was taken is among them only if its record names
-    the very rows of its task. A task of "in-pool" is compared with the other experts' rows: with its own it may share passages.
+    "read" names the experts whose training rows were compared. An expert that was taken is among them only if its
+    record names the very rows of its task. A task of "in-pool" is compared with the other experts' rows: with its
+    own it may share passages.
     """
     state, found = worker_state(run), ContaminationCheck(words)
     asked = [(suite, name) for suite, tasks in suites.items() for name in tasks]

@@ -1,6 +1,7 @@
 """What an experiment compares: system names → (pool, router).
 
-Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"); {seed} in it is replaced by each seed. Further systems:
+Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"); {seed} in it is replaced by each seed.
+Further systems:
 
     base          the base alone
     merged        one expert made of all; so do ties[:density=X] and dare[:density=X,seed=N]

@@ -119,7 +119,8 @@ Run = Mapping[str, Any]
 
 @lru_cache(maxsize=1)
 def _cached_state(run: str, pool: str) -> WorkerState:
-    """The state for this run and this content of its pool. It is kept for the next step, but not for another run or pool."""
+    """The state for this run and this content of its pool. It is kept for the next step, but not for another run or
+    pool."""
     known = json.loads(run)
     return WorkerState(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
 
