@@ -236,7 +236,7 @@ def test_what_is_told_goes_before_what_is_seen(made):
         base.model(**batch)
     with (
         prompted(base, ["a", "b", "c"]),
-        pytest.raises(RoutingError, match=r"3 prompts were told, and .* given 2 rows"),
+        pytest.raises(RoutingError, match=r"3 prompts were announced, and .* given 2 rows"),
     ):
         base.model(**batch)
     unroute(base)

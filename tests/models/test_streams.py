@@ -192,7 +192,7 @@ def test_caches_that_say_no_length_are_refused_by_name():
         vocab_size=320, emb_dim=32, n_layers=2, n_heads=4, dropout=0.0, attention_dropout=0.0, pad_index=0
     )
     model = routed(XLMWithLMHeadModel(config).eval(), "q_lin")
-    with pytest.raises(RoutingError, match="goes on with `cache`"):
+    with pytest.raises(RoutingError, match="continues `cache`"):
         logits(model, input_ids=ids, cache=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     given = {"past_key_values": ((ids, ids),)}
     assert "a tuple" in streams.Caches().before(given, 2, 1).problem

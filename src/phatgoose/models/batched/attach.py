@@ -145,9 +145,7 @@ class MultiRouter:
             for group in groups:
                 plan.fail(
                     group,
-                    RoutingError(
-                        f"{path}: requests that go different ways can't be told apart. {call.problem}"
-                    ),
+                    RoutingError(f"{path}: requests on different routes can't be told apart. {call.problem}"),
                 )
             return None
         changed, left = None, deque(groups)

@@ -70,9 +70,7 @@ class Caches:
             # caller says what comes before each of them (BatchPlan).
             return Past()
         if (other := next((name for name in _UNKNOWN if given.get(name) is not None), None)) is not None:
-            return Past(
-                problem=f"the pass goes on with `{other}`, which doesn't say how many tokens it holds."
-            )
+            return Past(problem=f"the pass continues `{other}`, which doesn't say how many tokens it holds.")
         cache = cache_of(given)
         if cache is None:
             return Past()
@@ -85,7 +83,8 @@ class Caches:
         known: Past | None = self._known.pop(cache, None)  # put back when the pass has ended well
         if _rewinds(cache):
             return Past(
-                cache, problem=f"a {type(cache).__name__} of recurrent states may be wound back unseen."
+                cache,
+                problem=f"a {type(cache).__name__} of recurrent states may be reset to an earlier state unseen.",
             )
         if _is_empty(cache):
             return Past(cache)
@@ -97,7 +96,7 @@ class Caches:
             return Past(cache, mask.shape[1] - length)
         return Past(
             cache,
-            problem=f"the pass goes on with a {type(cache).__name__} that doesn't count its tokens, and whose earlier "
+            problem=f"the pass continues a {type(cache).__name__} that doesn't count its tokens, and whose earlier "
             "passes weren't seen. Give the attention mask of all tokens, or begin without a cache.",
         )
 

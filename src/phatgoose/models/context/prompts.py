@@ -171,7 +171,7 @@ class PromptTracker:
             return _repeat_announced(self._now.announced, rows)
         if cached is None:
             raise RoutingError(
-                "this pass goes on with a key-value cache whose prompts weren't seen by the router that is attached. "
+                "this pass continues a key-value cache whose prompts weren't seen by the router that is attached. "
                 f"{ADVICE}"
             )
         return _repeat_cached(cached.prompts, rows)
@@ -221,7 +221,7 @@ def _behind_prompt(prompts: Sequence[Prompt], ids: Tensor | None, real: Tensor) 
         columns = real[row].nonzero().flatten()
         start = columns[: len(prompt)]
         if len(columns) < len(prompt) or (ids is not None and ids[row, start].tolist() != list(prompt)):
-            raise RoutingError(f"row {row} doesn't begin with the prompt that was told for it.")
+            raise RoutingError(f"row {row} doesn't begin with the prompt that was announced for it.")
         fresh[row, columns[len(prompt) :]] = True
     return fresh
 
@@ -256,7 +256,7 @@ def _written_before(
     by_prompt: dict[Prompt, set[Any]] = {}
     for prompt, old in zip(prompts, found, strict=True):
         by_prompt.setdefault(prompt, set()).add(old)
-    beams = "rows of one prompt have gone apart, and may be beams, which are reordered unseen"
+    beams = "rows of one prompt differ, and may be beams, which are reordered unseen"
     return tuple(old if len(by_prompt[p]) == 1 else beams for p, old in zip(prompts, found, strict=True))
 
 
@@ -273,7 +273,7 @@ def _repeat_announced(announced: Announced, rows: int) -> tuple[Prompt, ...]:
     prompts = announced.prompts
     if rows % len(prompts):
         raise RoutingError(
-            f"{len(prompts)} prompts were told, and the model was given {rows} rows: expected one prompt a row."
+            f"{len(prompts)} prompts were announced, and the model was given {rows} rows: expected one prompt a row."
         )
     return tuple(p for p in prompts for _ in range(rows // len(prompts)))
 

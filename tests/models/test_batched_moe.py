@@ -1,10 +1,10 @@
-"""Tokens of one pass that go different ways, inside a mixture's experts."""
+"""Tokens of one pass on different routes, inside a mixture's experts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_mixed import assert_rows, packed, run
+from test_batched import assert_rows, packed, run
 
 from conftest import hooked, make_tokenizer
 from moe_fixtures import ids, make, peft_adapter, per_expert, with_gates

@@ -1,4 +1,4 @@
-"""Tokens of one pass that go different ways come out as if each had had a model of its own."""
+"""Tokens of one pass on different routes come out as if each had had a model of its own."""
 
 from __future__ import annotations
 
