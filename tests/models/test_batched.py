@@ -68,14 +68,14 @@ def test_each_row_goes_its_own_way(make_base, make_expert, family, dtype):
         (second, Uniform()), (first, Random(seed=3)), (second, PHATGOOSE(top_k=2)),
     ]  # fmt: skip
     versions = {id(pool): PoolVersion(base, pool) for pool in (first, second)}
-    mixed = MultiRouter(base.model)
+    multi_router = MultiRouter(base.model)
     for version in versions.values():
-        mixed.attach(version)
+        multi_router.attach(version)
     plan = BatchPlan([None if one is None else Route(versions[id(one[0])], one[1]) for one in asked])
-    with mixed.following(plan):
+    with multi_router.following(plan):
         found = run(base, batch)
     for version in versions.values():
-        mixed.detach(version)
+        multi_router.detach(version)
     bare = run(base, batch)
     assert torch.equal(found[1], bare[1])
     for row, one in enumerate(asked):
@@ -91,12 +91,12 @@ def test_one_way_for_all_is_what_route_gives(make_base, make_expert):
     base = make_base("llama")
     pool, _ = pools(base, make_expert)
     batch = inputs(base)
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
-    mixed.attach(version)
-    with mixed.following(BatchPlan([Route(version, PHATGOOSE())] * 8)):
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
+    multi_router.attach(version)
+    with multi_router.following(BatchPlan([Route(version, PHATGOOSE())] * 8)):
         found = run(base, batch)
     assert torch.equal(run(base, batch), run(copy.copy(base), batch))  # without a plan: the base
-    mixed.detach(version)
+    multi_router.detach(version)
     assert not hooked(base.model)
     assert torch.equal(found, run(type(base)(route(base, pool), base.tokenizer, "x"), batch))
 
@@ -107,14 +107,14 @@ def test_experts_that_are_off_are_as_if_the_pool_lacked_them(make_base, make_exp
     targets = [None, ["q_proj", "up_proj"], ["q_proj"]]
     experts = [make_expert(base, n, seed=i, targets=targets[i]) for i, n in enumerate("abc")]
     pool, batch = Pool(experts), inputs(base)
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
-    way = Route(version, router, off=["b"])
-    if way.needs_reference:
-        way.calibrate()
-    mixed.attach(version)
-    with mixed.following(BatchPlan([way, None] * 4)):
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
+    chosen_route = Route(version, router, off=["b"])
+    if chosen_route.needs_reference:
+        chosen_route.calibrate()
+    multi_router.attach(version)
+    with multi_router.following(BatchPlan([chosen_route, None] * 4)):
         found = run(base, batch)
-    mixed.detach(version)
+    multi_router.detach(version)
     route(base, pool.remove("b"), router)
     assert_rows(found[::2], run(base, batch)[::2], torch.float32)
 
@@ -127,14 +127,14 @@ def test_residual_streams_of_bottlenecks_follow_their_rows():
     ids = torch.randint(2, model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
     base = Base(model, make_tokenizer(), "zoo")
     bare = model(ids).logits
-    version, mixed = PoolVersion(base, Pool([expert]), RouteOptions(any_base=True)), MultiRouter(model)
-    mixed.attach(version)
-    way = Route(version, Single(0))
-    with mixed.following(BatchPlan([None, way, way])):
+    version, multi_router = PoolVersion(base, Pool([expert]), RouteOptions(any_base=True)), MultiRouter(model)
+    multi_router.attach(version)
+    chosen_route = Route(version, Single(0))
+    with multi_router.following(BatchPlan([None, chosen_route, chosen_route])):
         found = model(ids).logits
-    with mixed.following(BatchPlan([None, way, way], lengths=[7, 7, 7])):
+    with multi_router.following(BatchPlan([None, chosen_route, chosen_route], lengths=[7, 7, 7])):
         model(ids.reshape(1, -1))  # packed: the streams of its rows run as one, which mustn't raise
-    mixed.detach(version)
+    multi_router.detach(version)
     assert not hooked(model)
     wanted = route(model, Pool([expert]), Single(0), any_base=True)(ids).logits
     assert torch.equal(found[0], bare[0])
@@ -161,15 +161,15 @@ def test_packed_sequences_go_their_own_ways_also_where_few_logits_are_asked(make
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, 300, (n,), generator=generator) for n in (5, 1, 7, 1)]
     routers = [PHATGOOSE(), None, Random(seed=5), Single("b")]
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
-    mixed.attach(version)
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
+    multi_router.attach(version)
     last = torch.tensor([4, 5, 12, 13])
     plan = BatchPlan([None if r is None else Route(version, r) for r in routers], [5, 1, 7, 1], kept=last)
-    with mixed.following(plan), torch.no_grad():
+    with multi_router.following(plan), torch.no_grad():
         found = base.model(**packed(base, rows), logits_to_keep=last).logits[0]
-    with mixed.following(BatchPlan(plan.routes, plan.lengths)), torch.no_grad():
+    with multi_router.following(BatchPlan(plan.routes, plan.lengths)), torch.no_grad():
         whole = base.model(**packed(base, rows)).logits[0, last]
-    mixed.detach(version)
+    multi_router.detach(version)
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
     for i, (row, router) in enumerate(zip(rows, routers, strict=True)):
         model = unroute(base) if router is None else route(base, pool, router)
@@ -190,24 +190,24 @@ def test_routers_that_read_text_are_told_it(make_base, make_expert, tmp_path, fa
         tuple(row[mask.bool()].tolist())
         for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
-    mixed.attach(version)
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
+    multi_router.attach(version)
     made = {r: Route(version, r) for r in routers if r is not None}
-    ways = [None if r is None else made[r] for r in routers]
+    routes = [None if r is None else made[r] for r in routers]
     cut = 0 if base.is_encoder_decoder else 3  # the last tokens count as written
     told = [(p[: len(p) - cut], ()) for p in prompts]
-    with mixed.following(BatchPlan(ways, texts=told)):
+    with multi_router.following(BatchPlan(routes, texts=told)):
         found = base.model(**batch).logits
     if family == "llama":  # the same, packed, and with what was read before
         rows = [torch.tensor(p) for p in prompts]
         lengths = [len(r) for r in rows]
-        with mixed.following(BatchPlan(ways, lengths, texts=told)):
+        with multi_router.following(BatchPlan(routes, lengths, texts=told)):
             flat = base.model(**packed(base, rows)).logits[0].split(lengths)
         for row, mask in enumerate(batch["attention_mask"].bool()):
             torch.testing.assert_close(found[row][mask], flat[row], rtol=1e-4, atol=1e-4)
-    with mixed.following(BatchPlan(ways)), pytest.raises(RoutingError, match="is unknown"):
+    with multi_router.following(BatchPlan(routes)), pytest.raises(RoutingError, match="is unknown"):
         base.model(**batch)
-    mixed.detach(version)
+    multi_router.detach(version)
     for row, router in enumerate(routers):
         if router is None:
             continue
@@ -226,25 +226,25 @@ def test_loads_are_what_a_trace_sums_up(make_base, make_expert, skip):
     pool = Pool([make_expert(base, n, seed=i, targets=targets[i]) for i, n in enumerate("abc")])
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(2, 300, (5,), generator=generator) for _ in range(8)]
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
-    mixed.attach(version)
-    ways = [
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
+    multi_router.attach(version)
+    routes = [
         Route(version, PHATGOOSE()),
         None,
         Route(version, Single("c")),
         Route(version, PHATGOOSE(top_k=1)),
     ] * 2
-    plan = BatchPlan(ways, [5] * 8, count_loads=True, skip=skip)
-    with mixed.following(plan):
+    plan = BatchPlan(routes, [5] * 8, count_loads=True, skip=skip)
+    with multi_router.following(plan):
         watched = run(base, packed(base, rows))
-    with mixed.following(BatchPlan(ways, [5] * 8)):
+    with multi_router.following(BatchPlan(routes, [5] * 8)):
         assert torch.equal(run(base, packed(base, rows)), watched)  # watching changes nothing
-    mixed.detach(version)
+    multi_router.detach(version)
     weight, times = plan.loads.summed(8, {id(version): 3})[id(version)]
     assert times[1] == 0
     assert weight[1].sum() == 0
     for i in (0, 2, 3, 4):
-        route(base, pool, ways[i].router)
+        route(base, pool, routes[i].router)
         with trace(base) as recorded:
             run(base, {"input_ids": rows[i][None]})
         unroute(base)
@@ -263,7 +263,7 @@ def test_loads_are_what_a_trace_sums_up(make_base, make_expert, skip):
 def test_what_cannot_be_is_refused(make_base, make_expert):
     base = make_base("llama")
     pool, _ = pools(base, make_expert)
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
     with pytest.raises(UnknownName, match="'e'"):
         Route(version, PHATGOOSE(), off=["e"])
     with pytest.raises(RoutingError, match="every expert is switched off"):
@@ -272,13 +272,19 @@ def test_what_cannot_be_is_refused(make_base, make_expert):
         Route(version, Single("a"), off=["a"])
     with pytest.raises(RoutingError, match="doesn't choose by scores"):
         Route(version, Random(), off=["a"])
-    mixed.attach(version)
-    way = Route(version, PHATGOOSE())
-    with mixed.following(BatchPlan([way, None, None])), pytest.raises(RoutingError, match="batch of 3 rows"):
+    multi_router.attach(version)
+    chosen_route = Route(version, PHATGOOSE())
+    with (
+        multi_router.following(BatchPlan([chosen_route, None, None])),
+        pytest.raises(RoutingError, match="batch of 3 rows"),
+    ):
         run(base, inputs(base))
-    with mixed.following(BatchPlan([way, None], [3, 4])), pytest.raises(RoutingError, match="7 packed"):
+    with (
+        multi_router.following(BatchPlan([chosen_route, None], [3, 4])),
+        pytest.raises(RoutingError, match="7 packed"),
+    ):
         run(base, inputs(base))
-    mixed.detach(version)
+    multi_router.detach(version)
     route(base, pool)
     with pytest.raises(RoutingError, match="routed already"):
         MultiRouter(base.model)
@@ -308,22 +314,22 @@ class _Fussy(BoundRouter):
 def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base, make_expert):
     base = make_base("llama")
     pool, _ = pools(base, make_expert)
-    version, mixed = PoolVersion(base, pool), MultiRouter(base.model)
-    mixed.attach(version)
+    version, multi_router = PoolVersion(base, pool), MultiRouter(base.model)
+    multi_router.attach(version)
     fussy, other = Route(version, Fussy()), Route(version, PHATGOOSE())
     batch = inputs(base, rows=5)
     batch["attention_mask"][:] = 1
     batch["input_ids"][batch["input_ids"] == 77] = 78
-    ways = [fussy, fussy, other, None, fussy]
-    with mixed.following(BatchPlan(ways)):
+    routes = [fussy, fussy, other, None, fussy]
+    with multi_router.following(BatchPlan(routes)):
         whole = run(base, batch)
     bare = run(base, batch)
     batch["input_ids"][1, 4] = 77
     bare_now = run(base, batch)
     rows = list(batch["input_ids"])
     for lengths in (None, [11] * 5):
-        plan = BatchPlan(ways, lengths, failed={})
-        with mixed.following(plan):
+        plan = BatchPlan(routes, lengths, failed={})
+        with multi_router.following(plan):
             if lengths is None:
                 found = run(base, batch)
             else:
@@ -334,16 +340,19 @@ def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base,
         for row in (0, 2, 3, 4):
             torch.testing.assert_close(found[row], whole[row], atol=1e-4, rtol=1e-4)
     assert (whole[0] - bare[0]).abs().max() > 0.01
-    with mixed.following(BatchPlan(ways)), pytest.raises(IndexError, match="fussy"):  # nobody collects it
+    with (
+        multi_router.following(BatchPlan(routes)),
+        pytest.raises(IndexError, match="fussy"),
+    ):  # nobody collects it
         run(base, batch)
     lost = BatchPlan([Route(version, Fussy(MemoryError))] * 5, failed={})
-    with mixed.following(lost), pytest.raises(MemoryError):
+    with multi_router.following(lost), pytest.raises(MemoryError):
         run(base, batch)
     # All of a pass, by a kernel that takes it whole.
     for path in other.fused:
         other.fused[path] = lambda *_: 1 // 0
     alone = BatchPlan([other] * 5, failed={})
-    with mixed.following(alone):
+    with multi_router.following(alone):
         found = run(base, batch)
     assert sorted(alone.failed) == ([0, 1, 2, 3, 4] if other.fused else [])
     if other.fused:
@@ -353,23 +362,23 @@ def test_an_item_that_fails_goes_by_the_base_and_the_others_their_way(make_base,
 def test_versions_come_and_go_while_others_stay(make_base, make_expert):
     base = make_base("llama")
     first, second = pools(base, make_expert)
-    batch, mixed = inputs(base), MultiRouter(base.model)
+    batch, multi_router = inputs(base), MultiRouter(base.model)
     old, new = PoolVersion(base, first), PoolVersion(base, second)
-    mixed.attach(old)
-    way = Route(old, PHATGOOSE())
-    with mixed.following(BatchPlan([way] * 8)):
+    multi_router.attach(old)
+    chosen_route = Route(old, PHATGOOSE())
+    with multi_router.following(BatchPlan([chosen_route] * 8)):
         before = run(base, batch)
-    mixed.attach(new)
-    with mixed.following(BatchPlan([way, Route(new, PHATGOOSE())] * 4)):
+    multi_router.attach(new)
+    with multi_router.following(BatchPlan([chosen_route, Route(new, PHATGOOSE())] * 4)):
         both = run(base, batch)
     assert_rows(both[::2], before[::2], torch.float32)
-    mixed.detach(old)
-    with mixed.following(BatchPlan([Route(new, PHATGOOSE()), None] * 4)):
+    multi_router.detach(old)
+    with multi_router.following(BatchPlan([Route(new, PHATGOOSE()), None] * 4)):
         after = run(base, batch)
     assert_rows(
         after[::2],
         run(Base(route(copy.deepcopy(base.model), second, any_base=True), base.tokenizer, "x"), batch)[::2],
         torch.float32,
     )
-    mixed.detach(new)
+    multi_router.detach(new)
     assert not hooked(base.model)

@@ -44,22 +44,22 @@ def test_each_row_and_each_packed_sequence_goes_its_own_way(base, pools):
     batch = {"input_ids": x, "attention_mask": torch.ones_like(x)}
     batch["attention_mask"][0, :4] = 0
     versions = {id(pool): PoolVersion(base, pool) for pool in (first, second)}
-    mixed = MultiRouter(base.model)
+    multi_router = MultiRouter(base.model)
     for version in versions.values():
-        mixed.attach(version)
-    ways = [None if one is None else Route(versions[id(one[0])], one[1]) for one in asked]
-    with mixed.following(BatchPlan(ways)):
+        multi_router.attach(version)
+    routes = [None if one is None else Route(versions[id(one[0])], one[1]) for one in asked]
+    with multi_router.following(BatchPlan(routes)):
         found = run(base, batch)
     rows = [x[i, i:] for i in range(len(asked))]
-    with mixed.following(BatchPlan(ways, lengths=[len(row) for row in rows])):
+    with multi_router.following(BatchPlan(routes, lengths=[len(row) for row in rows])):
         together = run(base, packed(base, rows))[0].split([len(row) for row in rows])
     off = Route(versions[id(second)], PHATGOOSE(), off=["0"])
-    with mixed.following(BatchPlan([off] * len(asked))):
+    with multi_router.following(BatchPlan([off] * len(asked))):
         without = run(base, batch)
     with pytest.raises(RoutingError, match="Retrieval can't tell requests apart"):
         Route(versions[id(second)], Retrieval())
     for version in versions.values():
-        mixed.detach(version)
+        multi_router.detach(version)
     assert not hooked(base.model)
     for row, one in enumerate(asked):
         if one is not None:
@@ -86,8 +86,8 @@ def _loads(base, pool, row, skip=0):
 
 def test_loads_and_failures_inside_experts(base, pools):
     _, pool = pools
-    version, mixed, x = PoolVersion(base, pool), MultiRouter(base.model), ids(4, 9)
-    mixed.attach(version)
+    version, multi_router, x = PoolVersion(base, pool), MultiRouter(base.model), ids(4, 9)
+    multi_router.attach(version)
     good, bad = Route(version, PHATGOOSE()), Route(version, PHATGOOSE())
 
     class Broken(BoundRouter):
@@ -99,13 +99,13 @@ def test_loads_and_failures_inside_experts(base, pools):
         if ".2." in path:
             bad.bound[path] = Broken()
     plan = BatchPlan([good, bad, None, good], count_loads=True, failed={})
-    with mixed.following(plan):
+    with multi_router.following(plan):
         found = run(base, {"input_ids": x})
     assert list(plan.failed) == [1]
     skipped = BatchPlan([good] * 4, lengths=[9] * 4, count_loads=True, skip=[2, 0, 5, 8])
-    with mixed.following(skipped):
+    with multi_router.following(skipped):
         run(base, packed(base, list(x)))
-    mixed.close()
+    multi_router.close()
     assert not hooked(base.model)
     assert_rows(found[2], run(base, {"input_ids": x[2:3]})[0], torch.float32)
     sums = [one.loads.summed(4, {id(version): 3})[id(version)][0] for one in (plan, skipped)]

@@ -169,13 +169,13 @@ def test_a_compiled_model_serves_several_ways(made, compiled):
     found = []
     for one in (base, plain):
         logits(one)
-        mixed, version = MultiRouter(one.model), PoolVersion(one, pool)
-        mixed.attach(version)
-        ways = [Route(version, Single("e1")), Route(version, PHATGOOSE()), None]
-        for pair in (ways[:2], ways[1:]):
-            with mixed.following(BatchPlan(pair)):
+        multi_router, version = MultiRouter(one.model), PoolVersion(one, pool)
+        multi_router.attach(version)
+        routes = [Route(version, Single("e1")), Route(version, PHATGOOSE()), None]
+        for pair in (routes[:2], routes[1:]):
+            with multi_router.following(BatchPlan(pair)):
                 found.append(logits(one))
-        mixed.close()
+        multi_router.close()
         found.append(logits(one))
     for one, other in zip(found[:3], found[3:], strict=True):
         close(one, other)

@@ -44,13 +44,13 @@ def test_an_embedding_that_t5_never_calls_is_named_once(make_base, make_expert):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_it_is_said_where_several_versions_go_different_ways(make_base, make_expert):
     base = make_base("t5")
-    mixed = MultiRouter(base.model)
+    multi_router = MultiRouter(base.model)
     version = PoolVersion(base, Pool([make_expert(base, targets=["shared", "q"], gates=False)]))
-    mixed.attach(version)
+    multi_router.attach(version)
     with pytest.warns(UserWarning, match="experts adapt shared, which didn't run"):
         run(base.model)
     run(base.model)
-    mixed.close()
+    multi_router.close()
     assert hooked(base.model) == []
 
 
