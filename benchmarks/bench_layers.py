@@ -104,7 +104,7 @@ def _row(case: Case, layers: list[Layer], fused: list, tokens: int, rounds: int)
         "torch": every(lambda i: by_torch(i, fast.mix)),
     }
     if tokens * case.experts * case.rank <= 3e6:
-        ways["dense"] = every(lambda i: by_torch(i, fast._dense))
+        ways["dense"] = every(lambda i: by_torch(i, fast.dense))
     times = {name: 1e6 * t / count for name, t in medians(ways, rounds).items()}
     return {
         "d_in": case.d_in, "d_out": case.d_out, "experts": case.experts, "rank": case.rank, "dtype": str(case.dtype)[6:],

@@ -154,7 +154,7 @@ def _dense(site: object) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         u, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
         chosen, weights = fast.choose(fast.gate_scores(u, site.router.gates), 2)
-        return fast._dense(u, y, site.stack, chosen, weights).reshape(output.shape)
+        return fast.dense(u, y, site.stack, chosen, weights).reshape(output.shape)
 
     return hook
 

@@ -65,10 +65,10 @@ def test_mix_equals_the_sum_in_float64(name, dtype, tokens, ranks):
     assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-WAYS = [fast._dense, fast._gather, fast._grouped, fast._loop]
+METHODS = [fast.dense, fast.gather, fast.grouped, fast.loop]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_agrees_with_the_reference(way, dtype):
     _, u, y, stack, gates = problem(17, (8,) * 7, dtype=dtype)
@@ -78,7 +78,7 @@ def test_every_way_agrees_with_the_reference(way, dtype):
     assert relative(way(u, y, stack, chosen, weights), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("way", [fast._dense, fast._gather, fast._loop])
+@pytest.mark.parametrize("way", [fast.dense, fast.gather, fast.loop])
 def test_what_overflows_at_an_expert_that_nobody_chose_changes_nothing(way):
     _, u, y, stack, _ = problem(6, (8,) * 5, dtype=torch.float16)
     stack.A[:8], u[:] = 6e4, u.abs()
@@ -90,7 +90,7 @@ def test_what_overflows_at_an_expert_that_nobody_chose_changes_nothing(way):
     assert relative(way(u, y, stack, chosen, weights), expected) < 1e-2
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 def test_every_way_has_the_references_gradient(way):
     _, u, y, stack, gates = problem(9, (8,) * 5)
     found = []
@@ -102,35 +102,29 @@ def test_every_way_has_the_references_gradient(way):
     assert relative(found[1], found[0]) < 1e-5
 
 
-def chosen_way(monkeypatch, tokens, ranks, dtype, gaps=False):
-    _, u, y, stack, _ = problem(tokens, ranks, dtype=dtype)
-    if gaps:
-        stack = dataclasses.replace(stack, A=stack.A.repeat(2, 1), B=stack.B.repeat(2, 1))
-    taken = []
-    for way in WAYS:
-        monkeypatch.setattr(fast, way.__name__, lambda *args, way=way: taken.append(way) or way(*args))
-    fast.mix(u, y, stack, torch.zeros(tokens, 2, dtype=torch.long), torch.ones(tokens, 2))
-    return taken[0]
-
-
 @pytest.mark.parametrize(
     ("tokens", "ranks", "dtype", "gaps", "way"),
     [
-        (1, (8,) * 100, torch.bfloat16, False, fast._gather),
-        (50, (8,) * 100, torch.bfloat16, False, fast._dense),
-        (50, (8,) * 100, torch.bfloat16, True, fast._gather),
-        (50, (8,) * 200, torch.bfloat16, False, fast._gather),
-        (70, (8,) * 200, torch.bfloat16, False, fast._grouped),
-        (70, (8,) * 200, torch.bfloat16, True, fast._loop),
-        (70, (3,) * 600, torch.bfloat16, False, fast._loop),
-        (70, (8, 16) * 70, torch.bfloat16, False, fast._loop),
-        (50, (8,) * 10, torch.float32, False, fast._grouped),
-        (3, (8,) * 10, torch.float32, False, fast._loop),
-        (50, (3, 4), torch.float32, False, fast._loop),
+        (1, (8,) * 100, torch.bfloat16, False, fast.gather),
+        (50, (8,) * 100, torch.bfloat16, False, fast.dense),
+        (50, (8,) * 100, torch.bfloat16, True, fast.gather),
+        (50, (8,) * 200, torch.bfloat16, False, fast.gather),
+        (70, (8,) * 200, torch.bfloat16, False, fast.grouped),
+        (70, (8,) * 200, torch.bfloat16, True, fast.loop),
+        (70, (3,) * 600, torch.bfloat16, False, fast.loop),
+        (70, (8, 16) * 70, torch.bfloat16, False, fast.loop),
+        (50, (8,) * 10, torch.float32, False, fast.grouped),
+        (3, (8,) * 10, torch.float32, False, fast.loop),
+        (50, (3, 4), torch.float32, False, fast.loop),
     ],
 )
-def test_the_way_taken(monkeypatch, tokens, ranks, dtype, gaps, way):
-    assert chosen_way(monkeypatch, tokens, ranks, dtype, gaps) is way
+def test_the_method_taken(tokens, ranks, dtype, gaps, way):
+    _, u, y, stack, _ = problem(tokens, ranks, dtype=dtype)
+    if gaps:
+        stack = dataclasses.replace(stack, A=stack.A.repeat(2, 1), B=stack.B.repeat(2, 1))
+    assert fast.low_rank_method(stack, tokens, 2) is way
+    choice = torch.zeros(tokens, 2, dtype=torch.long), torch.ones(tokens, 2)
+    assert torch.equal(fast.mix(u, y, stack, *choice), way(u, y, stack, *choice))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -270,7 +264,7 @@ def delta_in_float64(part, u, w, b, h):
 @pytest.mark.parametrize("way", ["dense", "loop"])
 def test_every_kind_of_update_mixes_with_every_other(name, with_bias, tokens, way, monkeypatch):
     if way == "dense":
-        monkeypatch.setattr(fast, "_loop", fast._dense)
+        monkeypatch.setattr(fast, "low_rank_method", lambda stack, tokens, k: fast.dense)
     parts, w, b = general()
     b = b if with_bias else None
     u = torch.randn(tokens, w.shape[1], generator=torch.Generator().manual_seed(3)) * 2 + 1

@@ -52,24 +52,24 @@ def test_it_is_compiled_once_and_then_found(fresh, monkeypatch, tmp_path):
 
 
 def test_the_name_depends_on_source_flags_compiler_and_torch(monkeypatch, tmp_path):
-    names = {build._key()}
+    names = {build.kernel_path().name}
     with monkeypatch.context() as patch:
         patch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-        names.add(build._key())
+        names.add(build.kernel_path().name)
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "another")
-        names.add(build._key())
+        names.add(build.kernel_path().name)
     with monkeypatch.context() as patch:
         patch.setattr(build.torch, "__version__", "9.9")
-        names.add(build._key())
+        names.add(build.kernel_path().name)
     with monkeypatch.context() as patch:
         for source in build.SOURCES.iterdir():
             if source.is_file():
                 (tmp_path / source.name).write_text(source.read_text() + "\n")
         patch.setattr(build, "SOURCES", tmp_path)
-        names.add(build._key())
+        names.add(build.kernel_path().name)
     assert len(names) == 5
-    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+    assert all(re.fullmatch(r"phatgoose-[0-9a-f]{16}\.so", name) for name in names)
 
 
 def test_without_a_compiler_auto_is_torch_and_cpu_is_refused(fresh, monkeypatch, tmp_path):
@@ -154,7 +154,8 @@ def test_what_can_t_be_loaded_is_not_kept(fresh, monkeypatch, tmp_path):
 
 def test_what_can_t_be_loaded_any_more_is_compiled_again(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_compiled", lambda: fresh)
-    path = tmp_path / "kernels" / f"phatgoose-{build._key()}.so"
+    path = build.kernel_path()
+    assert path.parent == tmp_path / "kernels"
     path.parent.mkdir()
     path.write_bytes(b"of a system that is no more")
     assert build.library().path == path

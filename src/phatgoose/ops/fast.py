@@ -1,6 +1,8 @@
-"""Routing at one module with batched torch operations. Same signatures and results as `phatgoose.ops.reference`."""
+"""Score, choose and mix by batched torch operations, with the results of `reference.py`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +11,19 @@ from torch import Tensor
 from phatgoose.ops.reference import EPS
 from phatgoose.ops.stack import VECTOR_TERMS, Layer, Stack
 
-# Measured by benchmarks/ops.py on a CPU (576 → 1536, rank 16, k = 2). In 16 bits, up to DENSE_ROWS stacked
-# rows one product over all experts is cheapest, unless fewer than one row in DENSE_SHARE is wanted; above,
-# up to GATHER_TOKENS tokens gather their own rows. In float32 copying rows costs more than it saves, and so
-# does multiplying rows that nobody wants.
+# Measured by benchmarks/ops.py on a CPU (576 → 1536, rank 16, k = 2). `low_rank_method` uses them. In
+# float32, copying rows costs more than it saves, and so does multiplying rows that nobody wants.
 DENSE_ROWS = 1024
+"""In 16 bits, up to this many stacked rows one product over all experts is cheapest, …"""
 DENSE_SHARE = 3
+"""… unless fewer than one row in this many is wanted."""
 GATHER_TOKENS = 64
+"""In 16 bits, up to this many tokens it is cheapest that each gathers its own rows."""
 LOOP_TOKENS = 4
+"""Up to this many tokens, a loop over experts costs less than a grouped product."""
+
+LowRankMethod = Callable[[Tensor, Tensor, Stack, Tensor, Tensor], Tensor]
+"""(u, y, stack, chosen, weights) → y + the low-rank parts."""
 
 
 def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
@@ -27,8 +34,7 @@ def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
 
 
 def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The k best experts of every token and the softmax over their scores. Which of two equal scores comes
-    first is open."""
+    """The k best experts of every token and the softmax over their scores. Ties are broken arbitrarily."""
     values, chosen = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     return chosen, values.softmax(-1)
 
@@ -36,18 +42,38 @@ def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def mix(
     u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
 ) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u), by whichever of three ways is cheapest for this many tokens and stacked rows."""
+    """y + Σ_j w_j Δ_{e_j}(u), the low-rank parts by the method that is cheapest for this many tokens and
+    stacked rows."""
     if chosen.numel() == 0:
         return y
-    added = y if stack.A.shape[0] == 0 else _low_rank(u, y, stack, chosen, weights)
+    added = y
+    if stack.A.shape[0]:
+        added = low_rank_method(stack, *chosen.shape)(u, y, stack, chosen, weights)
     return with_others(added, u, y, stack, chosen, weights, layer)
+
+
+def low_rank_method(stack: Stack, tokens: int, k: int) -> LowRankMethod:
+    """The method that was measured to be cheapest for k choices of each of this many tokens."""
+    rows, wanted = stack.A.shape[0], tokens * k * max(stack.ranks)
+    sixteen_bits = stack.A.dtype.itemsize == 2
+    # Rows that nobody owns may hold anything, NaN too, so no dense product may include them.
+    if sixteen_bits and rows <= min(DENSE_ROWS, DENSE_SHARE * wanted) and not stack.has_gaps:
+        return dense
+    equal_ranks = len(set(stack.ranks)) == 1 and not stack.embedding
+    if equal_ranks and sixteen_bits and tokens <= GATHER_TOKENS:
+        return gather
+    if equal_ranks and tokens > LOOP_TOKENS and _can_group(stack):
+        return grouped
+    return loop
 
 
 def with_others(
     added: Tensor, u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None
 ) -> Tensor:
-    """`added`, which is y + the low-rank parts, with all other parts; u: [..., d_in], y: [..., d_out], chosen
-    and weights: [N, k]."""
+    """`added`, which is y + the low-rank parts, with all other parts.
+
+    u: [..., d_in], y: [..., d_out], chosen and weights: [N, k].
+    """
     if stack.low_rank_only:
         return added
     flat = u.reshape(-1) if stack.embedding else u.reshape(-1, u.shape[-1])
@@ -55,26 +81,14 @@ def with_others(
     return (added + others.reshape(y.shape)).to(y.dtype)
 
 
-def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
-    """By whichever way was measured to be cheapest. Rows that nobody owns may hold anything, NaN too: no dense
-    product there."""
-    rows, wanted = stack.A.shape[0], chosen.numel() * max(stack.ranks)
-    narrow = stack.A.dtype.itemsize == 2
-    if narrow and rows <= min(DENSE_ROWS, DENSE_SHARE * wanted) and not stack.has_gaps:
-        return _dense(u, y, stack, chosen, weights)
-    equal = len(set(stack.ranks)) == 1 and not stack.embedding
-    if equal and narrow and u.shape[0] <= GATHER_TOKENS:
-        return _gather(u, y, stack, chosen, weights)
-    if equal and u.shape[0] > LOOP_TOKENS and _can_group(stack):
-        return _grouped(u, y, stack, chosen, weights)
-    return _loop(u, y, stack, chosen, weights)
-
-
 def _others(
     u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None
 ) -> Tensor:
-    """Everything but the low-rank parts: [N, d_out] in float32 or wider. W runs once, whatever number of
-    experts scale its input."""
+    """Everything but the low-rank parts: [N, d_out] in float32 or wider.
+
+    Each term is computed once for the weighted sum of its vectors, so W runs once, whatever number of experts
+    scale its input.
+    """
     per_expert = _per_expert(stack, chosen, weights)
     own = y.to(torch.promote_types(y.dtype, torch.float32))
     total = torch.zeros_like(own)
@@ -82,7 +96,7 @@ def _others(
         total = total + VECTOR_TERMS[name](vectors.sum(per_expert), u, own, layer)
     for expert, bottleneck in stack.bottlenecks:
         weight = per_expert[:, expert, None].to(own.dtype)
-        if weight.is_cuda or bool((weight != 0).any()):  # to ask a GPU is to wait for it
+        if weight.is_cuda or bool((weight != 0).any()):  # a GPU would have to be waited for
             delta = weight * bottleneck.apply(y, stack.residual).to(own.dtype)
             total = total + torch.where(weight != 0, delta, 0)
     return total
@@ -101,12 +115,12 @@ def _scaled(stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
-    """A u by its weights, 0 where they are: in float16, A u of an expert that nobody chose may be infinite,
-    and 0 times that is NaN."""
+    """A u times its weights. It is 0 where they are: in float16, A u of an expert that nobody chose may be
+    infinite, and 0 times that is NaN."""
     return torch.where(weights != 0, hidden, 0) * weights.to(hidden.dtype)
 
 
-def _dense(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+def dense(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """Two products over every expert's rows, the rows of experts not chosen scaled by zero."""
     per_expert = _per_expert(stack, chosen, _scaled(stack, chosen, weights))
     hidden = stack.hidden(u)
@@ -114,7 +128,7 @@ def _dense(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) 
     return (y + delta).to(y.dtype)
 
 
-def _gather(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+def gather(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """Each token's own rows gathered, then small batched products; for few tokens and equal ranks."""
     rank, (n, k) = stack.ranks[0], chosen.shape
     starts = stack.start_vector(u.device)[chosen.clamp(min=0)]
@@ -142,7 +156,7 @@ def _can_group(stack: Stack) -> bool:
     )
 
 
-def _grouped(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+def grouped(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """Tokens sorted by expert, two grouped products; for equal ranks."""
     rank, k = stack.ranks[0], chosen.shape[1]
     flat = chosen.reshape(-1).clamp(min=0)  # where nothing is chosen, expert 0 with weight 0
@@ -157,7 +171,7 @@ def _grouped(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor
     return (y + total.index_add(0, tokens, delta.to(total.dtype))).to(y.dtype)
 
 
-def _loop(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+def loop(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
     """Tokens sorted by expert, one pair of products per expert in use; any ranks and any rows."""
     flat = chosen.reshape(-1)
     order = flat.argsort(stable=True)

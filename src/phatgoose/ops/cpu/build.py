@@ -1,4 +1,4 @@
-"""Compiles the CPU kernel on first use and keeps it in the cache folder; no build step, no Python or torch headers."""
+"""Compiles the CPU kernel on first use, without Python or torch headers, and keeps it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-"""Instruction sets and the compiler's options for them. One that the compiler doesn't know is left out, but
-for the last."""
+"""Instruction sets, best first, and the compiler's options for them. Those that the compiler doesn't know are
+left out; the last must compile."""
 COMPILERS = ("g++", "c++", "clang++")
 SECONDS = 600
 log = logging.getLogger(__name__)
@@ -67,13 +67,13 @@ def library() -> Library:
     Raises:
         RoutingError: it can't be compiled, kept or loaded here; says why.
     """
-    path = cache_folder() / "kernels" / f"phatgoose-{_key()}.so"
+    path = kernel_path()
     try:
         if path.is_file():
             try:
                 return _loaded(path)
             except OSError as error:
-                log.info("compiling the CPU kernel again, as the kept one can't be loaded: %s", error)
+                log.info("compiling the CPU kernel again, because the kept one can't be loaded: %s", error)
         write_bytes(path, _compiled())
         return _loaded(path)
     except (PhatgooseError, OSError) as error:
@@ -90,10 +90,11 @@ def reason() -> str | None:
     return None
 
 
-def _key() -> str:
-    """Whatever the compiled file depends on. Two processes that compile at once write the same file, each whole.
+def kernel_path() -> Path:
+    """Where the kernel is kept. Its name is a hash of all that the file depends on.
 
-    Of the compiler only what the user says of it: a kept file is used where there is no compiler (any more).
+    So two processes that compile at once write the same file. Of the compiler, only $CXX counts: a kept file
+    is used even if there is no compiler any more.
     """
     parts = [
         torch.__version__,
@@ -103,18 +104,19 @@ def _key() -> str:
         repr((FLAGS, VARIANTS)),
     ]
     parts += [f"{p.name}\0{p.read_text(encoding='utf-8')}" for p in sorted(SOURCES.iterdir()) if p.is_file()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "kernels" / f"phatgoose-{key}.so"
 
 
 def compiler() -> tuple[str, ...]:
-    """The command of the C++ compiler to use: $CXX, which may be several words (ccache g++), or the first one
-    found; none: empty."""
+    """The C++ compiler's command: $CXX, which may be several words (ccache g++), or the first one found; empty
+    if there is none."""
     asked = os.environ.get("CXX")
     if not asked:
         return next(((found,) for name in COMPILERS if (found := shutil.which(name))), ())
     if found := shutil.which(asked):  # its path may have spaces
         return (found,)
-    with suppress(ValueError):  # a quotation that doesn't end
+    with suppress(ValueError):  # a quotation mark is missing
         words = shlex.split(asked)
         if words and (found := shutil.which(words[0])):
             return (found, *words[1:])
@@ -122,22 +124,25 @@ def compiler() -> tuple[str, ...]:
 
 
 def _openmp() -> str | None:
-    """The OpenMP library that torch has loaded. A second one would have threads of its own, fighting for the
-    same cores."""
+    """The OpenMP library that torch has loaded. A second one would start further threads, which compete for
+    the same cores."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:
             files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and "/" in line}
     except OSError:
         return None
     known = [f for f in sorted(files) if os.path.basename(f).startswith(("libgomp", "libiomp5", "libomp"))]
-    # Other packages (scikit-learn, sentencepiece) bring their own, in folders named NAME.libs, and may be
-    # loaded as well.
+    # Other packages (scikit-learn, sentencepiece) may have loaded their own, from folders named NAME.libs.
     torchs = os.path.dirname(torch.__file__) + os.sep
     return min(known, key=lambda f: (not f.startswith(torchs), ".libs/" in f, f), default=None)
 
 
 def _compiled() -> bytes:
-    """Raises RoutingError: there is no compiler, it fails or takes too long, or what it makes can't be loaded."""
+    """The compiled kernel's file.
+
+    Raises:
+        RoutingError: there is no compiler, it fails or takes too long, or what it makes can't be loaded.
+    """
     cxx = compiler()
     if not cxx:
         asked = os.environ.get("CXX")
@@ -158,8 +163,8 @@ def _compiled() -> bytes:
             raise RoutingError(f"{shlex.join(cxx)} failed: {failed['portable']}")
         built = [name for name in variants if name not in failed]
         has = [f"-DHAS_{name.upper()}" for name in built]
-        # Of symbols that several objects define, the linker keeps the first. There should be none; if there
-        # are, every processor can run the portable one.
+        # If several objects define a symbol, the linker keeps the first. There should be none; but if there are, every
+        # processor can run the portable one, so that comes first.
         objects = [f"{folder}/{name}.o" for name in ("dispatch", *reversed(built))]
         for command in (
             [*cxx, *FLAGS, *has, "-c", str(SOURCES / "dispatch.cpp"), "-o", objects[0]],
@@ -167,7 +172,7 @@ def _compiled() -> bytes:
         ):
             if (error := _run([command])[0]) is not None:
                 raise RoutingError(f"{shlex.join(cxx)} failed: {error}")
-        try:  # before it is kept
+        try:  # a file that can't be loaded isn't kept
             _loaded(kernel)
         except OSError as error:
             why = str(error)
@@ -179,7 +184,9 @@ def _compiled() -> bytes:
 
 
 def _run(commands: Iterable[list[str]]) -> list[str | None]:
-    """Runs commands side by side: for each None, or the end of what it says is wrong. None of them is left running.
+    """Runs commands in parallel. For each, returns None, or the end of its error output if it failed.
+
+    No command is left running.
 
     Raises:
         RoutingError: they take longer than SECONDS. OSError: one can't be started.
@@ -187,7 +194,7 @@ def _run(commands: Iterable[list[str]]) -> list[str | None]:
     until, jobs = time.monotonic() + SECONDS, []
     try:
         for command in commands:
-            # A compiler starts others; a session of its own lets them be ended together.
+            # A compiler starts further processes. A new session lets all of them be ended together.
             jobs.append(
                 subprocess.Popen(
                     command,
@@ -210,11 +217,10 @@ def _run(commands: Iterable[list[str]]) -> list[str | None]:
                 job.wait()
             if job.stderr is not None:
                 job.stderr.close()
-    return [_end(text) if job.returncode else None for job, text in zip(jobs, said, strict=True)]
-
-
-def _end(text: str) -> str:
-    return " ".join(text.split())[-300:]
+    return [
+        " ".join(text.split())[-300:] if job.returncode else None
+        for job, text in zip(jobs, said, strict=True)
+    ]
 
 
 def _loaded(path: Path) -> Library:
