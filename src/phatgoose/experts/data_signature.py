@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.files.safetensors_file import all_identical, check_finite, read_tensor_file
+from phatgoose.experts.files.safetensors_file import all_identical, check_finite, holds_same, read_tensor_file
 from phatgoose.experts.files.safetensors_header import Header, Item, write_header
 from phatgoose.experts.names import PEFT_WEIGHTS, SIGNATURE_FILE
 from phatgoose.files import write_bytes
@@ -111,11 +111,10 @@ class DataSignature:
         metadata = {"format": _FORMAT, "version": _VERSION, "adapter_sha256": adapter_sha256}
         if self.encoder is not None:
             metadata |= {"encoder": self.encoder, "encoder_sha256": str(self.encoder_sha256)}
-        if self.path is not None and self.path.is_file():
-            found = read_tensor_file(self.path)
-            if found.metadata == metadata and all_identical(found.tensors, self._tensors()):
-                shutil.copyfile(self.path, target)
-                return
+        source = self.path
+        if source is not None and source.is_file() and holds_same(source, self._tensors(), metadata):
+            shutil.copyfile(source, target)
+            return
         # Not by safetensors' own writer, which puts metadata in random order: one signature should have one sha256.
         items, end, tensors = {}, 0, self._tensors()
         for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.card.card import write_card
 from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.files.safetensors_file import all_identical, read_tensor_file, write_tensors
+from phatgoose.experts.files.safetensors_file import all_identical, holds_same, write_tensors
 from phatgoose.experts.folder import RECORD_VERSION, check_replaceable, read_folder, read_plain
 from phatgoose.experts.gates import checked_gates, gates_metadata
 from phatgoose.experts.hub.fetch import MAX_BYTES
@@ -310,8 +310,7 @@ class Expert:
         source = self.folder
         if source is not None and (source / weights).is_file() and (source / CONFIG_FILE).is_file():
             config = read_json(source / CONFIG_FILE, ExpertError)
-            found = read_tensor_file(source / weights, empty=True).tensors
-            if config == dict(self.adapter_config) and all_identical(found, self.tensors):
+            if config == dict(self.adapter_config) and holds_same(source / weights, self.tensors):
                 for name in (CONFIG_FILE, weights):
                     shutil.copyfile(source / name, work / name)
                 return
@@ -326,9 +325,8 @@ class Expert:
         assert self.gates is not None
         source = self.folder / GATES_FILE if self.folder is not None else None
         if source is not None and source.is_file():
-            with contextlib.suppress(ExpertError):
-                found = read_tensor_file(source)
-                if found.metadata == metadata and all_identical(found.tensors, self.gates):
+            with contextlib.suppress(ExpertError):  # a damaged file is written anew
+                if holds_same(source, self.gates, metadata):
                     shutil.copyfile(source, target)
                     return
         write_tensors(target, self.gates, metadata)

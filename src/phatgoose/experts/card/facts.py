@@ -58,7 +58,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """ "LoRA, rank 16"."""
+        """What the adapter is, as in "LoRA, rank 16"."""
         if not self.is_peft:
             return "bottleneck adapter" if self.config else "unknown"
         kind = (

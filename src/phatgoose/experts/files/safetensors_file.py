@@ -106,6 +106,12 @@ def all_identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> boo
     return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
 
 
+def holds_same(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bool:
+    """Whether a safetensors file has just these tensors, bit for bit, and this metadata if it is given."""
+    found = read_tensor_file(path, empty=True)
+    return metadata in (None, found.metadata) and all_identical(found.tensors, tensors)
+
+
 def check_sha256(
     expected: Any, found: str, path: Path, what: str = "", error: type[PhatgooseError] = ExpertError
 ) -> None:
