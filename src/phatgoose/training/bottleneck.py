@@ -1,4 +1,4 @@
-"""Bottleneck adapters, which PEFT doesn't have: trained by hooks on the base, saved in AdapterHub's format."""
+"""Bottleneck adapters, which PEFT lacks: trained by hooks, saved in AdapterHub's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train an expert on one task with transformers' Trainer: PEFT's LoRA and (IA)³, or our own bottleneck adapters."""
+"""Train an expert on one task: PEFT's LoRA or (IA)³, or our own bottleneck adapter."""
 
 from __future__ import annotations
 

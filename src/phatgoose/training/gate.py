@@ -1,4 +1,4 @@
-"""Train a gate: with base and expert frozen, one vector per adapted module learns when the expert should act."""
+"""Train a gate: one vector per adapted module learns when the frozen expert should act."""
 
 from __future__ import annotations
 

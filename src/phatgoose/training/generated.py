@@ -87,18 +87,7 @@ def write_task(
     """
     base, config = as_base(base), config or WritingConfig()
     prompts = tuple(map(strip_prompt, prompts))
-    if any(not p for p in prompts):
-        raise TrainingError("a prompt is empty.")
-    if base.is_encoder_decoder and not prompts:
-        raise TrainingError(
-            "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one a line)."
-        )
-    if PartialState().num_processes > 1:
-        raise TrainingError(
-            "texts are written by one process: start it without torchrun or accelerate launch."
-        )
-    if routing_of(base) is not None:
-        raise TrainingError("routing is attached to the base: call unroute(base) first.")
+    _check_can_write(base, prompts)
     key = {
         "config": config.to_json(),
         "prompts": list(prompts),
@@ -124,6 +113,21 @@ def write_task(
         "rows": {"train": len(found) - kept, "validation": kept, "test": 0},
     }
     return Task(f"generated:{expert.name}", tuple(found[kept:]), tuple(found[:kept]), (), source)
+
+
+def _check_can_write(base: Base, prompts: Sequence[str]) -> None:
+    if any(not p for p in prompts):
+        raise TrainingError("a prompt is empty.")
+    if base.is_encoder_decoder and not prompts:
+        raise TrainingError(
+            "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one a line)."
+        )
+    if PartialState().num_processes > 1:
+        raise TrainingError(
+            "texts are written by one process: start it without torchrun or accelerate launch."
+        )
+    if routing_of(base) is not None:
+        raise TrainingError("routing is attached to the base: call unroute(base) first.")
 
 
 def _write_all(

@@ -1,4 +1,4 @@
-"""Make an expert's data signature: mean activations and embedded prompts of its own training rows."""
+"""Make a data signature: mean activations and embedded prompts of an expert's own rows."""
 
 from __future__ import annotations
 
@@ -68,26 +68,25 @@ def make_signature(
     started = time.monotonic()
     encoder = load_encoder(config.encoder) if config.texts else None
     key = signature_key(base, expert, task, config, encoder)
-    with work_place(work_folder) as folder:
-        rows = _encoded(base, task, config)
-        size, (activations, tokens) = config.rows_per_batch, (None, 0)
-        if rows:
-            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-            file, whole_key = folder / FOLDER / FILE, f"{key}/{size}"
-            means, tokens = mean_activations(base, here, batches, file, whole_key, report)
-            activations = {own.get(path, path): mean for path, mean in means.items()}
-    texts, cut = (None, 0) if encoder is None else _texts(base, task, config, encoder)
-    made = DataSignature(
-        activations, texts, encoder.name if encoder else None, encoder.sha256 if encoder else None
-    )
+    rows = _encode_rows(base, task, config)
+    activations, tokens = None, 0
+    if rows:
+        size = config.rows_per_batch
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        with work_place(work_folder) as folder:
+            file, file_key = folder / FOLDER / FILE, f"{key}/{size}"
+            means, tokens = mean_activations(base, here, batches, file, file_key, report)
+        activations = {own.get(path, path): mean for path, mean in means.items()}
+    texts, cut = (None, 0) if encoder is None else _embed_texts(base, task, config, encoder)
+    name, sha256 = (encoder.name, encoder.sha256) if encoder else (None, None)
     record = {
-        "kind": "signature", "key": key, "config": {**config.to_json(), "encoder": encoder.name if encoder else None},
+        "kind": "signature", "key": key, "config": {**config.to_json(), "encoder": name},
         "task": {"name": task.name, "source": without_paths(task.source), "hash": task.hash},
         "rows": len(rows), "tokens": tokens, "texts": 0 if texts is None else len(texts), "texts_cut": cut,
-        "encoder": encoder.name if encoder else None, "seconds": round(time.monotonic() - started, 3),
+        "encoder": name, "seconds": round(time.monotonic() - started, 3),
         "versions": installed_versions("phatgoose", "torch", "transformers"),
     }  # fmt: skip
-    return expert.with_signature(made, record)
+    return expert.with_signature(DataSignature(activations, texts, name, sha256), record)
 
 
 def signature_key(
@@ -99,14 +98,16 @@ def signature_key(
     return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256, *rendered])
 
 
-def _encoded(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
+def _encode_rows(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
     """The rows as training encodes them, the longest first, so that batches hold rows of similar length."""
     which = sorted(draw_rows(len(task.train), min(config.rows, len(task.train)), config.seed))
     found = encode_rows(base, task.name, "training", task.train, which, config.max_length)
     return sorted(found.values(), key=lambda row: -row.length)
 
 
-def _texts(base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder) -> tuple[Tensor, int]:
+def _embed_texts(
+    base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder
+) -> tuple[Tensor, int]:
     """(embeddings of training prompts, how many of them were too long for the encoder)."""
     chosen = sorted(draw_rows(len(task.train), min(config.texts, len(task.train)), config.seed))
     prompts = [decoded_prompt(base, task.train[index]) for index in chosen]

@@ -1,4 +1,4 @@
-"""Sample texts from the base with an expert, in batches, and select those that can be rows of a task."""
+"""Sample texts from the base with an expert, and select those that can be rows of a task."""
 
 from __future__ import annotations
 

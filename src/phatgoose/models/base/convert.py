@@ -1,4 +1,4 @@
-"""LoRA that changes the base before training (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA.
+"""LoRA that changes its base at the start (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA
 
 Such a method splits W = R + s B₀A₀, where R is the changed base and A₀, B₀ the initial adapter. The trained model is R
 + s BA, so ΔW = s (BA − B₀A₀): a LoRA of twice the rank, as in PEFT's `path_initial_model_for_weight_conversion`.
@@ -28,6 +28,10 @@ from phatgoose.ops.update import Update
 
 RECOMPUTABLE = ("pissa", "olora")
 """Values of init_lora_weights that PEFT computes from the base's weights alone, so they can be recomputed."""
+_PLAIN_SETTINGS: dict[str, Any] = {
+    "init_lora_weights": True, "corda_config": None, "lora_ga_config": None, "loftq_config": {},
+}  # fmt: skip
+"""Changes of an adapter's config by which it is read as a plain LoRA."""
 WITH_INITIAL = ("pissa", "olora", "corda", "lora_ga")
 """Values that can be converted with the initial adapter. (LoftQ quantises the base, so the difference isn't of low
 rank.)"""
@@ -61,13 +65,7 @@ def convert_to_lora(
     """
     config, file = read_adapter(folder)
     init = _init(config, folder)
-    plain = {
-        **config,
-        "init_lora_weights": True,
-        "corda_config": None,
-        "lora_ga_config": None,
-        "loftq_config": {},
-    }
+    plain = {**config, **_PLAIN_SETTINGS}
     updates = to_contents(plain, file.tensors, str(folder)).updates
     base = fingerprint(model, spec)
     record = {"kind": "converted", "from": init, "base": base.to_json()}
@@ -133,8 +131,7 @@ def _initial(
     if not _named(init, WITH_INITIAL):
         raise ExpertError(_missing(init, trained))
     config, file = read_adapter(folder)
-    plain = {**config, "init_lora_weights": True, "corda_config": None, "lora_ga_config": None}
-    found = to_contents(plain, file.tensors, str(folder)).updates
+    found = to_contents({**config, **_PLAIN_SETTINGS}, file.tensors, str(folder)).updates
     if found.keys() != updates.keys():
         odd = sorted(found.keys() ^ updates.keys())[0]
         raise ExpertError(f"{folder} isn't what {trained} began as: only one of them adapts {odd}.")

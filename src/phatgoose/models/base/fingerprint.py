@@ -1,4 +1,4 @@
-"""A base's fingerprint: its architecture and a few hundred weights at fixed positions (docs/bases.md).
+"""A base's fingerprint: architecture and some weights at fixed positions (docs/bases.md).
 
 Fingerprints are compared by `phatgoose.fingerprints`, which needs no model; its names can be imported from here too.
 """

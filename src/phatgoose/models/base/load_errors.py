@@ -1,4 +1,4 @@
-"""Errors while a base is loaded → one line that says what to do; transformers' own error stays attached."""
+"""Any error while a base is loaded → one BaseModelError that says what to do."""
 
 from __future__ import annotations
 

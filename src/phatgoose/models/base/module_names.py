@@ -1,4 +1,4 @@
-"""Where in a model a module sits, told from its path: which block, what kind, whose tokens it reads."""
+"""Module path → where the module sits: its block, its kind, and whose tokens it reads."""
 
 from __future__ import annotations
 

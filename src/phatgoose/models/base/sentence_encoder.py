@@ -1,8 +1,8 @@
-"""Sentence encoder for retrieval: a text → one vector of length 1, as sentence-transformers computes it.
+"""The sentence encoder for retrieval: a text → one vector of length 1.
 
-The vector is the mean of the last hidden states over the text's tokens, normalised. all-MiniLM-L6-v2, the encoder of
-the literature, is an alias: its files, the same bytes as on the Hub, come from a pinned wheel on the package index.
-Nothing of the wheel is installed or imported.
+As in sentence-transformers, it is the mean of the last hidden states over the text's tokens, normalised.
+all-MiniLM-L6-v2, the encoder of the literature, is an alias: its files, the same bytes as on the Hub, come from a
+pinned wheel on the package index. Nothing of the wheel is installed or imported.
 """
 
 from __future__ import annotations

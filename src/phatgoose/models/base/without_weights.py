@@ -1,4 +1,4 @@
-"""Bases whose weights aren't in memory: modules from the configuration alone, or weights mapped from files."""
+"""Bases without weights in memory: from the configuration alone, or mapped from files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers inside a mixture-of-experts (MoE) base, which transformers keeps in 3-D parameters and not in modules.
+"""Layers inside mixture-of-experts (MoE) bases, which transformers keeps in 3-D parameters.
 
 In: an experts module. Out: an `ExpertLinear` for each of its linear layers, which takes hooks like any module.
 

@@ -1,4 +1,4 @@
-"""The linear layers inside fused experts, as modules that take hooks (see the room's `__init__.py`).
+"""The linear layers inside fused experts, as modules that take hooks.
 
 While any `ExpertLinear` of an experts module has a hook, that module runs expert by expert, by the formula of
 transformers' experts interface, and calls the stand-ins. When the last hook is removed it runs as before.

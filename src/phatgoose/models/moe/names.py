@@ -1,4 +1,4 @@
-"""Module path → the linear layer of a mixture that it means, under transformers 5's names or older ones."""
+"""Module path → the linear layer of a mixture that it means, by its new or old name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The linear layer inside a mixture's router, as a module that takes hooks: they change scores before the router
-chooses.
+"""The linear layer inside a mixture's router, as a module that takes hooks.
 
 A router computes W u, from that which experts a token goes to and with what weights, and returns all of it. So no hook
 on the router can change W u alone. A `RouterLinear` stands for that product. While it has hooks, the router runs a

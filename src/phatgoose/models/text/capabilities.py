@@ -1,4 +1,4 @@
-"""What a model's architecture allows: left padding, rows of mixed length in one forward pass, a shared cache.
+"""What an architecture allows: left padding, rows of mixed length, a shared cache.
 
 Rows of different lengths run in one forward pass only where each is computed as if it were alone:
 

@@ -1,4 +1,4 @@
-"""Conversations → token ids through the tokenizer's chat template, the same for every command.
+"""Conversations → token ids, through the tokenizer's chat template.
 
 A part of the conversation that the template would leave out (a message, a name, tool calls, tools) is refused. Text
 that users and tools write is only text: a control token in it ("<|im_end|>") is split into ordinary tokens, so that
@@ -99,7 +99,7 @@ class _Conversation:
             hint = " Some templates do so with a system turn: write it into the first user turn."
             system = any(m.get("role") == "system" for m in self.messages)
             raise TaskError(
-                "the chat template renders a conversation with its answer differently from that before it: "
+                "the chat template renders a conversation differently with its answer than before it: "
                 f"{_first_difference(text, self.text)}. A model trained on the one would be served the other."
                 + (hint if system else "")
             )
@@ -120,7 +120,8 @@ class _Conversation:
         return tokens
 
     def _end_of_answer(self, messages: list[dict[str, Any]], text: str) -> int:
-        """Where the answer ends in the rendered text: at the end of the span that the template marks, or of the text."""
+        """Where the answer ends in the rendered text: at the end of the span that the template marks, or of the
+        text."""
         if not self.marks_answers:
             return len(text)
         spans = [(a, b) for a, b in self._spans(messages) if b > len(self.text)]

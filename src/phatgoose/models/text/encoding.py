@@ -1,4 +1,4 @@
-"""Text → token ids: prompts, conversations and rows of tasks, the same for training and scoring."""
+"""Text → token ids: prompts, conversations and rows of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our settings as transformers' TrainingArguments, and values that all processes of a training must agree on."""
+"""Our settings as transformers' TrainingArguments, and values shared by all processes."""
 
 from __future__ import annotations
 
@@ -52,21 +52,30 @@ def trainer_arguments(
         report_to=[name for name in loggers if isinstance(name, str)],
         disable_tqdm=True,
     )
-    own = built.device
-    if own.type != device or (base.device.index or 0) != (own.index or 0):
+    _check_device(base, built)
+    built._n_gpu = min(built._n_gpu, 1)  # several devices need several processes; DataParallel is never used
+    built.gradient_accumulation_steps = _batches_per_step(config, built.world_size)
+    return built
+
+
+def _check_device(base: Base, args: TrainingArguments) -> None:
+    device, own = base.device, args.device
+    if own.type != device.type or (device.index or 0) != (own.index or 0):
         raise TrainingError(
-            f"the base is on {base.device}, this process trains on {own}: load the base there "
+            f"the base is on {device}, this process trains on {own}: load the base there "
             f"(load_base(..., device={str(own)!r})), or set CUDA_VISIBLE_DEVICES."
         )
-    built._n_gpu = min(built._n_gpu, 1)  # several devices need several processes; DataParallel is never used
-    share, rest = divmod(config.rows_per_step, config.rows_per_batch * built.world_size)
+
+
+def _batches_per_step(config: LoopConfig, processes: int) -> int:
+    """How many batches each process computes for one step."""
+    share, rest = divmod(config.rows_per_step, config.rows_per_batch * processes)
     if rest:
         raise TrainingError(
             f"rows_per_step = {config.rows_per_step} is not a multiple of rows_per_batch x processes = "
-            f"{config.rows_per_batch} x {built.world_size}: change one of them."
+            f"{config.rows_per_batch} x {processes}: change one of them."
         )
-    built.gradient_accumulation_steps = share
-    return built
+    return share
 
 
 def broadcast_value(value: Any) -> Any:

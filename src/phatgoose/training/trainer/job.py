@@ -1,4 +1,4 @@
-"""What one training consists of: base, task, settings, and how its model is built, written and read."""
+"""What one training consists of, and how it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with exact token means, our own checkpoints, and nothing printed on the terminal."""
+"""transformers' Trainer with exact token means and our own checkpoints."""
 
 from __future__ import annotations
 

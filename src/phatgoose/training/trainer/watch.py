@@ -1,4 +1,4 @@
-"""Between the steps of a loop: check the loss, decide on validation and checkpoints, report progress."""
+"""Between the steps of a loop: check the loss, validate, save, report progress."""
 
 from __future__ import annotations
 
