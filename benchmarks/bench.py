@@ -2,9 +2,10 @@
 
     python benchmarks/bench.py [--experts 4 16 64 166] [--quick] [--out FOLDER]
 
-Prints medians and their ratios to the base of the same run, and the floor: the ratio if only the necessary bytes were read (or numbers
-multiplied). Writes everything to benchmarks/results/bench-<date>.json, and a plot beside it. PEFT's Arrow is slow (half a minute a step
-at 166 experts), so --arrow turns it on. If torch finds a GPU, a model of Llama-3-8B's shape is measured on it as well.
+Prints medians and their ratios to the base of the same run, and the floor: the ratio if only the necessary
+bytes were read (or numbers multiplied). Writes everything to benchmarks/results/bench-<date>.json, and a plot
+beside it. PEFT's Arrow is slow (half a minute a step at 166 experts), so --arrow turns it on. If torch finds a
+GPU, a model of Llama-3-8B's shape is measured on it as well.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def whole_models(
         ratios = "  ".join(f"{n} {r:.2f}" for n, r in one["ratio"].items())
         speed = "".join(f", {n} {s:.0f}" for n, s in one["gb_s"].items())
         print(
-            f"{experts:5} experts  {step.name:16} base {one['milliseconds']['base']:8.1f} ms  × base: {ratios}  floor {floor:.2f}"
-            f"  distinct {one['distinct_experts']:.0f}{'  GB/s' + speed[1:] if speed else ''}",
+            f"{experts:5} experts  {step.name:16} base {one['milliseconds']['base']:8.1f} ms  × base: "
+            f"{ratios}  floor {floor:.2f}  distinct "
+            f"{one['distinct_experts']:.0f}{'  GB/s' + speed[1:] if speed else ''}",
             flush=True,
         )
     return found

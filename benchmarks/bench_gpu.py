@@ -1,7 +1,7 @@
 """Whole models on a GPU: a base of Llama-3-8B's shape, eagerly and in CUDA graphs, routed and not.
 
-Called by bench.py where torch finds a GPU. Every way is captured by itself; a way that can't be captured, as it waits for the GPU,
-says so in the results and is measured eagerly only.
+bench.py calls it if torch finds a GPU. Each contestant is captured as a graph of its own. One that can't be
+captured, since it waits for the GPU, is measured eagerly only, and the results say so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(
 
 
 class Forward:
-    """One step of the model on tokens that lie at one place, as a graph needs them."""
+    """One step of the model on tokens in a fixed buffer, as a graph needs them."""
 
     def __init__(self, model: nn.Module, step: models.Step, device: str):
         generator = torch.Generator().manual_seed(2)
@@ -90,7 +90,7 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
             ways.attach(name)
             try:
                 captured[name] = _graph(forward)
-            except RuntimeError as error:  # torch's, about what may not happen in a capture
+            except RuntimeError as error:  # torch's, about operations that a capture doesn't allow
                 refused[name] = str(error).splitlines()[0]
             ways.detach()
         graph = medians(captured, rounds)
@@ -110,7 +110,7 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
 
 
 def _graph(forward: Forward) -> Callable[[int], None]:
-    """The step as a CUDA graph. What Triton and cuBLAS do on their first call is done before."""
+    """The step as a CUDA graph; Triton and cuBLAS have done the work of their first call before."""
     if not torch.cuda.is_available():
         raise RuntimeError("there are no CUDA graphs without a GPU")
     side = torch.cuda.Stream()

@@ -107,7 +107,14 @@ def _row(case: Case, layers: list[Layer], fused: list, tokens: int, rounds: int)
         ways["dense"] = every(lambda i: by_torch(i, fast.dense))
     times = {name: 1e6 * t / count for name, t in medians(ways, rounds).items()}
     return {
-        "d_in": case.d_in, "d_out": case.d_out, "experts": case.experts, "rank": case.rank, "dtype": str(case.dtype)[6:],
-        "tokens": tokens, "layers": count, "rounds": rounds, "microseconds": times,
+        "d_in": case.d_in,
+        "d_out": case.d_out,
+        "experts": case.experts,
+        "rank": case.rank,
+        "dtype": str(case.dtype)[6:],
+        "tokens": tokens,
+        "layers": count,
+        "rounds": rounds,
+        "microseconds": times,
         "ratio": {n: 1 + t / times["base"] for n, t in times.items() if n != "base"},
-    }  # fmt: skip
+    }

@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved medians, facts about the machine, options, processes and result files."""
+"""What benchmarks share: interleaved medians, facts about the machine, processes, result files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def medians(
     rounds: int,
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each way. The ways take turns, so that a busy moment affects all of them; the first round doesn't count.
+    """Median seconds of each way. The ways take turns, so that a busy moment affects all of them; the first
+    round doesn't count.
 
     Each way is called with the number of the round. `before[name]` prepares it and isn't timed.
     """
@@ -50,7 +51,8 @@ def _synchronize() -> None:
 
 
 def read_bandwidth(megabytes: int = 1024) -> float:
-    """Bytes per second that all threads read from memory: the best of a few sums over more data than any cache holds."""
+    """Bytes per second that all threads read from memory: the best of a few sums over more data than any cache
+    holds."""
     x = torch.ones(megabytes * 2**18)
     best = min(_seconds(x) for _ in range(5))
     return x.numel() * 4 / best

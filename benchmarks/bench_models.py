@@ -1,6 +1,6 @@
 """Whole models: a random base of some model's shape, random experts at every linear layer, and the ways to route them.
 
-All ways share one base and one set of stacks; each round attaches a way, times one step, and takes it off again.
+All contestants share one base and one set of stacks. Each round attaches a contestant, times one step, and detaches it.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ PAST = 64
 
 SHAPES = {
     "smollm2-135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
     },
     "llama-3-8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
     },
     "tiny": {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
     },
     "t5-xl": {
-        "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32, "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
+        "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     },
 }  # fmt: skip
 
@@ -69,13 +69,14 @@ def base_model(layers: int = 30, shape: str = "smollm2-135m", device: str = "cpu
                 LlamaConfig(num_hidden_layers=layers, max_position_embeddings=8192, **SHAPES[shape])
             )
     model = model.to(torch.bfloat16).eval().requires_grad_(False)
-    # Or attention averages random tokens into one another, and all of them choose the same few experts.
+    # Otherwise attention would average random tokens, and all of them would choose the same few experts.
     model.get_input_embeddings().weight.mul_(100)
     return model
 
 
 def random_pool(model: PreTrainedModel, experts: int, rank: int) -> Pool:
-    """Experts of random values with random gates at every linear layer; one expert's tensors are slices of a module's."""
+    """Experts of random values with random gates at every linear layer; one expert's tensors are slices of a
+    module's."""
     generator = torch.Generator().manual_seed(1)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     tensors: list[dict[str, Tensor]] = [{} for _ in range(experts)]
@@ -98,7 +99,7 @@ def random_pool(model: PreTrainedModel, experts: int, rank: int) -> Pool:
 
 @dataclass(eq=False)
 class Ways:
-    """How to attach and take off each contestant."""
+    """Attaches and detaches each contestant."""
 
     model: PreTrainedModel
     pool: Pool
@@ -149,7 +150,7 @@ def _sharing(first: Routing, name: str) -> Routing:
 
 
 def _dense(site: object) -> Callable[..., Tensor]:
-    """The formula as one would write it first: every expert on every token, weights of zero for those not chosen."""
+    """The formula written directly: every expert on every token, with a weight of zero for those not chosen."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         u, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
@@ -160,7 +161,7 @@ def _dense(site: object) -> Callable[..., Tensor]:
 
 
 def _arrow(site: object) -> Callable[..., Tensor]:
-    """PEFT's own Arrow layer, without PEFT's wrapper around it, which favours it. Prototypes are given, not computed."""
+    """PEFT's own Arrow layer without PEFT's wrapper, which makes it faster. Prototypes are given, not computed."""
     stack, names = site.stack, [f"task_{e}" for e in range(site.stack.experts)]
     config = ArrowConfig(top_k=2)
     config.task_adapter_names = names
@@ -179,7 +180,7 @@ def _arrow(site: object) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Step:
-    """One thing a model does: `batch` rows of `length` new tokens, behind a cache if it is a decode step."""
+    """A step of a model: `batch` rows of `length` new tokens; a decode step continues from a cache."""
 
     name: str
     batch: int
@@ -198,8 +199,9 @@ DECODE_1, DECODE_8, PREFILL = (
 
 
 def runner(model: PreTrainedModel, step: Step) -> Callable[[int], Tensor]:
-    """A function of the round's number, which decides the tokens. An encoder–decoder's prefill is its encoder and one token of its
-    decoder; its decode step is the decoder's, behind PAST tokens and as many encoded ones.
+    """A function of the round's number, which determines the tokens. An encoder–decoder's prefill is its
+    encoder and one token of its decoder; its decode step is the decoder's, after PAST tokens and with as many
+    encoded ones.
     """
     size = model.config.vocab_size
     ids = torch.randint(0, size, (64, step.batch, step.length), generator=torch.Generator().manual_seed(2))
@@ -227,7 +229,7 @@ def runner(model: PreTrainedModel, step: Step) -> Callable[[int], Tensor]:
 
 
 def measure(ways: Ways, step: Step, rounds: int) -> dict[str, object]:
-    """Medians in milliseconds, ratios to the base, what was chosen and what has to be read for it."""
+    """Medians in milliseconds, ratios to the base, the experts that were chosen and the bytes they take to read."""
     with torch.inference_mode():
         run = runner(ways.model, step)
         found = medians(
@@ -251,7 +253,7 @@ def beside_base(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def distinct_experts(ways: Ways, run: Callable[[int], object]) -> dict[str, int]:
-    """How many experts each module really used in one step, by the paths of those that ran."""
+    """How many experts each module used in one step, by the paths of the modules that ran."""
     ways.detach()
     routing = next(iter(ways.routings.values()))
     routing.attach()
@@ -263,7 +265,8 @@ def distinct_experts(ways: Ways, run: Callable[[int], object]) -> dict[str, int]
 
 
 def weights_read(model: PreTrainedModel, run: Callable[[int], object]) -> int:
-    """Bytes of the base's weights that one step reads: those of the modules that ran, without tables of which it reads a few rows."""
+    """Bytes of the base's weights that one step reads: those of the modules that ran, without tables of which
+    it reads a few rows."""
     read: dict[int, int] = {}
 
     def note(module: nn.Module, *_: object) -> None:
@@ -280,8 +283,9 @@ def weights_read(model: PreTrainedModel, run: Callable[[int], object]) -> int:
 def cost(ways: Ways, distinct: dict[str, int], base_bytes: int) -> dict[str, object]:
     """Bytes and multiplications of the base and of what routing adds, at a step, and their ratio: the floors.
 
-    Bytes at decode: every weight of the base that the step reads once, every gate once (in bfloat16, as in the issue; the kernel reads
-    8 bits), the chosen experts' rows once a module. Multiplications at prefill: linear layers, gates and two experts a token.
+    Bytes at decode: every weight of the base that the step reads once, every gate once (counted in bfloat16;
+    the kernel reads 8 bits), the chosen experts' rows once a module. Multiplications at prefill: linear
+    layers, gates and two experts a token.
     """
     sites = [s for s in ways.sites if s.path in distinct]
     linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in sites)

@@ -1,4 +1,4 @@
-"""The plot beside the results: ratios to the base against the pool's size, one panel a step. SVG by hand, no library needed."""
+"""The plot beside the results: ratios to the base by the pool's size, one panel a step, as SVG."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     legend += f'<text x="{LEFT + 130 * len(ways)}" y="16" fill="#888">– – floor</text>'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {HEIGHT + TOP + BOTTOM}" font-family="sans-serif" '
-        f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>{legend}{text}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {HEIGHT + TOP + BOTTOM}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>{legend}{text}</svg>\n'
     )
 
 

@@ -1,10 +1,10 @@
-"""Pools larger than the device: how often experts are in its memory, and how many bytes are copied, by the budget.
+"""Pools larger than the device: cache hits and bytes copied, by the budget of device memory.
 
     python benchmarks/cached.py [--experts 166] [--layers 30] [--shares 0.1 0.25 0.5 1] [--out RESULT.json]
 
-The counts are the same on every device; the milliseconds are this machine's, where the CPU is both host and device. The base,
-experts and tokens are random, so nearly all choices differ: the worst case for a cache. A share is of the pool's bytes, beside what is
-always in memory.
+The counts are the same on every device; the milliseconds are this machine's, where the CPU is both host and
+device. The base, experts and tokens are random, so nearly all choices differ: the worst case for a cache. A
+share is of the pool's bytes, beside what is always in memory.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def measure(model: Any, pool: Any, share: float, resident: int, whole: int) -> l
             found.append(row)
             e, g = row["experts"], row["gates"]
             print(
-                f"{share:5.2f}  {step.name:16} {row['milliseconds']:8.1f} ms   experts a module {e['needed']:6.1f}, there {e['hits']:4.0%}, "
-                f"{e['megabytes_copied']:8.2f} MB a step   float32 gates {g['needed']:6.1f}, there {g['hits']:4.0%}, "
-                f"{g['megabytes_copied']:7.2f} MB",
+                f"{share:5.2f}  {step.name:16} {row['milliseconds']:8.1f} ms   experts a module "
+                f"{e['needed']:6.1f}, there {e['hits']:4.0%}, {e['megabytes_copied']:8.2f} MB a step   "
+                f"float32 gates {g['needed']:6.1f}, there {g['hits']:4.0%}, {g['megabytes_copied']:7.2f} MB",
                 flush=True,
             )
     return found

@@ -3,10 +3,11 @@
     python benchmarks/large.py --experts 2000 --work FOLDER [--rank 16] [--modules NAME …] [--out RESULT.json]
     python benchmarks/large.py --experts 10000 --rank 4 --modules q_proj v_proj --work FOLDER
 
-Writes the experts to FOLDER (2,000 of rank 16 at all linear layers take 21 GB, twice that for a moment), packs them, opens and routes
-them in a process of its own, and removes them. Decode and prefill are medians of steps that take turns with the base's: with no page of the
-pool's file in memory, rows asked for ahead of time or read as they are touched, and again with a token whose pages are in memory, both ways.
-At some modules the choice and the output are held to the formulas in float64.
+Writes the experts to FOLDER (2,000 of rank 16 at all linear layers take 21 GB, twice that for a moment), packs
+them, opens and routes them in a process of its own, and removes them. Decode and prefill are medians of steps
+that take turns with the base's. They start with no page of the pool's file in memory, or with a token whose
+pages are in memory; rows are prefetched, or read when they are touched. At some modules the choice and the
+output are compared with the formulas in float64.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
             for name, ahead in WAYS.items():
                 ready[f"cold, {name}"] = lambda ahead=ahead: pages.prepare(True, ahead)
             times = medians(dict.fromkeys(ready, run), rounds, ready)
-            # Apart from those, or what has just waited for the disk would be favoured by the system.
+            # By themselves: the system favours a process that has just waited for the disk.
             ready = {
                 f"again, {name}": lambda ahead=ahead: pages.prepare(False, ahead)
                 for name, ahead in WAYS.items()
@@ -110,7 +111,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Pages:
-    """The pool's file in memory, and whether its rows are asked for ahead of time."""
+    """The pool's file in memory, and whether its rows are prefetched."""
 
     routing: Any
 
@@ -128,11 +129,11 @@ class Pages:
         for struct, place in self.asking:
             struct.prefetch = place if ahead else None
         if cold:
-            self.file._map.madvise(mmap.MADV_DONTNEED)  # or its pages couldn't be dropped
+            self.file._map.madvise(mmap.MADV_DONTNEED)  # mapped pages can't be dropped
             handle = os.open(self.file.path, os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-            cpu.shared_prefetch().epoch += 1  # what was asked for is gone
+            cpu.shared_prefetch().epoch += 1  # what was prefetched is gone
 
 
 def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def agrees(model: torch.nn.Module, pool: Any, routing: Any) -> dict[str, Any]:
             lambda m, args, out, p=site.path: seen.__setitem__(p, (args[0], out))
         )
         for site in sites
-    ]  # registered after the routing's, so they see what it made of the output
+    ]  # registered after the routing's, so they see the routed output
     model(torch.arange(100, 108)[None])
     for handle in handles:
         handle.remove()

@@ -1,10 +1,10 @@
-"""Loading many adapters into one model: PEFT's load_adapter against this library's Pool.load and route, in one run.
+"""Loading many adapters into one model: PEFT's load_adapter compared with Pool.load and route.
 
     python benchmarks/loading.py [--experts 166] [--layers 6] [--work FOLDER] [--out RESULT.json]
 
-The model has SmolLM2-135M's width and `--layers` blocks; the adapters are random ones of rank 16 at all 7 linear layers of every
-block, in bfloat16, with gates. Every way runs in a process of its own, on the same folders. Seconds are wall and CPU time, without imports
-and without building the base.
+The model has SmolLM2-135M's width and `--layers` blocks; the adapters are random ones of rank 16 at all 7
+linear layers of every block, in bfloat16, with gates. Every way runs in a process of its own, on the same
+folders. Seconds are wall and CPU time, without imports and without building the base.
 """
 
 from __future__ import annotations

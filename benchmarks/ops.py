@@ -1,9 +1,10 @@
-"""The algorithms that the torch backend chooses from, at one linear layer, for more and more experts and tokens.
+"""The algorithms that the torch backend chooses from, at one linear layer.
 
     python benchmarks/ops.py [--dtype float32] [--threads 1]
 
 Median microseconds of interleaved runs; layers take turns, so that their weights come from memory. The limits in
-phatgoose/ops/fast.py (DENSE_ROWS, DENSE_SHARE, GATHER_TOKENS, LOOP_TOKENS) were set by it; * marks the algorithm that is chosen.
+phatgoose/ops/fast.py (DENSE_ROWS, DENSE_SHARE, GATHER_TOKENS, LOOP_TOKENS) were set by it; * marks the
+algorithm that is chosen.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""A packed pool of SmolLM2-135M's shape: how long it takes to open and to route, and how much of it is in memory.
+"""A packed pool of SmolLM2-135M's shape: time to open and route it, and how much of it is in memory.
 
     python benchmarks/packed.py [--experts 166] [--layers 30] [--work FOLDER] [--out RESULT.json]
 
-Writes random bfloat16 experts of rank 16 with gates at all 7 linear layers of every block (1.6 GB for 166 experts) into a folder
-that it removes at the end, packs them, and measures every step in a process of its own. Memory is Linux' RssAnon (what the process
-allocated) and RssFile (pages of the mapped file that it has touched), both in bytes above what the process had before.
+Writes random bfloat16 experts of rank 16 with gates at all 7 linear layers of every block (1.6 GB for 166
+experts) into a folder that it removes at the end, packs them, and measures every step in a process of its own.
+Memory is Linux' RssAnon (what the process allocated) and RssFile (pages of the mapped file that it has
+touched), both in bytes above what the process had before.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def model_of(layers: int) -> LlamaForCausalLM:
 def random_expert(
     number: int, layers: int, base: dict[str, object], rank: int = 16, modules: Collection[str] = ()
 ) -> Expert:
-    """One expert of random values, with gates, at the linear layers of these names (all if there are none) of every block."""
+    """One expert of random values, with gates, at the linear layers of these names (all if there are none) of
+    every block."""
     from phatgoose.experts.expert import Expert
 
     generator = torch.Generator().manual_seed(number)

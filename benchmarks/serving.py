@@ -1,13 +1,16 @@
 """Servers with pools against the same server on the bare base, under load.
 
-    python benchmarks/serving.py [--experts 8 166] [--minutes 5] [--clients 64] [--base B] [--pool FOLDER] [--out FOLDER]
+    python benchmarks/serving.py [--experts 8 166] [--minutes 5] [--clients 64] [--base B] [--pool FOLDER]
+    [--out FOLDER]
 
-One `phatgoose serve` without a pool and one for each pool size, each with clients of its own. Each client sends one request after the other,
-prompts of 16 to 256 random tokens and answers of 32 to 96, every second one as a stream; a 429 is obeyed. The servers take turns of half a
-minute, until each has had its minutes: all but one are stopped (SIGSTOP) with what they are doing, so that every turn begins in the middle
-of the load, and a busy moment of the machine hits all alike. Tokens are counted by the server. Random experts at all linear layers, of rank
-16, are the dearest case: tokens agree about nothing. Prints tokens a second, their ratio to the base's turn by turn, times to the first
-token (those that a server was stopped don't count), memory, and every status.
+Starts one `phatgoose serve` without a pool and one for each pool size, each with clients of its own. Each
+client sends one request after the other: prompts of 16 to 256 random tokens and answers of 32 to 96, every
+second one as a stream. It waits when it gets a 429. The servers take turns of half a minute until each has had
+its minutes. All but one are stopped (SIGSTOP) in the middle of their work, so every turn begins under load,
+and a busy moment of the machine affects all of them. Tokens are counted by the server. Random experts of rank
+16 at all linear layers are the most expensive case, since no two tokens choose alike. Prints tokens a second,
+their ratio to the base's in each turn, times to the first token (not counting those during which a server was
+stopped), memory, and every status.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Turn:
-    """What came of one server's turn."""
+    """The results of one server's turn."""
 
     seconds: float = 0.0
     answer_tokens: float = 0.0
@@ -65,20 +68,38 @@ class Turn:
 
 
 class Server:
-    """A `phatgoose serve` of our own, which can be stopped and go on, and its clients."""
+    """A `phatgoose serve` that can be stopped and continued, and its clients."""
 
     def __init__(self, options: argparse.Namespace, pool: Path | None, log: Path):
         self.options, self.log, self.turn, self.over = options, log, Turn(), asyncio.Event()
         clients = options.clients
         command = [
-            sys.executable, "-m", "phatgoose.cli.main", "serve", "--base", options.base, "--port", "0", "--dtype", options.dtype,
-            "--max-running", str(clients), "--max-waiting", str(clients), "--cache-tokens", str(clients * 384),
-            "--timeout-seconds", "3600", "--body-seconds", "3600", *(() if pool is None else ("--pool", str(pool))),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "phatgoose.cli.main",
+            "serve",
+            "--base",
+            options.base,
+            "--port",
+            "0",
+            "--dtype",
+            options.dtype,
+            "--max-running",
+            str(clients),
+            "--max-waiting",
+            str(clients),
+            "--cache-tokens",
+            str(clients * 384),
+            "--timeout-seconds",
+            "3600",
+            "--body-seconds",
+            "3600",
+            *(() if pool is None else ("--pool", str(pool))),
+        ]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sink)
         url = f"http://127.0.0.1:{self._port()}"
-        # A connection that is kept would be closed while its server is stopped.
+        # A connection that is kept alive would be closed while its server is stopped.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = httpx2.AsyncClient(base_url=url, timeout=3600, limits=limits)
         self._ran, self._since = 0.0, time.monotonic()
@@ -104,7 +125,7 @@ class Server:
         self.process.send_signal(signal.SIGCONT)
 
     def clock(self) -> float:
-        """Seconds that it has run."""
+        """Seconds for which it has run."""
         return self._ran + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def resident_mb(self) -> int:
@@ -187,8 +208,8 @@ def make_pool(base: str, experts: int, folder: Path) -> Path:
     """A packed pool of random experts on disk, made in a process of its own, whose memory then is free."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[4])\n"
-        "from bench_models import random_pool\nfrom phatgoose import load_base\nfrom phatgoose.experts.packed.pack import pack\n"
-        "base = load_base(sys.argv[1], dtype='bfloat16')\n"
+        "from bench_models import random_pool\nfrom phatgoose import load_base\nfrom "
+        "phatgoose.experts.packed.pack import pack\nbase = load_base(sys.argv[1], dtype='bfloat16')\n"
         "random_pool(base.model, int(sys.argv[2]), 16).save(sys.argv[3])\npack(sys.argv[3])\n"
     )
     here = str(Path(__file__).parent)
@@ -217,7 +238,7 @@ async def take_turns(servers: dict[str, Server], options: argparse.Namespace) ->
                 f"{number + 1:3} {name:12} {turn.speed:7.1f} tokens/s {turn.resident_mb:6} MB {statuses}{failed}",
                 flush=True,
             )
-    for name, server in servers.items():  # what was begun is finished, and counts where it failed
+    for name, server in servers.items():  # begun requests are finished, and failed ones are counted
         server.over.set()
         server.go_on()
         await asyncio.gather(*tasks[name])
@@ -244,14 +265,16 @@ def summary(own: list[Turn], base: list[Turn]) -> dict[str, Any]:
         "tokens_per_second": round(statistics.median(t.speed for t in own), 2),
         "of_the_base": round(statistics.median(t.speed / b.speed for t, b in zip(own, base, strict=True)), 3),
         "first_token_seconds": {
-            name: round(firsts[int(len(firsts) * share)], 3) for name, share in (("median", 0.5), ("95 %", 0.95)) if firsts
+            name: round(firsts[int(len(firsts) * share)], 3)
+            for name, share in (("median", 0.5), ("95 %", 0.95))
+            if firsts
         },
         "requests": sum(t.requests for t in own),
         "statuses": dict(sum((t.statuses for t in own), Counter())),
         "failures": sum(len(t.failures) for t in own),
         "resident_mb": [t.resident_mb for t in own],
         "turns": [t.to_json() for t in own],
-    }  # fmt: skip
+    }
 
 
 def options_of(words: list[str] | None) -> argparse.Namespace:
@@ -263,7 +286,7 @@ def options_of(words: list[str] | None) -> argparse.Namespace:
         "--pool", type=Path, nargs="*", default=[], help="folders of pools, beside random ones"
     )
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--minutes", type=float, default=5.0, help="of load for each server")
+    parser.add_argument("--minutes", type=float, default=5.0, help="minutes of load for each server")
     parser.add_argument("--turn-seconds", type=float, default=30.0)
     parser.add_argument("--vocabulary", type=int, default=40000, help="prompts are of tokens below this")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -272,7 +295,7 @@ def options_of(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> None:
     options = options_of(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the servers would outlive us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # otherwise the servers would outlive this process
     record: dict[str, Any] = {
         "machine": machine(),
         "options": {k: str(v) for k, v in vars(options).items()},

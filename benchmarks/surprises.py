@@ -1,13 +1,15 @@
-"""Why an experiment came out as it did: who acts on whose rows, what other choices of experts score, how the gates lie.
+"""Explains an experiment's results: which experts act on which rows, other choices of experts, the gates' geometry.
 
-    python benchmarks/surprises.py EXPERIMENT shares          # every router's weights on 16 validation rows of each in-pool task
-    python benchmarks/surprises.py EXPERIMENT drop TASK ...   # one to six experts a token, and every expert left out in turn
-    python benchmarks/surprises.py EXPERIMENT longer TASK ... # a pool of these experts with the paper's 100 gate steps (minutes each)
-    python benchmarks/surprises.py EXPERIMENT gates           # the gates' lengths and angles
-    python benchmarks/surprises.py EXPERIMENT answers SUITE/TASK ...   # which choices every system and every single expert takes
+    python benchmarks/surprises.py EXPERIMENT shares          # every router's weights on 16 validation rows of
+    each in-pool task python benchmarks/surprises.py EXPERIMENT drop TASK ...   # one to six experts a token,
+    and every expert left out in turn python benchmarks/surprises.py EXPERIMENT longer TASK ... # a pool of
+    these experts with the paper's 100 gate steps (minutes each) python benchmarks/surprises.py EXPERIMENT
+    gates           # the gates' lengths and angles python benchmarks/surprises.py EXPERIMENT answers
+    SUITE/TASK ...   # which choices every system and every single expert takes
 
-EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only base. Only validation rows of its in-pool tasks are read, but for
-`answers`, which explains scores that are out: it reads a task's measured rows. What comes out is written into surprises-WHAT.json there.
+EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only base. Only validation rows of its
+in-pool tasks are read. The exception is `answers`, which explains published scores and reads a task's measured
+rows. The result is written into surprises-WHAT.json in that folder.
 """
 
 from __future__ import annotations
@@ -46,13 +48,22 @@ SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60
 PAPERS_STEPS = 100
 TOP_K = (1, 2, 3, 6)
 ROUTED = (
-    "phatgoose", "arrow", "lag", "spectr", "weight-only", "average-activation", "retrieval", "centroid", "soft-centroid",
+    "phatgoose",
+    "arrow",
+    "lag",
+    "spectr",
+    "weight-only",
+    "average-activation",
+    "retrieval",
+    "centroid",
+    "soft-centroid",
     "padded:8",
-)  # fmt: skip
+)
 
 
 def shares(lab: WorkerState, console: Console) -> dict[str, Any]:
-    """By router and task, over all tokens and modules: each expert's share of the weight while the prompt and its answer are read."""
+    """By router and task, over all tokens and modules: each expert's share of the weight while the prompt and
+    its answer are read."""
     found: dict[str, Any] = {}
     for name in ROUTED:
         pool, router = lab.system(name, None)
@@ -85,7 +96,8 @@ def _shares(lab: WorkerState, task: str) -> dict[str, Any]:
                 torch.tensor([ids], device=base.device) for ids in (pair.prompt_ids, pair.target_ids[:-1])
             )
             seen = base.model(prompt, use_cache=True).past_key_values
-            # Nothing is predicted from the end token; behind a cache, these tokens are counted apart from the prompt's.
+            # Nothing is predicted from the end token. With a cache, these tokens are counted separately from
+            # the prompt's.
             base.model(answer, past_key_values=seen, use_cache=True)
     parts = {"prompt": False, "answer": True}
     found = {part: expert_shares(recorded, generated=g) for part, g in parts.items()}
@@ -94,7 +106,7 @@ def _shares(lab: WorkerState, task: str) -> dict[str, Any]:
 
 
 def _by_module(recorded: Trace, task: str) -> dict[str, float]:
-    """The own expert's share, the mean over the modules of a kind and third of the layers."""
+    """The own expert's share: the mean over the modules of a kind in each third of the layers."""
     shares, place = recorded.shares(), recorded.experts.index(task)
     where = layer_and_kind(list(shares))
     layers = 1 + max(layer or 0 for layer, _ in where)
@@ -106,7 +118,8 @@ def _by_module(recorded: Trace, task: str) -> dict[str, float]:
 
 
 def drop(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]:
-    """By task: the score of one to six experts a token, of its own expert alone, and with every other expert left out of the pool."""
+    """By task: the score of one to six experts a token, of its own expert alone, and with every other expert
+    left out of the pool."""
     found: dict[str, Any] = {}
     for task in names:
 
@@ -131,7 +144,8 @@ def drop(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]
 
 
 def longer(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]:
-    """In a pool of these experts alone, with the recipe's gates and with gates of 100 steps: scores, and own experts' shares."""
+    """In a pool of these experts alone, with the recipe's gates and with gates of 100 steps: scores, and own
+    experts' shares."""
     config = replace(lab.recipe.gate, steps=PAPERS_STEPS)
     retrained = []
     for name in track(names, "gates", console=console):
@@ -162,8 +176,8 @@ def longer(lab: WorkerState, console: Console, names: list[str]) -> dict[str, An
 
 
 def answers(lab: WorkerState, console: Console, names: list[str]) -> dict[str, Any]:
-    """By task and system, on the rows that were measured: the score, how much longer than a row's mean choice the chosen one is (in tokens),
-    and how often each place among the choices is taken."""
+    """By task and system, on the rows that were measured: the score, how much longer than a row's mean choice
+    the chosen one is (in tokens), and how often each place among the choices is taken."""
     found: dict[str, Any] = {}
     for name in names:
         suite, _, task_name = name.partition("/")
@@ -201,7 +215,7 @@ def _lengths(lab: WorkerState, rows: Sequence[Example]) -> list[list[int]]:
 
 
 def _longest(lab: WorkerState, rows: Sequence[Example]) -> float:
-    """What always choosing the longest scores, or one of the longest by chance."""
+    """The score of always choosing the longest choice; of equal ones by chance."""
     hits = []
     for row, tokens in zip(rows, _lengths(lab, rows), strict=True):
         longest = [c for c, n in zip(row.choices or (), tokens, strict=True) if n == max(tokens)]
@@ -210,7 +224,7 @@ def _longest(lab: WorkerState, rows: Sequence[Example]) -> float:
 
 
 def _taken(lab: WorkerState, rows: Sequence[Example], places: Sequence[int]) -> dict[str, Any]:
-    """Of the choices at these places, one a row."""
+    """Statistics of the choices at these places, one a row."""
     tokens = _lengths(lab, rows)
     ratios = [t[p] / (sum(t) / len(t)) for t, p in zip(tokens, places, strict=True)]
     shares = [places.count(n) / len(places) for n in range(max(map(len, tokens)))]

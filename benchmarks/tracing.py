@@ -2,8 +2,8 @@
 
     python benchmarks/tracing.py [--experts 6] [--rounds 15] [--backends cpu torch]
 
-Decoding is 32 tokens one after the other with a key-value cache, of 1 or 8 sequences; reading is 4 × 128 tokens in one forward. The
-time to sum up at the end of a trace is included. The ways of tracing take turns.
+Decoding is 32 tokens one after the other with a key-value cache, of 1 or 8 sequences; reading is 4 × 128
+tokens in one forward. The time to sum up at the end of a trace is included. The ways of tracing take turns.
 """
 
 from __future__ import annotations

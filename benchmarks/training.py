@@ -2,10 +2,10 @@
 
     python benchmarks/training.py [--tasks bigbench:NAME …] [--steps 6] [--repeats 3] [--out RESULT.json]
 
-Both train a LoRA of rank 16 at all linear layers on the same rows: a base in bfloat16, adapters in float32, AdamW, 16 rows a step.
-PEFT and Trainer are used as their documentation shows: each batch is padded to its longest row, and logits are computed at every
-position. The two take turns. The result is the median time from one step's end to the next's, without set-up, the first step and
-validation.
+Both train a LoRA of rank 16 at all linear layers on the same rows: a base in bfloat16, adapters in float32,
+AdamW, 16 rows a step. PEFT and Trainer are used as their documentation shows: each batch is padded to its
+longest row, and logits are computed at every position. The two take turns. The result is the median time from
+one step's end to the next's, without set-up, the first step and validation.
 """
 
 from __future__ import annotations
@@ -94,9 +94,18 @@ def peft_and_trainer(base: Base, task: Task, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-3, bf16=True, use_cpu=True,
-            save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False,
-        )  # fmt: skip
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=ROWS,
+            learning_rate=1e-3,
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
         model = get_peft_model(base.model, config)
         try:
             collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
@@ -121,10 +130,16 @@ def measure(base: Base, task: Task, steps: int, repeats: int) -> dict[str, Any]:
         for e in task.train[: steps * ROWS]
     ]
     return {
-        "task": task.name, "steps": steps, "repeats": repeats, "rows_per_step": ROWS, "tokens_per_row": statistics.mean(lengths),
-        "seconds_per_step": seconds, "all_seconds": times,
-        "PEFT over expert": seconds["PEFT and Trainer"] / seconds["expert"], "gate over expert": seconds["gate"] / seconds["expert"],
-    }  # fmt: skip
+        "task": task.name,
+        "steps": steps,
+        "repeats": repeats,
+        "rows_per_step": ROWS,
+        "tokens_per_row": statistics.mean(lengths),
+        "seconds_per_step": seconds,
+        "all_seconds": times,
+        "PEFT over expert": seconds["PEFT and Trainer"] / seconds["expert"],
+        "gate over expert": seconds["gate"] / seconds["expert"],
+    }
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
-"""Experts without gates: how much of the true gates' quality weights and generated gates recover, on the quickstart's pool.
+"""Experts without gates: how much of trained gates' quality other scores recover, on the quickstart's pool.
+
+The other scores are those from weights, and gates that are trained on generated text.
 
     python benchmarks/ungated.py --pool quickstart-out/pool --out build/ungated
 
-Tasks, rows and gate settings are the quickstart's. What is fixed here was chosen on validation rows, before any test row was
-measured. Stopped, the same command goes on. docs/results.md, "Experts without gates", has what came out.
+Tasks, rows and gate settings are the quickstart's. The settings that are fixed here were chosen on validation
+rows, before any test row was measured. After an interruption the same command continues. The results are in
+docs/results.md, "Experts without gates".
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ TRUE = "true gates"
 
 @dataclass(frozen=True)
 class StandardisedGates(PHATGOOSE):
-    """True gates with the scores that mixed pools have: tells what the standardising does from what the weights do."""
+    """True gates with the scores of mixed pools: separates the effect of standardising from that of the weights."""
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         bars = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
@@ -72,24 +75,49 @@ def systems(pool: Pool) -> list[System]:
     return [
         System("base", "the base model alone", None, None),
         System(TRUE, "PHATGOOSE, gates from the contributors' data", pool, PHATGOOSE(k)),
-        System("weights", "‖Vᵀū‖ standardised on the reference text, two experts: a pool without gates", pool, WeightOnly(k)),
-        System("mixed, half A", "every other expert by its gate, the others by weights", without(pool, HALVES[0]), mixed),
+        System(
+            "weights",
+            "‖Vᵀū‖ standardised on the reference text, two experts: a pool without gates",
+            pool,
+            WeightOnly(k),
+        ),
+        System(
+            "mixed, half A",
+            "every other expert by its gate, the others by weights",
+            without(pool, HALVES[0]),
+            mixed,
+        ),
         System("mixed, half B", "the other way round", without(pool, HALVES[1]), mixed),
         System("Arrow", "|v₁ᵀu|, two experts", pool, Arrow(k)),
         System("SpectR", "‖S Vᵀu‖, two experts", pool, SpectR(k)),
         System("LAG", "‖Vᵀu‖, one expert", pool, LAG()),
         System("uniform", "all experts with equal weights", pool, Uniform()),
-        System("true gates, standardised", "the true gates, scores standardised on the reference text", pool, StandardisedGates(k)),
-    ]  # fmt: skip
+        System(
+            "true gates, standardised",
+            "the true gates, scores standardised on the reference text",
+            pool,
+            StandardisedGates(k),
+        ),
+    ]
 
 
 def generated_systems(pool: Pool) -> list[System]:
-    """Of the pool whose gates were trained without data."""
+    """The systems of the pool whose gates were trained without data."""
     k = TOP_K
     return [
-        System("generated gates", "PHATGOOSE, gates from text that the base writes with the expert", pool, PHATGOOSE(k)),
-        System("generated gates, standardised", "the same gates, scores standardised on the reference text", pool, StandardisedGates(k)),
-    ]  # fmt: skip
+        System(
+            "generated gates",
+            "PHATGOOSE, gates from text that the base writes with the expert",
+            pool,
+            PHATGOOSE(k),
+        ),
+        System(
+            "generated gates, standardised",
+            "the same gates, scores standardised on the reference text",
+            pool,
+            StandardisedGates(k),
+        ),
+    ]
 
 
 def without(pool: Pool, places: tuple[int, ...]) -> Pool:
@@ -119,7 +147,8 @@ def load_tasks(out: Path) -> dict[str, list[Task]]:
 
 
 def own_shares(base: Base, system: System, tasks: list[Task]) -> dict[str, float]:
-    """Share of the routing weight that each task's own expert gets on prompts of its validation rows, over modules and tokens."""
+    """Share of the routing weight that each task's own expert gets on prompts of its validation rows, over
+    modules and tokens."""
     assert system.pool is not None
     route(base, system.pool, system.router)
     found = {}
@@ -192,7 +221,11 @@ def results(
         "format": "phatgoose-ungated",
         "version": 1,
         "made": made(0.0),
-        "base": {"spec": base.spec, "dtype": str(base.model.dtype), "fingerprint": base.fingerprint.to_json()},
+        "base": {
+            "spec": base.spec,
+            "dtype": str(base.model.dtype),
+            "fingerprint": base.fingerprint.to_json(),
+        },
         "settings": {
             "writing": asdict(WRITING),
             "gate": asdict(QUICKSTART.gate),
@@ -206,8 +239,12 @@ def results(
                 "name": s.name,
                 "note": s.note,
                 "router": None if s.router is None else s.router.describe(),
-                "scores": {t: {"mean": x.mean, "low": x.low, "high": x.high} for t, x in table[s.name].items()},
-                "groups": {g: {"mean": means[s.name], **interval(d[s.name])} for g, (means, d) in drawn.items()},
+                "scores": {
+                    t: {"mean": x.mean, "low": x.low, "high": x.high} for t, x in table[s.name].items()
+                },
+                "groups": {
+                    g: {"mean": means[s.name], **interval(d[s.name])} for g, (means, d) in drawn.items()
+                },
                 "own_shares": shares.get(s.name),
             }
             for s in listed
@@ -215,8 +252,11 @@ def results(
         "minus_true_gates": minus[TRUE],
         "minus_base": minus[BASE],
         "recovered": {n: share_of_gain(gates_as_oracle[0], gates_as_oracle[1], n) for n in names},
-        "generated": {e.name: {k: e.provenance["gate"][k] for k in ("task", "seconds", "losses", "validation_losses")} for e in generated.experts},
-    }  # fmt: skip
+        "generated": {
+            e.name: {k: e.provenance["gate"][k] for k in ("task", "seconds", "losses", "validation_losses")}
+            for e in generated.experts
+        },
+    }
 
 
 if __name__ == "__main__":
