@@ -11,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def running(*words, folder: Path | None = None, last: str = ""):
-    """The address that the command says, on a port that is free; at the end it is interrupted, must end in order, and say `last`."""
+    """The address that the command says, on a port that is free; at the end it is interrupted, must end in
+    order, and say `last`."""
     command = [sys.executable, "-m", "phatgoose.cli.main", *map(str, words), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
     try:

@@ -24,11 +24,18 @@ from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 
 PROMPTS = [
-    "the quick brown fox", "What is the past tense of walk? Answer:", "0 1 2 3 4", "yes no maybe", "true", "plus minus times",
-    "lazy dog jumps over the quick brown fox and then some more words follow here", "entailment neutral",
-]  # fmt: skip
+    "the quick brown fox",
+    "What is the past tense of walk? Answer:",
+    "0 1 2 3 4",
+    "yes no maybe",
+    "true",
+    "plus minus times",
+    "lazy dog jumps over the quick brown fox and then some more words follow here",
+    "entailment neutral",
+]
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role') }}{% endif %}"
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ "
+    "raise_exception('unknown role') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

@@ -334,7 +334,8 @@ def test_switching_under_load_never_mixes_two_pools(base, pool, fourth, wanted, 
             with server.http() as http:
                 http.headers.update(HEADERS)
                 for method, path, body in [
-                    ("POST", "experts/a/off", None), ("POST", "experts/a/on", None), ("POST", "experts", {"folder": str(tmp_path / "d")}),
+                    ("POST", "experts/a/off", None), ("POST", "experts/a/on", None),
+                    ("POST", "experts", {"folder": str(tmp_path / "d")}),
                     ("DELETE", "experts/d", None), ("POST", "experts/c/off", None), ("POST", "experts/c/on", None),
                 ]:  # fmt: skip
                     enough = len(found) + 2 * len(PROMPTS)  # some by the experts as they are now

@@ -86,9 +86,14 @@ def test_many_clients_at_once_get_their_own_answers(server, wanted):
 def test_streams_add_up_to_the_whole(server, client, wanted):
     parts = list(
         client.completions.create(
-            model="phatgoose", prompt=PROMPTS[0], max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+            model="phatgoose",
+            prompt=PROMPTS[0],
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
-    )  # fmt: skip
+    )
     tokens = wanted["phatgoose", PROMPTS[0]]
     assert "".join(p.choices[0].text for p in parts[:-1]) == text(server.base, tokens)
     assert [p.choices[0].finish_reason for p in parts[:-2]] == [None] * (len(parts) - 2)
@@ -368,14 +373,22 @@ MANY = 50_000
         (CompletionRequest, {"prompt": [None] * MANY}, "prompt"),
         (CompletionRequest, {"prompt": ["a"] * MANY + [1]}, "prompt"),
         (CompletionRequest, {"prompt": [[1, None]] * MANY}, "prompt"),
-        (CompletionRequest, {"prompt": "a", "user": "me"} | {f"x{i}": 1 for i in range(MANY)}, "unknown parameter 'x0'"),
-        (CompletionRequest, {"prompt": "a", "logit_bias": {f"{i}": None for i in range(MANY)}}, "logit_bias: it has 50000 entries"),
+        (
+            CompletionRequest,
+            {"prompt": "a", "user": "me"} | {f"x{i}": 1 for i in range(MANY)},
+            "unknown parameter 'x0'",
+        ),
+        (
+            CompletionRequest,
+            {"prompt": "a", "logit_bias": {f"{i}": None for i in range(MANY)}},
+            "logit_bias: it has 50000 entries",
+        ),
         (CompletionRequest, {"prompt": "a", "stop": [None] * MANY}, "stop"),
         (ChatRequest, {"messages": [None] * 4000}, "messages"),
         (ChatRequest, {"messages": [{f"x{i}": 1 for i in range(90)}] * 4000}, "messages"),
         (ChatRequest, {"messages": [{"role": "user", "content": [None] * MANY}]}, "messages"),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_is_wrong_in_many_places_is_told_of_few(kind, body, says):
     """Each would be an object, made while nobody else is answered."""
     with pytest.raises(ValidationError) as refused:
@@ -410,9 +423,17 @@ def test_chats_that_cannot_be_honoured_are_refused_by_name(server, change, says)
 
 def test_parameters_without_a_bearing_are_taken(client):
     found = client.chat.completions.create(
-        model="base", messages=[{"role": "user", "content": "hello"}], max_tokens=2, user="me", store=False, metadata={"a": "b"},
-        tools=[], response_format={"type": "text"}, tool_choice="none", service_tier="auto",
-    )  # fmt: skip
+        model="base",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=2,
+        user="me",
+        store=False,
+        metadata={"a": "b"},
+        tools=[],
+        response_format={"type": "text"},
+        tool_choice="none",
+        service_tier="auto",
+    )
     assert found.usage.completion_tokens >= 1
 
 

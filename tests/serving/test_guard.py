@@ -98,9 +98,15 @@ def test_a_server_below_a_path_of_its_own_keeps_its_admin_key(base):
             found.append(message.get("status"))
 
         scope = {
-            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "root_path": root, "query_string": b"",
-            "http_version": "1.1", "headers": [(b"authorization", f"Bearer {key}".encode())],
-        }  # fmt: skip
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": root,
+            "query_string": b"",
+            "http_version": "1.1",
+            "headers": [(b"authorization", f"Bearer {key}".encode())],
+        }
         asyncio.run(make_app(Service(base, settings()), keys)(scope, receive, send))
         return found[0]
 
@@ -131,8 +137,16 @@ def test_keys_come_from_files_or_the_environment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "local"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.8.8.8", True), ("0.0.0.0", False), ("::", False), ("example.org", False)],
-)  # fmt: skip
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("127.8.8.8", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("example.org", False),
+    ],
+)
 def test_other_machines_need_a_key(host, local):
     assert is_local(host) == local
     check_host(host, Keys.of(["some-api-key"]))
@@ -245,7 +259,8 @@ def test_large_slow_and_strange_bodies(base):
             assert found.json()["error"]["type"] == "invalid_request_error"
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
             )
             assert b" 408 " in slow.recv(1000)
         assert http.get("/v1/completions").status_code == 405
@@ -330,7 +345,8 @@ from phatgoose.models.base.base import Base
 from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
 try:
-    serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(), folder={folder!r} and Path({folder!r})), port={port})
+    folder = {folder!r} and Path({folder!r})
+    serve(Service(Base(make_model("llama"), make_tokenizer(), "tiny"), settings(), folder=folder), port={port})
 except PhatgooseError as error:
     print(type(error).__name__, error)
 """

@@ -40,10 +40,16 @@ def test_local_completions(make_base, make_expert, tmp_path, monkeypatch, as_tok
     task = harness_task(Task("toy", (), (), ROWS), tmp_path / "rows")
     with running(Service(base, settings(), pool=pool)) as server:
         lm = LocalCompletionsAPI(
-            base_url=server.url + "/v1/completions", model="phatgoose", tokenizer=str(tmp_path / "tokenizer"),
-            tokenizer_backend="huggingface", tokenized_requests=as_tokens, batch_size=3, num_concurrent=2, max_retries=1,
+            base_url=server.url + "/v1/completions",
+            model="phatgoose",
+            tokenizer=str(tmp_path / "tokenizer"),
+            tokenizer_backend="huggingface",
+            tokenized_requests=as_tokens,
+            batch_size=3,
+            num_concurrent=2,
+            max_retries=1,
             max_length=512,
-        )  # fmt: skip
+        )
         found = lm_eval.simple_evaluate(
             model=lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
         )

@@ -25,10 +25,21 @@ COUNT = int(os.environ.get("PHATGOOSE_MUTATED_REQUESTS", "10000"))
 """`make fuzz-serve` sends 100,000."""
 SEED = os.environ.get("PHATGOOSE_MUTATED_SEED", "0")
 OPERATIONS = [
-    ("GET", "/health"), ("GET", "/ready"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"), ("POST", "/v1/completions"),
-    ("POST", "/v1/chat/completions"), ("GET", "/admin/experts"), ("POST", "/admin/experts"), ("DELETE", "/admin/experts/{name}"),
-    ("POST", "/admin/experts/{name}/{state}"), ("POST", "/admin/reload"), ("POST", "/tokenize"), ("POST", "/detokenize"),
-]  # fmt: skip
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/admin/experts"),
+    ("POST", "/admin/experts"),
+    ("DELETE", "/admin/experts/{name}"),
+    ("POST", "/admin/experts/{name}/{state}"),
+    ("POST", "/admin/reload"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+]
 
 
 @pytest.fixture(scope="module")

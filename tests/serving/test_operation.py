@@ -30,7 +30,10 @@ def value(metrics: str, name: str) -> float:
 def begun(server, body, cut=0) -> socket.socket:
     """A connection on which a request was sent, but for its last `cut` bytes."""
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     connection.sendall(head.encode() + data[: len(data) - cut])
     return connection
@@ -148,9 +151,15 @@ def test_a_client_that_does_not_read_its_stream_lets_go_of_the_pool(make_base, m
     async def all_of_it():
         await service.start()
         scope = {
-            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "http_version": "1.1",
-            "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0", "spec_version": "2.3"},
-        }  # fmt: skip
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "http_version": "1.1",
+            "headers": [(b"content-type", b"application/json")],
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }
         try:
             await asyncio.wait_for(make_app(service)(scope, receive, send), 30)
             assert service.experts.pins == 0

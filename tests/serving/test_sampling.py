@@ -90,7 +90,8 @@ def test_seeds():
 def test_penalties_and_bias_are_openais():
     logits = torch.tensor([1.0, 2.0, 3.0, 4.0])
     draw = SequenceSampler(SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=1.0))
-    # 3 at 4; then at 2.5, so 2 at 3; then 3 at 2.5; then 3 at 1.5, 2 at 1.5, so 1 at 2; then 3 and 2 are equal: the first.
+    # 3 at 4; then at 2.5, so 2 at 3; then 3 at 2.5; then 3 at 1.5, 2 at 1.5, so 1 at 2; then 3 and 2 are
+    # equal: the first.
     assert [draw.next_token(logits) for _ in range(5)] == [3, 2, 3, 1, 2]
     assert SequenceSampler(SamplingParams(temperature=0, logit_bias={0: 100})).next_token(logits) == 0
     assert SequenceSampler(SamplingParams(temperature=0, logit_bias={3: -100})).next_token(logits) == 2

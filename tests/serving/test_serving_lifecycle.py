@@ -80,7 +80,8 @@ from phatgoose.models.base.base import Base
 from phatgoose.serving.engine import continuous
 from phatgoose.serving.http.server import serve
 from phatgoose.serving.service import Service
-continuous.ContinuousEngine._make_manager, made = lambda self: broken(made(self)), continuous.ContinuousEngine._make_manager
+made = continuous.ContinuousEngine._make_manager
+continuous.ContinuousEngine._make_manager = lambda self: broken(made(self))
 def broken(manager):
     def fail():
         raise MemoryError("no room")

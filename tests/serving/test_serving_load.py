@@ -23,9 +23,26 @@ def test_servers_bear_load_and_the_record_says_how(tmp_path):
     base.tokenizer.save_pretrained(tmp_path / "base")
     random_pool(base, tmp_path).save(tmp_path / "three")
     command = [
-        sys.executable, ROOT / "benchmarks" / "serving.py", "--base", tmp_path / "base", "--dtype", "float32", "--pool", tmp_path / "three",
-        "--experts", "--clients", "16", "--minutes", "0.1", "--turn-seconds", "3", "--vocabulary", "300", "--out", tmp_path / "out",
-    ]  # fmt: skip
+        sys.executable,
+        ROOT / "benchmarks" / "serving.py",
+        "--base",
+        tmp_path / "base",
+        "--dtype",
+        "float32",
+        "--pool",
+        tmp_path / "three",
+        "--experts",
+        "--clients",
+        "16",
+        "--minutes",
+        "0.1",
+        "--turn-seconds",
+        "3",
+        "--vocabulary",
+        "300",
+        "--out",
+        tmp_path / "out",
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "out").iterdir()

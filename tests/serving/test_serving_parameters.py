@@ -1,4 +1,5 @@
-"""Neutral values, vLLM's parameters, and its routes between text and tokens; generate() with transformers' own settings is the oracle."""
+"""Neutral values, vLLM's parameters, and its routes between text and tokens; generate() with transformers' own
+settings is the oracle."""
 
 from __future__ import annotations
 
@@ -22,12 +23,37 @@ CHAT = {
     "temperature": 0,
 }
 NEUTRAL = {
-    "top_k": -1, "min_p": 0, "repetition_penalty": 1, "ignore_eos": False, "skip_special_tokens": True, "min_tokens": 0,
-    "stop": "", "max_tokens": 12.0, "n": 1.0, "seed": 3.0, "echo": False, "logprobs": False, "stream": False, "stream_options": None,
-    "length_penalty": 1.0, "use_beam_search": False, "truncate_prompt_tokens": None, "logits_processors": [], "bad_words": [],
-    "stop_token_ids": [], "allowed_token_ids": None, "prompt_logprobs": None, "include_stop_str_in_output": False, "tools": None,
-    "spaces_between_special_tokens": True, "return_token_ids": False, "best_of": 1.0, "logit_bias": {}, "priority": 0, "user": "me",
-}  # fmt: skip
+    "top_k": -1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
+    "min_tokens": 0,
+    "stop": "",
+    "max_tokens": 12.0,
+    "n": 1.0,
+    "seed": 3.0,
+    "echo": False,
+    "logprobs": False,
+    "stream": False,
+    "stream_options": None,
+    "length_penalty": 1.0,
+    "use_beam_search": False,
+    "truncate_prompt_tokens": None,
+    "logits_processors": [],
+    "bad_words": [],
+    "stop_token_ids": [],
+    "allowed_token_ids": None,
+    "prompt_logprobs": None,
+    "include_stop_str_in_output": False,
+    "tools": None,
+    "spaces_between_special_tokens": True,
+    "return_token_ids": False,
+    "best_of": 1.0,
+    "logit_bias": {},
+    "priority": 0,
+    "user": "me",
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +191,15 @@ def test_parameters_are_generates(base, oracle, engine):
         ({"repetition_penalty": 1.9}, {"repetition_penalty": 1.9}),
         ({"repetition_penalty": 1.9, "min_tokens": 9}, {"repetition_penalty": 1.9, "min_new_tokens": 9}),
         ({"stop_token_ids": [plain[4]]}, {"eos_token_id": [1, plain[4]]}),
-        ({"stop_token_ids": [plain[4]], "min_tokens": 8}, {"eos_token_id": [1, plain[4]], "min_new_tokens": 8}),
-        ({"allowed_token_ids": sorted({70, 71, 72, 90, *ban})}, {"suppress_tokens": [i for i in range(320) if i not in {70, 71, 72, 90, *ban}]}),
-    )  # fmt: skip
+        (
+            {"stop_token_ids": [plain[4]], "min_tokens": 8},
+            {"eos_token_id": [1, plain[4]], "min_new_tokens": 8},
+        ),
+        (
+            {"allowed_token_ids": sorted({70, 71, 72, 90, *ban})},
+            {"suppress_tokens": [i for i in range(320) if i not in {70, 71, 72, 90, *ban}]},
+        ),
+    )
     with (
         running(
             Service(Base(make_model("llama"), base.tokenizer, "tiny"), settings(engine=engine))
@@ -186,8 +218,13 @@ def test_encoder_decoders_penalise_what_they_write(make_base):
     base = make_base("t5")
     ids = torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]])
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=12, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0, repetition_penalty=1.7
-    )  # fmt: skip
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=1,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        repetition_penalty=1.7,
+    )
     base.model.generation_config, kept = config, base.model.generation_config
     wanted = base.model.generate(ids, generation_config=config)[0, 1:].tolist()
     base.model.generation_config = kept
@@ -286,8 +323,10 @@ def test_text_to_tokens_and_back(http, base):
     assert http.post("/detokenize", json={"tokens": bare}).json() == {"prompt": base.tokenizer.decode(bare)}
     assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
     for path, body, status in (
-        ("tokenize", {}, 400), ("tokenize", {"prompt": "a", "messages": CHAT["messages"]}, 400), ("tokenize", {"prompt": "a" * 10**6}, 400),
-        ("tokenize", {"prompt": "a", "model": "z"}, 404), ("detokenize", {"tokens": [320]}, 400), ("detokenize", {"tokens": [-1]}, 400),
+        ("tokenize", {}, 400), ("tokenize", {"prompt": "a", "messages": CHAT["messages"]}, 400),
+        ("tokenize", {"prompt": "a" * 10**6}, 400),
+        ("tokenize", {"prompt": "a", "model": "z"}, 404), ("detokenize", {"tokens": [320]}, 400),
+        ("detokenize", {"tokens": [-1]}, 400),
         ("detokenize", {}, 400),
     ):  # fmt: skip
         assert http.post(f"/{path}", json=body).status_code == status
