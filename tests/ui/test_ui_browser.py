@@ -32,10 +32,10 @@ def opened(make_session, served, visit):
 @pytest.fixture
 def slowed(monkeypatch):
     """slowed(seconds) makes every token of an answer take so long."""
-    told = session_module._told
+    told = session_module._send
 
     def slow(seconds):
-        monkeypatch.setattr(session_module, "_told", lambda *a: (told(*a), time.sleep(seconds))[0])
+        monkeypatch.setattr(session_module, "_send", lambda *a: (told(*a), time.sleep(seconds))[0])
 
     return slow
 

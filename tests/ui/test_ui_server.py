@@ -169,14 +169,14 @@ def test_a_body_of_unknown_length_is_not_read(make_session, served):
 @pytest.fixture
 def slow(monkeypatch):
     """Answers that take their time, and how many tokens were written."""
-    told, counted = session_module._told, []
+    told, counted = session_module._send, []
 
     def slowly(job, event):
         counted.append(1)
         time.sleep(0.02)
         return told(job, event)
 
-    monkeypatch.setattr(session_module, "_told", slowly)
+    monkeypatch.setattr(session_module, "_send", slowly)
     return counted
 
 
