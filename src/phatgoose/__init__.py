@@ -59,7 +59,8 @@ _PUBLIC = {
     "models.context.prompted": "prompted",
     "models.trace.record": "trace",
     "records": "Example Task",
-    "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval Single SoftCentroid SpectR Uniform WeightOnly parse_router",
+    "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval "
+    "Single SoftCentroid SpectR Uniform WeightOnly parse_router",
     "tasks": "load_task",
     "training.expert": "ExpertConfig train_expert",
     "training.gate": "GateConfig train_gate",

@@ -1,8 +1,8 @@
 """Fetching pinned files from the Python package index through pip, checked by sha256, kept in the cache folder.
 
-pip is used because it already knows the user's index, proxy and certificates. Wheels come by `pip download`, whose `--require-hashes`
-checks a file before it looks inside. That command would run a source distribution's setup.py, so those come by `pip_sdist.py`:
-nothing of a package is installed, built, run or imported.
+pip is used because it already knows the user's index, proxy and certificates. Wheels come by `pip download`,
+whose `--require-hashes` checks a file before it looks inside. That command would run a source distribution's
+setup.py, so those come by `pip_sdist.py`: nothing of a package is installed, built, run or imported.
 """
 
 from __future__ import annotations
@@ -225,7 +225,10 @@ def by_hand(requirement: str, target: Path) -> str:
     where = f"`pip download --no-deps {requirement}` where there is a network"
     if target.suffix != ".whl":  # which pip would build
         where = f"the source distribution of {requirement} on PyPI, where there is a network"
-    return f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by PHATGOOSE_DOWNLOADS."
+    return (
+        f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by "
+        "PHATGOOSE_DOWNLOADS."
+    )
 
 
 def _check(file: Path, sha256: str, advice: str) -> None:

@@ -1,4 +1,7 @@
-"""Writing files so that a killed process or a full disk never leaves half of one, and reading them with clear errors."""
+"""Write files whole or not at all, and read them with clear errors.
+
+A killed process or a full disk never leaves half of a file.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write below `path` into a StorageError that says what to do."""
+    """Turns the operating system's refusals to write below `path` into a StorageError with advice."""
     try:
         yield
     except OSError as error:
@@ -51,7 +54,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"can't write {path}: {error.strerror}. Is there a file where a folder should be, or the reverse?"
             ) from error
-        # A name too long, links in a circle, a folder that takes no files; one that names no file is a network's, not the disk's.
+        # For example a name that is too long, or links in a circle. An error without a file name is about a network.
         if error.filename is not None or error.errno in (errno.EIO, errno.EFBIG):
             raise StorageError(f"can't write {path}: {error}") from error
         raise
@@ -59,17 +62,16 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, like: Path | None = None) -> Iterator[Path]:
-    """A new folder beside `target` to write into; on success it takes `target`'s place in one rename, on error it goes.
+    """A new folder beside `target` to write into. On success it replaces `target`, on error it is removed.
 
-    What is replaced leaves its permissions to what takes its place.
-    An existing `target` changes places with the new one, or, where the system can't do that in one step, is moved aside first; it is
-    removed once the new one stands, so a reader never sees half a folder.
+    An existing `target` is exchanged for the new folder in one step, or moved aside first if the system can't
+    do that, and then removed. So a reader never sees half a folder. The new folder takes its permissions.
 
     Args:
-        like: a folder whose permissions a new one takes, because its content comes from there; None: the umask decides.
+        like: a folder that the content comes from, whose permissions a new one takes. None: the umask decides.
 
     Raises:
-        StorageError: if there is no space or no permission, or `target` is there and is no folder: nothing but a folder is replaced.
+        StorageError: there is no space or no permission, or `target` exists and is no folder.
     """
     target = Path(target)
     if os.path.lexists(target) and not target.is_dir():
@@ -105,14 +107,16 @@ def atomic_folder(target: Path, like: Path | None = None) -> Iterator[Path]:
 
 
 def _mode(path: Path, new: int) -> int:
-    """The permissions of what stands at `path`, else those that a new file or folder (`new`: 0o666, 0o777) gets by the umask."""
+    """The permissions of the file at `path`, else those of a new file or folder (`new`: 0o666, 0o777) by the umask."""
     with contextlib.suppress(OSError):
         return stat.S_IMODE(path.stat().st_mode)
     return new & ~_UMASK
 
 
 def _take_modes(work: Path, before: Path | None) -> None:
-    """Gives a new folder and its files the permissions of those in `before`. A file that is new is no more open than any that isn't.
+    """Gives a new folder and its files the permissions of those in `before`.
+
+    A file that isn't in `before` gets only permissions that all others have.
 
     Without `before`, the umask decides.
     """
@@ -128,7 +132,7 @@ def _take_modes(work: Path, before: Path | None) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Lets two paths change places in one step, so that neither is missing for a moment; False where the system can't (not Linux)."""
+    """Exchanges two paths in one step, so that neither is ever missing. False if the system can't (not Linux)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
@@ -136,7 +140,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 @contextlib.contextmanager
 def work_place(folder: str | Path | None) -> Iterator[Path]:
-    """Where unfinished work is kept: `folder`, or without one a temporary folder that is gone in the end."""
+    """Where unfinished work is kept: `folder`, or if None a temporary folder that is removed in the end."""
     if folder is not None:
         yield Path(folder)
         return
@@ -148,8 +152,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes `path` whole or not at all; an existing file's permissions stay.
 
     Raises:
-        StorageError: if there is no space or no permission, or `path` is no ordinary file (a folder, a device, a pipe), which a
-            rename would do away with; what exists is left as it was.
+        StorageError: there is no space or no permission, or `path` is no ordinary file (a folder, a device, a
+            pipe), which a rename would remove. What exists stays as it was.
     """
     path = Path(path)
     if os.path.exists(path) and not os.path.isfile(path):
@@ -179,11 +183,11 @@ def write_json(path: Path, data: Any) -> None:
 
 @contextlib.contextmanager
 def open_regular(path: Path, error: type[PhatgooseError]) -> Iterator[tuple[BufferedReader, int]]:
-    """An ordinary file opened for reading, and its size in bytes; all else is refused without waiting for it.
+    """An ordinary file opened for reading, and its size in bytes. Anything else is refused without waiting for it.
 
     Raises:
-        PhatgooseError: of the type `error`: no such file, no permission, or a folder, a pipe, a socket or a device, which may
-            never end. What fails while the file is being read is raised so as well.
+        PhatgooseError: of the type `error`: no such file, no permission, or a folder, a pipe, a socket or a
+            device, which may never end. Errors while the file is read are raised as `error`, too.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -207,7 +211,7 @@ def is_folder(path: Path, error: type[PhatgooseError]) -> bool:
     """Whether a path is a folder.
 
     Raises:
-        PhatgooseError: of the type `error`, where nobody may look: then it isn't known.
+        PhatgooseError: of the type `error`, if there is no permission to look.
     """
     try:
         return path.is_dir()
@@ -261,7 +265,7 @@ def sha256_file(
 
 
 def sha256_json(data: Any) -> str:
-    """Hex sha256 of `data` as canonical JSON (sorted keys): the key under which finished work is found again."""
+    """Hex sha256 of `data` as canonical JSON (sorted keys): the key of finished work."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -81,8 +81,8 @@ def check_same_base(
     )
     if verdict.level == "close":
         message += (
-            "That is what a dequantised (GGUF) copy or a fine-tuned sibling looks like; the two can't be told apart, so "
-            "neither is accepted unasked. "
+            "That is what a dequantised (GGUF) copy or a fine-tuned sibling looks like; the two can't be "
+            "told apart, so neither is accepted unasked. "
         )
     raise BaseModelError(message + f"Load the expected base: load_base({brief(expected.spec)}).")
 

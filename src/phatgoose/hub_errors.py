@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub's library raises, said in one line with what to do. Tokens are cut out of every message."""
+"""The Hugging Face Hub's errors in one line, with what to do, and without access tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_network(error: BaseException) -> bool:
-    """Whether it says that the Hub couldn't be reached, or stopped answering; an answer is none of these."""
+    """Whether the Hub couldn't be reached or stopped answering. An answer of the Hub is none of these."""
     if getattr(error, "response", None) is not None:
         return False
     module = type(error).__module__.partition(".")[0]
@@ -79,7 +79,7 @@ def status(error: BaseException) -> int | None:
 
 
 def is_offline() -> bool:
-    """Whether the user has forbidden to ask the Hub."""
+    """Whether the user has forbidden requests to the Hub."""
     variable = os.environ.get("TRANSFORMERS_OFFLINE")
     return huggingface_hub.constants.HF_HUB_OFFLINE or variable in ("1", "true", "True")
 
@@ -87,13 +87,17 @@ def is_offline() -> bool:
 def why_offline(what: str = "model") -> str:
     if is_offline():
         return f"it isn't in the Hub cache, and HF_HUB_OFFLINE is set: unset it, or fetch the {what} where there is a network."
-    return "the Hub can't be reached, or a transfer broke off, and the files aren't in its cache: check the network, or load a local folder."
+    return (
+        "the Hub can't be reached, or a transfer broke off, and the files aren't in its cache: check the network, or "
+        "load a local folder."
+    )
 
 
 def look_up(repository: str, revision: str | None, file: str) -> None:
     """Asks the Hub, once, for a repository of which `file` isn't in the cache; returns at once if it is.
 
-    transformers asks six times for each file of a model, which is half a minute where there is no network or the name is mistyped.
+    transformers asks six times for each file of a model, which is half a minute where there is no network or
+    the name is mistyped.
 
     Raises:
         Exception: whatever huggingface_hub raises if it isn't there or can't be reached; `explain` puts it into words.
@@ -106,10 +110,11 @@ def look_up(repository: str, revision: str | None, file: str) -> None:
 
 
 def _answer(errors: list[BaseException]) -> str | None:
-    """For what the Hub answered when it answered no."""
+    """The cause, if the Hub has refused."""
     code = next((s for e in errors if isinstance(e, HfHubHTTPError) and (s := status(e))), None)
     if code == 401:
-        return f"the Hub doesn't accept the access token (401). Get one at {huggingface_hub.constants.ENDPOINT}/settings/tokens, then {_LOGIN}."
+        page = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
+        return f"the Hub doesn't accept the access token (401). Get one at {page}, then {_LOGIN}."
     if code == 403:
         return (
             f"the account that is logged in has no permission for this (403): {_LOGIN} with a token that has."

@@ -1,8 +1,10 @@
-"""Downloads one source distribution through pip without building it: run as a script, `pip_sdist.py NAME FILENAME TARGET [pip options]`.
+"""Downloads one source distribution through pip without building it: run as a script, `pip_sdist.py NAME
+FILENAME TARGET [pip options]`.
 
-`pip download` runs a source distribution's setup.py to learn its metadata, with or without dependencies. There is no option against it,
-so this asks pip's own parts for the file alone: they know the user's index, folders, proxy, certificates and log-in. Tried with pip 23.0
-to 26.1. Imports nothing of phatgoose, since pip may belong to another environment.
+`pip download` runs a source distribution's setup.py to learn its metadata, with or without dependencies. There
+is no option against it, so this asks pip's own parts for the file alone: they know the user's index, folders,
+proxy, certificates and log-in. Tried with pip 23.0 to 26.1. Imports nothing of phatgoose, since pip may belong
+to another environment.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import time
 
 
 def main(name: str, filename: str, target: str, options: list[str]) -> None:
-    """Writes the file `filename` of the project `name` to `target`; ends with a message if the index has no such file."""
+    """Writes the file `filename` of the project `name` to `target`; ends with a message if the index has no
+    such file."""
     from pip._internal.commands import create_command
 
     command = create_command("download")

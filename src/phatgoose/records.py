@@ -17,17 +17,18 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 class Example:
     """One row of a task.
 
-    `input` is the whole prompt as the model sees it (instruction included). It ends in white space only if a line break is
-    part of that: then the answer follows directly.
+    `input` is the whole prompt as the model sees it (instruction included). It ends in white space only if a
+    line break is part of that: then the answer follows directly.
     `targets` are all acceptable answers, best first; the first is the one trained on.
     `choices`, if given, are the answer choices in order; every target is one of them and the row is scored
     by rank classification. Without choices the row is scored by exact match of a greedy generation.
     Neither choices nor targets start with a space: the space between prompt and answer, if any, is added on encoding.
-    `group` names the raw row that a prompt shows, where the source shows one under several prompts: examples of one group aren't
-    independent. It is no part of what an example is: equality and a task's hash pass over it.
+    `group` names the raw row that a prompt shows, if the source shows it under several prompts: examples
+    of one group aren't independent. Equality and a task's hash ignore it.
 
-    A row that is a conversation (`tasks/messages.py`) has a `conversation`, and in `answers` the assistant's message for each target;
-    a chat template makes the prompt and the answers of them. `input` and `targets` are then their texts, for people and comparisons.
+    A row that is a conversation (`tasks/messages.py`) has a `conversation`, and in `answers` the assistant's
+    message for each target; a chat template makes the prompt and the answers of them. `input` and `targets`
+    are then their texts, for people and comparisons.
     """
 
     input: str
@@ -39,7 +40,8 @@ class Example:
     answers: tuple[str, ...] = field(default=(), repr=False)
     """JSON of a message for each target; empty for a plain prompt."""
     opening: str | None = field(default=None, compare=False, repr=False)
-    """The text that decides the split where that isn't `input`: of a later turn, what stands before the conversation's first answer."""
+    """The text that decides the split, if that isn't `input`: for a later turn, what comes before the
+    conversation's first answer."""
 
     @property
     def placed_by(self) -> str:
@@ -175,13 +177,14 @@ class Prediction:
 
     @property
     def points(self) -> float:
-        """What the row adds to a task's mean."""
+        """The row's score in a task's mean."""
         return float(self.correct) if self.value is None else self.value
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy, or the mean of a graded metric, on one task's split: mean, bootstrap 95 % interval, number of rows, and every prediction."""
+    """Accuracy, or the mean of a graded metric, on one task's split, with its bootstrap 95 % interval and
+    every prediction."""
 
     task: str
     split: SplitName
@@ -195,11 +198,12 @@ class TaskScore:
     truncated_rows: int = 0
     """Rows whose prompt was cut from the left to fit the model's context (or a given limit)."""
     groups: tuple[int, ...] = field(default=(), repr=False)
-    """For each prediction the number of its raw row (`Example.group`), where several show one; empty: each is by itself."""
+    """For each prediction the number of its raw row (`Example.group`); empty if each prediction has a row of
+    its own."""
 
     @property
     def raw_rows(self) -> int:
-        """How many different raw rows there are: what counts as independent."""
+        """The number of different raw rows, which are independent."""
         return len(set(self.groups)) or self.rows
 
 

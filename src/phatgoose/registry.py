@@ -45,7 +45,8 @@ class Registry(Collection[str]):
     """
 
     def __init__(self, kind: str, group: str, table: Mapping[str, str], reserved: Iterable[str] = ()):
-        """`reserved`: further names that mean something else where these are used, so that a package can't take them."""
+        """`reserved`: further names that mean something else where these are used, so that a package can't
+        take them."""
         self.kind, self.group, self.table, self.reserved = kind, group, table, frozenset(reserved)
 
     @cached_property
@@ -89,8 +90,8 @@ class Registry(Collection[str]):
         ours = ["phatgoose"] * (name in self.table or name in self.reserved)
         if points and len(packages := [*ours, *map(_package, points)]) > 1:
             raise PluginError(
-                f"the {self.kind} name {name!r} is taken by {' and '.join(packages)}, so it isn't known which one is meant. "
-                "Uninstall a package, or ask its author for another name."
+                f"the {self.kind} name {name!r} is taken by {' and '.join(packages)}, so it isn't known "
+                "which one is meant. Uninstall a package, or ask its author for another name."
             )
 
     def package(self, name: str) -> str:

@@ -1,4 +1,5 @@
-"""JSON from strangers: what Python's reader lets pass, or fails on in its own way, is one error here, and memory is bounded."""
+"""JSON from strangers: what Python's reader lets pass, or fails on in its own way, is one error here, and
+memory is bounded."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from types import MappingProxyType
 import pytest
 
 from phatgoose.analysis.page import FORMAT, RoutedPrompt, breakable, percent, points, report, seconds
-from phatgoose.analysis.prompts import unpacked
 from phatgoose.analysis.view import letters
 from phatgoose.errors import EvaluationError, StorageError
+from report_data import unpacked
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}{% x %}\u2028]]>"
 

@@ -8,12 +8,11 @@ import torch
 from phatgoose.analysis.prompts import (
     UNSEEN,
     RoutedPrompt,
-    Written,
+    Span,
+    answer_spans,
     encoded,
     routed_prompt,
     token_texts,
-    unpacked,
-    written,
 )
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
@@ -21,6 +20,7 @@ from phatgoose.models.attach.attach import route
 from phatgoose.models.trace.record import trace
 from phatgoose.models.trace.trace import Trace
 from phatgoose.routers import PHATGOOSE, Uniform
+from report_data import unpacked
 
 TEXTS = ["yes", "What is the past tense of walk 😀 ü?"]
 FACTS = {"task": "t", "prompt": "p", "expected": "e", "answer": "a", "correct": True}
@@ -185,15 +185,15 @@ def test_written_names_who_decided_each_part():
     a, b, none = ((0, 0.75), (1, 0.25)), ((1, 0.6), (0, 0.4)), ((-1, 1.0),)
     cells = (none, a, a, b, none)
     p = small(tokens=("p", "q", "x", "y", "z"), generated_from=2, choices=(cells, cells))
-    assert written(p) == [Written("xy", "a", 0.75), Written("z", "b", 0.6), Written("…", "no expert", 1.0)]
+    assert answer_spans(p) == [Span("xy", "a", 0.75), Span("z", "b", 0.6), Span("…", "no expert", 1.0)]
     head = ((), b, b, b, b)  # only a prompt's last token comes to it
     p = small(tokens=("p", "q", "x", "y", "z"), generated_from=2, choices=(cells, head))
-    assert [x.text for x in written(p)] == ["xy", "z", "…"]
+    assert [x.text for x in answer_spans(p)] == ["xy", "z", "…"]
     p = small(tokens=("p", "q"), generated_from=2, choices=(((), b),))
-    assert written(p) == [Written("…", "b", 0.6)]
+    assert answer_spans(p) == [Span("…", "b", 0.6)]
     read, unread = (a, a, (), ()), ((), (), b, a)
     p = small(tokens=("p", "q", "<s>", "x"), generated_from=2, choices=(read, unread))
-    assert written(p) == [Written("x", "b", 0.6), Written("…", "a", 0.75)]
+    assert answer_spans(p) == [Span("x", "b", 0.6), Span("…", "a", 0.75)]
 
 
 def test_beams_and_samples_are_refused(routed):

@@ -12,7 +12,7 @@ import torch
 from ui_tools import PROMPT
 
 from phatgoose.analysis.prompts import encoded as page_data
-from phatgoose.analysis.prompts import routed_prompt, unpacked
+from phatgoose.analysis.prompts import routed_prompt
 from phatgoose.errors import BaseModelError, PhatgooseError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
@@ -21,6 +21,7 @@ from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Arrow
 from phatgoose.ui.session import Limits, Question, Session, offered_routers
+from report_data import unpacked
 
 pytest_plugins = ["ui_fixtures"]
 

@@ -1,7 +1,7 @@
-"""Mean inputs of the routed modules, and the gates that lie along them.
+"""Mean inputs of the routed modules, and the gates that are parallel to them.
 
-A gate whose direction is nearly that of the mean activation scores high on every token: it wins everywhere, whatever it was
-trained for. Measured here on given texts; nothing of them is kept but the means.
+A gate that points nearly along the mean activation scores high on every token, so it wins everywhere, whatever
+it was trained for. The means are measured on given texts. Nothing else of the texts is kept.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from phatgoose.ops.reference import standardise
 
 
 def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
-    """ū_m = (1/T) Σ_t (u_t − mean)/std, each module's standardised input averaged over all tokens: float32 [d_in] a module (of
-    an embedding its output, which is what gates read there).
+    """ū_m = (1/T) Σ_t (u_t − mean)/std: each module's standardised input averaged over all tokens, float32 [d_in].
 
-    Runs `base` as it is (with routing, if attached) over the texts one by one, so there is no padding. For an encoder–decoder the
-    decoder reads its start token behind each text.
+    An embedding's output is averaged instead, since gates read that. Runs `base` as it is (with routing, if
+    attached) over the texts one by one, so there is no padding. The decoder of an encoder–decoder reads only
+    its start token for each text.
 
     Raises:
         RoutingError: a module isn't there or never ran, or there are no texts.
@@ -56,7 +56,7 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
                 batch["decoder_input_ids"] = torch.full((1, 1), decoder_start(base.model), device=base.device)
             base.model(**batch)
     for path in modules:
-        # A mixture may never ask one of its experts.
+        # A mixture may never use one of its experts.
         if path not in sums and not isinstance(found[path], ExpertLinear):
             raise RoutingError(
                 f"{path} never ran on the {len(texts)} texts given: its inputs can't be averaged."

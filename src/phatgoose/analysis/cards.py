@@ -1,4 +1,4 @@
-"""What the page says of each expert: where it comes from, how its gates look, which experts are like it."""
+"""Cards of a pool's experts: their origin, the state of their gates, and similar experts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from phatgoose.ops.reference import standardise
 
 NEAREST = 3
 ALIKE = 0.9
-"""Gates this alike (mean cosine over shared modules) make two experts hard to tell apart."""
+"""Two experts whose gates are this similar (mean cosine over shared modules) are hard to tell apart."""
 ALONG = 0.5
-"""Cosine with the mean activation above which a gate is pointed out."""
+"""A gate whose cosine with the mean activation is above this is pointed out."""
 
 
 def cards(
     pool: Pool, *, means: Mapping[str, Tensor] | None = None, shares: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """One record an expert, in the form that results.json keeps under "experts".
+    """One record per expert, in the form of results.json's "experts".
 
     Args:
-        means: mean inputs of the modules (`mean_inputs`); with them, gates along the mean activation are counted.
-        shares: each expert's share of all routing weight, if it was traced; with them, dead experts are pointed out.
+        means: mean inputs of the modules (`mean_inputs`). If given, gates along the mean activation are counted.
+        shares: each expert's share of all routing weight in a trace. If given, dead experts are pointed out.
     """
     alike = gate_similarity(pool.experts)
     off = find_outliers(pool.experts)
@@ -54,7 +54,8 @@ def cards(
 
 
 def gate_similarity(experts: Sequence[Expert]) -> Tensor:
-    """Mean cosine of two experts' standardised gates over the modules both have: float64 [experts, experts], NaN if there is none."""
+    """Mean cosine of two experts' standardised gates over the modules both have: float64 [experts, experts],
+    NaN if there is none."""
     size = len(experts)
     total, count = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
     for path in dict.fromkeys(path for e in experts for path in (e.gates or {})):

@@ -1,63 +1,25 @@
-"""The shape of results.json, and its check: a page is only made of results that say what they seem to say."""
+"""Check results.json before a page is made of it. `shape.json` says what it must hold."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.resources import files
 from typing import Any
 
 from phatgoose.errors import EvaluationError
 
-NUMBER = (int, float)
-MAYBE = (int, float, type(None))
-INTERVAL = {"mean": NUMBER, "low": NUMBER, "high": NUMBER}
-ANY = "any name"
-
-SHAPE: dict[str, Any] = {
-    "title?": str,
-    "made?": {ANY: object},
-    "base?": {"spec": str, "notes?": [str]},
-    "recipe?": {ANY: object},
-    "experts?": [
-        {
-            "name": str,
-            "task?": str,
-            "spec?": str,
-            "rows?": int,
-            "rank?": int,
-            "parameters?": int,
-            "steps?": int,
-            "gate_steps?": int,
-            "expert_seconds?": NUMBER,
-            "gate_seconds?": NUMBER,
-            "gate_token_share?": NUMBER,
-            "base?": NUMBER,
-            "own?": NUMBER,
-            "kind?": str,
-            "base_model?": str,
-            "modules?": int,
-            "made?": {ANY: object},
-            "health?": [{"level": str, "text": str}],
-            "nearest?": [{"name": str, "similarity": NUMBER}],
-        }
-    ],
-    "tasks": [{"name": str, "group": str, "spec?": str, "metric?": str, "rows?": int}],
-    "systems": [
-        {
-            "name": str,
-            "kind": str,
-            "note?": str,
-            "scores": {ANY: {**INTERVAL, "rows?": int}},
-            "groups?": {ANY: INTERVAL},
-        }
-    ],
-    "comparisons?": [{"group": str, "a": str, "b": str, "difference": NUMBER, "low": NUMBER, "high": NUMBER}],
-    "recovered?": {ANY: {"share": MAYBE, "low?": MAYBE, "high?": MAYBE}},
-    "shares?": {ANY: {ANY: NUMBER}},
-    "layers?": {ANY: {"layers": [str], "experts": [str], "shares": [[NUMBER]]}},
-    "notes?": [str],
-}
+SHAPE: dict[str, Any] = json.loads(files(__package__).joinpath("shape.json").read_text(encoding="utf-8"))
 """What `report` takes. A key with a question mark may be left out; further keys are kept in the data and not shown."""
+ANY = "any name"
+"""In place of keys in `SHAPE`: a name of the results' own."""
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "number": (int, float),
+    "number or null": (int, float, type(None)),
+    "anything": (object,),
+}
 
 LEVELS = ("good", "look")
 KINDS = ("base", "single", "static", "control", "router", "oracle")
@@ -87,11 +49,11 @@ def _plain(value: Any) -> Any:
 
 def _shape(value: Any, shape: Any, where: str) -> None:
     if isinstance(shape, list):
-        _expect(value, list, where)
+        _expect(value, (list,), where)
         for number, item in enumerate(value):
             _shape(item, shape[0], f"{where}[{number}]")
     elif isinstance(shape, dict):
-        _expect(value, dict, where)
+        _expect(value, (dict,), where)
         if ANY in shape:
             shape = dict.fromkeys(value, shape[ANY])
         for key, inner in shape.items():
@@ -103,20 +65,17 @@ def _shape(value: Any, shape: Any, where: str) -> None:
                     f"{where} lacks {key!r}; it has {', '.join(map(repr, value)) or 'nothing'}."
                 )
     else:
-        _expect(value, shape, where)
+        _expect(value, _TYPES[shape], where)
 
 
-def _expect(value: Any, kinds: Any, where: str) -> None:
-    if kinds is object:
-        return
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+def _expect(value: Any, kinds: tuple[type, ...], where: str) -> None:
+    if kinds != (object,) and (not isinstance(value, kinds) or isinstance(value, bool)):
         wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
         raise EvaluationError(f"{where} should be {wanted}, got {_short(value)}.")
 
 
 def _names(data: dict[str, Any], empty: bool) -> None:
-    """What one part says of another: every task, group and system that is spoken of exists, once."""
+    """Checks references: every task, group and system that a part mentions exists, once."""
     tasks = _unique(data["tasks"], "tasks", empty)
     systems = _unique(data["systems"], "systems", empty)
     _unique(data.get("experts", []), "experts", True)
@@ -182,16 +141,15 @@ def _unique(items: list[dict[str, Any]], part: str, empty: bool) -> list[str]:
 def _known(name: str, known: list[str], where: str, kind: str) -> None:
     if name not in known:
         shown = ", ".join(_short(k) for k in known[:12])
-        raise EvaluationError(
-            f"{where} speak of the {kind} {_short(name)}, which isn't there; known: {shown}."
-        )
+        raise EvaluationError(f"{where} name the {kind} {_short(name)}, which isn't there; known: {shown}.")
 
 
 def _interval(score: dict[str, Any], where: str) -> None:
     slack = 1e-9  # a mean of means may miss 0 or 1 by a rounding
     if not -slack <= score["mean"] <= 1 + slack or not -slack <= score["low"] <= score["high"] <= 1 + slack:
         raise EvaluationError(
-            f"{where} should be a mean with 0 ≤ low ≤ high ≤ 1, got {score['mean']} ({score['low']} to {score['high']})."
+            f"{where} should be a mean with 0 ≤ low ≤ high ≤ 1, got {score['mean']} ({score['low']} to "
+            f"{score['high']})."
         )
 
 

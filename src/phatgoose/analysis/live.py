@@ -1,4 +1,4 @@
-"""The live page: the report's view of tokens, layers and experts, of answers that a server is writing."""
+"""The live page: the report's view of tokens, layers and experts, for answers that are being written."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def live_page(
     """The page and its content policy.
 
     Args:
-        base: how the base is called.
+        base: the base's name.
         places: of the routed modules, in the order in which the server tells their choices.
-        routers: {"name", "top_k"} of each that can be chosen, top_k None where it has none.
+        routers: {"name", "top_k"} of each that can be chosen; top_k is None if it has none.
         chat: whether the base has a chat template.
-        form: the form of prompts that the experts were trained on, "raw" or "chat"; None if it isn't known or not one.
+        form: the form of prompts that all experts were trained on, "raw" or "chat"; None if unknown or mixed.
     """
     data = checked({"tasks": [], "systems": [], "experts": cards(pool)}, empty=True)
     marks = legend(pool.names)

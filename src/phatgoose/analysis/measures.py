@@ -1,7 +1,7 @@
-"""Numbers that sum up routing. In the formulas w_tme is expert e's weight on token t at module m (0 where it isn't chosen).
+"""Numbers that sum up a trace. w_tme is expert e's weight on token t at module m, 0 if not chosen.
 
-What goes to no expert is left out everywhere, but counts in the totals that shares are taken of. Where a trace was recorded with
-histogram=True, the measures that need single choices refuse it.
+Weight that goes to no expert is left out everywhere, but it counts in the totals of shares. Measures that need
+single choices refuse a trace that was recorded with histogram=True.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from phatgoose.models.trace.trace import Trace
 from phatgoose.registry import unknown
 
 __all__ = [
-    "Extremes", "Spread", "agreement", "agreement_between_layers", "agreement_within_blocks", "effective_number", "entropy",
-    "expert_shares", "extremes", "layer_and_kind", "load", "oracle_agreement", "similarity", "token_dependence",
+    "Extremes", "Spread", "agreement", "agreement_between_layers", "agreement_within_blocks", "effective_number",
+    "entropy", "expert_shares", "extremes", "layer_and_kind", "load", "oracle_agreement", "similarity",
+    "token_dependence",
 ]  # fmt: skip
 
 Profile = Mapping[str, float]
 
 
 def load(trace: Trace, *, generated: bool | None = None) -> dict[str, Tensor]:
-    """load_me = Σ_t w_tme / T, per module: float64 [experts], summing to 1 less what went to no expert.
+    """load_me = Σ_t w_tme / T, per module: float64 [experts]. Sums to 1 minus what went to no expert.
 
     Args:
         generated: only over tokens read behind a cache (True) or only over the others (False).
@@ -43,7 +44,7 @@ def load(trace: Trace, *, generated: bool | None = None) -> dict[str, Tensor]:
 def expert_shares(trace: Trace, *, generated: bool | None = None) -> dict[str, float]:
     """Σ_tm w_tme / (number of decisions), per expert: every decision (a token at a module) counts alike.
 
-    They sum to 1 less what went to no expert; all are 0 for an empty trace.
+    They sum to 1 minus what went to no expert; all are 0 for an empty trace.
     """
     part = slice(None) if generated is None else slice(1, 2) if generated else slice(0, 1)
     total, decisions = torch.zeros(len(trace.experts), dtype=torch.float64), 0
@@ -61,13 +62,15 @@ def entropy(shares: Iterable[float]) -> float:
 
 
 def effective_number(shares: Iterable[float]) -> float:
-    """exp(entropy) of `shares` scaled to sum to 1: 1 if one expert does all, E if E experts act alike, 0 if none acts."""
+    """exp(entropy) of `shares` scaled to sum to 1: 1 if one expert does all, E if E experts act alike, 0 if
+    none acts."""
     positive = [s for s in shares if s > 0]
     return math.exp(entropy(positive)) if positive else 0.0
 
 
 def agreement(a: Choices, b: Choices) -> float:
-    """(1/T) Σ_t Σ_e min(w_tae, w_tbe): 1 if two modules weight the same experts alike on every token, 0 if they share none.
+    """(1/T) Σ_t Σ_e min(w_tae, w_tbe): 1 if two modules weight the same experts alike on every token, 0 if
+    they share none.
 
     Raises:
         EvaluationError: the modules didn't read the same tokens.
@@ -86,7 +89,8 @@ def agreement(a: Choices, b: Choices) -> float:
 def agreement_between_layers(trace: Trace) -> dict[str, Tensor]:
     """For each kind of module, the `agreement` of every two layers: float64 [layers, layers], in order of the layers.
 
-    The diagonal is Σ_e w_te averaged: 1 less what went to no expert. Kinds without a layer, or of one layer, are left out.
+    The diagonal is the mean of Σ_e w_te: 1 minus what went to no expert. Kinds without a layer, or of one
+    layer, are left out.
     """
     kinds: dict[str, list[tuple[int, Choices]]] = {}
     for c in _choices(trace):
@@ -102,8 +106,10 @@ def agreement_between_layers(trace: Trace) -> dict[str, Tensor]:
 
 
 def agreement_within_blocks(trace: Trace) -> dict[int, float]:
-    """For each block, the mean `agreement` of every two of its modules that read the same tokens; blocks of one module are left
-    out. An encoder's and a decoder's block of one number are averaged."""
+    """For each block, the mean `agreement` of every two of its modules that read the same tokens.
+
+    Blocks of one module are left out. An encoder's and a decoder's blocks of the same number are averaged.
+    """
     blocks: dict[tuple[int, str], list[Choices]] = {}
     for c in _choices(trace):
         place = trace.locations[c.path]
@@ -120,8 +126,11 @@ def agreement_within_blocks(trace: Trace) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Spread:
-    """How one module's weights vary: around each input's own mean, and of these means. share = within / (within + between), 1 if
-    all inputs are routed alike and only tokens differ, 0 if every token of an input is routed alike; None if nothing varies."""
+    """The variance of one module's weights within inputs, and between the means of inputs.
+
+    share = within / (within + between): 1 if all inputs are routed alike and only tokens differ, 0 if all
+    tokens of an input are routed alike, None if nothing varies.
+    """
 
     within: float
     between: float
@@ -154,7 +163,7 @@ def token_dependence(trace: Trace) -> dict[str, Spread]:
 
 
 def oracle_agreement(trace: Trace, oracle: str | Mapping[int, str]) -> dict[str, float]:
-    """(1/T) Σ_t w_{t m o(t)}, per module: the mean weight of the expert that the oracle would take.
+    """(1/T) Σ_t w_{t m o(t)}, per module: the mean weight of the expert that the oracle takes.
 
     Args:
         oracle: the expert's name, or one for each input (`Tokens.inputs`).
@@ -182,8 +191,9 @@ def oracle_agreement(trace: Trace, oracle: str | Mapping[int, str]) -> dict[str,
 
 
 def similarity(profiles: Mapping[str, Profile]) -> Tensor:
-    """Σ_e √(p_ae p_be), Bhattacharyya's coefficient, for every two tasks' routing shares (each scaled to sum to 1): 1 if they are
-    routed alike, 0 if they share no expert. Symmetric float64 [tasks, tasks] in the order given; 0 where a task has no shares.
+    """Σ_e √(p_ae p_be), Bhattacharyya's coefficient, for every two tasks' routing shares (each scaled to sum
+    to 1): 1 if they are routed alike, 0 if they share no expert. Symmetric float64 [tasks, tasks] in the order
+    given; 0 where a task has no shares.
     """
     names = list(dict.fromkeys(e for profile in profiles.values() for e in profile))
     table = torch.tensor(
@@ -196,10 +206,10 @@ def similarity(profiles: Mapping[str, Profile]) -> Tensor:
 
 @dataclass(frozen=True)
 class Extremes:
-    """Experts that hardly act, that act nearly everywhere, and modules where one expert leads nearly every token.
+    """Experts that hardly act or act nearly everywhere, and modules where one expert leads nearly every token.
 
-    dead and dominating: names, with their shares of all routing weight. captured: (module, expert, share of its tokens where
-    this expert led).
+    dead and dominating: names, with their shares of all routing weight. captured: (module, expert, share of
+    its tokens where this expert led).
     """
 
     dead: dict[str, float]
@@ -208,11 +218,11 @@ class Extremes:
 
 
 def extremes(trace: Trace, *, dead: float = 0.1, dominating: float = 0.5, captured: float = 0.95) -> Extremes:
-    """What should make one look again at a pool.
+    """Experts and modules of a trace that may be a problem.
 
     Args:
         dead: below this fraction of an equal share, 1/E, an expert counts as dead.
-        dominating: above this share of all routing weight (pools of one expert left aside).
+        dominating: above this share of all routing weight (never in a pool of one expert).
         captured: above this share of a module's tokens led by one expert, where the pool offers another.
     """
     shares = expert_shares(trace)

@@ -1,8 +1,8 @@
-"""The report: one self-contained HTML file with the comparison, and for a few prompts which experts acted where.
+"""The report: one HTML file with the comparison, and which experts acted where on a few prompts.
 
-The page asks nothing of the network: its script and style are inline, its data is embedded as JSON. Names and prompts are
-strangers' text, so the template escapes everything, the script only sets textContent, and a content policy lets no other
-script run.
+The page needs no network: its script and style are inline, its data is embedded as JSON. Names and prompts are
+strangers' text, so the template escapes everything, the script only sets textContent, and a content policy
+lets no other script run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from phatgoose.files import write_bytes
 __all__ = ["FORMAT", "RoutedPrompt", "report", "routed_prompt"]
 
 FORMAT = "phatgoose-report/2"
-"""Of the embedded data, which the page offers for download: {"format", "results", "experts" (legend), "prompts"}."""
+"""Format of the embedded data, which the page offers for download: {"format", "results", "experts" (legend),
+"prompts"}."""
 
 
 def report(
@@ -36,7 +37,8 @@ def report(
 
     Args:
         results: what the quickstart writes as results.json; `phatgoose.analysis.checks.SHAPE` says what it must hold.
-            Parts that are left out are left out of the page. Tasks and systems may be empty if there are prompts or experts.
+            Parts that are left out are left out of the page. Tasks and systems may be empty if there are
+            prompts or experts.
         prompts: shown in this order, tokens coloured by expert.
 
     Raises:
@@ -70,12 +72,13 @@ def report(
 def rendered(
     name: str, embedded: Mapping[str, Any], *, style_sources: str | None = None, **context: Any
 ) -> tuple[bytes, str]:
-    """The page of the templates `name`.html.j2, .js.j2 and, beside page.css.j2, .css.j2, in UTF-8, and its content policy.
+    """The page made from the templates `name`.html.j2, `name`.js.j2, page.css.j2 and `name`.css.j2, in UTF-8,
+    and its content policy.
 
     Args:
-        embedded: what the page's script reads, as JSON.
-        style_sources: where style may come from; None: only the page's own style sheet.
-        context: what the template reads.
+        embedded: data for the page's script, as JSON.
+        style_sources: allowed sources of style; None: only the page's own style sheet.
+        context: variables of the template.
     """
     environment = _environment()
     script = environment.get_template(f"{name}.js.j2").render()
@@ -99,7 +102,7 @@ def rendered(
 
 
 def _hash(text: str) -> str:
-    """`text` as a source of a content policy."""
+    """The source in a content policy that allows `text`."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -141,7 +144,7 @@ def seconds(value: float | None) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """`text`, escaped, that may break after _ . : / - so that a long name doesn't widen its column."""
+    """`text`, escaped, with possible line breaks after _ . : / - so that a long name doesn't widen its column."""
     parts: list[Markup] = []
     for character in str(text):
         parts.append(escape(character))

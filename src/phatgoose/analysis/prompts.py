@@ -1,4 +1,4 @@
-"""One prompt with the experts that acted on each of its tokens, taken from a trace."""
+"""One prompt with the experts that acted on each of its tokens, from a trace."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ UNSEEN = -2
 
 @dataclass(frozen=True)
 class RoutedPrompt:
-    """A prompt, what was answered, and who acted where.
+    """A prompt, its answer, and which experts acted where.
 
-    A token's experts act while the model reads it: those at the last prompt token wrote the first token of the answer, and
-    the answer's last token was never read, so it is not in `tokens`.
+    Experts act while the model reads a token. So those at the last prompt token wrote the first token of the
+    answer. The answer's last token was never read, so it is not in `tokens`.
     """
 
     task: str
@@ -34,16 +34,16 @@ class RoutedPrompt:
     expected: str
     answer: str
     correct: bool | None
-    """None: there is no right answer to compare with."""
+    """None if there is no right answer to compare with."""
     tokens: tuple[str, ...]
-    """Text of each token read, in order. For an encoder–decoder: the encoder's, then the decoder's."""
+    """Text of each token that was read, in order: an encoder–decoder's encoder first, then its decoder."""
     generated_from: int
-    """Index of the first token that the model wrote itself (for an encoder–decoder, of the decoder's first)."""
+    """Index of the first token that the model wrote (in an encoder–decoder, the decoder's first)."""
     experts: tuple[str, ...]
     modules: tuple[str, ...]
     choices: tuple[tuple[Pairs, ...], ...] = field(repr=False)
-    """Per module, per token: (index in `experts`, weight), best first. Index −1: that weight went to no expert.
-    Empty: the module does not see that token."""
+    """Per module, per token: (index in `experts`, weight), best first. Index −1: the weight went to no expert.
+    Empty: the module doesn't see this token."""
 
 
 def routed_prompt(
@@ -58,21 +58,22 @@ def routed_prompt(
     row: int = 0,
     generated_from: int | None = None,
 ) -> RoutedPrompt:
-    """The record of one sequence (`row` of each call) of a trace, which may be one call or a whole generate() call.
+    """The record of one sequence (`row` of each call) in a trace of one call of the model, or of one generate().
 
-    Sequences must keep their row from call to call, as greedy decoding and sampling do and beam search doesn't.
+    A sequence must keep its row from call to call: so it does in greedy decoding and sampling, but not in beam search.
 
     Args:
-        generated_from: index of the first token of the answer; by default the first that was read behind a cache (for an
-            encoder–decoder, the decoder's first).
+        generated_from: index of the first token of the answer; by default the first that was read behind a
+            cache (for an encoder–decoder, the decoder's first).
 
     Raises:
-        RoutingError: if the trace has nothing on that row, no token ids, a sample of the tokens only, or tokens of several
-            sequences, as a beam search's rows have.
+        RoutingError: if the trace has nothing on that row, no token ids, a sample of the tokens only, or
+            tokens of several sequences, as a beam search's rows have.
     """
     if trace.sums_only or trace.share < 1:
         raise RoutingError(
-            "this trace doesn't hold every token: record without histogram=True or sample, with more max_bytes or fewer tokens."
+            "this trace doesn't hold every token: record without histogram=True or sample, with more "
+            "max_bytes or fewer tokens."
         )
     if trace.reordered:
         raise RoutingError(
@@ -115,8 +116,8 @@ def _ids(stream: str, calls: list[Choices], row: int) -> dict[int, int]:
         for position, token in zip(c.positions[mine].tolist(), c.ids[mine].tolist(), strict=True):
             if found.setdefault(position, token) != token:
                 raise RoutingError(
-                    f"the trace has several sequences in row {row}: token {position} of the {stream} is {found[position]} "
-                    f"in one call and {token} in another. Trace one prompt at a time."
+                    f"the trace has several sequences in row {row}: token {position} of the {stream} is "
+                    f"{found[position]} in one call and {token} in another. Trace one prompt at a time."
                 )
     places = sorted(found)
     if places and places != list(range(places[0], places[-1] + 1)):
@@ -139,21 +140,25 @@ def _choices(
 
 
 @dataclass(frozen=True)
-class Written:
-    """A stretch of the answer that one expert led: its text, and that expert's share of the routing weight over it."""
+class Span:
+    """A span of the answer led by one expert: its text, and that expert's share of the routing weight."""
 
     text: str
     expert: str
     share: float
 
 
-def written(prompt: RoutedPrompt) -> list[Written]:
-    """The answer in stretches with one leading expert each: the one with most weight over all modules at the token before, where
-    the next one is decided. The answer's last token is "…": its text isn't in the trace. "no expert" where the base led."""
+def answer_spans(prompt: RoutedPrompt) -> list[Span]:
+    """The answer in spans with one leading expert each, "no expert" if the base led.
+
+    The leading expert of a token has most weight over all modules at the token before it, where it was
+    decided. The answer's last token is "…", since its text isn't in the trace.
+    """
     names = (*prompt.experts, "no expert")
     begin = prompt.generated_from
-    # What reads the prompt reads the answer as well, or else it is an encoder, and the decoder's first token stands at `begin`.
-    # (Not every module reads all of a prompt: only its last token comes to the head.)
+    # If modules that read the prompt read the answer as well, there is one stack. Otherwise the prompt was
+    # read by an encoder, and the decoder's first token is at `begin`. One module is enough to tell: the
+    # head, for example, reads only a prompt's last token.
     one_stack = begin >= len(prompt.tokens) or any(
         cells[begin - 1] and cells[begin] for cells in prompt.choices
     )
@@ -172,14 +177,14 @@ def written(prompt: RoutedPrompt) -> list[Written]:
             found[-1] = (before + text, name, (mean * count + share) / (count + 1), count + 1)
         else:
             found.append((text, names[lead], share, 1))
-    return [Written(text, name, share) for text, name, share, _ in found]
+    return [Span(text, name, share) for text, name, share, _ in found]
 
 
 class TokenTexts:
-    """The text each token adds to those before it, asked for one by one, so that joining them gives the decoded whole.
+    """The text that each token adds to those before it. Joined, they give the decoded whole.
 
-    A token that ends inside a character adds nothing; the one that completes it adds the character. Tokens are decoded after
-    the ones before them, since some tokenizers drop a leading space.
+    A token that ends inside a character adds nothing; the one that completes the character adds it. Each token
+    is decoded together with those before it, since some tokenizers drop a leading space.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -190,7 +195,7 @@ class TokenTexts:
         )
 
     def add(self, token: int, *, last: bool = False) -> str:
-        """What `token` adds. `last`: none follows, so half a character is told as it is."""
+        """What `token` adds. `last`: no token follows, so half a character is given as it is."""
         self.ids.append(token)
         before, text = self._decode(self._done), self._decode(len(self.ids))
         if text.endswith("\ufffd") and not last:
@@ -205,14 +210,15 @@ class TokenTexts:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) -> list[str]:
-    """The text each token of a whole sequence adds."""
+    """The text that each token of a whole sequence adds."""
     ids, texts = list(ids), TokenTexts(tokenizer)
     return [texts.add(token, last=i == len(ids) - 1) for i, token in enumerate(ids)]
 
 
 def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
-    """`prompt` as compact JSON data. `choices` and `weights` (in thousandths) are, for each module, [tokens · k] whole numbers as
-    little-endian int16 in base64, so that 2,000 tokens × 210 modules stay below 5 MB and are read at once.
+    """`prompt` as compact JSON data. `choices` and `weights` (in thousandths) are, for each module, [tokens ·
+    k] whole numbers as little-endian int16 in base64, so that 2,000 tokens × 210 modules stay below 5 MB and
+    are read at once.
 
     Choice −1: no expert; −2: a filler (the module does not see the token, or made fewer than k choices).
 
@@ -246,12 +252,6 @@ def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
 def packed(values: list[int]) -> str:
     """Whole numbers between −32768 and 32767 as little-endian int16 in base64."""
     return base64.b64encode(struct.pack(f"<{len(values)}h", *values)).decode()
-
-
-def unpacked(text: str) -> list[int]:
-    """What `packed` packed."""
-    raw = base64.b64decode(text)
-    return list(struct.unpack(f"<{len(raw) // 2}h", raw))
 
 
 def _fits(prompt: RoutedPrompt, where: str) -> None:

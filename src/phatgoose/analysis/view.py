@@ -1,4 +1,4 @@
-"""What the page shows, worked out of checked results: tables, plot and heat map as plain data for the template."""
+"""What the page shows: tables, plot and heat map as plain data, made from checked results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ GROUPS = {
     **dict.fromkeys(HELD_OUT, "Held-out tasks, seen by no expert"),
 }
 COLOURS = 7
-"""Okabe and Ito's colours that read on light and dark: orange, sky, green, yellow, blue, vermilion, purple."""
+"""Okabe and Ito's colours, readable on light and dark: orange, sky, green, yellow, blue, vermilion, purple."""
 TASKS_ACROSS = 8
-"""How many tasks stand side by side in a table, at most."""
+"""Most tasks side by side in a table."""
 EDGES = 4
-"""Kinds of underline; with the colours they tell 28 experts apart, and the letter tells any number."""
+"""Kinds of underline. With the colours they tell 28 experts apart; letters tell any number apart."""
 
 
 def letters(index: int) -> str:
-    """A, B, …, Z, AA, AB, …: the mark of an expert where colour alone won't do."""
+    """A, B, …, Z, AA, AB, …: the letter of an expert, for readers who can't go by colour."""
     text = ""
     index += 1
     while index:
@@ -41,13 +41,13 @@ def legend(names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Task names for narrow columns: without source, folder and "_json", unless two would then be alike."""
+    """Task names for narrow columns: without source, folder and "_json", unless two names would then be equal."""
     short = [name.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json") or name for name in names]
     return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything the template needs beside `data` itself (checked results) and `marks` (the legend)."""
+    """Everything that the template needs besides `data` (checked results) and `marks` (the legend)."""
     labels = short_names([t["name"] for t in data["tasks"]])
     tasks = [{**t, "label": label} for t, label in zip(data["tasks"], labels, strict=True)]
     groups: list[dict[str, Any]] = [
@@ -77,7 +77,7 @@ def _of_kind(data: dict[str, Any], kind: str) -> dict[str, Any] | None:
 
 
 def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
-    """The share of the oracle's gain that routing recovered, with the means it is made of."""
+    """The share of the oracle's gain that routing recovered, with the means it comes from."""
     found = {kind: _of_kind(data, kind) for kind in ("base", "router", "oracle")}
     means = {kind: (s or {}).get("groups", {}).get(group["key"]) for kind, s in found.items()}
     if not means["router"]:
@@ -100,7 +100,7 @@ def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _parts(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group's tasks, at most `TASKS_ACROSS` at a time, as even as can be: more columns are wider than a screen."""
+    """A group's tasks in parts of at most `TASKS_ACROSS`, as even as possible: more columns don't fit on a screen."""
     tasks = group["tasks"]
     count = -(-len(tasks) // TASKS_ACROSS)
     width = -(-len(tasks) // count)
@@ -112,8 +112,10 @@ def _parts(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """The table of (a part of) a group: a row for each system that has a score there, the group's mean first. `best`: nothing but the
-    oracle is higher in its column."""
+    """The table of (a part of) a group: a row for each system with a score there, the group's mean first.
+
+    A cell is `best` if only the oracle's is higher in its column.
+    """
     rows = []
     for system in data["systems"]:
         cells = [_cell(system.get("groups", {}).get(group["key"]), mean=True)]
@@ -144,7 +146,7 @@ def _cell(score: dict[str, Any] | None, *, mean: bool) -> dict[str, Any]:
 
 
 def _plot(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
-    """Dots and intervals of one group's means, as percentages of the axis, which runs from 0 to a round value."""
+    """Dots and intervals of one group's means in percent of the axis, which runs from 0 to a round value."""
     scores = [(s, s["groups"][group["key"]]) for s in data["systems"] if group["key"] in s.get("groups", {})]
     if not scores:
         return None
@@ -171,7 +173,7 @@ def _plot(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _comparisons(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """One group's differences, each with what its interval says: "better", "worse" or "open"."""
+    """One group's differences, each with the verdict of its interval: "better", "worse" or "open"."""
     rows = [
         {**row, "verdict": "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "open"}
         for row in data.get("comparisons", [])

@@ -18,7 +18,8 @@ from phatgoose.routers.router import BoundRouter, Candidates, Router, check_at_l
 
 
 class TypedIndex(int):
-    """A number as somebody typed it ("single:7"): first an expert of this name is looked for, then the expert at this index."""
+    """A number as somebody typed it ("single:7"): first an expert of this name is looked for, then the expert
+    at this index."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Uniform(Router):
 class Random(Router):
     """`top_k` experts drawn at random for every token and module, each with weight 1/top_k: a control.
 
-    The draw depends only on the seed, the module, the token's position and its id, so a cache, beams or padding don't change it.
+    The draw depends only on the seed, the module, the token's position and its id, so a cache, beams or
+    padding don't change it.
     """
 
     seed: int = 0
@@ -98,7 +100,8 @@ class Random(Router):
 
 @dataclass(frozen=True)
 class FixedRandom(Router):
-    """`top_k` experts drawn once for the whole pool, on every token at every module, each with weight 1/top_k: a control.
+    """`top_k` experts drawn once for the whole pool, on every token at every module, each with weight 1/top_k:
+    a control.
 
     Against `Random` it says what is lost by mixing ever new experts.
     """
@@ -133,7 +136,8 @@ class Fixed(BoundRouter):
 
 
 class _Random(BoundRouter):
-    """Draws among all experts of the pool. One that has nothing at this module is drawn like the others and does nothing."""
+    """Draws among all experts of the pool. One that has nothing at this module is drawn like the others and
+    does nothing."""
 
     def __init__(self, seed: int, top_k: int, candidates: Candidates):
         self.key = zlib.crc32(f"{seed}\0{candidates.path}".encode())

@@ -1,4 +1,4 @@
-"""What a router may know beyond a token's activation: which sequence, position and token it belongs to."""
+"""What a router may know beyond a token's activation: its sequence, position, id and text."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from phatgoose.errors import RoutingError
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """The tokens one pass of an encoder or decoder runs over: B sequences of T new tokens.
-
-    ids: int64 [B, T] or None (embeddings were given). positions: int64 [B, T], counted without padding and past a cache.
-    real: bool [B, T], False at padding. past: how many tokens a key-value cache holds before these. encoded: what a decoder's
-    cross-attention reads, the same object in all passes over the same inputs. problem: why `real` can't be known, else None.
-    """
+    """The tokens that one pass of an encoder or decoder runs over: B sequences of T new tokens."""
 
     ids: Tensor | None
+    """int64 [B, T], or None if embeddings were given."""
     positions: Tensor
+    """int64 [B, T], counted without padding and past a cache."""
     real: Tensor
+    """bool [B, T], False at padding."""
     past: int = 0
+    """How many tokens a key-value cache holds before these."""
     encoded: weakref.ref[Tensor] | None = None
+    """What a decoder's cross-attention reads: the same object in all passes over the same inputs."""
     problem: str | None = None
+    """Why `real` can't be known."""
 
     def aligned(self, rows: int, length: int, kept: Tensor | None = None) -> Sequences:
-        """The same for a module that saw [rows, length]: each sequence rows / B times (beams), and of each all tokens or those at `kept`.
+        """The same for a module that saw [rows, length] tokens, as `spread` repeats and selects them.
 
         Raises:
             RoutingError: if the module's input can't be matched to the tokens, or there is a `problem`.
@@ -49,7 +50,9 @@ class Sequences:
 
 
 def spread(x: Tensor, rows: int, length: int, kept: Tensor | None = None) -> Tensor:
-    """x [B, T, …] of a pass → [rows, length, …] for a module: each sequence rows / B times (beams), all its tokens or those at `kept`.
+    """x [B, T, …] of a pass → [rows, length, …] of a module.
+
+    Each sequence is repeated rows / B times (beams). Of its tokens all are taken, or those at `kept`.
 
     Raises:
         RoutingError: if the module's input can't be matched to the tokens.
@@ -74,45 +77,50 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """What each of a pass's B sequences was given to read, and what stands behind it so far.
-
-    prompts: one a sequence. fresh: bool [B, T] on the CPU, which of the pass's tokens stand behind the prompt. ids: int64 [B, T] on the
-    CPU, or None. written: what stood behind the prompt before this pass, or why that isn't known. apart: whether what is written is a
-    sequence of its own (an encoder–decoder's), not the prompt's continuation.
-    """
+    """What each of a pass's B sequences was given to read, and what has been written behind it so far."""
 
     prompts: tuple[Prompt, ...]
+    """One per sequence."""
     fresh: Tensor
+    """bool [B, T] on the CPU: which of the pass's tokens are behind the prompt."""
     ids: Tensor | None
+    """int64 [B, T] on the CPU, or None."""
     written: tuple[tuple[int, ...] | str, ...]
+    """For each sequence what was behind the prompt before this pass, or why that isn't known."""
     apart: bool = False
+    """Whether the written text is a sequence of its own (an encoder–decoder's), not the prompt's continuation."""
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingContext:
-    """One call of one module: its path, and which of the running pass's tokens it sees.
+    """One call of one module: its path, and which tokens of the running pass it sees.
 
-    They are [rows, length]: all of each sequence's tokens, or those at `kept` (int64 [length]). sequences: those of the pass; None: no pass
-    was seen. allowed: bool [N, candidates], which of them may be chosen; None: all. A router that narrows its choice down in steps must
-    heed it in the first; what may not be chosen is struck out of its scores anyway. reader: finds the texts of the pass a module runs in.
-    stream: whose tokens they are, "encoder" or "decoder". problem: why it can't be known which tokens the module sees, else None.
-    picked: int64 [N], which of the pass's B·T tokens these are, where they were picked for one of a mixture's experts; rows is then 1.
+    These are [rows, length]: all tokens of each sequence, or those at `kept`.
     """
 
     path: str
     rows: int
     length: int
     sequences: Sequences | None
+    """The sequences of the pass. None: no pass was seen."""
     allowed: Tensor | None = None
+    """bool [N, candidates]: which candidates may be chosen; None: all. A router that narrows its choice in
+    steps must heed it in the first one. The final scores are masked by it anyway."""
     reader: Callable[[str], Texts] | None = None
+    """Finds the texts of the pass that the module runs in."""
     kept: Tensor | None = None
+    """int64 [length]: the positions in each sequence that the module sees. None: all."""
     stream: str = "decoder"
+    """Whose tokens they are, "encoder" or "decoder"."""
     problem: str | None = None
+    """Why it can't be known which tokens the module sees."""
     by_row: bool = True
-    """Whether the pass's sequences are its rows even where there is a `problem`."""
+    """Whether the pass's sequences are its rows even if there is a `problem`."""
     picked: Tensor | None = None
+    """int64 [N]: which of the pass's B·T tokens these are, if they were picked for one of a mixture's experts.
+    Then rows is 1."""
     again: int = 0
-    """How many of each row's inputs, the first ones, are cached tokens that are seen again: the `problem`, then."""
+    """How many of each row's first inputs are cached tokens that are seen again. Then that is the `problem`."""
 
     def texts(self) -> Texts:
         """What the sequences of this pass were given to read; the same object for every module that sees the pass.
@@ -127,10 +135,11 @@ class RoutingContext:
         return self.reader(self.stream)
 
     def tokens(self) -> Sequences:
-        """The sequences matched to the module's N = rows·length tokens.
+        """The sequences, matched to the module's N = rows·length tokens.
 
         Raises:
-            RoutingError: if the model was called in a way that hides them, or the module sees other tokens, or some of them.
+            RoutingError: if the model was called in a way that hides them, or the module sees other tokens, or
+                some of them.
         """
         self.check()
         assert self.sequences is not None
@@ -150,7 +159,7 @@ class RoutingContext:
         return replace(self, length=self.length - self.again, again=0, problem=None) if self.again else self
 
     def whole(self) -> RoutingContext:
-        """Of tokens that were picked: a call that sees all of the pass's."""
+        """For tokens that were picked: the call of a module that sees all tokens of the pass."""
         assert self.sequences is not None
         rows, length = self.sequences.positions.shape
         return replace(self, rows=rows, length=length, picked=None)
@@ -187,9 +196,11 @@ def positions_from(
 ) -> tuple[Tensor, Tensor]:
     """(positions, real), both [B, T], of T new tokens after `past` cached ones.
 
-    mask: [B, past + T]; or [B, T], of the new tokens alone; or, as generate() makes it for a static cache, [B or 1, 1, T, ≥ past + T], who
-    may attend to whom, boolean or added to scores, or a dict of such for different layers; or None. before: int64 [B], how many
-    of the cached tokens are real; None: all `past`, unless the mask says otherwise.
+    Args:
+        mask: [B, past + T], or [B, T] of the new tokens alone. Or, as generate() makes it for a static cache,
+            who may attend to whom, [B or 1, 1, T, ≥ past + T], boolean or added to scores, or a dict of such
+            masks for different layers. Or None.
+        before: int64 [B], how many of the cached tokens are real. None: all `past`, unless the mask says otherwise.
 
     Raises:
         RoutingError: it is something else, so padding can't be told from tokens.

@@ -17,7 +17,8 @@ class PoolEmbeddings:
     """The training texts of all experts of a pool, embedded by one encoder.
 
     Raises:
-        RoutingError: an expert without texts, two encoders, an encoder that can't be loaded or isn't theirs, or no tokenizer.
+        RoutingError: an expert without texts, two encoders, an encoder that can't be loaded or isn't theirs,
+            or no tokenizer.
     """
 
     def __init__(self, setup: Setup, encoder: str | None, needed_by: str):
@@ -51,7 +52,8 @@ class PoolEmbeddings:
         return self.encode([self._text(p) for p in texts.prompts])
 
     def so_far(self, texts: Texts, every: int) -> Tensor:
-        """The text up to each token, embedded: [B, T, width]. Behind the prompt it is embedded anew after every `every` tokens (0: never).
+        """The text up to each token, embedded: [B, T, width]. Behind the prompt it is embedded anew after
+        every `every` tokens (0: never).
 
         Raises:
             RoutingError: it isn't known what was written so far.
@@ -69,8 +71,9 @@ class PoolEmbeddings:
                 continue
             if isinstance(before, str) or texts.ids is None:
                 raise RoutingError(
-                    f"what was written behind the prompt is unknown: {before if isinstance(before, str) else 'no token ids were given'}. "
-                    "With every=0 the prompt alone decides."
+                    "what was written behind the prompt is unknown: "
+                    f"{before if isinstance(before, str) else 'no token ids were given'}. With every=0 the "
+                    "prompt alone decides."
                 )
             whole = [*before, *texts.ids[row, behind].tolist()]
             for number, place in enumerate(behind, start=len(before) + 1):
@@ -95,8 +98,8 @@ def _texts(expert: Expert, needed_by: str) -> Tensor:
     found = expert.signature.texts if expert.signature is not None else None
     if found is None:
         raise RoutingError(
-            f"expert {expert.name!r} has no embedded training texts, which {needed_by} needs: its contributor makes them with "
-            "`phatgoose signature`. Or choose another router."
+            f"expert {expert.name!r} has no embedded training texts, which {needed_by} needs: its "
+            "contributor makes them with `phatgoose signature`. Or choose another router."
         )
     return found
 
@@ -110,18 +113,20 @@ def _encoder(setup: Setup, wanted: str | None) -> Encoder:
         if other is None or other.encoder_sha256 != first.encoder_sha256:
             raise RoutingError(
                 f"experts {setup.experts[0].name!r} and {expert.name!r} embedded their texts with two encoders "
-                f"({first.encoder}, {other.encoder if other else None}), which can't be compared: make one's signature again."
+                f"({first.encoder}, {other.encoder if other else None}), which can't be compared: make one's "
+                "signature again."
             )
     name = wanted or str(first.encoder)
     try:
         found = setup.encoder(name)
     except BaseModelError as cause:
         raise RoutingError(
-            f"the experts' texts were embedded with {first.encoder!r}, and {name!r} can't be loaded: {cause} Give its folder as encoder=FOLDER."
+            f"the experts' texts were embedded with {first.encoder!r}, and {name!r} can't be loaded: {cause} "
+            "Give its folder as encoder=FOLDER."
         ) from cause
     if found.sha256 != first.encoder_sha256:
         raise RoutingError(
-            f"the experts' texts were embedded with {first.encoder!r} of sha256 {first.encoder_sha256}, and {name!r} is another encoder "
-            f"(sha256 {found.sha256})."
+            f"the experts' texts were embedded with {first.encoder!r} of sha256 {first.encoder_sha256}, and "
+            f"{name!r} is another encoder (sha256 {found.sha256})."
         )
     return found

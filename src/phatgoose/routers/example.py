@@ -1,6 +1,7 @@
 """Routers that read the text: an expert fits if its own training texts, embedded, are near to the prompt, embedded.
 
-Embeddings have length 1, so similarity is q·x. These routers need each expert's data signature (`phatgoose signature`); nothing is trained.
+Embeddings have length 1, so similarity is q·x. These routers need each expert's data signature (`phatgoose
+signature`); nothing is trained.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class ByText(SignatureRouter):
     """What the routers of this file have in common."""
 
     encoder: str = AUTO
-    """The sentence encoder: a name or folder; "auto": the one that the experts' signatures name. It must be the very same."""
+    """The sentence encoder: a name or folder; "auto": the one that the experts' signatures name. It must be
+    the very same."""
 
     needs = "data signatures: texts; a sentence encoder"
     chooses = "1 expert per sequence"
@@ -53,9 +55,11 @@ class ByText(SignatureRouter):
 
 @dataclass(frozen=True)
 class Retrieval(ByText):
-    """The expert of the one training text nearest to the prompt, on the whole sequence (Jang et al. 2023, arXiv 2302.03202).
+    """The expert of the one training text nearest to the prompt, on the whole sequence (Jang et al. 2023,
+    arXiv 2302.03202).
 
-    e* = argmax_e max_i q·x_{e,i} over up to 1000 texts of each expert; weight 1. An expert that has nothing at a module does nothing there.
+    e* = argmax_e max_i q·x_{e,i} over up to 1000 texts of each expert; weight 1. An expert that has nothing at
+    a module does nothing there.
     """
 
     paper = "Jang et al. 2023, arXiv 2302.03202"
@@ -67,7 +71,8 @@ class Retrieval(ByText):
 
 @dataclass(frozen=True)
 class Centroid(ByText):
-    """The expert whose mean embedding is nearest to the prompt, on the whole sequence (the routing of Durbin's and Maxine's, 2023).
+    """The expert whose mean embedding is nearest to the prompt, on the whole sequence (the routing of Durbin's
+    and Maxine's, 2023).
 
     e* = argmax_e cos(q, mean_i x_{e,i}); weight 1. An expert that has nothing at a module does nothing there.
     """
@@ -81,11 +86,13 @@ class Centroid(ByText):
 
 @dataclass(frozen=True)
 class SoftCentroid(ByText):
-    """All experts, weighted by how near the text so far is to their mean embeddings, anew for every token (Belofsky 2023, arXiv 2311.10847).
+    """All experts, weighted by how near the text so far is to their mean embeddings, anew for every token
+    (Belofsky 2023, arXiv 2311.10847).
 
-    s_e = cos(q_t, mean_i x_{e,i}), the largest times `temperature`, w = softmax(s). q_t embeds the prompt and what was written up to token
-    t; the prompt's own tokens share its embedding. The same as in the paper, but with a key-value cache: earlier tokens keep the mixture
-    that they were read with. (The author merges A and B apart; here the mixture is exact.)
+    s_e = cos(q_t, mean_i x_{e,i}), the largest times `temperature`, w = softmax(s). q_t embeds the prompt and
+    what was written up to token t; the prompt's own tokens share its embedding. The same as in the paper, but
+    with a key-value cache: earlier tokens keep the mixture that they were read with. (The author merges A and
+    B apart; here the mixture is exact.)
     """
 
     temperature: int = 4

@@ -11,8 +11,9 @@ from phatgoose.experts.weight_signature import why_no_signature
 def fitting_router(experts: Sequence[Expert]) -> tuple[str, str]:
     """(router as the command line writes it, why it isn't "phatgoose"): the first of these that can serve all experts.
 
-    "phatgoose" if every expert has gates (the reason is then ""), "phatgoose:ungated=weights" if some have, "weight-only" if none
-    has, and "uniform" where an expert without gates has no low-rank update that could be scored by its weights.
+    "phatgoose" if every expert has gates (the reason is then ""), "phatgoose:ungated=weights" if some have,
+    "weight-only" if none has, and "uniform" where an expert without gates has no low-rank update that could be
+    scored by its weights.
     """
     ungated = [e for e in experts if e.gates is None]
     if not ungated:

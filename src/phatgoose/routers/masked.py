@@ -18,7 +18,8 @@ from phatgoose.routers.router import BoundRouter, ByScores, Candidates, Router, 
 
 @dataclass(eq=False)
 class Switches:
-    """Which experts may act now. Whoever runs a batch sets `allowed` before it: bool [rows, experts of the pool], or None for all.
+    """Which experts may act now. Whoever runs a batch sets `allowed` before it: bool [rows, experts of the
+    pool], or None for all.
 
     If the model repeats its rows (beams), each row's switches are repeated with it.
     """
@@ -30,7 +31,8 @@ class Switches:
 class Masked(Router):
     """`router`, on each row as if the pool had been made of that row's experts only.
 
-    For routers that compare scores (`ByScores`), Single and Uniform. The choices of others depend on the whole pool: they are refused.
+    For routers that compare scores (`ByScores`), Single and Uniform. The choices of others depend on the whole
+    pool: they are refused.
     """
 
     router: Router
@@ -59,14 +61,16 @@ class Masked(Router):
         if isinstance(inner, ByScores):
             if not isinstance(getattr(inner, "top_k", None), int):
                 raise RoutingError(
-                    f"{type(inner).__name__} doesn't say how many experts act: call super().__init__(top_k) in its __init__."
+                    f"{type(inner).__name__} doesn't say how many experts act: call super().__init__(top_k) "
+                    "in its __init__."
                 )
             return _MaskedScores(inner, candidates, self.switches)
         if isinstance(self.router, Single | Uniform):
             return _MaskedFixed(inner, candidates, self.switches, isinstance(self.router, Uniform))
         name = type(getattr(self.router, "settings", self.router)).__name__
         raise RoutingError(
-            f"{name} doesn't choose by scores: experts can't be switched off one by one. Make a pool without them instead."
+            f"{name} doesn't choose by scores: experts can't be switched off one by one. Make a pool without "
+            "them instead."
         )
 
     def describe(self) -> dict[str, Any]:
@@ -104,15 +108,17 @@ class _Masked(BoundRouter):
         raise NotImplementedError
 
     def allowed(self, context: RoutingContext, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which candidates may be chosen for each token, bool [N, candidates], and how many experts of the pool are on, int64 [N]."""
+        """Which candidates may be chosen for each token, bool [N, candidates], and how many experts of the
+        pool are on, int64 [N]."""
         on = self.switches.allowed
         assert on is not None
         if context.picked is not None:
             return self._by_candidate(context.spread(on.to(device)[:, None, :]))
         if on.ndim != 2 or on.shape[1] != len(self.names) or not on.shape[0] or context.rows % on.shape[0]:
             raise RoutingError(
-                f"experts are switched by a table of {list(on.shape)}, and {context.path} saw {context.rows} rows of a pool of "
-                f"{len(self.names)}: expected one row for each row of the batch, one column for each expert."
+                f"experts are switched by a table of {list(on.shape)}, and {context.path} saw {context.rows} "
+                f"rows of a pool of {len(self.names)}: expected one row for each row of the batch, one "
+                "column for each expert."
             )
         on = on.to(device).repeat_interleave(context.rows // on.shape[0], dim=0)
         allowed, number = self._by_candidate(on)
@@ -121,7 +127,8 @@ class _Masked(BoundRouter):
     def _by_candidate(self, on: Tensor) -> tuple[Tensor, Tensor]:
         """Which candidates are on for each row of switches, and how many experts of the pool are."""
         allowed = on[:, self.members.clamp(min=0)]
-        # The null candidate stands for experts that are on and have nothing at this module. Without any it isn't offered.
+        # The null candidate stands for experts that are on and have nothing at this module. Without any it
+        # isn't offered.
         null = on[:, self.absent].any(1, keepdim=True)
         return torch.where((self.members < 0).to(on.device), null, allowed), on.sum(1)
 

@@ -1,6 +1,7 @@
 """Routers and merges by name, as the command line, recipes, servers and vLLM write them: `name`, or `name:key=value,…`.
 
-To add a router, write a class that extends `Router` and name it in `ROUTERS`. This file imports no router until one is asked for.
+To add a router, write a class that extends `Router` and name it in `ROUTERS`. This file imports no router
+until one is asked for.
 """
 
 from __future__ import annotations
@@ -131,14 +132,15 @@ def router_class(name: str) -> type[Router]:
     found = ROUTERS[name.lower()]
     if not (isinstance(found, type) and issubclass(found, Router)):
         raise PluginError(
-            f"the router {name!r} of the package {ROUTERS.package(name.lower())} is {brief(found)}, expected a class that "
-            "extends phatgoose.routers.router.Router."
+            f"the router {name!r} of the package {ROUTERS.package(name.lower())} is {brief(found)}, expected "
+            "a class that extends phatgoose.routers.router.Router."
         )
     return found
 
 
 def parse_router(text: str) -> Router:
-    """A router from its command-line form: "phatgoose", "phatgoose:top_k=3,ungated=weights", "single:NAME", "random:seed=1".
+    """A router from its command-line form: "phatgoose", "phatgoose:top_k=3,ungated=weights", "single:NAME",
+    "random:seed=1".
 
     "single:7" is the expert named 7, or if there is none the one at index 7, counted from 0.
 

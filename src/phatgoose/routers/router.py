@@ -21,9 +21,10 @@ from phatgoose.routers.context import RoutingContext
 class Candidates:
     """The experts that can act at one module, in the order of the stack.
 
-    `names` are those of all experts in the pool. `members` index them: candidate i is names[members[i]], and −1 is the null
-    candidate, which has no update. `gates` holds one float32 vector [d_in] per candidate, or None where it has none. `updates` is
-    what each candidate does here, None for the null candidate. Updates are only read or copied if a router does so.
+    `names` are those of all experts in the pool. `members` index them: candidate i is names[members[i]], and
+    −1 is the null candidate, which has no update. `gates` holds one float32 vector [d_in] per candidate, or
+    None where it has none. `updates` is what each candidate does here, None for the null candidate. Updates
+    are only read or copied if a router does so.
     """
 
     path: str
@@ -67,7 +68,8 @@ class BoundRouter(ABC):
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
 
     by_gates: tuple[Tensor, int] | None = None
-    """(gates v̄ [candidates, d], top_k) if calling this router is gate_scores, then choose. A backend may fuse that with mix."""
+    """(gates v̄ [candidates, d], top_k) if calling this router is gate_scores, then choose. A backend may fuse
+    that with mix."""
 
     def observe(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
         """Takes in inputs [N, d] of the module on reference text. Called before routing, if `needs_reference`."""
@@ -92,10 +94,12 @@ class BoundRouter(ABC):
 
 
 class ByScores(BoundRouter):
-    """A router that compares scores: the `top_k` candidates with the highest act, weighted by a softmax over their scores.
+    """A router that compares scores: the `top_k` candidates with the highest act, weighted by a softmax over
+    their scores.
 
-    Experts can be switched off for any router of this kind (`Masked`): their scores become −∞. A router whose score for one
-    candidate depends on the others must heed `context.allowed` itself. Overriding `__call__` is only right if the result is the same.
+    Experts can be switched off for any router of this kind (`Masked`): their scores become −∞. A router whose
+    score for one candidate depends on the others must heed `context.allowed` itself. Overriding `__call__` is
+    only right if the result is the same.
     """
 
     def __init__(self, top_k: int) -> None:
@@ -126,8 +130,8 @@ class Router(ABC):
     """Which part of the experts' data signatures it needs: "activations", "texts", or nothing."""
 
     by_token = True
-    """Whether a token's choice depends on nothing but its input, its id and its position. If False, an evaluation runs each prompt
-    and answer separately, instead of computing once what several prompts have in common."""
+    """Whether a token's choice depends on nothing but its input, its id and its position. If False, an
+    evaluation runs each prompt and answer separately, instead of computing once what several prompts have in common."""
 
     def prepared(self, setup: Setup) -> Router:
         """The router that is bound to the modules: this one, unless it must look at the pool as a whole first.

@@ -42,8 +42,9 @@ class PHATGOOSE(TopK):
     top_k: int = 2
     """How many experts act on each token. The paper's value is 2; a value above the pool's size means all experts."""
     ungated: Literal["refuse", "weights"] = "refuse"
-    """What to do about experts without gates: "refuse" them by name, or let their "weights" score them. Then all scores at a
-    module with such an expert are standardised on reference text (docs/method.md, "Experts without gates")."""
+    """What to do about experts without gates: "refuse" them by name, or let their "weights" score them. Then
+    all scores at a module with such an expert are standardised on reference text (docs/method.md, "Experts
+    without gates")."""
 
     paper = "Muqeeth et al. 2024, arXiv 2402.05859"
     needs = "gates, trained on the expert's data (none with ungated=weights)"
@@ -62,9 +63,9 @@ class PHATGOOSE(TopK):
         ]
         if missing and self.ungated == "refuse":
             raise RoutingError(
-                f"expert {missing[0]!r} has no gates, which PHATGOOSE needs: train them with `phatgoose gate` (or train_gate); "
-                "`phatgoose gate --generated` needs no data. Or score it by its weights with ungated=weights, or choose a router "
-                "that needs no gates."
+                f"expert {missing[0]!r} has no gates, which PHATGOOSE needs: train them with `phatgoose "
+                "gate` (or train_gate); `phatgoose gate --generated` needs no data. Or score it by its "
+                "weights with ungated=weights, or choose a router that needs no gates."
             )
         # In float64 until the very end: the mean of v̄ must be zero to the last bit that float32 has.
         gates = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
@@ -74,7 +75,8 @@ class PHATGOOSE(TopK):
         return _ByVectors(torch.stack([null if g is None else g for g in gates]), self.top_k)
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings; `ungated` only if it isn't the default, so that results of pools with gates keep their description."""
+        """Name and settings; `ungated` only if it isn't the default, so that results of pools with gates keep
+        their description."""
         return {k: v for k, v in super().describe().items() if (k, v) != ("ungated", "refuse")}
 
 
@@ -109,10 +111,11 @@ class ShuffledGates(Router):
 
 @dataclass(frozen=True)
 class AverageActivation(TopK, SignatureRouter):
-    """PHATGOOSE with the mean input of an expert's own data at each module as its gate: the paper's baseline of that name.
+    """PHATGOOSE with the mean input of an expert's own data at each module as its gate: the paper's baseline
+    of that name.
 
-    v is the raw mean over tokens, standardised once; score_e = v̄_eᵀū/√d, softmax over the top k. Needs each expert's data signature
-    (`phatgoose signature`), no gates. Every token at every module chooses for itself.
+    v is the raw mean over tokens, standardised once; score_e = v̄_eᵀū/√d, softmax over the top k. Needs each
+    expert's data signature (`phatgoose signature`), no gates. Every token at every module chooses for itself.
     """
 
     paper = "the same, a baseline"
@@ -126,8 +129,9 @@ class AverageActivation(TopK, SignatureRouter):
             found = expert.signature.activations if expert.signature is not None else None
             if found is None:
                 raise RoutingError(
-                    f"expert {expert.name!r} has no mean activations of its data, which {type(self).__name__} needs: its "
-                    "contributor makes them with `phatgoose signature`. Or choose another router."
+                    f"expert {expert.name!r} has no mean activations of its data, which "
+                    f"{type(self).__name__} needs: its contributor makes them with `phatgoose signature`. Or "
+                    "choose another router."
                 )
             vectors.append(found)
         return _PreparedAverage(self, vectors)

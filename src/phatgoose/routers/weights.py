@@ -21,7 +21,8 @@ from phatgoose.routers.router import BoundRouter, ByScores, Candidates, Router, 
 
 @dataclass(frozen=True)
 class Arrow(TopK):
-    """Top-k by |v₁ᵀu|, v₁ the direction that ΔW stretches most; softmax over the top k (Ostapenko et al. 2024, arXiv 2405.11157).
+    """Top-k by |v₁ᵀu|, v₁ the direction that ΔW stretches most; softmax over the top k (Ostapenko et al. 2024,
+    arXiv 2405.11157).
 
     Needs LoRA weights, nothing else. Every token at every module chooses for itself.
     """
@@ -36,7 +37,8 @@ class Arrow(TopK):
 
 @dataclass(frozen=True)
 class SpectR(TopK):
-    """Top-k by ‖S Vᵀu‖ = ‖ΔW u‖, how much the update does to u; softmax over the top k (Fleshman & Van Durme, arXiv 2504.03454).
+    """Top-k by ‖S Vᵀu‖ = ‖ΔW u‖, how much the update does to u; softmax over the top k (Fleshman & Van Durme,
+    arXiv 2504.03454).
 
     Needs LoRA weights, nothing else. Every token at every module chooses for itself. ΔW includes LoRA's scale.
     """
@@ -51,10 +53,11 @@ class SpectR(TopK):
 
 @dataclass(frozen=True)
 class LAG(Router):
-    """Arrow's first 20 by |v₁ᵀu|, of these the best by ‖Vᵀu‖, its equations 6 and 7 (Fleshman & Van Durme, arXiv 2507.05346).
+    """Arrow's first 20 by |v₁ᵀu|, of these the best by ‖Vᵀu‖, its equations 6 and 7 (Fleshman & Van Durme,
+    arXiv 2507.05346).
 
-    Needs LoRA weights, nothing else. Every token at every module chooses for itself. The paper's two stages save time on a
-    thousand experts; here both scores of all experts are computed.
+    Needs LoRA weights, nothing else. Every token at every module chooses for itself. The paper's two stages
+    save time on a thousand experts; here both scores of all experts are computed.
     """
 
     first: int = 20
@@ -79,8 +82,9 @@ class LAG(Router):
 class WeightOnly(TopK):
     """Top-k by ‖Vᵀū‖, standardised on reference text (docs/method.md, "Experts without gates"); softmax over the top k.
 
-    What PHATGOOSE(ungated="weights") does for experts without gates, for all experts: gates are not used. Needs LoRA weights
-    and, when it is attached, one pass of the base over a built-in text. Every token at every module chooses for itself.
+    What PHATGOOSE(ungated="weights") does for experts without gates, for all experts: gates are not used.
+    Needs LoRA weights and, when it is attached, one pass of the base over a built-in text. Every token at
+    every module chooses for itself.
     """
 
     paper = "ours"
@@ -105,8 +109,9 @@ def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | No
             found.append(Signature(nothing.new_zeros(0), nothing))
         elif (reason := why_no_signature(update)) is not None:
             raise RoutingError(
-                f"expert {candidates.names[member]!r} has no signature in its weights at {candidates.path}, which {needed_by} "
-                f"needs: {reason}. Give it gates with `phatgoose gate` (--generated needs no data), or choose another router."
+                f"expert {candidates.names[member]!r} has no signature in its weights at {candidates.path}, "
+                f"which {needed_by} needs: {reason}. Give it gates with `phatgoose gate` (--generated needs "
+                "no data), or choose another router."
             )
         else:
             found.append(signature(update))
@@ -157,8 +162,8 @@ class _Lag(ByScores):
 class Comparable(ByScores):
     """Scores of gates, and of weights where there is no gate, each standardised on reference text, then the top k.
 
-    t_e(u) = v̄_eᵀū/√d with a gate, ‖V_eᵀū‖^⅔ without; score_e = (t_e − mean of t_e)/(its standard deviation), both over the
-    reference tokens. The null candidate's score is 0. Derived in docs/method.md.
+    t_e(u) = v̄_eᵀū/√d with a gate, ‖V_eᵀū‖^⅔ without; score_e = (t_e − mean of t_e)/(its standard deviation),
+    both over the reference tokens. The null candidate's score is 0. Derived in docs/method.md.
     """
 
     needs_reference = True
@@ -166,7 +171,8 @@ class Comparable(ByScores):
     def __init__(
         self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str
     ) -> None:
-        """`gates`: one standardised v̄ [d] per candidate, None where weights (or, for the null candidate, nothing) score it."""
+        """`gates`: one standardised v̄ [d] per candidate, None where weights (or, for the null candidate,
+        nothing) score it."""
         super().__init__(top_k)
         self.path = candidates.path
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
@@ -184,8 +190,9 @@ class Comparable(ByScores):
     def check_observed(self) -> None:
         if not bool((self.sums[0] > 1).all()):
             raise RoutingError(
-                f"{self.path} saw fewer than two tokens of the reference text by which scores are compared: the base's mixture hardly "
-                "ever asks this expert of its own. Give the experts gates (`phatgoose gate`), or choose arrow, spectr or lag."
+                f"{self.path} saw fewer than two tokens of the reference text by which scores are compared: "
+                "the base's mixture hardly ever asks this expert of its own. Give the experts gates "
+                "(`phatgoose gate`), or choose arrow, spectr or lag."
             )
 
     def raw(self, u: Tensor, ops: Backend) -> Tensor:

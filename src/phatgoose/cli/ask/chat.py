@@ -186,9 +186,9 @@ class Chat:
 
 def show_leaders(routed: RoutedPrompt) -> None:
     """Prints the answer's parts with their leading experts on standard error, so that a piped answer stays clean."""
-    from phatgoose.analysis.prompts import written
+    from phatgoose.analysis.prompts import answer_spans
 
-    stretches = written(routed)
+    stretches = answer_spans(routed)
     width = min(max((len(repr(w.text)) for w in stretches), default=0), 60)
     for w in stretches:
         text = repr(w.text)
