@@ -86,7 +86,8 @@ def is_offline() -> bool:
 
 def why_offline(what: str = "model") -> str:
     if is_offline():
-        return f"it isn't in the Hub cache, and HF_HUB_OFFLINE is set: unset it, or fetch the {what} where there is a network."
+        why = "it isn't in the Hub cache, and HF_HUB_OFFLINE is set"
+        return f"{why}: unset it, or fetch the {what} where there is a network."
     return (
         "the Hub can't be reached, or a transfer broke off, and the files aren't in its cache: check the network, or "
         "load a local folder."
