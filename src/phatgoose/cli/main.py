@@ -1,4 +1,4 @@
-"""`phatgoose`: the app and its entry point."""
+"""`phatgoose`: all commands, and the entry point."""
 
 from __future__ import annotations
 
@@ -25,32 +25,36 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quickstart")(quickstart.command)
-app.command("train")(train.command)
-app.command("gate")(gate.command)
-app.command("signature")(signature.command)
+COMMANDS = {
+    "quickstart": quickstart,
+    "train": train,
+    "gate": gate,
+    "signature": signature,
+    "push": push,
+    "convert": convert,
+    "import-reference": import_reference,
+    "eval": eval,
+    "experiment": experiment,
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "explain": explain,
+    "report": report,
+    "ui": ui,
+    "routers": routers,
+    "doctor": doctor,
+}
+for name, module in COMMANDS.items():
+    app.command(name)(module.command)
 app.add_typer(pool.app, name="pool")
-app.command("push")(push.command)
-app.command("convert")(convert.command)
-app.command("import-reference")(import_reference.command)
-app.command("eval")(eval.command)
-app.command("experiment")(experiment.command)
-app.command("generate")(generate.command)
-app.command("chat")(chat.command)
-app.command("serve")(serve.command)
-app.command("explain")(explain.command)
-app.command("report")(report.command)
-app.command("ui")(ui.command)
 app.add_typer(tasks.app, name="tasks")
-app.command("routers")(routers.command)
-app.command("doctor")(doctor.command)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from phatgoose import __version__
 
-        typer.echo(f"phatgoose {version('phatgoose')}")
+        typer.echo(f"phatgoose {__version__}")
         raise typer.Exit
 
 
@@ -64,7 +68,7 @@ def _options(
 
 
 def main() -> None:
-    """The console script. Settings of other libraries are made here, before any of them is imported."""
+    """The console script. It sets what other libraries read when they are imported, so before any is."""
     limit_openmp_spinning()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get("PHATGOOSE_DEBUG"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,19 +137,28 @@ def explain(
     finally:
         unroute(base)
     whole, base_alone = likelihoods[:2]
-    pairs = zip(chosen, likelihoods[2::2], kept[2::2], likelihoods[3::2], strict=True)
-    effects = [
-        Effect(n, shares[n], without, without - whole, keeps, alone) for n, without, keeps, alone in pairs
-    ]
+    effects = _effects(chosen, shares, likelihoods, kept)
     text = str(base.tokenizer.decode(answer, skip_special_tokens=True))
     found = Explanation(
         prompt, text, tuple(str(base.tokenizer.decode([token])) for token in answer.tolist()), router.describe(), whole,
-        base_alone, kept[1], tuple(sorted(effects, key=lambda e: e.change)), len(active) - len(chosen),
+        base_alone, kept[1], effects, len(active) - len(chosen),
     )  # fmt: skip
     routed = routed_prompt(
         recorded, base, task="", prompt=prompt, expected="", answer=text.strip(), correct=False
     )
     return found, routed
+
+
+def _effects(
+    chosen: Sequence[str], shares: Mapping[str, float], likelihoods: Sequence[float], kept: Sequence[bool]
+) -> tuple[Effect, ...]:
+    """From what each variant scored, in the order of `_variants`."""
+    pairs = zip(chosen, likelihoods[2::2], kept[2::2], likelihoods[3::2], strict=True)
+    effects = [
+        Effect(name, shares[name], without, without - likelihoods[0], keeps, alone)
+        for name, without, keeps, alone in pairs
+    ]
+    return tuple(sorted(effects, key=lambda effect: effect.change))
 
 
 def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:

@@ -69,8 +69,7 @@ def fitting_form(pool: Pool | None, asked: Form | None, has_template: bool) -> t
     if asked is None and has_template and forms and set(forms.values()) == {"raw"}:
         return "raw", (
             "raw prompts: the experts were trained on prompts without the chat template; type what they were "
-            "trained on, "
-            "or give --chat."
+            "trained on, or give --chat."
         )
     taken = asked or usual
     others = [name for name, form in forms.items() if form not in (None, taken)]

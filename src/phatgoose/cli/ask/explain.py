@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,18 +24,25 @@ if TYPE_CHECKING:
     from phatgoose.workflows.explain import Explanation
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """The answer, and how much of it is explained."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64
+    most: Annotated[
+        int | None, typer.Option(min=1, help="Look only at this many experts, those with the most weight.")
+    ] = None
+    chat: ChatOption = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False
+
+
 @expand_options
 def command(
     prompt: PromptArgument,
     pool: PoolFolderOption,
     base: BaseOptions,
+    answer: AnswerOptions,
     router: RouterOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64,
-    most: Annotated[
-        int | None, typer.Option(min=1, help="Look only at this many experts, those with the most weight.")
-    ] = None,
-    chat: ChatOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     backend: BackendOption = "auto",
 ) -> None:
     """Say which experts an answer rests on: what changes without each of them, with each alone, and with none.
@@ -54,10 +62,10 @@ def command(
     model = load_for(experts, base)
     from phatgoose.cli.common.streaming import room_for
 
-    ids, read = encode(model, experts, text, chat=chat)
-    options = ExplainOptions(room_for(model, ids, max_new_tokens), most, route=choice.options)
+    ids, read = encode(model, experts, text, chat=answer.chat)
+    options = ExplainOptions(room_for(model, ids, answer.max_new_tokens), answer.most, route=choice.options)
     found, _ = explain(model, experts, ids, choice.router, prompt=text, read=read, options=options)
-    if as_json:
+    if answer.as_json:
         show.say(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
     _show(found, words(found))

@@ -119,8 +119,7 @@ def merge_onto(target: Path, made: Expert, before: Expert | None, part: str, wor
     if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
         raise ExpertError(
             f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the "
-            "same "
-            f"command again with another --out and --work {work}."
+            f"same command again with another --out and --work {work}."
         )
     if not all_identical(now.tensors, made.tensors):  # another expert, to be replaced
         return made

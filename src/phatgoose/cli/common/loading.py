@@ -182,10 +182,9 @@ def show_cache_use(base: Base) -> dict[str, object]:
     asked = max(1, experts.hits + experts.misses)
     show.note(
         f"device memory: {use.resident_bytes / 1e6:.1f} MB always, {use.cache_bytes / 1e6:.1f} MB for experts used "
-        "last, of "
-        f"{use.pool_bytes / 1e6:.1f} MB that all would take; {100 * experts.hits / asked:.1f} % of {asked:,} needed "
-        "experts "
-        f"were there, {(experts.bytes_copied + use.gates.bytes_copied) / 1e6:.1f} MB were copied."
+        f"last, of {use.pool_bytes / 1e6:.1f} MB that all would take; {100 * experts.hits / asked:.1f} % of "
+        f"{asked:,} needed experts were there, "
+        f"{(experts.bytes_copied + use.gates.bytes_copied) / 1e6:.1f} MB were copied."
     )
     return {"device_memory": asdict(use)}
 

@@ -27,8 +27,7 @@ ROUTER_NAMES = (
 )
 ROUTER_HELP = (
     f"{ROUTER_NAMES} Or one expert made of all: merged, ties, dare. Or base for none. If not given: base without a "
-    "pool; "
-    "with one phatgoose, or where experts lack gates a router that needs none."
+    "pool; with one phatgoose, or where experts lack gates a router that needs none."
 )
 
 TaskOption = Annotated[str, typer.Option(help=TASK_HELP)]
@@ -106,8 +105,7 @@ class BackendOptions:
         str | None,
         typer.Option(
             help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when "
-            "they are "
-            "needed. Without it, all must fit. For routers that choose by gates."
+            "they are needed. Without it, all must fit. For routers that choose by gates."
         ),
     ] = None
 
@@ -129,8 +127,7 @@ class GenerationOptions:
         typer.Option(
             min=0.0,
             help="0 always takes the likeliest token; above 0 samples. Of the checkpoint's own generation settings "
-            "only the "
-            "end tokens are used: no penalties, forced or suppressed tokens, beams or lengths.",
+            "only the end tokens are used: no penalties, forced or suppressed tokens, beams or lengths.",
         ),
     ] = 0.0
     seed: Annotated[int, typer.Option(min=0, help="Sampling seed; used when --temperature > 0.")] = 0
@@ -173,8 +170,7 @@ class WritingOptions:
             "--generated",
             rich_help_panel=_WRITING_PANEL,
             help="Instead of a task: train on text that the base writes with this expert. Gates from the expert's "
-            "own data "
-            "are better.",
+            "own data are better.",
         ),
     ] = False
     prompts: Annotated[

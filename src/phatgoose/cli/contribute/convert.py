@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import BASE_HELP, DtypeOption, ExpertNameOption
 from phatgoose.cli.measure import show
 
 
-def command(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, as PEFT saved it after training.")],
-    base: Annotated[str, typer.Option("--base", help=f"{BASE_HELP} The one that the result is for.")],
-    out: Annotated[Path, typer.Option("--out", help="The expert's folder, which plain PEFT can load too.")],
+@dataclass(frozen=True)
+class StartOptions:
+    """How the adapter and the base were when training began."""
+
     initial: Annotated[
         Path | None,
         typer.Option(
-            "--initial",
-            help="The adapter as it was before training. Without it, its initialisation is run again on the base.",
+            help="The adapter as it was before training. Without it, its initialisation is run again on the base."
         ),
-    ] = None,
+    ] = None
     residual: Annotated[
         bool,
         typer.Option(
             "--residual",
             help="The base is the changed one that the adapter was trained on (LoftQ's, PiSSA's residual).",
         ),
-    ] = False,
+    ] = False
+
+    def check(self) -> None:
+        if self.initial is not None and self.residual:
+            raise typer.BadParameter(
+                "it is for an original base, and --residual says that this isn't one.", param_hint="--initial"
+            )
+
+
+@expand_options
+def command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, as PEFT saved it after training.")],
+    base: Annotated[str, typer.Option(help=f"{BASE_HELP} The one that the result is for.")],
+    out: Annotated[Path, typer.Option(help="The expert's folder, which plain PEFT can load too.")],
+    start: StartOptions,
     name: ExpertNameOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -45,20 +60,13 @@ def command(
     from phatgoose.models.base.convert import LARGE_CHANGE, convert_to_lora
     from phatgoose.models.base.load import load_weights
 
-    if initial is not None and residual:
-        raise typer.BadParameter(
-            "it is for an original base, and --residual says that this isn't one.", param_hint="--initial"
-        )
+    start.check()
     folders.check_target(out)
     if out.exists() and any(out.iterdir()):
         raise ExpertError(f"{out} holds an expert already: choose another folder with --out, or remove it.")
+    weights, name = load_weights(base, dtype), name or slug(out.name)
     expert, far = convert_to_lora(
-        adapter,
-        load_weights(base, dtype),
-        base,
-        initial=initial,
-        residual=residual,
-        name=name or slug(out.name),
+        adapter, weights, base, initial=start.initial, residual=start.residual, name=name
     )
     expert.save(out)
     if far is not None and far > LARGE_CHANGE:
@@ -66,14 +74,9 @@ def command(
             f"training moved a module's product of A and B by {far:.3g} times its norm: is {base} the base that it was "
             "trained on?"
         )
-    show.facts(
-        [
-            (
-                "expert",
-                f"{expert.name}: LoRA of rank {max(u.rank for u in expert.updates.values())}, {len(expert.updates)} "
-                "modules",
-            ),
-            ("saved", str(out)),
-            ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(out)])),
-        ]
-    )
+    rank = max(u.rank for u in expert.updates.values())
+    rows = [
+        ("expert", f"{expert.name}: LoRA of rank {rank}, {len(expert.updates)} modules"),
+        ("saved", str(out)),
+    ]
+    show.facts([*rows, ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(out)]))])

@@ -54,9 +54,7 @@ def command(
         existing = before or source
         if not run.overwrite and not all_identical(source.tensors, existing.tensors):
             raise _taken(target)
-        texts = wanted_texts(writing, task, config.seed)
-        if texts is not None and run.limit_train is not None:
-            raise typer.BadParameter("--limit-train is for a task's rows; with --generated, say --texts.")
+        texts = wanted_texts(writing, run, task, config.seed)
         rows = None if task is None else load_task(task, limit=run.row_limit)
         record = existing.provenance.get("gate", {})
         finished = existing.gates is not None and not run.overwrite

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from phatgoose.cli.common.options import WritingOptions
+from phatgoose.cli.common.options import RunOptions, WritingOptions
 from phatgoose.cli.measure import show
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
@@ -48,7 +48,7 @@ class WantedTexts:
         return task
 
 
-def wanted_texts(options: WritingOptions, task: str | None, seed: int) -> WantedTexts | None:
+def wanted_texts(options: WritingOptions, run: RunOptions, task: str | None, seed: int) -> WantedTexts | None:
     """The texts that the options ask for; None if they name a task.
 
     Raises:
@@ -62,6 +62,8 @@ def wanted_texts(options: WritingOptions, task: str | None, seed: int) -> Wanted
         rows=options.texts, max_new_tokens=options.text_tokens, temperature=options.temperature, seed=seed
     )
     if generated:
+        if run.limit_train is not None:
+            raise typer.BadParameter("--limit-train is for a task's rows; with --generated, say --texts.")
         return WantedTexts(config, lines(prompts) if prompts is not None else ())
     if prompts is not None or config != WritingConfig(seed=seed):
         raise typer.BadParameter("--prompts, --texts, --text-tokens and --temperature go with --generated.")

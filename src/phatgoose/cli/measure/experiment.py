@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,33 +80,39 @@ class ExecutorOptions:
         return Inline(self.retries)
 
 
-@expand_options
-def command(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
-    run: ExecutorOptions,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder for everything; RECIPE's name with -out if not given.")
-    ] = None,
+@dataclass(frozen=True)
+class DataOptions:
+    """Where a recipe's data and experts are."""
+
     folder: Annotated[
         list[str] | None,
         typer.Option(
             help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, "
             "t0ho=…, bbh=…)."
         ),
-    ] = None,
+    ] = None
     pool: Annotated[
         Path | None,
         typer.Option(
             help="An existing pool: its experts are taken, not trained. Only the recipe's other tasks are trained on."
         ),
+    ] = None
+
+
+@expand_options
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
+    data: DataOptions,
+    run: ExecutorOptions,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for everything; RECIPE's name with -out if not given.")
     ] = None,
     check: Annotated[
         bool,
         typer.Option(
             "--check",
             help="Only check the recipe, and as far as files on this machine tell, that names, splits, prompts and "
-            "data "
-            "exist; nothing is loaded or fetched.",
+            "data exist; nothing is loaded or fetched.",
         ),
     ] = False,
     fresh: Annotated[
@@ -121,40 +128,38 @@ def command(
     from phatgoose.workflows.experiment.recipe import ExperimentRecipe
     from phatgoose.workflows.experiment.run import run_experiment
 
-    found = ExperimentRecipe.read(recipe, _folders(folder or []), pool)
+    found = ExperimentRecipe.read(recipe, _folders(data.folder or []), data.pool)
     if check:
-        _say(found)
-        _say_data(found)
+        _show_recipe(found)
+        _show_data(found)
         return
-    target = out or Path(f"{recipe.stem}-out")
-    if fresh:
-        inside = found.pool.folder and Path(found.pool.folder).resolve().is_relative_to(target.resolve())
-        if inside:
-            raise PhatgooseError(
-                f"--fresh would remove the pool that is to be taken, {found.pool.folder}: choose another --out."
-            )
+    target, taken = out or Path(f"{recipe.stem}-out"), found.pool.folder
+    if fresh and taken and Path(taken).resolve().is_relative_to(target.resolve()):
+        raise PhatgooseError(
+            f"--fresh would remove the pool that is to be taken, {taken}: choose another --out."
+        )
     executor = run.executor()
     try:
         results = run_experiment(found, target, executor=executor, fresh=fresh)
     finally:
         executor.close()
+    _show_results(results, target)
+
+
+def _show_results(results: Mapping[str, Any], target: Path) -> None:
+    """Prints every suite's table and what failed; exits with 1 if anything did."""
     for name, suite in results["suites"].items():
-        ranked = sorted(
-            ((s, v) for s, v in suite["systems"].items() if "mean" in v), key=lambda item: -item[1]["mean"]
-        )
+        measured = [(system, v) for system, v in suite["systems"].items() if "mean" in v]
+        ranked = sorted(measured, key=lambda item: -item[1]["mean"])
         show.say(f"{name}, mean of {len(suite['common_tasks'])} tasks")
-        show.table(
-            ("system", "mean", "95 %"),
-            [(s, f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}") for s, v in ranked],
-        )
+        rows = [(s, f"{v['mean']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}") for s, v in ranked]
+        show.table(("system", "mean", "95 %"), rows)
         show.say()
-    show.note(
-        f"written: {target / 'results.json'}, {target / 'results.md'}, {target / 'plot.svg'}, "
-        f"{target / 'experiment.html'}"
-    )
+    written = ("results.json", "results.md", "plot.svg", "experiment.html")
+    show.note(f"written: {', '.join(str(target / file) for file in written)}")
+    for what, why in results["failed"].items():
+        show.warn(f"{what}: {why}")
     if results["failed"]:
-        for what, why in results["failed"].items():
-            show.warn(f"{what}: {why}")
         raise typer.Exit(1)
 
 
@@ -170,7 +175,7 @@ def _folders(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _say(recipe: ExperimentRecipe) -> None:
+def _show_recipe(recipe: ExperimentRecipe) -> None:
     """Prints what a recipe comes to."""
     show.facts(
         [
@@ -182,7 +187,7 @@ def _say(recipe: ExperimentRecipe) -> None:
     )
 
 
-def _say_data(recipe: ExperimentRecipe) -> None:
+def _show_data(recipe: ExperimentRecipe) -> None:
     """Prints what is known of its data; exits with 1 if some can't be loaded."""
     from phatgoose.workflows.experiment.check import check_data
 

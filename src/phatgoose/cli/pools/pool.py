@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phatgoose.cli.common.expand import expand_options
-from phatgoose.cli.common.hub_options import (
-    MAX_GB,
-    BranchOption,
-    MaxOption,
-    MessageOption,
-    PathsOption,
-    PrivateOption,
-    RepoArgument,
-    in_bytes,
-)
+from phatgoose.cli.common.hub_options import MAX_GB, MaxOption, PublishOptions, RepoArgument, in_bytes
 from phatgoose.cli.common.options import BASE_HELP, BaseOptions
 from phatgoose.cli.measure import show
 from phatgoose.cli.pools import packing
@@ -37,8 +28,7 @@ ExpertsArgument = Annotated[
     list[str],
     typer.Argument(
         help="Experts: folders, or on the Hub org/name, org/name@revision, org/name@revision:folder. Plain PEFT "
-        "adapters "
-        "will do."
+        "adapters will do."
     ),
 ]
 
@@ -196,21 +186,15 @@ app.command("unpack")(packing.unpack)
 
 
 @app.command("push")
-def push(
-    pool: PoolArgument,
-    repo: RepoArgument,
-    private: PrivateOption = False,
-    branch: BranchOption = None,
-    message: MessageOption = None,
-    allow_paths: PathsOption = False,
-) -> None:
+@expand_options
+def push(pool: PoolArgument, repo: RepoArgument, publish: PublishOptions) -> None:
     """Publish a pool on the Hub, in one commit that replaces a pool there. Log in with `hf auth login`."""
     from phatgoose.experts.hub.push import PushOptions
     from phatgoose.experts.pool import Pool
     from phatgoose.experts.pool_folder import push_folder
 
     loaded = Pool.load(pool)  # nothing damaged is published
-    options = PushOptions(private or None, branch, None, message, allow_paths)
+    options = PushOptions(publish.private or None, publish.branch, None, publish.message, publish.allow_paths)
     done = push_folder(pool, repo, options)
     show.say(f"{done}: {_count(len(loaded))}: {', '.join(loaded.names)}")
     _warn(loaded.warnings())

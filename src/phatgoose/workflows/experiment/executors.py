@@ -123,8 +123,7 @@ class Processes:
         if visible and workers > 1 and not gpus:
             raise PhatgooseError(
                 f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share "
-                "(--gpus 1), "
-                "or hide them (CUDA_VISIBLE_DEVICES= )."
+                "(--gpus 1), or hide them (CUDA_VISIBLE_DEVICES= )."
             )
         self.retries = retries
         self.settings = [

@@ -17,21 +17,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{len(results['experts'])} experts, made {made['when']} with phatgoose {made['phatgoose']}, torch "
         f"{made['torch']}, transformers {made['transformers']}, peft {made['peft']} on {made['machine']}. Means are "
         "unweighted over tasks, intervals are 95 % by bootstrap over rows (over raw rows, where a task shows one under "
-        "several prompts), differences are paired by row, p-values are adjusted by Holm over the systems of a "
-        "suite, and "
-        f"can't be less than {2 / (results['resamples'] + 1):.2g} before that: {results['resamples']} resamples. "
-        "*Blind "
-        "choice* is what a draw among each row's choices scores (0 where it has none); *guessing* is that or the "
-        "commonest "
-        "answer of a task's measured rows, whichever scores more, so it knows a little of them.",
+        "several prompts), differences are paired by row, p-values are adjusted by Holm over the systems of a suite, "
+        f"and can't be less than {2 / (results['resamples'] + 1):.2g} before that: {results['resamples']} resamples. "
+        "*Blind choice* is what a draw among each row's choices scores (0 where it has none); *guessing* is that or "
+        "the commonest answer of a task's measured rows, whichever scores more, so it knows a little of them.",
         "",
     ]
     lines += [_computed(results["measured"]), ""]
     if results["chosen"].get(ORACLE):
         lines += [
             "Oracle and best-single choose by validation rows, as few as the tables say: they are no upper bounds, "
-            "and a "
-            "share of the oracle's gain can exceed 100 %.",
+            "and a share of the oracle's gain can exceed 100 %.",
             "",
         ]
     lines += _overview(results["suites"])

@@ -243,8 +243,7 @@ class ExperimentRecipe:
         if MULTITASK in self.all_systems and (without := [n for n in kept if n not in tasks]):
             raise RecipeError(
                 f"the system multitask needs the data of every expert: name tasks for {', '.join(without)} under "
-                "[pool], "
-                "or leave it out."
+                "[pool], or leave it out."
             )
         return kept
 
