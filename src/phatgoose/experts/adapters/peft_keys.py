@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.adapters.peft_updates import KINDS
 
 PREFIX = "base_model.model."
 SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
@@ -14,9 +15,14 @@ SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put before the names of the modules they wrap."""
 _PARTS = (
-    "lora_A", "lora_B", "lora_E", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "lora_velora_embed",
-    "ia3_l", "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "modules_to_save", "trainable_tokens_delta",
-)  # fmt: skip
+    *sorted(set[str]().union(*(kind.names for kind in KINDS.values()))),
+    "lora_velora_embed",
+    "vera_A",
+    "vera_B",
+    "modules_to_save",
+    "trainable_tokens_delta",
+)
+"""What the adapter's name may follow in a key."""
 _NAMED = re.compile(rf"(?P<head>(?:.+\.)?(?:{'|'.join(_PARTS)}))\.(?P<name>[^.]+)(?P<kind>\.weight|\.bias)?")
 
 

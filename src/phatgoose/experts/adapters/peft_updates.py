@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ Parts = Mapping[str, Tensor]
 class Kind:
     """One of PEFT's kinds of adapter."""
 
-    patterns: Mapping[str, re.Pattern[str]]
-    """Part → the keys that hold it; the first group is the module's path."""
+    parts: Mapping[str, str]
+    """Part → pattern of what its key has behind the module's path; the pattern begins with a plain name."""
     updates: Callable[[Mapping[str, Any], Mapping[str, Parts], Parts, str], dict[str, Update]]
     """(config, parts by module path, tensors that all modules share, name for messages) → updates by module path."""
     empty: bool = False
@@ -32,10 +33,19 @@ class Kind:
 
     def part(self, plain: str) -> tuple[str, str] | None:
         """The module's path and the part that a key names; None if it names none of this kind."""
-        for name, pattern in self.patterns.items():
+        for name, pattern in self._patterns.items():
             if match := pattern.fullmatch(plain):
                 return match[1], name
         return None
+
+    @cached_property
+    def _patterns(self) -> dict[str, re.Pattern[str]]:
+        return {name: re.compile(rf"(.+)\.{part}") for name, part in self.parts.items()}
+
+    @property
+    def names(self) -> set[str]:
+        """The names in keys of its tensors: "lora_A", …"""
+        return {re.split(r"\W", part)[0] for part in self.parts.values()}
 
 
 def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
@@ -167,24 +177,20 @@ def _all_vera(
     return updates
 
 
-def _patterns(**parts: str) -> dict[str, re.Pattern[str]]:
-    return {name: re.compile(rf"(.+)\.{pattern}") for name, pattern in parts.items()}
-
-
 KINDS = {
     "LORA": Kind(
-        _patterns(
-            A=r"lora_A\.weight",
-            B=r"lora_B\.weight",
-            bias=r"lora_B\.bias",
-            magnitude=r"lora_magnitude_vector(?:\.weight)?",
-            embedding_A="lora_embedding_A",
-            embedding_B="lora_embedding_B",
-        ),
+        {
+            "A": r"lora_A\.weight",
+            "B": r"lora_B\.weight",
+            "bias": r"lora_B\.bias",
+            "magnitude": r"lora_magnitude_vector(?:\.weight)?",
+            "embedding_A": "lora_embedding_A",
+            "embedding_B": "lora_embedding_B",
+        },
         _all_lora,
     ),
-    "IA3": Kind(_patterns(ia3="ia3_l"), _all_ia3),
-    "ADALORA": Kind(_patterns(A="lora_A", B="lora_B", E="lora_E"), _all_adalora, empty=True),
-    "VERA": Kind(_patterns(b="vera_lambda_b", d="vera_lambda_d"), _all_vera),
+    "IA3": Kind({"ia3": "ia3_l"}, _all_ia3),
+    "ADALORA": Kind({"A": "lora_A", "B": "lora_B", "E": "lora_E"}, _all_adalora, empty=True),
+    "VERA": Kind({"b": "vera_lambda_b", "d": "vera_lambda_d"}, _all_vera),
 }
 """By PEFT's name."""
