@@ -10,6 +10,7 @@ import pytest
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
+from phatgoose.tasks.lists import named
 from phatgoose.tasks.lists.entries import (
     Entry,
     check_no_shared_data,
@@ -71,6 +72,18 @@ def test_lists_are_frozen():
         hashlib.sha256(json.dumps(whole).encode()).hexdigest()
         == "99eb011561bf3a9338e7d505c838e1cc92065ca2a22e77df06c3896489b46d9b"
     )
+
+
+def test_a_malformed_list_is_refused(monkeypatch):
+    monkeypatch.setitem(named._POOLS, "one", {"entires": {}})
+    monkeypatch.setitem(named._POOLS, "two", {"entries": {"a": {"specs": "jsonl:a", "metrics": "rougeL"}}})
+    monkeypatch.setitem(named._POOLS, "three", {"entries": {"a": "jsonl"}})
+    with pytest.raises(UnknownName, match="key of pool one 'entires': did you mean 'entries'"):
+        pool_entries("one")
+    with pytest.raises(TaskError, match=r"two, a: .*metrics"):
+        pool_entries("two")
+    with pytest.raises(TaskError, match="'jsonl' should read source:name"):
+        pool_entries("three")
 
 
 def test_unknown_names_are_refused_with_a_suggestion():

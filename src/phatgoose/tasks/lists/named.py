@@ -14,6 +14,9 @@ from phatgoose.registry import unknown
 from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.spec import split_spec
 
+_POOL_KEYS = ("entries", "includes", "excluded")
+_SUITE_KEYS = ("entries", "refuses", "own_copy")
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -35,17 +38,14 @@ def pool_entries(name: str) -> tuple[Entry, ...]:
     Raises:
         UnknownName: there is no pool of this name.
     """
-    table = _section("pool", name, _POOLS, "entries", "includes", "excluded")
+    table = _section("pool", name, _POOLS, *_POOL_KEYS)
     included = [entry for other in table.get("includes", ()) for entry in pool_entries(other)]
     return (*included, *_entries(name, table))
 
 
 def pool_excluded(name: str) -> Mapping[str, str]:
     """Tasks that a named pool goes without, as near-duplicates of held-out ones → what each is near to."""
-    excluded: dict[str, str] = _section("pool", name, _POOLS, "entries", "includes", "excluded").get(
-        "excluded", {}
-    )
-    return excluded
+    return dict(_section("pool", name, _POOLS, *_POOL_KEYS).get("excluded", {}))
 
 
 @cache
@@ -55,7 +55,7 @@ def suite(name: str) -> Suite:
     Raises:
         UnknownName: there is no suite of this name.
     """
-    table = _section("suite", name, _SUITES, "entries", "refuses", "own_copy")
+    table = _section("suite", name, _SUITES, *_SUITE_KEYS)
     refuses, own_copy = frozenset(table.get("refuses", ())), tuple(table.get("own_copy", ()))
     return Suite(name, _entries(name, table), refuses, own_copy)
 
