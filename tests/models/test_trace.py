@@ -395,6 +395,8 @@ def test_filters(routed):
     for bad in ({"experts": ["z"]}, {"modules": ["z"]}, {"kinds": ["z"]}, {"parts": ["z"]}):
         with pytest.raises(UnknownName):
             t.filter(**bad)
+    with pytest.raises(TypeError, match="keyword argument 'layer'"):
+        t.filter(layer=[1])
     with pytest.raises(UnknownName, match="traced module"):
         t["nowhere"]
 
