@@ -1,4 +1,4 @@
-"""An expert's data signature: mean activations on its data, and embeddings of training texts.
+"""An expert's data signature: mean activations and embeddings of training texts.
 
 signature.safetensors holds `activations/MODULE` ([d] float32: the module's input on the expert's own rows, averaged
 over tokens), `texts` ([n, width] float32: n ≤ 1000 unit vectors), or both. Its metadata names the adapter by sha256,

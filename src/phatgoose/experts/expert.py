@@ -1,4 +1,4 @@
-"""An expert: an adapter, its gates, its data signature, and the records of how they were made."""
+"""An expert: an adapter, its gates, its data signature, and how they were made."""
 
 from __future__ import annotations
 

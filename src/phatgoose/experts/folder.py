@@ -1,4 +1,4 @@
-"""Read an expert's folder: an adapter of either format, and our gates, data signature and record beside it."""
+"""Read an expert's folder: the adapter, and gates, data signature and record beside it."""
 
 from __future__ import annotations
 

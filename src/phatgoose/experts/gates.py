@@ -1,4 +1,4 @@
-"""An expert's gates: one vector for each module that it adapts, in gates.safetensors beside the adapter."""
+"""An expert's gates: one vector for each adapted module, in gates.safetensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool's manifest (pool.json): read it with all checks, verify the files it lists, and lock and sweep its folder."""
+"""A pool's manifest (pool.json): read and check it; verify, lock and sweep its folder."""
 
 from __future__ import annotations
 

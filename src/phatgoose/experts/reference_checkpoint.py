@@ -1,4 +1,4 @@
-"""Import the paper authors' checkpoints: one torch file of all experts becomes a pool of PEFT experts with gates.
+"""Import the paper authors' checkpoints: one torch file becomes a pool with gates.
 
 These are its keys, for expert i, and the update of that expert at a module with input u [d_in]:
 

@@ -1,4 +1,4 @@
-"""The facts of one expert for its model card, read from its records, which may hold anything."""
+"""The facts of one expert for its model card, from records that may hold anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of files that strangers wrote: safetensors, torch files (nothing in them is run), tokenizer files.
+"""Readers of strangers' files: safetensors, torch files (nothing is run), tokenizer files.
 
 In: a path or a `SafeFolder`. Out: tensors or settings, read within bounds of memory, or an error that names the file.
 """

@@ -1,4 +1,4 @@
-"""A folder that a stranger may have written: every file in it is read through one object, within bounds."""
+"""A stranger's folder: every file in it is read through one object, within bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a whole safetensors file that a stranger wrote: the header first, then the tensors, once.
+"""Read a stranger's whole safetensors file: the header first, then the tensors, once.
 
 It is read, not mapped into memory: a mapped file that is cut short later ends the process (SIGBUS), and one that is
 changed later changes tensors that were checked.

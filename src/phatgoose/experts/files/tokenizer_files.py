@@ -1,4 +1,4 @@
-"""Tokenizer files beside an adapter: record them, and warn where they differ from the base's own tokenizer.
+"""Tokenizer files beside an adapter: record them, and warn where the base's differ.
 
 Trainers save them with an adapter, but an expert is used with its base's tokenizer and chat template, which may
 make other tokens than it was trained on. What an adapter brings is recorded in its provenance under "tokenizer", and

@@ -1,4 +1,4 @@
-"""Map a torch file that a stranger wrote into memory: nothing in it is run, and only named tensors are accepted."""
+"""Map a stranger's torch file into memory: nothing is run, only tensors are accepted."""
 
 from __future__ import annotations
 

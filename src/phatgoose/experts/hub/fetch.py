@@ -1,4 +1,4 @@
-"""Fetch files of one commit from the Hub into huggingface_hub's cache, within bounds and with hashes checked.
+"""Fetch files of one commit from the Hub, within bounds and with hashes checked.
 
 huggingface_hub compares the size of what it fetched but not the hash, except in Xet transfers, and it reads a body that
 never ends, or breaks off again and again, forever. Both are checked here. Nothing is unpacked, imported or run.

@@ -1,4 +1,4 @@
-"""Parse names of places on the Hub: "org/name", "org/name@revision", "org/name@revision:folder"."""
+"""Parse places on the Hub: "org/name", "org/name@revision", "org/name@revision:folder"."""
 
 from __future__ import annotations
 

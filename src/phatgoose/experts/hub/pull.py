@@ -1,4 +1,4 @@
-"""Fetch the files of an expert or a pool from the Hub, pinned to one commit, into a plain folder."""
+"""Fetch an expert's or a pool's files from the Hub, from one commit, into a plain folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publish the folder of an expert or a pool on the Hub: exactly its own files, in one commit."""
+"""Publish an expert's or a pool's folder on the Hub: exactly its own files, in one commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of a packed pool: their low-rank rows and gates are views of the pool's file of stacks.
+"""Experts of a packed pool: their rows and gates are views of the pool's file of stacks.
 
 Nothing is read before it is used, and nothing is copied. `open.py` makes them from a pool's manifest, `pack.py`
 writes the file; docs/experts-and-pools.md has the format.

@@ -1,4 +1,4 @@
-"""An adapter without its values: what all experts of a packed pool with one config and one header share."""
+"""An adapter without its values: what packed experts of one config and header share."""
 
 from __future__ import annotations
 

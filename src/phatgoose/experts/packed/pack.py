@@ -1,4 +1,4 @@
-"""Pack a pool's folder into one file of stacks, unpack it again, and append an expert to a packed pool.
+"""Pack a pool's folder into one file of stacks, unpack it, and append experts to it.
 
 Everything is written, synced to disk, read back and compared before the manifest that names it: a process that is
 killed leaves either the old pool or the new one.

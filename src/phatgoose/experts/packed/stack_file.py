@@ -1,4 +1,4 @@
-"""A packed pool's file: stacks of rows, mapped into memory to read, and written in place where rows are free."""
+"""A packed pool's file: stacks of rows, mapped into memory, and written in place."""
 
 from __future__ import annotations
 
