@@ -156,3 +156,10 @@ def test_other_bad_input_is_refused(make_base, make_expert):
     with pytest.raises(TrainingError, match="logits that aren't finite"):
         write_task(base, huge, WRITING, report=silent)
     assert state_of(base.model) == before
+
+
+def test_unexpected_arguments_are_refused_before_texts_are_written(make_base, make_expert, monkeypatch):
+    base = make_base("llama")
+    monkeypatch.setattr(generated, "write_batch", lambda *_: pytest.fail("texts were written"))
+    with pytest.raises(TypeError, match=r"unexpected keyword arguments: \['logger'\]"):
+        train_generated_gate(base, make_expert(base, "one"), logger=())

@@ -56,6 +56,8 @@ def train_generated_gate(
     Raises:
         TrainingError, BaseModelError, StorageError: as for `write_task` and `train_gate`.
     """
+    if unexpected := options.keys() - RunOptions.__annotations__:  # now, and not after the texts are written
+        raise TypeError(f"train_generated_gate() got unexpected keyword arguments: {sorted(unexpected)}")
     folder, report = options.get("work_folder"), options.get("report")
     task = write_task(base, expert, writing, prompts=prompts, work_folder=folder, report=report)
     return train_gate(base, expert, task, config, **options)

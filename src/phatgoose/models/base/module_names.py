@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# T5's, BART's, and others' names for it.
+# Names of cross-attention modules in T5, BART and others.
 _NAMES = r"(?:EncDecAttention|encoder_attn|cross_?attn|cross_?attention|encoder_decoder_attention)"
 _CROSS = re.compile(rf"(?:^|\.){_NAMES}(?:\.|$)")
 _KEYS_VALUES = re.compile(
@@ -16,59 +16,62 @@ _KEYS_VALUES = re.compile(
 
 @dataclass(frozen=True)
 class ModuleLocation:
-    """One module. reads: whose tokens it sees, "encoder" or "decoder". part: "encoder", "decoder" or "cross-attention"
-    (whose keys and values read the encoder's tokens). layer: number of its block or None. kind: what it is there, e.g.
-    "mlp.up_proj".
-    """
+    """Where one module sits in its model."""
 
     path: str
     reads: str = "decoder"
+    """Whose tokens it reads: "encoder" or "decoder"."""
     part: str = "decoder"
+    """"encoder", "decoder" or "cross-attention" (whose keys and values read the encoder's tokens)."""
     layer: int | None = None
+    """Number of its block; None outside of the blocks."""
     kind: str = ""
+    """Its path within the block, e.g. "mlp.up_proj"."""
 
 
 def reads_encoder(path: str) -> bool:
-    """Whether the module at `path` computes keys or values of cross-attention, by its name."""
+    """True if the module at `path`, by its name, computes keys or values of cross-attention."""
     return _KEYS_VALUES.search(path) is not None
 
 
 def plain_name(path: str) -> str:
-    """The path without the modules that torch.compile has put around others."""
+    """The path without torch.compile's wrapper modules."""
     return path.replace("_orig_mod.", "")
 
 
 def locate_modules(paths: Sequence[str], reads: Sequence[str]) -> dict[str, ModuleLocation]:
-    """The place of each module; `reads[i]` says whose tokens the i-th sees."""
-    sites = layer_and_kind(paths)
+    """Module path → location. `reads[i]` says whose tokens the i-th module reads."""
+    layers = layer_and_kind(paths)
     return {
         path: ModuleLocation(path, stream, "cross-attention" if _CROSS.search(path) else stream, layer, kind)
-        for path, stream, (layer, kind) in zip(paths, reads, sites, strict=True)
+        for path, stream, (layer, kind) in zip(paths, reads, layers, strict=True)
     }
 
 
-def layer_labels(where: Mapping[str, ModuleLocation]) -> dict[str, str]:
-    """Each module's layer in words ("3"; "enc 3" and "dec 3" where there is an encoder; "other" outside of the layers),
-    in the order in which layers are shown: the encoder's first."""
-    several = any(place.reads == "encoder" for place in where.values())
+def layer_labels(locations: Mapping[str, ModuleLocation]) -> dict[str, str]:
+    """Module path → label of its layer, in the order in which layers are shown (the encoder's first).
 
-    def label(place: ModuleLocation) -> str:
-        if place.layer is None:
+    Labels are "3", or "enc 3" and "dec 3" if the model has an encoder; "other" outside of the layers.
+    """
+    has_encoder = any(m.reads == "encoder" for m in locations.values())
+
+    def label(m: ModuleLocation) -> str:
+        if m.layer is None:
             return "other"
-        return f"{'enc' if place.part == 'encoder' else 'dec'} {place.layer}" if several else str(place.layer)
+        return f"{'enc' if m.part == 'encoder' else 'dec'} {m.layer}" if has_encoder else str(m.layer)
 
     def order(path: str) -> tuple[bool, bool, int]:
-        place = where[path]
-        return place.layer is None, place.part != "encoder", place.layer or 0
+        m = locations[path]
+        return m.layer is None, m.part != "encoder", m.layer or 0
 
-    return {path: label(where[path]) for path in sorted(where, key=order)}
+    return {path: label(locations[path]) for path in sorted(locations, key=order)}
 
 
 def layer_and_kind(modules: Sequence[str]) -> list[tuple[int | None, str]]:
     """(number of the block, what is after it) for each module path, e.g. (3, "self_attn.q_proj").
 
-    Where blocks of several stacks are in `modules`, the kind starts with its stack ("decoder SelfAttention.q"). A path
-    without a number has no block and is its own kind.
+    If `modules` has blocks of several stacks, the kind starts with the stack ("decoder SelfAttention.q"). A path without
+    a number has no block, and is its own kind.
     """
     split = [_split(path) for path in modules]
     several = len({stack for stack, layer, _ in split if layer is not None}) > 1
@@ -79,8 +82,9 @@ def layer_and_kind(modules: Sequence[str]) -> list[tuple[int | None, str]]:
 
 
 def _split(path: str) -> tuple[str, int | None, str]:
+    """(stack, number of the block, path within it)."""
     parts = path.split(".")
-    for place, part in enumerate(parts):
-        if part.isdecimal() and place + 1 < len(parts):
-            return ".".join(parts[:place]), int(part), ".".join(parts[place + 1 :])
+    for i, part in enumerate(parts):
+        if part.isdecimal() and i + 1 < len(parts):
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
     return "", None, path
