@@ -1,4 +1,4 @@
-"""What a request asks of the engine: the length of its answers, how tokens are sampled, and what is reported."""
+"""What a request asks of the engine: answer length, sampling, and what is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request bodies: OpenAI's parameters and vLLM's as far as they are honoured; others are refused by name."""
+"""Request bodies: the parameters of OpenAI's and vLLM's APIs that are honoured."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The engine on generate(): one batch after the other, for models that continuous batching can't run.
+"""The engine on generate(), for models that continuous batching can't run.
 
-Jobs that wait when a batch is over form the next one, first come, first served.
+It runs one batch after the other. Jobs that wait when a batch is over form the next one, first come, first served.
 """
 
 from __future__ import annotations

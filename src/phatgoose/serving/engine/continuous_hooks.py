@@ -1,4 +1,4 @@
-"""What happens around each pass of the continuous engine: routes, expert loads, prompt scores, next tokens.
+"""Hooks around each pass of the continuous engine: routes, loads, scores, next tokens.
 
 All of it runs in the thread of transformers' ContinuousBatchingManager.
 """

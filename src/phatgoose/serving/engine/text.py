@@ -1,4 +1,4 @@
-"""An answer's tokens as text: decoded while they come, cut at stop strings, with their log-probabilities."""
+"""An answer's tokens as text: decoded while they come, and cut at stop strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Add, remove and switch experts while the server runs, and keep that in the pool's folder, which servers may share."""
+"""Add, remove and switch experts while the server runs, and keep that in the pool's folder.
+
+Several servers may share the folder.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts that requests get now, and the routes through them, which change while the server runs.
+"""The experts that new requests get, and the routes through them.
 
 Each change makes a new state; a request keeps the one it began with. Replaced experts stay attached until the last
 answer that uses them is finished, so no answer mixes two pools.
