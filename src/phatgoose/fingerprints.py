@@ -1,4 +1,4 @@
-"""Are two bases the same model? Comparing fingerprints: records only, no tensors. Taking one: `models.fingerprint`."""
+"""Compare the fingerprints of two bases. `models.base.fingerprint` takes them."""
 
 from __future__ import annotations
 

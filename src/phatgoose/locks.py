@@ -1,4 +1,4 @@
-"""One run at a time: a lock that a killed process gives back."""
+"""Lock a folder, so that one run works on it at a time. A killed process releases the lock."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from phatgoose.files import storage_errors
 
 @contextlib.contextmanager
 def only_run(folder: Path, lock: Path) -> Iterator[None]:
-    """Held while a command works towards what it writes to `folder`; a process that is killed gives it back.
+    """Locks `folder` while a command works on what it will write there. The lock of a killed process is released.
 
-    Where the file system has no locks, two runs may do the same work; what they write is still whole.
+    On a file system without locks two runs may do the same work; what they write is still whole.
 
     Args:
-        lock: the file that is locked; it is removed in the end.
+        lock: the lock file, which is removed in the end.
 
     Raises:
         StorageError: another process holds it, or it can't be written.

@@ -1,5 +1,6 @@
-"""Downloads one source distribution through pip without building it: run as a script, `pip_sdist.py NAME
-FILENAME TARGET [pip options]`.
+"""Download one source distribution through pip without building it.
+
+Run as a script: `pip_sdist.py NAME FILENAME TARGET [pip options]`.
 
 `pip download` runs a source distribution's setup.py to learn its metadata, with or without dependencies. There
 is no option against it, so this asks pip's own parts for the file alone: they know the user's index, folders,
@@ -14,8 +15,7 @@ import time
 
 
 def main(name: str, filename: str, target: str, options: list[str]) -> None:
-    """Writes the file `filename` of the project `name` to `target`; ends with a message if the index has no
-    such file."""
+    """Writes the file `filename` of the project `name` to `target`. Exits with a message if the index hasn't got it."""
     from pip._internal.commands import create_command
 
     command = create_command("download")

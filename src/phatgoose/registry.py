@@ -1,4 +1,4 @@
-"""Names → objects that are imported on first use: ours, and those that other packages add."""
+"""Names → objects that are imported on first use: ours, and those of other packages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""JSON from strangers: what Python's reader lets pass, or fails on in its own way, is one error here, and
-memory is bounded."""
+"""Read strangers' JSON strictly: one kind of error for everything malformed, and bounded memory."""
 
 from __future__ import annotations
 
@@ -9,10 +8,10 @@ import re
 from typing import Any, NoReturn
 
 MAX_VALUES = 4_000_000
-"""Of commas, colons and opening brackets: bounds what a text can grow to in memory."""
+"""Most commas, colons and opening brackets, which bound the memory that a text can take."""
 MAX_DEPTH = 64
 MAX_INTEGER = 2**64
-"""Whole numbers are smaller in size, as a seed or the number of a file's bytes is."""
+"""Whole numbers are smaller than this: seeds, sizes of files."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -36,11 +35,11 @@ def parse_json(raw: bytes) -> Any:
 
 
 def _check_depth(raw: bytes) -> None:
-    """Before it is parsed, since parsing is what deep nesting would break. Brackets in strings don't count."""
+    """Checks the depth before parsing, which deep nesting would break. Brackets in strings don't count."""
     if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
         return
     brackets = left = _STRING.sub(b"", raw).translate(_BRACKETS, _OTHERS)
-    for _ in range(MAX_DEPTH):  # each time the innermost level goes
+    for _ in range(MAX_DEPTH):  # removes the innermost level
         left = left.replace(b"()", b"")
     depth = 0
     for mark in brackets if left else b"":
@@ -48,7 +47,7 @@ def _check_depth(raw: bytes) -> None:
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
         if depth < 0:
-            return  # where parsing stops
+            return  # parsing stops here
 
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)

@@ -1,4 +1,4 @@
-"""The live page: the report's view of tokens, layers and experts, for answers that are being written."""
+"""The live page: the report's tokens, layers and experts while an answer is written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Numbers that sum up a trace. w_tme is expert e's weight on token t at module m, 0 if not chosen.
+"""Numbers that sum up a trace.
 
-Weight that goes to no expert is left out everywhere, but it counts in the totals of shares. Measures that need
-single choices refuse a trace that was recorded with histogram=True.
+w_tme is expert e's weight on token t at module m, 0 if not chosen. Weight that goes to no expert is left out
+everywhere, but it counts in the totals of shares. Measures that need single choices refuse a trace that was
+recorded with histogram=True.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report: one HTML file with the comparison, and which experts acted where on a few prompts.
+"""The report: one HTML file with the comparison and, for some prompts, who acted where.
 
 The page needs no network: its script and style are inline, its data is embedded as JSON. Names and prompts are
 strangers' text, so the template escapes everything, the script only sets textContent, and a content policy

@@ -70,15 +70,7 @@ def routed_prompt(
         RoutingError: if the trace has nothing on that row, no token ids, a sample of the tokens only, or
             tokens of several sequences, as a beam search's rows have.
     """
-    if trace.sums_only or trace.share < 1:
-        raise RoutingError(
-            "this trace doesn't hold every token: record without histogram=True or sample, with more "
-            "max_bytes or fewer tokens."
-        )
-    if trace.reordered:
-        raise RoutingError(
-            "beam search moved sequences between rows, so a row is no prompt: trace with num_beams=1."
-        )
+    _check_complete(trace)
     calls = [(trace.locations[c.path].reads, c) for c in trace.choices if bool((c.rows == row).any())]
     if not calls:
         raise RoutingError(f"the trace has no tokens of row {row}: run the model inside `with trace(model)`.")
@@ -102,6 +94,19 @@ def routed_prompt(
         modules=tuple(dict.fromkeys(c.path for _, c in calls)),
         choices=_choices(calls, place, row),
     )
+
+
+def _check_complete(trace: Trace) -> None:
+    """Raises RoutingError unless the trace holds every token, each sequence in a row of its own."""
+    if trace.sums_only or trace.share < 1:
+        raise RoutingError(
+            "this trace doesn't hold every token: record without histogram=True or sample, with more "
+            "max_bytes or fewer tokens."
+        )
+    if trace.reordered:
+        raise RoutingError(
+            "beam search moved sequences between rows, so a row is no prompt: trace with num_beams=1."
+        )
 
 
 def _ids(stream: str, calls: list[Choices], row: int) -> dict[int, int]:

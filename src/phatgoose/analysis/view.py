@@ -1,4 +1,4 @@
-"""What the page shows: tables, plot and heat map as plain data, made from checked results."""
+"""What the page shows, as plain data made from checked results: tables, plot, heat map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a router may know beyond a token's activation: its sequence, position, id and text."""
+"""What a router may know of a token besides its activation: its sequence, position and text."""
 
 from __future__ import annotations
 

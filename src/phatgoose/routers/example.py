@@ -1,4 +1,4 @@
-"""Routers that read the text: an expert fits if its own training texts, embedded, are near to the prompt, embedded.
+"""Routers that read the text: experts whose own texts, embedded, are near to the prompt.
 
 Embeddings have length 1, so similarity is q·x. These routers need each expert's data signature (`phatgoose
 signature`); nothing is trained.

@@ -1,4 +1,4 @@
-"""Routers and merges by name, as the command line, recipes, servers and vLLM write them: `name`, or `name:key=value,…`.
+"""Routers and merges by name, as users write them: `name`, or `name:key=value,…`.
 
 To add a router, write a class that extends `Router` and name it in `ROUTERS`. This file imports no router
 until one is asked for.

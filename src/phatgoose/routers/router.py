@@ -1,4 +1,4 @@
-"""The contract of a router: settings that are bound to each module of a pool and choose experts for its tokens."""
+"""The contract of a router: settings, bound to each module of a pool, choose experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routers that score every token by what an expert's weights say (`experts/weight_signature.py`): no data, no training.
+"""Routers that score tokens by an expert's weights: no data, no training.
 
 V is the matrix of right-singular vectors of an expert's ΔW, S its singular values, u a token's input of the module.
 """

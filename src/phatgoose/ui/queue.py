@@ -1,4 +1,4 @@
-"""One answer at a time: a short queue for one worker thread, which clients leave when they go away."""
+"""One answer at a time: a short queue for one worker thread, which clients can leave."""
 
 from __future__ import annotations
 

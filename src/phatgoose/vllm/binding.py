@@ -1,4 +1,4 @@
-"""A pool and a router at one module, as gates and low-rank rows. Other kinds are refused by name."""
+"""A pool and a router at one module, as gates and low-rank rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool in one process of vLLM: which layer holds which of its modules, and the routing of each layer."""
+"""A pool in one process of vLLM: which layer holds which module, and its routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry point of vLLM's group `vllm.general_plugins`: called in each of its processes."""
+"""The entry point of vLLM's group `vllm.general_plugins`, called in each of its processes."""
 
 from __future__ import annotations
 

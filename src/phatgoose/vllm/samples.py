@@ -1,4 +1,4 @@
-"""A few weights of each routed module, which show that a layer of vLLM is that module, row by row."""
+"""A few weights of each module, which show that a layer of vLLM is that module."""
 
 from __future__ import annotations
 

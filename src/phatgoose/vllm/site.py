@@ -1,4 +1,4 @@
-"""Routing at one linear layer of vLLM, as a module of buffers that torch.compile can trace."""
+"""Routing at one linear layer of vLLM, as a module that torch.compile can trace."""
 
 from __future__ import annotations
 
