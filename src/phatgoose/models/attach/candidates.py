@@ -1,4 +1,4 @@
-"""The experts of a pool that adapt one module: as a router's candidates, and stacked for the backend."""
+"""The experts of a pool at one module: as a router's candidates, and stacked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Putting hooks on a model and taking them off, nowhere else, so that torch.compile always notices."""
+"""Putting hooks on a model and taking them off, so that torch.compile notices."""
 
 from __future__ import annotations
 

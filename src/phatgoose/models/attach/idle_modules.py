@@ -1,4 +1,4 @@
-"""A warning about experts at modules that don't run, given once, after the model's first whole pass."""
+"""A warning, given once, about experts at modules that don't run."""
 
 from __future__ import annotations
 

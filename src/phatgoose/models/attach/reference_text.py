@@ -1,4 +1,4 @@
-"""What a module sees on a short text of many kinds, the same for every base: scores are compared on it."""
+"""Shows routers what their modules see on a text that is the same for every base."""
 
 from __future__ import annotations
 

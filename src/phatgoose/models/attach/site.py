@@ -1,4 +1,4 @@
-"""Routing at one module: its experts' stack, its router, and the forward hook that adds the update.
+"""Routing at one module: stack, router, and the forward hook that adds the update.
 
 The hook leaves by one of these exits, in this order:
 

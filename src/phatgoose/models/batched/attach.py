@@ -1,4 +1,4 @@
-"""`MultiRouter`: several pools and routers on one model at once, each token on a route of its own.
+"""`MultiRouter`: several pools and routers on one model, each token on its own route.
 
 Whoever runs the model sets a `BatchPlan` around each pass. Tokens that go by the base alone are not touched.
 """

@@ -1,4 +1,4 @@
-"""`PoolVersion`: a pool prepared for one model. `Route`: a router over the experts of a version."""
+"""`PoolVersion`: a pool prepared for one model. `Route`: a router over its experts."""
 
 from __future__ import annotations
 

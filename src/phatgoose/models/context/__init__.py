@@ -1,4 +1,4 @@
-"""Which tokens a module sees, and of which prompt: what a router or a trace may know beyond the activation.
+"""Which tokens a module sees, and of which prompt.
 
 In: the arguments of the running forward pass. Out: a `RoutingContext`, or a `RoutingError` where tokens can't be told
 apart. Start with `streams.py` (tokens) and `prompts.py` (prompts). An architecture whose modules see other tokens

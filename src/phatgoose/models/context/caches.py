@@ -1,4 +1,4 @@
-"""What a pass continues: its key-value cache or recurrent state, under any name, and how many tokens that holds."""
+"""What a pass continues, a key-value cache or a state, and how many tokens it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which of a pass's tokens a module sees, by the shape of its input; what can't be told is refused, not guessed."""
+"""Which of a pass's tokens a module sees, by the shape of its input.
+
+What can't be told is refused, not guessed.
+"""
 
 from __future__ import annotations
 

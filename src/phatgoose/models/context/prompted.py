@@ -1,4 +1,4 @@
-"""What routers that read text need of a model: its tokenizer, a sentence encoder, and prompts that can't be seen."""
+"""What routers that read text need of a model, and `prompted`."""
 
 from __future__ import annotations
 

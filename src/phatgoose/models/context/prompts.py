@@ -1,4 +1,4 @@
-"""Which prompt each row of a running pass works on: announced by the caller, or followed from pass to pass.
+"""Which prompt each row of a running pass works on, followed from pass to pass.
 
 Routers that read text choose by the prompt, and nobody tells a forward hook what it is. `PromptTracker` follows it:
 
@@ -235,6 +235,7 @@ def _written_before(
 ) -> Written:
     """What stood behind each prompt before this pass, or why that isn't known. last: the same after the last pass."""
     past, mask = inputs.past.tokens, inputs.mask
+    # A first pass has nothing behind its prompts.
     if not past:
         return ((),) * len(prompts)
     # How many real tokens each row has in the cache: the mask of this pass says it, where it covers the cache.

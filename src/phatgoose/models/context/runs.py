@@ -1,4 +1,4 @@
-"""`Run`: one pass of an encoder or decoder, with the arguments that say which tokens it runs over."""
+"""`Run`: one pass of an encoder or decoder, and which tokens it runs over."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Which tokens a model is running over right now: hooks on its encoder and decoder note it, routers and traces ask
-for it.
+"""Which tokens a model is running over right now, noted by hooks on its stacks.
 
 While a pass runs, only references are kept (`Run`): its arguments, and its cache's length, as the cache grows
 meanwhile. Tokens, positions and padding (`Sequences`) are worked out when somebody asks, once a pass. A module then

@@ -1,4 +1,4 @@
-"""The choices that were recorded at one module: each of them (`Choices`), or their sums (`Load`)."""
+"""What was recorded at one module: choices (`Choices`), or their sums (`Load`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recorder holds until it sums up: the choices of every module in every pass, packed into few tensors."""
+"""What a recorder holds until it sums up: the choices of passes, packed."""
 
 from __future__ import annotations
 

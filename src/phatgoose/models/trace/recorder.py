@@ -1,9 +1,9 @@
-"""What runs inside a traced model: it takes in every module's choices at little cost, and sums them up now and then.
+"""What runs inside a traced model and takes in every module's choices.
 
-While a pass runs, nothing is looked at, moved between devices or waited for. A kernel that can writes its choices
-where the recorder says (`buffer`); every other call hands its choice over (`record`) and goes on. When the next pass
-begins, the choices of all modules are packed as int16 and half precision. Every FLUSH choices, between two passes and
-at the end, what is pending is brought to the CPU
+It must cost little. While a pass runs, nothing is looked at, moved between devices or waited for. A kernel that can
+writes its choices where the recorder says (`buffer`); every other call hands its choice over (`record`) and goes on.
+When the next pass begins, the choices of all modules are packed as int16 and half precision. Every FLUSH choices,
+between two passes and at the end, what is pending is brought to the CPU
 in large pieces: padding is left out, candidates become indices of the pool's experts, and either choices or only sums
 are kept.
 
