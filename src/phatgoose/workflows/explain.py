@@ -131,7 +131,7 @@ def explain(
             raise EvaluationError("the model answered nothing, so there is nothing to explain.")
         shares = expert_shares(recorded)
         active = sorted((name for name in pool.names if shares[name] > 0), key=lambda name: -shares[name])
-        chosen = active[: options.most]
+        chosen = active[: options.most]  # all if most is None
         variants = _variants(pool.names, chosen).split(options.batch_rows)
         likelihoods, kept = _scored(base, switches, Answered(ids, answer, tuple(read)), variants)
     finally:

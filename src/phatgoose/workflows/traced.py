@@ -69,6 +69,7 @@ def traced(
     routing = routing_of(base)
     assert routing is not None
     here = routing.pool  # its modules have this model's names
+    # Without routing, which would change what later modules read.
     unroute(base)
     means = mean_inputs(base, here.modules, samples) if samples else None
     route_with(base, pool, router, options)

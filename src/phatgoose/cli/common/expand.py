@@ -24,6 +24,7 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options' defaults.
     """
     signature = inspect.signature(command, eval_str=True)
+    # Parameters become keyword-only: then options with and without defaults may stand in any order.
     groups: dict[str, type] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():

@@ -56,6 +56,7 @@ def command(
             raise _taken(target)
         texts = wanted_texts(writing, run, task, config.seed)
         rows = None if task is None else load_task(task, limit=run.row_limit)
+        # Checked twice: before the base is loaded, which takes long, as far as the record tells; then in full.
         record = existing.provenance.get("gate", {})
         finished = existing.gates is not None and not run.overwrite
         if finished and not (

@@ -177,6 +177,7 @@ class Processes:
     def _finished(self, busy: Mapping[int, Any]) -> list[tuple[int, str, Any]]:
         """(place, kind, value) of workers that answered or died, waiting until one has."""
         workers = {place: self._worker_at(place) for place in busy}
+        # A worker's death shows at its sentinel, an answer at its connection; both may be there at once.
         ready = set(wait([x for w in workers.values() for x in (w.connection, w.process.sentinel)]))
         results = []
         for place, worker in workers.items():

@@ -52,6 +52,7 @@ def picks(
     for task in names:
         if able := {e: [scores[e][task]] for e in scores if task in scores[e]}:
             oracle[task] = best(able)
+    # An expert scored on fewer tasks has a smaller sum for that reason alone, so only complete ones are compared.
     most = max((len(found) for found in scores.values()), default=0)
     if not most:
         return {ORACLE: oracle, BEST_SINGLE: {}}

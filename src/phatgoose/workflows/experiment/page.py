@@ -158,6 +158,7 @@ def _comparisons(suite: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "group": suite,
                 "a": MAIN,
                 "b": other,
+                # Results hold other − PHATGOOSE; the page shows PHATGOOSE − other, so the interval's ends swap.
                 "difference": -d["difference"],
                 "low": -d["high"],
                 "high": -d["low"],

@@ -113,6 +113,7 @@ class RayExecutor:
         for step in steps:
             submit(step, 1)
         while pending:
+            # A short wait, so that the board learns in between which steps have begun.
             ready, _ = self.ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
             waiting = {step.name: step for step, _ in pending.values()}
             for name, where in self._just_begun():

@@ -309,6 +309,7 @@ class ExperimentRecipe:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
             raise RecipeError(f"{path} can't be read as a recipe: {cause}") from cause
+        # Folders are made absolute here: steps may run in processes with another current folder.
         own = data.get("folders", {})
         if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
             raise RecipeError(f'{path}, [folders]: expected name = "folder".')

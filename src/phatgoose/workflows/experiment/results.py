@@ -174,6 +174,7 @@ def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
         tasks: by name, the hash that each had when it was checked, and when experts were chosen on it.
     """
     table = {system: row for system, row in table.items() if row}
+    # Means are only comparable over the same tasks and rows, so a task that one system lacks is out for all.
     common = [t for t in tasks if table and all(t in row for row in table.values())]
     measured = {t: {(row[t].task_hash, row[t].rows) for row in table.values()} for t in common}
     unlike = [t for t in common if len(measured[t]) > 1 or {h for h, _ in measured[t]} != {tasks[t]}]
@@ -230,6 +231,7 @@ def share_of_gain(means: Mapping[str, float], drawn: Resampled, system: str) -> 
     All are None if the oracle gains too little over the base. If its gain vanishes in some resample, the share has no
     interval, and a ratio to a gain that may be zero says nothing.
     """
+    # Joint resamples: numerator and denominator of one resample are of the same rows.
     gain, gains = means[ORACLE] - means[BASE], drawn[ORACLE] - drawn[BASE]
     if gain <= 0 or not (gains > 0).all():
         return {"share": None, "low": None, "high": None}

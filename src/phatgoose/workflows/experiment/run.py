@@ -102,6 +102,7 @@ class _Run:
         pool = self.gather(records)
         self.without_experts(pool, tasks, left_out)
         self.without_choice(tasks, left_out)
+        # Steps name the pool by its content: a worker that loaded another one reads it again.
         signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
         together, chosen = self.choose(pool, key, tasks)
@@ -274,6 +275,7 @@ class _Run:
                 experts = dict(chosen.get(system, {}).get(suite, {}))
                 if system == MULTITASK and together is not None:
                     experts = dict.fromkeys(found, str(together["hash"]))
+                # A system that is told its expert can't be measured on a task for which none was chosen.
                 names = [n for n in found if system not in TOLD or n in experts]
                 if names:
                     name = f"measure {system} on {suite}"
@@ -298,6 +300,7 @@ class _Run:
         """{"suites": suite → task → rows that share text with training rows, "read" and "unread": experts whose
         rows were compared or not}."""
         suites = {s: list(found) for s, found in tasks.items() if found}
+        # Of other experts, no task says which rows they saw.
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
         step = self.step("contamination", "contamination", words=RUN_WORDS, suites=suites, trained=known)
         outcome = self.run("contamination", [step])["contamination"] if known else Outcome()

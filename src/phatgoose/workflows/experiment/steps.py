@@ -123,7 +123,8 @@ def take(run: Run) -> dict[str, Any]:
         place = state.out / "experts" / f"{name}-{sha256_json([expert.hash, brought])[:10]}"
         try:
             match_to_base(state.base, expert)
-            if not place.exists() or Expert.load(place).hash != expert.hash:  # it may have been signed there
+            # A copy that an earlier run signed has the same hash, and keeps its signature.
+            if not place.exists() or Expert.load(place).hash != expert.hash:
                 expert.save(place)
         except Exception as error:
             failed[name] = why(error)
@@ -180,6 +181,7 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     state = worker_state(run)
     config, own = state.recipe.multitask or state.recipe.expert, state.recipe.expert
     tasks = [trained_on(state, n) for n in names]
+    # The same draw as in each expert's own training, so that the union holds exactly what the experts saw.
     seen = [draw_rows(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
     train = tuple(t.train[i] for t, rows in zip(tasks, seen, strict=True) for i in rows)
     each = max(1, config.validation_rows // len(tasks))

@@ -76,6 +76,7 @@ class WorkerState:
             entry = next(e for e in self.suites[suite].entries if e.name == name)
             loaded = self._in_pool(entry) if suite == IN_POOL else self._unseen(suite, entry)
             self._tasks[suite, name] = loaded
+            # Dicts keep their order, so the oldest task goes first; the one that was just loaded stays.
             while len(self._tasks) > 1 and sum(len(t.train) for t in self._tasks.values()) > KEPT_ROWS:
                 del self._tasks[next(k for k in self._tasks if k != (suite, name))]
             return loaded
@@ -104,7 +105,8 @@ class WorkerState:
                 raise PhatgooseError(f"the multitask expert in its folder isn't this run's, {expert}.")
             return Pool([found]), Single(0)
         if (name, expert) not in self._systems:
-            if len(self._systems) > 4:  # a merged pool is as large as the pool
+            # A merged pool is as large as a pool, so only a few are kept.
+            if len(self._systems) > 4:
                 self._systems.clear()
             pool, router = build(name, self.pool, expert) if name != "base" else (None, None)
             if isinstance(router, ByText) and router.encoder == AUTO:
