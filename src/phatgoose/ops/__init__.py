@@ -1,4 +1,4 @@
-"""Routing at one module, on tensors only: score → choose → mix, in several backends behind one signature.
+"""Routing at one module, on tensors only: score → choose → mix, in several backends.
 
 In: a module's input u and output y, gates, and a `Stack` of its experts' updates. Out: y + Σ w Δ(u).
 To add a backend: a module with `gate_scores`, `choose` and `mix` (and `fuse`, if it has one), and its entry in

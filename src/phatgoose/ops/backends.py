@@ -8,7 +8,8 @@ from functools import partial
 
 from torch import Tensor
 
-from phatgoose.ops import fast, operators, reference
+import phatgoose.ops.operators  # noqa: F401  (registers torch.ops.phatgoose)
+from phatgoose.ops import fast, reference
 from phatgoose.ops.cpu import backend as cpu
 from phatgoose.ops.cpu import build
 from phatgoose.ops.fused import FusedRouting
@@ -62,8 +63,6 @@ _AUTO = {
     )
     for kernels, module in (("cpu", cpu), ("triton", triton))
 }
-OPERATORS = (operators.routed_update, operators.routed_mix)
-"""torch.ops.phatgoose's: importing this module registers them."""
 
 
 def backend(name: str = "auto", device: str = "cpu") -> Backend:

@@ -1,4 +1,4 @@
-"""Score, choose and mix of one module in one call: the protocol, and what the compiled backends share."""
+"""Score, choose and mix of one module in one call, as the compiled backends do it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels are given, checked first: they read by address, so a wrong shape would read other memory."""
+"""What kernels are given, checked first: they read by address, without bounds."""
 
 from __future__ import annotations
 

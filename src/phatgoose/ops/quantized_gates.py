@@ -1,4 +1,4 @@
-"""Gates in 8 or 16 bits, which rule out all but the few experts that can be among a token's best."""
+"""Gates in 8 or 16 bits, which rule out most experts of a token before exact scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score, choose and mix written as plainly as in the paper. Every other backend is tested against it.
+"""Score, choose and mix written as plainly as in the paper: the oracle of every backend.
 
 Slow. N tokens, E experts, k choices per token. Computes in float32, or in float64 if its inputs
 are float64.

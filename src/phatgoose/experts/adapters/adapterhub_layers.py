@@ -1,4 +1,4 @@
-"""Where the `adapters` library puts bottleneck adapters in each architecture, by transformers' modules."""
+"""Where the `adapters` library puts bottleneck adapters in each architecture."""
 
 from __future__ import annotations
 

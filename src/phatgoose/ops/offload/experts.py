@@ -1,5 +1,4 @@
-"""Routing at one module whose experts stay on the host: score → choose → mix, exactly, with those used last on
-the device.
+"""Score, choose and mix at one module whose experts stay on the host, exactly.
 
 Quantized gates of all experts are on the device. They rule out all but a few of a token's best. Those few are
 scored again by their float32 gates, and the chosen experts' rows are brought to the device; both are fetched
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops import fast, reference
+from phatgoose.ops.backends import Mix
 from phatgoose.ops.fused import NO_BACKWARD
 from phatgoose.ops.offload.slots import Counts, Slots
 from phatgoose.ops.quantized_gates import CHUNK_VALUES, QuantizedGates, exact_scores, quantize, standardised
 from phatgoose.ops.stack import Layer, Stack
 
-Mix = Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
 _Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 

@@ -1,4 +1,4 @@
-"""Rows of experts on the host, of which a device keeps as many as it has room for: those used last stay."""
+"""Rows of experts on the host, kept on a device as far as there is room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of routing at one module: score, finish, plan, shrink, expand. `launch.py` launches them.
+"""The Triton kernels of routing at one module: score, finish, plan, shrink, expand.
 
 Few tokens:  score → shrink_few → expand_few. A program computes for one token; nothing is sorted.
 Many tokens: score → finish → plan → shrink_grouped → expand_grouped for each of the K choices. A program

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: sizes of blocks and grids, and the buffers between kernels."""
+"""How the Triton kernels are launched: blocks, grids and buffers between kernels."""
 
 from __future__ import annotations
 
