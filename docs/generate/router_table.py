@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from phatgoose.cli.measure.routers import written
+from phatgoose.cli.measure.routers import chooses, written
 from phatgoose.routers.parse import ROUTERS, router_class
 
 BEGIN, END = "<!-- routers: begin -->", "<!-- routers: end -->"
@@ -18,7 +18,7 @@ def table() -> str:
     for name in ROUTERS.table:
         kind = router_class(name)
         paper = _ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", kind.paper)
-        rows.append(f"| `{written(name, kind)}` | {paper} | {kind.needs} | {kind.chooses} |")
+        rows.append(f"| `{written(name, kind)}` | {paper} | {kind.needs} | {chooses(kind)} |")
     return "\n".join(rows)
 
 

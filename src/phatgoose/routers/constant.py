@@ -70,7 +70,8 @@ class Uniform(Router):
     For low-rank updates this is the same function as the merged expert (the average of the ΔW), computed another way.
     """
 
-    chooses = "all experts, always (a control)"
+    chooses = "all experts, always"
+    control = True
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return Fixed(tuple(range(len(candidates.members))), 1.0 / len(candidates.names))
@@ -89,7 +90,8 @@ class Random(Router):
     top_k: int = 2
     """How many experts act on each token."""
 
-    chooses = "top_k random experts per token and module (a control)"
+    chooses = "top_k random experts per token and module"
+    control = True
 
     def __post_init__(self) -> None:
         check_at_least(self, top_k=1)
@@ -111,7 +113,8 @@ class FixedRandom(Router):
     top_k: int = 2
     """How many experts act."""
 
-    chooses = "top_k random experts, always (a control)"
+    chooses = "top_k random experts, always"
+    control = True
 
     def __post_init__(self) -> None:
         check_at_least(self, top_k=1)

@@ -14,7 +14,7 @@ from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from phatgoose.errors import PluginError, RoutingError, brief
+from phatgoose.errors import PluginError, RoutingError, UnknownName, brief
 from phatgoose.registry import Registry, lookup, unknown
 
 if TYPE_CHECKING:
@@ -119,6 +119,14 @@ def parse_system(text: str, further: Sequence[str] = ()) -> System:
 def is_router(text: str) -> bool:
     """Whether `text` begins with the name of a router."""
     return text.partition(":")[0].lower() in ROUTERS
+
+
+def is_control(name: str) -> bool:
+    """Whether a router, ours or another package's, says that it is a control. False for what isn't there any more."""
+    try:
+        return router_class(name).control
+    except (UnknownName, PluginError):
+        return False
 
 
 def router_class(name: str) -> type[Router]:

@@ -123,6 +123,9 @@ class Router(ABC):
     chooses: ClassVar[str] = ""
     """How many experts act, on what, for the table of routers."""
 
+    control: ClassVar[bool] = False
+    """Whether it is no method, but something to compare methods with."""
+
     offers_null = False
     """Whether a null candidate (no update, score 0) is offered at modules that only some experts adapt."""
 

@@ -93,7 +93,8 @@ class ShuffledGates(Router):
     """How many experts act on each token."""
 
     needs = "gates"
-    chooses = "top_k experts per token and module, by another expert's gate (a control)"
+    chooses = "top_k experts per token and module, by another expert's gate"
+    control = True
     offers_null = True
 
     def __post_init__(self) -> None:

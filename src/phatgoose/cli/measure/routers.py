@@ -34,7 +34,7 @@ def command(
         except PluginError as error:
             rows.append((known, package, str(error), ""))
         else:
-            rows.append((written(known, kind), package, kind.needs, kind.chooses))
+            rows.append((written(known, kind), package, kind.needs, chooses(kind)))
     show.table(["router", "package", "needs", "chooses"], rows)
 
 
@@ -51,6 +51,11 @@ def written(name: str, kind: type[Router]) -> str:
     return f"{name}:{','.join(settings)}" if settings else name
 
 
+def chooses(kind: type[Router]) -> str:
+    """How many experts act, and whether the router is a control."""
+    return f"{kind.chooses} (a control)" if kind.control else kind.chooses
+
+
 def _value(default: object) -> str:
     return str(default).lower() if default is None or isinstance(default, bool) else str(default)
 
@@ -60,7 +65,7 @@ def _describe(name: str, kind: type[Router]) -> None:
 
     show.say(written(name, kind))
     show.say(f"\n{inspect.getdoc(kind) or ''}")
-    show.say(f"\nneeds: {kind.needs or 'nothing'}\nchooses: {kind.chooses or 'not said'}")
+    show.say(f"\nneeds: {kind.needs or 'nothing'}\nchooses: {chooses(kind) or 'not said'}")
     settings = settings_of(kind)
     if docs := {key: text for key, text in field_docs(kind).items() if key in settings}:
         show.say("\nsettings:")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phatgoose.errors import EvaluationError
-from phatgoose.routers.parse import MERGES
+from phatgoose.routers.parse import MERGES, is_control
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import (
     BASE,
@@ -17,10 +17,10 @@ from phatgoose.workflows.experiment.systems import (
     ORACLE,
     OTHER,
     OWN,
+    PADDED,
 )
 
 FORMAT = "phatgoose-experiment"
-CONTROLS = ("uniform", "random", "fixed-random", "shuffled-gates", "padded")
 EXPERT = (
     "name", "task", "spec", "rows", "rank", "parameters", "steps", "gate_steps", "expert_seconds", "gate_seconds",
     "gate_token_share", "kind", "base_model", "modules", "made", "health", "nearest",
@@ -147,7 +147,7 @@ def kind_of(system: str) -> str:
         return "single"
     if kind in (*MERGES, MULTITASK, OTHER):
         return "static"
-    return "control" if kind in CONTROLS else "router"
+    return "control" if kind == PADDED or is_control(kind) else "router"
 
 
 def _comparisons(suite: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
