@@ -14,13 +14,8 @@ from torch import nn
 
 from conftest import FAMILIES, TARGETS, make_model
 from phatgoose.errors import BaseModelError
-from phatgoose.models.base.fingerprint import (
-    architecture,
-    check_same_base,
-    fingerprint,
-    same_base,
-    sample_positions,
-)
+from phatgoose.fingerprints import check_same_base, same_base
+from phatgoose.models.base.fingerprint import architecture, fingerprint, sample_positions
 from phatgoose.records import Fingerprint
 
 

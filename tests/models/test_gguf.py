@@ -20,9 +20,9 @@ import torch
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import BaseModelError, DownloadError, StorageError
 from phatgoose.fetch import fetch_pypi
+from phatgoose.fingerprints import same_base
 from phatgoose.models.base import gguf as converting
 from phatgoose.models.base import load as loading
-from phatgoose.models.base.fingerprint import same_base
 from phatgoose.models.base.load import ALIASES, DEFAULT_BASE, load_base
 
 Q8 = gguf.GGMLQuantizationType.Q8_0

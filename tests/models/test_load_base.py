@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import FAMILIES, make_tokenizer
 from phatgoose.errors import BaseModelError, StorageError
+from phatgoose.fingerprints import same_base
 from phatgoose.models.base.base import Base
-from phatgoose.models.base.fingerprint import same_base
 from phatgoose.models.base.load import DEFAULT_BASE, load_base
 
 

@@ -1,6 +1,6 @@
 """A base's fingerprint: architecture and some weights at fixed positions (docs/bases.md).
 
-Fingerprints are compared by `phatgoose.fingerprints`, which needs no model; its names can be imported from here too.
+Fingerprints are compared by `phatgoose.fingerprints`, which needs no model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError
-from phatgoose.fingerprints import Verdict, check_same_base, same_base
 from phatgoose.models.base.module_names import plain_name
 from phatgoose.records import Fingerprint
-
-__all__ = ["Verdict", "check_same_base", "fingerprint", "same_base"]
 
 EMBEDDING_VALUES = 192
 NORM_TENSORS, NORM_VALUES = 16, 4
