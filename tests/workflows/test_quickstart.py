@@ -228,3 +228,11 @@ def test_what_to_type_next_is_small_and_can_be_typed(monkeypatch, tmp_path):
     assert "--out my-expert --steps 60 --rows-per-step 16" in said(None)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert quickstart.SMALL in " ".join(readme.replace("\\\n", " ").split())
+
+
+def test_no_difference_has_no_minus():
+    nothing = {"difference": 0.0, "low": -0.1, "high": 0.0, "p": 1.0, "p_holm": 1.0}
+    suite = {"oracle_gain_share": {}, "against": {"phatgoose": {"base": nothing}}}
+    expert = {"gate_token_share": 0.5, "gate_parameters": 1, "parameters": 2}
+    said = quickstart.conclusions({"suites": {"in-pool": suite}, "claims": {}, "experts": [expert]})
+    assert "PHATGOOSE − base = +0.000 (+0.000 to +0.100): not distinguishable from base" in said[0]

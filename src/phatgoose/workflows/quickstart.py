@@ -118,11 +118,11 @@ def conclusions(results: Mapping[str, Any]) -> list[str]:
         for other, d in suite["against"].get(MAIN, {}).items():
             if other == ORACLE or other.startswith("single:"):
                 continue
-            low, high = -d["high"], -d["low"]
+            # Results hold other − PHATGOOSE; 0.0 − x, since −0.0 would be printed with a minus.
+            difference, low, high = (0.0 - d[key] for key in ("difference", "high", "low"))
             verdict = "more than" if low > 0 else "less than" if high < 0 else "not distinguishable from"
             lines.append(
-                f"  {name}: PHATGOOSE − {other} = {-d['difference']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict} "
-                f"{other}"
+                f"  {name}: PHATGOOSE − {other} = {difference:+.3f} ({low:+.3f} to {high:+.3f}): {verdict} {other}"
             )
     experts = results["experts"]
     share_of_tokens = sum(e["gate_token_share"] for e in experts) / len(experts)
