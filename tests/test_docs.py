@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import adapter_tables
+import file_tree
 import pools_and_suites
 import pytest
 import router_table
@@ -132,6 +133,11 @@ def test_the_page_of_servings_parameters_is_current_and_complete():
     }
     for name in names | serving_parameters.VLLM:
         assert page.count(f"| `{name}` |") == 1, name
+
+
+def test_the_tree_of_files_is_current():
+    path = ROOT / "docs" / "architecture.md"
+    assert file_tree.page(path) == path.read_text(encoding="utf-8"), "run python docs/generate/cli.py"
 
 
 def test_the_page_of_pools_and_suites_is_complete():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,47 @@ def test_imports_only_rooms_above(path):
             assert LEVEL[other] < LEVEL[room] or (room, other) in WITHIN, f"{path} of {room} imports {other}"
 
 
+def modules():
+    """Module name → path, of every file in the package."""
+    names = {}
+    for path in ROOT.rglob("*.py"):
+        parts = ["phatgoose", *path.relative_to(ROOT).with_suffix("").parts]
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imported_files(path, names):
+    """The modules that a file imports anywhere: at its top, in functions and for type checking."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in names:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in names else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+
+
+def test_no_circle_of_files():
+    names = modules()
+    graph = {name: set(imported_files(path, names)) - {name, "phatgoose"} for name, path in names.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("files import one another: " + " ← ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({p.parent for p in ROOT.rglob("*.py")} - {ROOT}), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_folder_is_small_and_says_what_it_is_for(folder):
+    assert len([p for p in folder.glob("*.py") if p.name != "__init__.py"]) <= 15
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert len(docstring.split()) >= 10, (
+        "say what the room is for, what enters, what leaves, where to add something"
+    )
+
+
+@pytest.mark.slow(3)
 def test_import_is_light_and_every_public_name_is_there():
     code = "import sys, phatgoose; assert 'torch' not in sys.modules; [getattr(phatgoose, n) for n in phatgoose.__all__]"
     subprocess.run([sys.executable, "-c", code], check=True)

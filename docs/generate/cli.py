@@ -4,7 +4,7 @@
 
 cli.md is written here, from the commands themselves. `pools_and_suites.py` and `serving_parameters.py` write the
 pages of those names, `router_table.py` the table of routers in method.md, `adapter_tables.py` those of adapters'
-settings in experts-and-pools.md.
+settings in experts-and-pools.md, `file_tree.py` the tree of files in architecture.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, get_args, get_origin
 
 import adapter_tables
+import file_tree
 import pools_and_suites
 import router_table
 import serving_parameters
@@ -145,8 +146,12 @@ def main(arguments: list[str]) -> int:
         folder / "pools-and-suites.md": pools_and_suites.markdown(),
         folder / "serving-parameters.md": serving_parameters.markdown(),
     }
-    for name, tables in (("method.md", router_table), ("experts-and-pools.md", adapter_tables)):
-        if (path := folder / name).is_file():  # only tables of it are written
+    for name, tables in (
+        ("method.md", router_table),
+        ("experts-and-pools.md", adapter_tables),
+        ("architecture.md", file_tree),
+    ):
+        if (path := folder / name).is_file():  # only a part of it is written
             pages[path] = tables.page(path)
     if "--check" in arguments:
         current = [_is_current(path, text) for path, text in pages.items()]  # all, so that each is named

@@ -1,4 +1,4 @@
-"""LoRA that changes its base at the start (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA
+"""LoRA that changes its base at the start (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) → plain LoRA.
 
 Such a method splits W = R + s B₀A₀, where R is the changed base and A₀, B₀ the initial adapter. The trained model is R
 + s BA, so ΔW = s (BA − B₀A₀): a LoRA of twice the rank, as in PEFT's `path_initial_model_for_weight_conversion`.
