@@ -89,14 +89,16 @@ def quantize(gates: Tensor, planes: int | None = None) -> QuantizedGates:
     codes = torch.empty(planes, experts, d, dtype=torch.int8, device=gates.device)
     steps = torch.empty(planes, experts, dtype=torch.float32, device=gates.device)
     error = torch.empty(experts, dtype=torch.float32, device=gates.device)
-    chunk = max(1, CHUNK_VALUES // d)
+    chunk = max(1, min(CHUNK_VALUES, 1 << 17) // d)  # so few gates at a time stay in the processor's cache
     for start in range(0, experts, chunk):
         some = slice(start, start + chunk)
-        rest = gates[some].double()
+        rest = gates[some]
         for p in range(planes):
             step = (rest.abs().amax(-1) / 127).float()
-            code = (rest / step.double().where(step > 0, 1)[:, None]).round().clamp(-127, 127)
-            rest = rest - step.double()[:, None] * code
+            code = (rest / step.where(step > 0, 1)[:, None]).round().clamp(-127, 127)
+            rest = (
+                rest.double() - step.double()[:, None] * code
+            )  # exact: the error is that of these very codes
             codes[p, some], steps[p, some] = code.to(torch.int8), step
         error[some] = (rest.norm(dim=-1) * 1.0001).float()  # room for its own rounding, and for that of ū
     return QuantizedGates(codes, steps, error)
