@@ -11,7 +11,7 @@ def install(extra: str) -> str:
     """How to install one of phatgoose's extras into the Python that runs, as the end of a sentence in a message.
 
     It names the packages and the versions that phatgoose asks for: phatgoose is on no package index, so
-    `pip install phatgoose[…]` would find nothing.
+    `pip install phatgoose[…]` finds nothing.
     """
     packages = requirements(extra)
     if not packages:  # run from its source, never installed
