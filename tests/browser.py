@@ -13,7 +13,8 @@ AXE = Path(os.environ.get("PHATGOOSE_AXE", Path(__file__).parents[1] / "build" /
 
 
 def until(page, condition: str, seconds: float = 8) -> None:
-    """Waits for a condition in JavaScript. (Playwright's own waiting evaluates strings in the page, which its policy forbids.)"""
+    """Waits for a condition in JavaScript. (Playwright's own waiting evaluates strings in the page,
+    which its policy forbids.)"""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):
         assert time.monotonic() < end, f"never true: {condition}"

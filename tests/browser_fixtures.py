@@ -1,4 +1,5 @@
-"""A real Chromium for the tests of pages: Debian's, driven by Playwright; without either, tests are skipped and say why.
+"""A real Chromium for the tests of pages: Debian's, driven by Playwright; without either, tests are skipped and
+say why.
 
 Fixtures of one browser for a file of tests: `pytest_plugins = ["browser_fixtures"]`.
 """
@@ -17,7 +18,8 @@ CHROMIUM = (
 
 @pytest.fixture(scope="module")
 def chromium():
-    # Not for the whole session: Playwright keeps an event loop running in this thread while it is open, and nobody else can run one.
+    # Not for the whole session: Playwright keeps an event loop running in this thread while it is open,
+    # and nobody else can run one.
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: make setup")
     if CHROMIUM is None:
         pytest.skip("there is no chromium: install Debian's, or set PHATGOOSE_CHROMIUM")
@@ -29,7 +31,8 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium):
-    """visit(path or address, width=1280, dark=False) → a page; its errors and any request to a network fail the test."""
+    """visit(path or address, width=1280, dark=False) → a page; its errors and any request to a network
+    fail the test."""
     pages, wrong = [], []
 
     def visit(target, width: int = 1280, dark: bool = False, script: bool = True):
@@ -44,7 +47,11 @@ def visit(chromium):
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
         url = target if isinstance(target, str) else target.as_uri()
-        here = ("file:", "blob:", "data:") if url.startswith("file:") else (url.split("/", 3)[0] + "//" + url.split("/")[2], "blob:")  # fmt: skip
+        here = (
+            ("file:", "blob:", "data:")
+            if url.startswith("file:")
+            else (url.split("/", 3)[0] + "//" + url.split("/")[2], "blob:")
+        )
         page.on("request", lambda r: None if r.url.startswith(here) else wrong.append(f"request to {r.url}"))
         page.goto(url)
         pages.append(context)

@@ -1,7 +1,8 @@
 """`pytest --changed`: only the tests that the change since a commit can break, nearest first, within a time budget.
 
-A test file can break if it imports a changed file, at any remove. Imports are read from the source, also those inside functions and
-the module names in strings by which commands, routers and task sources are found. What can't start in time is skipped and counted.
+A test file can break if it imports a changed file, at any remove. Imports are read from the source, also those
+inside functions and the module names in strings by which commands, routers and task sources are found. What
+can't start in time is skipped and counted.
 """
 
 from __future__ import annotations

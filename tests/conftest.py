@@ -163,7 +163,8 @@ def make_base(tokenizer):
 
 @pytest.fixture
 def make_expert(tmp_path):
-    """make_expert(base, name, rank=4, alpha=8, targets=None, seed=0, gates=True, **lora) → a random Expert written by PEFT itself."""
+    """make_expert(base, name, rank=4, alpha=8, targets=None, seed=0, gates=True, **lora)
+    → a random Expert written by PEFT itself."""
     import copy
 
     from peft import LoraConfig, get_peft_model

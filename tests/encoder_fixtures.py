@@ -1,4 +1,5 @@
-"""A tiny random sentence encoder in a folder, as sentence-transformers writes one, and data signatures of random texts."""
+"""A tiny random sentence encoder in a folder, as sentence-transformers writes one, and data signatures
+of random texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face Hub: the part of its HTTP API that huggingface_hub uses for models, with faults on demand.
+"""A stand-in for the Hugging Face Hub: the part of its HTTP API that huggingface_hub uses for models, with
+faults on demand.
 
 `hub` is a fixture: a server on this machine that huggingface_hub has been pointed at, with an empty cache and no token.
 Repositories are lists of commits in memory; LFS files are served by a second server, as by the Hub's CDN.
@@ -107,7 +108,8 @@ class Hub:
         return repo
 
     def fault(self, pattern, kind, value=None, times=10**9):
-        """kind: "status" (value: code), "slow" (seconds), "truncate" (share kept), "corrupt", "drop", "say" (headers, body)."""
+        """kind: "status" (value: code), "slow" (seconds), "truncate" (share kept), "corrupt", "drop",
+        "say" (headers, body)."""
         self.faults.append(Fault(pattern, kind, value, times))
 
     def fault_for(self, request):
@@ -432,7 +434,8 @@ MADE: dict = {}
 
 @pytest.fixture
 def made(request, tmp_path):
-    """made(name, build) → a folder with the files of the folder that build(make_base, make_expert) returned, built once."""
+    """made(name, build) → a folder with the files of the folder that build(make_base, make_expert) returned,
+    built once."""
 
     def make(name, build):
         if name not in MADE:

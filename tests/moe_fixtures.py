@@ -32,8 +32,9 @@ FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 def make(family: str, dtype: torch.dtype = torch.float32, width: int = F_):
     torch.manual_seed(0)
     common = {
-        "vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_experts_per_tok": 2,
+        "vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1,
+        "bos_token_id": None, "num_experts_per_tok": 2,
     }  # fmt: skip
     if family == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(num_local_experts=E, intermediate_size=width, **common))
@@ -47,9 +48,11 @@ def make(family: str, dtype: torch.dtype = torch.float32, width: int = F_):
         model = OlmoeForCausalLM(OlmoeConfig(num_experts=E, intermediate_size=width, **common))
     elif family == "deepseek_v3":
         common["num_key_value_heads"] = 4
-        config = DeepseekV3Config(n_routed_experts=4, moe_intermediate_size=width, intermediate_size=48, n_group=2, topk_group=1,
-                                  first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4,
-                                  qk_nope_head_dim=4, v_head_dim=8, **common)  # fmt: skip
+        config = DeepseekV3Config(
+            n_routed_experts=4, moe_intermediate_size=width, intermediate_size=48, n_group=2, topk_group=1,
+            first_k_dense_replace=1, n_shared_experts=1, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4,
+            qk_nope_head_dim=4, v_head_dim=8, **common,
+        )  # fmt: skip
         model = DeepseekV3ForCausalLM(config)
     else:
         config = GptOssConfig(num_local_experts=E, intermediate_size=width, head_dim=8,

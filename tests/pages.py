@@ -1,8 +1,8 @@
 """Runs the shell and Python blocks of a page of documentation, in order, in an empty folder.
 
-What is put in the place of something large lies outside of the folder: a tiny random model is the default base, a tiny encoder the
-default encoder, and small files are BIG-bench. Counts of steps, rows and tokens are made small. Commands of phatgoose run in this
-process, servers in one of their own.
+What is put in the place of something large lies outside of the folder: a tiny random model is the default base,
+a tiny encoder the default encoder, and small files are BIG-bench. Counts of steps, rows and tokens are made
+small. Commands of phatgoose run in this process, servers in one of their own.
 """
 
 from __future__ import annotations

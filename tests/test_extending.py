@@ -1,4 +1,5 @@
-"""Another package adds a router and a task source: the one that docs/extending.md shows, installed, and packages that are broken."""
+"""Another package adds a router and a task source: the one that docs/extending.md shows, installed,
+and packages that are broken."""
 
 from __future__ import annotations
 
@@ -93,10 +94,14 @@ assert told[1] == "sums:doubles sums:triples", told[1]
 within("goose-extras", run("routers"))
 within("sums goose-extras", run("tasks", "sources"))
 within("--- answer: ", run("tasks", "show", "sums:doubles"))
-within("is 'x', expected a number", run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:sharpness=x", code=1))
-within("expected true or false", run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:unsigned=yes", code=1))
-within("expected one of: best, all", run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:take=two", code=1))
-within("'cosin': did you mean 'cosine'", run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosin", code=1))
+within("is 'x', expected a number", \
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:sharpness=x", code=1))
+within("expected true or false", \
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:unsigned=yes", code=1))
+within("expected one of: best, all", \
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:take=two", code=1))
+within("'cosin': did you mean 'cosine'", \
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosin", code=1))
 
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 recipe = ExperimentRecipe.read("recipe.toml")

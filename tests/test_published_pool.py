@@ -1,4 +1,5 @@
-"""The pool that comes with the repository is the published experiment's: whole, of its recipe's tasks, made as the recipe says."""
+"""The pool that comes with the repository is the published experiment's: whole, of its recipe's tasks,
+made as the recipe says."""
 
 import json
 from pathlib import Path

@@ -22,8 +22,8 @@ NOT_RUN = {
 
 @pytest.mark.slow(82)
 def test_every_block_runs(reader):
-    """What the text says that a clone has is there: the recipes, and a pool, here of the tiny base (test_published_pool.py asks the
-    real one)."""
+    """What the text says that a clone has is there: the recipes, and a pool, here of the tiny base
+    (test_published_pool.py asks the real one)."""
     assert "A clone of this repository also holds 24 experts" in README.read_text(encoding="utf-8")
     Path("recipes").symlink_to(ROOT / "recipes")
     Path("pools").mkdir()

@@ -97,7 +97,10 @@ def test_a_folder_is_small_and_says_what_it_is_for(folder):
 
 @pytest.mark.slow(3)
 def test_import_is_light_and_every_public_name_is_there():
-    code = "import sys, phatgoose; assert 'torch' not in sys.modules; [getattr(phatgoose, n) for n in phatgoose.__all__]"
+    code = (
+        "import sys, phatgoose; assert 'torch' not in sys.modules; "
+        "[getattr(phatgoose, n) for n in phatgoose.__all__]"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         phatgoose.nothing  # noqa: B018

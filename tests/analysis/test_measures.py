@@ -54,7 +54,8 @@ def made(*members, experts=NAMES):
 
 @pytest.fixture
 def drawn():
-    """A trace of 23 tokens of 4 inputs at 6 modules, 2 of 4 experts (or none) on each, and w [modules, tokens, experts]."""
+    """A trace of 23 tokens of 4 inputs at 6 modules, 2 of 4 experts (or none) on each,
+    and w [modules, tokens, experts]."""
     random = np.random.default_rng(0)
     shared = tokens(23, np.sort(random.integers(0, 4, 23)), random.integers(0, 2, 23))
     members, w = [], np.zeros((6, 23, 4))

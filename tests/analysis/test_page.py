@@ -384,7 +384,11 @@ def change(path, value):
         (("tasks",), {}, r"results\['tasks'\] should be list, got \{\}"),
         (("tasks", 0, "group"), KeyError, r"results\['tasks'\]\[0\] lacks 'group'"),
         (("tasks", 1, "name"), "past_tense", "has 'past_tense' more than once"),
-        (("systems", 2, "scores", "past_tense", "mean"), "0.5", r"\['past_tense'\]\['mean'\] should be int or float, got '0.5'"),
+        (
+            ("systems", 2, "scores", "past_tense", "mean"),
+            "0.5",
+            r"\['past_tense'\]\['mean'\] should be int or float, got '0.5'",
+        ),
         (("systems", 2, "scores", "past_tense", "mean"), True, "should be int or float, got True"),
         (("systems", 2, "scores", "past_tense", "mean"), 58.0, "score of 'past_tense' should be a mean"),
         (("systems", 2, "scores", "past_tense", "low"), 0.9, "low ≤ high"),
@@ -432,6 +436,8 @@ def test_a_lone_surrogate_doesnt_stop_the_page(page):
 def test_the_words_for_numbers():
     assert [percent(x) for x in (0.583, -0.05, -0.001, None, 1)] == ["58", "−5", "0", "–", "100"]
     assert [points(x) for x in (0.05, -0.05, 0.0001, -0.0001)] == ["+5.0", "−5.0", "0.0", "0.0"]
-    assert [seconds(x) for x in (0.25, 40, 59.7, 75, 3600, None)] == ["0.2 s", "40 s", "1 min 0 s", "1 min 15 s", "60 min 0 s", "–"]  # fmt: skip
+    assert [seconds(x) for x in (0.25, 40, 59.7, 75, 3600, None)] == [
+        "0.2 s", "40 s", "1 min 0 s", "1 min 15 s", "60 min 0 s", "–",
+    ]  # fmt: skip
     assert [letters(i) for i in (0, 25, 26, 51, 52, 701, 702)] == ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
     assert str(breakable("a_<b>")) == "a_<wbr>&lt;b&gt;"

@@ -27,9 +27,12 @@ def with_everything(names=("walk", "plural"), layers=3):
             "base_model": "tiny",
             "modules": 14,
             "made": {"seed": 3, "finished": "2026-01-01T00:00:00Z"},
-            "health": [{"level": "good", "text": "14 gates, none constant"}, {"level": "look", "text": "2 gates lie along the mean"}],
+            "health": [
+                {"level": "good", "text": "14 gates, none constant"},
+                {"level": "look", "text": "2 gates lie along the mean"},
+            ],
             "nearest": [{"name": results["experts"][i - 1]["name"], "similarity": 0.5}],
-        }  # fmt: skip
+        }
     share = 1 / len(names)
     results["layers"] = {
         task["name"]: {
@@ -193,7 +196,10 @@ def large(tmp_path_factory):
             w = draws.uniform(0.5, 1)
             cells.append(((a, w), (b, 1 - w)))
         some.append(tuple(cells))
-    kinds = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+    kinds = [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ]  # fmt: skip
     prompt = RoutedPrompt(
         "past_tense", "long " * 2000, "x", "y", True, tuple(f"word{i} " for i in range(2000)), 1900, tuple(names),
         tuple(f"model.layers.{layer}.{kind}" for layer in range(LAYERS) for kind in kinds),
@@ -221,7 +227,8 @@ def test_a_large_page_is_small_and_quick(large, visit):
     until(page, "document.querySelectorAll('.token').length === 2000")
     spent = page.evaluate(
         """() => { const t = performance.now(), s = document.getElementById("layer");
-        s.value = "3"; s.dispatchEvent(new Event("change")); document.body.offsetHeight; return performance.now() - t; }"""
+        s.value = "3"; s.dispatchEvent(new Event("change")); document.body.offsetHeight; """
+        "return performance.now() - t; }"
     )
     assert spent < 1500
     assert page.locator("#layers-table tbody tr").count() == 25

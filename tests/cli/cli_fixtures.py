@@ -74,7 +74,8 @@ def task(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ready(run, base, task, tmp_path_factory):
-    """A folder with two experts, "one" with gates and "two" without, and the pool of "one" and gated "two", made by commands."""
+    """A folder with two experts, "one" with gates and "two" without, and the pool of "one" and gated "two",
+    made by commands."""
     folder = tmp_path_factory.mktemp("ready")
     out = {}
     common = ["--task", task, "--base", base, *SMALL]

@@ -25,7 +25,8 @@ PROMPT = ["what is the colour of red?", "--max-new-tokens", 2]
 
 @pytest.fixture
 def plain(ready, tmp_path):
-    """plain(base_name, kind="lora") → two plain PEFT adapters in folders, whose configs name this base; no gates, no records."""
+    """plain(base_name, kind="lora") → two plain PEFT adapters in folders, whose configs name this base;
+    no gates, no records."""
     import copy
 
     from peft import IA3Config, LoraConfig, get_peft_model
@@ -170,7 +171,8 @@ def test_the_router_fits_what_the_pool_holds(ready, plain):
 
 
 def test_an_expert_of_conversations_is_of_one_chat_template(run, save_base, tmp_path):
-    """The same weights with another template make other prompts: what was trained through the first isn't "this very expert"."""
+    """The same weights with another template make other prompts: what was trained through the first
+    isn't "this very expert"."""
     turns = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     ask = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     bases = [save_base("llama", 0, turns + ask), save_base("llama", 0, "~" + turns + ask)]

@@ -12,7 +12,9 @@ from phatgoose.records import Prediction, Scores, TaskScore
 def scores(points, groups):
     predictions = tuple(Prediction(bool(p), "x") for p in points)
     mean = float(np.mean(points))
-    task = TaskScore("t", "test", "exact match", mean, 0.0, 1.0, len(points), predictions=predictions, groups=groups)  # fmt: skip
+    task = TaskScore(
+        "t", "test", "exact match", mean, 0.0, 1.0, len(points), predictions=predictions, groups=groups
+    )
     return Scores((task,), mean, 0.0, 1.0)
 
 

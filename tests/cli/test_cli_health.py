@@ -1,4 +1,5 @@
-"""`pool list` and `pool verify` name an expert that is wildly off, and print nothing of strangers' that a terminal would obey."""
+"""`pool list` and `pool verify` name an expert that is wildly off, and print nothing of strangers'
+that a terminal would obey."""
 
 from __future__ import annotations
 

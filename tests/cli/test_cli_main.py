@@ -218,7 +218,8 @@ def test_tables_on_a_terminal_keep_every_cell(monkeypatch):
 
 
 def test_openmp_waits_briefly_before_torch_is_imported():
-    """libgomp reads the setting once, when torch loads it; beside other work its own choice costs ten times the time."""
+    """libgomp reads the setting once, when torch loads it; beside other work its own choice costs ten
+    times the time."""
     code = (
         "import os, sys; import phatgoose.cli.main as main; assert 'torch' not in sys.modules\n"
         "main.app = lambda **_: print(os.environ.get('GOMP_SPINCOUNT'))\nmain.main()"

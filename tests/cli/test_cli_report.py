@@ -22,8 +22,8 @@ def test_a_page_of_results_and_a_pool(run, ready, base, task, tmp_path):
     assert plain.code == 0, plain.err
     assert plain.out.strip() == str(tmp_path / "plain.html")
     whole = run(
-        "report", tmp_path / "results.json", "--pool", folder / "pool", "--base", base, "--task", task, "--prompt", "yes no",
-        "--max-new-tokens", "2", "--out", tmp_path / "whole.html",
+        "report", tmp_path / "results.json", "--pool", folder / "pool", "--base", base, "--task", task,
+        "--prompt", "yes no", "--max-new-tokens", "2", "--out", tmp_path / "whole.html",
     )  # fmt: skip
     assert whole.code == 0, whole.err
     html = (tmp_path / "whole.html").read_text()

@@ -324,7 +324,10 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 def test_chat_piped(ready, run, base):
     folder, _ = ready
-    typed = "/router\nhello\\nthere\n/router sing:one\n/router single:too\n/router single:two\n/base\n/rest\n/reset\n/help\n"
+    typed = (
+        "/router\nhello\\nthere\n/router sing:one\n/router single:too\n/router single:two\n"
+        "/base\n/rest\n/reset\n/help\n"
+    )
     result = run("chat", "--base", base, "--pool", folder / "pool", "--max-new-tokens", 3, input=typed)
     assert result.code == 0, result.err  # the input's end is the conversation's
     assert "raw prompts" in result.err

@@ -1,6 +1,7 @@
 """Makes tests/data/adapterhub: adapters written by the `adapters` library itself, and what it computes with them.
 
-`adapters` needs an older transformers than phatgoose, so this runs in an environment of its own (torch as in constraints.txt):
+`adapters` needs an older transformers than phatgoose, so this runs in an environment of its own (torch as in
+constraints.txt):
 
     python -m venv ENV && ENV/bin/pip install torch==2.13.0 adapters==1.3.0
     ENV/bin/python tests/data/make_adapterhub.py
@@ -44,9 +45,9 @@ from transformers import (
 OUT = Path(__file__).parent / "adapterhub"
 VOCABULARY, LENGTH = 24, 7
 SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1,
-    "bos_token_id": None,
+    "vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+    "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
 }  # fmt: skip
 
 SEQ = SeqBnConfig(reduction_factor=4)
@@ -87,8 +88,10 @@ def model_of(family: str) -> PreTrainedModel:
         return Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     if family == "gpt2":
         return GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3, pad_token_id=0,
-                       eos_token_id=1, bos_token_id=None)
+            GPT2Config(
+                vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3,
+                pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            )
         )  # fmt: skip
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=4))
@@ -96,8 +99,11 @@ def model_of(family: str) -> PreTrainedModel:
         (T5ForConditionalGeneration, T5Config) if family == "t5" else (MT5ForConditionalGeneration, MT5Config)
     )
     return model(
-        config(vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-                 tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+        config(
+            vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
+            decoder_start_token_id=0,
+        )
     )  # fmt: skip
 
 
@@ -143,7 +149,8 @@ def save(model: PreTrainedModel, case: str, folder: Path, with_head: bool) -> No
     try:
         model.save_adapter(str(folder), case, use_safetensors=True, with_head=with_head)
     except RuntimeError:
-        # Its layer norm stands twice in the state dict, which safetensors refuses: the way from its pickle, as a user would go.
+        # Its layer norm stands twice in the state dict, which safetensors refuses:
+        # the way from its pickle, as a user would go.
         with tempfile.TemporaryDirectory() as other:
             model.save_adapter(other, case, with_head=with_head)
             tensors = torch.load(Path(other, "pytorch_adapter.bin"), weights_only=True)

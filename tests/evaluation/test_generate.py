@@ -1,4 +1,5 @@
-"""Exact match by teacher forcing against generate(), and both against a plain greedy loop, on answers models do give."""
+"""Exact match by teacher forcing against generate(), and both against a plain greedy loop,
+on answers models do give."""
 
 import random
 from collections import Counter
@@ -82,7 +83,8 @@ def make_rows(base, config, count=49):
         said = answer_of(base, greedy(base, ids)) or "nothing"
         other = " ".join(draws.choice(WORDS) for _ in range(2))
         targets = [
-            (said,), (other, said), (said + "s",), (said[:-1] or "y",), (other,), (said.swapcase() + "!", said), (said, f"{other}\n{said}"),
+            (said,), (other, said), (said + "s",), (said[:-1] or "y",), (other,),
+            (said.swapcase() + "!", said), (said, f"{other}\n{said}"),
         ][index % 7]  # fmt: skip
         row, rule = encode(base, Example(prompt, targets), index, config)
         answer = answer_of(

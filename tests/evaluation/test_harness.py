@@ -127,7 +127,8 @@ def test_a_router_that_reads_text_is_told_where_prompts_end(make_base, make_expe
 
 @torch.no_grad()
 def test_rows_of_the_harness_do_not_change_each_other():
-    """A decoder starts as in generation, not with its last label; an encoder is padded on the right, a recurrent model not at all."""
+    """A decoder starts as in generation, not with its last label; an encoder is padded on the right,
+    a recurrent model not at all."""
     from phatgoose.evaluation.harness import harness_model
 
     base = Base(make("mbart"), make_tokenizer(), spec="mbart")

@@ -1,4 +1,5 @@
-"""What prompts begin with is read once: the same scores as from plain forwards, with fewer tokens, wherever that is allowed."""
+"""What prompts begin with is read once: the same scores as from plain forwards, with fewer tokens,
+wherever that is allowed."""
 
 import gc
 import random
@@ -36,7 +37,8 @@ def tokens(draws, count):
 
 
 def nested(seed=0):
-    """Prompts of two tasks: instructions, passages under them, questions of unlike lengths; loose ones, copies, one that begins others."""
+    """Prompts of two tasks: instructions, passages under them, questions of unlike lengths;
+    loose ones, copies, one that begins others."""
     draws = random.Random(seed)
     found = []
     for instructions in (tokens(draws, 41), tokens(draws, 30)):
@@ -226,8 +228,9 @@ def test_a_trace_counts_every_token_of_every_prompt(routed):
 def test_a_sliding_window_counts_positions_so_nothing_is_shared():
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=16, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2,
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=16, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        initializer_range=0.2,
     )  # fmt: skip
     model, rows = MistralForCausalLM(config).eval(), rows_of(nested())
     scores, all_tokens = counted(model, lambda: score_choices(model, rows, 0, EvaluationConfig()))
@@ -259,18 +262,19 @@ def test_batches_stay_within_their_limits(make_base):
 
 
 SHAPE = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1,
-    "bos_token_id": None,
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
 }  # fmt: skip
 EAGER_ONLY = ["bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"]
 KINDS = [
-    "cohere", "falcon", "gemma", "gpt_bigcode", "gpt_neox", "granite", "olmo2", "opt", "phi", "phi3", "qwen3", "smollm3",
-    "stablelm", "starcoder2",
+    "cohere", "falcon", "gemma", "gpt_bigcode", "gpt_neox", "granite", "olmo2", "opt", "phi", "phi3", "qwen3",
+    "smollm3", "stablelm", "starcoder2",
 ]  # fmt: skip
 OWN = {
-    "falcon": {"alibi": True}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16}, "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8}, "gptj": {"rotary_dim": 8}, "codegen": {"rotary_dim": 8}, "opt": {"word_embed_proj_dim": 32},
+    "falcon": {"alibi": True}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8}, "opt": {"word_embed_proj_dim": 32},
 }  # fmt: skip
 
 
@@ -279,7 +283,8 @@ OWN = {
     ("kind", "attention"), [*((k, "eager") for k in EAGER_ONLY + KINDS), *((k, "sdpa") for k in KINDS)]
 )
 def test_every_architecture_scores_as_its_plain_forward(kind, attention):
-    """Positions learnt, rotated, biased or none; windows; masks made in many ways: whatever a model does with ours, it shows here."""
+    """Positions learnt, rotated, biased or none; windows; masks made in many ways:
+    whatever a model does with ours, it shows here."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SHAPE | OWN.get(kind, {}))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
@@ -291,7 +296,8 @@ def test_every_architecture_scores_as_its_plain_forward(kind, attention):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_answers_share_one_copy_of_their_prompt(make_base, family):
-    """As many as fit in a pack: 40 answers of up to 12 tokens behind each of three prompts, one of them alone too long."""
+    """As many as fit in a pack: 40 answers of up to 12 tokens behind each of three prompts,
+    one of them alone too long."""
     base, draws = make_base(family), random.Random(5)
     answers = lambda: tuple((*tokens(draws, draws.randint(1, 12)), 1) for _ in range(40))  # noqa: E731
     rows = [Row(n, tokens(draws, 20 + 9 * n), answers()) for n in range(3)]
@@ -323,7 +329,10 @@ def test_packs_keep_each_prompts_continuations_together():
 
 
 ROTATIONS = {
-    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 64},
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 64,
+    },
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
 }  # fmt: skip
 

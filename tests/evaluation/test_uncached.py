@@ -1,4 +1,5 @@
-"""Bases whose caches can't be shared, or whose rows are easily changed by their company: scores and answers are those of plain forwards."""
+"""Bases whose caches can't be shared, or whose rows are easily changed by their company:
+scores and answers are those of plain forwards."""
 
 import copy
 
@@ -102,7 +103,8 @@ def test_the_check_of_a_routed_model_runs_on_the_base_and_traces_nothing(make_ba
 
 @torch.no_grad()
 def test_answers_longer_than_the_rotations_first_range_are_read_anew():
-    """Behind 16 positions all of a row's positions turn otherwise: an answer that reaches there can't go on from the cache."""
+    """Behind 16 positions all of a row's positions turn otherwise: an answer that reaches there can't go on
+    from the cache."""
     scaling = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,

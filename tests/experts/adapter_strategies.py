@@ -49,8 +49,10 @@ def adapters(draw):
     }
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas,
-        "use_rslora": rslora, "use_dora": dora, "lora_bias": bias, "target_modules": draw(st.sampled_from([paths, "all-linear", ".*proj"])),
-        "lora_dropout": draw(st.floats(0, 1)), "bias": "none", "task_type": draw(st.none() | st.just("CAUSAL_LM")),
+        "use_rslora": rslora, "use_dora": dora, "lora_bias": bias,
+        "target_modules": draw(st.sampled_from([paths, "all-linear", ".*proj"])),
+        "lora_dropout": draw(st.floats(0, 1)), "bias": "none",
+        "task_type": draw(st.none() | st.just("CAUSAL_LM")),
     }  # fmt: skip
     tensors, deltas = {}, {}
     for path in paths:

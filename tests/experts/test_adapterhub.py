@@ -55,7 +55,8 @@ def test_nonlinearities_are_the_librarys():
 def test_configs_without_a_version_have_the_old_names():
     config, tensors = adapter()
     for name, version, wanted in (
-        ("gelu", "adapters.1.3.0", "gelu"), ("gelu", None, "gelu_new"), ("gelu_orig", None, "gelu"), ("SWISH", None, "silu"),
+        ("gelu", "adapters.1.3.0", "gelu"), ("gelu", None, "gelu_new"), ("gelu_orig", None, "gelu"),
+        ("SWISH", None, "silu"),
     ):  # fmt: skip
         new = changed(config, non_linearity=name)
         new.pop("version")
@@ -267,7 +268,9 @@ def test_what_it_reads_is_part_of_its_hash(folder):
     config, tensors = adapter()
     hashes = {
         Expert("one", changed(config, **settings), tensors).hash
-        for settings in ({}, {"original_ln_before": True}, {"is_parallel": True}, {"scaling": 2.0}, {"non_linearity": "tanh"})
+        for settings in (
+            {}, {"original_ln_before": True}, {"is_parallel": True}, {"scaling": 2.0}, {"non_linearity": "tanh"},
+        )
     }  # fmt: skip
     assert len(hashes) == 5
     assert Expert("one", changed(config, init_weights="houlsby", dropout=0.2), tensors).hash in hashes

@@ -1,4 +1,5 @@
-"""Data signatures on disk: beside an expert, in pools plain and packed, to the byte; what is wrong with one is named."""
+"""Data signatures on disk: beside an expert, in pools plain and packed, to the byte;
+what is wrong with one is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Headers of safetensors files: read as the library reads them, remembered without their metadata, written to be read."""
+"""Headers of safetensors files: read as the library reads them, remembered without their metadata,
+written to be read."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def test_dare_keeps_a_share_and_is_right_on_average(make_base, make_expert):
 
 
 def dare_by_hand(stack, density, merged):
-    """The draws that made `merged`, found entry by entry, and what they give: the mean of kept entries, each divided by density."""
+    """The draws that made `merged`, found entry by entry, and what they give: the mean of kept entries,
+    each divided by density."""
     draws = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * len(stack))  # [2^E, E]
     means = torch.einsum("se,eij->sij", draws, stack) / (density * len(stack))
     found = (means - merged).abs().argmin(0)
@@ -145,7 +146,8 @@ def dare_by_hand(stack, density, merged):
 
 
 def test_dare_is_the_papers(make_base, make_expert):
-    """Every entry is the mean over experts of what independent draws kept, and no two experts or modules share their draws."""
+    """Every entry is the mean over experts of what independent draws kept, and no two experts or modules
+    share their draws."""
     experts = three_loras(make_base, make_expert)
     density, masks = 0.4, {}
     for path, update in dare(Pool(experts), density, seed=7).updates.items():

@@ -1,4 +1,5 @@
-"""What a packed pool's manifest and small files may say: whatever isn't so is refused by name before a value is read."""
+"""What a packed pool's manifest and small files may say: whatever isn't so is refused by name before
+a value is read."""
 
 from __future__ import annotations
 
@@ -49,8 +50,14 @@ MANIFESTS = {
     "negative": (lambda m: m["packed"]["used"].update({f"{Q}.gate": -1}), "-1 rows of"),
     "true": (lambda m: m["packed"]["used"].update({f"{Q}.gate": True}), "True rows of"),
     "stranger": (lambda m: m["packed"]["used"].update({"x": 1}), "1 rows of 'x' are in use, of 0"),
-    "not in use": (lambda m: m["packed"]["used"].pop(f"{Q}.gate"), "gates begin at 0, where the last possible row in use is -1"),
-    "outside": (lambda m: m["experts"][1]["packed"].update(rows=[[60, 14]]), "rows begin at 60, where the last possible row in use is 3"),
+    "not in use": (
+        lambda m: m["packed"]["used"].pop(f"{Q}.gate"),
+        "gates begin at 0, where the last possible row in use is -1",
+    ),
+    "outside": (
+        lambda m: m["experts"][1]["packed"].update(rows=[[60, 14]]),
+        "rows begin at 60, where the last possible row in use is 3",
+    ),
     "too few": (lambda m: m["experts"][1]["packed"].update(rows=[[3, 13]]), "rows are 13, expected 14"),
     "too long": (lambda m: m["experts"][1]["packed"].update(rows=[[3, 10**15]]), "for 14 stacks"),
     "no runs": (lambda m: m["experts"][1]["packed"].update(rows={}), "expected \\[\\[row, times\\]"),
@@ -58,12 +65,18 @@ MANIFESTS = {
     "negative rows": (lambda m: m["experts"][1]["packed"].update(rows=[[-3, 14]]), "expected \\[\\[row, times\\]"),
     "no gates": (lambda m: m["experts"][1]["packed"].pop("gates"), "gates are 0, expected 14"),
     "no files": (lambda m: m["experts"][1]["packed"].pop("files"), "lacks its rows or its files' hashes"),
-    "header": (lambda m: m["experts"][0]["packed"]["files"].pop("adapter_model.header"), "lists no adapter_model.header"),
+    "header": (
+        lambda m: m["experts"][0]["packed"]["files"].pop("adapter_model.header"),
+        "lists no adapter_model.header",
+    ),
     "gates' header": (lambda m: m["experts"][0]["packed"]["files"].pop("gates.header"), "lists no gates.header"),
     "rest": (lambda m: m["experts"][1]["packed"]["files"].pop("rest.safetensors"), "rest.safetensors: adapter_model"),
     "config": (lambda m: m["experts"][0]["files"].pop("adapter_config.json"), "lists no adapter_config.json"),
     "hash": (lambda m: m["experts"][0]["files"].update({"expert.json": "0" * 64}), "expected sha256 000"),
-    "adapter's hash": (lambda m: m["experts"][0]["files"].update({"adapter_model.safetensors": "0" * 64}), "adapter_sha256 is"),
+    "adapter's hash": (
+        lambda m: m["experts"][0]["files"].update({"adapter_model.safetensors": "0" * 64}),
+        "adapter_sha256 is",
+    ),
     "gates' hash": (lambda m: m["experts"][0]["files"].update({"gates.safetensors": "0" * 64}), "gates_sha256 is"),
     "not an object": (lambda m: m["experts"][0].update(packed=3), "lacks its rows"),
 }  # fmt: skip
@@ -97,14 +110,26 @@ def rewrite(folder, change):
 
 STACKS = {
     "format": (lambda h: h["__metadata__"].update(format="x"), "has format 'x'"),
-    "version": (lambda h: h["__metadata__"].update(version="2"), "version '2'; expected 'phatgoose-stacks' version '1'"),
-    "narrow": (lambda h: h[f"{Q}.lora_A.float32"].update(shape=[128, 16]), "expected a stack .*lora_A.float32', 32 wide in torch.float32; found one 16 wide"),
-    "bytes": (lambda h: h[f"{Q}.lora_A.float32"].update(dtype="BF16", shape=[64, 64]), "found one 64 wide in torch.bfloat16"),
+    "version": (
+        lambda h: h["__metadata__"].update(version="2"),
+        "version '2'; expected 'phatgoose-stacks' version '1'",
+    ),
+    "narrow": (
+        lambda h: h[f"{Q}.lora_A.float32"].update(shape=[128, 16]),
+        "expected a stack .*lora_A.float32', 32 wide in torch.float32; found one 16 wide",
+    ),
+    "bytes": (
+        lambda h: h[f"{Q}.lora_A.float32"].update(dtype="BF16", shape=[64, 64]),
+        "found one 64 wide in torch.bfloat16",
+    ),
     "three": (lambda h: h[f"{Q}.gate"].update(shape=[64, 4, 8]), "expected \\[rows, width\\]"),
-    "renamed": (lambda h: h.update(x=h.pop(f"{Q}.lora_B.float32")), "lora_B.float32', 32 wide in torch.float32; found none"),
+    "renamed": (
+        lambda h: h.update(x=h.pop(f"{Q}.lora_B.float32")),
+        "lora_B.float32', 32 wide in torch.float32; found none",
+    ),
     "no gate": (lambda h: h.update(x=h.pop(f"{Q}.gate")), "1|2 rows of .*gate' are in use, of 0"),
     "offsets": (lambda h: h[f"{Q}.gate"].update(data_offsets=[0, 8192]), "the safetensors header is refused"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", STACKS)

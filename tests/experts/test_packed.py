@@ -163,7 +163,8 @@ def test_matrices_of_two_dtypes_stand_apart(make_base, tmp_path):
 
 
 def test_dropped_parts_stay_dropped(make_base, tmp_path):
-    """An adapter with a saved head, taken without it, and packed with it: its bytes are kept, its update isn't changed."""
+    """An adapter with a saved head, taken without it, and packed with it: its bytes are kept,
+    its update isn't changed."""
     from safetensors.torch import load_file, save_file
 
     base = make_base("llama")

@@ -1,4 +1,5 @@
-"""Packing and unpacking: the same bytes come back, nothing but the new rows is written, a kill leaves the old pool or the new."""
+"""Packing and unpacking: the same bytes come back, nothing but the new rows is written,
+a kill leaves the old pool or the new."""
 
 from __future__ import annotations
 

@@ -231,7 +231,10 @@ REFUSED = {
     "leading zero": (lambda c: c.update({L1.replace("__1", "__01"): c.pop(L1)}), "unknown key .*layer1__01'"),
     "not a number": (lambda c: c.update({L1.replace("__1", "__x"): c.pop(L1)}), "unknown key"),
     "a prefix": (lambda c: c.update({f"model.{L1}": c.pop(L1)}), "no linear layer of that name"),
-    "another module": (put("encoder._addons.router.expert_embeddings__0", torch.zeros(32)), "no linear layer of that name"),
+    "another module": (
+        put("encoder._addons.router.expert_embeddings__0", torch.zeros(32)),
+        "no linear layer of that name",
+    ),
     "missing layer1": (lambda c: c.pop(L1), r"q._addons.expert_lora.layer1__1 is missing; other parts go from 0 to 4"),
     "missing layer2": (lambda c: c.pop(L2), "layer2__1 is missing"),
     "missing gate": (lambda c: c.pop(GATE), "expert_embeddings__1 is missing"),

@@ -1,4 +1,5 @@
-"""Torch files are mapped, not read, and come without what could run. What they may hold: test_reference_checkpoint.py."""
+"""Torch files are mapped, not read, and come without what could run.
+What they may hold: test_reference_checkpoint.py."""
 
 from __future__ import annotations
 

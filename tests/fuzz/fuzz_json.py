@@ -1,4 +1,5 @@
-"""JSON that knows more than JSON: numbers and keys that a writer wouldn't write, and changes to a document's structure."""
+"""JSON that knows more than JSON: numbers and keys that a writer wouldn't write, and changes to a document's
+structure."""
 
 from __future__ import annotations
 
@@ -23,14 +24,16 @@ class Pairs(list):
 
 NUMBERS = [
     "0", "-0", "1", "-1", "2", "3", "7", "8", "255", "256", "65536", "2147483647", "2147483648", "4294967296",
-    "9223372036854775807", "9223372036854775808", "-9223372036854775809", "18446744073709551615", "18446744073709551616",
-    "1" + "0" * 400, "1.5", "-2.5", "1e-400", "1e308", "1.8e308", "-1e308", "1e999", "3.5e38", "5e-324", "NaN", "Infinity",
-    "-Infinity", "0.1" + "1" * 2000, "1E+5", "01", "1.", ".5", "+1", "0x10", "1_0",
+    "9223372036854775807", "9223372036854775808", "-9223372036854775809", "18446744073709551615",
+    "18446744073709551616", "1" + "0" * 400, "1.5", "-2.5", "1e-400", "1e308", "1.8e308", "-1e308", "1e999",
+    "3.5e38", "5e-324", "NaN", "Infinity", "-Infinity", "0.1" + "1" * 2000, "1E+5", "01", "1.", ".5", "+1",
+    "0x10", "1_0",
 ]  # fmt: skip
 STRINGS = [
-    "", "a", " ", ".", "..", "../..", "/", "/etc/passwd", "\\", "..\\..", "C:\\", "a/b", "\x00", "\x1b[2J", "\n", "é", "😀",
-    "‮", "x" * 300, "x" * 5000, "lora_A", "LORA", "IA3", "F32", "BF16", "I64", "NaN", "true", "null", "1", "expert.json",
-    "experts/a", "packed/stacks-1.safetensors", "(a+)+$", ".*" * 30, "(", "[", "q_proj", "none", "all", "__metadata__",
+    "", "a", " ", ".", "..", "../..", "/", "/etc/passwd", "\\", "..\\..", "C:\\", "a/b", "\x00", "\x1b[2J",
+    "\n", "é", "😀", "‮", "x" * 300, "x" * 5000, "lora_A", "LORA", "IA3", "F32", "BF16", "I64", "NaN", "true",
+    "null", "1", "expert.json", "experts/a", "packed/stacks-1.safetensors", "(a+)+$", ".*" * 30, "(", "[",
+    "q_proj", "none", "all", "__metadata__",
 ]  # fmt: skip
 OTHERS = [
     "null",

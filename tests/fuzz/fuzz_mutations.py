@@ -15,8 +15,9 @@ DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "U8",
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _FLOATS = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e38, -1e38, 1e-45, 1.0]
 _KEYS = [
-    ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".ia3_l",
-    ".lora_embedding_A", ".lora_embedding_B", ".base_layer.weight", ".weight", ".token_adapter.trainable_tokens_delta", "",
+    ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector",
+    ".lora_magnitude_vector.weight", ".ia3_l", ".lora_embedding_A", ".lora_embedding_B", ".base_layer.weight",
+    ".weight", ".token_adapter.trainable_tokens_delta", "",
 ]  # fmt: skip
 
 
@@ -197,7 +198,8 @@ def _consistent(rng: random.Random, header: Pairs, data: bytes, tensors: list[in
 
 
 def of_zip(rng: random.Random, raw: bytes) -> bytes:
-    """A change inside one member of a torch file (a zip archive of stored members), most often with a checksum that fits."""
+    """A change inside one member of a torch file (a zip archive of stored members), most often
+    with a checksum that fits."""
     try:
         entries = zipfile.ZipFile(io.BytesIO(raw)).infolist()
         entry = rng.choice(
@@ -218,8 +220,11 @@ def of_zip(rng: random.Random, raw: bytes) -> bytes:
     return raw
 
 
-_TEXTS = [b"torch._utils\n_rebuild_tensor_v2\n", b"os\nsystem\n", b"torch\nFloatStorage\n", b"torch\nBFloat16Storage\n", b"torch\nDoubleStorage\n",
-          b"builtins\nexec\n", b"torch\nSize\n", b"torch._utils\n_rebuild_parameter\n", b"collections\nOrderedDict\n"]  # fmt: skip
+_TEXTS = [
+    b"torch._utils\n_rebuild_tensor_v2\n", b"os\nsystem\n", b"torch\nFloatStorage\n", b"torch\nBFloat16Storage\n",
+    b"torch\nDoubleStorage\n", b"builtins\nexec\n", b"torch\nSize\n", b"torch._utils\n_rebuild_parameter\n",
+    b"collections\nOrderedDict\n",
+]  # fmt: skip
 
 
 def _of_pickle(rng: random.Random, body: bytes) -> bytes:

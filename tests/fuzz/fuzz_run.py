@@ -3,8 +3,8 @@
     python tests/fuzz/fuzz_run.py --count 1000000                    make fuzz
     python tests/fuzz/fuzz_run.py --only config:1234 --keep folder   one input again, its files kept
 
-Inputs are numbered and depend on nothing but the seed, the target and the number. A process works through many of them, with
-bounded memory (RLIMIT_AS); this one watches it, and notes where it hung or died.
+Inputs are numbered and depend on nothing but the seed, the target and the number. A process works through many
+of them, with bounded memory (RLIMIT_AS); this one watches it, and notes where it hung or died.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def drive(options: argparse.Namespace) -> int:
     for kind, found in sorted(findings.items()):
         first = found[0]
         print(
-            f"\n{len(found)} × {kind}\n  --seed {options.seed} --only {first['target']}:{first['number']}\n{first['what']}"
+            f"\n{len(found)} × {kind}\n"
+            f"  --seed {options.seed} --only {first['target']}:{first['number']}\n{first['what']}"
         )
         if options.findings:
             with options.findings.open("a") as file:

@@ -30,9 +30,10 @@ PROVENANCE = {
 
 def lora(**more: Any) -> dict[str, Any]:
     return {
-        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.0, "bias": "none",
-        "base_model_name_or_path": "tiny", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True,
-        "init_lora_weights": True, "modules_to_save": None, "task_type": "CAUSAL_LM", **more,
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"],
+        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": "tiny", "use_rslora": False,
+        "rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True, "init_lora_weights": True,
+        "modules_to_save": None, "task_type": "CAUSAL_LM", **more,
     }  # fmt: skip
 
 
@@ -58,19 +59,27 @@ def adapters() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     return {
         "lora": (lora(), pairs()),
         "patterns": (
-            lora(use_rslora=True, rank_pattern={"q_proj": 3, r"layers\.[1-9]\.mlp": 7}, alpha_pattern={"layers.1.mlp.up_proj": 8}),
+            lora(
+                use_rslora=True, rank_pattern={"q_proj": 3, r"layers\.[1-9]\.mlp": 7},
+                alpha_pattern={"layers.1.mlp.up_proj": 8},
+            ),
             pairs((3, 2), torch.bfloat16),
         ),
         "bias": (lora(lora_bias=True), {**pairs(dtype=torch.float16), **extra("lora_B.bias", 6)}),
         "dora": (lora(use_dora=True), {**pairs(), **extra("lora_magnitude_vector", 6)}),
         "embedding": (
             lora(target_modules=["embed_tokens", "q_proj", "up_proj"]),
-            {**pairs(), f"{vocabulary}.lora_embedding_A": _random(2, 9), f"{vocabulary}.lora_embedding_B": _random(4, 2),
-             f"{vocabulary}.base_layer.weight": _random(9, 4)},
+            {
+                **pairs(), f"{vocabulary}.lora_embedding_A": _random(2, 9),
+                f"{vocabulary}.lora_embedding_B": _random(4, 2), f"{vocabulary}.base_layer.weight": _random(9, 4),
+            },
         ),
         "ia3": (
-            {"peft_type": "IA3", "target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"],
-             "base_model_name_or_path": "tiny", "fan_in_fan_out": False, "init_ia3_weights": True, "modules_to_save": None},
+            {
+                "peft_type": "IA3", "target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"],
+                "base_model_name_or_path": "tiny", "fan_in_fan_out": False, "init_ia3_weights": True,
+                "modules_to_save": None,
+            },
             {f"{PREFIX}{PATHS[0]}.ia3_l": _random(6, 1), f"{PREFIX}{PATHS[1]}.ia3_l": _random(1, 4)},
         ),
     }  # fmt: skip
@@ -79,13 +88,14 @@ def adapters() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
 def bottleneck() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An AdapterHub adapter (Pfeiffer) of a two-layer Llama."""
     settings = {
-        "mh_adapter": False, "output_adapter": True, "reduction_factor": 2, "non_linearity": "relu", "original_ln_before": True,
-        "original_ln_after": False, "residual_before_ln": False, "ln_before": False, "ln_after": False, "scaling": 1.0,
-        "is_parallel": False, "phm_layer": False, "inv_adapter": None, "cross_adapter": False, "leave_out": [],
+        "mh_adapter": False, "output_adapter": True, "reduction_factor": 2, "non_linearity": "relu",
+        "original_ln_before": True, "original_ln_after": False, "residual_before_ln": False,
+        "ln_before": False, "ln_after": False, "scaling": 1.0, "is_parallel": False, "phm_layer": False,
+        "inv_adapter": None, "cross_adapter": False, "leave_out": [],
     }  # fmt: skip
     config = {
-        "config": settings, "hidden_size": 4, "model_class": "LlamaAdapterModel", "model_name": "tiny", "model_type": "llama",
-        "name": "one", "version": "adapters.1.3.0", "config_id": "0",
+        "config": settings, "hidden_size": 4, "model_class": "LlamaAdapterModel", "model_name": "tiny",
+        "model_type": "llama", "name": "one", "version": "adapters.1.3.0", "config_id": "0",
     }  # fmt: skip
     tensors = {}
     for layer in range(2):

@@ -1,7 +1,8 @@
-"""Every reader of files that somebody else may have made, as something to feed changed files to. Another reader is another entry.
+"""Every reader of files that somebody else may have made, as something to feed changed files to. Another reader
+is another entry.
 
-A target's seeds are folders of valid files; `read` reads a folder in which one or two files were changed, and uses what it got.
-It must return, or raise a PhatgooseError.
+A target's seeds are folders of valid files; `read` reads a folder in which one or two files were changed, and
+uses what it got. It must return, or raise a PhatgooseError.
 """
 
 from __future__ import annotations
@@ -156,8 +157,10 @@ def _fingerprint(folder: Path, rng: random.Random) -> None:
     assert same_base(found, base).level == same_base(base, found).level
 
 
-_PATTERN = ["a", "q_proj", "layers", ".", r"\.", "*", "+", "?", "(", ")", "(?:", "|", "[", "]", "^", "-", "$", "{2}", "{1,9}", "{", "\\", "é",
-            "[a-z]", r"\d", ".*", "(?=", "(?P<a>", r"\1", "(a+)+", "1", "😀", "\n", "\x00"]  # fmt: skip
+_PATTERN = [
+    "a", "q_proj", "layers", ".", r"\.", "*", "+", "?", "(", ")", "(?:", "|", "[", "]", "^", "-", "$", "{2}",
+    "{1,9}", "{", "\\", "é", "[a-z]", r"\d", ".*", "(?=", "(?P<a>", r"\1", "(a+)+", "1", "😀", "\n", "\x00",
+]  # fmt: skip
 
 
 def _patterns(folder: Path, rng: random.Random) -> None:

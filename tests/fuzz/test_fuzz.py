@@ -1,4 +1,5 @@
-"""Ten thousand changed files for every reader, and a check that what goes wrong would be seen. `make fuzz` runs a million."""
+"""Ten thousand changed files for every reader, and a check that what goes wrong would be seen.
+`make fuzz` runs a million."""
 
 from __future__ import annotations
 

@@ -244,7 +244,8 @@ def _traced(c: Case, inputs: dict[str, Tensor]) -> dict[tuple[str, int, int], tu
 
 
 def _that_run(c: Case, inputs: dict[str, Tensor]) -> set[str]:
-    """The adapted modules that are called: Mamba reads the weight of its dt_proj, and a mixture's expert may get no token."""
+    """The adapted modules that are called: Mamba reads the weight of its dt_proj, and a mixture's expert may
+    get no token."""
     ran: set[str] = set()
     hooks = [
         c.model.get_submodule(path).register_forward_hook(lambda *_, path=path: ran.add(path))
@@ -259,7 +260,8 @@ def _that_run(c: Case, inputs: dict[str, Tensor]) -> set[str]:
 
 
 def check_trace(c: Case) -> None:
-    """A trace of a batch says of every token what a trace of its row alone says, and names that token; of all modules that run."""
+    """A trace of a batch says of every token what a trace of its row alone says, and names that token;
+    of all modules that run."""
     inputs = c.inputs(3, 7)
     route(c.base, Pool(c.experts))
     whole = _traced(c, inputs)

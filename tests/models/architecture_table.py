@@ -17,7 +17,8 @@ from phatgoose.errors import PhatgooseError
 
 
 def outcome(name: str, check: str) -> str:
-    """ "yes", or what our own error (or, where it fails without us, the plain model) says. Anything else that is raised is a fault."""
+    """ "yes", or what our own error (or, where it fails without us, the plain model) says.
+    Anything else that is raised is a fault."""
     try:
         found = case(name)
         try:
@@ -79,7 +80,10 @@ def _tell(name: str, check: str) -> str:
         return outcome(name, check)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"FAULT {type(error).__name__}: {' '.join(str(error).split())} ({Path(place.filename).name}:{place.lineno})"
+        return (
+            f"FAULT {type(error).__name__}: {' '.join(str(error).split())} "
+            f"({Path(place.filename).name}:{place.lineno})"
+        )
 
 
 def main(said: list[str]) -> None:

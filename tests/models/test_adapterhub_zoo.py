@@ -1,4 +1,5 @@
-"""Adapters that the `adapters` library wrote, routed as pools of one, against what the library itself computes with them.
+"""Adapters that the `adapters` library wrote, routed as pools of one, against what the library itself computes
+with them.
 
 tests/data/make_adapterhub.py made them.
 """
@@ -147,7 +148,8 @@ def test_a_mixed_pool_with_gates_routes(make_base, make_expert):
     for layer in range(2):
         for place in ("attention", "output"):
             for part, shape in (
-                ("adapter_down.0.weight", (3, 32)), ("adapter_down.0.bias", (3,)), ("adapter_up.weight", (32, 3)), ("adapter_up.bias", (32,)),
+                ("adapter_down.0.weight", (3, 32)), ("adapter_down.0.bias", (3,)),
+                ("adapter_up.weight", (32, 3)), ("adapter_up.bias", (32,)),
             ):  # fmt: skip
                 key = f"model.layers.{layer}.{place}_adapters.adapters.a.{part}"
                 tensors[key] = torch.randn(shape, generator=generator) * 0.3

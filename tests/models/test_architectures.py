@@ -1,4 +1,5 @@
-"""Every architecture does what the table in docs/bases.md says: each cell is right against an oracle, or refused by name."""
+"""Every architecture does what the table in docs/bases.md says: each cell is right against an oracle,
+or refused by name."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ def test_encoder_decoder_ids(special):
 
 
 def test_targets_in_the_language_of_targets(special, monkeypatch):
-    """As NLLB's (a language before, the end after) and mBART's (the end, then a language): both are told apart by text_target."""
+    """As NLLB's (a language before, the end after) and mBART's (the end, then a language):
+    both are told apart by text_target."""
     made = special("$A </s>")
     kind = type("Translating", (type(made),), {})
     made.__class__ = kind

@@ -37,8 +37,8 @@ def pools(base, tmp_path):
 def test_each_row_and_each_packed_sequence_goes_its_own_way(base, pools):
     first, second = pools
     asked = [
-        (first, PHATGOOSE()), None, (second, PHATGOOSE(top_k=1)), (first, Single("1")), (second, Single("2")), (second, Uniform()),
-        (first, Random(seed=3)), (second, PHATGOOSE()), (second, Single("0")),
+        (first, PHATGOOSE()), None, (second, PHATGOOSE(top_k=1)), (first, Single("1")), (second, Single("2")),
+        (second, Uniform()), (first, Random(seed=3)), (second, PHATGOOSE()), (second, Single("0")),
     ]  # fmt: skip
     x = ids(len(asked), 11)
     batch = {"input_ids": x, "attention_mask": torch.ones_like(x)}

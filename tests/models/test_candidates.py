@@ -1,4 +1,5 @@
-"""Values that are finite in an expert and not in the dtype a module computes in are refused by name, before anything is attached."""
+"""Values that are finite in an expert and not in the dtype a module computes in are refused by name,
+before anything is attached."""
 
 from __future__ import annotations
 

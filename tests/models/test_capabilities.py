@@ -1,4 +1,5 @@
-"""A row's logits don't depend on the rows beside it, whatever the architecture: against plain forwards, one row each, no padding."""
+"""A row's logits don't depend on the rows beside it, whatever the architecture:
+against plain forwards, one row each, no padding."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Against the tokenizer's own apply_chat_template: prompts, answers, the assistant's mask, control tokens written as text."""
+"""Against the tokenizer's own apply_chat_template: prompts, answers, the assistant's mask,
+control tokens written as text."""
 
 import copy
 
@@ -16,7 +17,8 @@ CHATML = (
 )
 MARKED = CHATML.replace(
     HEAD,
-    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>\n{% endif %}",
 )
 THOUGHT = CHATML.replace(  # as Qwen3's: the last answer gets an empty thought, earlier ones lose theirs
@@ -125,10 +127,15 @@ def test_a_marker_of_transformers_in_a_message_changes_nothing(chatting):
         (CHATML, [{**USER, "name": "Bob"}], None, r"messages\.0\.name: .* no place"),
         (CHATML, [USER], [TOOL], "tools: .* no place"),
         (CHATML, [USER, {**CALL, "content": ""}, USER], None, "tool_calls: .* no place"),
-        (CHATML.replace(HEAD, "{% if m.role != 'system' %}" + HEAD + "{% endif %}"), [SYSTEM, USER], None, "'system'.* no place"),
+        (
+            CHATML.replace(HEAD, "{% if m.role != 'system' %}" + HEAD + "{% endif %}"),
+            [SYSTEM, USER],
+            None,
+            "'system'.* no place",
+        ),
         ("{{ raise_exception('never') }}", [USER], None, "refuses the conversation .*never"),
     ],
-)  # fmt: skip
+)
 def test_what_a_template_would_leave_out_is_refused(chatting, template, messages, tools, says):
     with pytest.raises(TaskError, match=says):
         conversation_ids(chatting(template), messages, tools)
@@ -150,7 +157,8 @@ def test_an_answer_that_would_be_served_otherwise_is_refused(chatting, template,
 def test_where_the_tokenizer_joins_prompt_and_answer(chatting):
     """ "assistant: " and "fox" as one text end in the token " fox", but a model that is served gets the space first."""
     base = chatting(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     fox = {"role": "assistant", "content": "fox"}
     prompt, (answer,) = conversation_answer_ids(base, [USER], [fox])

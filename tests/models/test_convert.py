@@ -24,7 +24,8 @@ def trained(base, folder, init, targets=None, **settings):
     """PEFT's model after a few steps' worth of change, saved as it was before and after."""
     family = "gpt2" if "GPT2" in type(base.model).__name__ else "llama"
     config = LoraConfig(
-        r=4, lora_alpha=6, target_modules=targets or TARGETS[family], fan_in_fan_out=family == "gpt2", init_lora_weights=init, **settings
+        r=4, lora_alpha=6, target_modules=targets or TARGETS[family], fan_in_fan_out=family == "gpt2",
+        init_lora_weights=init, **settings
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -84,8 +84,9 @@ def test_small_weights_tell_a_fine_tuned_sibling():
 def test_architecture_says_the_same_of_every_family():
     found = {family: architecture(make_model(family, layers=3)) for family in FAMILIES}
     assert found["llama"] == {
-        "model_type": "llama", "hidden_size": 32, "layers": 3, "decoder_layers": None, "attention_heads": 4, "kv_heads": 2,
-        "intermediate_size": 48, "vocab_size": 320, "encoder_decoder": False, "tied_embeddings": False,
+        "model_type": "llama", "hidden_size": 32, "layers": 3, "decoder_layers": None, "attention_heads": 4,
+        "kv_heads": 2, "intermediate_size": 48, "vocab_size": 320, "encoder_decoder": False,
+        "tied_embeddings": False,
     }  # fmt: skip
     assert found["qwen"]["tied_embeddings"] is True
     assert found["gpt2"] == found["qwen"] | {"model_type": "gpt2", "kv_heads": 4, "intermediate_size": 128}

@@ -1,4 +1,5 @@
-"""The checkpoint's own generation settings change nothing that is written here; oracle: argmax after argmax, in a loop."""
+"""The checkpoint's own generation settings change nothing that is written here;
+oracle: argmax after argmax, in a loop."""
 
 import pytest
 import torch

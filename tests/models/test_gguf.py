@@ -276,7 +276,10 @@ from phatgoose.models.base import gguf, load
 gguf.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all weights written, the record not
 load.load_base(sys.argv[1])
 """
-LOADING = "import sys; from phatgoose.models.base.load import load_base; print(load_base(sys.argv[1]).fingerprint.samples)"
+LOADING = (
+    "import sys; from phatgoose.models.base.load import load_base; "
+    "print(load_base(sys.argv[1]).fingerprint.samples)"
+)
 
 
 def process(code, written):
@@ -320,8 +323,9 @@ def test_the_default_base_itself(monkeypatch):
         pytest.skip(f"the default base can't be had here: {error}")
     base = load_base(DEFAULT_BASE, dtype="float32")
     assert base.fingerprint.architecture == {
-        "model_type": "llama", "hidden_size": 576, "layers": 30, "decoder_layers": None, "attention_heads": 9, "kv_heads": 3,
-        "intermediate_size": 1536, "vocab_size": 49152, "encoder_decoder": False, "tied_embeddings": True,
+        "model_type": "llama", "hidden_size": 576, "layers": 30, "decoder_layers": None, "attention_heads": 9,
+        "kv_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "encoder_decoder": False,
+        "tied_embeddings": True,
     }  # fmt: skip
     # A change of these values makes every expert of this base unusable: they are part of the format.
     digest = hashlib.sha256(

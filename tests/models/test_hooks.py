@@ -1,4 +1,5 @@
-"""Models that torch.compile compiles: what is attached later acts, and what is taken off doesn't, whoever compiled what and when."""
+"""Models that torch.compile compiles: what is attached later acts, and what is taken off doesn't,
+whoever compiled what and when."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def test_nothing_is_said_of_compiled_layers(make_base, make_expert):
 
 
 class Mixture(nn.Module):
-    """A mixture of experts in two layers, of which the second one's is never asked; and a layer beside them that isn't called."""
+    """A mixture of experts in two layers, of which the second one's is never asked;
+    and a layer beside them that isn't called."""
 
     def __init__(self):
         super().__init__()

@@ -203,7 +203,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         peft_adapter(model, tmp_path / str(i), 1, target_modules=[])
     refused(tmp_path / "0", "of expert 5, and model.layers.0.mlp.experts has 5", r=1)
     refused(tmp_path / "0", "changes 3 experts in model.layers.0.mlp.experts.*has 5", r=5)
-    refused(tmp_path / "1", "target_parameters names 'mlp.experts.bias'", ExpertError, target_parameters=["mlp.experts.bias"])  # fmt: skip
+    refused(
+        tmp_path / "1", "target_parameters names 'mlp.experts.bias'", ExpertError,
+        target_parameters=["mlp.experts.bias"],
+    )  # fmt: skip
     refused(tmp_path / "2", "tensors of 2 parameters", ExpertError, target_parameters=["experts.down_proj"])
     refused(tmp_path / "3", "expected .4·E, d_in.", ExpertError, r=4)
     per_expert(wide, "mixtral", tmp_path / "4", 1)
@@ -305,7 +308,11 @@ def test_old_and_new_names_in_one_pool(tmp_path, family):
     tensors, cut_gates = {}, {}
     for path, update in new.updates.items():
         name = path.rpartition(".")[2]
-        parts = {"gate_proj": update.B.chunk(2)[0], "up_proj": update.B.chunk(2)[1]} if name == "gate_up_proj" else {name: update.B}  # fmt: skip
+        parts = (
+            {"gate_proj": update.B.chunk(2)[0], "up_proj": update.B.chunk(2)[1]}
+            if name == "gate_up_proj"
+            else {name: update.B}
+        )
         for part, b in parts.items():
             place = f"{path.removesuffix(name)}{part}"
             if family == "mixtral":
@@ -340,8 +347,9 @@ def test_packed_pools_inside_experts(tmp_path):
 
 def test_a_base_whose_experts_run_in_another_way_is_refused_from_its_config(tmp_path):
     config = Llama4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=F_, intermediate_size_mlp=48, num_hidden_layers=2, num_local_experts=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, interleave_moe_layer_step=1, pad_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=F_, intermediate_size_mlp=48,
+        num_hidden_layers=2, num_local_experts=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        interleave_moe_layer_step=1, pad_token_id=0,
     )  # fmt: skip
     Llama4ForCausalLM(config)
     (tmp_path / "llama4").mkdir()
@@ -398,7 +406,10 @@ def test_a_trace_inside_experts_knows_their_tokens(tmp_path, margins):
                     for r, p in zip(tokens.rows.tolist(), tokens.positions.tolist(), strict=True)
                 }
                 assert places == wanted
-                assert [int(x[place]) for place in zip(tokens.rows, tokens.positions + 4 * (tokens.rows == 1), strict=True)] == tokens.ids.tolist()  # fmt: skip
+                assert [
+                    int(x[place])
+                    for place in zip(tokens.rows, tokens.positions + 4 * (tokens.rows == 1), strict=True)
+                ] == tokens.ids.tolist()
                 assert choices.experts.shape == (len(wanted), 2)
     with torch.no_grad(), trace(base, histogram=True) as sums:
         base.model(x, attention_mask=mask)
@@ -456,7 +467,8 @@ def test_experts_are_switched_off_for_each_row(tmp_path):
 
 
 def test_shared_experts_act_too(tmp_path):
-    """transformers 4's adapters with shared experts: PEFT 0.21 leaves those out when it converts the rest, so it is no oracle here."""
+    """transformers 4's adapters with shared experts: PEFT 0.21 leaves those out when it converts the rest,
+    so it is no oracle here."""
     model = make("deepseek_v3")
     per_expert(model, "deepseek_v3", tmp_path / "a", 1)
     tensors, generator = (

@@ -13,8 +13,9 @@ from conftest import hooked
 from phatgoose import Expert, Pool, Single, route, unroute
 
 EXPERTS = [
-    "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe",
-    "granitemoe", "minimax", "nemotron_h", "jamba", "qwen3_next", "granitemoehybrid",
+    "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "ernie4_5_moe", "granitemoe", "minimax", "nemotron_h", "jamba", "qwen3_next",
+    "granitemoehybrid",
 ]  # fmt: skip
 ROUTERS = [*EXPERTS, "llama4_text"]
 

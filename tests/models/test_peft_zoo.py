@@ -246,7 +246,10 @@ REFUSED = {
     "trainable tokens": (lambda f: lora(f, trainable_token_indices=[3, 5]), "trainable_token_indices"),
     "pissa": (lambda f: lora(f, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "olora": (lambda f: lora(f, init_lora_weights="olora"), "init_lora_weights = 'olora'"),
-    "activated LoRA": (lambda f: lora(f, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),
+    "activated LoRA": (
+        lambda f: lora(f, task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
+        "alora_invocation_tokens",
+    ),
     "layer replication": (lambda f: lora(f, layer_replication=[(0, 2), (1, 2)]), "layer_replication"),
     "DoRA of an embedding": (lambda f: lora(f, use_dora=True, target_modules=["embed_tokens"]), "DoRA of an embedding"),
 }  # fmt: skip
@@ -303,7 +306,8 @@ def with_whole_modules(base, folder, change):
 
 @pytest.mark.parametrize("rows", [320, 300])
 def test_whole_modules_that_are_the_bases_own_change_nothing(rows, make_base, tmp_path):
-    """Also without the last rows, which no token has: resize_token_embeddings(len(tokenizer)) cuts a padded vocabulary."""
+    """Also without the last rows, which no token has: resize_token_embeddings(len(tokenizer))
+    cuts a padded vocabulary."""
     base = make_base("llama")
     expected = logits(peft_model(base, with_whole_modules(base, tmp_path / "all", lambda t: t)), batch(base))
     folder = with_whole_modules(base, tmp_path / "adapter", lambda t: t[:rows])

@@ -47,7 +47,8 @@ def gemma3():
         "patch_size": 14,
     }  # fmt: skip
     config = Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5, boi_token_index=6, eoi_token_index=7
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5, boi_token_index=6,
+        eoi_token_index=7
     )  # fmt: skip
     whole = Gemma3ForConditionalGeneration(config).eval()
     alone = Gemma3ForCausalLM(whole.config.text_config).eval()
@@ -191,7 +192,8 @@ def test_a_decoder_of_another_architecture_is_not_taken_for_the_language_model(m
 
 
 def test_qwen2_vl_as_it_was_before(tmp_path):
-    """Its language model lay under model., as a language model alone does. (PEFT doesn't apply such keys, without a word.)"""
+    """Its language model lay under model., as a language model alone does.
+    (PEFT doesn't apply such keys, without a word.)"""
     torch.manual_seed(0)
     text = {
         "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -1,4 +1,5 @@
-"""Whole models routed by the compiled kernel: the reference's logits, hooks of others, traces, copies, compilers, refusals."""
+"""Whole models routed by the compiled kernel: the reference's logits, hooks of others, traces, copies,
+compilers, refusals."""
 
 from __future__ import annotations
 

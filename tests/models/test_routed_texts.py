@@ -1,4 +1,5 @@
-"""Routers that read text on whole models: every row as the expert that brute force finds for its prompt, however the model is run."""
+"""Routers that read text on whole models: every row as the expert that brute force finds for its prompt,
+however the model is run."""
 
 from __future__ import annotations
 

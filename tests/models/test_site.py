@@ -1,4 +1,5 @@
-"""What a routed model does after it was copied, cast, moved, offloaded, pickled or given other weights, and what is refused."""
+"""What a routed model does after it was copied, cast, moved, offloaded, pickled or given other weights,
+and what is refused."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def adapter(model, config, folder, size=0.2):
 
 @pytest.fixture(params=KINDS)
 def adapted(request, tmp_path):
-    """A base whose adapted layers have biases, an expert of it, and what PEFT computes of any base with the same adapter."""
+    """A base whose adapted layers have biases, an expert of it, and what PEFT computes of any base
+    with the same adapter."""
     base = make_model("qwen")
     with torch.no_grad():
         for name, p in base.named_parameters():
@@ -264,14 +266,14 @@ def test_an_embedding_that_scales_its_rows_is_pefts(tmp_path, family, dtype):
     }
     if family == "gemma":
         config = GemmaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            **common,
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, **common,
         )  # fmt: skip
         model, target, kwargs = GemmaForCausalLM(config), "embed_tokens", {}
     else:
         config = M2M100Config(
-            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-            decoder_ffn_dim=48, scale_embedding=True, **common,
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, scale_embedding=True, **common,
         )  # fmt: skip
         model, target = M2M100ForConditionalGeneration(config), "encoder.embed_tokens"
         kwargs = {"decoder_input_ids": IDS[:, :4]}
@@ -286,7 +288,8 @@ def test_an_embedding_that_scales_its_rows_is_pefts(tmp_path, family, dtype):
 
 
 class Packed(nn.Module):
-    """A linear layer in 8 bits. Like bitsandbytes' it unpacks in place: its own tensors are moved away, and it can't run afterwards."""
+    """A linear layer in 8 bits. Like bitsandbytes' it unpacks in place: its own tensors are moved away,
+    and it can't run afterwards."""
 
     def __init__(self, linear):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Whose tokens a module sees: exactly, or refused by name. The oracle of a draw by position and token is the same row run another way."""
+"""Whose tokens a module sees: exactly, or refused by name. The oracle of a draw by position and token
+is the same row run another way."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def logits(model, **inputs):
 
 @torch.no_grad()
 def step_by_step(model, ids, mask, first):
-    """Logits after every token, the first `first` read in one pass, the others one by one behind its cache, as generate() does it."""
+    """Logits after every token, the first `first` read in one pass, the others one by one behind its cache,
+    as generate() does it."""
     found, kept = [], {}
     for start, end in [(0, first), *((n, n + 1) for n in range(first, ids.shape[1]))]:
         given = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "use_cache": True, **kept}

@@ -384,7 +384,9 @@ def test_filters(routed):
     assert [c.path for c in one.choices] == [path]
     assert torch.equal(one[path].experts, t[path].experts)
     assert len(t.filter(modules=[path], rows=[1], generated=True)[path].tokens) == 2
-    assert len(t.filter(modules=[path], inputs=[1], generated=False)[path].tokens) == int(batch["attention_mask"][1].sum())  # fmt: skip
+    assert len(t.filter(modules=[path], inputs=[1], generated=False)[path].tokens) == int(
+        batch["attention_mask"][1].sum()
+    )
     token = int(batch["input_ids"][1, -1])
     assert set(t.filter(ids=[token])[path].ids.tolist()) == {token}
     of_c = t.filter(experts=["c"])
@@ -433,7 +435,12 @@ def test_what_is_drained_is_all_of_it_once(routed, family):
 
 
 def test_layers_are_labelled_in_the_order_they_are_shown():
-    paths = ["head", "decoder.block.0.layer.1.EncDecAttention.k", "decoder.block.1.layer.0.SelfAttention.q", "encoder.block.0.layer.0.SelfAttention.q"]  # fmt: skip
+    paths = [
+        "head",
+        "decoder.block.0.layer.1.EncDecAttention.k",
+        "decoder.block.1.layer.0.SelfAttention.q",
+        "encoder.block.0.layer.0.SelfAttention.q",
+    ]
     found = layer_labels(locate_modules(paths, ["decoder", "encoder", "decoder", "encoder"]))
     assert list(found.values()) == ["enc 0", "dec 0", "dec 1", "other"]
     assert list(found) == [paths[3], paths[1], paths[2], paths[0]]

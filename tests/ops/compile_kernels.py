@@ -1,4 +1,5 @@
-"""Compiles what triton_launch would launch, for GPUs of compute capability 9.0, on any machine: TRITON_INTERPRET=0 python compile_kernels.py
+"""Compiles what triton_launch would launch, for GPUs of compute capability 9.0, on any machine:
+TRITON_INTERPRET=0 python compile_kernels.py
 
 Prints a line a kernel: its name, the bytes of registers it spills, its shared memory, and its constants.
 """

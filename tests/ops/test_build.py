@@ -180,7 +180,8 @@ def shared(path):
 
 @pytest.mark.parametrize("name", build.VARIANTS)
 def test_instruction_sets_share_no_symbol(name, tmp_path):
-    """One that AVX-512's object defines would be run by plain processors. Without optimisation nothing is inlined: the hardest case."""
+    """One that AVX-512's object defines would be run by plain processors. Without optimisation nothing
+    is inlined: the hardest case."""
     options = [flag for flag in build.FLAGS if flag != "-O3"] + [f"-DVARIANT={name}", *build.VARIANTS[name]]
     command = [
         *build.compiler(),
@@ -229,9 +230,11 @@ def test_a_cache_that_can_t_be_written(fresh, monkeypatch):
 def test_it_shares_torchs_threads():
     """A second OpenMP library would bring threads of its own, which fight torch's for the same cores."""
     code = (
-        "import os, torch\nfrom phatgoose.ops.cpu import build\nbuild.library()\ntorch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
+        "import os, torch\nfrom phatgoose.ops.cpu import build\nbuild.library()\n"
+        "torch.ones(1000, 1000) @ torch.ones(1000, 1000)\n"
         "files = {l.split(maxsplit=5)[5].strip() for l in open('/proc/self/maps') if 'omp' in l and '/' in l}\n"
-        "print(*{os.path.realpath(f) for f in files if os.path.basename(f).startswith(('libgomp', 'libiomp', 'libomp'))})"
+        "print(*{os.path.realpath(f) for f in files "
+        "if os.path.basename(f).startswith(('libgomp', 'libiomp', 'libomp'))})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ.copy()

@@ -1,4 +1,5 @@
-"""The compiled kernel: every instruction set this processor has, fused calls, what it refuses, and compilers carrying it."""
+"""The compiled kernel: every instruction set this processor has, fused calls, what it refuses,
+and compilers carrying it."""
 
 from __future__ import annotations
 
@@ -59,9 +60,9 @@ def by_variant(index, fused, u, y, chosen=None, weights=None):
 
 
 SHAPES = [
-    (1, (4,), 48, 40), (1, (16,) * 40, 577, 33), (5, tuple(range(1, 40)), 31, 130), (16, (16,) * 33, 96, 64), (17, (16,) * 33, 96, 64),
-    (63, (2, 9, 0, 1), 33, 31), (100, tuple(range(60)), 65, 130), (300, (16,) * 3, 64, 200), (1100, (3,) * 20, 40, 17),
-    (40, (200, 16, 70), 96, 100),
+    (1, (4,), 48, 40), (1, (16,) * 40, 577, 33), (5, tuple(range(1, 40)), 31, 130), (16, (16,) * 33, 96, 64),
+    (17, (16,) * 33, 96, 64), (63, (2, 9, 0, 1), 33, 31), (100, tuple(range(60)), 65, 130),
+    (300, (16,) * 3, 64, 200), (1100, (3,) * 20, 40, 17), (40, (200, 16, 70), 96, 100),
 ]  # fmt: skip
 
 
@@ -155,8 +156,8 @@ def test_the_choice_is_that_of_float32_gates_however_near_they_are(index, dtype,
 def swallowing(d):
     """An input of one huge value and many small ones, and gates that are their own 8-bit codes.
 
-    Summed in float32, small products added after the huge one are lost. The first gate's score has many such; the second's
-    has one that is not lost, and is lower. No other gate is near.
+    Summed in float32, small products added after the huge one are lost. The first gate's score has many such;
+    the second's has one that is not lost, and is lower. No other gate is near.
     """
     huge, small, half = 2.0**20 * 130 / 128, 7.5, (d - 2) // 2
     u = torch.tensor([huge] + [small] * half + [-small] * half + [1.1 * 2 * half * small])
@@ -503,7 +504,8 @@ def test_compilers_carry_it_as_one_operator():
     assert sum("routed_update" in str(node.target) for node in graphs[0].graph.nodes) == 1
     tensors = kernel_operands(stack).tensors
     torch.library.opcheck(
-        torch.ops.phatgoose.routed_update.default, (u, y, fused.gate_operands, tensors, 2, 4), test_utils=("test_schema", "test_faketensor")
+        torch.ops.phatgoose.routed_update.default, (u, y, fused.gate_operands, tensors, 2, 4),
+        test_utils=("test_schema", "test_faketensor")
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""The Triton kernels, in Triton's interpreter: what they choose and add, what they refuse, what never happens on the way.
+"""The Triton kernels, in Triton's interpreter: what they choose and add, what they refuse, what never happens
+on the way.
 
 With TRITON_INTERPRET=0 and a GPU the same tests run on it.
 """
@@ -405,7 +406,8 @@ def test_compilers_carry_it_as_one_operator():
 
 @pytest.mark.slow(6)
 def test_the_compiler_takes_every_kernel(tmp_path):
-    """All of them, for an H100 or H200, without one: types, shapes of products, shared memory. Not a word about speed."""
+    """All of them, for an H100 or H200, without one: types, shapes of products, shared memory.
+    Not a word about speed."""
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)

@@ -19,7 +19,8 @@ SETS = [s for n in range(5) for s in itertools.combinations(range(4), n)]
 
 @pytest.fixture
 def mixed(make_base, make_expert):
-    """A base and four experts; two of them adapt some modules only, so that dropping one moves where nothing is offered."""
+    """A base and four experts; two of them adapt some modules only, so that dropping one moves where
+    nothing is offered."""
 
     def make(family):
         base = make_base(family)
@@ -44,7 +45,13 @@ def logits(base, ids):
 
 @pytest.mark.slow(3)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("router", [PHATGOOSE(2), PHATGOOSE(1), PHATGOOSE(4), Arrow(2), SpectR(3), LAG(1, 1), LAG(2, 2), WeightOnly(2), PHATGOOSE(2, "weights"), Uniform()])  # fmt: skip
+@pytest.mark.parametrize(
+    "router",
+    [
+        PHATGOOSE(2), PHATGOOSE(1), PHATGOOSE(4), Arrow(2), SpectR(3), LAG(1, 1), LAG(2, 2), WeightOnly(2),
+        PHATGOOSE(2, "weights"), Uniform(),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_each_row_is_routed_as_in_a_pool_of_its_experts(mixed, family, router, backend):
     base, experts = mixed(family)

@@ -122,7 +122,8 @@ def test_comparable_scores_are_their_formula():
 
 
 def activations(n, d, seed, kind):
-    """Inputs that have nothing to do with any expert: isotropic, or with a mean, few loud directions and heavy tails."""
+    """Inputs that have nothing to do with any expert: isotropic, or with a mean, few loud directions
+    and heavy tails."""
     g = torch.Generator().manual_seed(seed)
     u = torch.randn(n, d, generator=g)
     if kind == "isotropic":
@@ -138,7 +139,8 @@ def activations(n, d, seed, kind):
 def test_unrelated_tokens_go_to_each_kind_as_often_as_chance(kind, experts, gated, d, ranks):
     """Nothing tells the experts apart, so each must be first 1/E of the time, gates or not, whatever their ranks.
 
-    The shares are means over many draws of all vectors: one draw of a few experts favours some of them, as any vectors do.
+    The shares are means over many draws of all vectors: one draw of a few experts favours some of them, as any
+    vectors do.
     """
     shares = []
     for draw in range(20):

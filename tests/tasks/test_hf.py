@@ -164,14 +164,16 @@ def test_no_network(monkeypatch):
         load_task(f"hf:owner/name{OPTIONS}")
 
 
-# Datasets that the Hub holds as scripts, with a stand-in for the Hub: `datasets` itself refuses the script and reads the copy.
+# Datasets that the Hub holds as scripts, with a stand-in for the Hub: `datasets` itself refuses the script
+# and reads the copy.
 
 BRANCH = "refs/convert/parquet"
 
 
 @pytest.fixture
 def script(hub, tmp_path, monkeypatch):
-    """script({path: Dataset}) → the repository allenai/qa, once qa: a script, and these files on the branch of copies."""
+    """script({path: Dataset}) → the repository allenai/qa, once qa: a script, and these files on
+    the branch of copies."""
     from hub_stand_in import _Api
 
     for name, value in (

@@ -1,4 +1,5 @@
-"""Pools and suites under names: complete, unambiguous, apart from each other, and true to promptsource where that is at hand."""
+"""Pools and suites under names: complete, unambiguous, apart from each other, and true to promptsource where
+that is at hand."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def test_suites_are_complete(name, count):
 
 
 def test_lists_are_frozen():
-    """Another digest is another pool or suite, with which earlier results can't be compared: give it a name of its own."""
+    """Another digest is another pool or suite, with which earlier results can't be compared:
+    give it a name of its own."""
     lists = {name: pool_entries(name) for name in POOLS} | {name: suite(name).entries for name in SUITES}
     lists = {name: [[e.name, e.specs, e.metric, e.note] for e in entries] for name, entries in lists.items()}
     more = [[n, sorted(suite(n).refuses), suite(n).own_copy] for n in SUITES]

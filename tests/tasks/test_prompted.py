@@ -1,4 +1,5 @@
-"""Raw rows under prompts: rendering, choices, splits by the raw row, local forms of rows. The prompts here are made up."""
+"""Raw rows under prompts: rendering, choices, splits by the raw row, local forms of rows.
+The prompts here are made up."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def t5(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_t5_loses_what_the_papers_evaluation_left_out(t5, name, expected):
-    """Their lists (colm/experiments/eval.gin of the authors' repository), but for code_line_description: see `tokenizer_loss`."""
+    """Their lists (colm/experiments/eval.gin of the authors' repository), but for code_line_description:
+    see `tokenizer_loss`."""
     if not (cache_folder() / "bigbench" / f"1.0.0-{bigbench_files.PACKAGE.sha256[:12]}").is_dir():
         pytest.skip("BIG-bench is not in the cache (`phatgoose tasks list bigbench` fetches it)")
     entries = [e for e in suite(name).entries if e.specs[0].startswith("bigbench:")]

@@ -267,7 +267,7 @@ def test_checkpoints_are_small(make_base, task, tmp_path):
     parameters = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        checkpoints.TRAINED, checkpoints.BEST, checkpoints.HISTORY, checkpoints.MANIFEST, "optimizer.pt", "scheduler.pt",
-        "rng_state.pth", "trainer_state.json",
+        checkpoints.TRAINED, checkpoints.BEST, checkpoints.HISTORY, checkpoints.MANIFEST, "optimizer.pt",
+        "scheduler.pt", "rng_state.pth", "trainer_state.json",
     }  # fmt: skip
     assert parameters < 2 * 4 * 7000 + 20000

@@ -1,4 +1,5 @@
-"""Default modules where a base has more than linear layers of text: what is trained, what is said to be left out, and that it is read again."""
+"""Default modules where a base has more than linear layers of text: what is trained, what is said to be left
+out, and that it is read again."""
 
 import copy
 
@@ -27,7 +28,10 @@ SETTINGS = {**SMALL, "rank": 2}
 def make_vision_model(kind="gemma3"):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    text = {**sizes, "vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # fmt: skip
+    text = {
+        **sizes, "vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    }  # fmt: skip
     vision = {**sizes, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
     if kind == "llava":
         text["model_type"], vision["model_type"] = "llama", "clip_vision_model"
@@ -46,7 +50,8 @@ def trained(name, **settings):
 @pytest.mark.slow(3)
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_dense_layers_that_peft_takes_for_experts_are_left_out(name, tmp_path):
-    """PEFT takes `down_proj`, by any path, for the fused experts: it would train these, and not the layers that were meant."""
+    """PEFT takes `down_proj`, by any path, for the fused experts: it would train these,
+    and not the layers that were meant."""
     base, config, train = trained(name)
     with pytest.warns(
         UserWarning,
@@ -95,7 +100,8 @@ def test_routers_that_return_two_things_are_no_linear_layers(name):
 
 
 def test_padding_whose_embedding_is_zero_has_no_gradient_of_its_own():
-    """Gemma-3n divides by the root of a mean of squares: at zero, where SDPA leaves masked rows, its gradient is NaN."""
+    """Gemma-3n divides by the root of a mean of squares: at zero, where SDPA leaves masked rows,
+    its gradient is NaN."""
     base, _, train = trained("gemma3n_text")
     base.model.set_attn_implementation("sdpa")
     with torch.no_grad():

@@ -39,8 +39,8 @@ KINDS = {
 }
 PEFT_KINDS = [kind for kind, settings in KINDS.items() if settings.get("kind") != "bottleneck"]
 PAIRS = [(kind, "llama") for kind in KINDS] + [
-    ("dora", "gpt2"), ("lora_bias", "t5"), ("ia3", "t5"), ("ia3", "qwen"), ("ia3 everywhere", "gpt2"), ("pfeiffer", "gpt2"),
-    ("houlsby", "t5"),
+    ("dora", "gpt2"), ("lora_bias", "t5"), ("ia3", "t5"), ("ia3", "qwen"), ("ia3 everywhere", "gpt2"),
+    ("pfeiffer", "gpt2"), ("houlsby", "t5"),
 ]  # fmt: skip
 
 
@@ -115,7 +115,8 @@ def test_plain_peft_computes_the_same(trained, kind, family):
 
 def test_ia3_scales_what_the_paper_scales(trained):
     for family, inputs, outputs in (
-        ("llama", ("down_proj",), ("k_proj", "v_proj")), ("t5", ("wo",), ("k", "v")), ("qwen", ("down_proj",), ("q_proj", "v_proj")),
+        ("llama", ("down_proj",), ("k_proj", "v_proj")), ("t5", ("wo",), ("k", "v")),
+        ("qwen", ("down_proj",), ("q_proj", "v_proj")),
     ):  # fmt: skip
         expert = trained("ia3", family)[2]
         for path, update in expert.updates.items():

@@ -38,11 +38,12 @@ def test_defaults_of_the_other_kinds():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("steps", 0), ("rows_per_step", 0), ("rows_per_batch", 7), ("rows_per_batch", 2048), ("max_length", 2),
-        ("learning_rate", 0.0), ("learning_rate", float("nan")), ("warmup_share", 1.0), ("weight_decay", -1.0),
-        ("max_grad_norm", 0.0), ("validate_every", -1), ("save_every", -1), ("seed", -1), ("precision", "float16"),
-        ("validation_rows", 0), ("rank", 0), ("alpha", 0.0), ("init_std", 0.0), ("dropout", 1.0), ("target_modules", ()),
-        ("target_modules", ("q_proj", "")), ("kind", "prefix"), ("kind", "LORA"), ("placement", "adapterplus"), ("activation", "prelu"),
+        ("steps", 0), ("rows_per_step", 0), ("rows_per_batch", 7), ("rows_per_batch", 2048),
+        ("max_length", 2), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("warmup_share", 1.0),
+        ("weight_decay", -1.0), ("max_grad_norm", 0.0), ("validate_every", -1), ("save_every", -1),
+        ("seed", -1), ("precision", "float16"), ("validation_rows", 0), ("rank", 0), ("alpha", 0.0),
+        ("init_std", 0.0), ("dropout", 1.0), ("target_modules", ()), ("target_modules", ("q_proj", "")),
+        ("kind", "prefix"), ("kind", "LORA"), ("placement", "adapterplus"), ("activation", "prelu"),
         ("reduction", 0),
     ],
 )  # fmt: skip
@@ -54,9 +55,10 @@ def test_settings_out_of_range_are_named(setting, value):
 @pytest.mark.parametrize(
     ("kind", "setting", "value"),
     [
-        ("ia3", "rank", 8), ("ia3", "alpha", 2.0), ("ia3", "dora", True), ("ia3", "dropout", 0.1), ("ia3", "init_std", 0.1),
-        ("ia3", "reduction", 4), ("lora", "placement", "houlsby"), ("lora", "activation", "tanh"), ("bottleneck", "lora_bias", True),
-        ("bottleneck", "rslora", True), ("bottleneck", "target_modules", ("o_proj",)), ("bottleneck", "target_modules", "all-linear"),
+        ("ia3", "rank", 8), ("ia3", "alpha", 2.0), ("ia3", "dora", True), ("ia3", "dropout", 0.1),
+        ("ia3", "init_std", 0.1), ("ia3", "reduction", 4), ("lora", "placement", "houlsby"),
+        ("lora", "activation", "tanh"), ("bottleneck", "lora_bias", True), ("bottleneck", "rslora", True),
+        ("bottleneck", "target_modules", ("o_proj",)), ("bottleneck", "target_modules", "all-linear"),
     ],
 )  # fmt: skip
 def test_settings_of_another_kind_are_refused(kind, setting, value):

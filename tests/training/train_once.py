@@ -1,4 +1,5 @@
-"""One small training in a process of its own: `train_once.py FOLDER HOW [OUT]`. Run by the tests, to be killed or by torchrun.
+"""One small training in a process of its own: `train_once.py FOLDER HOW [OUT]`. Run by the tests, to be killed
+or by torchrun.
 
 HOW: "kill-step-N" ends the process by SIGKILL after step N, "kill-save-N" in the midst of writing the N-th checkpoint,
 "whole" lets it finish and saves the expert to OUT (by the first process).

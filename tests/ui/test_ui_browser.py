@@ -256,9 +256,11 @@ def test_the_policy_lets_nothing_else_run(make_session, served, chromium):
         """() => { window.tried = [];
         const trials = { code: () => window["ev" + "al"]("1"), maker: () => new Function("return 1")(),
           markup: () => { document.body.innerHTML = "<b></b>"; },
-          elsewhere: () => { document.head.append(Object.assign(document.createElement("script"), { src: "/x.js" })); } };
+          elsewhere: () => { document.head.append(Object.assign(document.createElement("script"), """
+        """{ src: "/x.js" })); } };
         setTimeout(() => { for (const [name, trial] of Object.entries(trials)) {
-          try { trial(); window.tried.push(name + " ran"); } catch (error) { window.tried.push(error.name); } } }, 0); }"""
+          try { trial(); window.tried.push(name + " ran"); } """
+        "catch (error) { window.tried.push(error.name); } } }, 0); }"
     )
     until(page, "window.tried.length === 4")
     assert page.evaluate("window.tried") == ["EvalError", "EvalError", "TypeError", "TypeError"]

@@ -55,7 +55,9 @@ def test_the_page_and_an_answer(make_session, served):
     assert headers["Content-Type"] == "application/x-ndjson"
     kinds = [event["event"] for event in events if event["event"] != "waiting"]
     assert kinds == ["turn", *["tokens"] * 4, "end"]
-    assert [ask(address, max_new_tokens=4)[2][i]["texts"] for i in (1, 2)] == [e["texts"] for e in events if e["event"] == "tokens"][:2]  # fmt: skip
+    assert [ask(address, max_new_tokens=4)[2][i]["texts"] for i in (1, 2)] == [
+        e["texts"] for e in events if e["event"] == "tokens"
+    ][:2]
     for path in ("/docs", "/openapi.json", "/answer", "/../etc/passwd"):
         assert raw(address, path=path, headers=[("Host", "localhost")])[0] in (404, 405)
 
@@ -185,7 +187,10 @@ def begin(address, new_tokens):
     host, port = address.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), 60)
     body = json.dumps({"prompt": PROMPT, "max_new_tokens": new_tokens}).encode()
-    head = f"POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + body)
     return connection
 

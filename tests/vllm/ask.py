@@ -1,4 +1,5 @@
-"""Asks vLLM in a process of its own: python ask.py REQUEST.json ANSWER.json. Every process of vLLM loads the plugin by its entry point."""
+"""Asks vLLM in a process of its own: python ask.py REQUEST.json ANSWER.json. Every process of vLLM loads
+the plugin by its entry point."""
 
 from __future__ import annotations
 
@@ -14,15 +15,18 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        **request["engine"], max_model_len=256, max_num_batched_tokens=256, max_num_seqs=16, max_logprobs=TOP, logprobs_mode="raw_logits",
-        enable_prefix_caching=False,
+        **request["engine"], max_model_len=256, max_num_batched_tokens=256, max_num_seqs=16, max_logprobs=TOP,
+        logprobs_mode="raw_logits", enable_prefix_caching=False,
     )  # fmt: skip
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], logprobs=TOP, ignore_eos=True)
     answers = [
-        {"ids": list(one.outputs[0].token_ids), "logits": [{t: v.logprob for t, v in at.items()} for at in one.outputs[0].logprobs]}
+        {
+            "ids": list(one.outputs[0].token_ids),
+            "logits": [{t: v.logprob for t, v in at.items()} for at in one.outputs[0].logprobs],
+        }
         for one in llm.generate(prompts, greedy, use_tqdm=False)
-    ]  # fmt: skip
+    ]
     target.write_text(json.dumps(answers))
 
 

@@ -62,7 +62,8 @@ def ours(model, pool, router, sequences, dtype="float32"):
 
 
 def compare(answers, prompts, logits):
-    """(relative error of all logits vLLM gave, their largest error, tokens that aren't our first choice as gaps in our logits).
+    """(relative error of all logits vLLM gave, their largest error, tokens that aren't our first choice as gaps
+    in our logits).
 
     logits: ours, of each prompt with vLLM's answer behind it.
     """

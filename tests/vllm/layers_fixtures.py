@@ -1,4 +1,5 @@
-"""A transformers Llama cut into the linear layers that vLLM would make of it, on any rank; written without the plugin's own slicing."""
+"""A transformers Llama cut into the linear layers that vLLM would make of it, on any rank;
+written without the plugin's own slicing."""
 
 from __future__ import annotations
 

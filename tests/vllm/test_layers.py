@@ -60,7 +60,10 @@ def opened(settings, samples, model, rank, ranks):
 @pytest.mark.parametrize("router", ["phatgoose:top_k=2", "phatgoose:top_k=7", "shuffled-gates:seed=3"])
 @pytest.mark.parametrize(
     ("ranks", "dtype", "tolerance"),
-    [(1, torch.float32, 2e-6), (1, torch.bfloat16, 1e-2), (2, torch.float32, 2e-6), (2, torch.bfloat16, 1e-2), (4, torch.float32, 2e-6)],
+    [
+        (1, torch.float32, 2e-6), (1, torch.bfloat16, 1e-2), (2, torch.float32, 2e-6),
+        (2, torch.bfloat16, 1e-2), (4, torch.float32, 2e-6),
+    ],
 )  # fmt: skip
 def test_merged_and_split_layers_compute_what_route_does(saved, pool_of, router, ranks, dtype, tolerance):
     base, folder = saved(dtype)

@@ -178,7 +178,8 @@ print("RESULT" + json.dumps([{{n: [o.value, o.error, o.attempts] for n, o in fou
 
 
 def test_ray_outlives_its_workers(tmp_path):
-    """A real local cluster in a process of its own: Ray leaves threads and sockets behind, which are errors in this one."""
+    """A real local cluster in a process of its own: Ray leaves threads and sockets behind,
+    which are errors in this one."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'phatgoose[ray]'")
     from phatgoose.workflows.experiment.executors import Outcome
 

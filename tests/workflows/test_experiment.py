@@ -1,4 +1,5 @@
-"""Experiments on tiny bases: whole, killed at any moment, with failing tasks and systems; the T0 recipe from local rows."""
+"""Experiments on tiny bases: whole, killed at any moment, with failing tasks and systems;
+the T0 recipe from local rows."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ from phatgoose.workflows.experiment.scores import ScoreCache
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMON = {
-    "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2, "save_every": 1,
-    "learning_rate": 1e-2,
+    "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2,
+    "save_every": 1, "learning_rate": 1e-2,
 }  # fmt: skip
 SYSTEMS = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
 
@@ -80,7 +81,8 @@ def recipe(place, **changes):
         "seeds": [0, 1],
         "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
         "measure": {
-            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6, "choice_rows": 3,
+            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6,
+            "choice_rows": 3,
         },
         "expert": {"rank": 2, "alpha": 4, "steps": 4, **COMMON},
         "gate": {"steps": 3, **COMMON},
@@ -304,9 +306,14 @@ def test_experts_of_another_base_are_refused_by_name(place, make_base, make_expe
     [
         ({"only": ["stranger", "nobody"]}, SYSTEMS, RecipeError, "'nobody'"),
         ({"leave_out": ["upper", "stranger"]}, SYSTEMS, RecipeError, "no expert of .* is left"),
-        ({}, [*SYSTEMS, "multitask"], RecipeError, "multitask needs the data of every expert: name tasks for upper, stranger"),
+        (
+            {},
+            [*SYSTEMS, "multitask"],
+            RecipeError,
+            "multitask needs the data of every expert: name tasks for upper, stranger",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_does_not_fit_the_pool_is_refused_by_name(place, ready, pool, systems, error, says):
     asked = recipe(
         place,
@@ -321,7 +328,8 @@ def test_a_recipe_that_does_not_fit_the_pool_is_refused_by_name(place, ready, po
 def test_a_pool_is_named_on_the_command_line_too(place, ready):
     file = place / "recipe.toml"
     file.write_text(
-        f'base = "{place}/base"\n[pool]\ntasks = {{ upper = "jsonl:{place}/upper.jsonl", choice = "jsonl:{place}/choice.jsonl" }}\n'
+        f'base = "{place}/base"\n[pool]\n'
+        f'tasks = {{ upper = "jsonl:{place}/upper.jsonl", choice = "jsonl:{place}/choice.jsonl" }}\n'
     )
     (place / "sub").mkdir()
     inside = place / "sub" / "recipe.toml"
@@ -390,8 +398,8 @@ def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(p
     other.tokenizer.save_pretrained(place / "other")
     encoder = make_encoder(place / "encoder", max_tokens=60)
     systems = [
-        "base", "phatgoose", "average-activation", "retrieval", "centroid", "soft-centroid", "soft-centroid:every=0", "multitask",
-        f"model:{place / 'other'}",
+        "base", "phatgoose", "average-activation", "retrieval", "centroid", "soft-centroid",
+        "soft-centroid:every=0", "multitask", f"model:{place / 'other'}",
     ]  # fmt: skip
     changes = {
         "systems": systems, "signature": {"rows": 9, "texts": 8, "encoder": str(encoder)},
@@ -631,7 +639,8 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
 
     monkeypatch.setattr(experiment_steps, "measure", edited)
     measured = {
-        "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 4, "choice_rows": 2,
+        "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 4,
+        "choice_rows": 2,
     }  # fmt: skip
     results = run_experiment(recipe(place, systems=["base", "phatgoose"], measure=measured), place / "out")
     assert "weren't the same" in results["failed"]["unseen: held"]
@@ -833,8 +842,15 @@ def test_what_a_system_cannot_do_at_all_is_said_once(place, ready):
 
 def test_contamination_is_reported(place):
     words = "a long enough row of very common words that stands on both sides number"
-    write(place / "upper.jsonl", [{"input": f"{words} {i} {'x' * i}", "target": "yes", "split": "train"} for i in range(40)]
-        + [{"input": f"{s} {i}", "target": "yes", "split": s} for s in ("validation", "test") for i in range(8)])  # fmt: skip
+    write(
+        place / "upper.jsonl",
+        [{"input": f"{words} {i} {'x' * i}", "target": "yes", "split": "train"} for i in range(40)]
+        + [
+            {"input": f"{s} {i}", "target": "yes", "split": s}
+            for s in ("validation", "test")
+            for i in range(8)
+        ],
+    )
     seen = [
         {"input": f"something else {i}", "target": "no", "choices": ["yes", "no"], "split": "test"}
         for i in range(39)
@@ -906,7 +922,8 @@ templates:
 
 @pytest.fixture
 def local_t0(tmp_path, monkeypatch):
-    """Made-up prompts and rows for every dataset of T0 Held-In and T0's held-out suite, as raw and as rendered rows by turns."""
+    """Made-up prompts and rows for every dataset of T0 Held-In and T0's held-out suite,
+    as raw and as rendered rows by turns."""
     entries = [*pool_entries("t0-held-in"), *named_suite("t0ho").entries]
     for place in ("rows", "held-out"):
         (tmp_path / place).mkdir()
@@ -948,7 +965,8 @@ def local_t0(tmp_path, monkeypatch):
 
 @pytest.mark.slow(37)
 def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
-    """The recipe that is shipped, with all its 36 experts; its other systems and suites are the next test's and BIG-bench's own."""
+    """The recipe that is shipped, with all its 36 experts; its other systems and suites are the next test's
+    and BIG-bench's own."""
     base = make_base("t5", layers=1)
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
@@ -979,7 +997,8 @@ def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base
 
 @pytest.mark.slow(10)
 def test_the_papers_systems_run_on_a_tiny_t5(tmp_path, make_base, local_t0):
-    """All that the shipped recipe compares, data signatures and choices among experts with it, for three of its experts."""
+    """All that the shipped recipe compares, data signatures and choices among experts with it,
+    for three of its experts."""
     base = make_base("t5", layers=1)
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")

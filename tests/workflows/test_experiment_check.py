@@ -154,8 +154,8 @@ def test_what_a_run_would_fail_at_is_told_now(nothing_cached, tmp_path, monkeypa
     (tmp_path / "rows").mkdir()
     (tmp_path / "r.toml").write_text(
         'base = "b"\nsystems = ["base"]\n[pool.tasks]\ngood = "bigbench:there"\ntypo = "bigbench:ther"\n'
-        'gone = "jsonl:gone.jsonl"\nsplit = "prompted:wiki_bio?test=tset"\nhard = "bbh:snark"\nempty = "prompted:quail"\n'
-        'hub = "hf:some/rows"\n[folders]\nempty = "rows"\n'
+        'gone = "jsonl:gone.jsonl"\nsplit = "prompted:wiki_bio?test=tset"\nhard = "bbh:snark"\n'
+        'empty = "prompted:quail"\nhub = "hf:some/rows"\n[folders]\nempty = "rows"\n'
     )
     shown = CliRunner().invoke(app, ["experiment", str(tmp_path / "r.toml"), "--check"])
     assert shown.exit_code == 1

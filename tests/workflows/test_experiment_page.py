@@ -35,7 +35,8 @@ def test_the_page_of_an_experiment(name, tmp_path):
 def test_tasks_of_one_name_in_two_suites_are_told_apart():
     score = {"mean": 0.5, "low": 0.4, "high": 0.6, "rows": 5, "metric": "rank"}
     suite = {
-        "tasks": {"t": {"spec": "jsonl:t"}}, "systems": {"base": {"tasks": {"t": score}}}, "against": {}, "oracle_gain_share": {},
+        "tasks": {"t": {"spec": "jsonl:t"}}, "systems": {"base": {"tasks": {"t": score}}}, "against": {},
+        "oracle_gain_share": {},
     }  # fmt: skip
     results = {"suites": {"x": suite, "y": suite}, "recipe": {"base": "b"}, "made": {}, "experts": []}
     assert [t["name"] for t in page_data(results)["tasks"]] == ["x: t", "y: t"]

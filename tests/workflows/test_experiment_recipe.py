@@ -88,7 +88,11 @@ def test_the_quickstart_suite_is_the_quickstarts():
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"measure": {"tasks": {"b": "jsonl:b.jsonl"}}}, RecipeError, "tasks are the suite unseen, which isn't among the suites"),
+        (
+            {"measure": {"tasks": {"b": "jsonl:b.jsonl"}}},
+            RecipeError,
+            "tasks are the suite unseen, which isn't among the suites",
+        ),
         ({"folders": {"t0h": "x"}}, UnknownName, "folder 't0h': did you mean 't0ho'"),
         (
             {"pool": {"tasks": {"ld": "bigbench:logical_deduction/three_objects"}}, "measure": {"suites": ["bbh"]}},
@@ -107,7 +111,11 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ({"claims": {"in-pool": "half"}}, RecipeError, "expected names and numbers"),
         ({"claims": {"in-pool": 0.6}, "systems": ["base", "phatgoose"]}, RecipeError, "add oracle to the systems"),
         ({"dtype": "bf16"}, UnknownName, "dtype 'bf16': did you mean"),
-        ({"pool": {"tasks": {"a": "bigbnch:social_iqa"}}}, UnknownName, "task source 'bigbnch': did you mean 'bigbench'"),
+        (
+            {"pool": {"tasks": {"a": "bigbnch:social_iqa"}}},
+            UnknownName,
+            "task source 'bigbnch': did you mean 'bigbench'",
+        ),
         ({"bas": "x"}, UnknownName, "setting in the recipe 'bas': did you mean 'base'"),
         ({"expert": {"step": 3}}, UnknownName, r"setting in the recipe, \[expert\] 'step': did you mean 'steps'"),
         ({"measure": {"test_rows": "ten"}}, RecipeError, "test_rows is 'ten', expected a whole number"),
@@ -127,7 +135,11 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ({"systems": ["single:nobody"]}, UnknownName, "expert 'nobody'"),
         ({"measure": {"suites": []}}, RecipeError, "suites is empty"),
         ({"measure": {"test_rows": 0}}, RecipeError, "test_rows is 0"),
-        ({"measure": {"choice_rows": 0}}, RecipeError, "choice_rows is 0, and best-single and oracle choose by such rows"),
+        (
+            {"measure": {"choice_rows": 0}},
+            RecipeError,
+            "choice_rows is 0, and best-single and oracle choose by such rows",
+        ),
         ({"measure": {"backend": "tritn"}}, UnknownName, "backend 'tritn': did you mean 'triton'"),
         ({"pool": {"tasks": {"my task": "bigbench:social_iqa"}}}, ExpertError, "'my task' can't name an expert"),
         ({"systems": ["model:"]}, RoutingError, "model:SPEC"),
@@ -179,7 +191,10 @@ def test_what_is_given_away_names_no_folder_of_this_machine():
         {
             "base": f"{here}/base",
             "systems": ["base"],
-            "pool": {"tasks": {"a": f"jsonl:{here}/a.jsonl?input=x", "b": "bigbench:social_iqa"}, "folder": f"{here}/pool"},
+            "pool": {
+                "tasks": {"a": f"jsonl:{here}/a.jsonl?input=x", "b": "bigbench:social_iqa"},
+                "folder": f"{here}/pool",
+            },
             "measure": {"suites": ["unseen"], "tasks": {"c": f"jsonl:{here}/c.jsonl"}},
             "signature": {"encoder": f"{here}/minilm"},
             "folders": {"bbh": f"{here}/bbh"},

@@ -38,7 +38,9 @@ def likelihood(base, prompt, answer):
     for i, token in enumerate(answer):
         with torch.no_grad():
             if base.is_encoder_decoder:
-                logits = base.model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *answer[:i]]])).logits  # fmt: skip
+                logits = base.model(
+                    input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *answer[:i]]])
+                ).logits
             else:
                 logits = base.model(input_ids=torch.tensor([[*prompt, *answer[:i]]])).logits
         scores = logits[0, -1].log_softmax(-1)
@@ -55,7 +57,10 @@ def test_every_number_agrees_with_pools_made_for_it(pooled, family):
     assert routing_of(base) is None
 
     route(base, Pool(experts), PHATGOOSE())
-    out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=pad_id(base.tokenizer))  # fmt: skip
+    out = base.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+        pad_token_id=pad_id(base.tokenizer),
+    )  # fmt: skip
     answer = out[0, 1 if family == "t5" else ids.shape[1] :].tolist()
     assert found.answer == base.tokenizer.decode(answer, skip_special_tokens=True)
     assert len(found.tokens) == len(answer)
@@ -123,18 +128,31 @@ def test_in_words():
     def effect(name, change, keeps=True, alone=-3.0):
         return Effect(name, 0.3, -2.0 + change, change, keeps, alone)
 
-    found = Explanation("p", "a", ("a",), {}, -2.0, -5.0, False, (effect("x", -2.3, False), effect("y", -0.01), effect("z", 0.5, alone=-1.0)), 0)  # fmt: skip
+    found = Explanation(
+        "p", "a", ("a",), {}, -2.0, -5.0, False,
+        (effect("x", -2.3, False), effect("y", -0.01), effect("z", 0.5, alone=-1.0)), 0,
+    )  # fmt: skip
     text = words(found)
-    assert text[0] == "The base alone would answer differently; the experts make this answer 20.1 times likelier (-5.00 → -2.00 nats)."  # fmt: skip
-    assert text[1] == "x mattered: without it the answer is 10.0 times less likely (-2.30 nats) and the greedy answer is another; on its own it falls short of the pool (-3.00 nats)."  # fmt: skip
-    assert text[2] == "z mattered: without it the answer is 1.6 times likelier (+0.50 nats); on its own it does better than the pool (-1.00 nats)."  # fmt: skip
+    assert text[0] == (
+        "The base alone would answer differently; "
+        "the experts make this answer 20.1 times likelier (-5.00 → -2.00 nats)."
+    )
+    assert text[1] == (
+        "x mattered: without it the answer is 10.0 times less likely (-2.30 nats) and the greedy answer "
+        "is another; on its own it falls short of the pool (-3.00 nats)."
+    )
+    assert text[2] == (
+        "z mattered: without it the answer is 1.6 times likelier (+0.50 nats); "
+        "on its own it does better than the pool (-1.00 nats)."
+    )
     assert text[3] == "y acted, but leaving it out hardly changes the answer."
     none = Explanation("p", "a", ("a",), {}, -2.0, -2.0, True, (effect("x", 0.0),), 0)
     assert words(none)[1].startswith("No expert mattered by itself")
 
 
 def test_routers_read_the_turn_of_a_chat_as_generate_gives_it(make_base, make_expert, tmp_path):
-    """What is scored is what `generate --chat` would write: each token's log-likelihood under the text that was read."""
+    """What is scored is what `generate --chat` would write: each token's log-likelihood under the text
+    that was read."""
     base, folder = make_base("llama"), make_encoder(tmp_path / "encoder", max_tokens=60)
     pool = Pool(
         [signed(make_expert(base, n, seed=s), folder, seed=s, count=5) for s, n in enumerate("ab", 1)]
@@ -144,7 +162,10 @@ def test_routers_read_the_turn_of_a_chat_as_generate_gives_it(make_base, make_ex
     found, _ = explain(base, pool, ids, router, prompt=PROMPT, read=["walk"], options=ExplainOptions(5))
     route(base, pool, router)
     with prompted(base, ["walk"]), torch.no_grad():
-        out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=pad_id(base.tokenizer), output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        out = base.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False,
+            pad_token_id=pad_id(base.tokenizer), output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
     unroute(base)
     answer = out.sequences[0, ids.shape[1] :]
     total = sum(float(step[0].log_softmax(-1)[t]) for step, t in zip(out.logits, answer, strict=True))

@@ -55,8 +55,8 @@ def place(tmp_path, make_base):
 
 def recipe(place):
     common = {
-        "rows_per_step": 4, "rows_per_batch": 4, "max_length": 64, "validation_rows": 4, "validate_every": 2, "save_every": 1,
-        "learning_rate": 1e-2,
+        "rows_per_step": 4, "rows_per_batch": 4, "max_length": 64, "validation_rows": 4, "validate_every": 2,
+        "save_every": 1, "learning_rate": 1e-2,
     }  # fmt: skip
     return {
         "base": f"{place}/base",
@@ -64,7 +64,8 @@ def recipe(place):
         "systems": ["base", "single:upper", "single:choice", "merged", "uniform", "random", "phatgoose", "oracle"],
         "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
         "measure": {
-            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6, "choice_rows": 3,
+            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6,
+            "choice_rows": 3,
         },
         "page": {"prompts": 2},
         "claims": {"in-pool": 0.6},
@@ -212,7 +213,8 @@ def test_results_written_before_still_open(tmp_path):
 
 
 def test_what_to_type_next_is_small_and_can_be_typed(monkeypatch, tmp_path):
-    """Not the paper's training, which takes days on a laptop, and with what puts phatgoose on the path where it isn't."""
+    """Not the paper's training, which takes days on a laptop, and with what puts phatgoose
+    on the path where it isn't."""
 
     def said(found):
         monkeypatch.setattr(quickstart.shutil, "which", lambda _: found)
