@@ -17,7 +17,7 @@ from bench_machine import medians, options_parser
 
 from phatgoose.ops import fast
 
-WAYS = ("_dense", "_gather", "_grouped", "_loop")
+WAYS = (fast.dense, fast.gather, fast.grouped, fast.loop)
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     print(
         f"{options.d_in} → {options.d_out}, rank {options.rank}, {options.dtype}, {options.threads} threads, µs"
     )
-    print("experts  rows tokens     base   scores   choose " + "".join(f"{w[1:]:>9}" for w in WAYS))
+    print("experts  rows tokens     base   scores   choose " + "".join(f"{way.__name__:>9}" for way in WAYS))
     for experts in (4, 8, 16, 32, 64, 166):
         case = Case(options.d_in, options.d_out, experts, options.rank, dtype)
         layers = layers_of(case)[:4]
@@ -52,34 +52,23 @@ def _row(case: Case, layers: list, tokens: int) -> str:
         "scores": lambda i: fast.gate_scores(u, layers[i].gates),
         "choose": lambda i: fast.choose(scores[i], 2),
     }
-    for name in WAYS:
-        slow = (name == "_gather" and tokens > 128) or (
-            name == "_dense" and tokens * experts_rows(case) > 1e6
+    for way in WAYS:
+        slow = (way is fast.gather and tokens > 128) or (
+            way is fast.dense and tokens * experts_rows(case) > 1e6
         )
         if not slow:
-            way = getattr(fast, name)
-            each[name] = lambda i, way=way: way(u, y, layers[i].stack, *choices[i])
+            each[way.__name__] = lambda i, way=way: way(u, y, layers[i].stack, *choices[i])
     ways = {n: (lambda _, f=f: [f(i) for i in range(len(layers))]) for n, f in each.items()}
     found = {n: 1e6 * t / len(layers) for n, t in medians(ways, max(5, min(20, 600 // tokens))).items()}
-    taken = _taken(u, y, layers[0], choices[0])
+    taken = fast.low_rank_method(layers[0].stack, *choices[0][0].shape)
     cells = "".join(f"{found.get(n, float('nan')):9.0f}" for n in ("base", "scores", "choose"))
-    cells += "".join(f"{found.get(n, float('nan')):8.0f}{'*' if n == taken else ' '}" for n in WAYS)
+    for way in WAYS:
+        cells += f"{found.get(way.__name__, float('nan')):8.0f}{'*' if way is taken else ' '}"
     return f"{case.experts:7} {experts_rows(case):5} {tokens:6}{cells}"
 
 
 def experts_rows(case: Case) -> int:
     return case.experts * case.rank
-
-
-def _taken(u: torch.Tensor, y: torch.Tensor, layer: object, choice: tuple[torch.Tensor, torch.Tensor]) -> str:
-    """Which algorithm `mix` chooses."""
-    kept, taken = {name: getattr(fast, name) for name in WAYS}, []
-    for name, way in kept.items():
-        setattr(fast, name, lambda *args, name=name, way=way: taken.append(name) or way(*args))
-    fast.mix(u, y, layer.stack, *choice)
-    for name, way in kept.items():
-        setattr(fast, name, way)
-    return taken[0]
 
 
 if __name__ == "__main__":

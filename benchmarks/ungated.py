@@ -213,10 +213,16 @@ def results(
     drawn = {group: resampled_means(table, members) for group, members in groups.items()}
     # The share of the true gates' gain over the base: `share_of_gain` with the true gates in the oracle's place.
     gates_as_oracle = [{**part, ORACLE: part[TRUE]} for part in drawn[IN_POOL]]
-    minus = {
-        other: {group: against(means, resamples, other) for group, (means, resamples) in drawn.items()}
-        for other in (TRUE, BASE)
-    }
+
+    def minus(other: str) -> dict[str, list[dict[str, Any]]]:
+        """Every system minus another one, by its name: a row for each group."""
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in names if name != other}
+        for group, (means, resamples) in drawn.items():
+            for name, row in against(means, resamples, other).items():
+                values = {key: row[key] for key in ("difference", "low", "high")}
+                found[name].append({"group": group, "a": name, "b": other, **values})
+        return found
+
     return {
         "format": "phatgoose-ungated",
         "version": 1,
@@ -249,8 +255,8 @@ def results(
             }
             for s in listed
         ],
-        "minus_true_gates": minus[TRUE],
-        "minus_base": minus[BASE],
+        "minus_true_gates": minus(TRUE),
+        "minus_base": minus(BASE),
         "recovered": {n: share_of_gain(gates_as_oracle[0], gates_as_oracle[1], n) for n in names},
         "generated": {
             e.name: {k: e.provenance["gate"][k] for k in ("task", "seconds", "losses", "validation_losses")}
