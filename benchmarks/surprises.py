@@ -1,11 +1,12 @@
 """Explains an experiment's results: which experts act on which rows, other choices of experts, the gates' geometry.
 
-    python benchmarks/surprises.py EXPERIMENT shares          # every router's weights on 16 validation rows of
-    each in-pool task python benchmarks/surprises.py EXPERIMENT drop TASK ...   # one to six experts a token,
-    and every expert left out in turn python benchmarks/surprises.py EXPERIMENT longer TASK ... # a pool of
-    these experts with the paper's 100 gate steps (minutes each) python benchmarks/surprises.py EXPERIMENT
-    gates           # the gates' lengths and angles python benchmarks/surprises.py EXPERIMENT answers
-    SUITE/TASK ...   # which choices every system and every single expert takes
+    python benchmarks/surprises.py EXPERIMENT WHAT [TASK ...]
+
+    shares                 every router's weights on 16 validation rows of each in-pool task
+    drop TASK ...          one to six experts a token, and every expert left out in turn
+    longer TASK ...        a pool of these experts with the paper's 100 gate steps (minutes each)
+    gates                  the gates' lengths and angles
+    answers SUITE/TASK ... which choices every system and every single expert takes
 
 EXPERIMENT is the folder that `phatgoose experiment` wrote, of a decoder-only base. Only validation rows of its
 in-pool tasks are read. The exception is `answers`, which explains published scores and reads a task's measured
