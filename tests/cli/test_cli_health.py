@@ -22,7 +22,7 @@ def pool(make_base, make_expert, tmp_path):
     return base, Pool(experts).save(tmp_path / "pool")
 
 
-def test_an_expert_that_is_find_outliers_is_named(run, pool, tmp_path):
+def test_an_expert_that_is_an_outlier_is_named(run, pool, tmp_path):
     base, folder = pool
     for command in ("list", "verify"):
         found = run("pool", command, folder)

@@ -168,6 +168,8 @@ def test_strengths_are_the_norms_of_the_dense_updates(dtype):
     assert dict(health.part_norms(scales)) == pytest.approx(
         {"output scale": math.sqrt(1 / 5), "input scale": 2.0}
     )
+    of_product = Update(*no_rows(None, 5), output_scale=torch.full((5,), 3.0), covers_bias=False)
+    assert dict(health.part_norms(of_product)) == {"output scale": 2.0}
     dora = Update(draw(3, 63), draw(100, 3), magnitude=torch.ones(100))
     assert dict(health.part_norms(dora))["DoRA magnitude"] == 10
     narrow = Bottleneck(torch.ones(2, 8), torch.ones(8, 2), scale=2.0)

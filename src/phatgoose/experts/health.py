@@ -106,16 +106,17 @@ _BASE = {
 def part_norms(update: Update) -> Iterator[tuple[str, float]]:
     """The size of each part of an update, comparable between experts at one module: name and norm in float64.
 
-    "update" is ‖scale · B A‖ and "bias" ‖scale · bias‖ (Frobenius norms); of scales c it is the root mean square of
-    c − 1; of
-    VeRA ‖b‖ ‖d‖, since only the base knows its matrices; of a bottleneck adapter the bound |scale| ‖up‖ ‖down‖.
+    "update" is ‖scale · B A‖ and "bias" ‖scale · bias‖ (Frobenius norms); of scales c it is the root mean square
+    of c − 1; of VeRA ‖b‖ ‖d‖, since only the base knows its matrices; of a bottleneck adapter the bound
+    |scale| ‖up‖ ‖down‖.
     """
     if update.rank:
         a, b = update.A.double(), update.B.double()
         yield "update", abs(update.scale) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
     for name, vector in update.vectors(torch.float64).items():
         root_mean_square = float(vector.square().mean().sqrt())
-        yield name.replace("_", " "), float(vector.norm()) if name == "bias" else root_mean_square
+        part = "bias" if name == "bias" else "input scale" if name == "input_scale" else "output scale"
+        yield part, float(vector.norm()) if name == "bias" else root_mean_square
     if update.magnitude is not None:
         yield "DoRA magnitude", float(update.magnitude.double().norm())
     if update.shared is not None:
