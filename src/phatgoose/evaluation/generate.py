@@ -45,7 +45,8 @@ def match_exactly(
 ) -> list[Prediction]:
     """One prediction a row, by teacher forcing where that decides and by `generate` where it doesn't.
 
-    A row's answers are its targets as tokens, each with the end token. `done` is called with the number of rows that were finished.
+    A row's answers are its targets as tokens, each with the end token. `done` is called after each batch with the
+    number of rows that it finished.
 
     Raises:
         EvaluationError: naming the row, if a logit that decides is not finite.

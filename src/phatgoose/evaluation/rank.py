@@ -41,7 +41,8 @@ def score_choices(
     """Length-normalised log-likelihoods (nats per token) of each row's answers, in their order.
 
     Each prompt is run once and its cache shared by its answers; what many prompts begin with is run once for
-    all. Where no cache can be shared, each answer is run with its prompt. `done` is called with the number of rows that a batch finished.
+    all. Where no cache can be shared, each answer is run with its prompt. `done` is called after each batch with
+    the number of rows that it finished.
 
     Raises:
         EvaluationError: naming the row, if a score is not finite.

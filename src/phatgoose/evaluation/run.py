@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         limit: only the first rows of each split.
-        progress: True for a bar (none where the output isn't a terminal), or a function that is called with the progress.
+        progress: True for a bar (none where the output isn't a terminal), or a `Progress` to call.
 
     Returns:
         One TaskScore a task, with predictions in the order of the split's rows, and the unweighted mean.

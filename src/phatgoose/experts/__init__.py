@@ -1,8 +1,8 @@
 """Experts and pools, on disk and in memory.
 
 In: adapters that strangers wrote, and folders of ours. Out: an `Expert` (its updates by module, gates, data
-    signature and
-records) and a `Pool`. Read in this order: `names`, `folder`, `expert`, `manifest`, `pool`, `pool_folder`.
+signature and records) and a `Pool`. Read in this order: `names`, `folder`, `expert`, `manifest`, `pool`,
+`pool_folder`.
 A new kind of adapter: `adapters/`. A new file beside an expert: `names.py`, `folder.py` and `Expert.save`.
 """
 

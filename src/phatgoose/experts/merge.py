@@ -98,9 +98,8 @@ def _dense(
         nothing = torch.zeros(first.d_out, first.d_in)
         parts = [e.updates[path].weight() if path in e.updates else nothing for e in pool.experts]
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "The density 1", UserWarning
-            )  # density 1 keeps everything: fine
+            # PEFT warns of a density of 1, which keeps everything.
+            warnings.filterwarnings("ignore", "The density 1", UserWarning)
             delta = combine(path, parts)
         # ΔW as a product B A of full rank: ΔW itself is one factor, and the identity of the smaller size the other.
         wide = first.d_in >= first.d_out

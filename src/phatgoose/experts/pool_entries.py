@@ -1,4 +1,4 @@
-"""A pool's manifest as its experts see it: the entry of each, and the pool's card."""
+"""Write experts into a pool's folder, make their manifest entries, and write its card."""
 
 from __future__ import annotations
 

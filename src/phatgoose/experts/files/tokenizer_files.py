@@ -33,9 +33,8 @@ ADVICE = (
 def read_tokenizer_record(folder: Path) -> dict[str, Any] | None:
     """A record of the tokenizer files in an adapter's folder; None if there are none.
 
-    Returns: {"files", "chat_template": sha256 or None, "added_tokens": {text: id}}. What can't be read of a file is
-        left out,
-    though the file is listed.
+    Returns: {"files", "chat_template": sha256 or None, "added_tokens": {text: id}}. What can't be read of a file
+        is left out, though the file is listed.
     """
     files = SafeFolder(folder)
     there = [name for name in (*SMALL, WHOLE) if files.has(name)]

@@ -199,9 +199,8 @@ class _Remote:
             return dict(fetch(self.place, self.listing, there, [], self.token, self.max_bytes).paths)
         found: dict[str, Path] = {}
         for path in paths:
-            with contextlib.suppress(
-                LookupError
-            ):  # the cache was filled by a version that didn't ask for them
+            # The cache may have been filled by a version that didn't ask for these files.
+            with contextlib.suppress(LookupError):
                 found |= from_cache(self.place, [], [path]).paths
         return found
 

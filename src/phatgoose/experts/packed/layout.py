@@ -99,9 +99,8 @@ def layout_of(
 def _keys_by_module(header: Header, paths: Collection[str], where: str) -> dict[str, tuple[str, ...]]:
     """The keys of each module: of tensors below its path and no longer one, and of shared tensors."""
     found: dict[str, list[str]] = {path: [] for path in paths}
-    parts: dict[
-        str, list[list[str]]
-    ] = {}  # 3-D parameters of a mixture, each with the layers of several experts
+    # 3-D parameters of a mixture, each with the layers of several experts.
+    parts: dict[str, list[list[str]]] = {}
     for path in paths:
         if (owner := owner_of(path)) is not None:
             parts.setdefault(owner, []).append(found[path])

@@ -71,8 +71,7 @@ def load_entry(
 
 def folder_for(spec: str, names: Sequence[str], folders: Folders) -> str | Path | None:
     """The folder of a spec's data: that of the first of `names` (the entry's, its pool's or suite's) with a
-    folder, else its source's.
-    None: the data is fetched.
+    folder, else its source's. None: the data is fetched.
 
     Some names are a suite's or pool's and a source's ("bbh", "bigbench", "flan"). A folder under such a name
     is the source's: the suite also has tasks of other sources, whose data isn't there.

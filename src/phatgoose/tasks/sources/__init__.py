@@ -26,8 +26,7 @@ class TaskSource:
     name are added to the task's record."""
     check: Callable[[TaskSpec, Path | None], str | None]
     """(spec, folder) → None if `load` will find the task, or what remains unknown without fetching or reading
-    rows, e.g. "the Hub".
-    Raises what `load` would raise, as far as that can be told."""
+    rows, e.g. "the Hub". Raises what `load` would raise, as far as that can be told."""
     options: tuple[str, ...] = ()
     """Options that a spec may have; others are refused before `load` and `check` are called. With `rows` among
     them, a named pool or suite says how many rows it needs."""

@@ -217,9 +217,8 @@ def _rendered_examples(
     for number in _sample(len(kept), most):
         prompt, target = str(kept[number].get("prompt") or ""), str(kept[number].get("completion") or "")
         if prompt.strip() and target.strip():
-            raw = kept[number].get(
-                "i", f"line {number}"
-            )  # a row without its raw row's number is a group of its own
+            # A row without its raw row's number is a group of its own.
+            raw = kept[number].get("i", f"line {number}")
             yield replace(make_example(prompt, [target]), group=str(raw))
         else:
             dropped["empty_target"] += 1
