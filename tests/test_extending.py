@@ -119,6 +119,14 @@ masked = model(input_ids=ids).logits
 alone = phatgoose.route(base, phatgoose.Pool([pool["one"]]), router)(input_ids=ids).logits
 assert torch.allclose(masked, alone, atol=1e-5)
 assert phatgoose.load_task("sums:doubles").source["rows"]["train"] > 50
+
+for call, misspelt, meant in ((phatgoose.parse_router, "cosin", "cosine"), (phatgoose.load_task, "sum:doubles", "sums")):
+    try:
+        call(misspelt)
+    except phatgoose.errors.UnknownName as error:
+        within(f"did you mean {{meant!r}}", str(error))
+    else:
+        raise AssertionError(misspelt)
 """
     python(code, site)
 

@@ -73,7 +73,9 @@ class Registry(Collection[str]):
             UnknownName: there is none. PluginError: a package's can't be imported, or two have this name.
         """
         self.check_clash(name)
-        if name not in self.plugins:
+        if name not in self:
+            raise unknown(self.kind, name, self)
+        if name in self.table:
             return lookup(self.kind, name, self.table)
         point = self.plugins[name][0]
         try:
