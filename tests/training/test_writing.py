@@ -53,12 +53,12 @@ def test_every_text_has_one_fate():
         ("first line\nsecond", ("first", "line\nsecond")),
     ],
 )
-def test_split_in_half_join_to_the_text(text, halves):
+def test_halves_join_to_the_text(text, halves):
     assert _split_in_half(text) == halves
     assert not halves[0] or " ".join(halves) == text
 
 
-def test_repeats_itself():
+def test_a_text_that_repeats_itself_is_recognised():
     assert _repeats_itself(("no no no " * 5).split())
     assert _repeats_itself(("x y z w " * 5).split())
     assert not _repeats_itself(["a", "b", "c", "a", "b", "c"])  # short: four runs
