@@ -100,6 +100,14 @@ def test_writing_into_a_tensor_by_mistake_changes_no_file(plain):
     assert Pool.load(folder).experts[0].hash == experts[0].hash
 
 
+def test_let_go_of_gates_is_release_gates_under_its_old_name(plain):
+    _, experts, folder = plain
+    loaded = Pool.load(folder)
+    with pytest.warns(DeprecationWarning, match=r"Pool\.release_gates"):
+        loaded.let_go_of_gates()
+    assert torch.equal(loaded.experts[2].gates[Q], experts[2].gates[Q])
+
+
 def test_rows_of_all_experts_are_in_place(plain):
     _, experts, folder = plain
     loaded = Pool.load(folder)

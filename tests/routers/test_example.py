@@ -70,6 +70,14 @@ def vectors_of(prompts):
     return Toy()([p if isinstance(p, str) else decode(p) for p in prompts])
 
 
+def test_library_is_embeddings_under_its_old_name():
+    experts, _ = pool(4, 1)
+    with pytest.warns(DeprecationWarning, match=r"Centroid\.library is now embeddings"):
+        found = Centroid().library(setup(experts))
+    texts = fixed(PROMPTS, 2)
+    assert torch.equal(found.prompts(texts), Centroid().embeddings(setup(experts)).prompts(texts))
+
+
 def test_retrieval_is_a_brute_force_search():
     experts, vectors = pool(40, 1, 7, 1000)
     bound = Retrieval().prepared(setup(experts)).bind(candidates(("e0", "e1", "e2", "e3"), (0, 1, 2, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -126,6 +127,11 @@ class Pool:
         for file in {id(s.file): s.file for s in sources}.values():
             stacks = {gate_stack(path) for s in sources if s.file is file for path in s.gate_index}
             file.release(stacks)
+
+    def let_go_of_gates(self) -> None:
+        """Deprecated: use `release_gates`."""
+        warnings.warn("Pool.let_go_of_gates is now Pool.release_gates.", DeprecationWarning, stacklevel=2)
+        self.release_gates()
 
     def save(self, folder: str | Path, *, replace: bool = True) -> Path:
         """Writes the pool; an existing pool folder becomes this one. Experts of a packed pool are written unpacked.

@@ -6,6 +6,7 @@ signature`); nothing is trained.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,11 @@ class ByText(SignatureRouter):
 
     def embeddings(self, setup: Setup) -> PoolEmbeddings:
         return PoolEmbeddings(setup, None if self.encoder == AUTO else self.encoder, type(self).__name__)
+
+    def library(self, setup: Setup) -> PoolEmbeddings:
+        """Deprecated: use `embeddings`."""
+        warnings.warn(f"{type(self).__name__}.library is now embeddings.", DeprecationWarning, stacklevel=2)
+        return self.embeddings(setup)
 
 
 @dataclass(frozen=True)
