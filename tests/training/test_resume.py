@@ -97,6 +97,13 @@ def test_killed(tmp_path, make_base, how):
 
 
 @pytest.mark.slow(7)
+def test_an_empty_path_is_the_current_folder(make_base, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train_expert(make_base("llama"), task, CONFIG, work_folder="", report=Steps(7))
+    assert (tmp_path / "expert-training" / "checkpoint-6").is_dir()
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "manifest", "empty"])
 def test_an_incomplete_checkpoint_is_passed_over(make_base, task, tmp_path, damage):
     base = make_base("llama")

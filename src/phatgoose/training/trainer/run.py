@@ -52,7 +52,7 @@ def run_training(
         with preserved(base.model):
             student = job.build()
             with _reporting(report, job, args.should_save) as show:
-                kept = run_folder if work_folder else None
+                kept = run_folder if work_folder is not None else None
                 loop = Loop(job, student, rows, args, kept, show, loggers)
                 loop.run()
             copy_into_trained(student, loop.best)
