@@ -1,4 +1,5 @@
-"""benchmarks/: every name that a script imports from the package is there, and the scripts that need no download run."""
+"""benchmarks/: every name that a script imports from the package is there,
+and the scripts that need no download run."""
 
 from __future__ import annotations
 

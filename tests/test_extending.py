@@ -120,7 +120,8 @@ alone = phatgoose.route(base, phatgoose.Pool([pool["one"]]), router)(input_ids=i
 assert torch.allclose(masked, alone, atol=1e-5)
 assert phatgoose.load_task("sums:doubles").source["rows"]["train"] > 50
 
-for call, misspelt, meant in ((phatgoose.parse_router, "cosin", "cosine"), (phatgoose.load_task, "sum:doubles", "sums")):
+for call, misspelt, meant in \
+((phatgoose.parse_router, "cosin", "cosine"), (phatgoose.load_task, "sum:doubles", "sums")):
     try:
         call(misspelt)
     except phatgoose.errors.UnknownName as error:

@@ -32,7 +32,8 @@ HEAD = """\
 
 Written by `python docs/generate/cli.py` from the commands themselves: change those, not this page.
 
-A refusal is one line on standard error and exit code 1, wrong usage exit code 2, Ctrl-C exit code 130. `train`, `gate` and
+A refusal is one line on standard error and exit code 1, wrong usage exit code 2, \
+Ctrl-C exit code 130. `train`, `gate` and
 `quickstart` go on where they were stopped. `PHATGOOSE_DEBUG=1` shows tracebacks and other libraries' warnings.
 """
 

@@ -27,14 +27,16 @@ VLLM = frozenset(_VLLM.split())
 HEAD = """\
 # Parameters of requests
 
-Written by `python docs/generate/cli.py` from the schema itself: change that, not this page. How they work together: [serving](serving.md#what-is-honoured).
+Written by `python docs/generate/cli.py` from the schema itself: change that, not this page. \
+How they work together: [serving](serving.md#what-is-honoured).
 
 | column | |
 |---|---|
 | completions, chats | what `/v1/completions` and `/v1/chat/completions` take: a range or kind, and the default (=) |
 | vLLM | whether vLLM's server has a parameter of this name (early in 2026), for one of the two at least |
 
-"only" values change nothing; others are refused with status 400, as are parameters that aren't here. Whole numbers but tokens may be written as 4.0, and `null` counts
+"only" values change nothing; others are refused with status 400, as are parameters that aren't here. \
+Whole numbers but tokens may be written as 4.0, and `null` counts
 as not given.
 
 ## Honoured

@@ -1,4 +1,5 @@
-"""The README's picture: `picture.py PAGE.html OUT.png`, a part of a page as Chromium shows it. Needs Playwright and Chromium."""
+"""The README's picture: `picture.py PAGE.html OUT.png`, a part of a page as Chromium shows it.
+Needs Playwright and Chromium."""
 
 import os
 import shutil

@@ -7,8 +7,9 @@ In: a spec such as `bigbench:social_iqa` or `jsonl:my.jsonl`. Out: a `Task` of `
     examples.py        the rules that all rows obey, whatever their source
     splits.py          the split rule, and `build_task`, in which every source ends
 
-lists/ holds named pools and suites of tasks. contamination.py finds held-out rows that share text with training rows, and
-tokenizer_loss.py the tasks that a tokenizer can't write. A new source: see sources/; a new pool or suite: see lists/.
+lists/ holds named pools and suites of tasks. contamination.py finds held-out rows that share text with training
+rows, and tokenizer_loss.py the tasks that a tokenizer can't write. A new source: see sources/; a new pool or
+suite: see lists/.
 """
 
 from phatgoose.records import Example, Task

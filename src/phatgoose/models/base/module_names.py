@@ -70,8 +70,8 @@ def layer_labels(locations: Mapping[str, ModuleLocation]) -> dict[str, str]:
 def layer_and_kind(modules: Sequence[str]) -> list[tuple[int | None, str]]:
     """(number of the block, what is after it) for each module path, e.g. (3, "self_attn.q_proj").
 
-    If `modules` has blocks of several stacks, the kind starts with the stack ("decoder SelfAttention.q"). A path without
-    a number has no block, and is its own kind.
+    If `modules` has blocks of several stacks, the kind starts with the stack ("decoder SelfAttention.q"). A
+    path without a number has no block, and is its own kind.
     """
     split = [_split(path) for path in modules]
     several = len({stack for stack, layer, _ in split if layer is not None}) > 1

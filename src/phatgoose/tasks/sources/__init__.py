@@ -22,8 +22,8 @@ class TaskSource:
     expanded."""
 
     load: Callable[[TaskSpec, Path | None, Fractions], Task]
-    """(spec, folder, fractions) → the task; ends in `build_task`, which applies the split rule. The spec and the source's
-    name are added to the task's record."""
+    """(spec, folder, fractions) → the task; ends in `build_task`, which applies the split rule. The spec and the
+    source's name are added to the task's record."""
     check: Callable[[TaskSpec, Path | None], str | None]
     """(spec, folder) → None if `load` will find the task, or what remains unknown without fetching or reading
     rows, e.g. "the Hub". Raises what `load` would raise, as far as that can be told."""
