@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from phatgoose.cli.common.options import GenerationOptions
 from phatgoose.cli.common.streaming import stream
 from phatgoose.models.base.base import decoder_start, end_tokens
 from phatgoose.models.base.load import forced_start
@@ -70,7 +71,7 @@ def test_greedy_is_greedy_whatever_the_checkpoint_says(make_base, capsys, family
     ids = encode_prompt(base, "the quick brown fox jumps over")
     right = plain(base, ids)
     leak(base, **LEAKS.get(name, {name: None}))
-    text = stream(base, ids, max_new_tokens=NEW, temperature=0.0, seed=0)
+    text = stream(base, ids, GenerationOptions(max_new_tokens=NEW, temperature=0.0))
     assert text == base.tokenizer.decode(right, skip_special_tokens=True).lstrip()
     start = 1 if base.is_encoder_decoder else ids.shape[1]
     assert greedy_answer(base, ids, NEW)[0, start:].tolist() == right
