@@ -8,6 +8,7 @@ import pytest
 
 from phatgoose.errors import TaskError
 from phatgoose.tasks import load_task
+from phatgoose.tasks.load import check_task
 
 
 def test_zero_shot_rows_of_a_local_file(tmp_path):
@@ -35,3 +36,10 @@ def test_refusals(tmp_path):
     (tmp_path / "dialog_qrecc.jsonl").write_text('{"input": "x"}\n')
     with pytest.raises(TaskError, match='expected texts in "inputs"'):
         load_task("flan:dialog/qrecc", folder=tmp_path)
+    (tmp_path / "dialog_qrecc.jsonl").write_text('{"inputs": "\\ud800", "targets": "x"}\n')
+    with pytest.raises(TaskError, match=r"flan:dialog/qrecc, row 0: text that isn't valid Unicode"):
+        load_task("flan:dialog/qrecc", folder=tmp_path)
+    for rows in ("x", "0", "-1", "²"):
+        for call in (load_task, check_task):
+            with pytest.raises(TaskError, match="rows must be a number of at least 1"):
+                call(f"flan:dialog/qrecc?rows={rows}", folder=tmp_path)
