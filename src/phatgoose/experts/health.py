@@ -29,7 +29,8 @@ LARGEST = 1e6
 FLAT = 1e-5
 """A gate is constant if its standard deviation is below this share of its mean: what is left is rounding."""
 PARALLEL, MODULES = 0.99, 32
-"""Gates are nearly parallel if their cosine is above 0.99 at most of 32 modules that both experts adapt."""
+"""Gates are nearly parallel if their cosine is above 0.99 at more than half of the modules that both experts adapt,
+in a sample of 32 to 63."""
 
 
 def warnings(

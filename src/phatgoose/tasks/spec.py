@@ -86,6 +86,6 @@ def without_path(spec: str) -> str:
 
 
 def is_local(spec: str) -> bool:
-    """True if a spec reads a file or folder of this machine: any of `jsonl:`, and a path of any other source."""
+    """True if a spec reads a file or folder of this machine: always for `jsonl:`, for others if it names a path."""
     kind, _, name = spec.partition(":")
     return kind == "jsonl" or name.startswith(("/", ".", "~"))
