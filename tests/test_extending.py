@@ -189,6 +189,66 @@ assert "spectr" in [r["name"] for r in offered_routers()]
     python(code, site)
 
 
+CSV = """
+import csv
+from phatgoose.errors import TaskError
+from phatgoose.tasks.sources.local_rows import rows_source
+
+def read(path):
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                yield reader.line_num, row
+    except FileNotFoundError:
+        raise TaskError(f"{path} does not exist.") from None
+
+SOURCE = rows_source(read)
+"""
+
+
+def test_a_package_s_local_source_keeps_its_paths_to_itself(python, tmp_path):
+    site = declare(
+        tmp_path / "site", "csv-goose", "[phatgoose.tasks]\ncsv = csv_goose:SOURCE\n", csv_goose=CSV
+    )
+    declare(site, "bad-goose", "[phatgoose.tasks]\nbad = nowhere_at_all:SOURCE\n")
+    (tmp_path / "plans").mkdir()
+    rows = "\n".join(f"{i},{i * i},{('train', 'test')[i % 2]}" for i in range(40))
+    (tmp_path / "plans" / "x.csv").write_text(f"question,answer,split\n{rows}\n", encoding="utf-8")
+    code = """
+import sys
+from pathlib import Path
+import phatgoose
+from phatgoose.tasks.lists.same_dataset import datasets_of
+from phatgoose.tasks.load import check_task
+from phatgoose.tasks.local_paths import is_local, without_path, without_paths
+
+assert without_path("bigbench:a/b") == "bigbench:a/b" and without_path("unknown:a/b") == "unknown:a/b"
+assert without_path("bad:a/b") == "bad:a/b" and without_path("bad: ~/b") == "bad:b"
+assert without_path("csv:/home/me/x.csv") == "csv:x.csv"
+assert "csv_goose" not in sys.modules  # these ask other sources, or none
+spec = "csv:plans/x.csv?input=question&target=answer"
+assert without_path(spec) == "csv:x.csv?input=question&target=answer"
+task = phatgoose.load_task(spec)
+assert (task.name, len(task.test), task.source["file"]) == ("csv:x", 20, "x.csv")
+assert without_paths(task.source)["spec"] == without_path(spec)
+assert {d.name for d in datasets_of(spec)} == {str(Path("plans/x.csv").resolve())}
+assert check_task(spec) is None
+from phatgoose.workflows.experiment.steps import _is_comparable
+assert not _is_comparable("csv:x.csv") and not _is_comparable("jsonl:x.jsonl")
+assert _is_comparable("hf:x.csv") and _is_comparable("bigbench:a")
+for wrong, says in (("csv:plans/y.csv", "does not exist"), ("csv:plans/x.csv?input=question", "line 2"),
+                    (spec.replace("answer", "question"), 'field "answer" is not read')):
+    try:
+        phatgoose.load_task(wrong)
+    except phatgoose.errors.TaskError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(wrong)
+"""
+    python(code, site)
+
+
 def test_the_page_says_what_the_contract_has():
     from phatgoose.routers.router import BoundRouter, Router
 

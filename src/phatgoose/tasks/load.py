@@ -52,8 +52,7 @@ def load_task(
     fractions: Fractions | None = None,
     limit: int | Mapping[SplitName, int] | None = None,
 ) -> Task:
-    """The task that `spec` names: `bigbench:NAME[/SUBTASK]`, `bbh:NAME`, `jsonl:PATH`, `hf:DATASET[/CONFIG]`,
-    `p3:CONFIG`, `prompted:DATASET[/SUBSET]`, `flan:NAME`.
+    """The task that `spec` names, as `source:name` with options: docs/tasks.md has the forms of each source.
 
     Args:
         folder: where a source finds its data instead of fetching it (bigbench, bbh, p3, prompted, flan), or

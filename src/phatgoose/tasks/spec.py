@@ -5,10 +5,8 @@ For example `jsonl:data.jsonl?input=question&target=answer`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 from phatgoose.errors import TaskError
@@ -27,6 +25,11 @@ class TaskSpec:
     """Options after `?`, percent-decoded."""
     text: str = ""
     """The spec as it was written."""
+
+    @property
+    def has_path(self) -> bool:
+        """Whether its name can only be a path of this machine, whatever the source."""
+        return self.name.startswith(("/", ".", "~"))
 
     def check_options(self, known: Collection[str]) -> None:
         """Raises UnknownName for an option this source doesn't have."""
@@ -65,27 +68,3 @@ def split_spec(spec: str) -> TaskSpec:
             raise TaskError(f"task spec {spec!r}: option {key!r} is given twice.")
         options[key] = unquote(value)
     return TaskSpec(source.strip(), name.strip(), options, spec)
-
-
-def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `source` as it may be published: local paths are cut to their last part and folders left out,
-    in its parts too."""
-    kept = {key: value for key, value in source.items() if key != "folder"}
-    if "spec" in kept:
-        kept["spec"] = " + ".join(without_path(part) for part in str(kept["spec"]).split(" + "))
-    if "parts" in kept:
-        kept["parts"] = [without_paths(part) for part in kept["parts"]]
-    return kept
-
-
-def without_path(spec: str) -> str:
-    """A task's spec as it may be published: of a local file only the name."""
-    kind, _, rest = spec.partition(":")
-    name, mark, query = rest.partition("?")
-    return f"{kind}:{Path(name).name}{mark}{query}" if is_local(spec) else spec
-
-
-def is_local(spec: str) -> bool:
-    """True if a spec reads a file or folder of this machine: always for `jsonl:`, for others if it names a path."""
-    kind, _, name = spec.partition(":")
-    return kind == "jsonl" or name.startswith(("/", ".", "~"))

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.errors import TaskError
+from phatgoose.tasks.local_paths import is_local
 from phatgoose.tasks.sources.bbh import NAMES
-from phatgoose.tasks.spec import TaskSpec, is_local, split_spec
+from phatgoose.tasks.spec import TaskSpec, split_spec
 
 NATURAL_INSTRUCTIONS = "natural-instructions"
 """One dataset for all categories of Natural Instructions: they hold tasks built on many datasets, and aren't
@@ -73,14 +74,14 @@ def datasets_of(spec: str, folder: str | Path | None = None) -> frozenset[Datase
     Raises:
         TaskError: `spec` is malformed.
     """
-    parsed = split_spec(spec)
-    if parsed.source == "hf" or is_local(spec):
+    parsed, local = split_spec(spec), is_local(spec)
+    if parsed.source == "hf" or local:
         path = os.path.join(folder or "", os.path.expanduser(parsed.name))
         if "\0" in path:
             raise TaskError(f"{spec!r} can't name a file: it holds a null character.")
-        there = is_local(spec) or os.path.exists(path)
+        there = local or os.path.exists(path)
         file = frozenset({Dataset(os.path.realpath(path))}) if there else frozenset()
-        return file if is_local(spec) else _on_hub(parsed) | file
+        return file if local else _on_hub(parsed) | file
     source, name = parsed.source, parsed.name.lower()
     if source == "bbh":
         return frozenset({Dataset(f"bigbench/{bigbench_name(name)}")})

@@ -1,8 +1,9 @@
 """Task sources: one file each, which turns a spec `source:name?options` into a Task.
 
 In: a parsed spec, and a folder or the Hub. Out: a `Task` with its three splits, made by `build_task`.
-A new source is a file here that ends in `SOURCE = TaskSource(…)`, a line in `SOURCES` of `tasks/load.py`, a
-test, and a line in docs/tasks.md. Another package registers its own under the entry-point group `phatgoose.tasks`.
+A new source is a file here that ends in `SOURCE = TaskSource(…)` (for files of rows `rows_source(…)`), a line in
+`SOURCES` of `tasks/load.py`, a test, and a line in docs/tasks.md. Another package registers its own under the
+entry-point group `phatgoose.tasks`.
 """
 
 from __future__ import annotations
@@ -32,3 +33,7 @@ class TaskSource:
     them, a named pool or suite says how many rows it needs."""
     list_names: Callable[[Path | None], list[str]] | None = None
     """(folder) → all names, sorted, for sources that can list them."""
+    local: bool = False
+    """Whether what its specs name are paths of local files or folders. What is published then holds only their
+    last part, and they are never taken for a public dataset of that name. A name that begins with "/", "." or
+    "~" is a path for any source."""

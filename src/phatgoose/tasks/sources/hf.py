@@ -28,7 +28,7 @@ from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, to_example
 from phatgoose.tasks.examples import read_examples
 from phatgoose.tasks.sources import TaskSource
-from phatgoose.tasks.spec import TaskSpec, is_local
+from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
 LOCAL_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -68,7 +68,7 @@ def check(spec: TaskSpec, folder: Path | None) -> str | None:
     path = (folder or Path()) / Path(spec.name).expanduser()
     if path.exists():
         return None
-    if is_local(spec.text):
+    if spec.has_path:
         raise TaskError(f"{path} does not exist.")
     return "the Hub"
 
@@ -90,7 +90,7 @@ def load_data(
         if local.exists():
             loaded = _load_local(local, config)
         else:
-            if name.startswith((".", "/", "~")):
+            if spec.has_path:
                 raise TaskError(f"{local} does not exist.")
             parts = name.split("/")
             if config is None and len(parts) == 3:

@@ -1,119 +1,12 @@
 """`jsonl:PATH`: one JSON object a line, plain or gzipped.
 
-Fields: "input" (the whole prompt), "target" (text, number or a list of acceptable answers) or "targets" (list),
-optional "choices" (list) and "answer_index" (0-based index of the right choice, may replace a target),
-optional "split" (train, validation or test; in every row or in none). Or "messages": see `messages`. Options
-give fields other names, see `columns`:
+Its fields and options are those of all files of rows, see `local_rows`:
 `jsonl:rte.jsonl.gz?input={premise} Question: {hypothesis}?&choices=True|False&answer_index=label&ignore=idx`.
-A field that isn't read is refused by name, unless it starts with "_" or `ignore=a,b` (or `ignore=*`) names it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from phatgoose.errors import TaskError, UnknownName
-from phatgoose.files import sha256_file
-from phatgoose.records import SPLITS, Example, SplitName, Task
-from phatgoose.tasks import messages
-from phatgoose.tasks.columns import OPTIONS, Columns, to_example
-from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.sources.local_files import read_lines
-from phatgoose.tasks.spec import TaskSpec
-from phatgoose.tasks.splits import CHAT, Fractions, build_task
+from phatgoose.tasks.sources.local_rows import rows_source
 
-FIELDS = ("input", "target", "targets", "choices", "answer_index", "split")
-
-
-def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
-    """The task in a JSON-lines file; a relative path starts at `folder` if that is given.
-
-    Raises:
-        TaskError: the file is missing, empty or malformed; the message names the line.
-    """
-    path = _path(spec, folder)
-    own: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
-    with_split = chats = 0
-    for rows, (number, row) in enumerate(read_lines(path), start=1):
-        where = f"{path}, line {number}"
-        split, examples = _row(spec, row, where)
-        with_split += split is not None
-        chats += examples[0].conversation is not None
-        if with_split not in (0, rows):
-            raise TaskError(f'{where}: either every row has a "split" or none has.')
-        if chats not in (0, rows):
-            raise TaskError(f"{where}: either every row holds messages or none does.")
-        own[split or "train"] += examples
-    if not any(own.values()):
-        raise TaskError(f"{path} has no examples.")
-    style = CHAT if chats else "as is"
-    source = {"file": path.name, "sha256": sha256_file(path), "prompt_style": style}
-    return build_task(f"jsonl:{path.name.partition('.')[0]}", own, source, fractions)
-
-
-def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
-    path = _path(spec, folder)
-    if not path.is_file():
-        raise TaskError(f"{path} does not exist.")
-    return None
-
-
-def _path(spec: TaskSpec, folder: Path | None) -> Path:
-    return (folder or Path()) / Path(spec.name).expanduser()
-
-
-def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, list[Example]]:
-    chat = messages.message_columns(row, spec.options)
-    columns = None if chat else _columns(spec, row, where)
-    problem, examples = None, None
-    try:
-        if chat:
-            examples = messages.to_examples(row, chat, spec.options, where)
-        elif columns:
-            examples = [to_example(row, columns)]
-    except UnknownName as cause:
-        raise TaskError(f"{where}: {cause}.") from cause
-    except ValueError as cause:
-        problem = cause
-    split_column = spec.options.get("split", "split")
-    read = messages.columns_read(chat, spec.options) if chat else columns.columns_read() if columns else set()
-    # A misspelt field may explain the problem, so it is reported first.
-    _refuse_unread(spec, row, read | {split_column}, where)
-    if examples is None:
-        raise TaskError(f"{where}: {problem}.") from problem
-    split = row.get(split_column)
-    if split not in (None, *SPLITS):
-        raise TaskError(f'{where}: "{split_column}" must be train, validation or test, got {split!r}.')
-    return split, examples
-
-
-def _refuse_unread(spec: TaskSpec, row: dict[str, Any], read: set[str], where: str) -> None:
-    ignored = spec.options.get("ignore", "")
-    if ignored == "*":
-        return
-    read = read | {name.strip() for name in ignored.split(",")}
-    for name in row:
-        if name not in read and not name.startswith("_"):
-            raise TaskError(
-                f'{where}: field "{name}" is not read by anything (fields: {", ".join(FIELDS)}). Map it with '
-                f"options such as ?input={name}, or pass over it with ?ignore={name}."
-            )
-
-
-def _columns(spec: TaskSpec, row: dict[str, Any], where: str) -> Columns:
-    """The columns that the options name; the documented fields of the row where they name none."""
-    explicit = spec.options.keys() & {"target", "answer_index", "choices"}
-    if not explicit & {"target", "answer_index"} and "target" in row and "targets" in row:
-        raise TaskError(f'{where}: has both "target" and "targets".')
-    has = [name for name in ("target", "targets") if name in row]
-    default = Columns(
-        target=has[0] if has else None,
-        choices="choices" if "choices" in row else None,
-        answer_index="answer_index" if "answer_index" in row and "target" not in explicit else None,
-    )
-    return Columns.from_spec(spec, default)
-
-
-SOURCE = TaskSource(load, check, (*OPTIONS, *messages.OPTIONS, "ignore", "split"))
+SOURCE = rows_source(read_lines)
