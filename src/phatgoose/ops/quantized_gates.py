@@ -109,8 +109,7 @@ def kernel_gates(gates: Tensor) -> list[Tensor]:
     facts about these.
 
     codes: int8 [⌈E/16⌉, d, 16]. facts: float32 [3, 16⌈E/16⌉]: the steps, the sums of the codes, and the error,
-        which is ∞ for
-    what fills up the last block.
+    which is ∞ for what fills up the last block.
     """
     quantized, (experts, d) = quantize(gates, 1), gates.shape
     blocks = -(-experts // LANES)

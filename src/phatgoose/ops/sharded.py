@@ -22,8 +22,7 @@ def partial_scores(u: Tensor, gates: Tensor, rank: int, ranks: int) -> Tensor:
     """What rank `rank` contributes: the sum of this over all ranks is what `scores` takes.
 
     u: [N, d/R] raw; gates: [E, d/R] of gates that were standardised over all d → float32 [N, E + 1 + R]: the
-        products with the gates,
-    the squares, and this rank's mean in its own column of R.
+    products with the gates, the squares, and this rank's mean in its own column of R.
     """
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     mean = u.mean(-1, keepdim=True)

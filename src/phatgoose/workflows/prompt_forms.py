@@ -50,7 +50,7 @@ def read_of_turn(pool: Pool | None, turn: str) -> list[str]:
     """What `prompted` gets for a chat's prompt, for routers that read text: the last turn without the template.
 
     Empty if experts were trained on conversations: their data signatures are of whole rendered prompts, so those
-        are read.
+    are read.
     """
     forms = {trained_form(expert) for expert in pool.experts} if pool is not None else set()
     return [] if "chat" in forms else [turn]
@@ -61,8 +61,7 @@ def fitting_form(pool: Pool | None, asked: Form | None, has_template: bool) -> t
 
     Args:
         asked: the form that the user asked for, which is used. None: raw prompts if all experts were trained on
-            those, else a
-            chat if there is a template.
+            those, else a chat if there is a template.
     """
     forms = {e.name: trained_form(e) for e in pool.experts} if pool is not None else {}
     usual: Form = "chat" if has_template else "raw"

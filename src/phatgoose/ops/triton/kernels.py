@@ -267,8 +267,8 @@ def plan(
     """Sorts tokens by the expert that is their j-th choice, and cuts each expert's tokens into tiles of at most BM.
 
     Grid: (K, experts + 1); a program writes one expert's part. slots int32 [K, n]: tokens sorted by owner.
-        tables int32 [K, 3, tiles]:
-    each tile's owner, first slot and size. Sizes that no program writes stay zero: those tiles are empty.
+    tables int32 [K, 3, tiles]: each tile's owner, first slot and size. Sizes that no program writes stay zero:
+    those tiles are empty.
     """
     j, owner = tl.program_id(0), tl.program_id(1)
     counts += j * (experts + 1)
