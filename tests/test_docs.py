@@ -187,6 +187,7 @@ def test_every_setting_of_peft_has_a_rule_that_holds():
     from phatgoose.experts.adapters.peft_rules import RULES, check_config
 
     checked = ("peft_type", "target_parameters", "bias", "modules_to_save")
+    assert RULES.keys() == {"LORA", "IA3", "ADALORA", "VERA"}
     for kind in RULES:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
         assert {f.name for f in dataclasses.fields(config)} <= set(RULES[kind])
