@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
 from conftest import hooked, make_tokenizer
@@ -22,6 +23,7 @@ from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.trace.record import trace
+from phatgoose.ops import backend
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Router, Single, SoftCentroid, Uniform, WeightOnly
 from phatgoose.routers.router import BoundRouter
 
@@ -99,6 +101,17 @@ def test_one_way_for_all_is_what_route_gives(make_base, make_expert):
     multi_router.detach(version)
     assert not hooked(base.model)
     assert torch.equal(found, run(type(base)(route(base, pool), base.tokenizer, "x"), batch))
+
+
+def test_the_backend_is_that_of_the_device_that_offloaded_weights_run_on(make_base, make_expert):
+    base = make_base("llama")
+    pool, _ = pools(base, make_expert)
+    cpu_offload(base.model)
+    assert base.model.device.type == "meta"
+    assert base.device.type == "cpu"
+    version, resident = PoolVersion(base, pool), backend("auto", "cpu")
+    assert version.ops is resident
+    assert set(Route(version, PHATGOOSE()).fused) == (set(version.sites) if resident.fuse else set())
 
 
 @pytest.mark.parametrize("router", [PHATGOOSE(), Uniform(), PHATGOOSE(top_k=1), WeightOnly()])

@@ -145,13 +145,21 @@ def routing_of(model: Base | PreTrainedModel) -> Routing | None:
 
 
 class Routing(RoutingState):
-    """A pool and a router, bound to the modules of one model."""
+    """A pool and a router, bound to the modules of one model.
+
+    device: the one that the backend is chosen for; None: that of the model's first weight.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, pool: Pool, router: Router, options: RouteOptions | None = None
+        self,
+        model: PreTrainedModel,
+        pool: Pool,
+        router: Router,
+        options: RouteOptions | None = None,
+        device: torch.device | None = None,
     ):
         self.options = options = RouteOptions() if options is None else options
-        self.ops = backend(options.backend, model.device.type)
+        self.ops = backend(options.backend, (model.device if device is None else device).type)
         modules = modules_by_path(model, pool.modules)
         pool, self.renamed = pool_on_model(model, modules, pool)
         check_copies(modules, pool.experts)

@@ -48,16 +48,12 @@ class PoolVersion:
         another shape.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        pool: Pool,
-        options: RouteOptions | None = None,
-    ):
+    def __init__(self, base: Base, pool: Pool, options: RouteOptions | None = None):
         options = RouteOptions() if options is None else options
         check_base(base, pool, options)
         self.base, self.pool = base, pool
-        self.routing = Routing(base.model, pool, _NullOffered(), options)
+        # Of a base with offloaded weights, the model's own device is "meta", for which there is no kernel.
+        self.routing = Routing(base.model, pool, _NullOffered(), options, base.device)
         self.ops = self.routing.ops
         self.sites = {site.path: site for site in self.routing.sites}
         for site in self.sites.values():  # to its module's device, before anything is prepared from it
