@@ -54,18 +54,18 @@ def route(
         model: the base that the pool's experts were trained on.
         pool: the experts.
         router: chooses the experts; None: PHATGOOSE(top_k=2).
-        backend_name: "auto"; "cpu" (a compiled kernel) or "triton" (GPUs), both for inference only; "torch";
-        "reference".
+        backend_name: "auto"; "cpu" (a compiled kernel) or "triton" (GPUs), both for inference only; "torch"; or
+            "reference".
         dtype: the dtype in which the experts' matrices are kept and multiplied; None: that of each module. float32 on a
             bfloat16 base avoids rounding the experts, as PEFT does, at twice the memory.
         any_base: skip the check that `model` is the pool's base, for a base that is known to be a variant of it.
-        device_memory: bytes, or "8GB": how much of the devices' memory the pool may take. Coarse gates are then kept
+        device_memory: bytes, or "8GB": how much of the devices' memory the pool may take. Quantised gates are then kept
             there, experts are copied there when they are needed, and everything else stays on the host (`cache_use` has
             the counts). Choices are the same. None: as much as the pool needs.
 
     Raises:
         BaseModelError: `model` is not the base that the pool records, or no transformers model (e.g. an exported
-        program).
+            program).
         RoutingError: a module is missing or has another shape, or the router can't serve this pool, or not with so
             little memory.
     """

@@ -60,8 +60,8 @@ class ExpertLoads:
         """Takes in one module's choice for n tokens of these items int64 [n]: candidates int64 [n, k] (−1: none),
         weights [n, k].
 
-        members: the pool's expert that each candidate is, −1 for none. They are kept until `summed`, so nobody may
-        write into them.
+        members: the pool's expert that each candidate is, −1 for none. The tensors are kept until `summed`, so nobody
+        may write into them.
         """
         self._noted.setdefault((version, members, chosen.shape[1]), []).append((items, chosen, weights))
 

@@ -45,7 +45,7 @@ class PoolVersion:
 
     Raises:
         BaseModelError: the model is not the base that the pool records. RoutingError: a module is missing or of
-        another shape.
+            another shape.
     """
 
     def __init__(self, base: Base, pool: Pool, options: RouteOptions | None = None):

@@ -23,9 +23,8 @@ class Past:
     """What comes before the tokens of a pass.
 
     cache: an object that lives as long as the cache or state does; None: there is none. tokens: how many columns it
-    holds.
-    real: int64 [B], how many of these are no padding; None if only the pass's attention mask can say it. problem: why
-    this can't be known, else None.
+    holds. real: int64 [B], how many of these are no padding; None if only the pass's attention mask can say it.
+    problem: why this can't be known, else None.
     """
 
     cache: Any = None

@@ -112,7 +112,7 @@ def match_head(lead: Sequence[int], batch: int, length: int, asked: Any) -> Matc
 
 
 def is_repeated(one: Tensor, other: Tensor) -> bool:
-    """Whether `one` is `other`, or has each of its rows as often as the others (beams)."""
+    """Whether `one` is `other`, or consists of its rows, each repeated equally often (beams)."""
     if one is other:
         return True
     if one.shape[1:] != other.shape[1:] or len(one) % max(len(other), 1):

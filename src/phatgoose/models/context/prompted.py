@@ -25,14 +25,14 @@ def prompted(
 ) -> Iterator[None]:
     """Inside, the rows of every call of the model in this thread work on these prompts, one each (beams repeat them).
 
-    Only routers that read text (Retrieval, Centroid, SoftCentroid) need it. They take what a call without a cache is
-    given to read for the prompt. Announce prompts where that is more than the prompt (an answer stands behind it), or
-    isn't what should be compared (a chat's template).
+    Only routers that read text (Retrieval, Centroid, SoftCentroid) need it. For them, the prompt is everything that a
+    call without a cache is given to read. Announce prompts if that is more than the prompt (an answer stands behind
+    it), or isn't what should be compared (a chat's template).
 
     Args:
         prompts: texts, or token ids. If ids are given, what follows them in a row counts as written.
         written: for a key-value cache that was filled before routing was attached: what stands in it behind each
-        prompt.
+            prompt.
     """
     bare = unwrap_model(model)
     routing = bare.__dict__.get(ATTRIBUTE)

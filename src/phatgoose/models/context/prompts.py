@@ -4,8 +4,8 @@ Routers that read text choose by the prompt, and nobody tells a forward hook wha
 
 1. A pass without a cache behind it reads its rows' prompts: all of their real tokens.
 2. These are remembered with the cache that the pass fills: with the object, held weakly, so they are forgotten with it.
-3. A later pass inherits the prompts of the cache it continues. Its tokens stand behind them. Its rows may be repeated
-(beams).
+3. A later pass inherits the prompts of the cache it continues. Its tokens stand behind them. Its rows may be
+   repeated (beams).
 4. In an encoder–decoder the encoder reads the prompts. The decoder inherits them by the states that the encoder
    returned, which it is given to cross-attend to, and later by its own cache.
 5. Where none of this holds, the caller announces the prompts (`prompted`).
@@ -97,7 +97,7 @@ class PromptTracker:
 
     def enter(self, stack: str, inputs: PassInputs) -> None:
         """A stack's pass begins."""
-        # Nothing is read yet: most passes are over before a router asks, and what the last one was asked for is void.
+        # Texts are worked out when a module first asks (`texts_of`). Those of the stack's last pass are void.
         self._now.passes[stack] = inputs
         self._now.texts.pop(stack, None)
         self._now.uncached.pop(stack, None)

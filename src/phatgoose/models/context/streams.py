@@ -8,7 +8,7 @@ asks by its path and its input:
    encoder's tokens inside the decoder. They are known by their input, which is what the decoder was given to
    cross-attend to (`_reads`).
 2. Which of them? The shape of its output says so (`matching.py`). What can't be told is refused when a router or a
-trace asks.
+   trace asks.
 """
 
 from __future__ import annotations

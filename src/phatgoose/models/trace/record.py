@@ -35,7 +35,7 @@ def trace(
     Args:
         histogram: keep only sums per module and expert (`Trace.loads`): memory doesn't grow, and it costs least.
         margins: also record how far the last chosen expert was ahead of the next; computes every module's scores once
-        more.
+            more.
         sample: share of the tokens to keep, drawn at random.
         max_bytes: memory for choices, beside a few MB of what is pending and what one pass chose. When it is full,
             every second token is let go and `Trace.share` is halved, as often as needed: what is left is a random

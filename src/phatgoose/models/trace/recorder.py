@@ -1,11 +1,10 @@
 """What runs inside a traced model and takes in every module's choices.
 
-It must cost little. While a pass runs, nothing is looked at, moved between devices or waited for. A kernel that can
+It must cost little. While a pass runs, nothing is looked at, moved between devices or waited for. The CPU's kernel
 writes its choices where the recorder says (`buffer`); every other call hands its choice over (`record`) and goes on.
 When the next pass begins, the choices of all modules are packed as int16 and half precision. Every FLUSH choices,
-between two passes and at the end, what is pending is brought to the CPU
-in large pieces: padding is left out, candidates become indices of the pool's experts, and either choices or only sums
-are kept.
+between two passes and at the end, what is pending is brought to the CPU in large pieces: padding is left out,
+candidates become indices of the pool's experts, and either choices or only sums are kept.
 
 Nobody tells a hook that a new pass begins, or that it is one of new inputs. Both are read off the `Sequences` of a
 call: every pass has an object of its own (`Recorder._pass`), and `InputCounter` knows which passes go on with the

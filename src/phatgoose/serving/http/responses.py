@@ -91,9 +91,8 @@ class ResponseFormat:
         if self.echo and first:
             prompt = list(job.prompt)
             offsets = token_offsets(self.tokenizer, prompt, echo)
-            rows = list(
-                zip(offsets, prompt, [None, *job.prompt_logprobs], strict=True)
-            )  # nothing predicts the first
+            # Nothing predicts the first token.
+            rows = list(zip(offsets, prompt, [None, *job.prompt_logprobs], strict=True))
         rows += [(start + len(echo), one.token, one) for start, one in delta.logprobs]
         top = job.sampler.params.logprobs
         return {
@@ -105,9 +104,8 @@ class ResponseFormat:
 
     def _top_logprobs(self, one: TokenLogprob, top: int | None) -> dict[str, float]:
         best: dict[str, float] = {}
-        for token, logprob in one.top[
-            :top
-        ]:  # best first: of several tokens with the same text, the best is shown
+        # Best first: of several tokens with the same text, the best is shown.
+        for token, logprob in one.top[:top]:
             best.setdefault(self._token_text(token), _finite(logprob))
         best.setdefault(self._token_text(one.token), _finite(one.logprob))
         return best

@@ -56,9 +56,8 @@ class PoolChanges:
         """
         if pool is not None:
             await self.experts.activate(await self.experts.prepare(pool, self._read_off(pool)))
-            if self.folder is not None and not self._folder_matches(
-                {}
-            ):  # it was changed since the pool was read
+            # The folder may have been changed since the pool was read.
+            if self.folder is not None and not self._folder_matches({}):
                 self._read_stamp = UNREAD
         elif self.folder is not None:
             await self._read_folder()
