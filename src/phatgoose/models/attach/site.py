@@ -14,9 +14,7 @@ two graphs.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -209,17 +207,13 @@ class Site:
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
 
-        @functools.cache
-        def context() -> RoutingContext:
-            # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device
-            # changes.
-            return routing_context(self.path, module, args, u, output.shape, self.routing.streams)
-
+        # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device changes.
+        context = routing_context(self.path, module, args, u, output.shape, self.routing.streams)
         # With offloading the module's input may still be where the last module left it.
-        here = u.to(output.device)
-        done, chosen, weights = self.mix(self.router, fused, here, output, context)
+        u = u.to(output.device)
+        done, chosen, weights = self.mix(self.router, fused, u, output, context)
         if recorder is not None:
-            self._record(recorder, context(), output if self.embedding else here, chosen, weights)
+            self._record(recorder, context, output if self.embedding else u, chosen, weights)
         return done
 
     def _write_choices(
@@ -244,7 +238,7 @@ class Site:
         fused: FusedRouting | None,
         u: Tensor,
         y: Tensor,
-        context: Callable[[], RoutingContext],
+        context: RoutingContext,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y + Σ w Δ(u) for this module's inputs u and outputs y, the choice, int64 [N, k], and its weights [N, k]."""
         # Exit 4: the same kernel as without a recorder, so that recording changes no bit of the output.
@@ -254,7 +248,7 @@ class Site:
         # its output, as its input is a token's number.
         flat_u = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         flat_y, ops = y.reshape(-1, y.shape[-1]), self.routing.ops
-        chosen, weights = router(flat_y if self.embedding else flat_u, context(), ops)
+        chosen, weights = router(flat_y if self.embedding else flat_u, context, ops)
         mixed = ops.mix(flat_u, flat_y, self.stack, chosen, weights, self.layer)
         return mixed.reshape(y.shape), chosen, weights
 

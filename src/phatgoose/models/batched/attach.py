@@ -190,7 +190,7 @@ def _route_group(
         weights = (chosen >= 0).float()
         mixed = version.ops.mix(u, y, site.stack, chosen, weights, site.layer)
     else:
-        mixed, chosen, weights = site.mix(route.bound[path], fused, u, y, lambda: context)
+        mixed, chosen, weights = site.mix(route.bound[path], fused, u, y, context)
     if plan.count_loads:
         context.note(chosen, weights)
     return mixed
