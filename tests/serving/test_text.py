@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
-from phatgoose.serving.engine.text import IncrementalDecoder, StopStrings, token_offsets
+from phatgoose.serving.engine.text import (
+    Delta,
+    IncrementalDecoder,
+    StopStrings,
+    merge_streams,
+    token_offsets,
+)
 
 BYTES = make_tokenizer()
 
@@ -113,3 +121,33 @@ def test_offsets_leave_out_what_the_tokenizer_puts_before_a_text():
     assert token_offsets(Begins(), [0, 1, 3, 2], "a</s> b") == [0, 0, 1, 5]
     assert token_offsets(Begins(), [0, 1, 2], "<s>a b") == [0, 3, 4]  # given as tokens, it is shown
     assert token_offsets(Begins(), [0, 1, 2], "A b") == [0, 0, 1]  # a tokenizer that changes its text
+
+
+class Running:
+    """A `TextStream` whose tokens are there as soon as they are asked for."""
+
+    def __init__(self, tokens: int):
+        self.tokens, self.token_count = tokens, 0
+
+    async def deltas(self, deadline: float | None = None):
+        for i in range(self.tokens):
+            self.token_count += 1
+            yield Delta(str(i), finish_reason="length" if i + 1 == self.tokens else None)
+
+
+def test_one_answers_token_count_goes_with_its_deltas():
+    """The usage that a stream reports with each chunk is that of the chunk."""
+
+    async def counts(stream):
+        return [stream.token_count async for _ in merge_streams([stream], None)]
+
+    assert asyncio.run(counts(Running(6))) == [1, 2, 3, 4, 5, 6]
+
+
+def test_several_answers_come_whole_each_with_its_number():
+    async def parts(streams):
+        return [(index, delta.text) async for index, delta in merge_streams(streams, None)]
+
+    found = asyncio.run(parts([Running(3), Running(5)]))
+    for index, tokens in enumerate((3, 5)):
+        assert [text for number, text in found if number == index] == [str(i) for i in range(tokens)]

@@ -207,7 +207,7 @@ class Site:
                 f"{self.path}: experts can't be switched off with device_memory. Leave it out."
             )
 
-        # Of `u` as the module got it: whose tokens it reads is told by its memory, which a move to another device changes.
+        # Of `u` as the module got it: whose tokens it reads is told by its memory, which changes with the device.
         context = routing_context(self.path, module, args, u, output.shape, self.routing.streams)
         # With offloading the module's input may still be where the last module left it.
         u = u.to(output.device)

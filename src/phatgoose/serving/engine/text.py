@@ -209,6 +209,12 @@ async def merge_streams(
     Raises:
         EngineFailure, TimeoutError: of the first answer that fails. The others are cancelled.
     """
+    # One answer needs no queue, in which it would run ahead of what was sent: its `token_count` goes with each delta.
+    if len(streams) == 1:
+        async with aclosing(streams[0].deltas(deadline)) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
     queue: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue(maxsize=len(streams) * 2)
 
     async def follow(index: int, stream: TextStream) -> None:
