@@ -1,4 +1,4 @@
-"""The plot beside the results: ratios to the base by the pool's size, one panel a step, as SVG."""
+"""The plot of the results: ratios to the base by the pool's size, one panel a step, as SVG."""
 
 from __future__ import annotations
 

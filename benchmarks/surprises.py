@@ -278,7 +278,7 @@ def main() -> None:
     if options.what != "answers" and IN_POOL not in lab.suites:
         raise SystemExit(f"{options.experiment} has no suite {IN_POOL}, whose tasks are looked at.")
     if options.what in ("shares", "longer") and lab.base.is_encoder_decoder:
-        raise SystemExit("shares are counted behind a key-value cache, for decoder-only bases.")
+        raise SystemExit("shares are counted with a key-value cache, so only for decoder-only bases.")
     if options.what == "answers" and (
         wrong := [t for t in options.tasks if t.partition("/")[0] not in lab.suites] or not options.tasks
     ):

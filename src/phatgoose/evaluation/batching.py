@@ -1,9 +1,9 @@
 """Which items share a forward: little padding, few forwards, within given limits.
 
 Design. All items of a batch are padded to its longest one, so a batch of n items of at most L tokens costs n·L
-tokens, and each forward costs some fixed time beside its tokens (`FORWARD_COST`, counted in tokens). Items are
+tokens, and each forward costs some fixed time in addition (`FORWARD_COST`, counted in tokens). Items are
 sorted by length, longest first, and batches are cut from the front. A batch takes as many items as its limits
-allow. It is cut shorter where that pays: with the cut behind item k, the n − k items after it are padded to
+allow. It is cut shorter where that pays: with the cut after item k, the n − k items that follow are padded to
 the length of item k + 1 instead of L, which saves (L − length[k + 1])·(n − k) tokens and costs one more
 forward. The cut that saves most is made if it saves more than a forward costs. This is greedy, not optimal,
 and takes O(n) a batch.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 FORWARD_COST = 64
-"""Cost of one more forward beside its tokens, in tokens: measured for a model of 135M parameters on a CPU."""
+"""Fixed cost of a forward, in tokens: measured for a model of 135M parameters on a CPU."""
 
 
 def split_into_batches(

@@ -1,8 +1,8 @@
-"""Answers behind prefilled prompts: the logits after each of their tokens.
+"""Answers that continue prefilled prompts: the logits after each of their tokens.
 
 Design. Any number of answers may continue one prompt. Every answer goes into a batch (`batching.py`) with its
 own copy of its prompt's cache rows (`_extend`). Copies are what costs memory, so where the model attends by a
-mask of ours, several answers to one prompt are packed into one row behind a single copy, and a block mask
+mask of ours, several answers to one prompt are packed into one row after a single copy, and a block mask
 hides them from each other (`_extend_packed`). A pack is short (`MAX_PACKED_TOKENS`), since its tokens attend
 to each other in vain. Where no cache can be shared (recurrent layers, experts with a capacity), every answer
 is run together with its prompt (`uncached_continuations`).
@@ -39,7 +39,7 @@ each token of the first answer, then of the next, and so on."""
 def continuations(
     prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]], config: EvaluationConfig
 ) -> Iterator[LogitBatch]:
-    """Runs all of `answers` (none empty), each behind prompt `owners[i]` of `prefill`, which stays usable."""
+    """Runs all of `answers` (none empty), each after prompt `owners[i]` of `prefill`, which stays usable."""
     if prefill.cache is None:
         prompts = [prefill.prompts[owner] for owner in owners]
         yield from uncached_continuations(
@@ -82,7 +82,7 @@ def uncached_continuations(
 
 
 def extend(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
-    """Logits [n, longest, vocabulary] after each token of `answers[i]` behind prompt `owners[i]`.
+    """Logits [n, longest, vocabulary] after each token of `answers[i]`, which follows prompt `owners[i]`.
 
     Position j of row i predicts what follows answers[i][: j + 1]; positions beyond len(answers[i]) mean nothing.
     """
@@ -146,7 +146,7 @@ def _pack(owners: Sequence[int], answers: Sequence[Sequence[int]], most: int) ->
 def _extend_packed(
     prefill: Prefill, owners: Sequence[int], packs: Sequence[Sequence[Sequence[int]]]
 ) -> Tensor:
-    """Logits [n, longest, vocabulary] after the answers of `packs[i]`, one after the other, behind prompt `owners[i]`.
+    """Logits [n, longest, vocabulary] after the answers of `packs[i]`, one after the other, after prompt `owners[i]`.
 
     Each answer sees its prompt and itself, by a mask.
     """

@@ -1,7 +1,7 @@
 """Exact match of greedy generation, mostly without generating.
 
 Greedy decoding yields a target if and only if each of its tokens is the argmax after the ones before, and an
-end token is the argmax after all of them. So all targets of a row are run behind its prompt in one forward
+end token is the argmax after all of them. So all targets of a row are run after its prompt in one forward
 (teacher forcing). The argmaxes tell the greedy path up to the first token where it leaves the target that it
 follows longest. If the path ends there, or its text can no longer become any target, the row is decided. If it
 still can (the target in other tokens, a leading space), the row is generated. Both ways judge tokens by the
@@ -57,7 +57,7 @@ def match_exactly(
         for i, path in zip(batch, paths, strict=True):
             found[i] = rules[i].judge(path[: rules[i].limit])
         done(sum(found[i] is not None for i in batch))
-        del prefill  # or its cache would live beside the next one
+        del prefill  # or its cache would be in memory together with the next one
     undecided = [i for i, prediction in enumerate(found) if prediction is None]
     generated = generate(
         model, [rows[i] for i in undecided], [rules[i] for i in undecided], pad, config, done

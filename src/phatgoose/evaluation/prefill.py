@@ -54,7 +54,7 @@ class Prefill:
     """Positions (rows × width) of the caches that this one continues, which live as long as it."""
 
     def free_positions(self, config: EvaluationConfig) -> int:
-        """Positions that may still be cached beside it."""
+        """Positions that may still be cached while this Prefill lives."""
         return config.cache_tokens - self.parent_positions - self.mask.numel()
 
     @property
@@ -187,7 +187,7 @@ def _move_padding_left(cache: Any, mask: Tensor) -> tuple[Any, Tensor]:
 
 
 def can_prefill_in_parts(model: PreTrainedModel) -> bool:
-    """True if a prompt may be run in two forwards, its prefix shared with others, and beside tokens that it
+    """True if a prompt may be run in two forwards, its prefix shared with others, and together with tokens that it
     doesn't see.
 
     False for an encoder–decoder, whose encoder looks ahead; where positions or windows are counted by places

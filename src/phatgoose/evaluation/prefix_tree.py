@@ -39,7 +39,7 @@ def build_prefix_tree(prompts: Sequence[Sequence[int]], min_saved: int) -> Prefi
     A prefix is shorter than each of its prompts, so that all have a token of their own to read. Reading it
     once must save more than `min_saved` tokens compared with its parent: (prompts − 1) · (tokens beyond the parent).
     """
-    # Sorted, so that prompts with a common prefix stand side by side; common[i] is what neighbours i and i + 1 share.
+    # Sorted, so that prompts with a common prefix are neighbours; common[i] is what neighbours i and i + 1 share.
     order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
     common = [_common_length(prompts[a], prompts[b]) for a, b in pairwise(order)]
     root = PrefixNode(0)

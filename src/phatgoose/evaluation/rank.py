@@ -57,7 +57,7 @@ def score_choices(
                     f"row {rows[i].index}: the model's log-likelihoods are not finite: {scores[i]}."
                 )
         done(len(batch))
-        del prefill  # or its cache would live beside the next one
+        del prefill  # or its cache would be in memory together with the next one
     return scores
 
 
@@ -81,7 +81,7 @@ def _totals(
     )
     for n, value in _sums(batches, [answer for _, answer in far]):
         totals[far[n]] = value
-    # The others: the first token by the prompt's logits, the rest behind the cache.
+    # The others: the first token by the prompt's logits, the rest by continuing from the cache.
     near = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
     if near and prefill.logits is not None:
         owners, firsts = torch.tensor([i for i, _ in near]), torch.tensor([a[0] for _, a in near])

@@ -65,7 +65,7 @@ def encode(
 ) -> tuple[Row, MatchRule | None]:
     """Row `index` as tokens: its answers are its choices, or its targets with the rule for judging a generation.
 
-    A prompt that doesn't fit beside the answers is cut from the left, the same for all of them, and marked.
+    A prompt that doesn't fit into the context with each answer is cut from the left, the same for all, and marked.
 
     Raises:
         EvaluationError: naming the row, if it has no answers, a text has no tokens, or an answer fills the
@@ -116,7 +116,7 @@ def _rule(
 
 
 def _prompt_room(base: Base, answer: int, index: int, config: EvaluationConfig) -> int:
-    """Most tokens of a prompt beside an answer of `answer` tokens."""
+    """Most tokens of a prompt that leave room for an answer of `answer` tokens."""
     context = context_length(base.model) or UNLIMITED
     room = context if base.is_encoder_decoder else context - answer
     if room < 1 or answer > context:

@@ -126,8 +126,8 @@ def two_sided_p(differences: NDArray[np.float64]) -> float:
     """Two-sided bootstrap p-value of "two systems are equal on rows like these" from resampled differences [resamples].
 
     Twice the smaller share of differences at or beyond zero on either side, (count + 1) / (resamples + 1), at
-    most 1. So it is below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples +
-    1): what is to be adjusted for many comparisons needs resamples enough that this is small beside the level.
+    most 1. So it is below 0.05 about where the 95 % interval excludes zero, and never below 2 / (resamples + 1).
+    If it is to be adjusted for many comparisons, use enough resamples to make this small compared with the level.
     """
     rounding = 1e-12  # means of differences that cancel aren't exactly zero
     below, above = int((differences <= rounding).sum()), int((differences >= -rounding).sum())

@@ -325,7 +325,7 @@ class Expert:
         assert self.gates is not None
         source = self.folder / GATES_FILE if self.folder is not None else None
         if source is not None and source.is_file():
-            with contextlib.suppress(ExpertError):  # a damaged file is written anew
+            with contextlib.suppress(ExpertError):  # a damaged file is replaced
                 if holds_same(source, self.gates, metadata):
                     shutil.copyfile(source, target)
                     return

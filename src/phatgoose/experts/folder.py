@@ -30,7 +30,7 @@ def read_plain(
     provenance: Mapping[str, Any] | None,
     drop: Collection[str],
 ) -> dict[str, Any]:
-    """The arguments of `Expert` for an adapter alone; what we write beside adapters is not read.
+    """The arguments of `Expert` for an adapter alone; gates, signature and record beside it are not read.
 
     Args:
         wanted: the format that the adapter must have.

@@ -113,7 +113,7 @@ def expert_folder(folder: Path, entry: Mapping[str, Any]) -> SafeFolder:
     """An expert's folder from its manifest entry; neither it nor a file in it is a link out of the pool.
 
     Raises:
-        PoolError: it is, or nobody may look.
+        PoolError: one is, or there is no permission to look.
     """
     place, root = folder / entry["folder"], folder.resolve()
     try:

@@ -42,7 +42,7 @@ def placed_expert(
         updates: by the model's path of a module.
         paths: the model's path of each module → the expert's own; None if all are the same.
     """
-    # Not built anew, since the adapter's tensors keep their own names; and never a PackedExpert, since its rows
+    # Not by __init__, since the adapter's tensors keep their own names; and never a PackedExpert, since its rows
     # can't be used as they are in the file.
     found = object.__new__(Expert)
     vars(found).update({item.name: getattr(expert, item.name) for item in fields(Expert)}, updates=updates)

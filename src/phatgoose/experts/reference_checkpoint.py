@@ -36,7 +36,7 @@ from phatgoose.records import Fingerprint
 RANK = 16
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 AT_ONCE_BYTES = 4 * 2**30
-"""The file is mapped anew after so much of it was read, since pages that were read count as this process' memory."""
+"""The file is mapped again after so much of it was read, since pages that were read count as this process' memory."""
 _KEY = re.compile(
     r"(?P<module>[^\s]+)\._addons\.(?P<part>expert_lora\.layer1|expert_lora\.layer2|router\.expert_embeddings)"
     r"__(?P<i>0|[1-9][0-9]{0,5})"
@@ -152,7 +152,7 @@ def import_reference(
 
 
 def _one_by_one(checkpoint: Path, contents: Contents) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Every expert's number and tensors; the file is mapped anew before too much of it is in memory."""
+    """Every expert's number and tensors; the file is mapped again before too much of it is in memory."""
     tensors: dict[str, Tensor] = {}
     used = AT_ONCE_BYTES
     for i in range(contents.experts):

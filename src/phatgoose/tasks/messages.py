@@ -186,7 +186,7 @@ def _json(value: Any) -> str:
 
 
 def _date_to_text(value: Any) -> str:
-    """Dates as text: tables hold them beside texts (WildChat's turns)."""
+    """A date as text; some tables have dates in messages (WildChat's turns)."""
     if isinstance(value, date):
         return value.isoformat()
     raise ValueError(f"a message holds a {type(value).__name__}, which isn't JSON")

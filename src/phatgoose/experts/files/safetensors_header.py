@@ -108,7 +108,7 @@ def parse_header(
             raise ValueError("it has metadata twice")
         inside = _checked_metadata(data.pop("__metadata__", None))
         items = {name: _item(name, entry) for name, entry in data.items()}
-        # Tensors must follow each other without gaps or overlaps, so that the file has no bytes that nobody checks.
+        # Tensors must follow each other without gaps or overlaps, so that every byte of the file is checked.
         end = 0
         header = Header(items, inside, max((item.end for item in items.values()), default=0))
         for name, item in header.in_order():

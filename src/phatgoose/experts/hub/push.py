@@ -22,7 +22,7 @@ from phatgoose.records import HubSource
 
 _PUBLISHED = (*EXPERT_FILES, INTERFACE_FILE, CARD_FILE)
 _OURS = re.compile(rf"(?:experts/[^/]+/)?(?:{'|'.join(map(re.escape, (*_PUBLISHED, MANIFEST)))})")
-# An absolute path, perhaps behind a task's source: "/home/…", "~/…", "C:\…", "jsonl:/home/…"; not "https://…".
+# An absolute path, perhaps after a task's source: "/home/…", "~/…", "C:\…", "jsonl:/home/…"; not "https://…".
 _PATH = re.compile(r"(?:\w+:)?(?:/(?!/)|~\w*[\\/]|\\\\).+|[A-Za-z]:[\\/](?!/).+|file:.+", re.DOTALL)
 
 

@@ -47,7 +47,7 @@ _ROUND = 64
 
 
 def pack(folder: str | Path, spare: float = SPARE) -> dict[str, str]:
-    """Packs a pool's experts into one file of stacks; a packed pool is packed anew, without unused rows.
+    """Packs a pool's experts into one file of stacks; a packed pool is packed again, without unused rows.
 
     Args:
         spare: room for further rows, as a share of the rows there are. It takes no space on disk before it is used.

@@ -27,8 +27,8 @@ class Suite:
     refuses: frozenset[str] = frozenset()
     """Datasets beyond its own that no expert may hold."""
     own_copy: tuple[str, ...] = ()
-    """Entries whose data can't be fetched. Without the user's own copy in a folder they are left out, and that
-    is said."""
+    """Entries whose data can't be fetched. Without the user's own copy in a folder they are left out, and
+    results say so."""
 
 
 @cache

@@ -79,7 +79,7 @@ def load_data(
     """Split name → `datasets.Dataset`, from a local path or the Hub.
 
     Args:
-        source: the task's record, which is told the copy that was read instead of a dataset script. None: no
+        source: the task's record, to which the copy is added that was read instead of a dataset script. None: no
             copy is read.
     """
     import datasets
@@ -161,7 +161,7 @@ def _load_copy(name: str, config: str | None) -> tuple[Any, dict[str, Any]]:
         raise unknown(f"config of {name}", config, files)
     if odd := [split for split in files[config] if not re.fullmatch(r"\w+(\.\w+)*", split)]:
         raise TaskError(
-            f"{name} is a dataset script, and the Hub's parquet copy (branch {COPY}) can't stand for it: "
+            f"{name} is a dataset script, and the Hub's parquet copy (branch {COPY}) can't replace it: "
             f"expected files in {config}/SPLIT for each whole split, found some in "
             f"{', '.join(f'{config}/{split}' for split in odd)} (partial-SPLIT is the first part of a split). {ADVICE}"
         )

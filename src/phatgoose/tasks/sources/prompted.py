@@ -109,7 +109,7 @@ def choose_templates(spec: TaskSpec) -> list[Template]:
 
 
 def _read_hub(spec: TaskSpec, copy: dict[str, Any]) -> dict[SplitName, RawRows]:
-    """The chosen splits' rows. `copy` is told which copy was read instead of a dataset script."""
+    """The chosen splits' rows. The copy that was read instead of a dataset script, if any, is added to `copy`."""
     name, _, subset = spec.name.partition("/")
     options = {k: v for k, v in spec.options.items() if k in (*SPLITS, "revision")}
     if wanted := spec.options.get("subset", subset):
@@ -123,7 +123,9 @@ def _read_folder(spec: TaskSpec, folder: Path) -> dict[SplitName, RawRows]:
 
 
 def split_files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
-    """The file of each split in a folder. A lone file of another split than train stands for the split it is asked for.
+    """The file of each split in a folder, by the name that the spec gives the split; dev and val count as validation.
+
+    Each file is used once: first for test, then for validation, then for train.
 
     Raises:
         TaskError: there is no folder, or no file of this dataset in it.
