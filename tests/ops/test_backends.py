@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError, UnknownName
+from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.ops import BACKENDS, Layer, backend, fast, make_stack, reference
 from phatgoose.ops.bottleneck import Bottleneck
-from phatgoose.ops.update import Update
+from phatgoose.ops.update import Projections, SharedUpdate, Update
 
 DIFFERENTIABLE = ["torch", "auto"]
 NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton isn't installed")
@@ -327,3 +328,61 @@ def test_rows_that_nobody_owns_are_never_used(name):
     chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
     expected = backend(name).mix(u, y, stack, chosen, weights)
     assert torch.allclose(backend(name).mix(u, y, wider, chosen, weights), expected, atol=1e-5)
+
+
+ONE_FIELD = {
+    "scale": 2.0,
+    "bias": torch.ones(6),
+    "output_scale": torch.full((6,), 2.0),
+    "covers_bias": False,
+    "input_scale": torch.full((4,), 2.0),
+    "magnitude": torch.ones(6),
+    "bottleneck": Bottleneck(torch.ones(1, 6), torch.ones(6, 1), torch.ones(1), torch.ones(6)),
+    "embedding": True,
+    "shared": SharedUpdate(torch.ones(6), torch.ones(1), Projections(seed=0)),
+}
+"""Field of an update → a value that isn't its default. A new field needs one."""
+PLAIN = ("scale", "covers_bias")  # without an output_scale, covers_bias says nothing
+UNSTACKED = ("magnitude", "shared")  # these are resolved and placed before
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Update) if f.name not in ("A", "B")])
+def test_no_field_of_an_update_is_dropped_silently(name):
+    plain = Update(torch.ones(2, 4), torch.ones(6, 2))
+    update = dataclasses.replace(plain, **{name: ONE_FIELD[name]})
+    assert (plain.fields_set(), plain.is_low_rank) == (set(), True)
+    assert (update.fields_set(), update.is_low_rank) == ({name}, name in PLAIN)
+    assert str(update.numbers()) != str(plain.numbers()) or len([*update.parts()]) > 2  # the hash covers it
+    if name in UNSTACKED:
+        with pytest.raises(RoutingError, match=f"with its {name}"):
+            make_stack([plain, None, update], 4, 6, torch.float32)
+        return
+    stack = make_stack([plain, None, update], 4, 6, torch.float32)
+    assert stack.low_rank_only == (update.is_low_rank or name == "embedding")
+    assert stack.embedding == (name == "embedding")
+    w, b, u = torch.arange(24.0).reshape(6, 4) / 9, torch.arange(6.0), torch.tensor([[1.0, -2, 3, 0.5]])
+    layer = Layer(b, lambda x: x @ w.T)
+    if name == "embedding":
+        u = torch.tensor([3])
+    chosen, weights, y = torch.tensor([[2]]), torch.ones(1, 1), torch.arange(6.0)[None] - 2
+    mixed = [reference.mix(u, y, stack, c, weights, layer) for c in (chosen, torch.tensor([[0]]))]
+    assert torch.equal(*mixed) == (name in ("covers_bias", "embedding"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewUpdate(Update):
+    """An update with parts that nobody knows."""
+
+    tensor: torch.Tensor | None = None
+    number: float = 1.0
+
+
+@pytest.mark.parametrize("new", [{"tensor": torch.ones(6)}, {"number": 3.0}])
+def test_a_field_that_nobody_knows_is_refused(new):
+    update = NewUpdate(torch.ones(2, 4), torch.ones(6, 2), **new)
+    assert not update.is_low_rank
+    assert why_no_signature(update) is not None
+    assert NewUpdate(update.A, update.B).is_low_rank
+    assert new.keys() & (update.numbers().keys() | dict(update.parts()).keys()) == new.keys()
+    with pytest.raises(RoutingError, match=f"with its {next(iter(new))}"):
+        make_stack([update], 4, 6, torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
-from phatgoose.ops.update import Update
+from phatgoose.ops.update import LOW_RANK_FIELDS, Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ def why_no_signature(update: Update) -> str | None:
         return "an embedding's input is a token's number, which has no direction"
     if update.shared is not None:
         return "it is VeRA, whose matrices are known only where it is routed in its base"
-    if update.rank == 0 or update.kind != "LoRA":
+    if update.rank == 0 or not update.fields_set() <= LOW_RANK_FIELDS | {"bias"}:
         return f"it is {update.kind}, and only LoRA's update is a low-rank matrix"
     return None
 

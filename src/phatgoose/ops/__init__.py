@@ -2,8 +2,12 @@
 
 In: a module's input u and output y, gates, and a `Stack` of its experts' updates. Out: y + Σ w Δ(u).
 To add a backend: a module with `gate_scores`, `choose` and `mix` (and `fuse`, if it has one), and its entry in
-`backends.py`; the tests then hold it to `reference.py`. To add a part of an update: `update.py`, and if it is
-a vector, its term in `stack.py`.
+`backends.py`; the tests then hold it to `reference.py`.
+
+To add a part of an update: its field in `update.py`. If it is one vector per expert, and what it adds is linear in
+it, `Update.vectors` names it and `VECTOR_TERMS` of `stack.py` has its term, which all backends then add. Anything
+else needs a field of `Stack`, which `fast.py` and `reference.py` add as they add bottleneck adapters. Put the
+field's name into `STACKED_FIELDS`: updates with any other field are refused.
 """
 
 from __future__ import annotations

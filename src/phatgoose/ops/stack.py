@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from phatgoose.errors import RoutingError
 from phatgoose.ops.bottleneck import Bottleneck, Residual
-from phatgoose.ops.update import Update
+from phatgoose.ops.update import LOW_RANK_FIELDS, Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ class Stack:
     @property
     def low_rank_only(self) -> bool:
         """Whether no expert has anything but low-rank rows."""
-        return not self.bottlenecks and not self.vectors
+        return not any(getattr(self, name) for name in _OTHER_PARTS)
 
     @property
     def has_gaps(self) -> bool:
@@ -160,6 +161,13 @@ class Stack:
         )
 
 
+_LOW_RANK_PARTS = {"A", "B", "starts", "ranks", "scales", "residual", "embedding", "prefetch"}
+_OTHER_PARTS = tuple(part.name for part in fields(Stack) if part.name not in _LOW_RANK_PARTS)
+"""Fields of a stack that add something to its low-rank rows, where they aren't empty."""
+STACKED_FIELDS = LOW_RANK_FIELDS | {"bias", "output_scale", "input_scale", "bottleneck", "embedding"}
+"""The fields of an update that `make_stack` takes, besides A and B."""
+
+
 def make_stack(
     updates: Sequence[Update | None],
     d_in: int,
@@ -175,8 +183,14 @@ def make_stack(
         rows: A [R, d_in], B transposed [R, d_out], both in `dtype`, and where each update's rows begin, if all
             of them stand side by side already. Nothing is copied then.
         residual: where bottleneck adapters read the residual stream; None: a new place.
+
+    Raises:
+        RoutingError: an update has a part that isn't one of `STACKED_FIELDS`: DoRA that isn't `resolved`, VeRA that
+            isn't `placed`, or a new field that has no term here.
     """
     present = [(e, update) for e, update in enumerate(updates) if update is not None]
+    if unknown := set().union(*(update.fields_set() for _, update in present)) - STACKED_FIELDS:
+        raise RoutingError(f"an update can't be stacked with its {', '.join(sorted(unknown))}.")
     ranks = tuple(0 if update is None else update.rank for update in updates)
     if rows is None:
         low = [update for _, update in present if update.rank]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -110,15 +110,19 @@ class Update:
     @property
     def is_low_rank(self) -> bool:
         """Whether Δ(u) = scale · B A u is all there is."""
-        others = (
-            self.bias,
-            self.output_scale,
-            self.input_scale,
-            self.magnitude,
-            self.bottleneck,
-            self.shared,
-        )
-        return all(part is None for part in others) and not self.embedding
+        return self.fields_set() <= LOW_RANK_FIELDS
+
+    def fields_set(self) -> set[str]:
+        """The names of its fields that aren't at their defaults, other than A and B.
+
+        Code that handles some fields only compares them with this, so that it refuses a field that is added later.
+        """
+        found = set()
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) or value != field.default:
+                found.add(field.name)
+        return found
 
     def vectors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The vectors of Δ(u) in this dtype, by the names of `stack.VECTOR_TERMS`, ready to be applied: 0
@@ -169,11 +173,12 @@ class Update:
 
     def numbers(self) -> dict[str, object]:
         """Everything but its tensors that decides what it computes, where it isn't the default."""
-        found: dict[str, object] = {"scale": self.scale}
-        if not self.covers_bias:
-            found["covers_bias"] = False
-        if self.embedding:
-            found["embedding"] = True
+        others = {name: getattr(self, name) for name in self.fields_set()}
+        found: dict[str, object] = {"scale": self.scale} | {
+            name: value
+            for name, value in others.items()
+            if not isinstance(value, Tensor | Bottleneck | SharedUpdate)
+        }
         if self.bottleneck is not None:
             b = self.bottleneck
             found["bottleneck"] = [b.activation, b.scale]
@@ -214,11 +219,15 @@ class Update:
             )
         dtype = torch.promote_types(torch.promote_types(a.dtype, d.dtype), torch.float32)
         a, b, d, rows = (t.detach().to(dtype) for t in (a[:, :d_in], b[: len(rows)], d, rows))
-        return Update(d[:, None] * a, rows[:, None] * b)
+        return replace(self, A=d[:, None] * a, B=rows[:, None] * b, shared=None)
 
     def weight(self) -> Tensor:
         """ΔW = scale · B A of the low-rank part: [d_out, d_in] in float32."""
         return self.scale * (self.B.float() @ self.A.float())
+
+
+LOW_RANK_FIELDS = {"scale", "covers_bias"}
+"""What a low-rank update may have set besides A and B: covers_bias only says how an output_scale is meant."""
 
 
 def no_rows(d_in: int | None, d_out: int | None) -> tuple[Tensor, Tensor]:
