@@ -52,6 +52,11 @@ def test_settings_out_of_range_are_named(setting, value):
         ExpertConfig(**{setting: value})
 
 
+def test_choices_are_listed():
+    with pytest.raises(TrainingError, match='expected "auto", "float32" or "bfloat16"'):
+        ExpertConfig(precision="float16")
+
+
 @pytest.mark.parametrize(
     ("kind", "setting", "value"),
     [

@@ -101,6 +101,7 @@ def test_the_quickstart_suite_is_the_quickstarts():
         ),
         ({"systems": ["padded:²"]}, RoutingError, "padded:N"),
         ({"systems": ["padded:2,sed=1"]}, RoutingError, "padded has no setting 'sed'; it has: seed"),
+        ({"systems": ["oracle:x"]}, RoutingError, "'oracle:x': oracle has no settings"),
         ({"systems": ["merged:density=1"]}, RoutingError, "merged has no setting 'density'; it has: none"),
         ({"systems": ["ties:density=2"]}, RoutingError, "density is a share, expected above 0 and at most 1"),
         ({"systems": ["dare:density=nan"]}, RoutingError, "density is 'nan', expected a number"),

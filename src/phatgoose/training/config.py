@@ -59,7 +59,8 @@ class _Settings:
             self._check(name, math.isfinite(value) and value > 0, "a positive number")
 
     def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        self._check(name, getattr(self, name) in choices, " or ".join(f'"{c}"' for c in choices))
+        *most, last = (f'"{choice}"' for choice in choices)
+        self._check(name, getattr(self, name) in choices, f"{', '.join(most)} or {last}")
 
 
 @dataclass(frozen=True, kw_only=True)

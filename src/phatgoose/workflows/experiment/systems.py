@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from phatgoose.errors import RoutingError
+from phatgoose.errors import RoutingError, brief
 from phatgoose.experts.padding import padded
 from phatgoose.experts.pool import Pool
 from phatgoose.routers import PHATGOOSE, Router, Single
@@ -48,10 +48,11 @@ def check_system(name: str) -> None:
     Raises:
         UnknownName: there is no such system or router. RoutingError: a setting is wrong.
     """
-    kind, _, rest = name.partition(":")
-    if name in (MULTITASK, *TOLD):
-        return
-    if kind == OTHER:
+    kind, colon, rest = name.partition(":")
+    if kind in (MULTITASK, *TOLD):
+        if colon:
+            raise RoutingError(f"{brief(name)}: {kind} has no settings.")
+    elif kind == OTHER:
         if not rest.strip():
             raise RoutingError(
                 f"system {name!r} should read model:SPEC, SPEC being a model as `--base` takes it."
