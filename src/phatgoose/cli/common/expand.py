@@ -26,6 +26,7 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(command, eval_str=True)
     # Parameters become keyword-only: then options with and without defaults may stand in any order.
     groups: dict[str, type] = {}
+    settings: set[str] = set()
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         kind = parameter.annotation
@@ -37,11 +38,13 @@ def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
         preset = None if parameter.default is inspect.Parameter.empty else parameter.default
         hints = get_type_hints(kind, include_extras=True)
         parameters += [_option(kind, field, hints[field.name], preset) for field in fields(kind)]
+        settings |= {name for name, hint in hints.items() if get_origin(hint) is not Annotated}
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
         for name, kind in groups.items():
-            given[name] = kind(**{f.name: _plain(f.name, given.pop(f.name)) for f in fields(kind)})
+            values = {f.name: given.pop(f.name) for f in fields(kind)}
+            given[name] = kind(**{k: _plain(k, v) if k in settings else v for k, v in values.items()})
         return command(**given)
 
     # Typer reads both; functools.wraps has copied those of the command.
@@ -103,6 +106,7 @@ def _typer_type(name: str, hint: Any) -> Any:
 
 
 def _plain(name: str, value: Any) -> Any:
+    """What typer parsed, as the library's setting takes it: the reverse of `_setting`."""
     if isinstance(value, Enum):
         return value.value
     if name == "target_modules" and value not in ("auto", "all-linear"):
