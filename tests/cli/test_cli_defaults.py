@@ -102,6 +102,8 @@ def test_plain_adapters_get_a_next_command_that_works(run, plain, base, tmp_path
     named = run("generate", *PROMPT, "--pool", tmp_path / "pool", "--router", "arrow")
     assert named.code == 0
     assert "router:" not in named.err
+    nameless = run("generate", *PROMPT, "--pool", tmp_path / "pool", "--base", "")
+    assert (nameless.code, "there is no base ''" in nameless.err) == (1, True)
 
 
 @pytest.mark.parametrize("name", [None, ""])

@@ -65,7 +65,7 @@ def load_recorded(experts: Sequence[Expert], options: BaseOptions) -> Base:
     Raises:
         ExpertError: they record none. BaseModelError: what they record can't be loaded here.
     """
-    spec = options.base or recorded_base(experts)
+    spec = recorded_base(experts) if options.base is None else options.base
     if spec is None:
         one = len(experts) == 1
         why = (
@@ -75,7 +75,7 @@ def load_recorded(experts: Sequence[Expert], options: BaseOptions) -> Base:
         )
         raise ExpertError(f"{why}: say which one with --base.")
     check_mixture(spec, Pool(experts))
-    base = load(spec, options.dtype, options.device) if options.base else _load_named(spec, options)
+    base = _load_named(spec, options) if options.base is None else load(spec, options.dtype, options.device)
     for text in differences({e.name: e.provenance for e in experts}, base.tokenizer):
         show.note(f"note: {text}")
     return base
