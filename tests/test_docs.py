@@ -185,9 +185,10 @@ def test_every_setting_of_peft_has_a_rule_that_holds():
 
     from phatgoose.errors import ExpertError
     from phatgoose.experts.adapters.peft_rules import RULES, check_config
+    from phatgoose.experts.adapters.peft_updates import KINDS
 
     checked = ("peft_type", "target_parameters", "bias", "modules_to_save")
-    assert RULES.keys() == {"LORA", "IA3", "ADALORA", "VERA"}
+    assert RULES.keys() == KINDS.keys() >= {"LORA", "IA3", "ADALORA", "VERA"}
     for kind in RULES:
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
         assert {f.name for f in dataclasses.fields(config)} <= set(RULES[kind])
@@ -198,6 +199,8 @@ def test_every_setting_of_peft_has_a_rule_that_holds():
                     check_config(settings, "here")
             else:
                 check_config(settings, "here")
+        bias_only = "lora_only" if kind == "ADALORA" else f"{kind.lower()}_only"  # as PEFT says it
+        check_config({"peft_type": kind, "bias": bias_only}, "here")
         with pytest.raises(ExpertError, match="unknown setting 'new'"):
             check_config({"peft_type": kind, "new": 1}, "here")
 

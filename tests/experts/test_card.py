@@ -90,6 +90,9 @@ def test_the_examples_on_a_card_are_python():
         ({"peft_type": "LORA", "r": 4, "use_dora": True}, "`DoRA, rank 4`", "lora"),
         ({"peft_type": "IA3"}, "`(IA)³`", "ia3"),
         ({"peft_type": "VERA"}, "`VeRA`", None),
+        ({"peft_type": "VERA", "r": 256}, "`VeRA, rank 256`", None),
+        ({"peft_type": "ADALORA", "r": 8}, "`AdaLoRA`", None),
+        ({"peft_type": "ELSE", "r": 8}, "`ELSE`", None),
         ({"config": {"reduction_factor": 16}}, "`bottleneck adapter`", None),
     ],
 )

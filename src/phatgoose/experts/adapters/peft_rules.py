@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.adapters.peft_target_parameters import check_targets
+from phatgoose.experts.adapters.peft_updates import KINDS
 
 DROPPABLE = {
     "modules_to_save": "the modules it saved whole (a classification head, embeddings or heads that aren't the base's)",
@@ -112,10 +113,10 @@ def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = 
         or not all(isinstance(name, str) and name for name in saved)
     ):
         raise ExpertError(f"{where}: modules_to_save = {brief(saved)}, expected a list of at most 100 names.")
-    if config.get("bias") not in (None, "none", "all", f"{_ONLY.get(kind, kind.lower())}_only"):
+    bias_only = KINDS[kind].bias_only
+    if config.get("bias") not in (None, "none", "all", bias_only):
         raise ExpertError(
-            f"{where}: bias = {brief(config['bias'])}, expected 'none', 'all' or "
-            f"'{_ONLY.get(kind, kind.lower())}_only'."
+            f"{where}: bias = {brief(config['bias'])}, expected 'none', 'all' or {bias_only!r}."
         )
     init = config.get("init_lora_weights", True)
     if kind == "LORA" and init not in PLAIN_INITS:
@@ -124,10 +125,6 @@ def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = 
             "an update of the plain base. Make a plain LoRA of it once: `phatgoose convert ADAPTER --base "
             "BASE --out FOLDER`."
         )
-
-
-_ONLY = {"ADALORA": "lora"}
-"""PEFT type → what its bias setting calls the modules that it adapts, where that isn't the type's own name."""
 
 
 def check_drop(drop: Collection[str]) -> tuple[str, ...]:

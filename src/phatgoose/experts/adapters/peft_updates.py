@@ -22,14 +22,22 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """One of PEFT's kinds of adapter."""
+    """One of PEFT's kinds of adapter. `rules.toml` has rules for the settings of each."""
 
+    display_name: str
+    """What people call it."""
     parts: Mapping[str, str]
     """Part → pattern of what its key has behind the module's path; the pattern begins with a plain name."""
+    bias_only: str
+    """The value of the setting `bias` for the biases of adapted modules alone."""
     updates: Callable[[Mapping[str, Any], Mapping[str, Parts], Parts, str], dict[str, Update]]
     """(config, parts by module path, tensors that all modules share, name for messages) → updates by module path."""
     empty: bool = False
     """Whether tensors without values are allowed."""
+    tag: str | None = None
+    """The Hub's tag for it."""
+    has_rank: bool = True
+    """Whether the setting `r` is the rank of its updates."""
 
     def part(self, plain: str) -> tuple[str, str] | None:
         """The module's path and the part that a key names; None if it names none of this kind."""
@@ -179,6 +187,7 @@ def _all_vera(
 
 KINDS = {
     "LORA": Kind(
+        "LoRA",
         {
             "A": r"lora_A\.weight",
             "B": r"lora_B\.weight",
@@ -187,10 +196,19 @@ KINDS = {
             "embedding_A": "lora_embedding_A",
             "embedding_B": "lora_embedding_B",
         },
+        "lora_only",
         _all_lora,
+        tag="lora",
     ),
-    "IA3": Kind({"ia3": "ia3_l"}, _all_ia3),
-    "ADALORA": Kind({"A": "lora_A", "B": "lora_B", "E": "lora_E"}, _all_adalora, empty=True),
-    "VERA": Kind({"b": "vera_lambda_b", "d": "vera_lambda_d"}, _all_vera),
+    "IA3": Kind("(IA)³", {"ia3": "ia3_l"}, "ia3_only", _all_ia3, tag="ia3", has_rank=False),
+    "ADALORA": Kind(
+        "AdaLoRA",
+        {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
+        "lora_only",
+        _all_adalora,
+        empty=True,
+        has_rank=False,
+    ),
+    "VERA": Kind("VeRA", {"b": "vera_lambda_b", "d": "vera_lambda_d"}, "vera_only", _all_vera),
 }
-"""By PEFT's name."""
+"""By PEFT's name. `rules.toml` has rules for the same names."""

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ExpertError
+from phatgoose.experts.adapters.peft_updates import KINDS
 from phatgoose.experts.card.markdown import code, public
 from phatgoose.experts.data_signature import describe
 from phatgoose.files import read_json
-
-_KINDS = {"LORA": "LoRA", "IA3": "(IA)³", "ADALORA": "AdaLoRA", "VERA": "VeRA"}
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,19 @@ class Facts:
     @property
     def tag(self) -> str | None:
         """The Hub's tag for its kind."""
-        return {"LORA": "lora", "IA3": "ia3"}.get(str(self.config.get("peft_type")))
+        known = KINDS.get(str(self.config.get("peft_type")))
+        return known.tag if known else None
 
     @property
     def kind(self) -> str:
         """What the adapter is, as in "LoRA, rank 16"."""
         if not self.is_peft:
             return "bottleneck adapter" if self.config else "unknown"
-        kind = (
-            "DoRA"
-            if self.config.get("use_dora")
-            else _KINDS.get(self.config["peft_type"], self.config["peft_type"])
-        )
-        rank = _number(self.config.get("r"))
-        return kind + (f", rank {rank}" if rank and kind in ("LoRA", "DoRA", "VeRA") else "")
+        known, is_dora = KINDS.get(self.config["peft_type"]), bool(self.config.get("use_dora"))
+        name = "DoRA" if is_dora else known.display_name if known else self.config["peft_type"]
+        has_rank = is_dora or (known is not None and known.has_rank)
+        rank = _number(self.config.get("r")) if has_rank else ""
+        return name + (f", rank {rank}" if rank else "")
 
     @property
     def gates(self) -> str:
