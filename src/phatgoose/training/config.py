@@ -244,8 +244,7 @@ class SignatureConfig(_Settings):
     """Training rows over whose tokens each module's inputs are averaged; 0: no activations."""
     texts: int = 1000
     """Training prompts to embed, at most 1000 (Jang et al. 2023); 0: none. Embeddings reveal more about the data than
-    averages
-    do: don't publish any if the data must stay private."""
+    averages do: don't publish any if the data must stay private."""
     encoder: str = "all-minilm-l6-v2"
     """The sentence encoder: all-minilm-l6-v2, a folder, or a Hub id."""
     max_length: int = 512

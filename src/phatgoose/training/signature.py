@@ -43,9 +43,8 @@ def make_signature(
     """The expert with a data signature of its own task's training rows.
 
     Activations: for each adapted module the mean input (for an embedding: output) over all tokens of the rows, prompt
-        and
-    target as in training, in the base with this expert on every token. Summed in float64. Texts: embeddings of the
-    prompts as the base's tokenizer decodes them again.
+    and target as in training, in the base with this expert on every token. Summed in float64. Texts: embeddings of
+    the prompts as the base's tokenizer decodes them again.
 
     Args:
         work_folder: keeps the sums so far. After a kill the same call continues from them, with the same result.
