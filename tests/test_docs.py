@@ -39,7 +39,7 @@ NOT_RUN = {
     "experts-and-pools.md": {"phatgoose pool create pool org/one": HUB, "phatgoose push my-expert": HUB},
     "extending.md": {
         '"""A router and a task source': PACKAGE,
-        "phatgoose routers cosine": PACKAGE,
+        "phatgoose routers angular": PACKAGE,
     },
     "performance.md": {"make bench": HOURS},
     "results.md": {"phatgoose experiment recipes/bigbench-t0.toml": DATA, "make quickstart": HOURS},

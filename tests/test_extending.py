@@ -84,34 +84,34 @@ def test_the_page_s_package_is_used_by_name(site, python, make_base, make_expert
     typed[2] += ["--base", "base", "--out", "scores.json"]
     typed[3] += ["--base", "base", "--max-new-tokens", "2"]
     (tmp_path / "recipe.toml").write_text(
-        'base = "base"\nsystems = ["base", "cosine:sharpness=4.5"]\n[pool]\ntasks = { doubles = "sums:doubles" }\n'
+        'base = "base"\nsystems = ["base", "angular:sharpness=4.5"]\n[pool]\ntasks = { doubles = "sums:doubles" }\n'
     )
     code = f"""{RUN}
 told = [run(*words) for words in {typed!r}]
-for text in ("cosine:sharpness=8.0,unsigned=false,take=best", "needs: gates", "opposite to a gate"):
+for text in ("angular:sharpness=8.0,unsigned=false,take=best", "needs: gates", "opposite to a gate"):
     assert text in told[0], told[0]
 assert told[1] == "sums:doubles sums:triples", told[1]
 within("goose-extras", run("routers"))
 within("sums goose-extras", run("tasks", "sources"))
 within("--- answer: ", run("tasks", "show", "sums:doubles"))
 within("is 'x', expected a number", \
-run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:sharpness=x", code=1))
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "angular:sharpness=x", code=1))
 within("expected true or false", \
-run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:unsigned=yes", code=1))
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "angular:unsigned=yes", code=1))
 within("expected one of: best, all", \
-run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosine:take=two", code=1))
-within("'cosin': did you mean 'cosine'", \
-run("generate", "a", "--pool", "pool", "--base", "base", "--router", "cosin", code=1))
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "angular:take=two", code=1))
+within("'angula': did you mean 'angular'", \
+run("generate", "a", "--pool", "pool", "--base", "base", "--router", "angula", code=1))
 
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 recipe = ExperimentRecipe.read("recipe.toml")
-assert recipe.all_systems == ("base", "cosine:sharpness=4.5")
+assert recipe.all_systems == ("base", "angular:sharpness=4.5")
 
 import json, torch, phatgoose
 from phatgoose.routers.masked import Masked, Switches
 assert json.load(open("scores.json"))
-router = phatgoose.parse_router("cosine:sharpness=4.5,unsigned=true,take=all")
-assert router.describe() == {{"router": "Cosine", "sharpness": 4.5, "unsigned": True, "take": "all"}}
+router = phatgoose.parse_router("angular:sharpness=4.5,unsigned=true,take=all")
+assert router.describe() == {{"router": "Angular", "sharpness": 4.5, "unsigned": True, "take": "all"}}
 base, pool = phatgoose.load_base("base"), phatgoose.Pool.load("pool")
 model = phatgoose.route(base, pool, Masked(router, Switches(torch.tensor([[True, False]]))))
 ids = torch.arange(2, 8)[None]
@@ -121,7 +121,7 @@ assert torch.allclose(masked, alone, atol=1e-5)
 assert phatgoose.load_task("sums:doubles").source["rows"]["train"] > 50
 
 for call, misspelt, meant in \
-((phatgoose.parse_router, "cosin", "cosine"), (phatgoose.load_task, "sum:doubles", "sums")):
+((phatgoose.parse_router, "angula", "angular"), (phatgoose.load_task, "sum:doubles", "sums")):
     try:
         call(misspelt)
     except phatgoose.errors.UnknownName as error:
@@ -137,8 +137,8 @@ def test_nothing_of_a_package_is_imported_before_it_is_asked_for(site, python):
         "import sys, phatgoose\n"
         "from phatgoose.routers.parse import ROUTERS\n"
         "from phatgoose.tasks.load import SOURCES\n"
-        "assert 'cosine' in ROUTERS and 'sums' in SOURCES and 'cosine' in list(ROUTERS)\n"
-        "assert ROUTERS.package('cosine') == SOURCES.package('sums') == 'goose-extras'\n"
+        "assert 'angular' in ROUTERS and 'sums' in SOURCES and 'angular' in list(ROUTERS)\n"
+        "assert ROUTERS.package('angular') == SOURCES.package('sums') == 'goose-extras'\n"
         "assert not {'goose_extras', 'torch'} & set(sys.modules)",
         site,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from phatgoose import routers
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.ops import backend
 from phatgoose.routers import PHATGOOSE, Random, Single, Uniform, parse_router
@@ -163,3 +166,14 @@ def test_positions_count_past_a_cache_and_without_padding():
     for odd, said in ((causal[..., :4], "shape [2, 1, 5, 4]"), (mask[0], "shape [5]"), ("full", "a str")):
         with pytest.raises(RoutingError, match=re.escape(said)):
             positions_from(odd, 2, 5, 0, mask.device)
+
+
+def test_the_room_has_the_names_of_the_table():
+    """`routers/__init__.py` lists the classes of `ROUTERS` twice: for type checkers, and as its public names."""
+    tree = ast.parse(Path(routers.__file__).read_text(encoding="utf-8"))
+    checked = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    imported = {f"{n.module}:{a.name}" for n in checked.body for a in n.names}
+    assert imported == {*routers.ROUTERS.table.values(), "phatgoose.routers.router:Router"}
+    functions = {"ROUTERS", "parse_router", "parse_system"}
+    assert {*routers.__all__} == {path.partition(":")[2] for path in imported} | functions
+    assert all(hasattr(routers, name) for name in routers.__all__)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phatgoose.routers.parse import ROUTERS
+from phatgoose.tasks.load import SOURCES
 
 if TYPE_CHECKING:
     from phatgoose.models.attach.options import RouteOptions
@@ -18,8 +19,10 @@ DEFAULT_BASE = "smollm2-135m-instruct-q4"
 """The same as phatgoose.models.base.load.DEFAULT_BASE, written again because reading that one would import torch."""
 
 BASE_HELP = "The base model: an alias, a folder, a GGUF file, or a Hub id (org/name, org/name@revision)."
+SOURCE_NAMES = ", ".join(SOURCES.table)
 TASK_HELP = (
-    "The task: bigbench:NAME, bbh:NAME, jsonl:PATH, hf:DATASET or p3:CONFIG (see `phatgoose tasks --help`)."
+    f"The task, as SOURCE:NAME or SOURCE:NAME?option=value&…, from {SOURCE_NAMES} (`phatgoose tasks sources` lists "
+    "them, with those of installed packages)."
 )
 ROUTER_NAMES = (
     f"Who chooses the experts, as NAME or NAME:setting=value,…: {', '.join(ROUTERS.table)} (single:NAME is one expert; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phatgoose.cli.common.options import SOURCE_NAMES, TASK_HELP
 from phatgoose.cli.measure import show
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="List the tasks of a collection (bigbench if none is named), of a named pool or suite, or look into one. "
-    "Other sources need no list: jsonl:PATH, hf:DATASET, p3:CONFIG.",
+    f"Tasks come from {SOURCE_NAMES}; not all of these can be listed.",
     invoke_without_command=True,
 )
 MatchOption = Annotated[str, typer.Option("--match", help="Only names that contain this, in any case.")]
@@ -100,9 +101,7 @@ def sources(
 
 @app.command("show")
 def show_(
-    spec: Annotated[
-        str, typer.Argument(help="The task: bigbench:NAME, bbh:NAME, jsonl:PATH, hf:DATASET or p3:CONFIG.")
-    ],
+    spec: Annotated[str, typer.Argument(help=TASK_HELP)],
     folder: FolderOption = None,
 ) -> None:
     """Show a task's splits, its hash, and two prompts as the model sees them."""
