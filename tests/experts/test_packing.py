@@ -375,3 +375,15 @@ def test_a_pool_that_was_unpacked_meanwhile_says_so(zoo, tmp_path):
 
     with pytest.raises(PoolError, match="was unpacked or removed since this pool was opened: load it again"):
         read_all()
+
+
+@pytest.mark.parametrize("name", ["pack", "unpack", "verify_folder"])
+def test_the_old_module_still_has_what_the_docs_named(name):
+    from phatgoose.experts import packing, pool_folder
+    from phatgoose.experts.packed import pack
+
+    with pytest.deprecated_call(match=rf"{name} now"):
+        found = getattr(packing, name)
+    assert found is getattr(pool_folder if name == "verify_folder" else pack, name)
+    with pytest.raises(AttributeError, match="no attribute 'others'"):
+        packing.others  # noqa: B018

@@ -11,11 +11,11 @@ import pytest
 from phatgoose.errors import ExpertError, RoutingError, TaskError, TrainingError, UnknownName
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.merge import dare, ties
-from phatgoose.experts.padding import padded
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.systems import build, check_system, expanded
+from phatgoose.workflows.padding import padded
 from phatgoose.workflows.quickstart import quickstart_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from phatgoose.errors import RoutingError, brief
-from phatgoose.experts.padding import padded
 from phatgoose.experts.pool import Pool
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.routers.parse import BASE as BASE
 from phatgoose.routers.parse import LABELLED, is_router, parse_pool_settings, parse_router, parse_system
+from phatgoose.workflows.padding import padded
 
 MAIN = "phatgoose"
 MULTITASK, OTHER, PADDED = "multitask", "model", "padded"
