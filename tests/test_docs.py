@@ -16,6 +16,7 @@ import pytest
 import router_table
 import serving_parameters
 
+import cli
 from pages import BLOCK, blocks, runnable
 
 pytest_plugins = ["pages"]
@@ -138,6 +139,42 @@ def test_the_page_of_servings_parameters_is_current_and_complete():
 def test_the_tree_of_files_is_current():
     path = ROOT / "docs" / "architecture.md"
     assert file_tree.page(path) == path.read_text(encoding="utf-8"), "run python docs/generate/cli.py"
+
+
+def test_the_tree_has_every_file():
+    listed = {path.name for path in file_tree.SOURCE.rglob("*") if path.suffix in file_tree.LISTED}
+    names = [line.split()[0] for line in file_tree.tree().splitlines() if line.split()]
+    assert listed - set(names) == {"__init__.py"}
+    lines = file_tree.tree().splitlines()
+    assert "shape.json" in " ".join(lines)
+    assert any(
+        " rules.toml " in x and x.endswith("What happens with each setting of an adapter") for x in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.py", '"""No full stop"""'),
+        ("a.py", '"""Two\nlines."""'),
+        ("a.py", ""),
+        ("a.py", f'"""{"x" * 100}."""'),
+        ("a.toml", "# " + "x" * 101),
+    ],
+)
+def test_a_file_without_its_sentence_is_one_line_of_error(name, text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / name).write_text(text)
+    monkeypatch.setattr(file_tree, "SOURCE", tmp_path)
+    monkeypatch.setattr(file_tree, "ROOMS", ("room",))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "architecture.md").write_text(f"{file_tree.BEGIN}\n{file_tree.END}")
+    assert cli.main([str(tmp_path / "docs")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'room' / name}: begin its ")
+    assert len(error.splitlines()) == 1
+    (tmp_path / "room" / name).write_text('"""One sentence."""' if name == "a.py" else "x = 1")
+    assert name in file_tree.tree()
 
 
 def test_the_page_of_pools_and_suites_is_complete():

@@ -140,7 +140,15 @@ def _default(parameter: _Parameter) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the pages; with --check only says whether they are current (exit code 1 if one isn't)."""
+    """Writes the pages; with --check only says whether they are current. Returns 1 if one isn't, or can't be made."""
+    try:
+        return _write(arguments)
+    except file_tree.FirstLineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _write(arguments: list[str]) -> int:
     folder = Path(next((a for a in arguments if not a.startswith("-")), "docs"))
     pages = {
         folder / "cli.md": markdown(),

@@ -1,4 +1,4 @@
-"""Read strangers' JSON strictly: one kind of error for everything malformed, and bounded memory."""
+"""Read strangers' JSON strictly: no key twice, one kind of error for all faults, bounded memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Who scores: from a module's input, which experts act on each token and how much.
 
 In: the experts' gates, weights or data signatures, and a module's inputs. Out: for each token chosen experts
-and their weights. A new router is a class in a file here, and its line in `ROUTERS` of `parse.py`. Other
-packages add theirs by an entry point (docs/extending.md). Names here are imported on first use.
+and their weights. A new router is a class in a file here, its line in `ROUTERS` of `parse.py`, and its name in
+both lists below. Other packages add theirs by an entry point (docs/extending.md). Names here are imported on
+first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of experts on the host, kept on a device as far as there is room."""
+"""Experts' rows on the host and copies on a device, where the expert used longest ago leaves first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An experiment's results as Markdown."""
+"""An experiment's results.md; the tables on the screen are made by `cli/measure/experiment.py`."""
 
 from __future__ import annotations
 
