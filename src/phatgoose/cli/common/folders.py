@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -147,6 +148,14 @@ def clear_work(work: Path, command: str) -> None:
 def best_loss(expert: Expert) -> float | None:
     """The lowest validation loss in an expert's record, nats per target token."""
     return lowest_loss(expert.provenance)
+
+
+def pool_next(target: Path) -> list[tuple[str, str]]:
+    """The last rows of a summary: where the expert is saved, and how a pool is made of it."""
+    return [
+        ("saved", str(target)),
+        ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(target), "..."])),
+    ]
 
 
 def validation(record: Mapping[str, Any]) -> str:

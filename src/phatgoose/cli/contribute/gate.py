@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,11 +93,7 @@ def _summary(expert: Expert, target: Path) -> None:
     ]
     if share := record.get("cost_share", {}).get("tokens"):
         rows.append(("cost", f"{share:.0%} as many tokens as the expert was trained on"))
-    rows += [
-        ("saved", str(target)),
-        ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(target), "..."])),
-    ]
-    show.facts(rows)
+    show.facts([*rows, *folders.pool_next(target)])
 
 
 def _taken(folder: Path) -> Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,14 +72,11 @@ def command(
 
 
 def _summary(expert: Expert, target: Path) -> None:
+    from phatgoose.cli.common import folders
     from phatgoose.experts.data_signature import describe
 
     record = expert.provenance["signature"]
     rows = [("signature", f"{expert.name}: {describe(record)}")]
     if record["texts_cut"]:
         rows.append(("cut", f"{record['texts_cut']} of the texts are longer than the encoder reads"))
-    rows += [
-        ("saved", str(target)),
-        ("next", shlex.join(["phatgoose", "pool", "create", "POOL", str(target), "..."])),
-    ]
-    show.facts(rows)
+    show.facts([*rows, *folders.pool_next(target)])
