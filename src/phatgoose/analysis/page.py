@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
@@ -22,6 +21,7 @@ from phatgoose.analysis.checks import checked
 from phatgoose.analysis.prompts import RoutedPrompt, encoded, routed_prompt
 from phatgoose.analysis.view import legend, view
 from phatgoose.files import write_bytes
+from phatgoose.templates import templates
 
 __all__ = ["FORMAT", "RoutedPrompt", "report", "routed_prompt"]
 
@@ -80,7 +80,14 @@ def rendered(
         style_sources: allowed sources of style; None: only the page's own style sheet.
         context: variables of the template.
     """
-    environment = _environment()
+    environment = templates(
+        "phatgoose.analysis",
+        escaped=True,
+        percent=percent,
+        points=points,
+        breakable=breakable,
+        seconds=seconds,
+    )
     script = environment.get_template(f"{name}.js.j2").render()
     styles = [environment.get_template(f"{part}.css.j2").render() for part in dict.fromkeys(("page", name))]
     style = "\n".join(styles)
@@ -104,19 +111,6 @@ def rendered(
 def _hash(text: str) -> str:
     """The source in a content policy that allows `text`."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("phatgoose.analysis", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": percent, "points": points, "breakable": breakable, "seconds": seconds}
-    return environment
 
 
 def percent(share: float | None, digits: int = 0) -> str:

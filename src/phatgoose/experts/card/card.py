@@ -6,19 +6,18 @@ Records are other people's text: a card has them in YAML that a library has quot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.card.markdown import code, hub_id, loadable, public
 from phatgoose.experts.names import CARD_FILE
 from phatgoose.files import write_bytes
+from phatgoose.templates import templates
 
 CARD_LIMIT_BYTES = 2**20
 MARK = "<!-- Written by phatgoose. Remove this line and the file is yours: it is kept as it is. -->"
@@ -92,21 +91,8 @@ def pool_card(experts: Sequence[tuple[Facts, str]], base: str | None) -> str:
 def _render(template: str, base: str | None, is_peft: bool, tags: Sequence[str | None], **values: Any) -> str:
     library = "peft" if is_peft else "adapter-transformers"  # the Hub's word for AdapterHub's library
     metadata = ModelCardData(base_model=hub_id(base), library_name=library, tags=[t for t in tags if t])
-    page = _environment().get_template(template)
-    return page.render(metadata=metadata.to_yaml(), mark=MARK, base=base, **values)
-
-
-@cache
-def _environment() -> Environment:
     # Not escaped: the filter `code` makes other people's text literal.
-    environment = Environment(
-        loader=PackageLoader("phatgoose.experts.card", "."),
-        autoescape=False,
-        undefined=StrictUndefined,
-        auto_reload=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    cards = templates(
+        "phatgoose.experts.card", escaped=False, code=code, public=public, hub_id=hub_id, loadable=loadable
     )
-    environment.filters |= {"code": code, "public": public, "hub_id": hub_id, "loadable": loadable}
-    return environment
+    return cards.get_template(template).render(metadata=metadata.to_yaml(), mark=MARK, base=base, **values)
