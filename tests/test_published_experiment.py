@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.workflows.experiment.markdown import markdown
-from phatgoose.workflows.experiment.plot import plot
+from phatgoose.workflows.experiment.documents import markdown, plot
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 
 ROOT = Path(__file__).parent.parent

@@ -37,8 +37,8 @@ from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.tokenizer_loss import TokenizerLoss
 from phatgoose.workflows.experiment import steps as experiment_steps
 from phatgoose.workflows.experiment import worker as experiment_worker
+from phatgoose.workflows.experiment.documents import markdown
 from phatgoose.workflows.experiment.executors import Processes
-from phatgoose.workflows.experiment.markdown import _computed
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError
 from phatgoose.workflows.experiment.results import ALIKE, RESAMPLES, suite_results
 from phatgoose.workflows.experiment.run import run_experiment
@@ -166,7 +166,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_result(place):
             while not (out / wait).exists() and time.time() < deadline:
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.3))
-            worker = executor._workers[0]
+            worker = executor._workers.get(0)
             with contextlib.suppress(AttributeError, ValueError, ProcessLookupError):  # it has just ended
                 os.kill(worker.process.pid, signal.SIGKILL)
                 killed.append(worker.process.pid)
@@ -587,7 +587,7 @@ def test_results_hold_together(place):
     assert measured["base"][0]["architecture"]["model_type"] == "llama"
     assert "Scores were computed in float32 on cpu (threads: " in text
     assert "Not all in one way" not in text
-    mixed = _computed({**measured, "device": ["cpu", "cuda"], "threads": [1, 2]})
+    mixed = markdown({**results, "measured": {**measured, "device": ["cpu", "cuda"], "threads": [1, 2]}})
     assert "on cpu and cuda (threads: 1 and 2)" in mixed
     assert "Not all in one way: device, threads differ." in mixed
     choice = results["suites"]["in-pool"]["tasks"]["choice"]

@@ -22,11 +22,10 @@ from phatgoose.files import sha256_json, write_bytes, write_json
 from phatgoose.tasks.contamination import RUN_WORDS
 from phatgoose.tasks.lists.entries import Entry, check_no_shared_data
 from phatgoose.workflows.experiment.board import Board
+from phatgoose.workflows.experiment.documents import markdown, plot
 from phatgoose.workflows.experiment.executors import Executor, Inline, Outcome, Step
-from phatgoose.workflows.experiment.markdown import markdown
 from phatgoose.workflows.experiment.oracle import picks
 from phatgoose.workflows.experiment.page import page_data
-from phatgoose.workflows.experiment.plot import plot
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.results import Findings, results_of
 from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, ORACLE, OWN, TOLD
