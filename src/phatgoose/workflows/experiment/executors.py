@@ -71,6 +71,18 @@ def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
         return "refused" if isinstance(error, PhatgooseError) else "error", why(error)
 
 
+def settled(step: Step, number: int, kind: str, value: Any, retries: int, tell: Tell) -> Outcome | None:
+    """How a step ended by its attempt `number`, or None if it is to be tried again. Tells which."""
+    if kind == "ok":
+        tell(step, "done", "")
+        return Outcome(value, attempts=number)
+    if kind == "refused" or number > retries:
+        tell(step, "failed", value)
+        return Outcome(error=value, attempts=number)
+    tell(step, "retry", value)
+    return None
+
+
 def why(error: Exception) -> str:
     """What went wrong, in one line; with file and line unless it is a PhatgooseError."""
     said = f"{type(error).__name__}: {error}"
@@ -87,20 +99,15 @@ class Inline:
         self.retries = retries
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        return {step.name: self._run(step, tell) for step in steps}
-
-    def _run(self, step: Step, tell: Tell) -> Outcome:
-        for number in range(1, self.retries + 2):
-            tell(step, "running", "")
-            kind, value = attempt(step.function, step.arguments)
-            if kind == "ok":
-                tell(step, "done", "")
-                return Outcome(value, attempts=number)
-            if kind == "refused" or number > self.retries:
-                tell(step, "failed", value)
-                return Outcome(error=value, attempts=number)
-            tell(step, "retry", value)
-        raise AssertionError("unreachable")
+        found: dict[str, Outcome] = {}
+        for step in steps:
+            for number in range(1, self.retries + 2):
+                tell(step, "running", "")
+                kind, value = attempt(step.function, step.arguments)
+                if outcome := settled(step, number, kind, value, self.retries, tell):
+                    found[step.name] = outcome
+                    break
+        return found
 
     def close(self) -> None:
         pass
@@ -129,54 +136,47 @@ class Processes:
         self.settings = [
             own | ({"CUDA_VISIBLE_DEVICES": visible[n % gpus]} if gpus else {}) for n in range(workers)
         ]
-        self._workers: list[_Worker | None] = [None] * workers
+        self._workers: dict[int, _Worker] = {}
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
         waiting = [(step, 1) for step in steps][::-1]
         busy: dict[int, tuple[Step, int]] = {}
         found: dict[str, Outcome] = {}
         while waiting or busy:
-            for place in range(len(self._workers)):
+            for place in range(len(self.settings)):
                 if waiting and place not in busy:
                     busy[place] = waiting.pop()
                     self._send(place, busy[place][0])
                     tell(busy[place][0], "running", f"worker {place + 1}")
             for place, kind, value in self._finished(busy):
                 step, number = busy.pop(place)
-                if kind == "ok":
-                    found[step.name] = Outcome(value, attempts=number)
-                    tell(step, "done", "")
-                elif kind == "refused" or number > self.retries:
-                    found[step.name] = Outcome(error=value, attempts=number)
-                    tell(step, "failed", value)
+                if outcome := settled(step, number, kind, value, self.retries, tell):
+                    found[step.name] = outcome
                 else:
                     waiting.append((step, number + 1))
-                    tell(step, "retry", value)
         return found
 
     def close(self) -> None:
-        for worker in self._workers:
-            if worker is not None:
-                worker.stop()
-        self._workers = [None] * len(self._workers)
+        for worker in self._workers.values():
+            worker.stop()
+        self._workers.clear()
 
     def _send(self, place: int, step: Step) -> None:
         try:
             self._worker(place).send(step)
         except OSError:  # it died just now, idle: the step is the next one's
-            self._worker_at(place).stop()
-            self._workers[place] = None
+            self._workers.pop(place).stop()
             self._worker(place).send(step)
 
     def _worker(self, place: int) -> _Worker:
-        worker = self._workers[place]
+        worker = self._workers.get(place)
         if worker is None or not worker.process.is_alive():
             worker = self._workers[place] = _Worker(self.settings[place])
         return worker
 
     def _finished(self, busy: Mapping[int, Any]) -> list[tuple[int, str, Any]]:
         """(place, kind, value) of workers that answered or died, waiting until one has."""
-        workers = {place: self._worker_at(place) for place in busy}
+        workers = {place: self._workers[place] for place in busy}
         # A worker's death shows at its sentinel, an answer at its connection; both may be there at once.
         ready = set(wait([x for w in workers.values() for x in (w.connection, w.process.sentinel)]))
         results = []
@@ -184,14 +184,8 @@ class Processes:
             if worker.connection in ready or worker.process.sentinel in ready:
                 results.append((place, *worker.receive()))
                 if not worker.process.is_alive():
-                    worker.stop()
-                    self._workers[place] = None
+                    self._workers.pop(place).stop()
         return results
-
-    def _worker_at(self, place: int) -> _Worker:
-        worker = self._workers[place]
-        assert worker is not None
-        return worker
 
 
 def _gpus() -> list[str]:

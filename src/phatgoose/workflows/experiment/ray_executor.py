@@ -9,7 +9,7 @@ from typing import Any
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.extras import install
-from phatgoose.workflows.experiment.executors import Outcome, Step, Tell, attempt
+from phatgoose.workflows.experiment.executors import Outcome, Step, Tell, attempt, settled
 
 _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
 
@@ -122,15 +122,10 @@ class RayExecutor:
             for reference in ready:
                 step, number = pending.pop(reference)
                 kind, value = self._result(reference)
-                if kind == "ok":
-                    found[step.name] = Outcome(value, attempts=number)
-                    tell(step, "done", "")
-                elif kind == "error" and number <= self.retries:
-                    tell(step, "retry", value)
-                    submit(step, number + 1)
+                if outcome := settled(step, number, kind, value, self.retries, tell):
+                    found[step.name] = outcome
                 else:
-                    found[step.name] = Outcome(error=value, attempts=number)
-                    tell(step, "failed", value)
+                    submit(step, number + 1)
         return found
 
     def _just_begun(self) -> list[tuple[str, str]]:
@@ -141,10 +136,8 @@ class RayExecutor:
         answer, self._asked = self._asked, None
         try:
             return self.ray.get(answer)
-        except (
-            self.ray.exceptions.RayError
-        ):  # the actor's node died: for a moment, running steps aren't shown
-            return []
+        except self.ray.exceptions.RayError:
+            return []  # the actor's node died: for a moment, running steps aren't shown
 
     def close(self) -> None:
         if self._started:
@@ -155,10 +148,7 @@ class RayExecutor:
     def _result(self, reference: Any) -> tuple[str, Any]:
         try:
             return self.ray.get(reference)
-        except (
-            self.ray.exceptions.RayError
-        ) as error:  # the worker or its node died, more often than `retries` allows
-            return (
-                "died",
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'the worker died'}",
-            )
+        except self.ray.exceptions.RayError as error:
+            # The worker or its node died, more often than `retries` allows: Ray itself tried again.
+            why = (str(error).splitlines() or ["the worker died"])[0]
+            return "refused", f"{type(error).__name__}: {why}"
