@@ -41,8 +41,8 @@ from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.training.gate import train_gate
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe
+from phatgoose.workflows.experiment.results import made
 from phatgoose.workflows.experiment.worker import WorkerState
-from phatgoose.workflows.provenance import made
 
 ANSWERED = ("phatgoose", "lag", "uniform", "ties", "fixed-random:seed=0")
 SHARE_ROWS, DROP_ROWS, LONGER_ROWS = 16, 24, 60

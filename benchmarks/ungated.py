@@ -33,11 +33,10 @@ from phatgoose.routers.weights import Comparable
 from phatgoose.training.config import WritingConfig
 from phatgoose.training.generated import train_generated_gate
 from phatgoose.workflows.experiment.recipe import IN_POOL
-from phatgoose.workflows.experiment.results import against, interval, resampled_means, share_of_gain
+from phatgoose.workflows.experiment.results import against, interval, made, resampled_means, share_of_gain
 from phatgoose.workflows.experiment.scores import ScoreCache
 from phatgoose.workflows.experiment.systems import BASE, ORACLE
 from phatgoose.workflows.experiment.worker import WorkerState
-from phatgoose.workflows.provenance import made
 from phatgoose.workflows.quickstart import quickstart_recipe
 
 QUICKSTART = quickstart_recipe()

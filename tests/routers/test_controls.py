@@ -10,7 +10,7 @@ from phatgoose.errors import PoolError, RoutingError
 from phatgoose.ops import backend
 from phatgoose.routers import FixedRandom, ShuffledGates, parse_router
 from phatgoose.routers.router import Candidates
-from phatgoose.workflows.padding import padded
+from phatgoose.workflows.experiment.systems import padded
 
 
 def candidates(members=(0, 1, 2, 3), path="a.b", d=6):

@@ -14,8 +14,7 @@ from phatgoose.experts.merge import dare, ties
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError, without_own_copies
-from phatgoose.workflows.experiment.systems import build, check_system, expanded
-from phatgoose.workflows.padding import padded
+from phatgoose.workflows.experiment.systems import build, check_system, expanded, padded
 from phatgoose.workflows.quickstart import quickstart_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from phatgoose.records import Example, Prediction, TaskScore
-from phatgoose.workflows.experiment.oracle import best, picks, rank, standing
+from phatgoose.workflows.experiment.systems import best, picks, rank, standing
 
 ROWS = (Example("x", ("b",), ("a", "b")), Example("y", ("c",)), Example("z", ("a", "b"), ("a", "b", "c")))
 

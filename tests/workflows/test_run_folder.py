@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import StorageError
-from phatgoose.workflows.experiment.run import run_experiment
+from phatgoose.workflows.experiment.run import clear, locked_folder, run_experiment
 from phatgoose.workflows.quickstart import run_quickstart
-from phatgoose.workflows.run_folder import clear, locked_folder
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,6 @@ from phatgoose.workflows.experiment.page import FORMAT
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, local_name
 from phatgoose.workflows.experiment.scores import EVALUATION, RESAMPLES, ScoreCache
 from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE
-from phatgoose.workflows.provenance import made
 
 VERSION = 1
 
@@ -48,25 +51,28 @@ ALIKE = ("code", "torch", "transformers", "dtype", "device", "backend", "threads
 UNLIKE = "its rows weren't the same in all steps: its data changed meanwhile, or isn't the same everywhere"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Findings:
-    """What the steps of a run found out."""
+    """What the steps of a run find out, stage by stage."""
 
-    tasks: Mapping[str, Mapping[str, Any]]
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Suite → task → what is known of it."""
-    left_out: Mapping[str, Mapping[str, str]]
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     """Suite → task → why it is not measured."""
-    experts: Sequence[Mapping[str, Any]]
+    experts: list[dict[str, Any]] = field(default_factory=list)
     """The record of each expert, in the pool's order."""
-    multitask: Mapping[str, Any] | None
-    """The record of the one expert trained on all data, if it was asked for."""
-    files: Files
-    chosen: Mapping[str, Any]
+    multitask: dict[str, Any] | None = None
+    """The record of the one expert trained on all data, if it was asked for and could be trained."""
+    files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    """System → suite → task → file of its score."""
+    chosen: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     """System → suite → task → the expert that acts."""
-    contamination: Mapping[str, Any]
-    traced: Mapping[str, Any]
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """{"suites": suite → task → rows that share text with training rows, "read" and "unread": experts whose rows were
+    compared or not}."""
+    traced: dict[str, Any] = field(default_factory=dict)
     """"shares" and "layers" by task, if the pool was traced."""
-    failed: Mapping[str, str]
+    failed: dict[str, str] = field(default_factory=dict)
     """What failed → why."""
 
 
@@ -77,18 +83,18 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
     threads.
     """
     suites: dict[str, Any] = {}
-    unlike: dict[str, str] = {}
     for name, tasks in found.tasks.items():
-        table = _read_table(out, found.files, name)
-        compared = suite_results(table, {task: info["hash"] for task, info in tasks.items()})
-        changed = dict.fromkeys(compared.pop("unlike"), UNLIKE)
-        unlike |= {f"{name}: {task}": why for task, why in changed.items()}
+        compared = suite_results(
+            _read_table(out, found.files, name), {task: info["hash"] for task, info in tasks.items()}
+        )
+        for task in compared.pop("unlike"):
+            found.failed[f"{name}: {task}"] = found.left_out[name][task] = UNLIKE
         suites[name] = compared | {
             "tasks": tasks,
-            "left_out": {**found.left_out.get(name, {}), **changed},
+            "left_out": found.left_out[name],
             "contamination": found.contamination["suites"].get(name, {}),
         }
-    failed, facts = {**found.failed, **unlike}, _score_facts(out, found.files)
+    facts = _score_facts(out, found.files)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -99,15 +105,15 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
         "recipe": recipe.without_paths(),
         "evaluation": asdict(EVALUATION),
         "resamples": RESAMPLES,
-        "experts": [dict(e) for e in found.experts],
-        "multitask": None if found.multitask is None else dict(found.multitask),
+        "experts": found.experts,
+        "multitask": found.multitask,
         "suites": suites,
         "claims": _claims(recipe.claims, suites),
         "chosen": found.chosen,
         "training_rows": {k: found.contamination[k] for k in ("read", "unread")},
         **found.traced,
-        "complete": not failed,
-        "failed": failed,
+        "complete": not found.failed,
+        "failed": found.failed,
     }
 
 
@@ -250,3 +256,29 @@ def _read_table(out: Path, files: Files, suite: str) -> dict[str, dict[str, Task
         system: {t: ScoreCache.read(out / "scores" / f) for t, f in found.get(suite, {}).items()}
         for system, found in files.items()
     }
+
+
+def made(seconds: float) -> dict[str, Any]:
+    """When, with which packages and on which machine results were made.
+
+    Args:
+        seconds: this run's own time, without what an earlier run had finished.
+    """
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        **installed_versions("phatgoose", "torch", "transformers", "peft"),
+        "machine": f"{platform.machine()}, {_processor()}, {_cores()} cores",
+        "seconds": round(seconds, 1),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown CPU"

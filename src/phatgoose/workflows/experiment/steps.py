@@ -24,22 +24,15 @@ from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.lists.same_dataset import datasets_of
 from phatgoose.tasks.local_paths import is_local, without_path, without_paths
 from phatgoose.tasks.tokenizer_loss import tokenizer_loss
+from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.gate import match_to_base
 from phatgoose.training.trainer.rows import draw_rows
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
 from phatgoose.workflows.experiment.executors import why
-from phatgoose.workflows.experiment.oracle import standing
 from phatgoose.workflows.experiment.page import page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL
-from phatgoose.workflows.experiment.systems import MULTITASK, OTHER
-from phatgoose.workflows.experiment.worker import (
-    Run,
-    WorkerState,
-    folder_of,
-    multitask_folder,
-    trained_on,
-    worker_state,
-)
+from phatgoose.workflows.experiment.systems import MULTITASK, OTHER, standing
+from phatgoose.workflows.experiment.worker import Run, WorkerState, worker_state
 from phatgoose.workflows.traced import TraceReport, TraceRequest, traced
 
 
@@ -87,24 +80,22 @@ def chance(rows: Sequence[Example]) -> float | None:
 def train(run: Run, name: str) -> dict[str, Any]:
     """One contributor's work: an expert and its gates. Returns the expert's record."""
     state = worker_state(run)
-    entry = next(e for e in state.recipe.pool_entries if e.name == name)
-    task = trained_on(state, name)
-    folder = folder_of(state.recipe, state.out, entry)
-    key = contribution_key(state.base, task, state.recipe.expert, state.recipe.gate)
-    work = _work(state, folder, key)
-    expert = contribute(
-        state.base, task, state.recipe.expert, state.recipe.gate, name=name, folder=folder, work=work
-    )
-    return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
+    recipe, task = state.recipe, state.task(IN_POOL, name)
+    folder = state.expert_folder(next(e for e in recipe.pool_entries if e.name == name))
+    return _contributed(state, task, name, folder, (recipe.expert, recipe.gate))
 
 
-def _work(state: WorkerState, folder: Path, key: str) -> Path:
-    """The work folder of a training of these data and settings. Those of other data or settings are removed."""
-    place = state.out / "work" / f"{folder.name}-{key[:10]}"
-    for other in place.parent.glob(f"{folder.name}-*"):
-        if other != place:
+def _contributed(
+    state: WorkerState, task: Task, name: str, folder: Path, configs: tuple[ExpertConfig, GateConfig | None]
+) -> dict[str, Any]:
+    """The record of an expert that is there or is trained now. Work on other data or settings is removed."""
+    key = contribution_key(state.base, task, *configs)
+    work = state.out / "work" / f"{folder.name}-{key[:10]}"
+    for other in work.parent.glob(f"{folder.name}-*"):
+        if other != work:
             shutil.rmtree(other, ignore_errors=True)
-    return place
+    expert = contribute(state.base, task, *configs, name=name, folder=folder, work=work)
+    return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
 
 
 def take(run: Run) -> dict[str, Any]:
@@ -164,7 +155,7 @@ def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
     state = worker_state(run)
     place = state.out / "experts" / folder
     work = state.out / "work" / f"{folder}.signature"
-    signed = sign(state.base, trained_on(state, name), state.recipe.signature, folder=place, work=work)
+    signed = sign(state.base, state.task(IN_POOL, name), state.recipe.signature, folder=place, work=work)
     assert signed.signature is not None
     made = signed.provenance["signature"]
     return {"signature": signed.signature.hash} | {
@@ -180,7 +171,7 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     """
     state = worker_state(run)
     config, own = state.recipe.multitask or state.recipe.expert, state.recipe.expert
-    tasks = [trained_on(state, n) for n in names]
+    tasks = [state.task(IN_POOL, n) for n in names]
     # The same draw as in each expert's own training, so that the union holds exactly what the experts saw.
     seen = [draw_rows(len(t.train), own.steps * own.rows_per_step, own.seed) for t in tasks]
     train = tuple(t.train[i] for t, rows in zip(tasks, seen, strict=True) for i in rows)
@@ -188,10 +179,8 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     validation = tuple(e for t in tasks for e in t.validation[:each])
     parts = [{"name": t.name, "hash": t.hash} for t in tasks]
     union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
-    folder = multitask_folder(state.recipe, state.out, names)
-    work = _work(state, folder, contribution_key(state.base, union, config, None))
-    expert = contribute(state.base, union, config, None, name=MULTITASK, folder=folder, work=work)
-    return {**record(expert, union), "folder": folder.name, "hash": expert.hash}
+    made = _contributed(state, union, MULTITASK, state.multitask_folder(names), (config, None))
+    return {k: v for k, v in made.items() if k != "key"}
 
 
 def choose(run: Run, pool: str, expert: str, suite: str, tasks: list[str]) -> dict[str, dict[str, Any]]:
@@ -272,7 +261,7 @@ def contamination(
     read = []
     for name in trained:
         try:
-            task = trained_on(state, name)
+            task = state.task(IN_POOL, name)
         except PhatgooseError:  # an expert that was taken: results say that its rows weren't compared
             continue
         saw = state.pool[name].provenance.get("task")

@@ -1,4 +1,4 @@
-"""What an experiment compares: system names → (pool, router).
+"""What an experiment compares: system names → (pool, router), and which experts labels choose.
 
 Any router's command-line form is a system ("phatgoose:top_k=1", "arrow"); {seed} in it is replaced by each seed.
 Further systems:
@@ -14,15 +14,18 @@ Further systems:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phatgoose.errors import RoutingError, brief
+import torch
+
+from phatgoose.errors import PoolError, RoutingError, brief
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.records import Example, TaskScore
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.routers.parse import BASE as BASE
 from phatgoose.routers.parse import LABELLED, is_router, parse_pool_settings, parse_router, parse_system
-from phatgoose.workflows.padding import padded
 
 MAIN = "phatgoose"
 MULTITASK, OTHER, PADDED = "multitask", "model", "padded"
@@ -97,3 +100,89 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
         # The expert alone, so that oracle, own and single:NAME share its scores.
         return Pool([pool.experts[router.place(pool.names)]]), Single(0)
     return attached, router
+
+
+def padded(pool: Pool, count: int, seed: int = 0) -> Pool:
+    """The pool with `count` random experts after its own.
+
+    Each is modelled on one of the pool's experts in turn: every tensor and every gate is drawn from a normal
+    distribution with the mean and standard deviation of the original, so that its size doesn't give it away.
+
+    Raises:
+        PoolError: `count` is negative, or a name it would use is taken.
+    """
+    if count < 0:
+        raise PoolError(f"{count} experts can't be added to a pool.")
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_like(tensor: torch.Tensor) -> torch.Tensor:
+        values = tensor.float()
+        draw = torch.randn(tensor.shape, generator=generator)
+        return (values.mean() + values.std(correction=0) * draw).to(tensor.dtype)
+
+    added = []
+    for number in range(count):
+        model = pool.experts[number % len(pool.experts)]
+        provenance = {"kind": "random", "like": model.name, "seed": seed}
+        if model.base is not None:
+            provenance["base"] = model.base.to_json()
+        gates = (
+            None if model.gates is None else {path: random_like(gate) for path, gate in model.gates.items()}
+        )
+        tensors = {key: random_like(tensor) for key, tensor in model.tensors.items()}
+        added.append(Expert(f"random-{number + 1}", model.adapter_config, tensors, gates, provenance))
+    return Pool([*pool.experts, *added])
+
+
+Standing = Sequence[float | None]
+"""(mean score on a task's validation rows, mean log-likelihood per token of right choices; None if no row has
+choices)."""
+
+
+def standing(score: TaskScore, rows: Sequence[Example]) -> list[float | None]:
+    """What an expert is chosen by on one task, from its score on these rows."""
+    found = [
+        max(s for choice, s in zip(row.choices, made.choice_scores, strict=True) if choice in row.targets)
+        for row, made in zip(rows, score.predictions, strict=True)
+        if row.choices is not None and made.choice_scores is not None
+    ]
+    return [score.mean, sum(found) / len(found) if found else None]
+
+
+def best(scores: Mapping[str, Sequence[Standing]]) -> str:
+    """The expert that is best over some tasks, from expert → its standing on each of them."""
+    return max(scores, key=lambda expert: rank(scores[expert]))
+
+
+def rank(standings: Sequence[Standing]) -> tuple[float, float]:
+    """Sorts experts, the best last. Rounded, so that the order of summing doesn't tip a tie.
+
+    By few rows many experts tie: then the one wins under which right choices are likelier, or the first of the pool.
+    """
+    return round(sum(mean or 0.0 for mean, _ in standings), 9), sum(likely or 0.0 for _, likely in standings)
+
+
+def picks(
+    scores: Mapping[str, Mapping[str, Standing]], names: Sequence[str], tasks: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """System → task → expert, from expert → task → its standing there.
+
+    A task on which no expert could be scored has no oracle. An expert that couldn't be scored where others were
+    can't be best-single.
+
+    Args:
+        names: the tasks that can be chosen on.
+        tasks: all of the suite.
+    """
+    oracle = {}
+    for task in names:
+        if able := {e: [scores[e][task]] for e in scores if task in scores[e]}:
+            oracle[task] = best(able)
+    # An expert scored on fewer tasks has a smaller sum for that reason alone, so only complete ones are compared.
+    most = max((len(found) for found in scores.values()), default=0)
+    if not most:
+        return {ORACLE: oracle, BEST_SINGLE: {}}
+    whole = [e for e in scores if len(scores[e]) == most]
+    common = [t for t in names if all(t in scores[e] for e in whole)]
+    one = best({e: [scores[e][t] for t in common] for e in whole})
+    return {ORACLE: oracle, BEST_SINGLE: dict.fromkeys(tasks, one)}

@@ -40,10 +40,12 @@ class WorkerState:
 
     def __init__(self, recipe: ExperimentRecipe, out: Path):
         self.recipe, self.out = recipe, out
-        self.suites = {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
+        self.suites = {IN_POOL: Suite(IN_POOL, recipe.pool_entries)}
+        self.suites |= {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
         self._tasks: dict[tuple[str, str], Task] = {}
         self._systems: dict[Any, tuple[Pool | None, Router | None]] = {}
         self._other: tuple[str, ScoreCache] | None = None
+        self._pool_key = ""
 
     @cached_property
     def base(self) -> Base:
@@ -61,6 +63,13 @@ class WorkerState:
     @cached_property
     def pool(self) -> Pool:
         return Pool.load(self.out / "pool")
+
+    def use_pool(self, key: str) -> None:
+        """Reads the pool again unless `key` names the content that was read."""
+        if key != self._pool_key:
+            self._pool_key = key
+            self._systems.clear()
+            self.__dict__.pop("pool", None)
 
     def other(self, spec: str) -> ScoreCache:
         """The scores of another model by itself; the last such model is kept."""
@@ -100,7 +109,7 @@ class WorkerState:
     def system(self, name: str, expert: str | None) -> tuple[Pool | None, Router | None]:
         """(pool, router) to attach. `expert`: the one that was chosen, or the hash of this run's multitask expert."""
         if name == MULTITASK:
-            found = Expert.load(multitask_folder(self.recipe, self.out, self.pool.names))
+            found = Expert.load(self.multitask_folder(self.pool.names))
             if found.hash != expert:
                 raise PhatgooseError(f"the multitask expert in its folder isn't this run's, {expert}.")
             return Pool([found]), Single(0)
@@ -114,23 +123,39 @@ class WorkerState:
             self._systems[name, expert] = pool, router
         return self._systems[name, expert]
 
+    def expert_folder(self, entry: Entry) -> Path:
+        """Where an expert is trained. Its settings are in the name: another recipe's expert is never overwritten."""
+        recipe = self.recipe
+        trained = [recipe.expert.key(), recipe.gate.key(), list(entry.specs)]
+        asked = [recipe.base, recipe.dtype, *trained, recipe.pool.train_rows]
+        return self.out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
+
+    def multitask_folder(self, names: Sequence[str]) -> Path:
+        """Where the one expert on the data of all these experts is trained."""
+        recipe = self.recipe
+        specs = {e.name: list(e.specs) for e in recipe.pool_entries}
+        asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
+        return self.out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
+
 
 Run = Mapping[str, Any]
 """The run that a step is part of: its "recipe" as JSON, its folder "out", and a "number" of its own."""
 
 
 @lru_cache(maxsize=1)
-def _cached_state(run: str, pool: str) -> WorkerState:
-    """The state for this run and this content of its pool. It is kept for the next step, but not for another run or
-    pool."""
+def _cached_state(run: str) -> WorkerState:
+    """The state for this run. It is kept for the next step, but not for another run."""
     known = json.loads(run)
     return WorkerState(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
 
 
 def worker_state(run: Run, pool: str = "") -> WorkerState:
-    """This process's state for a run."""
+    """This process's state for a run. `pool`: the name of its content, for a step that reads it."""
     _quiet()
-    return _cached_state(json.dumps(run), pool)  # unsorted: tasks keep their order
+    state = _cached_state(json.dumps(run))  # unsorted: tasks keep their order
+    if pool:
+        state.use_pool(pool)
+    return state
 
 
 @cache
@@ -138,30 +163,3 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-
-
-def folder_of(recipe: ExperimentRecipe, out: Path, entry: Entry) -> Path:
-    """Where an expert is trained. Its settings are part of the name: another recipe's expert is never overwritten."""
-    asked = [
-        recipe.base,
-        recipe.dtype,
-        recipe.expert.key(),
-        recipe.gate.key(),
-        list(entry.specs),
-        recipe.pool.train_rows,
-    ]
-    return out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
-
-
-def trained_on(state: WorkerState, name: str) -> Task:
-    """The task that an expert of the pool is trained on."""
-    if IN_POOL not in state.suites:
-        state.suites[IN_POOL] = Suite(IN_POOL, state.recipe.pool_entries)
-    return state.task(IN_POOL, name)
-
-
-def multitask_folder(recipe: ExperimentRecipe, out: Path, names: Sequence[str]) -> Path:
-    """Where the one expert on the data of all these experts is trained."""
-    specs = {e.name: list(e.specs) for e in recipe.pool_entries}
-    asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
-    return out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
