@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import fetch
+from phatgoose import fetch, locks
 from phatgoose.errors import DownloadError, StorageError
 
 NAME = "goosefeather-1.0.0-py3-none-any.whl"
@@ -122,7 +122,8 @@ def test_remains_of_a_killed_process_are_cleared(index, tmp_path):
     assert left(tmp_path) == [NAME]
 
 
-def test_the_lock_keeps_a_second_one_waiting(tmp_path):
+def test_the_lock_keeps_a_second_one_waiting_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "NOTICE_SECONDS", 0.05)
     order = []
 
     def second() -> None:
@@ -136,6 +137,8 @@ def test_the_lock_keeps_a_second_one_waiting(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+    (told,) = [r for r in caplog.records if r.name == locks.__name__]
+    assert "waiting until another process is done with" in told.getMessage()
 
 
 @pytest.fixture(params=["a folder", "an index here", "an index over HTTP"])

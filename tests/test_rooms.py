@@ -27,7 +27,7 @@ ORDER = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Rooms on one level don't know each other, but for these.
-WITHIN = {("registry", "errors"), ("fetch", "files"), ("locks", "files")}
+WITHIN = {("registry", "errors"), ("fetch", "files"), ("fetch", "locks"), ("locks", "files")}
 
 
 def room_of(path):

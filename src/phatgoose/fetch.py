@@ -7,8 +7,6 @@ setup.py, so those come by `pip_sdist.py`: nothing of a package is installed, bu
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import re
 import shutil
@@ -16,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from phatgoose.errors import DownloadError, PhatgooseError, StorageError
 from phatgoose.files import atomic_folder, cache_folder, sha256_file, storage_errors
+from phatgoose.locks import locked
 
 _NO_NETWORK = re.compile(
     r"connection|name resolution|getaddrinfo|unreachable|max retries|timed? ?out|proxy"
@@ -112,27 +110,12 @@ def build_once(
     return target
 
 
-@contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
+def exclusive(target: Path) -> AbstractContextManager[None]:
     """Holds a lock beside `target`; a second process waits until the first is done with it.
 
     Where the file system has no locks two processes may do the same work; each still moves a whole result in place.
-
-    Raises:
-        StorageError: if the lock can't be written.
     """
-    lock = FileLock(target.parent / f".{target.name}.lock")
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-    try:
-        yield
-    finally:
-        lock.release()
+    return locked(target.parent / f".{target.name}.lock", str(target))
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 import pytest
 from filelock import FileLock
 
+from phatgoose import locks
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts import manifest
 from phatgoose.experts.expert import Expert
@@ -263,20 +264,20 @@ def test_a_folder_without_permission_is_refused_in_a_word(saved, monkeypatch):
 
 def test_who_waits_for_a_pools_lock_is_told_once_and_then_goes_on(saved, monkeypatch, caplog):
     (a, _), folder = saved
-    monkeypatch.setattr(manifest, "NOTICE_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "NOTICE_SECONDS", 0.05)
     other = FileLock(folder / ".lock", thread_local=False)
     other.acquire()
     threading.Timer(0.5, other.release).start()
     add_to_folder(folder, a.renamed("c"))
     assert Pool.load(folder).names == ("a", "b", "c")
-    (told,) = [r for r in caplog.records if r.name == manifest.__name__]
+    (told,) = [r for r in caplog.records if r.name == locks.__name__]
     assert "waiting until another process is done with the pool" in told.getMessage()
     assert str(folder / ".lock") in told.getMessage()
 
 
 def test_a_lock_that_is_never_given_back_is_an_error(saved, monkeypatch):
     _, folder = saved
-    monkeypatch.setattr(manifest, "NOTICE_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "NOTICE_SECONDS", 0.05)
     monkeypatch.setattr(manifest, "LOCK_SECONDS", 0.2)
     with (
         FileLock(folder / ".lock"),

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import check_sha256
 from phatgoose.experts.names import EXPERT_FILES, HEADERS, MANIFEST, PACKED_FILES, check_name
-from phatgoose.files import JSON_LIMIT_BYTES, storage_errors
+from phatgoose.files import JSON_LIMIT_BYTES
+from phatgoose.locks import locked
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
 
-LOCK_SECONDS, NOTICE_SECONDS = 600.0, 5.0
-"""How long to wait for a pool's lock, and after how long to say what is waited for."""
+LOCK_SECONDS = 600.0
+"""How long to wait for a pool's lock."""
 FORMAT_VERSION, PACKED_VERSION = 1, 2
 _FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_log = logging.getLogger(__name__)
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -43,25 +40,9 @@ def lock(folder: Path) -> Iterator[None]:
         PoolError: another process holds it for ten minutes, or it is a link. StorageError: the folder can't be written.
     """
     _refuse_links(folder)
-    held = FileLock(folder / ".lock")
-    with storage_errors(folder / ".lock"):
-        try:
-            held.acquire(timeout=min(NOTICE_SECONDS, LOCK_SECONDS))
-        except Timeout:
-            _log.warning(
-                "waiting until another process is done with the pool in %s (%s)", folder, held.lock_file
-            )
-            try:
-                held.acquire(timeout=max(0.0, LOCK_SECONDS - NOTICE_SECONDS))
-            except Timeout as cause:
-                raise PoolError(
-                    f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is "
-                    "done, or end it."
-                ) from cause
-    try:
+    held = f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
+    with locked(folder / ".lock", f"the pool in {folder}", LOCK_SECONDS, PoolError(held), needed=True):
         yield
-    finally:
-        held.release()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
