@@ -20,19 +20,28 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.files.safetensors_file import all_identical, check_finite, holds_same, read_tensor_file
+from phatgoose.experts.files.safetensors_file import (
+    all_identical,
+    check_finite,
+    check_sha256,
+    holds_same,
+    read_tensor_file,
+)
 from phatgoose.experts.files.safetensors_header import Header, Item, write_header
+from phatgoose.experts.gates import check_made_for
 from phatgoose.experts.names import PEFT_WEIGHTS, SIGNATURE_FILE
 from phatgoose.files import write_bytes
 from phatgoose.ops.update import Update, sizes_agree
 
 MOST_TEXTS, MOST_WIDTH = 1000, 8192
 ACTIVATIONS, TEXTS = "activations/", "texts"
-_FORMAT, _VERSION = "phatgoose-signature", "1"
+_FORMAT = {"format": "phatgoose-signature", "version": "1"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME_LENGTH = 200
 _UNIT = 1e-3
 """How far from 1 the length of an embedding may be."""
+_Shapes = Mapping[str, tuple[int, ...]]
+"""Of the tensors by their names in the file."""
 
 
 class DataSignature:
@@ -63,28 +72,55 @@ class DataSignature:
             where: what error messages begin with.
         """
         self.path: Path | None = None
-        self.encoder, self.encoder_sha256 = encoder, encoder_sha256
-        self.has_activations, self.has_texts = activations is not None, texts is not None
-        if not (self.has_activations or self.has_texts):
-            raise ExpertError(f"{where} holds neither activations nor texts.")
-        _check_encoder(self, where)
-        self._values = _checked(activations, texts, where)
+        given = {ACTIVATIONS + path: vector for path, vector in (activations or {}).items()}
+        given |= {} if texts is None else {TEXTS: texts}
+        self._tensors = {name: t.detach().to("cpu", torch.float32) for name, t in given.items()}
+        self._set({name: tuple(t.shape) for name, t in given.items()}, encoder, encoder_sha256, where)
+        _check_values(self._tensors, where)
 
-    @property
+    def _set(self, shapes: _Shapes, encoder: str | None, encoder_sha256: str | None, where: str) -> None:
+        """Sets what is known without the values, and checks it."""
+        self.encoder, self.encoder_sha256, self._shapes = encoder, encoder_sha256, shapes
+        self.has_texts, self.has_activations = TEXTS in shapes, bool(shapes.keys() - {TEXTS})
+        if not shapes:
+            raise ExpertError(f"{where} holds neither activations nor texts.")
+        for name, shape in shapes.items():
+            if name == TEXTS and not (
+                len(shape) == 2 and 1 <= shape[0] <= MOST_TEXTS and 1 <= shape[1] <= MOST_WIDTH
+            ):
+                raise ExpertError(
+                    f"{where}: texts have shape {list(shape)}, expected [1 to {MOST_TEXTS}, 1 to {MOST_WIDTH}]."
+                )
+            if name != TEXTS and not (len(shape) == 1 and shape[0]):
+                raise ExpertError(f"{where}: {name} has shape {list(shape)}, expected one vector.")
+        if not self.has_texts:
+            if encoder is not None or encoder_sha256 is not None:
+                raise ExpertError(f"{where} names an encoder, but holds no texts.")
+        elif (
+            not isinstance(encoder, str) or not 0 < len(encoder) <= _NAME_LENGTH or not encoder.isprintable()
+        ):
+            raise ExpertError(f"{where}: its texts' encoder is {brief(encoder)}, expected a name.")
+        elif not isinstance(encoder_sha256, str) or not _SHA256.fullmatch(encoder_sha256):
+            raise ExpertError(
+                f"{where}: the encoder's sha256 is {brief(encoder_sha256)}, expected 64 hex digits."
+            )
+
+    @cached_property
     def activations(self) -> Mapping[str, Tensor] | None:
         """Mean input [d_in] float32 of each adapted module (of an embedding: mean output), by module path."""
-        return self._values[0]
+        found = {n.removeprefix(ACTIVATIONS): t for n, t in self._tensors.items() if n != TEXTS}
+        return found or None
 
     @property
     def texts(self) -> Tensor | None:
         """Embeddings of training texts: float32 [n, width], rows of length 1."""
-        return self._values[1]
+        return self._tensors.get(TEXTS)
 
     @cached_property
     def hash(self) -> str:
         """sha256 of every value and of the encoder's fingerprint."""
         digest = hashlib.sha256(str(self.encoder_sha256).encode())
-        for name, tensor in sorted(self._tensors().items()):
+        for name, tensor in sorted(self._tensors.items()):
             digest.update(f"{name}\0{list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -93,7 +129,7 @@ class DataSignature:
         """Refuses activations that aren't one vector for each module that the expert adapts, of its size."""
         if not self.has_activations:
             return
-        found = self._widths()
+        found = {n.removeprefix(ACTIVATIONS): shape[0] for n, shape in self._shapes.items() if n != TEXTS}
         if found.keys() != updates.keys():
             odd = sorted(found.keys() ^ updates.keys())[0]
             raise ExpertError(
@@ -108,141 +144,71 @@ class DataSignature:
 
     def write(self, target: Path, adapter_sha256: str) -> None:
         """Writes signature.safetensors: a copy of the file that was read if it still holds the same."""
-        metadata = {"format": _FORMAT, "version": _VERSION, "adapter_sha256": adapter_sha256}
+        metadata = {**_FORMAT, "adapter_sha256": adapter_sha256}
         if self.encoder is not None:
             metadata |= {"encoder": self.encoder, "encoder_sha256": str(self.encoder_sha256)}
         source = self.path
-        if source is not None and source.is_file() and holds_same(source, self._tensors(), metadata):
+        if source is not None and source.is_file() and holds_same(source, self._tensors, metadata):
             shutil.copyfile(source, target)
             return
         # Not by safetensors' own writer, which puts metadata in random order: one signature should have one sha256.
-        items, end, tensors = {}, 0, self._tensors()
-        for name, tensor in tensors.items():
+        items, end = {}, 0
+        for name, tensor in self._tensors.items():
             items[name] = Item(tensor.dtype, tuple(tensor.shape), end, end + 4 * tensor.numel())
             end += 4 * tensor.numel()
-        data = b"".join(t.contiguous().numpy().tobytes() for t in tensors.values())
+        data = b"".join(t.contiguous().numpy().tobytes() for t in self._tensors.values())
         write_bytes(target, write_header(items, metadata) + data)
 
     def equals(self, other: DataSignature | None) -> bool:
         return (
             other is not None
             and (self.encoder, self.encoder_sha256) == (other.encoder, other.encoder_sha256)
-            and all_identical(self._tensors(), other._tensors())
+            and all_identical(self._tensors, other._tensors)
         )
-
-    def _widths(self) -> dict[str, int]:
-        return {path: vector.shape[0] for path, vector in (self.activations or {}).items()}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        found = {ACTIVATIONS + path: v for path, v in (self.activations or {}).items()}
-        return found | ({} if self.texts is None else {TEXTS: self.texts})
 
 
 class StoredSignature(DataSignature):
     """A data signature in a file whose header was checked; its values are read, and checked, on first use.
 
     Args:
-        sha256: the file's, to be compared when it is read; None if it isn't known.
+        sha256: the file's, to be compared when it is read.
+        weights: the name of the adapter's file, whose sha256 is `adapter_sha256`.
     """
 
-    def __init__(self, path: Path, header: Header, adapter_sha256: str, sha256: str | None = None):
+    def __init__(
+        self, path: Path, header: Header, sha256: str, adapter_sha256: str, weights: str = PEFT_WEIGHTS
+    ):
         self.path, self._sha256 = path, sha256
-        check_metadata(header.metadata, path, adapter_sha256)
-        self._shapes = _shapes(header, str(path))
-        self.encoder = header.metadata.get("encoder")
-        self.encoder_sha256 = header.metadata.get("encoder_sha256")
-        self.has_texts, self.has_activations = TEXTS in header.items, any(n != TEXTS for n in header.items)
-        _check_encoder(self, str(path))
+        check_made_for(_FORMAT, header.metadata, path, adapter_sha256, weights)
+        for name, item in header.items.items():
+            if name != TEXTS and not name.startswith(ACTIVATIONS):
+                raise ExpertError(
+                    f"{path}: there is a tensor {name!r}, expected {TEXTS!r} or {ACTIVATIONS}MODULE."
+                )
+            if item.dtype != torch.float32:
+                raise ExpertError(f"{path}: {name} is in {item.dtype}, expected float32.")
+        encoder, digest = (header.metadata.get(key) for key in ("encoder", "encoder_sha256"))
+        self._set({name: item.shape for name, item in header.items.items()}, encoder, digest, str(path))
 
     @cached_property
-    def _values(self) -> tuple[Mapping[str, Tensor] | None, Tensor | None]:  # type: ignore[override]
+    def _tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         assert self.path is not None
         found = read_tensor_file(self.path)
-        if self._sha256 is not None and found.sha256 != self._sha256:
-            raise ExpertError(
-                f"{self.path} is damaged or was changed: expected sha256 {self._sha256}, found {found.sha256}."
-            )
+        check_sha256(self._sha256, found.sha256, self.path)
         if {n: tuple(t.shape) for n, t in found.tensors.items()} != self._shapes:
             raise ExpertError(f"{self.path} was changed while it was in use.")
-        tensors = dict(found.tensors)
-        texts = tensors.pop(TEXTS, None)
-        activations = {name.removeprefix(ACTIVATIONS): t for name, t in tensors.items()}
-        return _checked(activations or None, texts, str(self.path))
-
-    def _widths(self) -> dict[str, int]:
-        shapes = {n.removeprefix(ACTIVATIONS): s for n, s in self._shapes.items() if n != TEXTS}
-        return {path: shape[0] for path, shape in shapes.items()}
+        _check_values(found.tensors, str(self.path))
+        return found.tensors
 
 
-def check_metadata(metadata: Mapping[str, str], path: Path, adapter_sha256: str) -> None:
-    """Refuses a signature of another format, or of another adapter than the one with this sha256."""
-    if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
-        raise ExpertError(
-            f"{path} has format {brief(metadata.get('format'))} version {brief(metadata.get('version'))}; "
-            f"expected {_FORMAT!r} version {_VERSION!r}."
-        )
-    if metadata.get("adapter_sha256") != adapter_sha256:
-        raise ExpertError(
-            f"{path} was made with another adapter: it says sha256 {brief(metadata.get('adapter_sha256'))}, and "
-            f"{PEFT_WEIGHTS} has {adapter_sha256}."
-        )
-
-
-def _check_encoder(signature: DataSignature, where: str) -> None:
-    name, digest = signature.encoder, signature.encoder_sha256
-    if not signature.has_texts:
-        if name is not None or digest is not None:
-            raise ExpertError(f"{where} names an encoder, but holds no texts.")
-        return
-    if not isinstance(name, str) or not 0 < len(name) <= _NAME_LENGTH or not name.isprintable():
-        raise ExpertError(f"{where}: its texts' encoder is {brief(name)}, expected a name.")
-    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise ExpertError(f"{where}: the encoder's sha256 is {brief(digest)}, expected 64 hex digits.")
-
-
-def _shapes(header: Header, where: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape; refuses wrong names, dtypes and dimensions."""
-    if not header.items:
-        raise ExpertError(f"{where} holds neither activations nor texts.")
-    for name, item in header.items.items():
-        if name != TEXTS and not name.startswith(ACTIVATIONS):
-            raise ExpertError(
-                f"{where}: there is a tensor {name!r}, expected {TEXTS!r} or {ACTIVATIONS}MODULE."
-            )
-        if item.dtype != torch.float32:
-            raise ExpertError(f"{where}: {name} is in {item.dtype}, expected float32.")
-        _check_shape(name, item.shape, where)
-    return {name: item.shape for name, item in header.items.items()}
-
-
-def _check_shape(name: str, shape: tuple[int, ...], where: str) -> None:
-    if name == TEXTS:
-        if len(shape) != 2 or not 1 <= shape[0] <= MOST_TEXTS or not 1 <= shape[1] <= MOST_WIDTH:
-            raise ExpertError(
-                f"{where}: texts have shape {list(shape)}, expected [1 to {MOST_TEXTS}, 1 to {MOST_WIDTH}]."
-            )
-    elif len(shape) != 1 or not shape[0]:
-        raise ExpertError(f"{where}: {name} has shape {list(shape)}, expected one vector.")
-
-
-def _checked(
-    activations: Mapping[str, Tensor] | None, texts: Tensor | None, where: str
-) -> tuple[Mapping[str, Tensor] | None, Tensor | None]:
-    found = None
-    if activations is not None:
-        found = {path: v.detach().to("cpu", torch.float32) for path, v in activations.items()}
-        for path, vector in found.items():
-            _check_shape(ACTIVATIONS + path, tuple(vector.shape), where)
-            check_finite(vector, f"{where}: the mean activation of {path}")
-    if texts is not None:
-        texts = texts.detach().to("cpu", torch.float32)
-        _check_shape(TEXTS, tuple(texts.shape), where)
-        check_finite(texts, f"{where}: {TEXTS}")
-        lengths = texts.double().norm(dim=1)
-        if bool(((lengths - 1).abs() > _UNIT).any()):
-            odd = int((lengths - 1).abs().argmax())
+def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{where}: {name}")
+    if TEXTS in tensors:
+        lengths = tensors[TEXTS].double().norm(dim=1)
+        odd = int((lengths - 1).abs().argmax())
+        if abs(lengths[odd] - 1) > _UNIT:
             raise ExpertError(f"{where}: text {odd} has length {lengths[odd]:.4g}, expected 1.")
-    return found, texts
 
 
 def describe(record: Any) -> str:

@@ -15,7 +15,7 @@ from phatgoose.experts.data_signature import DataSignature, StoredSignature
 from phatgoose.experts.files import tokenizer_files
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import check_sha256
-from phatgoose.experts.gates import check_gates_metadata
+from phatgoose.experts.gates import FORMAT, check_made_for
 from phatgoose.experts.names import CARD_FILE, EXPERT_FILES, GATES_FILE, RECORD_FILE, SIGNATURE_FILE, slug
 
 RECORD_VERSION = 1
@@ -64,7 +64,7 @@ def read_folder(path: Path, name: str | None, drop: Collection[str]) -> dict[str
     gates = None
     if _is_there(folder, GATES_FILE, record.get("gates_sha256")):
         found = folder.read_tensors(GATES_FILE)
-        check_gates_metadata(found.metadata, path / GATES_FILE, adapter.sha256, weights.name)
+        check_made_for(FORMAT, found.metadata, path / GATES_FILE, adapter.sha256, weights.name)
         check_sha256(record.get("gates_sha256", found.sha256), found.sha256, path / GATES_FILE, _RECORDED)
         gates = found.tensors
     provenance = _with_tokenizer(record.get("provenance", {}), path)
@@ -143,6 +143,6 @@ def _read_signature(folder: SafeFolder, recorded: Any, adapter_sha256: str) -> D
         return None
     path, digest = folder.file(SIGNATURE_FILE), folder.sha256(SIGNATURE_FILE)
     check_sha256(recorded or digest, digest, path, _RECORDED)
-    found = StoredSignature(path, folder.read_header(SIGNATURE_FILE)[1], adapter_sha256, digest)
+    found = StoredSignature(path, folder.read_header(SIGNATURE_FILE)[1], digest, adapter_sha256)
     _ = found.texts  # read now, so that a damaged one is refused here
     return found

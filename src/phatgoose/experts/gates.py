@@ -11,36 +11,42 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.files.safetensors_file import check_sha256
-from phatgoose.experts.names import GATES_FILE, PEFT_WEIGHTS
+from phatgoose.experts.names import PEFT_WEIGHTS
 from phatgoose.ops.update import Update, sizes_agree
 
-GATES_VERSION = 1
+FORMAT = {"format": "phatgoose-gates", "version": "1"}
 
 
 def gates_metadata(adapter_sha256: str, base: Any) -> dict[str, str]:
     """The metadata of gates.safetensors: the adapter that the gates were trained for and, if known, its base."""
-    metadata = {"format": "phatgoose-gates", "version": str(GATES_VERSION), "adapter_sha256": adapter_sha256}
+    metadata = {**FORMAT, "adapter_sha256": adapter_sha256}
     if base:
         metadata["base"] = json.dumps(base, sort_keys=True)
     return metadata
 
 
-def check_gates_metadata(
-    metadata: Mapping[str, str], path: Path, adapter_hash: str, weights: str = PEFT_WEIGHTS
+def check_made_for(
+    expected: Mapping[str, str],
+    metadata: Mapping[str, str],
+    path: Path,
+    adapter_sha256: str,
+    weights: str = PEFT_WEIGHTS,
 ) -> None:
-    """Refuses gates in another format, or for another adapter than the one with this sha256."""
-    if metadata.get("format") != "phatgoose-gates" or metadata.get("version") != str(GATES_VERSION):
+    """Refuses a file whose metadata has another format than `expected`, or another adapter than this.
+
+    Args:
+        weights: the name of the adapter's file, which has this sha256.
+    """
+    if any(metadata.get(key) != value for key, value in expected.items()):
         raise ExpertError(
             f"{path} has format {brief(metadata.get('format'))} version {brief(metadata.get('version'))}; "
-            f"expected 'phatgoose-gates' version '{GATES_VERSION}'."
+            f"expected {expected['format']!r} version {expected['version']!r}."
         )
-    check_sha256(
-        metadata.get("adapter_sha256"),
-        adapter_hash,
-        path.parent / weights,
-        f"the adapter {GATES_FILE} was trained for",
-    )
+    if metadata.get("adapter_sha256") != adapter_sha256:
+        raise ExpertError(
+            f"{path} was made with another adapter, or {weights} is damaged or was changed: expected sha256 "
+            f"{brief(metadata.get('adapter_sha256'))}, found {adapter_sha256}."
+        )
 
 
 def checked_gates(

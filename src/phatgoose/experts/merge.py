@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PoolError
-from phatgoose.experts.adapters.peft_keys import PREFIX
+from phatgoose.experts.adapters.peft import PREFIX
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.ops.update import Update

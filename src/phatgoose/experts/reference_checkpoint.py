@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, PoolError, brief
-from phatgoose.experts.adapters.peft_keys import PREFIX
+from phatgoose.experts.adapters.peft import PREFIX
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import check_finite
 from phatgoose.experts.files.torch_file import map_torch_file

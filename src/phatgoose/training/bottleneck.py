@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.adapters import adapterhub
-from phatgoose.experts.adapters import adapterhub_layers as adapterhub_places
 from phatgoose.experts.names import ADAPTERHUB_WEIGHTS, CONFIG_FILE
 from phatgoose.files import write_json
 from phatgoose.models.attach.hooks import Hooks
@@ -55,13 +54,13 @@ def adapter_locations(base: Base, config: ExpertConfig) -> dict[str, str]:
         TrainingError: it isn't known where adapters go in this base.
     """
     family = base.model.config.model_type
-    if family not in adapterhub_places.FAMILIES:
+    if family not in adapterhub.FAMILIES:
         raise TrainingError(
             f"kind='bottleneck': where adapters go in a {family} isn't known, only in "
-            f"{', '.join(adapterhub_places.FAMILIES)}."
+            f"{', '.join(adapterhub.FAMILIES)}."
         )
     paths = [path for path, _ in base.model.named_modules()]
-    return adapterhub_places.places(family, settings_of(config), paths)
+    return adapterhub.places(family, settings_of(config), paths)
 
 
 class Adapter(nn.Module):

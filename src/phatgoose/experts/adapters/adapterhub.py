@@ -1,37 +1,40 @@
 """AdapterHub's format (the `adapters` library): bottleneck adapters → updates, and back.
 
-What can't be computed exactly is refused by name. The library puts an adapter between a block's output y and
-the residual addition y + h. In models with layer norms before their blocks, that is an addition to y, which is
-the output of the block's last linear layer: y + h + s·(U f(D x + d) + u₀), where x is y (Houlsby et al. 2019),
+What can't be computed exactly is refused by name, with an ExpertError. The library puts an adapter between a block's
+output y and the residual addition y + h. In models with layer norms before their blocks, that is an addition to y,
+which is the output of the block's last linear layer: y + h + s·(U f(D x + d) + u₀), where x is y (Houlsby et al. 2019),
 y + h (Pfeiffer et al. 2021) or h (parallel, He et al. 2021).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.adapterhub_layers import FAMILIES, Family, Location
-from phatgoose.experts.adapters.adapterhub_rules import check_settings
 from phatgoose.experts.adapters.peft import Contents
+from phatgoose.experts.adapters.peft_rules import ADAPTERHUB_RULES, check_rules
+from phatgoose.experts.adapters.tensors import Shape, check_tensors
 from phatgoose.experts.files.safetensors_file import identical
+from phatgoose.experts.names import INTERFACE_FILE
 from phatgoose.ops.bottleneck import Bottleneck
 from phatgoose.ops.update import Update, no_rows
 
-ACTIVATIONS = {
-    "relu": "relu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_new", "gelu_fast": "gelu_new",
-    "gelu_accurate": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_python_tanh": "gelu_new",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu", "swish": "silu", "mish": "mish", "hardswish": "hardswish", "tanh": "tanh", "sigmoid": "sigmoid",
-    "leakyrelu": "leakyrelu", "leaky_relu": "leakyrelu", "relu6": "relu6", "relu2": "relu2", "linear": "identity",
+_DEFAULTS: dict[str, Any] = {
+    "cross_adapter": False, "original_ln_before": False, "original_ln_after": True, "residual_before_ln": True,
+    "is_parallel": False, "ln_before": False, "scaling": 1.0,
 }  # fmt: skip
-"""The library's names (those of transformers' ACT2FN, and its own "leakyrelu") → those of
-`ops.bottleneck.ACTIVATIONS`."""
+"""The library's, where a config lacks a setting."""
+_BOOLEANS = (
+    "mh_adapter", "output_adapter", "cross_adapter", "original_ln_before", "original_ln_after", "is_parallel",
+    "ln_before",
+)  # fmt: skip
 # What configs without a version mean by these names.
 _BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _PARTS = {
@@ -43,13 +46,74 @@ _PARTS = {
 }
 
 
-def to_contents(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Contents:
-    """The update of every adapted module.
+@dataclass(frozen=True)
+class Location:
+    """One place for adapters in every layer of an architecture."""
+
+    setting: str
+    """The setting that puts adapters there."""
+    layer: str
+    """Pattern of the layer's path, without the family's prefix."""
+    container: str
+    """What stands between the layer's path and `adapters.NAME` in a tensor's key."""
+    module: str
+    """The linear layer whose output is y, below the layer's path."""
+    residual: str
+    """The module whose input is h, below the layer's path."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the library puts adapters in one architecture."""
+
+    prefix: str
+    """Path of the stack of layers in a model with a language modelling head."""
+    locations: tuple[Location, ...]
+    has_interface: bool
+    """Whether adapters may come with an interface that names the layers."""
+
+    def at(self, path: str) -> tuple[Location, str] | None:
+        """The location whose module is at this path of the base, and its layer's path."""
+        for location in self.locations:
+            layer = path.removesuffix(f".{location.module}")
+            if layer != path and re.fullmatch(re.escape(self.prefix) + f"(?:{location.layer})", layer):
+                return location, layer
+        return None
+
+
+_DATA = tomllib.loads(files("phatgoose.experts.adapters").joinpath("adapterhub.toml").read_text("utf-8"))
+ACTIVATIONS: dict[str, str] = _DATA["activations"]
+"""The library's names → those of `ops.bottleneck.ACTIVATIONS`."""
+FAMILIES = {
+    model_type: Family(
+        one["prefix"],
+        tuple(Location(**location) for location in one["locations"]),
+        one.get("has_interface", False),
+    )
+    for one in _DATA["families"]
+    for model_type in one["model_types"]
+}
+"""By the config's model_type."""
+
+
+def places(model_type: str, settings: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+    """Module paths that get an adapter with these settings → the module whose input is the residual stream there.
 
     Raises:
-        ExpertError: an architecture or a setting isn't handled, or a tensor is unknown, missing or of the wrong shape.
+        KeyError: it isn't known where the library puts adapters in this model_type.
     """
-    settings, family = check_settings(config, where), _family(config, where)
+    family = FAMILIES[model_type]
+    found = {path: family.at(path) for path in paths}
+    return {
+        path: f"{place[1]}.{place[0].residual}"
+        for path, place in found.items()
+        if place is not None and settings[place[0].setting]
+    }
+
+
+def to_contents(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Contents:
+    """The update of every adapted module."""
+    settings, family = _checked_settings(config, where), _family(config, where)
     found = _grouped(family, settings, config, tensors, where)
     for location in family.locations:
         if settings[location.setting] and location not in [place for place, _ in found]:
@@ -85,6 +149,59 @@ def to_tensors(updates: Mapping[str, Update], model_type: str, name: str) -> dic
             assert tensor is not None
             tensors[f"{layer}.{location.container}adapters.{name}.{part}"] = tensor
     return tensors
+
+
+def check_interface(interface: Any, config: Mapping[str, Any], where: str) -> None:
+    """Refuses an adapter that was trained through a custom interface which puts adapters elsewhere."""
+    given = interface.get("interface") if isinstance(interface, dict) else None
+    family = FAMILIES.get(str(config.get("model_type")))
+    if not isinstance(given, dict) or family is None or not family.has_interface:
+        raise ExpertError(f"{where}: its {INTERFACE_FILE} isn't that of a known architecture.")
+    for key, name in _DATA["interface"].items():
+        if given.get(key) != (name or None):
+            raise ExpertError(
+                f"{where}: it was trained through a custom interface, with {key} = {brief(given.get(key))} "
+                f"(expected {name or None!r}): where that puts adapters isn't known."
+            )
+
+
+def _checked_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings in an adapter's config, defaults filled in; what isn't handled exactly is refused by name."""
+    given = config.get("config")
+    if not isinstance(given, Mapping):
+        raise ExpertError(f"{where}: config is {brief(given)}; expected an adapter's settings.")
+    check_rules(given, ADAPTERHUB_RULES, where, empty=())
+    settings = {**_DEFAULTS, **given}
+    for key in _BOOLEANS:
+        if not isinstance(settings.get(key), bool):
+            raise ExpertError(f"{where}: {key} is {brief(settings.get(key))}, expected true or false.")
+    scaling = settings["scaling"]
+    number = isinstance(scaling, int | float) and not isinstance(scaling, bool) and abs(scaling) < 1e30
+    if not number and scaling not in ("learned", "channel"):
+        raise ExpertError(f"{where}: scaling is {brief(scaling)}, expected a number, 'learned' or 'channel'.")
+    _check_sum(settings, where)
+    return settings
+
+
+def _check_sum(settings: Mapping[str, Any], where: str) -> None:
+    """The block must give y + h + adapter(…), with y and h once each. Some settings drop h or add it twice."""
+    before, after, own = (
+        settings[k] for k in ("original_ln_before", "original_ln_after", "residual_before_ln")
+    )
+    if settings["is_parallel"]:
+        before, own = False, True
+    if not isinstance(own, bool):
+        raise ExpertError(
+            f"{where}: residual_before_ln = {brief(own)}: the library doesn't define it for models whose "
+            "layer norms stand before their blocks."
+        )
+    inside = before and not own  # whether the adapter's own residual connection brings h along
+    if inside == after:
+        raise ExpertError(
+            f"{where}: original_ln_before = {before}, residual_before_ln = {own} and original_ln_after = "
+            f"{after} together {'add the residual stream twice' if after else 'drop the residual stream'}, "
+            "so the adapter is no addition to the base."
+        )
 
 
 def _family(config: Mapping[str, Any], where: str) -> Family:
@@ -154,29 +271,18 @@ def _part(name: str, normed: bool) -> str | None:
 def _bottleneck(
     settings: Mapping[str, Any], config: Mapping[str, Any], parts: Mapping[str, Tensor], where: str
 ) -> Bottleneck:
-    wanted = {"down", "down_bias", "up", "up_bias"}
-    wanted |= {"norm_weight", "norm_bias"} if settings["ln_before"] else set()
-    wanted |= {"scaling"} if isinstance(settings["scaling"], str) else set()
-    if parts.keys() != wanted:
-        missing, other = sorted(wanted - parts.keys()), sorted(parts.keys() - wanted)
+    scale = settings["scaling"]
+    shapes: dict[str, Shape] = {"down": ("r", "d"), "down_bias": ("r",), "up": ("d", "r"), "up_bias": ("d",)}
+    if settings["ln_before"]:
+        shapes |= {"norm_weight": ("d",), "norm_bias": ("d",)}
+    if isinstance(scale, str):
+        shapes["scaling"] = (1,) if scale == "learned" else ("d",)
+    check_tensors(parts, shapes, where)
+    up, up_bias = parts["up"], parts["up_bias"]
+    if (hidden := config.get("hidden_size")) is not None and hidden != len(up):
         raise ExpertError(
-            f"{where} lacks {', '.join(missing) or 'nothing'} and has {', '.join(other) or 'nothing'} beyond "
-            "its config."
+            f"{where} writes {len(up)} values, and hidden_size is {brief(hidden)} in its config."
         )
-    r, d = parts["down_bias"].numel(), parts["up_bias"].numel()
-    learned = (1,) if settings["scaling"] == "learned" else (d,)
-    shapes = {
-        "down": (r, d), "down_bias": (r,), "up": (d, r), "up_bias": (d,), "norm_weight": (d,), "norm_bias": (d,),
-        "scaling": learned,
-    }  # fmt: skip
-    if (hidden := config.get("hidden_size")) is not None and hidden != d:
-        raise ExpertError(f"{where} writes {d} values, and hidden_size is {brief(hidden)} in its config.")
-    for part, tensor in parts.items():
-        if tuple(tensor.shape) != shapes[part] or not tensor.numel():
-            raise ExpertError(
-                f"{where} has a {part} of shape {list(tensor.shape)}, expected {list(shapes[part])}."
-            )
-    up, up_bias, scale = parts["up"], parts["up_bias"], settings["scaling"]
     if isinstance(scale, str):  # one learned number, or one a channel: `up` is multiplied by it
         factor = parts["scaling"].float()
         up, up_bias, scale = factor[:, None] * up.float(), factor * up_bias.float(), 1.0

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters import adapterhub, peft
-from phatgoose.experts.adapters.adapterhub_layers import check_interface
-from phatgoose.experts.adapters.peft import Contents
 from phatgoose.experts.adapters.peft_rules import check_type
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import TensorFile
@@ -22,16 +20,30 @@ from phatgoose.experts.names import (
     CONFIG_FILE,
     HEAD_FILES,
     INTERFACE_FILE,
+    MANIFEST,
     PEFT_WEIGHTS,
     WEIGHTS_FILES,
 )
 
 CONFIG_LIMIT_BYTES = 16 * 2**20
-_PICKLES = {
-    "adapter_model.bin": "PEFT, if you trust it, and save it again with safe_serialization=True",
-    "adapter_model.pt": "PEFT, if you trust it, and save it again with safe_serialization=True",
-    "pytorch_adapter.bin": "adapters, if you trust it, and save it with save_adapter(…, use_safetensors=True)",
+_PICKLE = "has its weights in {}, a pickle, which is refused because loading it can run code. Load it with "
+_SAVE_AGAIN = "PEFT, if you trust it, and save it again with safe_serialization=True."
+_SPLIT = (
+    "has its weights in several files ({}), which is refused: an index can name any file. Load it with PEFT and save "
+    f"it again as one {PEFT_WEIGHTS}."
+)
+_OTHER_WEIGHTS = {
+    "adapter_model.header": "belongs to a packed pool, whose file holds its tensors. Unpack the pool (`phatgoose pool "
+    "unpack`).",
+    "adapter_model.bin": _PICKLE + _SAVE_AGAIN,
+    "adapter_model.pt": _PICKLE + _SAVE_AGAIN,
+    "pytorch_adapter.bin": _PICKLE
+    + "adapters, if you trust it, and save it with save_adapter(…, use_safetensors=True).",
+    f"{PEFT_WEIGHTS}.index.json": _SPLIT,
+    "adapter_model.bin.index.json": _SPLIT,
 }
+"""Files that hold or name weights in a way that isn't read → what to say of a folder with one."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 
 
 def format_of(config: Mapping[str, Any]) -> str:
@@ -46,7 +58,7 @@ def weights_file(config: Mapping[str, Any]) -> str:
 
 def to_contents(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, drop: Collection[str] = ()
-) -> Contents:
+) -> peft.Contents:
     """The update of every adapted module, in either format.
 
     Raises:
@@ -75,7 +87,9 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
     config = files.read_object(CONFIG_FILE, CONFIG_LIMIT_BYTES)
     weights = weights_file(config)
     if not files.has(weights):
-        _refuse_other_weights(folder)
+        for name, said in _OTHER_WEIGHTS.items():
+            if files.has(name):
+                raise ExpertError(f"{folder} {said.format(name)}")
         raise ExpertError(f"{folder / weights} does not exist.")
     if format_of(config) == "AdapterHub":
         _check_beside(files, config, drop)
@@ -85,13 +99,12 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
 
 
 def _refuse_other_folder(folder: Path) -> None:
-    """Says what a folder without adapter_config.json holds, if it is known: a pool, checkpoints, named
-    adapters, a model."""
+    """Says what a folder without adapter_config.json holds, if it is known."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as cause:
         raise ExpertError(f"{folder} can't be read: {cause.strerror}.") from cause
-    if "pool.json" in names:
+    if MANIFEST in names:
         raise ExpertError(
             f"{folder} is a pool. Give folders of experts in it ({folder / 'experts' / 'NAME'})."
         )
@@ -115,31 +128,8 @@ def _refuse_other_folder(folder: Path) -> None:
         )
 
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
-
-
 def _few(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", … ({len(names)})" if len(names) > 8 else "")
-
-
-def _refuse_other_weights(folder: Path) -> None:
-    if os.path.lexists(folder / "adapter_model.header"):
-        raise ExpertError(
-            f"{folder} belongs to a packed pool, whose file holds its tensors. Unpack the pool (`phatgoose "
-            "pool unpack`)."
-        )
-    for name, advice in _PICKLES.items():
-        if os.path.lexists(folder / name):
-            raise ExpertError(
-                f"{folder} has its weights in {name}, a pickle, which is refused because loading it can run code. "
-                f"Load it with {advice}."
-            )
-    for name in (f"{PEFT_WEIGHTS}.index.json", "adapter_model.bin.index.json"):
-        if os.path.lexists(folder / name):
-            raise ExpertError(
-                f"{folder} has its weights in several files ({name}), which is refused: an index can name any file. "
-                f"Load it with PEFT and save it again as one {PEFT_WEIGHTS}."
-            )
 
 
 def _check_beside(folder: SafeFolder, config: Mapping[str, Any], drop: Collection[str]) -> None:
@@ -153,4 +143,4 @@ def _check_beside(folder: SafeFolder, config: Mapping[str, Any], drop: Collectio
             )
     if folder.has(INTERFACE_FILE):
         interface = folder.read_json(INTERFACE_FILE, CONFIG_LIMIT_BYTES)
-        check_interface(interface, config, str(folder.path))
+        adapterhub.check_interface(interface, config, str(folder.path))

@@ -1,19 +1,40 @@
-"""PEFT's adapter format → updates. What can't be computed exactly is refused by name."""
+"""PEFT's adapter format → updates. What can't be computed exactly is refused by name, with an ExpertError."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.peft_keys import SHARED, plain_keys
 from phatgoose.experts.adapters.peft_rules import check_config
 from phatgoose.experts.adapters.peft_updates import KINDS
 from phatgoose.ops.update import Update
+
+PREFIX = "base_model.model."
+SHARED = {"base_model.vera_A": "vera_A", "base_model.vera_B": "vera_B"}
+"""Keys of tensors that belong to the whole adapter and not to one module."""
+_COPIED = ("embed", "wte", "shared", "lm_head", "output")
+_SHARDED = (
+    "Adapters look so if they were saved from sharded training (DeepSpeed ZeRO-3, FSDP) without gathering "
+    "the weights. Save it again with stage3_gather_16bit_weights_on_model_save (FSDP: with a full state "
+    "dict), or convert the checkpoint with its zero_to_fp32.py."
+)
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put before the names of the modules they wrap."""
+_PARTS = (
+    *sorted(set[str]().union(*(kind.names for kind in KINDS.values()))),
+    "lora_velora_embed",
+    "vera_A",
+    "vera_B",
+    "modules_to_save",
+    "trainable_tokens_delta",
+)
+"""What the adapter's name may follow in a key."""
+_NAMED = re.compile(rf"(?P<head>(?:.+\.)?(?:{'|'.join(_PARTS)}))\.(?P<name>[^.]+)(?P<kind>\.weight|\.bias)?")
 
 
 @dataclass(frozen=True)
@@ -30,14 +51,10 @@ class Contents:
 def to_contents(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, drop: Collection[str] = ()
 ) -> Contents:
-    """The update of every adapted module.
-
-    Raises:
-        ExpertError: a setting isn't handled, or a tensor is unknown, unpaired or of the wrong shape.
-    """
+    """The update of every adapted module."""
     check_config(config, where, drop)
     if not tensors:
-        raise ExpertError(f"{where}: {_NO_TENSORS}")
+        raise ExpertError(f"{where}: its file of weights holds no tensors at all. {_SHARDED}")
     kind = KINDS[config["peft_type"]]
     found: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
@@ -69,21 +86,46 @@ def to_contents(
     return Contents(updates, copies)
 
 
-_SHARDED = (
-    "Adapters look so if they were saved from sharded training (DeepSpeed ZeRO-3, FSDP) without gathering "
-    "the weights. Save it again with stage3_gather_16bit_weights_on_model_save (FSDP: with a full state "
-    "dict), or convert the checkpoint with its zero_to_fp32.py."
-)
-_NO_TENSORS = f"its file of weights holds no tensors at all. {_SHARDED}"
+def plain_keys(keys: Iterable[str], where: str) -> dict[str, str]:
+    """Key in the file → key as PEFT writes it, without "base_model.model." (SHARED keys keep it).
+
+    These are removed: torch.compile's `_orig_mod.`, FSDP's `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`,
+    DistributedDataParallel's `module.` if every key begins with it, a second "base_model.model.", and the
+    adapter's name ("lora_A.default.weight") if it is the same everywhere.
+    """
+    found = {key: _WRAPPERS.sub("", key) for key in keys}
+    # A PEFT model that was wrapped again has the prefix twice.
+    for kept, gone in (("", "module."), (PREFIX, "module."), (PREFIX, PREFIX)):
+        while found and all(key.startswith(kept + gone) for key in found.values()):
+            found = {key: kept + plain.removeprefix(kept + gone) for key, plain in found.items()}
+    names: set[str | None] = set()
+    for key, plain in found.items():
+        match = _NAMED.fullmatch(plain)
+        if match and match["name"] not in ("weight", "bias"):
+            names.add(match["name"])
+            plain = match["head"] + (match["kind"] or "")
+        elif match or plain.endswith(_PARTS):
+            names.add(None)
+        if plain not in SHARED:
+            if not plain.startswith(PREFIX):
+                raise ExpertError(
+                    f"{where}: tensor {brief(key)} doesn't start with {PREFIX!r}, as PEFT's do."
+                )
+            plain = plain.removeprefix(PREFIX)
+        found[key] = plain
+    if len(names) > 1:
+        listed = ", ".join(sorted("none" if name is None else repr(name) for name in names)[:5])
+        raise ExpertError(
+            f"{where}: its tensors are of several adapters (names in their keys: {listed}). Save each of "
+            "them with PEFT's save_pretrained, which gives every adapter its own folder."
+        )
+    return found
 
 
 def _put(into: dict[str, Tensor], name: str, tensor: Tensor, key: str, where: str) -> None:
     if name in into:
         raise ExpertError(f"{where}: tensor {key!r} is in the file twice, under two names.")
     into[name] = tensor
-
-
-_COPIED = ("embed", "wte", "shared", "lm_head", "output")
 
 
 def _base_parameter(name: str) -> str | None:

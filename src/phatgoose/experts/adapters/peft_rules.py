@@ -1,4 +1,7 @@
-"""Which settings of an adapter are exact, have no effect, or are refused, by rules.toml."""
+"""Which settings of an adapter are exact, have no effect, or are refused, by rules.toml.
+
+What is refused raises an ExpertError that names the setting and its value.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.peft_target_parameters import check_targets
+from phatgoose.experts.adapters.peft_lora import check_targets
 from phatgoose.experts.adapters.peft_updates import KINDS
 
 DROPPABLE = {
@@ -33,20 +36,15 @@ class Rule:
     default: Any = None
 
 
-def _rules() -> dict[str, dict[str, Rule]]:
-    """PEFT type, or "AdapterHub" → setting → rule."""
-    found: dict[str, dict[str, Rule]] = {}
-    text = files("phatgoose.experts.adapters").joinpath("rules.toml").read_text("utf-8")
-    for entry in tomllib.loads(text)["rules"]:
-        for kind in entry["kinds"]:
-            for setting in entry["settings"]:
-                rule = Rule(setting, entry["how"], entry["why"], entry.get("default"))
-                found.setdefault(kind, {})[setting] = rule
-    return found
-
-
-RULES = _rules()
+RULES: dict[str, dict[str, Rule]] = {}
 """PEFT type → setting → rule."""
+for _entry in tomllib.loads(files("phatgoose.experts.adapters").joinpath("rules.toml").read_text("utf-8"))[
+    "rules"
+]:
+    for _kind in _entry["kinds"]:
+        for _setting in _entry["settings"]:
+            _rule = Rule(_setting, _entry["how"], _entry["why"], _entry.get("default"))
+            RULES.setdefault(_kind, {})[_setting] = _rule
 ADAPTERHUB_RULES = RULES.pop("AdapterHub")
 """AdapterHub's setting → rule."""
 
@@ -61,9 +59,6 @@ def check_rules(
     """Refuses settings that are unknown or have a rule to refuse them.
 
     `drop` names settings to let pass. A refused setting without a default also passes if its value is in `empty`.
-
-    Raises:
-        ExpertError: naming the setting and its value.
     """
     for key, value in settings.items():
         rule = rules.get(key)
@@ -83,11 +78,7 @@ def check_rules(
 
 
 def check_type(config: Mapping[str, Any], where: str) -> str:
-    """The adapter's peft_type, which is one of RULES.
-
-    Raises:
-        ExpertError: it isn't.
-    """
+    """The adapter's peft_type, which is one of RULES."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in RULES:
         raise ExpertError(
@@ -98,20 +89,13 @@ def check_type(config: Mapping[str, Any], where: str) -> str:
 
 
 def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = ()) -> None:
-    """Refuses by name every PEFT setting that isn't handled exactly; `drop` names DROPPABLE ones to let pass.
-
-    Raises:
-        ExpertError: naming the setting and its value.
-    """
+    """Refuses by name every PEFT setting that isn't handled exactly; `drop` names DROPPABLE ones to let pass."""
     kind = check_type(config, where)
     check_rules(config, RULES[kind], where, drop)
     check_targets(config, where)
     saved = config.get("modules_to_save") or []
-    if (
-        not isinstance(saved, list)
-        or len(saved) > 100
-        or not all(isinstance(name, str) and name for name in saved)
-    ):
+    names = isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)
+    if not names or len(saved) > 100:
         raise ExpertError(f"{where}: modules_to_save = {brief(saved)}, expected a list of at most 100 names.")
     bias_only = KINDS[kind].bias_only
     if config.get("bias") not in (None, "none", "all", bias_only):
@@ -128,11 +112,7 @@ def check_config(config: Mapping[str, Any], where: str, drop: Collection[str] = 
 
 
 def check_drop(drop: Collection[str]) -> tuple[str, ...]:
-    """`drop` in order, each a key of DROPPABLE.
-
-    Raises:
-        ExpertError: for anything else.
-    """
+    """`drop` in order, each a key of DROPPABLE."""
     if isinstance(drop, str) or not isinstance(drop, Collection):
         raise ExpertError(f"what to leave out of an adapter is {brief(drop)}, expected a list of names.")
     for name in drop:

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
-from phatgoose.experts.adapters.peft_lora import Settings, finite, in_float32, lora_update
-from phatgoose.experts.adapters.peft_target_parameters import check_targets, of_parameters
+from phatgoose.experts.adapters.peft_lora import (
+    Settings,
+    check_targets,
+    finite,
+    in_float32,
+    lora_update,
+    of_parameters,
+    whole,
+)
+from phatgoose.experts.adapters.tensors import Shape, check_tensors
 from phatgoose.ops.update import Projections, SharedUpdate, Update, no_rows
 
 Parts = Mapping[str, Tensor]
@@ -56,24 +64,16 @@ class Kind:
         return {re.split(r"\W", part)[0] for part in self.parts.values()}
 
 
-def _ia3(path: str, parts: Mapping[str, Tensor], where: str) -> Update:
+def _ia3(path: str, parts: Parts, where: str) -> Update:
     """PEFT keeps l as [d_out, 1] if it scales the output, bias included, and as [1, d_in] if it scales the input."""
-    if parts.keys() != {"ia3"}:
-        raise ExpertError(
-            f"{where}: module {path} has {', '.join(sorted(parts))}; an (IA)³ adapter has one ia3_l."
-        )
     vector = parts["ia3"]
-    if vector.ndim != 2 or 1 not in vector.shape:
+    if vector.ndim != 2 or 1 not in vector.shape or vector.numel() == 1:
         raise ExpertError(
-            f"{where}: module {path} has ia3_l {list(vector.shape)}, expected [d_out, 1] or [1, d_in]."
+            f"{where}: module {path} has ia3_l {list(vector.shape)}, expected [d_out, 1] or [1, d_in] of more than "
+            "one value, so that it can be told whether it scales the output or the input."
         )
-    if vector.shape[0] == 1 and vector.shape[1] != 1:
+    if vector.shape[0] == 1:
         return Update(*no_rows(vector.shape[1], None), input_scale=vector.reshape(-1))
-    if vector.shape == (1, 1):
-        raise ExpertError(
-            f"{where}: module {path} has an ia3_l of one value: whether it scales the input or the output "
-            "can't be told."
-        )
     return Update(*no_rows(None, vector.shape[0]), output_scale=vector.reshape(-1))
 
 
@@ -97,29 +97,20 @@ def _all_adalora(
 ) -> dict[str, Update]:
     """AdaLoRA (Zhang et al. 2023): ΔW = alpha/(init_r + 1e-5) · B (E ⊙ A), E [r, 1]. Modules whose rank became
     0 get no update."""
-    first = finite(config.get("init_r", 12), f"{where}: init_r")
+    first = whole(config.get("init_r", 12), 0, f"{where}: init_r")
     alpha = finite(config.get("lora_alpha", 8), f"{where}: lora_alpha")
-    if first != int(first) or first < 0:
-        raise ExpertError(f"{where}: init_r is {brief(first)}, expected a whole number of at least 0.")
     kept = _kept_ranks(config.get("rank_pattern"), where)
     updates = {}
     for path, parts in found.items():
-        if parts.keys() != {"A", "B", "E"}:
-            raise ExpertError(
-                f"{where}: module {path} has {', '.join(sorted(parts))}; AdaLoRA has lora_A, lora_B and lora_E."
-            )
-        a, b, e = parts["A"], parts["B"], parts["E"]
-        rank = kept.get(path, int(first))
-        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1], tuple(e.shape)) != (rank, rank, (rank, 1)):
-            raise ExpertError(
-                f"{where}: module {path} has lora_A {list(a.shape)}, lora_B {list(b.shape)} and lora_E "
-                f"{list(e.shape)}; expected [{rank}, d_in], [d_out, {rank}] and [{rank}, 1]: its rank is "
-                f"{rank} by init_r and rank_pattern."
-            )
+        rank = kept.get(path, first)
+        shapes: dict[str, Shape] = {"A": (rank, "d_in"), "B": ("d_out", rank), "E": (rank, 1)}
+        hint = f": its rank is {rank} by init_r and rank_pattern"
+        check_tensors(parts, shapes, f"{where}: module {path}", "lora_", hint)
         if rank:
             scale = in_float32(
                 (alpha if alpha > 0 else rank) / (first + 1e-5), f"{where}: lora_alpha is {brief(alpha)}"
             )
+            a, b, e = parts["A"], parts["B"], parts["E"]
             wide = torch.promote_types(torch.promote_types(a.dtype, e.dtype), torch.float32)
             updates[path] = Update(a.to(wide) * e.to(wide), b, scale)
     return updates
@@ -143,45 +134,26 @@ def _all_vera(
     """VeRA (Kopiczko et al. 2024): ΔW = diag(b) B diag(d) A. All modules share A and B, which are saved or
     drawn from a seed."""
     saved, seed = config.get("save_projection", True), config.get("projection_prng_key", 0)
-    if (
-        not isinstance(saved, bool)
-        or (saved and shared.keys() != {"vera_A", "vera_B"})
-        or (not saved and shared)
-    ):
-        raise ExpertError(
-            f"{where}: save_projection is {brief(saved)}, and the file holds of vera_A and vera_B: "
-            f"{', '.join(sorted(shared)) or 'none'}."
-        )
+    if not isinstance(saved, bool):
+        raise ExpertError(f"{where}: save_projection is {brief(saved)}, expected true or false.")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ExpertError(f"{where}: projection_prng_key is {brief(seed)}, expected a whole number.")
-    projections, rank = (
-        Projections(shared.get("vera_A"), shared.get("vera_B"), None if saved else seed),
-        config.get("r", 256),
+    rank = whole(config.get("r", 256), 1, f"{where}: r")
+    widest: dict[str, Shape] = {"vera_A": (rank, "columns"), "vera_B": ("rows", rank)}
+    hint = f" for the configured rank {rank}"
+    check_tensors(
+        shared, widest if saved else {}, f"{where}: save_projection is {saved}, and the adapter", "", hint
     )
+    projections = Projections(shared.get("vera_A"), shared.get("vera_B"), None if saved else seed)
     updates = {}
     for path, parts in found.items():
-        if parts.keys() != {"b", "d"}:
-            raise ExpertError(
-                f"{where}: module {path} has {', '.join(sorted(parts))}; VeRA has vera_lambda_b and vera_lambda_d."
-            )
+        check_tensors(parts, {"b": ("d_out",), "d": (rank,)}, f"{where}: module {path}", "vera_lambda_", hint)
         b, d = parts["b"], parts["d"]
-        if b.ndim != 1 or tuple(d.shape) != (rank,):
+        if saved and len(shared["vera_B"]) < len(b):
             raise ExpertError(
-                f"{where}: module {path} has vera_lambda_b {list(b.shape)} and vera_lambda_d "
-                f"{list(d.shape)}; expected [d_out] and [{brief(rank)}] for the configured rank."
+                f"{where}: module {path} has {len(b)} outputs, and vera_B only {len(shared['vera_B'])} rows."
             )
-        if saved and (shared["vera_A"].ndim, shared["vera_B"].ndim) != (2, 2):
-            raise ExpertError(f"{where}: vera_A and vera_B must be matrices.")
-        if saved and (shared["vera_A"].shape[0], shared["vera_B"].shape[1]) != (rank, rank):
-            raise ExpertError(
-                f"{where}: vera_A is {list(shared['vera_A'].shape)} and vera_B "
-                f"{list(shared['vera_B'].shape)}; expected [{rank}, …] and […, {rank}]."
-            )
-        if saved and shared["vera_B"].shape[0] < b.shape[0]:
-            raise ExpertError(
-                f"{where}: module {path} has {b.shape[0]} outputs, and vera_B only {shared['vera_B'].shape[0]} rows."
-            )
-        updates[path] = Update(*no_rows(None, b.shape[0]), shared=SharedUpdate(b, d, projections))
+        updates[path] = Update(*no_rows(None, len(b)), shared=SharedUpdate(b, d, projections))
     return updates
 
 

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 
 from phatgoose.errors import DownloadError, ExpertError, PoolError
 from phatgoose.experts.adapters.formats import format_of, weights_file
-from phatgoose.experts.adapters.peft_target_parameters import check_targets
+from phatgoose.experts.adapters.peft_lora import check_targets
 from phatgoose.experts.files import tokenizer_files
 from phatgoose.experts.hub.errors import hub_errors
 from phatgoose.experts.hub.fetch import TEXT_BYTES, Fetched, Listing, fetch, from_cache, list_files

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from phatgoose.experts.adapters.peft import to_contents
-from phatgoose.experts.adapters.peft_keys import SHARED, plain_keys
-from phatgoose.experts.adapters.peft_target_parameters import owner_of
+from phatgoose.experts.adapters.peft import SHARED, plain_keys, to_contents
+from phatgoose.experts.adapters.peft_lora import owner_of
 from phatgoose.experts.files.safetensors_header import Header, Item
 from phatgoose.experts.names import PEFT_WEIGHTS
 from phatgoose.ops.update import Update

@@ -17,7 +17,7 @@ from phatgoose.experts.data_signature import StoredSignature
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_header import Header, Item, parse_header, read_header
 from phatgoose.experts.folder import read_record
-from phatgoose.experts.gates import check_gates_metadata
+from phatgoose.experts.gates import FORMAT, check_made_for
 from phatgoose.experts.names import (
     CONFIG_FILE,
     GATES_FILE,
@@ -117,7 +117,7 @@ class PackedPoolReader:
         if SIGNATURE_FILE in hashes:
             path = folder.path / SIGNATURE_FILE
             header = read_header(path)[1]
-            signature = StoredSignature(path, header, hashes.get(PEFT_WEIGHTS, ""), hashes[SIGNATURE_FILE])
+            signature = StoredSignature(path, header, hashes[SIGNATURE_FILE], hashes.get(PEFT_WEIGHTS, ""))
         return packed_expert(entry["name"], source, provenance, signature)
 
     def _layout(
@@ -151,7 +151,7 @@ class PackedPoolReader:
             return None, _GateLayout({}, [], {})
         path = folder.path / HEADERS[GATES_FILE]
         header = parse_header(self._read(folder, HEADERS[GATES_FILE], hashes), str(path), known=self._headers)
-        check_gates_metadata(header.metadata, folder.path / GATES_FILE, hashes.get(PEFT_WEIGHTS, ""))
+        check_made_for(FORMAT, header.metadata, folder.path / GATES_FILE, hashes.get(PEFT_WEIGHTS, ""))
         unstacked = _unstacked(rest, GATES_FILE)
         key = (id(header.items), id(layout), unstacked)
         if key not in self._gate_layouts:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.adapters.formats import read_adapter, to_contents
-from phatgoose.experts.adapters.peft_keys import PREFIX
+from phatgoose.experts.adapters.peft import PREFIX
 from phatgoose.experts.adapters.peft_rules import PLAIN_INITS
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.names import slug
