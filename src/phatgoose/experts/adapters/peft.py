@@ -1,4 +1,4 @@
-"""PEFT's adapter format → updates. What can't be computed exactly is refused by name, with an ExpertError."""
+"""PEFT's adapter format → updates. What can't be computed exactly is refused with an ExpertError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA: its settings as PEFT resolves them, and its tensors → updates, at a module and of a mixture's 3-D parameters.
+"""LoRA: its settings as PEFT resolves them, and its tensors → updates, also of 3-D parameters.
 
 PEFT's target_parameters are bare parameters. Those that can be routed hold one linear layer of each of the mixture's E
 experts. PEFT keeps lora_A [r·E, d_in], expert after expert, and lora_B [d_out, r·E], in which the expert changes
