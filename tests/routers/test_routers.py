@@ -13,7 +13,7 @@ import torch
 from phatgoose import routers
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.ops import backend
-from phatgoose.routers import PHATGOOSE, Random, Single, Uniform, parse_router
+from phatgoose.routers import PHATGOOSE, Random, Single, Uniform, parse_router, parse_system
 from phatgoose.routers.constant import _scramble
 from phatgoose.routers.context import RoutingContext, Sequences, positions_from
 from phatgoose.routers.router import Candidates
@@ -117,6 +117,16 @@ def test_text_forms():
     with pytest.raises(RoutingError, match="top_k is given twice"):
         parse_router("phatgoose:top_k=3,top_k=2")
     assert PHATGOOSE(top_k=3).describe() == {"router": "PHATGOOSE", "top_k": 3}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["phatgoose:", "phatgoose:,", "phatgoose:top_k=3,", "random:,seed=1", "random:seed=1,,top_k=1", "ties:", "ties:,",
+     "ties:density=0.3,"],
+)  # fmt: skip
+def test_an_empty_setting_is_refused(text):
+    with pytest.raises(RoutingError, match=rf"'{text}': a setting is empty\. Write key=value after"):
+        parse_system(text)
 
 
 def test_contexts_match_beams_and_kept_tokens_or_refuse():

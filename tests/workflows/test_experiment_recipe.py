@@ -99,6 +99,7 @@ def test_the_quickstart_suite_is_the_quickstarts():
             r"ld \(bigbench/logical_deduction/three_objects\)",
         ),
         ({"systems": ["padded:²"]}, RoutingError, "padded:N"),
+        ({"systems": ["padded:2,"]}, RoutingError, "'padded:2,': a setting is empty"),
         ({"systems": ["padded:2,sed=1"]}, RoutingError, "padded has no setting 'sed'; it has: seed"),
         ({"systems": ["oracle:x"]}, RoutingError, "'oracle:x': oracle has no settings"),
         ({"systems": ["merged:density=1"]}, RoutingError, "merged has no setting 'density'; it has: none"),

@@ -107,9 +107,7 @@ def parse_system(text: str, further: Sequence[str] = ()) -> System:
         from phatgoose.routers.constant import Single
 
         merge = lookup("merge", name, MERGES)
-        if colon and not rest:
-            raise RoutingError(f"{brief(text)}: there are no settings after the colon.")
-        settings = parse_pool_settings(written, merge, rest)
+        settings = parse_pool_settings(written, merge, rest if colon else None)
         return System(written, Single(0), partial(merge, **settings))
     if not is_router(name):
         raise unknown("router", name, [*ROUTERS, BASE, *MERGES, *further])
@@ -156,13 +154,13 @@ def parse_router(text: str) -> Router:
         UnknownName: for an unknown router. RoutingError: for an unknown or malformed setting.
         PluginError: for a router of another package that can't be used.
     """
-    name, _, rest = text.partition(":")
+    name, colon, rest = text.partition(":")
     kind = router_class(name)
     if (from_text := getattr(kind, "from_text", None)) is not None:
         router: Router = from_text(rest)
         return router
     known = settings_of(kind)
-    given = parse_settings(text, known, rest)
+    given = parse_settings(text, known, rest if colon else None)
     if missing := [key for key, (_, default) in known.items() if default is REQUIRED and key not in given]:
         raise RoutingError(f"{brief(text)}: {name.lower()} needs the setting {missing[0]}.")
     return kind(**given)
@@ -179,15 +177,20 @@ def settings_of(made: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return {p.name: (hints.get(p.name, str), p.default) for p in parameters}
 
 
-def parse_settings(text: str, known: Mapping[str, tuple[Any, Any]], rest: str) -> dict[str, Any]:
-    """The values in `rest`, "key=value,…", as the types in `known` want them; `text` is the whole, for messages.
+def parse_settings(text: str, known: Mapping[str, tuple[Any, Any]], rest: str | None) -> dict[str, Any]:
+    """The values in `rest` ("key=value,…", or None) as the types in `known` want them. `text` is all, for messages.
 
     Raises:
-        RoutingError: a setting that isn't known, is given twice, or whose value is of another type.
+        RoutingError: a setting that is empty, isn't known, is given twice, or whose value is of another type.
     """
     found: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
+    for part in [] if rest is None else rest.split(","):
         key, _, value = part.partition("=")
+        if not part:
+            raise RoutingError(
+                f"{brief(text)}: a setting is empty. Write key=value after the colon and after each comma, or "
+                "leave the colon or comma out."
+            )
         if key not in known:
             name = text.partition(":")[0].lower()
             raise RoutingError(
@@ -202,7 +205,7 @@ def parse_settings(text: str, known: Mapping[str, tuple[Any, Any]], rest: str) -
     return found
 
 
-def parse_pool_settings(text: str, function: Callable[..., Any], rest: str) -> dict[str, Any]:
+def parse_pool_settings(text: str, function: Callable[..., Any], rest: str | None) -> dict[str, Any]:
     """`parse_settings` for a function of a pool, whose `density` and `seed` have a range."""
     known = {k: v for k, v in settings_of(function).items() if k in ("density", "seed")}
     found = parse_settings(text, known, rest)
@@ -229,28 +232,14 @@ def _converted(value: str, hint: Any, largest: float) -> Any:
         if value not in ("true", "false"):
             raise ValueError("true or false")
         return value == "true"
-    if hint is int:
-        return _whole(value, largest)
-    if hint is float:
-        return _finite(value)
-    raise ValueError("nothing here: this setting can only be given in Python")
-
-
-def _whole(value: str, largest: float) -> int:
+    if hint not in (int, float):
+        raise ValueError("nothing here: this setting can only be given in Python")
     try:
-        number = int(value)
-    except ValueError:
-        raise ValueError("a whole number") from None
-    if number > largest:
-        raise ValueError(f"at most {largest}")
-    return number
-
-
-def _finite(value: str) -> float:
-    try:
-        number = float(value)
+        number = hint(value)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("a number")
+    if isinstance(number, float) and not math.isfinite(number):  # a whole number may be too large for a float
+        raise ValueError("a whole number" if hint is int else "a number")
+    if hint is int and number > largest:
+        raise ValueError(f"at most {largest}")
     return number

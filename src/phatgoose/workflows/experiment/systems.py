@@ -68,10 +68,10 @@ def check_system(name: str) -> None:
 
 def _padding(name: str) -> tuple[int, dict[str, Any]]:
     """(how many experts are added, settings) of padded:N[,seed=M]."""
-    number, _, rest = name.partition(":")[2].partition(",")
+    number, comma, rest = name.partition(":")[2].partition(",")
     if not (number.isascii() and number.isdigit()) or int(number) < 1:
         raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
-    return int(number), parse_pool_settings(name, padded, rest)
+    return int(number), parse_pool_settings(name, padded, rest if comma else None)
 
 
 def reads(name: str) -> str:
