@@ -31,8 +31,8 @@ class Arrow(TopK):
     needs = "LoRA weights"
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        arrows = [s.arrow[None] for s in signatures(candidates, type(self).__name__)]
-        return _ByNorms(Projections(arrows), self.top_k)
+        found = signatures(candidates, type(self).__name__)
+        return _ByNorms(ProjectionNorms([s.arrow[None] for s in found]), self.top_k)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SpectR(TopK):
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         found = signatures(candidates, type(self).__name__)
-        return _ByNorms(Projections([s.values[:, None] * s.vectors for s in found]), self.top_k)
+        return _ByNorms(ProjectionNorms([s.values[:, None] * s.vectors for s in found]), self.top_k)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class LAG(Router):
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         found = signatures(candidates, type(self).__name__)
-        arrows, spaces = [s.arrow[None] for s in found], [s.vectors for s in found]
-        return _Lag(Projections(arrows), Projections(spaces), self)
+        arrow_norms = ProjectionNorms([s.arrow[None] for s in found])
+        return _Lag(arrow_norms, ProjectionNorms([s.vectors for s in found]), self)
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,18 @@ class WeightOnly(TopK):
     offers_null = True
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        return Comparable(candidates, (None,) * len(candidates.members), self.top_k, type(self).__name__)
+        return Calibrated(candidates, (None,) * len(candidates.members), self.top_k, type(self).__name__)
 
 
 def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | None = None) -> list[Signature]:
-    """The signatures of these candidates (all, if not given); the null candidate's is empty.
+    """The weight signatures of the candidates at these indices (None: of all). The null candidate's is empty.
 
     Raises:
-        RoutingError: naming an expert whose update has none.
+        RoutingError: an expert's update has no signature; the message names the expert.
     """
     found = []
-    for place in range(len(candidates.members)) if which is None else which:
-        update, member = candidates.updates[place], candidates.members[place]
+    for index in range(len(candidates.members)) if which is None else which:
+        update, member = candidates.updates[index], candidates.members[index]
         if update is None:
             nothing = torch.zeros(0, candidates.d_in, dtype=torch.float64)
             found.append(Signature(nothing.new_zeros(0), nothing))
@@ -118,16 +118,18 @@ def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | No
     return found
 
 
-class Projections:
-    """‖P_e u‖ for each of E experts, P_e: [q_e, d] of any q_e; 0 where there are no rows."""
+class ProjectionNorms:
+    """‖P_e u‖ for each of E experts. P_e is [q_e, d]; q_e may differ, and where it is 0 the norm is 0."""
 
-    def __init__(self, parts: Sequence[Tensor]):
-        self.rows = torch.cat(list(parts)).float()
+    def __init__(self, matrices: Sequence[Tensor]):
+        """The matrices are stacked, so that one product serves all experts."""
+        self.rows = torch.cat(list(matrices)).float()
+        # [rows, E]: 1 where the expert owns the row.
         self.owners = torch.repeat_interleave(
-            torch.eye(len(parts), dtype=torch.float32), torch.tensor([len(p) for p in parts]), dim=0
+            torch.eye(len(matrices), dtype=torch.float32), torch.tensor([len(m) for m in matrices]), dim=0
         )
 
-    def norms(self, u: Tensor) -> Tensor:
+    def __call__(self, u: Tensor) -> Tensor:
         """[N, d] → [N, E] in float32, or float64 if u is."""
         if self.rows.device != u.device:
             self.rows, self.owners = self.rows.to(u.device), self.owners.to(u.device)
@@ -136,34 +138,36 @@ class Projections:
 
 
 class _ByNorms(ByScores):
-    def __init__(self, projections: Projections, top_k: int):
+    def __init__(self, norms: ProjectionNorms, top_k: int):
         super().__init__(top_k)
-        self.projections = projections
+        self.norms = norms
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        return self.projections.norms(u)
+        return self.norms(u)
 
 
 class _Lag(ByScores):
-    def __init__(self, arrows: Projections, spaces: Projections, settings: LAG):
+    """The best by `span_norms` among those whose `arrow_norms` are highest."""
+
+    def __init__(self, arrow_norms: ProjectionNorms, span_norms: ProjectionNorms, settings: LAG):
         super().__init__(min(settings.top_k, settings.first))
-        self.arrows, self.spaces, self.first = arrows, spaces, settings.first
+        self.arrow_norms, self.span_norms, self.first = arrow_norms, span_norms, settings.first
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        arrows = self.arrows.norms(u)
+        arrows = self.arrow_norms(u)
         # An expert that is switched off must not take one of the first places.
         if context.allowed is not None:
             arrows = arrows.masked_fill(~context.allowed, -torch.inf)
         first = ops.choose(arrows, self.first)[0]
-        scores = self.spaces.norms(u)
+        scores = self.span_norms(u)
         return torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
 
 
-class Comparable(ByScores):
-    """Scores of gates, and of weights where there is no gate, each standardised on reference text, then the top k.
+class Calibrated(ByScores):
+    """Scores by gates, or by weights for experts without a gate, made comparable on a reference text.
 
-    t_e(u) = v̄_eᵀū/√d with a gate, ‖V_eᵀū‖^⅔ without; score_e = (t_e − mean of t_e)/(its standard deviation),
-    both over the reference tokens. The null candidate's score is 0. Derived in docs/method.md.
+    t_e(u) = v̄_eᵀū/√d with a gate, ‖V_eᵀū‖^⅔ without. score_e = (t_e − mean of t_e) / (standard deviation of t_e),
+    both taken over the tokens of the reference text. The null candidate's score is 0. Derived in docs/method.md.
     """
 
     needs_reference = True
@@ -171,20 +175,21 @@ class Comparable(ByScores):
     def __init__(
         self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str
     ) -> None:
-        """`gates`: one standardised v̄ [d] per candidate, None where weights (or, for the null candidate,
-        nothing) score it."""
+        """`gates`: v̄ [d] of each candidate. One that is None is scored by its weights or, if it is the null
+        candidate, not at all."""
         super().__init__(top_k)
         self.path = candidates.path
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
         self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
         found = signatures(candidates, needed_by, self.by_weights)
-        self.spaces = Projections([s.vectors for s in found]) if found else None
-        self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)  # of 1, t and t²
-        self._statistics: tuple[Tensor, Tensor] | None = None
+        self.span_norms = ProjectionNorms([s.vectors for s in found]) if found else None
+        self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
+        """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
+        self._scale: tuple[Tensor, Tensor] | None = None
 
     def observe(self, u: Tensor, ops: Backend) -> None:
-        t = self.raw(u, ops).double().cpu()
+        t = self.uncalibrated(u, ops).double().cpu()
         self.sums += torch.stack([torch.ones_like(t), t, t.square()]).sum(1)
 
     def check_observed(self) -> None:
@@ -195,7 +200,7 @@ class Comparable(ByScores):
                 "(`phatgoose gate`), or choose arrow, spectr or lag."
             )
 
-    def raw(self, u: Tensor, ops: Backend) -> Tensor:
+    def uncalibrated(self, u: Tensor, ops: Backend) -> Tensor:
         """t_e(u): [N, d] → [N, candidates], 0 for the null candidate."""
         wide = torch.promote_types(u.dtype, torch.float32)
         t = u.new_zeros((u.shape[0], self.sums.shape[1]), dtype=wide)
@@ -203,14 +208,14 @@ class Comparable(ByScores):
             if self.gates.device != u.device:
                 self.gates = self.gates.to(u.device)
             t[:, self.gated] = ops.gate_scores(u, self.gates)
-        if self.spaces is not None:
-            t[:, self.by_weights] = self.spaces.norms(standardise(u)).pow(2 / 3)
+        if self.span_norms is not None:
+            t[:, self.by_weights] = self.span_norms(standardise(u)).pow(2 / 3)
         return t
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """(mean, 1/standard deviation) of each candidate's t on the reference text, float64 [candidates].
+    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and 1/(standard deviation) of each candidate's t on the reference text: float64 [candidates].
 
-        A t that never varied says nothing about a token; its score is 0, as the null candidate's.
+        A t that never varied says nothing about a token. Its scale is 0, and so is its score, as the null candidate's.
         """
         count, total, squares = self.sums
         if not bool((count > 1).all()):
@@ -218,12 +223,12 @@ class Comparable(ByScores):
                 f"the router of {self.path} was not shown the reference text: attach it with route()."
             )
         mean = total / count
-        spread = (squares / count - mean.square()).clamp(min=0).sqrt()
-        varies = spread > 1e-6 * mean.abs().clamp(min=1e-6)
-        return mean, torch.where(varies, 1 / spread.where(varies, 1.0), 0.0)
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        varies = deviation > 1e-6 * mean.abs().clamp(min=1e-6)
+        return mean, torch.where(varies, 1 / deviation.where(varies, 1.0), 0.0)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        if self._statistics is None or self._statistics[0].device != u.device:
-            mean, inverse = (x.float().to(u.device) for x in self.statistics())
-            self._statistics = mean, inverse
-        return (self.raw(u, ops) - self._statistics[0]) * self._statistics[1]
+        if self._scale is None or self._scale[0].device != u.device:
+            mean, inverse = (x.float().to(u.device) for x in self.mean_and_scale())
+            self._scale = mean, inverse
+        return (self.uncalibrated(u, ops) - self._scale[0]) * self._scale[1]
