@@ -14,7 +14,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
 from phatgoose.registry import unknown
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Candidates, Router, check_at_least
+from phatgoose.routers.router import BoundRouter, Candidates, Drawn, Router
 
 
 class TypedIndex(int):
@@ -78,46 +78,28 @@ class Uniform(Router):
 
 
 @dataclass(frozen=True)
-class Random(Router):
+class Random(Drawn):
     """`top_k` experts drawn at random for every token and module, each with weight 1/top_k: a control.
 
     The draw depends only on the seed, the module, the token's position and its id, so a cache, beams or
     padding don't change it.
     """
 
-    seed: int = 0
-    """Seed of the draws."""
-    top_k: int = 2
-    """How many experts act on each token."""
-
     chooses = "top_k random experts per token and module"
-    control = True
-
-    def __post_init__(self) -> None:
-        check_at_least(self, top_k=1)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return _Random(self.seed, min(self.top_k, len(candidates.names)), candidates)
 
 
 @dataclass(frozen=True)
-class FixedRandom(Router):
+class FixedRandom(Drawn):
     """`top_k` experts drawn once for the whole pool, on every token at every module, each with weight 1/top_k:
     a control.
 
     Against `Random` it says what is lost by mixing ever new experts.
     """
 
-    seed: int = 0
-    """Seed of the draw."""
-    top_k: int = 2
-    """How many experts act."""
-
     chooses = "top_k random experts, always"
-    control = True
-
-    def __post_init__(self) -> None:
-        check_at_least(self, top_k=1)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         experts = range(len(candidates.names))

@@ -20,7 +20,6 @@ from phatgoose.ops import Backend
 from phatgoose.routers.context import RoutingContext, Texts
 from phatgoose.routers.embeddings import PoolEmbeddings
 from phatgoose.routers.router import (
-    BoundRouter,
     ByScores,
     Candidates,
     PreparedRouter,
@@ -72,7 +71,7 @@ class Retrieval(ByText):
 
     def prepared(self, setup: Setup) -> Router:
         found = self.embeddings(setup)
-        return _PreparedBest(self, lambda texts: found.nearest(found.prompts(texts)))
+        return _prepared_best(self, lambda texts: found.nearest(found.prompts(texts)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Centroid(ByText):
 
     def prepared(self, setup: Setup) -> Router:
         found = self.embeddings(setup)
-        return _PreparedBest(self, lambda texts: found.central(found.prompts(texts)))
+        return _prepared_best(self, lambda texts: found.central(found.prompts(texts)))
 
 
 @dataclass(frozen=True)
@@ -113,49 +112,15 @@ class SoftCentroid(ByText):
         check_at_least(self, temperature=1, every=0)
 
     def prepared(self, setup: Setup) -> Router:
-        return _PreparedMixture(self, self.embeddings(setup))
-
-
-class _PerPass:
-    """Two tensors computed once for the texts of a pass, whichever of its modules asks first."""
-
-    def __init__(self, compute: Callable[[Texts], tuple[Tensor, Tensor]]) -> None:
-        self.compute = compute
-        self.cache: WeakKeyDictionary[Texts, tuple[Tensor, Tensor]] = WeakKeyDictionary()
-
-    def __call__(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        if texts not in self.cache:
-            self.cache[texts] = self.compute(texts)
-        return self.cache[texts]
-
-
-class _PreparedBest(PreparedRouter):
-    """One expert per sequence: the first of those in the pool with the highest score. `scores` gives [B, E]."""
-
-    def __init__(self, settings: Router, scores: Callable[[Texts], Tensor]):
-        super().__init__(settings)
-        self.of_pass = _PerPass(lambda texts: (found := scores(texts)[:, None], found.argmax(-1)))
-
-    def bind(self, candidates: Candidates) -> BoundRouter:
-        return _Best(self, candidates, 1)
-
-
-class _PreparedMixture(PreparedRouter):
-    """All experts, by similarities that change with the tokens."""
-
-    def __init__(self, settings: SoftCentroid, embeddings: PoolEmbeddings):
-        super().__init__(settings)
-        self.temperature = settings.temperature
+        embeddings = self.embeddings(setup)
 
         def compute(texts: Texts) -> tuple[Tensor, Tensor]:
             """Similarities and weights, both [B, T, E]."""
-            found = embeddings.central(embeddings.so_far(texts, settings.every))
+            found = embeddings.central(embeddings.so_far(texts, self.every))
             return found, self.boosted(found).softmax(-1)
 
-        self.of_pass = _PerPass(compute)
-
-    def bind(self, candidates: Candidates) -> BoundRouter:
-        return _Mixture(self, candidates, len(candidates.members))
+        of_pass = _once_per_pass(compute)
+        return PreparedRouter(self, lambda candidates: _Mixture(self, of_pass, candidates))
 
     def boosted(self, similarities: Tensor) -> Tensor:
         """The similarities with the largest of each token multiplied by the temperature."""
@@ -163,14 +128,39 @@ class _PreparedMixture(PreparedRouter):
         return similarities.scatter(-1, best, self.temperature * similarities.gather(-1, best))
 
 
-class _ByTextScores(ByScores):
-    """What `_Best` and `_Mixture` share: scores of the pass's texts at one module."""
+_OfTexts = Callable[[Texts], tuple[Tensor, Tensor]]
 
-    def __init__(self, owner: _PreparedBest | _PreparedMixture, candidates: Candidates, top_k: int):
+
+def _once_per_pass(compute: _OfTexts) -> _OfTexts:
+    """`compute`, called once for the texts of a pass, whichever of its modules asks first."""
+    known: WeakKeyDictionary[Texts, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+    def of_pass(texts: Texts) -> tuple[Tensor, Tensor]:
+        if texts not in known:
+            known[texts] = compute(texts)
+        return known[texts]
+
+    return of_pass
+
+
+def _prepared_best(settings: Router, scores: Callable[[Texts], Tensor]) -> Router:
+    """One expert per sequence: the first of those in the pool with the highest score. `scores` gives [B, E]."""
+    of_pass = _once_per_pass(lambda texts: (found := scores(texts)[:, None], found.argmax(-1)))
+    return PreparedRouter(settings, lambda candidates: _Best(settings, of_pass, candidates, 1))
+
+
+class _Best(ByScores):
+    """`of_pass` gives the scores, [B, 1, E], and the best expert, [B, 1]."""
+
+    def __init__(self, settings: Router, of_pass: _OfTexts, candidates: Candidates, top_k: int):
         super().__init__(top_k)
+        self.name, self.of_pass = type(settings).__name__, of_pass
         self.path, self.members = candidates.path, list(candidates.members)
         self.by_expert = candidates.by_expert()
-        self.of_pass, self.name = owner.of_pass, type(owner.settings).__name__
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        best = context.spread(self.by_expert[self.of_pass(context.texts())[1]][..., None])
+        return best.to(u.device), torch.ones(best.shape, dtype=torch.float32, device=u.device)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         # The best of the whole pool may be an expert that has nothing here. Scores of the others don't say so.
@@ -182,16 +172,12 @@ class _ByTextScores(ByScores):
         return context.spread(self.of_pass(context.texts())[0])[:, self.members].to(u.device)
 
 
-class _Best(_ByTextScores):
-    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        best = context.spread(self.by_expert[self.of_pass(context.texts())[1]][..., None])
-        return best.to(u.device), torch.ones(best.shape, dtype=torch.float32, device=u.device)
+class _Mixture(_Best):
+    """`of_pass` gives the similarities and the weights, both [B, T, E]."""
 
-
-class _Mixture(_ByTextScores):
-    def __init__(self, owner: _PreparedMixture, candidates: Candidates, top_k: int):
-        super().__init__(owner, candidates, top_k)
-        self.boosted = owner.boosted
+    def __init__(self, settings: SoftCentroid, of_pass: _OfTexts, candidates: Candidates):
+        super().__init__(settings, of_pass, candidates, len(candidates.members))
+        self.boosted = settings.boosted
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         weights = context.spread(self.of_pass(context.texts())[1][..., self.members]).to(u.device)

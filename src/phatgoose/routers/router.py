@@ -173,6 +173,21 @@ class TopK(Router):
         check_at_least(self, top_k=1)
 
 
+@dataclass(frozen=True)
+class Drawn(Router):
+    """A control that draws what it does from a seed."""
+
+    seed: int = 0
+    """Seed of the draws."""
+    top_k: int = 2
+    """How many experts act on each token."""
+
+    control = True
+
+    def __post_init__(self) -> None:
+        check_at_least(self, top_k=1)
+
+
 class SignatureRouter(Router):
     """A router that reads the experts' data signatures, so that `prepared` must come before `bind`."""
 
@@ -181,18 +196,14 @@ class SignatureRouter(Router):
 
 
 class PreparedRouter(Router):
-    """A router that has looked at its pool. Otherwise it is like `settings`, which it was made from."""
+    """`settings`, which have looked at their pool: `binds` is their `bind`, and all else is as they say."""
 
-    def __init__(self, settings: Router):
-        self.settings = settings
+    def __init__(self, settings: Router, binds: Callable[[Candidates], BoundRouter]):
+        self.settings, self.binds = settings, binds
+        self.offers_null, self.reads = settings.offers_null, settings.reads
 
-    @property
-    def offers_null(self) -> bool:  # type: ignore[override]  # the contract has a class attribute
-        return self.settings.offers_null
-
-    @property
-    def reads(self) -> str:  # type: ignore[override]  # the contract has a class attribute
-        return self.settings.reads
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        return self.binds(candidates)
 
     def describe(self) -> dict[str, Any]:
         return self.settings.describe()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,14 +20,14 @@ from phatgoose.routers.router import (
     BoundRouter,
     ByScores,
     Candidates,
+    Drawn,
     PreparedRouter,
     Router,
     Setup,
     SignatureRouter,
     TopK,
-    check_at_least,
 )
-from phatgoose.routers.weights import Comparable
+from phatgoose.routers.weights import Calibrated
 
 UNGATED = ("refuse", "weights")
 
@@ -67,12 +68,10 @@ class PHATGOOSE(TopK):
                 "gate` (or train_gate); `phatgoose gate --generated` needs no data. Or score it by its "
                 "weights with ungated=weights, or choose a router that needs no gates."
             )
-        # In float64 until the very end: the mean of v̄ must be zero to the last bit that float32 has.
-        gates = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
+        gates = [None if g is None else _standardised(g) for g in candidates.gates]
         if missing:
-            return Comparable(candidates, gates, self.top_k, 'PHATGOOSE(ungated="weights")')
-        null = torch.zeros(candidates.d_in, dtype=torch.float32)
-        return _ByVectors(torch.stack([null if g is None else g for g in gates]), self.top_k)
+            return Calibrated(candidates, gates, self.top_k, 'PHATGOOSE(ungated="weights")')
+        return _ByGates(candidates, gates, self.top_k)
 
     def describe(self) -> dict[str, Any]:
         """Name and settings; `ungated` only if it isn't the default, so that results of pools with gates keep
@@ -81,24 +80,16 @@ class PHATGOOSE(TopK):
 
 
 @dataclass(frozen=True)
-class ShuffledGates(Router):
+class ShuffledGates(Drawn):
     """PHATGOOSE with the gates of each module dealt anew to its experts: a control.
 
     The gates' norms and directions stay, and the choices are as concentrated, but they say nothing about the experts.
+    Each module is shuffled differently.
     """
-
-    seed: int = 0
-    """Seed of the shuffling; each module is shuffled differently."""
-    top_k: int = 2
-    """How many experts act on each token."""
 
     needs = "gates"
     chooses = "top_k experts per token and module, by another expert's gate"
-    control = True
     offers_null = True
-
-    def __post_init__(self) -> None:
-        check_at_least(self, top_k=1)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         real = [i for i, member in enumerate(candidates.members) if member >= 0]
@@ -125,7 +116,7 @@ class AverageActivation(TopK, SignatureRouter):
     reads = "activations"
 
     def prepared(self, setup: Setup) -> Router:
-        vectors = []
+        means = []
         for expert in setup.experts:
             found = expert.signature.activations if expert.signature is not None else None
             if found is None:
@@ -134,30 +125,28 @@ class AverageActivation(TopK, SignatureRouter):
                     f"{type(self).__name__} needs: its contributor makes them with `phatgoose signature`. Or "
                     "choose another router."
                 )
-            vectors.append(found)
-        return _PreparedAverage(self, vectors)
+            means.append(found)
+        return PreparedRouter(self, partial(self._bind, means))
+
+    def _bind(self, means: Sequence[Mapping[str, Tensor]], candidates: Candidates) -> BoundRouter:
+        gates = [None if m < 0 else _standardised(means[m][candidates.path]) for m in candidates.members]
+        return _ByGates(candidates, gates, self.top_k)
 
 
-class _PreparedAverage(PreparedRouter):
-    def __init__(self, settings: AverageActivation, vectors: list[Mapping[str, Tensor]]):
-        super().__init__(settings)
-        self.vectors, self.top_k = vectors, settings.top_k
-
-    def bind(self, candidates: Candidates) -> BoundRouter:
-        null = torch.zeros(candidates.d_in, dtype=torch.float32)
-        gates = [
-            null if m < 0 else standardise(self.vectors[m][candidates.path].double()).float()
-            for m in candidates.members
-        ]
-        return _ByVectors(torch.stack(gates), self.top_k)
+def _standardised(vector: Tensor) -> Tensor:
+    """v̄ in float32. It is computed in float64, since its mean must be zero to the last bit that float32 has."""
+    return standardise(vector.double()).float()
 
 
-class _ByVectors(ByScores):
-    def __init__(self, gates: Tensor, top_k: int):
+class _ByGates(ByScores):
+    """The score of the candidate without a gate, which is the null candidate, is 0."""
+
+    def __init__(self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int):
         # A larger top_k means all of them; kernels hold the number in 64 bits.
         super().__init__(min(top_k, len(gates)))
-        self.gates = gates
-        self.by_gates = (gates, self.top_k)
+        null = torch.zeros(candidates.d_in, dtype=torch.float32)
+        self.gates = torch.stack([null if gate is None else gate for gate in gates])
+        self.by_gates = (self.gates, self.top_k)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         if self.gates.device != u.device:
