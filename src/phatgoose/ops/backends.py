@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -58,7 +58,7 @@ _AUTO = {
         "auto",
         fast.gate_scores,
         fast.choose,
-        partial(module.mix, strict=False),
+        replace(module.mix, strict=False),
         partial(module.fuse, strict=False),
     )
     for kernels, module in (("cpu", cpu), ("triton", triton))

@@ -46,10 +46,15 @@ def mix(
     stacked rows."""
     if chosen.numel() == 0:
         return y
-    added = y
-    if stack.A.shape[0]:
-        added = low_rank_method(stack, *chosen.shape)(u, y, stack, chosen, weights)
+    added = low_rank(u, y, stack, chosen, weights)
     return with_others(added, u, y, stack, chosen, weights, layer)
+
+
+def low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    """y + the low-rank parts. At least one choice, N·k, must be made."""
+    if not stack.A.shape[0]:
+        return y
+    return low_rank_method(stack, *chosen.shape)(u, y, stack, chosen, weights)
 
 
 def low_rank_method(stack: Stack, tokens: int, k: int) -> LowRankMethod:

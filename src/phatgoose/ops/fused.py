@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.ops import fast
 from phatgoose.ops.operands import gates_of, kernel_operands
 from phatgoose.ops.stack import Layer, Stack
 
@@ -50,6 +52,39 @@ def kernel_obstacle(u: Tensor, y: Tensor, stack: Stack, dtypes: Sequence[torch.d
 def refusal(backend: str, why: str) -> RoutingError:
     """The error for a call that a backend was asked for by name and can't do."""
     return RoutingError(f'the "{backend}" backend can\'t do this: {why}')
+
+
+@dataclass(frozen=True)
+class KernelMix:
+    """The `mix` of a compiled backend: the low-rank parts in its kernels, other parts by torch."""
+
+    name: str
+    """The backend's."""
+    obstacle: Callable[[Tensor, Tensor, Stack], str | None]
+    """Why the kernels can't do a call, and what to do; None if they can."""
+    low_rank: Callable[[Tensor, Tensor, Stack, Tensor, Tensor], Tensor]
+    """(u, y, stack, chosen, weights) → y + the low-rank parts, in the kernels."""
+    strict: bool = True
+    """Whether a call that the kernels can't do is an error. If not, torch does it."""
+
+    def __call__(
+        self, u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
+    ) -> Tensor:
+        """y + Σ_j w_j Δ_{e_j}(u), as `reference.mix`.
+
+        Raises:
+            RoutingError: a gradient is asked for, the tensors are of another device, dtype or shape, or, where that
+                is checked, an expert is chosen that doesn't exist.
+        """
+        why = self.obstacle(u, y, stack)
+        if why is not None and self.strict:
+            raise refusal(self.name, why)
+        if chosen.numel() == 0:
+            return y
+        if why is not None or stack.embedding:  # an embedding takes columns of A, not rows
+            return fast.mix(u, y, stack, chosen, weights, layer)
+        added = self.low_rank(u, y, stack, chosen, weights)
+        return fast.with_others(added, u, y, stack, chosen, weights, layer)
 
 
 class KernelRouting:

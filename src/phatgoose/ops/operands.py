@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +28,6 @@ class KernelOperands:
     """float32 [E]."""
     widest: int
     """The highest rank."""
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], widest: int) -> KernelOperands:
-        """What `tensors` were taken from."""
-        a, b, owners, scales = tensors
-        return cls(a, b, owners, scales, widest)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.memory import available_bytes
 from phatgoose.ops import fast
 from phatgoose.ops.cpu.build import library
-from phatgoose.ops.fused import USE_ANOTHER, KernelRouting, kernel_obstacle, refusal
+from phatgoose.ops.fused import USE_ANOTHER, KernelMix, KernelRouting, kernel_obstacle, refusal
 from phatgoose.ops.operands import check_choice, check_is, kernel_operands, tokens_of
 from phatgoose.ops.quantized_gates import LANES, kernel_gates
 from phatgoose.ops.stack import Layer, Stack
@@ -131,40 +131,20 @@ def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
     return kernel_obstacle(u, y, stack, DTYPES)
 
 
-def mix(
-    u: Tensor,
-    y: Tensor,
-    stack: Stack,
-    chosen: Tensor,
-    weights: Tensor,
-    layer: Layer | None = None,
-    *,
-    strict: bool = True,
-) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernel, other parts by torch. If not `strict`, torch
-    does what it can't.
-
-    Raises:
-        RoutingError: a gradient is asked for, the tensors are of another device, dtype or shape, or an expert
-            is chosen that doesn't exist.
-    """
-    if (why := obstacle(u, y, stack)) is not None:
-        if strict:
-            raise refusal("cpu", why)
-        return fast.mix(u, y, stack, chosen, weights, layer)
-    if chosen.numel() == 0:
-        return y
-    # An embedding takes columns of A, not rows; and torch's own operations are what torch.compile can optimise.
-    if stack.embedding or torch.compiler.is_compiling():
-        return fast.mix(u, y, stack, chosen, weights, layer)
+def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # which can optimise torch's own operations
+        return fast.low_rank(u, y, stack, chosen, weights)
     check_choice(chosen, weights, tokens_of(u, y, stack.A.shape[1], stack.B.shape[1]))
-    added = y
-    if any(stack.ranks):
-        added = torch.empty_like(y, memory_format=torch.contiguous_format)
-        chosen, weights = chosen.contiguous(), weights.float().contiguous()
-        site = _mixing_site(stack, chosen.shape[1])
-        _run(site, u.contiguous(), y.contiguous(), added, chosen.shape[0], chosen, weights)
-    return fast.with_others(added, u, y, stack, chosen, weights, layer)
+    if not any(stack.ranks):
+        return y
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    chosen, weights = chosen.contiguous(), weights.float().contiguous()
+    site = _mixing_site(stack, chosen.shape[1])
+    _run(site, u.contiguous(), y.contiguous(), out, chosen.shape[0], chosen, weights)
+    return out
+
+
+mix = KernelMix("cpu", obstacle, _low_rank)
 
 
 class CpuRouting(KernelRouting):

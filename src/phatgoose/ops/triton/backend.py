@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops import fast
-from phatgoose.ops.fused import USE_ANOTHER, KernelRouting, kernel_obstacle, refusal
+from phatgoose.ops.fused import USE_ANOTHER, KernelMix, KernelRouting, kernel_obstacle
 from phatgoose.ops.operands import kernel_operands
 from phatgoose.ops.stack import Layer, Stack
 from phatgoose.ops.triton.launch import kernels, mixed, updated
@@ -80,40 +80,19 @@ def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
     return kernel_obstacle(u, y, stack, DTYPES)
 
 
-def mix(
-    u: Tensor,
-    y: Tensor,
-    stack: Stack,
-    chosen: Tensor,
-    weights: Tensor,
-    layer: Layer | None = None,
-    *,
-    strict: bool = True,
-) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u): the low-rank part in the kernels, other parts by torch. If not `strict`, torch
-    does what they can't.
-
-    Raises:
-        RoutingError: a gradient is asked for, or the tensors are of another device or dtype.
-    """
-    if (why := obstacle(u, y, stack)) is not None:
-        if strict:
-            raise refusal("triton", why)
-        return fast.mix(u, y, stack, chosen, weights, layer)
-    if chosen.numel() == 0:
+def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor) -> Tensor:
+    if not any(stack.ranks):
         return y
-    if stack.embedding:  # it takes columns of A, not rows
-        return fast.mix(u, y, stack, chosen, weights, layer)
-    added = y
-    if any(stack.ranks):
-        operands = kernel_operands(stack)
-        chosen, weights = chosen.contiguous(), weights.float().contiguous()
-        if torch.compiler.is_compiling():
-            operator = torch.ops.phatgoose.routed_mix
-            added = operator(u, y, chosen, weights, operands.tensors, operands.widest)
-        else:
-            added = mixed(operands, u, y, chosen, weights)
-    return fast.with_others(added, u, y, stack, chosen, weights, layer)
+    operands = kernel_operands(stack)
+    chosen, weights = chosen.contiguous(), weights.float().contiguous()
+    if torch.compiler.is_compiling():
+        operator = torch.ops.phatgoose.routed_mix
+        done: Tensor = operator(u, y, chosen, weights, operands.tensors, operands.widest)
+        return done
+    return mixed(operands, u, y, chosen, weights)
+
+
+mix = KernelMix("triton", obstacle, _low_rank)
 
 
 class TritonRouting(KernelRouting):
