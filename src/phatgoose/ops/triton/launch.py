@@ -1,4 +1,10 @@
-"""How the Triton kernels are launched: blocks, grids and buffers between kernels."""
+"""How the Triton kernels are launched: blocks, grids and buffers between kernels.
+
+Block sizes are powers of two, since Triton has no others, and at least 16 where `tl.dot` is used, since tensor
+cores take no fewer rows or columns. Upper limits keep what a program holds at once in registers and shared memory.
+In the names of constants B stands for a block: BN tokens, BE experts, BM tokens of a tile, BR rows of A or B, BD
+columns of A (inputs), BO columns of B (outputs).
+"""
 
 from __future__ import annotations
 
@@ -111,6 +117,8 @@ class _Call:
 
     def __post_init__(self) -> None:
         (self.n, self.k), self.k2 = self.chosen.shape, _power(self.chosen.shape[1])
+        # A u of each pair of token and choice, which shrink writes and expand reads. There is room for the highest
+        # rank, so that no rank is asked of the GPU; what is beyond an expert's rank is never read.
         self.h = torch.empty(
             self.n * self.k, max(1, self.rows.widest), dtype=torch.float32, device=self.u.device
         )
@@ -127,10 +135,11 @@ class _Call:
 def _few(call: _Call) -> None:
     """Every pair of token and choice is computed by itself: nothing is sorted.
 
-    With few pairs, small blocks make more programs, so that more of the GPU's processors have work.
+    Few pairs get small blocks. These make more programs, so that more of the GPU's processors have work.
     """
     rows, pairs = call.rows, call.n * call.k
     widest, (d_in, d_out) = call.h.shape[1], (rows.a.shape[1], rows.b.shape[1])
+    # A program adds up a block [rows, inputs] of A in registers. Fewer rows leave room for more inputs: 8192 values.
     block = min(_power(widest), 4 if pairs <= 16 else 16)
     launch(
         kernels().shrink_few, (pairs, -(-widest // block)),
@@ -138,6 +147,7 @@ def _few(call: _Call) -> None:
         d_in, widest, call.n, call.splits,
         **call.merge, BR=block, BD=min(_power(d_in), 8192 // block),
     )  # fmt: skip
+    # Each program adds all k choices, so that y is read and written once. Of B it reads 16 rows at a time.
     columns = min(_power(d_out), 64 if call.n <= 8 else 256)
     launch(
         kernels().expand_few, (call.n, -(-d_out // columns)),
@@ -158,18 +168,23 @@ def _grouped(call: _Call) -> None:
     tile = min(64, max(16, _power(n // (experts + 1))))
     # Σ ⌈n_e / tile⌉ is never more. How many tiles there are isn't asked of the GPU; programs without one end at once.
     tiles = (n + min(n, experts + 1) * (tile - 1)) // tile
+    # Zeros, because `finish` counts up, and a tile of size 0 is one that `plan` never filled.
     zeros = torch.zeros(k * (experts + 1 + 3 * tiles), dtype=torch.int32, device=device)
     counts, tables = zeros.split([k * (experts + 1), 3 * k * tiles])
     owners, slots = torch.empty(2, k, n, dtype=torch.int32, device=device)
+    # `finish` holds all keys of its tokens, W for each: 4096 in all, or one token's.
     block = max(1, min(16, 4096 // call.merge["W"]))
     launch(
         kernels().finish, (-(-n // block),),
         call.leaders, call.chosen, call.weights, owners, counts, n, experts, call.splits, **call.merge, BN=block,
     )  # fmt: skip
+    # `plan` looks through all n tokens, 1024 at a time, for those of its expert. One more owner, the last, stands for
+    # "nothing chosen".
     launch(
         kernels().plan, (k, experts + 1), owners, counts, slots, tables, n, experts, tiles,
         E2=_power(experts + 1), BM=tile, BP=min(_power(n), 1024),
     )  # fmt: skip
+    # One program for up to 64 rows: ranks are rarely higher, and then u is read once.
     block = min(64, max(16, _power(widest)))
     launch(
         kernels().shrink_grouped, (k * tiles, -(-widest // block)),
