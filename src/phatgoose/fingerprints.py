@@ -11,32 +11,34 @@ from phatgoose.errors import BaseModelError, brief
 from phatgoose.records import Fingerprint
 
 RELATIVE = 2.0**-7
-"""Two casts of one value differ by less: bfloat16 rounds by at most 2^-8 of the value, float16 by 2^-11."""
+"""Two casts of one value differ by less than this share of it. bfloat16 rounds by at most 2^-8, float16 by 2^-11."""
 ABSOLUTE = 6e-8
-"""The smallest float16 above zero: below it a cast to float16 keeps nothing of a value."""
+"""The smallest float16 above zero. A cast to float16 turns what is smaller into zero."""
 CLOSE_COSINE = 0.9
-"""Between the samples of two bases; a 4-bit copy of a model has about 0.99, an unrelated one about 0."""
+"""The least cosine of two bases' samples at which they are "close". A 4-bit copy of a model has about
+0.99 with it, an unrelated model about 0."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What comparing two fingerprints gave."""
+    """How two bases compare."""
 
     level: Literal["same", "close", "different"]
-    """"same": one checkpoint up to a cast. "close": one architecture, samples alike but not equal. Else "different"."""
+    """"same": one checkpoint, perhaps cast to another dtype. "close": one architecture, with samples that
+    are alike but not equal. "different": anything else."""
     reason: str
     """The first difference, with numbers; for "same", what was compared."""
     compared: tuple[str, ...] = ()
-    """The kinds of samples both have: of "embedding", "norm", "linear"."""
+    """Which kinds of samples both bases have: "embedding", "norm", "linear"."""
 
 
 def same_base(a: Fingerprint, b: Fingerprint) -> Verdict:
-    """Compares two bases, whatever dtype or 8-/4-bit packing each was loaded in. Symmetric in its level.
+    """Compares two bases, in whatever dtype or 8-/4-bit packing each was loaded, and whichever comes first.
 
-    "same" needs an equal architecture, every sample group that both have equal within a cast's error
-    (|a − b| ≤ 2^-7·max(|a|, |b|) + 6e-8), and among these groups the embedding and a norm or linear weight.
-    "close" needs an equal architecture and, for each kind of group, a cosine above 0.9: a dequantised copy or a
-    fine-tuned sibling, which can't be told apart. A difference smaller than a cast's error can't be seen at all.
+    "same": the architectures are equal, and so are all groups of samples that both have, up to the error of a cast,
+    |a − b| ≤ 2^-7·max(|a|, |b|) + 6e-8. Among these groups are the embedding and a norm or linear weight.
+    "close": the architectures are equal, and the samples of each kind have a cosine above 0.9. That is a dequantised
+    copy or a fine-tuned sibling; samples can't tell which. Nor do they show a change smaller than a cast's error.
     """
     if field := _architecture_difference(a.architecture, b.architecture):
         return Verdict("different", field)
@@ -50,8 +52,8 @@ def same_base(a: Fingerprint, b: Fingerprint) -> Verdict:
             return Verdict("different", f"samples of {brief(group)} have {sizes} values", kinds)
     if a.samples == b.samples:
         return Verdict("same", f"equal samples of {', '.join(kinds)}", kinds)
-    excess, worst = max((_excess(a.samples[g], b.samples[g]), g) for g in shared)
-    if excess <= 1:
+    largest, worst = max((_largest_difference(a.samples[g], b.samples[g]), g) for g in shared)
+    if largest <= 1:
         if "embedding" in kinds and len(kinds) > 1:
             return Verdict("same", f"equal within a cast's error in {', '.join(kinds)}", kinds)
         return Verdict("close", f"equal in {', '.join(kinds)}, but too little was sampled in both", kinds)
@@ -63,10 +65,10 @@ def same_base(a: Fingerprint, b: Fingerprint) -> Verdict:
 def check_same_base(
     expected: Fingerprint, found: Fingerprint, what: str, *, allow_close: bool = False
 ) -> Verdict:
-    """Does nothing but return the verdict if `found` is the base that is `expected`.
+    """Refuses a base that isn't the `expected` one; else returns the verdict.
 
     Args:
-        what: whose base this is about, at the start of the message: "expert 'plural'".
+        what: whose base it is, for the message, which begins with it: "expert 'plural'".
         allow_close: also accept "close", e.g. a dequantised copy of the base that experts were trained on.
 
     Raises:
@@ -101,13 +103,13 @@ def _architecture_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None
     return None
 
 
-def _excess(a: Sequence[float], b: Sequence[float]) -> float:
-    """The largest difference in units of what casts explain."""
+def _largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """The largest difference of two samples, in units of what a cast explains."""
     return max((_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
 
 
 def _difference(x: float, y: float) -> float:
-    if not (math.isfinite(x) and math.isfinite(y)):  # only in a record that was tampered with
+    if not (math.isfinite(x) and math.isfinite(y)):  # only a record that was tampered with has such samples
         return math.inf
     return abs(x - y) / (RELATIVE * max(abs(x), abs(y)) + ABSOLUTE)
 
@@ -123,9 +125,9 @@ def _cosine_of_kind(kind: str, shared: Sequence[str], a: Fingerprint, b: Fingerp
 
 
 def _describe(group: str, a: Sequence[float], b: Sequence[float], cosines: dict[str, float]) -> str:
-    at = max(range(len(a)), key=lambda i: _difference(a[i], b[i]))
+    worst = max(range(len(a)), key=lambda i: _difference(a[i], b[i]))
     listed = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in cosines.items())
     return (
-        f"weights differ by more than a cast explains, most in {brief(group)}, sample {at}: {a[at]:.6g} expected, "
-        f"{b[at]:.6g} found (cosine of the samples: {listed})"
+        f"weights differ by more than a cast explains, most in {brief(group)}, sample {worst}: "
+        f"{a[worst]:.6g} expected, {b[worst]:.6g} found (cosine of the samples: {listed})"
     )
