@@ -220,8 +220,7 @@ import sys
 from pathlib import Path
 import phatgoose
 from phatgoose.tasks.lists.same_dataset import datasets_of
-from phatgoose.tasks.load import check_task
-from phatgoose.tasks.local_paths import is_local, without_path, without_paths
+from phatgoose.tasks.load import check_task, is_local, without_path, without_paths
 
 assert without_path("bigbench:a/b") == "bigbench:a/b" and without_path("unknown:a/b") == "unknown:a/b"
 assert without_path("bad:a/b") == "bad:a/b" and without_path("bad: ~/b") == "bad:b"

@@ -6,8 +6,7 @@ from phatgoose.errors import TaskError, UnknownName
 from phatgoose.records import SPLITS
 from phatgoose.tasks import Fractions, list_tasks, load_task, split_spec
 from phatgoose.tasks.examples import make_example
-from phatgoose.tasks.load import SOURCES, check_task, find_source
-from phatgoose.tasks.local_paths import without_paths
+from phatgoose.tasks.load import SOURCES, check_task, find_source, without_paths
 from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.splits import RULE, build_task
 

@@ -5,7 +5,6 @@ In: a spec such as `bigbench:social_iqa` or `jsonl:my.jsonl`. Out: a `Task` of `
     spec.py, load.py   a spec → its source (sources/, one file each)
     columns.py         a row of named columns → an example; messages.py: a conversation → one for each turn
     examples.py        the rules that all rows obey, whatever their source
-    local_paths.py     specs and records as they may be published
     splits.py          the split rule, and `build_task`, in which every source ends
 
 lists/ holds named pools and suites of tasks. contamination.py finds held-out rows that share text with training

@@ -1,12 +1,13 @@
-"""`load_task`: a spec → a Task, through the table of task sources."""
+"""`load_task`: a spec → a Task, through the table of sources; and specs without paths of this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from phatgoose.errors import PluginError, TaskError, brief
+from phatgoose.errors import PluginError, TaskError, UnknownName, brief
 from phatgoose.records import SPLITS, SplitName, Task
 from phatgoose.registry import Registry, unknown
 from phatgoose.tasks.sources import TaskSource
@@ -108,9 +109,46 @@ def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
 def _parse(spec: str) -> tuple[TaskSource, TaskSpec]:
     parsed = split_spec(spec)
     source = find_source(parsed.source)
-    parsed.check_options(source.options)
+    for option in parsed.options:
+        if option not in source.options:
+            raise unknown(f"option of {parsed.source}: specs", option, source.options)
     return source, parsed
 
 
 def _expanded(folder: str | Path | None) -> Path | None:
     return None if folder is None else Path(folder).expanduser()
+
+
+def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's `source` as it may be published: local paths are cut to their last part and folders left out,
+    in its parts too."""
+    kept = {key: value for key, value in source.items() if key != "folder"}
+    if "spec" in kept:
+        kept["spec"] = " + ".join(without_path(part) for part in str(kept["spec"]).split(" + "))
+    if "parts" in kept:
+        kept["parts"] = [without_paths(part) for part in kept["parts"]]
+    return kept
+
+
+def without_path(spec: str) -> str:
+    """A task's spec as it may be published: of a local file only the name."""
+    source, _, rest = spec.partition(":")
+    name, mark, query = rest.partition("?")
+    return f"{source}:{Path(name).name}{mark}{query}" if is_local(spec) else spec
+
+
+def is_local(spec: str) -> bool:
+    """True if a spec reads a file or folder of this machine: always for a source whose specs name paths
+    (`TaskSource.local`), for others if it names a path.
+
+    Only this spec's source is imported. One that isn't installed, or that is broken, can't be asked: then the
+    name alone decides.
+    """
+    source, _, rest = spec.partition(":")
+    parsed = TaskSpec(source.strip(), rest.partition("?")[0].strip())
+    if parsed.has_path:
+        return True
+    try:
+        return find_source(parsed.source).local
+    except (UnknownName, PluginError):
+        return False

@@ -20,7 +20,7 @@ from phatgoose.models.base.sentence_encoder import SentenceEncoder, load_encoder
 from phatgoose.models.text.capabilities import check_scorable
 from phatgoose.models.text.encoding import Encoded, chat_template_key, decode_text, encode_input
 from phatgoose.records import Example, Task
-from phatgoose.tasks.local_paths import without_paths
+from phatgoose.tasks.load import without_paths
 from phatgoose.training.activations import mean_activations
 from phatgoose.training.config import SignatureConfig
 from phatgoose.training.gate import match_to_base

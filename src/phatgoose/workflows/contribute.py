@@ -12,7 +12,7 @@ from phatgoose.files import sha256_json
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.records import Task
-from phatgoose.tasks.local_paths import without_paths
+from phatgoose.tasks.load import without_paths
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate

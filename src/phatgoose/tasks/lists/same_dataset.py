@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.local_paths import is_local
+from phatgoose.tasks.load import is_local
 from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.spec import TaskSpec, split_spec
 

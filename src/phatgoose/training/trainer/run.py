@@ -18,7 +18,7 @@ from phatgoose.files import atomic_folder, work_place
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.text.capabilities import check_scorable
 from phatgoose.models.text.encoding import chat_template_key
-from phatgoose.tasks.local_paths import without_paths
+from phatgoose.tasks.load import without_paths
 from phatgoose.training.student import Student, autocast_dtype
 from phatgoose.training.trainer.arguments import Logger, broadcast_value, trainer_arguments
 from phatgoose.training.trainer.checkpoints import History, RunFolder

@@ -22,8 +22,7 @@ from phatgoose.registry import unknown
 from phatgoose.routers.parse import is_router, parse_router
 from phatgoose.tasks.lists.entries import Entry, check_no_shared_data, folder_for
 from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
-from phatgoose.tasks.load import SOURCES
-from phatgoose.tasks.local_paths import without_path
+from phatgoose.tasks.load import SOURCES, without_path
 from phatgoose.tasks.spec import split_spec
 from phatgoose.training.config import ExpertConfig, GateConfig, SignatureConfig
 from phatgoose.workflows.experiment.systems import (

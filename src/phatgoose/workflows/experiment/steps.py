@@ -22,7 +22,7 @@ from phatgoose.routers import PHATGOOSE, Single
 from phatgoose.tasks.contamination import ContaminationCheck
 from phatgoose.tasks.lists.entries import Entry
 from phatgoose.tasks.lists.same_dataset import datasets_of
-from phatgoose.tasks.local_paths import is_local, without_path, without_paths
+from phatgoose.tasks.load import is_local, without_path, without_paths
 from phatgoose.tasks.tokenizer_loss import tokenizer_loss
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.gate import match_to_base
