@@ -20,7 +20,7 @@ SOURCES = Registry(
     {
         "bigbench": "phatgoose.tasks.sources.bigbench:SOURCE",
         "bbh": "phatgoose.tasks.sources.bbh:SOURCE",
-        "jsonl": "phatgoose.tasks.sources.jsonl:SOURCE",
+        "jsonl": "phatgoose.tasks.sources.local_rows:SOURCE",
         "hf": "phatgoose.tasks.sources.hf:SOURCE",
         "p3": "phatgoose.tasks.sources.p3:SOURCE",
         "prompted": "phatgoose.tasks.sources.prompted:SOURCE",

@@ -60,12 +60,13 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
     own, dropped = read_splits(data, spec, read)
     source["fingerprints"] = {name: getattr(part, "_fingerprint", "") for name, part in data.items()}
-    return build_task(f"hf:{_short(spec.name)}", own, source, fractions, dropped)
+    name = Path(spec.name).stem if spec.has_path else spec.name
+    return build_task(f"hf:{name}", own, source, fractions, dropped)
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
-    path = (folder or Path()) / Path(spec.name).expanduser()
+    path = spec.local_path(folder)
     if path.exists():
         return None
     if spec.has_path:
@@ -85,7 +86,7 @@ def load_data(
     import datasets
 
     name, config = spec.name, spec.options.get("config")
-    local = (folder or Path()) / Path(name).expanduser()
+    local = spec.local_path(folder)
     try:
         if local.exists():
             loaded = _load_local(local, config)
@@ -249,8 +250,7 @@ def read_splits(
         ) -> list[Example]:
             return read(row, labels, f"{split} row {number}")
 
-        rows = read_examples(part, read_row, f"{spec.text}, {split} row", dropped, suffix=f"_{split}")
-        own[split] = list(rows)
+        own[split] = list(read_examples(part, read_row, f"{spec.text}, {split} row", dropped, f"_{split}"))
     return own, dropped
 
 
@@ -260,11 +260,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-def _short(name: str) -> str:
-    """A local path by its last part, a Hub name as it is."""
-    return Path(name).stem if name.startswith((".", "/", "~")) else name
 
 
 SOURCE = TaskSource(load, check, (*OPTIONS, *messages.OPTIONS, *SPLITS, "config", "revision"))

@@ -1,4 +1,6 @@
-"""`rows_source`: a source whose specs name a local file of rows, from a reader of such files.
+"""`jsonl:PATH`: one JSON object a line; `rows_source`: such a source for other files of rows.
+
+    jsonl:rte.jsonl.gz?input={premise} Question: {hypothesis}?&choices=True|False&answer_index=label&ignore=idx
 
 Fields: "input" (the whole prompt), "target" (text, number or a list of acceptable answers) or "targets" (list),
 optional "choices" (list) and "answer_index" (0-based index of the right choice, may replace a target),
@@ -19,6 +21,7 @@ from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.tasks import messages
 from phatgoose.tasks.columns import OPTIONS, Columns, to_example
 from phatgoose.tasks.sources import TaskSource
+from phatgoose.tasks.sources.local_files import read_lines
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import CHAT, Fractions, build_task
 
@@ -35,7 +38,7 @@ def rows_source(read_rows: ReadRows) -> TaskSource:
     """
 
     def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
-        path = _path(spec, folder)
+        path = spec.local_path(folder)
         return _load_rows(spec, path, read_rows(path), fractions)
 
     return TaskSource(load, _check, (*OPTIONS, *messages.OPTIONS, "ignore", "split"), local=True)
@@ -64,14 +67,10 @@ def _load_rows(
 
 
 def _check(spec: TaskSpec, folder: Path | None) -> str | None:
-    path = _path(spec, folder)
+    path = spec.local_path(folder)
     if not path.is_file():
         raise TaskError(f"{path} does not exist.")
     return None
-
-
-def _path(spec: TaskSpec, folder: Path | None) -> Path:
-    return (folder or Path()) / Path(spec.name).expanduser()
 
 
 def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, list[Example]]:
@@ -124,3 +123,6 @@ def _columns(spec: TaskSpec, row: dict[str, Any], where: str) -> Columns:
         answer_index="answer_index" if "answer_index" in row and "target" not in explicit else None,
     )
     return Columns.from_spec(spec, default)
+
+
+SOURCE = rows_source(read_lines)
