@@ -1,4 +1,4 @@
-"""`load_task`: a spec → a Task, through the table of sources; and specs without paths of this machine."""
+"""`load_task`: a spec → a Task, through the table of sources; specs without local paths."""
 
 from __future__ import annotations
 

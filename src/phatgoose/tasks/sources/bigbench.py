@@ -24,6 +24,7 @@ from phatgoose.errors import TaskError
 from phatgoose.records import Example, Task
 from phatgoose.tasks.examples import Dropped, make_example, read_examples
 from phatgoose.tasks.sources import TaskSource, bigbench_files
+from phatgoose.tasks.sources.local_files import unpacked_folder
 from phatgoose.tasks.spec import TaskSpec
 from phatgoose.tasks.splits import Fractions, build_task
 
@@ -70,8 +71,8 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
     preferred = {part: data.get("preferred_score") for part, _, data in parts}
     scores = sorted({str(s) for s in preferred.values()})
     source: dict[str, Any] = {}
-    if bigbench_files.is_sdist(root):
-        package = bigbench_files.PACKAGE
+    package = bigbench_files.PACKAGE
+    if root == unpacked_folder(package):
         source |= {"package": package.requirement, "sha256": package.sha256}
     source |= {
         "subtasks": [part for part, _, _ in parts] if len(parts) > 1 else [],
@@ -125,11 +126,8 @@ def prompt_style(path: Path, data: dict[str, Any]) -> PromptStyle:
         raise TaskError(f'{path}: "append_choices_to_input" must be true or false, got {show!r}.')
     metrics = data.get("metrics") or []
     preferred = data.get("preferred_score") or (RANKED if RANKED in metrics else MATCHED)
-    prefix, before, after = (
-        text("task_prefix", ""),
-        text("example_input_prefix", ""),
-        text("example_output_prefix", ""),
-    )
+    names = ("task_prefix", "example_input_prefix", "example_output_prefix")
+    prefix, before, after = (text(name, "") for name in names)
     if is_generic(before):
         # The label also separated the instruction from the input; a line break takes its place.
         before = "" if not prefix or prefix[-1].isspace() else "\n"

@@ -16,9 +16,8 @@ from typing import Any
 
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.fetch import PinnedPackage, build_once
-from phatgoose.files import cache_folder
 from phatgoose.registry import unknown
-from phatgoose.tasks.sources.local_files import given_folder, read_json
+from phatgoose.tasks.sources.local_files import given_folder, read_json, unpacked_folder
 
 PACKAGE = PinnedPackage(
     "bigbench==1.0.0",
@@ -34,18 +33,13 @@ def root(folder: Path | None) -> Path:
     """The folder that holds the tasks: `folder`, $PHATGOOSE_BIGBENCH, or the cache (fetched on first use)."""
     folder = given_folder(folder, "PHATGOOSE_BIGBENCH")
     if folder is None:
-        return build_once(cached(), _unpack)
+        return build_once(unpacked_folder(PACKAGE), _unpack)
     for inside in (folder, folder / "benchmark_tasks", folder / "bigbench" / "benchmark_tasks"):
         if inside.is_dir() and any(inside.glob("*/task.json*")):
             return inside
     raise TaskError(
         f"{folder} holds no BIG-bench tasks: expected NAME/task.json as in the repository's benchmark_tasks."
     )
-
-
-def is_sdist(folder: Path) -> bool:
-    """True for the folder of the unpacked sdist."""
-    return folder.parent == cache_folder() / "bigbench"
 
 
 def names(folder: Path) -> list[str]:
@@ -112,13 +106,7 @@ def _programs(folder: Path) -> set[str]:
 
 def is_available(folder: Path | None) -> bool:
     """True if the tasks can be read without fetching anything."""
-    return given_folder(folder, "PHATGOOSE_BIGBENCH") is not None or cached().is_dir()
-
-
-def cached() -> Path:
-    """Where the tasks are kept, once they were fetched."""
-    # The first letters of the hash are part of the name: another pin never meets an older pin's files.
-    return cache_folder() / "bigbench" / f"{PACKAGE.version}-{PACKAGE.sha256[:12]}"
+    return given_folder(folder, "PHATGOOSE_BIGBENCH") is not None or unpacked_folder(PACKAGE).is_dir()
 
 
 def _unpack(work: Path) -> None:

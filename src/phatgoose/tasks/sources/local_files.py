@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import TaskError
-from phatgoose.files import is_folder
+from phatgoose.fetch import PinnedPackage
+from phatgoose.files import cache_folder, is_folder
 
 _UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 """What reading a missing, damaged or misnamed file raises."""
@@ -21,6 +22,13 @@ def given_folder(folder: Path | None, variable: str) -> Path | None:
     """`folder`, or else the one that an environment variable names; None if there is neither."""
     named = os.environ.get(variable)
     return Path(named).expanduser() if folder is None and named else folder
+
+
+def unpacked_folder(package: PinnedPackage) -> Path:
+    """Where the cache has what a source keeps of a source distribution, once it was fetched."""
+    # The first letters of the hash are part of the name: another pin never meets an older pin's files.
+    name = package.requirement.partition("==")[0]
+    return cache_folder() / name / f"{package.version}-{package.sha256[:12]}"
 
 
 def check_folder(folder: Path, content: str) -> None:

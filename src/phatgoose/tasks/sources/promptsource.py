@@ -7,7 +7,6 @@ Jinja expression of its own. The random `choice` draws from the row's own genera
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import tarfile
@@ -26,8 +25,8 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from phatgoose.errors import TaskError
 from phatgoose.fetch import PinnedPackage, build_once
-from phatgoose.files import cache_folder
 from phatgoose.registry import unknown
+from phatgoose.tasks.sources.local_files import given_folder, unpacked_folder
 
 PACKAGE = PinnedPackage(
     "promptsource==0.2.3",
@@ -103,22 +102,17 @@ def read_templates(name: str) -> Mapping[str, Template]:
 
 def root() -> Path:
     """The folder of DATASET/SUBSET/templates.yaml: $PHATGOOSE_PROMPTSOURCE, or the cache (fetched on first use)."""
-    if named := os.environ.get("PHATGOOSE_PROMPTSOURCE"):
-        folder = Path(named).expanduser()
-        if not folder.is_dir():
-            raise TaskError(f"PHATGOOSE_PROMPTSOURCE is {folder}, which is not a folder.")
-        return folder
-    return build_once(cached(), _unpack)
+    folder = given_folder(None, "PHATGOOSE_PROMPTSOURCE")
+    if folder is None:
+        return build_once(unpacked_folder(PACKAGE), _unpack)
+    if not folder.is_dir():
+        raise TaskError(f"PHATGOOSE_PROMPTSOURCE is {folder}, which is not a folder.")
+    return folder
 
 
 def is_available() -> bool:
     """True if the prompts can be read without fetching anything."""
-    return bool(os.environ.get("PHATGOOSE_PROMPTSOURCE")) or cached().is_dir()
-
-
-def cached() -> Path:
-    """Where the prompts are kept, once they were fetched."""
-    return cache_folder() / "promptsource" / f"{PACKAGE.version}-{PACKAGE.sha256[:12]}"
+    return given_folder(None, "PHATGOOSE_PROMPTSOURCE") is not None or unpacked_folder(PACKAGE).is_dir()
 
 
 def _unpack(work: Path) -> None:
@@ -142,13 +136,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: loader.construct_mapping(node, deep=True))
 
 
-class _RowRandom(threading.local):
-    """The generator that Jinja's `choice` draws from while a row is rendered."""
-
-    generator = random.Random(0)
-
-
-_RANDOM = _RowRandom()
+_RANDOM = threading.local()
+"""Its `generator` is what Jinja's `choice` draws from while a row is rendered."""
 
 
 @cache
