@@ -24,8 +24,7 @@ from phatgoose.tasks.lists.named import POOLS, SUITES, pool_entries, pool_exclud
 from phatgoose.tasks.lists.same_dataset import bigbench_name, datasets_of
 from phatgoose.tasks.load import SOURCES
 from phatgoose.tasks.sources.bbh import NAMES
-from phatgoose.tasks.sources.known_datasets import KNOWN_SPLITS
-from phatgoose.tasks.sources.prompted import choose_templates
+from phatgoose.tasks.sources.prompted import KNOWN_SPLITS, choose_templates
 from phatgoose.tasks.sources.promptsource import PACKAGE, read_templates
 from phatgoose.tasks.spec import split_spec
 

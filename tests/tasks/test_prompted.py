@@ -10,7 +10,7 @@ import pytest
 
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.tasks import load_task
-from phatgoose.tasks.sources.known_datasets import to_hub_row
+from phatgoose.tasks.sources.prompted import to_hub_row
 from phatgoose.tasks.sources.promptsource import Template, read_templates
 
 YAML = """

@@ -15,7 +15,7 @@ from phatgoose.tasks import load_task
 from phatgoose.tasks.lists.named import POOLS, SUITES, pool_entries, suite
 from phatgoose.tasks.load import check_task
 from phatgoose.tasks.sources import promptsource
-from phatgoose.tasks.sources.known_datasets import KNOWN_SPLITS, check_splits
+from phatgoose.tasks.sources.prompted import KNOWN_SPLITS, check_splits
 from phatgoose.tasks.spec import split_spec
 from phatgoose.workflows.experiment.check import check_data
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe

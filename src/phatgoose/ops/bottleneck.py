@@ -93,8 +93,7 @@ class Bottleneck:
         return replace(self, scale=float(self.scale), **moved)
 
     def apply(self, y: Tensor, residual: Residual | None) -> Tensor:
-        """What it adds to the module's output y [N, d_out], in the dtype of its weights. `residual`: where h
-        is found."""
+        """What it adds to the module's output y [N, d_out], in the dtype of its weights; h is in `residual`."""
         x = y
         if self.residual is not None:
             assert residual is not None

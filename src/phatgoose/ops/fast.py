@@ -42,8 +42,7 @@ def choose(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def mix(
     u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tensor, layer: Layer | None = None
 ) -> Tensor:
-    """y + Σ_j w_j Δ_{e_j}(u), the low-rank parts by the method that is cheapest for this many tokens and
-    stacked rows."""
+    """y + Σ_j w_j Δ_{e_j}(u), the low-rank parts by the cheapest method for this many tokens and stacked rows."""
     if chosen.numel() == 0:
         return y
     added = low_rank(u, y, stack, chosen, weights)

@@ -7,8 +7,7 @@ from typing import Any
 
 
 class ForwardState(threading.local):
-    """What one module leaves for another during a forward pass. Threads don't share it; copies and pickles
-    start empty."""
+    """What one module leaves for another during a forward pass. It is a thread's own; copies and pickles are empty."""
 
     def __reduce__(self) -> Any:
         return type(self), ()

@@ -39,8 +39,7 @@ class FusedRouting(Protocol):
 
 
 def kernel_obstacle(u: Tensor, y: Tensor, stack: Stack, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why kernels for inference in these dtypes can't do this call, and what to do; None if they can. Devices
-    aren't checked."""
+    """Why kernels for inference in these dtypes can't do this call, and what to do; None if they can, on any device."""
     if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
         return NO_BACKWARD
     if stack.embedding or (u.dtype in dtypes and y.dtype in dtypes and stack.A.dtype in dtypes):
@@ -137,8 +136,7 @@ class KernelRouting:
         return self.accepts(u, y) and not torch.compiler.is_compiling() and type(u) is type(y) is Tensor
 
     def as_operator(self, u: Tensor, y: Tensor) -> Tensor | None:
-        """The call as one operator that torch.compile keeps in its graph; None if `mix` must add other parts
-        than low-rank rows."""
+        """The call as one operator, for torch.compile to keep in its graph; None if not all is low-rank."""
         if not self.plain:
             return None
         flat_u, flat_y = u.reshape(-1, u.shape[-1]), y.reshape(-1, y.shape[-1])

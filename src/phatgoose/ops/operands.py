@@ -12,8 +12,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops.stack import Stack
 
 _LOCK = threading.RLock()
-"""Guards what is kept with a stack. Without it, two threads that come first would replace what the other's
-kernel reads."""
+"""Guards what is kept with a stack: two threads that come first would replace what the other's kernel reads."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,8 +80,7 @@ class QuantizedGates:
 
 
 def quantize(gates: Tensor, planes: int | None = None) -> QuantizedGates:
-    """Standardised gates, float32 [E, d], in `planes` times 8 bits; None: in 8 bits, or in 16 if 8 leave too
-    much in doubt."""
+    """Standardised gates, float32 [E, d], in `planes` times 8 bits; None: 8, or 16 if 8 leave too much in doubt."""
     if planes is None:
         one = quantize(gates, 1)
         return one if not len(gates) or float(one.error.mean()) <= MAX_MEAN_ERROR else quantize(gates, 2)
@@ -140,8 +139,7 @@ _UNIT = {"none": 0.0, "ieee": 0.0, "highest": 0.0, "tf32": 2.0**-10, "high": 2.0
 
 
 def _factor_rounding(device: torch.device) -> float:
-    """The relative rounding of factors of float32 products that torch is set to. Codes are exact in any of
-    these formats."""
+    """The relative rounding of factors of float32 products that torch is set to. It leaves codes as they are."""
     settings = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     kept = getattr(getattr(settings, "matmul", None), "fp32_precision", None)  # since torch 2.9
     return _UNIT.get(kept or torch.get_float32_matmul_precision(), 2.0**-8)

@@ -15,16 +15,14 @@ EPS = 1e-5
 
 
 def standardise(x: Tensor) -> Tensor:
-    """(x − mean)/√(var + 1e-5) over the last dimension, biased variance: LayerNorm without affine. [..., d] →
-    [..., d]."""
+    """(x − mean)/√(var + 1e-5) over the last dimension, with the biased variance: LayerNorm without affine."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
 def gate_scores(u: Tensor, gates: Tensor) -> Tensor:
-    """score_e = v̄_eᵀ ū / √d. u: [N, d] raw inputs, gates: [E, d] standardised vectors v̄ → [N, E] (paper,
-    section 3.2)."""
+    """score_e = v̄_eᵀ ū / √d (paper, section 3.2). u: raw inputs [N, d], gates: standardised v̄ [E, d] → [N, E]."""
     dtype = torch.promote_types(torch.promote_types(u.dtype, gates.dtype), torch.float32)
     norm: float = u.shape[-1] ** 0.5
     return standardise(u).to(dtype) @ gates.to(dtype).T / norm

@@ -23,8 +23,7 @@ class Layer:
 
 
 VectorTerm = Callable[[Tensor, Tensor, Tensor, Layer | None], Tensor]
-"""(v, u, y, layer) → what the vectors v add to the output, in y's dtype. v: one per token, or one for all; y:
-[N, d_out]."""
+"""(v, u, y [N, d_out], layer) → what the vectors v, one per token or one for all, add to y, in its dtype."""
 
 
 def _linear_scale(v: Tensor, u: Tensor, y: Tensor, layer: Layer | None) -> Tensor:
@@ -82,8 +81,7 @@ class Stack:
     embedding: bool = False
     """Whether u are token ids, int64 [N], and A u are columns of A."""
     prefetch: bool = False
-    """Whether A and B are mapped from a file that may not fit into memory: rows are then best asked for before
-    they are read."""
+    """Whether A and B are mapped from a file that memory may not hold: rows are best asked for before they are read."""
 
     @property
     def experts(self) -> int:

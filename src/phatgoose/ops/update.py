@@ -125,8 +125,7 @@ class Update:
         return found
 
     def vectors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The vectors of Δ(u) in this dtype, by the names of `stack.VECTOR_TERMS`, ready to be applied: 0
-        would change nothing."""
+        """The vectors of Δ(u) in this dtype, by the names of `stack.VECTOR_TERMS`; 0 changes nothing."""
         found = {}
         if self.bias is not None:
             found["bias"] = self.bias.detach().to(dtype) * self.scale

@@ -18,8 +18,7 @@ from phatgoose.routers.router import BoundRouter, Candidates, Drawn, Router
 
 
 class TypedIndex(int):
-    """A number as somebody typed it ("single:7"): first an expert of this name is looked for, then the expert
-    at this index."""
+    """A number that somebody typed ("single:7"): the expert of this name or, if there is none, at this index."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ class Fixed(BoundRouter):
 
 
 class _Random(BoundRouter):
-    """Draws among all experts of the pool. One that has nothing at this module is drawn like the others and
-    does nothing."""
+    """Draws among all experts of the pool, also those that have nothing at this module. They do nothing then."""
 
     def __init__(self, seed: int, top_k: int, candidates: Candidates):
         self.key = zlib.crc32(f"{seed}\0{candidates.path}".encode())

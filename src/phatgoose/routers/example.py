@@ -37,8 +37,7 @@ class ByText(SignatureRouter):
     """What the routers of this file have in common."""
 
     encoder: str = AUTO
-    """The sentence encoder: a name or folder; "auto": the one that the experts' signatures name. It must be
-    the very same."""
+    """The sentence encoder that the experts' signatures were made with: a name or folder; "auto": the one they name."""
 
     needs = "data signatures: texts; a sentence encoder"
     chooses = "1 expert per sequence"

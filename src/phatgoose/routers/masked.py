@@ -108,8 +108,7 @@ class _Masked(BoundRouter):
         raise NotImplementedError
 
     def allowed(self, context: RoutingContext, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which candidates may be chosen for each token, bool [N, candidates], and how many experts of the
-        pool are on, int64 [N]."""
+        """For each token: which candidates are on, bool [N, candidates], and how many experts are, int64 [N]."""
         on = self.switches.allowed
         assert on is not None
         if context.picked is not None:

@@ -68,8 +68,7 @@ class BoundRouter(ABC):
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
 
     by_gates: tuple[Tensor, int] | None = None
-    """(gates v̄ [candidates, d], top_k) if calling this router is gate_scores, then choose. A backend may fuse
-    that with mix."""
+    """(gates v̄ [candidates, d], top_k) if it calls gate_scores, then choose. A backend may fuse that with mix."""
 
     def observe(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
         """Takes in inputs [N, d] of the module on reference text. Called before routing, if `needs_reference`."""

@@ -74,8 +74,7 @@ class PHATGOOSE(TopK):
         return _ByGates(candidates, gates, self.top_k)
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings; `ungated` only if it isn't the default, so that results of pools with gates keep
-        their description."""
+        """Name and settings; `ungated` only where it is set, so that older results keep their description."""
         return {k: v for k, v in super().describe().items() if (k, v) != ("ungated", "refuse")}
 
 

@@ -13,8 +13,7 @@ _Row = TypeVar("_Row")
 
 
 class Dropped(ValueError):
-    """A well-formed row that can't be used. `reason` is the word under which such rows are counted in a task's
-    source."""
+    """A well-formed row that can't be used. A task's source counts such rows under `reason`, a word."""
 
     def __init__(self, reason: str, message: str = "") -> None:
         super().__init__(message or reason)
@@ -73,8 +72,7 @@ def make_example(
 
 
 def make_rendered_example(prompt: str, target: str, choices: list[str] | None) -> Example:
-    """An Example of a rendered prompt. It has the choices if they can be ranked: at least two, the target one
-    of them, none empty."""
+    """An Example of a rendered prompt, with its choices if there are two or more, none empty, the target among them."""
     target = target.strip()
     can_rank = choices is not None and target in choices and len(set(choices)) > 1 and "" not in choices
     return make_example(prompt, [target], choices if can_rank else None)

@@ -120,8 +120,7 @@ def _expanded(folder: str | Path | None) -> Path | None:
 
 
 def without_paths(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `source` as it may be published: local paths are cut to their last part and folders left out,
-    in its parts too."""
+    """A task's `source` as it may be published: without folders, and with only the last part of local paths."""
     kept = {key: value for key, value in source.items() if key != "folder"}
     if "spec" in kept:
         kept["spec"] = " + ".join(without_path(part) for part in str(kept["spec"]).split(" + "))

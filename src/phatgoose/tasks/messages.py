@@ -37,8 +37,7 @@ _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", 
 
 
 def message_columns(row: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The columns that hold a row's messages; None if it holds none, or if the options say to read it in
-    another way."""
+    """The columns that hold a row's messages; None if it has none, or the options say to read other columns."""
     if "messages" in options:
         return (options["messages"],)
     if "input" in options or "input" in row:

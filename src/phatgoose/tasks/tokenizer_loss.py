@@ -21,8 +21,7 @@ ROWS = 200
 ANSWERS_LOST = 0.2
 """A task is out if more than this share of its rows has an answer that the tokenizer loses."""
 PROMPT_LOST = 0.02
-"""A task is out if more than this share of its prompts' tokens is unknown: the one character that decides may
-be one token of many."""
+"""A task is out if more than this share of its prompts' tokens is unknown. A single one may be what decides."""
 
 
 @dataclass(frozen=True)

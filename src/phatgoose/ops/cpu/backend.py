@@ -39,8 +39,7 @@ class Prefetch(ctypes.Structure):
 
 @cache
 def shared_prefetch() -> Prefetch:
-    """One for all modules, since they share the memory. Half of what is free now holds the base and whatever
-    else comes."""
+    """One for all modules, since they share the memory. Half of what is free now is left for whatever else comes."""
     return Prefetch(available_bytes() // 2, 0, 1)
 
 
@@ -111,8 +110,7 @@ def _run(
     chosen: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> None:
-    """Runs the kernel on contiguous tensors. It reads `chosen` and `weights`, or writes into them if the site
-    has gates."""
+    """Runs the kernel on contiguous tensors. It reads `chosen` and `weights`; if the site has gates, it writes them."""
     code = library().run(
         0, ctypes.addressof(site), u.data_ptr(), y.data_ptr(), out.data_ptr(), tokens,
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
@@ -232,8 +230,7 @@ class CpuRouting(KernelRouting):
 def fuse(
     gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True
 ) -> CpuRouting | None:
-    """The three steps in one call; None for an embedding, and for a stack that the kernel can't take if not
-    `strict`."""
+    """The three steps in one call; None for an embedding or, if not `strict`, a stack that the kernel can't take."""
     if stack.embedding or (not strict and obstacle(stack.A, stack.B, stack) is not None):
         return None
     return CpuRouting(gates, top_k, stack, layer, strict)

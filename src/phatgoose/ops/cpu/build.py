@@ -43,8 +43,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-"""Instruction sets, best first, and the compiler's options for them. Those that the compiler doesn't know are
-left out; the last must compile."""
+"""Instruction sets, best first, and the compiler's options. What it doesn't know is left out; the last must compile."""
 COMPILERS = ("g++", "c++", "clang++")
 SECONDS = 600
 log = logging.getLogger(__name__)
@@ -109,8 +108,7 @@ def kernel_path() -> Path:
 
 
 def compiler() -> tuple[str, ...]:
-    """The C++ compiler's command: $CXX, which may be several words (ccache g++), or the first one found; empty
-    if there is none."""
+    """The C++ compiler's command: $CXX (maybe several words: ccache g++), or the first one found; empty if none is."""
     asked = os.environ.get("CXX")
     if not asked:
         return next(((found,) for name in COMPILERS if (found := shutil.which(name))), ())
@@ -124,8 +122,7 @@ def compiler() -> tuple[str, ...]:
 
 
 def _openmp() -> str | None:
-    """The OpenMP library that torch has loaded. A second one would start further threads, which compete for
-    the same cores."""
+    """The OpenMP library that torch has loaded. Threads of a second one would compete for the same cores."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:
             files = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and "/" in line}

@@ -153,8 +153,7 @@ def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) 
 
 
 def even_shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each size to take for at most `most` together, as evenly as possible; the first ones get
-    a remainder."""
+    """How many to take of each size, evenly, for at most `most` together. The first ones get a remainder."""
     shares, left = [0] * len(sizes), most
     # From the smallest on: what one can't use of its share is left for those after it.
     for done, i in enumerate(sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))):

@@ -18,8 +18,7 @@ from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.spec import TaskSpec, split_spec
 
 NATURAL_INSTRUCTIONS = "natural-instructions"
-"""One dataset for all categories of Natural Instructions: they hold tasks built on many datasets, and aren't
-searched one by one."""
+"""One dataset for all categories of Natural Instructions, which hold tasks built on many datasets."""
 _HARD_RENAMED = {
     "causal_judgement": "causal_judgment",
     "formal_fallacies": "formal_fallacies_syllogisms_negation",
@@ -38,8 +37,7 @@ class Dataset:
     """A dataset or a part of one, as DATASET/PART."""
 
     name: str
-    """In lower case: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration"; for a local file its whole
-    path as it is."""
+    """In lower case: "bigbench/hyperbaton", "super_glue/rte", "p3/configuration". A local file's is its path."""
     owner: str = ""
     """Its owner on the Hub, if the spec names one. Empty for collections that many have copied (BIG-bench, P3,
     Natural Instructions)."""

@@ -19,8 +19,7 @@ from phatgoose.tasks.splits import Fractions
 
 @dataclass(frozen=True)
 class TaskSource:
-    """How the specs of one source are loaded, checked and listed. `folder` is what `load_task` was given, `~`
-    expanded."""
+    """How the specs of one source are loaded, checked and listed. `folder` is `load_task`'s, with `~` expanded."""
 
     load: Callable[[TaskSpec, Path | None, Fractions], Task]
     """(spec, folder, fractions) → the task; ends in `build_task`, which applies the split rule. The spec and the

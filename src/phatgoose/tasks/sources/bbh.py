@@ -39,13 +39,7 @@ _DASH = re.compile(r"^- *(\S.*?)[ \t]*$", re.MULTILINE)
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
-    """One BBH task; `fractions` play no part.
-
-    Raises:
-        UnknownName: there is no such task.
-        TaskError: the file is malformed.
-        DownloadError: the Hub can't be reached.
-    """
+    """One BBH task; `fractions` play no part."""
     files = _find_files(spec, folder)
     choices = tuple(spec.options["choices"].split("|")) if "choices" in spec.options else None
     where = f"{HUB}/{spec.name}" if files is None else str(files[spec.name])
@@ -74,8 +68,7 @@ def list_names(folder: Path | None) -> list[str]:
 
 
 def to_example(text: str, target: str, choices: tuple[str, ...] | None = None) -> Example:
-    """The Example of one row. Raises ValueError if input or target is empty, or the target none of the given
-    choices."""
+    """The Example of a row. Raises ValueError if input or target is empty, or the target isn't a given choice."""
     if choices is None and (headings := list(_OPTIONS.finditer(text))):
         block = text[headings[-1].end() :]
         labels = tuple(_LETTER.findall(block)) or tuple(_DASH.findall(block))

@@ -90,8 +90,7 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _unknown_task(name: str, known: list[str]) -> UnknownName:
-    """Suggests whole tasks, or a subtask that has the name's last part (past_tense →
-    linguistic_mappings/past_tense…)."""
+    """Suggests whole tasks, or a subtask of this name (past_tense → linguistic_mappings/past_tense…)."""
     last = name.rpartition("/")[2]
     inside = [n for n in known if "/" in n and last in n.partition("/")[2]]
     hint = f"It looks like {' or '.join(repr(n) for n in inside[:3])}." if inside else ""

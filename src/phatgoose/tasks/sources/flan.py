@@ -40,15 +40,10 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
-    """One task, split by the split rule.
-
-    Raises:
-        TaskError: no such collection or file, a `niv2/` task without a folder, or malformed rows.
-        DownloadError: the Hub can't be reached.
-    """
-    collection, task = _parts(spec)
+    """One task, split by the split rule."""
+    collection, task = _parts(spec, folder)
     most = spec.count("rows", ROWS)
-    rows = _read_folder(spec.name, folder) if folder is not None else _read_hub(collection, task, spec.text)
+    rows = _read_hub(collection, task) if folder is None else _read_folder(spec.name, folder)
     dropped: Counter[str] = Counter()
     examples = list(itertools.islice(read_examples(rows, _read, f"{spec.text}, row", dropped), most))
     origin = HUB if folder is None else "folder"
@@ -58,21 +53,24 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
     """As `TaskSource.check`."""
-    collection, task = _parts(spec)
+    _parts(spec, folder)
     spec.count("rows", ROWS)
-    if folder is not None:
-        _find_file(spec.name, folder)
-        return None
-    if collection in NAMELESS:
-        raise _needs_folder(collection, task, spec.text)
-    return "the Hub"
+    if folder is None:
+        return "the Hub"
+    _find_file(spec.name, folder)
+    return None
 
 
-def _parts(spec: TaskSpec) -> tuple[str, str]:
+def _parts(spec: TaskSpec, folder: Path | None) -> tuple[str, str]:
     """(collection, task)"""
     collection, _, task = spec.name.partition("/")
     if collection not in FILES or not task:
         raise TaskError(f"{spec.text} should read flan:COLLECTION/TASK, COLLECTION being {', '.join(FILES)}.")
+    if folder is None and collection in NAMELESS:
+        raise TaskError(
+            f"{spec.text} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their "
+            f"category. Gather them into {file_stem(spec.name)}.jsonl in a folder and give that."
+        )
     return collection, task
 
 
@@ -108,16 +106,7 @@ def _read_folder(name: str, folder: Path) -> Iterable[Mapping[str, Any]]:
     return (row for _, row in read_lines(path))
 
 
-def _needs_folder(collection: str, task: str, where: str) -> TaskError:
-    return TaskError(
-        f"{where} is a category of Natural Instructions: {HUB} holds its tasks one by one, without their "
-        f"category. Gather them into {file_stem(f'{collection}/{task}')}.jsonl in a folder and give that."
-    )
-
-
-def _read_hub(collection: str, task: str, where: str) -> Iterable[Mapping[str, Any]]:
-    if collection in NAMELESS:
-        raise _needs_folder(collection, task, where)
+def _read_hub(collection: str, task: str) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     try:

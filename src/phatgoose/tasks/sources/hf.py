@@ -255,8 +255,7 @@ def read_splits(
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row without what its table filled in: keys with nothing, which only other rows' messages, calls or
-    tools have."""
+    """A row without its keys that hold nothing. A table gives them to all rows if one row's messages have them."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

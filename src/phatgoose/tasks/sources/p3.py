@@ -27,13 +27,7 @@ ENDINGS = ("", ".parquet", ".jsonl", ".jsonl.gz", ".json")
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
-    """One prompt of one dataset.
-
-    Raises:
-        UnknownName: the folder has no such config.
-        TaskError: a row lacks what P3's rows have.
-        DownloadError: the Hub can't be reached.
-    """
+    """One prompt of one dataset."""
     copy: dict[str, Any] = {}
     if folder is None:
         options = spec.options | {"config": spec.name}

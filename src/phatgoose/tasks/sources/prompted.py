@@ -17,9 +17,11 @@ splits. A missing one is taken from train by the raw row, so that all prompts of
 from __future__ import annotations
 
 import random
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.registry import unknown
 from phatgoose.tasks.examples import Dropped, make_example, make_rendered_example
 from phatgoose.tasks.sources import TaskSource, hf
-from phatgoose.tasks.sources.known_datasets import check_splits, to_hub_row
 from phatgoose.tasks.sources.local_files import check_folder, read_lines
 from phatgoose.tasks.sources.promptsource import PACKAGE, Template, config_name, is_available, read_templates
 from phatgoose.tasks.spec import TaskSpec
@@ -40,22 +41,23 @@ from phatgoose.tasks.splits import Fractions, build_task, hash_fraction
 ROWS = 500_000
 ENDINGS = (".jsonl", ".jsonl.gz")
 _SPLIT_FILES = {"validation": ("validation", "dev", "val"), "train": ("train",), "test": ("test",)}
+_KNOWN = tomllib.loads(files("phatgoose.tasks.sources").joinpath("known_datasets.toml").read_text("utf-8"))
+KNOWN_SPLITS: Mapping[str, list[str]] = _KNOWN["splits"]
+"""DATASET[/SUBSET] → its splits on the Hub, of datasets that named pools and suites read."""
 
 RawRows = Sequence[Mapping[str, Any]]
 
 
 def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
-    """One dataset under its prompts.
-
-    Raises:
-        UnknownName: promptsource has no such dataset or template.
-        TaskError: no file in the folder, or a row that no template can render.
-        DownloadError: the Hub or the prompts can't be fetched.
-    """
+    """One dataset under its prompts."""
     most = spec.count("rows", ROWS)
     templates = choose_templates(spec)
     copy: dict[str, Any] = {}
-    data = _read_folder(spec, folder) if folder is not None else _read_hub(spec, copy)
+    data: dict[SplitName, RawRows]
+    if folder is None:
+        data = _read_hub(spec, copy)
+    else:
+        data = {s: [row for _, row in read_lines(p)] for s, p in split_files(spec, folder).items()}
     dropped: Counter[str] = Counter()
     own = {
         name: [replace(e, group=f"{name} {e.group}") for e in _examples(spec, rows, templates, most, dropped)]
@@ -115,11 +117,7 @@ def _read_hub(spec: TaskSpec, copy: dict[str, Any]) -> dict[SplitName, RawRows]:
     if wanted := spec.options.get("subset", subset):
         options["config"] = wanted
     plain = TaskSpec("hf", spec.options.get("hub", name), options, spec.text)
-    return dict(hf.choose_splits(hf.load_data(plain, source=copy), plain).items())
-
-
-def _read_folder(spec: TaskSpec, folder: Path) -> dict[SplitName, RawRows]:
-    return {split: [row for _, row in read_lines(path)] for split, path in split_files(spec, folder).items()}
+    return hf.choose_splits(hf.load_data(plain, source=copy), plain)
 
 
 def split_files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
@@ -142,6 +140,40 @@ def split_files(spec: TaskSpec, folder: Path) -> dict[SplitName, Path]:
             found[split] = path
     if not found:
         raise TaskError(f"{folder} has no file {stem}.SPLIT.jsonl or .jsonl.gz, which {spec.text} needs.")
+    return found
+
+
+def check_splits(spec: TaskSpec) -> bool:
+    """Checks the splits that a `prompted:` spec asks for; False if those of its dataset aren't known.
+
+    Raises:
+        UnknownName: the spec names a split that the dataset doesn't have.
+        TaskError: the spec names no split, and the dataset has none called train, validation or test.
+    """
+    if spec.name not in KNOWN_SPLITS or spec.options.keys() & {"hub", "subset", "revision"}:
+        return False
+    known = KNOWN_SPLITS[spec.name]
+    asked = [spec.options[name] for name in SPLITS if name in spec.options]
+    for name in asked:
+        if name not in known:
+            raise unknown(f"split of {spec.name}", name, known)
+    if not asked and not set(known) & set(SPLITS):
+        raise TaskError(f"{spec.text}: {spec.name} has the splits {', '.join(known)}; say which with test=.")
+    return True
+
+
+def to_hub_row(dataset: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` of `dataset` (promptsource's name) with the Hub's column names and label numbers."""
+    found = dict(row)
+    for published, name in _KNOWN["columns"].get(dataset, {}).items():
+        if published in found and name not in found:
+            found[name] = found.pop(published)
+    nested = _KNOWN["nested"].get(dataset)
+    if isinstance(found.get(nested), Mapping):
+        found.update(found.pop(nested))
+    label, words = found.get("label"), _KNOWN["labels"].get(dataset, ())
+    if isinstance(label, str | bool) and (word := str(label).lower()) in words:
+        found["label"] = words.index(word)
     return found
 
 
@@ -205,8 +237,7 @@ def render_example(template: Template, row: Mapping[str, Any], number: int) -> E
 def _rendered_examples(
     rows: RawRows, spec: TaskSpec, templates: Sequence[Template], most: int, dropped: Counter[str]
 ) -> Iterator[Example]:
-    """Examples of rows that were rendered elsewhere. With templates=all, templates of other versions are
-    welcome too."""
+    """Examples of rows that were rendered elsewhere; with templates=all, under whatever template."""
     names = {config_name(t.name) for t in templates}
     without = {config_name(name) for name in spec.options.get("without", "").split("|")}
     every = spec.options.get("templates", "all") == "all"
