@@ -102,15 +102,11 @@ def _mixing_site(stack: Stack, k: int) -> Site:
 
 
 def _run(
-    site: Site,
-    u: Tensor,
-    y: Tensor,
-    out: Tensor,
-    tokens: int,
-    chosen: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> None:
-    """Runs the kernel on contiguous tensors. It reads `chosen` and `weights`; if the site has gates, it writes them."""
+    site: Site, u: Tensor, y: Tensor, tokens: int, chosen: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """What the kernel computes. It reads `chosen` and `weights`, or if the site has gates, writes into them."""
+    u, y = u.contiguous(), y.contiguous()
+    out = torch.empty_like(y)
     code = library().run(
         0, ctypes.addressof(site), u.data_ptr(), y.data_ptr(), out.data_ptr(), tokens,
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
@@ -120,6 +116,7 @@ def _run(
         raise RoutingError(f"an expert was chosen that there isn't: there are {site.experts}.")
     if code:
         raise MemoryError(f"the CPU kernel found no memory for {tokens} tokens.")
+    return out
 
 
 def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
@@ -135,11 +132,8 @@ def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tenso
     check_choice(chosen, weights, tokens_of(u, y, stack.A.shape[1], stack.B.shape[1]))
     if not any(stack.ranks):
         return y
-    out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    chosen, weights = chosen.contiguous(), weights.float().contiguous()
-    site = _mixing_site(stack, chosen.shape[1])
-    _run(site, u.contiguous(), y.contiguous(), out, chosen.shape[0], chosen, weights)
-    return out
+    tokens, k = chosen.shape
+    return _run(_mixing_site(stack, k), u, y, tokens, chosen.contiguous(), weights.float().contiguous())
 
 
 mix = KernelMix("cpu", obstacle, _low_rank)
@@ -221,9 +215,7 @@ class CpuRouting(KernelRouting):
         tokens, k = self._check_shapes(u, y)[2], self.top_k
         chosen = torch.empty(tokens, k, dtype=torch.int64)
         weights = torch.empty(tokens, k, dtype=torch.float32)
-        u, y = u.contiguous(), y.contiguous()
-        out = torch.empty_like(y)
-        _run(self.site, u, y, out, tokens, chosen, weights)
+        out = _run(self.site, u, y, tokens, chosen, weights)
         return fast.with_others(out, u, y, self.stack, chosen, weights, self.layer), chosen, weights
 
 
@@ -249,21 +241,15 @@ def routed_update(
     check_is("facts", facts, torch.float32, 3, blocks * LANES)
     if top_k < 1:
         raise RoutingError(f"at least 1 expert must be chosen, and top_k is {top_k}.")
-    y = y.contiguous()
-    out = torch.empty_like(y)
-    _run(_site(rows, top_k, gates), u.contiguous(), y, out, tokens)
-    return out
+    return _run(_site(rows, top_k, gates), u, y, tokens)
 
 
 def routed_mix(u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """What the operator phatgoose::routed_mix does on CPUs."""
     tokens = _check_operands(u, y, rows)
     check_choice(chosen, weights, tokens)
-    y = y.contiguous()
-    out = torch.empty_like(y)
     chosen, weights = chosen.contiguous(), weights.float().contiguous()
-    _run(_site(rows, chosen.shape[1]), u.contiguous(), y, out, tokens, chosen, weights)
-    return out
+    return _run(_site(rows, chosen.shape[1]), u, y, tokens, chosen, weights)
 
 
 def _check_operands(u: Tensor, y: Tensor, rows: Sequence[Tensor]) -> int:
