@@ -30,7 +30,8 @@ def routed_update(
     """
     if len(gates) > 1:
         return cpu.routed_update(u, y, gates, rows, top_k)
-    out = triton.updated(KernelOperands(*rows, widest=widest), u, y, gates[0], top_k)[0]
+    a, b, owners, scales = rows
+    out = triton.updated(KernelOperands(a, b, owners, scales, widest), u, y, gates[0], top_k)[0]
     return out.clone() if out is y else out  # an operator may not return what it was given
 
 
@@ -56,7 +57,8 @@ def routed_mix(
         return cpu.routed_mix(u, y, chosen, weights, rows)
     if not chosen.numel():
         return y.clone()
-    operands = KernelOperands(*rows, widest=widest)
+    a, b, owners, scales = rows
+    operands = KernelOperands(a, b, owners, scales, widest)
     return triton.mixed(operands, u, y, chosen.contiguous(), weights.contiguous())
 
 
