@@ -84,16 +84,20 @@ def _names(data: dict[str, Any], empty: bool) -> None:
         where = f"results['systems'], {system['name']!r}"
         if system["kind"] not in KINDS:
             raise EvaluationError(f"{where} is of kind {_short(system['kind'])}; known: {', '.join(KINDS)}.")
-        for task, score in system["scores"].items():
-            _known(task, tasks, f"{where}: scores", "task")
-            _interval(score, f"{where}: score of {task!r}")
-        for group, score in system.get("groups", {}).items():
-            _known(group, groups, f"{where}: groups", "group")
-            _interval(score, f"{where}: mean of {group!r}")
+        for part, known, kind, what in (
+            ("scores", tasks, "task", "score"),
+            ("groups", groups, "group", "mean"),
+        ):
+            for name, score in system.get(part, {}).items():
+                _known(name, known, f"{where}: {part}", kind)
+                _interval(score, f"{where}: {what} of {name!r}")
     for row in data.get("comparisons", []):
-        _known(row["group"], groups, "results['comparisons']", "group")
-        for side in ("a", "b"):
-            _known(row[side], systems, "results['comparisons']", "system")
+        for side, known, kind in (
+            ("group", groups, "group"),
+            ("a", systems, "system"),
+            ("b", systems, "system"),
+        ):
+            _known(row[side], known, "results['comparisons']", kind)
     for group in data.get("recovered", {}):
         _known(group, groups, "results['recovered']", "group")
     for expert in data.get("experts", []):
@@ -104,28 +108,24 @@ def _names(data: dict[str, Any], empty: bool) -> None:
                     f"{where}: health is {_short(line['level'])}; known: {', '.join(LEVELS)}."
                 )
     for task, profile in data.get("layers", {}).items():
-        _profile(task, profile, tasks)
+        _known(task, tasks, "results['layers']", "task")
+        where, rows = f"results['layers'][{task!r}]", profile["shares"]
+        layers, experts = len(profile["layers"]), len(profile["experts"])
+        if len(rows) != layers or any(len(row) != experts for row in rows):
+            raise EvaluationError(
+                f"{where} should have {layers} rows of {experts} shares, one row a layer, one share an expert."
+            )
+        for share in (share for row in rows for share in row):
+            _share(share, f"{where}: every share")
     for task, shares in data.get("shares", {}).items():
         _known(task, tasks, "results['shares']", "task")
         for expert, share in shares.items():
-            if not 0 <= share <= 1.001:
-                raise EvaluationError(
-                    f"results['shares'][{task!r}][{expert!r}] should lie between 0 and 1, got {share}."
-                )
+            _share(share, f"results['shares'][{task!r}][{expert!r}]")
 
 
-def _profile(task: str, profile: dict[str, Any], tasks: list[str]) -> None:
-    where = f"results['layers'][{task!r}]"
-    _known(task, tasks, "results['layers']", "task")
-    layers, experts, rows = profile["layers"], profile["experts"], profile["shares"]
-    if len(rows) != len(layers) or any(len(row) != len(experts) for row in rows):
-        raise EvaluationError(
-            f"{where} should have {len(layers)} rows of {len(experts)} shares, one row a layer, one share an expert."
-        )
-    for row in rows:
-        for share in row:
-            if not 0 <= share <= 1.001:
-                raise EvaluationError(f"{where}: shares should lie between 0 and 1, got {share}.")
+def _share(share: float, where: str) -> None:
+    if not 0 <= share <= 1.001:
+        raise EvaluationError(f"{where} should lie between 0 and 1, got {share}.")
 
 
 def _unique(items: list[dict[str, Any]], part: str, empty: bool) -> list[str]:

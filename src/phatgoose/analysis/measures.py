@@ -76,7 +76,7 @@ def agreement(a: Choices, b: Choices) -> float:
     Raises:
         EvaluationError: the modules didn't read the same tokens.
     """
-    if a.tokens is not b.tokens and not _same_tokens(a, b):
+    if not _same_tokens(a, b):
         raise EvaluationError(
             f"{a.path} and {b.path} didn't read the same tokens: their choices can't be compared one by one."
         )
@@ -119,9 +119,7 @@ def agreement_within_blocks(trace: Trace) -> dict[int, float]:
     values: dict[int, list[float]] = {}
     for (layer, _), members in blocks.items():
         pairs = [(a, b) for i, a in enumerate(members) for b in members[i + 1 :]]
-        values.setdefault(layer, []).extend(
-            agreement(a, b) for a, b in pairs if a.tokens is b.tokens or _same_tokens(a, b)
-        )
+        values.setdefault(layer, []).extend(agreement(a, b) for a, b in pairs if _same_tokens(a, b))
     return {layer: math.fsum(v) / len(v) for layer, v in sorted(values.items()) if v}
 
 
@@ -172,14 +170,12 @@ def oracle_agreement(trace: Trace, oracle: str | Mapping[int, str]) -> dict[str,
     Raises:
         UnknownName: no such expert. EvaluationError: an input has none.
     """
-    if isinstance(oracle, str):
-        if oracle not in trace.experts:
-            raise unknown("expert", oracle, trace.experts)
-        place = trace.experts.index(oracle)
-        return {path: float(values[place]) for path, values in load(trace).items()}
-    for name in oracle.values():
+    for name in [oracle] if isinstance(oracle, str) else oracle.values():
         if name not in trace.experts:
             raise unknown("expert", name, trace.experts)
+    if isinstance(oracle, str):
+        place = trace.experts.index(oracle)
+        return {path: float(values[place]) for path, values in load(trace).items()}
     found = {}
     for c in _choices(trace):
         missing = sorted(set(c.tokens.inputs.tolist()) - set(oracle))
@@ -256,6 +252,5 @@ def _choices(trace: Trace) -> Sequence[Choices]:
 
 
 def _same_tokens(a: Choices, b: Choices) -> bool:
-    return len(a.tokens) == len(b.tokens) and all(
-        torch.equal(getattr(a.tokens, name), getattr(b.tokens, name)) for name in TOKEN_FIELDS
-    )
+    fields = ((getattr(a.tokens, name), getattr(b.tokens, name)) for name in TOKEN_FIELDS)
+    return a.tokens is b.tokens or all(torch.equal(mine, other) for mine, other in fields)

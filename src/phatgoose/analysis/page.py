@@ -33,26 +33,13 @@ FORMAT = "phatgoose-report/2"
 def report(
     results: Mapping[str, Any] | None, prompts: Sequence[RoutedPrompt] = (), *, out: Path | str
 ) -> Path:
-    """Writes the page to `out`, whole or not at all, and returns its path.
-
-    Args:
-        results: what the quickstart writes as results.json; `phatgoose.analysis.checks.SHAPE` says what it must hold.
-            Parts that are left out are left out of the page. Tasks and systems may be empty if there are
-            prompts or experts.
-        prompts: shown in this order, tokens coloured by expert.
-
-    Raises:
-        EvaluationError: `results` or a prompt is malformed; the message says where.
-        StorageError: the file can't be written; an existing one is left as it was.
-    """
+    """`phatgoose.report`, of results that have the form of `checks.SHAPE` already."""
     results = {"tasks": [], "systems": []} if results is None else results
     data = checked(results, empty=bool(prompts or results.get("experts")))
     shown = [encoded(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-    names = [e["name"] for e in data.get("experts", [])]
-    names += [name for row in data.get("shares", {}).values() for name in row]
-    names += [name for profile in data.get("layers", {}).values() for name in profile["experts"]]
-    names += [name for prompt in shown for name in prompt["experts"]]
-    marks = legend(names)
+    lists = [[e["name"] for e in data.get("experts", [])], *data.get("shares", {}).values()]
+    lists += [part["experts"] for part in (*data.get("layers", {}).values(), *shown)]
+    marks = legend(name for names in lists for name in names)
     html, _ = rendered(
         "page",
         {"format": FORMAT, "results": data, "experts": marks, "prompts": shown},

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,16 @@ from phatgoose.models.trace.trace import Trace
 
 Pairs = tuple[tuple[int, float], ...]
 UNSEEN = -2
+
+
+class Said(TypedDict):
+    """What `RoutedPrompt` says besides a trace."""
+
+    task: str
+    prompt: str
+    expected: str
+    answer: str
+    correct: bool | None
 
 
 @dataclass(frozen=True)
@@ -47,22 +57,14 @@ class RoutedPrompt:
 
 
 def routed_prompt(
-    trace: Trace,
-    base: Base,
-    *,
-    task: str,
-    prompt: str,
-    expected: str,
-    answer: str,
-    correct: bool | None,
-    row: int = 0,
-    generated_from: int | None = None,
+    trace: Trace, base: Base, *, row: int = 0, generated_from: int | None = None, **said: Unpack[Said]
 ) -> RoutedPrompt:
     """The record of one sequence (`row` of each call) in a trace of one call of the model, or of one generate().
 
     A sequence must keep its row from call to call: so it does in greedy decoding and sampling, but not in beam search.
 
     Args:
+        said: task, prompt, expected, answer and correct, as in `RoutedPrompt`.
         generated_from: index of the first token of the answer; by default the first that was read behind a
             cache (for an encoder–decoder, the decoder's first).
 
@@ -75,20 +77,13 @@ def routed_prompt(
     if not calls:
         raise RoutingError(f"the trace has no tokens of row {row}: run the model inside `with trace(model)`.")
     ids = {name: _ids(name, [c for s, c in calls if s == name], row) for name in ("encoder", "decoder")}
-    place = {
-        (name, position): index
-        for index, (name, position) in enumerate((n, p) for n in ("encoder", "decoder") for p in ids[n])
-    }
+    place = {where: index for index, where in enumerate((name, p) for name in ids for p in ids[name])}
     if generated_from is None:
         prompt_ids = [c.positions[(c.rows == row) & ~c.tokens.generated] for s, c in calls if s == "decoder"]
         generated_from = len(ids["encoder"]) or (len(prompt_ids[0].unique()) if prompt_ids else 0)
     return RoutedPrompt(
-        task=task,
-        prompt=prompt,
-        expected=expected,
-        answer=answer,
-        correct=None if correct is None else bool(correct),
-        tokens=tuple(t for n in ("encoder", "decoder") for t in token_texts(base.tokenizer, ids[n].values())),
+        **said,
+        tokens=tuple(text for found in ids.values() for text in token_texts(base.tokenizer, found.values())),
         generated_from=generated_from,
         experts=trace.experts,
         modules=tuple(dict.fromkeys(c.path for _, c in calls)),
@@ -242,7 +237,7 @@ def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:
         "prompt": prompt.prompt,
         "expected": prompt.expected,
         "answer": prompt.answer,
-        "correct": prompt.correct,
+        "correct": None if prompt.correct is None else bool(prompt.correct),
         "tokens": list(prompt.tokens),
         "generated_from": prompt.generated_from,
         "experts": list(prompt.experts),

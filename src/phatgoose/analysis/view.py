@@ -51,15 +51,19 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
     labels = short_names([t["name"] for t in data["tasks"]])
     tasks = [{**t, "label": label} for t, label in zip(data["tasks"], labels, strict=True)]
     groups: list[dict[str, Any]] = [
-        {"key": key, "label": GROUPS.get(key, key), "tasks": [t for t in tasks if t["group"] == key]}
+        {
+            "key": key,
+            "label": GROUPS.get(key, key),
+            "tasks": [t for t in tasks if t["group"] == key],
+            "differences": _differences(data, key),
+        }
         for key in dict.fromkeys(t["group"] for t in tasks)
     ]
     return {
-        "groups": groups,
         "headlines": [h for group in groups if (h := _headline(data, group))],
         "tables": [_table(data, part) for group in groups for part in _parts(group)],
         "plots": [plot for group in groups if (plot := _plot(data, group))],
-        "comparisons": [part for group in groups if (part := _comparisons(data, group))["rows"]],
+        "comparisons": [group for group in groups if group["differences"]],
         "heat": _heat(data, tasks, marks),
         "marked": {mark["name"]: mark for mark in marks},
         "layered": [task for task in tasks if task["name"] in data.get("layers", {})],
@@ -72,30 +76,25 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _of_kind(data: dict[str, Any], kind: str) -> dict[str, Any] | None:
-    return next((s for s in data["systems"] if s["kind"] == kind), None)
-
-
 def _headline(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
     """The share of the oracle's gain that routing recovered, with the means it comes from."""
-    found = {kind: _of_kind(data, kind) for kind in ("base", "router", "oracle")}
-    means = {kind: (s or {}).get("groups", {}).get(group["key"]) for kind, s in found.items()}
+    kinds = ("base", "router", "oracle")
+    found: dict[str, dict[str, Any]] = {
+        kind: next((s for s in data["systems"] if s["kind"] == kind), {}) for kind in kinds
+    }
+    means = {kind: s.get("groups", {}).get(group["key"]) for kind, s in found.items()}
     if not means["router"]:
         return None
-    router = found["router"] or {}
+    pair = (found["router"]["name"], found["base"].get("name"))
     return {
         **means,
-        "name": router["name"],
+        "name": pair[0],
         "tasks": len(group["tasks"]),
         "held_out": group["key"] in HELD_OUT,
         "label": group["label"],
         "known": group["key"] in GROUPS,
         "recovered": data.get("recovered", {}).get(group["key"]),
-        "open": any(
-            row["verdict"] == "open"
-            and (row["a"], row["b"]) == (router["name"], (found["base"] or {}).get("name"))
-            for row in _comparisons(data, group)["rows"]
-        ),
+        "open": any(d["verdict"] == "open" and (d["a"], d["b"]) == pair for d in group["differences"]),
     }
 
 
@@ -122,17 +121,12 @@ def _table(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         cells += [_cell(system["scores"].get(t["name"]), mean=False) for t in group["tasks"]]
         if any(cell["value"] is not None for cell in cells):
             rows.append({**system, "cells": cells})
-    rivals = [row for row in rows if row["kind"] != "oracle"]
-    for column in range(len(rows[0]["cells"]) if rows else 0):
-        values = [
-            row["cells"][column]["value"] for row in rivals if row["cells"][column]["value"] is not None
-        ]
-        for row in rivals:
-            value = row["cells"][column]["value"]
+    for column in zip(*(row["cells"] for row in rows if row["kind"] != "oracle"), strict=True):
+        values = [cell["value"] for cell in column if cell["value"] is not None]
+        for cell in column:
             # With one rival, or all alike, there is no best to point out.
-            row["cells"][column]["best"] = (
-                value is not None and value >= max(values) - 1e-9 and min(values) < max(values) - 1e-9
-            )
+            best = cell["value"] is not None and cell["value"] >= max(values) - 1e-9
+            cell["best"] = best and min(values) < max(values) - 1e-9
     lead = next((row for row in rows if row["kind"] == "router"), None)
     label = group["label"]
     if group["first"] is not None:
@@ -172,14 +166,13 @@ def _plot(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _comparisons(data: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+def _differences(data: dict[str, Any], group: str) -> list[dict[str, Any]]:
     """One group's differences, each with the verdict of its interval: "better", "worse" or "open"."""
-    rows = [
+    return [
         {**row, "verdict": "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "open"}
         for row in data.get("comparisons", [])
-        if row["group"] == group["key"]
+        if row["group"] == group
     ]
-    return {"label": group["label"], "rows": rows}
 
 
 def _heat(
