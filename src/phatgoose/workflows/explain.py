@@ -20,10 +20,9 @@ from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.batch import IGNORED, target_logits
-from phatgoose.models.text.generate import greedy_answer
-from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches
+from phatgoose.workflows.traced import answer_traced
 
 MATTERS = 0.1
 """An expert mattered if leaving it out changes the answer's log-likelihood by at least this many nats (a tenth of its
@@ -120,13 +119,11 @@ def explain(
         RoutingError: the router can't switch experts off. EvaluationError: the answer is empty.
     """
     router, options = router or PHATGOOSE(), options or ExplainOptions()
-    switches = Switches()
+    ids, switches = ids.to(base.device), Switches()
     route_with(base, pool, Masked(router, switches), options.route)
     try:
-        ids = ids.to(base.device)
-        with prompted(base, read), trace(base, margins=False) as recorded:
-            out = greedy_answer(base, ids, options.max_new_tokens)
-        answer = out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
+        with prompted(base, read):
+            recorded, answer = answer_traced(base, ids, options.max_new_tokens)
         if not len(answer):
             raise EvaluationError("the model answered nothing, so there is nothing to explain.")
         shares = expert_shares(recorded)
@@ -136,12 +133,10 @@ def explain(
         likelihoods, kept = _scored(base, switches, Answered(ids, answer, tuple(read)), variants)
     finally:
         unroute(base)
-    whole, base_alone = likelihoods[:2]
-    effects = _effects(chosen, shares, likelihoods, kept)
     text = str(base.tokenizer.decode(answer, skip_special_tokens=True))
     found = Explanation(
-        prompt, text, tuple(str(base.tokenizer.decode([token])) for token in answer.tolist()), router.describe(), whole,
-        base_alone, kept[1], effects, len(active) - len(chosen),
+        prompt, text, tuple(str(base.tokenizer.decode([token])) for token in answer.tolist()), router.describe(),
+        likelihoods[0], likelihoods[1], kept[1], _effects(chosen, shares, likelihoods, kept), len(active) - len(chosen),
     )  # fmt: skip
     routed = routed_prompt(
         recorded, base, task="", prompt=prompt, expected="", answer=text.strip(), correct=False

@@ -79,7 +79,7 @@ def traced(
         prompts += [_answer(base, "", Example(text, ()), request.new_tokens) for text in request.texts]
     finally:
         unroute(base)
-    shares = {name: _rounded(expert_shares(t)) for name, t in profiles.items()}
+    shares = {n: {e: round(s, 4) for e, s in expert_shares(t).items()} for n, t in profiles.items()}
     total = {n: sum(s[n] for s in shares.values()) / len(shares) for n in pool.names} if shares else None
     layers = {name: layer_shares(t) for name, t in profiles.items()}
     return TraceReport(prompts, shares, layers, cards(here, means=means, shares=total))
@@ -108,10 +108,6 @@ def layer_shares(t: Trace) -> dict[str, Any]:
     }
 
 
-def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(share, 4) for name, share in shares.items()}
-
-
 def _profile(base: Base, task: Task) -> Trace:
     with trace(base, histogram=True) as recorded, torch.no_grad():
         for row in task.test[:PROFILE_ROWS]:  # one by one: no padding, little memory
@@ -124,14 +120,18 @@ def _profile(base: Base, task: Task) -> Trace:
     return recorded
 
 
-def _answer(base: Base, task: str, example: Example, new_tokens: int) -> RoutedPrompt:
-    text, targets = example.input, example.targets
-    ids = torch.tensor([encode_input(base, example)], device=base.device)
+def answer_traced(base: Base, ids: torch.Tensor, new_tokens: int) -> tuple[Trace, torch.Tensor]:
+    """The trace of a greedy answer to the prompt `ids` [1, T], and the answer's tokens [A]."""
     with trace(base, margins=False) as recorded:
         out = greedy_answer(base, ids, new_tokens)
-    start = 1 if base.is_encoder_decoder else ids.shape[1]
-    answer = str(base.tokenizer.decode(out[0, start:], skip_special_tokens=True)).split("\n")[0].strip()
+    return recorded, out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
+
+
+def _answer(base: Base, task: str, example: Example, new_tokens: int) -> RoutedPrompt:
+    targets, ids = example.targets, torch.tensor([encode_input(base, example)], device=base.device)
+    recorded, tokens = answer_traced(base, ids, new_tokens)
+    answer = str(base.tokenizer.decode(tokens, skip_special_tokens=True)).split("\n")[0].strip()
     return routed_prompt(
-        recorded, base, task=task, prompt=text, expected=" / ".join(targets), answer=answer,
+        recorded, base, task=task, prompt=example.input, expected=" / ".join(targets), answer=answer,
         correct=answer in targets if targets else None,
     )  # fmt: skip
