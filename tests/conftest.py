@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,10 +32,12 @@ from transformers import (
 
 from phatgoose.models.base.base import Base, _contiguous
 
+if TYPE_CHECKING:
+    from phatgoose.experts.expert import Expert
+
 pytest_plugins = ["changed"]
-pytest.register_assert_rewrite(
-    "cli_fixtures", "pages"
-)  # before a test file imports it, or a file run alone warns, which is an error
+# Before a test file imports them: a file that is run alone would warn, which is an error.
+pytest.register_assert_rewrite("cli_fixtures", "pages", "serving_fixtures")
 
 VOCABULARY = 320
 CORPUS = [
@@ -69,72 +77,102 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(family: str, seed: int = 0, layers: int = 2) -> PreTrainedModel:
     """A random model: 'llama', 'qwen', 'gpt2' or 't5' (gated-gelu, untied: the shape of google/t5-xl-lm-adapt)."""
     torch.manual_seed(seed)
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1}
+    decoder = {**common, "bos_token_id": None, "initializer_range": 0.2}
+    llama = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, **decoder,
+    }  # fmt: skip
+    model: PreTrainedModel
     if family == "llama":
-        model: PreTrainedModel = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                initializer_range=0.2,
-                **ids,
-            )
-        )
+        model = LlamaForCausalLM(LlamaConfig(**llama))
     elif family == "qwen":
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                initializer_range=0.2,
-                tie_word_embeddings=True,
-                **ids,
-            )
-        )
+        model = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **llama))
     elif family == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=VOCABULARY,
-                n_embd=32,
-                n_layer=layers,
-                n_head=4,
-                n_positions=512,
-                initializer_range=0.2,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **ids,
-            )
-        )
+        sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 512}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **decoder))
     elif family == "t5":
-        model = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=VOCABULARY,
-                d_model=32,
-                d_kv=8,
-                d_ff=48,
-                num_layers=layers,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-                dropout_rate=0.0,
-                pad_token_id=0,
-                eos_token_id=1,
-                decoder_start_token_id=0,
-                initializer_factor=1.0,
-            )
-        )
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": layers, "num_heads": 4}
+        own = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.0}
+        start = {"decoder_start_token_id": 0, "initializer_factor": 1.0}
+        model = T5ForConditionalGeneration(T5Config(**sizes, **own, **start, **common))
     else:
         raise ValueError(family)
     return model.eval()
+
+
+def write_base(base: Base, folder: Path) -> str:
+    """Writes a base into a folder that `load_base` reads; the folder, as a text."""
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, rows: Iterable[object]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor, without: torch.Tensor | float = 0.0) -> float:
+    """The relative error of what came on top of `without`: a missing update must not hide behind the output."""
+    found, expected = found.double() - without, expected.double() - without
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def with_random_adapter(model: PreTrainedModel, config, generator: torch.Generator, scale: float = 0.2):
+    """PEFT's model of a copy of this one, with random values wherever the adapter would train."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tied weights and merging
+        made = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "ia3_l" in name or "magnitude" in name:
+                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            elif any(part in name for part in ("lora_", "token_adapter", "vera_lambda")):
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return made.eval()
+
+
+def save_adapter(model, folder: Path, **settings) -> Path:
+    """Writes what PEFT's model adds to its base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about embeddings it saves along
+        model.save_pretrained(folder, **settings)
+    return folder
+
+
+def random_expert(
+    base: Base,
+    folder: Path,
+    name="one",
+    rank=4,
+    alpha=8,
+    targets=None,
+    seed=0,
+    gates=True,
+    scale=0.15,
+    **lora,
+) -> Expert:
+    """A random LoRA expert, written below `folder` by PEFT itself, and random gates."""
+    from peft import LoraConfig
+
+    from phatgoose.experts.expert import Expert
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets or TARGETS[base.spec.split("-")[1]],
+        fan_in_fan_out="gpt2" in base.spec, init_lora_weights=True, **lora,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    made = with_random_adapter(base.model, config, generator, scale)
+    written = save_adapter(made, folder / f"peft-{name}-{seed}")
+    expert = Expert.from_peft(written, name=name, provenance={"base": base.fingerprint.to_json()})
+    if not gates:
+        return expert
+    vectors = {p: torch.randn(u.d_in, generator=generator) for p, u in expert.updates.items()}
+    return expert.with_gates(vectors, {"kind": "random"})
 
 
 @pytest.fixture(scope="session")
@@ -163,38 +201,9 @@ def make_base(tokenizer):
 
 @pytest.fixture
 def make_expert(tmp_path):
-    """make_expert(base, name, rank=4, alpha=8, targets=None, seed=0, gates=True, **lora)
-    → a random Expert written by PEFT itself."""
-    import copy
+    """make_expert(base, name, rank=4, alpha=8, targets=None, seed=0, gates=True, **lora) → as `random_expert`."""
 
-    from peft import LoraConfig, get_peft_model
-
-    from phatgoose.experts.expert import Expert
-
-    def make(
-        base, name="one", rank=4, alpha=8, targets=None, seed=0, gates=True, scale=0.15, **lora
-    ) -> Expert:
-        family = base.spec.split("-")[1]
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules=targets or TARGETS[family],
-            fan_in_fan_out=family == "gpt2",
-            init_lora_weights=True,
-            **lora,
-        )
-        model = get_peft_model(copy.deepcopy(base.model), config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_" in key:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        folder = tmp_path / f"peft-{name}-{seed}"
-        model.save_pretrained(folder)
-        expert = Expert.from_peft(folder, name=name, provenance={"base": base.fingerprint.to_json()})
-        if gates:
-            vectors = {p: torch.randn(u.d_in, generator=generator) for p, u in expert.updates.items()}
-            expert = expert.with_gates(vectors, {"kind": "random"})
-        return expert
+    def make(base: Base, *args, **settings) -> Expert:
+        return random_expert(base, tmp_path, *args, **settings)
 
     return make

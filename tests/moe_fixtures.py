@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import (
     DeepseekV3Config,
@@ -21,7 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from conftest import VOCABULARY
+from conftest import VOCABULARY, save_adapter, with_random_adapter
 from phatgoose import Expert
 from phatgoose.models.moe.names import modules_by_path
 
@@ -82,26 +81,12 @@ def fused_experts(model) -> list[str]:
 
 def peft_adapter(model, folder, seed: int, **settings):
     """An adapter of random values that PEFT made and saved; PEFT's model too."""
-    paths = fused_experts(model)
-    config = LoraConfig(
-        **{
-            "r": 3,
-            "lora_alpha": 5,
-            "target_modules": ["q_proj"],
-            "target_parameters": [
-                f"{path}.{name}" for path in paths for name in ("gate_up_proj", "down_proj")
-            ],
-            **settings,
-        }
-    )
-    wrapped = get_peft_model(copy.deepcopy(model), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
-    wrapped.save_pretrained(str(folder))
-    return wrapped.eval()
+    names = [f"{path}.{name}" for path in fused_experts(model) for name in ("gate_up_proj", "down_proj")]
+    usual = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": names}
+    config = LoraConfig(**usual | settings)
+    wrapped = with_random_adapter(model, config, torch.Generator().manual_seed(seed))
+    save_adapter(wrapped, folder)
+    return wrapped
 
 
 def per_expert(model, family: str, folder, seed: int, rank: int = 4, router: bool = False):

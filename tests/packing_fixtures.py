@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig
 
+from conftest import TARGETS, save_adapter, with_random_adapter
 from phatgoose import Expert, Pool
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "gates.safetensors", "expert.json", "pool.json"}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def lora(**settings):
-    return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": TARGETS, **settings})
+    return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": TARGETS["llama"], **settings})
 
 
 KINDS = {
@@ -32,17 +29,9 @@ KINDS = {
 
 def adapter(base, kind, folder, dtype=torch.float32, seed=0, gates=True):
     """One expert of this kind, written by PEFT and read from there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(copy.deepcopy(base.model), KINDS[kind]())
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, p in model.named_parameters():
-                if "lora_" in key and "magnitude" not in key:
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.15)
-                elif p.requires_grad:
-                    p.mul_(1 + 0.3 * torch.randn(p.shape, generator=generator))
-        model.to(dtype).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    made = with_random_adapter(base.model, KINDS[kind](), generator, 0.15)
+    save_adapter(made.to(dtype), folder)
     expert = Expert.from_peft(folder, name=folder.name, provenance={"base": base.fingerprint.to_json()})
     if not gates:
         return expert

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel
 
+from conftest import save_adapter, with_random_adapter
 from phatgoose import Expert, Pool, route
 from phatgoose.errors import PoolError
 from phatgoose.experts.merge import dare, merged, ties
@@ -16,17 +14,7 @@ from phatgoose.routers import Single, Uniform
 
 
 def written(base, config, folder, seed):
-    model = get_peft_model(copy.deepcopy(base.model), config)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "ia3_l" in key or "magnitude" in key:
-                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=g))
-            elif "lora_" in key:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about biases, which are vectors
-        model.save_pretrained(folder)
+    save_adapter(with_random_adapter(base.model, config, torch.Generator().manual_seed(seed)), folder)
     return Expert.from_peft(folder, name=f"e{seed}")
 
 

@@ -40,6 +40,14 @@ def stacks_of(folder):
     return path
 
 
+def damage(folder, item, data, at=0):
+    """Writes into the rows of one module."""
+    file = stacks_of(folder)
+    with open(file, "r+b") as rows:
+        rows.seek(items_of(file)[item].begin + at)
+        rows.write(data)
+
+
 def test_every_kind_comes_back_to_the_byte(zoo, tmp_path):
     _, experts = zoo
     folder = pool_of(experts, tmp_path / "pool")
@@ -251,11 +259,8 @@ def test_damaged_rows_are_found_by_verify_and_not_unpacked(plain, tmp_path):
     _, experts = plain
     folder = pool_of(experts, tmp_path / "pool")
     pack(folder)
-    file = stacks_of(folder)
-    item = items_of(file)["model.layers.1.mlp.down_proj.lora_A.float32"]
-    with open(file, "r+b") as data:
-        data.seek(item.begin + 48 * 4 * 4)  # row 4: the second expert's
-        data.write(b"\x00\x00\x80\x3f")
+    row = 48 * 4 * 4  # row 4: the second expert's
+    damage(folder, "model.layers.1.mlp.down_proj.lora_A.float32", b"\x00\x00\x80\x3f", at=row)
     Pool.load(folder)  # values aren't read here
     damaged = r"the rows of plain-1 are damaged or were changed: its adapter_model.safetensors had sha256"
     with pytest.raises(PoolError, match=damaged):
@@ -277,11 +282,7 @@ def test_all_damaged_experts_are_named_at_once(plain, tmp_path):
     _, experts = plain
     folder = pool_of(experts, tmp_path / "pool")
     pack(folder)
-    file = stacks_of(folder)
-    item = items_of(file)["model.layers.0.self_attn.q_proj.gate"]
-    with open(file, "r+b") as data:
-        data.seek(item.begin)
-        data.write(bytes(32 * 4 * 2))
+    damage(folder, "model.layers.0.self_attn.q_proj.gate", bytes(32 * 4 * 2))
     with pytest.raises(PoolError, match="2 experts of") as caught:
         verify_folder(folder)
     assert [name in str(caught.value) for name in ("plain-0", "plain-1", "wide")] == [True, True, False]
@@ -294,11 +295,7 @@ def test_values_that_are_not_finite_are_found_by_verify(plain, tmp_path):
     _, experts = plain
     folder = pool_of(experts[:1], tmp_path / "pool")
     pack(folder)
-    file = stacks_of(folder)
-    item = items_of(file)["model.layers.0.self_attn.q_proj.lora_B.float32"]
-    with open(file, "r+b") as data:
-        data.seek(item.begin)
-        data.write(b"\x00\x00\xc0\x7f")
+    damage(folder, "model.layers.0.self_attn.q_proj.lora_B.float32", b"\x00\x00\xc0\x7f")
     manifest = read_json(folder / "pool.json", PoolError)
     source = Pool.load(folder, verify=False).experts[0].source
     digest = hashlib.sha256(b"".join(source.original("adapter_model.safetensors"))).hexdigest()

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from architectures import make
-from conftest import make_tokenizer
+from conftest import make_tokenizer, relative, save_adapter, with_random_adapter
 from phatgoose import (
     Expert,
     ExpertConfig,
@@ -82,27 +82,14 @@ def case(name: str) -> Case:
 def _peft_adapter(model: nn.Module, paths: list[str], seed: int, folder: Path) -> None:
     conv1d = is_conv1d(model.get_submodule(paths[0]))
     config = LoraConfig(r=3, lora_alpha=6, target_modules=paths, fan_in_fan_out=conv1d)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = get_peft_model(copy.deepcopy(model), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in made.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made.save_pretrained(folder, save_embedding_layers=False)
+    made = with_random_adapter(model, config, torch.Generator().manual_seed(seed), 0.15)
+    save_adapter(made, folder, save_embedding_layers=False)
 
 
 def _gated(expert: Expert, seed: int) -> Expert:
     generator = torch.Generator().manual_seed(1000 + seed)
     gates = {path: torch.randn(u.d_in, generator=generator) for path, u in expert.updates.items()}
     return expert.with_gates(gates, {"kind": "random"})
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def close(found: Tensor, expected: Tensor, most: float = 1e-4) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, write_rows
 from phatgoose import (
     EvaluationConfig,
     ExpertConfig,
@@ -54,7 +54,7 @@ def task_of(tmp_path, **more):
         for i in range(40)
     ]
     path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return load_task(f"jsonl:{path}")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
 from architectures import make
-from conftest import hooked
+from conftest import hooked, save_adapter, with_random_adapter
 from phatgoose import Expert, Pool, Single, route, unroute
 
 EXPERTS = [
@@ -32,13 +30,9 @@ def _model(name):
 def _check(model, targets, folder):
     assert targets
     config = LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=targets)
-    wrapped = get_peft_model(copy.deepcopy(model), config).eval()
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, p in wrapped.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
-    wrapped.save_pretrained(folder)
+    wrapped = with_random_adapter(model, config, generator)
+    save_adapter(wrapped, folder)
     x = torch.randint(3, 320, (2, 9), generator=generator)
 
     def logits(one):

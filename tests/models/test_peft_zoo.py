@@ -17,12 +17,11 @@ from peft import (
     ShiraConfig,
     SupertuningConfig,
     VeraConfig,
-    get_peft_model,
 )
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 
-from conftest import TARGETS
+from conftest import TARGETS, relative, save_adapter, with_random_adapter
 from phatgoose import PHATGOOSE, Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import ExpertError, RoutingError
 from phatgoose.experts.adapters.peft import to_contents
@@ -116,24 +115,7 @@ EMBEDDINGS = {"llama": "embed_tokens", "gpt2": "wte", "qwen": "embed_tokens"}
 
 def adapted(base, config, seed=0):
     """PEFT's model with random weights wherever it would train."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about tied weights and merging
-        model = get_peft_model(copy.deepcopy(base.model), config)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "ia3_l" in key or "magnitude" in key:
-                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=g).to(p.dtype))
-            elif any(name in key for name in ("lora_", "token_adapter", "vera_lambda")):
-                p.copy_(torch.randn(p.shape, generator=g) * 0.15)
-    return model.eval()
-
-
-def saved(model, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about embeddings it saves along
-        model.save_pretrained(folder)
-    return folder
+    return with_random_adapter(base.model, config, torch.Generator().manual_seed(seed), 0.15)
 
 
 def peft_model(base, folder):
@@ -159,16 +141,18 @@ def logits(model, inputs):
     return model(**inputs).logits
 
 
-def relative(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+@pytest.fixture
+def written(kind, family, make_base, tmp_path):
+    """A base, the folder of an adapter of this kind, and PEFT's logits with both."""
+    base = make_base(family)
+    folder = save_adapter(adapted(base, EXACT[kind](family)), tmp_path / "adapter")
+    return base, folder, logits(peft_model(base, folder), batch(base))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("kind", EXACT)
-def test_a_pool_of_one_equals_plain_peft(kind, family, make_base, tmp_path):
-    base = make_base(family)
-    folder = saved(adapted(base, EXACT[kind](family)), tmp_path / "adapter")
-    expected = logits(peft_model(base, folder), batch(base))
+def test_a_pool_of_one_equals_plain_peft(kind, family, written):
+    base, folder, expected = written
     plain = logits(base.model, batch(base))
     pool = Pool([Expert.from_peft(folder)])
     for backend in ("torch", "reference"):
@@ -181,10 +165,8 @@ def test_a_pool_of_one_equals_plain_peft(kind, family, make_base, tmp_path):
 @pytest.mark.slow(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("kind", EXACT)
-def test_in_bfloat16_it_is_as_close_as_peft_to_float32(kind, family, make_base, tmp_path):
-    base = make_base(family)
-    folder = saved(adapted(base, EXACT[kind](family)), tmp_path / "adapter")
-    exact = logits(peft_model(base, folder), batch(base))
+def test_in_bfloat16_it_is_as_close_as_peft_to_float32(kind, family, written, make_base):
+    base, folder, exact = written
     half = make_base(family, dtype=torch.bfloat16)
     peft = logits(peft_model(half, folder), batch(base))
     ours = logits(route(half, Pool([Expert.from_peft(folder)]), Single(0)), batch(base))
@@ -200,7 +182,7 @@ def test_adapters_of_any_float_dtype(dtype, make_base, tmp_path):
     for key, p in model.named_parameters():
         if "lora_" in key:
             p.data = p.data.to(dtype)
-    folder = saved(model, tmp_path / "adapter")
+    folder = save_adapter(model, tmp_path / "adapter")
     expert = Expert.from_peft(folder)
     assert {u.A.dtype for u in expert.updates.values()} == {dtype}
     plain = peft_model(base, folder)
@@ -215,7 +197,7 @@ def test_embeddings_and_the_copies_peft_saves_of_them(family, make_base, tmp_pat
     """Qwen's head is tied to its embedding: only the embedding is adapted, the head stays the base's."""
     base = make_base(family)
     config = lora(family, target_modules=[EMBEDDINGS[family], *ATTENTION[family]])
-    folder = saved(adapted(base, config), tmp_path / "adapter")
+    folder = save_adapter(adapted(base, config), tmp_path / "adapter")
     expert = Expert.from_peft(folder)
     assert any(u.embedding for u in expert.updates.values())
     assert bool(expert.base_copies) == (family != "gpt2")  # PEFT doesn't save GPT-2's along
@@ -232,7 +214,9 @@ def test_embeddings_and_the_copies_peft_saves_of_them(family, make_base, tmp_pat
 
 def test_a_tied_head(make_base, tmp_path):
     base = make_base("qwen")
-    folder = saved(adapted(base, lora("qwen", target_modules=["lm_head", "q_proj"])), tmp_path / "adapter")
+    folder = save_adapter(
+        adapted(base, lora("qwen", target_modules=["lm_head", "q_proj"])), tmp_path / "adapter"
+    )
     expected = logits(peft_model(base, folder), batch(base))
     found = logits(route(base, Pool([Expert.from_peft(folder)]), Single(0)), batch(base))
     assert relative(found, expected) < 1e-5
@@ -259,7 +243,7 @@ REFUSED = {
 def test_refused_by_name(kind, make_base, tmp_path):
     base = make_base("llama")
     build, message = REFUSED[kind]
-    folder = saved(adapted(base, build("llama")), tmp_path / "adapter")
+    folder = save_adapter(adapted(base, build("llama")), tmp_path / "adapter")
     with pytest.raises(ExpertError, match=message):
         Expert.from_peft(folder)
 
@@ -268,7 +252,7 @@ def test_refused_by_name(kind, make_base, tmp_path):
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_retrained_biases_of_the_base_are_refused(family, bias, make_base, tmp_path):
     config = lora(family, bias=bias, target_modules=ATTENTION[family])
-    folder = saved(adapted(make_base(family), config), tmp_path / "adapter")
+    folder = save_adapter(adapted(make_base(family), config), tmp_path / "adapter")
     with pytest.raises(ExpertError, match=f"bias = '{bias}', and the adapter holds the base's own biases"):
         Expert.from_peft(folder)
 
@@ -279,7 +263,7 @@ def test_adalora_keeps_the_ranks_that_its_pattern_says(make_base, tmp_path):
     q, up = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
     masks = {q: [True, False, True, False, False], up: [False] * 5}
     model.peft_config["default"].rank_pattern = {f"{path}.lora_E": mask for path, mask in masks.items()}
-    folder = saved(model, tmp_path / "adapter")
+    folder = save_adapter(model, tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = logits(peft_model(base, folder), batch(base))
@@ -295,7 +279,7 @@ def test_adalora_keeps_the_ranks_that_its_pattern_says(make_base, tmp_path):
 def with_whole_modules(base, folder, change):
     """An adapter that saved embedding and head along, as `change` makes them."""
     config = lora("llama", target_modules=ATTENTION["llama"], modules_to_save=["embed_tokens", "lm_head"])
-    file = saved(adapted(base, config), folder) / "adapter_model.safetensors"
+    file = save_adapter(adapted(base, config), folder) / "adapter_model.safetensors"
     tensors = load_file(file)
     for key in tensors:
         if "embed_tokens" in key or "lm_head" in key:
@@ -350,7 +334,7 @@ def test_whole_modules_that_differ_are_refused_until_they_are_dropped(change, ma
 @pytest.mark.parametrize("packed", [False, True])
 def test_names_that_wrappers_left_in_the_keys_are_taken_off(wrap, packed, make_base, tmp_path):
     base = make_base("llama")
-    folder = saved(adapted(base, lora("llama", use_dora=True)), tmp_path / "adapter")
+    folder = save_adapter(adapted(base, lora("llama", use_dora=True)), tmp_path / "adapter")
     expected = logits(peft_model(base, folder), batch(base))
     file = folder / "adapter_model.safetensors"
     tensors = {wrap(key): tensor for key, tensor in load_file(file).items()}
@@ -366,8 +350,8 @@ def test_names_that_wrappers_left_in_the_keys_are_taken_off(wrap, packed, make_b
 @pytest.mark.parametrize("kind", ["adalora", "vera", "vera from its seed", "mica", "velora"])
 def test_packed_they_compute_the_same(kind, make_base, tmp_path):
     base = make_base("llama")
-    expert = Expert.from_peft(saved(adapted(base, EXACT[kind]("llama")), tmp_path / "adapter"))
-    plain = Expert.from_peft(saved(adapted(base, lora("llama"), 1), tmp_path / "plain"))
+    expert = Expert.from_peft(save_adapter(adapted(base, EXACT[kind]("llama")), tmp_path / "adapter"))
+    plain = Expert.from_peft(save_adapter(adapted(base, lora("llama"), 1), tmp_path / "plain"))
     pool = Pool([expert, plain])
     expected = logits(route(base, pool, Uniform()), batch(base))
     pack(pool.save(tmp_path / "pool"))
@@ -390,7 +374,7 @@ def test_what_the_caller_drops_is_left_out_and_recorded(config, name, make_base,
         for key, p in model.named_parameters():
             if "modules_to_save" in key or "trainable_tokens_delta" in key:
                 p.add_(1.0)
-    expert = Expert.from_peft(saved(model, tmp_path / "adapter"), drop=[name])
+    expert = Expert.from_peft(save_adapter(model, tmp_path / "adapter"), drop=[name])
     assert expert.provenance["dropped"] == [name]
     again = Expert.load(expert.save(tmp_path / "again"))
     assert again.provenance["dropped"] == [name]
@@ -414,7 +398,7 @@ def test_mixed_pools_equal_the_sum_of_single_runs_at_one_module(family, make_bas
     models, experts = [], []
     for seed, kind in enumerate(kinds):
         models.append(adapted(base, EXACT[kind](family), seed))
-        experts.append(Expert.from_peft(saved(models[-1], tmp_path / f"a{seed}"), name=f"e{seed}"))
+        experts.append(Expert.from_peft(save_adapter(models[-1], tmp_path / f"a{seed}"), name=f"e{seed}"))
     pool = Pool(experts)
     for backend in ("torch", "reference"):
         route(base, pool, Uniform(), backend_name=backend)
@@ -434,7 +418,9 @@ def test_mixed_pools_equal_the_sum_of_single_runs_at_one_module(family, make_bas
 def test_every_pair_of_kinds_routes_together(make_base, tmp_path):
     base = make_base("llama")
     experts = [
-        Expert.from_peft(saved(adapted(base, make("llama"), seed), tmp_path / f"a{seed}"), name=f"e{seed}")
+        Expert.from_peft(
+            save_adapter(adapted(base, make("llama"), seed), tmp_path / f"a{seed}"), name=f"e{seed}"
+        )
         for seed, make in enumerate(EXACT.values())
     ]
     for one, other in itertools.combinations(experts, 2):
@@ -450,7 +436,7 @@ def test_gates_of_embeddings_read_the_embeddings_output(make_base, tmp_path):
     base = make_base("llama")
     experts, g = [], torch.Generator().manual_seed(7)
     for seed in range(3):
-        folder = saved(
+        folder = save_adapter(
             adapted(base, lora("llama", target_modules=["embed_tokens"]), seed), tmp_path / f"a{seed}"
         )
         expert = Expert.from_peft(folder, name=f"e{seed}")
@@ -481,14 +467,14 @@ def test_gates_of_every_kind_train_and_nothing_else_moves(make_base, tmp_path):
     config = GateConfig(steps=3, rows_per_step=4, rows_per_batch=4, learning_rate=0.05, validate_every=0)
     before = {k: v.clone() for k, v in base.model.state_dict().items()}
     for number, kind in enumerate(("dora", "lora_bias", "ia3", "head", "adalora", "vera from its seed")):
-        folder = saved(adapted(base, EXACT[kind]("llama"), number), tmp_path / f"a{number}")
+        folder = save_adapter(adapted(base, EXACT[kind]("llama"), number), tmp_path / f"a{number}")
         expert = Expert.from_peft(folder, name=f"e{number}")
         gated = train_gate(base, expert, task, config)
         assert gated.gates.keys() == expert.updates.keys()
         assert sum(bool(v.any()) for v in gated.gates.values()) > len(gated.gates) / 2
         assert all(torch.equal(gated.tensors[k], t) for k, t in expert.tensors.items())
     expert = Expert.from_peft(
-        saved(adapted(base, lora("llama", target_modules=["embed_tokens"])), tmp_path / "embedding")
+        save_adapter(adapted(base, lora("llama", target_modules=["embed_tokens"])), tmp_path / "embedding")
     )
     assert bool(train_gate(base, expert, task, config).gates["model.embed_tokens"].any())
     assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())

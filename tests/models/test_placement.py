@@ -7,10 +7,9 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -18,7 +17,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from conftest import make_tokenizer
+from architectures import make
+from conftest import make_tokenizer, save_adapter, with_random_adapter
 from phatgoose import Expert, GateConfig, Pool, Task, route, train_gate, unroute
 from phatgoose.errors import RoutingError, TrainingError
 from phatgoose.experts.data_signature import DataSignature
@@ -63,14 +63,8 @@ def models():
 
 def adapter(model, folder, seed=0, targets=("q_proj", "down_proj")):
     """A LoRA of the language model alone, its keys as PEFT writes them there."""
-    made = get_peft_model(copy.deepcopy(model), LoraConfig(r=3, lora_alpha=5, target_modules=list(targets)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in made.named_parameters():
-            if "lora_" in name:
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
-    made.save_pretrained(folder)
-    return folder
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=list(targets))
+    return save_adapter(with_random_adapter(model, config, torch.Generator().manual_seed(seed)), folder)
 
 
 def renamed(folder, layout):
@@ -173,17 +167,7 @@ def test_what_isnt_there_or_may_mean_two_modules_is_refused(models, tmp_path):
 
 def test_a_decoder_of_another_architecture_is_not_taken_for_the_language_model(make_base, tmp_path):
     """OPT's layers lie under model.decoder, and its projections have the same names."""
-    from transformers import OPTConfig
-
-    config = OPTConfig(
-        vocab_size=320,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=32,
-    )
-    opt = AutoModelForCausalLM.from_config(config).eval()
+    opt = make("opt")
     expert = Expert.from_peft(adapter(make_base("llama").model, tmp_path / "adapter", targets=["q_proj"]))
     with pytest.raises(RoutingError, match="adapts a module this model lacks"):
         route(opt, Pool([expert]), Single(0))

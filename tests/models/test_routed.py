@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from conftest import FAMILIES, TARGETS, hooked
+from conftest import FAMILIES, TARGETS, hooked, relative
 from phatgoose.errors import BaseModelError, RoutingError, UnknownName
 from phatgoose.experts.merge import merged
 from phatgoose.experts.pool import Pool
@@ -88,10 +88,6 @@ def mixed(make_base, make_expert):
         return base, Pool(experts)
 
     return make
-
-
-def relative(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

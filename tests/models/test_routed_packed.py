@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from conftest import relative
 from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 from phatgoose import PHATGOOSE, Pool, route, unroute
 from phatgoose.experts.packed.pack import pack
@@ -37,10 +38,6 @@ def poison(folder, name):
         for pair in source.layout.pairs.values():
             for stack, width in zip((pair.down, pair.up), pair.widths, strict=True):
                 writer.put(stack, source.starts[pair.index], torch.full((pair.rank, width), torch.nan))
-
-
-def relative(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])

@@ -10,12 +10,12 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel
 from test_adapterhub_zoo import base_of, expert_of
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, M2M100Config, M2M100ForConditionalGeneration
 
-from conftest import TARGETS, VOCABULARY, hooked, make_model
+from conftest import TARGETS, VOCABULARY, hooked, make_model, save_adapter, with_random_adapter
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -36,18 +36,9 @@ def logits(model, **kwargs):
     return model(input_ids=IDS, **kwargs).logits
 
 
-@torch.no_grad()
 def adapter(model, config, folder, size=0.2):
     """A PEFT folder with random values."""
-    made = get_peft_model(copy.deepcopy(model), config)
-    generator = torch.Generator().manual_seed(5)
-    for name, p in made.named_parameters():
-        if "lora_magnitude" in name or "ia3_l" in name:
-            p.mul_(1 + 0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
-        elif "lora_" in name:
-            p.copy_(torch.randn(p.shape, generator=generator) * size)
-    made.save_pretrained(folder)
-    return folder
+    return save_adapter(with_random_adapter(model, config, torch.Generator().manual_seed(5), size), folder)
 
 
 @pytest.fixture(params=KINDS)

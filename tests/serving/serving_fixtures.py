@@ -1,20 +1,23 @@
-"""A server on a tiny model, in a thread of the test's process."""
+"""A server on a tiny model, in a thread of the test's process.
+
+A file with `pytest_plugins = ["serving_fixtures"]` has `server`, one for all its tests, and clients for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 import time
 
 import httpx2
 import openai
+import pytest
 import torch
 import uvicorn
-from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from conftest import TARGETS, make_tokenizer
+import conftest
+from conftest import TARGETS, make_model, make_tokenizer
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base.base import Base
@@ -64,21 +67,9 @@ def make_pool(base: Base, make_expert, names: str = "abc") -> Pool:
 
 
 def random_expert(base: Base, folder, name: str, rank: int = 3, seed: int = 0, gated: bool = True) -> Expert:
-    """A random LoRA that PEFT wrote, with random gates."""
-    config = LoraConfig(r=rank, lora_alpha=8, target_modules=TARGETS["llama"])
-    model, generator = get_peft_model(copy.deepcopy(base.model), config), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(folder / f"peft-{name}")
-    expert = Expert.from_peft(
-        folder / f"peft-{name}", name=name, provenance={"base": base.fingerprint.to_json()}
-    )
-    if not gated:
-        return expert
-    gates = {path: torch.randn(u.d_in, generator=generator) for path, u in expert.updates.items()}
-    return expert.with_gates(gates, {"kind": "random"})
+    """A random LoRA that PEFT wrote, strong, with random gates."""
+    settings = {"rank": rank, "targets": TARGETS["llama"], "seed": seed, "gates": gated, "scale": 0.3}
+    return conftest.random_expert(base, folder, name, **settings)
 
 
 def random_pool(base: Base, folder, names: str = "abc") -> Pool:
@@ -140,3 +131,30 @@ def with_template(base: Base) -> Base:
     base.tokenizer = make_tokenizer()
     base.tokenizer.chat_template = TEMPLATE
     return base
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A base that chats, and a pool of three experts."""
+    base = with_template(Base(make_model("llama"), make_tokenizer(), spec="tiny-llama-0"))
+    return base, random_pool(base, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def server(parts):
+    base, pool = parts
+    with running(Service(base, settings(), pool=pool)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server):
+    """OpenAI's client."""
+    with server.client() as found:
+        yield found
+
+
+@pytest.fixture
+def http(server):
+    with server.http() as found:
+        yield found
