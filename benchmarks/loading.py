@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_machine import in_new_process, in_work_folder, options_parser, report
-from packed import memory, model_of, write_pool
+from bench_machine import in_new_process, in_work_folder, report
+from packed import memory, model_of, pool_options, write_pool
 
 
 def measure(way: str, folder: Path, layers: int) -> dict[str, float]:
@@ -51,11 +51,7 @@ def measure(way: str, folder: Path, layers: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = options_parser(__doc__)
-    parser.add_argument("--experts", type=int, default=166)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--work", type=Path, default=None)
-    parser.add_argument("--out", type=Path, default=None)
+    parser = pool_options(__doc__, layers=6)
     parser.add_argument("--way", choices=["peft", "folders", "packed"], default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way is not None:

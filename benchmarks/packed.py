@@ -153,12 +153,18 @@ def measure_route(folder: str, layers: int) -> dict[str, object]:
     return steps
 
 
-def main() -> None:
-    parser = options_parser(__doc__)
+def pool_options(description: str | None, layers: int) -> argparse.ArgumentParser:
+    """Options of a benchmark of a pool of random experts: its size, and where it and the result are written."""
+    parser = options_parser(description)
     parser.add_argument("--experts", type=int, default=166)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=None)
+    return parser
+
+
+def main() -> None:
+    parser = pool_options(__doc__, layers=30)
     parser.add_argument("--step", choices=["open", "route"], default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step is not None:
