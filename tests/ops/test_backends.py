@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from conftest import relative
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.ops import BACKENDS, Layer, backend, fast, make_stack, reference
@@ -18,10 +19,6 @@ from phatgoose.ops.update import Projections, SharedUpdate, Update
 DIFFERENTIABLE = ["torch", "auto"]
 NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton isn't installed")
 NAMES = [pytest.param(name, marks=NO_TRITON) if name == "triton" else name for name in BACKENDS]
-
-
-def relative(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
 
 
 def problem(tokens, ranks, d_in=48, d_out=40, dtype=torch.float32, k=2, seed=0):

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 import torch
-from test_backends import NAMES, general, problem, relative
+from test_backends import NAMES, general, problem
 
+from conftest import relative
 from phatgoose.errors import RoutingError
 from phatgoose.ops import Layer, backend, make_stack, quantized_gates, reference
 from phatgoose.ops.offload import experts as offload
