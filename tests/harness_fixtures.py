@@ -3,7 +3,6 @@ our engine."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from conftest import write_rows
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import best, score_choices
@@ -74,7 +74,7 @@ def harness_task(
         rows.append({"prompt": example.input, "choices": list(example.choices), "gold": gold})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows)
     name = "phatgoose_" + "".join(c if c.isalnum() else "_" for c in task.name)
     return {
         "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},

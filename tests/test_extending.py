@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import write_base
 from pages import blocks, commands
 from phatgoose.experts.pool import Pool
 
@@ -75,8 +76,7 @@ def within(text, output):
 
 def test_the_page_s_package_is_used_by_name(site, python, make_base, make_expert, tmp_path):
     base = make_base("llama")
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    write_base(base, tmp_path / "base")
     Pool([make_expert(base, "one"), make_expert(base, "two", seed=1)]).save(tmp_path / "pool")
     shell = next(b.text for b in blocks(PAGE) if b.language == "sh")
     typed = [words[1:] for words in commands(shell)]

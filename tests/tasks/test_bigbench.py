@@ -221,23 +221,27 @@ def test_folder_of_the_repository_and_environment(tmp_path, monkeypatch):
     assert "package" not in task.source
 
 
-def test_unknown_names(tmp_path):
-    put(tmp_path, "social_iqa", [{"input": "q", "target": "a"}])
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("social_iq", UnknownName, "did you mean 'social_iqa'"),
+        ("maps/past_tens", UnknownName, "subtask of maps 'maps/past_tens': did you mean 'maps/past_tense'"),
+        ("past_tense", UnknownName, "It looks like 'maps/past_tense'"),
+        ("maps?x=1", UnknownName, "option"),
+        ("code", TaskError, "programmatic"),
+    ],
+)
+def test_unknown_names(tmp_path, name, kind, says):
     put(tmp_path, "maps")
-    put(tmp_path, "maps/past_tense", [{"input": "q", "target": "a"}])
-    put(tmp_path, "maps/plural", [{"input": "q", "target": "a"}])
-    with pytest.raises(UnknownName, match="did you mean 'social_iqa'"):
-        load_task("bigbench:social_iq", folder=tmp_path)
-    with pytest.raises(UnknownName, match="subtask of maps 'maps/past_tens': did you mean 'maps/past_tense'"):
-        load_task("bigbench:maps/past_tens", folder=tmp_path)
-    with pytest.raises(UnknownName, match="It looks like 'maps/past_tense'"):
-        load_task("bigbench:past_tense", folder=tmp_path)
-    with pytest.raises(UnknownName, match="option"):
-        load_task("bigbench:maps?x=1", folder=tmp_path)
+    for known in ("social_iqa", "maps/past_tense", "maps/plural"):
+        put(tmp_path, known, [{"input": "q", "target": "a"}])
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "task.py").write_text("raise SystemExit('never run')")
-    with pytest.raises(TaskError, match="programmatic"):
-        load_task("bigbench:code", folder=tmp_path)
+    with pytest.raises(kind, match=says):
+        load_task(f"bigbench:{name}", folder=tmp_path)
+
+
+def test_a_folder_without_tasks(tmp_path):
     with pytest.raises(TaskError, match="holds no BIG-bench tasks"):
         load_task("bigbench:t", folder=tmp_path / "none")
 

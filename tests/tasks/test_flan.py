@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
+from conftest import write_rows
 from phatgoose.errors import TaskError
 from phatgoose.tasks import load_task
 from phatgoose.tasks.load import check_task
@@ -16,9 +15,7 @@ def test_zero_shot_rows_of_a_local_file(tmp_path):
         {"inputs": f"q {i}", "targets": f"a {i}", "_template_type": ("zs_opt", "fs_opt")[i % 2]}
         for i in range(100)
     ]
-    (tmp_path / "flan2021_ai2_arc_ARC-Easy_1.0.0.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in rows)
-    )
+    write_rows(tmp_path / "flan2021_ai2_arc_ARC-Easy_1.0.0.jsonl", rows)
     task = load_task("flan:flan2021/ai2_arc/ARC-Easy:1.0.0", folder=tmp_path)
     kept = [*task.train, *task.validation, *task.test]
     assert len(kept) == 50

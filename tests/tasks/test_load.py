@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from conftest import write_rows
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.records import SPLITS
 from phatgoose.tasks import Fractions, list_tasks, load_task, split_spec
@@ -14,7 +15,7 @@ from phatgoose.tasks.splits import RULE, build_task
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "sums.jsonl"
-    path.write_text("".join(json.dumps({"input": f"{i}+1=", "target": i + 1}) + "\n" for i in range(200)))
+    write_rows(path, ({"input": f"{i}+1=", "target": i + 1} for i in range(200)))
     return path
 
 

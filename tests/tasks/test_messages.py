@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 import datasets
 import pytest
 
+from conftest import write_rows
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Task
 from phatgoose.tasks import load_task
@@ -19,7 +20,7 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "argume
 
 def load(tmp_path, *rows, options=""):
     path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     return load_task(f"jsonl:{path}{options}")
 
 
@@ -91,7 +92,7 @@ def test_every_turn_is_an_example_and_shares_its_conversations_split(tmp_path):
 
 def _plain(tmp_path):
     path = tmp_path / "plain.jsonl"
-    path.write_text("".join(json.dumps({"input": f"Is {i} odd?", "target": "yes"}) + "\n" for i in range(60)))
+    write_rows(path, ({"input": f"Is {i} odd?", "target": "yes"} for i in range(60)))
     return path
 
 

@@ -3,6 +3,7 @@ import json
 import datasets
 import pytest
 
+from conftest import write_rows
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.records import Example
 from phatgoose.tasks import load_task
@@ -44,7 +45,7 @@ def test_score_eval_rows_are_gathered(tmp_path):
         for j, c in enumerate("abc")
         for i in range(60)
     ]
-    (tmp_path / "x_score_eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
+    write_rows(tmp_path / "x_score_eval.jsonl", data)
     task = load_task("p3:x_score_eval", folder=tmp_path)
     assert rows(task) == {Example(f"Premise {i}?", ("abc"[i % 3],), ("a", "b", "c")) for i in range(50)}
     assert task.source["dropped"] == {"no_right_choice": 10}

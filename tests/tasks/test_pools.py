@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from conftest import write_rows
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
@@ -327,13 +328,9 @@ def test_neighbours_by_name_are_let_in(spec, name):
     check_no_shared_data([Entry("one", (spec,))], found.entries, found.refuses, name)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_an_entry_of_several_specs_is_one_task(tmp_path):
-    write(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x"} for i in range(40)])
-    write(tmp_path / "b.jsonl", [{"input": f"b {i}", "target": "y"} for i in range(40)])
+    write_rows(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x"} for i in range(40)])
+    write_rows(tmp_path / "b.jsonl", [{"input": f"b {i}", "target": "y"} for i in range(40)])
     both = Entry("both", ("jsonl:a.jsonl", "jsonl:b.jsonl"), metric="rougeL")
     task = load_entry(both, folders={"jsonl": tmp_path})
     rows = [*task.train, *task.validation, *task.test]
@@ -359,7 +356,7 @@ def test_shares_are_even_as_far_as_there_are_rows():
 
 
 def test_validation_is_taken_behind_the_test_rows(tmp_path):
-    write(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x", "split": "test"} for i in range(50)])
+    write_rows(tmp_path / "a.jsonl", [{"input": f"a {i}", "target": "x", "split": "test"} for i in range(50)])
     task = load_entry(Entry("a", ("jsonl:a.jsonl",)), folders={"jsonl": tmp_path})
     assert not task.validation
     for test_rows, validation_rows, left in [
@@ -408,7 +405,7 @@ def test_no_raw_row_is_measured_and_chosen_on(tmp_path, prompts, rendered):
             for i in range(20)
             for n in range(5)
         ]
-    write(tmp_path / "super_glue_cb.validation.jsonl", rows)
+    write_rows(tmp_path / "super_glue_cb.validation.jsonl", rows)
     one = Entry("cb", ("prompted:super_glue/cb?test=validation",))
     task = load_entry(one, folders={"prompted": tmp_path})
     assert len(task.test) == 100
@@ -430,7 +427,7 @@ def test_no_raw_row_is_measured_and_chosen_on(tmp_path, prompts, rendered):
 
 
 def test_a_lone_raw_row_leaves_nothing_to_choose_on(tmp_path, prompts):
-    write(tmp_path / "super_glue_cb.validation.jsonl", [{"a": "it", "b": "yes"}])
+    write_rows(tmp_path / "super_glue_cb.validation.jsonl", [{"a": "it", "b": "yes"}])
     task = load_entry(
         Entry("cb", ("prompted:super_glue/cb?test=validation",)), folders={"prompted": tmp_path}
     )

@@ -3,11 +3,11 @@ The prompts here are made up."""
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 
+from conftest import write_rows
 from phatgoose.errors import TaskError, UnknownName
 from phatgoose.tasks import load_task
 from phatgoose.tasks.sources.prompted import to_hub_row
@@ -49,17 +49,13 @@ def place(tmp_path, monkeypatch):
     read_templates.cache_clear()
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def raw(count, start=0):
     return [{"a": f"word {i}", "b": f"thing {i}", "label": i % 2} for i in range(start, start + count)]
 
 
 def test_every_row_under_every_template_with_choices_where_there_are_some(place):
-    write(place / "toy.train.jsonl", [*raw(100), {"a": "x", "b": "y", "label": -1}])
-    write(place / "toy.validation.jsonl", raw(10, 1000))
+    write_rows(place / "toy.train.jsonl", [*raw(100), {"a": "x", "b": "y", "label": -1}])
+    write_rows(place / "toy.validation.jsonl", raw(10, 1000))
     task = load_task("prompted:toy?test=validation", folder=place)
     rows = {e.input: e for e in (*task.train, *task.validation, *task.test)}
     assert len(rows) == 110 + 55
@@ -73,7 +69,7 @@ def test_every_row_under_every_template_with_choices_where_there_are_some(place)
 
 
 def test_all_prompts_of_a_row_share_a_split(place):
-    write(place / "toy.train.jsonl", [{**r, "label": 0} for r in raw(300)])
+    write_rows(place / "toy.train.jsonl", [{**r, "label": 0} for r in raw(300)])
     task = load_task("prompted:toy", folder=place)
     where = [
         {int(e.input.split("word ")[1].split()[0].rstrip("?")) for e in task.split(s)}
@@ -86,27 +82,41 @@ def test_all_prompts_of_a_row_share_a_split(place):
     )
 
 
-def test_templates_are_chosen_by_kind_and_name(place):
-    write(place / "toy.train.jsonl", raw(60))
-    assert load_task("prompted:toy?templates=original", folder=place).source["templates"] == [
-        "is it the same?"
-    ]
-    assert load_task("prompted:toy?without=partner", folder=place).source["templates"] == ["is it the same?"]
-    assert load_task("prompted:toy?templates=partner", folder=place).source["templates"] == ["partner"]
-    with pytest.raises(UnknownName, match="template of toy 'parter': did you mean 'partner'"):
-        load_task("prompted:toy?without=parter", folder=place)
-    with pytest.raises(UnknownName, match="promptsource dataset 'tory'"):
-        load_task("prompted:tory", folder=place)
-    with pytest.raises(TaskError, match="leaves no template"):
-        load_task("prompted:toy?templates=partner&without=partner", folder=place)
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("templates=original", ["is it the same?"]),
+        ("without=partner", ["is it the same?"]),
+        ("templates=partner", ["partner"]),
+    ],
+)
+def test_templates_are_chosen_by_kind_and_name(place, options, names):
+    write_rows(place / "toy.train.jsonl", raw(60))
+    assert load_task(f"prompted:toy?{options}", folder=place).source["templates"] == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "says"),
+    [
+        ("toy?without=parter", UnknownName, "template of toy 'parter': did you mean 'partner'"),
+        ("tory", UnknownName, "promptsource dataset 'tory'"),
+        ("toy?templates=partner&without=partner", TaskError, "leaves no template"),
+        ("toy?rows=0", TaskError, "rows must be a number"),
+    ],
+)
+def test_specs_that_name_nothing_are_refused(place, spec, kind, says):
+    write_rows(place / "toy.train.jsonl", raw(60))
+    with pytest.raises(kind, match=says):
+        load_task(f"prompted:{spec}", folder=place)
+
+
+def test_a_folder_without_the_rows_is_refused(place):
     with pytest.raises(TaskError, match=r"no file toy.SPLIT.jsonl"):
         load_task("prompted:toy", folder=place.parent / "ps")
-    with pytest.raises(TaskError, match="rows must be a number"):
-        load_task("prompted:toy?rows=0", folder=place)
 
 
 def test_a_fixed_part_of_many_rows(place):
-    write(place / "toy.train.jsonl", raw(300))
+    write_rows(place / "toy.train.jsonl", raw(300))
     some = load_task("prompted:toy?rows=50&templates=original", folder=place)
     again = load_task("prompted:toy?rows=50&templates=original", folder=place)
     assert some.hash == again.hash
@@ -119,7 +129,7 @@ def test_rows_that_were_rendered_elsewhere(place):
         for i in range(80)
         for t in ("is_it_the_same_", "partner", "of_another_version")
     ]
-    write(place / "toy.train.jsonl", rows)
+    write_rows(place / "toy.train.jsonl", rows)
     task = load_task("prompted:toy", folder=place)
     assert sum(len(task.split(s)) for s in ("train", "validation", "test")) == 240
     assert {e.input.split()[1] for e in task.test}.isdisjoint({e.input.split()[1] for e in task.train})
@@ -128,12 +138,12 @@ def test_rows_that_were_rendered_elsewhere(place):
 
 
 def test_rounds_of_one_dataset_have_names_of_their_own(place):
-    write(place / "toy_r1.dev.jsonl", raw(30))
+    write_rows(place / "toy_r1.dev.jsonl", raw(30))
     assert load_task("prompted:toy?test=dev_r1&files=toy_r1", folder=place).name == "prompted:toy/dev_r1"
 
 
 def test_a_row_without_what_the_template_reads_is_named(place):
-    write(place / "toy.train.jsonl", [{"a": "x", "label": 0}, {"a": "x", "b": "y", "label": 7}])
+    write_rows(place / "toy.train.jsonl", [{"a": "x", "label": 0}, {"a": "x", "b": "y", "label": 7}])
     with pytest.raises(TaskError, match=r"can't render a row with the columns a, (b, )?label"):
         load_task("prompted:toy?templates=original", folder=place)
 

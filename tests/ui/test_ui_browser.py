@@ -45,6 +45,16 @@ def begin(page, text=PROMPT):
     page.get_by_role("button", name="Answer", exact=True).click()
 
 
+def begin_slowly(opened, slowed, seconds, tokens, seen):
+    """A page whose answer of so many tokens has begun: `seen` is there."""
+    slowed(seconds)
+    page = opened()
+    page.get_by_label("Most tokens").fill(str(tokens))
+    begin(page)
+    until(page, f"document.querySelectorAll({seen!r}).length > 0", 30)
+    return page
+
+
 def answer(page, text=PROMPT):
     begin(page, text)
     until(page, DONE, 60)
@@ -137,11 +147,7 @@ def test_two_settings_side_by_side(opened):
 
 
 def test_who_stands_in_the_table_stays_there_while_it_is_drawn(opened, slowed):
-    slowed(0.2)
-    page = opened()
-    page.get_by_label("Most tokens").fill("12")
-    begin(page)
-    until(page, "document.querySelectorAll('#layers-table td[data-place]').length > 0", 30)
+    page = begin_slowly(opened, slowed, 0.2, 12, "#layers-table td[data-place]")
     page.locator("#layers-table td[tabindex='0']").focus()
     page.keyboard.press("ArrowRight")
     place, said = "document.activeElement.dataset.place", page.locator("#layers-cell").text_content()
@@ -177,11 +183,7 @@ def test_a_setting_that_fails_leaves_the_page_usable(opened, monkeypatch):
 
 
 def test_stopping(opened, slowed):
-    slowed(0.1)
-    page = opened()
-    page.get_by_label("Most tokens").fill("300")
-    begin(page)
-    until(page, "document.querySelectorAll('.token.written').length > 0", 30)
+    page = begin_slowly(opened, slowed, 0.1, 300, ".token.written")
     page.get_by_role("button", name="Stop").click()
     until(page, DONE)
     assert page.locator("#side-A .state").text_content() == "Stopped."

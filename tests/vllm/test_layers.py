@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from layers_fixtures import MERGED, Ranks, linears
 
+from conftest import write_base
 from phatgoose.errors import RoutingError
 from phatgoose.experts.packed.pack import pack
 from phatgoose.experts.pool import Pool
@@ -44,9 +45,7 @@ def saved(make_base, tmp_path):
 
     def save(dtype=torch.float32):
         base = make_base("llama", dtype=dtype)
-        base.model.save_pretrained(tmp_path / "base")
-        base.tokenizer.save_pretrained(tmp_path / "base")
-        return base, str(tmp_path / "base")
+        return base, write_base(base, tmp_path / "base")
 
     return save
 

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tiny_experiment import COMMON, write_place
 from typer.testing import CliRunner
 
+from conftest import write_base, write_rows
 from encoder_fixtures import make_encoder, signed
 from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError, StorageError, TaskError, TrainingError
@@ -45,32 +47,12 @@ from phatgoose.workflows.experiment.run import run_experiment
 from phatgoose.workflows.experiment.scores import ScoreCache
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-COMMON = {
-    "rows_per_step": 4, "rows_per_batch": 4, "max_length": 96, "validation_rows": 4, "validate_every": 2,
-    "save_every": 1, "learning_rate": 1e-2,
-}  # fmt: skip
 SYSTEMS = ["base", "phatgoose", "uniform", "merged", "random:seed={seed}", "best-single", "oracle"]
 
 
 @pytest.fixture
 def place(tmp_path, make_base):
-    base = make_base("llama")
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
-    rows = {
-        "upper": [{"input": f"upper of {i}:", "target": "yes"} for i in range(60)],
-        "choice": [
-            {"input": f"is {i} even?", "target": ("no", "yes")[i % 2 == 0], "choices": ["yes", "no"]} for i in range(60)
-        ],
-        "held": [{"input": f"what is {i}?", "target": str(i), "choices": [str(i), "none"]} for i in range(60)],
-    }  # fmt: skip
-    for name, lines in rows.items():
-        write(tmp_path / f"{name}.jsonl", lines)
-    return tmp_path
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_place(tmp_path, make_base("llama"))
 
 
 def recipe(place, **changes):
@@ -434,7 +416,7 @@ def test_data_signatures_a_multitask_expert_and_another_model_are_compared_too(p
 
 def test_every_task_is_the_same_part_of_what_a_multitask_expert_learns(place, monkeypatch):
     splits = ["train"] * 10 + ["validation", "test"] * 2
-    write(
+    write_rows(
         place / "upper.jsonl",
         [{"input": f"upper of {i}:", "target": "yes", "split": s} for i, s in enumerate(splits)],
     )
@@ -465,7 +447,7 @@ def test_every_task_is_the_same_part_of_what_a_multitask_expert_learns(place, mo
 def test_a_multitask_expert_of_other_data_is_not_measured(place, monkeypatch):
     made = recipe(place, systems=["base", "multitask"], measure={"suites": ["in-pool"], "test_rows": 2})
     assert "mean" in run_experiment(made, place / "out")["suites"]["in-pool"]["systems"]["multitask"]
-    write(place / "upper.jsonl", [{"input": f"UPPER of {i}:", "target": "yes"} for i in range(60)])
+    write_rows(place / "upper.jsonl", [{"input": f"UPPER of {i}:", "target": "yes"} for i in range(60)])
     contribute = experiment_steps.contribute
 
     def broken(base, task, *given, **more):
@@ -633,7 +615,7 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
 
     def edited(run, system, **asked):
         if system == moment:
-            write(place / "held.jsonl", [{"input": f"new {i}", "target": "yes"} for i in range(12)])
+            write_rows(place / "held.jsonl", [{"input": f"new {i}", "target": "yes"} for i in range(12)])
             experiment_worker._cached_state.cache_clear()
         return measure(run, system=system, **asked)
 
@@ -651,8 +633,8 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
 
 @pytest.mark.slow(3)
 def test_what_fails_costs_only_itself(place):
-    write(place / "broken.jsonl", [{"input": "x", "target": "y", "choices": ["a", "b"]}])
-    write(place / "long.jsonl", [{"input": f"q {i}", "target": "yes " * 200} for i in range(60)])
+    write_rows(place / "broken.jsonl", [{"input": "x", "target": "y", "choices": ["a", "b"]}])
+    write_rows(place / "long.jsonl", [{"input": f"q {i}", "target": "yes " * 200} for i in range(60)])
     tasks = {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "broken", "long", "choice")}
     measure = {
         "suites": ["in-pool", "unseen"], "test_rows": 6, "choice_rows": 3,
@@ -681,7 +663,7 @@ def test_what_fails_costs_only_itself(place):
     assert results["suites"]["unseen"]["common_tasks"] == ["held"]
     assert "leaves no room" in (place / "out/results.md").read_text()
     # Once the data is mended, the same folder goes on.
-    write(
+    write_rows(
         place / "gone.jsonl",
         [{"input": f"gone {i}", "target": "yes", "choices": ["yes", "no"]} for i in range(30)],
     )
@@ -709,7 +691,7 @@ def test_an_error_that_nobody_expected_costs_its_task_too(place, monkeypatch):
 
 
 def test_a_task_without_rows_to_choose_on_is_named(place):
-    write(place / "lone.jsonl", [{"input": "a lone row", "target": "yes", "choices": ["yes", "no"]}])
+    write_rows(place / "lone.jsonl", [{"input": "a lone row", "target": "yes", "choices": ["yes", "no"]}])
     tasks = {n: f"jsonl:{place}/{n}.jsonl" for n in ("held", "lone")}
     for systems, common in ((["base", "oracle"], ["held"]), (["base", "best-single"], ["held", "lone"])):
         measure = {"suites": ["unseen"], "tasks": tasks, "test_rows": 6, "choice_rows": 3}
@@ -732,7 +714,7 @@ def test_a_training_that_was_stopped_is_no_obstacle_to_other_data(place, monkeyp
             run_experiment(made, place / "out")
     left = sorted(p.name for p in (place / "out/work").iterdir())
     assert len(left) == 2
-    write(place / "upper.jsonl", [{"input": f"UPPER of {i}:", "target": "yes"} for i in range(60)])
+    write_rows(place / "upper.jsonl", [{"input": f"UPPER of {i}:", "target": "yes"} for i in range(60)])
     results = run_experiment(made, place / "out")
     assert results["complete"]
     assert not list((place / "out/work").iterdir())
@@ -741,7 +723,7 @@ def test_a_training_that_was_stopped_is_no_obstacle_to_other_data(place, monkeyp
 def test_a_row_that_cannot_be_chosen_on_costs_its_task(place):
     rows = [{"input": f"o {i}", "target": "yes", "choices": ["yes", "no"], "split": "test"} for i in range(8)]
     rows.append({"input": "v", "target": "yes " * 5000 + "x", "split": "validation"})
-    write(place / "odd.jsonl", rows)
+    write_rows(place / "odd.jsonl", rows)
     tasks = {n: f"jsonl:{place}/{n}.jsonl" for n in ("held", "odd")}
     measure = {"suites": ["unseen"], "tasks": tasks, "test_rows": 6, "choice_rows": 3}
     systems = ["base", "phatgoose", "best-single", "oracle"]
@@ -823,7 +805,7 @@ def test_rows_that_show_one_raw_row_are_drawn_together():
 
 def test_what_a_system_cannot_do_at_all_is_said_once(place, ready):
     """A pool without gates, and two tasks that PHATGOOSE can't be measured on."""
-    write(
+    write_rows(
         place / "more.jsonl",
         [{"input": f"so {i}?", "target": "no", "choices": ["no", "yes"]} for i in range(40)],
     )
@@ -842,7 +824,7 @@ def test_what_a_system_cannot_do_at_all_is_said_once(place, ready):
 
 def test_contamination_is_reported(place):
     words = "a long enough row of very common words that stands on both sides number"
-    write(
+    write_rows(
         place / "upper.jsonl",
         [{"input": f"{words} {i} {'x' * i}", "target": "yes", "split": "train"} for i in range(40)]
         + [
@@ -855,7 +837,7 @@ def test_contamination_is_reported(place):
         {"input": f"something else {i}", "target": "no", "choices": ["yes", "no"], "split": "test"}
         for i in range(39)
     ]
-    write(place / "held.jsonl", [*seen, {**seen[0], "input": f"{words} 7 {'x' * 7}"}])
+    write_rows(place / "held.jsonl", [*seen, {**seen[0], "input": f"{words} 7 {'x' * 7}"}])
     measure = {
         "suites": ["unseen"],
         "tasks": {"held": f"jsonl:{place}/held.jsonl"},
@@ -889,7 +871,7 @@ def test_an_expert_whose_rows_are_gone_costs_no_more_than_its_own(place, ready):
 def test_a_run_reads_its_data_anew(place):
     made = recipe(place, systems=["base"], measure={"suites": ["in-pool"], "test_rows": 2})
     before = run_experiment(made, place / "out")
-    write(place / "upper.jsonl", [{"input": f"UPPER of {i} again:", "target": "yes"} for i in range(60)])
+    write_rows(place / "upper.jsonl", [{"input": f"UPPER of {i} again:", "target": "yes"} for i in range(60)])
     found, again = (run_experiment(made, place / "out") for _ in range(2))
     hashes = [r["suites"]["in-pool"]["tasks"]["upper"]["hash"] for r in (before, found, again)]
     assert hashes[0] != hashes[1] == hashes[2]
@@ -950,7 +932,7 @@ def local_t0(tmp_path, monkeypatch):
             ]
         held_out = number >= 36
         split = spec.options.get("test", "test") if held_out else "train"
-        write(tmp_path / ("held-out" if held_out else "rows") / f"{stem}.{split}.jsonl", rows)
+        write_rows(tmp_path / ("held-out" if held_out else "rows") / f"{stem}.{split}.jsonl", rows)
     kinds = datasets.ClassLabel(names=["where", "who", "when"])
     questions = {"text": [f"question {i}" for i in range(30)], "fine_label": [i % 3 for i in range(30)]}
     features = datasets.Features({"text": datasets.Value("string"), "fine_label": kinds})
@@ -963,26 +945,32 @@ def local_t0(tmp_path, monkeypatch):
     read_templates.cache_clear()
 
 
+@pytest.fixture
+def paper(tmp_path, make_base, local_t0):
+    """paper(only=(), **changes) → the recipe that is shipped, on a tiny T5 and with a step for everything."""
+
+    def make(only=(), **changes):
+        shipped = ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml", local_t0)
+        steps = {**COMMON, "steps": 1, "validate_every": 1, "save_every": 0}
+        return replace(
+            shipped,
+            base=write_base(make_base("t5", layers=1), tmp_path / "base"),
+            dtype="float32",
+            pool=replace(shipped.pool, train_rows=8, only=only),
+            measure=replace(shipped.measure, suites=("in-pool", "t0ho"), test_rows=2, choice_rows=1),
+            expert=replace(shipped.expert, rank=1, **steps),
+            gate=replace(shipped.gate, **steps),
+            **changes,
+        )
+
+    return make
+
+
 @pytest.mark.slow(37)
-def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base, local_t0):
+def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, paper):
     """The recipe that is shipped, with all its 36 experts; its other systems and suites are the next test's
     and BIG-bench's own."""
-    base = make_base("t5", layers=1)
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
-    shipped = ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml", local_t0)
-    steps = {**COMMON, "steps": 1, "validate_every": 1, "save_every": 0}
-    made = replace(
-        shipped,
-        base=str(tmp_path / "base"),
-        dtype="float32",
-        systems=("base", "phatgoose", "merged"),
-        pool=replace(shipped.pool, train_rows=8),
-        measure=replace(shipped.measure, suites=("in-pool", "t0ho"), test_rows=2, choice_rows=1),
-        expert=replace(shipped.expert, rank=1, **steps),
-        gate=replace(shipped.gate, **steps),
-    )
-    results = run_experiment(made, tmp_path / "out")
+    results = run_experiment(paper(systems=("base", "phatgoose", "merged")), tmp_path / "out")
     assert results["failed"] == {}
     assert len(results["experts"]) == 36
     own, held_out = (results["suites"][s] for s in ("in-pool", "t0ho"))
@@ -996,25 +984,12 @@ def test_the_papers_recipe_runs_on_a_tiny_t5_from_local_rows(tmp_path, make_base
 
 
 @pytest.mark.slow(10)
-def test_the_papers_systems_run_on_a_tiny_t5(tmp_path, make_base, local_t0):
+def test_the_papers_systems_run_on_a_tiny_t5(tmp_path, paper):
     """All that the shipped recipe compares, data signatures and choices among experts with it,
     for three of its experts."""
-    base = make_base("t5", layers=1)
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    made = paper(only=("wiki_qa", "quarel", "trec"))
     encoder = make_encoder(tmp_path / "encoder")
-    shipped = ExperimentRecipe.read(RECIPES / "paper-t0-held-in.toml", local_t0)
-    steps = {**COMMON, "steps": 1, "validate_every": 1, "save_every": 0}
-    made = replace(
-        shipped,
-        base=str(tmp_path / "base"),
-        dtype="float32",
-        pool=replace(shipped.pool, train_rows=8, only=("wiki_qa", "quarel", "trec")),
-        measure=replace(shipped.measure, suites=("in-pool", "t0ho"), test_rows=2, choice_rows=1),
-        expert=replace(shipped.expert, rank=1, **steps),
-        gate=replace(shipped.gate, **steps),
-        signature=replace(shipped.signature, rows=8, texts=8, encoder=str(encoder)),
-    )
+    made = replace(made, signature=replace(made.signature, rows=8, texts=8, encoder=str(encoder)))
     results = run_experiment(made, tmp_path / "out")
     assert results["failed"] == {}
     for name in ("in-pool", "t0ho"):

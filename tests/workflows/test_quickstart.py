@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tiny_experiment import COMMON, write_place
 
 from phatgoose.errors import ExpertError, StorageError
 from phatgoose.training.config import ExpertConfig, GateConfig
@@ -37,27 +38,11 @@ run_quickstart(sys.argv[2], recipe=recipe, console=Console(width=150))
 
 @pytest.fixture
 def place(tmp_path, make_base):
-    base = make_base("llama")
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
-    rows = {
-        "upper": [{"input": f"upper of {i}:", "target": "yes"} for i in range(60)],
-        "choice": [
-            {"input": f"is {i} even?", "target": ("no", "yes")[i % 2 == 0], "choices": ["yes", "no"]}
-            for i in range(60)
-        ],
-        "held": [{"input": f"what is {i}?", "target": str(i)} for i in range(60)],
-    }
-    for name, lines in rows.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return tmp_path
+    return write_place(tmp_path, make_base("llama"), held_choices=False)
 
 
 def recipe(place):
-    common = {
-        "rows_per_step": 4, "rows_per_batch": 4, "max_length": 64, "validation_rows": 4, "validate_every": 2,
-        "save_every": 1, "learning_rate": 1e-2,
-    }  # fmt: skip
+    common = {**COMMON, "max_length": 64}
     return {
         "base": f"{place}/base",
         "dtype": "float32",
