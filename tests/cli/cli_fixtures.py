@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -87,3 +88,11 @@ def ready(run, base, task, tmp_path_factory):
     for name, result in out.items():
         assert result.code == 0, (name, result.err)
     return folder, out
+
+
+@pytest.fixture
+def pool(ready, tmp_path):
+    """A copy of the pool, to change."""
+    folder, _ = ready
+    shutil.copytree(folder / "pool", tmp_path / "pool")
+    return tmp_path / "pool"

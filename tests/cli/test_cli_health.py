@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from conftest import write_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import read_json, write_json
@@ -29,8 +30,7 @@ def test_an_expert_that_is_an_outlier_is_named(run, pool, tmp_path):
         assert found.code == 0, found.err
         assert "warning: a: its update's norm is " in found.err
         assert "b: " not in found.err
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    write_base(base, tmp_path / "base")
     found = run("pool", "verify", folder, "--base", tmp_path / "base", "--dtype", "float32")
     assert found.code == 0, found.err
     assert "times the base's own weight's at model.layers." in found.err

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from packing_fixtures import contents
 
 pytest_plugins = ["cli_fixtures"]
-
-
-@pytest.fixture
-def pool(ready, tmp_path):
-    folder, _ = ready
-    shutil.copytree(folder / "pool", tmp_path / "pool")
-    return tmp_path / "pool"
 
 
 @pytest.mark.slow(3)

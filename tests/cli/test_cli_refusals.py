@@ -15,13 +15,6 @@ from phatgoose.experts.pool import Pool
 pytest_plugins = ["cli_fixtures"]
 
 
-@pytest.fixture
-def pool(ready, tmp_path):
-    folder, _ = ready
-    shutil.copytree(folder / "pool", tmp_path / "pool")
-    return tmp_path / "pool"
-
-
 def refused(result, *words, code=1):
     assert result.code == code, (result.out, result.err)
     for word in words:

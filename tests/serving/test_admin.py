@@ -17,7 +17,7 @@ from filelock import FileLock
 from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, running, settings, text
 
 import server_command
-from conftest import hooked, make_model, make_tokenizer
+from conftest import hooked, make_model, make_tokenizer, write_base
 from phatgoose.experts.packed.pack import pack
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
@@ -209,8 +209,7 @@ def process(folder):
 
 @pytest.mark.slow(10)
 def test_a_server_starts_again_when_its_last_expert_was_taken_out(base, pool, tmp_path):
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    write_base(base, tmp_path / "base")
     folder = Pool([pool["a"]]).save(tmp_path / "pool")
     remove_from_folder(folder, "a")
     with (

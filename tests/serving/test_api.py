@@ -10,24 +10,18 @@ import openai
 import pytest
 import torch
 from pydantic import ValidationError
-from serving_fixtures import PROMPTS, greedy, random_pool, running, settings, text, with_template
+from serving_fixtures import PROMPTS, greedy, running, settings, text
 
 from conftest import make_model, make_tokenizer
 from phatgoose.models.attach.attach import route, unroute
-from phatgoose.models.base.base import Base
 from phatgoose.routers import PHATGOOSE, Single
 from phatgoose.serving.api.errors import from_validation_errors
 from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
 from phatgoose.serving.service import Service
 
+pytest_plugins = ["serving_fixtures"]
 MODELS = {"phatgoose": PHATGOOSE(), "base": None, "b": Single("b"), "phatgoose:top_k=1": PHATGOOSE(top_k=1)}
 CHAT = "user: hello\nassistant:"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    base = with_template(Base(make_model("llama"), make_tokenizer(), spec="tiny-llama-0"))
-    return base, random_pool(base, tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +40,6 @@ def wanted(parts):
 def server(parts, wanted):
     base, pool = parts
     with running(Service(base, settings(), pool=pool)) as found:
-        yield found
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as found:
         yield found
 
 

@@ -14,13 +14,12 @@ import schemathesis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as effort
 from mutations import mutated
-from serving_fixtures import random_pool, running, settings, with_template
+from serving_fixtures import running, settings
 
-from conftest import make_model, make_tokenizer
-from phatgoose.models.base.base import Base
 from phatgoose.serving.http.guard import Keys
 from phatgoose.serving.service import Service
 
+pytest_plugins = ["serving_fixtures"]
 COUNT = int(os.environ.get("PHATGOOSE_MUTATED_REQUESTS", "10000"))
 """`make fuzz-serve` sends 100,000."""
 SEED = os.environ.get("PHATGOOSE_MUTATED_SEED", "0")
@@ -43,9 +42,8 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = with_template(Base(make_model("llama"), make_tokenizer(), spec="tiny-llama-0"))
-    pool = random_pool(base, tmp_path_factory.mktemp("experts"))
+def server(parts):
+    base, pool = parts
     limits = settings(max_tokens=6, max_waiting=200, timeout_seconds=60, body_seconds=2)
     with running(Service(base, limits, pool=pool), Keys.of(admin=["the-admin-key"])) as found:
         yield found

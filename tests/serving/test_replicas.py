@@ -17,7 +17,7 @@ import pytest
 import yaml
 from serving_fixtures import PROMPTS, greedy, random_pool, text
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, write_base
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import remove_from_folder
 from phatgoose.models.attach.attach import route, unroute
@@ -44,8 +44,7 @@ def cluster(tmp_path, monkeypatch):
         monkeypatch.setenv(f"RAY_SERVE_{patience}_TIMEOUT_S", "120")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     base = Base(make_model("llama"), make_tokenizer(), spec="tiny")
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    write_base(base, tmp_path / "base")
     pool = random_pool(base, tmp_path)
     pool.save(tmp_path / "pool")
     route(base, pool)
@@ -130,8 +129,7 @@ def test_a_pool_without_gates_gets_a_router_that_works(make_base, make_expert, t
     from phatgoose.serving.replicas import ReplicaSettings, make_service
 
     made = make_base("llama")
-    made.model.save_pretrained(tmp_path / "base")
-    made.tokenizer.save_pretrained(tmp_path / "base")
+    write_base(made, tmp_path / "base")
     Pool([make_expert(made, "a", gates=gates)]).save(tmp_path / "pool")
     args = ReplicaSettings(base=str(tmp_path / "base"), pool=str(tmp_path / "pool"))
     assert make_service(args).experts.router == router

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from serving_fixtures import random_pool
 
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, write_base
 from phatgoose.models.base.base import Base
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow(41)
 def test_servers_bear_load_and_the_record_says_how(tmp_path):
     base = Base(make_model("llama"), make_tokenizer(), spec="tiny")
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    write_base(base, tmp_path / "base")
     random_pool(base, tmp_path).save(tmp_path / "three")
     command = [
         sys.executable,

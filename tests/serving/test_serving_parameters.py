@@ -8,13 +8,14 @@ import json
 import openai
 import pytest
 import torch
-from serving_fixtures import PROMPTS, random_pool, running, settings, with_template
+from serving_fixtures import PROMPTS, running, settings
 from transformers import GenerationConfig
 
 from conftest import make_model, make_tokenizer
 from phatgoose.models.base.base import Base
 from phatgoose.serving.service import Service
 
+pytest_plugins = ["serving_fixtures"]
 ASK = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
 CHAT = {
     "model": "base",
@@ -57,8 +58,8 @@ NEUTRAL = {
 
 
 @pytest.fixture(scope="module")
-def base():
-    return with_template(Base(make_model("llama"), make_tokenizer(), spec="tiny-llama-0"))
+def base(parts):
+    return parts[0]
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +76,6 @@ def oracle():
         return model.generate(ids, generation_config=config)[0, ids.shape[1] :].tolist()
 
     return generate
-
-
-@pytest.fixture(scope="module")
-def server(base, oracle, tmp_path_factory):
-    pool = random_pool(base, tmp_path_factory.mktemp("experts"))
-    with running(Service(base, settings(), pool=pool)) as found:
-        yield found
-
-
-@pytest.fixture
-def http(server):
-    with server.http() as found:
-        yield found
 
 
 def asked(http, change, path="completions"):

@@ -10,25 +10,18 @@ import time
 import httpx2
 import pytest
 import requests
-from serving_fixtures import random_pool, running, settings, with_template
+from serving_fixtures import random_pool, running, settings
 
-from conftest import make_model, make_tokenizer
-from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
 from phatgoose.serving.errors import hide_paths
 from phatgoose.serving.http.completions import _event
 from phatgoose.serving.http.guard import Keys
 from phatgoose.serving.service import Service
 
+pytest_plugins = ["serving_fixtures"]
 HEADERS = {"authorization": "Bearer the-admin-key"}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 JSON = b"Content-Type: application/json\r\n"
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    base = with_template(Base(make_model("llama"), make_tokenizer(), spec="tiny-llama-0"))
-    return base, random_pool(base, tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
