@@ -32,9 +32,10 @@ HEAD = """\
 
 Written by `python docs/generate/cli.py` from the commands themselves: change those, not this page.
 
-A refusal is one line on standard error and exit code 1, wrong usage exit code 2, \
-Ctrl-C exit code 130. `train`, `gate` and
-`quickstart` go on where they were stopped. `PHATGOOSE_DEBUG=1` shows tracebacks and other libraries' warnings.
+If a command fails, it writes one line to standard error and exits with code 1. \
+Wrong usage exits with code 2, Ctrl-C with 130.
+If `train`, `gate` or `quickstart` is stopped, the same command continues where it was. \
+`PHATGOOSE_DEBUG=1` shows tracebacks and other libraries' warnings.
 """
 
 

@@ -23,23 +23,23 @@ HEAD = f"""\
 Written by `python docs/generate/cli.py` from the lists themselves: change those, not this page. \
 `phatgoose tasks pool NAME` and
 `phatgoose tasks suite NAME` print the same. \
-What they are for: [experiments](experiments.md#pools-and-suites-under-names).
+[Experiments](experiments.md#pools-and-suites-under-names) use them.
 
 | column | |
 |---|---|
 | expert | its name in the pool, as a recipe's `[pool] only` and `leave_out` take it |
 | task | its name in the suite, and in tables of results |
 | dataset, config | on the Hub; ids are the authors', and some may have moved |
-| test split | the dataset's, measured; empty: its own test split, or else a part of train. \
-An expert's validation rows are of train |
+| test split | the dataset's split that is measured; empty: its own test split, or else a part of train. \
+An expert's validation rows are taken from train |
 | prompts | promptsource's: all of the dataset's, or the original task's only |
 | FLAN | COLLECTION/TASK of `{flan.HUB}`; a category of `niv2` needs a folder. \
-Experts' are [split by the rule](tasks.md#splits) |
+Experts' tasks are [split by the rule](tasks.md#splits) |
 | BIG-bench | tasks of `{BIGBENCH.requirement}` on PyPI; several are put together. \
-Experts' are [split by the rule](tasks.md#splits); \
-of a suite's, seven rows of ten are test rows, the others are to choose by |
+Experts' tasks are [split by the rule](tasks.md#splits); \
+of a suite's tasks, seven rows of ten are test rows, and the others are there to choose experts by |
 | BIG-bench Hard | files of `{bbh.HUB}` on the Hub; all rows are test rows, \
-those behind the measured ones are to choose by |
+and those after the measured ones are there to choose experts by |
 """
 HUB_COLUMNS = ("dataset", "config", "test split", "prompts")
 COLUMNS = {

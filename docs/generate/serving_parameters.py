@@ -35,9 +35,9 @@ How they work together: [serving](serving.md#what-is-honoured).
 | completions, chats | what `/v1/completions` and `/v1/chat/completions` take: a range or kind, and the default (=) |
 | vLLM | whether vLLM's server has a parameter of this name (early in 2026), for one of the two at least |
 
-"only" values change nothing; others are refused with status 400, as are parameters that aren't here. \
-Whole numbers but tokens may be written as 4.0, and `null` counts
-as not given.
+A value marked "only" is accepted because it changes nothing; any other value is refused with status 400. \
+So are parameters that aren't listed here.
+Whole numbers, except tokens, may be written as 4.0. `null` counts as not given.
 
 ## Honoured
 

@@ -43,7 +43,7 @@ BEGIN, END = "<!-- architectures: written by tests/models/architecture_table.py 
 def recorded() -> dict[tuple[str, str], str]:
     """(architecture, check) → "yes" or why it is refused, as the page says."""
     text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    right = re.findall(r"`([^`]+)`", re.search(r"^Right throughout: (.*)$", text, re.MULTILINE)[1])
+    right = re.findall(r"`([^`]+)`", re.search(r"^Correct in every column: (.*)$", text, re.MULTILINE)[1])
     notes = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     found = {(name, check): "yes" for name in right for check in CHECKS}
     for line in re.findall(r"^\| `(.*) \|$", text, re.MULTILINE):
@@ -65,7 +65,7 @@ def _table(outcomes: dict[tuple[str, str], str]) -> str:
 
     rows = {name: [outcomes[name, check] for check in CHECKS] for name in ALL}
     right = [name for name, cells in rows.items() if set(cells) == {"yes"}]
-    lines = ["Right throughout: " + ", ".join(f"`{name}`" for name in right), ""]
+    lines = ["Correct in every column: " + ", ".join(f"`{name}`" for name in right), ""]
     lines += ["| | " + " | ".join(CHECKS) + " |", "|---" * (len(CHECKS) + 1) + "|"]
     lines += [
         f"| `{name}` | " + " | ".join(map(cell, cells)) + " |"
