@@ -114,6 +114,12 @@ def write_rows(path: Path, rows: Iterable[object]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by path, but the lock."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor, without: torch.Tensor | float = 0.0) -> float:
     """The relative error of what came on top of `without`: a missing update must not hide behind the output."""
     found, expected = found.double() - without, expected.double() - without

@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from conftest import files_of
+
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 LFS_ENDINGS = (".safetensors", ".bin")
 
@@ -98,10 +100,7 @@ class Hub:
         """A repository with the files of a folder."""
         found = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", **dict(files)}
         if folder is not None:
-            found |= {
-                p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-            }
-            found.pop(".lock", None)
+            found |= files_of(folder)
         repo = self.repos.setdefault(name, Repo(**settings))
         repo.commit(found)
         self.lfs |= {sha256(d): d for n, d in found.items() if n.endswith(LFS_ENDINGS)}
@@ -429,6 +428,13 @@ def hub(tmp_path, monkeypatch):
     stand_in.stop()
 
 
+@pytest.fixture
+def login(hub, monkeypatch):
+    """The stand-in, with its token in the environment."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    return hub
+
+
 MADE: dict = {}
 
 
@@ -440,8 +446,7 @@ def made(request, tmp_path):
     def make(name, build):
         if name not in MADE:
             folder = build(*map(request.getfixturevalue, ("make_base", "make_expert")))
-            files = [p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"]
-            MADE[name] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+            MADE[name] = files_of(folder)
         for path, data in MADE[name].items():
             target = tmp_path / name / path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -54,14 +54,5 @@ def make_plain(base, folder):
     return [adapter(base, k, folder / f"{k}-{i}", seed=i) for i, k in enumerate(kinds)]
 
 
-def contents(folder):
-    """Every file below a pool's folder, by path, but the lock."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != ".lock"
-    }
-
-
 def pool_of(experts, folder):
     return Pool(experts).save(folder)

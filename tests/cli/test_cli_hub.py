@@ -6,16 +6,11 @@ import shutil
 
 import pytest
 
+from conftest import files_of
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 
 pytest_plugins = ["cli_fixtures", "hub_stand_in"]
-
-
-@pytest.fixture
-def login(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", hub.token)
-    return hub
 
 
 @pytest.fixture
@@ -31,14 +26,6 @@ def two(made, tmp_path, monkeypatch):
     folder = made("here", build)
     monkeypatch.chdir(folder)
     return folder
-
-
-def files_of(folder):
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 def ok(result):

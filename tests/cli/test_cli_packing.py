@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packing_fixtures import contents
+from conftest import files_of
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -12,7 +12,7 @@ pytest_plugins = ["cli_fixtures"]
 @pytest.mark.slow(3)
 def test_pack_use_and_unpack(run, pool, ready, base):
     folder, _ = ready
-    before = contents(pool)
+    before = files_of(pool)
     expected = run("generate", "red", "--pool", pool, "--base", base)
     listed = run("pool", "list", pool)
     packed = run("pool", "pack", pool)
@@ -35,7 +35,7 @@ def test_pack_use_and_unpack(run, pool, ready, base):
     unpacked = run("pool", "unpack", pool)
     assert unpacked.code == 0, unpacked.err
     assert "2 experts, each in its folder" in unpacked.out
-    after = contents(pool)
+    after = files_of(pool)
     assert {k: v for k, v in after.items() if k != "README.md"} == {
         k: v for k, v in before.items() if k != "README.md"
     }

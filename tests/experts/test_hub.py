@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from conftest import files_of
 from phatgoose import Expert, Pool
 from phatgoose.errors import DownloadError, ExpertError, PoolError
 from phatgoose.experts.hub import fetch as hub_files
@@ -24,14 +25,6 @@ from phatgoose.records import HubSource
 pytest_plugins = ["hub_stand_in"]
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def files_of(folder):
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 @pytest.fixture

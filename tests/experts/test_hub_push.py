@@ -8,6 +8,7 @@ import traceback
 import pytest
 import torch
 
+from conftest import files_of
 from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import PoolError, UploadError
@@ -21,12 +22,6 @@ pytest_plugins = ["hub_stand_in"]
 
 
 @pytest.fixture
-def login(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", hub.token)
-    return hub
-
-
-@pytest.fixture
 def pool(made, tmp_path):
     """The folder of a pool of a, with gates, and b, without."""
 
@@ -36,14 +31,6 @@ def pool(made, tmp_path):
         return Pool(experts).save(tmp_path / "new")
 
     return made("two", build)
-
-
-def files_of(folder):
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ".lock"
-    }
 
 
 def there(hub, name, branch="main"):

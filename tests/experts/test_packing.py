@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from packing_fixtures import adapter, contents, make_plain, make_zoo, pool_of
+from conftest import files_of
+from packing_fixtures import adapter, make_plain, make_zoo, pool_of
 from phatgoose import Expert, Pool
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.packed import pack as packing
@@ -51,7 +52,7 @@ def damage(folder, item, data, at=0):
 def test_every_kind_comes_back_to_the_byte(zoo, tmp_path):
     _, experts = zoo
     folder = pool_of(experts, tmp_path / "pool")
-    before = contents(folder)
+    before = files_of(folder)
     assert pack(folder) == {}
     assert not list(folder.rglob("adapter_model.safetensors"))
     assert not list(folder.rglob("gates.safetensors"))
@@ -68,7 +69,7 @@ def test_every_kind_comes_back_to_the_byte(zoo, tmp_path):
     pack(folder, spare=0)  # again, over itself
     verify_folder(folder)
     unpack(folder)
-    assert contents(folder) == before
+    assert files_of(folder) == before
     assert not (folder / "packed").exists()
 
 
@@ -95,22 +96,22 @@ def test_foreign_headers_and_gates_of_other_dtypes_come_back(plain, tmp_path):
     names = ("adapter_config.json", "adapter_model.safetensors", "gates.safetensors")
     manifest["experts"][0]["files"] = {n: sha256_file(place / n) for n in names}
     write_json(folder / "pool.json", manifest)
-    before, hashes = contents(folder), [e.hash for e in Pool.load(folder).experts]
+    before, hashes = files_of(folder), [e.hash for e in Pool.load(folder).experts]
     pack(folder)
     loaded = Pool.load(folder)
     assert [e.hash for e in loaded.experts] == hashes
     assert all(g.dtype == torch.float32 for g in loaded.experts[0].gates.values())
     unpack(folder)
-    assert contents(folder) == before
+    assert files_of(folder) == before
 
 
 def test_a_packed_pool_saved_elsewhere_is_the_unpacked_one(zoo, tmp_path):
     _, experts = zoo
     folder = pool_of(experts, tmp_path / "pool")
-    before = contents(folder)
+    before = files_of(folder)
     pack(folder)
     Pool.load(folder).save(tmp_path / "other")
-    assert contents(tmp_path / "other") == before
+    assert files_of(tmp_path / "other") == before
     with pytest.raises(PoolError, match="is packed and can't be written as a whole"):
         Pool.load(folder).save(folder)
 
@@ -223,12 +224,12 @@ def test_a_refused_add_leaves_everything_as_it_was(plain, make_base, tmp_path):
     _, experts = plain
     folder = pool_of(experts[:3], tmp_path / "pool")
     pack(folder)
-    before = contents(folder)
+    before = files_of(folder)
     stranger = adapter(make_base("llama", seed=5), "plain", tmp_path / "made" / "stranger")
     for expert in (experts[0], stranger):
         with pytest.raises(PhatgooseError, match=r"are named|expected the base"):
             add_to_folder(folder, expert)
-    assert contents(folder) == before
+    assert files_of(folder) == before
 
 
 def test_a_full_disk_leaves_everything_as_it_was(plain, tmp_path, monkeypatch):
@@ -236,7 +237,7 @@ def test_a_full_disk_leaves_everything_as_it_was(plain, tmp_path, monkeypatch):
 
     _, experts = plain
     folder = pool_of(experts[:3], tmp_path / "pool")
-    before = contents(folder)
+    before = files_of(folder)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -245,14 +246,14 @@ def test_a_full_disk_leaves_everything_as_it_was(plain, tmp_path, monkeypatch):
         patch.setattr(os, "pwrite", full)
         with pytest.raises(StorageError, match="no space left"):
             pack(folder)
-    assert contents(folder) == before
+    assert files_of(folder) == before
     pack(folder)
-    before = contents(folder)
+    before = files_of(folder)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(StorageError, match="no space left"):
             add_to_folder(folder, experts[3])
-    assert contents(folder) == before
+    assert files_of(folder) == before
 
 
 def test_damaged_rows_are_found_by_verify_and_not_unpacked(plain, tmp_path):
@@ -265,14 +266,14 @@ def test_damaged_rows_are_found_by_verify_and_not_unpacked(plain, tmp_path):
     damaged = r"the rows of plain-1 are damaged or were changed: its adapter_model.safetensors had sha256"
     with pytest.raises(PoolError, match=damaged):
         verify_folder(folder)
-    before = contents(folder)
+    before = files_of(folder)
     with pytest.raises(PoolError, match=damaged):
         unpack(folder)
     with pytest.raises(PoolError, match=damaged):
         pack(folder)
     with pytest.raises(PoolError, match=damaged):
         Pool.load(folder).save(tmp_path / "other")
-    assert contents(folder) == before
+    assert files_of(folder) == before
     remove_from_folder(folder, "plain-1")
     pack(folder)
     assert [e.hash for e in verify_folder(folder).experts] == [experts[i].hash for i in (0, 2, 3)]
@@ -329,7 +330,7 @@ def test_what_cannot_be_packed_stays_beside_it(plain, make_base, tmp_path):
     folder = pool_of(experts[:2], tmp_path / "pool")
     bottleneck = adapterhub_expert(base, tmp_path / "made" / "houlsby")
     add_to_folder(folder, bottleneck)
-    before = contents(folder)
+    before = files_of(folder)
     assert pack(folder) == {"houlsby": "is an adapter in AdapterHub's format, which has no low-rank rows"}
     loaded = verify_folder(folder)
     assert [type(e) is PackedExpert for e in loaded.experts] == [True, True, False]
@@ -338,7 +339,7 @@ def test_what_cannot_be_packed_stays_beside_it(plain, make_base, tmp_path):
     assert Pool.load(folder).names == (*loaded.names, "again")
     remove_from_folder(folder, "again")
     unpack(folder)
-    assert contents(folder) == before
+    assert files_of(folder) == before
     Pool([bottleneck]).save(tmp_path / "alone")
     with pytest.raises(PoolError, match="no expert that can be packed"):
         pack(tmp_path / "alone")
@@ -352,10 +353,10 @@ def test_other_refusals(plain, tmp_path):
     with pytest.raises(PoolError, match="spare is -1"):
         pack(folder, spare=-1)
     (folder / "experts" / experts[0].name / "adapter_model.safetensors").write_bytes(b"damaged")
-    before = contents(folder)
+    before = files_of(folder)
     with pytest.raises(PhatgooseError, match="not a whole safetensors file"):
         pack(folder)
-    assert contents(folder) == before
+    assert files_of(folder) == before
 
 
 def test_a_pool_that_was_unpacked_meanwhile_says_so(zoo, tmp_path):

@@ -6,6 +6,9 @@ A file with `pytest_plugins = ["serving_fixtures"]` has `server`, one for all it
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -125,6 +128,18 @@ def running(service: Service, keys: Keys | None = None, hosts=None):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def ready_process(script: str):
+    """(a process that runs a script which serves, its port) once it says that it is ready."""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    try:
+        yield process, next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def with_template(base: Base) -> Base:

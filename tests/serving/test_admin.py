@@ -6,15 +6,22 @@ import asyncio
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 from filelock import FileLock
-from serving_fixtures import PROMPTS, greedy, random_expert, random_pool, running, settings, text
+from serving_fixtures import (
+    PROMPTS,
+    greedy,
+    random_expert,
+    random_pool,
+    ready_process,
+    running,
+    settings,
+    text,
+)
 
 import server_command
 from conftest import hooked, make_model, make_tokenizer, write_base
@@ -193,18 +200,12 @@ serve(Service(base, settings(), pool=Pool.load(folder), folder=folder), port=0, 
 def process(folder):
     here = Path(__file__).parent
     script = SCRIPT.format(paths=[str(here), str(here.parent)], folder=str(folder))
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    try:
-        port = next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
-        with (
-            openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
-            httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=HEADERS, timeout=60) as http,
-        ):
-            yield process, client, http
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    with (
+        ready_process(script) as (process, port),
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers=HEADERS, timeout=60) as http,
+    ):
+        yield process, client, http
 
 
 @pytest.mark.slow(10)

@@ -20,7 +20,7 @@ import httpx2
 import openai
 import pytest
 import uvicorn
-from serving_fixtures import running, settings
+from serving_fixtures import ready_process, running, settings
 
 from phatgoose.serving.errors import ServingError
 from phatgoose.serving.http.app import make_app
@@ -372,14 +372,8 @@ def server_process(drain):
     """A server as a process of its own, and a client of it."""
     here = os.path.dirname(__file__)
     script = SCRIPT.format(paths=[here, os.path.dirname(here)], drain=drain)
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    try:
-        port = next(json.loads(line)["port"] for line in process.stderr if '"ready"' in line)
+    with ready_process(script) as (process, port):
         yield process, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.mark.slow(3)

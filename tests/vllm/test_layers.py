@@ -106,19 +106,25 @@ def test_merged_and_split_layers_compute_what_route_does(saved, pool_of, router,
             assert (one - other).norm() < tolerance * other.norm()
 
 
-def first_layer(saved, pool_of, *rows):
-    """The first routed layer of a whole model, inputs for it, and its base's outputs."""
+@pytest.fixture
+def alone(saved, pool_of):
+    """alone() → the layers of one rank of one, as `opened`."""
     base, folder = saved()
     settings = Settings(str(pool_of(base)))
-    layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
+    return lambda: opened(settings, check(settings, folder), base.model, 0, 1)
+
+
+def first_layer(alone, *rows):
+    """The first routed layer of a whole model, inputs for it, and its base's outputs."""
+    layers, found = alone()
     linear, weight, _, parts = found[0]
     made = layers.make(linear, parts, weight.data, torch.clone)
     u = torch.randn(*rows, linear.d_in)
     return made, u, F.linear(u, weight).detach()
 
 
-def test_the_operator_is_all_that_a_compiler_sees(saved, pool_of):
-    made, u, y = first_layer(saved, pool_of, 2, 5)
+def test_the_operator_is_all_that_a_compiler_sees(alone):
+    made, u, y = first_layer(alone, 2, 5)
     targets = []
 
     def backend(graph, inputs):
@@ -131,8 +137,8 @@ def test_the_operator_is_all_that_a_compiler_sees(saved, pool_of):
     assert sum("routed_update" in t for t in targets) == 3
 
 
-def test_more_choices_than_are_fused(saved, pool_of):
-    made, u, y = first_layer(saved, pool_of, 5)
+def test_more_choices_than_are_fused(alone):
+    made, u, y = first_layer(alone, 5)
     with torch.no_grad():
         expected = made(u, y)
         for part in made.parts:
@@ -149,10 +155,8 @@ def test_a_pool_that_changes_meanwhile(saved, pool_of):
         Layers(settings, samples, lambda path: path)
 
 
-def test_a_pool_is_let_go_after_the_last_layer(saved, pool_of):
-    base, folder = saved()
-    settings = Settings(str(pool_of(base)))
-    layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
+def test_a_pool_is_let_go_after_the_last_layer(alone):
+    layers, found = alone()
     for linear, weight, _, parts in found:
         assert layers._pool is not None
         layers.make(linear, parts, weight.data, torch.clone)
@@ -183,20 +187,16 @@ def test_a_module_that_no_layer_takes_is_refused(saved, pool_of):
         layers.check_taken()
 
 
-def test_reordered_weights_are_refused(saved, pool_of):
-    base, folder = saved()
-    settings = Settings(str(pool_of(base)))
-    layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
+def test_reordered_weights_are_refused(alone):
+    layers, found = alone()
     linear, weight, _, parts = found[0]
     swapped = weight.data[[*range(16, 32), *range(16), *range(32, 64)]]  # heads in another order
     with pytest.raises(RoutingError, match=r"isn't the base's model.layers.0.self_attn.q_proj, row by row"):
         layers.make(linear, parts, swapped, torch.clone)
 
 
-def test_another_size_is_refused(saved, pool_of):
-    base, folder = saved()
-    settings = Settings(str(pool_of(base)))
-    layers, found = opened(settings, check(settings, folder), base.model, 0, 1)
+def test_another_size_is_refused(alone):
+    layers, found = alone()
     linear, weight, _, parts = found[0]
     wider = [dataclasses.replace(p, d_out=p.d_out + 8) for p in parts]
     with pytest.raises(RoutingError, match="32 → 32 in the pool and 32 → 40 in vLLM"):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from tiny_experiment import COMMON, write_place
+from tiny_experiment import COMMON, recipe_data, write_place
 from typer.testing import CliRunner
 
 from conftest import write_base, write_rows
@@ -56,20 +56,7 @@ def place(tmp_path, make_base):
 
 
 def recipe(place, **changes):
-    data = {
-        "base": str(place / "base"),
-        "dtype": "float32",
-        "systems": SYSTEMS,
-        "seeds": [0, 1],
-        "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
-        "measure": {
-            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6,
-            "choice_rows": 3,
-        },
-        "expert": {"rank": 2, "alpha": 4, "steps": 4, **COMMON},
-        "gate": {"steps": 3, **COMMON},
-    }  # fmt: skip
-    return ExperimentRecipe.from_json({**data, **changes})
+    return ExperimentRecipe.from_json(recipe_data(place, **{"systems": SYSTEMS, "seeds": [0, 1], **changes}))
 
 
 def everything(place):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_experiment import COMMON, write_place
+from tiny_experiment import COMMON, recipe_data, write_place
 
 from phatgoose.errors import ExpertError, StorageError
 from phatgoose.training.config import ExpertConfig, GateConfig
@@ -42,21 +42,9 @@ def place(tmp_path, make_base):
 
 
 def recipe(place):
-    common = {**COMMON, "max_length": 64}
-    return {
-        "base": f"{place}/base",
-        "dtype": "float32",
-        "systems": ["base", "single:upper", "single:choice", "merged", "uniform", "random", "phatgoose", "oracle"],
-        "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
-        "measure": {
-            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6,
-            "choice_rows": 3,
-        },
-        "page": {"prompts": 2},
-        "claims": {"in-pool": 0.6},
-        "expert": {"rank": 2, "alpha": 4, "steps": 4, **common},
-        "gate": {"steps": 3, **common},
-    }  # fmt: skip
+    systems = ["base", "single:upper", "single:choice", "merged", "uniform", "random", "phatgoose", "oracle"]
+    more = {"page": {"prompts": 2}, "claims": {"in-pool": 0.6}}
+    return recipe_data(place, {**COMMON, "max_length": 64}, systems=systems, **more)
 
 
 def start(place, out):

@@ -25,3 +25,19 @@ def write_place(folder, base, held_choices=True):
     for name, lines in rows.items():
         write_rows(folder / f"{name}.jsonl", lines)
     return folder
+
+
+def recipe_data(place, common=COMMON, **changes):
+    """A recipe of that folder's two experts and its held-out task, without systems."""
+    return {
+        "base": f"{place}/base",
+        "dtype": "float32",
+        "pool": {"tasks": {n: f"jsonl:{place}/{n}.jsonl" for n in ("upper", "choice")}, "train_rows": 20},
+        "measure": {
+            "suites": ["in-pool", "unseen"], "tasks": {"held": f"jsonl:{place}/held.jsonl"}, "test_rows": 6,
+            "choice_rows": 3,
+        },
+        "expert": {"rank": 2, "alpha": 4, "steps": 4, **common},
+        "gate": {"steps": 3, **common},
+        **changes,
+    }  # fmt: skip
