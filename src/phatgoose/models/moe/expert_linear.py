@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from phatgoose.errors import RoutingError
 from phatgoose.models.base.layers import FLOATS
 from phatgoose.models.context.streams import Streams
-from phatgoose.models.moe.stand_in import LinearStandIn, hook_object
-from phatgoose.routers.context import RoutingContext, unmatched
+from phatgoose.models.moe.stand_in import LinearStandIn, Runner
+from phatgoose.routers.context import RoutingContext
 
 _FUSED_ATTRIBUTES = (
     "num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate",
@@ -42,66 +43,14 @@ def routing_context(
     """The routing context of this call of a module on `u`, whose output has this shape."""
     if not isinstance(module, ExpertLinear):
         return streams.context(path, u, shape)
-    seen, problem = streams.tokens_of(path, u), None
     dispatched: Dispatched | None = args[2] if len(args) > 2 else None
-    if dispatched is None:
+    # The mixture as a whole sees the pass as any module does; of its tokens this layer was given some.
+    seen = streams.context(path, u, shape if dispatched is None else torch.Size((dispatched.of, 1)))
+    problem, picked = seen.problem, None if dispatched is None else dispatched.tokens
+    if picked is None:
         problem = "it ran outside of its mixture of experts, so which tokens it sees is unknown."
-    elif seen is not None and seen.positions.numel() != dispatched.of:
-        problem = f"{unmatched((dispatched.of,), *seen.positions.shape)}."
-    return RoutingContext(
-        path, 1, shape[:-1].numel(), seen, reader=streams.texts_of, stream=streams.stream_at(path, u), problem=problem,
-        picked=None if dispatched is None else dispatched.tokens,
-    )  # fmt: skip
-
-
-class ExpertLinear(LinearStandIn):
-    """One linear layer of one expert of a fused experts module, as a module.
-
-    part: "gate_up_proj", "down_proj", or "gate_proj" or "up_proj", the halves of the first. Experts without a gate have
-    "up_proj" and "down_proj".
-    """
-
-    weight_owner: Any
-    index: int
-    part: str
-
-    def __init__(self, experts: nn.Module, index: int, part: str):
-        self.__dict__.update(weight_owner=experts, index=index, part=part)  # `weight` needs them at once
-        super().__init__(experts)
-
-    @property
-    def weight(self) -> Tensor:
-        whole = getattr(self.weight_owner, self.parameter)[self.index]
-        return self._half(whole.T if self.weight_owner.is_transposed else whole)
-
-    @property
-    def bias(self) -> Tensor | None:
-        if not self.weight_owner.has_bias:
-            return None
-        return self._half(getattr(self.weight_owner, f"{self.parameter}_bias")[self.index])
-
-    @property
-    def parameter(self) -> str:
-        """Name of the parameter that holds the layer."""
-        is_half = self.weight_owner.has_gate and self.part in ("gate_proj", "up_proj")
-        return "gate_up_proj" if is_half else self.part
-
-    def _half(self, whole: Tensor) -> Tensor:
-        """The rows of the parameter that belong to this part."""
-        if self.parameter == self.part:
-            return whole
-        return gate_and_up(self.weight_owner, whole, 0)[self.part == "up_proj"]
-
-    def start_hooking(self) -> None:
-        unfused = _find_unfused(self.weight_owner) or _UnfusedExperts(self.weight_owner)
-        unfused.add(self)
-
-    def stop_hooking(self) -> None:
-        if (unfused := _find_unfused(self.weight_owner)) is not None:
-            unfused.remove(self)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, index={self.index}, part={self.part!r}"
+    n = shape[:-1].numel()
+    return replace(seen, rows=1, length=n, kept=None, problem=problem, by_row=True, again=0, picked=picked)
 
 
 def gate_and_up(experts: Any, whole: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -112,33 +61,17 @@ def gate_and_up(experts: Any, whole: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return whole.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
 
 
-class _UnfusedExperts:
-    """Runs an experts module expert by expert while stand-ins have hooks. It is found again by its hooks on the
-    module."""
+class _UnfusedExperts(Runner):
+    """Runs an experts module expert by expert."""
 
-    def __init__(self, experts: Any):
-        self.experts = experts
-        self.layers: dict[tuple[int, str], list[ExpertLinear]] = {}
+    def __init__(self, owner: Any):
+        super().__init__(owner)
         # The module's own forward gets no tokens, so it costs nothing and needn't be replaced. `after` is the first
         # forward hook, so that other hooks get the real output.
-        self._handles = [
-            experts.register_forward_pre_hook(self.before, with_kwargs=True),
-            experts.register_forward_hook(self.after, with_kwargs=True, prepend=True),
+        self.handles = [
+            owner.register_forward_pre_hook(self.before, with_kwargs=True),
+            owner.register_forward_hook(self.after, with_kwargs=True, prepend=True),
         ]
-
-    def add(self, layer: ExpertLinear) -> None:
-        known = self.layers.setdefault((layer.index, layer.part), [])
-        if not any(k is layer for k in known):
-            known.append(layer)
-
-    def remove(self, layer: ExpertLinear) -> None:
-        key = layer.index, layer.part
-        left = [k for k in self.layers.pop(key, ()) if k is not layer]
-        if left:
-            self.layers[key] = left
-        if not self.layers:
-            for handle in self._handles:
-                handle.remove()
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -168,7 +101,7 @@ class _UnfusedExperts:
     @torch.compiler.disable  # how many tokens each expert gets can't be part of a graph
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Σ_k w_k · expert_{i_k}(u) for tokens [N, d], their experts' numbers and weights [N, k]."""
-        (n, k), experts = index.shape, self.experts
+        (n, k), experts = index.shape, self.owner
         # The (token, choice) pairs sorted by expert. Numbers beyond the last expert mean no expert; they come last.
         order = index.reshape(-1).argsort(stable=True)
         counts = index.reshape(-1).bincount(minlength=experts.num_experts)[: experts.num_experts].tolist()
@@ -187,7 +120,7 @@ class _UnfusedExperts:
 
     def _expert(self, j: int, u: Tensor, dispatched: Dispatched) -> Tensor:
         """Expert j's output, by the formula of transformers' experts interface."""
-        experts = self.experts
+        experts = self.owner
         if experts.has_gate:
             inner = self._layer("gate_up_proj", j, u, dispatched)
             inner = experts._apply_gate(self._call_halves(j, u, inner, dispatched))
@@ -198,7 +131,7 @@ class _UnfusedExperts:
 
     def _layer(self, name: str, j: int, u: Tensor, dispatched: Dispatched) -> Tensor:
         """W u + b of a whole parameter, changed by the hooks on its stand-ins."""
-        experts, weight = self.experts, getattr(self.experts, name)[j]
+        experts, weight = self.owner, getattr(self.owner, name)[j]
         y = u @ weight if experts.is_transposed else F.linear(u, weight)
         if experts.has_bias:
             y = y + getattr(experts, f"{name}_bias")[j]
@@ -214,21 +147,60 @@ class _UnfusedExperts:
         """The same for the halves of gate_up_proj, which may have stand-ins of their own."""
         if (j, "gate_proj") not in self.layers and (j, "up_proj") not in self.layers:
             return y
-        gate, up = gate_and_up(self.experts, y, -1)
+        gate, up = gate_and_up(self.owner, y, -1)
         gate = self._call(j, "gate_proj", u, gate, dispatched)
         up = self._call(j, "up_proj", u, up, dispatched)
-        if self.experts.is_concatenated:
+        if self.owner.is_concatenated:
             return torch.cat([gate, up], -1)
         return torch.stack([gate, up], -1).flatten(-2)
+
+
+class ExpertLinear(LinearStandIn):
+    """One linear layer of one expert of a fused experts module, as a module.
+
+    part: "gate_up_proj", "down_proj", or "gate_proj" or "up_proj", the halves of the first. Experts without a gate have
+    "up_proj" and "down_proj".
+    """
+
+    runner = _UnfusedExperts
+    index: int
+    part: str
+
+    def __init__(self, experts: nn.Module, index: int, part: str):
+        # `weight` needs them at once.
+        self.__dict__.update(weight_owner=experts, index=index, part=part, key=(index, part))
+        super().__init__(experts)
+
+    @property
+    def weight(self) -> Tensor:
+        whole = getattr(self.weight_owner, self.parameter)[self.index]
+        return self._half(whole.T if self.weight_owner.is_transposed else whole)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if not self.weight_owner.has_bias:
+            return None
+        return self._half(getattr(self.weight_owner, f"{self.parameter}_bias")[self.index])
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the layer."""
+        is_half = self.weight_owner.has_gate and self.part in ("gate_proj", "up_proj")
+        return "gate_up_proj" if is_half else self.part
+
+    def _half(self, whole: Tensor) -> Tensor:
+        """The rows of the parameter that belong to this part."""
+        if self.parameter == self.part:
+            return whole
+        return gate_and_up(self.weight_owner, whole, 0)[self.part == "up_proj"]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, index={self.index}, part={self.part!r}"
 
 
 @functools.cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
-
-
-def _find_unfused(experts: nn.Module) -> _UnfusedExperts | None:
-    return hook_object(experts._forward_pre_hooks, _UnfusedExperts)
 
 
 def is_fused(module: nn.Module | None) -> bool:

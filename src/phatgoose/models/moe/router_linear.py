@@ -15,59 +15,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from phatgoose.models.moe.stand_in import LinearStandIn, hook_object
+from phatgoose.models.moe.stand_in import LinearStandIn, Runner
+
+
+class _Rerun(Runner):
+    """Runs a router again with its stand-ins in the product's place."""
+
+    def __init__(self, owner: nn.Module):
+        super().__init__(owner)
+        self.handles = [owner.register_forward_hook(self.run_again, with_kwargs=True, prepend=True)]
+
+    @torch.compiler.disable
+    def run_again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        with _ReplaceProducts(self.owner.weight.shape, self._call):
+            return module.forward(*args, **kwargs)
+
+    def _call(self, u: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers[None]:
+            y = layer(u, y)
+        return y
 
 
 class RouterLinear(LinearStandIn):
     """W u (+ b) of a router. weight_owner: a transformers module whose forward computes exactly one such product."""
 
-    weight_owner: Any
+    runner = _Rerun
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.weight_owner.weight
-        return weight
+        return self.weight_owner.weight
 
     @property
     def bias(self) -> Tensor | None:
         bias = getattr(self.weight_owner, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    def start_hooking(self) -> None:
-        rerun = _find_rerun(self.weight_owner) or _Rerun(self.weight_owner)
-        if not any(layer is self for layer in rerun.layers):
-            rerun.layers.append(self)
-
-    def stop_hooking(self) -> None:
-        if (rerun := _find_rerun(self.weight_owner)) is not None:
-            rerun.layers = [layer for layer in rerun.layers if layer is not self]
-            if not rerun.layers:
-                rerun.handle.remove()
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, of {type(self.weight_owner).__name__}"
-
-
-class _Rerun:
-    """Runs a router again with its stand-ins in the product's place. It is found again by its hook on the router."""
-
-    def __init__(self, router: nn.Module):
-        self.layers: list[RouterLinear] = []
-        self.handle = router.register_forward_hook(self.run_again, with_kwargs=True, prepend=True)
-
-    @torch.compiler.disable
-    def run_again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        with _ReplaceProducts(self.layers[0].weight.shape, self._call):
-            return module.forward(*args, **kwargs)
-
-    def _call(self, u: Tensor, y: Tensor) -> Tensor:
-        for layer in self.layers:
-            y = layer(u, y)
-        return y
-
-
-def _find_rerun(router: nn.Module) -> _Rerun | None:
-    return hook_object(router._forward_hooks, _Rerun)
 
 
 class _ReplaceProducts(TorchFunctionMode):

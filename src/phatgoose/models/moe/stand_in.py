@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-R = TypeVar("R")
+
+class Runner:
+    """Runs the stand-ins of one module while they have hooks, in the place of the layers that they stand for.
+
+    It is found again by its hooks on the module.
+    """
+
+    handles: list[RemovableHandle]
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.layers: dict[Hashable, list[LinearStandIn]] = {}
+
+    @classmethod
+    def on(cls, owner: nn.Module) -> Self | None:
+        """The runner of a module; None if none of its stand-ins has a hook."""
+        hooks = [*owner._forward_pre_hooks.values(), *owner._forward_hooks.values()]
+        objects = (getattr(hook, "__self__", None) for hook in hooks)
+        return next((found for found in objects if isinstance(found, cls)), None)
+
+    def add(self, layer: LinearStandIn) -> None:
+        known = self.layers.setdefault(layer.key, [])
+        if not any(one is layer for one in known):
+            known.append(layer)
+
+    def remove(self, layer: LinearStandIn) -> None:
+        if left := [one for one in self.layers.pop(layer.key, ()) if one is not layer]:
+            self.layers[layer.key] = left
+        if not self.layers:
+            for handle in self.handles:
+                handle.remove()
 
 
 class LinearStandIn(nn.Module):
-    """A linear layer that is part of `weight_owner`. It owns no tensors, but has their sizes and takes forward hooks.
+    """A linear layer that is part of `weight_owner`. It owns no tensors, has their sizes, and takes forward hooks."""
 
-    While it has hooks, something that `start_hooking` attaches to the weight's owner runs the stand-in in the layer's
-    place.
-    """
+    runner: ClassVar[type[Runner]]
+    weight_owner: Any
+    key: Hashable = None
+    """Which of the owner's layers it is."""
 
     def __init__(self, weight_owner: nn.Module):
         super().__init__()
@@ -34,34 +65,28 @@ class LinearStandIn(nn.Module):
     @abstractmethod
     def bias(self) -> Tensor | None: ...
 
-    @abstractmethod
-    def start_hooking(self) -> None:
-        """Called after each hook is registered: from now on the owner must call this stand-in."""
-
-    @abstractmethod
-    def stop_hooking(self) -> None:
-        """Called when the last hook has been removed: the owner may run as it did before."""
-
     def forward(self, u: Tensor, y: Tensor | None = None, *_: Any) -> Tensor:
         """W u + b, which is `y` if the owner has computed it already. u: [n, d_in]."""
         return F.linear(u, self.weight, self.bias) if y is None else y
 
     def register_forward_hook(self, hook: Callable[..., Any], **how: Any) -> RemovableHandle:
         handle = super().register_forward_hook(hook, **how)
-        self.start_hooking()
+        owner = self.weight_owner
+        (self.runner.on(owner) or self.runner(owner)).add(self)
         return _StandInHandle(handle, self)
 
 
 class _StandInHandle(RemovableHandle):
-    """Removes a hook of a stand-in, and tells the stand-in when it was the last one."""
+    """Removes a hook of a stand-in, and has the stand-in run no longer when it was the last one."""
 
     def __init__(self, handle: RemovableHandle, stand_in: LinearStandIn) -> None:
         self.handle, self.stand_in = handle, stand_in
 
     def remove(self) -> None:
         self.handle.remove()
-        if not self.stand_in._forward_hooks:
-            self.stand_in.stop_hooking()
+        runner = self.stand_in.runner.on(self.stand_in.weight_owner)
+        if runner is not None and not self.stand_in._forward_hooks:
+            runner.remove(self.stand_in)
 
     # RemovableHandle's own methods keep a weak reference, which this class doesn't have.
     def __getstate__(self) -> Any:
@@ -69,9 +94,3 @@ class _StandInHandle(RemovableHandle):
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state)
-
-
-def hook_object(hooks: Mapping[Any, Any], kind: type[R]) -> R | None:
-    """The object of this class one of whose methods is among the hooks; None if there is none."""
-    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
-    return next((owner for owner in owners if isinstance(owner, kind)), None)
