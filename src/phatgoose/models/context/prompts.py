@@ -16,24 +16,19 @@ be unknown: then the reason stands in its place, and only a router that asks for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
-from phatgoose.models.context.caches import Past, cache_of
 from phatgoose.models.context.matching import is_repeated
+from phatgoose.models.context.runs import CachedPrompts, ForgottenByCopies, Run, Written, cache_of
 from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
 ADVICE = "Say what each row was given to read: `with prompted(model, [...]):` around the call."
-
-Written = tuple[tuple[int, ...] | str, ...]
-"""What stands behind each row's prompt, or why that isn't known."""
 
 
 class Announced(NamedTuple):
@@ -43,159 +38,107 @@ class Announced(NamedTuple):
     written: tuple[tuple[int, ...], ...] | None
 
 
-@dataclass(frozen=True, eq=False)
-class PassInputs:
-    """The arguments of a pass that say what it continues."""
-
-    past: Past
-    mask: Any
-    encoded: Any
-    """In a decoder: what cross-attention reads."""
-
-
-@dataclass(frozen=True, eq=False)
-class CachedPrompts:
-    """What a key-value cache holds. read: how many of the cached tokens are prompt; −1: unknown."""
-
-    prompts: tuple[Prompt, ...]
-    read: tuple[int, ...]
-    written: Written
-
-
 class _Now(ForwardState):
-    """One thread's passes: what was announced of their rows, and the running pass of each stack."""
+    """What a thread's passes to come were announced to read, and what its encoder returned last."""
 
     def __init__(self) -> None:
         self.announced: Announced | None = None
-        self.passes: dict[str, PassInputs] = {}
-        self.texts: dict[str, Texts] = {}
-        self.uncached: dict[str, CachedPrompts] = {}
         self.encoded: Tensor | None = None
 
 
 class PromptTracker:
     """Follows the prompts of one model's passes, from thread to thread if a cache is continued in another one."""
 
-    def __init__(self, encoder_decoder: bool, sequences: Callable[[str], Sequences | None]):
-        """`sequences` finds the tokens of the last pass of a stack."""
-        self.encoder_decoder, self.sequences = encoder_decoder, sequences
+    def __init__(self, encoder_decoder: bool):
+        self.encoder_decoder = encoder_decoder
         self._now = _Now()
-        # Caches → CachedPrompts.
-        self._caches: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_caches"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy of the model shares no caches with the original.
-        vars(self).update(state, _caches=WeakIdKeyDictionary())
+        self._caches = ForgottenByCopies()  # → CachedPrompts
 
     def announce(self, announced: Announced | None) -> Announced | None:
         """Sets the prompts of this thread's passes to come (None: follow them); returns what was set before."""
         before, self._now.announced = self._now.announced, announced
         return before
 
-    def enter(self, stack: str, inputs: PassInputs) -> None:
-        """A stack's pass begins."""
-        # Texts are worked out when a module first asks (`texts_of`). Those of the stack's last pass are void.
-        self._now.passes[stack] = inputs
-        self._now.texts.pop(stack, None)
-        self._now.uncached.pop(stack, None)
-
-    def leave(self, stack: str, output: Any) -> None:
+    def leave(self, stack: str, run: Run, output: Any) -> None:
         """A stack's pass has ended."""
         if stack == "encoder":
             self._now.encoded = getattr(output, "last_hidden_state", None)
         # The pass began without a cache. If it made one, that is in its output.
-        prompts = self._now.uncached.pop(stack, None)
-        if prompts is not None and (cache := cache_of(output)) is not None:
-            self._caches[cache] = prompts
+        if run.uncached is not None and (cache := cache_of(output)) is not None:
+            self._caches[cache] = run.uncached
 
-    def texts_of(self, stack: str) -> Texts:
+    def texts_of(self, stack: str, runs: Mapping[str, Run]) -> Texts:
         """The texts of the pass that a stack is running; worked out when a module first asks.
 
         Raises:
             RoutingError: they can't be known.
         """
-        now = self._now
-        if stack not in now.texts:
-            tokens = self.sequences(stack)
-            if tokens is None:
-                raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
-            inputs = now.passes[stack]
-            now.texts[stack], cached = self._read(stack, tokens, inputs)
+        if (run := runs.get(stack)) is None:
+            raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
+        if run.texts is None:
+            run.texts, cached = self._read(stack, run, runs)
             # Without a cache argument, the model may make a cache inside the pass: `leave` finds it in the output.
-            if cached is not None and inputs.past.cache is not None:
-                self._caches[inputs.past.cache] = cached
+            if run.past.cache is None:
+                run.uncached = cached
             elif cached is not None:
-                now.uncached[stack] = cached
-        return now.texts[stack]
+                self._caches[run.past.cache] = cached
+        return run.texts
 
-    def _read(self, stack: str, tokens: Sequences, inputs: PassInputs) -> tuple[Texts, CachedPrompts | None]:
+    def _read(self, stack: str, run: Run, runs: Mapping[str, Run]) -> tuple[Texts, CachedPrompts | None]:
         """A pass's texts, and what its cache will then hold (None for an encoder, which has none)."""
+        tokens = run.built()
         tokens.check()
         announced = self._now.announced
         real = tokens.real.cpu()
         ids = None if tokens.ids is None else tokens.ids.cpu()
         rows = len(real)
-        if stack == "encoder":
-            prompts = _repeat_announced(announced, rows) if announced else _all_tokens(ids, real, tokens)
-            return Texts(prompts, torch.zeros_like(real), ids, ((),) * rows), None
-        cache = inputs.past.cache
-        cached: CachedPrompts | None = None
-        if tokens.past and cache is not None:
-            # An empty cache is no continuation, even if it is an object that was used before (and reset).
-            cached = self._caches.get(cache)
-        if self.encoder_decoder:
-            # Nothing of the prompt is in the decoder's sequence.
-            prompts, read, fresh = self._decoder_prompts(rows, cached, inputs), (0,) * rows, real
-        elif tokens.past:
-            prompts, fresh = self._continued_prompts(rows, cached), real
-            # How many cached tokens an announced text stands for isn't known.
-            read = tuple(-1 if isinstance(p, str) else len(p) for p in prompts)
-            read = _repeat_cached(cached.read, rows) if cached else read
-        else:
-            # A first pass. What stands behind an announced prompt (as an answer that is scored) was written.
-            prompts = _repeat_announced(announced, rows) if announced else _all_tokens(ids, real, tokens)
-            fresh = _behind_prompt(prompts, ids, real)
-            read = tuple((real & ~fresh).sum(1).tolist())
-        last: Sequence[tuple[int, ...] | str] | None = announced.written if announced else None
-        before = _written_before(prompts, read, cached.written if cached else last, inputs, real.shape[1])
-        texts = Texts(prompts, fresh, ids, before, self.encoder_decoder)
-        written = tuple(_append(old, ids, fresh, row) for row, old in enumerate(before))
-        return texts, CachedPrompts(prompts, read, written)
-
-    def _continued_prompts(self, rows: int, cached: CachedPrompts | None) -> tuple[Prompt, ...]:
+        # An empty cache is no continuation, even if it is an object that was used before (and reset).
+        continues = tokens.past and run.past.cache is not None
+        cached: CachedPrompts | None = self._caches.get(run.past.cache) if continues else None
         # Announced prompts go first: whoever announces them knows better than the cache.
-        if self._now.announced:
-            return _repeat_announced(self._now.announced, rows)
-        if cached is None:
+        if announced is not None:
+            prompts = _repeat_announced(announced, rows)
+        elif stack == "encoder" or not (self.encoder_decoder or tokens.past):
+            prompts = _all_tokens(ids, real, tokens)
+        elif cached is not None:
+            prompts = _repeat_cached(cached.prompts, rows)
+        elif self.encoder_decoder:
+            prompts = self._encoder_prompts(run, rows, runs)
+        else:
             raise RoutingError(
                 "this pass continues a key-value cache whose prompts weren't seen by the router that is attached. "
                 f"{ADVICE}"
             )
-        return _repeat_cached(cached.prompts, rows)
+        if stack == "encoder":
+            return Texts(prompts, torch.zeros_like(real), ids, ((),) * rows), None
+        fresh, read = (
+            real,
+            (0,) * rows,
+        )  # nothing of the prompt is in the sequence of an encoder–decoder's decoder
+        if not self.encoder_decoder and tokens.past:
+            # How many cached tokens an announced text stands for isn't known.
+            read = tuple(-1 if isinstance(p, str) else len(p) for p in prompts)
+            read = _repeat_cached(cached.read, rows) if cached else read
+        elif not self.encoder_decoder:
+            # A first pass. What stands behind an announced prompt (as an answer that is scored) was written.
+            fresh = _behind_prompt(prompts, ids, real)
+            read = tuple((real & ~fresh).sum(1).tolist())
+        last: Sequence[tuple[int, ...] | str] | None = announced.written if announced else None
+        before = _written_before(prompts, read, cached.written if cached else last, run)
+        texts = Texts(prompts, fresh, ids, before, self.encoder_decoder)
+        written = tuple(_append(old, ids, fresh, row) for row, old in enumerate(before))
+        return texts, CachedPrompts(prompts, read, written)
 
-    def _decoder_prompts(
-        self, rows: int, cached: CachedPrompts | None, inputs: PassInputs
-    ) -> tuple[Prompt, ...]:
-        """A decoder's prompts are its encoder's."""
-        if self._now.announced:
-            return _repeat_announced(self._now.announced, rows)
-        if cached is not None:
-            return _repeat_cached(cached.prompts, rows)
+    def _encoder_prompts(self, run: Run, rows: int, runs: Mapping[str, Run]) -> tuple[Prompt, ...]:
+        """A decoder's prompts in its first pass: its encoder's."""
         # The encoder's last pass is this decoder's only if the decoder was given what that pass returned, perhaps
         # repeated for beams.
-        returned, given = self._now.encoded, inputs.encoded
-        if (
-            not isinstance(returned, Tensor)
-            or not isinstance(given, Tensor)
-            or not is_repeated(given, returned)
-        ):
+        returned, given = self._now.encoded, None if run.encoded is None else run.encoded()
+        if not isinstance(returned, Tensor) or given is None or not is_repeated(given, returned):
             raise RoutingError(
                 f"the decoder reads states that this model's encoder didn't compute just before. {ADVICE}"
             )
-        return _repeat_cached(self.texts_of("encoder").prompts, rows)
+        return _repeat_cached(self.texts_of("encoder", runs).prompts, rows)
 
 
 def _all_tokens(ids: Tensor | None, real: Tensor, tokens: Sequences) -> tuple[Prompt, ...]:
@@ -230,17 +173,16 @@ def _written_before(
     prompts: Sequence[Prompt],
     read: Sequence[int],
     last: Sequence[tuple[int, ...] | str] | None,
-    inputs: PassInputs,
-    length: int,
+    run: Run,
 ) -> Written:
     """What stood behind each prompt before this pass, or why that isn't known. last: the same after the last pass."""
-    past, mask = inputs.past.tokens, inputs.mask
+    past, mask = run.past.tokens, run.given["attention_mask"]
     # A first pass has nothing behind its prompts.
     if not past:
         return ((),) * len(prompts)
     # How many real tokens each row has in the cache: the mask of this pass says it, where it covers the cache.
-    cached = torch.full((len(prompts),), past) if inputs.past.real is None else inputs.past.real
-    if isinstance(mask, Tensor) and mask.shape == (len(prompts), past + length):
+    cached = torch.full((len(prompts),), past) if run.past.real is None else run.past.real
+    if isinstance(mask, Tensor) and mask.shape == (len(prompts), past + run.shape[1]):
         cached = mask[:, :past].sum(1)
     before = _repeat_cached(last, len(prompts)) if last else ((),) * len(prompts)
     found: list[tuple[int, ...] | str] = []

@@ -14,7 +14,6 @@ asks by its path and its input:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,16 +25,16 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import run_eagerly
 from phatgoose.models.base.module_names import plain_name, reads_encoder
-from phatgoose.models.context.caches import Caches, arguments_by_name
 from phatgoose.models.context.matching import (
     is_in_expert_list,
+    is_repeated,
     match,
     match_head,
     same_memory,
     unmatchable_stacks,
 )
-from phatgoose.models.context.prompts import Announced, PassInputs, PromptTracker
-from phatgoose.models.context.runs import EncoderRuns, Run, run_of
+from phatgoose.models.context.prompts import PromptTracker
+from phatgoose.models.context.runs import Caches, ForgottenByCopies, Run, arguments_by_name, run_of
 from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import RoutingContext, Sequences, Texts
 
@@ -73,7 +72,7 @@ class Streams:
     def __init__(self, model: PreTrainedModel, reads_text: bool = False):
         self.model = model
         encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.prompt_tracker = PromptTracker(encoder_decoder, self._sequences_of) if reads_text else None
+        self.prompt_tracker = PromptTracker(encoder_decoder) if reads_text else None
         self.stacks: dict[str, nn.Module] = {"decoder": model.base_model}
         if encoder_decoder:
             self.stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
@@ -83,7 +82,7 @@ class Streams:
         self._text = paths[self._inner] if self._inner is not None else ""
         self._now = _Now()
         self._caches = Caches()
-        self._encoder_runs = EncoderRuns()
+        self._encoder_runs = ForgottenByCopies()  # what the encoder returned → its Run
         self._unmatchable = unmatchable_stacks(model)
         self._known: dict[str, _Location] = {}
         self.asked = True
@@ -122,11 +121,7 @@ class Streams:
         """
         if self.prompt_tracker is None:
             raise RoutingError("this routing doesn't follow texts: attach the router with route().")
-        return self.prompt_tracker.texts_of(stream)
-
-    def announce(self, announced: Announced | None) -> Announced | None:
-        """Says what the rows of the passes to come were given to read; returns what was said before."""
-        return None if self.prompt_tracker is None else self.prompt_tracker.announce(announced)
+        return self.prompt_tracker.texts_of(stream, self._now.runs)
 
     def stream_of(self, path: str) -> str:
         """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says so. `context`
@@ -135,11 +130,6 @@ class Streams:
             return "decoder"
         location = self._locate(path)
         return "encoder" if location.named_cross else location.stack
-
-    def current(self, stream: str) -> Sequences | None:
-        """The tokens of a stack's running pass, if they were asked for."""
-        run = self._now.runs.get(stream)
-        return None if run is None else run.sequences
 
     def context(self, path: str, u: object, shape: torch.Size) -> RoutingContext:
         """One call of the module at `path`, on `u`, with an output of this shape: [..., d]."""
@@ -164,10 +154,14 @@ class Streams:
             path, rows, length, built, None, reader, found.kept, stream, problem, by_row, again=again
         )
 
-    def is_whole(self, path: str, stream: str, shape: torch.Size) -> bool:
-        """Whether a module that reads `stream`, with an output [..., d] of this shape, sees all tokens in order."""
-        run, location = self._now.runs.get(stream), self._locate(path)
-        return run is not None and run.shape == shape[:-1] and location.inside and location.refusal is None
+    def whole_pass(self, path: str, u: object, shape: torch.Size) -> tuple[str, Sequences | None]:
+        """Whose tokens such a call sees, and the pass's tokens if it sees all of them in order; None also if nobody has
+        asked for them yet."""
+        stream, run, _ = self._reads(path, u)
+        location = self._locate(path)
+        if run is None or run.shape != shape[:-1] or not location.inside or location.refusal is not None:
+            return stream, None
+        return stream, run.sequences
 
     def _locate(self, path: str) -> _Location:
         if path not in self._known:
@@ -179,18 +173,6 @@ class Streams:
             dispatched = is_in_expert_list(self.model, path)
             self._known[path] = _Location(stack, inside, reads_encoder(path), refusal, dispatched)
         return self._known[path]
-
-    def tokens_of(self, path: str, u: object) -> Sequences | None:
-        """All tokens of the pass that a call of the module at `path` on `u` sees some of; None if no pass was seen."""
-        _, run, problem = self._reads(path, u)
-        if run is None:
-            return None
-        seen, problem = run.built(), problem or self._locate(path).refusal
-        return seen if problem is None else replace(seen, problem=problem)
-
-    def stream_at(self, path: str, u: object) -> str:
-        """ "encoder" or "decoder": whose tokens a call of the module at `path` on `u` sees."""
-        return self._reads(path, u)[0]
 
     def _reads(self, path: str, u: object) -> tuple[str, Run | None, str | None]:
         """Whose tokens a call sees, the run they are of, and why that can't be known, if it can't."""
@@ -214,13 +196,15 @@ class Streams:
             return "decoder", run, None
         if not as_given:
             return "encoder", None, "it reads the encoder's states in another form than the decoder."
-        if run is None or (encoder_run := self._encoder_runs.run_of(encoded, run.before)) is None:
+        if run is None or (encoder_run := self._encoder_run(encoded, run.before)) is None:
             return "encoder", None, "it reads states that this model's encoder didn't compute while routed."
         return "encoder", encoder_run, None
 
-    def _sequences_of(self, name: str) -> Sequences | None:
-        run = self._now.runs.get(name)
-        return None if run is None else run.built()
+    def _encoder_run(self, encoded: Tensor, last: Tensor | None) -> Run | None:
+        """The run that returned these states, or `last`, if these are its rows, each repeated (beams); else None."""
+        if encoded not in self._encoder_runs and last is not None and is_repeated(encoded, last):
+            self._encoder_runs[encoded] = self._encoder_runs[last]
+        return self._encoder_runs.get(encoded)
 
     def _enter_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._now.outer, self._now.keep = None, arguments_by_name(module, args, kwargs).get("logits_to_keep")
@@ -236,17 +220,13 @@ class Streams:
                 return
             now.outer = module
         given = arguments_by_name(module, args, kwargs)
-        run = run_of(given, self._caches)
+        now.runs[name] = run = run_of(given, self._caches)
         # In continuous batching the mask says which tokens attend to which; there is no padding.
         if given.get("cu_seq_lens_q") is not None and getattr(given.get("attention_mask"), "ndim", 0) != 2:
             run.given["attention_mask"] = None
-        now.runs[name] = run
         if name == "decoder" and run.encoded is not None:
             run.before = None if now.encoded is run.encoded() else now.encoded
             now.encoded = None
-        if self.prompt_tracker is not None:
-            encoded = given.get("encoder_hidden_states")
-            self.prompt_tracker.enter(name, PassInputs(run.past, given.get("attention_mask"), encoded))
 
     def _leave(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -263,10 +243,10 @@ class Streams:
         if name == "encoder":
             states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
             if isinstance(states, Tensor):
-                self._encoder_runs.keep(states, run)
+                self._encoder_runs[states] = run
                 now.encoded = states
         if self.prompt_tracker is not None:
-            self.prompt_tracker.leave(name, output)
+            self.prompt_tracker.leave(name, run, output)
 
 
 def _inner_decoder(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -14,7 +14,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import locate_modules
-from phatgoose.models.context.caches import cache_of
+from phatgoose.models.context.runs import cache_of
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.models.trace.trace import Trace
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.base.module_names import ModuleLocation
-from phatgoose.models.context.caches import length_of
+from phatgoose.models.context.runs import length_of
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.choices import Tokens, joined
 from phatgoose.models.trace.passes import Block, Call, ChoiceBuffer, PendingChoices, TracedPass
@@ -144,16 +144,15 @@ class Recorder:
         top_k: how many experts each token gets. u: the module's input. shape: of its output, [..., d].
         """
         self._members[path] = members
-        stream = streams.stream_at(path, u)
+        stream, whole = streams.whole_pass(path, u, shape)
         kind = stream, top_k
         buffer = self._pending.buffers.get(kind)
         # This is asked at every module and token, so the usual case is told without a RoutingContext: the pass is the
         # one that the buffer is for, and the module sees all of its tokens, as it did before.
         if (
             buffer is None
-            or buffer.seen.sequences is not streams.current(stream)
+            or buffer.seen.sequences is not whole
             or not buffer.fits(path, shape)
-            or not streams.is_whole(path, stream, shape)
             or self._streams.get(path) != stream
         ):
             context = streams.context(path, u, shape)
