@@ -19,8 +19,7 @@ import bench_models as models
 import torch
 from bench_machine import machine, options_parser
 
-from phatgoose.models.attach.attach import route
-from phatgoose.models.attach.device_memory import cache_use
+from phatgoose.models.attach.attach import cache_use, route
 
 STEPS = ((models.DECODE_1, 20), (models.DECODE_8, 10), (models.Step("prefill 128", 1, 128), 3))
 

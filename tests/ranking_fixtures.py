@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from phatgoose.models.attach.attach import prompted
 from phatgoose.models.base.base import decoder_start, device_of
-from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.capabilities import accepts_argument
 
 

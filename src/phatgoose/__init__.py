@@ -15,11 +15,9 @@ if TYPE_CHECKING:
     from phatgoose.experts.expert import Expert
     from phatgoose.experts.merge import merged
     from phatgoose.experts.pool import Pool
-    from phatgoose.models.attach.attach import route, unroute
-    from phatgoose.models.attach.device_memory import cache_use
+    from phatgoose.models.attach.attach import cache_use, prompted, route, unroute
     from phatgoose.models.base.base import Base
     from phatgoose.models.base.load import load_base
-    from phatgoose.models.context.prompted import prompted
     from phatgoose.models.trace.record import trace
     from phatgoose.records import Example, Task
     from phatgoose.routers import (
@@ -52,11 +50,9 @@ _PUBLIC = {
     "experts.expert": "Expert",
     "experts.merge": "merged",
     "experts.pool": "Pool",
-    "models.attach.attach": "route unroute",
-    "models.attach.device_memory": "cache_use",
+    "models.attach.attach": "cache_use prompted route unroute",
     "models.base.base": "Base",
     "models.base.load": "load_base",
-    "models.context.prompted": "prompted",
     "models.trace.record": "trace",
     "records": "Example Task",
     "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval "

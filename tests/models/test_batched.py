@@ -15,13 +15,12 @@ from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError, UnknownName
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.attach import prompted, route, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.batched.version import PoolVersion, Route
-from phatgoose.models.context.prompted import prompted
 from phatgoose.models.trace.record import trace
 from phatgoose.ops import backend
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Router, Single, SoftCentroid, Uniform, WeightOnly

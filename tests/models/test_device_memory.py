@@ -11,7 +11,7 @@ from test_routed import PHATGOOSE, Pool, batch_of, logits, mixed, relative, rout
 from packing_fixtures import adapter, make_plain, pool_of
 from phatgoose.errors import RoutingError
 from phatgoose.experts.packed.pack import pack
-from phatgoose.models.attach.device_memory import cache_use
+from phatgoose.models.attach.attach import cache_use
 from phatgoose.models.attach.options import parse_bytes
 from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Arrow, Uniform

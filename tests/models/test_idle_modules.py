@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,8 +97,8 @@ class Mixture(nn.Module):
 def test_one_of_a_mixtures_experts_that_no_token_reaches_isnt_missed():
     model = Mixture()
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    watch = IdleModuleCheck(model, [(path, model.get_submodule(path)) for path in paths])
-    watch.attach()
+    streams = SimpleNamespace(stacks={}, prefixes={})
+    IdleModuleCheck(model, [(path, model.get_submodule(path)) for path in paths], streams)
     with pytest.warns(
         UserWarning, match=r"adapt layers\.1\.0, layers\.1\.1, layers\.1\.2, layers\.1\.3, beside, which"
     ):

@@ -18,9 +18,8 @@ from phatgoose.evaluation.prefill import prefill_prompts
 from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.attach import prompted, route, unroute
 from phatgoose.models.base.sentence_encoder import load_encoder
-from phatgoose.models.context.prompted import prompted
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, AverageActivation, Centroid, Retrieval, Single, SoftCentroid
 from phatgoose.routers.masked import Masked, Switches

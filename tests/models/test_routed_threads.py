@@ -13,8 +13,7 @@ from test_adapterhub_zoo import base_of, expert_of
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route
-from phatgoose.models.context.prompted import prompted
+from phatgoose.models.attach.attach import prompted, route
 from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Random, Retrieval, Single
 

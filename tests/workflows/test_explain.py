@@ -8,8 +8,7 @@ import torch
 from encoder_fixtures import make_encoder, signed
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, routing_of, unroute
-from phatgoose.models.context.prompted import prompted
+from phatgoose.models.attach.attach import prompted, route, routing_of, unroute
 from phatgoose.models.text.batch import pad_id
 from phatgoose.routers import PHATGOOSE, Random, Single, SoftCentroid
 from phatgoose.workflows import explain as module

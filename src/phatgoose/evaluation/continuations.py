@@ -24,8 +24,8 @@ from phatgoose.evaluation.batching import split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.prefill import Prefill, can_prefill_in_parts, select_cache_rows
 from phatgoose.evaluation.uncached import uncached_logits
+from phatgoose.models.attach.attach import prompted
 from phatgoose.models.base.base import decoder_start, device_of
-from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.capabilities import accepts_argument
 
 MAX_PACKED_TOKENS = 256

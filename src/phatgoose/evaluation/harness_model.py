@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from phatgoose.errors import EvaluationError
-from phatgoose.models.attach.attach import routing_of
-from phatgoose.models.context.prompted import prompted
+from phatgoose.models.attach.attach import prompted, routing_of
 from phatgoose.models.text.batch import decoder_inputs
 from phatgoose.models.text.capabilities import supports_left_padding
 

@@ -22,8 +22,8 @@ from phatgoose.evaluation.batching import FORWARD_COST, split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.prefix_tree import PrefixNode, build_prefix_tree
 from phatgoose.evaluation.uncached import check_scorable_once
+from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import decoder_start, device_of
-from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.models.text.batch import pad_rows
 from phatgoose.models.text.capabilities import (
     accepts_argument,
@@ -202,7 +202,7 @@ def can_prefill_in_parts(model: PreTrainedModel) -> bool:
         return False
     if max_mixed_length(model) < UNLIMITED:
         return False
-    routing = model.__dict__.get(ATTRIBUTE)
+    routing = routing_of(model)
     if routing is not None and (routing.recorder is not None or not routing.router.by_token):
         return False
     return has_cache_layers(model, (DynamicLayer,))

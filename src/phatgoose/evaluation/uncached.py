@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError, EvaluationError
+from phatgoose.models.attach.attach import prompted, routing_of
 from phatgoose.models.base.base import device_of
-from phatgoose.models.context.prompted import ATTRIBUTE, prompted
 from phatgoose.models.text.batch import collate, target_logits
 from phatgoose.models.text.capabilities import check_scorable, supports_left_padding
 from phatgoose.models.text.encoding import Encoded
@@ -46,7 +46,7 @@ def check_scorable_once(model: PreTrainedModel) -> None:
     """Runs `check_scorable` on the base alone, without routing and trace, the first time it is called for a model."""
     if model.__dict__.get(_CHECKED):
         return
-    routing = model.__dict__.get(ATTRIBUTE)
+    routing = routing_of(model)
     recorder = None if routing is None else routing.recorder
     if routing is not None:
         routing.detach()

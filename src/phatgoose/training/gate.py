@@ -18,8 +18,7 @@ from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.hooks import Hooks
-from phatgoose.models.attach.modules import check_copies, check_parameters
-from phatgoose.models.attach.placement import expert_on_model
+from phatgoose.models.attach.modules import check_copies, check_parameters, expert_on_model
 from phatgoose.models.base.base import Base, as_base, device_of
 from phatgoose.models.base.layers import (
     ModuleLayer,

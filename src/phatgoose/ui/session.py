@@ -12,11 +12,10 @@ from torch import Tensor
 from phatgoose.errors import PhatgooseError, PluginError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route_with, routing_of, unroute
+from phatgoose.models.attach.attach import prompted, route_with, routing_of, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import ModuleLocation, locate_modules
-from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.encoding import encode_chat, encode_prompt
 from phatgoose.models.text.generate import greedy_answer, max_answer_tokens
 from phatgoose.models.trace.record import trace

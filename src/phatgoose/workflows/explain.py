@@ -15,10 +15,9 @@ from phatgoose.analysis.measures import expert_shares
 from phatgoose.analysis.prompts import RoutedPrompt, routed_prompt
 from phatgoose.errors import EvaluationError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route_with, unroute
+from phatgoose.models.attach.attach import prompted, route_with, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
-from phatgoose.models.context.prompted import prompted
 from phatgoose.models.text.batch import IGNORED, target_logits
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches

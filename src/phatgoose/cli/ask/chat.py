@@ -159,7 +159,7 @@ class Chat:
             self.generate(encode_prompt(self.base, line.replace("\\n", "\n")))
             return
         turn = [*self.messages, {"role": "user", "content": line}]
-        from phatgoose.models.context.prompted import prompted
+        from phatgoose.models.attach.attach import prompted
         from phatgoose.workflows.prompt_forms import read_of_turn
 
         with prompted(self.base, read_of_turn(self.pool, line)):

@@ -34,7 +34,7 @@ def command(
 
     model, experts, _ = load_routed(pool, router, base, backend)
     from phatgoose.cli.common.streaming import stream
-    from phatgoose.models.context.prompted import prompted
+    from phatgoose.models.attach.attach import prompted
 
     ids, read = encode(model, experts, text, chat=chat)
     with prompted(model, read):

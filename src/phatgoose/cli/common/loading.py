@@ -18,8 +18,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.tokenizer_files import differences
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route_with, routing_of, unroute
-from phatgoose.models.attach.device_memory import cache_use
+from phatgoose.models.attach.attach import cache_use, route_with, routing_of, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base

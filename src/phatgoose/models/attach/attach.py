@@ -6,33 +6,22 @@ state dict stay as they are, so generate(), save_pretrained(), device_map and qu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
-from phatgoose.memory import available_bytes
-from phatgoose.models.attach.device_memory import Budget
-from phatgoose.models.attach.hooks import Hooks, forget_compiled
-from phatgoose.models.attach.idle_modules import IdleModuleCheck
-from phatgoose.models.attach.modules import check_copies, check_parameters, module_at
+from phatgoose.models.attach.device_memory import CacheUse
 from phatgoose.models.attach.options import RouteOptions
-from phatgoose.models.attach.placement import pool_on_model
 from phatgoose.models.attach.reference_text import calibrate
-from phatgoose.models.attach.site import RoutingState, Site
-from phatgoose.models.base.base import Base, unwrap_model
+from phatgoose.models.attach.site import ATTRIBUTE, Routing
+from phatgoose.models.base.base import Base, known_base, unwrap_model
 from phatgoose.models.base.fingerprint import fingerprint
-from phatgoose.models.base.layers import track_residual
-from phatgoose.models.context.prompted import ATTRIBUTE, setup_of
-from phatgoose.models.context.streams import Streams
-from phatgoose.models.moe.names import modules_by_path
-from phatgoose.models.moe.pool import unify_names
-from phatgoose.models.trace.recorder import Recorder
-from phatgoose.ops import backend
-from phatgoose.ops.offload.experts import OffloadedExperts
-from phatgoose.records import Fingerprint
+from phatgoose.models.context.prompts import Announced
 from phatgoose.routers import PHATGOOSE, Router
 
 
@@ -81,7 +70,7 @@ def route_with(
     check_base(model, pool, options)
     router.check(pool.names)
     routing = Routing(bare, pool, router, options)  # raises before anything is attached
-    _calibrate(model, routing)
+    _calibrate(known_base(model), routing)
     earlier = routing_of(bare)
     unroute(bare)
     try:
@@ -95,17 +84,19 @@ def route_with(
 
 def check_base(model: Base | PreTrainedModel, pool: Pool, options: RouteOptions) -> None:
     """Raises BaseModelError if the model is not the base that the pool records, unless the options allow any."""
-    if not options.any_base and pool.base is not None:
-        check_same_base(pool.base, _fingerprint(model), "the pool's experts")
+    if options.any_base or pool.base is None:
+        return
+    base, bare = known_base(model), unwrap_model(model)
+    found = fingerprint(bare, bare.name_or_path or type(bare).__name__) if base is None else base.fingerprint
+    check_same_base(pool.base, found, "the pool's experts")
 
 
-def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
+def _calibrate(base: Base | None, routing: Routing) -> None:
     """Shows the reference text to routers that need it, on the base alone."""
     routers = [(site, site.router) for site in routing.sites if site.router.needs_reference]
     if not routers:
         return
-    bare, earlier = routing.model, routing_of(model)
-    base = model if isinstance(model, Base) else bare.__dict__.get("_phatgoose_base")
+    earlier = routing_of(routing.model)
     if base is None:
         raise RoutingError(
             f"{type(routing.router).__name__} compares scores on reference text, for which it needs the tokenizer: "
@@ -114,20 +105,10 @@ def _calibrate(model: Base | PreTrainedModel, routing: Routing) -> None:
     if earlier is not None:
         earlier.detach()
     try:
-        calibrate(bare, base.tokenizer, routers, routing.ops)
+        calibrate(base, routers, routing.ops)
     finally:
         if earlier is not None:
             earlier.attach()
-
-
-def _fingerprint(model: Base | PreTrainedModel) -> Fingerprint:
-    if isinstance(model, Base):
-        return model.fingerprint
-    bare = unwrap_model(model)
-    known = bare.__dict__.get("_phatgoose_base")
-    if known is not None:
-        return known.fingerprint
-    return fingerprint(bare, bare.name_or_path or type(bare).__name__)
 
 
 def unroute(model: Base | PreTrainedModel) -> PreTrainedModel:
@@ -144,81 +125,38 @@ def routing_of(model: Base | PreTrainedModel) -> Routing | None:
     return unwrap_model(model).__dict__.get(ATTRIBUTE)
 
 
-class Routing(RoutingState):
-    """A pool and a router, bound to the modules of one model.
+def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
+    """How the pool attached to this model uses its `device_memory`; None if it has none."""
+    routing = routing_of(model)
+    return None if routing is None or routing.budget is None else routing.budget.use()
 
-    device: the one that the backend is chosen for; None: that of the model's first weight.
+
+@contextlib.contextmanager
+def prompted(
+    model: Base | PreTrainedModel,
+    prompts: Sequence[str | Sequence[int]],
+    written: Sequence[Sequence[int]] | None = None,
+) -> Iterator[None]:
+    """Inside, the rows of every call of the model in this thread work on these prompts, one each (beams repeat them).
+
+    Only routers that read text (Retrieval, Centroid, SoftCentroid) need it. For them, the prompt is everything that a
+    call without a cache is given to read. Announce prompts if that is more than the prompt (an answer stands behind
+    it), or isn't what should be compared (a chat's template).
+
+    Args:
+        prompts: texts, or token ids. If ids are given, what follows them in a row counts as written.
+        written: for a key-value cache that was filled before routing was attached: what stands in it behind each
+            prompt.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pool: Pool,
-        router: Router,
-        options: RouteOptions | None = None,
-        device: torch.device | None = None,
-    ):
-        self.options = options = RouteOptions() if options is None else options
-        self.ops = backend(options.backend, (model.device if device is None else device).type)
-        modules = modules_by_path(model, pool.modules)
-        pool, self.renamed = pool_on_model(model, modules, pool)
-        check_copies(modules, pool.experts)
-        check_parameters(modules, pool.experts)
-        if (named := unify_names(model, pool, modules)) is not pool:
-            pool, modules = named, modules_by_path(model, named.modules)
-        self.model, self.pool, self.router = model, pool, router
-        self.memory = available_bytes()
-        self.prepared_router = router.prepared(setup_of(model, pool))
-        self.streams = Streams(model, reads_text=router.reads == "texts")
-        self._hooks = Hooks()
-        self._idle_check: IdleModuleCheck | None = None
-        self.sites = [Site(self, path, module_at(modules, path, pool)) for path in pool.modules]
-        self.budget: Budget | None = None
-        if options.device_bytes is not None:
-            offloaded = [site.fused for site in self.sites if isinstance(site.fused, OffloadedExperts)]
-            whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, OffloadedExperts)]
-            self.budget = Budget(offloaded, whole, options.device_bytes)
-        pool.release_gates()
-
-    @property
-    def copied(self) -> dict[str, str]:
-        """Modules of a packed pool whose rows couldn't be used where they are mapped and were copied, and why."""
-        return {site.path: site.copied for site in self.sites if site.copied}
-
-    def attach(self) -> None:
-        """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""
-        if self._hooks:
-            return
-        self.record(None)
-        try:
-            self._hooks.add(self.streams.attach())
-            for site in self.sites:
-                self._hooks.add(self._attach_site(site))
-            # Only once: when routing comes back, its modules have been watched before.
-            if self._idle_check is None:
-                modules = [(site.path, site.module) for site in self.sites]
-                self._idle_check = IdleModuleCheck(self.model, modules, self.streams)
-                self._idle_check.attach()
-        except BaseException:
-            self.detach()
-            raise
-        self.model.__dict__[ATTRIBUTE] = self
-
-    def _attach_site(self, site: Site) -> list[RemovableHandle]:
-        hook = site.hook if site.one_operator else site.eager_hook
-        handles = [site.module.register_forward_hook(hook, with_kwargs=True)]
-        if site.source is not None and site.stack.residual is not None:
-            handles += track_residual(site.source, site.module, site.stack.residual)
-        return handles
-
-    def detach(self) -> None:
-        """Takes all hooks off the model."""
-        self._hooks.remove()
-        if self._idle_check is not None:
-            self._idle_check.hooks.remove()
-
-    def record(self, recorder: Recorder | None) -> None:
-        """Passes every choice to this recorder from now on; None: to none."""
-        self.recorder = recorder
-        self.streams.asked = recorder is not None or not all(site.one_operator for site in self.sites)
-        forget_compiled()
+    routing = routing_of(model)
+    tracker = None if routing is None else routing.streams.prompt_tracker
+    if tracker is None or not prompts:
+        yield
+        return
+    read = tuple(p if isinstance(p, str) else tuple(int(i) for i in p) for p in prompts)
+    behind = None if written is None else tuple(tuple(int(i) for i in w) for w in written)
+    before = tracker.announce(Announced(read, behind))
+    try:
+        yield
+    finally:
+        tracker.announce(before)

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
 from phatgoose.errors import RoutingError
-from phatgoose.models.base.base import Base, unwrap_model
-from phatgoose.models.context.prompted import ATTRIBUTE
-from phatgoose.ops import Stack
 from phatgoose.ops.offload.experts import Capacity, OffloadedExperts
 from phatgoose.ops.offload.slots import Counts
 
@@ -31,13 +26,6 @@ class CacheUse:
     """Hits and misses of experts' low-rank rows."""
     gates: Counts
     """Hits and misses of float32 gates, which are needed where quantised gates leave the choice open."""
-
-
-def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
-    """How the pool attached to this model uses its `device_memory`; None if it has none."""
-    bare = unwrap_model(model)
-    routing = bare.__dict__.get(ATTRIBUTE)
-    return None if routing is None or routing.budget is None else routing.budget.use()
 
 
 class Budget:
@@ -66,9 +54,13 @@ class Budget:
                 f"expert at each of {len(offloaded)} modules. Give it more, or route fewer experts."
             )
         # Every module gets the same share of what it could use beyond its least.
-        left, wanted = budget - self.resident - least, max(1, self.pool - least)
+        share = min(1.0, (budget - self.resident - least) / max(1, self.pool - least))
         for one in offloaded:
-            one.capacity = _between(one.min_capacity, one.max_capacity, min(1.0, left / wanted))
+            least_of, most = one.min_capacity, one.max_capacity
+            one.capacity = Capacity(
+                least_of.gates + int(share * (most.gates - least_of.gates)),
+                least_of.rows + int(share * (most.rows - least_of.rows)),
+            )
         self.cache = sum(one.bytes(one.capacity) for one in offloaded)
 
     def use(self) -> CacheUse:
@@ -77,13 +69,3 @@ class Budget:
         for one in self.offloaded:
             experts, gates = experts + one.counts[0], gates + one.counts[1]
         return CacheUse(self.budget, self.resident, self.cache, self.pool, experts, gates)
-
-
-def cacheable(stack: Stack) -> bool:
-    """Whether a module's experts can be copied to the device when they are needed. Others stay there."""
-    return not stack.embedding and not stack.bottlenecks
-
-
-def _between(least: Capacity, most: Capacity, share: float) -> Capacity:
-    gates = least.gates + int(share * (most.gates - least.gates))
-    return Capacity(gates, least.rows + int(share * (most.rows - least.rows)))

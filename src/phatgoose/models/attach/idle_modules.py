@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from phatgoose.models.attach.hooks import Hooks, compiled_anything
-from phatgoose.models.context.caches import cache_of, length_of
+from phatgoose.models.context.runs import cache_of, length_of
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear
 
@@ -28,30 +28,19 @@ class IdleModuleCheck:
         streams: the model's. There is no warning about modules of an encoder or decoder that hasn't run.
     """
 
-    def __init__(
-        self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], streams: Streams | None = None
-    ):
+    def __init__(self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]], streams: Streams):
         # Which of a mixture's experts run depends on the tokens.
         self.modules = {path: module for path, module in modules if not isinstance(module, ExpertLinear)}
-        self.model, self.ran = model, set[str]()
-        stacks = {} if streams is None else streams.stacks
-        prefixes = {} if streams is None else streams.prefixes
-        self.stacks = {prefixes[name]: stack for name, stack in stacks.items() if prefixes.get(name)}
-        self.hooks, self.whole = Hooks(), False
-
-    def attach(self) -> None:
+        self.stacks = {prefix: streams.stacks[name] for name, prefix in streams.prefixes.items() if prefix}
+        self.ran = set[str]()
+        self.whole = False
+        self.hooks = Hooks()
         if not self.modules:
             return
         watched = self.modules | self.stacks
-        self.hooks.add(
-            [m.register_forward_pre_hook(partial(self._note, path)) for path, m in watched.items()]
-        )
-        self.hooks.add(
-            [
-                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.model.register_forward_hook(self._done),
-            ]
-        )
+        self.hooks.add(m.register_forward_pre_hook(partial(self._note, path)) for path, m in watched.items())
+        begin = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.hooks.add([begin, model.register_forward_hook(self._done)])
 
     def _note(self, path: str, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -69,12 +58,12 @@ class IdleModuleCheck:
         # Modules that run inside compiled code weren't seen.
         if compiled_anything():
             return
-        waiting = {p for p, stack in self.stacks.items() if p not in self.ran}
+        waiting = tuple(path for path in self.stacks if path not in self.ran)
         sometimes = {_family(path) for path in self.ran}
         found = [
             path
             for path in self.modules
-            if path not in self.ran and _family(path) not in sometimes and not path.startswith(tuple(waiting))
+            if path not in self.ran and _family(path) not in sometimes and not path.startswith(waiting)
         ]
         if found:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""

@@ -1,4 +1,8 @@
-"""Checks of a model's modules against the experts that adapt them."""
+"""Matching experts to one model's modules: what fits, modules under other names, VeRA's matrices in their sizes.
+
+A language model may stand alone or inside a vision-language model, and transformers 4.52 renamed the modules of the
+latter. Adapters for one layout fit the other if each of their names can mean only one module of the model.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +16,64 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.placed import Renamed, placed_expert
 from phatgoose.experts.pool import Pool
+from phatgoose.memory import available_bytes
 from phatgoose.models.base.layers import dense_weight, embedding_shape, linear_shape, same_weights
 from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.moe.names import modules_by_path
-from phatgoose.ops.update import sizes_agree
+from phatgoose.ops.update import Update, sizes_agree
 from phatgoose.registry import unknown
+
+LAYOUTS = (
+    "model.",  # a language model alone, and Qwen2-VL before transformers 4.52
+    "model.language_model.",
+    "language_model.model.",  # before transformers 4.52
+    "language_model.",
+    "model.text_model.",
+    "text_model.model.",
+)
+"""Prefixes of the names of a language model's layers."""
 
 
 def shape_of(module: nn.Module, embedding: bool) -> tuple[int, int]:
     """(d_in, d_out) of a module that `module_at` returned; (vocabulary, d_out) of an embedding."""
-    shape = embedding_shape(module) if embedding else linear_shape(module)
+    shape = _shape(module, embedding)
     assert shape is not None  # module_at has refused others
     return shape
 
 
-def module_at(modules: dict[str, nn.Module], path: str, pool: Pool) -> nn.Module:
+def _shape(module: nn.Module, embedding: bool) -> tuple[int, int] | None:
+    return embedding_shape(module) if embedding else linear_shape(module)
+
+
+def module_at(modules: Mapping[str, nn.Module], path: str, pool: Pool) -> nn.Module:
     """The model's module at `path`, checked against the updates and gates of every expert that adapts it.
 
     Raises:
         RoutingError: the model has no such module, or one of another kind or shape, or a gate has another length.
     """
-    owner = next(e for e in pool.experts if path in e.sizes)
+    members = [expert for expert in pool.experts if path in expert.sizes]
+    owner = members[0]
     if path not in modules:
         raise RoutingError(
             f"expert {owner.name!r} adapts a module this model lacks: {unknown('module', path, modules)}"
         )
     module, embedding = modules[path], owner.sizes[path][2]
-    shape = embedding_shape(module) if embedding else linear_shape(module)
+    shape = _shape(module, embedding)
     if shape is None:
         wanted = "plain embeddings" if embedding else "linear layers"
         raise RoutingError(
             f"expert {owner.name!r} adapts {path}, a {type(module).__name__}; only {wanted} can be routed in this way."
         )
-    for expert in pool.experts:
-        size = expert.sizes.get(path)
-        if size is None:
-            continue
-        if not all(map(sizes_agree, size[:2], shape)):
+    for expert in members:
+        d_in, d_out, _ = expert.sizes[path]
+        if not all(map(sizes_agree, (d_in, d_out), shape)):
             raise RoutingError(
-                f"expert {expert.name!r} has an update {size[0]} → {size[1]} at {path}, where this model has "
+                f"expert {expert.name!r} has an update {d_in} → {d_out} at {path}, where this model has "
                 f"{shape[0]} → {shape[1]}."
             )
-        gate, wanted_length = (expert.gates or {}).get(path), shape[1] if embedding else shape[0]
+        gate, wanted_length = (expert.gates or {}).get(path), shape[embedding]
         if gate is not None and gate.shape[0] != wanted_length:
             raise RoutingError(
                 f"expert {expert.name!r} has a gate of {gate.shape[0]} values at {path}, where this model needs "
@@ -107,7 +126,7 @@ def _check_layout(expert: Expert, path: str, slot: ExpertLinear) -> None:
         )
 
 
-def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> None:
+def check_copies(modules: Mapping[str, nn.Module], experts: Iterable[Expert]) -> None:
     """Refuses experts that bring a changed copy of a base weight, which routing would silently leave out.
 
     Raises:
@@ -124,6 +143,124 @@ def check_copies(modules: dict[str, nn.Module], experts: Iterable[Expert]) -> No
                     "drop=['modules_to_save'] (--drop modules_to_save). If they weren't changed, it is of another "
                     "base."
                 )
+
+
+def pool_on_model(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], pool: Pool
+) -> tuple[Pool, dict[str, dict[str, str]]]:
+    """The pool under the model's names of its modules, and by expert: its own path → the model's, where they differ.
+
+    The same object is returned if no expert changes. modules: the model's, by path.
+
+    Raises:
+        RoutingError: a module's name may mean several modules, or two of an expert's names mean one.
+    """
+    found = [expert_on_model(model, modules, expert) for expert in pool.experts]
+    renamed = {expert.name: names for expert, names in found if names}
+    if all(one is other for (one, _), other in zip(found, pool.experts, strict=True)):
+        return pool, renamed
+    return Pool([expert for expert, _ in found]), renamed
+
+
+def expert_on_model(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Expert
+) -> tuple[Expert, dict[str, str]]:
+    """The expert under the model's names of its modules, and its own path → the model's, where they differ.
+
+    Raises:
+        RoutingError: as `pool_on_model`; with VeRA also if the model lacks a module.
+    """
+    names = _renamed_modules(model, modules, expert)
+    shared = any(update.shared is not None for update in expert.updates.values())
+    if not names and not shared:
+        return expert, {}
+    paths = {names.get(path, path): path for path in expert.updates}
+    updates: Mapping[str, Update] = Renamed(expert.updates, paths)
+    found = placed_expert(expert, updates, paths if names else None)
+    if names and expert.base_copies:
+        copies = {_renamed_parameter(key, names, modules, model): t for key, t in expert.base_copies.items()}
+        object.__setattr__(found, "base_copies", copies)
+    if shared:
+        object.__setattr__(found, "updates", _resolve_vera(modules, found))
+        found.__dict__.pop("sizes", None)
+    return found, names
+
+
+def _renamed_modules(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Expert
+) -> dict[str, str]:
+    """The expert's path → the model's, where they differ. Unknown paths are left out: `module_at` refuses them."""
+    names: dict[str, str] = {}
+    for path, (d_in, d_out, embedding) in expert.sizes.items():
+        if path in modules:
+            continue
+        found = [
+            name
+            for name in sorted(_possible_modules(model, modules, path))
+            if (shape := _shape(modules[name], embedding)) and all(map(sizes_agree, (d_in, d_out), shape))
+        ]
+        if len(found) > 1:
+            raise RoutingError(
+                f"expert {expert.name!r} adapts {path}, which this model lacks; it could mean {' or '.join(found)}. "
+                "Rename the adapter's keys after this model's modules."
+            )
+        if found:
+            names[path] = found[0]
+    targets = list(names.values())
+    for path, target in names.items():
+        if target in expert.sizes or targets.count(target) > 1:
+            raise RoutingError(f"expert {expert.name!r} adapts {target} twice: once as {path}.")
+    return names
+
+
+def _possible_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module], path: str) -> set[str]:
+    """The modules that a path of another layout may mean."""
+    candidates = {f"model.{path}", path.removeprefix("language_model.")}
+    # The model's own layout: its layers stand beside its input embedding.
+    embedding = model.get_input_embeddings()
+    beside = next((name for name, module in modules.items() if module is embedding), "")
+    own = beside[: beside.rfind(".") + 1]
+    if own in LAYOUTS:
+        candidates |= {own + path.removeprefix(layout) for layout in LAYOUTS if path.startswith(layout)}
+    return {name for name in candidates if name in modules}
+
+
+def _renamed_parameter(
+    key: str, names: Mapping[str, str], modules: Mapping[str, nn.Module], model: PreTrainedModel
+) -> str:
+    """The model's name of a parameter that the expert brings a copy of."""
+    path, _, kind = key.rpartition(".")
+    if path in names:
+        return f"{names[path]}.{kind}"
+    found = {path} if path in modules else _possible_modules(model, modules, path)
+    return f"{found.pop()}.{kind}" if len(found) == 1 else key
+
+
+def _resolve_vera(modules: Mapping[str, nn.Module], expert: Expert) -> dict[str, Update]:
+    """The expert's updates with VeRA's shared matrices cut to each module's sizes, or drawn for the largest of them."""
+    alone, shapes = Pool([expert]), {}
+    for path, update in expert.updates.items():
+        module = module_at(modules, path, alone)
+        if update.shared is not None:
+            shapes[path] = linear_shape(module) or (0, 0)
+    d_in, d_out = (max(widths) for widths in zip(*shapes.values(), strict=True))
+    first = next(u.shared for u in expert.updates.values() if u.shared is not None)
+    needed = 4 * len(first.d) * (d_in + d_out + sum(map(sum, shapes.values())))
+    if needed > (free := available_bytes()):
+        raise RoutingError(
+            f"expert {expert.name!r} is VeRA of rank {len(first.d)}, whose matrices take {needed} bytes in this "
+            f"model, and this machine has {free} bytes of memory free."
+        )
+    projections = first.projections.drawn(len(first.d), d_in, d_out)
+    updates = {}
+    for path, update in expert.updates.items():
+        try:
+            updates[path] = update.placed(shapes[path][0], projections) if path in shapes else update
+        except ValueError as cause:
+            raise RoutingError(
+                f"expert {expert.name!r} at {path}: {cause}; it is of another base."
+            ) from cause
+    return updates
 
 
 def weight_norms(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, float]:

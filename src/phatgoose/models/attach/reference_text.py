@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import Hooks, run_eagerly
 from phatgoose.models.attach.site import Site
-from phatgoose.models.base.base import device_of, eval_mode
+from phatgoose.models.base.base import Base, device_of, eval_mode
 from phatgoose.models.base.layers import first_argument
 from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.models.text.batch import decoder_inputs
@@ -31,12 +30,7 @@ Observer = Callable[[Tensor], None]
 TEXT: str = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["text"]
 
 
-def calibrate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    routers: Sequence[tuple[Site, BoundRouter]],
-    ops: Backend,
-) -> None:
+def calibrate(base: Base, routers: Sequence[tuple[Site, BoundRouter]], ops: Backend) -> None:
     """Shows each router what its module sees of the reference text. No routing may be attached to the model.
 
     Raises:
@@ -44,7 +38,7 @@ def calibrate(
     """
     observers = [(site.module, site.embedding, partial(router.observe, ops=ops)) for site, router in routers]
     if observers:
-        show_reference(model, tokenizer, observers)
+        show_reference(base.model, base.tokenizer, observers)
     for site, router in routers:
         if isinstance(site.module, ExpertLinear):  # other modules see all of the text, or never run
             router.check_observed()
@@ -68,7 +62,10 @@ def show_reference(
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, ids)
-    with _observed(observers), eval_mode(model):
+    with Hooks() as hooks, eval_mode(model):
+        for module, wants_output, observe in observers:
+            hook = partial(run_eagerly, _hand_over, wants_output, observe)
+            hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
         model(**inputs)
 
 
@@ -81,15 +78,6 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
         )
     size = min(PIECE, len(ids))
     return ids[: len(ids) // size * size].reshape(-1, size)
-
-
-@contextlib.contextmanager
-def _observed(observers: Sequence[tuple[nn.Module, bool, Observer]]) -> Iterator[None]:
-    with Hooks() as hooks:
-        for module, wants_output, observe in observers:
-            hook = partial(run_eagerly, _hand_over, wants_output, observe)
-            hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
-        yield
 
 
 def _hand_over(

@@ -1,4 +1,4 @@
-"""Routing at one module: stack, router, and the forward hook that adds the update.
+"""Routing at one module, `Site`, and at all modules of a model, `Routing`.
 
 The hook leaves by one of these exits, in this order:
 
@@ -14,21 +14,25 @@ two graphs.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.memory import available_bytes
 from phatgoose.models.attach.candidates import candidates_at, stacked
-from phatgoose.models.attach.device_memory import cacheable
-from phatgoose.models.attach.hooks import run_eagerly
-from phatgoose.models.attach.modules import shape_of
+from phatgoose.models.attach.device_memory import Budget
+from phatgoose.models.attach.hooks import Hooks, forget_compiled, run_eagerly
+from phatgoose.models.attach.idle_modules import IdleModuleCheck
+from phatgoose.models.attach.modules import check_copies, check_parameters, module_at, pool_on_model, shape_of
 from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.base.base import known_base
 from phatgoose.models.base.layers import (
     ModuleLayer,
     compute_dtype,
@@ -37,45 +41,30 @@ from phatgoose.models.base.layers import (
     may_modify_output,
     residual_source,
     resolve_update,
+    track_residual,
     weight_state,
 )
-from phatgoose.models.context.prompted import ATTRIBUTE
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
+from phatgoose.models.moe.names import modules_by_path
+from phatgoose.models.moe.pool import unify_names
+from phatgoose.models.text.encoding import decode_text
 from phatgoose.models.trace.recorder import Recorder
-from phatgoose.ops import Backend, CpuRouting, FusedRouting, Stack
+from phatgoose.ops import CpuRouting, FusedRouting, Stack, backend
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Router
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter
+from phatgoose.routers.router import BoundRouter, Encoder, Setup
 
-
-class RoutingState(ABC):
-    """What the sites of one routing share."""
-
-    model: PreTrainedModel
-    pool: Pool
-    router: Router
-    """As it was given."""
-    prepared_router: Router
-    """The same, after it has looked at the pool."""
-    options: RouteOptions
-    ops: Backend
-    memory: int
-    """Bytes of memory that were free before the stacks were made."""
-    streams: Streams
-    recorder: Recorder | None = None
-
-    @abstractmethod
-    def detach(self) -> None:
-        """Takes all hooks off the model."""
+ATTRIBUTE = "_phatgoose_routing"
+"""The key in a model's `__dict__` of the routing that is attached to it."""
 
 
 class Site:
     """Routing at one module."""
 
-    def __init__(self, routing: RoutingState, path: str, module: nn.Module):
+    def __init__(self, routing: Routing, path: str, module: nn.Module):
         self.routing, self.path, self.module = routing, path, module
         self._pool_candidates = candidates_at(routing.pool, path, routing.prepared_router.offers_null)
         self.members = self._pool_candidates.members
@@ -87,7 +76,6 @@ class Site:
         self._residual = Residual()
         self.layer = ModuleLayer(module)
         self.plain = is_plain_linear(module)
-        self.fused: FusedRouting | None = None
         self._make_stack()
         self.bind()
         self.prepare()
@@ -116,18 +104,19 @@ class Site:
 
     def prepare(self) -> None:
         """Has the backend prepare its fused call, on the stack's device."""
-        routing, by_gates = self.routing, self._by_gates
-        layer = None if self.stack.low_rank_only else self.layer
-        self.fused = None
-        if routing.options.device_memory is not None and by_gates is None:
+        routing, by_gates, stack = self.routing, self._by_gates, self.stack
+        offloads = routing.options.device_memory is not None
+        layer = None if stack.low_rank_only else self.layer
+        self.fused: FusedRouting | None = None
+        if offloads and by_gates is None:
             raise RoutingError(
                 f"{type(routing.router).__name__} doesn't choose by gates, and with device_memory only gates are "
                 "looked at: leave device_memory out, or use PHATGOOSE."
             )
-        if by_gates is not None and routing.options.device_memory is not None and cacheable(self.stack):
-            self.fused = OffloadedExperts(*by_gates, self.stack, layer, routing.ops.mix, self.path)
+        if by_gates is not None and offloads and not stack.embedding and not stack.bottlenecks:
+            self.fused = OffloadedExperts(*by_gates, stack, layer, routing.ops.mix, self.path)
         elif by_gates is not None and routing.ops.fuse is not None and not self.embedding:
-            self.fused = routing.ops.fuse(*by_gates, self.stack, layer)
+            self.fused = routing.ops.fuse(*by_gates, stack, layer)
         # Only this kernel can write its choices into a recorder's buffer.
         self.writer = self.fused if isinstance(self.fused, CpuRouting) and self.fused.plain else None
 
@@ -152,6 +141,14 @@ class Site:
             and self.stack.low_rank_only
             and not isinstance(self.module, ExpertLinear)
         )
+
+    def attach(self) -> list[RemovableHandle]:
+        """Puts the hooks of this module on."""
+        hook = self.hook if self.one_operator else self.eager_hook
+        handles = [self.module.register_forward_hook(hook, with_kwargs=True)]
+        if self.source is not None and self.stack.residual is not None:
+            handles += track_residual(self.source, self.module, self.stack.residual)
+        return handles
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -300,3 +297,90 @@ class Site:
             scores = self.router.scores(flat, context, self.routing.ops)
             scores = None if scores is None else scores.to(read.device)
         recorder.record(context, self.members, chosen, weights, scores)
+
+
+class Routing:
+    """A pool and a router, bound to the modules of one model.
+
+    device: the one that the backend is chosen for; None: that of the model's first weight.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: Pool,
+        router: Router,
+        options: RouteOptions | None = None,
+        device: torch.device | None = None,
+    ):
+        self.options = options = RouteOptions() if options is None else options
+        self.ops = backend(options.backend, (model.device if device is None else device).type)
+        modules = modules_by_path(model, pool.modules)
+        pool, self.renamed = pool_on_model(model, modules, pool)
+        check_copies(modules, pool.experts)
+        check_parameters(modules, pool.experts)
+        if (named := unify_names(model, pool, modules)) is not pool:
+            pool, modules = named, modules_by_path(model, named.modules)
+        self.model, self.pool, self.router = model, pool, router
+        # Bytes of memory that were free before the stacks were made.
+        self.memory = available_bytes()
+        self.prepared_router = router.prepared(self.setup())
+        self.streams = Streams(model, reads_text=router.reads == "texts")
+        self.recorder: Recorder | None = None
+        self._hooks = Hooks()
+        self._idle_check: IdleModuleCheck | None = None
+        self.sites = [Site(self, path, module_at(modules, path, pool)) for path in pool.modules]
+        self.budget: Budget | None = None
+        if options.device_bytes is not None:
+            offloaded = [site.fused for site in self.sites if isinstance(site.fused, OffloadedExperts)]
+            whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, OffloadedExperts)]
+            self.budget = Budget(offloaded, whole, options.device_bytes)
+        pool.release_gates()
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """Modules of a packed pool whose rows couldn't be used where they are mapped and were copied, and why."""
+        return {site.path: site.copied for site in self.sites if site.copied}
+
+    def setup(self) -> Setup:
+        """What a router may look at before it is bound."""
+        model, base, signature = self.model, known_base(self.model), self.pool.experts[0].signature
+
+        def encoder(name: str) -> Encoder:
+            from phatgoose.models.base.sentence_encoder import load_encoder
+
+            expected = None if signature is None else signature.encoder_sha256
+            return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
+
+        decode = None if base is None else partial(decode_text, base.tokenizer)
+        return Setup(self.pool.experts, decode, encoder)
+
+    def attach(self) -> None:
+        """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""
+        if self._hooks:
+            return
+        self.record(None)
+        try:
+            self._hooks.add(self.streams.attach())
+            for site in self.sites:
+                self._hooks.add(site.attach())
+            # Only once: when routing comes back, its modules have been watched before.
+            if self._idle_check is None:
+                modules = [(site.path, site.module) for site in self.sites]
+                self._idle_check = IdleModuleCheck(self.model, modules, self.streams)
+        except BaseException:
+            self.detach()
+            raise
+        self.model.__dict__[ATTRIBUTE] = self
+
+    def detach(self) -> None:
+        """Takes all hooks off the model."""
+        self._hooks.remove()
+        if self._idle_check is not None:
+            self._idle_check.hooks.remove()
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Passes every choice to this recorder from now on; None: to none."""
+        self.recorder = recorder
+        self.streams.asked = recorder is not None or not all(site.one_operator for site in self.sites)
+        forget_compiled()

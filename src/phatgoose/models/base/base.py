@@ -69,18 +69,22 @@ def _contiguous(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
+def known_base(model: Base | PreTrainedModel | Any) -> Base | None:
+    """The `Base` that `model` is or belongs to; None for a model without one."""
+    return model if isinstance(model, Base) else unwrap_model(model).__dict__.get("_phatgoose_base")
+
+
 def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
     """The `Base` that `model` is or belongs to. A bare model needs its tokenizer the first time.
 
     Raises:
         BaseModelError: `model` was not loaded by `load_base`, and no tokenizer is given.
     """
-    if isinstance(model, Base):
-        return model
-    bare = unwrap_model(model)
-    if tokenizer is None and (known := bare.__dict__.get("_phatgoose_base")) is not None:
+    known = known_base(model)
+    if known is not None and (tokenizer is None or known is model):
         return known
     if tokenizer is not None:
+        bare = unwrap_model(model)
         return Base(bare, tokenizer, spec=bare.name_or_path or type(bare).__name__)
     raise BaseModelError(
         "this model was not loaded by load_base(), so its tokenizer is unknown: pass Base(model, tokenizer, spec=...)."

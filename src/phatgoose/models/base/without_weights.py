@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
-from phatgoose.models.attach.modules import check_parameters, module_at
-from phatgoose.models.attach.placement import pool_on_model
+from phatgoose.models.attach.modules import check_parameters, module_at, pool_on_model
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.layers import linear_shape, same_weights
 from phatgoose.models.base.load import (

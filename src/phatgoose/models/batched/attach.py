@@ -64,7 +64,6 @@ class MultiRouter:
                 handles.add(track_residual(site.source, site.module, site.stack.residual))
         modules = [(path, self._hooks[path][0]) for path in version.sites]
         idle_check = IdleModuleCheck(self.model, modules, self.streams)
-        idle_check.attach()
         self._versions[id(version)] = (version, handles, idle_check)
 
     def detach(self, version: PoolVersion) -> None:

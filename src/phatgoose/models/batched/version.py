@@ -15,7 +15,6 @@ from phatgoose.models.attach.attach import Routing, check_base
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.attach.reference_text import calibrate
 from phatgoose.models.base.base import Base
-from phatgoose.models.context.prompted import setup_of
 from phatgoose.models.moe.expert_linear import ExpertLinear
 from phatgoose.ops import FusedRouting
 from phatgoose.registry import unknown
@@ -114,7 +113,7 @@ class Route:
         if self.off:
             on = torch.tensor([[name not in self.off for name in names]])
             router = Masked(router, Switches(on))
-        setup = setup_of(version.base.model, version.routing.pool)
+        setup = version.routing.setup()
         router = router.prepared(
             replace(setup, encoder=lambda name: _CachingEncoder(setup.encoder(encoder(name))))
         )
@@ -137,7 +136,7 @@ class Route:
         routers = [
             (version.sites[path], bound) for path, bound in self.bound.items() if bound.needs_reference
         ]
-        calibrate(version.base.model, version.base.tokenizer, routers, version.ops)
+        calibrate(version.base, routers, version.ops)
 
     def _fuse(self) -> None:
         for path, site in self.version.sites.items():
