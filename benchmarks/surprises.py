@@ -36,7 +36,7 @@ from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.text.encoding import UNLIMITED, encode_choices
 from phatgoose.models.trace.record import trace
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 from phatgoose.records import Example
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.training.gate import train_gate

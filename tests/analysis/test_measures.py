@@ -24,7 +24,7 @@ from phatgoose.analysis.measures import (
 from phatgoose.errors import EvaluationError, UnknownName
 from phatgoose.models.base.module_names import locate_modules
 from phatgoose.models.trace.choices import Choices, Tokens
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 
 PATHS = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in ("q_proj", "up_proj")]
 NAMES = ("a", "b", "c", "d")

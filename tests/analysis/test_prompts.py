@@ -18,7 +18,7 @@ from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
 from phatgoose.models.trace.record import trace
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 from phatgoose.routers import PHATGOOSE, Uniform
 from report_data import unpacked
 

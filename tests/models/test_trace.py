@@ -16,7 +16,7 @@ from phatgoose.models.base.module_names import layer_labels, locate_modules
 from phatgoose.models.trace import recorder
 from phatgoose.models.trace.choices import TOKEN_FIELDS, load_of
 from phatgoose.models.trace.record import trace
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 from phatgoose.ops.cpu import build
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Random, SpectR, Uniform, WeightOnly
 

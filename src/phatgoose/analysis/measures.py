@@ -17,7 +17,7 @@ from torch import Tensor
 from phatgoose.errors import EvaluationError
 from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.trace.choices import TOKEN_FIELDS, Choices
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 from phatgoose.registry import unknown
 
 __all__ = [

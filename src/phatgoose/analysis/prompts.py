@@ -15,7 +15,7 @@ from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.trace.choices import Choices
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 
 Pairs = tuple[tuple[int, float], ...]
 UNSEEN = -2

@@ -21,7 +21,7 @@ from phatgoose.models.text.batch import decoder_inputs
 from phatgoose.models.text.encoding import UNLIMITED, encode_answers, encode_input
 from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.record import trace
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import Router
 

@@ -33,11 +33,6 @@ class RouteOptions:
         if self.device_memory is not None:
             object.__setattr__(self, "device_memory", parse_bytes(self.device_memory))
 
-    @property
-    def device_bytes(self) -> int | None:
-        """`device_memory` as a number."""
-        return None if self.device_memory is None else int(self.device_memory)
-
 
 def parse_bytes(text: int | str) -> int:
     """Bytes: a whole number, or "8GB", "512 MiB", "1.5G".

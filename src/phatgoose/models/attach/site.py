@@ -106,19 +106,26 @@ class Site:
         """Has the backend prepare its fused call, on the stack's device."""
         routing, by_gates, stack = self.routing, self._by_gates, self.stack
         offloads = routing.options.device_memory is not None
-        layer = None if stack.low_rank_only else self.layer
-        self.fused: FusedRouting | None = None
         if offloads and by_gates is None:
             raise RoutingError(
                 f"{type(routing.router).__name__} doesn't choose by gates, and with device_memory only gates are "
                 "looked at: leave device_memory out, or use PHATGOOSE."
             )
+        self.fused: FusedRouting | None = None
         if by_gates is not None and offloads and not stack.embedding and not stack.bottlenecks:
+            layer = None if stack.low_rank_only else self.layer
             self.fused = OffloadedExperts(*by_gates, stack, layer, routing.ops.mix, self.path)
-        elif by_gates is not None and routing.ops.fuse is not None and not self.embedding:
-            self.fused = routing.ops.fuse(*by_gates, stack, layer)
+        else:
+            self.fused = self.fuse(by_gates)
         # Only this kernel can write its choices into a recorder's buffer.
         self.writer = self.fused if isinstance(self.fused, CpuRouting) and self.fused.plain else None
+
+    def fuse(self, by_gates: tuple[Tensor, int] | None) -> FusedRouting | None:
+        """The backend's fused call for a router that goes by these gates; None if it can't make one."""
+        fuse, stack = self.routing.ops.fuse, self.stack
+        if fuse is None or by_gates is None or self.embedding or len(by_gates[0]) != stack.experts:
+            return None
+        return fuse(*by_gates, stack, None if stack.low_rank_only else self.layer)
 
     @property
     def device_bytes(self) -> int:
@@ -145,10 +152,13 @@ class Site:
     def attach(self) -> list[RemovableHandle]:
         """Puts the hooks of this module on."""
         hook = self.hook if self.one_operator else self.eager_hook
-        handles = [self.module.register_forward_hook(hook, with_kwargs=True)]
-        if self.source is not None and self.stack.residual is not None:
-            handles += track_residual(self.source, self.module, self.stack.residual)
-        return handles
+        return [self.module.register_forward_hook(hook, with_kwargs=True), *self.track_residual()]
+
+    def track_residual(self) -> list[RemovableHandle]:
+        """Puts the hooks on that hand the residual stream to updates that read it. After the module's own hook."""
+        if self.source is None or self.stack.residual is None:
+            return []
+        return track_residual(self.source, self.module, self.stack.residual)
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -331,10 +341,10 @@ class Routing:
         self._idle_check: IdleModuleCheck | None = None
         self.sites = [Site(self, path, module_at(modules, path, pool)) for path in pool.modules]
         self.budget: Budget | None = None
-        if options.device_bytes is not None:
+        if options.device_memory is not None:
             offloaded = [site.fused for site in self.sites if isinstance(site.fused, OffloadedExperts)]
             whole = [site.device_bytes for site in self.sites if not isinstance(site.fused, OffloadedExperts)]
-            self.budget = Budget(offloaded, whole, options.device_bytes)
+            self.budget = Budget(offloaded, whole, int(options.device_memory))
         pool.release_gates()
 
     @property

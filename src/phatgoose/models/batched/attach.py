@@ -19,9 +19,8 @@ from phatgoose.errors import RoutingError
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.idle_modules import IdleModuleCheck
-from phatgoose.models.base.layers import first_argument, is_plain_linear, may_modify_output, track_residual
-from phatgoose.models.batched.plan import BatchPlan, Group
-from phatgoose.models.batched.subset import SubsetContext
+from phatgoose.models.base.layers import first_argument, may_modify_output
+from phatgoose.models.batched.plan import BatchPlan, Group, SubsetContext
 from phatgoose.models.batched.version import PoolVersion
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import Dispatched, ExpertLinear, routing_context
@@ -44,7 +43,7 @@ class MultiRouter:
         self.model = model
         self.plan: BatchPlan | None = None
         self.streams = Streams(model)
-        self._versions: dict[int, tuple[PoolVersion, Hooks, IdleModuleCheck]] = {}
+        self._versions: dict[int, tuple[PoolVersion, tuple[Hooks, ...]]] = {}
         # One hook a module, whatever the number of versions. Of a mixture's layers every version has a stand-in
         # module of its own: only the one that has the hook runs.
         self._hooks: dict[str, tuple[nn.Module, Hooks]] = {}
@@ -54,24 +53,22 @@ class MultiRouter:
         """Makes a version's routes possible. Without a plan that uses them, nothing changes."""
         if not self._versions:
             self._streams.add(self.streams.attach())
-        handles = Hooks()
+        residuals = Hooks()
         for path, site in version.sites.items():
             if path not in self._hooks:
-                hook = partial(self._hook, path, is_plain_linear(site.module))
+                hook = partial(self._hook, path, site.plain)
                 hooks = Hooks([site.module.register_forward_hook(hook, with_kwargs=True)])
                 self._hooks[path] = site.module, hooks
-            if site.source is not None and site.stack.residual is not None:
-                handles.add(track_residual(site.source, site.module, site.stack.residual))
+            residuals.add(site.track_residual())
         modules = [(path, self._hooks[path][0]) for path in version.sites]
         idle_check = IdleModuleCheck(self.model, modules, self.streams)
-        self._versions[id(version)] = (version, handles, idle_check)
+        self._versions[id(version)] = version, (residuals, idle_check.hooks)
 
     def detach(self, version: PoolVersion) -> None:
         """Takes a version off; its routes must not be used any more."""
-        _, handles, idle_check = self._versions.pop(id(version))
-        handles.remove()
-        idle_check.hooks.remove()
-        used = {path for other, *_ in self._versions.values() for path in other.sites}
+        for hooks in self._versions.pop(id(version))[1]:
+            hooks.remove()
+        used = {path for other, _ in self._versions.values() for path in other.sites}
         for path in set(self._hooks) - used:
             self._hooks.pop(path)[1].remove()
         if not self._versions:
@@ -79,7 +76,7 @@ class MultiRouter:
 
     def close(self) -> None:
         """Takes everything off: the model is as it was."""
-        for version, *_ in list(self._versions.values()):
+        for version, _ in list(self._versions.values()):
             self.detach(version)
 
     @contextlib.contextmanager

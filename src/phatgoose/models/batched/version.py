@@ -118,8 +118,9 @@ class Route:
             replace(setup, encoder=lambda name: _CachingEncoder(setup.encoder(encoder(name))))
         )
         for path, site in version.sites.items():
-            self.bound[path] = router.bind(_visible(site.candidates, router.offers_null))
-        self._fuse()
+            self.bound[path] = bound = router.bind(_visible(site.candidates, router.offers_null))
+            if (fused := site.fuse(bound.by_gates)) is not None:
+                self.fused[path] = fused
 
     @property
     def needs_reference(self) -> bool:
@@ -137,14 +138,6 @@ class Route:
             (version.sites[path], bound) for path, bound in self.bound.items() if bound.needs_reference
         ]
         calibrate(version.base, routers, version.ops)
-
-    def _fuse(self) -> None:
-        for path, site in self.version.sites.items():
-            by_gates, fuse = self.bound[path].by_gates, self.version.ops.fuse
-            if fuse is None or by_gates is None or site.embedding or len(by_gates[0]) != site.stack.experts:
-                continue
-            if (fused := fuse(*by_gates, site.stack, site.layer)) is not None:
-                self.fused[path] = fused
 
 
 class _CachingEncoder:

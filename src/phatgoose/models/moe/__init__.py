@@ -11,7 +11,7 @@ model has a forward hook for one expert's layer, but routing, training and trace
 - `names.py` finds which layer a path means, under the new names or those of an older checkpoint;
 - `expert_linear.py` makes a stand-in module for it, and runs a fused module expert by expert while a stand-in has
   hooks;
-- `router_linear.py` does the same for the product inside the mixture's own router;
+- `stand_in.py` does the same for the product inside the mixture's own router;
 - `pool.py` gives the same layer one name in the whole pool.
 
 A stand-in has the sizes, weight and bias of its layer, owns no tensors, and leaves the model's modules and state dict

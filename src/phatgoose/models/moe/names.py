@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 from phatgoose.errors import RoutingError
 from phatgoose.models.base.module_names import plain_name
 from phatgoose.models.moe.expert_linear import ExpertLinear, check_fused, is_fused
-from phatgoose.models.moe.router_linear import RouterLinear, find_router_linear
+from phatgoose.models.moe.stand_in import RouterLinear, find_router_linear
 
 _ROUTERS = ("gate", "router")
 _LAYER = re.compile(r"(.+)\.(\d+)\.(\w+)")

@@ -16,7 +16,7 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import locate_modules
 from phatgoose.models.context.runs import cache_of
 from phatgoose.models.trace.recorder import Recorder
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 
 MAX_BYTES = 2**29
 
@@ -58,41 +58,29 @@ def trace(
     recorded = Trace(routing.pool.names, where, "encoder" in routing.streams.stacks, sums_only=histogram)
     recorder = Recorder(recorded, margins=margins, sample=sample, max_bytes=max_bytes)
     recorded._flush = recorder.flush
+    # generate() calls these methods on the model, so they are wrapped on the instance.
+    wrapped = _wrapped_methods(routing.model, recorder)
+    routing.model.__dict__.update(wrapped)
     routing.record(recorder)
     try:
-        with _watch_generate(routing.model, recorder):
-            yield recorded
+        yield recorded
     finally:
+        for name in wrapped:
+            del routing.model.__dict__[name]
         routing.record(None)
         recorder.flush()
         recorded._flush = lambda: None
 
 
-@contextlib.contextmanager
-def _watch_generate(model: Any, recorder: Recorder) -> Iterator[None]:
-    """Tells the recorder what generate() does to rows and drafts, which no forward hook sees.
-
-    transformers calls these methods on the model, so they are wrapped on the instance: inputs are repeated for beams,
-    beams move to other rows of the cache, and drafted tokens are taken back (assisted decoding, prompt lookup).
-    """
-    wrapped = _wrapped_methods(model, recorder)
-    model.__dict__.update(wrapped)
-    try:
-        yield
-    finally:
-        for name in wrapped:
-            del model.__dict__[name]
-
-
 def _wrapped_methods(model: Any, recorder: Recorder) -> dict[str, Any]:
-    own_reorder = getattr(model, "_reorder_cache", None)
-    own_expand = getattr(model, "_expand_inputs_for_generation", None)
-    own_update = getattr(model, "_update_model_kwargs_for_generation", None)
-    own_drafts = getattr(model, "_get_candidate_generator", None)
+    """Methods of the model that tell the recorder what generate() does to rows and drafts, which no forward hook sees.
+
+    Inputs are repeated for beams, beams move to other rows of the cache, and drafted tokens are taken back (assisted
+    decoding, prompt lookup).
+    """
 
     def expand(*args: Any, **kwargs: Any) -> Any:
-        assert own_expand is not None
-        found = own_expand(*args, **kwargs)
+        found = own["_expand_inputs_for_generation"](*args, **kwargs)
         if (times := kwargs.get("expand_size", 1)) > 1:
             recorder.expand(found[0], times)
         return found
@@ -100,33 +88,31 @@ def _wrapped_methods(model: Any, recorder: Recorder) -> dict[str, Any]:
     def reorder(cache: Any, beams: Tensor) -> Any:
         if not torch.equal(beams.cpu(), torch.arange(len(beams))):
             recorder.trace.reordered = True
-        if own_reorder is not None:
-            return own_reorder(cache, beams)
+        if own["_reorder_cache"] is not None:
+            return own["_reorder_cache"](cache, beams)
         cache.reorder_cache(beams)
         return cache
 
     def update(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        assert own_update is not None
         # Then drafts were checked, and the cache was cropped to what was accepted.
         if "num_new_tokens" in kwargs:
             recorder.reject_drafts(cache_of(outputs))
-        return own_update(outputs, *args, **kwargs)
+        return own["_update_model_kwargs_for_generation"](outputs, *args, **kwargs)
 
     def drafts(generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        assert own_drafts is not None
         if generation_config.assistant_early_exit is not None:
             raise RoutingError(
                 "with assistant_early_exit the model's first layers also read drafts, which a trace can't tell from "
                 "the text: leave it out, or use another model as the assistant."
             )
-        return own_drafts(generation_config, *args, **kwargs)
+        return own["_get_candidate_generator"](generation_config, *args, **kwargs)
 
+    wrappers = {
+        "_reorder_cache": reorder,
+        "_expand_inputs_for_generation": expand,
+        "_update_model_kwargs_for_generation": update,
+        "_get_candidate_generator": drafts,
+    }
+    own: dict[str, Any] = {name: getattr(model, name, None) for name in wrappers}
     # Without a `_reorder_cache` of its own, generate() reorders the cache itself, so that one is always wrapped.
-    wrapped: dict[str, Any] = {"_reorder_cache": reorder}
-    for name, own, wrapper in (
-        ("_expand_inputs_for_generation", own_expand, expand),
-        ("_update_model_kwargs_for_generation", own_update, update),
-        ("_get_candidate_generator", own_drafts, drafts),
-    ):
-        wrapped |= {} if own is None else {name: wrapper}
-    return wrapped
+    return {name: wrapper for name, wrapper in wrappers.items() if own[name] or wrapper is reorder}

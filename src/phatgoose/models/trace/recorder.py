@@ -27,7 +27,7 @@ from phatgoose.models.context.runs import length_of
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.choices import Tokens, joined
 from phatgoose.models.trace.passes import Block, Call, ChoiceBuffer, PendingChoices, TracedPass
-from phatgoose.models.trace.trace import Trace
+from phatgoose.models.trace.result import Trace
 from phatgoose.routers.context import RoutingContext, Sequences
 
 FLUSH = 2**19

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Selection(TypedDict, total=False):
     ids: Collection[int] | None
     generated: bool | None
     """True: only tokens that were read behind a cache. False: only the others."""
+
+
+_PLACES = {"modules": "path", "layers": "layer", "kinds": "kind", "parts": "part"}
+"""What a condition compares of a module's location."""
 
 
 @dataclass(eq=False)
@@ -137,15 +142,8 @@ class Trace(files.Header):
     def thin(self, share: float) -> None:
         """Keeps only this share of all tokens, drawn at random, and of those that are read later."""
         self.share = share
-        kept: dict[int, tuple[Tokens, Tensor]] = {}
-        for path, parts in self._choices.items():
-            for part in parts:
-                if id(part.tokens) not in kept:
-                    keep = part.tokens.draws < share
-                    kept[id(part.tokens)] = part.tokens[keep], keep
-            self._choices[path] = [
-                replace(part[kept[id(part.tokens)][1]], tokens=kept[id(part.tokens)][0]) for part in parts
-            ]
+        narrow = _narrowing(lambda tokens: tokens.draws < share)
+        self._choices = {path: [narrow(part) for part in parts] for path, parts in self._choices.items()}
 
     def filter(self, **only: Unpack[Selection]) -> Trace:
         """Only the decisions that fit everything given (see `Selection`); modules that are left without any go.
@@ -153,49 +151,43 @@ class Trace(files.Header):
         Raises:
             UnknownName: an expert, module, kind or part that isn't in the trace. RoutingError: the trace has sums only.
         """
-        if self.sums_only:
-            raise RoutingError(
-                "this trace holds sums, not single choices: record without histogram=True to filter it."
-            )
+        self._check_has_choices("to filter it")
         if extra := only.keys() - Selection.__annotations__.keys():
             raise TypeError(f"filter() got an unexpected keyword argument {min(extra)!r}.")
-        self._check_names(only)
-        experts = only.get("experts")
+        wanted: dict[str, Any] = {name: given for name, given in only.items() if given is not None}
+        self._check_names(wanted)
+        places = {_PLACES[name]: wanted[name] for name in wanted.keys() & _PLACES.keys()}
+        experts = torch.tensor([self.experts.index(e) for e in wanted.get("experts", ())], dtype=torch.int16)
+        narrow = _narrowing(partial(_selected_tokens, wanted))
         found: dict[str, list[Choices]] = {}
-        kept: dict[int, tuple[Tensor, Tokens]] = {}  # modules that read the same tokens go on sharing them
         for c in self.choices:
             location = self.locations[c.path]
-            conditions: tuple[tuple[object, Collection[object] | None], ...] = (
-                (c.path, only.get("modules")),
-                (location.layer, only.get("layers")),
-                (location.kind, only.get("kinds")),
-                (location.part, only.get("parts")),
-            )
-            if any(wanted is not None and value not in wanted for value, wanted in conditions):
+            if not all(getattr(location, place) in names for place, names in places.items()):
                 continue
-            if id(c.tokens) not in kept:
-                keep = _selected_tokens(c.tokens, only)
-                kept[id(c.tokens)] = keep, c.tokens[keep]
-            keep, tokens = kept[id(c.tokens)]
-            rest = replace(c[keep], tokens=tokens)
-            if experts is not None:
-                indices = torch.tensor([self.experts.index(e) for e in experts], dtype=torch.int16)
-                rest = rest[torch.isin(rest.experts, indices).any(1)]
+            rest = narrow(c)
+            if "experts" in wanted:
+                rest = rest[torch.isin(rest.experts, experts).any(1)]
             if len(rest.tokens):
                 found[c.path] = [rest]
         return replace(self, _choices=found, _flush=lambda: None)
 
-    def _check_names(self, only: Selection) -> None:
-        locations = self.locations.values()
-        for word, names, known in (
-            ("expert", only.get("experts"), self.experts),
-            ("module", only.get("modules"), tuple(self.locations)),
-            ("kind of module", only.get("kinds"), tuple(place.kind for place in locations)),
-            ("part", only.get("parts"), tuple(place.part for place in locations)),
+    def _check_names(self, wanted: Mapping[str, Any]) -> None:
+        places = self.locations.values()
+        for name, word, known in (
+            ("experts", "expert", self.experts),
+            ("modules", "module", tuple(self.locations)),
+            ("kinds", "kind of module", tuple(place.kind for place in places)),
+            ("parts", "part", tuple(place.part for place in places)),
         ):
-            for name in names or ():
-                if name not in known:
-                    raise unknown(word, name, dict.fromkeys(known))
+            for one in wanted.get(name, ()):
+                if one not in known:
+                    raise unknown(word, one, known)
+
+    def _check_has_choices(self, purpose: str) -> None:
+        if self.sums_only:
+            raise RoutingError(
+                f"this trace holds sums, not single choices: record without histogram=True {purpose}."
+            )
 
     def save(self, path: Path | str) -> Path:
         """Writes one safetensors file, whole or not at all; `Trace.load` reads it."""
@@ -217,18 +209,27 @@ class Trace(files.Header):
         Raises:
             RoutingError: pandas isn't installed, or the trace has sums only.
         """
-        if self.sums_only:
-            raise RoutingError(
-                "this trace holds sums, not single choices: record without histogram=True for a table."
-            )
+        self._check_has_choices("for a table")
         return files.to_pandas(self.choices, self.locations, self.experts)
 
 
-def _selected_tokens(tokens: Tokens, only: Selection) -> Tensor:
+def _narrowing(keeps: Callable[[Tokens], Tensor]) -> Callable[[Choices], Choices]:
+    """Choices → those on the tokens that `keeps` says. Modules that read the same tokens go on sharing them."""
+    kept: dict[int, tuple[Tensor, Tokens]] = {}
+
+    def narrow(c: Choices) -> Choices:
+        if id(c.tokens) not in kept:
+            keep = keeps(c.tokens)
+            kept[id(c.tokens)] = keep, c.tokens[keep]
+        keep, tokens = kept[id(c.tokens)]
+        return replace(c[keep], tokens=tokens)
+
+    return narrow
+
+
+def _selected_tokens(wanted: Mapping[str, Any], tokens: Tokens) -> Tensor:
     keep = torch.ones(len(tokens), dtype=torch.bool)
-    rows, inputs, ids = only.get("rows"), only.get("inputs"), only.get("ids")
-    for values, wanted in ((tokens.rows, rows), (tokens.inputs, inputs), (tokens.ids, ids)):
-        if wanted is not None:
-            keep &= torch.isin(values, torch.tensor(sorted(wanted), dtype=torch.int64))
-    generated = only.get("generated")
-    return keep if generated is None else keep & (tokens.generated == generated)
+    for name in wanted.keys() & {"rows", "inputs", "ids"}:
+        values = torch.tensor(sorted(wanted[name]), dtype=torch.int64)
+        keep &= torch.isin(getattr(tokens, name), values)
+    return keep & (tokens.generated == wanted["generated"]) if "generated" in wanted else keep
