@@ -1,4 +1,4 @@
-"""Matching experts to one model's modules: what fits, modules under other names, VeRA's matrices in their sizes.
+"""Match experts to a model: shapes, modules under other names, VeRA's matrices in its sizes.
 
 A language model may stand alone or inside a vision-language model, and transformers 4.52 renamed the modules of the
 latter. Adapters for one layout fit the other if each of their names can mean only one module of the model.

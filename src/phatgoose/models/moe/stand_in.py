@@ -1,4 +1,4 @@
-"""Stand-ins: modules for linear layers that the model computes inside another module, and that of a mixture's router.
+"""Stand-ins for linear layers that a model computes inside other modules, as a mixture's router.
 
 A router computes W u, from that which experts a token goes to and with what weights, and returns all of it. So no hook
 on the router can change W u alone. A `RouterLinear` stands for that product. While it has hooks, the router runs a
