@@ -1,16 +1,4 @@
-"""A row of named columns → an Example, by column names, templates and literal choices.
-
-The options that `jsonl:` and `hf:` specs share (for the others see each source):
-
-    input=       a column, or a template such as `{premise} Question: {hypothesis}?` ({{ and }} for braces)
-    target=      a column (text, number, or a list of acceptable answers) or a template
-    choices=     a column holding a list; `names` for the label names of the target column (hf: only); or choices
-                 separated by |, each a text or template: `yes|no`, `{option1}|{option2}`
-    answer_index= a column holding the right choice's index (or its letter, A first); answer_base=1 if counted from 1
-    values=      what raw target values stand for: `e:yes|n:maybe|c:no`
-
-A dot reaches into a nested column: `choices.text`.
-"""
+"""A row of named columns → an Example, by column names, templates and literal choices."""
 
 from __future__ import annotations
 
@@ -31,7 +19,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a source's rows make an Example. See the module's text for the forms."""
+    """Which columns of a source's rows make an Example. docs/tasks.md has the forms."""
 
     input: str = "input"
     """Column or template of the prompt."""

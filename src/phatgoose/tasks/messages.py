@@ -1,15 +1,4 @@
-"""Rows that hold a conversation → one Example for each of the assistant's turns.
-
-A row has its messages under "messages", "conversations" or "conversation" (or the column that `messages=`
-names), as a list of {"role", "content"} or, in ShareGPT's form, of {"from", "value"}. Or it has two lists as
-TRL does, "prompt" and "completion": then only turns of the completion are answers. A row may also have "tools"
-(a list, or its JSON), "system" (a text that goes first) and "choices" (for the last turn; `choices=yes|no`
-gives them for every row). Whatever else a message holds (tool_calls, name, reasoning_content) goes to the chat
-template.
-
-Each turn of the assistant is an example of its own, with all messages before it as its prompt, as when a model
-is asked for that turn. A turn with `"weight": 0`, `"train": false` or `"training": false` is context only.
-"""
+"""Rows that hold a conversation → one Example for each of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -56,7 +45,8 @@ def columns_read(columns: Sequence[str], options: Mapping[str, str]) -> set[str]
 def to_examples(
     row: Mapping[str, Any], columns: Sequence[str], options: Mapping[str, str], group: str
 ) -> list[Example]:
-    """The examples of a row's conversation. They share `group`, and their split.
+    """An example for each turn of the assistant, with all messages before it as its prompt, as when a model is asked
+    for that turn. They share `group`, and their split.
 
     Raises:
         ValueError: the row breaks a rule; the message says which.

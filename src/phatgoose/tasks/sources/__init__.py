@@ -1,6 +1,7 @@
 """Task sources: one file each, which turns a spec `source:name?options` into a Task.
 
-In: a parsed spec, and a folder or the Hub. Out: a `Task` with its three splits, made by `build_task`.
+In: a parsed spec, and a folder or the Hub. Out: a `Task` with its three splits, made by `build_task`. What each source
+reads, and its options, are in docs/tasks.md.
 A new source is a file here that ends in `SOURCE = TaskSource(…)` (for files of rows `rows_source(…)`), a line in
 `SOURCES` of `tasks/load.py`, a test, and a line in docs/tasks.md. Another package registers its own under the
 entry-point group `phatgoose.tasks`.

@@ -1,10 +1,7 @@
 """`bbh:NAME`: BIG-bench Hard as its authors published it.
 
 For evaluation only: every row is in the test split. Files are NAME.json or NAME.json.gz holding {"canary",
-"examples": [{"input", "target"}]}, in `folder`, in $PHATGOOSE_BBH, or else in the Hub's copy (`lukaemon/bbh`).
-The prompt is the input, then "\\nAnswer:". Where the input ends in an "Options:" block and the target is one
-of its labels ("(A)", or "Yes" of "- Yes"), the labels are choices; `bbh:NAME?choices=True|False` gives choices
-where the input doesn't.
+"examples": [{"input", "target"}]}.
 """
 
 from __future__ import annotations

@@ -1,14 +1,6 @@
 """`bigbench:NAME[/SUBTASK]`: BIG-bench's JSON tasks, as BIG-bench means their fields.
 
-The prompt is (task_prefix + input prefix + input + choices + output prefix).strip() + "\\nAnswer:", as in the paper:
-"Today I walk. Yesterday I\\nAnswer:". A task's prompt must carry its instruction, so task_prefix and prefixes that say
-something ("Today I ", "\\nJoke or not? ") stay; generic labels ("Q:", "Input:", "A:") are replaced by "\\nAnswer:".
-
-Choices are shown (unless append_choices_to_input is false) in an order that depends only on their text and the
-row's input, since the files often list the right one first. Every choice with the highest score is right. A
-row that has both target and target_scores is ranked if the task's preferred score is multiple_choice_grade or
-the spec says ranked=true; otherwise it is matched. The name of a task with subtasks means all of them
-together, each row under its own instruction.
+The rules of prompts and choices are in docs/tasks.md.
 """
 
 from __future__ import annotations

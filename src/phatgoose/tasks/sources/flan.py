@@ -1,13 +1,4 @@
-"""`flan:COLLECTION/TASK`: the FLAN collection (Open-Orca/FLAN), zero-shot prompts only.
-
-    flan:flan2021/ai2_arc/ARC-Easy:1.0.0     flan:dialog/qrecc     flan:niv2/Translation
-
-Rows: {"inputs", "targets"}, with "_task_name" and "_template_type" in the Hub's files. With a folder,
-COLLECTION_TASK.jsonl, .jsonl.gz or .parquet is read from there (every character of the name but letters,
-digits, . and - written _); rows with a few-shot "_template_type" are dropped. Without one the Hub's zero-shot
-files are streamed until `rows=` (500,000) were found: hours. A `niv2/` task is a category of Natural
-Instructions, which Open-Orca's files don't name: it needs a folder.
-"""
+"""`flan:COLLECTION/TASK`: the FLAN collection (Open-Orca/FLAN), zero-shot prompts only."""
 
 from __future__ import annotations
 

@@ -1,17 +1,4 @@
-"""`hf:DATASET[/CONFIG]`: any dataset that `datasets` loads, local or from the Hub.
-
-    hf:super_glue/cb?input={premise} Question: {hypothesis}?&target=label&choices=names
-    hf:/data/my_folder?input=question&target=answer            parquet, json, csv, arrow, or saved with save_to_disk
-
-DATASET on the Hub is `name` or `owner/name`; write `owner/name/CONFIG` or, for a name without owner, `name/CONFIG`;
-`config=` says it where that is ambiguous. Column options: see `columns`. A class label column counts as its names.
-The dataset's train, validation and test splits are kept. `train=`, `validation=` and `test=` give the names of
-the dataset's splits, or take another one: `test=validation`. A split that is missing or unlabelled is taken
-from train by the split rule. `revision=` pins the Hub's version.
-
-A dataset that the Hub holds as a script, which `datasets` no longer runs, is read from the Hub's parquet copy,
-unless a revision is asked for. The task's record then has that copy under `copy`.
-"""
+"""`hf:DATASET[/CONFIG]`: any dataset that `datasets` loads, local or from the Hub."""
 
 from __future__ import annotations
 

@@ -1,13 +1,4 @@
-"""`jsonl:PATH`: one JSON object a line; `rows_source`: such a source for other files of rows.
-
-    jsonl:rte.jsonl.gz?input={premise} Question: {hypothesis}?&choices=True|False&answer_index=label&ignore=idx
-
-Fields: "input" (the whole prompt), "target" (text, number or a list of acceptable answers) or "targets" (list),
-optional "choices" (list) and "answer_index" (0-based index of the right choice, may replace a target),
-optional "split" (train, validation or test; in every row or in none). Or "messages": see `messages`. Options
-give fields other names, see `columns`.
-A field that isn't read is refused by name, unless it starts with "_" or `ignore=a,b` (or `ignore=*`) names it.
-"""
+"""`jsonl:PATH`: one JSON object a line; `rows_source`: such a source for other files of rows."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Columns: inputs_pretokenized, targets_pretokenized, and answer_choices where a prompt has choices. In `*_score_eval`
 configs a row is one choice: rows with one idx (its first number) and input are one example, is_correct marks the right
-ones. With `folder`, CONFIG is read from there (`folder/CONFIG` as a folder of parquet, or `CONFIG.parquet`, `.jsonl`,
-`.jsonl.gz`). Splits: as for `hf:`. The prompt is the rendered input, with nothing added.
+ones.
 """
 
 from __future__ import annotations

@@ -1,18 +1,4 @@
-"""`prompted:DATASET[/SUBSET]`: raw rows of a dataset under promptsource's prompts.
-
-T0 and PHATGOOSE were trained and measured on such rows.
-
-    prompted:super_glue/rte?templates=original&test=validation
-    prompted:wiki_qa?without=Jeopardy style|Generate Question from Topic&rows=2000
-
-The prompts (Jinja, Apache-2.0) are read from the pinned sdist of `promptsource`, never imported. `templates=`
-is `all` (the default), `original` (those of the dataset's original task) or names separated by |; `without=`
-leaves some out. Rows come from the Hub (`hub=` and `subset=` give another id, `revision=` pins it), or with a
-folder from DATASET_SUBSET.SPLIT.jsonl[.gz] there (`files=` gives another stem). Such a file may also hold
-rendered rows: {"template", "prompt", "completion"}. Each row is shown under every template; of more than
-`rows=` examples (500,000, as in T0) a fixed random part is taken. `train=`, `validation=` and `test=` name the
-splits. A missing one is taken from train by the raw row, so that all prompts of a row share a split.
-"""
+"""`prompted:DATASET[/SUBSET]`: raw rows of a dataset under promptsource's prompts."""
 
 from __future__ import annotations
 
