@@ -41,11 +41,7 @@ class Residual(ForwardState):
     value: Tensor | None = None
 
     def read(self, y: Tensor) -> Tensor:
-        """h in y's shape, dtype and device.
-
-        Raises:
-            RoutingError: the module was run without the layer around it.
-        """
+        """h in y's shape, dtype and device. Raises RoutingError if the module was run without the layer around it."""
         if self.value is None:
             raise RoutingError(
                 "a bottleneck adapter reads the residual stream that its module's output is added to, and "

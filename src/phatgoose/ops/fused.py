@@ -120,11 +120,7 @@ class KernelRouting:
         return type(self), (self.gates, self.top_k, self.stack, self.layer, self.strict)
 
     def accepts(self, u: Tensor, y: Tensor) -> bool:
-        """Whether the kernels can do this call.
-
-        Raises:
-            RoutingError: they can't, and `strict` is on.
-        """
+        """Whether the kernels can do this call. Raises RoutingError if they can't and `strict` is on."""
         if (why := self.obstacle(u, y, self.stack)) is None:
             return True
         if self.strict:

@@ -34,11 +34,7 @@ class KernelOperands:
 
 
 def kernel_operands(stack: Stack) -> KernelOperands:
-    """The operands of this stack. They are made once and kept with it.
-
-    Raises:
-        RoutingError: A and B don't belong together, or an expert's rows aren't in them.
-    """
+    """The operands of this stack, made once and kept with it. Raises RoutingError as `check_stack`."""
     known: KernelOperands | None = stack.__dict__.get("_known_operands")
     if known is not None:
         return known
@@ -54,11 +50,7 @@ def kernel_operands(stack: Stack) -> KernelOperands:
 
 
 def tokens_of(u: Tensor, y: Tensor, d_in: int, d_out: int) -> int:
-    """N, the number of tokens that both u [..., d_in] and y [..., d_out] hold.
-
-    Raises:
-        RoutingError: they are of other shapes, or hold different numbers of tokens.
-    """
+    """N, the number of tokens in both u [..., d_in] and y [..., d_out]. Raises RoutingError for other shapes."""
     if u.shape[-1:] == (d_in,) and y.shape[-1:] == (d_out,):
         tokens = u.shape[:-1].numel()
         if tokens == y.shape[:-1].numel():
@@ -80,11 +72,7 @@ def check_choice(chosen: Tensor, weights: Tensor, tokens: int) -> None:
 
 
 def gates_of(gates: Tensor, stack: Stack, top_k: int) -> Tensor:
-    """Gates in contiguous float32, as kernels read them: [E, d_in].
-
-    Raises:
-        RoutingError: they have another shape, aren't floats, or top_k is below 1.
-    """
+    """Gates [E, d_in] in contiguous float32, as kernels read them. Raises RoutingError for others, or top_k < 1."""
     if top_k < 1:
         raise RoutingError(f"at least 1 expert must be chosen, and top_k is {top_k}.")
     shape = (stack.experts, stack.A.shape[1])

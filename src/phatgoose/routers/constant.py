@@ -38,11 +38,7 @@ class Single(Router):
         return Single(TypedIndex(text) if is_index else text)
 
     def place(self, names: Sequence[str]) -> int:
-        """The expert's index among a pool's names.
-
-        Raises:
-            UnknownName, RoutingError: there is no such expert.
-        """
+        """The expert's index among a pool's names. Raises UnknownName or RoutingError if there is no such expert."""
         name = str(int(self.expert)) if isinstance(self.expert, TypedIndex) else self.expert
         if name in names:
             return names.index(str(name))

@@ -36,12 +36,9 @@ class Sequences:
             RoutingError: if the module's input can't be matched to the tokens, or there is a `problem`.
         """
         self.check()
-
-        def fit(x: Tensor) -> Tensor:
-            return spread(x, rows, length, kept)
-
-        ids = None if self.ids is None else fit(self.ids)
-        return Sequences(ids, fit(self.positions), fit(self.real), self.past)
+        ids = None if self.ids is None else spread(self.ids, rows, length, kept)
+        positions, real = (spread(x, rows, length, kept) for x in (self.positions, self.real))
+        return Sequences(ids, positions, real, self.past)
 
     def check(self) -> None:
         """Raises RoutingError if there is a `problem`."""
@@ -146,12 +143,8 @@ class RoutingContext:
         if (picked := self.picked) is None:
             return self.sequences.aligned(self.rows, self.length, self.kept)
         seen = self.sequences
-        ids, positions, real = (
-            None if x is None else x.reshape(-1)[picked.to(x.device)][None]
-            for x in (seen.ids, seen.positions, seen.real)
-        )
-        assert positions is not None
-        assert real is not None
+        ids = None if seen.ids is None else seen.ids.reshape(-1)[picked.to(seen.ids.device)][None]
+        positions, real = (x.reshape(-1)[picked.to(x.device)][None] for x in (seen.positions, seen.real))
         return Sequences(ids, positions, real, seen.past)
 
     def new(self) -> RoutingContext:
@@ -165,11 +158,7 @@ class RoutingContext:
         return replace(self, rows=rows, length=length, picked=None)
 
     def spread(self, x: Tensor) -> Tensor:
-        """x [B, T, …] of the pass, or [B, 1, …] of its sequences → [N, …] for the module's tokens.
-
-        Raises:
-            RoutingError: as `tokens`.
-        """
+        """x [B, T, …] of a pass, or [B, 1, …] of its sequences → [N, …] of the module's tokens. Raises as `tokens`."""
         if self.picked is not None:
             self.check()
             return self.whole().spread(x)[self.picked.to(x.device)]
@@ -222,11 +211,8 @@ def positions_from(
         # A token attends to itself, and nobody to padding.
         real = allowed[:, 0, :, past : past + length].diagonal(dim1=1, dim2=2)
         return positions, real.to(device).expand(batch, length)
+    found = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
     raise RoutingError(
-        f"padding can't be told from tokens: the attention mask is {_described(mask)}, expected [sequences, tokens]. "
+        f"padding can't be told from tokens: the attention mask is {found}, expected [sequences, tokens]. "
         "Use generate()'s default cache and an attention that takes such masks."
     )
-
-
-def _described(mask: object) -> str:
-    return f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"

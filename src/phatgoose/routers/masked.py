@@ -64,24 +64,24 @@ class Masked(Router):
                     f"{type(inner).__name__} doesn't say how many experts act: call super().__init__(top_k) "
                     "in its __init__."
                 )
-            return _MaskedScores(inner, candidates, self.switches)
-        if isinstance(self.router, Single | Uniform):
-            return _MaskedFixed(inner, candidates, self.switches, isinstance(self.router, Uniform))
-        name = type(getattr(self.router, "settings", self.router)).__name__
-        raise RoutingError(
-            f"{name} doesn't choose by scores: experts can't be switched off one by one. Make a pool without "
-            "them instead."
-        )
+        elif not isinstance(self.router, Single | Uniform):
+            name = type(getattr(self.router, "settings", self.router)).__name__
+            raise RoutingError(
+                f"{name} doesn't choose by scores: experts can't be switched off one by one. Make a pool without "
+                "them instead."
+            )
+        return _Masked(inner, candidates, self.switches, isinstance(self.router, Uniform))
 
     def describe(self) -> dict[str, Any]:
         return self.router.describe()
 
 
 class _Masked(BoundRouter):
-    """What every masked router does at one module."""
+    """A masked router at one module. The weight of `uniform` is shared by the experts that are on."""
 
-    def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches):
+    def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches, uniform: bool):
         self.inner, self.switches, self.names = inner, switches, candidates.names
+        self.uniform = uniform
         self.needs_reference = inner.needs_reference
         self.members = torch.tensor(candidates.members)
         absent = set(range(len(candidates.names))) - set(candidates.members)
@@ -100,12 +100,25 @@ class _Masked(BoundRouter):
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         if self.switches.allowed is None:
             return self.inner(u, context, ops)
-        chosen, weights, off = self.choose(u, context, ops)
+        if isinstance(self.inner, ByScores):
+            scores = self.scores(u, context, ops)
+            assert scores is not None
+            chosen, weights = ops.choose(scores, self.inner.top_k)
+            off = scores.gather(1, chosen) == -torch.inf
+        else:
+            allowed, experts = self.allowed(context, u.device)
+            chosen, weights = self.inner(u, context, ops)
+            if self.uniform:
+                weights = (1.0 / experts.clamp(min=1)).to(weights.dtype)[:, None].expand_as(weights)
+            off = (chosen < 0) | ~allowed.gather(1, chosen.clamp(min=0))
         return chosen.masked_fill(off, -1), weights.masked_fill(off, 0.0)
 
-    def choose(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor, Tensor]:
-        """A choice, its weights, and bool [N, k]: what of it must not act."""
-        raise NotImplementedError
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
+        if self.switches.allowed is None or not isinstance(self.inner, ByScores):
+            return self.inner.scores(u, context, ops)
+        allowed, _ = self.allowed(context, u.device)
+        scores = self.inner.scores(u, replace(context, allowed=allowed), ops)
+        return scores.masked_fill(~allowed, -torch.inf)
 
     def allowed(self, context: RoutingContext, device: torch.device) -> tuple[Tensor, Tensor]:
         """For each token: which candidates are on, bool [N, candidates], and how many experts are, int64 [N]."""
@@ -130,34 +143,3 @@ class _Masked(BoundRouter):
         # isn't offered.
         null = on[:, self.absent].any(1, keepdim=True)
         return torch.where((self.members < 0).to(on.device), null, allowed), on.sum(1)
-
-
-class _MaskedScores(_Masked):
-    inner: ByScores
-
-    def choose(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor, Tensor]:
-        scores = self.scores(u, context, ops)
-        chosen, weights = ops.choose(scores, self.inner.top_k)
-        return chosen, weights, scores.gather(1, chosen) == -torch.inf
-
-    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        if self.switches.allowed is None:
-            return self.inner.scores(u, context, ops)
-        allowed, _ = self.allowed(context, u.device)
-        scores = self.inner.scores(u, replace(context, allowed=allowed), ops)
-        return scores.masked_fill(~allowed, -torch.inf)
-
-
-class _MaskedFixed(_Masked):
-    """Single, or Uniform, whose weight is shared by the experts that are on."""
-
-    def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches, uniform: bool):
-        super().__init__(inner, candidates, switches)
-        self.uniform = uniform
-
-    def choose(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor, Tensor]:
-        allowed, experts = self.allowed(context, u.device)
-        chosen, weights = self.inner(u, context, ops)
-        if self.uniform:
-            weights = (1.0 / experts.clamp(min=1)).to(weights.dtype)[:, None].expand_as(weights)
-        return chosen, weights, (chosen < 0) | ~allowed.gather(1, chosen.clamp(min=0))

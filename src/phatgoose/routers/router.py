@@ -78,11 +78,7 @@ class BoundRouter(ABC):
         """Chosen candidates int64 [N, k] (−1: none) and their weights float32 [N, k] for inputs u [N, d]."""
 
     def check_observed(self) -> None:  # noqa: B027 - most routers need none
-        """Called after `observe` has seen all of the reference text.
-
-        Raises:
-            RoutingError: it was too little.
-        """
+        """Called after `observe` has seen all of the reference text. Raises RoutingError if it was too little."""
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
         """The scores that the choice compares, [N, candidates], or None if it compares none.

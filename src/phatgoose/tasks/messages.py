@@ -151,12 +151,10 @@ def _joined(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _is_list(value: Any) -> bool:
     """True for a list of messages, also if it is written as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return False
-    return isinstance(value, list) and all(isinstance(m, Mapping) for m in value)
+    try:
+        return all(isinstance(m, Mapping) for m in _list(value, ""))
+    except ValueError:
+        return False
 
 
 def _list(value: Any, name: str) -> list[Any]:

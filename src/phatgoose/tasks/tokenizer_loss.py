@@ -1,12 +1,7 @@
 """Which tasks a tokenizer can't write.
 
-Their answers have unknown tokens, or choices that become the same tokens. T5's vocabulary has no emoji, no
-Cyrillic and no curly brackets: a model with it can't give such an answer, and its rank classification compares
-unknown tokens with unknown tokens.
-
-The limits were set so that with T5's own vocabulary they leave out what the PHATGOOSE authors' evaluation left
-out of BIG-bench Hard (dyck_languages) and Lite (six tasks). The exception is code_line_description, which
-theirs left out too: T5 loses less of it than of conlang_translation, which they kept.
+Their answers have unknown tokens, or choices that become the same tokens. docs/experiments.md says how the limits
+were set.
 """
 
 from __future__ import annotations

@@ -140,11 +140,7 @@ mix = KernelMix("cpu", obstacle, _low_rank)
 
 
 class CpuRouting(KernelRouting):
-    """Score, choose and mix of one module in one call of the kernel.
-
-    Raises:
-        RoutingError: as `KernelRouting`; or the stack isn't in float32 or bfloat16, or not on a CPU.
-    """
+    """Score, choose and mix of one module in one call of the kernel, for a stack on a CPU in one of DTYPES."""
 
     name, obstacle = "cpu", staticmethod(obstacle)
 
@@ -253,10 +249,9 @@ def routed_mix(u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, rows: Sequ
 
 
 def _check_operands(u: Tensor, y: Tensor, rows: Sequence[Tensor]) -> int:
-    """The number of tokens. Where experts' rows begin isn't checked: it would have to be read in every call.
+    """The number of tokens. Raises RoutingError for what the operator doesn't take.
 
-    Raises:
-        RoutingError: a tensor isn't what the operator takes.
+    Where experts' rows begin isn't checked: it would have to be read in every call.
     """
     a, b, owners, scales = rows
     tokens = tokens_of(u, y, a.shape[-1], b.shape[-1])

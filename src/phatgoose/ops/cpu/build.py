@@ -61,11 +61,7 @@ class Library:
 
 @functools.cache
 def library() -> Library:
-    """The kernel, compiled if the cache folder hasn't got it: some seconds, once.
-
-    Raises:
-        RoutingError: it can't be compiled, kept or loaded here; says why.
-    """
+    """The kernel, compiled if the cache hasn't got it: some seconds, once. Raises RoutingError if it can't be."""
     path = kernel_path()
     try:
         if path.is_file():
@@ -135,11 +131,7 @@ def _openmp() -> str | None:
 
 
 def _compiled() -> bytes:
-    """The compiled kernel's file.
-
-    Raises:
-        RoutingError: there is no compiler, it fails or takes too long, or what it makes can't be loaded.
-    """
+    """The compiled kernel's file. Raises RoutingError if there is no compiler, or what it makes can't be loaded."""
     cxx = compiler()
     if not cxx:
         asked = os.environ.get("CXX")

@@ -101,11 +101,7 @@ class TritonRouting(KernelRouting):
     name, obstacle = "triton", staticmethod(obstacle)
 
     def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
-        """y + Σ w Δ(u), as `FusedRouting.__call__`.
-
-        Raises:
-            RoutingError: as `mix`, if `strict`.
-        """
+        """y + Σ w Δ(u), as `FusedRouting.__call__`. Raises RoutingError as `mix`, if `strict`."""
         u = u.to(y.device)  # with offloading it may still be where the last module left it
         if not self.accepts(u, y):
             return None

@@ -25,12 +25,7 @@ expert's rows are read once for all of its tokens. Chosen by arithmetic, not mea
 
 @cache
 def kernels() -> Any:
-    """The module of kernels. It is imported when kernels are first wanted, since importing Triton takes a
-    second or two.
-
-    Raises:
-        ImportError: Triton isn't installed.
-    """
+    """The kernels' module, imported when first wanted: it takes a second or two. Raises ImportError without Triton."""
     from phatgoose.ops.triton import kernels as triton_kernels
 
     return triton_kernels

@@ -33,11 +33,7 @@ class Suite:
 
 @cache
 def pool_entries(name: str) -> tuple[Entry, ...]:
-    """The entries of a named pool: a frozen list of tasks, one expert each.
-
-    Raises:
-        UnknownName: there is no pool of this name.
-    """
+    """The entries of a named pool: a frozen list of tasks, one expert each. Raises UnknownName if there is none."""
     table = _section("pool", name, _POOLS, *_POOL_KEYS)
     included = [entry for other in table.get("includes", ()) for entry in pool_entries(other)]
     return (*included, *_entries(name, table))
@@ -50,11 +46,7 @@ def pool_excluded(name: str) -> Mapping[str, str]:
 
 @cache
 def suite(name: str) -> Suite:
-    """A named suite.
-
-    Raises:
-        UnknownName: there is no suite of this name.
-    """
+    """A named suite. Raises UnknownName if there is none of this name."""
     table = _section("suite", name, _SUITES, *_SUITE_KEYS)
     refuses, own_copy = frozenset(table.get("refuses", ())), tuple(table.get("own_copy", ()))
     return Suite(name, _entries(name, table), refuses, own_copy)

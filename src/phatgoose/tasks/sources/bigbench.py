@@ -98,11 +98,7 @@ def is_generic(prefix: str) -> bool:
 
 
 def prompt_style(path: Path, data: dict[str, Any]) -> PromptStyle:
-    """The PromptStyle of one task.json.
-
-    Raises:
-        TaskError: a field has another type than BIG-bench gives it.
-    """
+    """The PromptStyle of one task.json. Raises TaskError if a field has another type than BIG-bench gives it."""
 
     def text(key: str, default: str) -> str:
         value = data.get(key)

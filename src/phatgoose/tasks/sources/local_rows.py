@@ -65,24 +65,20 @@ def _check(spec: TaskSpec, folder: Path | None) -> str | None:
 
 
 def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | None, list[Example]]:
-    chat = messages.message_columns(row, spec.options)
-    columns = None if chat else _columns(spec, row, where)
-    problem, examples = None, None
+    options = spec.options
+    chat = messages.message_columns(row, options)
+    columns = Columns() if chat else _columns(spec, row, where)
+    split_column = options.get("split", "split")
+    read = messages.columns_read(chat, options) if chat else columns.columns_read()
     try:
-        if chat:
-            examples = messages.to_examples(row, chat, spec.options, where)
-        elif columns:
-            examples = [to_example(row, columns)]
+        examples = messages.to_examples(row, chat, options, where) if chat else [to_example(row, columns)]
     except UnknownName as cause:
         raise TaskError(f"{where}: {cause}.") from cause
     except ValueError as cause:
-        problem = cause
-    split_column = spec.options.get("split", "split")
-    read = messages.columns_read(chat, spec.options) if chat else columns.columns_read() if columns else set()
-    # A misspelt field may explain the problem, so it is reported first.
+        # A misspelt field may explain the problem, so it is reported first.
+        _refuse_unread(spec, row, read | {split_column}, where)
+        raise TaskError(f"{where}: {cause}.") from cause
     _refuse_unread(spec, row, read | {split_column}, where)
-    if examples is None:
-        raise TaskError(f"{where}: {problem}.") from problem
     split = row.get(split_column)
     if split not in (None, *SPLITS):
         raise TaskError(f'{where}: "{split_column}" must be train, validation or test, got {split!r}.')

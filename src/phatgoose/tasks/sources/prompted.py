@@ -77,11 +77,7 @@ def check(spec: TaskSpec, folder: Path | None) -> str | None:
 
 
 def choose_templates(spec: TaskSpec) -> list[Template]:
-    """The templates that a spec asks for.
-
-    Raises:
-        UnknownName: there is no such dataset or template.
-    """
+    """The templates that a spec asks for. Raises UnknownName if the dataset or a template isn't there."""
     known = read_templates(spec.name)
     wanted = spec.options.get("templates", "all")
     without = [name for name in spec.options.get("without", "").split("|") if name]
@@ -200,13 +196,7 @@ def _examples(
 
 
 def render_example(template: Template, row: Mapping[str, Any], number: int) -> Example:
-    """Row `number` under a template.
-
-    Raises:
-        Dropped: the template doesn't apply to the row, or the row has no answer.
-        TaskError: the row lacks what the template reads.
-        ValueError: it breaks a rule of Example.
-    """
+    """Row `number` under a template. Raises Dropped if it doesn't apply or has no answer, else as `Template.render`."""
     if row.get("label") == -1:  # how the Hub marks a row without its label
         raise Dropped("unlabelled")
     rendered = template.render(row, random.Random(f"{number}/{template.name}"))
