@@ -240,18 +240,26 @@ def inside(folder: Path, name: str, error: type[PhatgooseError]) -> Path:
     )
 
 
-def read_json(path: Path, error: type[PhatgooseError], limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
-    """The JSON in `path`, as strict as `parse_json`; anything wrong with the file is raised as `error`, naming it."""
+def read_bytes(path: Path, error: type[PhatgooseError], limit_bytes: int) -> bytes:
+    """The bytes of an ordinary file; anything wrong with it, and more than `limit_bytes`, is raised as `error`."""
     with open_regular(Path(path), error) as (file, size):
-        if size <= limit_bytes:
-            raw = file.read(limit_bytes + 1)  # the size may be another by now
-            size = len(raw)
-        if size > limit_bytes:
-            raise error(f"{path} is {size} bytes; a file of its kind has at most {limit_bytes}.")
-        try:
-            return parse_json(raw)
-        except (ValueError, RecursionError) as cause:
-            raise error(f"{path} is not readable as JSON: {cause}") from cause
+        raw = b"" if size > limit_bytes else file.read(limit_bytes + 1)  # the size may be another by now
+    if (size := max(size, len(raw))) > limit_bytes:
+        raise error(f"{path} is {size} bytes; a file of its kind has at most {limit_bytes}.")
+    return raw
+
+
+def as_json(raw: bytes, path: Path, error: type[PhatgooseError]) -> Any:
+    """The JSON in the bytes of the file `path`, as strict as `parse_json`; what is wrong is raised as `error`."""
+    try:
+        return parse_json(raw)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not readable as JSON: {cause}") from cause
+
+
+def read_json(path: Path, error: type[PhatgooseError], limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
+    """The JSON in `path`: see `read_bytes` and `as_json`."""
+    return as_json(read_bytes(path, error, limit_bytes), path, error)
 
 
 def sha256_file(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from phatgoose.errors import ExpertError
-from phatgoose.experts.files.safetensors_header import DTYPES, Item, parse_header, read_header, write_header
+from phatgoose.experts.files.safetensors_file import DTYPES, Item, parse_header, read_header, write_header
 
 
 @pytest.fixture

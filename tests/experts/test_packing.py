@@ -149,7 +149,7 @@ def items_of(path):
     """The items of a file of stacks, with offsets from the file's beginning."""
     from dataclasses import replace
 
-    from phatgoose.experts.files.safetensors_header import read_header
+    from phatgoose.experts.files.safetensors_file import read_header
 
     raw, header = read_header(path)
     return {n: replace(i, begin=i.begin + len(raw), end=i.end + len(raw)) for n, i in header.items.items()}

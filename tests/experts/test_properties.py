@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.files.safetensors_header import read_header
+from phatgoose.experts.files.safetensors_file import read_header
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder

@@ -24,8 +24,7 @@ from phatgoose.errors import PhatgooseError
 from phatgoose.experts.adapters.peft_patterns import Patterns
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.files.safetensors_file import read_tensor_file
-from phatgoose.experts.files.safetensors_header import parse_header, read_header
+from phatgoose.experts.files.safetensors_file import parse_header, read_header, read_tensor_file
 from phatgoose.experts.hub.place import Place
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder

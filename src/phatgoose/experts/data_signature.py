@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +20,15 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.files.safetensors_file import (
+    Header,
+    Item,
     all_identical,
     check_finite,
     check_sha256,
-    holds_same,
+    copied,
     read_tensor_file,
+    write_header,
 )
-from phatgoose.experts.files.safetensors_header import Header, Item, write_header
 from phatgoose.experts.gates import check_made_for
 from phatgoose.experts.names import PEFT_WEIGHTS, SIGNATURE_FILE
 from phatgoose.files import write_bytes
@@ -147,9 +148,7 @@ class DataSignature:
         metadata = {**_FORMAT, "adapter_sha256": adapter_sha256}
         if self.encoder is not None:
             metadata |= {"encoder": self.encoder, "encoder_sha256": str(self.encoder_sha256)}
-        source = self.path
-        if source is not None and source.is_file() and holds_same(source, self._tensors, metadata):
-            shutil.copyfile(source, target)
+        if copied(self.path, target, self._tensors, metadata):
             return
         # Not by safetensors' own writer, which puts metadata in random order: one signature should have one sha256.
         items, end = {}, 0

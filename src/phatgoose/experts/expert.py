@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -22,7 +21,7 @@ from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.card.card import write_card
 from phatgoose.experts.card.facts import Facts
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.files.safetensors_file import all_identical, holds_same, write_tensors
+from phatgoose.experts.files.safetensors_file import all_identical, copied, write_tensors
 from phatgoose.experts.folder import RECORD_VERSION, check_replaceable, read_folder, read_plain
 from phatgoose.experts.gates import checked_gates, gates_metadata
 from phatgoose.experts.hub.fetch import MAX_BYTES
@@ -306,27 +305,18 @@ class Expert:
 
     def _write_adapter(self, work: Path) -> None:
         """Writes config and tensors: copies of the files that were read if they still hold the same."""
-        weights = weights_file(self.adapter_config)
-        source = self.folder
+        weights, source = weights_file(self.adapter_config), self.folder
         if source is not None and (source / weights).is_file() and (source / CONFIG_FILE).is_file():
-            config = read_json(source / CONFIG_FILE, ExpertError)
-            if config == dict(self.adapter_config) and holds_same(source / weights, self.tensors):
-                for name in (CONFIG_FILE, weights):
-                    shutil.copyfile(source / name, work / name)
+            same = read_json(source / CONFIG_FILE, ExpertError) == dict(self.adapter_config)
+            if same and copied(source / weights, work / weights, self.tensors):
+                shutil.copyfile(source / CONFIG_FILE, work / CONFIG_FILE)
                 return
         write_json(work / CONFIG_FILE, dict(self.adapter_config))
         write_tensors(work / weights, self.tensors, {"format": "pt"})
 
     def _write_gates(self, target: Path, metadata: dict[str, str]) -> None:
-        """Writes gates.safetensors: a copy of the file that was read, if it still holds the same, else a new file.
-
-        The copy matters: safetensors writes metadata in random order, so a new file would have another sha256.
-        """
+        """Writes gates.safetensors: a copy of the file that was read, if it still holds the same, else a new file."""
         assert self.gates is not None
         source = self.folder / GATES_FILE if self.folder is not None else None
-        if source is not None and source.is_file():
-            with contextlib.suppress(ExpertError):  # a damaged file is replaced
-                if holds_same(source, self.gates, metadata):
-                    shutil.copyfile(source, target)
-                    return
-        write_tensors(target, self.gates, metadata)
+        if not copied(source, target, self.gates, metadata):
+            write_tensors(target, self.gates, metadata)

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import ExpertError, PhatgooseError
-from phatgoose.experts.files.safetensors_file import TensorFile, check_sha256, read_tensor_file
-from phatgoose.experts.files.safetensors_header import Header, read_header
-from phatgoose.files import inside, is_folder, open_regular, read_json, sha256_file
-from phatgoose.strict_json import parse_json
+from phatgoose.experts.files.safetensors_file import (
+    Header,
+    TensorFile,
+    check_sha256,
+    read_header,
+    read_tensor_file,
+)
+from phatgoose.files import as_json, inside, is_folder, read_bytes, sha256_file
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,22 @@ class SafeFolder:
 
     def read_bytes(self, name: str, limit: int, sha256: str | None = None) -> bytes:
         """A file's bytes, which have this sha256 if one is given."""
-        path = self.file(name)
-        with open_regular(path, self.error) as (file, size):
-            if size > limit:
-                raise self.error(f"{path} is {size} bytes; a file of its kind has at most {limit}.")
-            data = bytes(file.read(limit))
+        data = read_bytes(self.file(name), self.error, limit)
         if sha256 is not None:
-            check_sha256(sha256, hashlib.sha256(data).hexdigest(), path, error=self.error)
+            check_sha256(sha256, hashlib.sha256(data).hexdigest(), self.path / name, error=self.error)
         return data
 
     def read_json(self, name: str, limit: int) -> Any:
         """A file's JSON, as strict as `parse_json`."""
-        return read_json(self.file(name), self.error, limit)
+        return as_json(self.read_bytes(name, limit), self.path / name, self.error)
 
     def read_object(self, name: str, limit: int) -> dict[str, Any]:
         """A file's JSON, which must be an object."""
-        return self._object(name, self.read_json(name, limit))
+        return self.parse_object(name, self.read_bytes(name, limit))
 
     def parse_object(self, name: str, data: bytes) -> dict[str, Any]:
         """A JSON object in the bytes of a file that was read."""
-        try:
-            found = parse_json(data)
-        except (ValueError, RecursionError) as cause:
-            raise self.error(f"{self.path / name} is not readable as JSON: {cause}") from cause
-        return self._object(name, found)
-
-    def _object(self, name: str, found: Any) -> dict[str, Any]:
+        found = as_json(data, self.path / name, self.error)
         if not isinstance(found, dict):
             raise self.error(f"{self.path / name} holds {type(found).__name__}, expected an object.")
         return found

@@ -22,7 +22,7 @@ from phatgoose.errors import PoolError
 from phatgoose.experts.adapters.peft import to_contents
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.files.safetensors_header import Header
+from phatgoose.experts.files.safetensors_file import Header
 from phatgoose.experts.gates import checked_gates
 from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, PEFT_WEIGHTS, REST_FILE, check_name
 from phatgoose.experts.packed.layout import Layout, Pair

@@ -10,7 +10,7 @@ import torch
 
 from phatgoose.experts.adapters.peft import SHARED, plain_keys, to_contents
 from phatgoose.experts.adapters.peft_lora import owner_of
-from phatgoose.experts.files.safetensors_header import Header, Item
+from phatgoose.experts.files.safetensors_file import Header, Item
 from phatgoose.experts.names import PEFT_WEIGHTS
 from phatgoose.ops.update import Update
 

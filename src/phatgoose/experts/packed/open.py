@@ -15,7 +15,7 @@ from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.data_signature import StoredSignature
 from phatgoose.experts.files.safe_folder import SafeFolder
-from phatgoose.experts.files.safetensors_header import Header, Item, parse_header, read_header
+from phatgoose.experts.files.safetensors_file import Header, Item, parse_header, read_header
 from phatgoose.experts.folder import read_record
 from phatgoose.experts.gates import FORMAT, check_made_for
 from phatgoose.experts.names import (

@@ -22,8 +22,13 @@ from torch import Tensor
 from phatgoose.errors import PoolError
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.files.safe_folder import SafeFolder
-from phatgoose.experts.files.safetensors_file import check_finite, read_tensor_file, write_tensors
-from phatgoose.experts.files.safetensors_header import Header, read_header
+from phatgoose.experts.files.safetensors_file import (
+    Header,
+    check_finite,
+    read_header,
+    read_tensor_file,
+    write_tensors,
+)
 from phatgoose.experts.folder import read_record
 from phatgoose.experts.manifest import (
     FORMAT_VERSION,
