@@ -12,9 +12,17 @@ from peft import PeftModel
 
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError
-from phatgoose.experts.card.card import CARD_LIMIT_BYTES, MARK, expert_card, own_card, pool_card
-from phatgoose.experts.card.facts import Facts
-from phatgoose.experts.card.markdown import code, hub_id, public
+from phatgoose.experts.card.card import (
+    CARD_LIMIT_BYTES,
+    MARK,
+    Facts,
+    code,
+    expert_card,
+    hub_id,
+    own_card,
+    pool_card,
+    public,
+)
 from phatgoose.experts.names import CARD_FILE
 from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import write_json

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from encoder_fixtures import make_encoder, signed
 from phatgoose import Expert, Pool
 from phatgoose.errors import ExpertError, PoolError
-from phatgoose.experts.card.facts import Facts
+from phatgoose.experts.card.card import Facts
 from phatgoose.experts.data_signature import DataSignature, describe
 from phatgoose.experts.names import SIGNATURE_FILE
 from phatgoose.experts.packed.pack import pack, unpack

@@ -97,8 +97,8 @@ def test_the_default_encoder_is_the_literatures():
 
 
 def test_a_large_file_on_the_hub_is_refused_before_a_byte_of_it_is_fetched(monkeypatch):
-    files = {name: hub_files.RemoteFile(10, None, None) for name in encoders._NEEDED}
-    large = hub_files.RemoteFile(5 * 2**30, "0" * 64, None)
+    files = {name: hub_files.RemoteFile(10, None) for name in encoders._NEEDED}
+    large = hub_files.RemoteFile(5 * 2**30, "0" * 64)
     listing = hub_files.Listing("0" * 40, files | {"model.safetensors": large})
     monkeypatch.setattr(hub_files, "list_files", lambda *_: listing)
     monkeypatch.setattr(hub_files, "hf_hub_download", lambda *_, **__: pytest.fail("it was fetched"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.analysis.activations import parallel_gates
-from phatgoose.experts.card.facts import lowest_loss
+from phatgoose.experts.card.card import lowest_loss
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.health import find_outliers
 from phatgoose.experts.pool import Pool

@@ -18,16 +18,11 @@ from torch import Tensor
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters.formats import to_contents, weights_file
 from phatgoose.experts.adapters.peft_rules import check_drop
-from phatgoose.experts.card.card import write_card
-from phatgoose.experts.card.facts import Facts
+from phatgoose.experts.card.card import Facts, write_card
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.files.safetensors_file import all_identical, copied, write_tensors
 from phatgoose.experts.folder import RECORD_VERSION, check_replaceable, read_folder, read_plain
 from phatgoose.experts.gates import checked_gates, gates_metadata
-from phatgoose.experts.hub.fetch import MAX_BYTES
-from phatgoose.experts.hub.place import Place
-from phatgoose.experts.hub.pull import pull_expert
-from phatgoose.experts.hub.push import PushOptions, push_expert
 from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, RECORD_FILE, SIGNATURE_FILE, check_name
 from phatgoose.files import atomic_folder, read_json, sha256_file, storage_errors, work_place, write_json
 from phatgoose.ops.update import Update
@@ -217,8 +212,10 @@ class Expert:
         Raises:
             DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
         """
-        place = Place.parse(repo, revision, subfolder)
-        pulled = pull_expert(place, drop, token, MAX_BYTES if max_bytes is None else max_bytes)
+        from phatgoose.experts.hub.place import Place
+        from phatgoose.experts.hub.pull import pull_expert  # here, since it takes long
+
+        pulled = pull_expert(Place.parse(repo, revision, subfolder), drop, token, max_bytes)
         return Expert.load(pulled.folder, name=name or pulled.name, drop=drop, origin=pulled.source)
 
     @staticmethod
@@ -245,6 +242,8 @@ class Expert:
         Raises:
             UploadError: it can't be published, its records hold local paths, or the repository holds something else.
         """
+        from phatgoose.experts.hub.push import PushOptions, push_expert
+
         options = PushOptions(private, revision, token, message or f"Expert {self.name}", allow_paths)
         with work_place(None) as work, storage_errors(work):
             return push_expert(self.save(work / self.name), repo, subfolder, options)

@@ -14,10 +14,6 @@ import torch
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts import health
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.hub.fetch import MAX_BYTES
-from phatgoose.experts.hub.place import Place
-from phatgoose.experts.hub.pull import check_free, pull_pool
-from phatgoose.experts.hub.push import PushOptions, push_pool
 from phatgoose.experts.manifest import (
     expert_folder,
     is_unfinished,
@@ -226,10 +222,12 @@ class Pool:
             DownloadError: it can't be fetched, is too large, or isn't what the Hub lists.
             PoolError, ExpertError: as `load` does, or `folder` holds something else.
         """
+        from phatgoose.experts.hub.place import Place
+        from phatgoose.experts.hub.pull import check_free, pull_pool  # here, since it takes long
+
         if folder is not None:
             check_free(Path(folder), overwrite)
-        place = Place.parse(repo, revision, subfolder)
-        pulled = pull_pool(place, token, MAX_BYTES if max_bytes is None else max_bytes)
+        pulled = pull_pool(Place.parse(repo, revision, subfolder), token, max_bytes)
         pool = Pool.load(pulled.folder)
         if folder is not None:
             pulled.copy(Path(folder))
@@ -258,6 +256,8 @@ class Pool:
         Raises:
             UploadError: it can't be published, its records hold local paths, or the repository holds something else.
         """
+        from phatgoose.experts.hub.push import PushOptions, push_pool
+
         with work_place(None) as work, storage_errors(work):
             options = PushOptions(private, revision, token, message, allow_paths)
             return push_pool(self.save(work / "pool"), repo, options)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts.card.card import write_pool_card
-from phatgoose.experts.card.facts import Facts, read_object
+from phatgoose.experts.card.card import Facts, read_object, write_pool_card
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.manifest import expert_folder, origin_of, verify_files

@@ -13,7 +13,7 @@ from typing import Any
 
 from phatgoose import locks
 from phatgoose.errors import ExpertError
-from phatgoose.experts.card.facts import lowest_loss
+from phatgoose.experts.card.card import lowest_loss
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import all_identical
 from phatgoose.experts.folder import check_replaceable

@@ -1,5 +1,4 @@
 """The model card (README.md) of an expert or a pool.
 
-In: an expert's config and records. Out: Markdown with the Hub's metadata. `facts.py` collects, `card.py` writes.
-A new row of the card's table: `Facts.rows`.
+In: an expert's config and records. Out: Markdown with the Hub's metadata. A new row of the card's table: `Facts.rows`.
 """

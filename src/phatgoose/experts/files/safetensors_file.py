@@ -1,4 +1,4 @@
-"""Safetensors files of strangers: the header, checked without the tensors; then the tensors, read once.
+"""Safetensors files of strangers: the header, checked without the tensors; the tensors, read once.
 
 They are read, not mapped into memory: a mapped file that is cut short later ends the process (SIGBUS), and one that is
 changed later changes tensors that were checked. What is wrong with a file is raised as an error of the type `error`,

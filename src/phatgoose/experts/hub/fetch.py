@@ -6,22 +6,24 @@ never ends, or breaks off again and again, forever. Both are checked here. Nothi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+import huggingface_hub.constants
+from huggingface_hub import HfApi, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
-from phatgoose.errors import DownloadError
+from phatgoose.errors import DownloadError, PhatgooseError
 from phatgoose.experts.hub.place import Place
-from phatgoose.files import sha256_file
-from phatgoose.hub_errors import is_network, status
+from phatgoose.files import sha256_file, storage_errors
+from phatgoose.hub_errors import explain, hide_tokens, is_network, status
 
 MAX_BYTES = 4 * 2**30
 TEXT_BYTES = 64 * 2**20
@@ -33,7 +35,41 @@ SLACK_BYTES = 2**20
 """A transfer is ended when it has sent this much more than three times the file's size."""
 THREADS = 8
 LIBRARY = "phatgoose"
-Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def hub_errors(
+    doing: str, repo: str, token: str | bool | None, kind: type[PhatgooseError] = DownloadError
+) -> Iterator[None]:
+    """Turns whatever huggingface_hub raises into one error that says what to do, and has no access token in it.
+
+    Args:
+        doing: what was tried, as in "fetch org/name".
+
+    Raises:
+        `kind`; StorageError: no space or permission to keep what is fetched.
+    """
+    try:
+        with storage_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+            yield
+    except PhatgooseError:
+        raise
+    except Exception as error:  # huggingface_hub's errors and its HTTP library's have no common type
+        secrets = [s for s in (token, get_token()) if isinstance(s, str) and s]
+        said = explain(error, repo, "repository") or f"{type(error).__name__}: {error}"
+        text = hide_tokens(f"can't {doing}: {said}", secrets)
+        # The Hub's own error stays attached, unless a token is in it, or in one that would be printed with it.
+        leaks = any(hide_tokens(str(one), secrets) != " ".join(str(one).split()) for one in _printed(error))
+        raise kind(text[:1000]) from (None if leaks else error)
+
+
+def _printed(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that are printed with it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)
@@ -42,10 +78,8 @@ class RemoteFile:
 
     size: int
     """In bytes."""
-    sha256: str | None
-    """Of files in LFS."""
-    git_sha1: str | None
-    """Of all others."""
+    digest: str | None
+    """sha256 of files in LFS, git's sha1 of others."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +126,9 @@ def fetch(
     session = _Session(place.repo, listing, token)
     # The first is fetched by the revision's name, so that huggingface_hub notes its commit for use without a network.
     paths = [session.get(name, place.revision) for name in wanted[:1]]
-    paths += _in_threads(session.get, wanted[1:])
-    _in_threads(session.note_absence, [name for name in optional if name not in listing.files])
+    with ThreadPoolExecutor(THREADS) as threads:
+        paths += threads.map(session.get, wanted[1:])
+        list(threads.map(session.note_absence, [name for name in optional if name not in listing.files]))
     return Fetched(listing.revision, dict(zip(wanted, paths, strict=True)))
 
 
@@ -112,7 +147,7 @@ def list_files(repo: str, revision: str | None, token: str | bool | None) -> Lis
     if not info.sha:
         raise DownloadError(f"the Hub names no commit for {repo}; it may be empty.")
     files = {
-        s.rfilename: RemoteFile(s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
+        s.rfilename: RemoteFile(s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id)
         for s in info.siblings or []
     }
     return Listing(info.sha, files, bool(info.private))
@@ -132,7 +167,8 @@ def from_cache(place: Place, required: Sequence[str], optional: Sequence[str]) -
         if isinstance(path, str):
             found[name] = Path(path)
             revision = _commit_of(found[name], name)
-            _check_cached(place.repo, name, found[name])
+            if len(blob := _blob_hash(found[name])) in (40, 64):
+                _check_hash(place.repo, name, found[name], blob)
         elif path is None or name in required:
             raise LookupError(name)
     return Fetched(revision, found)
@@ -150,7 +186,9 @@ class _Session:
         path = Path(self._download(name, self.listing.revision if revision == "" else revision, file.size))
         if _commit_of(path, name) != self.listing.revision:
             raise DownloadError(f"{self.repo} was changed while it was being fetched: try again.")
-        _check_hash(self.repo, name, path, file)
+        if file.digest is None:
+            raise DownloadError(f"{self.repo}: the Hub lists no hash of {name}, so it can't be checked.")
+        _check_hash(self.repo, name, path, file.digest)
         return path
 
     def note_absence(self, name: str) -> None:
@@ -199,14 +237,6 @@ def _meter(what: str, size: int, shown: bool) -> type[tqdm]:
     return Meter
 
 
-def _in_threads(function: Callable[[str], Result], names: Iterable[str]) -> list[Result]:
-    threads = ThreadPoolExecutor(THREADS)
-    try:
-        return list(threads.map(function, names))
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
 def _check_size(place: Place, name: str, listing: Listing, max_bytes: int) -> None:
     if name not in listing.files:
         raise DownloadError(f"{place.repo} at {listing.revision} has no file {name}.")
@@ -218,43 +248,26 @@ def _check_size(place: Place, name: str, listing: Listing, max_bytes: int) -> No
         )
 
 
-def _check_hash(repo: str, name: str, path: Path, file: RemoteFile) -> None:
-    """Refuses a fetched file that doesn't have the hash that the Hub lists."""
-    expected = file.sha256 or file.git_sha1
-    if expected is None:
-        raise DownloadError(f"{repo}: the Hub lists no hash of {name}, so it can't be checked.")
-    found = sha256_file(path) if file.sha256 else _git_sha1(path)
-    if found != expected:
-        raise _discard(repo, name, path, expected, found)
+def _check_hash(repo: str, name: str, path: Path, expected: str) -> None:
+    """Refuses a file of the cache, and removes it, if it doesn't have this hash, or is named there after another."""
+    kind, found = ("sha256", sha256_file(path)) if len(expected) == 64 else ("git's sha1", _git_sha1(path))
     blob = _blob_hash(path)
-    if len(blob) == len(expected) and blob != expected:
-        raise _discard(repo, name, path, expected, blob)
-
-
-def _check_cached(repo: str, name: str, path: Path) -> None:
-    """Refuses a cached file that doesn't have the hash that its blob is named after."""
-    blob = _blob_hash(path)
-    if len(blob) in (40, 64):
-        found = sha256_file(path) if len(blob) == 64 else _git_sha1(path)
-        if found != blob:
-            raise _discard(repo, name, path, blob, found)
+    if found == expected and len(blob) == len(expected):
+        found = blob
+    if found == expected:
+        return
+    named = path.parent / path.readlink() if path.is_symlink() else path
+    for file in (path.resolve(), named, path):
+        file.unlink(missing_ok=True)
+    raise DownloadError(
+        f"{repo}: {name} is not the file that the Hub lists: {kind} expected {expected}, found {found}. It was not "
+        "kept: try again."
+    )
 
 
 def _blob_hash(path: Path) -> str:
     """The hash that the file's blob in huggingface_hub's cache is named after; "" where the cache has no links."""
     return path.readlink().name if path.is_symlink() else ""
-
-
-def _discard(repo: str, name: str, path: Path, expected: str, found: str) -> DownloadError:
-    """Removes a wrong file from the cache, and returns the error to raise."""
-    named = path.parent / path.readlink() if path.is_symlink() else path
-    for file in (path.resolve(), named, path):
-        file.unlink(missing_ok=True)
-    kind = "sha256" if len(expected) == 64 else "git's sha1"
-    return DownloadError(
-        f"{repo}: {name} is not the file that the Hub lists: {kind} expected {expected}, found {found}. It was not "
-        "kept: try again."
-    )
 
 
 def _git_sha1(path: Path) -> str:

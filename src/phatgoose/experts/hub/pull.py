@@ -16,8 +16,16 @@ from phatgoose.errors import DownloadError, ExpertError, PoolError
 from phatgoose.experts.adapters.formats import format_of, weights_file
 from phatgoose.experts.adapters.peft_lora import check_targets
 from phatgoose.experts.files import tokenizer_files
-from phatgoose.experts.hub.errors import hub_errors
-from phatgoose.experts.hub.fetch import TEXT_BYTES, Fetched, Listing, fetch, from_cache, list_files
+from phatgoose.experts.hub.fetch import (
+    MAX_BYTES,
+    TEXT_BYTES,
+    Fetched,
+    Listing,
+    fetch,
+    from_cache,
+    hub_errors,
+    list_files,
+)
 from phatgoose.experts.hub.place import Place
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.names import (
@@ -60,7 +68,9 @@ class Pulled:
                 shutil.copyfile(self.folder / name, work / name)
 
 
-def pull_expert(place: Place, drop: Collection[str], token: str | bool | None, max_bytes: int) -> Pulled:
+def pull_expert(
+    place: Place, drop: Collection[str], token: str | bool | None, max_bytes: int | None
+) -> Pulled:
     """The files of the expert in a repository, or in a folder of one.
 
     Raises:
@@ -91,7 +101,7 @@ def pull_expert(place: Place, drop: Collection[str], token: str | bool | None, m
     return Pulled(folder, HubSource(place.repo, fetched.revision, place.subfolder), None if named else name)
 
 
-def pull_pool(place: Place, token: str | bool | None, max_bytes: int) -> Pulled:
+def pull_pool(place: Place, token: str | bool | None, max_bytes: int | None) -> Pulled:
     """The files of the pool in a repository, or in a folder of one.
 
     Raises:
@@ -164,10 +174,11 @@ class _Remote:
         self,
         place: Place,
         token: str | bool | None,
-        max_bytes: int,
+        max_bytes: int | None,
         check: Callable[[Place, Listing], None],
     ) -> None:
-        self.place, self.token, self.max_bytes, self.check = place, token, max_bytes, check
+        self.place, self.token, self.check = place, token, check
+        self.max_bytes = MAX_BYTES if max_bytes is None else max_bytes
         self.listing: Listing | None = None
 
     def get(self, required: Sequence[str], optional: Sequence[str]) -> Fetched:

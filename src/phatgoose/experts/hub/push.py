@@ -12,8 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 
 from phatgoose.errors import PoolError, UploadError
 from phatgoose.experts.card.card import CARD_LIMIT_BYTES, is_made
-from phatgoose.experts.hub.errors import hub_errors
-from phatgoose.experts.hub.fetch import LIBRARY, Listing, fetch, list_files
+from phatgoose.experts.hub.fetch import LIBRARY, Listing, fetch, hub_errors, list_files
 from phatgoose.experts.hub.place import Place
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.names import CARD_FILE, CONFIG_FILE, EXPERT_FILES, INTERFACE_FILE, MANIFEST
