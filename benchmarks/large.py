@@ -40,7 +40,7 @@ def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A packed pool on disk, and how long it took."""
     from phatgoose.experts.manifest import new_manifest
     from phatgoose.experts.packed.pack import pack
-    from phatgoose.experts.pool_entries import place_expert
+    from phatgoose.experts.pool import place_expert
     from phatgoose.files import write_json
     from phatgoose.models.base.fingerprint import fingerprint
 

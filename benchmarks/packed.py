@@ -86,7 +86,7 @@ def random_expert(
 def write_pool(folder: Path, experts: int, layers: int) -> int:
     """A pool of random experts; returns the bytes of their tensors."""
     from phatgoose.experts.manifest import new_manifest
-    from phatgoose.experts.pool_entries import place_expert
+    from phatgoose.experts.pool import place_expert
     from phatgoose.files import write_json
     from phatgoose.models.base.fingerprint import fingerprint
 

@@ -6,11 +6,12 @@ Norms are computed from factors: of an update B A, ‖B A‖² = Σ (BᵀB) ∘ 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import all_identical
 from phatgoose.experts.files.tokenizer_files import differences, unchecked_warnings
 from phatgoose.ops.update import Update
+
+K = TypeVar("K")
 
 FACTOR, DEVIATIONS = 20.0, 3.0
 """An outlier is more than a factor of 20 · e^(3σ) from the median at the same module, where σ is 1.4826 times the
@@ -55,7 +58,10 @@ def warnings(
 
 def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[str]:
     """Warnings about experts whose updates or gates are of quite another size than the others', or say nothing."""
-    found, parallel = _Findings(), _ParallelGates()
+    findings: list[_Finding] = []
+    parallel: Counter[tuple[str, str]] = (
+        Counter()
+    )  # modules where two gates are parallel, less those where not
     paths = list(dict.fromkeys(path for e in experts for path in e.updates))
     for number, path in enumerate(paths):  # one module's tensors at a time: a pool may be larger than memory
         sizes: dict[str, dict[str, float]] = defaultdict(dict)
@@ -64,28 +70,38 @@ def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] |
             for part, size in part_norms(expert.updates[path]):
                 sizes[part][expert.name] = size
                 if part in ("update", "VeRA vectors") and size == 0:
-                    found.add(expert.name, "its update is zero, so it does nothing,", path)
+                    findings.append(_Finding(expert.name, "its update is zero, so it does nothing,", path))
             if expert.gates is not None:
                 gate = expert.gates[path].double()
                 if _is_flat(gate):
-                    found.add(expert.name, "its gate is constant, so it says nothing,", path)
+                    findings.append(_Finding(expert.name, "its gate is constant, so it says nothing,", path))
                 else:
                     gates[expert.name] = gate - gate.mean()
         sizes["gate"] = {name: float(gate.norm()) for name, gate in gates.items()}
         for part, values in sizes.items():
-            for name, ratio in outliers(values).items():
-                found.add(name, _OFF[part], path, ratio)
-            for name, size in values.items():
-                if not size <= LARGEST:
-                    found.add(
-                        name, f"the norm of its {part} is above {LARGEST:.0e}, which nothing sane is,", path
-                    )
-                if (times := _against_base(part, size, (weight_norms or {}).get(path, 0.0))) is not None:
-                    found.add(name, _BASE[part], path, times)
+            findings += _odd_sizes(part, values, path, (weight_norms or {}).get(path, 0.0))
         # All pairs of gates are compared, so at a sample of modules only.
         if number % max(1, len(paths) // MODULES) == 0:
-            parallel.add(gates)
-    return [*found.texts(), *parallel.texts()]
+            for pair, same in _compared(gates):
+                parallel[pair] += 1 if same else -1
+    return [
+        *_texts(findings),
+        *(
+            f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as well."
+            for (one, other), more in parallel.items()
+            if more > 0
+        ),
+    ]
+
+
+class _Finding(NamedTuple):
+    """What was found of an expert at one module."""
+
+    name: str
+    text: str
+    path: str
+    ratio: float | None = None
+    """What stands for {ratio} in the text."""
 
 
 _OFF = {
@@ -102,6 +118,35 @@ _BASE = {
     "update": "its update's norm is {ratio} times the base's own weight's",
     "DoRA magnitude": "its DoRA magnitude makes the weight's norm {ratio} times the base's own",
 }
+
+
+def _odd_sizes(part: str, values: Mapping[str, float], path: str, weight: float) -> Iterator[_Finding]:
+    """Sizes of a part at one module that are far from the others', from anything sane, or from the base's weight."""
+    for name, ratio in outliers(values).items():
+        yield _Finding(name, _OFF[part], path, ratio)
+    for name, size in values.items():
+        if not size <= LARGEST:
+            said = f"the norm of its {part} is above {LARGEST:.0e}, which nothing sane is,"
+            yield _Finding(name, said, path)
+        # An update that is larger than the weight, or a DoRA magnitude, the norm of the new weight, that isn't
+        # between half and twice the old one.
+        ratio = size / weight if weight > 0 else 1.0
+        if part in _BASE and (ratio > 1 if part == "update" else not 0.5 <= ratio <= 2):
+            yield _Finding(name, _BASE[part], path, ratio)
+
+
+def _texts(findings: Sequence[_Finding]) -> Iterator[str]:
+    """Each finding once, with the number of modules and the worst."""
+    places: dict[tuple[str, str], list[_Finding]] = defaultdict(list)
+    for finding in findings:
+        places[finding.name, finding.text].append(finding)
+    for (name, text), found in places.items():
+        worst = max(found, key=lambda f: abs(math.log(f.ratio)) if f.ratio else 0.0)
+        if worst.ratio is None:
+            yield f"{name}: {text} at {len(found)} modules (first: {found[0].path})."
+        else:
+            more = f", and so at {len(found) - 1} more modules" if len(found) > 1 else ""
+            yield f"{name}: {text.format(ratio=f'{worst.ratio:.3g}')} at {worst.path}{more}; is its scale right?"
 
 
 def part_norms(update: Update) -> Iterator[tuple[str, float]]:
@@ -121,12 +166,13 @@ def part_norms(update: Update) -> Iterator[tuple[str, float]]:
     if update.magnitude is not None:
         yield "DoRA magnitude", float(update.magnitude.double().norm())
     if update.shared is not None:
-        yield "VeRA vectors", float(update.shared.b.double().norm()) * float(update.shared.d.double().norm())
+        yield "VeRA vectors", _norm(update.shared.b) * _norm(update.shared.d)
     if (narrow := update.bottleneck) is not None:
-        yield (
-            "bottleneck",
-            abs(narrow.scale) * float(narrow.up.double().norm()) * float(narrow.down.double().norm()),
-        )
+        yield "bottleneck", abs(narrow.scale) * _norm(narrow.up) * _norm(narrow.down)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
 
 
 def outliers(values: Mapping[str, float]) -> dict[str, float]:
@@ -143,87 +189,43 @@ def outliers(values: Mapping[str, float]) -> dict[str, float]:
     return {name: math.exp(min(x - center, 700)) for name, x in logs.items() if abs(x - center) > limit}
 
 
-class _Findings:
-    """Collects findings at many modules, and reports each once, with the number of modules and the worst."""
-
-    def __init__(self) -> None:
-        self._at: dict[tuple[str, str], list[tuple[float, str, float | None]]] = defaultdict(list)
-
-    def add(self, name: str, text: str, path: str, ratio: float | None = None) -> None:
-        far = abs(math.log(ratio)) if ratio else 0.0
-        self._at[name, text].append((far, path, ratio))
-
-    def texts(self) -> Iterator[str]:
-        for (name, text), places in self._at.items():
-            _, path, ratio = max(places, key=lambda place: place[0])
-            if "{ratio}" in text:
-                where = f" at {path}" + (
-                    f", and so at {len(places) - 1} more modules" if len(places) > 1 else ""
-                )
-                yield f"{name}: {text.format(ratio=f'{ratio:.3g}')}{where}; is its scale right?"
-            else:
-                yield f"{name}: {text} at {len(places)} modules (first: {places[0][1]})."
-
-
-def _against_base(part: str, size: float, weight: float) -> float | None:
-    """How many times the base's weight a part is, if that is suspicious; else None.
-
-    It is for an update that is larger than the weight, and for a DoRA magnitude, the norm of the new weight, that
-    is not between half and twice the old one.
-    """
-    if weight <= 0 or part not in _BASE:
-        return None
-    ratio = size / weight
-    suspicious = ratio > 1 if part == "update" else not 0.5 <= ratio <= 2
-    return ratio if suspicious else None
-
-
 def _is_flat(gate: Tensor) -> bool:
     std = float(gate.std(correction=0))
     return std < 1e-6 or std < FLAT * abs(float(gate.mean()))
 
 
-class _ParallelGates:
-    """Finds pairs of experts whose gates point the same way, so that tokens always choose both."""
+def _compared(gates: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, str], bool]]:
+    """Each pair of experts, and whether their gates at one module (without their means) point the same way."""
+    # Of two values without their mean, gates are always parallel.
+    names = [name for name, gate in gates.items() if len(gate) > 2]
+    if len(names) < 2:
+        return
+    rows = torch.nn.functional.normalize(torch.stack([gates[name] for name in names]))
+    parallel = rows @ rows.T > PARALLEL
+    for i, one in enumerate(names):
+        for j, other in enumerate(names[:i]):
+            yield (other, one), bool(parallel[i, j])
 
-    def __init__(self) -> None:
-        self._both: Counter[tuple[str, str]] = Counter()
-        self._same: Counter[tuple[str, str]] = Counter()
 
-    def add(self, gates: Mapping[str, Tensor]) -> None:
-        """Compares the gates at one module, by expert and without their means."""
-        # Of two values without their mean, gates are always parallel.
-        names = [name for name, gate in gates.items() if len(gate) > 2]
-        if len(names) < 2:
-            return
-        rows = torch.nn.functional.normalize(torch.stack([gates[name] for name in names]))
-        cosines = rows @ rows.T
-        for i, one in enumerate(names):
-            for j, other in enumerate(names[:i]):
-                self._both[other, one] += 1
-                self._same[other, one] += bool(cosines[i, j] > PARALLEL)
-
-    def texts(self) -> Iterator[str]:
-        for (one, other), count in self._same.items():
-            if count > self._both[one, other] / 2:
-                yield (
-                    f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as "
-                    "well."
-                )
+def _by(key: Callable[[Expert], Iterable[K]], experts: Iterable[Expert]) -> dict[K, list[Expert]]:
+    """The experts by each of their keys."""
+    found: dict[K, list[Expert]] = defaultdict(list)
+    for expert in experts:
+        for one in key(expert):
+            found[one].append(expert)
+    return found
 
 
 def _bases(experts: Sequence[Expert]) -> Iterator[str]:
     """A warning if the experts' configs name different bases, and no fingerprints say that these are one."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for expert in experts:
-        if expert.base_name is not None:
-            names[expert.base_name.rstrip("/")].append(expert.name)
-    checked = {e.base_name.rstrip("/") for e in experts if e.base_name is not None and e.base is not None}
-    if len(names.keys() - checked) + bool(checked) < 2:
+    named = _by(lambda e: [e.base_name.rstrip("/")] if e.base_name is not None else [], experts)
+    checked = {base for base, owners in named.items() if any(e.base is not None for e in owners)}
+    if len(named.keys() - checked) + bool(checked) < 2:
         return
     listed = "; ".join(
-        f"{brief(base)} ({', '.join(owners[:8])}{f' and {len(owners) - 8} more' if len(owners) > 8 else ''})"
-        for base, owners in names.items()
+        f"{brief(base)} ({', '.join(e.name for e in owners[:8])}"
+        f"{f' and {len(owners) - 8} more' if len(owners) > 8 else ''})"
+        for base, owners in named.items()
     )
     yield (
         f"{DIFFERENT_BASES}: {listed}. These may be copies of one model, or models of one shape; without a "
@@ -260,14 +262,12 @@ def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
 
 def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
     """Warnings about experts that are the only ones at some modules."""
-    owners: dict[str, list[str]] = defaultdict(list)
-    for expert in experts:
-        for path in expert.updates:
-            owners[path].append(expert.name)
+    if len(experts) < 2:
+        return
     alone: dict[str, list[str]] = defaultdict(list)
-    for path, names in owners.items():
-        if len(experts) > 1 and len(names) == 1:
-            alone[names[0]].append(path)
+    for path, owners in _by(lambda e: e.updates, experts).items():
+        if len(owners) == 1:
+            alone[owners[0].name].append(path)
     for name, paths in alone.items():
         yield (
             f"{name}: the only expert at {len(paths)} modules (first: {paths[0]}); there it competes only with the "
@@ -277,25 +277,17 @@ def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
 
 def _duplicates(experts: Sequence[Expert]) -> Iterator[str]:
     """Warnings about adapters that are in the pool twice."""
-    alike: dict[bytes, list[Expert]] = defaultdict(list)
-    for expert in experts:
-        alike[_quick_hash(expert)].append(expert)
-    for group in alike.values():
-        for i, one in enumerate(group):
-            for other in group[:i]:
-                if all_identical(one.tensors, other.tensors):
-                    names = f"{other.name} and {one.name}"
-                    yield f"{names}: the same adapter twice; together they take both places of a top-2."
+    for group in _by(lambda e: [_quick_hash(e)], experts).values():
+        for other, one in itertools.combinations(group, 2):
+            if all_identical(one.tensors, other.tensors):
+                names = f"{other.name} and {one.name}"
+                yield f"{names}: the same adapter twice; together they take both places of a top-2."
 
 
 def _quick_hash(expert: Expert) -> bytes:
     """A hash of an adapter's names and shapes and of its smallest tensor: equal adapters have equal ones."""
-    digest = hashlib.sha256()
-    for key in sorted(expert.tensors):
-        tensor = expert.tensors[key]
-        digest.update(f"{key}{tensor.dtype}{list(tensor.shape)}".encode())
-    smallest = min(sorted(expert.tensors), key=lambda key: expert.tensors[key].numel())
-    digest.update(
-        expert.tensors[smallest].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    )
-    return digest.digest()
+    tensors = expert.tensors
+    shapes = [(key, tensors[key].dtype, tuple(tensors[key].shape)) for key in sorted(tensors)]
+    smallest = tensors[min(sorted(tensors), key=lambda key: tensors[key].numel())]
+    raw = smallest.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(repr(shapes).encode() + raw).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ import torch
 
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts import health
+from phatgoose.experts.card.card import Facts, read_object, write_pool_card
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.manifest import (
     expert_folder,
     is_unfinished,
@@ -24,11 +27,10 @@ from phatgoose.experts.manifest import (
     sweep,
     verify_files,
 )
-from phatgoose.experts.names import MANIFEST
+from phatgoose.experts.names import CONFIG_FILE, EXPERT_FILES, GATES_FILE, MANIFEST, RECORD_FILE
 from phatgoose.experts.packed.expert import PackedExpert, PackedRows, gate_stack, rows_in_place
 from phatgoose.experts.packed.open import PackedPoolReader
-from phatgoose.experts.pool_entries import place_expert, write_description
-from phatgoose.files import storage_errors, work_place, write_json
+from phatgoose.files import sha256_file, storage_errors, work_place, write_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.ops.update import sizes_agree
 from phatgoose.records import Fingerprint, HubSource
@@ -145,7 +147,7 @@ class Pool:
         folder = Path(folder)
         make_folder(folder)
         with lock(folder):
-            old = manifest = manifest_or_new(folder)
+            manifest = manifest_or_new(folder)
             if not replace and (folder / MANIFEST).exists():
                 raise PoolError(
                     f"{folder} is a pool already: use `phatgoose pool add`, or choose another folder."
@@ -156,10 +158,7 @@ class Pool:
                     "`pool remove` (add_to_folder, remove_from_folder), unpack it first, or choose another folder."
                 )
             entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
-            manifest = new_manifest(entries, self.base)
-            write_json(folder / MANIFEST, manifest)  # from here on it is the new pool
-            sweep(folder, manifest, old["experts"])
-            write_description(folder, manifest)
+            write_pool(folder, new_manifest(entries, self.base), before=manifest["experts"])
         return folder
 
     @staticmethod
@@ -282,11 +281,7 @@ def raise_all(failures: Sequence[PhatgooseError], title: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a pool's folder if there is none.
-
-    Raises:
-        PoolError: something else is there. StorageError: no space or no permission.
-    """
+    """Makes a pool's folder if there is none; something else that is there is refused."""
     if folder.exists() and not (folder / MANIFEST).exists() and not is_unfinished(folder):
         raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
     with storage_errors(folder):
@@ -296,3 +291,79 @@ def make_folder(folder: Path) -> None:
 def manifest_or_new(folder: Path) -> dict[str, Any]:
     """The pool's manifest, or a new one if there is none. The caller holds the lock."""
     return read_manifest(folder) if (folder / MANIFEST).exists() else new_manifest([], None)
+
+
+def place_expert(folder: Path, expert: Expert, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Writes `expert` into the pool in `folder`, unless it is there already, and returns its manifest entry.
+
+    Args:
+        entries: of the experts that the pool has.
+    """
+    for entry in entries:
+        if entry["name"] == expert.name and _has_expert(folder / entry["folder"], expert, entry):
+            return _entry(expert, entry["folder"], entry["files"])
+    taken = {entry["folder"] for entry in entries}
+    relative, number = f"experts/{expert.name}", 1
+    # A folder that no entry names was left by a process that was killed before it wrote the manifest: if it
+    # holds this very expert, it is used.
+    while relative in taken or (
+        os.path.lexists(folder / relative) and not _has_expert(folder / relative, expert)
+    ):
+        number += 1
+        relative = f"experts/{expert.name}.{number}"
+    place = folder / relative
+    if not place.exists():
+        expert.save(place)
+    names = [name for name in EXPERT_FILES if (place / name).exists()]
+    return _entry(expert, relative, {name: sha256_file(place / name) for name in names})
+
+
+def _entry(expert: Expert, relative: str, files: dict[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": expert.name, "folder": relative, "files": files}
+    return entry if expert.origin is None else {**entry, "source": expert.origin.to_json()}
+
+
+def _has_expert(place: Path, expert: Expert, entry: dict[str, Any] | None = None) -> bool:
+    """Whether `place` is a folder, not a link, with this very expert, and with the files of `entry`."""
+    try:
+        if entry is not None:
+            verify_files(SafeFolder(place, PoolError, links_checked=True), entry)
+        return not place.is_symlink() and Expert.load(place, name=expert.name).equals(expert)
+    except PhatgooseError:
+        return False
+
+
+def write_pool(folder: Path, manifest: Mapping[str, Any], before: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes a manifest, from which on the folder is this pool; deletes what it no longer needs; writes its card.
+
+    Args:
+        before: entries of the experts that the pool had.
+    """
+    write_json(folder / MANIFEST, manifest)
+    sweep(folder, manifest, before)
+    write_description(folder, manifest)
+
+
+def write_description(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the pool's README.md, from the manifest and the experts' small files; what can't be read is left out."""
+    facts = [
+        Facts(
+            entry["name"],
+            _object(folder, entry, CONFIG_FILE),
+            _object(folder, entry, RECORD_FILE).get("provenance"),
+            GATES_FILE in entry["files"],
+            origin=str(origin_of(entry) or ""),
+        )
+        for entry in manifest["experts"]
+    ]
+    base = manifest.get("base")
+    spec = base.get("spec") if isinstance(base, dict) else None
+    folders = [entry["folder"] for entry in manifest["experts"]]
+    write_pool_card(folder, list(zip(facts, folders, strict=True)), spec if isinstance(spec, str) else None)
+
+
+def _object(folder: Path, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    try:
+        return read_object(expert_folder(folder, entry).path / name)
+    except PoolError:  # a link out of the pool
+        return {}

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.hub.push import PushOptions, push_pool
-from phatgoose.experts.manifest import lock, read_manifest, sweep
+from phatgoose.experts.manifest import lock, read_manifest
 from phatgoose.experts.names import MANIFEST
 from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.packed.pack import append, check_packed
-from phatgoose.experts.pool import Pool, make_folder, manifest_or_new, raise_all
-from phatgoose.experts.pool_entries import place_expert, write_description
+from phatgoose.experts.pool import (
+    Pool,
+    make_folder,
+    manifest_or_new,
+    place_expert,
+    raise_all,
+    write_description,
+    write_pool,
+)
 from phatgoose.files import write_json
 from phatgoose.records import HubSource
 from phatgoose.registry import unknown
+
+if TYPE_CHECKING:
+    from phatgoose.experts.hub.push import PushOptions
 
 
 def add_to_folder(folder: str | Path, expert: Expert) -> None:
@@ -48,12 +57,10 @@ def remove_from_folder(folder: str | Path, name: str) -> None:
     with lock(folder):
         manifest = read_manifest(folder)
         entries = manifest["experts"]
-        if name not in [e["name"] for e in entries]:
-            raise unknown("expert", name, [e["name"] for e in entries])
-        manifest = {**manifest, "experts": [e for e in entries if e["name"] != name]}
-        write_json(folder / MANIFEST, manifest)
-        sweep(folder, manifest, entries)
-        write_description(folder, manifest)
+        if name not in (names := [e["name"] for e in entries]):
+            raise unknown("expert", name, names)
+        kept = [e for e in entries if e["name"] != name]
+        write_pool(folder, {**manifest, "experts": kept}, before=entries)
 
 
 def verify_folder(folder: str | Path) -> Pool:
@@ -81,8 +88,9 @@ def push_folder(folder: str | Path, repo: str, options: PushOptions | None = Non
     Raises:
         UploadError: as `Pool.push` does. PoolError: it is no pool, or an empty one.
     """
+    from phatgoose.experts.hub.push import PushOptions, push_pool  # here, since it takes long
+
     folder, options = Path(folder), options or PushOptions()
-    manifest: dict[str, Any] = read_manifest(folder)
-    if "packed" in manifest:  # published as one folder an expert, which plain PEFT loads too
+    if "packed" in read_manifest(folder):  # published as one folder an expert, which plain PEFT loads too
         return Pool.load(folder).push(repo, **vars(options))
     return push_pool(folder, repo, options)

@@ -28,9 +28,9 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import check_finite
 from phatgoose.experts.files.torch_file import map_torch_file
 from phatgoose.experts.manifest import new_manifest
-from phatgoose.experts.names import MANIFEST, check_name
-from phatgoose.experts.pool_entries import place_expert, write_description
-from phatgoose.files import atomic_folder, write_json
+from phatgoose.experts.names import check_name
+from phatgoose.experts.pool import place_expert, write_pool
+from phatgoose.files import atomic_folder
 from phatgoose.records import Fingerprint
 
 RANK = 16
@@ -145,9 +145,7 @@ def import_reference(
             expert = _build_expert(checkpoint, contents, config, base, i, called[i], tensors)
             entries.append(place_expert(work, expert, []))
             progress(i + 1, contents.experts)
-        manifest = new_manifest(entries, base.fingerprint)
-        write_json(work / MANIFEST, manifest)
-        write_description(work, manifest)
+        write_pool(work, new_manifest(entries, base.fingerprint))
     return contents
 
 
