@@ -29,10 +29,9 @@ from phatgoose.experts.files.safetensors_file import (
     read_tensor_file,
     write_header,
 )
-from phatgoose.experts.gates import check_made_for
-from phatgoose.experts.names import PEFT_WEIGHTS, SIGNATURE_FILE
+from phatgoose.experts.gates import check_made_for, check_vectors
+from phatgoose.experts.names import PEFT_WEIGHTS
 from phatgoose.files import write_bytes
-from phatgoose.ops.update import Update, sizes_agree
 
 MOST_TEXTS, MOST_WIDTH = 1000, 8192
 ACTIVATIONS, TEXTS = "activations/", "texts"
@@ -126,22 +125,11 @@ class DataSignature:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def check_fits(self, updates: Mapping[str, Update], where: str) -> None:
+    def check_fits(self, sizes: Mapping[str, tuple[int, int, bool]], where: str) -> None:
         """Refuses activations that aren't one vector for each module that the expert adapts, of its size."""
-        if not self.has_activations:
-            return
-        found = {n.removeprefix(ACTIVATIONS): shape[0] for n, shape in self._shapes.items() if n != TEXTS}
-        if found.keys() != updates.keys():
-            odd = sorted(found.keys() ^ updates.keys())[0]
-            raise ExpertError(
-                f"{where}: {SIGNATURE_FILE} must have activations of every adapted module and of none else; {odd} "
-                "differs."
-            )
-        for path, width in found.items():
-            if not sizes_agree(width, updates[path].gate_dim):
-                raise ExpertError(
-                    f"{where}: the mean activation of {path} has {width} values, expected {updates[path].gate_dim}."
-                )
+        if self.has_activations:
+            found = {n.removeprefix(ACTIVATIONS): shape for n, shape in self._shapes.items() if n != TEXTS}
+            check_vectors(found, sizes, "mean activation", where)
 
     def write(self, target: Path, adapter_sha256: str) -> None:
         """Writes signature.safetensors: a copy of the file that was read if it still holds the same."""

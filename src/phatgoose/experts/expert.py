@@ -67,9 +67,9 @@ class Expert:
         object.__setattr__(self, "updates", contents.updates)
         object.__setattr__(self, "base_copies", contents.base_copies)
         if self.gates is not None:
-            object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
+            object.__setattr__(self, "gates", checked_gates(self.gates, self.sizes, self._where()))
         if self.signature is not None:
-            self.signature.check_fits(self.updates, self._where())
+            self.signature.check_fits(self.sizes, self._where())
         _ = self.base  # so that a wrong record is refused here, not later
 
     def __repr__(self) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError, brief
+from phatgoose.experts.files.safetensors_file import check_finite
 from phatgoose.experts.names import PEFT_WEIGHTS
-from phatgoose.ops.update import Update, sizes_agree
+from phatgoose.ops.update import sizes_agree
 
 FORMAT = {"format": "phatgoose-gates", "version": "1"}
 
@@ -49,25 +50,34 @@ def check_made_for(
         )
 
 
-def checked_gates(
-    gates: Mapping[str, Tensor], updates: Mapping[str, Update], where: str
-) -> dict[str, Tensor]:
-    """The gates in float32 on the CPU, checked: one for each module that the expert adapts, of the right size, finite.
+def check_vectors(
+    shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, tuple[int, int, bool]], what: str, where: str
+) -> None:
+    """Refuses vectors that aren't one for each module that an expert adapts, of the size that a gate has there.
 
-    Raises:
-        ExpertError: naming the module.
+    Args:
+        shapes: of the vectors, by module path.
+        sizes: as `Expert.sizes`.
+        what: what a vector is, as in "gate".
     """
-    for path in updates:
-        if path not in gates:
-            raise ExpertError(f"{where}: no gate for module {path}, which the expert adapts.")
-    checked = {}
+    if missing := sorted(sizes.keys() - shapes.keys()):
+        raise ExpertError(f"{where}: no {what} for module {missing[0]}, which the expert adapts.")
+    if others := sorted(shapes.keys() - sizes.keys()):
+        raise ExpertError(
+            f"{where}: there is a {what} for module {others[0]}, which the expert doesn't adapt."
+        )
+    for path, shape in shapes.items():
+        d_in, d_out, embedding = sizes[path]
+        expected = d_out if embedding else d_in
+        if len(shape) != 1 or not sizes_agree(shape[0], expected):
+            raise ExpertError(f"{where}: {what} of {path} has shape {list(shape)}, expected [{expected}].")
+
+
+def checked_gates(
+    gates: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int, bool]], where: str
+) -> dict[str, Tensor]:
+    """The gates in float32 on the CPU, checked: finite, and one for each module that the expert adapts."""
+    check_vectors({path: tuple(gate.shape) for path, gate in gates.items()}, sizes, "gate", where)
     for path, gate in gates.items():
-        if path not in updates:
-            raise ExpertError(f"{where}: there is a gate for module {path}, which the expert doesn't adapt.")
-        expected = updates[path].gate_dim
-        if gate.ndim != 1 or not sizes_agree(gate.shape[0], expected):
-            raise ExpertError(f"{where}: gate of {path} has shape {list(gate.shape)}, expected [{expected}].")
-        checked[path] = gate.detach().to("cpu", torch.float32)
-        if not torch.isfinite(checked[path]).all():
-            raise ExpertError(f"{where}: gate of {path} has values that are NaN or infinite.")
-    return checked
+        check_finite(gate, f"{where}: gate of {path}")
+    return {path: gate.detach().to("cpu", torch.float32) for path, gate in gates.items()}

@@ -191,9 +191,9 @@ class PackedExpert(Expert):
         object.__setattr__(self, "updates", LazyTensors(source, source.layout.updates, source.update))
         object.__setattr__(self, "base_copies", LazyTensors(source, source.layout.copies, source.base_copy))
         if self.gates is not None and not isinstance(self.gates, LazyTensors):
-            object.__setattr__(self, "gates", checked_gates(self.gates, self.updates, self._where()))
+            object.__setattr__(self, "gates", checked_gates(self.gates, self.sizes, self._where()))
         if self.signature is not None:
-            self.signature.check_fits(source.layout.updates, self._where())
+            self.signature.check_fits(self.sizes, self._where())
 
     @property
     def sizes(self) -> Mapping[str, tuple[int, int, bool]]:

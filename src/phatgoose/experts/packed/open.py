@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from phatgoose.errors import ExpertError, PoolError, brief
+from phatgoose.errors import PoolError, brief
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.data_signature import StoredSignature
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import Header, Item, parse_header, read_header
 from phatgoose.experts.folder import read_record
-from phatgoose.experts.gates import FORMAT, check_made_for
+from phatgoose.experts.gates import FORMAT, check_made_for, check_vectors
 from phatgoose.experts.names import (
     CONFIG_FILE,
     GATES_FILE,
@@ -30,7 +30,6 @@ from phatgoose.experts.names import (
 from phatgoose.experts.packed.expert import PackedExpert, PackedSource, gate_stack, packed_expert
 from phatgoose.experts.packed.layout import Layout, layout_of
 from phatgoose.experts.packed.stack_file import StackFile
-from phatgoose.ops.update import sizes_agree
 
 STACKS_FILE = re.compile(r"packed/stacks-[0-9]{1,9}\.safetensors")
 SMALL_BYTES = 64 * 2**20
@@ -155,7 +154,8 @@ class PackedPoolReader:
         unstacked = _unstacked(rest, GATES_FILE)
         key = (id(header.items), id(layout), unstacked)
         if key not in self._gate_layouts:
-            _check_gate_shapes(path, header, layout)
+            shapes = {name: item.shape for name, item in header.items.items()}
+            check_vectors(shapes, layout.sizes, "gate", str(path))
             stacked = sorted(name for name in header.items if name not in unstacked)
             last = [
                 self._last_row(gate_stack(n), header.items[n].shape[0], torch.float32, 1) for n in stacked
@@ -224,20 +224,6 @@ def _unstacked(rest: Header | None, name: str) -> frozenset[str]:
     """The keys of adapter_model.safetensors or gates.safetensors (`name`) that are in the rest, not in a stack."""
     keys = rest.items if rest is not None else ()
     return frozenset(k.removeprefix(f"{name}/") for k in keys if k.startswith(f"{name}/"))
-
-
-def _check_gate_shapes(path: Path, header: Header, layout: Layout) -> None:
-    """Refuses gates that aren't one vector for each adapted module, of its size."""
-    if header.items.keys() != layout.sizes.keys():
-        odd = sorted(header.items.keys() ^ layout.sizes.keys())[0]
-        raise ExpertError(
-            f"{path}: there must be a gate for every adapted module and none else; {odd} differs."
-        )
-    for name, item in header.items.items():
-        d_in, d_out, embedding = layout.sizes[name]
-        expected = d_out if embedding else d_in
-        if len(item.shape) != 1 or not sizes_agree(item.shape[0], expected):
-            raise ExpertError(f"{path}: gate of {name} has shape {list(item.shape)}, expected [{expected}].")
 
 
 def _check_rest(place: Path, expected: Mapping[str, Item], rest: Header | None) -> None:
