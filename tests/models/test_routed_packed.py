@@ -34,10 +34,10 @@ def logits(model, inputs):
 def poison(folder, name):
     """Overwrites an expert's rows with NaN."""
     source = Pool.load(folder)[name].source
-    with writing(source.file.path) as writer:
+    with writing(source.file.path) as put:
         for pair in source.layout.pairs.values():
             for stack, width in zip((pair.down, pair.up), pair.widths, strict=True):
-                writer.put(stack, source.starts[pair.index], torch.full((pair.rank, width), torch.nan))
+                put(stack, source.starts[pair.index], torch.full((pair.rank, width), torch.nan))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])

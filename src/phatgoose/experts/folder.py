@@ -52,11 +52,7 @@ def read_plain(
 
 
 def read_folder(path: Path, name: str | None, drop: Collection[str]) -> dict[str, Any]:
-    """The arguments of `Expert` for its folder, every file verified.
-
-    Raises:
-        ExpertError: naming the file, what was expected and what was found.
-    """
+    """The arguments of `Expert` for its folder, every file verified."""
     config, adapter = read_adapter(path, drop)
     folder = SafeFolder(path)
     record, weights = read_record(folder), path / weights_file(config)
@@ -105,9 +101,6 @@ def check_replaceable(folder: Path, keeps_card: bool = False) -> None:
 
     Args:
         keeps_card: a README.md that somebody wrote may be there, since the expert was read from this very folder.
-
-    Raises:
-        ExpertError: it holds other files.
     """
     if not folder.is_dir():
         return

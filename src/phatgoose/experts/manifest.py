@@ -46,11 +46,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A pool's manifest; its list of experts is well formed and names nothing outside the pool.
-
-    Raises:
-        PoolError: what is wrong with it.
-    """
+    """A pool's manifest; its list of experts is well formed and names nothing outside the pool."""
     files, path = SafeFolder(folder, PoolError), folder / MANIFEST
     if not files.exists():
         raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
@@ -91,11 +87,7 @@ def origin_of(entry: Mapping[str, Any]) -> HubSource | None:
 
 
 def expert_folder(folder: Path, entry: Mapping[str, Any]) -> SafeFolder:
-    """An expert's folder from its manifest entry; neither it nor a file in it is a link out of the pool.
-
-    Raises:
-        PoolError: one is, or there is no permission to look.
-    """
+    """An expert's folder from its manifest entry; neither it nor a file in it is a link out of the pool."""
     place, root = folder / entry["folder"], folder.resolve()
     try:
         for path in (place, *(place / name for name in (*EXPERT_FILES, *PACKED_FILES))):

@@ -39,11 +39,7 @@ def slug(text: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Refuses what can't name an expert: the name is a folder in a pool, and part of what people type.
-
-    Raises:
-        ExpertError: with a similar name that is valid.
-    """
+    """Refuses what can't name an expert: the name is a folder in a pool, and part of what people type."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ExpertError(
             f"{brief(name)} can't name an expert: use letters, digits, '.', '_', '-' (at most 100, starting with a "

@@ -59,11 +59,7 @@ def weights_file(config: Mapping[str, Any]) -> str:
 def to_contents(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, drop: Collection[str] = ()
 ) -> peft.Contents:
-    """The update of every adapted module, in either format.
-
-    Raises:
-        ExpertError: a setting isn't handled, or a tensor is unknown, missing or of the wrong shape.
-    """
+    """The update of every adapted module, in either format."""
     if format_of(config) == "AdapterHub":
         return adapterhub.to_contents(config, tensors, where)
     return peft.to_contents(config, tensors, where, drop)

@@ -31,11 +31,7 @@ _HUGE = 1.7976931348623157e308
 
 
 class Settings:
-    """A LoRA adapter's settings, resolved for a module as PEFT does it.
-
-    Raises:
-        ExpertError: a setting isn't what PEFT takes.
-    """
+    """A LoRA adapter's settings, resolved for a module as PEFT does it."""
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self._where = where

@@ -74,11 +74,7 @@ class Patterns:
             ) from cause
 
     def find(self, path: str, default: Any) -> Any:
-        """The value for a module path, or `default` if no pattern matches it.
-
-        Raises:
-            ExpertError: matching takes too long.
-        """
+        """The value for a module path, or `default` if no pattern matches it."""
         if not self._others and len(self._values) < _FEW:  # this is quicker than asking for the time
             first = self._first_plain(path) if self._values else None
             return default if first is None else self._values[first]

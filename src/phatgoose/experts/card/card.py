@@ -212,9 +212,6 @@ def own_card(folder: Path) -> bytes | None:
     """The card in `folder` if somebody wrote it: if it is neither ours nor PEFT's empty template.
 
     Only links within the folder and into the Hub's cache are followed, since what they lead to is copied and published.
-
-    Raises:
-        ExpertError: it is too large to be one.
     """
     path = folder / CARD_FILE
     if not path.is_file():

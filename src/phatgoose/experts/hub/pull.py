@@ -71,11 +71,7 @@ class Pulled:
 def pull_expert(
     place: Place, drop: Collection[str], token: str | bool | None, max_bytes: int | None
 ) -> Pulled:
-    """The files of the expert in a repository, or in a folder of one.
-
-    Raises:
-        DownloadError: it can't be fetched, is too large, or isn't what the Hub lists. ExpertError: it can't be used.
-    """
+    """The files of the expert in a repository, or in a folder of one."""
     with hub_errors(f"fetch {place}", place.repo, token):
         remote = _Remote(place, token, max_bytes, _check_is_expert)
         # The config comes first: it names the weights file, and may already be a reason to refuse the adapter.
@@ -102,12 +98,7 @@ def pull_expert(
 
 
 def pull_pool(place: Place, token: str | bool | None, max_bytes: int | None) -> Pulled:
-    """The files of the pool in a repository, or in a folder of one.
-
-    Raises:
-        DownloadError: it can't be fetched, is too large, or isn't what the Hub lists. PoolError: its manifest is
-            refused.
-    """
+    """The files of the pool in a repository, or in a folder of one."""
     with hub_errors(f"fetch {place}", place.repo, token):
         remote = _Remote(place, token, max_bytes, _check_is_pool)
         first = remote.get((MANIFEST,), (CARD_FILE,))
@@ -125,11 +116,7 @@ def pull_pool(place: Place, token: str | bool | None, max_bytes: int | None) -> 
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that a pool can't be copied to.
-
-    Raises:
-        PoolError: it holds something else, or a pool that isn't to be replaced (`overwrite`).
-    """
+    """Refuses a folder that a pool can't be copied to."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():

@@ -64,9 +64,6 @@ def layout_of(
 
     Args:
         unstacked: the keys that are in no stack; None to choose them: all but low-rank pairs of one dtype.
-
-    Raises:
-        ExpertError: as `to_contents` does.
     """
     # The same code that reads real tensors is run on tensors without values; their identity then tells which key
     # became which matrix.

@@ -82,11 +82,7 @@ class PackedPoolReader:
         self._gate_layouts: dict[Any, _GateLayout] = {}
 
     def expert(self, folder: SafeFolder, entry: Mapping[str, Any]) -> PackedExpert:
-        """The expert of one of the manifest's entries, with its folder.
-
-        Raises:
-            PoolError, ExpertError: naming the file, what was expected and what was found.
-        """
+        """The expert of one of the manifest's entries, with its folder."""
         packed = entry["packed"]
         if not isinstance(packed, dict) or not isinstance(packed.get("files"), dict):
             raise PoolError(f"{self._where}: expert {entry['name']!r} lacks its rows or its files' hashes.")

@@ -42,7 +42,7 @@ from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, MANIFEST, 
 from phatgoose.experts.packed.expert import PackedExpert, PackedSource, gate_stack
 from phatgoose.experts.packed.layout import Layout, layout_of
 from phatgoose.experts.packed.open import SMALL_BYTES, PackedPoolReader, to_runs
-from phatgoose.experts.packed.stack_file import StackShape, StackWriter, create_stacks, writing
+from phatgoose.experts.packed.stack_file import StackShape, create_stacks, writing
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_file, write_bytes, write_json
 
@@ -119,8 +119,8 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
         return
     used = dict(reader.used)
     with _swept_on_error(folder, manifest, [entry]):
-        with writing(reader.file.path) as writer:
-            added = _write_expert(expert, entry, writer, used)
+        with writing(reader.file.path) as put:
+            added = _write_expert(expert, entry, put, used)
         packed = {**manifest["packed"], "used": used}
         whole = {**manifest, "experts": [*manifest["experts"], added], "packed": packed}
         check_bytes(PackedPoolReader(folder, whole).expert(expert.folder, added).source)
@@ -129,11 +129,7 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
 
 
 def check_packed(expert: PackedExpert) -> None:
-    """Reads everything of a packed expert: its bytes must have the sha256 of the manifest, its values must be finite.
-
-    Raises:
-        PoolError, ExpertError: what is damaged.
-    """
+    """Reads everything of a packed expert: its bytes must have the sha256 of the manifest, its values must be finite."""
     check_bytes(expert.source)
     if expert.signature is not None:
         _ = expert.signature.texts  # reads and checks all of it
@@ -167,9 +163,9 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
     with _swept_on_error(folder, manifest):
         create_stacks(path, stack_shapes(inputs(), spare))
         used: dict[str, int] = {}
-        with writing(path) as writer:
+        with writing(path) as put:
             pairs = zip(entries.items(), inputs(), strict=True)
-            added = {name: _write_expert(expert, entry, writer, used) for (name, entry), expert in pairs}
+            added = {name: _write_expert(expert, entry, put, used) for (name, entry), expert in pairs}
         index = {"file": str(path.relative_to(folder)), "used": used}
         whole = [added.get(e["name"], e) for e in manifest["experts"]]
         packed = {**manifest, "version": PACKED_VERSION, "experts": whole, "packed": index}
@@ -285,19 +281,19 @@ def _has_room(reader: PackedPoolReader, shapes: Mapping[str, StackShape]) -> boo
 
 
 def _write_expert(
-    expert: PackInput, entry: Mapping[str, Any], writer: StackWriter, used: dict[str, int]
+    expert: PackInput, entry: Mapping[str, Any], put: Callable[[str, int, Tensor], None], used: dict[str, int]
 ) -> dict[str, Any]:
     """Writes an expert's rows after those in `used`, and its other files; returns its manifest entry."""
     starts, rows = [], []
     for pair in expert.layout.pairs.values():
         start = used.get(pair.down, 0)
-        writer.put(pair.down, start, expert.tensor(pair.key_a))
-        writer.put(pair.up, start, expert.tensor(pair.key_b).T)
+        put(pair.down, start, expert.tensor(pair.key_a))
+        put(pair.up, start, expert.tensor(pair.key_b).T)
         used[pair.down] = start + pair.rank
         starts.append(start)
     for path in expert.gate_paths:
         row = used.get(gate_stack(path), 0)
-        writer.put(gate_stack(path), row, expert.gate(path)[None])
+        put(gate_stack(path), row, expert.gate(path)[None])
         used[gate_stack(path)] = row + 1
         rows.append(row)
     packed = {"rows": to_runs(starts), "gates": to_runs(rows), "files": _write_rest(expert)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,7 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 class StackFile:
     """Stacks [capacity, width] by name, mapped into memory: only pages that are used become resident.
 
-    Don't write into the tensors.
-
-    Raises:
-        PoolError: it is no whole file of stacks.
-    """
+    Don't write into the tensors."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -107,34 +103,27 @@ def create_stacks(path: Path, shapes: Mapping[str, StackShape]) -> None:
             os.fsync(file.fileno())
 
 
-class StackWriter:
-    """Writes rows into a file of stacks."""
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[str, int, Tensor], None]]:
+    """A function that writes rows [n, width] into a stack from a row on; when the block ends, everything is on disk."""
+    raw, header = read_header(path, PoolError)
 
-    def __init__(self, path: Path, handle: int):
-        raw, self.header = read_header(path, PoolError)
-        self.path, self._handle, self._start = path, handle, len(raw)
-
-    def put(self, name: str, start: int, rows: Tensor) -> None:
-        """Writes rows [n, width] from row `start` on."""
-        item = self.header.items[name]
+    def put(name: str, start: int, rows: Tensor) -> None:
+        item = header.items[name]
         if rows.dtype != item.dtype or rows.shape[1:] != item.shape[1:] or start + len(rows) > item.shape[0]:
             raise PoolError(
-                f"{self.path}: rows {list(rows.shape)} of {rows.dtype} don't fit into {name!r} from {start} on."
+                f"{path}: rows {list(rows.shape)} of {rows.dtype} don't fit into {name!r} from {start} on."
             )
-        at = self._start + item.begin + start * item.shape[1] * item.dtype.itemsize
+        at = len(raw) + item.begin + start * item.shape[1] * item.dtype.itemsize
         data = bytes_of(rows)
         while data:
-            written = os.pwrite(self._handle, data, at)
+            written = os.pwrite(handle, data, at)
             at, data = at + written, data[written:]
 
-
-@contextmanager
-def writing(path: Path) -> Iterator[StackWriter]:
-    """A StackWriter; when the block ends, everything is on disk."""
     with storage_errors(path):
         handle = os.open(path, os.O_RDWR)
         try:
-            yield StackWriter(path, handle)
+            yield put
             os.fsync(handle)
         finally:
             os.close(handle)
