@@ -22,7 +22,7 @@ from phatgoose.ops.update import Update
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """3-D parameters that can be routed, in the order in which modules have them."""
 MOST_EXPERTS = 4096
-_WRAPPED = ".base_layer"
+_WRAPPED = re.compile(r"(?:\.base_layer)+$")
 _PART = re.compile(rf"(.+)\.\d+\.(?:{'|'.join(PARAMETERS)})")
 _LARGEST = 3.4028234663852886e38
 """The largest float32."""
@@ -139,12 +139,12 @@ def of_parameters(
         return updates
     modules: dict[str, list[str]] = {}  # each module's wrappers, the outermost first
     for path in sorted(found, key=len):
-        modules.setdefault(_unwrapped(path), []).append(path)
+        modules.setdefault(_WRAPPED.sub("", path), []).append(path)
     for module, paths in modules.items():
         names = _named(module, targets, len(paths))
         if not names or _is_linear(module, targets, [found[p] for p in paths], settings):
             continue
-        if [p.removeprefix(module) for p in paths] != [_WRAPPED * i for i in range(len(names))]:
+        if [p.removeprefix(module) for p in paths] != [".base_layer" * i for i in range(len(names))]:
             raise ExpertError(
                 f"{where}: {module} has tensors of {len(paths)} parameters, where target_parameters names "
                 f"{', '.join(names)}."
@@ -158,12 +158,6 @@ def owner_of(path: str) -> str | None:
     """The module with the 3-D parameter that an update at `path` is a part of; None if the path has another form."""
     match = _PART.fullmatch(path)
     return None if match is None else match[1]
-
-
-def _unwrapped(path: str) -> str:
-    while path.endswith(_WRAPPED):
-        path = path.removesuffix(_WRAPPED)
-    return path
 
 
 def _named(module: str, targets: tuple[str, ...], number: int) -> list[str]:

@@ -64,19 +64,6 @@ class Kind:
         return {re.split(r"\W", part)[0] for part in self.parts.values()}
 
 
-def _ia3(path: str, parts: Parts, where: str) -> Update:
-    """PEFT keeps l as [d_out, 1] if it scales the output, bias included, and as [1, d_in] if it scales the input."""
-    vector = parts["ia3"]
-    if vector.ndim != 2 or 1 not in vector.shape or vector.numel() == 1:
-        raise ExpertError(
-            f"{where}: module {path} has ia3_l {list(vector.shape)}, expected [d_out, 1] or [1, d_in] of more than "
-            "one value, so that it can be told whether it scales the output or the input."
-        )
-    if vector.shape[0] == 1:
-        return Update(*no_rows(vector.shape[1], None), input_scale=vector.reshape(-1))
-    return Update(*no_rows(None, vector.shape[0]), output_scale=vector.reshape(-1))
-
-
 def _all_lora(
     config: Mapping[str, Any], found: Mapping[str, Parts], _: Parts, where: str
 ) -> dict[str, Update]:
@@ -89,7 +76,21 @@ def _all_lora(
 
 
 def _all_ia3(_: Mapping[str, Any], found: Mapping[str, Parts], __: Parts, where: str) -> dict[str, Update]:
-    return {path: _ia3(path, parts, where) for path, parts in found.items()}
+    """PEFT keeps l as [d_out, 1] if it scales the output, bias included, and as [1, d_in] if it scales the input."""
+    updates = {}
+    for path, parts in found.items():
+        vector = parts["ia3"]
+        if vector.ndim != 2 or 1 not in vector.shape or vector.numel() == 1:
+            raise ExpertError(
+                f"{where}: module {path} has ia3_l {list(vector.shape)}, expected [d_out, 1] or [1, d_in] of more than "
+                "one value, so that it can be told whether it scales the output or the input."
+            )
+        flat = vector.reshape(-1)
+        if vector.shape[0] == 1:
+            updates[path] = Update(*no_rows(len(flat), None), input_scale=flat)
+        else:
+            updates[path] = Update(*no_rows(None, len(flat)), output_scale=flat)
+    return updates
 
 
 def _all_adalora(

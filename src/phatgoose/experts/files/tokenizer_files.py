@@ -40,10 +40,8 @@ def read_tokenizer_record(folder: Path) -> dict[str, Any] | None:
     there = [name for name in (*SMALL, WHOLE) if files.has(name)]
     if not there:
         return None
-    config = _json(files, CONFIG) if CONFIG in there else {}
-    template: Any = config.get("chat_template")
-    if TEMPLATE in there:
-        template = _text(files, TEMPLATE)
+    config = _json(files, CONFIG)
+    template: Any = _text(files, TEMPLATE) if TEMPLATE in there else config.get("chat_template")
     if isinstance(template, list):  # several under names
         template = next(
             (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
@@ -52,9 +50,8 @@ def read_tokenizer_record(folder: Path) -> dict[str, Any] | None:
     for number, token in _items(config.get("added_tokens_decoder")):
         if isinstance(token, dict) and str(number).isdigit():
             tokens[str(token.get("content"))] = int(number)
-    if ADDED in there:
-        tokens |= {text: number for text, number in _items(_json(files, ADDED)) if isinstance(number, int)}
-    if WHOLE in there and not tokens:
+    tokens |= {text: number for text, number in _items(_json(files, ADDED)) if isinstance(number, int)}
+    if not tokens:
         listed = _json(files, WHOLE).get("added_tokens")
         for token in listed if isinstance(listed, list) else ():
             if isinstance(token, dict) and isinstance(token.get("id"), int):
@@ -185,6 +182,7 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _json(files: SafeFolder, name: str) -> dict[str, Any]:
+    """The object in a file; {} if it is missing or can't be read."""
     try:
         return files.read_object(name, LIMIT_BYTES)
     except PhatgooseError:
