@@ -7,7 +7,7 @@ it was trained for. The means are measured on given texts. Nothing else of the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -36,7 +36,8 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def hook(path: str, u: Tensor) -> None:
+    def add(path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        u = output if isinstance(module, nn.Embedding) else args[0]
         flat = standardise(u.detach().reshape(-1, u.shape[-1])).double().sum(0).cpu()
         sums[path] = sums.get(path, 0) + flat
         counts[path] = counts.get(path, 0) + u.numel() // u.shape[-1]
@@ -44,10 +45,7 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
     for path in modules:
         if path not in found:
             raise RoutingError(f"this model has no module {path}: its inputs can't be averaged.")
-    reading = [
-        found[path].register_forward_hook(partial(run_eagerly, partial(_read, path, hook)))
-        for path in modules
-    ]
+    reading = [found[p].register_forward_hook(partial(run_eagerly, partial(add, p))) for p in modules]
     with Hooks(reading), torch.no_grad():
         for text in texts:
             batch = dict(base.tokenizer([text], return_tensors="pt").to(base.device))
@@ -62,16 +60,6 @@ def mean_inputs(base: Base, modules: Sequence[str], texts: Sequence[str]) -> dic
                 f"{path} never ran on the {len(texts)} texts given: its inputs can't be averaged."
             )
     return {path: (total / counts[path]).float() for path, total in sums.items()}
-
-
-def _read(
-    path: str,
-    hook: Callable[[str, Tensor], None],
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    output: Tensor,
-) -> None:
-    hook(path, output if isinstance(module, nn.Embedding) else args[0])
 
 
 def parallel_gates(

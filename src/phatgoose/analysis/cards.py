@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,26 +32,33 @@ def cards(
         means: mean inputs of the modules (`mean_inputs`). If given, gates along the mean activation are counted.
         shares: each expert's share of all routing weight in a trace. If given, dead experts are pointed out.
     """
-    alike = gate_similarity(pool.experts)
-    off = find_outliers(pool.experts)
-    along: dict[str, int] = {}
-    for name, _, _ in parallel_gates(pool, dict(means or {}), above=ALONG):
-        along[name] = along.get(name, 0) + 1
-    return [
-        {
-            **_facts(expert),
-            "health": [
-                *_health(expert, pool, alike[i], means is not None, along.get(expert.name, 0), shares),
-                *_off(expert.name, off),
-            ],
-            "nearest": [
-                {"name": pool.names[j], "similarity": round(float(alike[i, j]), 4)}
-                for j in alike[i].argsort(descending=True).tolist()
-                if j != i and not bool(alike[i, j].isnan())
-            ][:NEAREST],
-        }
-        for i, expert in enumerate(pool.experts)
-    ]
+    alike, outliers = gate_similarity(pool.experts), find_outliers(pool.experts)
+    along = Counter(name for name, _, _ in parallel_gates(pool, dict(means or {}), above=ALONG))
+    found = []
+    for i, expert in enumerate(pool.experts):
+        name, others = expert.name, [j for j in range(len(pool)) if j != i and not bool(alike[i, j].isnan())]
+        health = _health(
+            expert,
+            along=None if means is None else along[name],
+            twins=[pool.names[j] for j in others if alike[i, j] > ALIKE],
+            share=None if shares is None else shares.get(name),
+            low=0.1 / len(pool),
+        )
+        mine = [text.removeprefix(f"{name}: ") for text in outliers if text.startswith(f"{name}: ")]
+        health += [
+            (False, text.rstrip(".")) for text in mine if "gate is constant" not in text
+        ]  # said by `_health`
+        nearest = sorted(others, key=lambda j: -alike[i, j])[:NEAREST]
+        found.append(
+            {
+                **_facts(expert),
+                "health": [{"level": "good" if good else "look", "text": text} for good, text in health],
+                "nearest": [
+                    {"name": pool.names[j], "similarity": round(float(alike[i, j]), 4)} for j in nearest
+                ],
+            }
+        )
+    return found
 
 
 def gate_similarity(experts: Sequence[Expert]) -> Tensor:
@@ -78,10 +86,8 @@ def _facts(expert: Expert) -> dict[str, Any]:
         "parameters": expert.parameters,
         "modules": len(expert.updates),
     }
-    if expert.base is not None:
-        found["base_model"] = expert.base.spec
-    elif name := expert.base_name:
-        found["base_model"] = name
+    if base := expert.base.spec if expert.base is not None else expert.base_name:
+        found["base_model"] = base
     if isinstance(task, dict) and isinstance(task.get("name"), str):
         found["task"] = task["name"]
     facts: dict[str, Any] = {}
@@ -95,39 +101,24 @@ def _facts(expert: Expert) -> dict[str, Any]:
     return {**found, "made": facts}
 
 
-def _off(name: str, texts: Sequence[str]) -> list[dict[str, str]]:
-    """What `find_outliers` says of this expert alone; constant gates are told of anyway."""
-    mine = [text.removeprefix(f"{name}: ") for text in texts if text.startswith(f"{name}: ")]
-    return [{"level": "look", "text": text.rstrip(".")} for text in mine if "gate is constant" not in text]
-
-
 def _health(
-    expert: Expert, pool: Pool, alike: Tensor, measured: bool, along: int, shares: Mapping[str, float] | None
-) -> list[dict[str, str]]:
-    lines = []
-
-    def say(good: bool, text: str) -> None:
-        lines.append({"level": "good" if good else "look", "text": text})
-
+    expert: Expert, *, along: int | None, twins: Sequence[str], share: float | None, low: float
+) -> list[tuple[bool, str]]:
+    """(whether it is good, what it is) of an expert's gates."""
     if expert.gates is None:
-        say(False, "no gates: PHATGOOSE can't route to it as it is")
-        return lines
+        return [(False, "no gates: PHATGOOSE can't route to it as it is")]
+    count = len(expert.gates)
     flat = sum(bool((gate - gate.mean()).norm() < 1e-6) for gate in expert.gates.values())
     if flat:
-        say(False, f"{flat} of {len(expert.gates)} gates are constant and never win")
+        lines = [(False, f"{flat} of {count} gates are constant and never win")]
     else:
-        say(True, f"{len(expert.gates)} gates, none constant")
-    if measured:
-        text = f"{along} of {len(expert.gates)} gates lie along the mean activation (cosine above {ALONG})"
-        say(along == 0, text + (": they win on every text" if along else ""))
-    twins = [
-        pool.names[j]
-        for j, value in enumerate(alike.tolist())
-        if pool.names[j] != expert.name and value > ALIKE
-    ]
+        lines = [(True, f"{count} gates, none constant")]
+    if along is not None:
+        text = f"{along} of {count} gates lie along the mean activation (cosine above {ALONG})"
+        lines.append((along == 0, text + (": they win on every text" if along else "")))
     if twins:
-        say(False, f"gates nearly those of {', '.join(twins[:3])}")
-    if shares is not None and (share := shares.get(expert.name)) is not None:
-        low = share < 0.1 / len(pool)
-        say(not low, f"{100 * share:.1f} % of the routing weight here" + (": it hardly acts" if low else ""))
+        lines.append((False, f"gates nearly those of {', '.join(twins[:3])}"))
+    if share is not None:
+        text = f"{100 * share:.1f} % of the routing weight here" + (": it hardly acts" if share < low else "")
+        lines.append((share >= low, text))
     return lines

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from phatgoose.errors import EvaluationError
 
 SHAPE: dict[str, Any] = json.loads(files(__package__).joinpath("shape.json").read_text(encoding="utf-8"))
-"""What `report` takes. A key with a question mark may be left out; further keys are kept in the data and not shown."""
-ANY = "any name"
-"""In place of keys in `SHAPE`: a name of the results' own."""
+"""What `report` takes. A key with a question mark may be left out; further keys are kept in the data and not shown.
+
+"any name" stands for keys of the results' own; "task", "group", "system" and keys of "any" of them name one that is
+there.
+"""
 _TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
     "int": (int,),
     "number": (int, float),
     "number or null": (int, float, type(None)),
+    "share": (int, float),
     "anything": (object,),
 }
+"""Others are texts."""
 
 LEVELS = ("good", "look")
 KINDS = ("base", "single", "static", "control", "router", "oracle")
@@ -36,8 +39,17 @@ def checked(results: Mapping[str, Any], *, empty: bool = False) -> dict[str, Any
         data = json.loads(json.dumps(results, allow_nan=False, default=_plain))
     except (TypeError, ValueError, RecursionError) as cause:
         raise EvaluationError(f"results can't be written as JSON: {cause}") from cause
-    _shape(data, SHAPE, "results")
-    _names(data, empty)
+    _shape(data, SHAPE, "results", {})
+    names = {
+        "task": _unique(data["tasks"], "tasks", empty),
+        "system": _unique(data["systems"], "systems", empty),
+        "group": list(dict.fromkeys(task["group"] for task in data["tasks"])),
+        "kind of system": KINDS,
+        "level of health": LEVELS,
+    }
+    _unique(data.get("experts", []), "experts", True)
+    _shape(data, SHAPE, "results", names)
+    _numbers(data)
     return data
 
 
@@ -47,25 +59,32 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
-def _shape(value: Any, shape: Any, where: str) -> None:
+def _shape(value: Any, shape: Any, where: str, names: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a value of another shape, or one that names something that isn't among `names` of its kind."""
     if isinstance(shape, list):
         _expect(value, (list,), where)
         for number, item in enumerate(value):
-            _shape(item, shape[0], f"{where}[{number}]")
+            _shape(item, shape[0], f"{where}[{number}]", names)
     elif isinstance(shape, dict):
         _expect(value, (dict,), where)
-        if ANY in shape:
-            shape = dict.fromkeys(value, shape[ANY])
+        first = next(iter(shape))
+        if first.startswith("any "):
+            for key in value:
+                _known(key, first.removeprefix("any "), where, names)
+            shape = dict.fromkeys(value, shape[first])
         for key, inner in shape.items():
             name = key.removesuffix("?") if key not in value else key
             if name in value:
-                _shape(value[name], inner, f"{where}[{name!r}]")
+                _shape(value[name], inner, f"{where}[{name!r}]", names)
             elif not key.endswith("?"):
                 raise EvaluationError(
                     f"{where} lacks {key!r}; it has {', '.join(map(repr, value)) or 'nothing'}."
                 )
     else:
-        _expect(value, _TYPES[shape], where)
+        _expect(value, _TYPES.get(shape, (str,)), where)
+        _known(value, shape, where, names)
+        if shape == "share" and not 0 <= value <= 1.001:
+            raise EvaluationError(f"{where} should lie between 0 and 1, got {value}.")
 
 
 def _expect(value: Any, kinds: tuple[type, ...], where: str) -> None:
@@ -74,58 +93,27 @@ def _expect(value: Any, kinds: tuple[type, ...], where: str) -> None:
         raise EvaluationError(f"{where} should be {wanted}, got {_short(value)}.")
 
 
-def _names(data: dict[str, Any], empty: bool) -> None:
-    """Checks references: every task, group and system that a part mentions exists, once."""
-    tasks = _unique(data["tasks"], "tasks", empty)
-    systems = _unique(data["systems"], "systems", empty)
-    _unique(data.get("experts", []), "experts", True)
-    groups = list(dict.fromkeys(t["group"] for t in data["tasks"]))
+def _known(name: Any, kind: str, where: str, names: Mapping[str, Sequence[str]]) -> None:
+    if kind in names and name not in names[kind]:
+        shown = ", ".join(_short(known) for known in names[kind][:12])
+        raise EvaluationError(f"{where}: the {kind} {_short(name)} isn't there; known: {shown}.")
+
+
+def _numbers(data: dict[str, Any]) -> None:
+    """Checks that means lie in their intervals, and that tables of layers are whole."""
     for system in data["systems"]:
         where = f"results['systems'], {system['name']!r}"
-        if system["kind"] not in KINDS:
-            raise EvaluationError(f"{where} is of kind {_short(system['kind'])}; known: {', '.join(KINDS)}.")
-        for part, known, kind, what in (
-            ("scores", tasks, "task", "score"),
-            ("groups", groups, "group", "mean"),
-        ):
-            for name, score in system.get(part, {}).items():
-                _known(name, known, f"{where}: {part}", kind)
-                _interval(score, f"{where}: {what} of {name!r}")
-    for row in data.get("comparisons", []):
-        for side, known, kind in (
-            ("group", groups, "group"),
-            ("a", systems, "system"),
-            ("b", systems, "system"),
-        ):
-            _known(row[side], known, "results['comparisons']", kind)
-    for group in data.get("recovered", {}):
-        _known(group, groups, "results['recovered']", "group")
-    for expert in data.get("experts", []):
-        for line in expert.get("health", []):
-            if line["level"] not in LEVELS:
-                where = f"results['experts'], {expert['name']!r}"
-                raise EvaluationError(
-                    f"{where}: health is {_short(line['level'])}; known: {', '.join(LEVELS)}."
-                )
+        for task, score in system["scores"].items():
+            _interval(score, f"{where}: score of {task!r}")
+        for group, score in system.get("groups", {}).items():
+            _interval(score, f"{where}: mean of {group!r}")
     for task, profile in data.get("layers", {}).items():
-        _known(task, tasks, "results['layers']", "task")
-        where, rows = f"results['layers'][{task!r}]", profile["shares"]
         layers, experts = len(profile["layers"]), len(profile["experts"])
-        if len(rows) != layers or any(len(row) != experts for row in rows):
+        if [len(row) for row in profile["shares"]] != [experts] * layers:
             raise EvaluationError(
-                f"{where} should have {layers} rows of {experts} shares, one row a layer, one share an expert."
+                f"results['layers'][{task!r}] should have {layers} rows of {experts} shares: one row a layer, "
+                "one share an expert."
             )
-        for share in (share for row in rows for share in row):
-            _share(share, f"{where}: every share")
-    for task, shares in data.get("shares", {}).items():
-        _known(task, tasks, "results['shares']", "task")
-        for expert, share in shares.items():
-            _share(share, f"results['shares'][{task!r}][{expert!r}]")
-
-
-def _share(share: float, where: str) -> None:
-    if not 0 <= share <= 1.001:
-        raise EvaluationError(f"{where} should lie between 0 and 1, got {share}.")
 
 
 def _unique(items: list[dict[str, Any]], part: str, empty: bool) -> list[str]:
@@ -136,12 +124,6 @@ def _unique(items: list[dict[str, Any]], part: str, empty: bool) -> list[str]:
     if twice:
         raise EvaluationError(f"results[{part!r}] has {_short(twice[0])} more than once.")
     return names
-
-
-def _known(name: str, known: list[str], where: str, kind: str) -> None:
-    if name not in known:
-        shown = ", ".join(_short(k) for k in known[:12])
-        raise EvaluationError(f"{where} name the {kind} {_short(name)}, which isn't there; known: {shown}.")
 
 
 def _interval(score: dict[str, Any], where: str) -> None:

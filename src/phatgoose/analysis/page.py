@@ -1,4 +1,4 @@
-"""The report: one HTML file with the comparison and, for some prompts, who acted where.
+"""The report, one HTML file with the comparison and who acted where, and the live page.
 
 The page needs no network: its script and style are inline, its data is embedded as JSON. Names and prompts are
 strangers' text, so the template escapes everything, the script only sets textContent, and a content policy
@@ -17,10 +17,13 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 
+from phatgoose.analysis.cards import cards
 from phatgoose.analysis.checks import checked
 from phatgoose.analysis.prompts import RoutedPrompt, encoded, routed_prompt
 from phatgoose.analysis.view import legend, view
+from phatgoose.experts.pool import Pool
 from phatgoose.files import write_bytes
+from phatgoose.models.base.module_names import ModuleLocation, layer_labels
 from phatgoose.templates import templates
 
 __all__ = ["FORMAT", "RoutedPrompt", "report", "routed_prompt"]
@@ -54,6 +57,50 @@ def report(
     )
     write_bytes(Path(out), html)
     return Path(out)
+
+
+def live_page(
+    *,
+    base: str,
+    pool: Pool,
+    places: Mapping[str, ModuleLocation],
+    routers: Sequence[Mapping[str, Any]],
+    chat: bool,
+    form: str | None = None,
+    most_new_tokens: int,
+) -> tuple[bytes, str]:
+    """The page and its content policy.
+
+    Args:
+        base: the base's name.
+        places: of the routed modules, in the order in which the server tells their choices.
+        routers: {"name", "top_k"} of each that can be chosen; top_k is None if it has none.
+        chat: whether the base has a chat template.
+        form: the form of prompts that all experts were trained on, "raw" or "chat"; None if unknown or mixed.
+    """
+    data = checked({"tasks": [], "systems": [], "experts": cards(pool)}, empty=True)
+    marks = legend(pool.names)
+    labels = layer_labels(places)
+    live = {
+        "sites": [[place.layer, place.kind] for place in places.values()],
+        "labels": [labels[path] for path in places],
+        "layers": list(dict.fromkeys(labels.values())),
+        "routers": list(routers),
+    }
+    return rendered(
+        "live",
+        {"results": data, "experts": marks, "live": live},
+        data=data,
+        marks=marks,
+        live=True,
+        title="Which expert for which token, live",
+        base=base,
+        routers=routers,
+        chat=chat,
+        form=form,
+        most_new_tokens=most_new_tokens,
+        **view(data, marks),
+    )
 
 
 def rendered(

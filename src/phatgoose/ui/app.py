@@ -15,26 +15,25 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
-from phatgoose.analysis.live import live_page
+from phatgoose.analysis.page import live_page
 from phatgoose.errors import PhatgooseError
 from phatgoose.ui.guard import Guard
 from phatgoose.ui.queue import AnswerQueue, Busy, QueuedAnswer
 from phatgoose.ui.session import Question, Session
-from phatgoose.workflows.prompt_forms import trained_form
+from phatgoose.workflows.prompt_forms import common_form
 
 _QUESTION = TypeAdapter(Question)
 
 
 def make_app(session: Session) -> FastAPI:
     """GET / is the page. POST /answer takes a `Question` and gives the events of `Session.answer`, one per line."""
-    trained = {trained_form(expert) for expert in session.pool.experts}
     html, policy = live_page(
         base=session.base.spec,
         pool=session.pool,
         places=session.locations,
         routers=list(session.routers.values()),
         chat=session.base.tokenizer.chat_template is not None,
-        form=trained.pop() if len(trained) == 1 else None,
+        form=common_form(session.pool),
         most_new_tokens=session.limits.new_tokens,
     )
     queue = AnswerQueue(session.limits.waiting)

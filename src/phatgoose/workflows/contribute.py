@@ -49,8 +49,8 @@ def contribute(
         TrainingError, StorageError: as `train_expert`.
     """
     key = contribution_key(base, task, expert, gate)
-    found = finished(folder, key)
-    if found is None:
+    found = Expert.load(folder) if folder.exists() else None
+    if found is None or found.provenance.get(KEY) != key:
         trained = train_expert(base, task, expert, name=name, work_folder=work / "expert", report=silent)
         if gate is not None:
             trained = train_gate(base, trained, task, gate, work_folder=work / "gate", report=silent)
@@ -80,14 +80,6 @@ def sign(base: Base, task: Task, config: SignatureConfig, *, folder: Path, work:
     return expert
 
 
-def finished(folder: Path, key: str) -> Expert | None:
-    """The expert in `folder`, if its record has this key."""
-    if not folder.exists():
-        return None
-    expert = Expert.load(folder)
-    return expert if expert.provenance.get(KEY) == key else None
-
-
 def record(expert: Expert, task: Task) -> dict[str, Any]:
     """What an expert's training cost, for results."""
     made, gate = expert.provenance, expert.provenance.get("gate")
@@ -100,14 +92,10 @@ def record(expert: Expert, task: Task) -> dict[str, Any]:
         "steps": made["config"]["steps"],
         "expert_seconds": made["seconds"],
     }
-    if gate is None:
-        return found
-    return {
-        **found,
-        "gate_steps": gate["config"]["steps"],
-        "gate_seconds": gate["seconds"],
-        "gate_token_share": gate["tokens"] / made["tokens"],
-    }
+    if gate is not None:
+        found["gate_steps"], found["gate_seconds"] = gate["config"]["steps"], gate["seconds"]
+        found["gate_token_share"] = gate["tokens"] / made["tokens"]
+    return found
 
 
 def sizes(expert: Expert) -> dict[str, int]:

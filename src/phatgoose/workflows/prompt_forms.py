@@ -35,15 +35,15 @@ def _form(source: Mapping[str, Any]) -> Form | None:
     return "chat" if style == CHAT else "raw"
 
 
-def endpoint(pool: Pool) -> str | None:
-    """The server's endpoint whose prompts have the form that all experts were trained on; None if their records
-    differ."""
+def common_form(pool: Pool) -> Form | None:
+    """The form that all experts were trained on; None if their records differ or don't tell."""
     forms = {trained_form(expert) for expert in pool.experts}
-    return (
-        {"raw": "/v1/completions", "chat": "/v1/chat/completions"}.get(str(forms.pop()))
-        if len(forms) == 1
-        else None
-    )
+    return forms.pop() if len(forms) == 1 else None
+
+
+def endpoint(pool: Pool) -> str | None:
+    """The server's endpoint whose prompts have the experts' `common_form`."""
+    return {"raw": "/v1/completions", "chat": "/v1/chat/completions", None: None}[common_form(pool)]
 
 
 def read_of_turn(pool: Pool | None, turn: str) -> list[str]:

@@ -152,20 +152,11 @@ def kind_of(system: str) -> str:
 
 def _comparisons(suite: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """PHATGOOSE minus every other system; without PHATGOOSE, every system minus the base."""
-    if MAIN in found["against"]:
-        return [
-            {
-                "group": suite,
-                "a": MAIN,
-                "b": other,
-                # Results hold other − PHATGOOSE; the page shows PHATGOOSE − other, so the interval's ends swap.
-                "difference": -d["difference"],
-                "low": -d["high"],
-                "high": -d["low"],
-            }
-            for other, d in found["against"][MAIN].items()
-        ]
-    return [
-        {"group": suite, "a": system, "b": BASE, **{key: d[key] for key in ("difference", "low", "high")}}
-        for system, d in found["against"].get(BASE, {}).items()
-    ]
+    against = found["against"]
+    if MAIN in against:
+        # Results hold other − PHATGOOSE; the page shows PHATGOOSE − other, so the interval's ends swap.
+        rows = [(MAIN, other, -d["difference"], -d["high"], -d["low"]) for other, d in against[MAIN].items()]
+    else:
+        rows = [(s, BASE, d["difference"], d["low"], d["high"]) for s, d in against.get(BASE, {}).items()]
+    names = ("group", "a", "b", "difference", "low", "high")
+    return [dict(zip(names, (suite, *row), strict=True)) for row in rows]

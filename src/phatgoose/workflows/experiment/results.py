@@ -84,9 +84,11 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
     """
     suites: dict[str, Any] = {}
     for name, tasks in found.tasks.items():
-        compared = suite_results(
-            _read_table(out, found.files, name), {task: info["hash"] for task, info in tasks.items()}
-        )
+        table = {
+            system: {t: ScoreCache.read(out / "scores" / f) for t, f in files.get(name, {}).items()}
+            for system, files in found.files.items()
+        }
+        compared = suite_results(table, {task: info["hash"] for task, info in tasks.items()})
         for task in compared.pop("unlike"):
             found.failed[f"{name}: {task}"] = found.left_out[name][task] = UNLIKE
         suites[name] = compared | {
@@ -131,13 +133,9 @@ def _claims(floors: Mapping[str, float], suites: Mapping[str, Any]) -> dict[str,
 
 def _score_facts(out: Path, files: Files) -> dict[str, dict[str, Any]]:
     """File of a score → what it was computed with, and how. Each file is read once."""
-    facts = {}
-    for name in dict.fromkeys(
-        f for suites in files.values() for tasks in suites.values() for f in tasks.values()
-    ):
-        data = read_json(out / "scores" / name, EvaluationError)
-        facts[name] = {**data["key"], **data.get("made", {})}
-    return facts
+    names = {f: None for suites in files.values() for tasks in suites.values() for f in tasks.values()}
+    found = {name: read_json(out / "scores" / name, EvaluationError) for name in names}
+    return {name: {**data["key"], **data.get("made", {})} for name, data in found.items()}
 
 
 def _measuring_seconds(
@@ -162,8 +160,7 @@ def _measured(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     """What the scores were computed with. Several values of one thing mean that not all were computed alike."""
     found: dict[str, dict[str, Any]] = {name: {} for name in (*ALIKE, "base")}
     for one in facts.values():
-        base = one["base"]
-        public = {**one, "base": {**base, "spec": local_name(str(base.get("spec")))}}
+        public = {**one, "base": {**one["base"], "spec": local_name(str(one["base"].get("spec")))}}
         for name in found:
             if name in public:
                 found[name][json.dumps(public[name], sort_keys=True)] = public[name]
@@ -249,13 +246,6 @@ def interval(drawn: NDArray[np.float64]) -> dict[str, float]:
     """The 95 % percentile interval of resampled values [resamples]: {"low", "high"}."""
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     return {"low": low, "high": high}
-
-
-def _read_table(out: Path, files: Files, suite: str) -> dict[str, dict[str, TaskScore]]:
-    return {
-        system: {t: ScoreCache.read(out / "scores" / f) for t, f in found.get(suite, {}).items()}
-        for system, found in files.items()
-    }
 
 
 def made(seconds: float) -> dict[str, Any]:

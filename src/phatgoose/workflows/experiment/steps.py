@@ -82,19 +82,19 @@ def train(run: Run, name: str) -> dict[str, Any]:
     state = worker_state(run)
     recipe, task = state.recipe, state.task(IN_POOL, name)
     folder = state.expert_folder(next(e for e in recipe.pool_entries if e.name == name))
-    return _contributed(state, task, name, folder, (recipe.expert, recipe.gate))
+    return _contributed(state, task, folder, recipe.expert, recipe.gate)
 
 
 def _contributed(
-    state: WorkerState, task: Task, name: str, folder: Path, configs: tuple[ExpertConfig, GateConfig | None]
+    state: WorkerState, task: Task, folder: Path, config: ExpertConfig, gate: GateConfig | None
 ) -> dict[str, Any]:
     """The record of an expert that is there or is trained now. Work on other data or settings is removed."""
-    key = contribution_key(state.base, task, *configs)
+    key = contribution_key(state.base, task, config, gate)
     work = state.out / "work" / f"{folder.name}-{key[:10]}"
     for other in work.parent.glob(f"{folder.name}-*"):
         if other != work:
             shutil.rmtree(other, ignore_errors=True)
-    expert = contribute(state.base, task, *configs, name=name, folder=folder, work=work)
+    expert = contribute(state.base, task, config, gate, name=task.name, folder=folder, work=work)
     return {**record(expert, task), "folder": folder.name, "hash": expert.hash, "key": key}
 
 
@@ -179,7 +179,7 @@ def multitask(run: Run, names: list[str]) -> dict[str, Any]:
     validation = tuple(e for t in tasks for e in t.validation[:each])
     parts = [{"name": t.name, "hash": t.hash} for t in tasks]
     union = Task(MULTITASK, train, validation, (), {"spec": MULTITASK, "source": "union", "parts": parts})
-    made = _contributed(state, union, MULTITASK, state.multitask_folder(names), (config, None))
+    made = _contributed(state, union, state.multitask_folder(names), config, None)
     return {k: v for k, v in made.items() if k != "key"}
 
 
