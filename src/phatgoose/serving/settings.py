@@ -27,7 +27,7 @@ class ServeSettings:
     max_prompt_tokens: int = 4096
     """The most tokens of a prompt, for models that have no limit of their own (encoder–decoders)."""
     batch_tokens: int = 512
-    """The most tokens of a pass of the continuous engine. A longer prompt takes several passes; others go on."""
+    """The most tokens of a pass of the continuous engine. A longer prompt takes several passes; others continue."""
     cache_tokens: int | None = None
     """Tokens that the continuous engine's cache holds, allocated at the start; none: what max_running answers can need,
     at most a quarter of the free memory."""

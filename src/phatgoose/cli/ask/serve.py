@@ -27,7 +27,7 @@ class AddressOptions:
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="A file with a key a line, one of which a request must bring. Or set PHATGOOSE_API_KEY."
+            help="A file with one key per line. A request must bring one of them. Or set PHATGOOSE_API_KEY."
         ),
     ] = None
     admin_key: Annotated[

@@ -25,8 +25,8 @@ TASK_HELP = (
     "them, with those of installed packages)."
 )
 ROUTER_NAMES = (
-    f"Who chooses the experts, as NAME or NAME:setting=value,…: {', '.join(ROUTERS.table)} (single:NAME is one expert; "
-    "`phatgoose routers` lists them with what they need)."
+    f"What chooses the experts, as NAME or NAME:setting=value,…: {', '.join(ROUTERS.table)} "
+    "(single:NAME is one expert; `phatgoose routers` lists them with what they need)."
 )
 ROUTER_HELP = (
     f"{ROUTER_NAMES} Or one expert made of all: merged, ties, dare. Or base for none. If not given: base without a "
@@ -180,7 +180,7 @@ class WritingOptions:
         Path | None,
         typer.Option(
             rich_help_panel=_WRITING_PANEL,
-            help="A file of prompts, one a line, that the texts answer; without one they begin from nothing. "
+            help="A file of prompts, one per line, that the texts answer; without one they begin from nothing. "
             "Encoder–decoders need it.",
         ),
     ] = None

@@ -36,7 +36,7 @@ def command(
     """Train an expert's gates: for each module one vector that says which tokens the expert should act on.
 
     Base and expert stay as they are. Use the rows that the expert was trained on. If they aren't available, use
-    --generated (texts are sampled with --seed). Stopped, the same command goes on.
+    --generated (texts are sampled with --seed). If it is stopped, the same command continues.
     """
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load_recorded

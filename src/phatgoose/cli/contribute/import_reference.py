@@ -18,7 +18,7 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="The pool's folder, which must not be there yet.")],
     names: Annotated[
         Path | None,
-        typer.Option("--names", help="A text file with the experts' names in their order, one a line."),
+        typer.Option("--names", help="A text file with the experts' names in their order, one per line."),
     ] = None,
 ) -> None:
     """Make a pool of a checkpoint that the paper's authors published: PEFT folders with gates.

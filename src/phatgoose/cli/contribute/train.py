@@ -31,7 +31,8 @@ def command(
 ) -> None:
     """Train an expert on one task: a LoRA, (IA)³ or bottleneck adapter of the base.
 
-    The defaults are the paper's, which suit a GPU cluster. Stopped, the same command goes on from the last checkpoint.
+    The defaults are the paper's, which suit a GPU cluster. If it is stopped, the same command continues
+    from the last checkpoint.
     """
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load

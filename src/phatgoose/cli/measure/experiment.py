@@ -116,13 +116,13 @@ def command(
         ),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")
+        bool, typer.Option("--fresh", help="Start over instead of continuing with what is in the folder.")
     ] = False,
 ) -> None:
     """Train a pool's experts and gates, measure every router and baseline on the same rows, and compare them.
 
-    Writes results.json, results.md, plot.svg and a page. Stopped or killed, the same command goes on where it was.
-    A step that fails costs only itself; the exit code is then 1, and the same command runs it again.
+    Writes results.json, results.md, plot.svg and a page. If it is stopped or killed, the same command continues
+    where it was. A step that fails costs only itself; the exit code is then 1, and the same command runs it again.
     """
     from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.experiment.recipe import ExperimentRecipe

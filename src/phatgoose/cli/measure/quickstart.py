@@ -20,12 +20,13 @@ def command(
         ),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew instead of going on with what is in the folder.")
+        bool, typer.Option("--fresh", help="Start over instead of continuing with what is in the folder.")
     ] = False,
 ) -> None:
     """Train experts on real tasks, build a pool, and compare it with the base, the experts and simple mixtures.
 
-    Fetches the default base and BIG-bench on first use. Stopped, it goes on where it was.
+    Fetches the default base and BIG-bench on first use. If it is stopped, the next start continues
+    where it was.
     """
     from phatgoose.workflows.quickstart import run_quickstart
 

@@ -47,7 +47,7 @@ def pack(
 
 
 def unpack(pool: PoolArgument) -> None:
-    """Make a packed pool one folder an expert again, every file as it was before packing."""
+    """Turn a packed pool back into one folder per expert, with every file as it was before packing."""
     from phatgoose.experts.manifest import read_manifest
     from phatgoose.experts.packed.pack import unpack
 

@@ -117,7 +117,7 @@ def remove(
 
 @app.command("list")
 def list_(pool: PoolArgument) -> None:
-    """Show what is in a pool, and which experts are far off the others'."""
+    """Show what is in a pool, and which experts differ greatly from the others."""
     from phatgoose.experts.health import find_outliers
     from phatgoose.experts.packed.expert import PackedExpert
     from phatgoose.experts.pool import Pool
@@ -142,15 +142,15 @@ class CheckedBaseOptions(BaseOptions):
     """The base that experts are checked against."""
 
     base: Annotated[
-        str | None, typer.Option(help=f"{BASE_HELP} Given, the experts are checked against it.")
+        str | None, typer.Option(help=f"{BASE_HELP} If it is given, the experts are checked against it.")
     ] = None
 
 
 @app.command("verify")
 @expand_options
 def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
-    """Check every file of a pool: hashes, shapes, finite values, one base. Warn of experts that are far off the
-    others'.
+    """Check every file of a pool: hashes, shapes, finite values, one base. Warn about experts that
+    differ greatly from the others.
 
     Exit code 1 if anything is damaged.
     """
