@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from architectures import make
 from conftest import make_tokenizer, relative, save_adapter, with_random_adapter
@@ -36,7 +37,6 @@ from phatgoose.evaluation.rows import encode
 from phatgoose.models.base.base import Base
 from phatgoose.records import Example
 from phatgoose.training.expert import adapted_paths
-from phatgoose.training.modules import is_conv1d
 
 EXPERTS = 3
 
@@ -80,7 +80,7 @@ def case(name: str) -> Case:
 
 
 def _peft_adapter(model: nn.Module, paths: list[str], seed: int, folder: Path) -> None:
-    conv1d = is_conv1d(model.get_submodule(paths[0]))
+    conv1d = isinstance(model.get_submodule(paths[0]), Conv1D)
     config = LoraConfig(r=3, lora_alpha=6, target_modules=paths, fan_in_fan_out=conv1d)
     made = with_random_adapter(model, config, torch.Generator().manual_seed(seed), 0.15)
     save_adapter(made, folder, save_embedding_layers=False)

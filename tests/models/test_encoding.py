@@ -66,7 +66,7 @@ def served(base, example):
 def test_trained_rows_are_the_served_tokens_and_the_answer(tmp_path):
     base, task = chatting(), task_of(tmp_path)
     rows = training_rows(base, task, ExpertConfig(**STEPS))
-    for i, row in rows.train.encoded.items():
+    for i, row in rows.encoded.items():
         example = task.train[i]
         assert list(row.prompt_ids) == list(encode_input(base, example)) == served(base, example)
         whole = [*example.messages()[0], json.loads(example.answers[0])]

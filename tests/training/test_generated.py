@@ -18,9 +18,8 @@ from phatgoose.routers import Single
 from phatgoose.training import generated
 from phatgoose.training.config import GateConfig, WritingConfig
 from phatgoose.training.gate import train_gate
-from phatgoose.training.generated import train_generated_gate, write_task
+from phatgoose.training.generated import train_generated_gate, usable_rows, write_batch, write_task
 from phatgoose.training.trainer.progress import silent
-from phatgoose.training.writing import usable_rows, write_batch
 
 CONFIG = GateConfig(**SMALL)
 WRITING = WritingConfig(rows=24, rows_per_batch=10, max_new_tokens=12)
@@ -37,10 +36,10 @@ def test_the_expert_writes_on_every_token(make_base, make_expert, family):
     assert state_of(base.model) == before
     base.model.eval()
     route(base, Pool([expert]), Single(0))
-    expected, _ = usable_rows([write_batch(base, WRITING, (), n) for n in range(6)], (), WRITING)
+    expected, _ = usable_rows([write_batch(base, WRITING, (), n) for n in range(6)], ())
     phatgoose.unroute(base)
     assert [*task.validation, *task.train] == expected[:24]
-    alone, _ = usable_rows([write_batch(base, WRITING, (), n) for n in range(6)], (), WRITING)
+    alone, _ = usable_rows([write_batch(base, WRITING, (), n) for n in range(6)], ())
     assert alone[:24] != expected[:24]
 
 

@@ -14,7 +14,7 @@ from phatgoose.errors import BaseModelError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.models.attach.attach import route
 from phatgoose.models.base.sentence_encoder import load_encoder
-from phatgoose.training import activations
+from phatgoose.training import signature
 from phatgoose.training.signature import SignatureConfig, make_signature
 
 
@@ -90,8 +90,8 @@ def test_a_stopped_one_goes_on_and_ends_in_the_same_numbers(
     base, task = make_base("llama"), make_task(train=17)
     expert, config = make_expert(base, "one"), SignatureConfig(encoder=encoder, texts=0, rows_per_batch=2)
     whole = make_signature(base, expert, task, config)
-    monkeypatch.setattr(activations, "SAVE_SECONDS", 0.0)
-    real, calls = activations._forward, []
+    monkeypatch.setattr(signature, "SAVE_SECONDS", 0.0)
+    real, calls = signature._forward, []
 
     def stopping(base, rows):
         if len(calls) == 4:
@@ -99,11 +99,11 @@ def test_a_stopped_one_goes_on_and_ends_in_the_same_numbers(
         calls.append(len(rows))
         real(base, rows)
 
-    monkeypatch.setattr(activations, "_forward", stopping)
+    monkeypatch.setattr(signature, "_forward", stopping)
     with pytest.raises(KeyboardInterrupt):
         make_signature(base, expert, task, config, work_folder=tmp_path / "work")
     ran = []
-    monkeypatch.setattr(activations, "_forward", lambda base, rows: (ran.append(len(rows)), real(base, rows)))
+    monkeypatch.setattr(signature, "_forward", lambda base, rows: (ran.append(len(rows)), real(base, rows)))
     found = make_signature(base, expert, task, config, work_folder=tmp_path / "work")
     assert len(ran) == 5
     assert found.signature.hash == whole.signature.hash

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from training_helpers import LORA, SMALL, make_task
+from transformers.pytorch_utils import Conv1D
 
 from conftest import FAMILIES
 from phatgoose.errors import TrainingError
@@ -12,7 +13,7 @@ from phatgoose.models.text.batch import collate
 from phatgoose.training.config import ExpertConfig, GateConfig
 from phatgoose.training.expert import add_adapter
 from phatgoose.training.gate import GatedStudent
-from phatgoose.training.modules import is_conv1d, target_paths
+from phatgoose.training.modules import target_paths
 from phatgoose.training.student import Student
 from phatgoose.training.trainer.rows import training_rows
 
@@ -84,7 +85,9 @@ def test_gradient_of_an_adapter_is_the_formulas(make_base, family):
         a, b = halves
         delta = CONFIG.alpha / CONFIG.rank * b @ a
         weight = reference.get_submodule(path).weight
-        weights[f"{path}.weight"] = weight + (delta.T if is_conv1d(reference.get_submodule(path)) else delta)
+        weights[f"{path}.weight"] = weight + (
+            delta.T if isinstance(reference.get_submodule(path), Conv1D) else delta
+        )
         pairs[path] = (a, b, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 
     class Replaced(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 from training_helpers import make_task
 
 from phatgoose.errors import TrainingError
-from phatgoose.models.text.encoding import encode_choices
+from phatgoose.models.text.encoding import encode_answers
 from phatgoose.records import Example, Task
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.trainer.rows import draw_rows, training_rows
@@ -25,13 +25,12 @@ def test_a_step_has_its_rows_whatever_the_batches(make_base):
     assert len(rows.train) == 42
     for step in range(7):
         part = slice(6 * step, 6 * step + 6)
-        assert sorted(rows.train.order[part]) == sorted(drawn[part])
+        assert sorted(rows.order[part]) == sorted(drawn[part])
         lengths = [rows.train[i].length for i in range(42)[part]]
         assert lengths == sorted(lengths, reverse=True)
     first = rows.train[0]
-    example = task.train[rows.train.order[0]]
-    kind = {"is_encoder_decoder": False, "max_length": 512}
-    assert [first] == encode_choices(base.tokenizer, example.input, example.targets[:1], **kind)
+    example = task.train[rows.order[0]]
+    assert [first] == encode_answers(base, example, example.targets[:1], 512)
     assert rows.tokens == sum(rows.train[i].length for i in range(42))
     assert rows.target_tokens < rows.tokens
 
@@ -40,7 +39,7 @@ def test_only_drawn_rows_are_encoded(make_base):
     rows = training_rows(
         make_base("llama"), make_task(), ExpertConfig(steps=1, rows_per_step=4, rows_per_batch=4)
     )
-    assert len(rows.train.encoded) == 4
+    assert len(rows.encoded) == 4
 
 
 def test_validation_rows_are_few_and_the_same_for_every_seed(make_base):
@@ -59,7 +58,7 @@ def test_validation_rows_are_few_and_the_same_for_every_seed(make_base):
 def test_cut_prompts_are_counted(make_base):
     config = ExpertConfig(steps=4, rows_per_step=6, rows_per_batch=3, max_length=19)
     rows = training_rows(make_base("llama"), make_task(), config)
-    everything = [*rows.train.encoded.values(), *rows.validation]
+    everything = [*rows.encoded.values(), *rows.validation]
     assert 0 < rows.truncated == sum(r.cut > 0 for r in everything) < len(everything)
     assert max(r.length for r in everything) <= 19
 

@@ -7,13 +7,13 @@ from training_helpers import SMALL, make_task
 
 from phatgoose.training.config import ExpertConfig
 from phatgoose.training.expert import train_expert
-from phatgoose.training.trainer import watch
+from phatgoose.training.trainer import loop
 
 
 @pytest.mark.slow(10)
 @pytest.mark.parametrize(("seconds", "parts"), [(0.0, [0.25, 0.5, 0.75]), (600.0, [])])
 def test_progress_within_a_step(make_base, monkeypatch, seconds, parts):
-    monkeypatch.setattr(watch, "WITHIN_SECONDS", seconds)
+    monkeypatch.setattr(loop, "WITHIN_SECONDS", seconds)
     config = ExpertConfig(
         **{**SMALL, "steps": 2, "rows_per_step": 8, "rows_per_batch": 2, "validate_every": 0}
     )

@@ -9,7 +9,13 @@ from phatgoose.errors import TrainingError
 from phatgoose.models.base.base import end_tokens
 from phatgoose.records import Example
 from phatgoose.training.config import WritingConfig
-from phatgoose.training.writing import _first_token, _repeats_itself, _split_in_half, usable_rows, write_batch
+from phatgoose.training.generated import (
+    _first_token,
+    _repeats_itself,
+    _split_in_half,
+    usable_rows,
+    write_batch,
+)
 
 CONFIG = WritingConfig(rows=8, rows_per_batch=5, max_new_tokens=7)
 
@@ -21,7 +27,7 @@ def test_every_text_has_one_fate():
         [(ok, False), ("", False), ("word", False)],
         [(ok, True), (circle, True), ("five six seven", True)],
     ]
-    rows, counts = usable_rows(batches, (), CONFIG)
+    rows, counts = usable_rows(batches, ())
     assert rows == [Example("one two", ("three four",)), Example("five six", ("seven",))]
     assert counts == {
         "written": 6,
@@ -32,10 +38,10 @@ def test_every_text_has_one_fate():
         "circular": 1,
         "repeated": 1,
     }
-    prompted, counts = usable_rows(batches[:1], ("p", "q"), CONFIG)
+    prompted, counts = usable_rows(batches[:1], ("p", "q"))
     assert prompted == [Example("p", (ok,)), Example("p", ("word",))]  # the empty one was q's
     assert (counts["usable"], counts["empty"], counts["too_short"]) == (2, 1, 0)
-    both, counts = usable_rows([[(ok, False)] * 4], ("p", "q"), CONFIG)
+    both, counts = usable_rows([[(ok, False)] * 4], ("p", "q"))
     assert [row.input for row in both] == ["p", "q"]
     assert counts["repeated"] == 2
 

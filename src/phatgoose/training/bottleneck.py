@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,7 @@ def settings_of(config: ExpertConfig) -> dict[str, Any]:
 def adapter_locations(base: Base, config: ExpertConfig) -> dict[str, str]:
     """Path of each layer that gets an adapter → path of the module whose input is its residual stream.
 
-    Raises:
-        TrainingError: it isn't known where adapters go in this base.
+    A TrainingError if it isn't known where adapters go in this base.
     """
     family = base.model.config.model_type
     if family not in adapterhub.FAMILIES:
@@ -117,13 +116,12 @@ class BottleneckStudent(Student):
         self.adapters = nn.ModuleDict()
         settings = settings_of(config)
         reads_residual = settings["is_parallel"] or settings["original_ln_before"]
-        self.sources = {path: source if reads_residual else None for path, source in locations.items()}
-        self.size = 0
-        hooks = Hooks()  # removed by `preserved`
-        for path, source in self.sources.items():
+        hooks, size = Hooks(), 0  # hooks are removed by `preserved`
+        for path, location in locations.items():
+            source = location if reads_residual else None
             module = model.get_submodule(path)
-            _, self.size = linear_shape(module) or (0, 0)
-            adapter = Adapter(self.size, config, path, next(module.parameters()).device, source)
+            _, size = linear_shape(module) or (0, 0)
+            adapter = Adapter(size, config, path, next(module.parameters()).device, source)
             self.adapters[encode_path(path)] = adapter
             residual = Residual() if source is not None else None
             hooks.add([module.register_forward_hook(_adding(adapter, residual))])
@@ -131,7 +129,7 @@ class BottleneckStudent(Student):
                 hooks.add(track_residual(model.get_submodule(source), module, residual))
         self.record: dict[str, Any] = {
             "config": settings,
-            "hidden_size": self.size,
+            "hidden_size": size,
             "model_class": type(model).__name__,
             "model_name": base.spec,
             "model_type": model.config.model_type,
@@ -139,13 +137,12 @@ class BottleneckStudent(Student):
             "version": "phatgoose",
         }
 
-    def updates(self) -> dict[str, Update]:
-        """The trained adapters by module path."""
-        found = {}
-        for key, adapter in self.adapters.items():
-            assert isinstance(adapter, Adapter)
-            found[decode_path(key)] = adapter.update()
-        return found
+    def save(self, folder: Path) -> None:
+        """Writes the adapters in AdapterHub's format."""
+        found = {decode_path(key): cast(Adapter, adapter).update() for key, adapter in self.adapters.items()}
+        tensors = adapterhub.to_tensors(found, self.record["model_type"], self.record["name"])
+        (folder / ADAPTERHUB_WEIGHTS).write_bytes(tensor_bytes(tensors))
+        write_json(folder / CONFIG_FILE, self.record)
 
 
 def _adding(adapter: Adapter, residual: Residual | None) -> Any:
@@ -159,11 +156,3 @@ def _library_name(name: str) -> str:
     """The adapter's name in AdapterHub's library, a key of a ModuleDict: without dots, and not one of its methods."""
     key = name.replace(".", "-")
     return f"{key}-adapter" if hasattr(nn.ModuleDict(), key) else key
-
-
-def save_adapter(student: Student, folder: Path) -> None:
-    """Writes the adapter in AdapterHub's format."""
-    assert isinstance(student, BottleneckStudent)
-    tensors = adapterhub.to_tensors(student.updates(), student.record["model_type"], student.record["name"])
-    (folder / ADAPTERHUB_WEIGHTS).write_bytes(tensor_bytes(tensors))
-    write_json(folder / CONFIG_FILE, student.record)

@@ -19,6 +19,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import ExpertError, StorageError, TrainingError
 from phatgoose.experts.adapters.peft import to_contents
@@ -27,12 +28,11 @@ from phatgoose.experts.names import CONFIG_FILE, slug
 from phatgoose.files import read_json, write_json
 from phatgoose.models.base.base import Base, as_base
 from phatgoose.records import Task
-from phatgoose.training import bottleneck
+from phatgoose.training.bottleneck import BottleneckStudent, adapter_locations
 from phatgoose.training.config import ExpertConfig
-from phatgoose.training.modules import describe_left_out, is_conv1d, seeded_normal, target_paths
+from phatgoose.training.modules import describe_left_out, seeded_normal, target_paths
 from phatgoose.training.student import Student
-from phatgoose.training.trainer.arguments import Logger
-from phatgoose.training.trainer.job import TrainingJob
+from phatgoose.training.trainer.job import Logger, TrainingJob
 from phatgoose.training.trainer.progress import Report
 from phatgoose.training.trainer.run import run_training
 
@@ -74,7 +74,6 @@ def train_expert(
     """
     base, config = as_base(base), config or ExpertConfig()
     name = name or slug(task.name)
-    build, write = _student_and_writer(base, config, name)
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
         load = Expert.from_adapterhub if config.kind == "bottleneck" else Expert.from_peft
@@ -83,30 +82,51 @@ def train_expert(
         return expert if is_kept else replace(expert, folder=None)
 
     job = TrainingJob(
-        kind="expert", label=f"expert {name}", result="adapter", base=base, task=task, config=config,
-        build=build, write=write, read=read,
+        kind="expert", name=name, result="adapter", base=base, task=task, config=config,
+        build=_student_builder(base, config, name), read=read,
+        options={"work_folder": work_folder, "report": report, "loggers": loggers},
     )  # fmt: skip
-    return run_training(job, work_folder, report, loggers)
+    return run_training(job)
 
 
-def _student_and_writer(
-    base: Base, config: ExpertConfig, name: str
-) -> tuple[Callable[[], Student], Callable[[Student, Path], None]]:
-    """A function that builds the student and one that writes its result. Refuses settings that don't fit the base."""
+class PeftStudent(Student):
+    """A PEFT model, whose adapter is saved in PEFT's format."""
+
+    def save(self, folder: Path) -> None:
+        model: Any = self.model
+        try:
+            with warnings.catch_warnings():
+                # PEFT takes lora_bias' vector for a shard that wasn't gathered. (Sharded training is refused.)
+                warnings.filterwarnings("ignore", "Adapter .* have invalid shape", UserWarning)
+                # Embeddings aren't trained, and to find that out PEFT would ask the Hub for the base's config.
+                model.save_pretrained(str(folder), save_embedding_layers=False)
+        except SafetensorError as cause:  # its error for a full disk
+            raise StorageError(
+                f"can't write the adapter in {folder}: {cause}. Is there space left?"
+            ) from cause
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        settings = read_json(folder / CONFIG_FILE, TrainingError)
+        for key in ("target_modules", "feedforward_modules"):
+            if isinstance(settings.get(key), list):  # a set in PEFT, whose order changes from run to run
+                settings[key] = sorted(settings[key])
+        write_json(folder / CONFIG_FILE, settings)
+
+
+def _student_builder(base: Base, config: ExpertConfig, name: str) -> Callable[[], Student]:
+    """A function that builds the student. Refuses settings that don't fit the base."""
     if config.kind == "bottleneck":
-        locations = bottleneck.adapter_locations(base, config)
-        return lambda: bottleneck.BottleneckStudent(base, locations, config, name), bottleneck.save_adapter
+        locations = adapter_locations(base, config)
+        return lambda: BottleneckStudent(base, locations, config, name)
     paths = adapted_paths(base, config)
     if config.target_modules == "all-linear" and (rest := describe_left_out(base.model, paths)):
         warnings.warn(f"expert {name}: left out of training are {'; '.join(rest)}.", stacklevel=3)
-    return lambda: Student(add_adapter(base, paths, config), base.model, config), _save_adapter
+    return lambda: PeftStudent(add_adapter(base, paths, config), base.model, config)
 
 
 def adapted_paths(base: Base, config: ExpertConfig) -> list[str]:
     """The layers that a LoRA or (IA)³ with these settings adapts.
 
-    Raises:
-        TrainingError: `target_modules` names no linear layer, or one that PEFT doesn't adapt in such a base.
+    A TrainingError if `target_modules` names no linear layer, or one that PEFT doesn't adapt in such a base.
     """
     names: str | Sequence[str] = config.target_modules
     if names == "auto":
@@ -145,7 +165,7 @@ def _ia3_names(base: Base, known: Mapping[str, list[str]]) -> list[str]:
 
 def add_adapter(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftModel:
     """Wraps the base in a PEFT model, with new weights in float32 at `paths`."""
-    conv1d = {is_conv1d(base.model.get_submodule(path)) for path in paths}
+    conv1d = {isinstance(base.model.get_submodule(path), Conv1D) for path in paths}
     if len(conv1d) > 1:
         raise TrainingError(
             "target_modules has both nn.Linear and Conv1D layers, which one PEFT adapter can't describe."
@@ -170,11 +190,7 @@ def add_adapter(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftM
 
 
 def _check_readable(model: PeftModel, settings: PeftConfig, paths: Sequence[str]) -> None:
-    """Refuses, before the first step, an adapter that couldn't be loaded after it is saved.
-
-    Raises:
-        TrainingError: PEFT adapts other layers than `paths`, or in a way that experts don't support.
-    """
+    """Refuses, before the first step, an adapter of other layers, or one that couldn't be loaded after it is saved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -231,22 +247,3 @@ def _target_names(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
     ends = sorted({path.rpartition(".")[2] for path in paths})
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     return ends if matched == set(paths) else sorted(paths)
-
-
-def _save_adapter(student: Student, folder: Path) -> None:
-    model = student.model
-    assert isinstance(model, PeftModel)
-    # save_embedding_layers=False: they aren't trained, and PEFT would ask the Hub for the base's config to find out.
-    try:
-        with warnings.catch_warnings():
-            # PEFT takes lora_bias' vector for a shard that wasn't gathered. (Sharded training is refused elsewhere.)
-            warnings.filterwarnings("ignore", "Adapter .* have invalid shape", UserWarning)
-            model.save_pretrained(str(folder), save_embedding_layers=False)
-    except SafetensorError as cause:  # its error for a full disk
-        raise StorageError(f"can't write the adapter in {folder}: {cause}. Is there space left?") from cause
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-    settings = read_json(folder / CONFIG_FILE, TrainingError)
-    for key in ("target_modules", "feedforward_modules"):
-        if isinstance(settings.get(key), list):  # a set in PEFT, whose order changes from run to run
-            settings[key] = sorted(settings[key])
-    write_json(folder / CONFIG_FILE, settings)

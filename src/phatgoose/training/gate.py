@@ -15,28 +15,27 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError, TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import read_tensor_file
+from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.models.attach.hooks import Hooks
-from phatgoose.models.attach.modules import check_copies, check_parameters, expert_on_model
-from phatgoose.models.base.base import Base, as_base, device_of
-from phatgoose.models.base.layers import (
-    ModuleLayer,
-    embedding_shape,
-    linear_shape,
-    residual_source,
-    resolve_update,
-    track_residual,
+from phatgoose.models.attach.modules import (
+    check_copies,
+    check_parameters,
+    expert_on_model,
+    module_at,
+    shape_of,
 )
+from phatgoose.models.base.base import Base, as_base, device_of
+from phatgoose.models.base.layers import ModuleLayer, residual_source, resolve_update, track_residual
 from phatgoose.models.moe.names import modules_by_path
 from phatgoose.ops import Layer, Stack, backend, make_stack
-from phatgoose.ops.update import Update, sizes_agree
+from phatgoose.ops.update import Update
 from phatgoose.records import Task
 from phatgoose.training.config import GateConfig
 from phatgoose.training.student import Student
-from phatgoose.training.trainer.arguments import Logger
 from phatgoose.training.trainer.checkpoints import tensor_bytes
-from phatgoose.training.trainer.job import TrainingJob
+from phatgoose.training.trainer.job import Logger, TrainingJob
 from phatgoose.training.trainer.progress import Report
 from phatgoose.training.trainer.run import run_training
 
@@ -73,19 +72,18 @@ def train_gate(
     check_copies(dict(base.model.named_modules(remove_duplicate=False)), [here])
 
     def read(result: Path, record: dict[str, Any]) -> Expert:
-        gates = {
-            own.get(path, path): gate
-            for path, gate in read_tensor_file(result / FILE, empty=True).tensors.items()
-        }
+        tensors = read_tensor_file(result / FILE, empty=True).tensors
+        gates = {own.get(path, path): gate for path, gate in tensors.items()}
         record = {**record, "cost_share": _cost_share(record, expert.provenance)}
         return expert.with_gates(gates, provenance=record)
 
     job = TrainingJob(
-        kind="gate", label=f"gate {expert.name}", result="gates", base=base, task=task, config=config,
-        build=lambda: GatedStudent(base.model, here.updates, config), write=_save_gates, read=read,
+        kind="gate", name=expert.name, result="gates", base=base, task=task, config=config,
+        build=lambda: GatedStudent(base.model, here.updates, config), read=read,
+        options={"work_folder": work_folder, "report": report, "loggers": loggers},
         extra_key={"expert": _expert_hash(expert)},
     )  # fmt: skip
-    return run_training(job, work_folder, report, loggers)
+    return run_training(job)
 
 
 class Score(torch.autograd.Function):
@@ -130,23 +128,27 @@ class GatedStudent(Student):
         dtype, hooks = self.autocast or torch.float32, Hooks()  # removed by `preserved`
         for path, update in updates.items():
             module = modules[path]
-            d_in, d_out = _layer_shape(module, update) or (0, 0)  # match_to_base has refused others
+            d_in, d_out = shape_of(module, update.embedding)
             gate = Gate(d_out if update.embedding else d_in, device_of(base))
             self.gates[encode_path(path)] = gate
             stack = make_stack([resolve_update(update, module, path)], d_in, d_out, dtype).to(device_of(base))
-            is_low_rank, layer = update.is_low_rank, ModuleLayer(module)
-            hook = _low_rank_hook(gate, stack) if is_low_rank else _mix_hook(gate, stack, layer)
+            low = update.is_low_rank
+            hook = _low_rank_hook(gate, stack) if low else _mix_hook(gate, stack, ModuleLayer(module))
             hooks.add([module.register_forward_hook(hook)])
             source = residual_source(base, [update])
             if source is not None and stack.residual is not None:
                 hooks.add(track_residual(source, module, stack.residual))
 
-    def vectors(self) -> dict[str, Tensor]:
-        """v by module path: [d_in] float32, on the CPU."""
-        return {
-            decode_path(key): cast(Gate, gate).weight.detach().reshape(-1).to("cpu", torch.float32, copy=True)
-            for key, gate in self.gates.items()
-        }
+    def save(self, folder: Path) -> None:
+        """Writes v [d_in] float32 by module path."""
+        gates = {decode_path(key): cast(Gate, gate) for key, gate in self.gates.items()}
+        if not any(bool(gate.weight.any()) for gate in gates.values()):
+            raise TrainingError(
+                "no gate moved from zero: the expert does nothing (is its B all zero?), or the learning rate is zero "
+                "throughout."
+            )
+        vectors = {path: gate.weight.reshape(-1) for path, gate in gates.items()}
+        (folder / FILE).write_bytes(tensor_bytes(vectors))
 
 
 def _low_rank_hook(gate: Gate, stack: Stack) -> Any:
@@ -176,10 +178,6 @@ def _mix_hook(gate: Gate, stack: Stack, layer: Layer) -> Any:
     return hook
 
 
-def _layer_shape(module: nn.Module, update: Update) -> tuple[int, int] | None:
-    return embedding_shape(module) if update.embedding else linear_shape(module)
-
-
 def encode_path(path: str) -> str:
     """A module path as a key of a ModuleDict, which allows no dots."""
     return path.replace("%", "%25").replace(".", "%2E")
@@ -194,39 +192,20 @@ def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
 
     Raises:
         BaseModelError: the expert was made on another base.
-        RoutingError, TrainingError: a module is missing here, is no linear layer, or is of another size; they name it.
+        TrainingError: a module is missing here, is no linear layer, or is of another size; it names it.
     """
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")
     modules = modules_by_path(base.model, expert.updates)
     try:
         here, names = expert_on_model(base.model, modules, expert)
+        check_parameters(modules, [here])
+        alone = Pool([here])
+        for path in here.updates:
+            module_at(modules, path, alone)
     except RoutingError as cause:
         raise TrainingError(str(cause)) from cause
-    check_parameters(modules, [here])
-    for path, update in here.updates.items():
-        if path not in modules:
-            raise TrainingError(
-                f"expert {expert.name!r} adapts {path}, which this base doesn't have: it belongs to another base."
-            )
-        found = _layer_shape(modules[path], update)
-        if found is None or not all(map(sizes_agree, (update.d_in, update.d_out), found)):
-            raise TrainingError(
-                f"expert {expert.name!r} at {path}: expected a layer of (d_in, d_out) = {(update.d_in, update.d_out)}, "
-                f"found {found or type(modules[path]).__name__}: it belongs to another base."
-            )
     return here, {name: path for path, name in names.items()}
-
-
-def _save_gates(student: Student, folder: Path) -> None:
-    assert isinstance(student, GatedStudent)
-    vectors = student.vectors()
-    if not any(bool(v.any()) for v in vectors.values()):
-        raise TrainingError(
-            "no gate moved from zero: the expert does nothing (is its B all zero?), or the learning rate is zero "
-            "throughout."
-        )
-    (folder / FILE).write_bytes(tensor_bytes(vectors))
 
 
 def _expert_hash(expert: Expert) -> str:

@@ -5,28 +5,33 @@ This is for experts whose contributor trained no gate. docs/results.md has measu
 
 from __future__ import annotations
 
-import math
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.files import read_json, sha256_json, work_place, write_json
-from phatgoose.models.attach.attach import routing_of
-from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.base.base import Base, as_base, end_tokens
+from phatgoose.models.text.batch import pad_id, pad_rows
+from phatgoose.models.text.capabilities import generation_groups
+from phatgoose.models.text.encoding import prompt_ids
+from phatgoose.models.text.generate import answer_settings, use_generation_config
 from phatgoose.records import Example, Task
 from phatgoose.tasks.examples import strip_prompt
 from phatgoose.training.config import GateConfig, WritingConfig
 from phatgoose.training.gate import train_gate
 from phatgoose.training.trainer.job import RunOptions
-from phatgoose.training.trainer.preserve import expert_attached
+from phatgoose.training.trainer.preserve import expert_attached, preserved_random_state, refuse_routed
 from phatgoose.training.trainer.progress import Progress, Report, display
-from phatgoose.training.writing import Text, usable_rows, write_batch
 
 __all__ = ["WritingConfig", "train_generated_gate", "write_task"]
 FOLDER, FILE = "generated", "texts.json"
@@ -34,6 +39,8 @@ ATTEMPTS = 4
 """At most this many texts are written per wanted row, in case most of them are unusable."""
 MIN_SHARE = 4
 """With fewer than 1/MIN_SHARE of the wanted rows, no task is made."""
+Text = tuple[str, bool]
+"""(a text, whether it was cut off)."""
 
 
 def train_generated_gate(
@@ -90,18 +97,13 @@ def write_task(
     base, config = as_base(base), config or WritingConfig()
     prompts = tuple(map(strip_prompt, prompts))
     _check_can_write(base, prompts)
-    key = {
-        "config": config.to_json(),
-        "prompts": list(prompts),
-        "expert": replace(expert, gates=None).hash,
-        "base": base.facts(),
-    }
     with work_place(work_folder) as folder:
-        found, counts = _write_all(base, expert, config, prompts, folder / FOLDER / FILE, key, report)
+        found, counts = _write_all(base, expert, config, prompts, folder / FOLDER / FILE, report)
     if len(found) * MIN_SHARE < config.rows:
+        said = ", ".join(f"{kind.replace('_', ' ')} {number}" for kind, number in counts.items())
         raise TrainingError(
             f"the base with expert {expert.name!r} wrote {len(found)} usable texts, {config.rows} were wanted "
-            f"({_describe_counts(counts)}): give prompts of the kind it is for, or change temperature or "
+            f"({said}): give prompts of the kind it is for, or change temperature or "
             "max_new_tokens."
         )
     kept = max(1, len(found) // 10) if len(found) > 1 else 0
@@ -128,8 +130,7 @@ def _check_can_write(base: Base, prompts: Sequence[str]) -> None:
         raise TrainingError(
             "texts are written by one process: start it without torchrun or accelerate launch."
         )
-    if routing_of(base) is not None:
-        raise TrainingError("routing is attached to the base: call unroute(base) first.")
+    refuse_routed(base)
 
 
 def _write_all(
@@ -138,34 +139,122 @@ def _write_all(
     config: WritingConfig,
     prompts: Sequence[str],
     file: Path,
-    key: dict[str, Any],
     report: Report | None,
 ) -> tuple[list[Example], dict[str, int]]:
     """(at most config.rows usable rows, the number of texts of each kind). Saves every batch in `file` at once."""
-    batches = _load_batches(file, key)
-    with expert_attached(base, expert), display(f"texts {expert.name}", config.rows) as bar:
-        show = report or bar
+    key = {
+        "config": config.to_json(),
+        "prompts": list(prompts),
+        "expert": replace(expert, gates=None).hash,
+        "base": base.facts(),
+    }
+    found = read_json(file, TrainingError) if file.exists() else {"key": key, "batches": []}
+    if not isinstance(found, dict) or sha256_json(found.get("key")) != sha256_json(key):
+        raise TrainingError(
+            f"{file} holds texts of another expert, base or settings: choose another work_folder, or delete it to "
+            "start afresh."
+        )
+    batches = [[(str(text), bool(cut)) for text, cut in batch] for batch in found["batches"]]
+    label = f"texts {expert.name}"
+    with expert_attached(base, expert), display(label, config.rows, report) as show:
         while True:
-            rows, counts = usable_rows(batches, prompts, config)
-            label = f"texts {expert.name}"
-            show(Progress(label, min(len(rows), config.rows), config.rows, None, None, 0.0, math.inf))
+            rows, counts = usable_rows(batches, prompts)
+            show(Progress(label, min(len(rows), config.rows), config.rows))
             if len(rows) >= config.rows or len(batches) * config.rows_per_batch >= ATTEMPTS * config.rows:
                 return rows[: config.rows], counts
             batches.append(write_batch(base, config, prompts, len(batches)))
             write_json(file, {"key": key, "batches": batches})
 
 
-def _load_batches(file: Path, key: dict[str, Any]) -> list[list[Text]]:
-    if not file.exists():
-        return []
-    found = read_json(file, TrainingError)
-    if not isinstance(found, dict) or sha256_json(found.get("key")) != sha256_json(key):
-        raise TrainingError(
-            f"{file} holds texts of another expert, base or settings: choose another work_folder, or delete it to "
-            "start afresh."
+def write_batch(base: Base, config: WritingConfig, prompts: Sequence[str], number: int) -> list[Text]:
+    """Writes batch `number`. Its texts depend only on the settings and this number."""
+    model, tokenizer, size = base.model, base.tokenizer, config.rows_per_batch
+    ends = end_tokens(model, tokenizer.eos_token_id)
+    if prompts:
+        texts = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
+        inputs = [list(prompt_ids(tokenizer, text, base.is_encoder_decoder)) for text in texts]
+    else:
+        inputs = [[_first_token(base)]] * size
+    settings = answer_settings(base, config.max_new_tokens, config.temperature)
+    found: list[Text] = [("", False)] * size
+    with preserved_random_state(), use_generation_config(model, settings), torch.no_grad():
+        seed = hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7]
+        torch.manual_seed(int.from_bytes(seed, "big"))
+        for part in generation_groups(model, inputs, config.max_new_tokens):
+            answers = _sample(base, [inputs[i] for i in part], settings)
+            for i, tokens in zip(part, answers, strict=True):
+                end = next((n for n, token in enumerate(tokens) if token in ends), None)
+                text: Any = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                found[i] = text.strip(), end is None
+    return found
+
+
+def _sample(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    """The tokens written after each input."""
+    left = not base.is_encoder_decoder
+    ids, mask = pad_rows(inputs, pad_id(base.tokenizer), left=left)
+    run: Any = base.model.generate
+    try:
+        out: Tensor = run(
+            ids.to(base.device), attention_mask=mask.to(base.device), generation_config=settings
         )
-    return [[(str(text), bool(cut)) for text, cut in batch] for batch in found["batches"]]
+    except RuntimeError as cause:
+        if "probability tensor" not in str(cause):
+            raise
+        raise TrainingError(
+            "the base with this expert computes logits that aren't finite, from which nothing can be sampled."
+        ) from cause
+    return out[:, ids.shape[1] if left else 1 :].tolist()
 
 
-def _describe_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{kind.replace('_', ' ')} {number}" for kind, number in counts.items())
+def usable_rows(
+    batches: Sequence[Sequence[Text]], prompts: Sequence[str]
+) -> tuple[list[Example], dict[str, int]]:
+    """(the usable rows without duplicates, the number of texts of each kind)."""
+    rows: dict[Example, None] = {}
+    counts: Counter[str] = Counter()
+    for i, (text, cut) in enumerate(text for batch in batches for text in batch):
+        prompt, target = (prompts[i % len(prompts)], text) if prompts else _split_in_half(text)
+        if not text:
+            kind = "empty"
+        elif not prompt or not target:
+            kind = "too_short"
+        elif _repeats_itself(text.split()):
+            kind = "circular"
+        elif (row := Example(prompt, (target,))) in rows:
+            kind = "repeated"
+        else:
+            rows[row] = None
+            kind = "usable"
+            counts["cut_off"] += cut
+        counts[kind] += 1
+    kinds = ("usable", "cut_off", "empty", "too_short", "circular", "repeated")
+    written = sum(map(len, batches))
+    return list(rows), {"written": written, **{kind: counts[kind] for kind in kinds}}
+
+
+def _split_in_half(text: str) -> tuple[str, str]:
+    """The text split at the space nearest to its middle, which encoding adds again; ("", "") if it has none inside."""
+    spaces = [
+        i
+        for i in range(1, len(text) - 1)
+        if text[i] == " " and not text[i - 1].isspace() and not text[i + 1].isspace()
+    ]
+    if not spaces:
+        return "", ""
+    middle = min(spaces, key=lambda i: abs(2 * i - len(text)))
+    return text[:middle], text[middle + 1 :]
+
+
+def _repeats_itself(words: Sequence[str]) -> bool:
+    """True if more than half of all runs of three words occurred before."""
+    runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return len(runs) > 5 and len(set(runs)) * 2 < len(runs)
+
+
+def _first_token(base: Base) -> int:
+    tokenizer = base.tokenizer
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if found is None:
+        raise TrainingError("the tokenizer has no token to begin a text with: give prompts.")
+    return int(found)

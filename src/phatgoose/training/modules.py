@@ -8,16 +8,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import TrainingError
 from phatgoose.models.base.layers import linear_shape
 from phatgoose.registry import unknown
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight is [d_in, d_out]."""
-    return isinstance(module, Conv1D)
 
 
 def seeded_normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import safetensors.torch
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.files.safetensors_file import read_tensor_file
 from phatgoose.extras import installed_versions
-from phatgoose.files import sha256_json, work_place
-from phatgoose.models.attach.attach import routing_of
+from phatgoose.files import sha256_json, work_place, write_bytes
+from phatgoose.models.attach.attach import Routing, routing_of
+from phatgoose.models.attach.hooks import Hooks, run_eagerly
 from phatgoose.models.base.base import Base, as_base
+from phatgoose.models.base.layers import first_argument
 from phatgoose.models.base.sentence_encoder import SentenceEncoder, load_encoder
+from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
+from phatgoose.models.moe.names import modules_by_path
+from phatgoose.models.text.batch import decoder_inputs, make_batch, target_logits
 from phatgoose.models.text.capabilities import check_scorable
 from phatgoose.models.text.encoding import Encoded, chat_template_key, decode_text, encode_input
-from phatgoose.records import Example, Task
+from phatgoose.records import Task
 from phatgoose.tasks.load import without_paths
-from phatgoose.training.activations import mean_activations
 from phatgoose.training.config import SignatureConfig
 from phatgoose.training.gate import match_to_base
-from phatgoose.training.trainer.progress import Report
+from phatgoose.training.trainer.preserve import expert_attached, refuse_routed
+from phatgoose.training.trainer.progress import Progress, Report, display
 from phatgoose.training.trainer.rows import draw_rows, encode_rows
 
 __all__ = ["SignatureConfig", "make_signature"]
 FOLDER, FILE = "signature", "sums.safetensors"
+SAVE_SECONDS = 20.0
+"""Time between two saves of the sums."""
+_COUNT = "count:"
 
 
 def make_signature(
@@ -59,23 +74,18 @@ def make_signature(
     """
     base, config = as_base(base), config or SignatureConfig()
     here, own = match_to_base(base, expert)
-    if routing_of(base) is not None:
-        raise TrainingError("routing is attached to the base: call unroute(base) first.")
-    if not task.train:
-        raise TrainingError(f"task {task.name!r} has no training rows to make a signature of.")
-    check_scorable(base.model)
+    _check(base, task)
     started = time.monotonic()
     encoder = load_encoder(config.encoder) if config.texts else None
     key = signature_key(base, expert, task, config, encoder)
-    rows = _encode_rows(base, task, config)
+    rows = encode_rows(
+        base, task, "training", _chosen_rows(task, config.rows, config.seed), config.max_length
+    )
     activations, tokens = None, 0
     if rows:
-        size = config.rows_per_batch
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        with work_place(work_folder) as folder:
-            file, file_key = folder / FOLDER / FILE, f"{key}/{size}"
-            means, tokens = mean_activations(base, here, batches, file, file_key, report)
-        activations = {own.get(path, path): mean for path, mean in means.items()}
+        sums = _Sums(base, here, f"{key}/{config.rows_per_batch}")
+        sums.add(list(rows.values()), config.rows_per_batch, work_folder, report)
+        activations, tokens = {own.get(path, path): mean for path, mean in sums.means().items()}, sums.tokens
     texts, cut = (None, 0) if encoder is None else _embed_texts(base, task, config, encoder)
     name, sha256 = (encoder.name, encoder.sha256) if encoder else (None, None)
     record = {
@@ -88,6 +98,13 @@ def make_signature(
     return expert.with_signature(DataSignature(activations, texts, name, sha256), record)
 
 
+def _check(base: Base, task: Task) -> None:
+    refuse_routed(base)
+    if not task.train:
+        raise TrainingError(f"task {task.name!r} has no training rows to make a signature of.")
+    check_scorable(base.model)
+
+
 def signature_key(
     base: Base, expert: Expert, task: Task, config: SignatureConfig, encoder: SentenceEncoder | None
 ) -> str:
@@ -97,22 +114,122 @@ def signature_key(
     return sha256_json([config.key(), task.hash, adapter, base.facts(), sha256, *rendered])
 
 
-def _encode_rows(base: Base, task: Task, config: SignatureConfig) -> list[Encoded]:
-    """The rows as training encodes them, the longest first, so that batches hold rows of similar length."""
-    which = sorted(draw_rows(len(task.train), min(config.rows, len(task.train)), config.seed))
-    found = encode_rows(base, task.name, "training", task.train, which, config.max_length)
-    return sorted(found.values(), key=lambda row: -row.length)
+def _chosen_rows(task: Task, count: int, seed: int) -> list[int]:
+    """Numbers of at most `count` training rows."""
+    return sorted(draw_rows(len(task.train), min(count, len(task.train)), seed))
 
 
 def _embed_texts(
     base: Base, task: Task, config: SignatureConfig, encoder: SentenceEncoder
 ) -> tuple[Tensor, int]:
     """(embeddings of training prompts, how many of them were too long for the encoder)."""
-    chosen = sorted(draw_rows(len(task.train), min(config.texts, len(task.train)), config.seed))
-    prompts = [decoded_prompt(base, task.train[index]) for index in chosen]
+    chosen = (task.train[index] for index in _chosen_rows(task, config.texts, config.seed))
+    # The prompts as a router decodes them from their tokens, which may differ: T5's tokenizer drops line breaks.
+    prompts = [decode_text(base.tokenizer, encode_input(base, example)) for example in chosen]
     return encoder(prompts), encoder.cut(prompts)
 
 
-def decoded_prompt(base: Base, example: Example) -> str:
-    """The prompt as a router decodes it from its tokens, which may differ: T5's tokenizer drops line breaks."""
-    return decode_text(base.tokenizer, encode_input(base, example))
+class _Sums:
+    """Sums of the inputs of an expert's modules, in float64, with the expert on every token of the base."""
+
+    def __init__(self, base: Base, expert: Expert, key: str) -> None:
+        """`key`: what the sums depend on, including the order of batches."""
+        self.base, self.expert, self.key = base, expert, key
+        self.modules = modules_by_path(base.model, expert.updates)
+        self.values: dict[str, Tensor] = {}
+        """By module path: the sum [d], and the number of tokens [1] under "count:PATH"."""
+
+    @property
+    def label(self) -> str:
+        return f"signature {self.expert.name}"
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that one module saw."""
+        return int(max(float(n) for name, n in self.values.items() if name.startswith(_COUNT)))
+
+    def add(
+        self, rows: Sequence[Encoded], size: int, work_folder: str | Path | None, report: Report | None
+    ) -> None:
+        """Runs the rows in batches of this size, the longest first, so that a batch has rows of similar length.
+
+        The work folder keeps the sums so far. They are continued if their key is the same.
+        """
+        rows = sorted(rows, key=lambda row: -row.length)
+        batches, saved = [rows[i : i + size] for i in range(0, len(rows), size)], time.monotonic()
+        with work_place(work_folder) as folder, self._collecting():
+            file = folder / FOLDER / FILE
+            done = self._load(file)
+            with display(self.label, len(batches), report) as show:
+                for number, batch in enumerate(batches):
+                    show(Progress(self.label, number, len(batches)))
+                    if number < done:
+                        continue
+                    _forward(self.base, batch)
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        metadata = {"key": self.key, "batches": str(number + 1)}
+                        write_bytes(file, safetensors.torch.save(self.values, metadata))
+                        saved = time.monotonic()
+                show(Progress(self.label, len(batches), len(batches)))
+
+    def _load(self, file: Path) -> int:
+        """Takes the sums of an interrupted call with this key; returns the number of batches in them."""
+        if not file.exists():
+            return 0
+        found = read_tensor_file(file, TrainingError)
+        if found.metadata.get("key") != self.key:
+            return 0
+        self.values = dict(found.tensors)
+        return int(found.metadata["batches"])
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean input [d] float32 of each module. A TrainingError if one isn't finite."""
+        sums = {path: total for path, total in self.values.items() if not path.startswith(_COUNT)}
+        means = {path: (total / self.values[_COUNT + path]).float() for path, total in sums.items()}
+        for path in self.expert.updates:
+            # No token reached this expert of a mixture. A mean of zeros scores 0 on every token, so it doesn't
+            # influence routing.
+            if isinstance(module := self.modules[path], ExpertLinear) and path not in means:
+                means[path] = torch.zeros(module.in_features)
+        for path, mean in means.items():
+            if not bool(mean.isfinite().all()):
+                raise TrainingError(
+                    f"{self.label}: inputs of {path} aren't finite; load the base in another dtype."
+                )
+        return means
+
+    @contextlib.contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """Inside, the base has the expert on every token, and its modules' inputs are summed over real tokens."""
+        with Hooks() as hooks:
+            for path, update in self.expert.updates.items():
+                # Registered before the routing's own hook, so that it gets an embedding's output as the gate does.
+                hook = partial(run_eagerly, self._hook, path, update.embedding)
+                hooks.add([self.modules[path].register_forward_hook(hook, with_kwargs=True)])
+            with expert_attached(self.base, self.expert):
+                yield
+
+    def _hook(
+        self, path: str, embedding: bool, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        u = output if embedding else first_argument(args, kwargs)
+        routing: Routing | None = routing_of(self.base)
+        assert routing is not None
+        context = routing_context(path, module, args, first_argument(args, kwargs), u.shape, routing.streams)
+        real = context.tokens().real.reshape(-1).to(u.device)
+        total = u.reshape(-1, u.shape[-1])[real].double().sum(0).cpu()
+        for name, value in ((path, total), (_COUNT + path, real.sum().double().cpu()[None])):
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+
+def _forward(base: Base, rows: Sequence[Encoded]) -> None:
+    batch = {k: t.to(base.device) for k, t in make_batch(base, rows).items()}
+    with torch.no_grad():
+        if not base.is_encoder_decoder:
+            target_logits(base.model, batch)
+            return
+        labels = batch.pop("labels")
+        # Training passes no decoder mask: there the labels alone mark the decoder's padding.
+        mask = (labels >= 0).long()
+        inputs = decoder_inputs(base.model, labels)
+        base.model(**batch, decoder_input_ids=inputs, decoder_attention_mask=mask, use_cache=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ ms at 48 tokens, 57 against 69 ms at 128, 96 against 67 ms at 256 (16 rows, 9 he
 
 
 class Student(nn.Module):
-    """Wraps the trained model, so that Trainer, accelerate and DDP see one plain module and nothing of PEFT."""
+    """Wraps the trained model, so that Trainer, accelerate and DDP see one plain module and nothing of PEFT.
+
+    A subclass for each kind of adapter says how it is saved.
+    """
 
     def __init__(self, model: nn.Module, base: PreTrainedModel, config: LoopConfig) -> None:
         """`model` computes (a PEFT model, or the base itself); `base` is the transformers model inside it."""
@@ -65,6 +70,21 @@ class Student(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors into the trained parameters of the same names."""
+        parameters = self.trained()
+        if parameters.keys() != tensors.keys():
+            raise TrainingError(
+                "the checkpoint holds other tensors than this training has: delete its folder to start afresh."
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained into an empty folder."""
+        raise NotImplementedError
 
     def _precision(self) -> Any:
         if self.autocast is None:

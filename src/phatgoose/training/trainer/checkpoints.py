@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,37 +40,24 @@ class History:
     seconds: float = 0.0
     """Time in the loop alone, over all its runs, without work that was lost in a kill."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of one training. Only the first process writes to it."""
 
-    work: Path
-    kind: str
-    key: Mapping[str, Any]
+    def __init__(self, work: Path, kind: str, result: str, key: Mapping[str, Any]) -> None:
+        """`result`: name of the result's folder in `work`."""
+        self.path, self.result, self.key = work / f"{kind}-training", work / result, dict(key)
+        self._key_file, self._record_file = self.path / "training.json", self.path / "result.json"
 
-    @property
-    def path(self) -> Path:
-        return self.work / f"{self.kind}-training"
-
-    def check(self, result: str) -> None:
-        """Refuses a folder that holds another training, or other files in the result's place.
-
-        Raises:
-            TrainingError: it does; the message says which part of the key differs.
-        """
-        file = self.path / "training.json"
-        if not file.exists():
-            if os.path.lexists(self.work / result):
+    def check(self) -> None:
+        """Refuses (TrainingError) a folder that holds another training, or other files in the result's place."""
+        if not self._key_file.exists():
+            if os.path.lexists(self.result):
                 raise TrainingError(
-                    f"{self.work / result} exists, and no training wrote it; it would be replaced. Choose another "
-                    "work_folder."
+                    f"{self.result} exists, and no training wrote it; it would be replaced. Choose another work_folder."
                 )
             return
-        found = read_json(file, TrainingError)
+        found = read_json(self._key_file, TrainingError)
         if found.get("sha256") == sha256_json(self.key):
             return
         old = found.get("key", {})
@@ -82,21 +69,16 @@ class RunFolder:
 
     def claim(self) -> None:
         """Writes the key, unless it is there already."""
-        if not (self.path / "training.json").exists():
-            write_json(self.path / "training.json", {"sha256": sha256_json(self.key), "key": dict(self.key)})
+        if not self._key_file.exists():
+            write_json(self._key_file, {"sha256": sha256_json(self.key), "key": self.key})
 
-    def finished(self, result: str) -> dict[str, Any] | None:
-        """The record of the finished training; None if it isn't finished.
-
-        Raises:
-            TrainingError: the result has been changed or lost since.
-        """
-        file = self.path / "result.json"
-        if not file.exists():
+    def finished(self) -> dict[str, Any] | None:
+        """The record of the finished training, None if it isn't finished. A TrainingError if the result was changed."""
+        if not self._record_file.exists():
             return None
-        found = read_json(file, TrainingError)
+        found = read_json(self._record_file, TrainingError)
         for name, digest in found["files"].items():
-            path = self.work / result / name
+            path = self.result / name
             if not path.is_file() or sha256_file(path) != digest:
                 raise TrainingError(
                     f"{path} is no longer what the finished training wrote: restore it, or delete {self.path} to train "
@@ -104,45 +86,39 @@ class RunFolder:
                 )
         return dict(found["record"])
 
-    def finish(self, result: str, record: Mapping[str, Any]) -> None:
+    def finish(self, record: Mapping[str, Any]) -> None:
         """Marks the training as finished, then removes its checkpoints."""
-        files = {p.name: sha256_file(p) for p in sorted((self.work / result).iterdir())}
-        write_json(self.path / "result.json", {"files": files, "record": dict(record)})
-        for _, folder in self._checkpoints():
-            shutil.rmtree(folder, ignore_errors=True)
+        files = {p.name: sha256_file(p) for p in sorted(self.result.iterdir())}
+        write_json(self._record_file, {"files": files, "record": dict(record)})
+        self._remove_checkpoints()
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint. Checkpoints with missing or damaged files are skipped."""
         return next((folder for _, folder in self._checkpoints() if _is_whole(folder)), None)
 
     def save_checkpoint(self, step: int, files: Mapping[str, bytes]) -> None:
-        """Writes a checkpoint whole or not at all, then removes the older ones.
-
-        Raises:
-            StorageError: no space or no permission; the older checkpoints are kept.
-        """
+        """Writes a checkpoint, then removes the older ones. If it can't be written (StorageError), these are kept."""
         with atomic_folder(self.path / f"checkpoint-{step}") as work:
             for name, content in files.items():
                 (work / name).write_bytes(content)
             write_json(work / MANIFEST, {name: sha256_file(work / name) for name in files})
+        self._remove_checkpoints(but=step)
+
+    def _remove_checkpoints(self, but: int | None = None) -> None:
         for number, folder in self._checkpoints():
-            if number != step:
+            if number != but:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
         """Newest first."""
-        if not self.path.is_dir():
-            return []
-        found = [(_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir() if p.is_dir()]
+        found = [(_CHECKPOINT.fullmatch(p.name), p) for p in self.path.glob("checkpoint-*") if p.is_dir()]
         return sorted(((int(match[1]), p) for match, p in found if match), reverse=True)
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         manifest = read_json(folder / MANIFEST, StorageError)
-        return bool(manifest) and all(
-            sha256_file(folder / name) == digest for name, digest in manifest.items()
-        )
+        return bool(manifest) and all(sha256_file(folder / n) == digest for n, digest in manifest.items())
     except (StorageError, OSError, AttributeError):
         return False
 

@@ -1,13 +1,12 @@
-"""transformers' Trainer with exact token means and our own checkpoints."""
+"""transformers' Trainer with exact token means, our own checkpoints and our own progress."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,17 @@ from phatgoose.errors import TrainingError
 from phatgoose.files import read_json
 from phatgoose.models.text.batch import length_batches, make_batch
 from phatgoose.training.student import Student
-from phatgoose.training.trainer.arguments import Logger, broadcast_value
-from phatgoose.training.trainer.checkpoints import (
-    BEST,
-    HISTORY,
-    TRAINED,
-    History,
-    RunFolder,
-    state_bytes,
-    tensor_bytes,
-)  # fmt: skip
-from phatgoose.training.trainer.job import TrainingJob
-from phatgoose.training.trainer.progress import Report
+from phatgoose.training.trainer import checkpoints
+from phatgoose.training.trainer.checkpoints import History, RunFolder, state_bytes, tensor_bytes
+from phatgoose.training.trainer.job import TrainingJob, broadcast_value
+from phatgoose.training.trainer.progress import Progress, Report
 from phatgoose.training.trainer.rows import TrainingRows
-from phatgoose.training.trainer.watch import ADVICE, LoopCallback
+
+ADVICE = (
+    "lower learning_rate, set max_grad_norm=1.0, or compute in float32. Nothing of this step was written."
+)
+WITHIN_SECONDS = 15.0
+"""A step that takes longer than this reports progress within the step."""
 
 
 class Loop(Trainer):
@@ -48,17 +44,16 @@ class Loop(Trainer):
         args: TrainingArguments,
         run_folder: RunFolder | None,
         report: Report,
-        loggers: Sequence[Logger] = (),
     ) -> None:
         self.collate = lambda encoded: make_batch(job.base, encoded)
-        callbacks = [LoopCallback(self, job, report), *(c for c in loggers if isinstance(c, TrainerCallback))]
+        loggers = [c for c in job.options.get("loggers", ()) if isinstance(c, TrainerCallback)]
         try:
             super().__init__(
                 model=student,
                 args=args,
                 data_collator=self.collate,
                 train_dataset=rows.train,
-                callbacks=callbacks,
+                callbacks=[LoopCallback(self, report), *loggers],
             )
         except (ValueError, RuntimeError, ImportError) as cause:
             raise TrainingError(f"the training can't be set up: {cause}") from cause
@@ -71,7 +66,7 @@ class Loop(Trainer):
                 "`accelerate launch --multi_gpu --mixed_precision no` (precision is a setting of the config)."
             )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the targets of the whole step
-        self.config, self.rows, self.run_folder = job.config, rows, run_folder
+        self.config, self.label, self.rows, self.run_folder = job.config, job.label, rows, run_folder
         self.history, self.best = History(), dict[str, Tensor]()
         self.step_loss = torch.zeros((), device=args.device)
         self.started = time.monotonic()
@@ -79,9 +74,7 @@ class Loop(Trainer):
     def run(self) -> None:
         """Trains to the end, starting from the last whole checkpoint if there is one.
 
-        Raises:
-            TrainingError: a loss is NaN or infinite (with its step).
-            StorageError: a checkpoint can't be written.
+        A TrainingError names the step whose loss isn't finite.
         """
         checkpoint = broadcast_value(str(self.run_folder.last_checkpoint() or "") if self.run_folder else "")
         self.train(resume_from_checkpoint=checkpoint or None)
@@ -148,47 +141,90 @@ class Loop(Trainer):
             return
         with tempfile.TemporaryDirectory() as folder:
             self._save_rng_state(folder)
+            if self.args.should_save:
+                self.state.save_to_json(str(Path(folder, "trainer_state.json")))
             own = [(file.name, file.read_bytes()) for file in Path(folder).iterdir()]
-        random_states = dict(gather_object(own))
+        files = dict(gather_object(own))
         if self.args.should_save:
             assert self.optimizer is not None
             assert self.lr_scheduler is not None
-            with tempfile.TemporaryDirectory() as folder:
-                self.state.save_to_json(os.path.join(folder, "trainer_state.json"))
-                trainer_state = Path(folder, "trainer_state.json").read_bytes()
-            history = {**self.history.to_json(), "seconds": self.seconds()}
-            files = {
-                TRAINED: tensor_bytes(self.student.trained()),
+            history = {**asdict(self.history), "seconds": self.seconds()}
+            files |= {
+                checkpoints.TRAINED: tensor_bytes(self.student.trained()),
                 "optimizer.pt": state_bytes(self.optimizer.state_dict()),
                 "scheduler.pt": state_bytes(self.lr_scheduler.state_dict()),
-                "trainer_state.json": trainer_state,
-                HISTORY: json.dumps(history, allow_nan=False).encode(),
-                **random_states,
+                checkpoints.HISTORY: json.dumps(history, allow_nan=False).encode(),
             }
             if self.best:
-                files[BEST] = tensor_bytes(self.best)
+                files[checkpoints.BEST] = tensor_bytes(self.best)
             self.run_folder.save_checkpoint(self.state.global_step, files)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer's hook for loading."""
         folder = Path(resume_from_checkpoint)
-        copy_into_trained(self.student, safetensors.torch.load_file(folder / TRAINED))
-        self.history = History(**read_json(folder / HISTORY, TrainingError))
-        if (folder / BEST).exists():
-            self.best = safetensors.torch.load_file(folder / BEST)
+        self.student.load_trained(safetensors.torch.load_file(folder / checkpoints.TRAINED))
+        self.history = History(**read_json(folder / checkpoints.HISTORY, TrainingError))
+        if (best := folder / checkpoints.BEST).exists():
+            self.best = safetensors.torch.load_file(best)
 
     def _copy_trained(self) -> dict[str, Tensor]:
         return {name: p.detach().to("cpu", copy=True) for name, p in self.student.trained().items()}
 
 
-@torch.no_grad()
-def copy_into_trained(student: Student, tensors: dict[str, Tensor]) -> None:
-    """Copies tensors into the trained parameters of the same names."""
-    parameters = student.trained()
-    if parameters.keys() != tensors.keys():
-        raise TrainingError(
-            "the checkpoint holds other tensors than this training has: delete its folder to start afresh."
+class LoopCallback(TrainerCallback):
+    """Stops at a loss that isn't finite, decides when to validate and save, and reports progress."""
+
+    def __init__(self, loop: Loop, report: Report) -> None:
+        self.loop, self.report = loop, report
+        self.first_step, self.batches = 0, 0
+        self.shown = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first_step, self.loop.started = state.global_step, time.monotonic()
+        self._show(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches += 1
+        if time.monotonic() - self.shown >= WITHIN_SECONDS:
+            self._show(state, self.batches / args.gradient_accumulation_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        loss = self.loop.take_step_loss()
+        if not math.isfinite(loss):
+            step = state.global_step + 1
+            raise TrainingError(f"{self.loop.label}: the loss is {loss} at step {step}: {ADVICE}")
+        self.loop.history.losses.append(loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        config, step = self.loop.config, state.global_step
+        last, every, save = step == config.steps, config.validate_every, config.save_every
+        control.should_evaluate = bool(every) and (step % every == 0 or last)
+        control.should_save = bool(save) and step % save == 0 and not last
+        if not control.should_evaluate:
+            self._show(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._show(state)
+
+    def _show(self, state: Any, part: float = 0.0) -> None:
+        self.shown = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        config, history, step = self.loop.config, self.loop.history, state.global_step
+        pace = (step + part - self.first_step) / max(self.shown - self.loop.started, 1e-9)
+        self.report(
+            Progress(
+                self.loop.label,
+                step,
+                config.steps,
+                history.losses[-1] if history.losses else None,
+                list(history.validation.values())[-1] if history.validation else None,
+                pace * config.rows_per_step,
+                (config.steps - step - part) / pace if pace else math.inf,
+                part,
+            )
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.attach.hooks import forget_compiled
 from phatgoose.models.base.base import Base, eval_mode
 from phatgoose.routers import Single
+
+
+def refuse_routed(base: Base) -> None:
+    """Raises a TrainingError if routing is attached to the base."""
+    if routing_of(base) is not None:
+        raise TrainingError("routing is attached to the base: call unroute(base) first.")
 
 
 @contextlib.contextmanager
@@ -27,35 +33,27 @@ def preserved(model: PreTrainedModel) -> Iterator[None]:
     against an exception in between, so everything is restored from a snapshot of references, also on errors and
     KeyboardInterrupt. No weights are copied, because nothing here writes to a frozen weight.
     """
-    modules = [(module, _state(module)) for module in model.modules()]
+    owners = [*model.modules(), model.config, getattr(model, "generation_config", None)]
+    attributes = [vars(owner) for owner in owners if owner is not None]
+    # Also what each attribute of a module that is a dict holds: submodules, parameters, buffers, hooks.
+    registries = [v for module in model.modules() for v in vars(module).values() if isinstance(v, dict)]
+    snapshot = [(found, dict(found)) for found in [*registries, *attributes]]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    configs = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
-    settings = [(c, dict(vars(c))) for c in configs]
     try:
         yield
     finally:
         forget_compiled()
-        for module, (attributes, registries) in modules:
-            for registry, content in registries:
-                registry.clear()
-                registry.update(content)
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for found, content in snapshot:
+            found.clear()
+            found.update(content)
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for config, values in settings:
-            vars(config).clear()
-            vars(config).update(values)
 
 
 @contextlib.contextmanager
 def expert_attached(base: Base, expert: Expert) -> Iterator[None]:
-    """Routes every token to this expert inside, without dropout. Afterwards the base is unrouted, as before.
-
-    Raises:
-        RoutingError, BaseModelError: the expert doesn't fit the base.
-    """
+    """Routes every token to this expert inside, without dropout. Afterwards the base is unrouted, as before."""
     with eval_mode(base.model):
         try:
             route(base, Pool([expert]), Single(0))
@@ -64,23 +62,14 @@ def expert_attached(base: Base, expert: Expert) -> Iterator[None]:
             unroute(base)
 
 
-def _state(module: torch.nn.Module) -> tuple[dict[str, Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]:
-    """A module's attributes, and a copy of each that is a dict: submodules, parameters, buffers, hooks."""
-    attributes = dict(module.__dict__)
-    return attributes, [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
-
-
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
     """Restores the global random generators, which training seeds, so that the caller's random numbers don't change."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    cuda = torch.cuda.get_rng_state_all() if uses_cuda else None
+    python, numpy = random.getstate(), np.random.get_state()
+    used = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        yield
+        with torch.random.fork_rng(used, device_type="cuda"):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.random.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

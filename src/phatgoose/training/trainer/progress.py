@@ -21,13 +21,13 @@ class Progress:
     """What is being trained, e.g. "expert plural"."""
     step: int
     steps: int
-    loss: float | None
+    loss: float | None = None
     """Loss of the last step, in nats per target token; None before the first."""
-    validation_loss: float | None
+    validation_loss: float | None = None
     """The last one, in nats per target token; None before the first."""
-    rows_per_second: float
+    rows_per_second: float = 0.0
     """Over all processes, since this process began (steps before a resume don't count)."""
-    seconds_left: float
+    seconds_left: float = math.inf
     """Infinite before the first step."""
     part: float = 0.0
     """Share of the next step that is done, in [0, 1): above 0 only in reports from within a long step."""
@@ -41,10 +41,12 @@ def silent(progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def display(label: str, steps: int) -> Iterator[Report]:
-    """A progress bar on standard error, if that is a terminal; else `lines`."""
-    if not sys.stderr.isatty():
-        yield lines()
+def display(label: str, steps: int, report: Report | None = None) -> Iterator[Report]:
+    """`report`; without one, a progress bar on standard error if that is a terminal, else `lines`."""
+    if report is None and not sys.stderr.isatty():
+        report = lines()
+    if report is not None:
+        yield report
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
