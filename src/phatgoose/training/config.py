@@ -174,9 +174,12 @@ class ExpertConfig(LoopConfig):
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.kind])
         super().__post_init__()
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", _module_names(self.target_modules))
-        self._check("target_modules", bool(self.target_modules), '"auto", "all-linear" or at least one name')
+        if not isinstance(names := self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(names))
+        named = bool(self.target_modules) and all(
+            isinstance(name, str) and name for name in self.target_modules
+        )
+        self._check("target_modules", named, '"auto", "all-linear" or at least one name')
         self._check_kind()
         self._check_least(1, "rank", "reduction")
         self._check("alpha", math.isfinite(self.alpha) and self.alpha != 0, "a number other than 0")
@@ -261,10 +264,3 @@ class SignatureConfig(_Settings):
         self._check("texts", self.texts <= MOST_TEXTS, f"at most {MOST_TEXTS}")
         if not self.rows and not self.texts:
             raise TrainingError("SignatureConfig: rows and texts are both 0, so there is nothing to make.")
-
-
-def _module_names(value: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(value)
-    if not all(isinstance(n, str) and n for n in names):
-        raise TrainingError(f"target_modules = {value!r}: expected names of modules.")
-    return names
