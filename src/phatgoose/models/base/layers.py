@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
@@ -70,8 +71,6 @@ def embed_scale(module: nn.Module) -> float:
 
 @torch.no_grad()
 def _only_scales(module: nn.Embedding) -> bool:
-    from accelerate.utils import align_module_device
-
     with align_module_device(module):
         if module.weight.is_meta:
             return hasattr(module, "embed_scale")
@@ -87,9 +86,7 @@ def _only_scales(module: nn.Embedding) -> bool:
 def compute_dtype(module: nn.Module, model: PreTrainedModel) -> torch.dtype:
     """The dtype that the module computes in: its weight's, or the model's if the weight is packed."""
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in FLOATS:
-        return weight.dtype
-    return model.dtype
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATS else model.dtype
 
 
 class ModuleLayer(Layer):
@@ -105,8 +102,6 @@ class ModuleLayer(Layer):
 
     @property
     def bias(self) -> Tensor | None:
-        from accelerate.utils import align_module_device
-
         module: nn.Module = self.__dict__["module"]
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor) and bias.is_meta:
@@ -133,8 +128,6 @@ def weight_owner(module: nn.Module) -> nn.Module:
 
 def weight_state(module: nn.Module) -> tuple[object, ...] | None:
     """Changes when the weight is replaced, moved or written to (except through `.data`); None while it is offloaded."""
-    from accelerate.utils import has_offloaded_params
-
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(weight_owner(module)):
         return None
@@ -142,11 +135,7 @@ def weight_state(module: nn.Module) -> tuple[object, ...] | None:
 
 
 def resolve_update(update: Update, module: nn.Module, path: str) -> Update:
-    """The update as this module applies it: DoRA gets the base's weight, an embedding's is scaled by `embed_scale`.
-
-    Raises:
-        RoutingError: a DoRA update needs the weight, which is packed and can't be unpacked.
-    """
+    """The update as this module applies it: DoRA gets `dense_weight`, an embedding's is scaled by `embed_scale`."""
     if update.magnitude is not None:
         return update.resolved(dense_weight(module, path))
     if update.embedding and (scale := embed_scale(module)) != 1:
@@ -172,8 +161,7 @@ def may_modify_output(module: nn.Module) -> bool:
 def residual_source(model: nn.Module, parts: Iterable[Update | None]) -> nn.Module | None:
     """The module whose input is the residual stream that one of these updates (all of one module) reads, if any.
 
-    Raises:
-        RoutingError: the model has no such module.
+    A RoutingError if the model has no such module.
     """
     found = (p.bottleneck.residual for p in parts if p is not None and p.bottleneck is not None)
     if (path := next((path for path in found if path is not None), None)) is None:
@@ -209,14 +197,11 @@ def _empty(residual: Residual, *_: Any) -> None:
 def dense_weight(module: nn.Module, path: str) -> Tensor:
     """A copy of W [d_out, d_in] of a plain, Conv1D, offloaded or packed linear layer, which stays unchanged.
 
-    Raises:
-        RoutingError: a packed weight can't be unpacked.
+    A RoutingError if a packed weight can't be unpacked.
     """
-    from accelerate.utils import align_module_device
     from peft.utils.integrations import dequantize_module_weight
 
-    # If the running pass has already fetched the weight, fetching it again would end in removing it from under that
-    # pass.
+    # Fetching a weight that the running pass has fetched already would end in removing it from under that pass.
     is_offloaded = getattr(getattr(module, "weight", None), "is_meta", False)
     with align_module_device(weight_owner(module)) if is_offloaded else nullcontext():
         weight = module.weight
@@ -245,11 +230,8 @@ def _copy_packed(module: nn.Module) -> nn.Module:
 def same_weights(module: nn.Module, name: str, copy: Tensor, *, cut: bool = False) -> bool:
     """True if `copy` equals the module's own parameter up to rounding to its dtype.
 
-    Args:
-        cut: the copy may lack the last rows, which in an embedding or a head may belong to no token.
+    `cut`: the copy may lack the last rows, which in an embedding or a head may belong to no token.
     """
-    from accelerate.utils import align_module_device
-
     with align_module_device(module):
         own = getattr(module, name, None)
         if isinstance(own, Tensor) and cut and own.ndim == copy.ndim and len(copy) < len(own):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,10 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.errors import BaseModelError
 from phatgoose.hub_errors import look_up
-from phatgoose.models.base.base import Base
+from phatgoose.models.base.base import Base, model_class
 from phatgoose.models.base.gguf import WheelBase, copy_of_file, copy_of_wheel
-from phatgoose.models.base.load_errors import check_folder, explain_load_errors, protobuf_hint
-from phatgoose.models.base.load_options import load_options
+from phatgoose.models.base.load_errors import check_folder, explain_load_errors
 from phatgoose.registry import unknown
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
@@ -45,30 +45,79 @@ ALIASES: dict[str, WheelBase] = {
         ),
     )
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[^\s@]+))?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base's files are: a local folder, or a repository on the Hub (then `folder` is None)."""
+    """Where a base's files are, and what transformers reads of them."""
 
     spec: str
-    place: str
+    place: Path | str
+    """A local folder, or (a string) a repository on the Hub."""
     revision: str | None = None
-    folder: Path | None = None
     notes: tuple[str, ...] = ()
     copy: bool = False
-    """`folder` is a converted copy in our cache, which the user never named."""
+    """`place` is a converted copy in our cache, which the user never named."""
+
+    def explain(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """`explain_load_errors` for a part of this base. For a Hub id it says which other readings failed."""
+        if isinstance(self.place, Path):
+            return explain_load_errors(self.spec, part, self.place)
+        tried = f"There is also no folder or file {self.spec!r} here."
+        if "/" not in self.spec:
+            tried += f" As an alias: {unknown('base', self.spec, ALIASES)}."
+        return explain_load_errors(self.spec, part, None, tried)
+
+    def config(self) -> PreTrainedConfig:
+        with self.explain("the configuration"):
+            if isinstance(self.place, str):
+                look_up(self.place, self.revision, "config.json")
+            return AutoConfig.from_pretrained(**self._arguments)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        with self.explain("the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(**self._arguments)
+            if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes an empty one up
+                raise BaseModelError(
+                    f"can't load the tokenizer of {self.spec!r}: it comes without one (no tokenizer.json, "
+                    "spiece.model, …)."
+                )
+            return tokenizer
+
+    def model(self, options: dict[str, Any], config: PreTrainedConfig | None = None) -> PreTrainedModel:
+        """The weights alone, without a tokenizer. `options`: the result of `load_options`."""
+        config = config or self.config()
+        with self.explain("the weights"), hide_progress_bars(self.copy):
+            model, info = model_class(config).from_pretrained(
+                **self._arguments, config=config, use_safetensors=True, output_loading_info=True, **options
+            )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise BaseModelError(
+                f"{self.spec!r} is a PEFT adapter, not a base: load {model.name_or_path!r}, its base."
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise BaseModelError(
+                f"{self.spec!r} has no weights for {len(missing)} tensors of {type(model).__name__}, {missing[0]!r} "
+                f"among them: they would be random. Its config says {config.architectures}; a base needs a "
+                "language-model head."
+            )
+        return model
+
+    def empty_model(self) -> PreTrainedModel:
+        """The model on the meta device, without values."""
+        config = self.config()
+        with self.explain("the modules"), torch.device("meta"):
+            return model_class(config).from_config(config, trust_remote_code=False)
 
     @property
-    def tried(self) -> str:
-        """For errors about a Hub id: which other readings of the spec failed."""
-        if self.folder is not None:
-            return ""
-        text = f"There is also no folder or file {self.spec!r} here."
-        if "/" not in self.spec:
-            text += f" As an alias: {unknown('base', self.spec, ALIASES)}."
-        return text
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "pretrained_model_name_or_path": str(self.place),
+            "revision": self.revision,
+            "trust_remote_code": False,
+        }
 
 
 def load_base(
@@ -102,12 +151,11 @@ def load_base(
         StorageError: no space or permission to keep what was downloaded or converted.
     """
     options = load_options(dtype, device, device_map, quantization)
-    source = find_source(os.fspath(spec), revision)
-    with hide_progress_bars(source.copy):
-        config = read_config(source)
-        tokenizer = _tokenizer(source)  # first, so that a missing tokenizer costs no long download
-        model = read_model(source, config, options)
-    _set_padding(source, model, tokenizer)
+    source = find_source(spec, revision)
+    config = source.config()
+    tokenizer = source.tokenizer()  # first, so that a missing tokenizer costs no long download
+    model = source.model(options, config)
+    _set_padding(source.spec, model, tokenizer)
     if device is not None and "device_map" not in options:
         with explain_load_errors(source.spec, f"the model on {device}", None):
             model = model.to(device)  # type: ignore[arg-type]
@@ -130,23 +178,70 @@ def forced_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def load_weights(spec: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A base's model alone, on the CPU, for callers that need no tokenizer. Arguments and errors as for `load_base`."""
-    source = find_source(os.fspath(spec), None)
-    with hide_progress_bars(source.copy):
-        return read_model(source, read_config(source), load_options(dtype, None, None, None))
+    return find_source(spec).model(load_options(dtype))
 
 
-def find_source(spec: str, revision: str | None) -> Source:
-    """What `spec` names, in this order: an alias, a folder, a file, a GGUF file inside one of the two, a Hub id."""
-    path = Path(spec).expanduser()
+def load_options(
+    dtype: Any = "auto", device: Any = None, device_map: Any = None, quantization: Any = None
+) -> dict[str, Any]:
+    """Arguments for transformers' from_pretrained, from those of `load_base`. Bad ones are BaseModelErrors."""
+    if isinstance(dtype, str) and dtype != "auto":
+        if dtype not in DTYPES:
+            raise BaseModelError(str(unknown("dtype", dtype, ["auto", *DTYPES])))
+        dtype = DTYPES[dtype]
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise BaseModelError(
+            f"dtype must be one of auto, {', '.join(DTYPES)} or a floating torch dtype, got {dtype!r}."
+        )
+    options: dict[str, Any] = {"dtype": dtype}
+    if device is not None:
+        if device_map is not None:
+            raise BaseModelError(f"give device ({device!r}) or device_map ({device_map!r}), not both.")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            said = str(error).splitlines()[0]
+            raise BaseModelError(f"the device {device!r} can't be used: {said}") from error
+    if quantization is not None:
+        options["quantization_config"] = _quantization(quantization)
+        if device is not None:  # a quantised model can't be moved after loading
+            device_map = {"": str(device)}
+    if device_map is not None:
+        options["device_map"] = device_map
+    return options
+
+
+def _quantization(asked: Any) -> Any:
+    if isinstance(asked, str) and asked not in ("8bit", "4bit"):
+        raise BaseModelError(str(unknown("quantization", asked, ["8bit", "4bit"])))
+    if isinstance(asked, str | BitsAndBytesConfig) and importlib.util.find_spec("bitsandbytes") is None:
+        which = f"a {asked} base" if isinstance(asked, str) else "this quantization"
+        raise BaseModelError(f"{which} needs the package bitsandbytes: `pip install bitsandbytes`.")
+    if asked == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if asked == "8bit" else asked
+
+
+def find_source(
+    place: str | os.PathLike[str], revision: str | None = None, *, needs_weights: bool = True
+) -> Source:
+    """What a spec names, in this order: an alias, a folder, a file, a GGUF file inside one of the two, a Hub id.
+
+    needs_weights: refuse a folder without weights; else one with a configuration is enough.
+    """
+    spec, path = os.fspath(place), Path(place).expanduser()
+    if not needs_weights and (path / "config.json").is_file():
+        return Source(spec, path)
     if spec in ALIASES:
         _no_revision(spec, revision, "an alias")
-        return Source(
-            spec, "", folder=copy_of_wheel(spec, ALIASES[spec]), notes=(ALIASES[spec].note,), copy=True
-        )
+        alias = ALIASES[spec]
+        return Source(spec, copy_of_wheel(spec, alias), notes=(alias.note,), copy=True)
     if spec and path.is_dir():
         _no_revision(spec, revision, "a folder")
         check_folder(path, spec)
-        return Source(spec, str(path), folder=path)
+        return Source(spec, path)
     if path.is_file():
         _no_revision(spec, revision, "a file")
         if path.suffix.lower() != ".gguf":
@@ -154,19 +249,20 @@ def find_source(spec: str, revision: str | None) -> Source:
                 f"{spec} is a file, and not a GGUF file: give the folder that holds config.json."
             )
         return _gguf(spec, path)
-    place, colon, file = spec.rpartition(":")
+    outer, colon, file = spec.rpartition(":")
     if colon and file.lower().endswith(".gguf"):
-        if Path(place).expanduser().is_dir():
-            return find_source(str(Path(place).expanduser() / file), revision)
-        hub = _hub(place, revision)
-        if hub is not None:
-            return _gguf(spec, _download(hub, file))
+        if Path(outer).expanduser().is_dir():
+            return find_source(Path(outer).expanduser() / file, revision)
+        if (hub := _hub(outer, revision)) is not None:
+            with hub.explain(file):
+                look_up(str(hub.place), hub.revision, file)
+                found = Path(hf_hub_download(str(hub.place), file, revision=hub.revision))
+            return _gguf(spec, found)
     elif (hub := _hub(spec, revision)) is not None and not spec.lower().endswith(".gguf"):
         # A misspelt alias is also a valid Hub id: don't ask the network about it.
         if difflib.get_close_matches(spec.lower(), ALIASES, cutoff=0.6):
-            raise BaseModelError(
-                str(unknown("base", spec, ALIASES, f"There is no folder or file {spec!r} here."))
-            )
+            hint = f"There is no folder or file {spec!r} here."
+            raise BaseModelError(str(unknown("base", spec, ALIASES, hint)))
         return hub
     raise BaseModelError(
         f'there is no base {spec!r}: no such file or folder, and it is not a Hub id ("org/name").'
@@ -185,66 +281,19 @@ def _hub(spec: str, revision: str | None) -> Source | None:
 
 def _gguf(spec: str, file: Path) -> Source:
     note = f"converted from {file.name}: if that file is quantised, this is a dequantised copy, not the original model."
-    return Source(spec, "", folder=copy_of_file(file), notes=(note,), copy=True)
+    return Source(spec, copy_of_file(file), notes=(note,), copy=True)
 
 
-def _download(hub: Source, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with explain_load_errors(hub.spec, file, None, hub.tried):
-        look_up(hub.place, hub.revision, file)
-        return Path(hf_hub_download(hub.place, file, revision=hub.revision))
+def _no_revision(spec: str, revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise BaseModelError(f"{spec!r} is {what} and has no revisions, but revision={revision!r} was given.")
 
 
-def read_config(source: Source) -> PreTrainedConfig:
-    with explain_load_errors(source.spec, "the configuration", source.folder, source.tried):
-        if source.folder is None:
-            look_up(source.place, source.revision, "config.json")
-        return AutoConfig.from_pretrained(**_from(source))
-
-
-def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    with explain_load_errors(source.spec, "the tokenizer", source.folder, protobuf_hint()):
-        tokenizer = AutoTokenizer.from_pretrained(**_from(source))
-        if len(tokenizer) - len(tokenizer.added_tokens_encoder) < 4:  # transformers makes an empty one up
-            raise BaseModelError(
-                f"can't load the tokenizer of {source.spec!r}: it comes without one (no tokenizer.json, spiece.model, "
-                "…)."
-            )
-        return tokenizer
-
-
-def read_model(source: Source, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """The weights alone, without a tokenizer. `options`: the result of `load_options`."""
-    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with explain_load_errors(source.spec, "the weights", source.folder, source.tried):
-        loaded: Any = family.from_pretrained(
-            **_from(source), config=config, use_safetensors=True, output_loading_info=True, **options
-        )
-    model, info = loaded
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise BaseModelError(
-            f"{source.spec!r} is a PEFT adapter, not a base: load {model.name_or_path!r}, its base."
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise BaseModelError(
-            f"{source.spec!r} has no weights for {len(missing)} tensors of {type(model).__name__}, {missing[0]!r} "
-            f"among them: they would be random. Its config says {config.architectures}; a base needs a language-model "
-            "head."
-        )
-    return model
-
-
-def _from(source: Source) -> dict[str, Any]:
-    place = str(source.folder) if source.folder is not None else source.place
-    return {"pretrained_model_name_or_path": place, "revision": source.revision, "trust_remote_code": False}
-
-
-def _set_padding(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_padding(spec: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Sets the padding token and side. Refuses a tokenizer that isn't this model's."""
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
-            f"the tokenizer of {source.spec!r} has no end-of-sequence token: answers could not be ended or scored."
+            f"the tokenizer of {spec!r} has no end-of-sequence token: answers could not be ended or scored."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -252,18 +301,13 @@ def _set_padding(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTo
     for name in ("eos_token", "pad_token"):
         if (number := getattr(tokenizer, f"{name}_id")) >= rows:
             raise BaseModelError(
-                f"the tokenizer of {source.spec!r} has its {name} at {number}, but the model embeds only {rows} "
-                "tokens: they do not belong together."
+                f"the tokenizer of {spec!r} has its {name} at {number}, but the model embeds only {rows} tokens: they "
+                "do not belong together."
             )
     if not model.config.is_encoder_decoder:
         tokenizer.padding_side = "left"
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def _no_revision(spec: str, revision: str | None, what: str) -> None:
-    if revision is not None:
-        raise BaseModelError(f"{spec!r} is {what} and has no revisions, but revision={revision!r} was given.")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -27,9 +26,7 @@ _UNKNOWN_ARCHITECTURE = (
 def explain_load_errors(spec: str, part: str, folder: Path | None, tried: str = "") -> Iterator[None]:
     """Turns any error while `part` ("the configuration", "the weights", …) of `spec` is read into a BaseModelError.
 
-    Raises:
-        BaseModelError: its message names the spec, the cause and what to do.
-        StorageError: no space or permission to keep a download.
+    Its message names the spec, the cause and what to do. No space to keep a download is a StorageError.
     """
     try:
         hub_cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
@@ -69,10 +66,9 @@ def pickle_only(spec: str, found: str) -> str:
     """The message about a base whose weights exist only as pickle files."""
     return (
         f"it has {found}; weights in pickle files are not read, because opening one can run code. On the Hub, look "
-        "among "
-        'the model\'s pull requests for a safetensors version and load "NAME@refs/pr/NUMBER". Or, if you trust its '
-        "source, "
-        f"convert it once: `python -c \"import transformers as t; s = '{spec}'; c = t.AutoConfig.from_pretrained(s); "
+        'among the model\'s pull requests for a safetensors version and load "NAME@refs/pr/NUMBER". Or, if you trust '
+        f"its source, convert it once: `python -c \"import transformers as t; s = '{spec}'; "
+        "c = t.AutoConfig.from_pretrained(s); "
         "a = t.AutoModelForSeq2SeqLM if c.is_encoder_decoder else t.AutoModelForCausalLM; "
         "a.from_pretrained(s, use_safetensors=False).save_pretrained('converted'); "
         't.AutoTokenizer.from_pretrained(s).save_pretrained(\'converted\')"` and load "./converted".'
@@ -80,10 +76,9 @@ def pickle_only(spec: str, found: str) -> str:
 
 
 def check_folder(folder: Path, spec: str) -> None:
-    """Refuses a folder that holds no base, judged by its files' names.
+    """Refuses a folder that holds no base, by its files' names: an adapter, GGUF files or pickles only, no checkpoint.
 
-    Raises:
-        BaseModelError: an adapter, GGUF files only, pickles only, no checkpoint, or a file that may not be read.
+    A file that may not be read is refused too. All of these are BaseModelErrors.
     """
     try:
         names = sorted(p.name for p in folder.iterdir())
@@ -111,15 +106,6 @@ def check_folder(folder: Path, spec: str) -> None:
         raise BaseModelError(
             f"{spec} holds no weights: there is no *.safetensors file in it (found {names[:8]})."
         )
-
-
-def protobuf_hint() -> str:
-    """What to install if a sentencepiece tokenizer can't be converted because protobuf is missing."""
-    try:
-        missing = importlib.util.find_spec("google.protobuf") is None
-    except ModuleNotFoundError:
-        missing = True
-    return " A sentencepiece tokenizer (T5, older Llama) needs `pip install protobuf`." if missing else ""
 
 
 def _damaged(folder: Path | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -70,12 +69,11 @@ class SentenceEncoder:
             if not (folder / file).is_file():
                 raise BaseModelError(f"{folder} can't be read as a sentence encoder: {file} is missing.")
         self.max_tokens = _max_tokens(folder)
-        _check_pooling(folder)
         files = {n: sha256_file(folder / n, BaseModelError) for n in (_WEIGHTS, _TOKENIZER)}
         self.sha256 = sha256_json({**files, "max_tokens": self.max_tokens, "pooling": "mean"})
         if expected is not None and self.sha256 != expected:
             raise BaseModelError(f"{name!r} is another encoder (sha256 {self.sha256}, not {expected}).")
-        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache: dict[bytes, Tensor] = {}
         with explain_load_errors(name, "the sentence encoder", folder), hide_progress_bars(True):
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             model = AutoModel.from_pretrained(
@@ -88,8 +86,11 @@ class SentenceEncoder:
 
         Texts of similar length are computed together, so a vector's last bits may depend on the other texts.
         """
+        if not texts:
+            return torch.zeros(0, self.width, dtype=torch.float32)
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)
+        rows = [array("i", ids).tobytes() for ids in encoded["input_ids"]]
         # Keyed by tokens: long texts that differ only after the cut share one row.
-        rows = [array("i", ids).tobytes() for ids in self._ids(texts)]
         found = {row: self._cache[row] for row in rows if row in self._cache}
         new = [row for row in dict.fromkeys(rows) if row not in found]
         tokens = [array("i", row) for row in new]
@@ -98,9 +99,7 @@ class SentenceEncoder:
             found |= {new[n]: vector for n, vector in zip(batch, vectors, strict=True)}
         self._cache |= {row: found[row] for row in new}
         while len(self._cache) > _CACHED_ROWS:
-            self._cache.popitem(last=False)
-        if not rows:
-            return torch.zeros(0, self.width, dtype=torch.float32)
+            del self._cache[next(iter(self._cache))]
         return torch.stack([found[row] for row in rows])
 
     @property
@@ -111,12 +110,6 @@ class SentenceEncoder:
         """The number of these texts that are longer than `max_tokens`."""
         encoded = self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
         return sum(len(ids) > self.max_tokens for ids in encoded["input_ids"])
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)
-        return [list(ids) for ids in encoded["input_ids"]]
 
     def _embed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if not any(map(len, rows)):  # no special tokens and empty texts
@@ -146,18 +139,19 @@ def load_encoder(
         DownloadError: a file can't be fetched, is too large, or isn't what the Hub lists or the alias pins.
         StorageError: no space to keep it.
     """
+    folder, name = Path(spec).expanduser(), spec
     if spec == DEFAULT_ENCODER:
-        return SentenceEncoder(_pinned(), spec, device, expected)
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        return SentenceEncoder(folder, folder.resolve().name, device, expected)
-    match = _HUB_ID.fullmatch(spec)
-    if match is None:
+        folder = _pinned()
+    elif folder.is_dir():
+        name = folder.resolve().name
+    elif match := _HUB_ID.fullmatch(spec):
+        folder = _fetched(spec, match["id"], match["revision"])
+    else:
         raise BaseModelError(
             f"there is no sentence encoder {spec!r}: no such folder, and it is neither {DEFAULT_ENCODER!r} nor a Hub "
             "id."
         )
-    return SentenceEncoder(_fetched(spec, match["id"], match["revision"]), spec, device, expected)
+    return SentenceEncoder(folder, name, device, expected)
 
 
 def _fetched(spec: str, repository: str, revision: str | None) -> Path:
@@ -189,26 +183,22 @@ def _pinned() -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name, BaseModelError) == digest
-        for name, digest in _PINNED.items()
-    ) and all((folder / name).is_file() for name in _NEEDED)
+    return all((folder / name).is_file() for name in _NEEDED) and all(
+        sha256_file(folder / name, BaseModelError) == digest for name, digest in _PINNED.items()
+    )
 
 
 def _max_tokens(folder: Path) -> int:
-    found = read_json(folder / _LIMITS, BaseModelError)
-    limit = found.get("max_seq_length") if isinstance(found, dict) else None
+    """The most tokens of a text, by sentence-transformers' settings. Refuses all pooling but the mean."""
+    limits, pooling = (read_json(folder / name, BaseModelError) for name in (_LIMITS, _POOLING))
+    limit = limits.get("max_seq_length") if isinstance(limits, dict) else None
     if type(limit) is not int or not 3 <= limit <= 2**20:
         raise BaseModelError(f"{folder / _LIMITS}: max_seq_length is {limit!r}, expected a number of tokens.")
-    return limit
-
-
-def _check_pooling(folder: Path) -> None:
-    found = read_json(folder / _POOLING, BaseModelError)
-    settings = found if isinstance(found, dict) else {}
+    settings = pooling if isinstance(pooling, dict) else {}
     modes = {k for k, v in settings.items() if k.startswith("pooling_mode_") and v is True}
     if modes != {"pooling_mode_mean_tokens"}:
         raise BaseModelError(
             f"{folder / _POOLING} pools by {', '.join(sorted(modes)) or 'nothing'}; only the mean of the tokens is "
             "supported."
         )
+    return limit

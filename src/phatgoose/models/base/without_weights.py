@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
@@ -18,16 +18,8 @@ from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
 from phatgoose.models.attach.modules import check_parameters, module_at, pool_on_model
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.layers import linear_shape, same_weights
-from phatgoose.models.base.load import (
-    Source,
-    find_source,
-    hide_progress_bars,
-    load_base,
-    read_config,
-    read_model,
-)
+from phatgoose.models.base.load import Source, find_source, hide_progress_bars, load_base, load_options
 from phatgoose.models.base.load_errors import explain_load_errors
-from phatgoose.models.base.load_options import load_options
 from phatgoose.models.moe.names import is_expert_path, modules_by_path
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -42,21 +34,17 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     Raises:
         BaseModelError: as for `load_base`: the base doesn't exist, or its configuration or weights can't be used.
     """
-    source = _source(spec)
-    model = empty_model(source)
+    source = find_source(spec, needs_weights=False)
+    model = source.empty_model()
     modules = model.named_modules(remove_duplicate=False)
     linears = {path: shape for path, m in modules if (shape := linear_shape(m)) is not None}
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     both = bool(model.config.is_encoder_decoder)
     if not _has_local_weights(source):
         return BaseShape(source.spec, linears, parameters, both)
-    with hide_progress_bars(source.copy):
-        whole = read_model(source, read_config(source), load_options("auto", None, None, None))
-    own = {
-        path: m
-        for path, m in whole.named_modules(remove_duplicate=False)
-        if any(name.rpartition(".")[0] == path for name in COPIES)
-    }
+    whole = source.model(load_options())
+    paths = {name.rpartition(".")[0] for name in COPIES}
+    own = {path: m for path, m in whole.named_modules(remove_duplicate=False) if path in paths}
     found = fingerprint(whole, source.spec)
     del whole  # all but the embeddings, which `own` holds
     gc.collect()
@@ -78,7 +66,7 @@ def check_mixture(spec: str, pool: Pool) -> None:
     """
     if not any(is_expert_path(path) for path in pool.modules):
         return
-    model = empty_model(_source(spec))
+    model = find_source(spec, needs_weights=False).empty_model()
     modules = modules_by_path(model, pool.modules)
     placed = pool_on_model(model, modules, pool)[0]
     check_parameters(modules, placed.experts)
@@ -86,27 +74,10 @@ def check_mixture(spec: str, pool: Pool) -> None:
         module_at(modules, path, placed)
 
 
-def _source(spec: str | os.PathLike[str]) -> Source:
-    folder = Path(spec).expanduser()
-    there = (folder / "config.json").is_file()  # enough here, unlike for load_base, which needs weights too
-    return (
-        Source(os.fspath(spec), str(folder), folder=folder) if there else find_source(os.fspath(spec), None)
-    )
-
-
-def empty_model(source: Source) -> PreTrainedModel:
-    """The model on the meta device, without values."""
-    with hide_progress_bars(source.copy):
-        config = read_config(source)
-        family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with explain_load_errors(source.spec, "the modules", source.folder), torch.device("meta"):
-            return family.from_config(config, trust_remote_code=False)
-
-
 def _has_local_weights(source: Source) -> bool:
     """True if `load_base` would find safetensors without a download."""
-    if source.folder is not None:
-        return any((Path(source.folder) / name).is_file() for name in _WEIGHTS)
+    if isinstance(source.place, Path):
+        return any((source.place / name).is_file() for name in _WEIGHTS)
     found = (try_to_load_from_cache(source.place, name, revision=source.revision) for name in _WEIGHTS)
     return any(isinstance(path, str) for path in found)
 
@@ -121,18 +92,20 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
         BaseModelError: as for `load_base`, or the weights are packed (AWQ, GPTQ, FP8, …).
     """
     source = find_source(spec, revision)
-    model = empty_model(source)
+    model = source.empty_model()
     if getattr(model.config, "quantization_config", None) is not None:
         raise BaseModelError(
             f"{source.spec} is packed in 8 bits or fewer, but its original weights are needed. Take the unpacked base."
         )
-    folder = source.folder
-    if folder is None:
-        with explain_load_errors(source.spec, "the weights", None, source.tried):
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(source.place, revision=source.revision, allow_patterns=patterns))
+    found: dict[str, Tensor] = {}
+    folder = source.place
+    if isinstance(folder, str):
+        patterns = ["*.json", "*.safetensors"]
+        with source.explain("the weights"):
+            folder = Path(snapshot_download(folder, revision=source.revision, allow_patterns=patterns))
     with explain_load_errors(source.spec, "the weights", folder):
-        found = _tensors(folder)
+        for file in sorted(folder.glob("*.safetensors")):
+            found |= load_file(file)
     if not _can_map(model, found):
         with hide_progress_bars(True):
             return load_base(spec, revision=revision).model
@@ -141,22 +114,14 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
 def _can_map(model: PreTrainedModel, found: dict[str, Tensor]) -> bool:
     """True if the files hold every parameter under its own name (tied ones may be missing), and nothing else."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False)}
-    missing = wanted.keys() - found.keys()
     floats = all(t.is_floating_point() and t.dtype.itemsize >= 2 for t in found.values())
     return (
         floats
-        and missing <= tied
+        and wanted.keys() - found.keys() <= tied
         and all(n in wanted and t.shape == wanted[n] for n, t in found.items())
         and not any(b.device == torch.device("meta") and n in found for n, b in model.named_buffers())
     )
