@@ -34,7 +34,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, write_json
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.module_names import layer_and_kind
-from phatgoose.models.text.encoding import UNLIMITED, encode_choices
+from phatgoose.models.text.encoding import UNLIMITED, encode_answers
 from phatgoose.models.trace.record import trace
 from phatgoose.models.trace.result import Trace
 from phatgoose.records import Example
@@ -90,9 +90,7 @@ def _shares(lab: WorkerState, task: str) -> dict[str, Any]:
     base = lab.base
     with trace(base, histogram=True) as recorded:
         for row in lab.task(IN_POOL, task).validation[:SHARE_ROWS]:
-            (pair,) = encode_choices(
-                base.tokenizer, row.input, row.targets[:1], is_encoder_decoder=False, max_length=UNLIMITED
-            )
+            (pair,) = encode_answers(base, row, row.targets[:1], UNLIMITED)
             prompt, answer = (
                 torch.tensor([ids], device=base.device) for ids in (pair.prompt_ids, pair.target_ids[:-1])
             )

@@ -1,6 +1,7 @@
 """Against plain transformers: one row at a time, unpadded, labels the length of the input."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from transformers import GPT2LMHeadModel
 
 from phatgoose.errors import TaskError
 from phatgoose.models.text.batch import collate, length_batches, pad_id, target_logits, target_loss
-from phatgoose.models.text.encoding import Encoded, encode_choices
+from phatgoose.models.text.encoding import Encoded, encode_answers
+from phatgoose.records import Example
 
 FAMILIES = ("llama", "qwen", "gpt2", "t5")
 PAIRS = [
@@ -38,9 +40,13 @@ def special(tokenizer):
     return make
 
 
+def encode_choices(tokenizer, prompt, choices, seq2seq=False, max_length=512):
+    base = SimpleNamespace(tokenizer=tokenizer, is_encoder_decoder=seq2seq)
+    return encode_answers(base, Example(prompt, tuple(choices)), choices, max_length)
+
+
 def encode(tokenizer, pairs, seq2seq=False, max_length=512):
-    kind = {"is_encoder_decoder": seq2seq, "max_length": max_length}
-    return [encode_choices(tokenizer, p, [a], **kind)[0] for p, a in pairs]
+    return [encode_choices(tokenizer, p, [a], seq2seq, max_length)[0] for p, a in pairs]
 
 
 def test_decoder_only_ids(tokenizer):
@@ -125,8 +131,8 @@ def test_targets_in_the_language_of_targets(special, monkeypatch):
 
 def test_choices_share_one_prompt_even_when_cut(tokenizer):
     choices = ["a", "a rather long choice of several words"]
-    whole = encode_choices(tokenizer, PAIRS[3][0], choices, is_encoder_decoder=False, max_length=512)
-    cut = encode_choices(tokenizer, PAIRS[3][0], choices, is_encoder_decoder=False, max_length=40)
+    whole = encode_choices(tokenizer, PAIRS[3][0], choices)
+    cut = encode_choices(tokenizer, PAIRS[3][0], choices, max_length=40)
     assert len({e.prompt_ids for e in whole}) == len({e.prompt_ids for e in cut}) == 1
     assert [e.target_ids for e in whole] == [e.target_ids for e in cut]
     assert max(e.length for e in cut) == 40

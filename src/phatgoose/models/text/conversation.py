@@ -72,10 +72,13 @@ class _Conversation:
         self, base: Base, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools
     ) -> None:
         self.base, self.tokenizer = base, tokenizer
-        if self.tokenizer.chat_template is None:
+        if tokenizer.chat_template is None:
             raise TaskError(f"the tokenizer of {base.spec} has no chat template.")
         self.tools = [dict(tool) for tool in tools] if tools else None
-        source = self.source = _template_source(self.tokenizer, self.tools)
+        try:
+            source = self.source = str(tokenizer.get_chat_template(None, self.tools))
+        except ValueError as error:
+            raise TaskError(f"the tokenizer's chat template can't be chosen: {error}") from error
         self.marks_answers = _GENERATION.search(source) is not None
         plain = [_without_none(message) for message in messages]
         if "developer" not in source:
@@ -120,20 +123,9 @@ class _Conversation:
         return tokens
 
     def _end_of_answer(self, messages: list[dict[str, Any]], text: str) -> int:
-        """Where the answer ends in the rendered text: at the end of the span that the template marks, or of the
-        text."""
+        """Where the answer ends in the rendered text: with the span that the template marks, or with the text."""
         if not self.marks_answers:
             return len(text)
-        spans = [(a, b) for a, b in self._spans(messages) if b > len(self.text)]
-        starts, ends = [a for a, _ in spans], [b for _, b in spans]
-        if not spans or starts[0] > len(self.text) or starts[1:] != ends[:-1]:
-            raise TaskError(
-                "what the chat template marks with {% generation %} doesn't begin where its generation prompt ends, or "
-                "has gaps: the model would have to write what isn't in the loss."
-            )
-        return ends[-1]
-
-    def _spans(self, messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
@@ -141,7 +133,14 @@ class _Conversation:
             conversations=[messages], tools=self.tools, chat_template=self.source,
             return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
         )  # fmt: skip
-        return list(rendered[1][0])
+        spans = [(a, b) for a, b in rendered[1][0] if b > len(self.text)]
+        starts, ends = [a for a, _ in spans], [b for _, b in spans]
+        if not spans or starts[0] > len(self.text) or starts[1:] != ends[:-1]:
+            raise TaskError(
+                "what the chat template marks with {% generation %} doesn't begin where its generation prompt ends, or "
+                "has gaps: the model would have to write what isn't in the loss."
+            )
+        return ends[-1]
 
     def _refuse_dropped_parts(self) -> None:
         """Renders the conversation without each part that some templates ignore; if nothing changes, it was dropped."""
@@ -232,13 +231,6 @@ def _all_texts(value: Any) -> list[str]:
         value = list(value.values())
     parts = value if isinstance(value, list | tuple) else ()
     return [text for part in parts for text in _all_texts(part)]
-
-
-def _template_source(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
-    try:
-        return str(tokenizer.get_chat_template(None, tools))
-    except ValueError as error:
-        raise TaskError(f"the tokenizer's chat template can't be chosen: {error}") from error
 
 
 def _without_none(message: Message) -> dict[str, Any]:

@@ -41,47 +41,59 @@ class Encoded:
 
 
 def encode_answers(base: Base, example: Example, answers: Sequence[str], max_length: int) -> list[Encoded]:
-    """One Encoded per answer (a target or a choice of the example), all with the same prompt.
+    """One Encoded per answer (a target or a choice of the example), all with the same prompt_ids.
+
+    These are truncated at the left to fit the longest answer, if necessary.
+
+    Decoder-only: prompt and answer are joined by a space (by nothing if the prompt ends in white space) and encoded as
+    one text. The target is what follows the prompt's own tokens. If the tokenizer merges across the border, so that the
+    prompt's tokens are no prefix, the target is the encoding of space and answer alone. There is a BOS token only if
+    the tokenizer adds one; it isn't doubled if the prompt's text begins with it, and truncation keeps it. An end token
+    that the tokenizer appends to a prompt is removed.
+
+    Encoder–decoder: the tokenizer encodes both sides as it does by default.
+
+    Every target ends with exactly one end token. Conversations are encoded by `conversation_answer_ids`.
+
+    Args:
+        max_length: limit for prompt and target together; for encoder–decoders, for each of the two.
 
     Raises:
-        TaskError: as `encode_choices` or `conversation_answer_ids` raise it.
+        TaskError: an answer leaves no room for a single prompt token, a text has no tokens, or there is no end token;
+            or as `conversation_answer_ids` raises it.
     """
-    kind = {"is_encoder_decoder": base.is_encoder_decoder}
     if example.conversation is None:
-        return encode_choices(base.tokenizer, example.input, answers, max_length=max_length, **kind)
-    messages, tools = example.messages()
-    known = dict(zip(example.targets, example.answers, strict=True))
-    turns = [json.loads(known[a]) if a in known else {"content": a} for a in answers]
-    prompt, targets = conversation_answer_ids(base, messages, turns, tools)
-    return _fit_to_length(base.tokenizer, prompt, targets, max_length=max_length, shown=example.input, **kind)
+        prompt, targets = _plain_ids(base, example.input, answers)
+    else:
+        messages, tools = example.messages()
+        known = dict(zip(example.targets, example.answers, strict=True))
+        turns = [json.loads(known[a]) if a in known else {"content": a} for a in answers]
+        prompt, targets = conversation_answer_ids(base, messages, turns, tools)
+    longest = max(len(target) for target in targets)
+    room = max_length if base.is_encoder_decoder else max_length - longest
+    if room < 1 or longest > max_length:
+        raise TaskError(
+            f"an answer of {longest} tokens leaves no room for its prompt in max_length={max_length}: "
+            f"raise max_length or leave the row out (prompt {example.input[:60]!r}…)."
+        )
+    kept = _truncate_left(base.tokenizer, prompt, room)
+    return [Encoded(tuple(kept), tuple(target), len(prompt) - len(kept)) for target in targets]
 
 
 def encode_input(base: Base, example: Example) -> tuple[int, ...]:
-    """The tokens of an example's prompt, not truncated.
-
-    Raises:
-        TaskError: the prompt has no tokens, or as `conversation_ids` raises it.
-    """
+    """The tokens of an example's prompt, not truncated. A TaskError as by `prompt_ids` and `conversation_ids`."""
     if example.conversation is None:
         return prompt_ids(base.tokenizer, example.input, base.is_encoder_decoder)
     return tuple(conversation_ids(base, *example.messages()))
 
 
 def encode_prompt(base: Base, prompt: str) -> Tensor:
-    """A plain prompt, encoded as in training and evaluation: int64 [1, T].
-
-    Raises:
-        TaskError: the prompt has no tokens.
-    """
+    """A plain prompt, encoded by `prompt_ids` as in training and evaluation: int64 [1, T]."""
     return torch.tensor([prompt_ids(base.tokenizer, prompt, base.is_encoder_decoder)])
 
 
 def encode_chat(base: Base, messages: Sequence[dict[str, str]]) -> Tensor:
-    """A conversation up to where the model answers, encoded by `conversation_ids`: int64 [1, T].
-
-    Raises:
-        PhatgooseError: the tokenizer has no chat template, or the template refuses the conversation.
-    """
+    """A conversation up to where the model answers, encoded by `conversation_ids`: int64 [1, T]."""
     if base.tokenizer.chat_template is None:
         raise PhatgooseError(f"the tokenizer of {base.spec} has no chat template: use --raw.")
     return torch.tensor([conversation_ids(base, messages)])
@@ -96,35 +108,11 @@ def chat_template_key(base: Base, task: Task) -> dict[str, str]:
     return {"chat_template": template_sha256(text)}
 
 
-def encode_choices(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    answers: Sequence[str],
-    *,
-    is_encoder_decoder: bool,
-    max_length: int,
-) -> list[Encoded]:
-    """One Encoded per answer, all with the same prompt_ids (truncated to fit the longest answer, if necessary).
-
-    Decoder-only: prompt and answer are joined by a space (by nothing if the prompt ends in white space) and encoded as
-    one text. The target is what follows the prompt's own tokens. If the tokenizer merges across the border, so that the
-    prompt's tokens are no prefix, the target is the encoding of space and answer alone. There is a BOS token only if
-    the tokenizer adds one; it isn't doubled if the prompt's text begins with it, and truncation keeps it. An end token
-    that the tokenizer appends to a prompt is removed.
-
-    Encoder–decoder: the tokenizer encodes both sides as it does by default.
-
-    Every target ends with exactly one end token.
-
-    Args:
-        max_length: limit for prompt and target together; for encoder–decoders, for each of the two.
-
-    Raises:
-        TaskError: an answer leaves no room for a single prompt token, a text has no tokens, or there is no end token.
-    """
-    end = _end_token(tokenizer)
-    ids = prompt_ids(tokenizer, prompt, is_encoder_decoder)
-    if is_encoder_decoder:
+def _plain_ids(base: Base, prompt: str, answers: Sequence[str]) -> tuple[Sequence[int], list[list[int]]]:
+    """(the prompt's tokens, the tokens of each answer) of plain text."""
+    tokenizer, seq2seq = base.tokenizer, base.is_encoder_decoder
+    end, ids = _end_token(tokenizer), prompt_ids(tokenizer, prompt, seq2seq)
+    if seq2seq:
         targets = [_decoder_target(tokenizer, answer, end) for answer in answers]
     else:
         appends_end = _appends_end(tokenizer)
@@ -132,21 +120,15 @@ def encode_choices(
     for answer, target in zip(answers, targets, strict=True):
         if not target:
             raise TaskError(f"the answer {answer!r} has no tokens.")
-    targets = [[*target, end] for target in targets]
-    kind = {"is_encoder_decoder": is_encoder_decoder}
-    return _fit_to_length(tokenizer, ids, targets, max_length=max_length, shown=prompt, **kind)
+    return ids, [[*target, end] for target in targets]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, is_encoder_decoder: bool) -> tuple[int, ...]:
-    """The prompt's tokens as `encode_choices` encodes them, not truncated.
-
-    Raises:
-        TaskError: the prompt has no tokens, or the tokenizer has no end token.
-    """
+    """The prompt's tokens as `encode_answers` encodes them, not truncated. A TaskError if there are none."""
     end = _end_token(tokenizer)
     ids = _encode(tokenizer, prompt)
-    if not is_encoder_decoder:
-        ids = _without_end(ids, end, _appends_end(tokenizer))
+    if not is_encoder_decoder and _appends_end(tokenizer):
+        ids = _without_end(ids, end)
     if not ids:
         raise TaskError(f"the prompt {prompt!r} has no tokens.")
     return tuple(ids)
@@ -155,35 +137,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, is_encoder_decod
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Token ids → text, without special tokens and without cleaning up spaces."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _fit_to_length(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[int],
-    targets: Sequence[list[int]],
-    *,
-    is_encoder_decoder: bool,
-    max_length: int,
-    shown: str,
-) -> list[Encoded]:
-    """One Encoded per target (end token included). The prompt is truncated at the left to fit the longest target.
-
-    Args:
-        shown: the prompt as text, for the error message.
-
-    Raises:
-        TaskError: a target leaves no room for a single prompt token.
-    """
-    longest = max(len(t) for t in targets)
-    room = max_length if is_encoder_decoder else max_length - longest
-    if room < 1 or longest > max_length:
-        raise TaskError(
-            f"an answer of {longest} tokens leaves no room for its prompt in max_length={max_length}: "
-            f"raise max_length or leave the row out (prompt {shown[:60]!r}…)."
-        )
-    kept = _truncate_left(tokenizer, prompt_ids, room)
-    cut = len(prompt_ids) - len(kept)
-    return [Encoded(tuple(kept), tuple(target), cut) for target in targets]
 
 
 def _truncate_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], room: int) -> Sequence[int]:
@@ -224,8 +177,8 @@ def _decoder_target(tokenizer: PreTrainedTokenizerBase, answer: str, end: int) -
     bare = list(tokenizer(text_target=answer, add_special_tokens=False, verbose=False)["input_ids"])
     for first in range(len(whole) - len(bare) + 1):
         if bare and whole[first : first + len(bare)] == bare:
-            return _without_end(whole[: first + len(bare)], end, True)
-    return _without_end(whole, end, True)
+            return _without_end(whole[: first + len(bare)], end)
+    return _without_end(whole, end)
 
 
 def _continuation(
@@ -233,7 +186,9 @@ def _continuation(
 ) -> list[int]:
     """The answer's tokens after a decoder-only prompt with these ids."""
     text = answer if prompt[-1:].isspace() else f" {answer}"
-    whole = _without_end(_encode(tokenizer, prompt + text), tokenizer.eos_token_id, appends_end)
+    whole = _encode(tokenizer, prompt + text)
+    if appends_end:
+        whole = _without_end(whole, tokenizer.eos_token_id)
     if tuple(whole[: len(ids)]) == ids and len(whole) > len(ids):
         return whole[len(ids) :]
     return _encode(tokenizer, text, special=False)
@@ -245,5 +200,5 @@ def _appends_end(tokenizer: PreTrainedTokenizerBase) -> bool:
     return probe[-1:] == [tokenizer.eos_token_id] and bare[-1:] != probe[-1:]
 
 
-def _without_end(ids: list[int], end: int, appended: bool) -> list[int]:
-    return ids[:-1] if appended and ids[-1:] == [end] else ids
+def _without_end(ids: list[int], end: int) -> list[int]:
+    return ids[:-1] if ids[-1:] == [end] else ids

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.errors import PhatgooseError
@@ -83,7 +83,9 @@ def greedy_answer(
         after_each: called after each token with the result so far; returning True ends the answer.
     """
     settings = answer_settings(base, max_new_tokens)
-    criteria = StoppingCriteriaList([] if after_each is None else [_StopWhen(after_each)])
+    criteria = StoppingCriteriaList()
+    if after_each is not None:
+        criteria.append(lambda out, _, **__: torch.full((len(out),), after_each(out), device=out.device))
     with use_generation_config(base.model, settings), torch.no_grad():
         run: Any = base.model.generate
         mask = torch.ones_like(ids)
@@ -91,22 +93,8 @@ def greedy_answer(
         return cast(Tensor, out)
 
 
-class _StopWhen(StoppingCriteria):
-    """Ends all rows when `stop`, called with the tokens so far, returns True."""
-
-    def __init__(self, stop: Callable[[Tensor], bool]) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.stop(input_ids), device=input_ids.device)
-
-
 def max_answer_tokens(base: Base, tokens: int, max_new_tokens: int) -> int:
-    """`max_new_tokens`, or less if the model's context has less room after a prompt of `tokens`.
-
-    Raises:
-        PhatgooseError: the prompt leaves no room.
-    """
+    """`max_new_tokens`, or less if the context has less room after a prompt of `tokens`; without any an error."""
     context = None if base.is_encoder_decoder else context_length(base.model)
     room = max_new_tokens if context is None else context - tokens
     if room < 1:
