@@ -29,9 +29,8 @@ from phatgoose.evaluation.prefill import Prefill, prefill_batches
 from phatgoose.evaluation.rows import MatchRule, Row
 from phatgoose.evaluation.uncached import uncached_logits
 from phatgoose.models.base.base import context_length, device_of
-from phatgoose.models.text.batch import pad_rows
 from phatgoose.models.text.capabilities import generation_groups, max_mixed_length, supports_cache
-from phatgoose.models.text.generate import generation_settings, use_generation_config
+from phatgoose.models.text.generate import generation_settings, run_generate
 from phatgoose.records import Prediction
 
 
@@ -153,10 +152,8 @@ def _split_for_generate(
 
 
 def _run_generate(model: PreTrainedModel, judge: _StopAtVerdict, pad: int) -> None:
-    left = not model.config.is_encoder_decoder
     prompts = [row.prompt for row in judge.rows]
-    ids, mask = (tensor.to(device_of(model)) for tensor in pad_rows(prompts, pad, left=left))
-    judge.start = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    judge.start = 1 if model.config.is_encoder_decoder else max(map(len, prompts))
     settings = generation_settings(
         model,
         pad=pad,
@@ -168,15 +165,13 @@ def _run_generate(model: PreTrainedModel, judge: _StopAtVerdict, pad: int) -> No
         settings.use_cache = supports_cache(
             model, min(lengths), max(lengths) + int(settings.max_new_tokens or 0)
         )
-    with use_generation_config(model, settings):
-        run: Any = model.generate
-        run(
-            inputs=ids,
-            attention_mask=mask,
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([judge]),
-            logits_processor=LogitsProcessorList([_RefuseNonFinite(judge)]),
-        )
+    run_generate(
+        model,
+        prompts,
+        settings,
+        stopping_criteria=StoppingCriteriaList([judge]),
+        logits_processor=LogitsProcessorList([_RefuseNonFinite(judge)]),
+    )
 
 
 class _StopAtVerdict(StoppingCriteria):

@@ -85,20 +85,17 @@ class Adapter(nn.Module):
 
     def forward(self, y: Tensor, residual: Residual | None) -> Tensor:
         """The value to add to y: [..., d] → [..., d] in y's dtype."""
-        return self.dropout(self._bottleneck(self._tensors()).apply(y, residual)).to(y.dtype)
+        return self.dropout(self._bottleneck.apply(y, residual)).to(y.dtype)
 
     def update(self) -> Update:
         """The adapter as an `Update`, on the CPU."""
-        copies = [tensor.detach().to("cpu", copy=True) for tensor in self._tensors()]
-        return Update(*no_rows(None, self.up.out_features), bottleneck=self._bottleneck(copies))
+        bottleneck = self._bottleneck.detached(torch.float32).to("cpu")
+        return Update(*no_rows(None, self.up.out_features), bottleneck=bottleneck)
 
-    def _tensors(self) -> list[Tensor]:
-        return [self.down.weight, self.up.weight, self.down.bias, self.up.bias]
-
-    def _bottleneck(self, tensors: list[Tensor]) -> Bottleneck:
-        down, up, down_bias, up_bias = tensors
+    @property
+    def _bottleneck(self) -> Bottleneck:
         return Bottleneck(
-            down, up, down_bias, up_bias, self.activation, self.scale,
+            self.down.weight, self.up.weight, self.down.bias, self.up.bias, self.activation, self.scale,
             residual=self.source, reads_output=self.reads_output,
         )  # fmt: skip
 

@@ -14,17 +14,15 @@ from typing import Any, Unpack
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from phatgoose.errors import TrainingError
 from phatgoose.experts.expert import Expert
 from phatgoose.files import read_json, sha256_json, work_place, write_json
 from phatgoose.models.base.base import Base, as_base, end_tokens
-from phatgoose.models.text.batch import pad_id, pad_rows
 from phatgoose.models.text.capabilities import generation_groups
 from phatgoose.models.text.encoding import prompt_ids
-from phatgoose.models.text.generate import answer_settings, use_generation_config
+from phatgoose.models.text.generate import answer_settings, run_generate
 from phatgoose.records import Example, Task
 from phatgoose.tasks.examples import strip_prompt
 from phatgoose.training.config import GateConfig, WritingConfig
@@ -177,7 +175,7 @@ def write_batch(base: Base, config: WritingConfig, prompts: Sequence[str], numbe
         inputs = [[_first_token(base)]] * size
     settings = answer_settings(base, config.max_new_tokens, config.temperature)
     found: list[Text] = [("", False)] * size
-    with preserved_random_state(), use_generation_config(model, settings), torch.no_grad():
+    with preserved_random_state():
         seed = hashlib.sha256(f"{config.seed}:{number}".encode()).digest()[:7]
         torch.manual_seed(int.from_bytes(seed, "big"))
         for part in generation_groups(model, inputs, config.max_new_tokens):
@@ -191,20 +189,15 @@ def write_batch(base: Base, config: WritingConfig, prompts: Sequence[str], numbe
 
 def _sample(base: Base, inputs: Sequence[list[int]], settings: GenerationConfig) -> list[list[int]]:
     """The tokens written after each input."""
-    left = not base.is_encoder_decoder
-    ids, mask = pad_rows(inputs, pad_id(base.tokenizer), left=left)
-    run: Any = base.model.generate
     try:
-        out: Tensor = run(
-            ids.to(base.device), attention_mask=mask.to(base.device), generation_config=settings
-        )
+        out = run_generate(base.model, inputs, settings)
     except RuntimeError as cause:
         if "probability tensor" not in str(cause):
             raise
         raise TrainingError(
             "the base with this expert computes logits that aren't finite, from which nothing can be sampled."
         ) from cause
-    return out[:, ids.shape[1] if left else 1 :].tolist()
+    return out[:, 1 if base.is_encoder_decoder else max(map(len, inputs)) :].tolist()
 
 
 def usable_rows(

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from phatgoose.cli.common.options import GenerationOptions
 from phatgoose.cli.measure import show
 from phatgoose.models.base.base import Base, context_length
-from phatgoose.models.text.generate import answer_settings, max_answer_tokens, use_generation_config
+from phatgoose.models.text.generate import answer_settings, max_answer_tokens, run_generate
 
 
 class Printer(TextStreamer):
@@ -52,8 +52,5 @@ def stream(base: Base, ids: Tensor, options: GenerationOptions) -> str:
     if options.temperature > 0:
         torch.manual_seed(options.seed)
     printer = Printer(base.tokenizer)
-    ids = ids.to(base.device)
-    run: Any = base.model.generate
-    with use_generation_config(base.model, own), torch.no_grad():
-        run(inputs=ids, attention_mask=torch.ones_like(ids), streamer=printer, generation_config=own)
+    run_generate(base.model, ids.tolist(), own, streamer=printer)
     return printer.text

@@ -7,7 +7,7 @@ settings train, score and serve an expert.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.errors import PhatgooseError
-from phatgoose.models.base.base import Base, context_length, decoder_start, end_tokens
-from phatgoose.models.text.batch import pad_id
+from phatgoose.models.base.base import Base, context_length, decoder_start, device_of, end_tokens
+from phatgoose.models.text.batch import pad_id, pad_rows
 from phatgoose.models.text.capabilities import supports_cache
 
 
@@ -31,8 +31,8 @@ def generation_settings(
 ) -> GenerationConfig:
     """Settings for `generate`: greedy, or above temperature 0 sampling from softmax(logits / temperature).
 
-    Pass them inside `use_generation_config`, or `generate` fills what they leave open from the checkpoint's
-    generation_config: penalties, suppressed and forced tokens, beams, lengths, stop strings.
+    Pass them to `run_generate`, or `generate` fills what they leave open from the checkpoint's generation_config:
+    penalties, suppressed and forced tokens, beams, lengths, stop strings.
 
     Args:
         pad: the token that fills shorter rows.
@@ -71,26 +71,34 @@ def use_generation_config(model: PreTrainedModel, config: GenerationConfig) -> I
         model.generation_config = kept
 
 
+def run_generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, **options: Any
+) -> Tensor:
+    """`generate` after these prompts, with nothing of the checkpoint's own settings: int64 [prompts, …].
+
+    Decoder-only: the prompts, padded on the left, then the answers. Encoder–decoder: the decoder's start token, then
+    the answers. `options` are further arguments of `generate`.
+    """
+    ids, mask = pad_rows(prompts, int(settings.pad_token_id), left=not model.config.is_encoder_decoder)
+    ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
+    run: Any = model.generate
+    with use_generation_config(model, settings), torch.no_grad():
+        return cast(Tensor, run(inputs=ids, attention_mask=mask, generation_config=settings, **options))
+
+
 def greedy_answer(
     base: Base, ids: Tensor, max_new_tokens: int, after_each: Callable[[Tensor], bool] | None = None
 ) -> Tensor:
-    """A greedy answer to ids [1, T]: int64 [1, …].
-
-    Decoder-only: the prompt, then the answer. Encoder–decoder: the decoder's start token, then the answer. An answer
-    that ended includes its end token.
+    """A greedy answer to ids [1, T], as `run_generate` returns it. An answer that ended includes its end token.
 
     Args:
         after_each: called after each token with the result so far; returning True ends the answer.
     """
-    settings = answer_settings(base, max_new_tokens)
     criteria = StoppingCriteriaList()
     if after_each is not None:
         criteria.append(lambda out, _, **__: torch.full((len(out),), after_each(out), device=out.device))
-    with use_generation_config(base.model, settings), torch.no_grad():
-        run: Any = base.model.generate
-        mask = torch.ones_like(ids)
-        out = run(inputs=ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria)
-        return cast(Tensor, out)
+    settings = answer_settings(base, max_new_tokens)
+    return run_generate(base.model, ids.tolist(), settings, stopping_criteria=criteria)
 
 
 def max_answer_tokens(base: Base, tokens: int, max_new_tokens: int) -> int:

@@ -20,9 +20,9 @@ from transformers.generation import StoppingCriteriaList
 
 from phatgoose.models.base.base import Base, context_length, decoder_start
 from phatgoose.models.batched.plan import BatchPlan
-from phatgoose.models.text.batch import pad_id, pad_rows
+from phatgoose.models.text.batch import pad_id
 from phatgoose.models.text.capabilities import generation_groups
-from phatgoose.models.text.generate import generation_settings, use_generation_config
+from phatgoose.models.text.generate import generation_settings, run_generate
 from phatgoose.serving.engine.engine import Engine, GenerationJob, JobUpdate
 from phatgoose.serving.engine.sampling import sample_batch, token_logprobs
 from phatgoose.serving.errors import SHUTTING_DOWN, ServingError, client_message
@@ -211,13 +211,11 @@ class _GenerateCall(LogitsProcessor):
         longest = max(job.max_new_tokens for job in self.jobs)
         own = generation_settings(base.model, pad=pad_id(base.tokenizer), max_new_tokens=longest)
         prompts = [job.prompt for job in self.jobs]
-        ids, mask = pad_rows(prompts, pad_id(base.tokenizer), left=not base.is_encoder_decoder)
-        generate: Any = base.model.generate
-        with use_generation_config(base.model, own), self.engine.multi_router.following(self._plan):
-            generate(
-                inputs=ids.to(base.device),
-                attention_mask=mask.to(base.device),
-                generation_config=own,
+        with self.engine.multi_router.following(self._plan):
+            run_generate(
+                base.model,
+                prompts,
+                own,
                 logits_processor=LogitsProcessorList([self]),
                 stopping_criteria=StoppingCriteriaList([_EndedRows(self)]),
             )
