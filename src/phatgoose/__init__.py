@@ -36,10 +36,11 @@ if TYPE_CHECKING:
         parse_router,
     )
     from phatgoose.tasks import load_task
-    from phatgoose.training.expert import ExpertConfig, train_expert
-    from phatgoose.training.gate import GateConfig, train_gate
-    from phatgoose.training.generated import WritingConfig, train_generated_gate
-    from phatgoose.training.signature import SignatureConfig, make_signature
+    from phatgoose.training.config import ExpertConfig, GateConfig, SignatureConfig, WritingConfig
+    from phatgoose.training.expert import train_expert
+    from phatgoose.training.gate import train_gate
+    from phatgoose.training.generated import train_generated_gate
+    from phatgoose.training.signature import make_signature
     from phatgoose.workflows.page import report
 
 __version__ = _version("phatgoose")
@@ -58,10 +59,11 @@ _PUBLIC = {
     "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval "
     "Single SoftCentroid SpectR Uniform WeightOnly parse_router",
     "tasks": "load_task",
-    "training.expert": "ExpertConfig train_expert",
-    "training.gate": "GateConfig train_gate",
-    "training.generated": "WritingConfig train_generated_gate",
-    "training.signature": "SignatureConfig make_signature",
+    "training.config": "ExpertConfig GateConfig SignatureConfig WritingConfig",
+    "training.expert": "train_expert",
+    "training.gate": "train_gate",
+    "training.generated": "train_generated_gate",
+    "training.signature": "make_signature",
     "workflows.page": "report",
 }
 """Module → the public names in it."""

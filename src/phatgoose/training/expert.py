@@ -36,8 +36,6 @@ from phatgoose.training.trainer.job import Logger, TrainingJob
 from phatgoose.training.trainer.progress import Report
 from phatgoose.training.trainer.run import run_training
 
-__all__ = ["ExpertConfig", "train_expert"]
-
 
 def train_expert(
     base: Base | PreTrainedModel,
@@ -170,11 +168,7 @@ def add_adapter(base: Base, paths: Sequence[str], config: ExpertConfig) -> PeftM
         raise TrainingError(
             "target_modules has both nn.Linear and Conv1D layers, which one PEFT adapter can't describe."
         )
-    common: dict[str, Any] = {
-        "fan_in_fan_out": conv1d == {True},
-        "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
-    }
-    settings = _ia3(base, paths, common) if config.kind == "ia3" else _lora(base, paths, config, common)
+    settings = _peft_config(base, paths, config, conv1d == {True})
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
@@ -209,24 +203,27 @@ def _check_readable(model: PeftModel, settings: PeftConfig, paths: Sequence[str]
         )
 
 
-def _lora(base: Base, paths: Sequence[str], config: ExpertConfig, common: dict[str, Any]) -> PeftConfig:
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        use_dora=config.dora,
-        lora_bias=config.lora_bias,
-        target_modules=_target_names(base.model, paths),
-        **common,
-    )
-
-
-def _ia3(base: Base, paths: Sequence[str], common: dict[str, Any]) -> PeftConfig:
-    """(IA)³ on these layers: it scales the inputs of those that PEFT calls feed-forward, the outputs of the others."""
+def _peft_config(base: Base, paths: Sequence[str], config: ExpertConfig, is_conv1d: bool) -> PeftConfig:
+    common: dict[str, Any] = {
+        "fan_in_fan_out": is_conv1d,
+        "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
+    }
+    targets = _target_names(base.model, paths)
+    if config.kind == "lora":
+        return LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            lora_bias=config.lora_bias,
+            target_modules=targets,
+            **common,
+        )
+    # (IA)³ scales the inputs of layers that PEFT calls feed-forward, and the outputs of the others.
     ends = _ia3_names(base, TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING)
     inputs = [path for path in paths if any(f".{path}".endswith(f".{end}") for end in ends)]
-    targets, feedforward = _target_names(base.model, paths), _target_names(base.model, inputs)
+    feedforward = _target_names(base.model, inputs)
     if not set(feedforward) <= set(targets):  # PEFT compares the names
         targets, feedforward = sorted(paths), sorted(inputs)
     return IA3Config(target_modules=targets, feedforward_modules=feedforward, **common)

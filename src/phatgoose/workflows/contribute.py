@@ -10,13 +10,14 @@ from typing import Any
 from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256_json
 from phatgoose.models.base.base import Base
+from phatgoose.models.base.sentence_encoder import load_encoder
 from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.records import Task
 from phatgoose.tasks.load import without_paths
-from phatgoose.training.config import ExpertConfig, GateConfig
+from phatgoose.training.config import ExpertConfig, GateConfig, SignatureConfig
 from phatgoose.training.expert import train_expert
 from phatgoose.training.gate import train_gate
-from phatgoose.training.signature import SignatureConfig, load_encoder, make_signature, signature_key
+from phatgoose.training.signature import make_signature, signature_key
 from phatgoose.training.trainer.progress import silent
 
 KEY = "contribution_key"
