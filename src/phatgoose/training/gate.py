@@ -39,7 +39,6 @@ from phatgoose.training.trainer.job import Logger, TrainingJob
 from phatgoose.training.trainer.progress import Report
 from phatgoose.training.trainer.run import run_training
 
-__all__ = ["GateConfig", "train_gate"]
 FILE = "gates.safetensors"
 
 

@@ -31,7 +31,6 @@ from phatgoose.training.trainer.job import RunOptions
 from phatgoose.training.trainer.preserve import expert_attached, preserved_random_state, refuse_routed
 from phatgoose.training.trainer.progress import Progress, Report, display
 
-__all__ = ["WritingConfig", "train_generated_gate", "write_task"]
 FOLDER, FILE = "generated", "texts.json"
 ATTEMPTS = 4
 """At most this many texts are written per wanted row, in case most of them are unusable."""

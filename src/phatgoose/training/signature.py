@@ -39,7 +39,6 @@ from phatgoose.training.trainer.preserve import expert_attached, refuse_routed
 from phatgoose.training.trainer.progress import Progress, Report, display
 from phatgoose.training.trainer.rows import draw_rows, encode_rows
 
-__all__ = ["SignatureConfig", "make_signature"]
 FOLDER, FILE = "signature", "sums.safetensors"
 SAVE_SECONDS = 20.0
 """Time between two saves of the sums."""

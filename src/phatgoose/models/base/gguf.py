@@ -62,10 +62,7 @@ def copy_of_file(file: Path) -> Path:
         BaseModelError: the file is not a GGUF file that transformers can convert.
         StorageError: no space or permission in the cache folder.
     """
-    try:
-        digest = sha256_file(file)
-    except OSError as error:
-        raise BaseModelError(f"{file} can't be read: {error.strerror}.") from error
+    digest = sha256_file(file, BaseModelError)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:60] or "gguf"
     return _copy(f"{name}-{digest[:16]}", {"sha256": digest}, lambda _: file)
 

@@ -49,13 +49,18 @@ class RunFolder:
         self.path, self.result, self.key = work / f"{kind}-training", work / result, dict(key)
         self._key_file, self._record_file = self.path / "training.json", self.path / "result.json"
 
-    def check(self) -> None:
-        """Refuses (TrainingError) a folder that holds another training, or other files in the result's place."""
+    def claim(self, writes: bool) -> None:
+        """Refuses (TrainingError) a folder that holds another training, or other files in the result's place.
+
+        Writes the key if it isn't there, and this process writes.
+        """
         if not self._key_file.exists():
             if os.path.lexists(self.result):
                 raise TrainingError(
                     f"{self.result} exists, and no training wrote it; it would be replaced. Choose another work_folder."
                 )
+            if writes:
+                write_json(self._key_file, {"sha256": sha256_json(self.key), "key": self.key})
             return
         found = read_json(self._key_file, TrainingError)
         if found.get("sha256") == sha256_json(self.key):
@@ -66,11 +71,6 @@ class RunFolder:
             f"{self.path} holds the training of another {' and another '.join(parts) or 'key'}; it can't be continued "
             "with what was passed. Choose another work_folder, or delete that folder to start afresh."
         )
-
-    def claim(self) -> None:
-        """Writes the key, unless it is there already."""
-        if not self._key_file.exists():
-            write_json(self._key_file, {"sha256": sha256_json(self.key), "key": self.key})
 
     def finished(self) -> dict[str, Any] | None:
         """The record of the finished training, None if it isn't finished. A TrainingError if the result was changed."""

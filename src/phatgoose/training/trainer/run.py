@@ -37,12 +37,10 @@ def run_training(job: TrainingJob) -> Expert:
     with preserved_random_state(), work_place(work_folder) as folder:
         args = job.trainer_arguments(folder)
         run_folder = RunFolder(folder, job.kind, job.result, job.key())
-        run_folder.check()
+        run_folder.claim(args.should_save)
         if (record := broadcast_value(run_folder.finished())) is not None:
             return job.read(run_folder.result, record)
-        if args.should_save:
-            run_folder.claim()
-        elif report is None:
+        if report is None and not args.should_save:
             report = silent
         with preserved(base.model):
             student = job.build()
