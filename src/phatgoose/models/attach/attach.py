@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.fingerprints import check_same_base
-from phatgoose.models.attach.device_memory import CacheUse
-from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.attach.options import CacheUse, RouteOptions
 from phatgoose.models.attach.reference_text import calibrate
 from phatgoose.models.attach.site import ATTRIBUTE, Routing
 from phatgoose.models.base.base import Base, known_base, unwrap_model

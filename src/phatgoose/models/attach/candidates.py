@@ -59,11 +59,8 @@ def _check_finite(stack: Stack, names: Sequence[str], path: str, mapped: bool) -
     """
     bad: set[int] = set()
     if not mapped and not (_finite(stack.A) and _finite(stack.B)):
-        bad |= {
-            e
-            for e in range(stack.experts)
-            if not (_finite(stack.A[stack.rows(e)]) and _finite(stack.B[stack.rows(e)]))
-        }
+        parts = [(e, stack.rows(e)) for e in range(stack.experts)]
+        bad |= {e for e, rows in parts if not (_finite(stack.A[rows]) and _finite(stack.B[rows]))}
     for vectors in stack.vectors.values():
         bad |= set(vectors.experts[~vectors.values.isfinite().all(1)].tolist())
     for expert, bottleneck in stack.bottlenecks:

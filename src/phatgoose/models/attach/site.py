@@ -27,11 +27,10 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.memory import available_bytes
 from phatgoose.models.attach.candidates import candidates_at, stacked
-from phatgoose.models.attach.device_memory import Budget
 from phatgoose.models.attach.hooks import Hooks, forget_compiled, run_eagerly
 from phatgoose.models.attach.idle_modules import IdleModuleCheck
 from phatgoose.models.attach.modules import check_copies, check_parameters, module_at, pool_on_model, shape_of
-from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.attach.options import Budget, RouteOptions
 from phatgoose.models.base.base import known_base
 from phatgoose.models.base.layers import (
     ModuleLayer,

@@ -295,14 +295,29 @@ class SubsetContext(RoutingContext):
             RoutingError: the plan doesn't say.
         """
         plan, group, call = self.plan, self.group, self.call
-        stream, seen = call.stream, call.sequences
-        key = (stream, call.rows * call.length)
+        seen, key = call.sequences, (call.stream, call.rows * call.length)
         if key not in group.texts:
             if plan.texts is None or seen is None:
                 raise RoutingError(f"the text that module {self.path} works on is unknown.")
             seen.check()
-            group.texts[key] = _texts_of(plan, group, seen, stream, "encoder" in self.streams.stacks)
+            group.texts[key] = self._read_texts(plan.texts, seen)
         return group.texts[key]
+
+    def _read_texts(self, whole: Sequence[TextSoFar], seen: Sequences) -> Texts:
+        """The `Texts` of the group's items, one a row."""
+        lengths, members = self.plan.lengths, self.group.members
+        where: tuple[int | Tensor, ...] = (torch.tensor(members),)
+        if lengths is not None:
+            starts = torch.tensor([0, *lengths]).cumsum(0)[list(members)]
+            where = (0, starts[:, None] + torch.arange(lengths[members[0]]))
+        prompts, written = zip(*(whole[item] for item in members), strict=True)
+        ids, real = None if seen.ids is None else seen.ids.cpu()[where], seen.real.cpu()[where]
+        if self.stream == "encoder":
+            return Texts(prompts, torch.zeros_like(real), ids, ((),) * len(members))
+        if "encoder" in self.streams.stacks:
+            return Texts(prompts, real, ids, written, apart=True)
+        read = torch.tensor([len(prompt) for prompt in prompts])
+        return Texts(prompts, real & (seen.positions.cpu()[where] >= read[:, None]), ids, written)
 
     def note(self, chosen: Tensor, weights: Tensor) -> None:
         """Adds the group's choice at this module to the plan's loads; padding isn't counted."""
@@ -322,22 +337,3 @@ class SubsetContext(RoutingContext):
         counted = torch.zeros(call.rows, call.length, dtype=torch.bool)
         counted[:, call.again :] = call.new().tokens().real.reshape(call.rows, -1).cpu()
         return counted.flatten() if group.index is None else counted.flatten()[group.index.cpu()]
-
-
-def _texts_of(plan: BatchPlan, group: Group, seen: Sequences, stream: str, encoder_decoder: bool) -> Texts:
-    """The `Texts` of a group's items, one a row."""
-    assert plan.texts is not None
-    where: tuple[int | Tensor, ...] = (torch.tensor(group.members),)
-    if plan.lengths is not None:
-        starts = torch.tensor([0, *plan.lengths]).cumsum(0)[list(group.members)]
-        where = (0, starts[:, None] + torch.arange(plan.lengths[group.members[0]]))
-    texts = [plan.texts[item] for item in group.members]
-    prompts = tuple(prompt for prompt, _ in texts)
-    written: tuple[tuple[int, ...] | str, ...] = tuple(before for _, before in texts)
-    ids, real = None if seen.ids is None else seen.ids.cpu()[where], seen.real.cpu()[where]
-    if stream == "encoder":
-        return Texts(prompts, torch.zeros_like(real), ids, ((),) * len(texts))
-    if encoder_decoder:
-        return Texts(prompts, real, ids, written, apart=True)
-    read = torch.tensor([len(prompt) for prompt in prompts])
-    return Texts(prompts, real & (seen.positions.cpu()[where] >= read[:, None]), ids, written)

@@ -162,12 +162,12 @@ class Caches:
         if (tokens := length_of(cache)) is not None:
             return Past(cache, tokens)
         known: Past | None = self._known.pop(cache, None)  # put back when the pass has ended well
-        if _rewinds(cache):
+        if _any_layer(cache, "record_past"):
             return Past(
                 cache,
                 problem=f"a {type(cache).__name__} of recurrent states may be reset to an earlier state unseen.",
             )
-        if _is_empty(cache):
+        if hasattr(cache, "layers") and not _any_layer(cache, "has_previous_state"):
             return Past(cache)
         if known is not None and (known.real is None or rows % len(known.real) == 0):
             real = None if known.real is None else known.real.repeat_interleave(rows // len(known.real))
@@ -227,17 +227,10 @@ def length_of(cache: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def _flags(cache: Any, name: str) -> list[bool]:
-    found: list[bool] = []
+def _any_layer(cache: Any, flag: str) -> bool:
+    """Whether a layer of a cache of recurrent states has this flag, which may be one for each of its states."""
     for layer in getattr(cache, "layers", ()):
-        flag = getattr(layer, name, False)
-        found += [bool(one) for one in flag.values()] if isinstance(flag, dict) else [bool(flag)]
-    return found
-
-
-def _is_empty(cache: Any) -> bool:
-    return hasattr(cache, "layers") and not any(_flags(cache, "has_previous_state"))
-
-
-def _rewinds(cache: Any) -> bool:
-    return any(_flags(cache, "record_past"))
+        found = getattr(layer, flag, False)
+        if any(found.values()) if isinstance(found, dict) else found:
+            return True
+    return False

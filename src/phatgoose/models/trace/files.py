@@ -135,15 +135,13 @@ def _parse(data: Any, tensors: dict[str, Tensor]) -> tuple[Header, list[Choices]
             loads[name] = Load(*(tensors[f"loads.{i}.{field}"] for field in _LOAD_FIELDS))
             continue
         group = int(module["tokens"])
-        groups[group] = tokens = groups.get(group) or _tokens(tensors, group)
+        if group not in groups:
+            values = {field: tensors[f"tokens.{group}.{field}"] for field in TOKEN_FIELDS}
+            groups[group] = Tokens(**values | {field: values[field].long() for field in _SMALL})
+        tokens = groups[group]
         experts, weights = tensors[f"choices.{i}.experts"], tensors[f"choices.{i}.weights"]
         choices.append(Choices(name, experts, weights, tokens, tensors.get(f"choices.{i}.margins")))
     return header, choices, loads
-
-
-def _tokens(tensors: dict[str, Tensor], group: int) -> Tokens:
-    values = [tensors[f"tokens.{group}.{name}"] for name in TOKEN_FIELDS]
-    return Tokens(*(v.long() if name in _SMALL else v for name, v in zip(TOKEN_FIELDS, values, strict=True)))
 
 
 def _check_choices(path: Path, c: Choices, experts: int) -> None:

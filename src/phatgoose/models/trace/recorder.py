@@ -16,7 +16,6 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,21 +33,6 @@ FLUSH = 2**19
 """Pending choices (tokens × modules × top-k) at which they are summed up: a few MB, and what one pass chose."""
 
 
-class Expanded(NamedTuple):
-    """Prompts that generate() repeats in `times` rows each; ids: int64 [rows, T] or None."""
-
-    ids: Tensor | None
-    times: int
-
-    def rows_per_input(self, sequences: Sequences) -> int:
-        """`times` if a pass reads these prompts; 1 if generate() ended before it read them, or is done with them."""
-        ids, read = self.ids, sequences.ids
-        if read is None or ids is None:
-            return self.times if sequences.positions.shape[0] % self.times == 0 else 1
-        begins = read.shape[0] == ids.shape[0] and read.shape[1] <= ids.shape[1]
-        return self.times if begins and torch.equal(ids[:, : read.shape[1]], read) else 1
-
-
 class InputCounter:
     """Numbers the inputs of a trace: which passes read new ones, and which go on with those of the pass before."""
 
@@ -58,7 +42,8 @@ class InputCounter:
         """Inputs before those that are being read."""
         self.current = 0
         """Inputs that are being read."""
-        self.expanded: Expanded | None = None
+        # Prompts, int64 [rows, T] or None, and how many rows generate() will read each of them in.
+        self.expanded: tuple[Tensor | None, int] | None = None
         # The encoder's states that the decoder read last.
         self._encoded: weakref.ref[Tensor] | None = None
         # An encoder has read the inputs, and no decoder yet.
@@ -86,9 +71,18 @@ class InputCounter:
         rows = sequences.positions.shape[0]
         # Rows that aren't a multiple of the inputs' can't continue them, whatever the cache says.
         if new or self.current == 0 or rows % self.current:
-            rows_per_input = 1 if self.expanded is None else self.expanded.rows_per_input(sequences)
-            self.before, self.current = self.before + self.current, rows // rows_per_input
+            self.before, self.current = self.before + self.current, rows // self._rows_per_input(sequences)
             self.expanded = None
+
+    def _rows_per_input(self, sequences: Sequences) -> int:
+        """More than 1 if a pass reads the expanded prompts: generate() may have ended before it read them."""
+        if self.expanded is None:
+            return 1
+        (ids, times), read = self.expanded, sequences.ids
+        if read is None or ids is None:
+            return times if sequences.positions.shape[0] % times == 0 else 1
+        begins = read.shape[0] == ids.shape[0] and read.shape[1] <= ids.shape[1]
+        return times if begins and torch.equal(ids[:, : read.shape[1]], read) else 1
 
 
 class Recorder:
@@ -223,7 +217,7 @@ class Recorder:
 
     def expand(self, ids: Tensor | None, times: int) -> None:
         """generate() will read each input in `times` rows (beams, samples); ids: int64 [rows, T], its prompts."""
-        self.inputs.expanded = Expanded(ids, times)
+        self.inputs.expanded = ids, times
 
     def reject_drafts(self, cache: object) -> None:
         """Drafts of the last pass have been checked, and `cache` has been cropped to those that were accepted.
@@ -257,7 +251,10 @@ class Recorder:
             # Modules that read the same tokens share one `Tokens`, in memory and in files.
             paths, key = chain[0].paths, tuple(id(block.seen) for block in chain)
             if key not in known:
-                known[key] = self._tokens([block.seen for block in chain])
+                seen = [block.seen.read(self._random) for block in chain]
+                tokens = joined([one for one, _ in seen])
+                kept = torch.cat([real for _, real in seen]) & (tokens.draws < self.trace.share)
+                known[key] = (tokens, None) if bool(kept.all()) else (tokens[kept], kept)
             tokens, keep = known[key]
             chosen = torch.cat([block.chosen for block in chain], dim=1).cpu()
             weights = torch.cat([block.weights for block in chain], dim=1).cpu()
@@ -278,13 +275,6 @@ class Recorder:
             row[: len(of_module)] = torch.tensor(of_module, dtype=torch.int16)
         index = torch.where(chosen < 0, width - 1, chosen.long())
         return table[:, None].expand(-1, chosen.shape[1], -1).gather(2, index)
-
-    def _tokens(self, passes: list[TracedPass]) -> tuple[Tokens, Tensor | None]:
-        """The tokens of these passes that are kept, and which of all they are (None: all)."""
-        seen = [one.read(self._random) for one in passes]
-        tokens = joined([one for one, _ in seen])
-        keep = torch.cat([real for _, real in seen]) & (tokens.draws < self.trace.share)
-        return (tokens, None) if bool(keep.all()) else (tokens[keep], keep)
 
 
 def _new_tokens(x: Tensor, context: RoutingContext) -> Tensor:
