@@ -48,11 +48,8 @@ def _shape(module: nn.Module, embedding: bool) -> tuple[int, int] | None:
 
 
 def module_at(modules: Mapping[str, nn.Module], path: str, pool: Pool) -> nn.Module:
-    """The model's module at `path`, checked against the updates and gates of every expert that adapts it.
-
-    Raises:
-        RoutingError: the model has no such module, or one of another kind or shape, or a gate has another length.
-    """
+    """The model's module at `path`, checked against the updates and gates of every expert that adapts it. Raises
+    RoutingError if the model has no such module, or one of another kind or shape, or a gate has another length."""
     members = [expert for expert in pool.experts if path in expert.sizes]
     owner = members[0]
     if path not in modules:
@@ -83,12 +80,8 @@ def module_at(modules: Mapping[str, nn.Module], path: str, pool: Pool) -> nn.Mod
 
 
 def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]) -> None:
-    """Refuses adapters of PEFT's `target_parameters` whose layout isn't that of this model's parameters.
-
-    Raises:
-        RoutingError: they are for another number of experts; or the layout may be that of an earlier PEFT, and the
-            sizes don't say.
-    """
+    """Refuses adapters of PEFT's `target_parameters` whose layout isn't that of this model's parameters. Raises
+    RoutingError if they are for another number of experts, or their layout may be that of an earlier PEFT."""
     for expert in experts:
         if not (targets := expert.adapter_config.get("target_parameters")):
             continue
@@ -127,11 +120,8 @@ def _check_layout(expert: Expert, path: str, slot: ExpertLinear) -> None:
 
 
 def check_copies(modules: Mapping[str, nn.Module], experts: Iterable[Expert]) -> None:
-    """Refuses experts that bring a changed copy of a base weight, which routing would silently leave out.
-
-    Raises:
-        RoutingError: naming the expert and the weight.
-    """
+    """Refuses experts that bring a changed copy of a base weight, which routing would silently leave out. Raises
+    RoutingError, naming the expert and the weight."""
     for expert in experts:
         for key, copy in expert.base_copies.items():
             path, _, name = key.rpartition(".")
@@ -165,11 +155,8 @@ def pool_on_model(
 def expert_on_model(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], expert: Expert
 ) -> tuple[Expert, dict[str, str]]:
-    """The expert under the model's names of its modules, and its own path → the model's, where they differ.
-
-    Raises:
-        RoutingError: as `pool_on_model`; with VeRA also if the model lacks a module.
-    """
+    """The expert under the model's names of its modules, and its own path → the model's, where they differ. Raises
+    RoutingError as `pool_on_model` does; with VeRA also if the model lacks a module."""
     names = _renamed_modules(model, modules, expert)
     shared = any(update.shared is not None for update in expert.updates.values())
     if not names and not shared:

@@ -38,11 +38,7 @@ class RouteOptions:
 
 
 def parse_bytes(text: int | str) -> int:
-    """Bytes: a whole number, or "8GB", "512 MiB", "1.5G".
-
-    Raises:
-        RoutingError: it is neither, or less than one.
-    """
+    """Bytes: a whole number, or "8GB", "512 MiB", "1.5G". Raises RoutingError if it is neither, or less than one."""
     found = None
     if isinstance(text, str):
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?\s*", text.upper())

@@ -31,11 +31,8 @@ TEXT: str = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding
 
 
 def calibrate(base: Base, routers: Sequence[tuple[Site, BoundRouter]], ops: Backend) -> None:
-    """Shows each router what its module sees of the reference text. No routing may be attached to the model.
-
-    Raises:
-        RoutingError: as `show_reference`; or an expert of a mixture saw too few tokens of the text.
-    """
+    """Shows each router what its module sees of the reference text. No routing may be attached to the model. Raises
+    RoutingError as `show_reference` does, or if an expert of a mixture saw too few tokens of the text."""
     observers = [(site.module, site.embedding, partial(router.observe, ops=ops)) for site, router in routers]
     if observers:
         show_reference(base.model, base.tokenizer, observers)

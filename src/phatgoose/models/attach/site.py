@@ -45,8 +45,7 @@ from phatgoose.models.base.layers import (
 )
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
-from phatgoose.models.moe.names import modules_by_path
-from phatgoose.models.moe.pool import unify_names
+from phatgoose.models.moe.names import modules_by_path, unify_names
 from phatgoose.models.text.encoding import decode_text
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.ops import CpuRouting, FusedRouting, Stack, backend
@@ -180,8 +179,7 @@ class Site:
 
     def eager_hook(self, *call: Any) -> Tensor:
         """The hook between two graphs, where torch.compile compiles what is around it."""
-        done: Tensor = run_eagerly(self._routed, *call)
-        return done
+        return run_eagerly(self._routed, *call)
 
     def _routed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor

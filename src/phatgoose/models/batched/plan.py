@@ -118,11 +118,8 @@ class BatchPlan:
         return all(route is None for route in self.routes)
 
     def items(self, tokens: int) -> Tensor:
-        """int64 [tokens]: the item of each token that a module saw.
-
-        Raises:
-            RoutingError: they can't be matched to the items.
-        """
+        """int64 [tokens]: the item of each token that a module saw. Raises RoutingError if they can't be matched to the
+        items."""
         if tokens not in self._items:
             self._items[tokens] = self._match_items(tokens)
         return self._items[tokens]
@@ -274,11 +271,8 @@ class SubsetContext(RoutingContext):
         )  # fmt: skip
 
     def tokens(self) -> Sequences:
-        """The sequences matched to the group's tokens, [1, n].
-
-        Raises:
-            RoutingError: the model was called in a way that hides them.
-        """
+        """The sequences matched to the group's tokens, [1, n]. Raises RoutingError if the model was called in a way
+        that hides them."""
         group, seen = self.group, self.call.tokens()
 
         def subset(x: Tensor) -> Tensor:
@@ -289,11 +283,8 @@ class SubsetContext(RoutingContext):
         return Sequences(ids, subset(seen.positions), subset(seen.real), seen.past)
 
     def texts(self) -> Texts:
-        """What the group's items were given to read; the same object for every module that sees the pass.
-
-        Raises:
-            RoutingError: the plan doesn't say.
-        """
+        """What the group's items were given to read; the same object for every module that sees the pass. Raises
+        RoutingError if the plan doesn't say."""
         plan, group, call = self.plan, self.group, self.call
         seen, key = call.sequences, (call.stream, call.rows * call.length)
         if key not in group.texts:

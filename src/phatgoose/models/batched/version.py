@@ -128,11 +128,8 @@ class Route:
 
     def calibrate(self) -> None:
         """Shows the reference text to routers that need it, on the base alone: nothing may be attached to the model
-        that changes what it computes, and no other pass may run.
-
-        Raises:
-            RoutingError: the base computes values that aren't finite on it.
-        """
+        that changes what it computes, and no other pass may run. Raises RoutingError if the base computes values that
+        aren't finite on it."""
         version = self.version
         routers = [
             (version.sites[path], bound) for path, bound in self.bound.items() if bound.needs_reference

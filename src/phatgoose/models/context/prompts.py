@@ -68,11 +68,8 @@ class PromptTracker:
             self._caches[cache] = run.uncached
 
     def texts_of(self, stack: str, runs: Mapping[str, Run]) -> Texts:
-        """The texts of the pass that a stack is running; worked out when a module first asks.
-
-        Raises:
-            RoutingError: they can't be known.
-        """
+        """The texts of the pass that a stack is running; worked out when a module first asks. Raises RoutingError if
+        they can't be known."""
         if (run := runs.get(stack)) is None:
             raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
         if run.texts is None:

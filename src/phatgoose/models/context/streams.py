@@ -114,11 +114,8 @@ class Streams:
             run_eagerly(hook, *call)
 
     def texts_of(self, stream: str) -> Texts:
-        """What the sequences of the pass that a stack runs were given to read.
-
-        Raises:
-            RoutingError: it can't be known.
-        """
+        """What the sequences of the pass that a stack runs were given to read. Raises RoutingError if it can't be
+        known."""
         if self.prompt_tracker is None:
             raise RoutingError("this routing doesn't follow texts: attach the router with route().")
         return self.prompt_tracker.texts_of(stream, self._now.runs)

@@ -8,11 +8,11 @@ each expert's gate_proj and up_proj, and `mlp.experts.down_proj` [experts, d, d_
 transposes.) PEFT adapts these through `target_parameters`, or old adapters name the old modules. Nothing in such a
 model has a forward hook for one expert's layer, but routing, training and traces need exactly that. So:
 
-- `names.py` finds which layer a path means, under the new names or those of an older checkpoint;
+- `names.py` finds which layer a path means, under the new names or those of an older checkpoint, and gives the same
+  layer one name in the whole pool;
 - `expert_linear.py` makes a stand-in module for it, and runs a fused module expert by expert while a stand-in has
   hooks;
-- `stand_in.py` does the same for the product inside the mixture's own router;
-- `pool.py` gives the same layer one name in the whole pool.
+- `stand_in.py` does the same for the product inside the mixture's own router.
 
 A stand-in has the sizes, weight and bias of its layer, owns no tensors, and leaves the model's modules and state dict
 alone.

@@ -208,11 +208,8 @@ def is_fused(module: nn.Module | None) -> bool:
 
 
 def check_fused(module: Any, path: str) -> None:
-    """Refuses fused experts that can't run expert by expert.
-
-    Raises:
-        RoutingError: packed weights, or experts split over devices.
-    """
+    """Refuses fused experts that can't run expert by expert. Raises RoutingError if weights are packed or experts are
+    split over devices."""
     dtype = module.down_proj.dtype
     if dtype not in FLOATS:
         raise RoutingError(

@@ -220,11 +220,8 @@ class Recorder:
         self.inputs.expanded = ids, times
 
     def reject_drafts(self, cache: object) -> None:
-        """Drafts of the last pass have been checked, and `cache` has been cropped to those that were accepted.
-
-        Raises:
-            RoutingError: they have been handed out as choices already.
-        """
+        """Drafts of the last pass have been checked, and `cache` has been cropped to those that were accepted. Raises
+        RoutingError if they have been handed out as choices already."""
         for (stream, *_), one in self._passes.items():
             if stream != "decoder" or (length := length_of(cache)) is None:
                 continue
