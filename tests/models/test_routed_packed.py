@@ -14,7 +14,7 @@ from phatgoose import PHATGOOSE, Pool, route, unroute
 from phatgoose.experts.packed.pack import pack
 from phatgoose.experts.packed.stack_file import writing
 from phatgoose.experts.pool_folder import remove_from_folder
-from phatgoose.models.attach import attach as routed
+from phatgoose.models.attach import site as routed
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.routers import Single, Uniform
 
