@@ -47,7 +47,7 @@ def test_prompts_come_from_a_file(run, ready, base, save_base, tmp_path):
     assert source["prompts"]["number"] == 2
     again = run("gate", folder / "two", "--out", out, *options, "--prompts", file)
     assert "finished before" in again.out
-    from phatgoose.cli.contribute.generated import lines
+    from phatgoose.cli.contribute.gate import lines
 
     assert lines(file) == ("what is the colour?\nAnswer:", "number")
 

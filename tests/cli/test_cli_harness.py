@@ -8,7 +8,7 @@ import math
 import pytest
 
 from harness_fixtures import ROWS, harness_choices, harness_task
-from phatgoose.cli.measure.harness import _plain, table
+from phatgoose.cli.measure.eval import _plain, table
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.base.load import load_base

@@ -177,7 +177,7 @@ def test_a_second_run_of_a_command_is_refused(run, ready, task, tmp_path, comman
     """Before it does anything; what the first holds is given back with its process."""
     target = Expert.load(ready[0] / "two").save(tmp_path / "e")
     words = [command, "--out", target] if command == "train" else [command, target]
-    with folders.only_run(target, command):
+    with folders.only_run(target, command, tmp_path / "w"):
         refused(run(*words, "--task", task, "--base", "nowhere"), "another run is at work in", str(target))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e"]
 

@@ -1,20 +1,45 @@
-"""`phatgoose`: all commands, and the entry point."""
+"""`phatgoose`: all commands, the entry point, and how every command ends."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from phatgoose.cli import doctor
+from phatgoose.cli import doctor, pool
 from phatgoose.cli.ask import chat, explain, generate, serve, ui
-from phatgoose.cli.common.group import Commands
 from phatgoose.cli.contribute import convert, gate, import_reference, push, signature, train
-from phatgoose.cli.measure import eval, experiment, quickstart, report, routers, tasks
-from phatgoose.cli.pools import pool
+from phatgoose.cli.measure import eval, experiment, quickstart, report, routers, show, tasks
+from phatgoose.errors import PhatgooseError
 from phatgoose.serving.threads import limit_openmp_spinning
+
+RESUMABLE = frozenset({"train", "gate", "signature", "quickstart", "experiment"})
+"""Commands that go on where they were stopped."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands: a refusal is one line and exit code 1, Ctrl-C exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PhatgooseError, OSError) as error:
+            # An OSError with a file name is a refusal too (a name too long, a failing disk). Others are bugs.
+            said = str(error)
+            if isinstance(error, OSError):
+                said = f"{error.filename}: {error.strerror}." if error.filename is not None else ""
+            if not said or os.environ.get("PHATGOOSE_DEBUG"):
+                raise
+            show.fail(said)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            resumable = ctx.invoked_subcommand in RESUMABLE
+            show.note("\nstopped; run the same command again to go on" if resumable else "\nstopped")
+            raise typer.Exit(130) from error
+
 
 app = typer.Typer(
     name="phatgoose",

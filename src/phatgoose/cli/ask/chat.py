@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import phatgoose
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
     BackendOptions,
@@ -19,14 +21,12 @@ from phatgoose.cli.common.options import (
 )
 from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError
+from phatgoose.registry import unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from phatgoose.analysis.prompts import RoutedPrompt
     from phatgoose.cli.common.loading import Choice
-    from phatgoose.experts.pool import Pool
-    from phatgoose.models.base.base import Base
 
 HELP = r"""/router R   choose the router: phatgoose, phatgoose:top_k=3, single:NAME, random:seed=1, merged, base
 /router     show the router, and the experts' names
@@ -59,13 +59,12 @@ def command(
 ) -> None:
     """Talk with a pool or a base. /help shows what can be typed."""
     from phatgoose.cli.common.loading import load_routed
+    from phatgoose.workflows.prompt_forms import fitting_form
 
     model, experts, choice = load_routed(pool, router, base, backend)
     has_template = model.tokenizer.chat_template is not None
     if raw is False and not has_template:
         raise PhatgooseError(f"the tokenizer of {model.spec} has no chat template: use --raw.")
-    from phatgoose.workflows.prompt_forms import fitting_form
-
     form, remark = fitting_form(experts, None if raw is None else "raw" if raw else "chat", has_template)
     chat = Chat(model, experts, choice, form == "raw", generation, show_trace)
     show.note(f"{model.spec}, router: {choice.text}, {'raw prompts' if chat.raw else 'chat'}; /help, /quit")
@@ -85,8 +84,6 @@ def lines() -> Iterator[str]:
     """The lines that are typed or piped, without blank ones."""
     typed = sys.stdin.isatty()
     if typed:
-        import contextlib
-
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() then has history and editing
     while True:
@@ -106,8 +103,8 @@ def lines() -> Iterator[str]:
 class Chat:
     """A conversation, and the routed model that answers."""
 
-    base: Base
-    pool: Pool | None
+    base: phatgoose.Base
+    pool: phatgoose.Pool | None
     choice: Choice
     raw: bool
     generation: GenerationOptions
@@ -138,8 +135,6 @@ class Chat:
             names = ", ".join(self.pool.names) if self.pool else "none (no --pool)"
             show.say(f"router: {self.choice.text}; experts: {names}")
         else:
-            from phatgoose.registry import unknown
-
             raise unknown("command", name, ["/router", "/base", "/trace", "/reset", "/help", "/quit"])
         return False
 
@@ -154,44 +149,34 @@ class Chat:
 
     def answer(self, line: str) -> None:
         from phatgoose.models.text.encoding import encode_chat, encode_prompt
+        from phatgoose.workflows.prompt_forms import read_of_turn
 
         if self.raw:
             self.generate(encode_prompt(self.base, line.replace("\\n", "\n")))
             return
         turn = [*self.messages, {"role": "user", "content": line}]
-        from phatgoose.models.attach.attach import prompted
-        from phatgoose.workflows.prompt_forms import read_of_turn
-
-        with prompted(self.base, read_of_turn(self.pool, line)):
+        with phatgoose.prompted(self.base, read_of_turn(self.pool, line)):
             text = self.generate(encode_chat(self.base, turn))
         self.messages = [*turn, {"role": "assistant", "content": text}]
 
     def generate(self, ids: Tensor) -> str:
         """Streams the answer, and then, if asked for, the experts that led it."""
+        from phatgoose.analysis.prompts import answer_spans, routed_prompt
         from phatgoose.cli.common.streaming import stream
 
         if not self.trace or self.choice.router is None:
             return stream(self.base, ids, self.generation)
-        from phatgoose.analysis.prompts import routed_prompt
-        from phatgoose.models.trace.record import trace
-
-        with trace(self.base, margins=False) as recorded:
+        with phatgoose.trace(self.base, margins=False) as recorded:
             text = stream(self.base, ids, self.generation)
         routed = routed_prompt(
             recorded, self.base, task="", prompt="", expected="", answer=text, correct=False
         )
-        show_leaders(routed)
+        # On standard error, so that a piped answer stays clean.
+        spans = [
+            (repr(span.text), f"{span.expert} {100 * span.share:.0f} %") for span in answer_spans(routed)
+        ]
+        width = min(max((len(quoted) for quoted, _ in spans), default=0), 60)
+        for quoted, led in spans:
+            short = quoted if len(quoted) <= 60 else quoted[:58] + "…" + quoted[-1]
+            show.note(f"  {short:<{width}}  {led}")
         return text
-
-
-def show_leaders(routed: RoutedPrompt) -> None:
-    """Prints the answer's parts with their leading experts on standard error, so that a piped answer stays clean."""
-    from phatgoose.analysis.prompts import answer_spans
-
-    stretches = answer_spans(routed)
-    width = min(max((len(repr(w.text)) for w in stretches), default=0), 60)
-    for w in stretches:
-        text = repr(w.text)
-        show.note(
-            f"  {text if len(text) <= 60 else text[:58] + '…' + text[-1]:<{width}}  {w.expert} {100 * w.share:.0f} %"
-        )

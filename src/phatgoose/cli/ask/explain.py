@@ -6,34 +6,35 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.expand import Options, expand_options
 from phatgoose.cli.common.options import (
+    AT_LEAST_1,
     BackendOption,
     BaseOptions,
     ChatOption,
     PoolFolderOption,
     PromptArgument,
     RouterOption,
+    read_prompt,
 )
-from phatgoose.cli.common.prompts import encode, read_prompt
 from phatgoose.cli.measure import show
+from phatgoose.errors import RoutingError
 
 if TYPE_CHECKING:
     from phatgoose.workflows.explain import Explanation
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
+class AnswerOptions(Options):
     """The answer, and how much of it is explained."""
 
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64
-    most: Annotated[
-        int | None, typer.Option(min=1, help="Look only at this many experts, those with the most weight.")
-    ] = None
+    max_new_tokens: Annotated[int, AT_LEAST_1] = 64
+    """Most tokens of the answer."""
+    most: Annotated[int | None, AT_LEAST_1] = None
+    """Look only at this many experts, those with the most weight."""
     chat: ChatOption = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False
+    json: bool = False
+    """Print everything as one JSON object."""
 
 
 @expand_options
@@ -51,7 +52,7 @@ def command(
     """
     text = read_prompt(prompt)
     from phatgoose.cli.common.loading import choose, load_for, load_pool
-    from phatgoose.errors import RoutingError
+    from phatgoose.cli.common.streaming import encode, room_for
     from phatgoose.models.attach.options import RouteOptions
     from phatgoose.workflows.explain import ExplainOptions, explain, words
 
@@ -60,12 +61,10 @@ def command(
     if experts is None or choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
     model = load_for(experts, base)
-    from phatgoose.cli.common.streaming import room_for
-
     ids, read = encode(model, experts, text, chat=answer.chat)
     options = ExplainOptions(room_for(model, ids, answer.max_new_tokens), answer.most, route=choice.options)
     found, _ = explain(model, experts, ids, choice.router, prompt=text, read=read, options=options)
-    if answer.as_json:
+    if answer.json:
         show.say(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
     _show(found, words(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import phatgoose
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
     BackendOptions,
@@ -11,8 +12,8 @@ from phatgoose.cli.common.options import (
     PoolOption,
     PromptArgument,
     RouterOption,
+    read_prompt,
 )
-from phatgoose.cli.common.prompts import encode, read_prompt
 
 
 @expand_options
@@ -31,12 +32,10 @@ def command(
     """
     text = read_prompt(prompt)
     from phatgoose.cli.common.loading import load_routed, show_cache_use
+    from phatgoose.cli.common.streaming import encode, stream
 
     model, experts, _ = load_routed(pool, router, base, backend)
-    from phatgoose.cli.common.streaming import stream
-    from phatgoose.models.attach.attach import prompted
-
     ids, read = encode(model, experts, text, chat=chat)
-    with prompted(model, read):
+    with phatgoose.prompted(model, read):
         stream(model, ids, generation)
     show_cache_use(model)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.expand import Options, expand_options
 from phatgoose.cli.common.options import ROUTER_NAMES, BackendOption, BaseOptions, PoolOption
 from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError
@@ -17,25 +17,17 @@ from phatgoose.serving.settings import ServeSettings
 
 
 @dataclass(frozen=True)
-class AddressOptions:
+class AddressOptions(Options):
     """Where the server listens, and who may come in."""
 
-    host: Annotated[
-        str, typer.Option(help="Where to listen. Any place but this machine needs --api-keys.")
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with one key per line. A request must bring one of them. Or set PHATGOOSE_API_KEY."
-        ),
-    ] = None
-    admin_key: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file with the key that changes experts while the server runs. Or set PHATGOOSE_ADMIN_KEY."
-        ),
-    ] = None
+    host: str = "127.0.0.1"
+    """Where to listen. Any place but this machine needs --api-keys."""
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000
+    """The port; 0 takes a free one."""
+    api_keys: Path | None = None
+    """A file with one key per line. A request must bring one of them. Or set PHATGOOSE_API_KEY."""
+    admin_key: Path | None = None
+    """A file with the key that changes experts while the server runs. Or set PHATGOOSE_ADMIN_KEY."""
 
 
 @expand_options
@@ -77,14 +69,7 @@ def command(
         model = load_for(experts, base, folder=pool)
         if experts and (path := endpoint(experts)):
             show.note(f"note: use {path}: the experts were trained on prompts in that form.")
-        return Service(
-            model,
-            config,
-            pool=experts,
-            folder=pool,
-            router=routed_by,
-            name=name,
-            options=RouteOptions(backend),
-        )
+        options = RouteOptions(backend)
+        return Service(model, config, pool=experts, folder=pool, router=routed_by, name=name, options=options)
 
     serve(run_in_thread(made), address.host, address.port, keys, ready=show.say)

@@ -10,6 +10,8 @@ import typer
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import BackendOption, BaseOptions, PoolFolderOption
 from phatgoose.cli.measure import show
+from phatgoose.errors import PhatgooseError
+from phatgoose.extras import install
 
 
 @expand_options
@@ -26,8 +28,6 @@ def command(
     Only this machine can open the page. Ctrl-C ends it.
     """
     from phatgoose.cli.common.loading import load_for, load_pool
-    from phatgoose.errors import PhatgooseError
-    from phatgoose.extras import install
     from phatgoose.models.attach.options import RouteOptions
 
     try:

@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum, StrEnum
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+
+
+class Options:
+    """Options of commands that belong together; subclasses are frozen dataclasses.
+
+    Settings of the library are dataclasses without this parent: as options they stand in a panel of their own.
+    """
+
+    PANEL: ClassVar[str | None] = None
+    """The panel of --help that they stand in; None: the one of all options."""
 
 
 def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces each parameter of a command that is a dataclass by one option for each of its fields.
 
-    A field that is `Annotated` with typer's own declaration is taken as it is. Any other field is a setting of the
-    library, and its docstring is the help. The command gets the dataclass, built from the options; an error in that
-    is the command's refusal. A default of the parameter (`GenerationOptions(max_new_tokens=256)`) gives the
-    options' defaults.
+    A field's docstring is the option's help, unless the field is `Annotated` with a `typer.Option` that has one. The
+    command gets the dataclass, built from the options; an error in that is the command's refusal. A default of the
+    parameter (`GenerationOptions(max_new_tokens=256)`) gives the options' defaults.
     """
     signature = inspect.signature(command, eval_str=True)
     # Parameters become keyword-only: then options with and without defaults may stand in any order.
     groups: dict[str, type] = {}
-    settings: set[str] = set()
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         kind = parameter.annotation
-        if not is_dataclass(kind):
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            groups[parameter.name] = kind
+            parameters += _options(kind, parameter.default)
+        else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        assert isinstance(kind, type)
-        groups[parameter.name] = kind
-        preset = None if parameter.default is inspect.Parameter.empty else parameter.default
-        hints = get_type_hints(kind, include_extras=True)
-        parameters += [_option(kind, field, hints[field.name], preset) for field in fields(kind)]
-        settings |= {name for name, hint in hints.items() if get_origin(hint) is not Annotated}
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> Any:
         for name, kind in groups.items():
-            values = {f.name: given.pop(f.name) for f in fields(kind)}
-            given[name] = kind(**{k: _plain(k, v) if k in settings else v for k, v in values.items()})
+            given[name] = kind(**{f.name: _plain(f.name, given.pop(f.name)) for f in fields(kind)})
         return command(**given)
 
     # Typer reads both; functools.wraps has copied those of the command.
@@ -67,30 +72,37 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
-def _option(group: type, field: Field[Any], hint: Any, preset: Any) -> inspect.Parameter:
-    default = field.default if preset is None else getattr(preset, field.name)
-    if default is MISSING:
-        default = inspect.Parameter.empty
-    if get_origin(hint) is not Annotated:
-        hint, default = _setting(group, field, hint, default)
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+def _options(group: type, preset: Any) -> Iterator[inspect.Parameter]:
+    """The parameters that typer makes the options of; `preset` may be an instance, whose values are the defaults."""
+    hints, docs = get_type_hints(group, include_extras=True), field_docs(group)
+    ours = issubclass(group, Options)
+    for field in fields(group):
+        default = field.default if preset is inspect.Parameter.empty else getattr(preset, field.name)
+        hint, *infos = (
+            get_args(hints[field.name]) if _is_annotated(hints[field.name]) else [hints[field.name]]
+        )
+        kind = _typer_type(field.name, hint)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            default = kind(default)
+        # A name is given for what is off anyway: then there is no --no-….
+        names = [f"--{field.name.replace('_', '-')}"] if default is False else []
+        info = copy.copy(infos[0]) if infos else typer.Option(*names)
+        if info.help is None:
+            more = " Several are separated by commas." if field.name == "target_modules" else ""
+            info.help = (docs[field.name] + more).replace("[", "\\[")  # else rich reads it as markup
+        info.rich_help_panel = group.PANEL if issubclass(group, Options) else f"Settings ({group.__name__})"
+        if default is None and not ours:
+            info.show_default = "none"
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=Annotated[kind, info],
+        )
 
 
-def _setting(config: type, field: Field[Any], hint: Any, default: Any) -> tuple[Any, Any]:
-    """(annotation, default) of the option for a setting of the library."""
-    kind = _typer_type(field.name, hint)
-    extra = " Several are separated by commas." if field.name == "target_modules" else ""
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        default = kind(default)
-    info = typer.Option(
-        *(
-            [f"--{field.name.replace('_', '-')}"] if default is False else []
-        ),  # no --no-… for what is off anyway
-        help=(field_docs(config)[field.name] + extra).replace("[", "\\["),  # else rich reads it as markup
-        rich_help_panel=f"Settings ({config.__name__})",
-        show_default="none" if default is None else True,
-    )
-    return Annotated[kind, info], default
+def _is_annotated(hint: Any) -> bool:
+    return get_origin(hint) is Annotated
 
 
 def _typer_type(name: str, hint: Any) -> Any:
@@ -101,12 +113,13 @@ def _typer_type(name: str, hint: Any) -> Any:
         kinds = [kind for kind in get_args(hint) if kind is not type(None) and get_origin(kind) is not tuple]
         if len(kinds) != 1:
             raise TypeError(f"{name}: no option can be made of the type {hint}.")
-        return kinds[0] | None if type(None) in get_args(hint) else kinds[0]
+        kind = _typer_type(name, kinds[0])
+        return kind | None if type(None) in get_args(hint) else kind
     return hint
 
 
 def _plain(name: str, value: Any) -> Any:
-    """What typer parsed, as the library's setting takes it: the reverse of `_setting`."""
+    """What typer parsed, as the dataclass takes it: the reverse of `_typer_type`."""
     if isinstance(value, Enum):
         return value.value
     if name == "target_modules" and value not in ("auto", "all-linear"):

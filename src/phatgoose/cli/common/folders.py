@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -24,6 +23,13 @@ from phatgoose.models.text.encoding import chat_template_key
 from phatgoose.records import Fingerprint, Task
 from phatgoose.training.config import LoopConfig
 from phatgoose.training.student import autocast_dtype
+
+LEFT = {
+    "train": ("expert-training", "adapter"),
+    "gate": ("gate-training", "gates", "generated"),
+    "signature": ("signature",),
+}
+"""What each command's own training leaves in its work folder."""
 
 
 def check_target(folder: Path, keeps_card: bool = False) -> None:
@@ -49,8 +55,10 @@ def check_target(folder: Path, keeps_card: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def only_run(folder: Path, command: str) -> Iterator[None]:
-    """Locks `folder` while `command` makes what goes there. Of torchrun's processes, the first locks it for all.
+def only_run(folder: Path, command: str, work: Path) -> Iterator[None]:
+    """Locks `folder` while `command` makes what goes there; then removes what it left in `work`, unless it failed.
+
+    Of torchrun's processes, the first does this for all. The folder `work` goes too if nothing else is in it.
 
     Raises:
         StorageError: another run of this command has locked it.
@@ -60,21 +68,25 @@ def only_run(folder: Path, command: str) -> Iterator[None]:
         return
     with locks.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
         yield
+        for name in LEFT[command]:
+            shutil.rmtree(work / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.rmdir()
 
 
 def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, config: LoopConfig) -> bool:
     """Whether a record is of this very training; without a base or task, as far as the record tells."""
     try:
-        settings = type(config)(**record["config"]).key()
-        same = _json(settings) == _json(config.key())
-        if task is not None:
-            same = same and record["task"]["hash"] == task.hash
-        if not same or base is None:
-            return same
-        if task is not None and record["task"].get("chat_template") != chat_template_key(base, task).get(
-            "chat_template"
-        ):
+        if type(config)(**record["config"]).key() != config.key():
             return False
+        if task is not None and record["task"]["hash"] != task.hash:
+            return False
+        if base is None:
+            return True
+        if task is not None:
+            recorded = record["task"].get("chat_template")
+            if recorded != chat_template_key(base, task).get("chat_template"):
+                return False
         precision = str(autocast_dtype(base.model, config) or "torch.float32").removeprefix("torch.")
         found = Fingerprint.from_json(record["base"])
         return same_base(found, base.fingerprint).level == "same" and record["precision"] == precision
@@ -82,11 +94,11 @@ def made_so(record: Mapping[str, Any], base: Base | None, task: Task | None, con
         return False
 
 
-LEFT = {
-    "train": ("expert-training", "adapter"),
-    "gate": ("gate-training", "gates", "generated"),
-    "signature": ("signature",),
-}
+def taken(folder: Path, holds: str) -> ExpertError:
+    """The refusal to replace what is in `folder`."""
+    return ExpertError(
+        f"{folder} holds {holds}: choose another --out, or replace what is there with --overwrite."
+    )
 
 
 def existing_expert(folder: Path) -> Expert | None:
@@ -103,8 +115,8 @@ def is_main_process() -> bool:
     return bool(processes.is_main_process)
 
 
-def merge_onto(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
-    """`made`, an expert with new gates or a new signature, merged onto the expert that is in `target` by now.
+def save_onto(target: Path, made: Expert, before: Expert | None, part: str, work: Path) -> Expert:
+    """Saves an expert with new gates or a new signature, merged onto the expert that is in `target` by now.
 
     While one of the two was made, another command may have added the other one.
 
@@ -115,39 +127,29 @@ def merge_onto(target: Path, made: Expert, before: Expert | None, part: str, wor
     Raises:
         ExpertError: the adapter or the same part was changed meanwhile.
     """
-    if (now := existing_expert(target)) is None:
-        return made
-    if before is None or not (all_identical(now.tensors, before.tensors) and _same_part(now, before, part)):
-        raise ExpertError(
-            f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run the "
-            f"same command again with another --out and --work {work}."
-        )
-    if not all_identical(now.tensors, made.tensors):  # another expert, to be replaced
-        return made
-    if part == "gate":
-        assert made.gates is not None
-        return now.with_gates(made.gates, made.provenance["gate"])
-    assert made.signature is not None
-    return now.with_signature(made.signature, made.provenance["signature"])
+    if (now := existing_expert(target)) is not None:
+        if before is None or not (
+            all_identical(now.tensors, before.tensors) and _same_part(now, before, part)
+        ):
+            raise ExpertError(
+                f"{target} was changed while its {part} was made, and isn't replaced. The result is in {work}: run "
+                f"the same command again with another --out and --work {work}."
+            )
+        if all_identical(now.tensors, made.tensors):  # else it is another expert, to be replaced
+            if part == "gate":
+                assert made.gates is not None
+                made = now.with_gates(made.gates, made.provenance["gate"])
+            else:
+                assert made.signature is not None
+                made = now.with_signature(made.signature, made.provenance["signature"])
+    made.save(target)
+    return made
 
 
 def _same_part(a: Expert, b: Expert, part: str) -> bool:
     if part == "gate":
         return all_identical(a.gates or {}, b.gates or {})
     return b.signature is None if a.signature is None else a.signature.equals(b.signature)
-
-
-def clear_work(work: Path, command: str) -> None:
-    """Removes what a command's own training left in a work folder, and the folder if that was all."""
-    for name in LEFT[command]:
-        shutil.rmtree(work / name, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        work.rmdir()
-
-
-def best_loss(expert: Expert) -> float | None:
-    """The lowest validation loss in an expert's record, nats per target token."""
-    return lowest_loss(expert.provenance)
 
 
 def pool_next(target: Path) -> list[tuple[str, str]]:
@@ -168,7 +170,3 @@ def validation(record: Mapping[str, Any]) -> str:
     return text + (
         f" (step {first[0]}: {first[1]:.4f}, step {last[0]}: {last[1]:.4f})" if first != last else ""
     )
-
-
-def _json(data: Any) -> Any:
-    return json.loads(json.dumps(data))

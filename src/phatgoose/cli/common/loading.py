@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,13 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.cli.common.options import DEFAULT_BASE, BackendOptions, BaseOptions
 from phatgoose.cli.measure import show
-from phatgoose.cli.pools.packing import show_copied
 from phatgoose.errors import BaseModelError, ExpertError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.tokenizer_files import differences
 from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import cache_use, route_with, routing_of, unroute
+from phatgoose.models.attach.attach import Routing, cache_use, route_with, routing_of, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
@@ -47,6 +48,47 @@ def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
     return base
 
 
+def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None) -> Base:
+    """The base for a pool: the one that is asked for, else the one that the experts record, which is noted, or the
+    default base without a pool.
+
+    Args:
+        folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
+
+    Raises:
+        ExpertError: the experts record none. BaseModelError: what they record can't be loaded here.
+    """
+    recorded = None
+    if options.base is None and pool is not None:
+        recorded = recorded_base(pool.experts)
+        if recorded is None:
+            why = "the experts record no base, or different ones"
+            if len(pool) == 1:
+                why = f"expert {pool.experts[0].name!r} doesn't record its base"
+            raise ExpertError(f"{why}: say which one with --base.")
+    elif options.base is None and folder is not None:
+        named = read_manifest(folder).get("base")
+        if isinstance(named, dict) and isinstance(named.get("spec"), str):
+            recorded = named["spec"]
+    spec = (recorded or DEFAULT_BASE) if options.base is None else options.base
+    if pool is not None:
+        check_mixture(spec, pool)
+    if recorded is not None:
+        show.note(f"base: {recorded} (recorded with the experts)")
+    try:
+        base = load(spec, options.dtype, options.device)
+    except BaseModelError as error:
+        if recorded is None:
+            raise
+        raise BaseModelError(
+            f"the base that the experts record can't be loaded here: {error} If it is elsewhere, say where with --base."
+        ) from error
+    if pool is not None:
+        for text in differences({e.name: e.provenance for e in pool.experts}, base.tokenizer):
+            show.note(f"note: {text}")
+    return base
+
+
 def recorded_base(experts: Sequence[Expert]) -> str | None:
     """The base that experts record: the one they were trained on here, else the one that their PEFT configs name.
 
@@ -56,57 +98,6 @@ def recorded_base(experts: Sequence[Expert]) -> str | None:
         return base.spec
     names = {e.base_name for e in experts if e.base_name is not None}
     return names.pop() if len(names) == 1 else None
-
-
-def load_recorded(experts: Sequence[Expert], options: BaseOptions) -> Base:
-    """The base that is asked for, or else the one that these experts record, which is noted.
-
-    Raises:
-        ExpertError: they record none. BaseModelError: what they record can't be loaded here.
-    """
-    spec = recorded_base(experts) if options.base is None else options.base
-    if spec is None:
-        one = len(experts) == 1
-        why = (
-            f"expert {experts[0].name!r} doesn't record its base"
-            if one
-            else "the experts record no base, or different ones"
-        )
-        raise ExpertError(f"{why}: say which one with --base.")
-    check_mixture(spec, Pool(experts))
-    base = _load_named(spec, options) if options.base is None else load(spec, options.dtype, options.device)
-    for text in differences({e.name: e.provenance for e in experts}, base.tokenizer):
-        show.note(f"note: {text}")
-    return base
-
-
-def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None) -> Base:
-    """The base for a pool: the one that is asked for, else the one that the pool records, or the default base
-    without a pool.
-
-    Args:
-        folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
-
-    Raises:
-        ExpertError, BaseModelError: as `load_recorded`.
-    """
-    if pool is not None:
-        return load_recorded(pool.experts, options)
-    if options.base is None and folder is not None:
-        named = read_manifest(folder).get("base")
-        if isinstance(named, dict) and isinstance(named.get("spec"), str):
-            return _load_named(named["spec"], options)
-    return load(options.base or DEFAULT_BASE, options.dtype, options.device)
-
-
-def _load_named(spec: str, options: BaseOptions) -> Base:
-    show.note(f"base: {spec} (recorded with the experts)")
-    try:
-        return load(spec, options.dtype, options.device)
-    except BaseModelError as error:
-        raise BaseModelError(
-            f"the base that the experts record can't be loaded here: {error} If it is elsewhere, say where with --base."
-        ) from error
 
 
 def load_routed(
@@ -138,13 +129,12 @@ def own_router(pool: Pool | None) -> str:
     return text
 
 
-def choose(text: str | None, pool: Pool | None, options: RouteOptions | None = None) -> Choice:
+def choose(text: str | None, pool: Pool | None, options: RouteOptions) -> Choice:
     """What `text` means for this pool, checked as far as possible without a base.
 
     Raises:
         UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
     """
-    options = RouteOptions() if options is None else options
     find_backend(options.backend)
     if options.device_memory is not None and pool is None:
         raise RoutingError("--device-memory is for a pool's experts: give --pool.")
@@ -170,7 +160,16 @@ def attach(base: Base, pool: Pool | None, choice: Choice) -> None:
     experts, router = choice.on(pool)
     assert experts is not None
     route_with(base, experts, router, choice.options)
-    show_copied(routing_of(base))
+    routing = routing_of(base)
+    assert routing is not None
+    show_copied(routing)
+
+
+def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice]) -> None:
+    """Attaches every choice once: a refusal of the last one must not come after hours of work with the first."""
+    for choice in choices:
+        attach(base, pool, choice)
+    unroute(base)
 
 
 def show_cache_use(base: Base) -> dict[str, object]:
@@ -188,8 +187,18 @@ def show_cache_use(base: Base) -> dict[str, object]:
     return {"device_memory": asdict(use)}
 
 
-def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice]) -> None:
-    """Attaches every choice once: a refusal of the last one must not come after hours of work with the first."""
-    for choice in choices:
-        attach(base, pool, choice)
-    unroute(base)
+def show_copied(routing: Routing) -> None:
+    """Notes which experts name modules otherwise than this model, and which rows of a packed pool had to be copied."""
+    for name, paths in routing.renamed.items():
+        own, here = next(iter(paths.items()))
+        _note_once(f"note: {name} names its modules in another layout: {own} is taken for {here}")
+    packed = any(isinstance(e, PackedExpert) for e in routing.pool.experts)
+    if packed and (copied := routing.copied):
+        first = next(iter(copied))
+        _note_once(
+            f"note: at {len(copied)} of {len(routing.sites)} modules the packed rows are copied into memory "
+            f"({first}: {copied[first]})"
+        )
+
+
+_note_once = functools.cache(show.note)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phatgoose.cli.common.expand import Options
 from phatgoose.routers.parse import ROUTERS
 from phatgoose.tasks.load import SOURCES
+from phatgoose.training.config import WritingConfig
 
 if TYPE_CHECKING:
     from phatgoose.models.attach.options import RouteOptions
@@ -33,13 +36,11 @@ ROUTER_HELP = (
     "pool; with one phatgoose, or where experts lack gates a router that needs none."
 )
 
+AT_LEAST_0, AT_LEAST_1 = typer.Option(min=0), typer.Option(min=1)
 TaskOption = Annotated[str, typer.Option(help=TASK_HELP)]
 DtypeOption = Annotated[
     str,
     typer.Option(help="What the base is loaded in: auto (as it is stored), float32, bfloat16 or float16."),
-]
-DeviceOption = Annotated[
-    str, typer.Option(help="Where it runs, e.g. cpu or cuda:1; auto is the GPU if there is one.")
 ]
 BackendOption = Annotated[
     str,
@@ -67,10 +68,13 @@ ExpertOutOption = Annotated[
 ExpertNameOption = Annotated[
     str | None, typer.Option(help="What the expert is called; like the folder OUT if not given.")
 ]
+RepoArgument = Annotated[
+    str, typer.Argument(help="A repository on the Hub, org/name; made if it isn't there.")
+]
 
 
 @dataclass(frozen=True)
-class BaseOptions:
+class BaseOptions(Options):
     """The base model of a pool."""
 
     base: Annotated[
@@ -80,7 +84,8 @@ class BaseOptions:
         ),
     ] = None
     dtype: DtypeOption = "auto"
-    device: DeviceOption = "auto"
+    device: str = "auto"
+    """Where it runs, e.g. cpu or cuda:1; auto is the GPU if there is one."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,13 @@ class TrainBaseOptions(BaseOptions):
 
 
 @dataclass(frozen=True)
-class BackendOptions:
+class BackendOptions(Options):
     """What computes the routing, and where the pool's tensors are."""
 
     backend: BackendOption = "auto"
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when "
-            "they are needed. Without it, all must fit. For routers that choose by gates."
-        ),
-    ] = None
+    device_memory: str | None = None
+    """How much of the GPU the pool may take, e.g. 8GB: experts that don't fit are brought there when they are needed.
+    Without it, all must fit. For routers that choose by gates."""
 
     @property
     def route_options(self) -> RouteOptions:
@@ -121,35 +122,28 @@ class BackendOptions:
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
+class GenerationOptions(Options):
     """How an answer is generated."""
 
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128
-    temperature: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="0 always takes the likeliest token; above 0 samples. Of the checkpoint's own generation settings "
-            "only the end tokens are used: no penalties, forced or suppressed tokens, beams or lengths.",
-        ),
-    ] = 0.0
-    seed: Annotated[int, typer.Option(min=0, help="Sampling seed; used when --temperature > 0.")] = 0
+    max_new_tokens: Annotated[int, AT_LEAST_1] = 128
+    """Most tokens of an answer."""
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0
+    """0 always takes the likeliest token; above 0 samples. Of the checkpoint's own generation settings only the end
+    tokens are used: no penalties, forced or suppressed tokens, beams or lengths."""
+    seed: Annotated[int, AT_LEAST_0] = 0
+    """Sampling seed; used when --temperature > 0."""
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """A run of `train`, `gate` or `signature` that can be stopped and goes on."""
 
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Where unfinished work is kept until it is done; OUT.work if not given."),
-    ] = None
-    limit_train: Annotated[
-        int | None, typer.Option(min=1, help="Only the first rows of the task's training split.")
-    ] = None
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another result that is there already.")
-    ] = False
+    work: Path | None = None
+    """Where unfinished work is kept until it is done; OUT.work if not given."""
+    limit_train: Annotated[int | None, AT_LEAST_1] = None
+    """Only the first rows of the task's training split."""
+    overwrite: bool = False
+    """Replace another result that is there already."""
 
     def work_folder(self, target: Path) -> Path:
         return self.work or target.with_name(target.name + ".work")
@@ -160,36 +154,47 @@ class RunOptions:
         return None if self.limit_train is None else {"train": self.limit_train}
 
 
-_WRITING_PANEL = "Without the contributor's data (--generated)"
+@dataclass(frozen=True)
+class WritingOptions(Options):
+    """Texts that the base writes with the expert, in place of a task."""
+
+    PANEL = "Without the contributor's data (--generated)"
+
+    generated: bool = False
+    """Instead of a task: train on text that the base writes with this expert. Gates from the expert's own data are
+    better."""
+    prompts: Path | None = None
+    """A file of prompts, one per line, that the texts answer; without one they begin from nothing. Encoder–decoders
+    need it."""
+    texts: Annotated[int, typer.Option(min=2)] = WritingConfig.rows
+    """Usable texts wanted."""
+    text_tokens: Annotated[int, AT_LEAST_1] = WritingConfig.max_new_tokens
+    """Most tokens of a text."""
+    temperature: float = WritingConfig.temperature
+    """Sampling temperature."""
 
 
 @dataclass(frozen=True)
-class WritingOptions:
-    """Texts that the base writes with the expert, in place of a task."""
+class PublishOptions(Options):
+    """How something is published. There is none for an access token, since other users can see command lines."""
 
-    generated: Annotated[
-        bool,
-        typer.Option(
-            "--generated",
-            rich_help_panel=_WRITING_PANEL,
-            help="Instead of a task: train on text that the base writes with this expert. Gates from the expert's "
-            "own data are better.",
-        ),
-    ] = False
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=_WRITING_PANEL,
-            help="A file of prompts, one per line, that the texts answer; without one they begin from nothing. "
-            "Encoder–decoders need it.",
-        ),
-    ] = None
-    texts: Annotated[
-        int, typer.Option(min=2, rich_help_panel=_WRITING_PANEL, help="Usable texts wanted.")
-    ] = 512
-    text_tokens: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_WRITING_PANEL, help="Most tokens of a text.")
-    ] = 64
-    temperature: Annotated[
-        float, typer.Option(rich_help_panel=_WRITING_PANEL, help="Sampling temperature.")
-    ] = 1.0
+    private: bool = False
+    """Make a new repository private, and refuse an existing public one."""
+    branch: str | None = None
+    """The branch, made if it isn't there; main if not given."""
+    message: str | None = None
+    """The commit's message."""
+    allow_paths: bool = False
+    """Publish records that hold paths of local folders, too."""
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt; "-" reads it from standard input.
+
+    Raises:
+        BadParameter: it is empty.
+    """
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if not text.strip():
+        raise typer.BadParameter("it is empty.", param_hint="PROMPT")
+    return text

@@ -1,4 +1,4 @@
-"""Print an answer to standard output as it is generated (imports torch)."""
+"""Encode a prompt, and print its answer to standard output as it is generated (imports torch)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from transformers import TextStreamer
 
 from phatgoose.cli.common.options import GenerationOptions
 from phatgoose.cli.measure import show
+from phatgoose.experts.pool import Pool
 from phatgoose.models.base.base import Base, context_length
+from phatgoose.models.text.encoding import encode_chat, encode_prompt
 from phatgoose.models.text.generate import answer_settings, max_answer_tokens, run_generate
+from phatgoose.workflows.prompt_forms import fitting_form, read_of_turn
+
+
+def encode(base: Base, pool: Pool | None, text: str, *, chat: bool) -> tuple[Tensor, list[str]]:
+    """(token ids [1, T], the texts that routers read instead of them). Notes a form of prompt that experts don't
+    know."""
+    _, remark = fitting_form(pool, "chat" if chat else "raw", base.tokenizer.chat_template is not None)
+    if remark:
+        show.note(f"note: {remark}")
+    if not chat:
+        return encode_prompt(base, text), []
+    return encode_chat(base, [{"role": "user", "content": text}]), read_of_turn(pool, text)
 
 
 class Printer(TextStreamer):
@@ -45,7 +59,7 @@ def stream(base: Base, ids: Tensor, options: GenerationOptions) -> str:
     """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text.
 
     Raises:
-        PhatgooseError: the prompt leaves no room in the model's context.
+        PhatgooseError: as `room_for`.
     """
     room = room_for(base, ids, options.max_new_tokens)
     own = answer_settings(base, room, options.temperature)

@@ -9,28 +9,20 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.expand import Options, expand_options
 from phatgoose.cli.common.options import BASE_HELP, DtypeOption, ExpertNameOption
 from phatgoose.cli.measure import show
+from phatgoose.errors import ExpertError
 
 
 @dataclass(frozen=True)
-class StartOptions:
+class StartOptions(Options):
     """How the adapter and the base were when training began."""
 
-    initial: Annotated[
-        Path | None,
-        typer.Option(
-            help="The adapter as it was before training. Without it, its initialisation is run again on the base."
-        ),
-    ] = None
-    residual: Annotated[
-        bool,
-        typer.Option(
-            "--residual",
-            help="The base is the changed one that the adapter was trained on (LoftQ's, PiSSA's residual).",
-        ),
-    ] = False
+    initial: Path | None = None
+    """The adapter as it was before training. Without it, its initialisation is run again on the base."""
+    residual: bool = False
+    """The base is the changed one that the adapter was trained on (LoftQ's, PiSSA's residual)."""
 
     def check(self) -> None:
         if self.initial is not None and self.residual:
@@ -55,7 +47,6 @@ def command(
     --initial, LoftQ needs its own base (--residual).
     """
     from phatgoose.cli.common import folders
-    from phatgoose.errors import ExpertError
     from phatgoose.experts.names import slug
     from phatgoose.models.base.convert import LARGE_CHANGE, convert_to_lora
     from phatgoose.models.base.load import load_weights

@@ -1,12 +1,15 @@
-"""`phatgoose gate`: the gates of an expert."""
+"""`phatgoose gate`: the gates of an expert, trained on a task or on texts that the base writes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+import phatgoose
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
     TASK_HELP,
@@ -17,10 +20,9 @@ from phatgoose.cli.common.options import (
     WritingOptions,
 )
 from phatgoose.cli.measure import show
-from phatgoose.training.config import GateConfig
-
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
+from phatgoose.errors import TaskError
+from phatgoose.files import sha256_json
+from phatgoose.training.config import GateConfig, WritingConfig
 
 
 @expand_options
@@ -39,51 +41,43 @@ def command(
     --generated (texts are sampled with --seed). If it is stopped, the same command continues.
     """
     from phatgoose.cli.common import folders
-    from phatgoose.cli.common.loading import load_recorded
-    from phatgoose.cli.contribute.generated import wanted_texts
-    from phatgoose.experts.expert import Expert
+    from phatgoose.cli.common.loading import load_for
     from phatgoose.experts.files.safetensors_file import all_identical
-    from phatgoose.tasks import load_task
+    from phatgoose.training.gate import train_gate
 
     target = out or expert
     folders.check_target(target, keeps_card=target == expert)
-    with folders.only_run(target, "gate"):
-        work, source = run.work_folder(target), Expert.load(expert)
+    work, taken = run.work_folder(target), folders.taken(target, "other gates or another expert")
+    with folders.only_run(target, "gate", work):
+        source = phatgoose.Expert.load(expert)
         before = source if target == expert else folders.existing_expert(target)
-        existing = before or source
-        if not run.overwrite and not all_identical(source.tensors, existing.tensors):
-            raise _taken(target)
-        texts = wanted_texts(writing, run, task, config.seed)
-        rows = None if task is None else load_task(task, limit=run.row_limit)
+        gated = before or source
+        if not run.overwrite and not all_identical(source.tensors, gated.tensors):
+            raise taken
+        texts = _wanted_texts(writing, run, task, config.seed)
+        rows = None if task is None else phatgoose.load_task(task, limit=run.row_limit)
         # Checked twice: before the base is loaded, which takes long, as far as the record tells; then in full.
-        record = existing.provenance.get("gate", {})
-        finished = existing.gates is not None and not run.overwrite
-        if finished and not (
-            folders.made_so(record, None, rows, config) and (texts is None or texts.made(record))
-        ):
-            raise _taken(target)
-        model = load_recorded([source], base)
+        record = gated.provenance.get("gate", {})
+        finished = gated.gates is not None and not run.overwrite
+        same_texts = texts is None or texts.made(record)
+        if finished and not (same_texts and folders.made_so(record, None, rows, config)):
+            raise taken
+        model = load_for(phatgoose.Pool([source]), base)
         if finished and not folders.made_so(record, model, rows, config):
-            raise _taken(target)
+            raise taken
         if finished:
             show.say(f"{target} has these very gates, finished before.")
-            gated = existing
         else:
-            from phatgoose.training.gate import train_gate
-
-            if rows is None:
-                assert texts is not None
-                rows = texts.task(model, source, work)
+            rows = texts.task(model, source, work) if texts else rows
+            assert rows is not None
             gated = train_gate(model, source, rows, config, work_folder=work)
             if not folders.is_main_process():
                 return
-            gated = folders.merge_onto(target, gated, before, "gate", work)
-            gated.save(target)
-        folders.clear_work(work, "gate")
+            gated = folders.save_onto(target, gated, before, "gate", work)
         _summary(gated, target)
 
 
-def _summary(expert: Expert, target: Path) -> None:
+def _summary(expert: phatgoose.Expert, target: Path) -> None:
     from phatgoose.cli.common import folders
 
     record = expert.provenance["gate"]
@@ -96,9 +90,66 @@ def _summary(expert: Expert, target: Path) -> None:
     show.facts([*rows, *folders.pool_next(target)])
 
 
-def _taken(folder: Path) -> Exception:
-    from phatgoose.errors import ExpertError
+@dataclass(frozen=True)
+class WantedTexts:
+    """Texts that the base is to write, in place of a task."""
 
-    return ExpertError(
-        f"{folder} holds other gates or another expert: choose another --out, or replace them with --overwrite."
+    config: WritingConfig
+    prompts: tuple[str, ...]
+
+    def made(self, record: Mapping[str, Any]) -> bool:
+        """Whether a gate's record says that it was trained on such texts."""
+        try:
+            source = record["task"]["source"]
+            prompts = (source["prompts"] or {}).get("sha256")
+            same = source["source"] == "generated" and source["config"] == asdict(self.config)
+            return bool(same and prompts == (sha256_json(list(self.prompts)) if self.prompts else None))
+        except (KeyError, TypeError, AttributeError):  # somebody else's record
+            return False
+
+    def task(self, base: phatgoose.Base, expert: phatgoose.Expert, work: Path) -> phatgoose.Task:
+        """The texts as a task, with what became of them on standard error."""
+        from phatgoose.training.generated import write_task
+
+        task = write_task(base, expert, self.config, prompts=self.prompts, work_folder=work)
+        counts = task.source["texts"]
+        show.note(
+            "texts: "
+            + ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
+        )
+        return task
+
+
+def _wanted_texts(
+    options: WritingOptions, run: RunOptions, task: str | None, seed: int
+) -> WantedTexts | None:
+    """The texts that the options ask for; None if they name a task.
+
+    Raises:
+        BadParameter: both or neither of task and --generated, or options that go with --generated only.
+        TaskError: the file of prompts can't be read or is empty. TrainingError: a setting is out of range.
+    """
+    if options.generated == (task is not None):
+        raise typer.BadParameter("give the expert's --task, or --generated if its data are not at hand.")
+    config = WritingConfig(
+        rows=options.texts, max_new_tokens=options.text_tokens, temperature=options.temperature, seed=seed
     )
+    if options.generated:
+        if run.limit_train is not None:
+            raise typer.BadParameter("--limit-train is for a task's rows; with --generated, say --texts.")
+        return WantedTexts(config, () if options.prompts is None else lines(options.prompts))
+    if options.prompts is not None or config != WritingConfig(seed=seed):
+        raise typer.BadParameter("--prompts, --texts, --text-tokens and --temperature go with --generated.")
+    return None
+
+
+def lines(file: Path) -> tuple[str, ...]:
+    """The prompts in a file, one a line; a line break inside a prompt is written \\n there."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise TaskError(f"{file} can't be read as text: {cause}.") from cause
+    found = tuple(line.strip().replace("\\n", "\n") for line in text.splitlines() if line.strip())
+    if not found:
+        raise TaskError(f"{file} has no prompts: write one a line.")
+    return found

@@ -10,6 +10,7 @@ import typer
 
 from phatgoose.cli.common.options import BASE_HELP
 from phatgoose.cli.measure import show
+from phatgoose.errors import PoolError
 
 
 def command(
@@ -27,7 +28,6 @@ def command(
     is written then. If the base's weights are on this machine, its fingerprint is recorded, and other bases refuse
     the pool.
     """
-    from phatgoose.errors import PoolError
     from phatgoose.experts.reference_checkpoint import import_reference
     from phatgoose.models.base.without_weights import base_shape
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 
+import phatgoose
 from phatgoose.cli.common.expand import expand_options
-from phatgoose.cli.common.hub_options import PublishOptions, RepoArgument
-from phatgoose.cli.common.options import ExpertArgument
+from phatgoose.cli.common.options import ExpertArgument, PublishOptions, RepoArgument
 from phatgoose.cli.measure import show
 
 
 @expand_options
 def command(expert: ExpertArgument, repo: RepoArgument, publish: PublishOptions) -> None:
     """Publish one expert on the Hub, in one commit: others can add it to their pools. Log in with `hf auth login`."""
-    from phatgoose.experts.expert import Expert
-
-    loaded = Expert.load(expert)
+    loaded = phatgoose.Expert.load(expert)
     done = loaded.push(
         repo,
         private=publish.private or None,

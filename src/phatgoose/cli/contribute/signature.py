@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import phatgoose
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import (
     ExpertArgument,
@@ -15,9 +15,6 @@ from phatgoose.cli.common.options import (
 )
 from phatgoose.cli.measure import show
 from phatgoose.training.config import SignatureConfig
-
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
 
 
 @expand_options
@@ -36,42 +33,33 @@ def command(
     the same command continues.
     """
     from phatgoose.cli.common import folders
-    from phatgoose.cli.common.loading import load_recorded
-    from phatgoose.errors import ExpertError
-    from phatgoose.experts.expert import Expert
-    from phatgoose.tasks import load_task
+    from phatgoose.cli.common.loading import load_for
+    from phatgoose.models.base.sentence_encoder import load_encoder
+    from phatgoose.training.signature import make_signature, signature_key
 
     target = out or expert
     folders.check_target(target, keeps_card=target == expert)
-    with folders.only_run(target, "signature"):
-        work, source = run.work_folder(target), Expert.load(expert)
-        rows = load_task(task, limit=run.row_limit)
-        model = load_recorded([source], base)
-        from phatgoose.models.base.sentence_encoder import load_encoder
-        from phatgoose.training.signature import make_signature, signature_key
-
+    work = run.work_folder(target)
+    with folders.only_run(target, "signature", work):
+        source = phatgoose.Expert.load(expert)
+        rows = phatgoose.load_task(task, limit=run.row_limit)
+        model = load_for(phatgoose.Pool([source]), base)
         encoder = load_encoder(config.encoder) if config.texts else None
         before = source if target == expert else folders.existing_expert(target)
-        existing = before or source
-        if existing.signature is not None and not run.overwrite:
-            made = existing.provenance.get("signature", {})
+        signed = before or source
+        if signed.signature is not None and not run.overwrite:
+            made = signed.provenance.get("signature", {})
             key = signature_key(model, source, rows, config, encoder)
             if not isinstance(made, dict) or made.get("key") != key:
-                raise ExpertError(
-                    f"{target} holds another signature or another expert: choose another --out, or replace it with "
-                    "--overwrite."
-                )
+                raise folders.taken(target, "another signature or another expert")
             show.say(f"{target} has this very signature, finished before.")
-            signed = existing
         else:
             signed = make_signature(model, source, rows, config, work_folder=work)
-            signed = folders.merge_onto(target, signed, before, "signature", work)
-            signed.save(target)
-        folders.clear_work(work, "signature")
+            signed = folders.save_onto(target, signed, before, "signature", work)
         _summary(signed, target)
 
 
-def _summary(expert: Expert, target: Path) -> None:
+def _summary(expert: phatgoose.Expert, target: Path) -> None:
     from phatgoose.cli.common import folders
     from phatgoose.experts.data_signature import describe
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+import phatgoose
 from phatgoose.cli.common.expand import expand_options
 from phatgoose.cli.common.options import ExpertNameOption, RunOptions, TaskOption, TrainBaseOptions
 from phatgoose.cli.measure import show
 from phatgoose.training.config import ExpertConfig, GateConfig
-
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
 
 
 @expand_options
@@ -37,35 +35,31 @@ def command(
     from phatgoose.cli.common import folders
     from phatgoose.cli.common.loading import load
     from phatgoose.experts.names import slug
-    from phatgoose.tasks import load_task
+    from phatgoose.training.expert import train_expert
 
     folders.check_target(out)
-    with folders.only_run(out, "train"):
-        rows = load_task(task, limit=run.row_limit)
-        name, work = name or slug(out.name), run.work_folder(out)
-        existing = None if run.overwrite else folders.existing_expert(out)
-        if existing and not (
-            existing.name == name and folders.made_so(existing.provenance, None, rows, config)
-        ):
-            raise _taken(out)
+    name, work = name or slug(out.name), run.work_folder(out)
+    taken = folders.taken(out, "another expert (other settings, task, base or name)")
+    with folders.only_run(out, "train", work):
+        rows = phatgoose.load_task(task, limit=run.row_limit)
+        expert = None if run.overwrite else folders.existing_expert(out)
+        # Checked twice: before the base is loaded, which takes long, as far as the record tells; then in full.
+        if expert and not (expert.name == name and folders.made_so(expert.provenance, None, rows, config)):
+            raise taken
         model = load(base.base, base.dtype, base.device)
-        if existing and not folders.made_so(existing.provenance, model, rows, config):
-            raise _taken(out)
-        if existing:
+        if expert and not folders.made_so(expert.provenance, model, rows, config):
+            raise taken
+        if expert:
             show.say(f"{out} is this very expert, finished before.")
-            expert = existing
         else:
-            from phatgoose.training.expert import train_expert
-
             expert = train_expert(model, rows, config, name=name, work_folder=work)
             if not folders.is_main_process():
                 return
             expert.save(out)
-        folders.clear_work(work, "train")
         _summary(expert, out, _next(out, task, run.limit_train, base.dtype, config))
 
 
-def _summary(expert: Expert, out: Path, next_command: str) -> None:
+def _summary(expert: phatgoose.Expert, out: Path, next_command: str) -> None:
     from phatgoose.cli.common import folders
 
     kinds = ", ".join(sorted({u.kind for u in expert.updates.values()}))
@@ -102,12 +96,3 @@ def _next(out: Path, task: str, limit_train: int | None, dtype: str, config: Exp
             [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
         )
     return shlex.join(parts)
-
-
-def _taken(out: Path) -> Exception:
-    from phatgoose.errors import ExpertError
-
-    return ExpertError(
-        f"{out} holds another expert (other settings, task, base or name): choose another --out, or replace it with "
-        "--overwrite."
-    )

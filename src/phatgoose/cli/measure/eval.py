@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phatgoose.cli.common.expand import expand_options
-from phatgoose.cli.common.options import ROUTER_HELP, TASK_HELP, BackendOptions, BaseOptions, PoolOption
+import phatgoose
+from phatgoose.cli.common.expand import Options, expand_options
+from phatgoose.cli.common.options import (
+    AT_LEAST_1,
+    ROUTER_HELP,
+    TASK_HELP,
+    BackendOptions,
+    BaseOptions,
+    PoolOption,
+)
 from phatgoose.cli.measure import show
+from phatgoose.errors import EvaluationError, StorageError
+from phatgoose.extras import installed_versions
+from phatgoose.records import SplitName
 
 if TYPE_CHECKING:
-    from phatgoose.cli.common.loading import Choice
-    from phatgoose.experts.pool import Pool
-    from phatgoose.models.base.base import Base
-    from phatgoose.records import Scores, Task
-
-
-class Split(StrEnum):
-    """The splits of a task, as typer wants them."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
+    from phatgoose.records import Scores
 
 
 @dataclass(frozen=True)
-class RowOptions:
+class RowOptions(Options):
     """Which rows are measured, under which routers, and where the scores go."""
 
     task: Annotated[list[str] | None, typer.Option(help=f"{TASK_HELP} Give it again for more tasks.")] = None
@@ -38,30 +39,23 @@ class RowOptions:
         list[str] | None,
         typer.Option(help=f"{ROUTER_HELP} Give it again to compare several on the same rows."),
     ] = None
-    split: Annotated[Split | None, typer.Option(help="Which split of the tasks; test if not given.")] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each task.")] = None
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A JSON file for the scores, every prediction, and how they were made."),
-    ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --out.")] = False
-    harness: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of --task: tasks of lm-evaluation-harness, separated by commas, scored by it."
-        ),
-    ] = None
-    harness_folder: Annotated[
-        Path | None, typer.Option(help="With --harness: a folder with further task files.")
-    ] = None
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens in one forward pass; lower it if memory runs out.")
-    ] = None
+    split: SplitName | None = None
+    """Which split of the tasks; test if not given."""
+    limit: Annotated[int | None, AT_LEAST_1] = None
+    """Only the first rows of each task."""
+    out: Path | None = None
+    """A JSON file for the scores, every prediction, and how they were made."""
+    overwrite: bool = False
+    """Replace the file in --out."""
+    harness: str | None = None
+    """Instead of --task: tasks of lm-evaluation-harness, separated by commas, scored by it."""
+    harness_folder: Path | None = None
+    """With --harness: a folder with further task files."""
+    batch_tokens: Annotated[int | None, AT_LEAST_1] = None
+    """Most tokens in one forward pass; lower it if memory runs out."""
 
     def check(self) -> None:
         """Refuses options that don't go together."""
-        from phatgoose.errors import EvaluationError, StorageError
-
         if (self.task is None) == (self.harness is None):
             raise EvaluationError("give either --task or --harness.")
         if self.harness is not None and (self.split is not None or self.batch_tokens is not None):
@@ -84,87 +78,75 @@ def command(rows: RowOptions, base: BaseOptions, backend: BackendOptions, pool: 
     Intervals are 95 %, by bootstrap over rows.
     """
     rows.check()
-    from phatgoose.cli.common.loading import check_all, choose, load_for, load_pool
-    from phatgoose.tasks import load_task
+    from phatgoose.cli.common.loading import attach, check_all, choose, load_for, load_pool, show_cache_use
+    from phatgoose.files import write_json
 
     experts = load_pool(pool)
     chosen = [
         choose(name or None, experts, backend.route_options) for name in dict.fromkeys(rows.router or [""])
     ]
-    choices = list({choice.text: choice for choice in chosen}.values())  # MERGED and merged are one
-    tasks = [load_task(spec) for spec in dict.fromkeys(rows.task or ())]
+    choices = {choice.text: choice for choice in chosen}  # MERGED and merged are one
+    tasks = [phatgoose.load_task(spec) for spec in dict.fromkeys(rows.task or ())]
     model = load_for(experts, base)
-    check_all(model, experts, choices)
+    check_all(model, experts, list(choices.values()))
+    config = phatgoose.EvaluationConfig(batch_tokens=rows.batch_tokens)
     record = _record(model, experts, pool, tasks, backend.backend, rows.limit)
-    measure, show_all = _by_tasks(rows, tasks, record) if rows.harness is None else _by_harness(rows, record)
+    record |= {"format": "phatgoose-harness"} if rows.harness else {"config": asdict(config)}
+    measured: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    for choice in choices:
+    for number, (name, choice) in enumerate(choices.items(), start=1):
         if len(choices) > 1:
-            show.note(f"{choice.text} ({len(results) + 1} of {len(choices)})")
-        results[choice.text] = _measured(model, experts, choice, measure)
+            show.note(f"{name} ({number} of {len(choices)})")
+        attach(model, experts, choice)
+        if rows.harness:
+            measured[name], found = _harness_scores(model, rows)
+        else:
+            measured[name], found = _scores(model, tasks, rows, config)
+        results[name] = {"router": choice.describe(), **found, **show_cache_use(model)}
         if rows.out is not None:
-            from phatgoose.files import write_json
-
-            write_json(rows.out, {**record, "complete": len(results) == len(choices), "results": results})
-    show_all()
+            write_json(rows.out, {**record, "complete": number == len(choices), "results": results})
+    if rows.harness:
+        show.table(("task", "metric", *measured), table(measured), numbers=list(measured))
+    else:
+        _show(measured)
     if rows.out is not None:
         show.note(f"written: {rows.out}")
 
 
-def _measured(
-    base: Base, pool: Pool | None, choice: Choice, measure: Callable[[Base, str], dict[str, Any]]
-) -> dict[str, Any]:
-    from phatgoose.cli.common.loading import attach, show_cache_use
-
-    attach(base, pool, choice)
-    found = measure(base, choice.text)
-    return {"router": choice.describe(), **found, **show_cache_use(base)}
-
-
-def _by_tasks(
-    options: RowOptions, tasks: list[Task], record: dict[str, Any]
-) -> tuple[Callable[[Base, str], dict[str, Any]], Callable[[], None]]:
-    """(what measures one router, what shows all)."""
-    from dataclasses import asdict
-
-    from phatgoose.evaluation.config import EvaluationConfig
+def _scores(
+    base: phatgoose.Base,
+    tasks: Sequence[phatgoose.Task],
+    rows: RowOptions,
+    config: phatgoose.EvaluationConfig,
+) -> tuple[Scores, dict[str, Any]]:
+    """(the scores of the base as it is routed now, what is kept of them)."""
     from phatgoose.evaluation.results import scores_to_json
-    from phatgoose.evaluation.run import evaluate
 
-    config, scores = EvaluationConfig(batch_tokens=options.batch_tokens), {}
-    split: Any = (options.split or Split.test).value
-    record |= {"config": asdict(config)}
-
-    def measure(base: Base, router: str) -> dict[str, Any]:
-        scores[router] = evaluate(base, tasks, split=split, limit=options.limit, config=config, progress=True)
-        return {"scores": scores_to_json(scores[router])}
-
-    return measure, lambda: _show(scores)
+    split = rows.split or "test"
+    scores = phatgoose.evaluate(base, tasks, split=split, limit=rows.limit, config=config, progress=True)
+    return scores, {"scores": scores_to_json(scores)}
 
 
-def _by_harness(
-    options: RowOptions, record: dict[str, Any]
-) -> tuple[Callable[[Base, str], dict[str, Any]], Callable[[], None]]:
-    """The same by lm-evaluation-harness."""
-    from phatgoose.cli.measure.harness import measure_by_harness, table
+def _harness_scores(base: phatgoose.Base, rows: RowOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same by lm-evaluation-harness: (metrics by task, the parts of its results that are kept)."""
+    from phatgoose.evaluation.harness import run_harness
 
-    names = [name.strip() for name in str(options.harness).split(",")]
-    record |= {"format": "phatgoose-harness"}
-    metrics: dict[str, Any] = {}
-
-    def measure(base: Base, router: str) -> dict[str, Any]:
-        metrics[router], found = measure_by_harness(base, names, options.harness_folder, options.limit)
-        return {"harness": found}
-
-    return measure, lambda: show.table(("task", "metric", *metrics), table(metrics), numbers=list(metrics))
+    names = [name.strip() for name in str(rows.harness).split(",")]
+    found = run_harness(base, names, include=rows.harness_folder, limit=rows.limit)
+    kept = ("results", "versions", "configs", "n-samples", "samples")
+    own = {"lm_eval": version("lm_eval")} | {k: found[k] for k in kept if k in found}
+    return found["results"], {"harness": _plain(own)}
 
 
 def _record(
-    base: Base, pool: Pool | None, folder: Path | None, tasks: list[Task], backend: str, limit: int | None
+    base: phatgoose.Base,
+    pool: phatgoose.Pool | None,
+    folder: Path | None,
+    tasks: Sequence[phatgoose.Task],
+    backend: str,
+    limit: int | None,
 ) -> dict[str, Any]:
     """How the scores were made."""
-    from phatgoose.extras import installed_versions
-
     return {
         "format": "phatgoose-eval",
         "version": 1,
@@ -186,11 +168,11 @@ def _show(scores: dict[str, Scores]) -> None:
     first = next(iter(scores.values()))
     columns = ("task", "metric", "rows", *scores)
     rows = [
-        (one.task, one.metric, str(one.rows), *(_cell(s.tasks[i]) for s in scores.values()))
+        (one.task, one.metric, str(one.rows), *(_interval(s.tasks[i]) for s in scores.values()))
         for i, one in enumerate(first.tasks)
     ]
     if len(first.tasks) > 1:
-        rows.append(("mean over tasks", "", "", *(_cell(s) for s in scores.values())))
+        rows.append(("mean over tasks", "", "", *(_interval(s) for s in scores.values())))
     show.table(columns, rows, numbers=("rows",))
     _show_differences(scores)
     for one in first.tasks:
@@ -214,5 +196,35 @@ def _show_differences(scores: dict[str, Scores]) -> None:
         show.say(f"{name} − {first}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], paired by rows")
 
 
-def _cell(score: Any) -> str:
+def _interval(score: Any) -> str:
     return f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]"
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """Rows of task, metric, and every router's number, from router → task → metric → value of the harness."""
+    asked = dict.fromkeys(
+        (task, metric)
+        for tasks in found.values()
+        for task, metrics in tasks.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and "stderr" not in metric and metric not in ("alias", "sample_len")
+    )
+    return [
+        (task, metric, *(_number(tasks.get(task, {}).get(metric)) for tasks in found.values()))
+        for task, metric in asked
+    ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _plain(value: Any) -> Any:
+    """The harness's results as JSON can hold them: functions and other objects, infinities and NaN as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | bool | int) else str(value)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phatgoose.cli.common.expand import expand_options
+from phatgoose.cli.common.expand import Options, expand_options
+from phatgoose.cli.common.options import AT_LEAST_0
 from phatgoose.cli.measure import show
+from phatgoose.errors import PhatgooseError, TaskError
 
 PROBLEMS = 12
 """How many problems a check prints in full."""
@@ -22,27 +24,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExecutorOptions:
+class DataOptions(Options):
+    """Where a recipe's data and experts are."""
+
+    folder: list[str] | None = None
+    """NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…)."""
+    pool: Path | None = None
+    """An existing pool: its experts are taken, not trained. Only the recipe's other tasks are trained on."""
+
+
+@dataclass(frozen=True)
+class ExecutorOptions(Options):
     """What runs the steps."""
 
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes on this machine, 1 if not given; 0: everything in this one."),
-    ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."),
-    ] = None
-    cpus: Annotated[
-        float | None, typer.Option(min=0, help="With --ray: CPUs that a step asks for; 1 if not given.")
-    ] = None
-    gpus: Annotated[
-        float,
-        typer.Option(
-            min=0, help="GPUs that a step asks for (with --ray, parts of one too); else how many to share."
-        ),
-    ] = 0
-    retries: Annotated[int, typer.Option(min=0, help="How often a step is run again whose worker died.")] = 1
+    workers: Annotated[int | None, AT_LEAST_0] = None
+    """Processes on this machine, 1 if not given; 0: everything in this one."""
+    ray: str | None = None
+    """Run on Ray: `local`, or the address of a cluster (auto, ray://host:10001)."""
+    cpus: Annotated[float | None, AT_LEAST_0] = None
+    """With --ray: CPUs that a step asks for; 1 if not given."""
+    gpus: Annotated[float, AT_LEAST_0] = 0
+    """GPUs that a step asks for (with --ray, parts of one too); else how many to share."""
+    retries: Annotated[int, AT_LEAST_0] = 1
+    """How often a step is run again whose worker died."""
 
     def executor(self) -> Executor:
         """What these options ask for.
@@ -50,97 +54,81 @@ class ExecutorOptions:
         Raises:
             PhatgooseError: they contradict each other.
         """
-        from phatgoose.errors import PhatgooseError
         from phatgoose.workflows.experiment.executors import Inline, Processes
 
-        for option, asked in (("--cpus", self.cpus), ("--gpus", self.gpus)):
-            if asked is not None and not math.isfinite(asked):
-                raise PhatgooseError(f"{option} {asked}: expected a number that is finite.")
-        if self.cpus == 0:
-            raise PhatgooseError("--cpus 0: all steps would start at once; expected more than 0.")
-        if self.ray is not None:
-            if self.workers is not None:
-                raise PhatgooseError(
-                    "--workers: with --ray, as many steps run as its CPUs and GPUs allow (--cpus)."
-                )
+        on_ray, cpus, gpus = self.ray is not None, self.cpus, self.gpus
+        refusals = (
+            (not math.isfinite(cpus or 0), f"--cpus {cpus}: expected a number that is finite."),
+            (not math.isfinite(gpus), f"--gpus {gpus}: expected a number that is finite."),
+            (cpus == 0, "--cpus 0: all steps would start at once; expected more than 0."),
+            (
+                on_ray and self.workers is not None,
+                "--workers: with --ray, as many steps run as its CPUs and GPUs allow (--cpus).",
+            ),
+            (
+                not on_ray and cpus is not None,
+                "--cpus: only with --ray does a step ask for CPUs; elsewhere they are shared out (--workers).",
+            ),
+            (not on_ray and gpus % 1, f"--gpus {gpus}: only with --ray can a step ask for a part of a GPU."),
+            (
+                self.workers == 0 and gpus,
+                f"--gpus {gpus:g}: GPUs are dealt out to workers, and --workers is 0.",
+            ),
+        )
+        for wrong, why in refusals:
+            if wrong:
+                raise PhatgooseError(why)
+        if on_ray:
             from phatgoose.workflows.experiment.ray_executor import RayExecutor
 
-            address, cpus = None if self.ray == "local" else self.ray, 1 if self.cpus is None else self.cpus
-            return RayExecutor(address, cpus=cpus, gpus=self.gpus, retries=self.retries)
-        if self.cpus is not None:
-            raise PhatgooseError(
-                "--cpus: only with --ray does a step ask for CPUs; elsewhere they are shared out (--workers)."
-            )
-        if self.gpus != int(self.gpus):
-            raise PhatgooseError(f"--gpus {self.gpus}: only with --ray can a step ask for a part of a GPU.")
-        if self.workers != 0:
-            return Processes(self.workers or 1, gpus=int(self.gpus), retries=self.retries)
-        if self.gpus:
-            raise PhatgooseError(f"--gpus {self.gpus:g}: GPUs are dealt out to workers, and --workers is 0.")
-        return Inline(self.retries)
+            address = None if self.ray == "local" else self.ray
+            return RayExecutor(address, cpus=1 if cpus is None else cpus, gpus=gpus, retries=self.retries)
+        if self.workers == 0:
+            return Inline(self.retries)
+        return Processes(self.workers or 1, gpus=int(gpus), retries=self.retries)
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Where a recipe's data and experts are."""
+class RunOptions(Options):
+    """What of the recipe is done, and where."""
 
-    folder: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, "
-            "t0ho=…, bbh=…)."
-        ),
-    ] = None
-    pool: Annotated[
-        Path | None,
-        typer.Option(
-            help="An existing pool: its experts are taken, not trained. Only the recipe's other tasks are trained on."
-        ),
-    ] = None
+    out: Path | None = None
+    """The folder for everything; RECIPE's name with -out if not given."""
+    check: bool = False
+    """Only check the recipe, and as far as files on this machine tell, that names, splits, prompts and data exist;
+    nothing is loaded or fetched."""
+    fresh: bool = False
+    """Start over instead of continuing with what is in the folder."""
 
 
 @expand_options
 def command(
     recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
     data: DataOptions,
-    run: ExecutorOptions,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder for everything; RECIPE's name with -out if not given.")
-    ] = None,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Only check the recipe, and as far as files on this machine tell, that names, splits, prompts and "
-            "data exist; nothing is loaded or fetched.",
-        ),
-    ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over instead of continuing with what is in the folder.")
-    ] = False,
+    steps: ExecutorOptions,
+    run: RunOptions,
 ) -> None:
     """Train a pool's experts and gates, measure every router and baseline on the same rows, and compare them.
 
     Writes results.json, results.md, plot.svg and a page. If it is stopped or killed, the same command continues
     where it was. A step that fails costs only itself; the exit code is then 1, and the same command runs it again.
     """
-    from phatgoose.errors import PhatgooseError
     from phatgoose.workflows.experiment.recipe import ExperimentRecipe
     from phatgoose.workflows.experiment.run import run_experiment
 
     found = ExperimentRecipe.read(recipe, _folders(data.folder or []), data.pool)
-    if check:
+    if run.check:
         _show_recipe(found)
         _show_data(found)
         return
-    target, taken = out or Path(f"{recipe.stem}-out"), found.pool.folder
-    if fresh and taken and Path(taken).resolve().is_relative_to(target.resolve()):
+    target, taken = run.out or Path(f"{recipe.stem}-out"), found.pool.folder
+    if run.fresh and taken and Path(taken).resolve().is_relative_to(target.resolve()):
         raise PhatgooseError(
             f"--fresh would remove the pool that is to be taken, {taken}: choose another --out."
         )
-    executor = run.executor()
+    executor = steps.executor()
     try:
-        results = run_experiment(found, target, executor=executor, fresh=fresh)
+        results = run_experiment(found, target, executor=executor, fresh=run.fresh)
     finally:
         executor.close()
     _show_results(results, target)
@@ -164,8 +152,6 @@ def _show_results(results: Mapping[str, Any], target: Path) -> None:
 
 
 def _folders(given: list[str]) -> dict[str, str]:
-    from phatgoose.errors import TaskError
-
     found = {}
     for text in given:
         name, equals, path = text.partition("=")

@@ -8,27 +8,28 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.expand import expand_options
-from phatgoose.cli.common.options import TASK_HELP, BackendOption, BaseOptions, RouterOption
+import phatgoose
+from phatgoose.cli.common.expand import Options, expand_options
+from phatgoose.cli.common.options import AT_LEAST_1, TASK_HELP, BackendOption, BaseOptions, RouterOption
 from phatgoose.cli.measure import show
+from phatgoose.errors import RoutingError
 
 
 @dataclass(frozen=True)
-class TraceOptions:
+class TraceOptions(Options):
     """What of a pool is traced."""
 
-    pool: Annotated[
-        Path | None, typer.Option(help="A pool's folder: its experts get cards, and it is traced.")
-    ] = None
+    pool: Path | None = None
+    """A pool's folder: its experts get cards, and it is traced."""
     task: Annotated[
         list[str] | None,
         typer.Option(help=f"{TASK_HELP} Traced on its first test rows; may be given several times."),
     ] = None
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt to answer and trace; may be given several times.")
-    ] = None
+    prompt: list[str] | None = None
+    """A prompt to answer and trace; may be given several times."""
     router: RouterOption = None
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24
+    max_new_tokens: Annotated[int, AT_LEAST_1] = 24
+    """Most tokens of an answer."""
     backend: BackendOption = "auto"
 
 
@@ -51,7 +52,6 @@ def command(
         raise typer.BadParameter(
             "tasks and prompts are traced with a pool: give --pool.", param_hint="--pool"
         )
-    from phatgoose.errors import RoutingError
     from phatgoose.workflows.page import page, read_results
 
     measured = None if results is None else read_results(results)
@@ -60,14 +60,13 @@ def command(
         return
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.models.attach.options import RouteOptions
-    from phatgoose.tasks import load_task
     from phatgoose.workflows.traced import TraceRequest
 
     experts = load_pool(traced.pool)
     choice = choose(traced.router, experts, RouteOptions(traced.backend))
     if choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
-    tasks = [load_task(spec) for spec in traced.task or ()]
+    tasks = [phatgoose.load_task(spec) for spec in traced.task or ()]
     model = load_for(experts, base)
     request = TraceRequest(tasks, texts=traced.prompt or (), new_tokens=traced.max_new_tokens)
     written = page(

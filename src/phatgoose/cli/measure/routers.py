@@ -9,6 +9,8 @@ import typer
 
 from phatgoose.cli.common.expand import field_docs
 from phatgoose.cli.measure import show
+from phatgoose.errors import PluginError
+from phatgoose.routers.parse import REQUIRED, ROUTERS, router_class, settings_of
 
 if TYPE_CHECKING:
     from phatgoose.routers import Router
@@ -20,9 +22,6 @@ def command(
     ] = None,
 ) -> None:
     """List the routers, ours and those of installed packages, or describe one with its settings."""
-    from phatgoose.errors import PluginError
-    from phatgoose.routers.parse import ROUTERS, router_class
-
     if name is not None:
         _describe(name.lower(), router_class(name))
         return
@@ -40,8 +39,6 @@ def command(
 
 def written(name: str, kind: type[Router]) -> str:
     """A router with its settings as the command line has them: `lag:first=20,top_k=1`."""
-    from phatgoose.routers.parse import REQUIRED, settings_of
-
     if hasattr(kind, "from_text"):  # it reads what follows the colon by itself
         return f"{name}:{next(iter(settings_of(kind))).upper()}"
     settings = [
@@ -61,8 +58,6 @@ def _value(default: object) -> str:
 
 
 def _describe(name: str, kind: type[Router]) -> None:
-    from phatgoose.routers.parse import settings_of
-
     show.say(written(name, kind))
     show.say(f"\n{inspect.getdoc(kind) or ''}")
     show.say(f"\nneeds: {kind.needs or 'nothing'}\nchooses: {chooses(kind) or 'not said'}")

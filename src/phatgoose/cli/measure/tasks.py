@@ -10,6 +10,10 @@ import typer
 
 from phatgoose.cli.common.options import SOURCE_NAMES, TASK_HELP
 from phatgoose.cli.measure import show
+from phatgoose.errors import TaskError
+from phatgoose.records import SPLITS
+from phatgoose.tasks import list_tasks, load_task
+from phatgoose.tasks.load import SOURCES
 
 if TYPE_CHECKING:
     from phatgoose.tasks.lists.entries import Entry
@@ -89,8 +93,6 @@ def sources(
     folder: FolderOption = None,
 ) -> None:
     """List where tasks come from, ours and those of installed packages, or the tasks of a source that can list them."""
-    from phatgoose.tasks.load import SOURCES
-
     if name is not None:
         _list(name, match, folder)
         return
@@ -105,9 +107,6 @@ def show_(
     folder: FolderOption = None,
 ) -> None:
     """Show a task's splits, its hash, and two prompts as the model sees them."""
-    from phatgoose.records import SPLITS
-    from phatgoose.tasks import load_task
-
     task = load_task(spec, folder=folder)
     rows = [("task", task.name), ("hash", task.hash)]
     rows += [(split, f"{len(task.split(split))} rows") for split in SPLITS]
@@ -126,9 +125,6 @@ def show_(
 
 
 def _list(source: str, match: str, folder: Path | None) -> None:
-    from phatgoose.errors import TaskError
-    from phatgoose.tasks import list_tasks
-
     found = [name for name in list_tasks(source, folder=folder) if match.casefold() in name.casefold()]
     if not found:
         raise TaskError(f"no task of {source} has {match!r} in its name.")

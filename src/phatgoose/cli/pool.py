@@ -1,24 +1,21 @@
-"""`phatgoose pool`: create, add, remove, list, verify, push, pull."""
+"""`phatgoose pool`: create, add, remove, list, verify, pack, unpack, push, pull."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from phatgoose.cli.common.expand import expand_options
-from phatgoose.cli.common.hub_options import MAX_GB, MaxOption, PublishOptions, RepoArgument, in_bytes
-from phatgoose.cli.common.options import BASE_HELP, BaseOptions
+import phatgoose
+from phatgoose.cli.common.expand import Options, expand_options
+from phatgoose.cli.common.options import BASE_HELP, BaseOptions, PublishOptions, RepoArgument
 from phatgoose.cli.measure import show
-from phatgoose.cli.pools import packing
-from phatgoose.cli.pools.packing import show_copied
-
-if TYPE_CHECKING:
-    from phatgoose.experts.expert import Expert
-    from phatgoose.experts.pool import Pool
+from phatgoose.errors import DownloadError, PhatgooseError, PoolError
+from phatgoose.registry import unknown
 
 app = typer.Typer(
     help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
@@ -42,23 +39,34 @@ DropOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class FetchOptions(Options):
+    """What is fetched from the Hub."""
+
+    max_gb: Annotated[float, typer.Option(min=0.0)] = 4.0
+    """From the Hub, refuse files that are larger, in GiB."""
+
+    @property
+    def max_bytes(self) -> int:
+        return int(self.max_gb * 2**30)
+
+
 @app.command("create")
+@expand_options
 def create(
-    pool: PoolArgument, experts: ExpertsArgument, drop: DropOption = None, max_gb: MaxOption = MAX_GB
+    pool: PoolArgument, experts: ExpertsArgument, *, drop: DropOption = None, fetch: FetchOptions
 ) -> None:
     """Make a pool of experts. Their folders are copied into it; for experts from the Hub the commits are recorded.
 
     Of several files and folders, those that hold no expert are left out, and named:
     `phatgoose pool create POOL runs/*`.
     """
-    from phatgoose.errors import PoolError
     from phatgoose.experts.names import MANIFEST
-    from phatgoose.experts.pool import Pool
 
     if (pool / MANIFEST).exists():
         raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
-    found, left_out = _read_all(experts, None, drop, max_gb)
-    made = Pool(found)
+    found, left_out = _read_all(experts, None, drop, fetch)
+    made = phatgoose.Pool(found)
     made.save(pool, replace=False)
     show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
     _warn(left_out)
@@ -67,29 +75,29 @@ def create(
 
 
 @app.command("add")
+@expand_options
 def add(
     pool: PoolArgument,
     experts: ExpertsArgument,
+    *,
     name: Annotated[
         str | None, typer.Option("--name", help="What the expert is called in the pool; for one expert only.")
     ] = None,
     drop: DropOption = None,
-    max_gb: MaxOption = MAX_GB,
+    fetch: FetchOptions,
 ) -> None:
     """Add experts to a pool; of several files and folders, those that hold no expert are left out, and named."""
-    from phatgoose.errors import PoolError
     from phatgoose.experts.health import DIFFERENT_BASES
     from phatgoose.experts.names import MANIFEST
-    from phatgoose.experts.pool import Pool
     from phatgoose.experts.pool_folder import add_to_folder
 
     if name is not None and len(experts) != 1:
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
     if not (pool / MANIFEST).exists():
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
-    new, left_out = _read_all(experts, name, drop, max_gb)
-    there = Pool.load(pool).experts if _names(pool) else ()
-    whole = Pool([*there, *new])  # all of them are checked before the first is written
+    new, left_out = _read_all(experts, name, drop, fetch)
+    there = phatgoose.Pool.load(pool).experts if _names(pool) else ()
+    whole = phatgoose.Pool([*there, *new])  # all of them are checked before the first is written
     for expert in new:
         add_to_folder(pool, expert)
     show.say(f"{pool}: {_count(len(whole))}: {', '.join(whole.names)}")
@@ -104,7 +112,6 @@ def remove(
 ) -> None:
     """Remove experts from a pool; damaged ones can be removed too."""
     from phatgoose.experts.pool_folder import remove_from_folder
-    from phatgoose.registry import unknown
 
     known = _names(pool)
     for name in names:
@@ -120,9 +127,8 @@ def list_(pool: PoolArgument) -> None:
     """Show what is in a pool, and which experts differ greatly from the others."""
     from phatgoose.experts.health import find_outliers
     from phatgoose.experts.packed.expert import PackedExpert
-    from phatgoose.experts.pool import Pool
 
-    loaded = Pool.load(pool, verify=False)
+    loaded = phatgoose.Pool.load(pool, verify=False)
     columns = ["name", "task", "rank", "modules", "parameters", "gates", "base", "validation loss"]
     rows = [_row(e) for e in loaded.experts]
     if any(e.origin for e in loaded.experts):
@@ -159,7 +165,7 @@ def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
     loaded, norms, tokenizer = verify_folder(pool), None, None
     here = loaded
     if base.base is not None:
-        from phatgoose.cli.common.loading import load
+        from phatgoose.cli.common.loading import load, show_copied
         from phatgoose.models.attach.attach import route, routing_of, unroute
         from phatgoose.models.attach.modules import weight_norms
         from phatgoose.routers import Uniform
@@ -167,8 +173,8 @@ def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
         model = load(base.base, base.dtype, base.device)
         route(model, loaded, Uniform())  # refuses another base, missing modules and other shapes
         routing = routing_of(model)
-        show_copied(routing)
         assert routing is not None
+        show_copied(routing)
         here = routing.pool  # under this model's names of its modules
         unroute(model)
         norms, tokenizer = weight_norms(model.model, here.modules), model.tokenizer
@@ -181,8 +187,44 @@ def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
         )
 
 
-app.command("pack")(packing.pack)
-app.command("unpack")(packing.unpack)
+@app.command("pack")
+def pack(
+    pool: PoolArgument,
+    spare: Annotated[
+        float,
+        typer.Option(
+            "--spare",
+            help="Room for further experts, as a share of those there; it takes no space on disk before it is used.",
+        ),
+    ] = 0.5,
+) -> None:
+    """Put the experts' tensors into one file that is mapped into memory, so that a large pool opens at once.
+
+    Everything else works as before: experts are added and removed without rewriting the rest. Packing a packed pool
+    again drops what was removed from it.
+    """
+    from phatgoose.experts.manifest import read_manifest
+    from phatgoose.experts.packed.pack import pack
+
+    beside = pack(pool, spare)
+    manifest = read_manifest(pool)
+    place = pool / manifest["packed"]["file"]
+    size = place.stat()
+    used, whole = (f"{bytes_ / 2**20:,.0f} MiB" for bytes_ in (size.st_blocks * 512, size.st_size))
+    show.say(
+        f"{pool}: {len(manifest['experts']) - len(beside)} experts in {place.name}, {used} on disk and {whole} with "
+        "room for more"
+    )
+    _warn(f"{name} {reason}; it stays in its folder." for name, reason in beside.items())
+
+
+@app.command("unpack")
+def unpack(pool: PoolArgument) -> None:
+    """Turn a packed pool back into one folder per expert, with every file as it was before packing."""
+    from phatgoose.experts.packed.pack import unpack
+
+    unpack(pool)
+    show.say(f"{pool}: {len(_names(pool))} experts, each in its folder")
 
 
 @app.command("push")
@@ -190,10 +232,9 @@ app.command("unpack")(packing.unpack)
 def push(pool: PoolArgument, repo: RepoArgument, publish: PublishOptions) -> None:
     """Publish a pool on the Hub, in one commit that replaces a pool there. Log in with `hf auth login`."""
     from phatgoose.experts.hub.push import PushOptions
-    from phatgoose.experts.pool import Pool
     from phatgoose.experts.pool_folder import push_folder
 
-    loaded = Pool.load(pool)  # nothing damaged is published
+    loaded = phatgoose.Pool.load(pool)  # nothing damaged is published
     options = PushOptions(publish.private or None, publish.branch, None, publish.message, publish.allow_paths)
     done = push_folder(pool, repo, options)
     show.say(f"{done}: {_count(len(loaded))}: {', '.join(loaded.names)}")
@@ -202,68 +243,61 @@ def push(pool: PoolArgument, repo: RepoArgument, publish: PublishOptions) -> Non
 
 
 @app.command("pull")
+@expand_options
 def pull(
     repo: Annotated[
         str,
         typer.Argument(help="A pool on the Hub: org/name, org/name@revision or org/name@revision:folder."),
     ],
     pool: Annotated[Path, typer.Argument(help="The folder to make.")],
+    *,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another pool that is there already.")
     ] = False,
-    max_gb: MaxOption = MAX_GB,
+    fetch: FetchOptions,
 ) -> None:
     """Fetch a pool from the Hub: the same files, verified. What was fetched before needs no network."""
-    from phatgoose.experts.pool import Pool
-
-    loaded = Pool.pull(repo, pool, overwrite=overwrite, max_bytes=in_bytes(max_gb))
+    loaded = phatgoose.Pool.pull(repo, pool, overwrite=overwrite, max_bytes=fetch.max_bytes)
     show.say(f"{pool}: {_count(len(loaded))}: {', '.join(loaded.names)}")
     _warn(loaded.warnings())
 
 
 def _read_all(
-    texts: list[str], name: str | None, drop: list[str] | None, max_gb: float
-) -> tuple[list[Expert], list[str]]:
+    texts: list[str], name: str | None, drop: list[str] | None, fetch: FetchOptions
+) -> tuple[list[phatgoose.Expert], list[str]]:
     """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among other files.
 
     Raises:
         PhatgooseError: one doesn't exist (it was mistyped). PoolError: none of them is an expert.
     """
-    from phatgoose.errors import PhatgooseError, PoolError
-
     found, failed = [], {}
     for text in texts:
         try:
-            found.append(_read(text, name, drop, max_gb))
+            found.append(_read(text, name, drop, fetch))
         except PhatgooseError as error:
             if len(texts) == 1 or not Path(text).exists():
                 raise
             failed[text] = str(error)
     if not found:
-        raise PoolError(
-            "\n".join(
-                ["none of these can be taken as an expert:", *(f"{t}: {why}" for t, why in failed.items())]
-            )
-        )
+        reasons = "\n".join(f"{text}: {why}" for text, why in failed.items())
+        raise PoolError(f"none of these can be taken as an expert:\n{reasons}")
     return found, [f"left out: {text}: {why}" for text, why in failed.items()]
 
 
-def _read(text: str, name: str | None, drop: list[str] | None, max_gb: float) -> Expert:
+def _read(text: str, name: str | None, drop: list[str] | None, fetch: FetchOptions) -> phatgoose.Expert:
     """An expert from a folder here or, where there is none, from the Hub."""
-    from phatgoose.errors import DownloadError
-    from phatgoose.experts.expert import Expert
     from phatgoose.experts.hub.place import is_place
 
     if Path(text).exists() or not is_place(text):
-        return Expert.load(Path(text), name=name, drop=drop or ())
+        return phatgoose.Expert.load(Path(text), name=name, drop=drop or ())
     show.note(f"there is no folder {text} here: fetching it from the Hub")
     try:
-        return Expert.pull(text, name=name, drop=drop or (), max_bytes=in_bytes(max_gb))
+        return phatgoose.Expert.pull(text, name=name, drop=drop or (), max_bytes=fetch.max_bytes)
     except DownloadError as error:
         raise DownloadError(f"{error} There is also no folder {text} here.") from error
 
 
-def _next(folder: Path, pool: Pool) -> list[tuple[str, str]]:
+def _next(folder: Path, pool: phatgoose.Pool) -> list[tuple[str, str]]:
     """What to type next: `generate`, or if no expert records a base, `verify` before it."""
     from phatgoose.cli.common.loading import recorded_base
 
@@ -277,10 +311,10 @@ def _next(folder: Path, pool: Pool) -> list[tuple[str, str]]:
     ]
 
 
-def _row(expert: Expert) -> tuple[str, ...]:
-    from phatgoose.cli.common.folders import best_loss
+def _row(expert: phatgoose.Expert) -> tuple[str, ...]:
+    from phatgoose.experts.card.card import lowest_loss
 
-    task, loss = expert.provenance.get("task"), best_loss(expert)
+    task, loss = expert.provenance.get("task"), lowest_loss(expert.provenance)
     return (
         expert.name,
         str(task.get("name", "-")) if isinstance(task, dict) else "-",
@@ -300,8 +334,8 @@ def _names(pool: Path) -> list[str]:
     return [entry["name"] for entry in read_manifest(pool)["experts"]]
 
 
-def _warn(warnings: object) -> None:
-    for text in warnings:  # type: ignore[attr-defined]
+def _warn(warnings: Iterable[str]) -> None:
+    for text in warnings:
         show.warn(text)
 
 
