@@ -70,7 +70,7 @@ def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None
         named = read_manifest(folder).get("base")
         if isinstance(named, dict) and isinstance(named.get("spec"), str):
             recorded = named["spec"]
-    spec = (recorded or DEFAULT_BASE) if options.base is None else options.base
+    spec = next(text for text in (options.base, recorded, DEFAULT_BASE) if text is not None)
     if pool is not None:
         check_mixture(spec, pool)
     if recorded is not None:
