@@ -97,7 +97,7 @@ def harness_choices(
     for number, example in enumerate(examples):
         if example.choices is None:
             raise EvaluationError(f"row {number} has no choices.")
-        row, _ = encode(base, example, number, config)
+        row = encode(base, example, number, config)
         if any(len(answer) < 2 for answer in row.answers):
             raise EvaluationError(f"row {number}: a choice has no tokens of its own.")
         rows.append(

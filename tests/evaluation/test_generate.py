@@ -75,25 +75,24 @@ def answer_of(base, tokens, newline_ends=True):
 
 def make_rows(base, config, count=49):
     """Rows whose targets are what the model says, or nearly; and whether each is right, by the plain loop."""
-    draws, rows, rules, right = random.Random(0), [], [], []
+    draws, rows, right = random.Random(0), [], []
     for index in range(count):
         prompt = " ".join(draws.choice(WORDS) for _ in range(draws.randint(1, 20)))
         example = Example(prompt, ("x",))
-        ids = encode(base, example, index, config)[0].prompt
+        ids = encode(base, example, index, config).prompt
         said = answer_of(base, greedy(base, ids)) or "nothing"
         other = " ".join(draws.choice(WORDS) for _ in range(2))
         targets = [
             (said,), (other, said), (said + "s",), (said[:-1] or "y",), (other,),
             (said.swapcase() + "!", said), (said, f"{other}\n{said}"),
         ][index % 7]  # fmt: skip
-        row, rule = encode(base, Example(prompt, targets), index, config)
+        row = encode(base, Example(prompt, targets), index, config)
         answer = answer_of(
-            base, greedy(base, ids, rule.limit), newline_ends=not any("\n" in t for t in targets)
+            base, greedy(base, ids, row.rule.limit), newline_ends=not any("\n" in t for t in targets)
         )
         rows.append(row)
-        rules.append(rule)
         right.append(answer is not None and answer in [t.strip() for t in targets])
-    return rows, rules, right
+    return rows, right
 
 
 @pytest.mark.slow(8)
@@ -101,7 +100,7 @@ def make_rows(base, config, count=49):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_forcing_equals_generating(make_speaker, monkeypatch, family):
     base, config = make_speaker(family), EvaluationConfig(batch_tokens=200)
-    rows, rules, right = make_rows(base, config)
+    rows, right = make_rows(base, config)
     handed_on, done = [], []
 
     def spy(model, rows, *rest, **options):
@@ -109,9 +108,9 @@ def test_teacher_forcing_equals_generating(make_speaker, monkeypatch, family):
         return generate(model, rows, *rest, **options)
 
     monkeypatch.setattr(module, "generate", spy)
-    fast = match_exactly(base.model, rows, rules, 0, config, done.append)
-    slow = generate(base.model, rows, rules, 0, config, to_the_end=True)
-    early = generate(base.model, rows, rules, 0, config)
+    fast = match_exactly(base.model, rows, 0, config, done.append)
+    slow = generate(base.model, rows, 0, config, to_the_end=True)
+    early = generate(base.model, rows, 0, config)
     assert [p.correct for p in slow] == right
     assert [p.correct for p in fast] == right
     assert [p.correct for p in early] == right
@@ -132,7 +131,7 @@ def test_targets_in_the_models_own_tokens_need_no_generation(make_speaker, monke
     from dataclasses import replace
 
     base, config = make_speaker(family), EvaluationConfig()
-    rows, rules, _ = make_rows(base, config, 21)
+    rows, _ = make_rows(base, config, 21)
     said = [greedy(base, row.prompt) for row in rows]
     texts = [answer_of(base, tokens) for tokens in said]
     kept = [
@@ -146,28 +145,30 @@ def test_targets_in_the_models_own_tokens_need_no_generation(make_speaker, monke
     )
     # Other targets start the same way, one shorter and one longer: the path along the right one must win.
     own = [
-        replace(rows[i], answers=((said[i][0], *[70] * 40, 1), (*said[i][:-1], 1), (said[i][0], 70, 1)))
+        replace(
+            rows[i],
+            answers=((said[i][0], *[70] * 40, 1), (*said[i][:-1], 1), (said[i][0], 70, 1)),
+            rule=replace(rows[i].rule, targets=frozenset(["no", texts[i]]), limit=60),
+        )
         for i in kept
         if len(said[i]) > 3
     ]
-    kept = [row.index for row in own]
-    assert len(kept) >= 2
-    judges = [replace(rules[i], targets=frozenset(["no", texts[i]]), limit=60) for i in kept]
-    assert all(p.correct and p.complete for p in match_exactly(base.model, own, judges, 0, config))
+    assert len(own) >= 2
+    assert all(p.correct and p.complete for p in match_exactly(base.model, own, 0, config))
 
 
 @torch.no_grad()
 def test_bfloat16_runs_and_mostly_agrees(make_speaker):
     base, config = make_speaker("llama", torch.bfloat16), EvaluationConfig(batch_tokens=200)
-    rows, rules, right = make_rows(base, config)
-    fast = [p.correct for p in match_exactly(base.model, rows, rules, 0, config)]
+    rows, right = make_rows(base, config)
+    fast = [p.correct for p in match_exactly(base.model, rows, 0, config)]
     assert sum(a == b for a, b in zip(fast, right, strict=True)) >= 0.85 * len(rows)
 
 
 @torch.no_grad()
 def test_the_checkpoints_generation_settings_stay_out(make_speaker):
     base, config = make_speaker("llama"), EvaluationConfig()
-    rows, rules, right = make_rows(base, config)
+    rows, right = make_rows(base, config)
     space = base.tokenizer(" ").input_ids
     base.model.generation_config = leaky = GenerationConfig(
         do_sample=True, temperature=5.0, repetition_penalty=9.0, suppress_tokens=space, min_new_tokens=9, max_length=3,
@@ -175,7 +176,7 @@ def test_the_checkpoints_generation_settings_stay_out(make_speaker):
         eos_token_id=base.model.generation_config.eos_token_id,
     )  # fmt: skip
     before = leaky.to_dict()
-    assert [p.correct for p in generate(base.model, rows, rules, 0, config)] == right
+    assert [p.correct for p in generate(base.model, rows, 0, config)] == right
     assert base.model.generation_config is leaky
     assert leaky.to_dict() == before
 
@@ -184,19 +185,19 @@ def test_the_checkpoints_generation_settings_stay_out(make_speaker):
 def test_rows_with_different_limits_stay_within_the_context(make_base):
     """GPT-2 has 512 positions: a short row's long limit must not carry a full row past the last of them."""
     base, config = make_base("gpt2"), EvaluationConfig(batch_tokens=4096)
-    rows, rules = zip(
+    rows = [
         encode(base, Example("fox " * 600, ("x",)), 0, config),
-        encode(base, Example("fox " * 230, ("yes " * 15,)), 1, config), strict=True,
-    )  # fmt: skip
+        encode(base, Example("fox " * 230, ("yes " * 15,)), 1, config),
+    ]
     assert rows[0].truncated
-    assert len(rows[0].prompt) + rules[0].limit == 512
-    assert rules[1].limit > rules[0].limit
+    assert len(rows[0].prompt) + rows[0].rule.limit == 512
+    assert rows[1].rule.limit > rows[0].rule.limit
     assert not rows[1].truncated
     assert len(rows[0].prompt) - len(rows[1].prompt) < 64  # so close that they go together
-    found = generate(base.model, rows, rules, 0, config, to_the_end=True)
+    found = generate(base.model, rows, 0, config, to_the_end=True)
     assert [p.text for p in found] == [
-        base.tokenizer.decode(greedy(base, row.prompt, rule.limit), skip_special_tokens=True).strip()
-        for row, rule in zip(rows, rules, strict=True)
+        base.tokenizer.decode(greedy(base, row.prompt, row.rule.limit), skip_special_tokens=True).strip()
+        for row in rows
     ]
 
 
@@ -206,13 +207,13 @@ def test_nan_names_the_row(make_base, family):
     base, config = make_base(family), EvaluationConfig()
     base.model.get_input_embeddings().weight[77] = float("nan")
     bad = base.tokenizer.decode([77])
-    rows, rules = zip(
+    rows = [
         encode(base, Example("the dog", ("yes",)), 3, config),
-        encode(base, Example(f"the {bad} dog", ("yes",)), 8, config), strict=True,
-    )  # fmt: skip
+        encode(base, Example(f"the {bad} dog", ("yes",)), 8, config),
+    ]
     for way in (match_exactly, generate):
         with pytest.raises(EvaluationError, match=r"row 8.*not finite"):
-            way(base.model, rows, rules, 0, config)
+            way(base.model, rows, 0, config)
 
 
 def test_argmax_takes_the_first_of_equals_and_names_the_row_that_is_not_finite():

@@ -133,7 +133,7 @@ def test_a_prefill_in_parts_is_what_one_forward_gives(make_base, family):
     for part, made in prefill_batches(base.model, prompts, 0, EvaluationConfig()):
         seen += len(part)
         assert made.prompts == tuple(prompts[n] for n in part)
-        whole = prefill_prompts(base.model, made.prompts, 0)
+        whole = prefill_prompts(base.model, made.prompts, 0, EvaluationConfig())
         assert torch.equal(made.mask, pad_rows(made.prompts, 0, left=True)[1])
         assert torch.allclose(made.logits, whole.logits, atol=1e-4)
         real = made.mask.bool()
@@ -161,15 +161,14 @@ def test_shared_tokens_are_read_once(make_base):
 def test_greedy_answers_are_the_same(make_base, family):
     """Exact match behind shared beginnings against transformers' own generate on whole prompts."""
     base, config = make_base(family), EvaluationConfig()
-    draws, found = random.Random(3), []
+    draws, rows = random.Random(3), []
     beginning = " ".join(draws.choices(["the", "quick", "brown", "fox", "lazy", "dog"], k=40))
     for index in range(12):
         text = f"{beginning} {' '.join(draws.choices(['yes', 'no', '1', '2'], k=index + 1))}"
-        found.append(encode(base, Example(text, ("yes no",), None), index, config))
-    rows, rules = [row for row, _ in found], [rule for _, rule in found]
+        rows.append(encode(base, Example(text, ("yes no",), None), index, config))
     assert build_prefix_tree([row.prompt for row in rows], FORWARD_COST).children
-    fast = match_exactly(base.model, rows, rules, 0, config)
-    slow = generate(base.model, rows, rules, 0, config, to_the_end=True)
+    fast = match_exactly(base.model, rows, 0, config)
+    slow = generate(base.model, rows, 0, config, to_the_end=True)
     for quick, full in zip(fast, slow, strict=True):
         assert quick.correct == full.correct
         assert quick.text == full.text if quick.complete else full.text.startswith(quick.text)

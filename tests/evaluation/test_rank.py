@@ -28,7 +28,7 @@ def make_rows(base, count=14, seed=0):
     for index in range(count):
         choices = tuple(phrase(draws, draws.randint(1, 4)) for _ in range(draws.randint(1, 6)))
         example = Example(phrase(draws, draws.randint(1, 25)), choices[:1], choices)
-        found.append(encode(base, example, index, config)[0])
+        found.append(encode(base, example, index, config))
     # Answers that are the end token alone, one token and the end, a duplicate.
     return [*found, Row(count, found[0].prompt, ((1,), (70, 1), (70, 71, 72, 1), (70, 1)))]
 

@@ -46,7 +46,7 @@ def test_ranked_rows_come_in_order_and_are_scored_by_the_definition(make_base, f
     )
     right = []
     for index, (example, prediction) in enumerate(zip(task.test, score.predictions, strict=True)):
-        row = encode(base, example, index, EvaluationConfig())[0]
+        row = encode(base, example, index, EvaluationConfig())
         with torch.no_grad():
             plain = [score_choice_plainly(base.model, row.prompt, answer) for answer in row.answers]
         assert prediction.choice_scores == pytest.approx(plain, abs=1e-5, rel=1e-5)
@@ -124,7 +124,7 @@ def test_a_prompt_that_does_not_fit_is_cut_from_the_left_and_counted(make_base):
     score = evaluate(base, task)["long"]
     assert score.truncated_rows == 1
     whole = base.tokenizer(long).input_ids
-    answers = encode(base, task.test[0], 0, EvaluationConfig())[0].answers
+    answers = encode(base, task.test[0], 0, EvaluationConfig()).answers
     kept = whole[-(512 - max(len(a) for a in answers)) :]
     with torch.no_grad():
         plain = [score_choice_plainly(base.model, kept, answer) for answer in answers]

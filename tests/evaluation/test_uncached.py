@@ -14,7 +14,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.prefill import prefill_prompts
 from phatgoose.evaluation.rank import score_choices
-from phatgoose.evaluation.rows import MatchRule, Row
+from phatgoose.evaluation.rows import MatchRule, OpenRow, Row
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.base.base import Base, decoder_start, device_of
@@ -68,17 +68,18 @@ def test_answers_are_those_of_the_row_alone(name):
     paths = [greedy(model, row.prompt, 5) for row in rows_of()]
     written = [MatchRule(tokenizer, frozenset(), {1}, 5).judge(path, to_the_end=True).text for path in paths]
     # Every other row's target is what it writes.
-    rows = [Row(r.index, r.prompt, ((*path[:-1], 1),)) for r, path in zip(rows_of(), paths, strict=True)]
     rules = [
         MatchRule(tokenizer, frozenset([text if i % 2 else "never"]), {1}, 5)
         for i, text in enumerate(written)
     ]
-    made = generate(model, rows, rules, 0, EvaluationConfig(), to_the_end=True)
-    assert [p.text for p in made] == written
-    judged = match_exactly(model, rows, rules, 0, EvaluationConfig())
-    assert [p.correct for p in judged] == [
-        p.correct for p in generate(model, rows, rules, 0, EvaluationConfig())
+    rows = [
+        OpenRow(r.index, r.prompt, ((*path[:-1], 1),), rule=rule)
+        for r, path, rule in zip(rows_of(), paths, rules, strict=True)
     ]
+    made = generate(model, rows, 0, EvaluationConfig(), to_the_end=True)
+    assert [p.text for p in made] == written
+    judged = match_exactly(model, rows, 0, EvaluationConfig())
+    assert [p.correct for p in judged] == [p.correct for p in generate(model, rows, 0, EvaluationConfig())]
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def test_answers_longer_than_the_rotations_first_range_are_read_anew():
     scaling["original_max_position_embeddings"] = 16
     model = make("llama", max_position_embeddings=64, rope_parameters=scaling)
     rows = rows_of()
-    assert prefill_prompts(model, [rows[0].prompt], 0).cache is not None
+    assert prefill_prompts(model, [rows[0].prompt], 0, EvaluationConfig()).cache is not None
     long = Row(9, rows[2].prompt, (rows[1].prompt[:12], (4, 1)))
     for batch in ([rows[0], rows[2]], [*rows, long]):
         assert_plain(model, batch, score_choices(model, batch, 0, EvaluationConfig()))

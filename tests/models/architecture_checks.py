@@ -304,7 +304,7 @@ def _log_likelihoods(c: Case, prompt: tuple[int, ...], target: tuple[int, ...]) 
 
 
 def _rows(c: Case, examples):
-    rows = [encode(c.base, example, i, EvaluationConfig())[0] for i, example in enumerate(examples)]
+    rows = [encode(c.base, example, i, EvaluationConfig()) for i, example in enumerate(examples)]
     return [(row.prompt, row.answers) for row in rows]
 
 

@@ -130,9 +130,7 @@ def test_generation_keeps_the_prompts_expert_to_its_end(made, family, beams):
 def test_ranking_with_shared_caches_is_one_plain_forward_a_choice(made, family, router_of, dtype):
     base, pool, router = made(family, dtype=dtype)
     rows = [
-        encode(base, Example(p, ("yes",), ("yes", "no maybe", "the lazy dog jumps")), i, EvaluationConfig())[
-            0
-        ]
+        encode(base, Example(p, ("yes",), ("yes", "no maybe", "the lazy dog jumps")), i, EvaluationConfig())
         for i, p in enumerate(PROMPTS)
     ]
     route(base, pool, router_of(router.encoder))
@@ -302,7 +300,7 @@ def test_prompts_read_in_one_batch_are_gone_on_with_in_another(made):
     base, pool, router = made("llama")
     prompts = [ids_of(base, p) for p in PROMPTS]
     route(base, pool, router)
-    before = prefill_prompts(base.model, prompts, 0)
+    before = prefill_prompts(base.model, prompts, 0, EvaluationConfig())
     found = extend(before, [4, 1, 1], [[70, 71], [72], [73, 74]])
     for place, (row, tokens) in enumerate([(4, [70, 71]), (1, [72]), (1, [73, 74])]):
         with prompted(base, [prompts[row]]):

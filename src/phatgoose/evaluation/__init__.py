@@ -6,7 +6,7 @@ In: a base and tasks. Out: `Scores`, one prediction a row, with bootstrap interv
     rank.py            rows with choices: the likeliest choice
     generate.py        rows without: exact match of the greedy answer (rouge.py: ROUGE-L)
     prefill.py         prompts → key-value caches; shared prefixes are computed once (prefix_tree.py)
-    continuations.py   answers after those prompts → logits (uncached.py: without a cache)
+    continuations.py   answers after those prompts → logits
     batching.py        which prompts or answers share a forward
     statistics.py      values → intervals and p-values
 

@@ -1,13 +1,17 @@
 """Answers that continue prefilled prompts: the logits after each of their tokens.
 
-Design. Any number of answers may continue one prompt. Every answer goes into a batch (`batching.py`) with its
-own copy of its prompt's cache rows (`_extend`). Copies are what costs memory, so where the model attends by a
-mask of ours, several answers to one prompt are packed into one row after a single copy, and a block mask
-hides them from each other (`_extend_packed`). A pack is short (`MAX_PACKED_TOKENS`), since its tokens attend
-to each other in vain. Where no cache can be shared (recurrent layers, experts with a capacity), every answer
-is run together with its prompt (`uncached_continuations`).
+Any number of answers may continue one prompt. There are three ways to run them, and each costs something else:
 
-All functions yield batches in the same form, so that ranking and exact match don't depend on which way was taken.
+    alone      Every answer is a row of a batch, with its own copy of its prompt's cache. Copies cost memory:
+               (width of the prompts + longest answer) positions a row, however short the answer.
+    packed     Several answers to one prompt are laid one behind the other in a row, after a single copy, and a mask
+               hides them from each other. That saves copies, but every token of a row is compared with every other,
+               so a row of n tokens costs n² comparisons of which most are masked: `MAX_PACKED_TOKENS` bounds that.
+               Only for models that attend by a mask of ours.
+    uncached   Every answer is run together with its prompt, which is read anew. For models whose cache can't be
+               shared (recurrent layers, experts with a capacity), and for answers that reach beyond what can.
+
+All of them yield batches in the same form, so that ranking and exact match don't depend on which way was taken.
 """
 
 from __future__ import annotations
@@ -21,12 +25,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.evaluation.batching import split_into_batches
-from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.prefill import Prefill, can_prefill_in_parts, select_cache_rows
-from phatgoose.evaluation.uncached import uncached_logits
+from phatgoose.evaluation.prefill import (
+    Prefill,
+    can_prefill_in_parts,
+    check_scorable_once,
+    select_cache_rows,
+)
 from phatgoose.models.attach.attach import prompted
 from phatgoose.models.base.base import decoder_start, device_of
-from phatgoose.models.text.capabilities import accepts_argument
+from phatgoose.models.text.batch import collate, target_logits
+from phatgoose.models.text.capabilities import accepts_argument, supports_left_padding
+from phatgoose.models.text.encoding import Encoded
 
 MAX_PACKED_TOKENS = 256
 """Most tokens of one prompt's answers that are packed into one row."""
@@ -37,33 +46,35 @@ each token of the first answer, then of the next, and so on."""
 
 
 def continuations(
-    prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]], config: EvaluationConfig
+    prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> Iterator[LogitBatch]:
     """Runs all of `answers` (none empty), each after prompt `owners[i]` of `prefill`, which stays usable."""
     if prefill.cache is None:
-        prompts = [prefill.prompts[owner] for owner in owners]
-        yield from uncached_continuations(
-            prefill.model, prompts, answers, prefill.pad, config, after_prompt=False
-        )
-    elif answers and _accepts_4d_mask(prefill.model):
-        yield from _packed_continuations(prefill, owners, answers, config)
-    elif answers:
-        limits = _limits(prefill, config)
-        for batch in split_into_batches([len(a) for a in answers], limits, config.batch_rows):
-            new = [answers[n] for n in batch]
-            logits = extend(prefill, [owners[n] for n in batch], new)
-            starts = [logits.shape[1] * n for n in range(len(batch))]
-            yield batch, logits.flatten(0, 1), _ranges(starts, [len(a) for a in new])
+        yield from uncached_continuations(prefill, owners, answers, after_prompt=False)
+        return
+    if not answers:
+        return
+    # A group is what shares a row: a pack, or a single answer.
+    packing = _accepts_4d_mask(prefill.model)
+    groups = _pack(owners, answers, _max_packed(prefill)) if packing else [[n] for n in range(len(answers))]
+    sizes = [sum(len(answers[n]) for n in group) for group in groups]
+    # Limits of a batch: its logits, and the positions of its copies of the cache together with the answers.
+    limits = [(0, _max_logit_tokens(prefill)), (prefill.mask.shape[1], prefill.free_positions)]
+    for batch in split_into_batches(sizes, limits, prefill.config.batch_rows):
+        chosen = [groups[n] for n in batch]
+        asked = [owners[group[0]] for group in chosen]
+        if packing:
+            logits = _extend_packed(prefill, asked, [[answers[n] for n in group] for group in chosen])
+        else:
+            logits = extend(prefill, asked, [answers[n] for (n,) in chosen])
+        # The answers of a row follow each other without a gap, from its beginning.
+        starts = [logits.shape[1] * row for row in range(len(batch))]
+        numbers = [n for group in chosen for n in group]
+        yield numbers, logits.flatten(0, 1), _ranges(starts, [sizes[n] for n in batch])
 
 
 def uncached_continuations(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    pad: int,
-    config: EvaluationConfig,
-    *,
-    after_prompt: bool = True,
+    prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]], *, after_prompt: bool = True
 ) -> Iterator[LogitBatch]:
     """As `continuations`, but each answer is run together with its prompt, without a cache.
 
@@ -71,14 +82,38 @@ def uncached_continuations(
         after_prompt: positions also hold, before each answer's, the row of logits that follows its prompt.
 
     Raises:
-        EvaluationError: the model's scores mean nothing (`uncached.py`).
+        EvaluationError: the model's scores mean nothing (`check_scorable_once`).
     """
-    lengths = [len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True)]
-    for batch in split_into_batches(lengths, [(0, _max_logit_tokens(model, config))], config.batch_rows):
+    lengths = [len(prefill.prompts[o]) + len(a) + 1 for o, a in zip(owners, answers, strict=True)]
+    for batch in split_into_batches(lengths, [(0, _max_logit_tokens(prefill))], prefill.config.batch_rows):
         new = [answers[n] for n in batch]
-        logits = uncached_logits(model, [prompts[n] for n in batch], new, pad)[:, 0 if after_prompt else 1 :]
+        logits = uncached_logits(prefill, [owners[n] for n in batch], new)[:, 0 if after_prompt else 1 :]
         starts = [logits.shape[1] * n for n in range(len(batch))]
         yield batch, logits.flatten(0, 1), _ranges(starts, [len(a) + after_prompt for a in new])
+
+
+def uncached_logits(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
+    """Logits [n, 1 + longest, vocabulary] after prompt `owners[i]`, and after each token of `answers[i]` behind it.
+
+    Raises:
+        EvaluationError: the model's scores mean nothing (`check_scorable_once`).
+    """
+    model, pad = prefill.model, prefill.pad
+    check_scorable_once(model)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    prompts = [prefill.prompts[owner] for owner in owners]
+    # What follows an answer's last token is predicted at a token that is never read: the padding token.
+    rows = [Encoded(p, (*a, pad)) for p, a in zip(prompts, answers, strict=True)]
+    batch = collate(rows, pad, is_encoder_decoder=seq2seq, left=supports_left_padding(model))
+    with prompted(model, prompts):
+        logits = target_logits(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()})
+    if seq2seq:
+        return logits
+    # Decoder-only targets end in the last column: move each row's logits to the front.
+    width = logits.shape[1]
+    starts = torch.tensor([width - len(row.target_ids) for row in rows])
+    columns = (starts[:, None] + torch.arange(width)).clamp(max=width - 1).to(logits.device)
+    return logits[torch.arange(len(rows), device=logits.device)[:, None], columns]
 
 
 def extend(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
@@ -111,23 +146,6 @@ def extend(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[i
         return model(**inputs).logits
 
 
-def _packed_continuations(
-    prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]], config: EvaluationConfig
-) -> Iterator[LogitBatch]:
-    most = min(MAX_PACKED_TOKENS, _max_logit_tokens(prefill.model, config))
-    packs = _pack(owners, answers, min(most, prefill.free_positions(config) - prefill.mask.shape[1]))
-    sizes = [sum(len(answers[n]) for n in pack) for pack in packs]
-    for batch in split_into_batches(sizes, _limits(prefill, config), config.batch_rows):
-        chosen = [packs[n] for n in batch]
-        new = [[answers[n] for n in pack] for pack in chosen]
-        logits = _extend_packed(prefill, [owners[pack[0]] for pack in chosen], new)
-        starts: list[int] = []
-        for row, pack in enumerate(new):
-            starts += [logits.shape[1] * row + sum(map(len, pack[:n])) for n in range(len(pack))]
-        numbers = [n for pack in chosen for n in pack]
-        yield numbers, logits.flatten(0, 1), _ranges(starts, [len(answers[n]) for n in numbers])
-
-
 def _pack(owners: Sequence[int], answers: Sequence[Sequence[int]], most: int) -> list[list[int]]:
     """Answers to the same prompt that share one copy of its cache: at most `most` tokens together, or a single
     answer."""
@@ -143,12 +161,20 @@ def _pack(owners: Sequence[int], answers: Sequence[Sequence[int]], most: int) ->
     return packs
 
 
+def _max_packed(prefill: Prefill) -> int:
+    """Most tokens of a pack: a single row must keep within every limit of a batch, as packs can't be split later."""
+    most = min(MAX_PACKED_TOKENS, _max_logit_tokens(prefill))
+    return min(most, prefill.free_positions - prefill.mask.shape[1])
+
+
 def _extend_packed(
     prefill: Prefill, owners: Sequence[int], packs: Sequence[Sequence[Sequence[int]]]
 ) -> Tensor:
     """Logits [n, longest, vocabulary] after the answers of `packs[i]`, one after the other, after prompt `owners[i]`.
 
-    Each answer sees its prompt and itself, by a mask.
+    Each answer sees its prompt and itself, by a mask. Its positions are counted from the end of its prompt, so that
+    for the model it follows the prompt directly, whatever lies between them in the row. Routers aren't told which
+    tokens are a prompt's: those that ask are never packed (`can_prefill_in_parts`).
     """
     model, width = prefill.model, max(sum(map(len, pack)) for pack in packs)
     ids, offsets = (
@@ -156,7 +182,7 @@ def _extend_packed(
         torch.zeros(len(packs), width, dtype=torch.int64),
     )
     # Which answer a position belongs to: each padding position is an answer of its own, so it sees only
-    # itself and the prompt.
+    # itself and the prompt. (A position that saw nothing would make NaN, which spreads.)
     answer_of = torch.arange(width).repeat(len(packs), 1)
     for row, pack in enumerate(packs):
         start = 0
@@ -191,16 +217,9 @@ def _accepts_4d_mask(model: PreTrainedModel) -> bool:
     return can_prefill_in_parts(model) and implementation in ("sdpa", "eager")
 
 
-def _limits(prefill: Prefill, config: EvaluationConfig) -> list[tuple[int, int]]:
-    """Limits of `split_into_batches`: logits of a forward, and positions of the cache's copies with their answers."""
-    return [
-        (0, _max_logit_tokens(prefill.model, config)),
-        (prefill.mask.shape[1], prefill.free_positions(config)),
-    ]
-
-
-def _max_logit_tokens(model: PreTrainedModel, config: EvaluationConfig) -> int:
+def _max_logit_tokens(prefill: Prefill) -> int:
     """Most tokens in one forward whose logits are all asked for."""
+    model, config = prefill.model, prefill.config
     head: Any = model.get_output_embeddings()
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or head.weight.shape[0]
     return min(config.tokens_for(device_of(model)), max(1, config.logit_values // vocabulary))

@@ -24,10 +24,9 @@ from transformers.generation import StoppingCriteriaList
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.batching import split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.continuations import continuations
+from phatgoose.evaluation.continuations import continuations, uncached_logits
 from phatgoose.evaluation.prefill import Prefill, prefill_batches
-from phatgoose.evaluation.rows import MatchRule, Row
-from phatgoose.evaluation.uncached import uncached_logits
+from phatgoose.evaluation.rows import OpenRow, Row
 from phatgoose.models.base.base import context_length, device_of
 from phatgoose.models.text.capabilities import generation_groups, max_mixed_length, supports_cache
 from phatgoose.models.text.generate import generation_settings, run_generate
@@ -36,8 +35,7 @@ from phatgoose.records import Prediction
 
 def match_exactly(
     model: PreTrainedModel,
-    rows: Sequence[Row],
-    rules: Sequence[MatchRule],
+    rows: Sequence[OpenRow],
     pad: int,
     config: EvaluationConfig,
     done: Callable[[int], None] = lambda count: None,
@@ -50,26 +48,22 @@ def match_exactly(
     Raises:
         EvaluationError: naming the row, if a logit that decides is not finite.
     """
-    found: list[Prediction | None] = [None] * len(rows)
+    found: dict[int, Prediction] = {}
     for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
-        paths = _greedy_paths(prefill, [rows[i] for i in batch], config)
-        for i, path in zip(batch, paths, strict=True):
-            found[i] = rules[i].judge(path[: rules[i].limit])
-        done(sum(found[i] is not None for i in batch))
+        decided = len(found)
+        for i, path in zip(batch, _greedy_paths(prefill, [rows[i] for i in batch]), strict=True):
+            if (verdict := rows[i].rule.judge(path[: rows[i].rule.limit])) is not None:
+                found[i] = verdict
+        done(len(found) - decided)
         del prefill  # or its cache would be in memory together with the next one
-    undecided = [i for i, prediction in enumerate(found) if prediction is None]
-    generated = generate(
-        model, [rows[i] for i in undecided], [rules[i] for i in undecided], pad, config, done
-    )
-    for i, prediction in zip(undecided, generated, strict=True):
-        found[i] = prediction
-    return [prediction for prediction in found if prediction is not None]
+    undecided = [i for i in range(len(rows)) if i not in found]
+    found |= zip(undecided, generate(model, [rows[i] for i in undecided], pad, config, done), strict=True)
+    return [found[i] for i in range(len(rows))]
 
 
 def generate(
     model: PreTrainedModel,
-    rows: Sequence[Row],
-    rules: Sequence[MatchRule],
+    rows: Sequence[OpenRow],
     pad: int,
     config: EvaluationConfig,
     done: Callable[[int], None] = lambda count: None,
@@ -85,23 +79,23 @@ def generate(
         EvaluationError: naming the row, if a logit that decides is not finite.
     """
     found: dict[int, Prediction] = {}
-    longest = max((rule.limit for rule in rules), default=0)
+    longest = max((row.rule.limit for row in rows), default=0)
     limits = [(0, config.tokens_for(device_of(model))), (longest, config.cache_tokens)]
     for part in split_into_batches([len(row.prompt) for row in rows], limits, config.batch_rows):
-        for batch in _split_for_generate(model, part, rows, rules):
-            judge = _StopAtVerdict([rows[i] for i in batch], [rules[i] for i in batch], to_the_end)
+        for batch in _split_for_generate(model, part, rows):
+            judge = _StopAtVerdict([rows[i] for i in batch], to_the_end)
             _run_generate(model, judge, pad)
             found |= zip(batch, judge.verdicts(), strict=True)
             done(len(batch))
     return [found[i] for i in range(len(rows))]
 
 
-def _greedy_paths(prefill: Prefill, rows: Sequence[Row], config: EvaluationConfig) -> list[list[int]]:
+def _greedy_paths(prefill: Prefill, rows: Sequence[Row]) -> list[list[int]]:
     """The tokens that greedy decoding would start with: along a row's targets as far as it follows one, and
     one more."""
     model, logits = prefill.model, prefill.logits
     if logits is None:
-        logits = uncached_logits(model, prefill.prompts, [()] * len(rows), prefill.pad)[:, 0]
+        logits = uncached_logits(prefill, range(len(rows)), [()] * len(rows))[:, 0]
     paths = [[token] for token in _argmax(logits, rows).tolist()]
     # Only targets that the first token hasn't left yet, that don't end with it, and that may be run in one forward.
     most = max_mixed_length(model) if supports_cache(model) else 0
@@ -112,7 +106,7 @@ def _greedy_paths(prefill: Prefill, rows: Sequence[Row], config: EvaluationConfi
         if len(target) > 1 and target[0] == paths[i][0] and len(row.prompt) + len(target) - 1 <= most
     ]
     owners, rests = [i for i, _ in pairs], [target[:-1] for _, target in pairs]
-    for batch, logits, positions in continuations(prefill, owners, rests, config):
+    for batch, logits, positions in continuations(prefill, owners, rests):
         asked = [rows[owners[n]] for n in batch for _ in rests[n]]
         nexts = iter(_argmax(logits[positions.to(logits.device)], asked).tolist())
         for i, target in (pairs[n] for n in batch):
@@ -133,9 +127,7 @@ def _argmax(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return chosen.cpu()
 
 
-def _split_for_generate(
-    model: PreTrainedModel, batch: list[int], rows: Sequence[Row], rules: Sequence[MatchRule]
-) -> list[list[int]]:
+def _split_for_generate(model: PreTrainedModel, batch: list[int], rows: Sequence[OpenRow]) -> list[list[int]]:
     """`batch` in parts that one `generate` call may take.
 
     Row by row where a row, continued up to another's longer limit, would leave the context; rows of one length
@@ -143,11 +135,11 @@ def _split_for_generate(
     """
     if model.config.is_encoder_decoder:
         return [batch]
-    context = context_length(model)
-    need = max(len(rows[i].prompt) for i in batch) + max(rules[i].limit for i in batch)
-    if context is not None and need > context:
+    context, prompts = context_length(model), [rows[i].prompt for i in batch]
+    limit = max(rows[i].rule.limit for i in batch)
+    if context is not None and max(map(len, prompts)) + limit > context:
         return [[i] for i in batch]
-    parts = generation_groups(model, [rows[i].prompt for i in batch], max(rules[i].limit for i in batch))
+    parts = generation_groups(model, prompts, limit)
     return [[batch[i] for i in part] for part in parts]
 
 
@@ -157,8 +149,8 @@ def _run_generate(model: PreTrainedModel, judge: _StopAtVerdict, pad: int) -> No
     settings = generation_settings(
         model,
         pad=pad,
-        max_new_tokens=max(rule.limit for rule in judge.rules),
-        ends=(end for rule in judge.rules for end in rule.ends),
+        max_new_tokens=max(row.rule.limit for row in judge.rows),
+        ends=(end for row in judge.rows for end in row.rule.ends),
     )
     if not model.config.is_encoder_decoder:
         lengths = [len(prompt) for prompt in prompts]
@@ -177,15 +169,15 @@ def _run_generate(model: PreTrainedModel, judge: _StopAtVerdict, pad: int) -> No
 class _StopAtVerdict(StoppingCriteria):
     """Stops each row as soon as its rule has a verdict, and keeps the verdict."""
 
-    def __init__(self, rows: Sequence[Row], rules: Sequence[MatchRule], to_the_end: bool) -> None:
-        self.rows, self.rules, self.to_the_end = rows, rules, to_the_end
+    def __init__(self, rows: Sequence[OpenRow], to_the_end: bool) -> None:
+        self.rows, self.to_the_end = rows, to_the_end
         self.start = 0
         self.found: list[Prediction | None] = [None] * len(rows)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for i, tokens in enumerate(input_ids[:, self.start :].tolist()):
             if self.found[i] is None:
-                self.found[i] = self.rules[i].judge(tokens, to_the_end=self.to_the_end)
+                self.found[i] = self.rows[i].rule.judge(tokens, to_the_end=self.to_the_end)
         return torch.tensor([prediction is not None for prediction in self.found], device=input_ids.device)
 
     def verdicts(self) -> list[Prediction]:

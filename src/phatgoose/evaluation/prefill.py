@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,16 @@ from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from phatgoose.errors import BaseModelError, EvaluationError
 from phatgoose.evaluation.batching import FORWARD_COST, split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.prefix_tree import PrefixNode, build_prefix_tree
-from phatgoose.evaluation.uncached import check_scorable_once
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import decoder_start, device_of
 from phatgoose.models.text.batch import pad_rows
 from phatgoose.models.text.capabilities import (
     accepts_argument,
+    check_scorable,
     has_cache_layers,
     is_plain_cache,
     max_mixed_length,
@@ -34,6 +35,8 @@ from phatgoose.models.text.capabilities import (
     supports_shared_cache,
 )
 from phatgoose.models.text.encoding import UNLIMITED
+
+_CHECKED = "_phatgoose_rows_checked"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Prefill:
 
     model: PreTrainedModel
     pad: int
+    config: EvaluationConfig
     prompts: tuple[tuple[int, ...], ...]
     mask: Tensor
     """[rows, width]: 1 at the prompts' tokens."""
@@ -53,9 +57,10 @@ class Prefill:
     parent_positions: int = 0
     """Positions (rows × width) of the caches that this one continues, which live as long as it."""
 
-    def free_positions(self, config: EvaluationConfig) -> int:
+    @property
+    def free_positions(self) -> int:
         """Positions that may still be cached while this Prefill lives."""
-        return config.cache_tokens - self.parent_positions - self.mask.numel()
+        return self.config.cache_tokens - self.parent_positions - self.mask.numel()
 
     @property
     def max_cached_length(self) -> int:
@@ -66,7 +71,9 @@ class Prefill:
         return UNLIMITED if self.encoder_output is not None else max_mixed_length(self.model)
 
 
-def prefill_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int) -> Prefill:
+def prefill_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, config: EvaluationConfig
+) -> Prefill:
     """Runs `prompts` (none empty) in one forward, and keeps their cache if answers may continue from it.
 
     Raises:
@@ -89,8 +96,8 @@ def prefill_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pa
         cache = getattr(out, "past_key_values", None)
         if is_plain_cache(cache):
             encoder_output = out.encoder_last_hidden_state if seq2seq else None
-            return Prefill(model, pad, whole, mask, out.logits[:, -1], cache, encoder_output)
-    return Prefill(model, pad, whole, mask)
+            return Prefill(model, pad, config, whole, mask, out.logits[:, -1], cache, encoder_output)
+    return Prefill(model, pad, config, whole, mask)
 
 
 def prefill_batches(
@@ -104,37 +111,33 @@ def prefill_batches(
     Raises:
         EvaluationError: as `prefill_prompts`.
     """
-    whole = tuple(tuple(p) for p in prompts)
+    whole = tuple(map(tuple, prompts))
     if can_prefill_in_parts(model):
         root = build_prefix_tree(whole, FORWARD_COST)
     else:
         root = PrefixNode(0, list(range(len(whole))))
-    return _prefill_under(model, None, [(0, root)], whole, pad, config)
+    nothing = Prefill(model, pad, config, ((),), torch.ones(1, 0))
+    return _prefill_under(nothing, [(0, root)], whole)
 
 
 def _prefill_under(
-    model: PreTrainedModel,
-    parent: Prefill | None,
-    nodes: Sequence[tuple[int, PrefixNode]],
-    prompts: Sequence[tuple[int, ...]],
-    pad: int,
-    config: EvaluationConfig,
+    parent: Prefill, nodes: Sequence[tuple[int, PrefixNode]], prompts: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[list[int], Prefill]]:
     """All prompts under `nodes`: prefixes, each with the row of `parent` that holds it."""
-    limits = [(0, config.tokens_for(device_of(model)))]
-    if parent is not None:
+    config = parent.config
+    limits = [(0, config.tokens_for(device_of(parent.model)))]
+    if parent.cache is not None:
         # Half of what is free is for this level; the rest is for the levels below it and for answers.
-        limits.append((parent.mask.shape[1], parent.free_positions(config) // 2))
+        limits.append((parent.mask.shape[1], parent.free_positions // 2))
 
     def batches(jobs: Sequence[tuple[int, tuple[int, ...]]]) -> list[list[int]]:
-        done = [0 if parent is None else len(parent.prompts[owner]) for owner, _ in jobs]
-        left = [len(tokens) - n for n, (_, tokens) in zip(done, jobs, strict=True)]
+        left = [len(tokens) - len(parent.prompts[owner]) for owner, tokens in jobs]
         return split_into_batches(left, limits, config.batch_rows)
 
     def run(jobs: Sequence[tuple[int, tuple[int, ...]]]) -> Prefill:
         owners, tokens = [owner for owner, _ in jobs], [tokens for _, tokens in jobs]
-        if parent is None:
-            return prefill_prompts(model, tokens, pad)
+        if parent.cache is None:
+            return prefill_prompts(parent.model, tokens, parent.pad, config)
         return _continue_prefill(parent, owners, tokens)
 
     # No name here holds a Prefill while the next is computed, or two caches would live at a time.
@@ -146,15 +149,15 @@ def _prefill_under(
     jobs = [(owner, prompts[child.any_row()][: child.length]) for owner, child in children]
     for batch in batches(jobs):
         under = [(n, children[c][1]) for n, c in enumerate(batch)]
-        yield from _prefill_under(model, run([jobs[n] for n in batch]), under, prompts, pad, config)
+        yield from _prefill_under(run([jobs[n] for n in batch]), under, prompts)
 
 
 def _continue_prefill(parent: Prefill, owners: Sequence[int], prompts: Sequence[tuple[int, ...]]) -> Prefill:
     """Runs what prompt i has beyond row `owners[i]` of `parent`, its prefix. The result is as if the prompt
     had been run in one."""
-    model, pad = parent.model, parent.pad
+    model = parent.model
     rests = [p[len(parent.prompts[owner]) :] for owner, p in zip(owners, prompts, strict=True)]
-    ids, new = (tensor.to(device_of(model)) for tensor in pad_rows(rests, pad, left=True))
+    ids, new = (tensor.to(device_of(model)) for tensor in pad_rows(rests, parent.pad, left=True))
     chosen = torch.tensor(owners)
     mask = torch.cat([parent.mask[chosen.to(parent.mask.device)], new], dim=1)
     out = model(
@@ -165,10 +168,15 @@ def _continue_prefill(parent: Prefill, owners: Sequence[int], prompts: Sequence[
         use_cache=True,
         logits_to_keep=1,
     )
-    positions = parent.parent_positions + parent.mask.numel()
     cache, mask = _move_padding_left(out.past_key_values, mask)
-    logits = out.logits[:, -1]
-    return Prefill(model, pad, tuple(prompts), mask, logits, cache, parent_positions=positions)
+    return replace(
+        parent,
+        prompts=tuple(prompts),
+        mask=mask,
+        logits=out.logits[:, -1],
+        cache=cache,
+        parent_positions=parent.parent_positions + parent.mask.numel(),
+    )
 
 
 def _move_padding_left(cache: Any, mask: Tensor) -> tuple[Any, Tensor]:
@@ -219,3 +227,26 @@ def select_cache_rows(cache: Any, rows: Tensor) -> Any:
     new.layers = [copy.copy(layer) for layer in cache.layers]
     new.batch_select_indices(rows)
     return new
+
+
+def check_scorable_once(model: PreTrainedModel) -> None:
+    """Runs `check_scorable` on the base alone, without routing and trace, the first time it is called for a model.
+
+    Raises:
+        EvaluationError: the model's scores mean nothing.
+    """
+    if model.__dict__.get(_CHECKED):
+        return
+    routing = routing_of(model)
+    recorder = None if routing is None else routing.recorder
+    if routing is not None:
+        routing.detach()
+    try:
+        check_scorable(model)
+    except BaseModelError as cause:
+        raise EvaluationError(str(cause)) from cause
+    finally:
+        if routing is not None:
+            routing.attach()
+            routing.record(recorder)
+    model.__dict__[_CHECKED] = True

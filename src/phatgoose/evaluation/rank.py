@@ -49,7 +49,7 @@ def score_choices(
     """
     scores: list[tuple[float, ...]] = [()] * len(rows)
     for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
-        totals = _totals(prefill, [rows[i] for i in batch], config)
+        totals = _totals(prefill, [rows[i] for i in batch])
         for i, of_answer in zip(batch, totals, strict=True):
             scores[i] = tuple(of_answer[answer] / len(answer) for answer in rows[i].answers)
             if not all(abs(score) < float("inf") for score in scores[i]):
@@ -66,19 +66,14 @@ def best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda index: (scores[index], -index))
 
 
-def _totals(
-    prefill: Prefill, rows: Sequence[Row], config: EvaluationConfig
-) -> list[dict[tuple[int, ...], float]]:
+def _totals(prefill: Prefill, rows: Sequence[Row]) -> list[dict[tuple[int, ...], float]]:
     """Summed log-probabilities of every distinct answer of every row; `prefill` holds their prompts."""
     pairs = [(i, answer) for i, row in enumerate(rows) for answer in dict.fromkeys(row.answers)]
     fits = [len(prefill.prompts[i]) + len(answer) - 1 <= prefill.max_cached_length for i, answer in pairs]
     totals = dict.fromkeys(pairs, 0.0)
     # Answers that can't continue from the cache: run with their prompts.
     far = [pair for pair, fit in zip(pairs, fits, strict=True) if not fit]
-    prompts = [prefill.prompts[i] for i, _ in far]
-    batches = uncached_continuations(
-        prefill.model, prompts, [answer[:-1] for _, answer in far], prefill.pad, config
-    )
+    batches = uncached_continuations(prefill, [i for i, _ in far], [answer[:-1] for _, answer in far])
     for n, value in _sums(batches, [answer for _, answer in far]):
         totals[far[n]] = value
     # The others: the first token by the prompt's logits, the rest by continuing from the cache.
@@ -87,8 +82,7 @@ def _totals(
         owners, firsts = torch.tensor([i for i, _ in near]), torch.tensor([a[0] for _, a in near])
         totals |= zip(near, _log_probabilities(prefill.logits, owners, firsts).tolist(), strict=True)
     longer = [(i, answer) for i, answer in near if len(answer) > 1]
-    rests = [answer[:-1] for _, answer in longer]
-    batches = continuations(prefill, [i for i, _ in longer], rests, config)
+    batches = continuations(prefill, [i for i, _ in longer], [answer[:-1] for _, answer in longer])
     for n, value in _sums(batches, [answer[1:] for _, answer in longer]):
         totals[longer[n]] += value
     result: list[dict[tuple[int, ...], float]] = [{} for _ in rows]

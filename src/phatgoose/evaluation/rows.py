@@ -15,18 +15,6 @@ from phatgoose.records import Example, Prediction
 
 
 @dataclass(frozen=True)
-class Row:
-    """One example as tokens. Each answer ends in the end token."""
-
-    index: int
-    prompt: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    """Its choices, or its targets."""
-    truncated: bool = False
-    """True if the prompt was cut to fit."""
-
-
-@dataclass(frozen=True)
 class MatchRule:
     """How one row's generated answer is judged: a rule on text and token ids, without a model.
 
@@ -60,10 +48,27 @@ class MatchRule:
         return None
 
 
-def encode(
-    base: Base, example: Example, index: int, config: EvaluationConfig
-) -> tuple[Row, MatchRule | None]:
-    """Row `index` as tokens: its answers are its choices, or its targets with the rule for judging a generation.
+@dataclass(frozen=True)
+class Row:
+    """One example as tokens. Each answer ends in the end token."""
+
+    index: int
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    """Its choices, or its targets."""
+    truncated: bool = False
+    """True if the prompt was cut to fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRow(Row):
+    """A row without choices: its answer is generated, and judged by a rule."""
+
+    rule: MatchRule
+
+
+def encode(base: Base, example: Example, index: int, config: EvaluationConfig) -> Row:
+    """Row `index` as tokens: an `OpenRow` if the example has no choices.
 
     A prompt that doesn't fit into the context with each answer is cut from the left, the same for all, and marked.
 
@@ -77,14 +82,17 @@ def encode(
             f"row {index}: it has no {'targets' if example.choices is None else 'choices'}."
         )
     whole = _encode(base, example, answers, index, UNLIMITED)
-    tokens = tuple(e.target_ids for e in whole)
+    prompt, tokens = whole[0].prompt_ids, tuple(e.target_ids for e in whole)
     longest = max(len(t) for t in tokens)
     rule = None if example.choices is not None else _rule(base, example, tokens, config)
     room = _prompt_room(base, rule.limit if rule else longest, index, config)
-    if len(whole[0].prompt_ids) <= room:
-        return Row(index, whole[0].prompt_ids, tokens), rule
-    cut = _encode(base, example, answers, index, room if base.is_encoder_decoder else room + longest)
-    return Row(index, cut[0].prompt_ids, tokens, truncated=True), rule
+    truncated = len(prompt) > room
+    if truncated:
+        most = room if base.is_encoder_decoder else room + longest
+        prompt = _encode(base, example, answers, index, most)[0].prompt_ids
+    if rule is None:
+        return Row(index, prompt, tokens, truncated)
+    return OpenRow(index, prompt, tokens, truncated, rule=rule)
 
 
 def _may_become(text: str, target: str) -> bool:

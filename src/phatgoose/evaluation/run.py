@@ -13,7 +13,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.generate import generate, match_exactly
 from phatgoose.evaluation.rank import best, score_choices
 from phatgoose.evaluation.rouge import graded
-from phatgoose.evaluation.rows import encode
+from phatgoose.evaluation.rows import OpenRow, encode
 from phatgoose.evaluation.statistics import bootstrap_interval, suite_interval
 from phatgoose.models.base.base import Base, as_base, eval_mode
 from phatgoose.models.text.batch import pad_id
@@ -126,22 +126,21 @@ def predict(
 
     `metric` scores generated answers, if it isn't exact match: "rougeL".
     """
-    encoded = [encode(base, example, index, config) for index, example in enumerate(examples)]
+    rows = [encode(base, example, index, config) for index, example in enumerate(examples)]
     pad, found = pad_id(base.tokenizer), {}
-    ranked = [row for row, rule in encoded if rule is None]
+    ranked = [row for row in rows if not isinstance(row, OpenRow)]
     for row, scores in zip(ranked, score_choices(base.model, ranked, pad, config, done), strict=True):
         example = examples[row.index]
         answer = (example.choices or ())[best(scores)]
         found[row.index] = Prediction(answer in example.targets, answer, choice_scores=scores)
-    asked = [(row, rule) for row, rule in encoded if rule is not None]
-    rows, rules = [row for row, _ in asked], [rule for _, rule in asked]
+    asked = [row for row in rows if isinstance(row, OpenRow)]
     if metric is None:
-        answers = match_exactly(base.model, rows, rules, pad, config, done)
+        answers = match_exactly(base.model, asked, pad, config, done)
     else:
-        made = generate(base.model, rows, rules, pad, config, done, to_the_end=True)
-        answers = graded(metric, made, [examples[row.index].targets for row in rows])
-    found |= zip([row.index for row in rows], answers, strict=True)
-    return [found[index] for index in range(len(examples))], sum(row.truncated for row, _ in encoded)
+        made = generate(base.model, asked, pad, config, done, to_the_end=True)
+        answers = graded(metric, made, [examples[row.index].targets for row in asked])
+    found |= zip([row.index for row in asked], answers, strict=True)
+    return [found[index] for index in range(len(examples))], sum(row.truncated for row in rows)
 
 
 def _hits(predictions: Sequence[Prediction]) -> list[float]:
