@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import BaseModelError, RoutingError
-from phatgoose.experts.expert import Expert
 from phatgoose.routers.context import Prompt, Texts
 from phatgoose.routers.router import Encoder, Setup
 
@@ -17,18 +16,13 @@ class PoolEmbeddings:
     """The training texts of all experts of a pool, embedded by one encoder.
 
     Raises:
-        RoutingError: an expert without texts, two encoders, an encoder that can't be loaded or isn't theirs,
-            or no tokenizer.
+        RoutingError: two encoders, or one that can't be loaded or isn't theirs.
     """
 
-    def __init__(self, setup: Setup, encoder: str | None, needed_by: str):
-        """`encoder`: where to read it; None: by the name that the signatures record."""
-        if setup.decode is None:
-            raise RoutingError(
-                f"{needed_by} reads text, for which it needs the tokenizer: pass the Base instead of the bare model."
-            )
+    def __init__(self, setup: Setup, texts: list[Tensor], encoder: str | None):
+        """`texts`: of each expert. `encoder`: where to read it; None: by the name that the signatures record."""
+        assert setup.decode is not None
         self._decode = setup.decode
-        texts = [_texts(expert, needed_by) for expert in setup.experts]
         self.encode = _encoder(setup, encoder)
         self.vectors = torch.cat(texts)
         self.owners = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor([len(t) for t in texts]))
@@ -94,20 +88,10 @@ class PoolEmbeddings:
         return self._decode([*prompt, *written])
 
 
-def _texts(expert: Expert, needed_by: str) -> Tensor:
-    found = expert.signature.texts if expert.signature is not None else None
-    if found is None:
-        raise RoutingError(
-            f"expert {expert.name!r} has no embedded training texts, which {needed_by} needs: its "
-            "contributor makes them with `phatgoose signature`. Or choose another router."
-        )
-    return found
-
-
 def _encoder(setup: Setup, wanted: str | None) -> Encoder:
     """The encoder that all experts' texts were embedded with."""
     first = setup.experts[0].signature
-    assert first is not None  # _texts has refused others
+    assert first is not None  # the texts are part of it
     for expert in setup.experts[1:]:
         other = expert.signature
         if other is None or other.encoder_sha256 != first.encoder_sha256:

@@ -49,7 +49,12 @@ class ByText(SignatureRouter):
         return {k: v for k, v in super().describe().items() if k != "encoder"}
 
     def embeddings(self, setup: Setup) -> PoolEmbeddings:
-        return PoolEmbeddings(setup, None if self.encoder == AUTO else self.encoder, type(self).__name__)
+        if setup.decode is None:
+            raise RoutingError(
+                f"{type(self).__name__} reads text, for which it needs the tokenizer: pass the Base instead of the "
+                "bare model."
+            )
+        return PoolEmbeddings(setup, self.signed(setup), None if self.encoder == AUTO else self.encoder)
 
     def library(self, setup: Setup) -> PoolEmbeddings:
         """Deprecated: use `embeddings`."""

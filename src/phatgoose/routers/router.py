@@ -183,8 +183,22 @@ class Drawn(Router):
         check_at_least(self, top_k=1)
 
 
+_SIGNED = {"activations": "mean activations of its data", "texts": "embedded training texts"}
+
+
 class SignatureRouter(Router):
     """A router that reads the experts' data signatures, so that `prepared` must come before `bind`."""
+
+    def signed(self, setup: Setup) -> list[Any]:
+        """What it `reads` of every expert's data signature. Raises RoutingError for an expert that lacks it."""
+        found = [getattr(expert.signature, self.reads, None) for expert in setup.experts]
+        for expert, part in zip(setup.experts, found, strict=True):
+            if part is None:
+                raise RoutingError(
+                    f"expert {expert.name!r} has no {_SIGNED[self.reads]}, which {type(self).__name__} needs: its "
+                    "contributor makes them with `phatgoose signature`. Or choose another router."
+                )
+        return found
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         raise RoutingError(f"{type(self).__name__} reads data signatures: attach it with route().")

@@ -115,17 +115,7 @@ class AverageActivation(TopK, SignatureRouter):
     reads = "activations"
 
     def prepared(self, setup: Setup) -> Router:
-        means = []
-        for expert in setup.experts:
-            found = expert.signature.activations if expert.signature is not None else None
-            if found is None:
-                raise RoutingError(
-                    f"expert {expert.name!r} has no mean activations of its data, which "
-                    f"{type(self).__name__} needs: its contributor makes them with `phatgoose signature`. Or "
-                    "choose another router."
-                )
-            means.append(found)
-        return PreparedRouter(self, partial(self._bind, means))
+        return PreparedRouter(self, partial(self._bind, self.signed(setup)))
 
     def _bind(self, means: Sequence[Mapping[str, Tensor]], candidates: Candidates) -> BoundRouter:
         gates = [None if m < 0 else _standardised(means[m][candidates.path]) for m in candidates.members]

@@ -24,7 +24,7 @@ MOST_FUSED = 64
 # Other routers want the scores of every expert. That is one product, which torch does well.
 gate_scores, choose = fast.gate_scores, fast.choose
 
-_known: dict[str, tuple[str | None, str]] = {}
+_known: dict[str, tuple[str | None, str]] = {}  # not functools.cache, which torch.compile can't look into
 
 
 def reason() -> str | None:
@@ -40,10 +40,7 @@ def version() -> str:
 
 
 def _availability() -> tuple[str | None, str]:
-    """Why there are no kernels (None: there are), and the type of device that they run on.
-
-    It is kept in a dict and not by functools.cache, which torch.compile can't look into.
-    """
+    """Why there are no kernels (None: there are), and the type of device that they run on."""
     if "here" not in _known:
         _known["here"] = _probe()
     return _known["here"]
