@@ -61,3 +61,11 @@ def poison_new_memory(monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def routed_update(ops, u, y, gates, stack, top_k):
+    """y + Σ w Δ(u) as a module routes by gates: in one call where the backend has one for this, else step by step."""
+    fused = None if ops.fuse is None else ops.fuse(gates, top_k, stack, None)
+    if fused is not None and (done := fused(u, y)) is not None:
+        return done
+    return ops.mix(u, y, stack, *ops.choose(ops.gate_scores(u, gates), top_k), None)

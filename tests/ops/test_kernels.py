@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_problems import poison_new_memory, problem, triton_device
+from kernel_problems import poison_new_memory, problem, routed_update, triton_device
 
 from conftest import relative
 from phatgoose.errors import RoutingError
@@ -166,7 +166,7 @@ def test_what_has_no_gradient_is_an_error_by_name_and_auto_does_it_in_torch(kern
             assert relative(call(), reference.mix(u, y, stack, chosen, weights)) < 1e-6
     assert auto.fuse(gates, 2, stack, None)(x, y) is None
     assert auto.mix(x, y, stack, chosen, weights).requires_grad
-    assert auto.routed_update(x, y, gates, stack, 2).requires_grad
+    assert routed_update(auto, x, y, gates, stack, 2).requires_grad
 
 
 @on(

@@ -32,20 +32,6 @@ class Backend:
     fuse: Fuse | None = None
     """(gates, top_k, stack, layer) → the three steps in one call; None if the backend can't do that for this stack."""
 
-    def routed_update(
-        self, u: Tensor, y: Tensor, gates: Tensor, stack: Stack, top_k: int, layer: Layer | None = None
-    ) -> Tensor:
-        """y + Σ w_e Δ_e(u), the `top_k` experts chosen by their gates.
-
-        If a module is called often, prepare it once by `fuse`.
-        u: [N, d_in], y: [N, d_out], gates: standardised [E, d_in].
-        """
-        fused = None if self.fuse is None else self.fuse(gates, top_k, stack, layer)
-        if fused is not None and (done := fused(u, y)) is not None:
-            return done
-        chosen, weights = self.choose(self.gate_scores(u, gates), top_k)
-        return self.mix(u, y, stack, chosen, weights, layer)
-
 
 BACKENDS = {
     "reference": Backend("reference", reference.gate_scores, reference.choose, reference.mix),

@@ -95,9 +95,8 @@ def quantize(gates: Tensor, planes: int | None = None) -> QuantizedGates:
         for p in range(planes):
             step = (rest.abs().amax(-1) / 127).float()
             code = (rest / step.where(step > 0, 1)[:, None]).round().clamp(-127, 127)
-            rest = (
-                rest.double() - step.double()[:, None] * code
-            )  # exact: the error is that of these very codes
+            # Exact: the error is that of these very codes.
+            rest = rest.double() - step.double()[:, None] * code
             codes[p, some], steps[p, some] = code.to(torch.int8), step
         error[some] = (rest.norm(dim=-1) * 1.0001).float()  # room for its own rounding, and for that of ū
     return QuantizedGates(codes, steps, error)

@@ -172,9 +172,7 @@ class Calibrated(ByScores):
 
     needs_reference = True
 
-    def __init__(
-        self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str
-    ) -> None:
+    def __init__(self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str):
         """`gates`: v̄ [d] of each candidate. One that is None is scored by its weights or, if it is the null
         candidate, not at all."""
         super().__init__(top_k)

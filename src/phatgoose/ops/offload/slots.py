@@ -50,9 +50,8 @@ class Slots:
         """`prefetch`: whether the matrices are mapped from a file that may not fit into memory."""
         assert capacity >= max(sizes, default=0)
         self.matrices, self.starts, self.sizes = tuple(matrices), starts, sizes
-        with torch.inference_mode(
-            False
-        ):  # tensors made in inference mode couldn't be written into outside of it
+        # Tensors made in inference mode couldn't be written into outside of it.
+        with torch.inference_mode(False):
             empty = [torch.empty(capacity, m.shape[1], dtype=m.dtype, device=device) for m in matrices]
         self.on_device = tuple(empty)
         """[capacity, d] of each matrix; rows that no expert owns hold anything."""

@@ -72,14 +72,11 @@ def load_data(
     """
     import datasets
 
-    name, config = spec.name, spec.options.get("config")
-    local = spec.local_path(folder)
+    name, config, is_local = spec.name, spec.options.get("config"), check(spec, folder) is None
     try:
-        if local.exists():
-            loaded = _load_local(local, config)
+        if is_local:
+            loaded = _load_local(spec.local_path(folder), config)
         else:
-            if spec.has_path:
-                raise TaskError(f"{local} does not exist.")
             parts = name.split("/")
             if config is None and len(parts) == 3:
                 name, config = "/".join(parts[:2]), parts[2]
@@ -87,8 +84,8 @@ def load_data(
     except PhatgooseError:
         raise
     except Exception as cause:
-        if local.exists():
-            raise TaskError(f"{local} can't be loaded as a dataset: {cause}") from cause
+        if is_local:
+            raise TaskError(f"{spec.local_path(folder)} can't be loaded as a dataset: {cause}") from cause
         raise DownloadError(
             f"can't load the dataset {name!r}{f' ({config})' if config else ''} from the Hub: {cause}. "
             "Check its name, the config and the network, or give a local folder: hf:/path/to/folder."
