@@ -120,10 +120,9 @@ class RoutingContext:
     """How many of each row's first inputs are cached tokens that are seen again. Then that is the `problem`."""
 
     def texts(self) -> Texts:
-        """What the sequences of this pass were given to read; the same object for every module that sees the pass.
+        """What this pass's sequences were given to read; one object for all modules that see the pass.
 
-        Raises:
-            RoutingError: it can't be known; the message says why and what to do.
+        Raises RoutingError, saying why and what to do, if that can't be known.
         """
         if self.reader is None:
             raise RoutingError(

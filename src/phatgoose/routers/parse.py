@@ -71,8 +71,7 @@ class System:
     def on(self, pool: Pool) -> tuple[Pool | None, Router | None]:
         """(pool, router) to attach, both None for the base alone.
 
-        Raises:
-            PoolError, RoutingError, UnknownName: these experts can't be merged so, or the router can't serve them.
+        Raises PoolError, RoutingError or UnknownName if the experts can't be merged so, or the router can't serve them.
         """
         if self.merge is not None:
             return type(pool)([self.merge(pool)]), self.router

@@ -46,11 +46,7 @@ class ContaminationCheck:
         self._rows: dict[int, list[tuple[int, int]]] = {}  # hash of a run → (task, row) pairs that hold it
 
     def add_held_out(self, task: str, rows: Sequence[Example], *, own: str | None = None) -> None:
-        """Adds the rows of a held-out task.
-
-        Args:
-            own: a training task that doesn't count: the task's own, with which it shares passages and lists of choices.
-        """
+        """Adds a held-out task's rows. `own`: a training task that doesn't count, as it shares passages and choices."""
         found = [set(hash_runs(text_of(example), self.n)) for example in rows]
         counts = Counter(run for row in found for run in row)
         common = max(2, round(_COMMON * len(rows)))

@@ -31,12 +31,7 @@ SOURCES = Registry(
 
 
 def find_source(name: str) -> TaskSource:
-    """The source of this name.
-
-    Raises:
-        UnknownName: there is none (with suggestions). PluginError: another package's can't be imported, or is
-            no TaskSource.
-    """
+    """The source of this name. Raises UnknownName if there is none, PluginError if another package's is no source."""
     source = SOURCES[name]
     if not isinstance(source, TaskSource):
         raise PluginError(
@@ -94,11 +89,7 @@ def check_task(spec: str, folder: str | Path | None = None) -> str | None:
 
 
 def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
-    """Names that `source` knows (bigbench: tasks and NAME/SUBTASK; bbh), sorted.
-
-    Raises:
-        UnknownName: `source` isn't one of those that can be listed.
-    """
+    """Names that `source` knows (bigbench: tasks, NAME/SUBTASK; bbh), sorted. Raises UnknownName if it lists none."""
     list_names = find_source(source).list_names if source in SOURCES else None
     if list_names is None:
         can = [name for name in SOURCES.table if find_source(name).list_names is not None]

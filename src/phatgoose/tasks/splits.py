@@ -129,11 +129,7 @@ def build_task(
     fractions: Fractions,
     dropped: Mapping[str, int] | None = None,
 ) -> Task:
-    """The Task of a source's rows, with the split rule and all counts in `source`.
-
-    Raises:
-        TaskError: if no row is left in any split.
-    """
+    """The Task of a source's rows, with the split rule and all counts in `source`. Raises TaskError if none is left."""
     splits, counts = split(own, fractions)
     dropped = {k: v for k, v in sorted((dropped or {}).items()) if v}
     if not any(splits.values()):

@@ -60,9 +60,7 @@ class Site(ctypes.Structure):
 def _site(rows: Sequence[Tensor], top_k: int, gates: Sequence[Tensor] = ()) -> Site:
     """The struct that points into these contiguous tensors and keeps them. Hold it while the kernel runs.
 
-    Args:
-        rows: a stack's `KernelOperands.tensors`.
-        gates: what `kernel_gates` returns; empty if the choice is made elsewhere.
+    `rows` are `KernelOperands.tensors`; `gates` are `kernel_gates`, or empty if the choice is made elsewhere.
     """
     a, b, owners, scales = rows
     site = Site(a.shape[1], b.shape[1], owners.shape[1], top_k, kind=DTYPES.index(a.dtype))

@@ -175,10 +175,7 @@ def _compiled() -> bytes:
 def _run(commands: Iterable[list[str]]) -> list[str | None]:
     """Runs commands in parallel. For each, returns None, or the end of its error output if it failed.
 
-    No command is left running.
-
-    Raises:
-        RoutingError: they take longer than SECONDS. OSError: one can't be started.
+    Raises RoutingError if they take longer than SECONDS, OSError if one can't be started. None is left running.
     """
     until, jobs = time.monotonic() + SECONDS, []
     try:

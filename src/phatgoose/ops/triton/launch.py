@@ -51,11 +51,9 @@ def _processors(device: torch.device) -> int:
 def updated(
     rows: KernelOperands, u: Tensor, y: Tensor, gates: Tensor, k: int, into_y: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y + Σ w Δ(u), the k ≤ E experts with the highest scores, and who they are: [..., d_out], int64 and
-    float32 [N, k].
+    """y + Σ w Δ(u) of the k ≤ E experts with the highest scores, and who they are: int64 and float32 [N, k].
 
-    Raises:
-        RoutingError: a tensor is of another shape, or the gates aren't in float32.
+    Raises RoutingError if a tensor is of another shape, or the gates aren't in float32.
     """
     tokens_of(u, y, rows.a.shape[1], rows.b.shape[1])
     check_is("gates", gates, torch.float32, rows.scales.shape[0], rows.a.shape[1])

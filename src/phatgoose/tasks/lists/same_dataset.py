@@ -63,14 +63,10 @@ class Dataset:
 
 
 def datasets_of(spec: str, folder: str | Path | None = None) -> frozenset[Dataset]:
-    """The dataset that a spec reads. Two for Hub names that can be read in two ways: `hf:super_glue/rte` may
-    be a part of super_glue, or the dataset rte of an owner named super_glue.
+    """The dataset that a spec reads, where relative paths start at `folder`. Raises TaskError for a malformed spec.
 
-    Args:
-        folder: where relative paths start.
-
-    Raises:
-        TaskError: `spec` is malformed.
+    Two for Hub names that can be read in two ways: `hf:super_glue/rte` may be a part of super_glue, or the dataset rte
+    of an owner named super_glue.
     """
     parsed, local = split_spec(spec), is_local(spec)
     if parsed.source == "hf" or local:
