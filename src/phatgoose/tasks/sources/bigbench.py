@@ -87,11 +87,6 @@ def check(spec: TaskSpec, folder: Path | None) -> str | None:
     return None
 
 
-def list_names(folder: Path | None) -> list[str]:
-    """Every task and NAME/SUBTASK."""
-    return bigbench_files.names(bigbench_files.root(folder))
-
-
 def is_generic(prefix: str) -> bool:
     """True if a prefix is a mere label."""
     return prefix.strip().rstrip(":").rstrip().casefold() in GENERIC_LABELS
@@ -209,4 +204,6 @@ def _targets(raw: Any) -> list[str]:
     return [text for value in values if (text := str(value).strip())]
 
 
-SOURCE = TaskSource(load, check, ("ranked",), list_names)
+SOURCE = TaskSource(
+    load, check, ("ranked",), lambda folder: bigbench_files.names(bigbench_files.root(folder))
+)
