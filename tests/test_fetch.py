@@ -57,34 +57,34 @@ def left(tmp_path: Path) -> list[str]:
 
 def test_fetches_once_and_finds_it_again(index, tmp_path, monkeypatch):
     digest = sha(index / NAME)
-    path = fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME)
+    path = fetch.PinnedPackage("goosefeather==1.0.0", digest, NAME).fetch()
     assert path == tmp_path / "cache" / "downloads" / NAME
     assert sha(path) == digest
     assert left(tmp_path) == [NAME]
     monkeypatch.setattr(subprocess, "run", no_pip)
-    assert fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME) == path
+    assert fetch.PinnedPackage("goosefeather==1.0.0", digest, NAME).fetch() == path
 
 
 def test_wrong_hash_is_refused_with_both_hashes_and_nothing_is_kept(index, tmp_path):
     with pytest.raises(DownloadError, match=f"expected {'0' * 64}, found {sha(index / NAME)}"):
-        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+        fetch.PinnedPackage("goosefeather==1.0.0", "0" * 64, NAME).fetch()
     assert left(tmp_path) == []
 
 
 def test_a_damaged_cached_file_is_never_used(index, tmp_path):
     digest = sha(index / NAME)
-    path = fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME)
+    path = fetch.PinnedPackage("goosefeather==1.0.0", digest, NAME).fetch()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DownloadError, match="Delete it"):
-        fetch.fetch_pypi("goosefeather==1.0.0", digest, NAME)
+        fetch.PinnedPackage("goosefeather==1.0.0", digest, NAME).fetch()
 
 
 def test_own_folder_comes_first_and_is_checked_too(index, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", no_pip)
     monkeypatch.setenv("PHATGOOSE_DOWNLOADS", str(index))
-    assert fetch.fetch_pypi("goosefeather==1.0.0", sha(index / NAME), NAME) == index / NAME
+    assert fetch.PinnedPackage("goosefeather==1.0.0", sha(index / NAME), NAME).fetch() == index / NAME
     with pytest.raises(DownloadError, match="PHATGOOSE_DOWNLOADS"):
-        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+        fetch.PinnedPackage("goosefeather==1.0.0", "0" * 64, NAME).fetch()
 
 
 def test_no_network_says_how_to_do_it_by_hand(index, tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_no_network_says_how_to_do_it_by_hand(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(DownloadError, match=r"no network.*by hand.*PHATGOOSE_DOWNLOADS") as caught:
-        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+        fetch.PinnedPackage("goosefeather==1.0.0", "0" * 64, NAME).fetch()
     assert str(tmp_path / "cache" / "downloads") in str(caught.value)
     assert left(tmp_path) == []
 
@@ -110,7 +110,7 @@ def test_causes_are_told_apart(index, tmp_path, monkeypatch, said, error, match)
     done = subprocess.CompletedProcess([sys.executable], 1, stderr=said)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     with pytest.raises(error, match=match):
-        fetch.fetch_pypi("goosefeather==1.0.0", "0" * 64, NAME)
+        fetch.PinnedPackage("goosefeather==1.0.0", "0" * 64, NAME).fetch()
     assert left(tmp_path) == []
 
 
@@ -118,7 +118,7 @@ def test_remains_of_a_killed_process_are_cleared(index, tmp_path):
     old = tmp_path / "cache" / "downloads" / f".{NAME}.abc.tmp"
     old.mkdir(parents=True)
     (old / "half").write_bytes(b"x" * 10)
-    fetch.fetch_pypi("goosefeather==1.0.0", sha(index / NAME), NAME)
+    fetch.PinnedPackage("goosefeather==1.0.0", sha(index / NAME), NAME).fetch()
     assert left(tmp_path) == [NAME]
 
 
@@ -180,17 +180,17 @@ def sdist(request, tmp_path, monkeypatch):
 @pytest.mark.slow(4)
 def test_a_source_distribution_is_fetched_and_never_run(sdist, tmp_path):
     file, mark = sdist
-    path = fetch.fetch_pypi("evil-goose==1.0", sha(file), file.name)
+    path = fetch.PinnedPackage("evil-goose==1.0", sha(file), file.name).fetch()
     assert path.read_bytes() == file.read_bytes()
     assert not mark.exists()
     assert left(tmp_path) == [file.name]
     with pytest.raises(
         DownloadError, match=r"no network.*the source distribution of evil-goose==\S+ on PyPI"
     ):
-        fetch.fetch_pypi("evil-goose==2.0", sha(file), "evil_goose-2.0.tar.gz")
+        fetch.PinnedPackage("evil-goose==2.0", sha(file), "evil_goose-2.0.tar.gz").fetch()
     path.unlink()
     with pytest.raises(DownloadError, match=f"expected {'0' * 64}, found {sha(file)}"):
-        fetch.fetch_pypi("evil-goose==1.0", "0" * 64, file.name)
+        fetch.PinnedPackage("evil-goose==1.0", "0" * 64, file.name).fetch()
     assert left(tmp_path) == []
     assert not mark.exists()
 

