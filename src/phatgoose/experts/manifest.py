@@ -13,7 +13,7 @@ from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import check_sha256
 from phatgoose.experts.names import EXPERT_FILES, HEADERS, MANIFEST, PACKED_FILES, check_name
-from phatgoose.files import JSON_LIMIT_BYTES
+from phatgoose.files import JSON_LIMIT_BYTES, storage_errors
 from phatgoose.locks import locked
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
@@ -25,11 +25,26 @@ _FOLDER = re.compile(r"experts/[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def is_unfinished(folder: Path) -> bool:
+def _is_unfinished(folder: Path) -> bool:
     """Whether a folder without a manifest holds only what a save that was killed leaves. Experts among it are kept."""
     return folder.is_dir() and all(
         p.name in ("experts", ".lock") or p.name.startswith(f".{MANIFEST}.") for p in folder.iterdir()
     )
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[dict[str, Any]]:
+    """Makes a pool's folder if there is none, holds its lock, and gives its manifest, or a new one.
+
+    Raises:
+        PoolError: something else is there. And as `lock`.
+    """
+    if folder.exists() and not (folder / MANIFEST).exists() and not _is_unfinished(folder):
+        raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
+    with storage_errors(folder):
+        (folder / "experts").mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        yield read_manifest(folder) if (folder / MANIFEST).exists() else new_manifest([], None)
 
 
 @contextlib.contextmanager

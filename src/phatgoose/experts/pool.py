@@ -19,9 +19,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.manifest import (
     expert_folder,
-    is_unfinished,
-    lock,
     new_manifest,
+    opened,
     origin_of,
     read_manifest,
     sweep,
@@ -145,9 +144,7 @@ class Pool:
             PoolError: `folder` holds something else, or a packed pool. StorageError: no space or no permission.
         """
         folder = Path(folder)
-        make_folder(folder)
-        with lock(folder):
-            manifest = manifest_or_new(folder)
+        with opened(folder) as manifest:
             if not replace and (folder / MANIFEST).exists():
                 raise PoolError(
                     f"{folder} is a pool already: use `phatgoose pool add`, or choose another folder."
@@ -278,19 +275,6 @@ def raise_all(failures: Sequence[PhatgooseError], title: str) -> None:
         raise failures[0]
     if failures:
         raise PoolError("\n".join([title, *map(str, failures)]))
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a pool's folder if there is none; something else that is there is refused."""
-    if folder.exists() and not (folder / MANIFEST).exists() and not is_unfinished(folder):
-        raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
-    with storage_errors(folder):
-        (folder / "experts").mkdir(parents=True, exist_ok=True)
-
-
-def manifest_or_new(folder: Path) -> dict[str, Any]:
-    """The pool's manifest, or a new one if there is none. The caller holds the lock."""
-    return read_manifest(folder) if (folder / MANIFEST).exists() else new_manifest([], None)
 
 
 def place_expert(folder: Path, expert: Expert, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,19 +7,11 @@ from typing import TYPE_CHECKING
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.manifest import lock, read_manifest
+from phatgoose.experts.manifest import lock, opened, read_manifest
 from phatgoose.experts.names import MANIFEST
 from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.packed.pack import append, check_packed
-from phatgoose.experts.pool import (
-    Pool,
-    make_folder,
-    manifest_or_new,
-    place_expert,
-    raise_all,
-    write_description,
-    write_pool,
-)
+from phatgoose.experts.pool import Pool, place_expert, raise_all, write_description, write_pool
 from phatgoose.files import write_json
 from phatgoose.records import HubSource
 from phatgoose.registry import unknown
@@ -37,9 +29,7 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
         PoolError: its name is taken, or its modules disagree. BaseModelError: it is of another base.
     """
     folder = Path(folder)
-    make_folder(folder)
-    with lock(folder):
-        manifest = manifest_or_new(folder)
+    with opened(folder) as manifest:
         entries = manifest["experts"]
         pool = Pool.load(folder, verify=False).add(expert) if entries else Pool([expert])
         entry = place_expert(folder, expert, entries)
