@@ -26,25 +26,6 @@ from phatgoose.experts.names import INTERFACE_FILE
 from phatgoose.ops.bottleneck import Bottleneck
 from phatgoose.ops.update import Update, no_rows
 
-_DEFAULTS: dict[str, Any] = {
-    "cross_adapter": False, "original_ln_before": False, "original_ln_after": True, "residual_before_ln": True,
-    "is_parallel": False, "ln_before": False, "scaling": 1.0,
-}  # fmt: skip
-"""The library's, where a config lacks a setting."""
-_BOOLEANS = (
-    "mh_adapter", "output_adapter", "cross_adapter", "original_ln_before", "original_ln_after", "is_parallel",
-    "ln_before",
-)  # fmt: skip
-# What configs without a version mean by these names.
-_BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-_PARTS = {
-    "adapter_up.weight": "up",
-    "adapter_up.bias": "up_bias",
-    "adapter_norm_before.weight": "norm_weight",
-    "adapter_norm_before.bias": "norm_bias",
-    "scaling": "scaling",
-}
-
 
 @dataclass(frozen=True)
 class Location:
@@ -171,8 +152,8 @@ def _checked_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ExpertError(f"{where}: config is {brief(given)}; expected an adapter's settings.")
     check_rules(given, ADAPTERHUB_RULES, where, empty=())
-    settings = {**_DEFAULTS, **given}
-    for key in _BOOLEANS:
+    settings = {**_DATA["defaults"], **given}
+    for key in _DATA["booleans"]:
         if not isinstance(settings.get(key), bool):
             raise ExpertError(f"{where}: {key} is {brief(settings.get(key))}, expected true or false.")
     scaling = settings["scaling"]
@@ -261,7 +242,8 @@ def _place(family: Family, key: str, name: Any, normed: bool, where: str) -> tup
 def _part(name: str, normed: bool) -> str | None:
     down = re.fullmatch(r"adapter_down\.([01])\.(weight|bias)", name)
     if down is None:
-        return _PARTS.get(name)
+        part: str | None = _DATA["parts"].get(name)
+        return part
     suffix = "" if down[2] == "weight" else "_bias"
     if down[1] == str(int(normed)):
         return f"down{suffix}"
@@ -295,7 +277,7 @@ def _bottleneck(
 def _activation(settings: Mapping[str, Any], config: Mapping[str, Any], where: str) -> str:
     name = settings.get("non_linearity")  # the library has no default for it
     if isinstance(name, str) and "version" not in config:
-        name = _BEFORE_VERSIONS.get(name, name)
+        name = _DATA["before_versions"].get(name, name)
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
         raise ExpertError(
             f"{where}: non_linearity is {brief(name)}; computed exactly: {', '.join(sorted(ACTIVATIONS))}."

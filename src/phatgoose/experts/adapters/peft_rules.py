@@ -15,13 +15,6 @@ from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.adapters.peft_lora import check_targets
 from phatgoose.experts.adapters.peft_updates import KINDS
 
-DROPPABLE = {
-    "modules_to_save": "the modules it saved whole (a classification head, embeddings or heads that aren't the base's)",
-    "trainable_token_indices": "the token embeddings it retrained",
-    "prediction_head": "the prediction head that AdapterHub saved along",
-}
-"""What a caller may ask to leave out of an adapter, knowing that it then computes something else."""
-
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights that leave the base's weights unchanged. All others change the base itself."""
 
@@ -36,11 +29,12 @@ class Rule:
     default: Any = None
 
 
+_FILE = tomllib.loads(files("phatgoose.experts.adapters").joinpath("rules.toml").read_text("utf-8"))
+DROPPABLE: dict[str, str] = _FILE["droppable"]
+"""What a caller may ask to leave out of an adapter → what that is."""
 RULES: dict[str, dict[str, Rule]] = {}
 """PEFT type → setting → rule."""
-for _entry in tomllib.loads(files("phatgoose.experts.adapters").joinpath("rules.toml").read_text("utf-8"))[
-    "rules"
-]:
+for _entry in _FILE["rules"]:
     for _kind in _entry["kinds"]:
         for _setting in _entry["settings"]:
             _rule = Rule(_setting, _entry["how"], _entry["why"], _entry.get("default"))
