@@ -20,7 +20,6 @@ from torch import Tensor
 
 from phatgoose.errors import PoolError
 from phatgoose.experts.adapters.peft import to_contents
-from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safetensors_file import Header, bytes_of
 from phatgoose.experts.gates import checked_gates
@@ -177,7 +176,7 @@ class LazyTensors(Mapping[str, T]):
 class PackedExpert(Expert):
     """An expert of a packed pool. Config, records and headers were checked; the values only are by `pool verify`.
 
-    `packed_expert` makes it; experts that are derived from it (`with_gates`, `renamed`) share its file.
+    `PackedPoolReader` makes it; experts that are derived from it (`with_gates`, `renamed`) share its file.
     """
 
     @property
@@ -209,14 +208,6 @@ class PackedExpert(Expert):
             self.source.write(GATES_FILE, target.parent)
         else:
             super()._write_gates(target, metadata)
-
-
-def packed_expert(
-    name: str, source: PackedSource, provenance: Mapping[str, Any], signature: DataSignature | None = None
-) -> PackedExpert:
-    gates = None if source.gates is None else LazyTensors(source, source.gates.items, source.gate)
-    tensors = LazyTensors(source, source.layout.header.items, source.tensor)
-    return PackedExpert(name, source.config, tensors, gates, provenance, source.folder, signature=signature)
 
 
 @dataclass(frozen=True, eq=False)

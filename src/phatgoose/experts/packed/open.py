@@ -27,7 +27,7 @@ from phatgoose.experts.names import (
     REST_FILE,
     SIGNATURE_FILE,
 )
-from phatgoose.experts.packed.expert import PackedExpert, PackedSource, gate_stack, packed_expert
+from phatgoose.experts.packed.expert import LazyTensors, PackedExpert, PackedSource, gate_stack
 from phatgoose.experts.packed.layout import Layout, layout_of
 from phatgoose.experts.packed.stack_file import StackFile
 
@@ -113,7 +113,11 @@ class PackedPoolReader:
             path = folder.path / SIGNATURE_FILE
             header = read_header(path)[1]
             signature = StoredSignature(path, header, hashes[SIGNATURE_FILE], hashes.get(PEFT_WEIGHTS, ""))
-        return packed_expert(entry["name"], source, provenance, signature)
+        tensors = LazyTensors(source, layout.header.items, source.tensor)
+        vectors = None if gates is None else LazyTensors(source, gates.items, source.gate)
+        return PackedExpert(
+            entry["name"], config, tensors, vectors, provenance, folder.path, signature=signature
+        )
 
     def _layout(
         self, folder: SafeFolder, hashes: Mapping[str, str], rest: Header | None, drop: tuple[str, ...]

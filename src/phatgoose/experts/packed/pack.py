@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from phatgoose.experts.manifest import (
 )
 from phatgoose.experts.names import CONFIG_FILE, GATES_FILE, HEADERS, MANIFEST, PEFT_WEIGHTS, REST_FILE
 from phatgoose.experts.packed.expert import PackedExpert, PackedSource, gate_stack
-from phatgoose.experts.packed.layout import Layout, layout_of
+from phatgoose.experts.packed.layout import layout_of
 from phatgoose.experts.packed.open import SMALL_BYTES, PackedPoolReader, to_runs
 from phatgoose.experts.packed.stack_file import StackShape, create_stacks, writing
 from phatgoose.experts.pool import Pool
@@ -113,7 +112,8 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
         return
     # Without verification: other experts aren't touched, so they need not be sound.
     reader = PackedPoolReader(folder, manifest, verify=False)
-    expert = _read_input(expert_folder(folder, entry), entry, None)
+    place = expert_folder(folder, entry)
+    expert = PlainSource(place.path, entry)
     if not _has_room(reader, stack_shapes([expert])):
         _pack(folder, whole, SPARE)
         return
@@ -123,7 +123,7 @@ def append(folder: Path, manifest: Mapping[str, Any], entry: Mapping[str, Any]) 
             added = _write_expert(expert, entry, put, used)
         packed = {**manifest["packed"], "used": used}
         whole = {**manifest, "experts": [*manifest["experts"], added], "packed": packed}
-        check_bytes(PackedPoolReader(folder, whole).expert(expert.folder, added).source)
+        check_bytes(PackedPoolReader(folder, whole).expert(place, added).source)
     write_json(folder / MANIFEST, whole)
     sweep(folder, whole)
 
@@ -156,8 +156,8 @@ def _pack(folder: Path, manifest: Mapping[str, Any], spare: float) -> None:
         raise PoolError(f"{folder} has no expert that can be packed{named}.")
     folders = {name: expert_folder(folder, entry) for name, entry in entries.items()}
 
-    def inputs() -> Iterator[PackInput]:  # one at a time: a large pool's tensors don't fit into memory
-        return (_read_input(folders[name], entry, reader) for name, entry in entries.items())
+    def inputs() -> Iterator[Source]:  # one at a time: a large pool's tensors don't fit into memory
+        return (_source(folders[name], entry, reader) for name, entry in entries.items())
 
     path = folder / "packed" / f"stacks-{_next_number(folder)}.safetensors"
     with _swept_on_error(folder, manifest):
@@ -191,62 +191,45 @@ def _swept_on_error(
         raise
 
 
-@dataclass(frozen=True, eq=False)
-class PackInput:
-    """One expert on its way into a file of stacks."""
+class PlainSource:
+    """An expert that isn't packed yet, read as a `PackedSource` is: tensors when they are used."""
 
-    folder: SafeFolder
-    layout: Layout
-    gates: Header | None
-    gate_paths: Sequence[str]
-    """Modules whose gates go into a stack, sorted."""
-    tensor: Callable[[str], Tensor]
-    gate: Callable[[str], Tensor]
-    headers: Mapping[str, bytes]
-    packed_files: Mapping[str, str] | None
-    """sha256 of the headers and the rest, where they are written already."""
+    def __init__(self, folder: Path, entry: Mapping[str, Any]):
+        self.folder = folder
+        drop = check_drop(read_record(SafeFolder(folder)).get("provenance", {}).get("dropped", ()))
+        config = SafeFolder(folder, links_checked=True).read_json(CONFIG_FILE, SMALL_BYTES)
+        raw, header = read_header(folder / PEFT_WEIGHTS)
+        self.layout = layout_of(config, header, None, str(folder), drop)
+        self.headers = {PEFT_WEIGHTS: raw}
+        self.gates: Header | None = None
+        self.gate_index: Collection[str] = ()
+        if GATES_FILE in entry["files"]:
+            self.headers[GATES_FILE], self.gates = read_header(folder / GATES_FILE)
+            self.gate_index = [
+                p
+                for p, item in self.gates.items.items()
+                if item.dtype == torch.float32 and item.end > item.begin
+            ]
+        self._read = cache(lambda name: read_tensor_file(folder / name, empty=True).tensors)
+
+    def tensor(self, key: str) -> Tensor:
+        return self._read(PEFT_WEIGHTS)[key]
+
+    def raw_gate(self, path: str) -> Tensor:
+        return self._read(GATES_FILE)[path]
 
 
-def _read_input(folder: SafeFolder, entry: Mapping[str, Any], reader: PackedPoolReader | None) -> PackInput:
-    """An expert from its own folder or, if it is packed, from the pool's file; tensors are read when they are used."""
+Source = PackedSource | PlainSource
+
+
+def _source(folder: SafeFolder, entry: Mapping[str, Any], reader: PackedPoolReader | None) -> Source:
+    """An expert from its own folder or, if it is packed, from the pool's file."""
     if reader is not None and "packed" in entry:
-        source = reader.expert(folder, entry).source
-        files = entry["packed"]["files"]
-        return PackInput(
-            folder,
-            source.layout,
-            source.gates,
-            sorted(source.gate_index),
-            source.tensor,
-            source.raw_gate,
-            {},
-            files,
-        )
-    path = folder.path
-    drop = check_drop(read_record(SafeFolder(path)).get("provenance", {}).get("dropped", ()))
-    raw, header = read_header(path / PEFT_WEIGHTS)
-    config = SafeFolder(path, links_checked=True).read_json(CONFIG_FILE, SMALL_BYTES)
-    layout = layout_of(config, header, None, str(path), drop)
-    headers, gates, gate_paths = {PEFT_WEIGHTS: raw}, None, list[str]()
-    if GATES_FILE in entry["files"]:
-        headers[GATES_FILE], gates = read_header(path / GATES_FILE)
-        gate_paths = sorted(
-            p for p, item in gates.items.items() if item.dtype == torch.float32 and item.end > item.begin
-        )
-    weights, vectors = (cache(partial(read_tensor_file, path / name, empty=True)) for name in HEADERS)
-    return PackInput(
-        folder,
-        layout,
-        gates,
-        gate_paths,
-        lambda k: weights().tensors[k],
-        lambda p: vectors().tensors[p],
-        headers,
-        None,
-    )
+        return reader.expert(folder, entry).source
+    return PlainSource(folder.path, entry)
 
 
-def stack_shapes(experts: Iterable[PackInput], spare: float | None = None) -> dict[str, StackShape]:
+def stack_shapes(experts: Iterable[Source], spare: float | None = None) -> dict[str, StackShape]:
     """The stacks these experts need: a module's A and B one after the other, all gates at the end.
 
     Args:
@@ -260,7 +243,7 @@ def stack_shapes(experts: Iterable[PackInput], spare: float | None = None) -> di
                 rows = pair.rank + (low[name].rows if name in low else 0)
                 low[name] = StackShape(pair.dtype, rows, width)
         items = {} if expert.gates is None else expert.gates.items
-        for path in expert.gate_paths:
+        for path in sorted(expert.gate_index):
             name, width = gate_stack(path), items[path].shape[0]
             gates[name] = StackShape(torch.float32, 1 + (gates[name].rows if name in gates else 0), width)
 
@@ -281,7 +264,7 @@ def _has_room(reader: PackedPoolReader, shapes: Mapping[str, StackShape]) -> boo
 
 
 def _write_expert(
-    expert: PackInput, entry: Mapping[str, Any], put: Callable[[str, int, Tensor], None], used: dict[str, int]
+    expert: Source, entry: Mapping[str, Any], put: Callable[[str, int, Tensor], None], used: dict[str, int]
 ) -> dict[str, Any]:
     """Writes an expert's rows after those in `used`, and its other files; returns its manifest entry."""
     starts, rows = [], []
@@ -291,26 +274,24 @@ def _write_expert(
         put(pair.up, start, expert.tensor(pair.key_b).T)
         used[pair.down] = start + pair.rank
         starts.append(start)
-    for path in expert.gate_paths:
+    for path in sorted(expert.gate_index):
         row = used.get(gate_stack(path), 0)
-        put(gate_stack(path), row, expert.gate(path)[None])
+        put(gate_stack(path), row, expert.raw_gate(path)[None])
         used[gate_stack(path)] = row + 1
         rows.append(row)
-    packed = {"rows": to_runs(starts), "gates": to_runs(rows), "files": _write_rest(expert)}
-    return {**entry, "packed": packed}
+    files = _write_rest(expert) if isinstance(expert, PlainSource) else entry["packed"]["files"]
+    return {**entry, "packed": {"rows": to_runs(starts), "gates": to_runs(rows), "files": dict(files)}}
 
 
-def _write_rest(expert: PackInput) -> dict[str, str]:
+def _write_rest(expert: PlainSource) -> dict[str, str]:
     """Writes headers and the tensors that are in no stack into the expert's own folder; returns the files' sha256."""
-    if expert.packed_files is not None:
-        return dict(expert.packed_files)
-    place = expert.folder.path
+    place = expert.folder
     for name, raw in expert.headers.items():
         write_bytes(place / HEADERS[name], raw)
     rest = {name: expert.tensor(name.removeprefix(f"{PEFT_WEIGHTS}/")) for name in expert.layout.rest}
     if expert.gates is not None:
-        stacked = set(expert.gate_paths)
-        rest |= {f"{GATES_FILE}/{p}": expert.gate(p) for p in expert.gates.items if p not in stacked}
+        stacked = set(expert.gate_index)
+        rest |= {f"{GATES_FILE}/{p}": expert.raw_gate(p) for p in expert.gates.items if p not in stacked}
     names = [HEADERS[name] for name in expert.headers]
     if rest:
         write_tensors(place / REST_FILE, {key: tensor.clone() for key, tensor in rest.items()})
