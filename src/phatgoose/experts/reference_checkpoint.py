@@ -78,7 +78,7 @@ def inspect_checkpoint(checkpoint: Path, tensors: Mapping[str, Tensor], base: Ba
         ExpertError: a key that is unknown, missing or numbered with a gap; a shape that isn't the base's;
             embeddings that aren't the base's own.
     """
-    found: dict[str, dict[str, set[int]]] = {}
+    found, count = set[str](), 0
     copies = {}
     for key, tensor in tensors.items():
         if key in COPIES and key in base.parameters:
@@ -101,19 +101,20 @@ def inspect_checkpoint(checkpoint: Path, tensors: Mapping[str, Tensor], base: Ba
             raise ExpertError(
                 f"{checkpoint}: {key} has shape {list(tensor.shape)}, expected {list(expected)}."
             )
-        found.setdefault(module, {name: set() for name in _PARTS})[part].add(int(match["i"]))
+        found.add(module)
+        count = max(count, int(match["i"]) + 1)
     if not found:
         raise ExpertError(f"{checkpoint}: there is no expert in it.")
-    count = 1 + max(max(numbers, default=0) for parts in found.values() for numbers in parts.values())
-    for module, parts in found.items():
-        for part, numbers in parts.items():
-            if len(numbers) != count:
-                missing = next(i for i in range(count) if i not in numbers)
-                raise ExpertError(
-                    f"{checkpoint}: {module}._addons.{part}__{missing} is missing; other parts go from 0 to "
-                    f"{count - 1}."
-                )
-    return Contents(count, tuple(path for path in base.linears if path in found), copies)
+    modules = tuple(path for path in base.linears if path in found)
+    for number in range(count):
+        if missing := [key for key in _keys(modules, number) if key not in tensors]:
+            raise ExpertError(f"{checkpoint}: {missing[0]} is missing; other parts go from 0 to {count - 1}.")
+    return Contents(count, modules, copies)
+
+
+def _keys(modules: Sequence[str], number: int) -> list[str]:
+    """The keys of one expert: of each module, its _PARTS."""
+    return [f"{module}._addons.{part}__{number}" for module in modules for part in _PARTS]
 
 
 def import_reference(
@@ -157,8 +158,7 @@ def _one_by_one(checkpoint: Path, contents: Contents) -> Iterator[tuple[int, dic
         if used >= AT_ONCE_BYTES:
             tensors.clear()  # the old mapping goes with its last tensor, and its pages with it
             tensors, used = map_torch_file(checkpoint), 0
-        keys = [f"{module}._addons.{part}__{i}" for module in contents.modules for part in _PARTS]
-        own = {key: tensors[key] for key in keys}
+        own = {key: tensors[key] for key in _keys(contents.modules, i)}
         used += sum(t.numel() * t.element_size() for t in own.values())
         yield i, own
 
@@ -176,7 +176,7 @@ def _build_expert(
     for key, tensor in found.items():
         check_finite(tensor, f"{checkpoint}: {key}")
     for module in contents.modules:
-        down, up, gate = (found[f"{module}._addons.{part}__{number}"] for part in _PARTS)
+        down, up, gate = (found[key] for key in _keys([module], number))
         tensors[f"{PREFIX}{module}.lora_A.weight"] = down.T.contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = up.T.contiguous()
         gates[module] = gate.to(torch.float32)
