@@ -121,7 +121,7 @@ def _check_can_write(base: Base, prompts: Sequence[str]) -> None:
         raise TrainingError("a prompt is empty.")
     if base.is_encoder_decoder and not prompts:
         raise TrainingError(
-            "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one a line)."
+            "an encoder–decoder writes nothing without an input to read: give prompts (--prompts FILE, one per line)."
         )
     if PartialState().num_processes > 1:
         raise TrainingError(

@@ -144,12 +144,12 @@ def _wanted_texts(
 
 
 def lines(file: Path) -> tuple[str, ...]:
-    """The prompts in a file, one a line; a line break inside a prompt is written \\n there."""
+    """The prompts in a file, one per line; a line break inside a prompt is written \\n there."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
         raise TaskError(f"{file} can't be read as text: {cause}.") from cause
     found = tuple(line.strip().replace("\\n", "\n") for line in text.splitlines() if line.strip())
     if not found:
-        raise TaskError(f"{file} has no prompts: write one a line.")
+        raise TaskError(f"{file} has no prompts: write one per line.")
     return found

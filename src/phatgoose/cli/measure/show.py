@@ -21,7 +21,7 @@ def say(text: str = "") -> None:
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one a line."""
+    """Names and values, one per line."""
     width = max(len(name) for name, _ in rows)
     console = Console()
     for name, value in rows:

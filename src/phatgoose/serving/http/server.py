@@ -44,7 +44,7 @@ def host_names(*hosts: str) -> frozenset[str]:
 
 
 def read_keys(api: Path | None, admin: Path | None) -> Keys:
-    """Keys from files, one a line, or from the environment, never from a command line, which others can see.
+    """Keys from files, one per line, or from the environment, never from a command line, which others can see.
 
     Raises:
         ServingError: a file can't be read or holds no key, or a key is too short.
@@ -62,7 +62,7 @@ def _read_keys(file: Path | None, variable: str) -> list[str]:
             raise ServingError(f"{file}: no keys can be read from it ({cause}).") from None
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if file is not None and not keys:
-        raise ServingError(f"{file} holds no key: write one a line.")
+        raise ServingError(f"{file} holds no key: write one per line.")
     if any(len(key) < MIN_KEY_LENGTH for key in keys):
         raise ServingError(f"{file or variable}: a key is shorter than {MIN_KEY_LENGTH} characters.")
     return keys

@@ -74,7 +74,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TaskError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, RecursionError) as cause:
         raise TaskError(
-            f"{path}, line {number}: not JSON ({cause}). Expected one JSON object a line."
+            f"{path}, line {number}: not JSON ({cause}). Expected one JSON object per line."
         ) from cause
     except _UNREADABLE as cause:
         past = f" past line {number}" if number else ""

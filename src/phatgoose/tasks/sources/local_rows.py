@@ -1,4 +1,4 @@
-"""`jsonl:PATH`: one JSON object a line; `rows_source`: such a source for other files of rows."""
+"""`jsonl:PATH`: one JSON object per line; `rows_source`: such a source for other files of rows."""
 
 from __future__ import annotations
 
