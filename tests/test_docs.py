@@ -95,6 +95,19 @@ def test_commands_stand_in_blocks_that_are_run(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_and_headings_are_whole(page):
+    """Without an empty line before it, Markdown takes a table or a heading for text; without a rule below its
+    first row, it takes a table for a paragraph."""
+    lines = ["", *BLOCK.sub("", page.read_text(encoding="utf-8")).split("\n"), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("#") or (line.startswith("|") and not before.startswith("|")):
+            assert not before or before.startswith("<!--"), line
+        if line.startswith("|") and not before.startswith("|"):
+            assert after.startswith(("|---", "| ---")), line
+        assert line != before or not line, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_import_on_a_page_is_there(page):
     for code in (block.text for block in blocks(page) if block.language == "python"):
         for node in ast.walk(ast.parse(code, page.name)):
