@@ -48,6 +48,8 @@ def short_names(names: list[str]) -> list[str]:
 
 def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that the template needs besides `data` (checked results) and `marks` (the legend)."""
+    experts = data.get("experts", [])
+    gate_shares = [e["gate_token_share"] for e in experts if "gate_token_share" in e]
     labels = short_names([t["name"] for t in data["tasks"]])
     tasks = [{**t, "label": label} for t, label in zip(data["tasks"], labels, strict=True)]
     groups: list[dict[str, Any]] = [
@@ -67,10 +69,10 @@ def view(data: dict[str, Any], marks: list[dict[str, Any]]) -> dict[str, Any]:
         "heat": _heat(data, tasks, marks),
         "marked": {mark["name"]: mark for mark in marks},
         "layered": [task for task in tasks if task["name"] in data.get("layers", {})],
-        "trained": any({"base", "own", "steps", "expert_seconds"} & set(e) for e in data.get("experts", [])),
-        "carded": any({"health", "made", "nearest"} & set(e) for e in data.get("experts", [])),
-        "numbered": {e["name"]: i for i, e in enumerate(data.get("experts", []), 1)},
-        "mean_gate_share": _mean(e.get("gate_token_share") for e in data.get("experts", [])),
+        "trained": any({"base", "own", "steps", "expert_seconds"} & set(e) for e in experts),
+        "carded": any({"health", "made", "nearest"} & set(e) for e in experts),
+        "numbered": {e["name"]: i for i, e in enumerate(experts, 1)},
+        "mean_gate_share": sum(gate_shares) / len(gate_shares) if gate_shares else None,
         "recipe": list(_flat(data.get("recipe", {}))),
         "made": list(_flat(data.get("made", {}))),
     }
@@ -199,11 +201,6 @@ def _heat(
         ]
         rows.append({"task": task, "cells": cells, "effective": effective_number(row.values())})
     return {"columns": columns, "rows": rows, "own": any(c["own"] for r in rows for c in r["cells"])}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    present = [v for v in values if v is not None]
-    return sum(present) / len(present) if present else None
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

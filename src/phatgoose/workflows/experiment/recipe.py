@@ -34,7 +34,6 @@ from phatgoose.workflows.experiment.systems import (
     OWN,
     check_system,
     expanded,
-    reads,
 )
 
 IN_POOL, UNSEEN = "in-pool", "unseen"
@@ -199,7 +198,7 @@ class ExperimentRecipe:
     @property
     def needs_signatures(self) -> bool:
         """Whether any system reads the experts' data signatures."""
-        return any(reads(name) for name in self.all_systems)
+        return any(parse_router(name).reads for name in self.all_systems if is_router(name))
 
     @property
     def all_systems(self) -> tuple[str, ...]:
@@ -221,8 +220,7 @@ class ExperimentRecipe:
         return tuple(e for e in found if e.name in only and e.name not in self.pool.leave_out)
 
     def _all_entries(self) -> list[Entry]:
-        found = [e for name in self.pool.names for e in pool_entries(name)]
-        return found + [Entry(name, (spec,)) for name, spec in self.pool.tasks.items()]
+        return [*(e for name in self.pool.names for e in pool_entries(name)), *_entries(self.pool.tasks)]
 
     def taken(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the experts `names`, which are all of `pool.folder`, that the recipe's pool has.
@@ -254,17 +252,12 @@ class ExperimentRecipe:
     @property
     def suites(self) -> tuple[Suite, ...]:
         """What is measured; a suite's own-copy tasks are left out where no folder has been given for them."""
-        found = []
-        for name in self.measure.suites:
-            if name == IN_POOL:
-                found.append(Suite(IN_POOL, self.pool_entries))
-            elif name == UNSEEN:
-                found.append(Suite(UNSEEN, tuple(Entry(n, (s,)) for n, s in self.measure.tasks.items())))
-            else:
-                found.append(suite(name))
-            if not found[-1].entries:
-                raise RecipeError(f"the suite {name!r} has no tasks.")
-        return tuple(found)
+        own = {IN_POOL: self.pool_entries, UNSEEN: _entries(self.measure.tasks)}
+        found = tuple(Suite(n, own[n]) if n in own else suite(n) for n in self.measure.suites)
+        for one in found:
+            if not one.entries:
+                raise RecipeError(f"the suite {one.name!r} has no tasks.")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -354,6 +347,10 @@ def fast_dtype() -> str:
 def _absolute(path: str | Path) -> str:
     """Absolute, since a worker elsewhere may have another current folder."""
     return str(Path(path).expanduser().absolute())
+
+
+def _entries(tasks: Mapping[str, str]) -> tuple[Entry, ...]:
+    return tuple(Entry(name, (spec,)) for name, spec in tasks.items())
 
 
 def local_name(spec: str) -> str:

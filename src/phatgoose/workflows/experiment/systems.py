@@ -25,7 +25,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.records import Example, TaskScore
 from phatgoose.routers import PHATGOOSE, Router, Single
 from phatgoose.routers.parse import BASE as BASE
-from phatgoose.routers.parse import LABELLED, is_router, parse_pool_settings, parse_router, parse_system
+from phatgoose.routers.parse import LABELLED, parse_pool_settings, parse_system
 
 MAIN = "phatgoose"
 MULTITASK, OTHER, PADDED = "multitask", "model", "padded"
@@ -72,11 +72,6 @@ def _padding(name: str) -> tuple[int, dict[str, Any]]:
     if not (number.isascii() and number.isdigit()) or int(number) < 1:
         raise RoutingError(f"system {name!r} should read padded:N, N being how many experts are added.")
     return int(number), parse_pool_settings(name, padded, rest if comma else None)
-
-
-def reads(name: str) -> str:
-    """The part of data signatures that a system reads: "activations", "texts", or "" for none."""
-    return parse_router(name).reads if is_router(name) else ""
 
 
 def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None, Router | None]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
@@ -83,17 +84,17 @@ class WorkerState:
         """A task of a suite with the rows that are measured; a task of "in-pool" with its training rows too."""
         if (suite, name) not in self._tasks:
             entry = next(e for e in self.suites[suite].entries if e.name == name)
-            loaded = self._in_pool(entry) if suite == IN_POOL else self._unseen(suite, entry)
+            if suite == IN_POOL:
+                group, rows = self.recipe.group_of(name), self.recipe.pool.train_rows
+                loaded = load_entry(entry, group=group, folders=self.recipe.folders, limit={"train": rows})
+            else:
+                loaded = self._unseen(suite, entry)
             self._tasks[suite, name] = loaded
             # Dicts keep their order, so the oldest task goes first; the one that was just loaded stays.
             while len(self._tasks) > 1 and sum(len(t.train) for t in self._tasks.values()) > KEPT_ROWS:
                 del self._tasks[next(k for k in self._tasks if k != (suite, name))]
             return loaded
         return self._tasks[suite, name]
-
-    def _in_pool(self, entry: Entry) -> Task:
-        group, rows = self.recipe.group_of(entry.name), {"train": self.recipe.pool.train_rows}
-        return load_entry(entry, group=group, folders=self.recipe.folders, limit=rows)  # type: ignore[arg-type]
 
     def _unseen(self, suite: str, entry: Entry) -> Task:
         measure = self.recipe.measure
@@ -145,21 +146,14 @@ Run = Mapping[str, Any]
 @lru_cache(maxsize=1)
 def _cached_state(run: str) -> WorkerState:
     """The state for this run. It is kept for the next step, but not for another run."""
+    transformers_logging.disable_progress_bar()
     known = json.loads(run)
     return WorkerState(ExperimentRecipe.from_json(known["recipe"]), Path(known["out"]))
 
 
 def worker_state(run: Run, pool: str = "") -> WorkerState:
     """This process's state for a run. `pool`: the name of its content, for a step that reads it."""
-    _quiet()
     state = _cached_state(json.dumps(run))  # unsorted: tasks keep their order
     if pool:
         state.use_pool(pool)
     return state
-
-
-@cache
-def _quiet() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
