@@ -174,17 +174,14 @@ def _scored(
     kept: list[bool] = []
     # The first variant's likeliest tokens are the answer's, except where another batch size or a cache tips a tie.
     greedy: Tensor | None = None
-    try:
-        for allowed in batches:
-            switches.allowed = allowed
-            logits = _logits(base, answered, len(allowed)).float()
-            answer = answered.answer.expand(len(allowed), -1)
-            likelihoods += logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0].sum(1).tolist()
-            likeliest = logits.argmax(-1)
-            greedy = likeliest[0] if greedy is None else greedy
-            kept += (likeliest == greedy).all(1).tolist()
-    finally:
-        switches.allowed = None
+    for allowed in batches:
+        switches.allowed = allowed
+        logits = _logits(base, answered, len(allowed)).float()
+        answer = answered.answer.expand(len(allowed), -1)
+        likelihoods += logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0].sum(1).tolist()
+        likeliest = logits.argmax(-1)
+        greedy = likeliest[0] if greedy is None else greedy
+        kept += (likeliest == greedy).all(1).tolist()
     if not all(math.isfinite(value) for value in likelihoods):
         raise EvaluationError(
             "a log-likelihood of the answer is not finite: the model's outputs are damaged."
@@ -215,13 +212,12 @@ def _logits(base: Base, answered: Answered, rows: int) -> Tensor:
 
 def words(found: Explanation) -> list[str]:
     """The explanation in sentences."""
-    lines = []
     gain = found.log_likelihood - found.base_log_likelihood
     same = "gives the same greedy answer" if found.base_keeps_answer else "would answer differently"
-    lines.append(
+    lines = [
         f"The base alone {same}; the experts make this answer {_times(gain)} ({found.base_log_likelihood:.2f} → "
         f"{found.log_likelihood:.2f} nats)."
-    )
+    ]
     mattered = [e for e in found.effects if e.mattered]
     if not mattered:
         lines.append(

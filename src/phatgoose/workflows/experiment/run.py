@@ -27,7 +27,7 @@ from phatgoose.tasks.contamination import RUN_WORDS
 from phatgoose.tasks.lists.entries import Entry, check_no_shared_data
 from phatgoose.workflows.experiment.board import Board
 from phatgoose.workflows.experiment.documents import markdown, plot
-from phatgoose.workflows.experiment.executors import Executor, Inline, Outcome, Step
+from phatgoose.workflows.experiment.executors import Executor, Inline, Step
 from phatgoose.workflows.experiment.page import page_data
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.results import Findings, results_of
@@ -137,46 +137,25 @@ class _Run:
         self.trace(key)
         return results_of(self.recipe, self.out, self.found, time.monotonic() - started)
 
-    def run(self, stage: str, steps: Sequence[Step]) -> dict[str, Outcome]:
-        found = self.executor.run(steps, self.board.stage(stage, steps)) if steps else {}
-        self.found.failed |= {name: o.error for name, o in found.items() if o.error is not None}
-        return found
+    def stage(self, name: str, steps: Mapping[Any, Step]) -> dict[Any, Any]:
+        """Runs steps, given under keys of any kind: the values of those that succeed, under the same keys."""
+        asked = list(steps.values())
+        outcomes = self.executor.run(asked, self.board.stage(name, asked)) if asked else {}
+        self.found.failed |= {what: o.error for what, o in outcomes.items() if o.error is not None}
+        return {key: outcomes[step.name].value for key, step in steps.items() if outcomes[step.name].ok}
 
     def step(self, label: str, function: str, **arguments: Any) -> Step:
         return Step(label, f"{_STEPS}:{function}", self.common | arguments)
-
-    def check(self) -> None:
-        """Finds out what is known of every task, and which tasks can't be measured."""
-        suites = []
-        for one in self.recipe.suites:
-            kept, missing = without_own_copies(self.recipe, one)
-            suites.append(kept.name)
-            self.found.left_out[one.name] = {
-                name: f"needs your own copy of its data: give its folder (--folder {name}=FOLDER)"
-                for name in missing
-            }
-        outcomes = self.run("check", [self.step(f"check {s}", "check_tasks", suite=s) for s in suites])
-        for suite in suites:
-            tasks, left_out = self.found.tasks.setdefault(suite, {}), self.found.left_out[suite]
-            for name, info in (outcomes[f"check {suite}"].value or {}).items():
-                if "error" in info:
-                    self.found.failed[f"{suite}: {name}"] = left_out[name] = info["error"]
-                elif info["lost"]["left_out"] and suite != IN_POOL:
-                    share = max(info["lost"]["answers"], info["lost"]["prompt"])
-                    left_out[name] = (
-                        f"the base's tokenizer can't write it ({share:.0%} of its answers or prompts are lost)"
-                    )
-                else:
-                    tasks[name] = info
 
     def take(self) -> tuple[dict[str, dict[str, Any]], set[str]]:
         """(records of the experts taken from an existing pool, names of those that can't be taken)."""
         if not self.recipe.pool.folder:
             return {}, set()
-        outcome = self.run("take", [self.step("take the pool's experts", "take")])["take the pool's experts"]
-        if outcome.error is not None:
-            raise RecipeError(outcome.error)
-        taken, failed = outcome.value["taken"], outcome.value["failed"]
+        label = "take the pool's experts"
+        found = self.stage("take", {"all": self.step(label, "take")})
+        if not found:
+            raise RecipeError(self.found.failed[label])
+        taken, failed = found["all"]["taken"], found["all"]["failed"]
         self.found.failed |= {f"take {name}": why for name, why in failed.items()}
         said = [Entry(name, tuple(r["trained_on"])) for name, r in taken.items() if r["trained_on"]]
         for one in self.recipe.suites:
@@ -184,19 +163,35 @@ class _Run:
                 check_no_shared_data(said, one.entries, one.refuses, one.name, self.recipe.folders)
         return taken, set(failed)
 
+    def check(self) -> None:
+        """Finds out what is known of every task, and which tasks can't be measured."""
+        steps = {
+            s.name: self.step(f"check {s.name}", "check_tasks", suite=s.name) for s in self.recipe.suites
+        }
+        known = self.stage("check", steps)
+        for one in self.recipe.suites:
+            tasks = self.found.tasks[one.name] = {}
+            left_out = self.found.left_out[one.name] = {
+                name: f"needs your own copy of its data: give its folder (--folder {name}=FOLDER)"
+                for name in without_own_copies(self.recipe, one)[1]
+            }
+            for name, info in known.get(one.name, {}).items():
+                if "error" in info:
+                    self.found.failed[f"{one.name}: {name}"] = left_out[name] = info["error"]
+                elif info["lost"]["left_out"] and one.name != IN_POOL:
+                    share = max(info["lost"]["answers"], info["lost"]["prompt"])
+                    left_out[name] = (
+                        f"the base's tokenizer can't write it ({share:.0%} of its answers or prompts are lost)"
+                    )
+                else:
+                    tasks[name] = info
+
     def train(self, taken: Mapping[str, dict[str, Any]], refused: set[str]) -> dict[str, dict[str, Any]]:
         """The records of all experts: those of the recipe's tasks in order, then the others that are taken."""
-        missing = (
-            self.found.left_out.get(IN_POOL, {}).keys() - taken
-        )  # couldn't be loaded, which was reported
-        names = [e.name for e in self.recipe.pool_entries if e.name not in missing]
-        steps = [
-            self.step(f"train {n}", "train", name=n) for n in names if n not in taken and n not in refused
-        ]
-        found = self.run("train", steps)
-        trained = {
-            n: found[f"train {n}"].value for n in names if f"train {n}" in found and found[f"train {n}"].ok
-        }
+        unloaded = self.found.left_out.get(IN_POOL, {})
+        names = [e.name for e in self.recipe.pool_entries if e.name not in unloaded or e.name in taken]
+        untaken = [n for n in names if n not in taken and n not in refused]
+        trained = self.stage("train", {n: self.step(f"train {n}", "train", name=n) for n in untaken})
         records = {**taken, **trained}
         return {n: records[n] for n in dict.fromkeys((*names, *taken)) if n in records}
 
@@ -205,17 +200,14 @@ class _Run:
 
         An expert that gets none stays in the pool; the systems that need it report that.
         """
-        if not self.recipe.needs_signatures:
-            return
-        able = {e.name for e in self.recipe.pool_entries}
-        wanted = [n for n, r in records.items() if n in able and not ("taken" in r and "signature" in r)]
-        outcomes = self.run(
-            "sign",
-            [self.step(f"sign {n}", "signature", name=n, folder=records[n]["folder"]) for n in wanted],
-        )
-        for name in wanted:
-            if outcomes[f"sign {name}"].ok:
-                records[name] = records[name] | outcomes[f"sign {name}"].value
+        able = {e.name for e in self.recipe.pool_entries if self.recipe.needs_signatures}
+        steps = {
+            name: self.step(f"sign {name}", "signature", name=name, folder=record["folder"])
+            for name, record in records.items()
+            if name in able and not ("taken" in record and "signature" in record)
+        }
+        for name, signature in self.stage("sign", steps).items():
+            records[name] = records[name] | signature
 
     def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
         if not records:
@@ -250,18 +242,18 @@ class _Run:
         tasks, systems = self.found.tasks, self.recipe.all_systems
         wanted = [s for s in systems if s in CHOSEN]
         rows = {s: [n for n, info in found.items() if info["choice_rows"]] for s, found in tasks.items()}
-        steps = [
-            self.step(f"choose {e} on {s}", "choose", pool=key, expert=e, suite=s, tasks=names)
+        steps: dict[Any, Step] = {}
+        if MULTITASK in systems:
+            steps[MULTITASK] = self.step("train multitask", "multitask", names=list(pool.names))
+        steps |= {
+            (s, e): self.step(f"choose {e} on {s}", "choose", pool=key, expert=e, suite=s, tasks=names)
             for s, names in rows.items() for e in pool.names if names and wanted
-        ]  # fmt: skip
-        if MULTITASK in systems:
-            steps.insert(0, self.step("train multitask", "multitask", names=list(pool.names)))
-        outcomes = self.run("choose", steps)
-        if MULTITASK in systems:
-            self.found.multitask = outcomes["train multitask"].value
+        }  # fmt: skip
+        values = self.stage("choose", steps)
+        self.found.multitask = values.get(MULTITASK)
         chosen = self.found.chosen = {system: {} for system in wanted}
         for suite, names in rows.items():
-            made = {e: o.value for e in pool.names if (o := outcomes.get(f"choose {e} on {suite}")) and o.ok}
+            made = {e: values[suite, e] for e in pool.names if (suite, e) in values}
             self.found.failed |= _unscored(suite, names, {e: value["failed"] for e, value in made.items()})
             best = picks({e: value["scores"] for e, value in made.items()}, names, list(tasks[suite]))
             for system in wanted:
@@ -270,15 +262,15 @@ class _Run:
             chosen[OWN] = {IN_POOL: {n: n for n in tasks.get(IN_POOL, {})}}
 
     def measure(self, key: str) -> None:
-        steps = {}
+        steps, together = {}, self.found.multitask
         for system in self.recipe.all_systems:
             self.found.files[system] = {}
-            if system == MULTITASK and self.found.multitask is None:
+            if system == MULTITASK and together is None:
                 continue  # the expert in its folder would be of other data
             for suite, tasks in self.found.tasks.items():
                 experts = self.found.chosen.get(system, {}).get(suite, {})
-                if system == MULTITASK and self.found.multitask is not None:
-                    experts = dict.fromkeys(tasks, str(self.found.multitask["hash"]))
+                if system == MULTITASK and together is not None:
+                    experts = dict.fromkeys(tasks, str(together["hash"]))
                 # A system that is told its expert can't be measured on a task for which none was chosen.
                 names = [n for n in tasks if system not in TOLD or n in experts]
                 if names:
@@ -286,19 +278,17 @@ class _Run:
                         f"measure {system} on {suite}", "measure", pool=key, system=system, suite=suite, tasks=names,
                         experts=experts,
                     )  # fmt: skip
-        outcomes = self.run("measure", list(steps.values()))
-        for (system, suite), step in steps.items():
-            if (outcome := outcomes[step.name]).ok:
-                self.found.files[system][suite] = outcome.value["scores"]
-                self.found.failed |= _unmeasured(f"{system} on {suite}", **outcome.value)
+        for (system, suite), value in self.stage("measure", steps).items():
+            self.found.files[system][suite] = value["scores"]
+            self.found.failed |= _unmeasured(f"{system} on {suite}", **value)
 
     def contaminated(self, pool: Pool) -> None:
         suites = {s: list(tasks) for s, tasks in self.found.tasks.items() if tasks}
         # Of other experts, no task says which rows they saw.
         known = [e.name for e in self.recipe.pool_entries if e.name in pool.names]
         step = self.step("contamination", "contamination", words=RUN_WORDS, suites=suites, trained=known)
-        outcome = self.run("contamination", [step])["contamination"] if known else Outcome()
-        found = outcome.value or {"suites": {}, "read": []}
+        values = self.stage("contamination", {"all": step} if known else {})
+        found = values.get("all", {"suites": {}, "read": []})
         self.found.contamination = {**found, "unread": [n for n in pool.names if n not in found["read"]]}
 
     def trace(self, key: str) -> None:
@@ -306,11 +296,11 @@ class _Run:
         if not self.recipe.page.prompts:
             return
         suites = {s: list(tasks) for s, tasks in self.found.tasks.items() if tasks}
-        outcome = self.run("trace", [self.step("trace", "trace_pool", pool=key, suites=suites)])["trace"]
-        if outcome.ok:
-            self.prompts = outcome.value.prompts
-            self.found.traced = {"shares": outcome.value.shares, "layers": outcome.value.layers}
-            self.found.experts = with_cards(self.found.experts, outcome.value.cards)
+        steps = {"all": self.step("trace", "trace_pool", pool=key, suites=suites)}
+        for seen in self.stage("trace", steps).values():
+            self.prompts = seen.prompts
+            self.found.traced = {"shares": seen.shares, "layers": seen.layers}
+            self.found.experts = with_cards(self.found.experts, seen.cards)
 
 
 def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
