@@ -117,7 +117,7 @@ def test_refusals_leave_the_base_alone(pooled, monkeypatch):
     with pytest.raises(RoutingError, match="can't be switched off"):
         explain(base, Pool(experts), ids, Random(), prompt=PROMPT)
     assert routing_of(base) is None
-    monkeypatch.setattr("phatgoose.workflows.traced.greedy_answer", lambda base, ids, n: ids)
+    monkeypatch.setattr("phatgoose.models.trace.record.greedy_answer", lambda base, ids, n: ids)
     with pytest.raises(EvaluationError, match="answered nothing"):
         explain(base, Pool(experts), ids, prompt=PROMPT)
     assert routing_of(base) is None

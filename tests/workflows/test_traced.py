@@ -15,8 +15,7 @@ from phatgoose.models.text.encoding import encode_answers
 from phatgoose.models.trace.record import trace
 from phatgoose.records import Example, Task
 from phatgoose.routers import PHATGOOSE, Uniform
-from phatgoose.workflows.page import page, read_results
-from phatgoose.workflows.traced import TraceRequest, layer_shares, traced, with_cards
+from phatgoose.workflows.page import TraceRequest, layer_shares, page, read_results, traced, with_cards
 
 ROWS = tuple(Example(f"{word} number {i}?", ("yes",)) for i, word in enumerate(["walk", "true", "the fox"]))
 TASK = Task("t", ROWS, ROWS, ROWS)

@@ -19,9 +19,9 @@ from phatgoose.models.attach.attach import prompted, route_with, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.batch import IGNORED, target_logits
+from phatgoose.models.trace.record import trace_answer
 from phatgoose.routers import PHATGOOSE, Router
 from phatgoose.routers.masked import Masked, Switches
-from phatgoose.workflows.traced import answer_traced
 
 MATTERS = 0.1
 """An expert mattered if leaving it out changes the answer's log-likelihood by at least this many nats (a tenth of its
@@ -122,7 +122,7 @@ def explain(
     route_with(base, pool, Masked(router, switches), options.route)
     try:
         with prompted(base, read):
-            recorded, answer = answer_traced(base, ids, options.max_new_tokens)
+            recorded, answer = trace_answer(base, ids, options.max_new_tokens)
         if not len(answer):
             raise EvaluationError("the model answered nothing, so there is nothing to explain.")
         shares = expert_shares(recorded)

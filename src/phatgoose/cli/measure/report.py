@@ -52,7 +52,7 @@ def command(
         raise typer.BadParameter(
             "tasks and prompts are traced with a pool: give --pool.", param_hint="--pool"
         )
-    from phatgoose.workflows.page import page, read_results
+    from phatgoose.workflows.page import TraceRequest, page, read_results
 
     measured = None if results is None else read_results(results)
     if traced.pool is None:
@@ -60,7 +60,6 @@ def command(
         return
     from phatgoose.cli.common.loading import choose, load_for, load_pool
     from phatgoose.models.attach.options import RouteOptions
-    from phatgoose.workflows.traced import TraceRequest
 
     experts = load_pool(traced.pool)
     choice = choose(traced.router, experts, RouteOptions(traced.backend))

@@ -15,6 +15,7 @@ from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import locate_modules
 from phatgoose.models.context.runs import cache_of
+from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.models.trace.result import Trace
 
@@ -70,6 +71,13 @@ def trace(
         routing.record(None)
         recorder.flush()
         recorded._flush = lambda: None
+
+
+def trace_answer(base: Base, ids: Tensor, new_tokens: int) -> tuple[Trace, Tensor]:
+    """The trace of a greedy answer to the prompt `ids` [1, T], without margins, and the answer's tokens [A]."""
+    with trace(base, margins=False) as recorded:
+        out = greedy_answer(base, ids, new_tokens)
+    return recorded, out[0, 1 if base.is_encoder_decoder else ids.shape[1] :]
 
 
 def _wrapped_methods(model: Any, recorder: Recorder) -> dict[str, Any]:

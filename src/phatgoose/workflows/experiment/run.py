@@ -32,7 +32,7 @@ from phatgoose.workflows.experiment.page import page_data
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.results import Findings, results_of
 from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, ORACLE, OWN, TOLD, picks
-from phatgoose.workflows.traced import with_cards
+from phatgoose.workflows.page import with_cards
 
 _STEPS = "phatgoose.workflows.experiment.steps"
 

@@ -33,7 +33,7 @@ from phatgoose.workflows.experiment.page import page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import MULTITASK, OTHER, standing
 from phatgoose.workflows.experiment.worker import Run, WorkerState, worker_state
-from phatgoose.workflows.traced import TraceReport, TraceRequest, traced
+from phatgoose.workflows.page import TraceReport, TraceRequest, traced
 
 
 def check_tasks(run: Run, suite: str) -> dict[str, Any]:
