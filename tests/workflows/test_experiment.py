@@ -190,6 +190,15 @@ def test_experts_that_are_there_are_taken_and_the_others_trained(place, ready, m
     assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())
 
 
+def test_a_process_loads_its_base_once(place, monkeypatch):
+    """Also where steps that read the pool and steps that don't take turns."""
+    loaded, real = [], experiment_worker.load_base
+    monkeypatch.setattr(experiment_worker, "load_base", lambda *a, **k: loaded.append(a) or real(*a, **k))
+    made = recipe(place, systems=["base", "phatgoose", "oracle"], page={"prompts": 1})
+    assert run_experiment(made, place / "out")["shares"].keys() == {"upper", "choice", "held"}
+    assert len(loaded) == 1
+
+
 def test_a_pool_of_experts_without_tasks_is_compared_on_what_is_unseen(place, ready):
     pool = {"folder": str(place / "ready")}
     measure = {**recipe(place).to_json()["measure"], "suites": ["unseen"]}
