@@ -62,8 +62,7 @@ def cards(
 
 
 def gate_similarity(experts: Sequence[Expert]) -> Tensor:
-    """Mean cosine of two experts' standardised gates over the modules both have: float64 [experts, experts],
-    NaN if there is none."""
+    """Mean cosine of two experts' standardised gates over shared modules, or NaN: float64 [experts, experts]."""
     size = len(experts)
     total, count = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
     for path in dict.fromkeys(path for e in experts for path in (e.gates or {})):

@@ -63,8 +63,7 @@ def entropy(shares: Iterable[float]) -> float:
 
 
 def effective_number(shares: Iterable[float]) -> float:
-    """exp(entropy) of `shares` scaled to sum to 1: 1 if one expert does all, E if E experts act alike, 0 if
-    none acts."""
+    """exp(entropy) of `shares`: 1 if one expert does all, E if E experts act alike, 0 if none acts."""
     positive = [s for s in shares if s > 0]
     return math.exp(entropy(positive)) if positive else 0.0
 

@@ -102,8 +102,7 @@ def explain(
     read: Sequence[str] = (),
     options: ExplainOptions | None = None,
 ) -> tuple[Explanation, RoutedPrompt]:
-    """Answers greedily and finds the experts that the answer rests on; also returns the answer's routing, token by
-    token.
+    """Answers greedily and finds the experts that the answer rests on; also returns its routing, token by token.
 
     The answer's tokens are scored behind the prompt once with the whole pool, once with the base, and twice for
     each active expert (without it, it alone). Several of these variants share a forward pass, one a row.
@@ -156,8 +155,7 @@ def _effects(
 
 
 def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
-    """Which experts are on: all, none, then for each chosen one all others, and it alone. bool [2 + 2·chosen,
-    experts]."""
+    """Which experts are on, bool [2 + 2·chosen, experts]: all, none, then all but each chosen one, and it alone."""
     rows = [torch.ones(len(names), dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)]
     for name in chosen:
         alone = torch.tensor([other == name for other in names])
@@ -168,8 +166,7 @@ def _variants(names: Sequence[str], chosen: Sequence[str]) -> Tensor:
 def _scored(
     base: Base, switches: Switches, answered: Answered, batches: Sequence[Tensor]
 ) -> tuple[list[float], list[bool]]:
-    """For each variant: the answer's log-likelihood in nats, and whether its likeliest tokens are those of the
-    first."""
+    """Each variant's log-likelihood of the answer in nats, and whether its likeliest tokens are the first one's."""
     likelihoods: list[float] = []
     kept: list[bool] = []
     # The first variant's likeliest tokens are the answer's, except where another batch size or a cache tips a tie.

@@ -83,8 +83,7 @@ def page(
     request: TraceRequest | None = None,
     options: RouteOptions | None = None,
 ) -> Path:
-    """Writes the page. With a pool and its base, the pool is traced: experts get cards, tasks profiles, and prompts
-    answers.
+    """Writes the page. A pool with its base is traced: experts get cards, tasks profiles, and prompts answers.
 
     Raises:
         EvaluationError: there is nothing to show, or the results are malformed.
@@ -178,8 +177,7 @@ def with_cards(
 
 
 def layer_shares(t: Trace) -> dict[str, Any]:
-    """{"layers": labels, "experts": names, "shares": [layer][expert]}: each layer's mean over its modules of their
-    load."""
+    """{"layers": labels, "experts": names, "shares": [layer][expert]}: mean loads of each layer's modules."""
     loads = load(t)
     groups: dict[str, list[torch.Tensor]] = {}
     for path, label in layer_labels(t.locations).items():

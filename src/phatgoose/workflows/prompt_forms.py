@@ -13,8 +13,7 @@ Form = Literal["raw", "chat"]
 
 
 def trained_form(expert: Expert) -> Form | None:
-    """The form of an expert's training rows, by the record of its training or else of its gates; None if neither
-    tells."""
+    """The form of an expert's training rows, by the record of its training or else of its gates, or None."""
     gate = expert.provenance.get("gate")
     for record in (expert.provenance, gate):
         task = record.get("task") if isinstance(record, Mapping) else None
@@ -49,8 +48,7 @@ def endpoint(pool: Pool) -> str | None:
 def read_of_turn(pool: Pool | None, turn: str) -> list[str]:
     """What `prompted` gets for a chat's prompt, for routers that read text: the last turn without the template.
 
-    Empty if experts were trained on conversations: their data signatures are of whole rendered prompts, so those
-    are read.
+    Empty if experts were trained on conversations: their data signatures are of whole rendered prompts.
     """
     forms = {trained_form(expert) for expert in pool.experts} if pool is not None else set()
     return [] if "chat" in forms else [turn]

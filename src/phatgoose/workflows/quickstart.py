@@ -153,8 +153,7 @@ def _print_next_steps(console: Console, out: Path, recipe: ExperimentRecipe) -> 
 
 
 def _activation() -> list[str]:
-    """The command that puts `phatgoose` on the path, if it isn't there: `make quickstart` runs it from its own
-    environment."""
+    """The command that puts `phatgoose` on the path, if it isn't: `make quickstart` has an environment of its own."""
     script = Path(sys.prefix) / "bin" / "activate"
     if shutil.which("phatgoose") is not None or not script.exists():
         return []

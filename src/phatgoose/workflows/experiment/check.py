@@ -44,8 +44,7 @@ def check_data(recipe: ExperimentRecipe) -> Checked:
 
 
 def _only_searched(recipe: ExperimentRecipe) -> set[str]:
-    """Existing experts whose rows no step needs: if these are missing, they are merely not searched for
-    contamination."""
+    """Existing experts whose rows no step needs: missing ones are merely not searched for contamination."""
     used = IN_POOL in recipe.measure.suites or recipe.needs_signatures or MULTITASK in recipe.all_systems
     if used or not recipe.pool.folder:
         return set()

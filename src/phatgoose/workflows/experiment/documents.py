@@ -126,8 +126,7 @@ def _systems(suite: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _tasks(suite: Mapping[str, Any], picks: Mapping[str, str]) -> list[list[str]]:
-    """What each task's numbers mean: its rows (100 of 38: several show one raw row), how they are scored, what guessing
-    scores, the oracle's expert; then what each system scores."""
+    """What each task's numbers mean (100 of 38 rows: several show one raw row), then what each system scores."""
     ranked = _ranked(suite)
     rows = [["task", "rows", "measure", "guessing", *(["oracle's expert"] if picks else []), *ranked]]
     for task, score in _scores(suite).items():
@@ -182,10 +181,7 @@ def blind_choice(suite: Mapping[str, Any]) -> float:
 
 
 def _guess(info: Mapping[str, Any]) -> float | None:
-    """What can be scored without reading prompts: by a random choice, or by always giving the commonest answer.
-
-    The commonest answer is that of the measured rows, so this is a little more than a guesser could know.
-    """
+    """What is scored without reading prompts: by a random choice, or by the commonest answer of the measured rows."""
     return max((g for g in (info["commonest"], info["chance"]) if g is not None), default=None)
 
 
@@ -213,6 +209,8 @@ def _panel(name: str, suite: Mapping[str, Any], left: int, top: int) -> dict[str
     highest = max(guess, *(found["high"] for found in systems.values()))
     pad = max(0.01, (highest - lowest) * 0.05)
     low, high = max(0.0, lowest - pad), min(1.0, highest + pad)
+    # Round numbers, at most five steps: the axis lies in [0, 1] and is at least 0.01 wide.
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 5 * s)
     return {
         "left": left,
         "top": top,
@@ -220,16 +218,10 @@ def _panel(name: str, suite: Mapping[str, Any], left: int, top: int) -> dict[str
         "last": top + HEAD + ROW * len(systems),
         "head": f"{name} ({len(suite['common_tasks'])} tasks)",
         "x": lambda value: round(left + LABEL + WIDTH * (value - low) / (high - low), 1),
-        "ticks": _ticks(low, high),
+        "ticks": [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)],
         "lines": ({"base": systems[BASE]["mean"]} if BASE in systems else {}) | {"guess": guess},
         "systems": systems,
     }
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers within [low, high], at most five steps; the interval lies in [0, 1] and is at least 0.01 wide."""
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 5 * s)
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _kind(system: str) -> str:

@@ -52,8 +52,7 @@ class Executor(Protocol):
     """Something that runs steps."""
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        """Runs all steps, in any order: step name → outcome. Calls `tell` on every change; a failed step raises
-        nothing."""
+        """Runs all steps, in any order: name → outcome. Calls `tell` on every change, and raises for no failed step."""
         ...
 
     def close(self) -> None:
@@ -62,8 +61,7 @@ class Executor(Protocol):
 
 
 def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
-    """("ok", value), ("refused", why) for an error that a retry would repeat, or ("error", why) for one that it may
-    not."""
+    """("ok", value), ("refused", why) for an error that a retry would repeat, or ("error", why) for another."""
     module, _, name = function.partition(":")
     try:
         return "ok", getattr(importlib.import_module(module), name)(**arguments)

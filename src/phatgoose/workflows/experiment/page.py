@@ -44,11 +44,7 @@ SYSTEM_NOTES = {
 
 
 def page_data(results: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json of an experiment → what `report` takes: suites are groups of tasks.
-
-    Raises:
-        EvaluationError: it lacks something that an experiment writes.
-    """
+    """results.json of an experiment → what `report` takes: suites are groups of tasks."""
     try:
         return _page_data(results)
     except (KeyError, TypeError, AttributeError) as cause:
@@ -87,8 +83,7 @@ def _page_data(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page_names(suites: Mapping[str, Iterable[str]]) -> dict[tuple[str, str], str]:
-    """(suite, task) → the task's name on the page, which names its suite too where two suites have a task of that
-    name."""
+    """(suite, task) → the task's name on the page, with its suite where two suites have a task of that name."""
     tasks = [(suite, task) for suite, found in suites.items() for task in found]
     several = Counter(task for _, task in tasks)
     return {(suite, task): f"{suite}: {task}" if several[task] > 1 else task for suite, task in tasks}

@@ -15,8 +15,7 @@ _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
 
 
 class _Begun:
-    """An actor that workers tell which step they begin: Ray itself doesn't say which of the submitted tasks already
-    run."""
+    """An actor that workers tell which step they begin: Ray itself doesn't say which tasks already run."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, str]] = []
@@ -32,8 +31,7 @@ class _Begun:
 def _attempt_in(
     folder: str, begun: Any, name: str, function: str, arguments: Mapping[str, Any]
 ) -> tuple[str, Any]:
-    """`attempt` in the driver's current folder, so that relative paths mean the same; a cluster's workers start
-    elsewhere."""
+    """`attempt` in the driver's current folder, for relative paths: a cluster's workers start elsewhere."""
     begun.say.remote(name, platform.node())
     if os.path.isdir(folder):
         os.chdir(folder)
@@ -52,14 +50,7 @@ class RayExecutor:
         cpus, gpus: what one step asks for. Fractions of a GPU let several steps share it.
     """
 
-    def __init__(
-        self,
-        address: str | None = None,
-        *,
-        cpus: float = 1,
-        gpus: float = 0,
-        retries: int = 1,
-    ):
+    def __init__(self, address: str | None = None, *, cpus: float = 1, gpus: float = 0, retries: int = 1):
         try:
             import ray
         except ImportError as cause:

@@ -120,10 +120,7 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
 
 
 def _claims(floors: Mapping[str, float], suites: Mapping[str, Any]) -> dict[str, Any]:
-    """Suite → the recipe's floor for PHATGOOSE's share of the oracle's gain, that share, and whether the claim holds.
-
-    "holds" is None if the share has no value.
-    """
+    """Suite → the floor that the recipe claims for PHATGOOSE's share of the oracle's gain, the share, the verdict."""
     found = {}
     for suite, floor in floors.items():
         share = suites[suite]["oracle_gain_share"].get(MAIN, {}).get("share")
@@ -249,11 +246,7 @@ def interval(drawn: NDArray[np.float64]) -> dict[str, float]:
 
 
 def made(seconds: float) -> dict[str, Any]:
-    """When, with which packages and on which machine results were made.
-
-    Args:
-        seconds: this run's own time, without what an earlier run had finished.
-    """
+    """When, where and with which packages results were made; `seconds` without what an earlier run had finished."""
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         **installed_versions("phatgoose", "torch", "transformers", "peft"),

@@ -80,8 +80,7 @@ def run_experiment(
 
 @contextlib.contextmanager
 def locked_folder(out: Path, kind: str) -> Iterator[None]:
-    """Marks `out` as the folder of a `kind` of run ("quickstart", "experiment") and locks it; others' folders stay
-    as they are.
+    """Marks `out` as the folder of a `kind` of run ("quickstart", "experiment") and locks it.
 
     Raises:
         StorageError: it is a folder of something else, or another run is at work in it.
@@ -234,8 +233,7 @@ class _Run:
                 self.found.left_out[suite][name] = why
 
     def choose(self, pool: Pool, key: str) -> None:
-        """Trains the multitask expert and chooses the experts of systems that go by labels, as far as these are
-        compared.
+        """Trains the multitask expert, and chooses the experts of systems that go by labels.
 
         Both are one stage: the training alone would keep one worker busy and leave the others idle.
         """

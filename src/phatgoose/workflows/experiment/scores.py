@@ -67,8 +67,7 @@ class ScoreCache:
     def measure(
         self, task: Task, pool: Pool | None, router: Router | None, *, split: SplitName = "test", limit: int
     ) -> Path:
-        """The file with the score of `router` over `pool` on a split's first `limit` rows; without both, of the
-        base."""
+        """The file with the score of `router` over `pool`, or of the base, on a split's first `limit` rows."""
         path, key = self._entry(task, pool, router, split, limit)
         if path.exists():
             return path
@@ -118,11 +117,7 @@ class ScoreCache:
 
     @staticmethod
     def read(path: Path) -> TaskScore:
-        """The score in a file that `measure` wrote.
-
-        Raises:
-            EvaluationError: it is damaged.
-        """
+        """The score in a file that `measure` wrote."""
         data: Any = read_json(path, EvaluationError)
         if not isinstance(data, dict):
             raise EvaluationError(f"{path} is not a measurement; delete it to measure again.")

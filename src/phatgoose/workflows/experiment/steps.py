@@ -216,8 +216,7 @@ def measure(
     tasks: list[str],
     experts: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """One system on a suite's tasks: {"scores": {task: file}, "failed": {task: why}}; `experts`: task → the one
-    that acts."""
+    """One system on tasks, with the `experts` that act: {"scores": {task: file}, "failed": {task: why}}."""
     state = worker_state(run, pool)
     kind, _, spec = system.partition(":")
 
@@ -246,8 +245,7 @@ def trace_pool(run: Run, pool: str, suites: Mapping[str, list[str]]) -> TraceRep
 def contamination(
     run: Run, words: int, suites: Mapping[str, list[str]], trained: list[str]
 ) -> dict[str, Any]:
-    """Which measured rows share `words` words in a row with a training row: {"suites": {suite: {task: …}}, "read":
-    names}.
+    """Which measured rows share `words` words in a row with a training row: {"suites": {suite: {task: …}}, "read": …}.
 
     "read" names the experts whose training rows were compared. An expert that was taken is among them only if its
     record names the very rows of its task. A task of "in-pool" is compared with the other experts' rows: with its
