@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -280,11 +280,7 @@ class ExperimentRecipe:
         Raises:
             UnknownName: a setting that doesn't exist. RecipeError: one of the wrong type.
         """
-        given = {k: v for k, v in data.items() if k != "multitask" or v is not None}
-        values = {
-            k: _dataclass_of(TABLES[k], v, f"{where}, [{k}]") if k in TABLES else v for k, v in given.items()
-        }
-        made = _dataclass_of(ExperimentRecipe, values, where)
+        made = _dataclass_of(ExperimentRecipe, data, where)
         assert isinstance(made, ExperimentRecipe)
         return made
 
@@ -322,18 +318,6 @@ class ExperimentRecipe:
         return ExperimentRecipe.from_json(data, str(path))
 
 
-TABLES: dict[str, type] = {
-    "pool": PoolPart,
-    "measure": MeasurePart,
-    "page": PagePart,
-    "expert": ExpertConfig,
-    "gate": GateConfig,
-    "signature": SignatureConfig,
-    "multitask": ExpertConfig,
-}
-"""The tables of a recipe that are a dataclass each."""
-
-
 def fast_dtype() -> str:
     """bfloat16 where this machine computes in it (three times as fast there), else float32."""
     fast = (
@@ -366,14 +350,19 @@ def _dataclass_of(kind: Any, data: Any, where: str) -> Any:
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: expected settings, got {type(data).__name__}.")
-    types = {f.name: str(f.type) for f in fields(kind)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    for name, value in values.items():
+    hints, values = get_type_hints(kind), {}
+    types = {f.name: hints[f.name] for f in fields(kind)}
+    for name, given in data.items():
         if name not in types:
             raise unknown(f"setting in {where}", name, types)
+        table = next((t for t in (types[name], *get_args(types[name])) if is_dataclass(t)), None)
+        if table is not None and (given is not None or table is types[name]):
+            values[name] = _dataclass_of(table, given, f"{where}, [{name}]")
+            continue
+        values[name] = tuple(given) if isinstance(given, list) else given
         expected, fits = _TYPES.get(types[name], ("", lambda value: True))
-        if not fits(value):
-            raise RecipeError(f"{where}: {name} is {value!r}, expected {expected}.")
+        if not fits(values[name]):
+            raise RecipeError(f"{where}: {name} is {values[name]!r}, expected {expected}.")
     try:
         return kind(**values)
     except TypeError as cause:
@@ -385,24 +374,24 @@ def _is(kind: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _all(kind: Any) -> Callable[[Any], bool]:
-    return lambda value: all(map(_is(kind), value.values() if isinstance(value, Mapping) else value))
+def _all(container: type, kind: Any) -> Callable[[Any], bool]:
+    """Whether a value is such a list or mapping, with values of this kind."""
+
+    def fits(value: Any) -> bool:
+        found = value.values() if isinstance(value, Mapping) else value
+        return isinstance(value, container) and all(map(_is(kind), found))
+
+    return fits
 
 
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "str": ("a text", _is(str)),
-    "int": ("a whole number", lambda value: _is(int)(value) and value >= 0),
-    "float": ("a number", _is(int | float)),
-    "tuple[str, ...]": ("a list of texts", lambda value: _is(tuple)(value) and _all(str)(value)),
-    "tuple[int, ...]": (
-        "a list of whole numbers",
-        lambda value: _is(tuple)(value) and bool(value) and _all(int)(value),
-    ),
-    "Mapping[str, str]": ("names and texts", lambda value: _is(Mapping)(value) and _all(str)(value)),
-    "Mapping[str, float]": (
-        "names and numbers",
-        lambda value: _is(Mapping)(value) and _all(int | float)(value),
-    ),
+_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("a text", _is(str)),
+    int: ("a whole number", lambda value: _is(int)(value) and value >= 0),
+    float: ("a number", _is(int | float)),
+    tuple[str, ...]: ("a list of texts", _all(tuple, str)),
+    tuple[int, ...]: ("a list of whole numbers", lambda value: value != () and _all(tuple, int)(value)),
+    Mapping[str, str]: ("names and texts", _all(Mapping, str)),
+    Mapping[str, float]: ("names and numbers", _all(Mapping, int | float)),
 }
 """Type of a field → (what is expected there, its check). Fields of other types check themselves."""
 
