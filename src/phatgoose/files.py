@@ -208,11 +208,7 @@ def open_regular(path: Path, error: type[PhatgooseError]) -> Iterator[tuple[Buff
 
 
 def is_folder(path: Path, error: type[PhatgooseError]) -> bool:
-    """Whether a path is a folder.
-
-    Raises:
-        PhatgooseError: of the type `error`, if there is no permission to look.
-    """
+    """Whether a path is a folder. No permission to look is an `error`."""
     try:
         return path.is_dir()
     except OSError as cause:
@@ -223,9 +219,7 @@ def inside(folder: Path, name: str, error: type[PhatgooseError]) -> Path:
     """`folder`/`name`, which may be missing; if it is a link it must stay in the folder.
 
     A download in the Hub's cache may also lead to that cache's own blobs (…/snapshots/REVISION/… → …/blobs/…).
-
-    Raises:
-        PhatgooseError: of the type `error`, for a link that leads elsewhere.
+    A link that leads elsewhere is an `error`.
     """
     path = folder / name
     try:

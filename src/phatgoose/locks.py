@@ -62,11 +62,7 @@ def locked(
 
 @contextlib.contextmanager
 def only_run(folder: Path, lock: Path) -> Iterator[None]:
-    """Locks `folder` while a command works on what it will write there. The lock file is removed in the end.
-
-    Raises:
-        StorageError: another process holds it, or it can't be written.
-    """
+    """Locks `folder` while a command works there, or refuses it at once. The lock file is removed in the end."""
     busy = f"another run is at work in {folder}: wait until it has ended, end it, or choose another folder."
     with locked(lock, str(folder), 0.2, StorageError(busy)):
         try:

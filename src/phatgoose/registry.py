@@ -26,11 +26,7 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Unkno
 
 
 def lookup(kind: str, name: str, table: Mapping[str, str]) -> Any:
-    """The object that `table` gives for `name` as "module:attribute" or "module", imported now.
-
-    Raises:
-        UnknownName: if `name` is not in `table`.
-    """
+    """The object that `table` gives for `name` as "module:attribute" or "module", imported now; or UnknownName."""
     if name not in table:
         raise unknown(kind, name, table)
     module, _, attribute = table[name].partition(":")

@@ -45,11 +45,7 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 
 class DataSignature:
-    """Mean activations and text embeddings of one expert's own data. Immutable; values may be read on first use.
-
-    Raises:
-        ExpertError: naming the tensor, what was expected and what was found.
-    """
+    """Mean activations and text embeddings of one expert's own data. Immutable; values may be read on first use."""
 
     encoder: str | None
     """The sentence encoder of the texts, an alias or a Hub id; None without texts."""

@@ -240,8 +240,7 @@ DIFFERENT_BASES = "the experts' configs name different bases"
 def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
     """Warnings about what an expert lacks or leaves out.
 
-    Args:
-        compared: the experts were routed in the base already, which compares the weights that they bring.
+    `compared`: the experts were routed in the base already, which compares the weights that they bring.
     """
     for expert in experts:
         if expert.adapter_config.get("modules_to_save") and expert.base_copies and not compared:

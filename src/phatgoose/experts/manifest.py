@@ -34,11 +34,7 @@ def _is_unfinished(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[dict[str, Any]]:
-    """Makes a pool's folder if there is none, holds its lock, and gives its manifest, or a new one.
-
-    Raises:
-        PoolError: something else is there. And as `lock`.
-    """
+    """Makes a pool's folder if there is none, holds its lock, and gives its manifest, or a new one."""
     if folder.exists() and not (folder / MANIFEST).exists() and not _is_unfinished(folder):
         raise PoolError(f"{folder} exists and holds something else than a pool; choose another folder.")
     with storage_errors(folder):
@@ -49,11 +45,7 @@ def opened(folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds the pool's lock while it is written; after a few seconds of waiting, a warning is logged.
-
-    Raises:
-        PoolError: another process holds it for ten minutes, or it is a link. StorageError: the folder can't be written.
-    """
+    """Holds the pool's lock while it is written; refuses a link, and one that is held for ten minutes."""
     _refuse_links(folder)
     held = f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
     with locked(folder / ".lock", f"the pool in {folder}", LOCK_SECONDS, PoolError(held), needed=True):
@@ -114,11 +106,7 @@ def expert_folder(folder: Path, entry: Mapping[str, Any]) -> SafeFolder:
 
 
 def verify_files(folder: SafeFolder, entry: dict[str, Any]) -> None:
-    """Compares every file of an expert with its sha256 in the manifest.
-
-    Raises:
-        PoolError: one is damaged, missing, not listed, or larger than this machine's free memory.
-    """
+    """Refuses files of an expert that aren't those in the manifest, or are larger than this machine's free memory."""
     for name, expected in entry["files"].items():
         path = folder.path / name
         if name not in EXPERT_FILES:

@@ -278,11 +278,7 @@ def raise_all(failures: Sequence[PhatgooseError], title: str) -> None:
 
 
 def place_expert(folder: Path, expert: Expert, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes `expert` into the pool in `folder`, unless it is there already, and returns its manifest entry.
-
-    Args:
-        entries: of the experts that the pool has.
-    """
+    """Writes `expert` into a pool that has these entries, unless it is there already, and returns its entry."""
     for entry in entries:
         if entry["name"] == expert.name and _has_expert(folder / entry["folder"], expert, entry):
             return _entry(expert, entry["folder"], entry["files"])

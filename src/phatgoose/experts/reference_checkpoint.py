@@ -72,12 +72,7 @@ class Contents:
 
 
 def inspect_checkpoint(checkpoint: Path, tensors: Mapping[str, Tensor], base: BaseShape) -> Contents:
-    """Checks that a checkpoint holds whole experts of this base and nothing else.
-
-    Raises:
-        ExpertError: a key that is unknown, missing or numbered with a gap; a shape that isn't the base's;
-            embeddings that aren't the base's own.
-    """
+    """What is in a checkpoint: it must be whole experts of this base, the base's own embeddings, and nothing else."""
     found, count = set[str](), 0
     copies = {}
     for key, tensor in tensors.items():

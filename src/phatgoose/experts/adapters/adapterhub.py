@@ -78,11 +78,7 @@ FAMILIES = {
 
 
 def places(model_type: str, settings: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
-    """Module paths that get an adapter with these settings → the module whose input is the residual stream there.
-
-    Raises:
-        KeyError: it isn't known where the library puts adapters in this model_type.
-    """
+    """Module paths that get an adapter with these settings → the module whose input is the residual stream there."""
     family = FAMILIES[model_type]
     found = {path: family.at(path) for path in paths}
     return {

@@ -66,11 +66,7 @@ def to_contents(
 
 
 def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, Any], TensorFile]:
-    """The config and the tensors of an adapter's folder, unchanged.
-
-    Raises:
-        ExpertError: a file is missing or damaged, or a tensor isn't finite or not floating point; names both.
-    """
+    """The config and the tensors of an adapter's folder, unchanged; damaged files and values are refused by name."""
     folder = Path(folder)
     files = SafeFolder(folder)
     if not files.exists():

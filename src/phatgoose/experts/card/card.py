@@ -184,10 +184,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def write_card(target: Path, facts: Facts, source: Path | None) -> None:
-    """Writes an expert's card into the folder `target`.
-
-    A card that somebody wrote in `source`, the folder that the expert was read from, is copied instead.
-    """
+    """Writes an expert's card into the folder `target`, or copies the one that somebody wrote in `source`."""
     kept = own_card(source) if source is not None else None
     write_bytes(target / CARD_FILE, expert_card(facts).encode() if kept is None else kept)
 

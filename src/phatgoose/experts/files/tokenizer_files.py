@@ -77,11 +77,7 @@ def load_warning(found: Mapping[str, Any]) -> str:
 
 
 def unchecked_warnings(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Warnings about the tokenizer files that experts bring, if there is no base to compare them with.
-
-    Args:
-        provenances: each expert's provenance, by its name.
-    """
+    """Warnings about the tokenizer files that experts (name → provenance) bring, without a base to compare with."""
     found = {name: record for name, p in provenances.items() if (record := _record(p)) is not None}
     if not found:
         return []
@@ -103,12 +99,7 @@ def unchecked_warnings(provenances: Mapping[str, Mapping[str, Any]]) -> list[str
 
 
 def differences(provenances: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[str]:
-    """How tokenizer files of experts differ from the base's: chat template, added tokens and their ids.
-
-    Args:
-        provenances: each expert's provenance, by its name.
-        tokenizer: the base's.
-    """
+    """How tokenizer files of experts (name → provenance) differ from the base's: chat template, added tokens."""
     own = getattr(tokenizer, "chat_template", None)
     own = own.get("default") if isinstance(own, dict) else own
     lines, vocabulary = [], None

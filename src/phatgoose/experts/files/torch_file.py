@@ -21,9 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def map_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a dict that torch.save wrote, in its order; their values are read when they are used.
 
-    Raises:
-        ExpertError: it isn't such a file, is damaged, or holds anything but tensors of float32, bfloat16 or float16
-            on the CPU.
+    Anything but tensors of float32, bfloat16 or float16 on the CPU is refused.
     """
     path = Path(path)
     _check_archive(path)

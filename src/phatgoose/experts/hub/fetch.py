@@ -115,11 +115,7 @@ def fetch(
     token: str | bool | None,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
-    """Fetches the files `required` and `optional`, by their paths in the repository, of the listed commit.
-
-    Raises:
-        DownloadError: a file is missing, too large, or not what the Hub lists. Other errors are huggingface_hub's.
-    """
+    """Fetches files of the listed commit by their paths in the repository; refuses what isn't as the Hub lists it."""
     wanted = [*required, *(name for name in optional if name in listing.files)]
     for name in wanted:
         _check_size(place, name, listing, max_bytes)

@@ -52,9 +52,6 @@ class PackedPoolReader:
 
     Experts of one config and one header share their layout, so that opening hundreds takes no longer than reading their
     small files.
-
-    Raises:
-        PoolError: the manifest's index, or the file of stacks, is not what it should be.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], *, verify: bool = True):

@@ -32,7 +32,12 @@ class StackFile:
         raw, self.header = read_header(path, PoolError)
         self.start = len(raw)
         self.bytes = self.start + self.header.data_bytes
-        check_format(path, self.header)
+        found = (self.header.metadata.get("format"), self.header.metadata.get("version"))
+        if found != (FORMAT, VERSION):
+            raise PoolError(
+                f"{path} has format {found[0]!r} version {found[1]!r}; expected {FORMAT!r} version {VERSION!r}. "
+                "A later version needs a later phatgoose."
+            )
         with open(path, "rb") as file:
             # Private: whoever writes into a tensor by mistake changes its own copy of the page, not the pool.
             self._map = mmap.mmap(
@@ -68,15 +73,6 @@ class StackFile:
 
     def __reduce__(self) -> tuple[type[StackFile], tuple[Path]]:
         return StackFile, (self.path.absolute(),)  # a pickle names the file, and unpickling maps it again
-
-
-def check_format(path: Path, header: Header) -> None:
-    found = (header.metadata.get("format"), header.metadata.get("version"))
-    if found != (FORMAT, VERSION):
-        raise PoolError(
-            f"{path} has format {found[0]!r} version {found[1]!r}; expected {FORMAT!r} version {VERSION!r}. "
-            "A later version needs a later phatgoose."
-        )
 
 
 @dataclass(frozen=True)
