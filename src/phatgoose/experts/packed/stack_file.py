@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import PoolError
-from phatgoose.experts.files.safetensors_file import Header, Item, bytes_of, read_header, write_header
+from phatgoose.experts.files.safetensors_file import Item, bytes_of, read_header, write_header
 from phatgoose.files import storage_errors
 
 FORMAT, VERSION = "phatgoose-stacks", "1"
