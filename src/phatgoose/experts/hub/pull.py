@@ -192,8 +192,6 @@ class _Remote:
         if self.listing is not None:
             files, limit = self.listing.files, min(TEXT_BYTES, self.max_bytes)
             there = [path for path in paths if path in files and files[path].size <= limit]
-            if not there:
-                return {}
             return dict(fetch(self.place, self.listing, there, [], self.token, self.max_bytes).paths)
         found: dict[str, Path] = {}
         for path in paths:
