@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,8 +75,7 @@ class Bottleneck:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, by field name."""
-        named = ((item.name, getattr(self, item.name)) for item in fields(self))
-        return {name: value for name, value in named if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, *target: Any) -> Bottleneck:
         """A copy whose tensors are on this device or in this dtype, as `Tensor.to` takes them."""

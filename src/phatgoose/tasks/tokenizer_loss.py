@@ -42,21 +42,18 @@ class TokenizerLoss:
 
 def tokenizer_loss(tokenizer: PreTrainedTokenizerBase, task: Task, rows: int = ROWS) -> TokenizerLoss:
     """The TokenizerLoss on the first `rows` test rows, or those of another split if there are none."""
-    examples = next((split for split in (task.test, task.validation, task.train) if split), ())[:rows]
-    unknown = tokenizer.unk_token_id
+    examples = (task.test or task.validation or task.train)[:rows]
     tokens = [_ids(tokenizer, e.input) for e in examples]
     total = sum(map(len, tokens))
     return TokenizerLoss(
         answers=sum(_loses_answer(tokenizer, e) for e in examples) / max(1, len(examples)),
-        prompt=0.0 if unknown is None else sum(ids.count(unknown) for ids in tokens) / max(1, total),
+        prompt=sum(ids.count(tokenizer.unk_token_id) for ids in tokens) / max(1, total),
     )
 
 
 def _loses_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
     answers = [_ids(tokenizer, text) for text in example.choices or example.targets]
-    if any(
-        not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids) for ids in answers
-    ):
+    if any(not ids or tokenizer.unk_token_id in ids for ids in answers):
         return True
     return example.choices is not None and len({tuple(ids) for ids in answers}) < len(answers)
 
