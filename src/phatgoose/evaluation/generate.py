@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.errors import EvaluationError
@@ -162,7 +162,7 @@ def _run_generate(model: PreTrainedModel, judge: _StopAtVerdict, pad: int) -> No
         prompts,
         settings,
         stopping_criteria=StoppingCriteriaList([judge]),
-        logits_processor=LogitsProcessorList([_RefuseNonFinite(judge)]),
+        logits_processor=LogitsProcessorList([judge.check]),
     )
 
 
@@ -188,14 +188,8 @@ class _StopAtVerdict(StoppingCriteria):
             )
         return verdicts
 
-
-class _RefuseNonFinite(LogitsProcessor):
-    """Refuses logits that aren't finite, of rows without a verdict. Changes nothing."""
-
-    def __init__(self, judge: _StopAtVerdict) -> None:
-        self.judge = judge
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        undecided = [i for i, found in enumerate(self.judge.found) if found is None]
-        _argmax(scores[undecided], [self.judge.rows[i] for i in undecided])
+    def check(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor that changes nothing: it refuses logits that aren't finite, of rows without a verdict."""
+        undecided = [i for i, found in enumerate(self.found) if found is None]
+        _argmax(scores[undecided], [self.rows[i] for i in undecided])
         return scores

@@ -59,7 +59,9 @@ def evaluate(
             _task_score(base, t, split, rows, config, tell) for t, rows in zip(tasks, chosen, strict=True)
         )
     low, high = suite_interval(
-        [_hits(s.predictions) for s in scores], groups=[s.groups for s in scores], **_bootstrap(config)
+        [[p.points for p in s.predictions] for s in scores],
+        groups=[s.groups for s in scores],
+        **_bootstrap(config),
     )
     return Scores(scores, sum(s.mean for s in scores) / len(scores), low, high)
 
@@ -104,7 +106,7 @@ def _task_score(
         predictions, truncated = predict(base, examples, config, done, metric)
     except EvaluationError as error:
         raise EvaluationError(f"task {task.name!r}, {split} split, {error}") from error
-    hits, groups = _hits(predictions), groups_of(examples)
+    hits, groups = [p.points for p in predictions], groups_of(examples)
     groups = groups if len(set(groups)) < len(groups) else ()
     low, high = bootstrap_interval(hits, groups=groups, **_bootstrap(config))
     kinds = {(metric or MATCH) if example.choices is None else RANK for example in examples}
@@ -143,10 +145,6 @@ def predict(
     return [found[index] for index in range(len(examples))], sum(row.truncated for row in rows)
 
 
-def _hits(predictions: Sequence[Prediction]) -> list[float]:
-    return [prediction.points for prediction in predictions]
-
-
 def _bootstrap(config: EvaluationConfig) -> dict[str, Any]:
     return {"level": config.level, "resamples": config.resamples, "seed": config.seed}
 
@@ -160,10 +158,7 @@ def _progress(wanted: bool | Progress) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    if not wanted or not console.is_terminal:
-        yield lambda task, rows, total: None
-        return
-    with Bars(console=console, transient=True) as bars:
+    with Bars(console=console, transient=True, disable=not wanted or not console.is_terminal) as bars:
         known: dict[str, Any] = {}
 
         def tell(task: str, rows: int, total: int) -> None:

@@ -82,10 +82,9 @@ def paired_difference(
         EvaluationError: if the two don't have the same tasks and rows, or as in `suite_interval`.
     """
     first, second = _arrays(a), _arrays(b)
-    shapes = [len(x) for x in first], [len(x) for x in second]
-    if shapes[0] != shapes[1]:
+    if (here := list(map(len, first))) != (there := list(map(len, second))):
         raise EvaluationError(
-            f"a paired difference needs the same rows on both sides, got {shapes[0]} and {shapes[1]} rows."
+            f"a paired difference needs the same rows on both sides, got {here} and {there} rows."
         )
     differences = [x - y for x, y in zip(first, second, strict=True)]
     low, high = suite_interval(differences, groups=groups, level=level, resamples=resamples, seed=seed)
@@ -148,8 +147,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
     arrays = [np.asarray(values, dtype=np.float64) for values in tasks]
-    if not arrays:
-        raise EvaluationError("an interval needs at least one task, got none.")
     for number, values in enumerate(arrays):
         if values.ndim != 1 or not values.size:
             raise EvaluationError(
@@ -175,11 +172,8 @@ def resampled_means(
     parts = []
     for start in range(0, resamples, step):
         picks = draws.integers(0, units, (min(step, resamples - start), units))
-        if units == values.shape[1]:  # every row by itself
-            parts.append(np.stack([system[picks].mean(axis=1) for system in sums]))
-        else:
-            rows = counts[picks].sum(axis=1)
-            parts.append(np.stack([system[picks].sum(axis=1) / rows for system in sums]))
+        rows = units if units == values.shape[1] else counts[picks].sum(axis=1)
+        parts.append(np.stack([system[picks].sum(axis=1) / rows for system in sums]))
     return np.concatenate(parts, axis=1)
 
 

@@ -78,9 +78,9 @@ def _options(group: type, preset: Any) -> Iterator[inspect.Parameter]:
     ours = issubclass(group, Options)
     for field in fields(group):
         default = field.default if preset is inspect.Parameter.empty else getattr(preset, field.name)
-        hint, *infos = (
-            get_args(hints[field.name]) if _is_annotated(hints[field.name]) else [hints[field.name]]
-        )
+        hint, infos = hints[field.name], []
+        if get_origin(hint) is Annotated:
+            hint, *infos = get_args(hint)
         kind = _typer_type(field.name, hint)
         if isinstance(kind, type) and issubclass(kind, Enum):
             default = kind(default)
@@ -99,10 +99,6 @@ def _options(group: type, preset: Any) -> Iterator[inspect.Parameter]:
             default=inspect.Parameter.empty if default is MISSING else default,
             annotation=Annotated[kind, info],
         )
-
-
-def _is_annotated(hint: Any) -> bool:
-    return get_origin(hint) is Annotated
 
 
 def _typer_type(name: str, hint: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -221,10 +221,4 @@ def _number(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """The harness's results as JSON can hold them: functions and other objects, infinities and NaN as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, str | bool | int) else str(value)
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda text: str(float(text)))
