@@ -11,8 +11,10 @@ import re
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from phatgoose.models.base.base import model_class
 
 RECORD = "phatgoose_copy.json"
 FORMAT = 1
+PINNED = tomllib.loads(files("phatgoose.models.base").joinpath("pinned.toml").read_text("utf-8"))
+"""The bases and sentence encoders that have an alias."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,14 @@ def _copy(name: str, source: dict[str, str], provide: Callable[[Path], Path]) ->
             file = provide(Path(unpacked))
             _say(f"converting {file.name} to float32 (once; kept in {folder})")
             _convert(file, work, folder)
-        files = sorted(p for p in work.rglob("*") if p.is_file())
+        found = sorted(p for p in work.rglob("*") if p.is_file())
         record = {
             "format": FORMAT,
             "source": source,
             "file": file.name,
             "dtype": "float32",
             "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
-            "files": {p.relative_to(work).as_posix(): sha256_file(p) for p in files},
+            "files": {p.relative_to(work).as_posix(): sha256_file(p) for p in found},
         }
         write_json(work / RECORD, record)
 

