@@ -10,7 +10,7 @@ from phatgoose.cli.common.streaming import stream
 from phatgoose.models.base.base import decoder_start, end_tokens
 from phatgoose.models.base.load import forced_start
 from phatgoose.models.text.encoding import encode_prompt
-from phatgoose.models.text.generate import generation_settings, greedy_answer, use_generation_config
+from phatgoose.models.text.generate import generation_settings, greedy_answer, run_generate
 
 NEW = 12
 LEAKS = {
@@ -83,8 +83,8 @@ def test_draws_are_of_the_models_own_distribution(make_base):
     leak(base, repetition_penalty=9.0, min_p=0.9, typical_p=0.1)
     settings = generation_settings(base.model, pad=0, max_new_tokens=1, temperature=0.7)
     torch.manual_seed(0)
-    with use_generation_config(base.model, settings), torch.no_grad():
-        out = base.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    out = run_generate(base.model, ids.tolist(), settings)
+    with torch.no_grad():
         expected = (base.model(ids[:1]).logits[0, -1] / 0.7).softmax(-1)
     found = torch.bincount(out[:, -1], minlength=len(expected)) / len(ids)
     assert float((found - expected).abs().max()) < 0.04

@@ -6,8 +6,7 @@ settings train, score and serve an expert.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -60,17 +59,6 @@ def answer_settings(base: Base, max_new_tokens: int, temperature: float = 0.0) -
     )
 
 
-@contextlib.contextmanager
-def use_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replaces the model's own generation_config inside: `generate` takes from it what its arguments leave open."""
-    kept = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
 def run_generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, **options: Any
 ) -> Tensor:
@@ -82,8 +70,12 @@ def run_generate(
     ids, mask = pad_rows(prompts, int(settings.pad_token_id), left=not model.config.is_encoder_decoder)
     ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
     run: Any = model.generate
-    with use_generation_config(model, settings), torch.no_grad():
+    # `generate` takes from the model's own settings what its arguments leave open.
+    kept, model.generation_config = model.generation_config, settings
+    try:
         return cast(Tensor, run(inputs=ids, attention_mask=mask, generation_config=settings, **options))
+    finally:
+        model.generation_config = kept
 
 
 def greedy_answer(
