@@ -189,9 +189,7 @@ def decode_path(key: str) -> str:
 def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
     """(the expert with this base's names of modules, name here → the expert's own name where they differ).
 
-    Raises:
-        BaseModelError: the expert was made on another base.
-        TrainingError: a module is missing here, is no linear layer, or is of another size; it names it.
+    A BaseModelError if the expert was made on another base. A TrainingError names a module that doesn't fit.
     """
     if expert.base is not None:
         check_same_base(expert.base, base.fingerprint, f"expert {expert.name!r}")

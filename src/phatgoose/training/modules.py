@@ -37,8 +37,7 @@ def target_paths(model: PreTrainedModel, targets: str | Sequence[str]) -> list[s
     A name means the layer with that path, or else every layer whose path ends with the name after a dot. If some of
     these are in the part of the model that reads text, only they are meant.
 
-    Raises:
-        TrainingError: a name matches nothing, or something that isn't a linear layer, or the output head.
+    A TrainingError if a name matches nothing, something that isn't a linear layer, or the output head.
     """
     head, tower = model.get_output_embeddings(), text_model_prefix(model)
     modules, linear = dict(model.named_modules()), _linear_paths(model)

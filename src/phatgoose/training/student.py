@@ -105,8 +105,7 @@ def autocast_dtype(base: PreTrainedModel, config: LoopConfig) -> torch.dtype | N
     adapters held in bf16 (1.9 against 1.7 s of CPU time for a step of SmolLM2-135M; 5.4 s in float32), without their
     rounding.
 
-    Raises:
-        TrainingError: the base's dtype doesn't allow the precision asked for.
+    A TrainingError if the base's dtype doesn't allow the precision asked for.
     """
     dtype = base.dtype
     if dtype not in (torch.float32, torch.bfloat16):

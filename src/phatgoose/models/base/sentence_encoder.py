@@ -126,10 +126,8 @@ def load_encoder(
         expected: the sha256 that it must have, checked before anything is loaded; None: any.
 
     Raises:
-        BaseModelError: it doesn't exist, can't be read, isn't the expected one, or isn't a mean-pooling encoder with
-            safetensors weights.
-        DownloadError: a file can't be fetched, is too large, or isn't what the Hub lists or the alias pins.
-        StorageError: no space to keep it.
+        BaseModelError: as `SentenceEncoder`, or it doesn't exist.
+        DownloadError, StorageError: a file can't be fetched or kept, is too large, or isn't what is listed or pinned.
     """
     folder, name = Path(spec).expanduser(), spec
     if spec == DEFAULT_ENCODER:

@@ -31,8 +31,7 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
     For a Hub model only the configuration is fetched. Weights that are on this machine already are read for the
     fingerprint and released again.
 
-    Raises:
-        BaseModelError: as for `load_base`: the base doesn't exist, or its configuration or weights can't be used.
+    A BaseModelError, as by `load_base`, if there is no such base or it can't be used.
     """
     source = find_source(spec, needs_weights=False)
     model = source.empty_model()
@@ -57,12 +56,9 @@ def base_shape(spec: str | os.PathLike[str]) -> BaseShape:
 
 
 def check_mixture(spec: str, pool: Pool) -> None:
-    """Refuses updates inside a mixture's experts that this base can't route. Does nothing for other pools.
+    """Refuses, as `route` would, updates inside a mixture's experts that this base can't route.
 
-    It reads the base's configuration alone, because bases with mixtures are large.
-
-    Raises:
-        RoutingError: as `route` would. BaseModelError: the base doesn't exist, or its configuration can't be used.
+    It reads the base's configuration alone, because bases with mixtures are large. It does nothing for other pools.
     """
     if not any(is_expert_path(path) for path in pool.modules):
         return
@@ -88,8 +84,7 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     This is for reading a few values of a model of any size. If transformers must rename or change the checkpoint's
     tensors, they can't be mapped; the base is then loaded into memory as by `load_base`.
 
-    Raises:
-        BaseModelError: as for `load_base`, or the weights are packed (AWQ, GPTQ, FP8, …).
+    A BaseModelError as by `load_base`, or if the weights are packed (AWQ, GPTQ, FP8, …).
     """
     source = find_source(spec, revision)
     model = source.empty_model()

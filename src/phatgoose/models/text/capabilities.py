@@ -128,10 +128,9 @@ def may_attend_ahead(model: PreTrainedModel) -> bool:
 
 
 def check_scorable(model: PreTrainedModel) -> None:
-    """Refuses a model whose scores mean nothing or depend on other rows of the batch. Runs it once, on eight tokens.
+    """Refuses (BaseModelError) a model whose tokens attend to later ones, or whose rows compete for places at experts.
 
-    Raises:
-        BaseModelError: tokens attend to later ones, or the rows of a batch compete for places at experts.
+    Its scores would mean nothing, or depend on the other rows of a batch. Runs it once, on eight tokens.
     """
     kind, config = type(model).__name__, model.config
     if config.model_type == "nllb-moe" and config.moe_eval_capacity_token_fraction < 1:

@@ -34,13 +34,12 @@ def conversation_ids(
 ) -> list[int]:
     """A conversation's tokens up to the model's answer: `apply_chat_template(add_generation_prompt=True)`.
 
+    A TaskError if there is no template, it refuses the conversation, or it would leave a part of it out.
+
     Args:
         messages: {"role", "content", …} each, as the template takes them. `developer` becomes `system` if the template
             doesn't know that role.
         tokenizer: a copy of the base's, for callers in another thread.
-
-    Raises:
-        TaskError: there is no template, it refuses the conversation, or it would leave a part of it out.
     """
     return _Conversation(base, tokenizer or base.tokenizer, messages, tools).prompt
 
@@ -53,9 +52,8 @@ def conversation_answer_ids(
     An answer ends with its first end token, where a served model stops; what the template puts after that isn't part of
     it. If the template marks what the assistant writes ({% generation %}), these marks decide instead.
 
-    Raises:
-        TaskError: as for `conversation_ids`; the base is an encoder–decoder; or the conversation with its answer
-            doesn't begin as without it, so that a model would be trained on other tokens than it is served.
+    A TaskError as by `conversation_ids`, for an encoder–decoder, or if the conversation with its answer doesn't begin
+    as without it, so that a model would be trained on other tokens than it is served.
     """
     if base.is_encoder_decoder:
         raise TaskError(
