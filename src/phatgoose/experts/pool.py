@@ -14,7 +14,7 @@ import torch
 
 from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.experts import health
-from phatgoose.experts.card.card import Facts, read_object, write_pool_card
+from phatgoose.experts.card.card import Facts, write_pool_card
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.manifest import (
@@ -29,7 +29,7 @@ from phatgoose.experts.manifest import (
 from phatgoose.experts.names import CONFIG_FILE, EXPERT_FILES, GATES_FILE, MANIFEST, RECORD_FILE
 from phatgoose.experts.packed.expert import PackedExpert, PackedRows, gate_stack, rows_in_place
 from phatgoose.experts.packed.open import PackedPoolReader
-from phatgoose.files import sha256_file, storage_errors, work_place, write_json
+from phatgoose.files import JSON_LIMIT_BYTES, sha256_file, storage_errors, work_place, write_json
 from phatgoose.fingerprints import check_same_base
 from phatgoose.ops.update import sizes_agree
 from phatgoose.records import Fingerprint, HubSource
@@ -344,6 +344,6 @@ def write_description(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _object(folder: Path, entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     try:
-        return read_object(expert_folder(folder, entry).path / name)
-    except PoolError:  # a link out of the pool
+        return expert_folder(folder, entry).read_object(name, JSON_LIMIT_BYTES)
+    except PoolError:  # a card must not stop what it describes
         return {}

@@ -18,7 +18,7 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters.peft_updates import KINDS
 from phatgoose.experts.data_signature import describe
 from phatgoose.experts.names import CARD_FILE
-from phatgoose.files import read_json, write_bytes
+from phatgoose.files import write_bytes
 
 CARD_LIMIT_BYTES = 2**20
 MARK = "<!-- Written by phatgoose. Remove this line and the file is yours: it is kept as it is. -->"
@@ -99,23 +99,33 @@ class Facts:
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and Markdown values of the card's table; what isn't recorded has no row."""
-        size = [
-            f"{count:,} {what}"
-            for count, what in ((self.modules, "modules"), (self.parameters, "parameters"))
-            if count is not None
+        record = self.provenance
+        gate, task, versions = (_dict(record.get(part)) for part in ("gate", "task", "versions"))
+        counts = ((self.modules, "modules"), (self.parameters, "parameters"))
+        gates = "none yet: `phatgoose gate` trains them"
+        if self.has_gates:
+            gates = "one vector per module" + ("" if gate else ", how they were made is not recorded")
+        task_said = [
+            (self.task and code(self.task), "{}"),
+            (_number(_dict(task.get("rows")).get("used")), "{} rows used"),
+            (isinstance(task.get("hash"), str) and code(task["hash"], 64), "rows' sha256 {}"),
         ]
-        gate = _dict(self.provenance.get("gate"))
+        made_with = [f"{k} {v}" for k, v in versions.items() if isinstance(k, str) and isinstance(v, str)]
+        merged = record.get("experts") if isinstance(record.get("experts"), list) else []
         found = [
-            ("kind", " · ".join([code(self.kind), *size])),
+            (
+                "kind",
+                " · ".join([code(self.kind), *(f"{n:,} {what}" for n, what in counts if n is not None)]),
+            ),
             ("base model", code(public(self.base))),
-            ("task", _task(_dict(self.provenance.get("task")), self.task)),
-            ("gates", _gates(self.has_gates, gate)),
-            ("data signature", code(said) if (said := describe(self.provenance.get("signature"))) else ""),
+            ("task", _said(task_said)),
+            ("gates", gates),
+            ("data signature", code(said) if (said := describe(record.get("signature"))) else ""),
             ("validation loss", "" if self.loss == "–" else self.loss),
-            ("training", _training(self.provenance)),
+            ("training", _training(record)),
             ("training of the gates", _training(gate)),
-            ("merged from", ", ".join(code(n) for n in _strings(self.provenance.get("experts")))),
-            ("made with", _versions(_dict(self.provenance.get("versions")))),
+            ("merged from", ", ".join(code(name) for name in merged if isinstance(name, str))),
+            ("made with", ", ".join(code(one, 40) for one in made_with[:8])),
             ("fetched from", code(self.origin) if self.origin else ""),
         ]
         return [(name, value) for name, value in found if value]
@@ -130,18 +140,9 @@ def lowest_loss(record: Mapping[str, Any]) -> float | None:
     return min((float(x) for x in found if isinstance(x, int | float) and math.isfinite(x)), default=None)
 
 
-def _task(task: Mapping[str, Any], name: str) -> str:
-    used = _number(_dict(task.get("rows")).get("used"))
-    parts = [code(name)] if name else []
-    parts += [f"{used} rows used"] if used else []
-    parts += [f"rows' sha256 {code(task['hash'], 64)}"] if isinstance(task.get("hash"), str) else []
-    return ", ".join(parts)
-
-
-def _gates(there: bool, gate: Mapping[str, Any]) -> str:
-    if not there:
-        return "none yet: `phatgoose gate` trains them"
-    return "one vector per module" + ("" if gate else ", how they were made is not recorded")
+def _said(parts: Sequence[tuple[Any, str]]) -> str:
+    """The texts whose values are there, filled in."""
+    return ", ".join(text.format(value) for value, text in parts if value)
 
 
 def _training(record: Mapping[str, Any]) -> str:
@@ -153,12 +154,7 @@ def _training(record: Mapping[str, Any]) -> str:
         (_number(record.get("tokens")), "{} tokens"),
         (_number(record.get("seconds")), "{} s"),
     ]
-    return ", ".join(text.format(value) for value, text in known if value).replace(" steps, of", " steps of")
-
-
-def _versions(versions: Mapping[str, Any]) -> str:
-    found = [(k, v) for k, v in versions.items() if isinstance(k, str) and isinstance(v, str)]
-    return ", ".join(code(f"{k} {v}", 40) for k, v in found[:8])
+    return _said(known).replace(" steps, of", " steps of")
 
 
 def _number(value: Any) -> str:
@@ -167,20 +163,8 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; {} if it can't be read, since a card must not stop what it describes."""
-    try:
-        return _dict(read_json(path, ExpertError))
-    except ExpertError:
-        return {}
-
-
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _strings(value: Any) -> list[str]:
-    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
 
 def write_card(target: Path, facts: Facts, source: Path | None) -> None:
