@@ -74,9 +74,9 @@ class DataSignature:
         self._set({name: tuple(t.shape) for name, t in given.items()}, encoder, encoder_sha256, where)
         _check_values(self._tensors, where)
 
-    def _set(self, shapes: _Shapes, encoder: str | None, encoder_sha256: str | None, where: str) -> None:
+    def _set(self, shapes: _Shapes, encoder: str | None, digest: str | None, where: str) -> None:
         """Sets what is known without the values, and checks it."""
-        self.encoder, self.encoder_sha256, self._shapes = encoder, encoder_sha256, shapes
+        self.encoder, self.encoder_sha256, self._shapes = encoder, digest, shapes
         self.has_texts, self.has_activations = TEXTS in shapes, bool(shapes.keys() - {TEXTS})
         if not shapes:
             raise ExpertError(f"{where} holds neither activations nor texts.")
@@ -90,16 +90,14 @@ class DataSignature:
             if name != TEXTS and not (len(shape) == 1 and shape[0]):
                 raise ExpertError(f"{where}: {name} has shape {list(shape)}, expected one vector.")
         if not self.has_texts:
-            if encoder is not None or encoder_sha256 is not None:
+            if encoder is not None or digest is not None:
                 raise ExpertError(f"{where} names an encoder, but holds no texts.")
         elif (
             not isinstance(encoder, str) or not 0 < len(encoder) <= _NAME_LENGTH or not encoder.isprintable()
         ):
             raise ExpertError(f"{where}: its texts' encoder is {brief(encoder)}, expected a name.")
-        elif not isinstance(encoder_sha256, str) or not _SHA256.fullmatch(encoder_sha256):
-            raise ExpertError(
-                f"{where}: the encoder's sha256 is {brief(encoder_sha256)}, expected 64 hex digits."
-            )
+        elif not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ExpertError(f"{where}: the encoder's sha256 is {brief(digest)}, expected 64 hex digits.")
 
     @cached_property
     def activations(self) -> Mapping[str, Tensor] | None:

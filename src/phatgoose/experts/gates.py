@@ -63,9 +63,7 @@ def check_vectors(
     if missing := sorted(sizes.keys() - shapes.keys()):
         raise ExpertError(f"{where}: no {what} for module {missing[0]}, which the expert adapts.")
     if others := sorted(shapes.keys() - sizes.keys()):
-        raise ExpertError(
-            f"{where}: there is a {what} for module {others[0]}, which the expert doesn't adapt."
-        )
+        raise ExpertError(f"{where}: a {what} for module {others[0]}, which the expert doesn't adapt.")
     for path, shape in shapes.items():
         d_in, d_out, embedding = sizes[path]
         expected = d_out if embedding else d_in

@@ -104,9 +104,7 @@ def pull_pool(place: Place, token: str | bool | None, max_bytes: int | None) -> 
         first = remote.get((MANIFEST,), (CARD_FILE,))
         manifest = read_manifest(_lay_out(place, first))
         if "packed" in manifest:
-            raise DownloadError(
-                f"{place} is a packed pool, which isn't fetched: unpack it, and publish that."
-            )
+            raise DownloadError(f"{place} is a packed pool, which isn't fetched: unpack it and publish that.")
         entries = manifest["experts"]
         files = [f"{entry['folder']}/{name}" for entry in entries for name in entry["files"]]
         rest = remote.get(files, [f"{entry['folder']}/{CARD_FILE}" for entry in entries])
