@@ -20,7 +20,7 @@ from phatgoose.models.attach.reference_text import calibrate
 from phatgoose.models.attach.site import ATTRIBUTE, Routing
 from phatgoose.models.base.base import Base, known_base, unwrap_model
 from phatgoose.models.base.fingerprint import fingerprint
-from phatgoose.models.context.prompts import Announced
+from phatgoose.models.context.runs import Announced
 from phatgoose.routers import PHATGOOSE, Router
 
 

@@ -16,42 +16,33 @@ be unknown: then the reason stands in its place, and only a router that asks for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.context.matching import is_repeated
-from phatgoose.models.context.runs import CachedPrompts, ForgottenByCopies, Run, Written, cache_of
-from phatgoose.ops.forward_state import ForwardState
+from phatgoose.models.context.runs import (
+    Announced,
+    CachedPrompts,
+    ForgottenByCopies,
+    Now,
+    Run,
+    Written,
+    cache_of,
+)
 from phatgoose.routers.context import Prompt, Sequences, Texts
 
 ADVICE = "Say what each row was given to read: `with prompted(model, [...]):` around the call."
 
 
-class Announced(NamedTuple):
-    """Prompts of a batch's rows, and what stands behind them in its cache, if the caller said that too."""
-
-    prompts: tuple[Prompt, ...]
-    written: tuple[tuple[int, ...], ...] | None
-
-
-class _Now(ForwardState):
-    """What a thread's passes to come were announced to read, and what its encoder returned last."""
-
-    def __init__(self) -> None:
-        self.announced: Announced | None = None
-        self.encoded: Tensor | None = None
-
-
 class PromptTracker:
     """Follows the prompts of one model's passes, from thread to thread if a cache is continued in another one."""
 
-    def __init__(self, encoder_decoder: bool):
-        self.encoder_decoder = encoder_decoder
-        self._now = _Now()
+    def __init__(self, encoder_decoder: bool, now: Now):
+        self.encoder_decoder, self._now = encoder_decoder, now
         self._caches = ForgottenByCopies()  # → CachedPrompts
 
     def announce(self, announced: Announced | None) -> Announced | None:
@@ -62,18 +53,18 @@ class PromptTracker:
     def leave(self, stack: str, run: Run, output: Any) -> None:
         """A stack's pass has ended."""
         if stack == "encoder":
-            self._now.encoded = getattr(output, "last_hidden_state", None)
+            self._now.returned = getattr(output, "last_hidden_state", None)
         # The pass began without a cache. If it made one, that is in its output.
         if run.uncached is not None and (cache := cache_of(output)) is not None:
             self._caches[cache] = run.uncached
 
-    def texts_of(self, stack: str, runs: Mapping[str, Run]) -> Texts:
+    def texts_of(self, stack: str) -> Texts:
         """The texts of the pass that a stack is running; worked out when a module first asks. Raises RoutingError if
         they can't be known."""
-        if (run := runs.get(stack)) is None:
+        if (run := self._now.runs.get(stack)) is None:
             raise RoutingError("a module ran outside of a call of the model, so its text is unknown.")
         if run.texts is None:
-            run.texts, cached = self._read(stack, run, runs)
+            run.texts, cached = self._read(stack, run)
             # Without a cache argument, the model may make a cache inside the pass: `leave` finds it in the output.
             if run.past.cache is None:
                 run.uncached = cached
@@ -81,7 +72,7 @@ class PromptTracker:
                 self._caches[run.past.cache] = cached
         return run.texts
 
-    def _read(self, stack: str, run: Run, runs: Mapping[str, Run]) -> tuple[Texts, CachedPrompts | None]:
+    def _read(self, stack: str, run: Run) -> tuple[Texts, CachedPrompts | None]:
         """A pass's texts, and what its cache will then hold (None for an encoder, which has none)."""
         tokens = run.built()
         tokens.check()
@@ -100,7 +91,7 @@ class PromptTracker:
         elif cached is not None:
             prompts = _repeat_cached(cached.prompts, rows)
         elif self.encoder_decoder:
-            prompts = self._encoder_prompts(run, rows, runs)
+            prompts = self._encoder_prompts(run, rows)
         else:
             raise RoutingError(
                 "this pass continues a key-value cache whose prompts weren't seen by the router that is attached. "
@@ -126,16 +117,16 @@ class PromptTracker:
         written = tuple(_append(old, ids, fresh, row) for row, old in enumerate(before))
         return texts, CachedPrompts(prompts, read, written)
 
-    def _encoder_prompts(self, run: Run, rows: int, runs: Mapping[str, Run]) -> tuple[Prompt, ...]:
+    def _encoder_prompts(self, run: Run, rows: int) -> tuple[Prompt, ...]:
         """A decoder's prompts in its first pass: its encoder's."""
         # The encoder's last pass is this decoder's only if the decoder was given what that pass returned, perhaps
         # repeated for beams.
-        returned, given = self._now.encoded, None if run.encoded is None else run.encoded()
+        returned, given = self._now.returned, None if run.encoded is None else run.encoded()
         if not isinstance(returned, Tensor) or given is None or not is_repeated(given, returned):
             raise RoutingError(
                 f"the decoder reads states that this model's encoder didn't compute just before. {ADVICE}"
             )
-        return _repeat_cached(self.texts_of("encoder", runs).prompts, rows)
+        return _repeat_cached(self.texts_of("encoder").prompts, rows)
 
 
 def _all_tokens(ids: Tensor | None, real: Tensor, tokens: Sequences) -> tuple[Prompt, ...]:

@@ -9,13 +9,14 @@ import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
+from phatgoose.ops.forward_state import ForwardState
 from phatgoose.routers.context import Prompt, Sequences, Texts, positions_from
 
 NAMES = ("past_key_values", "cache_params", "state")
@@ -100,6 +101,25 @@ class Run:
         if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] == length:
             positions = given.expand(batch, length).to(torch.long)
         return Sequences(self.given["input_ids"], positions, real, past.tokens, self.encoded, problem)
+
+
+class Announced(NamedTuple):
+    """Prompts of a batch's rows, and what stands behind them in its cache, if the caller said that too."""
+
+    prompts: tuple[Prompt, ...]
+    written: tuple[tuple[int, ...], ...] | None
+
+
+class Now(ForwardState):
+    """What runs in a thread."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}  # the last run of each stack
+        self.outer: nn.Module | None = None  # the decoder that runs, if one does
+        self.keep: Any = None  # logits_to_keep of the head model's call
+        self.encoded: Tensor | None = None  # what the encoder returned, until a decoder reads it
+        self.returned: Tensor | None = None  # the same, until the encoder returns again
+        self.announced: Announced | None = None  # of the passes to come
 
 
 def run_of(given: dict[str, Any], caches: Caches) -> Run:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import run_eagerly
 from phatgoose.models.base.module_names import plain_name, reads_encoder
 from phatgoose.models.context.matching import (
@@ -34,19 +33,8 @@ from phatgoose.models.context.matching import (
     unmatchable_stacks,
 )
 from phatgoose.models.context.prompts import PromptTracker
-from phatgoose.models.context.runs import Caches, ForgottenByCopies, Run, arguments_by_name, run_of
-from phatgoose.ops.forward_state import ForwardState
-from phatgoose.routers.context import RoutingContext, Sequences, Texts
-
-
-class _Now(ForwardState):
-    """What runs in a thread."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}  # the last run of each stack
-        self.outer: nn.Module | None = None  # the decoder that runs, if one does
-        self.keep: Any = None  # logits_to_keep of the head model's call
-        self.encoded: Tensor | None = None  # what the encoder returned, until a decoder reads it
+from phatgoose.models.context.runs import Caches, ForgottenByCopies, Now, Run, arguments_by_name, run_of
+from phatgoose.routers.context import RoutingContext, Sequences
 
 
 class _Location(NamedTuple):
@@ -72,7 +60,8 @@ class Streams:
     def __init__(self, model: PreTrainedModel, reads_text: bool = False):
         self.model = model
         encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.prompt_tracker = PromptTracker(encoder_decoder) if reads_text else None
+        self._now = Now()
+        self.prompt_tracker = PromptTracker(encoder_decoder, self._now) if reads_text else None
         self.stacks: dict[str, nn.Module] = {"decoder": model.base_model}
         if encoder_decoder:
             self.stacks = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
@@ -80,7 +69,6 @@ class Streams:
         paths = {module: plain_name(path) + "." if path else "" for path, module in model.named_modules()}
         self.prefixes = {name: paths[stack] for name, stack in self.stacks.items() if stack in paths}
         self._text = paths[self._inner] if self._inner is not None else ""
-        self._now = _Now()
         self._caches = Caches()
         self._encoder_runs = ForgottenByCopies()  # what the encoder returned → its Run
         self._unmatchable = unmatchable_stacks(model)
@@ -113,13 +101,6 @@ class Streams:
         elif self.asked:
             run_eagerly(hook, *call)
 
-    def texts_of(self, stream: str) -> Texts:
-        """What the sequences of the pass that a stack runs were given to read. Raises RoutingError if it can't be
-        known."""
-        if self.prompt_tracker is None:
-            raise RoutingError("this routing doesn't follow texts: attach the router with route().")
-        return self.prompt_tracker.texts_of(stream, self._now.runs)
-
     def stream_of(self, path: str) -> str:
         """ "encoder" or "decoder": whose tokens the module at `path` sees, as far as its name says so. `context`
         knows it."""
@@ -131,7 +112,8 @@ class Streams:
     def context(self, path: str, u: object, shape: torch.Size) -> RoutingContext:
         """One call of the module at `path`, on `u`, with an output of this shape: [..., d]."""
         stream, run, problem = self._reads(path, u)
-        lead, reader = tuple(shape[:-1]), self.texts_of
+        lead = tuple(shape[:-1])
+        reader = None if self.prompt_tracker is None else self.prompt_tracker.texts_of
         if run is None:
             rows = lead[0] if len(lead) > 1 else 1
             length = shape[:-1].numel() // max(rows, 1)
