@@ -45,53 +45,6 @@ class Group:
 
 
 @dataclass(eq=False)
-class ExpertLoads:
-    """How much each expert did for each item of a pass, summed over modules and tokens.
-
-    Choices are noted at every module, and summed up once the pass is over.
-    """
-
-    _noted: dict[tuple[int, tuple[int, ...], int], list[tuple[Tensor, Tensor, Tensor]]] = field(
-        default_factory=dict, repr=False
-    )
-
-    def note(
-        self, version: int, members: tuple[int, ...], items: Tensor, chosen: Tensor, weights: Tensor
-    ) -> None:
-        """Takes in one module's choice for n tokens of these items int64 [n]: candidates int64 [n, k] (−1: none),
-        weights [n, k].
-
-        members: the pool's expert that each candidate is, −1 for none. The tensors are kept until `summed`, so nobody
-        may write into them.
-        """
-        self._noted.setdefault((version, members, chosen.shape[1]), []).append((items, chosen, weights))
-
-    def summed(self, items: int, sizes: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
-        """By version: float64 [items, experts], the weights summed, and int64 [items], how many choices of k experts
-        that were.
-
-        sizes: how many experts each version's pool has.
-        """
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for (version, members, k), noted in self._noted.items():
-            experts = sizes[version]
-            if version not in found:
-                weight = torch.zeros(items, experts + 1, dtype=torch.float64)
-                found[version] = weight, torch.zeros(items, dtype=torch.int64)
-            weight, times = found[version]
-            owners = torch.cat([of for of, _, _ in noted])
-            times.index_add_(0, owners, torch.ones_like(owners))
-            if not k:
-                continue
-            table = torch.tensor([*members, -1])  # −1 finds the last entry: no expert
-            acted = table[torch.cat([chosen for _, chosen, _ in noted]).cpu()]
-            cell = owners[:, None] * (experts + 1) + torch.where(acted < 0, experts, acted)
-            amount = torch.cat([w for _, _, w in noted]).cpu().double()
-            weight.view(-1).index_add_(0, cell.reshape(-1), amount.reshape(-1))
-        return {version: (weight[:, :-1], times) for version, (weight, times) in found.items()}
-
-
-@dataclass(eq=False)
 class BatchPlan:
     """The routes of a pass."""
 
@@ -102,14 +55,18 @@ class BatchPlan:
     kept: Tensor | None = None
     """Packed: int64, the positions that the last layers are asked for (logits_to_keep), if not all."""
     count_loads: bool = False
-    """Whether `loads` are summed up."""
+    """Whether choices are `noted`, to be summed up once the pass is over."""
     skip: Sequence[int] | None = None
     """How many of each item's first tokens are left out of the loads, since they were counted before."""
     texts: Sequence[TextSoFar] | None = None
     """Of each item, for routes that read text."""
     failed: dict[int, Exception] | None = None
     """Collects the errors of items, which then fall back to the base. None: errors are raised."""
-    loads: ExpertLoads = field(default_factory=ExpertLoads)
+    noted: dict[tuple[PoolVersion, tuple[int, ...], int], list[tuple[Tensor, Tensor, Tensor]]] = field(
+        default_factory=dict, repr=False
+    )
+    """By version, the pool's expert that each candidate is, and k: the items int64 [n], candidates int64 [n, k] (−1:
+    none) and weights [n, k] of modules' choices. Nobody may write into these tensors until they are summed."""
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
 
@@ -228,6 +185,27 @@ class BatchPlan:
             raise error
         return self.failed
 
+    def summed_loads(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """How much each expert did for each item, over modules and tokens, by version's id: float64 [items, experts],
+        the weights summed, and int64 [items], how many choices of k experts that were."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for (version, members, k), noted in self.noted.items():
+            items, experts = len(self.routes), len(version.pool)
+            if id(version) not in found:
+                weight = torch.zeros(items, experts + 1, dtype=torch.float64)
+                found[id(version)] = weight, torch.zeros(items, dtype=torch.int64)
+            weight, times = found[id(version)]
+            owners = torch.cat([of for of, _, _ in noted])
+            times.index_add_(0, owners, torch.ones_like(owners))
+            if not k:
+                continue
+            table = torch.tensor([*members, -1])  # −1 finds the last entry: no expert
+            acted = table[torch.cat([chosen for _, chosen, _ in noted]).cpu()]
+            cell = owners[:, None] * (experts + 1) + torch.where(acted < 0, experts, acted)
+            amount = torch.cat([w for _, _, w in noted]).cpu().double()
+            weight.view(-1).index_add_(0, cell.reshape(-1), amount.reshape(-1))
+        return {version: (weight[:, :-1], times) for version, (weight, times) in found.items()}
+
     def is_kept_part(self, tokens: int) -> bool:
         """Whether a module that saw this many tokens saw those at `kept`, and not all."""
         if self.lengths is None or self.kept is None:
@@ -311,7 +289,7 @@ class SubsetContext(RoutingContext):
         return Texts(prompts, real & (seen.positions.cpu()[where] >= read[:, None]), ids, written)
 
     def note(self, chosen: Tensor, weights: Tensor) -> None:
-        """Adds the group's choice at this module to the plan's loads; padding isn't counted."""
+        """Notes the group's choice at this module for the plan's loads; padding isn't counted."""
         plan, group, call = self.plan, self.group, self.call
         items = group.items
         if plan.skip is not None and plan.lengths is not None and any(plan.skip):
@@ -320,7 +298,8 @@ class SubsetContext(RoutingContext):
         elif plan.lengths is None and not (counted := self._counted()).all():
             items, chosen, weights = items[counted], chosen[counted], weights[counted]
         members = group.version.sites[self.path].members
-        plan.loads.note(id(group.version), members, items, chosen, weights)
+        key = group.version, members, chosen.shape[1]
+        plan.noted.setdefault(key, []).append((items, chosen, weights))
 
     def _counted(self) -> Tensor:
         """bool [n], on the CPU: which of the group's tokens are real, and seen for the first time."""

@@ -187,8 +187,7 @@ class Engine(ABC):
         Args:
             phases: "prompt" or "answer" for each job, or "" to leave its tokens out.
         """
-        sizes = {id(j.route.version): len(j.route.version.pool) for j in jobs if j.route is not None}
-        by_version = plan.loads.summed(len(jobs), sizes)
+        by_version = plan.summed_loads()
         for i, (job, phase) in enumerate(zip(jobs, phases, strict=True)):
             if job.route is None or not phase or id(job.route.version) not in by_version:
                 continue
