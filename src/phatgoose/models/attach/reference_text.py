@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.errors import RoutingError
@@ -59,10 +60,7 @@ def show_reference(
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, ids)
-    with Hooks() as hooks, eval_mode(model):
-        for module, wants_output, observe in observers:
-            hook = partial(run_eagerly, _hand_over, wants_output, observe)
-            hooks.add([module.register_forward_hook(hook, with_kwargs=True)])
+    with Hooks(_watched(*observer) for observer in observers), eval_mode(model):
         model(**inputs)
 
 
@@ -77,17 +75,15 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return ids[: len(ids) // size * size].reshape(-1, size)
 
 
-def _hand_over(
-    wants_output: bool,
-    observe: Observer,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-) -> None:
-    seen = output if wants_output else first_argument(args, kwargs).to(output.device)
-    if not seen.isfinite().all():
-        raise RoutingError(
-            "the base computes values that aren't finite on the reference text; load it in another dtype."
-        )
-    observe(seen.reshape(-1, seen.shape[-1]))
+def _watched(module: nn.Module, wants_output: bool, observe: Observer) -> RemovableHandle:
+    """A hook that hands what a module sees to an observer."""
+
+    def hand_over(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen = output if wants_output else first_argument(args, kwargs).to(output.device)
+        if not seen.isfinite().all():
+            raise RoutingError(
+                "the base computes values that aren't finite on the reference text; load it in another dtype."
+            )
+        observe(seen.reshape(-1, seen.shape[-1]))
+
+    return module.register_forward_hook(partial(run_eagerly, hand_over), with_kwargs=True)
