@@ -97,13 +97,8 @@ class KernelRouting:
         RoutingError: gates are of another shape, or top_k is below 1.
     """
 
-    name: ClassVar[str]
-    """The backend's."""
-
-    @staticmethod
-    def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
-        """Why the kernels can't do this call, and what to do; None if they can."""
-        raise NotImplementedError
+    mixing: ClassVar[KernelMix]
+    """The backend's `mix`, which knows its name and what its kernels can't do."""
 
     def __init__(
         self, gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True
@@ -121,10 +116,10 @@ class KernelRouting:
 
     def accepts(self, u: Tensor, y: Tensor) -> bool:
         """Whether the kernels can do this call. Raises RoutingError if they can't and `strict` is on."""
-        if (why := self.obstacle(u, y, self.stack)) is None:
+        if (why := self.mixing.obstacle(u, y, self.stack)) is None:
             return True
         if self.strict:
-            raise refusal(self.name, why)
+            raise refusal(self.mixing.name, why)
         return False
 
     def can(self, u: Tensor, y: Tensor) -> bool:

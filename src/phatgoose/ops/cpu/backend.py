@@ -140,7 +140,7 @@ mix = KernelMix("cpu", obstacle, _low_rank)
 class CpuRouting(KernelRouting):
     """Score, choose and mix of one module in one call of the kernel, for a stack on a CPU in one of DTYPES."""
 
-    name, obstacle = "cpu", staticmethod(obstacle)
+    mixing = mix
 
     def __init__(
         self, gates: Tensor, top_k: int, stack: Stack, layer: Layer | None = None, strict: bool = True

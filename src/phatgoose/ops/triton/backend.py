@@ -95,7 +95,7 @@ mix = KernelMix("triton", obstacle, _low_rank)
 class TritonRouting(KernelRouting):
     """Score, choose and mix of one module in a few kernels. Gates go to where the stack is."""
 
-    name, obstacle = "triton", staticmethod(obstacle)
+    mixing = mix
 
     def __call__(self, u: Tensor, y: Tensor, into_y: bool = False) -> Tensor | None:
         """y + Σ w Δ(u), as `FusedRouting.__call__`. Raises RoutingError as `mix`, if `strict`."""

@@ -54,7 +54,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
     return "the Hub" if _find_files(spec, folder) is None else None
 
 

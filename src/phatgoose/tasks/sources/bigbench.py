@@ -79,7 +79,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
     _ranked(spec)
     if not bigbench_files.is_available(folder):
         return "BIG-bench, which isn't in the cache"

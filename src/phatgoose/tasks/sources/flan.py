@@ -43,7 +43,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
     _parts(spec, folder)
     spec.count("rows", ROWS)
     if folder is None:

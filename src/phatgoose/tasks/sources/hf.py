@@ -52,7 +52,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
     path = spec.local_path(folder)
     if path.exists():
         return None

@@ -45,7 +45,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
     if folder is None:
         return "the Hub"
     _find_file(spec.name, folder)

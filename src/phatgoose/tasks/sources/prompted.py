@@ -63,7 +63,6 @@ def load(spec: TaskSpec, folder: Path | None, fractions: Fractions) -> Task:
 
 
 def check(spec: TaskSpec, folder: Path | None) -> str | None:
-    """As `TaskSource.check`."""
     spec.count("rows", ROWS)
     known = True
     if folder is not None:
