@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.errors import BaseModelError
 from phatgoose.hub_errors import look_up
+from phatgoose.models.base import DTYPES
 from phatgoose.models.base.base import Base, model_class
 from phatgoose.models.base.gguf import PINNED, WheelBase, copy_of_file, copy_of_wheel
 from phatgoose.models.base.load_errors import check_folder, explain_load_errors
@@ -33,7 +34,6 @@ from phatgoose.registry import unknown
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
 ALIASES = {name: WheelBase(**base) for name, base in PINNED["bases"].items()}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[^\s@]+))?")
 
 
@@ -176,7 +176,7 @@ def load_options(
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
             raise BaseModelError(str(unknown("dtype", dtype, ["auto", *DTYPES])))
-        dtype = DTYPES[dtype]
+        dtype = getattr(torch, dtype)
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise BaseModelError(
             f"dtype must be one of auto, {', '.join(DTYPES)} or a floating torch dtype, got {dtype!r}."

@@ -16,7 +16,7 @@ import torch
 
 from phatgoose.errors import PhatgooseError, TaskError
 from phatgoose.experts.names import check_name
-from phatgoose.models.base.load import DTYPES
+from phatgoose.models.base import DTYPES
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers.parse import is_router, parse_router
