@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from phatgoose.cli.main import app
 from phatgoose.errors import PhatgooseError
-from phatgoose.workflows.experiment.executors import Inline, Processes, Step
+from phatgoose.workflows.experiment.executors import Executor, Processes, Step
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "smoke.toml"
@@ -118,11 +118,13 @@ def until(true, seconds):
 
 
 def test_inline_runs_here_and_keeps_going(tmp_path):
-    found = Inline(retries=1).run(steps(tmp_path)[:6], lambda *_: None)
+    found = Executor(retries=1).run(steps(tmp_path)[:6], lambda *_: None)
     assert found["double 3"].value == 6
     assert found["fails once"].attempts == 2
     assert "try another way" in found["refuses"].error
-    assert not Inline().run([step("f", "fail_once", folder=str(tmp_path / "again"))], lambda *_: None)["f"].ok
+    assert (
+        not Executor().run([step("f", "fail_once", folder=str(tmp_path / "again"))], lambda *_: None)["f"].ok
+    )
 
 
 def test_settings_are_checked():

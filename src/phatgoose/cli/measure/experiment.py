@@ -54,7 +54,7 @@ class ExecutorOptions(Options):
         Raises:
             PhatgooseError: they contradict each other.
         """
-        from phatgoose.workflows.experiment.executors import Inline, Processes
+        from phatgoose.workflows.experiment.executors import Executor, Processes
 
         on_ray, cpus, gpus = self.ray is not None, self.cpus, self.gpus
         refusals = (
@@ -84,7 +84,7 @@ class ExecutorOptions(Options):
             address = None if self.ray == "local" else self.ray
             return RayExecutor(address, cpus=1 if cpus is None else cpus, gpus=gpus, retries=self.retries)
         if self.workers == 0:
-            return Inline(self.retries)
+            return Executor(self.retries)
         return Processes(self.workers or 1, gpus=int(gpus), retries=self.retries)
 
 

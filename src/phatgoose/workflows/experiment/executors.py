@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from phatgoose.errors import PhatgooseError
 
@@ -48,16 +48,56 @@ class Outcome:
         return self.error is None
 
 
-class Executor(Protocol):
-    """Something that runs steps."""
+Begun = Mapping[Any, tuple[Step, int]]
+"""Handle → a step that has begun, and the number of its attempt."""
+
+
+class Executor:
+    """Runs steps: one after the other in this process, unless a subclass says otherwise.
+
+    Args:
+        retries: how often a step is run again that raised an error that may not come again.
+    """
+
+    def __init__(self, retries: int = 0):
+        self.retries = retries
 
     def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
         """Runs all steps, in any order: name → outcome. Calls `tell` on every change, and raises for no failed step."""
-        ...
+        waiting = [(step, 1) for step in steps][::-1]
+        begun: dict[Any, tuple[Step, int]] = {}
+        found: dict[str, Outcome] = {}
+        while waiting or begun:
+            while waiting and self.has_room(begun):
+                step, number = waiting.pop()
+                begun[self.start(step, begun, tell)] = step, number
+            for handle, kind, value in self.finished(begun, tell):
+                step, number = begun.pop(handle)
+                if kind == "ok":
+                    found[step.name] = Outcome(value, attempts=number)
+                    tell(step, "done", "")
+                elif kind == "refused" or number > self.retries:
+                    found[step.name] = Outcome(error=value, attempts=number)
+                    tell(step, "failed", value)
+                else:
+                    waiting.append((step, number + 1))
+                    tell(step, "retry", value)
+        return found
+
+    def has_room(self, begun: Begun) -> bool:
+        """Whether another step can be started beside those that have begun."""
+        return not begun
+
+    def start(self, step: Step, begun: Begun, tell: Tell) -> Any:
+        """Starts a step and returns a handle of it."""
+        tell(step, "running", "")
+
+    def finished(self, begun: Begun, tell: Tell) -> list[tuple[Any, str, Any]]:
+        """(handle, kind, value) of steps that have ended, kind and value as `attempt` gives them; waits for one."""
+        return [(handle, *attempt(s.function, s.arguments)) for handle, (s, _) in begun.items()]
 
     def close(self) -> None:
         """Frees workers and connections."""
-        ...
 
 
 def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
@@ -69,18 +109,6 @@ def attempt(function: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
         return "refused" if isinstance(error, PhatgooseError) else "error", why(error)
 
 
-def settled(step: Step, number: int, kind: str, value: Any, retries: int, tell: Tell) -> Outcome | None:
-    """How a step ended by its attempt `number`, or None if it is to be tried again. Tells which."""
-    if kind == "ok":
-        tell(step, "done", "")
-        return Outcome(value, attempts=number)
-    if kind == "refused" or number > retries:
-        tell(step, "failed", value)
-        return Outcome(error=value, attempts=number)
-    tell(step, "retry", value)
-    return None
-
-
 def why(error: Exception) -> str:
     """What went wrong, in one line; with file and line unless it is a PhatgooseError."""
     said = f"{type(error).__name__}: {error}"
@@ -90,28 +118,7 @@ def why(error: Exception) -> str:
     return f"{said} ({os.path.basename(where.filename)}:{where.lineno})"
 
 
-class Inline:
-    """One step after the other in this process."""
-
-    def __init__(self, retries: int = 0):
-        self.retries = retries
-
-    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        found: dict[str, Outcome] = {}
-        for step in steps:
-            for number in range(1, self.retries + 2):
-                tell(step, "running", "")
-                kind, value = attempt(step.function, step.arguments)
-                if outcome := settled(step, number, kind, value, self.retries, tell):
-                    found[step.name] = outcome
-                    break
-        return found
-
-    def close(self) -> None:
-        pass
-
-
-class Processes:
+class Processes(Executor):
     """Worker processes on this machine, each taking one step at a time and keeping what it loaded for the next."""
 
     def __init__(
@@ -130,41 +137,29 @@ class Processes:
                 f"{workers} workers would all take the first of {len(visible)} GPUs: say how many they share "
                 "(--gpus 1), or hide them (CUDA_VISIBLE_DEVICES= )."
             )
-        self.retries = retries
+        super().__init__(retries)
         self.settings = [
             own | ({"CUDA_VISIBLE_DEVICES": visible[n % gpus]} if gpus else {}) for n in range(workers)
         ]
         self._workers: dict[int, _Worker] = {}
 
-    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        waiting = [(step, 1) for step in steps][::-1]
-        busy: dict[int, tuple[Step, int]] = {}
-        found: dict[str, Outcome] = {}
-        while waiting or busy:
-            for place in range(len(self.settings)):
-                if waiting and place not in busy:
-                    busy[place] = waiting.pop()
-                    self._send(place, busy[place][0])
-                    tell(busy[place][0], "running", f"worker {place + 1}")
-            for place, kind, value in self._finished(busy):
-                step, number = busy.pop(place)
-                if outcome := settled(step, number, kind, value, self.retries, tell):
-                    found[step.name] = outcome
-                else:
-                    waiting.append((step, number + 1))
-        return found
+    def has_room(self, begun: Begun) -> bool:
+        return len(begun) < len(self.settings)
 
-    def close(self) -> None:
-        for worker in self._workers.values():
-            worker.stop()
-        self._workers.clear()
-
-    def _send(self, place: int, step: Step) -> None:
+    def start(self, step: Step, begun: Begun, tell: Tell) -> int:
+        place = next(n for n in range(len(self.settings)) if n not in begun)
         try:
             self._worker(place).send(step)
         except OSError:  # it died just now, idle: the step is the next one's
             self._workers.pop(place).stop()
             self._worker(place).send(step)
+        tell(step, "running", f"worker {place + 1}")
+        return place
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+        self._workers.clear()
 
     def _worker(self, place: int) -> _Worker:
         worker = self._workers.get(place)
@@ -172,9 +167,8 @@ class Processes:
             worker = self._workers[place] = _Worker(self.settings[place])
         return worker
 
-    def _finished(self, busy: Mapping[int, Any]) -> list[tuple[int, str, Any]]:
-        """(place, kind, value) of workers that answered or died, waiting until one has."""
-        workers = {place: self._workers[place] for place in busy}
+    def finished(self, begun: Begun, tell: Tell) -> list[tuple[Any, str, Any]]:
+        workers = {place: self._workers[place] for place in begun}
         # A worker's death shows at its sentinel, an answer at its connection; both may be there at once.
         ready = set(wait([x for w in workers.values() for x in (w.connection, w.process.sentinel)]))
         results = []

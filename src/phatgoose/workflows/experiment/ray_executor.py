@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.extras import install
-from phatgoose.workflows.experiment.executors import Outcome, Step, Tell, attempt, settled
+from phatgoose.workflows.experiment.executors import Begun, Executor, Step, Tell, attempt
 
 _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.2
 
@@ -38,7 +38,7 @@ def _attempt_in(
     return attempt(function, arguments)
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Runs every step as a Ray task with its own request for CPUs and GPUs.
 
     If a worker process dies, Ray starts its task again, up to `retries` times. A step that raised an error that may
@@ -57,7 +57,8 @@ class RayExecutor:
             raise PhatgooseError(f"--ray needs Ray: {install('ray')}") from cause
         if gpus > 1 and gpus != int(gpus):
             raise PhatgooseError(f"a step asks for {gpus:g} GPUs: Ray gives a part of one, or whole ones.")
-        self.ray, self.retries = ray, retries
+        super().__init__(retries)
+        self.ray = ray
         self._begun: Any = None
         self._asked: Any = None
         self._started = not ray.is_initialized()
@@ -90,34 +91,23 @@ class RayExecutor:
                     f"a step asks for {asked:g} {name}s, and this machine has {there.get(name, 0):g}."
                 )
 
-    def run(self, steps: Sequence[Step], tell: Tell) -> dict[str, Outcome]:
-        found: dict[str, Outcome] = {}
-        pending: dict[Any, tuple[Step, int]] = {}
+    def has_room(self, begun: Begun) -> bool:
+        return True
 
-        def submit(step: Step, number: int) -> None:
-            sent = self._attempt.options(name=step.name).remote(
-                os.getcwd(), self._begun, step.name, step.function, dict(step.arguments)
-            )
-            pending[sent] = step, number
-            tell(step, "queued", "with Ray")
+    def start(self, step: Step, begun: Begun, tell: Tell) -> Any:
+        tell(step, "queued", "with Ray")
+        return self._attempt.options(name=step.name).remote(
+            os.getcwd(), self._begun, step.name, step.function, dict(step.arguments)
+        )
 
-        for step in steps:
-            submit(step, 1)
-        while pending:
-            # A short wait, so that the board learns in between which steps have begun.
-            ready, _ = self.ray.wait(list(pending), num_returns=1, timeout=_LOOK_SECONDS)
-            waiting = {step.name: step for step, _ in pending.values()}
-            for name, where in self._just_begun():
-                if name in waiting:
-                    tell(waiting[name], "running", where)
-            for reference in ready:
-                step, number = pending.pop(reference)
-                kind, value = self._result(reference)
-                if outcome := settled(step, number, kind, value, self.retries, tell):
-                    found[step.name] = outcome
-                else:
-                    submit(step, number + 1)
-        return found
+    def finished(self, begun: Begun, tell: Tell) -> list[tuple[Any, str, Any]]:
+        # A short wait, so that the board learns in between which steps have begun.
+        ready, _ = self.ray.wait(list(begun), num_returns=1, timeout=_LOOK_SECONDS)
+        running = {step.name: step for step, _ in begun.values()}
+        for name, where in self._just_begun():
+            if name in running:
+                tell(running[name], "running", where)
+        return [(reference, *self._result(reference)) for reference in ready]
 
     def _just_begun(self) -> list[tuple[str, str]]:
         """The steps that began since the last answer. An answer that isn't there yet is taken the next time."""

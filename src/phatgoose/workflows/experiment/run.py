@@ -27,7 +27,7 @@ from phatgoose.tasks.contamination import RUN_WORDS
 from phatgoose.tasks.lists.entries import Entry, check_no_shared_data
 from phatgoose.workflows.experiment.board import Board
 from phatgoose.workflows.experiment.documents import markdown, plot
-from phatgoose.workflows.experiment.executors import Executor, Inline, Step
+from phatgoose.workflows.experiment.executors import Executor, Step
 from phatgoose.workflows.experiment.page import page_data
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.results import Findings, results_of
@@ -66,7 +66,7 @@ def run_experiment(
     with locked_folder(out, kind):
         if fresh:
             clear(out)
-        run = _Run(recipe, out, executor or Inline(), console or Console(stderr=True))
+        run = _Run(recipe, out, executor or Executor(), console or Console(stderr=True))
         with run.board:
             results = run.all()
         write_json(out / "results.json", results)
