@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from phatgoose.errors import EvaluationError
-from phatgoose.workflows.experiment.page import kind_of, page_data
-from phatgoose.workflows.page import page, read_results
+from phatgoose.workflows.experiment.page import FORMAT, kind_of, page_data
+from phatgoose.workflows.page import for_page, page, read_results
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -41,7 +41,7 @@ def test_tasks_of_one_name_in_two_suites_are_told_apart():
     results = {"suites": {"x": suite, "y": suite}, "recipe": {"base": "b"}, "made": {}, "experts": []}
     assert [t["name"] for t in page_data(results)["tasks"]] == ["x: t", "y: t"]
     with pytest.raises(EvaluationError, match=r"incomplete or damaged.*'recipe'"):
-        page_data({k: v for k, v in results.items() if k != "recipe"})
+        for_page({k: v for k, v in results.items() if k != "recipe"} | {"format": FORMAT})
 
 
 def test_kinds_of_systems():

@@ -53,7 +53,12 @@ def report(
 
 def for_page(results: Mapping[str, Any]) -> Mapping[str, Any]:
     """`results` as the page takes them: those of an experiment are rearranged, others are left as they are."""
-    return page_data(results) if results.get("format") == FORMAT else results
+    if results.get("format") != FORMAT:
+        return results
+    try:
+        return page_data(results)
+    except (KeyError, TypeError, AttributeError) as cause:
+        raise EvaluationError(f"the experiment's results are incomplete or damaged: {cause!r}.") from cause
 
 
 def read_results(path: Path) -> dict[str, Any]:

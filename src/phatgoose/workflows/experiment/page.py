@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from phatgoose.errors import EvaluationError
 from phatgoose.routers.parse import MERGES, is_control
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import (
@@ -45,13 +44,6 @@ SYSTEM_NOTES = {
 
 def page_data(results: Mapping[str, Any]) -> dict[str, Any]:
     """results.json of an experiment → what `report` takes: suites are groups of tasks."""
-    try:
-        return _page_data(results)
-    except (KeyError, TypeError, AttributeError) as cause:
-        raise EvaluationError(f"the experiment's results are incomplete or damaged: {cause!r}.") from cause
-
-
-def _page_data(results: Mapping[str, Any]) -> dict[str, Any]:
     suites = results["suites"]
     names = page_names({suite: found["tasks"] for suite, found in suites.items()})
     order = dict.fromkeys(system for found in suites.values() for system in found["systems"])
