@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -157,7 +158,10 @@ def test_threads_are_given_back(folder, pool):
 def test_settings():
     made = Settings.parse({"quant_method": "phatgoose", "pool": "here"})
     assert made == Settings(str(Path("here").resolve()), "phatgoose:top_k=2", False)
-    assert Settings.parse({**made.to_json(), "router": "phatgoose:top_k=3"}).router == "phatgoose:top_k=3"
+    assert (
+        Settings.parse({**dataclasses.asdict(made), "router": "phatgoose:top_k=3"}).router
+        == "phatgoose:top_k=3"
+    )
     with pytest.raises(RoutingError, match="names no pool"):
         Settings.parse({"quant_method": "phatgoose"})
     with pytest.raises(UnknownName, match="did you mean"):

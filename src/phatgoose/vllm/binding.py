@@ -1,20 +1,25 @@
-"""A pool and a router at one module, as gates and low-rank rows."""
+"""A pool and a router at one module: gates, low-rank rows, weights that show which module it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.candidates import candidates_at, stacked
+from phatgoose.fingerprints import ABSOLUTE, RELATIVE
+from phatgoose.models.attach.candidates import candidates_at
+from phatgoose.models.base.fingerprint import sample_positions
 from phatgoose.ops import Stack
 from phatgoose.routers import Router
 from phatgoose.routers.parse import parse_router
 from phatgoose.routers.router import Candidates, Encoder, Setup
+
+SAMPLES = 32
 
 
 def prepare_router(text: str, pool: Pool) -> Router:
@@ -34,33 +39,9 @@ def prepare_router(text: str, pool: Pool) -> Router:
     return router.prepared(Setup(pool.experts, None, encoder))
 
 
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """The experts at one module, with the null candidate where the router offers it."""
-
-    candidates: Candidates
-    gates: Tensor
-    """Standardised, float32 [candidates, d_in]."""
-    top_k: int
-    pool: Pool
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """d_in and d_out."""
-        update = next(u for u in self.candidates.updates if u is not None)
-        return update.d_in, update.d_out
-
-    def stack(self, d_in: int, d_out: int, dtype: torch.dtype) -> Stack:
-        """The whole module's stack; of a packed pool in this dtype, views of its file.
-
-        Raises:
-            RoutingError: values that aren't finite in this dtype.
-        """
-        return stacked(self.pool, self.candidates, (d_in, d_out), dtype)[0]
-
-
-def bind(pool: Pool, router: Router, path: str) -> Bound:
-    """The router at the module `path`.
+def bind(pool: Pool, router: Router, path: str) -> tuple[Candidates, Tensor, int]:
+    """The router at the module `path`: its experts, with the null candidate where the router offers it; their
+    standardised gates, float32 [candidates, d_in]; and top_k.
 
     Raises:
         RoutingError: an expert here isn't LoRA alone, or lacks what the router needs, or the router doesn't
@@ -77,7 +58,7 @@ def bind(pool: Pool, router: Router, path: str) -> Bound:
     bound = router.bind(candidates)
     if bound.by_gates is None:
         raise _no_gates(router)
-    return Bound(candidates, *bound.by_gates, pool)
+    return candidates, *bound.by_gates
 
 
 def shard_stack(stack: Stack, columns: range, rows: Sequence[range], d_in: int, d_out: int) -> Stack:
@@ -96,3 +77,31 @@ def _no_gates(router: Router) -> RoutingError:
         "module: phatgoose, average-activation or shuffled-gates. PHATGOOSE needs every expert to have gates "
         "(`phatgoose gate`)."
     )
+
+
+def sample(module: nn.Module, path: str) -> tuple[float, ...]:
+    """SAMPLES values of the weight [d_out, d_in] of a linear module, at places that depend only on its path
+    and shape."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    flat = torch.tensor(sample_positions(path, weight.shape, SAMPLES))
+    return tuple(weight[torch.unravel_index(flat, weight.shape)].float().tolist())
+
+
+def differing(
+    part: Tensor, path: str, expected: tuple[float, ...], rows: range, columns: range, size: tuple[int, int]
+) -> str:
+    """How `part`, some rows and columns of a module's weight, differs from the samples; "" if by no more than a cast.
+
+    Args:
+        size: d_out and d_in of the whole module.
+    """
+    for flat, value in zip(sample_positions(path, size, SAMPLES), expected, strict=True):
+        row, column = divmod(flat, size[1])
+        if row not in rows or column not in columns:
+            continue
+        found = float(part[row - rows.start, column - columns.start])
+        if not abs(found - value) <= RELATIVE * max(abs(found), abs(value)) + ABSOLUTE:
+            return f"the weight at row {row}, column {column} is {found:.6g}, expected {value:.6g}"
+    return ""

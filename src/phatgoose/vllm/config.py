@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +57,15 @@ class RoutedLinearMethod(UnquantizedLinearMethod):
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+        *rest: Any,
+        **more: Any,
     ) -> None:
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **extra_weight_attrs,
-        )
-        self.linear = _describe(
-            layer, self._prefix, input_size_per_partition, output_partition_sizes, input_size
-        )
+        held_in, held_out = input_size_per_partition, output_partition_sizes
+        super().create_weights(layer, held_in, held_out, input_size, *rest, **more)
+        self.linear = _describe(layer, self._prefix, held_in, held_out, input_size)
         self.slices = self._layers.take(self.linear, self._config.packed_modules_mapping)
-        if (
-            self.slices
-            and self._prefix.endswith("kv_b_proj")
-            and get_current_vllm_config().model_config.use_mla
-        ):
+        latent = self._prefix.endswith("kv_b_proj") and get_current_vllm_config().model_config.use_mla
+        if self.slices and latent:
             raise RoutingError(
                 f"the pool adapts {self._prefix}, whose weight vLLM folds into its latent attention: it "
                 "can't be routed there."
@@ -151,7 +139,7 @@ class PhatgooseConfig(QuantizationConfig):
 
         if current_platform.is_cpu():
             backend("cpu")  # compiled here, once, and not by every rank
-        self.samples = dict(check(self.settings, model_name, revision))
+        self.samples = check(self.settings, model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self._mappers.append(hf_to_vllm_mapper)
@@ -193,7 +181,7 @@ class PhatgooseConfig(QuantizationConfig):
 
     def _digest(self) -> str:
         manifest = sha256_file(Path(self.settings.pool) / MANIFEST)
-        return hashlib.sha256(json.dumps([self.settings.to_json(), manifest]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([asdict(self.settings), manifest]).encode()).hexdigest()
 
 
 def _refuse(config: Any) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.vllm.binding import bind, prepare_router, shard_stack
-from phatgoose.vllm.samples import differing
+from phatgoose.models.attach.candidates import stacked
+from phatgoose.vllm.binding import bind, differing, prepare_router, shard_stack
 from phatgoose.vllm.settings import Settings
 from phatgoose.vllm.site import AllReduce, RoutedLinear, RoutedSlice, Shard
 from phatgoose.vllm.slices import Linear, Slice, columns, modules_in, slices
@@ -68,7 +68,6 @@ class Layers:
         Raises:
             RoutingError: the layer isn't the modules that it should be.
         """
-        self.check_taken()
         made = [(p.begin, p.end, self._part(linear, p, weight, all_reduce)) for p in parts]
         self._waiting -= len(parts)
         if not self._waiting:
@@ -78,11 +77,11 @@ class Layers:
     def _part(self, linear: Linear, part: Slice, weight: Tensor, all_reduce: AllReduce) -> RoutedSlice:
         assert self._pool is not None
         path, d_in, had = self.paths[part.path], linear.d_in, columns(linear)
-        bound = bind(self._pool, self._router, path)
-        expected = bound.sizes
-        if expected != (d_in, part.d_out):
+        candidates, gates, top_k = bind(self._pool, self._router, path)
+        update = next(u for u in candidates.updates if u is not None)
+        if (update.d_in, update.d_out) != (d_in, part.d_out):
             raise RoutingError(
-                f"{path} is {expected[0]} → {expected[1]} in the pool and {d_in} → {part.d_out} in vLLM. "
+                f"{path} is {update.d_in} → {update.d_out} in the pool and {d_in} → {part.d_out} in vLLM. "
                 "This architecture can't be routed."
             )
         begin = part.begin
@@ -95,6 +94,7 @@ class Layers:
                     "architecture can't be routed."
                 )
             begin += len(rows)
-        stack = shard_stack(bound.stack(d_in, part.d_out, weight.dtype), had, part.rows, d_in, part.d_out)
+        stack, *_ = stacked(self._pool, candidates, (d_in, part.d_out), weight.dtype)
+        stack = shard_stack(stack, had, part.rows, d_in, part.d_out)
         shard = Shard(linear.rank, linear.ranks, had, d_in, all_reduce) if linear.splits_input else None
-        return RoutedSlice(bound.gates, bound.top_k, stack, torch.device(weight.device), shard)
+        return RoutedSlice(gates, top_k, stack, torch.device(weight.device), shard)

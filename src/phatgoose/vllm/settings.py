@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from phatgoose.errors import RoutingError
 from phatgoose.registry import unknown
@@ -31,7 +31,7 @@ class Settings:
         RoutingError: no pool, or an entry of the wrong type. UnknownName: an unknown entry.
         """
         entries = {k: v for k, v in given.items() if k != "quant_method"}
-        kinds = {f.name: {"str": str, "bool": bool}[str(f.type)] for f in fields(Settings)}
+        kinds = get_type_hints(Settings)
         for name, value in entries.items():
             if name not in kinds:
                 raise unknown(f"entry of the {METHOD} quantization_config", name, kinds)
@@ -44,6 +44,3 @@ class Settings:
             example = '{"quantization_config": {"quant_method": "phatgoose", "pool": "FOLDER"}}'
             raise RoutingError(f"quantization_config names no pool: pass --hf-overrides '{example}'.")
         return Settings(**{**entries, "pool": str(Path(entries["pool"]).expanduser().resolve())})
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
