@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import prompted, route_with, routing_of, unroute
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
-from phatgoose.models.base.module_names import ModuleLocation, locate_modules
+from phatgoose.models.base.module_names import locate_modules
 from phatgoose.models.text.encoding import encode_chat, encode_prompt
 from phatgoose.models.text.generate import greedy_answer, max_answer_tokens
 from phatgoose.models.trace.record import trace
@@ -109,14 +110,11 @@ class Session:
         self.routers = {router["name"]: router for router in offered_routers(pool)}
         self._attached: tuple[str, Switches | None] | None = None  # what is routed now
         route_with(base, pool, parse_router("uniform"), self.options)  # refuses a pool of another base
-        self.locations = self._locations()
-        unroute(base)
-
-    def _locations(self) -> dict[str, ModuleLocation]:
-        routing = routing_of(self.base)
+        routing = routing_of(base)
         assert routing is not None
         modules = routing.pool.modules
-        return locate_modules(modules, [routing.streams.stream_of(path) for path in modules])
+        self.locations = locate_modules(modules, [routing.streams.stream_of(path) for path in modules])
+        unroute(base)
 
     def check(self, question: Question) -> None:
         """Refuses a question that can be refused without running the model.
@@ -166,9 +164,17 @@ class Session:
         self._attach(question)
         start = 1 if self.base.is_encoder_decoder else count
         queued.send({"event": "turn", "read": count, "generated_from": count, "room": room})
+        alone = question.router == BASE
+        where = {} if alone else self.locations
+        events = TokenEvents(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
         prompts = read_of_turn(self.pool, question.prompt) if question.chat else []
-        with prompted(self.base, prompts):
-            out = self._generate(ids.to(self.base.device), room, queued, alone=question.router == BASE)
+        recording = contextlib.nullcontext() if alone else trace(self.base, margins=False)
+        with prompted(self.base, prompts), recording as recorded:
+
+            def after_each(so_far: Tensor) -> bool:
+                return _send(queued, events.event(so_far, recorded.drain() if recorded else ()))
+
+            out = greedy_answer(self.base, ids.to(self.base.device), room, after_each)
         answer = out[0, start:]
         why = "stopped" if queued.stopped.is_set() else "length" if len(answer) >= room else "end"
         text = str(self.base.tokenizer.decode(answer, skip_special_tokens=True))
@@ -193,9 +199,8 @@ class Session:
         if question.router == BASE:
             return
         own = self.routers[question.router]["top_k"]
-        k = (
-            min(len(self.pool), question.top_k or own or len(self.pool)) + 1
-        )  # a null candidate may be chosen as well
+        # A null candidate may be chosen as well.
+        k = min(len(self.pool), question.top_k or own or len(self.pool)) + 1
         if (need := tokens * len(self.locations) * k) > self.limits.choices:
             raise PhatgooseError(
                 f"{tokens} tokens at {len(self.locations)} modules with up to {k} choices are {need:,} "
@@ -221,16 +226,6 @@ class Session:
             allowed = torch.ones(1, len(self.pool), dtype=torch.bool)
             allowed[0, question.off] = False
             switches.allowed = allowed if question.off else None
-
-    def _generate(self, ids: Tensor, room: int, queued: QueuedAnswer, *, alone: bool) -> Tensor:
-        where = {} if alone else self.locations
-        events = TokenEvents(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
-        if alone:
-            return greedy_answer(self.base, ids, room, lambda so_far: _send(queued, events.event(so_far, ())))
-        with trace(self.base, margins=False) as recorded:
-            return greedy_answer(
-                self.base, ids, room, lambda so_far: _send(queued, events.event(so_far, recorded.drain()))
-            )
 
 
 def _send(queued: QueuedAnswer, event: dict[str, Any]) -> bool:
