@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from phatgoose.serving.api.parameters import IGNORED
-from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
+from phatgoose.serving.api.schema import IGNORED, AnswerRequest, ChatRequest, CompletionRequest
 
 _VLLM = """
 add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template chat_template_kwargs

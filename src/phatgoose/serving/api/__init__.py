@@ -1,5 +1,5 @@
 """The request bodies of OpenAI's and vLLM's APIs, and their error responses.
 
-In: JSON. Out: validated requests, or an APIError. To add a request parameter, add a field to `schema.py` (a new type
-to `parameters.py`) and use it in `serving/requests.py`; list a parameter that isn't honoured in `unsupported.toml`.
+In: JSON. Out: validated requests, or an APIError. To add a request parameter, add a field to `schema.py` and use it in
+`serving/requests.py`; list a parameter that isn't honoured in `unsupported.toml`.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from phatgoose.serving.api.parameters import FORMS
+from phatgoose.serving.api.schema import FORMS
 
 TYPES = {
     401: "authentication_error",

@@ -1,41 +1,63 @@
-"""Request bodies: the parameters of OpenAI's and vLLM's APIs that are honoured."""
+"""Request bodies: the parameters that are honoured, and what happens to the others."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+import tomllib
+from importlib.resources import files
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
-
-from phatgoose.serving.api.parameters import (
-    IGNORED,
-    LISTS,
-    MANY_TEXTS,
-    MAX_BIASES,
-    MAX_STOPS,
-    MAX_WORDS,
-    NUMBERS,
-    ONE,
-    UNSUPPORTED,
-    UNSUPPORTED_CHAT,
-    UNSUPPORTED_COMPLETION,
-    UNSUPPORTED_TOKENIZE,
-    Answers,
-    Count,
-    Integer,
-    Name,
-    OneOrMany,
-    Penalty,
-    PositiveCount,
-    Stop,
-    StrictModel,
-    Text,
-    TokenList,
-    Tokens,
-    TopLogprobs,
-    Unsupported,
-    invalid,
-    prompt_form,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+FIRST = TypeVar("FIRST")
+SECOND = TypeVar("SECOND")
+MAX_STOPS, MAX_TOP, MAX_BIASES, MAX_WORDS = 16, 20, 1024, 128
+ONE, MANY_TEXTS, NUMBERS, LISTS = FORMS = ("as one", "as texts", "as tokens", "as lists of tokens")
+"""Tags of a parameter's forms in pydantic's errors. Clients never see them."""
+
+
+class Unsupported(NamedTuple):
+    """A parameter that would change the answer and isn't honoured."""
+
+    neutral: tuple[Any, ...]
+    """Values that change nothing, so they are accepted."""
+    why: str
+
+
+_TABLES = tomllib.loads(files("phatgoose.serving.api").joinpath("unsupported.toml").read_text("utf-8"))
+IGNORED = frozenset(_TABLES["ignored"])
+"""Parameters that have no effect on the answer."""
+
+
+def _unsupported(*tables: str) -> dict[str, Unsupported]:
+    rules = {name: rule for table in tables for name, rule in _TABLES[table].items()}
+    return {name: Unsupported((None, *rule["neutral"]), rule["why"]) for name, rule in rules.items()}
+
+
+def invalid(param: str, message: str) -> PydanticCustomError:
+    """An error about the request as a whole, reported under `param`."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
+
+
+def _check_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character (a lone surrogate)") from None
+    return text
+
+
+def _integral_float_to_int(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _limit_biases(value: Any) -> Any:
@@ -45,7 +67,66 @@ def _limit_biases(value: Any) -> Any:
     return value
 
 
+Text = Annotated[str, AfterValidator(_check_surrogates)]
+"""Text that a tokenizer can read. JSON can also carry lone surrogates."""
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Name = Annotated[Text | None, Field(max_length=256)]
+Integer = Annotated[int, BeforeValidator(_integral_float_to_int)]
+"""An integer, which may be written as 4.0: JSON has one kind of number."""
+Count = Annotated[Integer | None, Field(ge=0)]
+PositiveCount = Annotated[Integer | None, Field(ge=1)]
+Answers = Annotated[Integer | None, Field(ge=1, le=128)]
+TopLogprobs = Annotated[Integer | None, Field(ge=0, le=MAX_TOP)]
+Penalty = Annotated[float | None, Field(ge=-2, le=2)]
+TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Tokens = Annotated[TokenList, Field(min_length=1)]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_limit_biases)]
+
+
+def _tag_one_or_many(value: Any) -> str:
+    return MANY_TEXTS if isinstance(value, list) else ONE
+
+
+OneOrMany = Annotated[
+    Annotated[FIRST, Tag(ONE)] | Annotated[SECOND, Tag(MANY_TEXTS)], Discriminator(_tag_one_or_many)
+]
+"""One value, or a list of them. The tags keep pydantic's errors to the form that the client used."""
+
+
+def _tag_prompt(value: Any) -> str:
+    """The form in which a completion's prompt is given."""
+    if not isinstance(value, list):
+        return ONE
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return LISTS
+    return NUMBERS if isinstance(first, int | float) and not isinstance(first, bool) else MANY_TEXTS
+
+
+class StrictModel(BaseModel):
+    """A body of which the first error is reported.
+
+    A large body may hold hundreds of thousands of errors. Each would be an object, made while no other client is
+    served. So lists are validated up to their first error (fail_fast).
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[dict[str, Unsupported]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, data: Any) -> Any:
+        """Drops parameters that change nothing, refuses unsupported ones, and keeps only the first unknown one."""
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if name not in cls.ignored}
+        for name, (neutral, why) in cls.unsupported.items():
+            if name in data and data.pop(name) not in neutral:
+                raise invalid(name, f"{name} isn't supported: {why}")
+        known = cls.model_fields
+        first = next((name for name in data if name not in known), None)
+        return {name: value for name, value in data.items() if name in known or name == first}
 
 
 class Extension(StrictModel):
@@ -76,7 +157,10 @@ class AnswerRequest(StrictModel):
     """Sample from this many likeliest tokens; 0 or −1: from all."""
     min_p: Annotated[float | None, Field(ge=0, le=1)] = 0.0
     """Sample from tokens whose probability is at least this fraction of the likeliest token's."""
-    stop: OneOrMany[Stop, Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]] | None = None
+    stop: Annotated[
+        OneOrMany[Stop, Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]] | None,
+        BeforeValidator(lambda stop: None if stop == "" else stop),  # some clients send "" for no stop string
+    ] = None
     """The answer ends before any of these texts, up to 16."""
     stop_token_ids: Annotated[TokenList | None, Field(max_length=MAX_BIASES)] = None
     """The answer ends with any of these tokens, in addition to the model's own end tokens."""
@@ -109,17 +193,7 @@ class AnswerRequest(StrictModel):
     phatgoose: Extension | None = None
     """experts: which experts acted."""
 
-    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_ignored(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {key: value for key, value in data.items() if key not in IGNORED}
-        if kept.get("stop") == "":  # some clients send this for no stop string
-            del kept["stop"]
-        return kept
+    ignored: ClassVar[frozenset[str]] = IGNORED
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -131,9 +205,7 @@ class AnswerRequest(StrictModel):
 
     @property
     def stops(self) -> list[str]:
-        if self.stop is None:
-            return []
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class TextPart(StrictModel):
@@ -161,9 +233,9 @@ class Message(StrictModel):
 
     @property
     def text(self) -> str:
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -183,7 +255,7 @@ class ChatRequest(AnswerRequest):
     top_logprobs: TopLogprobs = None
     """With logprobs: also return this many of the likeliest tokens in each place."""
 
-    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED_CHAT
+    unsupported: ClassVar[dict[str, Unsupported]] = _unsupported("every", "chat")
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
@@ -200,24 +272,19 @@ class CompletionRequest(AnswerRequest):
         | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(MANY_TEXTS)]
         | Annotated[Tokens, Tag(NUMBERS)]
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True), Tag(LISTS)],
-        Discriminator(prompt_form),
+        Discriminator(_tag_prompt),
     ]
     """One text or list of tokens, or several."""
     max_tokens: Count = 16
     """The most tokens of an answer; 0 with echo or prompt_logprobs only."""
     echo: bool | None = False
     """Repeat the prompt before the answer."""
-    logprobs: TopLogprobs = None
+    logprobs: Annotated[TopLogprobs, BeforeValidator(lambda top: None if top is False else top)] = None
     """Return each token's log-probability (with echo also the prompt's), and this many likeliest in its place."""
     best_of: Answers = None
     """Must equal n: answers aren't ranked."""
 
-    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED_COMPLETION
-
-    @field_validator("logprobs", mode="before")
-    @classmethod
-    def _false_is_none(cls, value: Any) -> Any:
-        return None if value is False else value
+    unsupported: ClassVar[dict[str, Unsupported]] = _unsupported("every", "completions")
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -233,11 +300,11 @@ class CompletionRequest(AnswerRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+ChatOrCompletion = ChatRequest | CompletionRequest
 
 
 class AddExpert(StrictModel):
@@ -256,7 +323,9 @@ class Tokenize(StrictModel):
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = False
 
-    unsupported: ClassVar[dict[str, Unsupported]] = UNSUPPORTED_TOKENIZE
+    unsupported: ClassVar[dict[str, Unsupported]] = {
+        name: rule for name, rule in ChatRequest.unsupported.items() if name in _TABLES["tokenize"]
+    }
 
     @model_validator(mode="after")
     def _check_one_input(self) -> Self:
