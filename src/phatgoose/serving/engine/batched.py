@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.models.base.base import Base, context_length, decoder_start
@@ -38,32 +39,27 @@ GATHER_SECONDS = 0.01
 class BatchEngine(Engine):
     """A cancelled job leaves its row at the next token. The batch is over when no row is left."""
 
+    fatal_error: BaseException | None = None
+
     def __init__(self, base: Base, settings: ServeSettings):
         super().__init__(base, settings)
         self.limit = None if base.is_encoder_decoder else context_length(base.model)
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        """Calls to make between two passes. None only wakes the engine's thread."""
+        self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        """Calls to make between two passes."""
         self._waiting: list[GenerationJob] = []
-        self._lock = threading.Lock()  # protects _waiting, which both threads change
-        self._thread: threading.Thread | None = None
+        """Touched by the engine's thread alone."""
+        self._thread = threading.Thread(target=self._loop, name="phatgoose-engine", daemon=True)
         self._stopping = False
-        self._fatal_error: BaseException | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._loop, name="phatgoose-engine", daemon=True)
         self._thread.start()
 
     def submit(self, job: GenerationJob) -> None:
         self.jobs[job.id] = job
-        with self._lock:
-            self._waiting.append(job)
-        self._calls.put(None)
+        self._calls.put(partial(self._waiting.append, job))
 
     def cancel(self, job: GenerationJob) -> None:
         self.jobs.pop(job.id, None)
-        with self._lock:
-            if job in self._waiting:
-                self._waiting.remove(job)
 
     def run_between_passes(self, do: Callable[[], Any]) -> Any:
         if not self.alive:
@@ -85,28 +81,24 @@ class BatchEngine(Engine):
 
     def stop(self) -> None:
         self._stopping = True
-        self._calls.put(None)
-        if self._thread is not None:
+        self._calls.put(lambda: None)  # wakes the thread
+        if self.alive:
             self._thread.join(timeout=30)
         self._fail(list(self.jobs.values()), SHUTTING_DOWN)
 
     @property
     def alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
-    def fatal_error(self) -> BaseException | None:
-        return self._fatal_error
+        return self._thread.is_alive()
 
     def is_wanted(self, job: GenerationJob) -> bool:
         """Whether a client still waits for this job."""
         return job.id in self.jobs and not self._stopping
 
     def make_calls(self) -> None:
-        """Makes the calls of `run_between_passes`. To be called in the engine's thread."""
+        """Makes the calls of `run_between_passes`, and takes in new jobs. To be called in the engine's thread."""
         while not self._calls.empty():
-            if (call := self._calls.get()) is not None:
-                call()
+            self._calls.get()()
+        self._waiting[:] = [job for job in self._waiting if self.is_wanted(job)]
 
     def publish(self, job: GenerationJob, update: JobUpdate) -> None:
         """Sends an update from the engine's thread to the event loop, where the jobs are."""
@@ -126,18 +118,14 @@ class BatchEngine(Engine):
     def _loop(self) -> None:
         try:
             while not self._stopping:
-                with self._lock:
-                    idle = not self._waiting
-                if idle:
-                    if (call := self._calls.get()) is not None:
-                        call()
+                if not self._waiting:
+                    self._calls.get()()
                     time.sleep(GATHER_SECONDS)  # so that requests that come together share a batch
                 self.make_calls()
-                batch = self._take_batch()
-                if batch and not self._stopping:
-                    self._run_batch(batch)
+                if self._waiting:
+                    self._run_batch(self._take_batch())
         except BaseException as error:
-            self._fatal_error = error
+            self.fatal_error = error
             self._fail(list(self.jobs.values()), "the engine died")
             raise
 
@@ -146,17 +134,15 @@ class BatchEngine(Engine):
 
         If padding would change the model's results, only those whose prompts are as long as the first one's.
         """
-        with self._lock:
-            count, longest, most = 0, 0, 0
-            for job in self._waiting[: self.settings.max_running]:
-                longest, most = max(longest, len(job.prompt)), max(most, job.max_new_tokens)
-                if count and self.limit is not None and longest + most > self.limit:
-                    break
-                count += 1
-            prompts = [job.prompt for job in self._waiting[:count]]
-            rows = generation_groups(self.base.model, prompts, most)[0] if count else []
-            batch = [self._waiting[row] for row in rows]
-            self._waiting = [job for job in self._waiting if job not in batch]
+        count, longest, most = 0, 0, 0
+        for job in self._waiting[: self.settings.max_running]:
+            longest, most = max(longest, len(job.prompt)), max(most, job.max_new_tokens)
+            if count and self.limit is not None and longest + most > self.limit:
+                break
+            count += 1
+        prompts = [job.prompt for job in self._waiting[:count]]
+        batch = [self._waiting[row] for row in generation_groups(self.base.model, prompts, most)[0]]
+        self._waiting[:] = [job for job in self._waiting if job not in batch]
         return batch
 
     def _run_batch(self, jobs: list[GenerationJob]) -> None:
@@ -217,7 +203,7 @@ class _GenerateCall(LogitsProcessor):
                 prompts,
                 own,
                 logits_processor=LogitsProcessorList([self]),
-                stopping_criteria=StoppingCriteriaList([_EndedRows(self)]),
+                stopping_criteria=StoppingCriteriaList([self._ended_rows]),
             )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -235,6 +221,9 @@ class _GenerateCall(LogitsProcessor):
             self._publish_token(row, token, failed.get(place))
         self._plan = self.engine.multi_router.plan = self._next_plan()
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen.to(scores.device), 0.0)
+
+    def _ended_rows(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return ~torch.tensor(self.open, device=input_ids.device)
 
     def _record_pass(self) -> None:
         engine, plan = self.engine, self._plan
@@ -269,11 +258,3 @@ class _GenerateCall(LogitsProcessor):
         base = self.engine.base
         start = (decoder_start(base.model),) if base.is_encoder_decoder else ()
         return (*start, *self._output[row][:-1])
-
-
-class _EndedRows(StoppingCriteria):
-    def __init__(self, call: _GenerateCall):
-        self.call = call
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return ~torch.tensor(self.call.open, device=input_ids.device)
