@@ -105,17 +105,22 @@ def test_every_name_that_answers_is_a_model(server):
             assert (found.status_code, found.json().get("id")) == (200, name)
             asked = http.post("/v1/completions", json={"model": name, "prompt": "the", "max_tokens": 1})
             assert asked.status_code == 200
-        for name in (
-            "z",
-            "single:z",
-            "phatgoose:top_k=0",
-            "phatgoose:best=1",
-            "retrieval",
-            "retrieval:encoder=/etc",
-        ):
+        refused = {
+            "z": 404,
+            "single:z": 404,
+            "phatgoose:top_k=0": 400,
+            "phatgoose:best=1": 400,
+            "retrieval": 400,
+            "retrieval:encoder=/etc": 400,
+        }
+        for name, status in refused.items():
             found = http.get(f"/v1/models/{name}")
-            assert found.status_code == 404
-            assert found.json()["error"]["code"] == "model_not_found"
+            asked = http.post("/v1/completions", json={"model": name, "prompt": "the"})
+            assert found.status_code == asked.status_code == status
+            assert found.json() == asked.json()
+            error = found.json()["error"]
+            assert error["message"]
+            assert error["code"] == ("model_not_found" if status == 404 else None)
 
 
 @pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029"])

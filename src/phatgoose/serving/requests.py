@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from phatgoose.models.base.base import Base
 from phatgoose.serving.api.errors import APIError
-from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
+from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest, CompletionRequest
 from phatgoose.serving.engine.sampling import SamplingParams
 from phatgoose.serving.prompts import Prompts, context_length_exceeded
 from phatgoose.serving.settings import ServeSettings
@@ -16,7 +18,7 @@ MAX_REPORTED = 2**19
 
 
 def max_new_tokens(
-    request: AnswerRequest, prompt: Sequence[int], settings: ServeSettings, limit: int | None
+    request: ChatOrCompletion, prompt: Sequence[int], settings: ServeSettings, limit: int | None
 ) -> int:
     """How many tokens the answer to this prompt may have.
 
@@ -26,8 +28,14 @@ def max_new_tokens(
     Raises:
         APIError: the prompt is too long, or it asks for more tokens than are allowed or than fit behind it.
     """
-    asked, name = _requested_tokens(request)
-    most, param = settings.max_tokens, "messages" if isinstance(request, ChatRequest) else "prompt"
+    asked, name, param = request.max_tokens, "max_tokens", "prompt"
+    if isinstance(request, CompletionRequest):
+        asked = 16 if asked is None else asked
+    else:
+        param = "messages"
+        if request.max_completion_tokens is not None:
+            asked, name = request.max_completion_tokens, "max_completion_tokens"
+    most = settings.max_tokens
     if asked is not None and asked > most:
         raise APIError(400, f"{name}: at most {most} tokens are written in an answer.", param=name)
     if limit is None:
@@ -35,29 +43,19 @@ def max_new_tokens(
             raise context_length_exceeded(f"{len(prompt)} tokens", settings.max_prompt_tokens, param=param)
         return most if asked is None else asked
     left = limit - len(prompt)
-    if left < (1 if asked is None else max(asked, 1)):
+    if left < max(asked or 1, 1):
         answer = f", and its answer may have {asked}" if asked else ""
         raise context_length_exceeded(f"a prompt of {len(prompt)} tokens{answer}", limit, param=param)
     return min(most, left) if asked is None else asked
 
 
-def _requested_tokens(request: AnswerRequest) -> tuple[int | None, str]:
-    """How many tokens a request asks for, and the parameter that says so."""
-    if isinstance(request, ChatRequest):
-        if request.max_completion_tokens is not None:
-            return request.max_completion_tokens, "max_completion_tokens"
-        return request.max_tokens, "max_tokens"
-    assert isinstance(request, CompletionRequest)
-    return 16 if request.max_tokens is None else request.max_tokens, "max_tokens"
-
-
-def top_prompt_logprobs(request: AnswerRequest) -> int | None:
+def top_prompt_logprobs(request: ChatOrCompletion) -> int | None:
     """How many likeliest tokens are reported for each prompt token; None: the prompt isn't scored."""
     echoed = request.logprobs if isinstance(request, CompletionRequest) and request.echo else None
     return max((n for n in (echoed, request.prompt_logprobs) if n is not None), default=None)
 
 
-def check_encoder_decoder(request: AnswerRequest, base: Base) -> None:
+def check_encoder_decoder(request: ChatOrCompletion, base: Base) -> None:
     """Refuses parameters that make no sense for an encoder–decoder's prompt."""
     if not base.is_encoder_decoder:
         return
@@ -69,18 +67,15 @@ def check_encoder_decoder(request: AnswerRequest, base: Base) -> None:
 
 
 def check_reported(
-    request: AnswerRequest, params: SamplingParams, prompt_tokens: int, new_tokens: int
+    request: ChatOrCompletion, params: SamplingParams, prompt_tokens: int, new_tokens: int
 ) -> None:
     """Refuses to report so many log-probabilities that other clients would have to wait.
 
     Args:
         prompt_tokens, new_tokens: over all answers; of new tokens the most that there may be.
     """
-    reported = sum(
-        tokens * (1 + top)
-        for tokens, top in ((prompt_tokens, top_prompt_logprobs(request)), (new_tokens, params.logprobs))
-        if top is not None
-    )
+    counts = ((prompt_tokens, top_prompt_logprobs(request)), (new_tokens, params.logprobs))
+    reported = sum(tokens * (1 + top) for tokens, top in counts if top is not None)
     if reported > MAX_REPORTED:
         param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
         why = (
@@ -91,7 +86,7 @@ def check_reported(
 
 
 async def sampling_params(
-    request: AnswerRequest, prompts: Prompts, end_tokens: frozenset[int], limit: int
+    request: ChatOrCompletion, prompts: Prompts, end_tokens: frozenset[int], limit: int
 ) -> SamplingParams:
     """How a request's tokens are sampled.
 
@@ -109,32 +104,22 @@ async def sampling_params(
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise APIError(400, "logit_bias: its keys are token ids, whole numbers.", param="logit_bias")
         bias[int(key)] = value
-    stops, allowed = request.stop_token_ids, request.allowed_token_ids
-    for param, tokens in (
-        ("logit_bias", list(bias)),
-        ("stop_token_ids", stops),
-        ("allowed_token_ids", allowed),
-    ):
+    stops, allowed = request.stop_token_ids or (), request.allowed_token_ids
+    named = {"logit_bias": list(bias), "stop_token_ids": stops, "allowed_token_ids": allowed}
+    for param, tokens in named.items():
         if tokens:
             prompts.check_tokens(tokens, param)
+    logprobs = request.logprobs
     if isinstance(request, ChatRequest):
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    else:
-        assert isinstance(request, CompletionRequest)
-        logprobs = request.logprobs
-    return SamplingParams(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=request.seed,
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
-        logit_bias=bias,
-        logprobs=logprobs,
-        top_k=max(request.top_k or 0, 0),
-        min_p=request.min_p or 0.0,
-        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-        min_tokens=request.min_tokens or 0,
-        end_tokens=end_tokens | frozenset(stops or ()),
-        bad_words=await prompts.encode_bad_words(request.bad_words or ()),
-        allowed=None if allowed is None else tuple(sorted(set(allowed))),
-    )
+    # Parameters are taken as they are by their names, where they are given, but for these.
+    given: dict[str, Any] = {f.name: getattr(request, f.name, None) for f in fields(SamplingParams)}
+    given |= {
+        "logit_bias": bias,
+        "logprobs": logprobs,
+        "top_k": max(request.top_k or 0, 0),
+        "end_tokens": end_tokens | frozenset(stops),
+        "bad_words": await prompts.encode_bad_words(request.bad_words or ()),
+        "allowed": None if allowed is None else tuple(sorted(set(allowed))),
+    }
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base, decoder_start, end_tokens
 from phatgoose.serving.api.errors import APIError
-from phatgoose.serving.api.schema import AnswerRequest, ChatRequest, CompletionRequest
+from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest
 from phatgoose.serving.engine.batched import BatchEngine
 from phatgoose.serving.engine.continuous import ContinuousEngine, obstacle
 from phatgoose.serving.engine.engine import Engine, GenerationJob, JobUpdate
@@ -43,8 +42,6 @@ class Generation:
     model: ResolvedModel
     prompts: list[list[int]]
     streams: list[TextStream]
-    arrived: float
-    """When the request came, by time.perf_counter()."""
 
 
 class Service:
@@ -196,7 +193,7 @@ class Service:
         why = "the server is busy: too many answers are waiting."
         return APIError(429, why, code="busy", headers={"Retry-After": str(seconds)})
 
-    async def encode_prompts(self, request: AnswerRequest) -> list[list[int]]:
+    async def encode_prompts(self, request: ChatOrCompletion) -> list[list[int]]:
         """The tokens of a request's prompts, one after the other, so that it can be broken off between two.
 
         Raises:
@@ -207,7 +204,6 @@ class Service:
         if isinstance(request, ChatRequest):
             self.check_capacity(n)
             return [await self.prompts.encode_chat(request.messages)]
-        assert isinstance(request, CompletionRequest)
         self.check_capacity(len(request.prompts) * n)
         encoded = []
         for prompt in request.prompts:
@@ -217,7 +213,7 @@ class Service:
         return encoded
 
     async def generate(
-        self, model: ResolvedModel, request: AnswerRequest, prompts: list[list[int]], arrived: float
+        self, model: ResolvedModel, request: ChatOrCompletion, prompts: list[list[int]], arrived: float
     ) -> Generation:
         """Hands a request's jobs to the engine.
 
@@ -234,10 +230,12 @@ class Service:
         streams = []
         for branch in range(len(prompts) * n):
             prompt, limit = prompts[branch // n], limits[branch // n]
+            # The tokens before an answer, where the model writes it.
+            before = (decoder_start(self.base.model),) if self.base.is_encoder_decoder else prompt
             job = GenerationJob(
                 prompt,
                 model.route,
-                SequenceSampler(params, branch, self._decoder_prompt(prompt)),
+                SequenceSampler(params, branch, before),
                 max(limit, 1),
                 ends,
                 track_experts=bool(request.phatgoose and request.phatgoose.experts),
@@ -248,11 +246,7 @@ class Service:
             streams.append(TextStream(self.engine, self.base.tokenizer, job, request.stops))
         for stream in streams:
             self.engine.submit(stream.job)
-        return Generation(model, prompts, streams, arrived)
-
-    def _decoder_prompt(self, prompt: list[int]) -> Sequence[int]:
-        """The tokens before an answer, where the model writes it."""
-        return (decoder_start(self.base.model),) if self.base.is_encoder_decoder else prompt
+        return Generation(model, prompts, streams)
 
 
 def make_engine(base: Base, settings: ServeSettings) -> Engine:

@@ -134,9 +134,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, is_encoder_decod
     return tuple(ids)
 
 
-def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Token ids → text, without special tokens and without cleaning up spaces."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = False) -> str:
+    """Token ids → text, without cleaning up spaces. `special`: whether special tokens are in it."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+    )
 
 
 def _truncate_left(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], room: int) -> Sequence[int]:

@@ -66,17 +66,12 @@ class IncrementalDecoder:
         return whole[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return decode_with_special(self.tokenizer, ids) if self.special else decode_text(self.tokenizer, ids)
-
-
-def decode_with_special(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Token ids → text that includes special tokens; spaces aren't cleaned up."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode_text(self.tokenizer, ids, special=self.special)
 
 
 def token_offsets(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
     """Where each of its tokens begins in `text`; all tokens of one character begin where the character does."""
-    whole = decode_with_special(tokenizer, ids)
+    whole = decode_text(tokenizer, ids, special=True)
     # Special tokens that the text spells out are in it; those that the tokenizer itself puts before a text aren't.
     special = whole.endswith(text)
     before = len(whole) - len(text) if special else 0

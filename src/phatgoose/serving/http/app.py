@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 
 from phatgoose import __version__
 from phatgoose.errors import PhatgooseError, UnknownName
+from phatgoose.models.text.encoding import decode_text
 from phatgoose.serving.api.errors import APIError, from_validation_errors
 from phatgoose.serving.api.schema import AddExpert, ChatRequest, CompletionRequest, Detokenize, Tokenize
-from phatgoose.serving.engine.text import decode_with_special
 from phatgoose.serving.http.completions import answer
 from phatgoose.serving.http.guard import Guard, Keys
 from phatgoose.serving.service import Service
@@ -58,16 +58,20 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
     )
     app.state.service = service
     app.add_middleware(Guard, service=service, keys=keys, hosts=hosts)
+    _add_error_handlers(app, service)
     for add_routes in (_add_completions, _add_models, _add_tokenizer, _add_monitoring, _add_admin):
         add_routes(app, service)
-    _add_error_handlers(app)
     return app
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(APIError)
     async def api_error(_: Request, error: APIError) -> JSONResponse:
         return error.response()
+
+    @app.exception_handler(PhatgooseError)
+    async def model_error(_: Request, error: PhatgooseError) -> JSONResponse:
+        return service.model_error(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -106,12 +110,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
         """A model that a request may name, listed or not."""
         if service.experts.binding >= service.capacity:
             raise service.busy_error()
-        try:
-            async with service.models.resolve(name):
-                return model(name)
-        except PhatgooseError as error:  # here also a router that can't serve this pool is no model
-            why = service.client_message(error)[:500]
-            raise APIError(404, why, param="model", code="model_not_found") from None
+        async with service.models.resolve(name):
+            return model(name)
 
     _add_get(app, "/v1/models", models)
     _add_get(app, "/v1/models/{name:path}", one_model)
@@ -121,11 +121,8 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     """vLLM's routes between text and tokens."""
 
     async def check_model(model: str | None) -> None:
-        try:
-            async with service.models.resolve(model or service.models.default):
-                pass
-        except PhatgooseError as error:
-            raise service.model_error(error) from None
+        async with service.models.resolve(model or service.models.default):
+            pass
 
     @app.post("/tokenize")
     async def tokenize(body: Tokenize) -> dict[str, Any]:
@@ -147,7 +144,8 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         await check_model(body.model)
         if body.tokens:
             service.prompts.check_tokens(body.tokens, "tokens")
-        return {"prompt": await run_in_thread_async(decode_with_special, service.base.tokenizer, body.tokens)}
+        text = await run_in_thread_async(decode_text, service.base.tokenizer, body.tokens, special=True)
+        return {"prompt": text}
 
 
 def _add_monitoring(app: FastAPI, service: Service) -> None:
@@ -177,10 +175,9 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     def api_errors(*folders: str) -> Iterator[None]:
         try:
             yield
-        except UnknownName as error:
-            raise APIError(404, service.client_message(error, *folders)[:500]) from None
         except PhatgooseError as error:
-            raise APIError(409, service.client_message(error, *folders)[:1000]) from None
+            status = 404 if isinstance(error, UnknownName) else 409
+            raise APIError(status, service.client_message(error, *folders)[:1000]) from None
 
     def experts_response() -> dict[str, Any]:
         return {"experts": changes.list_experts()}

@@ -17,20 +17,13 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.models.text.encoding import decode_text
 from phatgoose.serving.api.errors import APIError
-from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
+from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest, CompletionRequest
 from phatgoose.serving.engine.sampling import RULED_OUT
-from phatgoose.serving.engine.text import (
-    Delta,
-    EngineFailure,
-    TextStream,
-    collect,
-    decode_with_special,
-    merge_streams,
-)
+from phatgoose.serving.engine.text import Delta, EngineFailure, TextStream, collect, merge_streams
 from phatgoose.serving.errors import SHUTTING_DOWN
-from phatgoose.serving.http.responses import ResponseFormat, count_logprobs, usage, usage_so_far
+from phatgoose.serving.http.responses import ResponseFormat, count_logprobs, usage
 from phatgoose.serving.service import Generation, Service
 from phatgoose.serving.threads import run_in_thread_async
 
@@ -50,34 +43,29 @@ class _Call:
 
     service: Service
     request: Request
-    body: ChatRequest | CompletionRequest
+    body: ChatOrCompletion
     arrived: float
     """By time.perf_counter(), for the metrics."""
     deadline: float
     """By the event loop's clock."""
 
 
-async def answer(service: Service, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+async def answer(service: Service, request: Request, body: ChatOrCompletion) -> Response:
     """Answers a request.
 
     Raises:
-        APIError: the request can't be answered.
+        APIError: the request can't be answered. PhatgooseError: its model can't be served.
     """
     service.check_capacity(1)
     deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
     call = _Call(service, request, body, time.perf_counter(), deadline)
     # Holds what must be given back, whatever happens: the experts' pin, the jobs, the facts for the log.
-    stack = AsyncExitStack()
-    try:
+    async with AsyncExitStack() as stack:
         generation = await _begin(call, stack)
         response_format = await _response_format(call, generation)
         stack.callback(_log_facts, call, generation)
         if body.stream:
-            return _Stream(_events(call, generation, response_format), stack, deadline)
-    except BaseException:
-        await stack.aclose()
-        raise
-    async with stack:
+            return _Stream(_events(call, generation, response_format), stack.pop_all(), deadline)
         return await _until_disconnect(call, _whole_response(call, generation, response_format))
 
 
@@ -103,33 +91,26 @@ async def _begin(call: _Call, stack: AsyncExitStack) -> Generation:
             model = await stack.enter_async_context(service.models.resolve(body.model))
             prompts = await _until_disconnect(call, service.encode_prompts(body))
             generation = await service.generate(model, body, prompts, call.arrived)
-    except PhatgooseError as error:
-        raise service.model_error(error) from None
     except TimeoutError as error:
         raise _api_error(error) from None
-
-    def cancel() -> None:
-        for stream in generation.streams:
-            service.engine.cancel(stream.job)
-
-    stack.callback(cancel)
+    for stream in generation.streams:
+        stack.callback(service.engine.cancel, stream.job)
     return generation
 
 
 async def _response_format(call: _Call, generation: Generation) -> ResponseFormat:
-    service, body = call.service, call.body
-    chat, tokenizer = isinstance(body, ChatRequest), service.base.tokenizer
+    service, body, tokenizer = call.service, call.body, call.service.base.tokenizer
     echo: list[str] = []
     if isinstance(body, CompletionRequest) and body.echo:
         prompts = body.prompts
 
         def texts() -> list[str]:
-            return [p if isinstance(p, str) else decode_with_special(tokenizer, p) for p in prompts]
+            return [p if isinstance(p, str) else decode_text(tokenizer, p, special=True) for p in prompts]
 
         is_large = sum(map(len, generation.prompts)) > MAX_ON_LOOP
         echo = [text for text in await _run(texts, is_large) for _ in range(body.n or 1)]
     name = body.model or (service.models.name if generation.model.route is not None else "base")
-    answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+    answer_id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
     return ResponseFormat(answer_id, name, int(time.time()), body, tokenizer, echo)
 
 
@@ -150,7 +131,7 @@ async def _whole_response(call: _Call, generation: Generation, response_format: 
     ]
     write = partial(_whole_body, response_format, generation, deltas)
     content = await _run(write, count_logprobs(streams) > MAX_ON_LOOP)
-    call.service.metrics.seconds.observe(time.perf_counter() - generation.arrived)
+    call.service.metrics.seconds.observe(time.perf_counter() - call.arrived)
     return Response(content, media_type="application/json")
 
 
@@ -162,13 +143,15 @@ def _whole_body(response_format: ResponseFormat, generation: Generation, deltas:
         for i, (delta, stream) in enumerate(zip(deltas, streams, strict=True))
     ]
     prompt = response_format.prompt_fields(streams[0]) if response_format.chat else {}
-    head, last = _json(response_format.head()), _json({"usage": usage(generation), **prompt})
-    return f'{head[:-1]}, "choices": [{", ".join(choices)}], {last[1:]}'.encode()
+    last = {"usage": usage(generation.prompts, streams), **prompt}
+    return (
+        f'{_json(response_format.head())[:-1]}, "choices": [{", ".join(choices)}], {_json(last)[1:]}'.encode()
+    )
 
 
-def _without_token(body: ChatRequest | CompletionRequest, delta: Delta, stream: TextStream) -> Delta:
+def _without_token(body: ChatOrCompletion, delta: Delta, stream: TextStream) -> Delta:
     """Drops the answer if max_tokens is 0. The engine always writes a token, but only the prompt was asked for."""
-    if not isinstance(body, CompletionRequest) or body.max_tokens != 0:
+    if body.max_tokens != 0:
         return delta
     stream.token_count = 0
     return Delta(finish_reason=delta.finish_reason and "length")
@@ -178,22 +161,23 @@ async def _events(
     call: _Call, generation: Generation, response_format: ResponseFormat
 ) -> AsyncGenerator[str, None]:
     """The server-sent events of a stream."""
-    facts, options, metrics = call.request.state.facts, call.body.stream_options, call.service.metrics
+    streams, options, metrics = generation.streams, call.body.stream_options, call.service.metrics
     begun: set[int] = set()
     try:
-        async with aclosing(merge_streams(generation.streams, call.deadline)) as deltas:
+        async with aclosing(merge_streams(streams, call.deadline)) as deltas:
             async for index, delta in deltas:
-                stream, first = generation.streams[index], index not in begun
+                stream, first = streams[index], index not in begun
                 begun.add(index)
                 delta = _without_token(call.body, delta, stream)
                 write = partial(_chunk, response_format, index, delta, stream, first=first)
                 # Only the first chunk can be large: it brings the prompt's log-probabilities.
                 yield await _run(write, first and count_logprobs([stream]) > MAX_ON_LOOP)
         if options and options.include_usage:
-            yield _event({**response_format.head(chunk=True), "choices": [], "usage": usage(generation)})
-        metrics.seconds.observe(time.perf_counter() - generation.arrived)
+            whole = {"choices": [], "usage": usage(generation.prompts, streams)}
+            yield _event({**response_format.head(chunk=True), **whole})
+        metrics.seconds.observe(time.perf_counter() - call.arrived)
     except (EngineFailure, TimeoutError) as error:
-        facts["failed"] = type(error).__name__
+        call.request.state.facts["failed"] = type(error).__name__
         yield _event(_api_error(error).body())
     except (asyncio.CancelledError, GeneratorExit):
         if not call.service.ended:
@@ -209,7 +193,8 @@ def _chunk(
     more = response_format.prompt_fields(stream) if first and response_format.chat else {}
     options = response_format.request.stream_options
     if options is not None and options.include_usage:
-        more |= {"usage": usage_so_far(stream) if options.continuous_usage_stats else None}
+        so_far = usage([stream.job.prompt], [stream]) if options.continuous_usage_stats else None
+        more |= {"usage": so_far}
     return _event({**response_format.head(chunk=True), "choices": [choice], **more})
 
 
@@ -262,7 +247,7 @@ def _log_facts(call: _Call, generation: Generation) -> None:
     waited = [job.first_token_time - job.arrived for job in jobs if job.first_token_time is not None]
     call.request.state.facts |= {
         "kind": generation.model.kind,
-        "answers": len(generation.streams),
+        "answers": len(jobs),
         "prompt_tokens": sum(map(len, generation.prompts)),
         "answer_tokens": sum(stream.token_count for stream in generation.streams),
         "first_token_seconds": round(min(waited), 4) if waited else None,

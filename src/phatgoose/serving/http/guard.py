@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette._utils import get_route_path
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phatgoose.serving.api.errors import APIError
@@ -85,7 +86,7 @@ class Guard:
         exchange = _Exchange(scope, receive, send, self.service)
         try:
             self._check_head(exchange)
-            with self._take_place(exchange):
+            with self._take_place(exchange.path):
                 await exchange.read_body()
                 await self.app(scope, exchange.receive, exchange.send)
         except APIError as error:
@@ -98,9 +99,9 @@ class Guard:
             exchange.finish()
 
     @contextlib.contextmanager
-    def _take_place(self, exchange: _Exchange) -> Iterator[None]:
+    def _take_place(self, path: str) -> Iterator[None]:
         """Limits how many requests for answers are read: each asks for one at least, of which only so many may wait."""
-        if exchange.path not in ANSWER_PATHS:
+        if path not in ANSWER_PATHS:
             yield
             return
         if self.service.draining:
@@ -114,27 +115,26 @@ class Guard:
             self.service.open_requests -= 1
 
     def _check_head(self, exchange: _Exchange) -> None:
-        header = exchange.header
-        if header(b"transfer-encoding") and header(b"content-length"):
+        headers, path = exchange.headers, exchange.path
+        if headers.get("transfer-encoding") and headers.get("content-length"):
             # A proxy may have used one and the server the other: what follows would be another request (smuggling).
             raise APIError(400, "a request has either Transfer-Encoding or Content-Length.")
         if self.hosts is not None:
-            host = _HOST.fullmatch(header(b"host") or "")
+            host = _HOST.fullmatch(headers.get("host", ""))
             if host is None or host[1].lower() not in self.hosts:
                 raise APIError(
                     403, "this server answers to local names only; start it with a key to change that."
                 )
         # A route also matches a path followed by a newline, but `Keys.check` compares whole paths.
-        if _CONTROL.search(exchange.path):
+        if _CONTROL.search(path):
             raise APIError(404, "Not Found")
-        scheme, _, key = (header(b"authorization") or "").partition(" ")
-        self.keys.check(exchange.path, key.strip() if scheme.lower() == "bearer" else None)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        self.keys.check(path, key.strip() if scheme.lower() == "bearer" else None)
         if exchange.scope["method"] in ("POST", "PUT", "PATCH"):
-            kind = (header(b"content-type") or "").partition(";")[0].strip().lower()
-            if kind != "application/json" and not (exchange.path.startswith("/admin/") and not kind):
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json" and not (path.startswith("/admin/") and not kind):
                 raise APIError(415, "expected Content-Type: application/json.")
-            coding = (header(b"content-encoding") or "identity").strip().lower()
-            if coding != "identity":
+            if headers.get("content-encoding", "identity").strip().lower() != "identity":
                 raise APIError(415, "compressed bodies aren't read: send it without Content-Encoding.")
 
 
@@ -144,20 +144,17 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service):
         self.scope, self._receive, self._send, self.service = scope, receive, send, service
         # The path as the routes see it, also if the server is mounted below another path.
-        self.path = get_route_path(scope)
-        self.headers = dict(scope["headers"])
-        request_id = self.header(b"x-request-id") or ""
+        self.path, self.headers = get_route_path(scope), Headers(scope=scope)
+        request_id = self.headers.get("x-request-id", "")
         self.id = request_id if _ID.fullmatch(request_id) else uuid.uuid4().hex
         self.facts: dict[str, Any] = {}
         scope.setdefault("state", {})["facts"] = self.facts
         self.arrived, self.status, self.response_begun = time.perf_counter(), 0, False
         self.body: bytes | None = None
-        self.is_read = not self.header(b"transfer-encoding") and self.header(b"content-length") in (None, "0")
+        self.is_read = (
+            not self.headers.get("transfer-encoding") and self.headers.get("content-length", "0") == "0"
+        )
         """Whether the client sends nothing more."""
-
-    def header(self, name: bytes) -> str | None:
-        value = self.headers.get(name)
-        return None if value is None else value.decode("latin-1")
 
     async def read_body(self) -> None:
         """Reads the whole body.
@@ -165,28 +162,25 @@ class _Exchange:
         Raises:
             APIError: it is too long, takes too long, or the client leaves.
         """
-        settings, length = self.service.settings, self.header(b"content-length")
+        settings, length = self.service.settings, self.headers.get("content-length", "")
         too_large = APIError(413, f"the request's body is larger than {settings.max_body_bytes} bytes.")
-        if length is not None and length.isdigit() and int(length) > settings.max_body_bytes:
+        if length.isdigit() and int(length) > settings.max_body_bytes:
             raise too_large
-        parts, size = [], 0
+        body, more = bytearray(), True
         try:
             async with asyncio.timeout(settings.body_seconds):
-                while True:
+                while more:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
                         raise APIError(499, "the client left.")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > settings.max_body_bytes:
+                    body += message.get("body", b"")
+                    if len(body) > settings.max_body_bytes:
                         raise too_large
-                    if not message.get("more_body", False):
-                        self.is_read = True
-                        break
+                    more = message.get("more_body", False)
         except TimeoutError:
             why = f"the request's body took longer than {settings.body_seconds:g} seconds."
             raise APIError(408, why) from None
-        self.body = b"".join(parts)
+        self.is_read, self.body = True, bytes(body)
 
     async def receive(self) -> Message:
         """The body as one message, then whatever comes: that the client disconnects."""
@@ -198,11 +192,11 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.response_begun, self.status = True, message["status"]
-            more = [(b"x-request-id", self.id.encode())]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
             if not self.is_read:
                 # The rest of the request won't be read, so the connection can't be used again.
-                more.append((b"connection", b"close"))
-            message = {**message, "headers": [*message["headers"], *more]}
+                headers["connection"] = "close"
         await self._send(message)
 
     async def send_error(self, error: APIError) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phatgoose.serving.api.schema import ChatRequest, CompletionRequest
+from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest
 from phatgoose.serving.engine.sampling import TokenLogprob
 from phatgoose.serving.engine.text import REPLACEMENT, Delta, TextStream, token_offsets
-from phatgoose.serving.service import Generation
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks."""
@@ -24,7 +23,7 @@ class ResponseFormat:
     id: str
     model: str
     created: int
-    request: ChatRequest | CompletionRequest
+    request: ChatOrCompletion
     tokenizer: Any
     echo: Sequence[str] = ()
     """The text of each answer's prompt, if the request wants it repeated."""
@@ -135,18 +134,9 @@ def count_logprobs(streams: Sequence[TextStream]) -> int:
     return sum(1 + len(one.top) for job in jobs for one in (*job.sampler.logprobs, *job.prompt_logprobs))
 
 
-def usage(generation: Generation) -> dict[str, Any]:
-    """Tokens read and written. A prompt counts once, however many answers it has."""
-    written = sum(stream.token_count for stream in generation.streams)
-    return _usage(sum(map(len, generation.prompts)), written)
-
-
-def usage_so_far(stream: TextStream) -> dict[str, Any]:
-    """The tokens of one answer and its prompt, while it is written."""
-    return _usage(len(stream.job.prompt), stream.token_count)
-
-
-def _usage(read: int, written: int) -> dict[str, Any]:
+def usage(prompts: Sequence[Sequence[int]], streams: Sequence[TextStream]) -> dict[str, Any]:
+    """Tokens read and written so far. A prompt counts once, however many answers it has."""
+    read, written = sum(map(len, prompts)), sum(stream.token_count for stream in streams)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
@@ -11,12 +12,13 @@ from pathlib import Path
 from socket import socket
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phatgoose.serving.errors import ServingError
 from phatgoose.serving.http.app import make_app
 from phatgoose.serving.http.guard import Keys
-from phatgoose.serving.http.protocol import protocol
 from phatgoose.serving.logs import log, set_up
 from phatgoose.serving.service import Service
 
@@ -118,6 +120,47 @@ class Server(uvicorn.Server):
         self.service.draining = True
         self._stop_request = sig, time.monotonic() + self.service.settings.drain_seconds
         log.info("ending", extra={"facts": {"answers": len(self.service.engine.jobs)}})
+
+
+def protocol(seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol, which closes connections whose request has no complete head after so many seconds.
+
+    The rest is limited elsewhere: a head's bytes by h11, a body's time by the guard, and the time between an answer and
+    the next request's first byte by uvicorn.
+    """
+
+    class Protocol(H11Protocol):
+        timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's own type
+            super().connection_made(transport)
+            self._update_timer()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._update_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._cancel_timer()
+
+        def _update_timer(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._cancel_timer()
+            elif self.timer is None:  # more bytes of a head don't prolong its time
+                self.timer = self.loop.call_later(seconds, self._close)
+
+        def _cancel_timer(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+
+        def _close(self) -> None:
+            self.timer = None
+            if self.conn.their_state is h11.IDLE:
+                self.transport.close()
+
+    return Protocol
 
 
 def uvicorn_config(
