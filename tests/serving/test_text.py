@@ -11,13 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
-from phatgoose.serving.engine.text import (
-    Delta,
-    IncrementalDecoder,
-    StopStrings,
-    merge_streams,
-    token_offsets,
-)
+from phatgoose.models.text.decoding import IncrementalDecoder
+from phatgoose.serving.engine.text import Delta, StopStrings, merge_streams, token_offsets
 
 BYTES = make_tokenizer()
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import layer_and_kind
+from phatgoose.models.text.decoding import IncrementalDecoder
 from phatgoose.models.trace.choices import Choices
 from phatgoose.models.trace.result import Trace
 
@@ -180,39 +181,11 @@ def answer_spans(prompt: RoutedPrompt) -> list[Span]:
     return [Span(text, name, share) for text, name, share, _ in found]
 
 
-class TokenTexts:
-    """The text that each token adds to those before it. Joined, they give the decoded whole.
-
-    A token that ends inside a character adds nothing; the one that completes the character adds it. Each token
-    is decoded together with those before it, since some tokenizers drop a leading space.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self._start = self._done = (
-            0  # ids[start:done] is decoded before each new token, to find out where that starts
-        )
-
-    def add(self, token: int, *, last: bool = False) -> str:
-        """What `token` adds. `last`: no token follows, so half a character is given as it is."""
-        self.ids.append(token)
-        before, text = self._decode(self._done), self._decode(len(self.ids))
-        if text.endswith("\ufffd") and not last:
-            return ""
-        self._start, self._done = self._done, len(self.ids)
-        return text[len(before) :]
-
-    def _decode(self, end: int) -> str:
-        ids = self.ids[self._start : end]
-        piece = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(piece)  # its type allows for a list, which one sequence doesn't give
-
-
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Any) -> list[str]:
-    """The text that each token of a whole sequence adds."""
-    ids, texts = list(ids), TokenTexts(tokenizer)
-    return [texts.add(token, last=i == len(ids) - 1) for i, token in enumerate(ids)]
+    """The text that each token of a whole sequence adds. A token that ends inside a character adds nothing."""
+    decoder = IncrementalDecoder(tokenizer, special=True)
+    texts = [decoder.push(token) for token in ids]
+    return [*texts[:-1], texts[-1] + decoder.flush()] if texts else []
 
 
 def encoded(prompt: RoutedPrompt, where: str) -> dict[str, Any]:

@@ -53,11 +53,7 @@ class AnswerQueue:
         self._worker = ThreadPoolExecutor(1, "phatgoose-ui")
 
     def submit(self, work: Callable[[QueuedAnswer], None]) -> QueuedAnswer:
-        """Queues an answer, which `work` will write.
-
-        Raises:
-            Busy: too many are waiting.
-        """
+        """Queues an answer, which `work` will write. Raises Busy: too many are waiting."""
         if len(self._answers) > self.waiting:
             raise Busy(f"{len(self._answers)} answers are being written or wait; try again in a while.")
         queued = QueuedAnswer()

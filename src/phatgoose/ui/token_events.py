@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from phatgoose.analysis.prompts import UNSEEN, TokenTexts
+from phatgoose.analysis.prompts import UNSEEN
 from phatgoose.errors import RoutingError
 from phatgoose.models.base.module_names import ModuleLocation
+from phatgoose.models.text.decoding import IncrementalDecoder
 from phatgoose.models.trace.choices import Choices
 
 
@@ -35,7 +36,8 @@ class TokenEvents:
         """`where`: the routed modules, none if the base answers alone. `ids`: the prompt's tokens, int64 [1, T]."""
         self.where, self.rows = where, {path: m for m, path in enumerate(where)}
         self.encoder = ids[0].tolist() if encoder_decoder else []
-        self._encoder_texts, self._texts = TokenTexts(tokenizer), TokenTexts(tokenizer)
+        self._encoder_texts = IncrementalDecoder(tokenizer, special=True)
+        self._texts = IncrementalDecoder(tokenizer, special=True)
         self._unread: list[str] = []  # texts of the decoder's newest tokens, which it hasn't read
         self._read = 0  # how many tokens the decoder has read
         self._k = 0
@@ -49,9 +51,9 @@ class TokenEvents:
         """
         own = ids[0].tolist()
         for token in own[len(self._texts.ids) :]:
-            self._unread.append(self._texts.add(token))
+            self._unread.append(self._texts.push(token))
         encoder = self.encoder if self._read == 0 else []
-        texts = [self._encoder_texts.add(token) for token in encoder] + self._unread[:-1]
+        texts = [self._encoder_texts.push(token) for token in encoder] + self._unread[:-1]
         self._unread = self._unread[-1:]
         starts = {"encoder": 0, "decoder": len(encoder) - self._read}
         k, chosen, weights = self._table(choices, starts, len(texts))

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phatgoose.models.text.decoding import REPLACEMENT
 from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest
 from phatgoose.serving.engine.sampling import TokenLogprob
-from phatgoose.serving.engine.text import REPLACEMENT, Delta, TextStream, token_offsets
+from phatgoose.serving.engine.text import Delta, TextStream, token_offsets
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks."""
