@@ -14,7 +14,7 @@ from phatgoose.models.attach.modules import check_copies, module_at
 from phatgoose.models.base.fingerprint import fingerprint
 from phatgoose.models.base.without_weights import mapped_base
 from phatgoose.models.moe.names import is_expert_path
-from phatgoose.vllm.binding import bind, prepare_router, sample
+from phatgoose.vllm.layers import bind, prepare_router, sample
 from phatgoose.vllm.settings import Settings
 
 
