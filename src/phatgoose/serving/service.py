@@ -22,8 +22,7 @@ from phatgoose.serving.engine.text import TextStream
 from phatgoose.serving.errors import SHUTTING_DOWN, ServingError, hide_paths
 from phatgoose.serving.metrics import Metrics
 from phatgoose.serving.pool.changes import PoolChanges
-from phatgoose.serving.pool.names import ModelNames, ResolvedModel
-from phatgoose.serving.pool.versions import ServedExperts
+from phatgoose.serving.pool.versions import ModelNames, ResolvedModel, ServedExperts
 from phatgoose.serving.prompts import Prompts
 from phatgoose.serving.requests import (
     check_encoder_decoder,
@@ -70,14 +69,7 @@ class Service:
             )
         self.engine = make_engine(base, self.settings)
         self.metrics = Metrics(self.engine)
-        self.experts = ServedExperts(
-            base,
-            self.engine,
-            router=router,
-            options=options,
-            max_routers=self.settings.max_routers,
-            encoder=self.settings.encoder,
-        )
+        self.experts = ServedExperts(self.engine, router, options)
         self.changes, self.models = PoolChanges(self.experts, folder), ModelNames(self.experts, name)
         self.prompts = Prompts(base, self.engine.limit or self.settings.max_prompt_tokens)
         self.end_tokens = end_tokens(base.model, base.tokenizer.eos_token_id)
@@ -168,10 +160,8 @@ class Service:
 
     def model_error(self, error: PhatgooseError) -> APIError:
         """The response to a request for a model that there isn't (404), or that can't be served (400)."""
-        message = self.client_message(error)[:500]
-        if isinstance(error, UnknownName):
-            return APIError(404, message, param="model", code="model_not_found")
-        return APIError(400, message, param="model")
+        status, code = (404, "model_not_found") if isinstance(error, UnknownName) else (400, None)
+        return APIError(status, self.client_message(error)[:500], param="model", code=code)
 
     def check_capacity(self, answers: int) -> None:
         """Refuses requests that wouldn't be answered in good time."""
@@ -196,8 +186,7 @@ class Service:
     async def encode_prompts(self, request: ChatOrCompletion) -> list[list[int]]:
         """The tokens of a request's prompts, one after the other, so that it can be broken off between two.
 
-        Raises:
-            APIError: there are too many prompts, or one can't be read.
+        Raises APIError if there are too many prompts, or one can't be read.
         """
         n = request.n or 1
         check_encoder_decoder(request, self.base)
@@ -215,11 +204,7 @@ class Service:
     async def generate(
         self, model: ResolvedModel, request: ChatOrCompletion, prompts: list[list[int]], arrived: float
     ) -> Generation:
-        """Hands a request's jobs to the engine.
-
-        Raises:
-            APIError: the request can't be answered.
-        """
+        """Hands a request's jobs to the engine. Raises APIError if it can't be answered."""
         n, top = request.n or 1, top_prompt_logprobs(request)
         limits = [max_new_tokens(request, prompt, self.settings, self.engine.limit) for prompt in prompts]
         params = await sampling_params(request, self.prompts, self.end_tokens, min(limits))

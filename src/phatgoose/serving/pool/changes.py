@@ -88,7 +88,7 @@ class PoolChanges:
             expert = await run_in_thread_async(Expert.load, folder, name=name)
             version, off = self.experts.state.version, self.experts.state.off
             pool = version.pool if version else None
-            if pool is not None and any(isinstance(e, PackedExpert) for e in pool.experts):
+            if pool and any(isinstance(e, PackedExpert) for e in pool.experts):
                 state = await self._add_to_packed(expert, off)
             else:
                 state = await self.experts.prepare(pool.add(expert) if pool else Pool([expert]), off)
@@ -103,19 +103,14 @@ class PoolChanges:
             raise ServingError("a packed pool without a folder can't be changed.")
         await run_in_thread_async(add_to_folder, self.folder, expert)
         try:
-            return await self.experts.prepare(
-                await run_in_thread_async(Pool.load, self.folder, verify=False), off
-            )
+            pool = await run_in_thread_async(Pool.load, self.folder, verify=False)
+            return await self.experts.prepare(pool, off)
         except Exception:
             await run_in_thread_async(remove_from_folder, self.folder, expert.name)
             raise
 
     async def remove(self, name: str) -> None:
-        """Takes an expert out of the pool and its folder.
-
-        Raises:
-            UnknownName: there is no such expert.
-        """
+        """Takes an expert out of the pool and its folder. Raises UnknownName: there is no such expert."""
         async with self._change():
             pool = self._pool()
             pool[name]
@@ -135,7 +130,7 @@ class PoolChanges:
         async with self._change():
             self._pool()[name]
             off = self.experts.state.off - {name} if on else self.experts.state.off | {name}
-            state = await self._switched(off)
+            state = await self.experts.bound(replace(self.experts.state, off=off))
             self._write_off(off)
             self.experts.state = state
 
@@ -198,19 +193,13 @@ class PoolChanges:
         assert self.folder is not None
         stamp, version = self._stamp(), self.experts.state.version
         if version is not None and stamp[0] == self._read_stamp[0] and not whole:
-            self.experts.state = await self._switched(self._read_off(version.pool))
+            off = self._read_off(version.pool)
+            self.experts.state = await self.experts.bound(replace(self.experts.state, off=off))
         else:
             entries = read_manifest(self.folder)["experts"]
             pool = await run_in_thread_async(Pool.load, self.folder) if entries else None
             await self.experts.activate(await self.experts.prepare(pool, self._read_off(pool)))
         self._read_stamp = stamp
-
-    async def _switched(self, off: frozenset[str]) -> ExpertState:
-        """The current experts with other ones switched off, ready to answer."""
-        state = replace(self.experts.state, off=off)
-        if state.names_on:
-            await self.experts.route(state, self.experts.router)
-        return state
 
     def _read_off(self, pool: Pool | None) -> frozenset[str]:
         """Which of a pool's experts the folder says are off."""
@@ -231,12 +220,12 @@ class PoolChanges:
     def _folder_matches(self, known: Mapping[str, Any]) -> bool:
         """Whether the folder holds the experts that are in memory; entries in `known` must be unchanged."""
         version = self.experts.state.version
-        names = version.pool.names if version is not None else ()
         try:
             entries = self._manifest_entries()
         except PhatgooseError:  # it is damaged, which the next one to read it reports
             return False
         unchanged = all(known.get(entry["name"], entry) == entry for entry in entries)
+        names = version.pool.names if version else ()
         return unchanged and tuple(entry["name"] for entry in entries) == names
 
     def _manifest_entries(self) -> list[Any]:
