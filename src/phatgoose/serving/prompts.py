@@ -26,7 +26,7 @@ LONG = 8192
 
 
 class Prompts:
-    """Tokenizes as training and evaluation do.
+    """Tokenizes as training and evaluation do, and refuses what has no tokens or too many by an APIError.
 
     Long texts have a thread and a copy of the tokenizer of their own, so short ones never wait for them.
 
@@ -51,16 +51,18 @@ class Prompts:
         self._local.tokenizer = copy.deepcopy(self.base.tokenizer)
 
     async def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The tokens of a completion's prompt, given as text or as tokens.
-
-        Raises:
-            APIError: it has no tokens, too many, or tokens that the model lacks.
-        """
+        """The tokens of a completion's prompt, given as text or as tokens."""
         if not isinstance(prompt, str):
             self.check_tokens(prompt, "prompt")
             return list(prompt)
         self.check_length(prompt, "prompt")
         return await self._run(lambda: self._encode(prompt), len(prompt))
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return list(prompt_ids(self.tokenizer, text, self.base.is_encoder_decoder))
+        except TaskError:
+            raise APIError(400, "prompt: it has no tokens.", param="prompt") from None
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation in the tokenizer's chat template, up to where the model is to answer.
@@ -80,12 +82,16 @@ class Prompts:
         ]
         return await self._run(lambda: self._encode_chat(turns), len(text))
 
-    async def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of words that may not be written, each as it is at the beginning and after a space (vLLM's rule).
+    def _encode_chat(self, turns: list[dict[str, Any]]) -> list[int]:
+        try:
+            return conversation_ids(self.base, turns, tokenizer=self.tokenizer)
+        except TaskError as error:
+            why = client_message(error)
+            why = why if why.startswith("messages") else f"messages: {why}"
+            raise APIError(400, why[:500], param="messages") from None
 
-        Raises:
-            APIError: a word has no tokens.
-        """
+    async def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words that may not be written, each at the beginning and after a space (vLLM's rule)."""
         if not words:
             return ()
         return await self._run(lambda: tuple(self._encode_bad_words(words)), sum(map(len, words)))
@@ -110,11 +116,13 @@ class Prompts:
     def _encode_bare(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def check_length(self, text: str, param: str) -> None:
-        """Refuses a text that must have too many tokens, without tokenizing it.
+    async def _run(self, do: Callable[[], T], length: int) -> T:
+        thread = self._short if length < LONG else self._long
+        return await asyncio.get_running_loop().run_in_executor(thread, do)
 
-        A word of two million letters would take seconds.
-        """
+    def check_length(self, text: str, param: str) -> None:
+        """Refuses a text that must have too many tokens, without tokenizing it: a word of two million letters would
+        take seconds."""
         longest, most_letters = self.longest_token
         fewest = -(-len(text) // longest)
         if len(text) > self.limit:
@@ -136,24 +144,6 @@ class Prompts:
             raise APIError(
                 400, f"{param}: there is no token {largest}; the model has {self.vocabulary}.", param=param
             )
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            return list(prompt_ids(self.tokenizer, text, self.base.is_encoder_decoder))
-        except TaskError:
-            raise APIError(400, "prompt: it has no tokens.", param="prompt") from None
-
-    def _encode_chat(self, turns: list[dict[str, Any]]) -> list[int]:
-        try:
-            return conversation_ids(self.base, turns, tokenizer=self.tokenizer)
-        except TaskError as error:
-            why = client_message(error)
-            why = why if why.startswith("messages") else f"messages: {why}"
-            raise APIError(400, why[:500], param="messages") from None
-
-    async def _run(self, do: Callable[[], T], length: int) -> T:
-        thread = self._short if length < LONG else self._long
-        return await asyncio.get_running_loop().run_in_executor(thread, do)
 
 
 def context_length_exceeded(what: str, limit: int, *, param: str) -> APIError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +24,7 @@ from phatgoose.serving.http.guard import Guard, Keys
 from phatgoose.serving.service import Service
 from phatgoose.serving.threads import run_in_thread_async
 
+T = TypeVar("T")
 _ERROR = {"description": "Refused; `error.message` says why."}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504), _ERROR
@@ -58,29 +59,27 @@ def make_app(service: Service, keys: Keys | None = None, hosts: Collection[str] 
     )
     app.state.service = service
     app.add_middleware(Guard, service=service, keys=keys, hosts=hosts)
-    _add_error_handlers(app, service)
+    _add_error(app, APIError, lambda error: error)
+    _add_error(app, PhatgooseError, service.model_error)
+    _add_error(app, RequestValidationError, lambda error: from_validation_errors(list(error.errors())))
+    _add_error(app, HTTPException, _http_error)
     for add_routes in (_add_completions, _add_models, _add_tokenizer, _add_monitoring, _add_admin):
         add_routes(app, service)
     return app
 
 
-def _add_error_handlers(app: FastAPI, service: Service) -> None:
-    @app.exception_handler(APIError)
-    async def api_error(_: Request, error: APIError) -> JSONResponse:
-        return error.response()
+def _add_error(app: FastAPI, kind: type[Exception], convert: Callable[[Any], APIError]) -> None:
+    """Answers errors of this kind as OpenAI's clients expect it."""
 
-    @app.exception_handler(PhatgooseError)
-    async def model_error(_: Request, error: PhatgooseError) -> JSONResponse:
-        return service.model_error(error).response()
+    async def respond(_: Request, error: Exception) -> JSONResponse:
+        return convert(error).response()
 
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return from_validation_errors(list(error.errors())).response()
+    app.add_exception_handler(kind, respond)
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        message = "the request's body is not JSON." if error.status_code == 400 else str(error.detail)
-        return APIError(error.status_code, message, headers=error.headers).response()
+
+def _http_error(error: HTTPException) -> APIError:
+    message = "the request's body is not JSON." if error.status_code == 400 else str(error.detail)
+    return APIError(error.status_code, message, headers=error.headers)
 
 
 def _add_get(app: FastAPI, path: str, do: Callable[..., Any], **more: Any) -> None:
@@ -149,15 +148,16 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
 
 def _add_monitoring(app: FastAPI, service: Service) -> None:
+    def status(failure: str | None, well: str) -> Response:
+        return JSONResponse({"status": failure or well}, 503 if failure else 200)
+
     async def health() -> Response:
         """Whether the process works. If not, restart it."""
-        failure = service.engine.failure if service.started and not service.draining else None
-        return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
+        return status(service.engine.failure if service.started and not service.draining else None, "ok")
 
     async def ready() -> Response:
         """Whether requests are accepted."""
-        why = service.unready_reason
-        return JSONResponse({"status": why or "ready"}, 503 if why else 200)
+        return status(service.unready_reason, "ready")
 
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -168,46 +168,38 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
 
 
 def _add_admin(app: FastAPI, service: Service) -> None:
-    # Changes are shielded: a client that leaves must not break one off halfway.
     changes = service.changes
 
-    @contextlib.contextmanager
-    def api_errors(*folders: str) -> Iterator[None]:
+    async def made(change: Awaitable[T], *folders: str) -> T:
+        """Makes a change. It is shielded: a client that leaves must not break it off halfway."""
         try:
-            yield
+            return await asyncio.shield(change)
         except PhatgooseError as error:
             status = 404 if isinstance(error, UnknownName) else 409
             raise APIError(status, service.client_message(error, *folders)[:1000]) from None
 
-    def experts_response() -> dict[str, Any]:
-        return {"experts": changes.list_experts()}
-
     @app.get("/admin/experts")
     async def experts() -> dict[str, Any]:
-        return experts_response()
+        return {"experts": changes.list_experts()}
 
     @app.post("/admin/experts", responses=_CONFLICT)
     async def add(body: AddExpert) -> dict[str, Any]:
-        with api_errors(body.folder):
-            added = await asyncio.shield(changes.add(Path(body.folder), body.name))
-        return {"added": added, **experts_response()}
+        added = await made(changes.add(Path(body.folder), body.name), body.folder)
+        return {"added": added, **await experts()}
 
     @app.delete("/admin/experts/{name}", responses=_CONFLICT)
     async def remove(name: str) -> dict[str, Any]:
-        with api_errors():
-            await asyncio.shield(changes.remove(name))
-        return experts_response()
+        await made(changes.remove(name))
+        return await experts()
 
     @app.post("/admin/experts/{name}/{state}", responses=_CONFLICT)
     async def switch(name: str, state: str) -> dict[str, Any]:
         if state not in ("on", "off"):
             raise APIError(404, f"there is no {state!r}: an expert is switched on or off.")
-        with api_errors():
-            await asyncio.shield(changes.switch(name, on=state == "on"))
-        return experts_response()
+        await made(changes.switch(name, on=state == "on"))
+        return await experts()
 
     @app.post("/admin/reload", responses=_CONFLICT)
     async def reload() -> dict[str, Any]:
-        with api_errors():
-            await asyncio.shield(changes.reload())
-        return experts_response()
+        await made(changes.reload())
+        return await experts()

@@ -51,11 +51,7 @@ class _Call:
 
 
 async def answer(service: Service, request: Request, body: ChatOrCompletion) -> Response:
-    """Answers a request.
-
-    Raises:
-        APIError: the request can't be answered. PhatgooseError: its model can't be served.
-    """
+    """Answers a request. Raises APIError: the request can't be answered. PhatgooseError: its model can't be served."""
     service.check_capacity(1)
     deadline = asyncio.get_running_loop().time() + service.settings.timeout_seconds
     call = _Call(service, request, body, time.perf_counter(), deadline)

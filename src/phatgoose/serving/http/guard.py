@@ -157,11 +157,7 @@ class _Exchange:
         """Whether the client sends nothing more."""
 
     async def read_body(self) -> None:
-        """Reads the whole body.
-
-        Raises:
-            APIError: it is too long, takes too long, or the client leaves.
-        """
+        """Reads the whole body. Raises APIError: it is too long, takes too long, or the client leaves."""
         settings, length = self.service.settings, self.headers.get("content-length", "")
         too_large = APIError(413, f"the request's body is larger than {settings.max_body_bytes} bytes.")
         if length.isdigit() and int(length) > settings.max_body_bytes:
