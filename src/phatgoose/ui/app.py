@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 from collections.abc import AsyncIterator
 from functools import partial
@@ -100,17 +101,12 @@ def listen(port: int) -> socket.socket:
     Raises:
         PhatgooseError: the port is taken, or may not be used.
     """
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind(("127.0.0.1", port))
-        found.listen()  # clients that come before the server runs have to wait
+        # It listens: clients that come before the server runs have to wait.
+        return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        found.close()
-        raise PhatgooseError(
-            f"can't listen on port {port}: {error.strerror}. Give another with --port."
-        ) from error
-    return found
+        why = os.strerror(error.errno) if error.errno else error
+        raise PhatgooseError(f"can't listen on port {port}: {why}. Give another with --port.") from error
 
 
 def server(app: FastAPI) -> uvicorn.Server:
