@@ -23,7 +23,7 @@ from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest, Completi
 from phatgoose.serving.engine.sampling import RULED_OUT
 from phatgoose.serving.engine.text import Delta, EngineFailure, TextStream, collect, merge_streams
 from phatgoose.serving.errors import SHUTTING_DOWN
-from phatgoose.serving.http.responses import ResponseFormat, count_logprobs, usage
+from phatgoose.serving.http.responses import ResponseFormat, count_logprobs
 from phatgoose.serving.service import Generation, Service
 from phatgoose.serving.threads import run_in_thread_async
 
@@ -61,8 +61,8 @@ async def answer(service: Service, request: Request, body: ChatOrCompletion) -> 
         response_format = await _response_format(call, generation)
         stack.callback(_log_facts, call, generation)
         if body.stream:
-            return _Stream(_events(call, generation, response_format), stack.pop_all(), deadline)
-        return await _until_disconnect(call, _whole_response(call, generation, response_format))
+            return _Stream(_events(call, response_format), stack.pop_all(), deadline)
+        return await _until_disconnect(call, _whole_response(call, response_format))
 
 
 class _Stream(StreamingResponse):
@@ -107,7 +107,7 @@ async def _response_format(call: _Call, generation: Generation) -> ResponseForma
         echo = [text for text in await _run(texts, is_large) for _ in range(body.n or 1)]
     name = body.model or (service.models.name if generation.model.route is not None else "base")
     answer_id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
-    return ResponseFormat(answer_id, name, int(time.time()), body, tokenizer, echo)
+    return ResponseFormat(answer_id, name, int(time.time()), body, tokenizer, generation, echo)
 
 
 async def _run(do: Callable[[], T], is_large: bool) -> T:
@@ -115,8 +115,8 @@ async def _run(do: Callable[[], T], is_large: bool) -> T:
     return await run_in_thread_async(do) if is_large else do()
 
 
-async def _whole_response(call: _Call, generation: Generation, response_format: ResponseFormat) -> Response:
-    streams = generation.streams
+async def _whole_response(call: _Call, response_format: ResponseFormat) -> Response:
+    streams = response_format.generation.streams
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(collect(stream, call.deadline)) for stream in streams]
@@ -125,24 +125,18 @@ async def _whole_response(call: _Call, generation: Generation, response_format: 
     deltas = [
         _without_token(call.body, task.result(), stream) for task, stream in zip(tasks, streams, strict=True)
     ]
-    write = partial(_whole_body, response_format, generation, deltas)
+    write = partial(_whole_body, response_format, deltas)
     content = await _run(write, count_logprobs(streams) > MAX_ON_LOOP)
     call.service.metrics.seconds.observe(time.perf_counter() - call.arrived)
     return Response(content, media_type="application/json")
 
 
-def _whole_body(response_format: ResponseFormat, generation: Generation, deltas: list[Delta]) -> bytes:
+def _whole_body(response_format: ResponseFormat, deltas: list[Delta]) -> bytes:
     # The choices are written one by one: json.dumps holds the GIL, so other threads wait while it runs.
-    streams = generation.streams
-    choices = [
-        _json(response_format.choice(i, delta, stream))
-        for i, (delta, stream) in enumerate(zip(deltas, streams, strict=True))
-    ]
-    prompt = response_format.prompt_fields(streams[0]) if response_format.chat else {}
-    last = {"usage": usage(generation.prompts, streams), **prompt}
-    return (
-        f'{_json(response_format.head())[:-1]}, "choices": [{", ".join(choices)}], {_json(last)[1:]}'.encode()
-    )
+    choices = ", ".join(_json(response_format.choice(i, delta)) for i, delta in enumerate(deltas))
+    prompt = response_format.prompt_fields(0) if response_format.chat else {}
+    head, last = _json(response_format.head()), _json({"usage": response_format.usage(), **prompt})
+    return f'{head[:-1]}, "choices": [{choices}], {last[1:]}'.encode()
 
 
 def _without_token(body: ChatOrCompletion, delta: Delta, stream: TextStream) -> Delta:
@@ -153,11 +147,9 @@ def _without_token(body: ChatOrCompletion, delta: Delta, stream: TextStream) -> 
     return Delta(finish_reason=delta.finish_reason and "length")
 
 
-async def _events(
-    call: _Call, generation: Generation, response_format: ResponseFormat
-) -> AsyncGenerator[str, None]:
+async def _events(call: _Call, response_format: ResponseFormat) -> AsyncGenerator[str, None]:
     """The server-sent events of a stream."""
-    streams, options, metrics = generation.streams, call.body.stream_options, call.service.metrics
+    streams, options = response_format.generation.streams, call.body.stream_options
     begun: set[int] = set()
     try:
         async with aclosing(merge_streams(streams, call.deadline)) as deltas:
@@ -165,13 +157,13 @@ async def _events(
                 stream, first = streams[index], index not in begun
                 begun.add(index)
                 delta = _without_token(call.body, delta, stream)
-                write = partial(_chunk, response_format, index, delta, stream, first=first)
+                write = partial(_chunk, response_format, index, delta, first=first)
                 # Only the first chunk can be large: it brings the prompt's log-probabilities.
                 yield await _run(write, first and count_logprobs([stream]) > MAX_ON_LOOP)
         if options and options.include_usage:
-            whole = {"choices": [], "usage": usage(generation.prompts, streams)}
-            yield _event({**response_format.head(chunk=True), **whole})
-        metrics.seconds.observe(time.perf_counter() - call.arrived)
+            head = response_format.head(chunk=True)
+            yield _event({**head, "choices": [], "usage": response_format.usage()})
+        call.service.metrics.seconds.observe(time.perf_counter() - call.arrived)
     except (EngineFailure, TimeoutError) as error:
         call.request.state.facts["failed"] = type(error).__name__
         yield _event(_api_error(error).body())
@@ -182,15 +174,12 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-def _chunk(
-    response_format: ResponseFormat, index: int, delta: Delta, stream: TextStream, *, first: bool
-) -> str:
-    choice = response_format.choice(index, delta, stream, chunk=True, first=first)
-    more = response_format.prompt_fields(stream) if first and response_format.chat else {}
+def _chunk(response_format: ResponseFormat, index: int, delta: Delta, *, first: bool) -> str:
+    choice = response_format.choice(index, delta, chunk=True, first=first)
+    more = response_format.prompt_fields(index) if first and response_format.chat else {}
     options = response_format.request.stream_options
     if options is not None and options.include_usage:
-        so_far = usage([stream.job.prompt], [stream]) if options.continuous_usage_stats else None
-        more |= {"usage": so_far}
+        more |= {"usage": response_format.usage(index) if options.continuous_usage_stats else None}
     return _event({**response_format.head(chunk=True), "choices": [choice], **more})
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from phatgoose.models.text.decoding import REPLACEMENT
 from phatgoose.serving.api.schema import ChatOrCompletion, ChatRequest
+from phatgoose.serving.engine.engine import GenerationJob
 from phatgoose.serving.engine.sampling import TokenLogprob
 from phatgoose.serving.engine.text import Delta, TextStream, token_offsets
+from phatgoose.serving.service import Generation
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks."""
@@ -26,6 +28,7 @@ class ResponseFormat:
     created: int
     request: ChatOrCompletion
     tokenizer: Any
+    generation: Generation
     echo: Sequence[str] = ()
     """The text of each answer's prompt, if the request wants it repeated."""
     _token_texts: dict[int, str] = field(default_factory=dict, repr=False)
@@ -38,10 +41,9 @@ class ResponseFormat:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def choice(
-        self, index: int, delta: Delta, stream: TextStream, *, chunk: bool = False, first: bool = True
-    ) -> dict[str, Any]:
+    def choice(self, index: int, delta: Delta, *, chunk: bool = False, first: bool = True) -> dict[str, Any]:
         """An answer, or with `chunk` the next part of one, as a stream sends it."""
+        job = self.generation.streams[index].job
         choice: dict[str, Any] = {"index": index}
         if not self.chat:
             choice["text"] = (self._echo_text(index) if first else "") + delta.text
@@ -52,22 +54,23 @@ class ResponseFormat:
             if delta.text or first:
                 choice["delta"]["content"] = delta.text
         has_logprobs = not chunk or delta.logprobs or (first and self.echo)
-        wanted = stream.job.sampler.params.logprobs is not None
+        wanted = job.sampler.params.logprobs is not None
         choice["finish_reason"] = delta.finish_reason
-        choice["logprobs"] = self._logprobs(index, delta, stream, first) if wanted and has_logprobs else None
+        choice["logprobs"] = self._logprobs(index, delta, first) if wanted and has_logprobs else None
         if first and not self.chat:
-            choice |= self.prompt_fields(stream)
+            choice |= self.prompt_fields(index)
         if self.request.return_token_ids:
             choice["token_ids"] = list(delta.tokens)
-        return choice | (expert_shares(stream) if delta.finish_reason else {})
+        return choice | (expert_shares(job) if delta.finish_reason else {})
 
-    def prompt_fields(self, stream: TextStream) -> dict[str, Any]:
+    def prompt_fields(self, index: int) -> dict[str, Any]:
         """vLLM's fields about the prompt, which are beside a chat's choices, and inside a completion's."""
+        job = self.generation.streams[index].job
         fields: dict[str, Any] = {}
         if self.request.return_token_ids:
-            fields["prompt_token_ids"] = list(stream.job.prompt)
+            fields["prompt_token_ids"] = list(job.prompt)
         if (top := self.request.prompt_logprobs) is not None:
-            ranked = (self._ranked(one, top) for one in stream.job.prompt_logprobs)
+            ranked = (self._ranked(one, top) for one in job.prompt_logprobs)
             fields["prompt_logprobs"] = [None, *ranked]
         return fields
 
@@ -83,10 +86,10 @@ class ResponseFormat:
     def _echo_text(self, index: int) -> str:
         return self.echo[index] if self.echo else ""
 
-    def _logprobs(self, index: int, delta: Delta, stream: TextStream, first: bool) -> dict[str, Any]:
+    def _logprobs(self, index: int, delta: Delta, first: bool) -> dict[str, Any]:
         if self.chat:
             return {"content": [self._chat_logprob(one) for _, one in delta.logprobs], "refusal": None}
-        job, echo = stream.job, self._echo_text(index)
+        job, echo = self.generation.streams[index].job, self._echo_text(index)
         rows: list[tuple[int, int, TokenLogprob | None]] = []  # (offset, token, log-probability)
         if self.echo and first:
             prompt = list(job.prompt)
@@ -118,6 +121,14 @@ class ResponseFormat:
 
         return {**entry(one.token, one.logprob), "top_logprobs": [entry(t, lp) for t, lp in one.top]}
 
+    def usage(self, index: int | None = None) -> dict[str, Any]:
+        """Tokens read and written so far, by one answer or all. A prompt counts once, however many answers it has."""
+        prompts, streams = self.generation.prompts, self.generation.streams
+        if index is not None:
+            prompts, streams = [prompts[index // (self.request.n or 1)]], [streams[index]]
+        read, written = sum(map(len, prompts)), sum(stream.token_count for stream in streams)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
     def _token_text(self, token: int) -> str:
         if token not in self._token_texts:
             text = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
@@ -135,15 +146,8 @@ def count_logprobs(streams: Sequence[TextStream]) -> int:
     return sum(1 + len(one.top) for job in jobs for one in (*job.sampler.logprobs, *job.prompt_logprobs))
 
 
-def usage(prompts: Sequence[Sequence[int]], streams: Sequence[TextStream]) -> dict[str, Any]:
-    """Tokens read and written so far. A prompt counts once, however many answers it has."""
-    read, written = sum(map(len, prompts)), sum(stream.token_count for stream in streams)
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-def expert_shares(stream: TextStream) -> dict[str, Any]:
+def expert_shares(job: GenerationJob) -> dict[str, Any]:
     """Which experts acted, if the request wants to know: their shares of the routing weight in each phase."""
-    job = stream.job
     if not job.track_experts:
         return {}
     names = () if job.route is None else job.route.version.pool.names
