@@ -16,7 +16,7 @@ from serving_fixtures import PROMPTS, make_pool, running, settings
 from phatgoose.errors import PhatgooseError
 from phatgoose.serving.http import completions as answers
 from phatgoose.serving.http.app import make_app
-from phatgoose.serving.prompts import Prompts
+from phatgoose.serving.requests import Prompts
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 

@@ -11,7 +11,7 @@ from serving_fixtures import running, settings, with_template
 
 from phatgoose.serving import requests
 from phatgoose.serving.http import completions as answers
-from phatgoose.serving.prompts import LONG, Prompts
+from phatgoose.serving.requests import LONG, Prompts
 from phatgoose.serving.service import Service
 
 WORD = "a" * 1_500_000

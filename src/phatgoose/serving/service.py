@@ -23,8 +23,8 @@ from phatgoose.serving.errors import SHUTTING_DOWN, ServingError, hide_paths
 from phatgoose.serving.metrics import Metrics
 from phatgoose.serving.pool.changes import PoolChanges
 from phatgoose.serving.pool.versions import ModelNames, ResolvedModel, ServedExperts
-from phatgoose.serving.prompts import Prompts
 from phatgoose.serving.requests import (
+    Prompts,
     check_encoder_decoder,
     check_reported,
     max_new_tokens,

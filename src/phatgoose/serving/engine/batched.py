@@ -150,16 +150,16 @@ class BatchEngine(Engine):
             with torch.no_grad():
                 for job in jobs:
                     job.started = True
-                if jobs := [
-                    job for job in jobs if job.top_prompt_logprobs is None or self._score_prompt(job)
-                ]:
+                if jobs := [job for job in jobs if self._score_prompt(job)]:
                     _GenerateCall(self, jobs).run()
         except Exception as error:  # of the model or a router; the next batch may succeed
             log.exception("a batch failed", extra={"facts": {"answers": len(jobs)}})
             self._fail(jobs, client_message(error))
 
     def _score_prompt(self, job: GenerationJob) -> bool:
-        """Fills the job's `prompt_logprobs`. If that fails, only this job does; returns whether it succeeded."""
+        """Fills the job's `prompt_logprobs`, if it wants them. If that fails, only this job does: returns False."""
+        if job.top_prompt_logprobs is None:
+            return True
         try:
             ids = torch.tensor([list(job.prompt)], device=self.base.device)
             with self.multi_router.following(BatchPlan([job.route], texts=[(tuple(job.prompt), ())])):
@@ -168,8 +168,9 @@ class BatchEngine(Engine):
             # In parts: the log-probabilities of a long prompt's whole vocabulary would need the memory again.
             for start in range(0, len(following), SCORED_ROWS):
                 rows = slice(start, start + SCORED_ROWS)
-                top = job.top_prompt_logprobs or 0
-                job.prompt_logprobs += token_logprobs(logits[rows].cpu(), following[rows], top)
+                job.prompt_logprobs += token_logprobs(
+                    logits[rows].cpu(), following[rows], job.top_prompt_logprobs
+                )
         except Exception as error:
             log.exception("a prompt couldn't be scored")
             self._fail([job], client_message(error))
