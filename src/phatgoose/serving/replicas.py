@@ -89,11 +89,7 @@ def make_service(args: ReplicaSettings) -> Service:
 
 
 def serve_metrics(args: ReplicaSettings, registry: CollectorRegistry) -> int | None:
-    """Serves this replica's metrics on the first free one of its ports; returns it, or None without `metrics_port`.
-
-    Raises:
-        ServingError: none is free.
-    """
+    """Serves this replica's metrics on the first free one of its ports, which it returns; None if it has none."""
     if args.metrics_port is None:
         return None
     # There may be twice as many replicas while Ray replaces them.

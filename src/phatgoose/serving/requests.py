@@ -73,11 +73,7 @@ class Prompts:
             raise APIError(400, "prompt: it has no tokens.", param="prompt") from None
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation in the tokenizer's chat template, up to where the model is to answer.
-
-        Raises:
-            APIError: there is no template, it refuses the conversation, or the conversation is too long.
-        """
+        """The tokens of a conversation in the tokenizer's chat template, up to where the model is to answer."""
         if self.base.tokenizer.chat_template is None:
             raise APIError(
                 400, "this model's tokenizer has no chat template: use /v1/completions.", param="messages"

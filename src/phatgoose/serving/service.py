@@ -86,11 +86,7 @@ class Service:
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts the engine. It has written an answer when this returns.
-
-        Raises:
-            PhatgooseError: the pool can't be served on this base, or nothing can be written.
-        """
+        """Starts the engine, and has it write an answer. Raises PhatgooseError if it can't, or can't serve the pool."""
         try:
             await self.changes.load(self._pool)
             self._pool = None
@@ -184,10 +180,7 @@ class Service:
         return APIError(429, why, code="busy", headers={"Retry-After": str(seconds)})
 
     async def encode_prompts(self, request: ChatOrCompletion) -> list[list[int]]:
-        """The tokens of a request's prompts, one after the other, so that it can be broken off between two.
-
-        Raises APIError if there are too many prompts, or one can't be read.
-        """
+        """The tokens of a request's prompts, one after the other, so that it can be broken off between two."""
         n = request.n or 1
         check_encoder_decoder(request, self.base)
         if isinstance(request, ChatRequest):
@@ -235,11 +228,7 @@ class Service:
 
 
 def make_engine(base: Base, settings: ServeSettings) -> Engine:
-    """The engine that the settings name, or the first that can run this base.
-
-    Raises:
-        ServingError: continuous batching was asked for, and can't run it.
-    """
+    """The engine that the settings name (ServingError if it can't run this base), or the first that can."""
     if settings.engine == "batches" or (settings.engine == "auto" and obstacle(base) is not None):
         return BatchEngine(base, settings)
     return ContinuousEngine(base, settings)

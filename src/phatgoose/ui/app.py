@@ -96,11 +96,7 @@ class _Lines(StreamingResponse):
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that other machines can't reach. Port 0 takes any free one.
-
-    Raises:
-        PhatgooseError: the port is taken, or may not be used.
-    """
+    """A socket that other machines can't reach; PhatgooseError if it can't be had. Port 0 takes any free one."""
     try:
         # It listens: clients that come before the server runs have to wait.
         return socket.create_server(("127.0.0.1", port))

@@ -117,11 +117,7 @@ class Session:
         unroute(base)
 
     def check(self, question: Question) -> None:
-        """Refuses a question that can be refused without running the model.
-
-        Raises:
-            PhatgooseError: a setting is unknown or out of its range; the message says what is expected.
-        """
+        """Refuses a question (PhatgooseError) if that can be done without running the model."""
         question = self._with_router(question)
         if not question.prompt.strip():
             raise PhatgooseError("the prompt is empty.")

@@ -130,11 +130,7 @@ class PhatgooseConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Called in the front process, once the model is known.
-
-        Raises:
-            PhatgooseError: the pool can't be served on it, as `check` says.
-        """
+        """Called in the front process, once the model is known. Raises PhatgooseError, as `check` says."""
         from phatgoose.vllm.check import check  # transformers' models take a while to import
 
         if current_platform.is_cpu():

@@ -179,11 +179,7 @@ def sample(module: nn.Module, path: str) -> tuple[float, ...]:
 def differing(
     part: Tensor, path: str, expected: tuple[float, ...], rows: range, columns: range, size: tuple[int, int]
 ) -> str:
-    """How `part`, some rows and columns of a module's weight, differs from the samples; "" if by no more than a cast.
-
-    Args:
-        size: d_out and d_in of the whole module.
-    """
+    """How `part`, these rows and columns of a weight of `size`, differs from samples; "" if by no more than a cast."""
     for flat, value in zip(sample_positions(path, size, SAMPLES), expected, strict=True):
         row, column = divmod(flat, size[1])
         if row not in rows or column not in columns:

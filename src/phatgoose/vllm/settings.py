@@ -27,9 +27,7 @@ class Settings:
 
     @staticmethod
     def parse(given: Mapping[str, Any]) -> Settings:
-        """Raises:
-        RoutingError: no pool, or an entry of the wrong type. UnknownName: an unknown entry.
-        """
+        """Raises RoutingError for no pool or an entry of the wrong type, UnknownName for an unknown entry."""
         entries = {k: v for k, v in given.items() if k != "quant_method"}
         kinds = get_type_hints(Settings)
         for name, value in entries.items():

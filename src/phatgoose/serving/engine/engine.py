@@ -88,11 +88,7 @@ class GenerationJob:
         self._updates.put_nowait(update)
 
     async def updates(self, deadline: float | None = None) -> AsyncIterator[JobUpdate]:
-        """The updates up to the last one.
-
-        Raises:
-            TimeoutError: no further update had come at `deadline`, a time of the loop's clock.
-        """
+        """The updates up to the last one; TimeoutError if none has come at `deadline`, by the loop's clock."""
         while True:
             async with asyncio.timeout_at(deadline):
                 update = await self._updates.get()
@@ -182,11 +178,7 @@ class Engine(ABC):
             jobs[item].error = f"the router or its experts failed: {client_message(error)}"
 
     def record_loads(self, plan: BatchPlan, jobs: Sequence[GenerationJob], phases: Sequence[str]) -> None:
-        """Distributes a tracked pass's expert loads.
-
-        Args:
-            phases: "prompt" or "answer" for each job, or "" to leave its tokens out.
-        """
+        """Distributes a tracked pass's expert loads. `phases`: each job's "prompt" or "answer"; "" leaves it out."""
         by_version = plan.summed_loads()
         for i, (job, phase) in enumerate(zip(jobs, phases, strict=True)):
             if job.route is None or not phase or id(job.route.version) not in by_version:

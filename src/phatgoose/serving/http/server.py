@@ -71,11 +71,7 @@ def _read_keys(file: Path | None, variable: str) -> list[str]:
 
 
 def check_host(host: str, keys: Keys) -> None:
-    """Refuses to listen where other machines can connect, unless there is a key.
-
-    Raises:
-        ServingError: with how to set one.
-    """
+    """Refuses, by a ServingError, to listen where other machines can connect, unless there is a key."""
     if not is_local(host) and not keys.api:
         raise ServingError(
             f"{host} can be reached from other machines, and there is no key: give --api-keys FILE or set {API_KEYS}, "

@@ -135,11 +135,7 @@ class PoolChanges:
             self.experts.state = state
 
     async def reload(self) -> None:
-        """Reads the pool's folder again.
-
-        Raises:
-            PhatgooseError: there is no folder, or it can't be read; the experts stay as they were.
-        """
+        """Reads the pool's folder again. If it can't be read (PhatgooseError), the experts stay as they were."""
         if self.folder is None:
             raise ServingError(
                 "there is no pool's folder to read again: the server was started without --pool."

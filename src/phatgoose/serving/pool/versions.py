@@ -85,11 +85,7 @@ class ServedExperts:
         return self._pins.total()
 
     async def route(self, state: ExpertState, text: str) -> Route:
-        """The route of the router `text` through these experts.
-
-        Raises:
-            PhatgooseError: there is no such router, or it can't serve these experts.
-        """
+        """The route of the router `text` through these experts; PhatgooseError if it can't serve them."""
         version, router = state.version, parse_router(text)
         assert version is not None
         if isinstance(router, Single):
@@ -129,11 +125,7 @@ class ServedExperts:
         return route
 
     def _allowed_encoder(self, name: str) -> str:
-        """The encoder to load where an expert's author or the default router names one.
-
-        Raises:
-            RoutingError: it is neither the pinned one nor the operator's.
-        """
+        """The encoder to load where an expert's author or the default router names one; RoutingError if none may be."""
         if name == DEFAULT_ENCODER or name in self._encoders:
             return name
         if self._encoders:
@@ -207,11 +199,7 @@ class ResolvedModel:
 
 
 class ModelNames:
-    """The names of a server's models.
-
-    Args:
-        name: the name of the routed pool.
-    """
+    """The names of a server's models, of which `name` is the routed pool's."""
 
     def __init__(self, experts: ServedExperts, name: str = "phatgoose"):
         self.experts, self.name = experts, name
@@ -225,10 +213,7 @@ class ModelNames:
         return self.name if self.experts.state.names_on else BASE
 
     def listed(self) -> list[str]:
-        """The names that clients are shown: the pool, the base, and every expert that is on.
-
-        Clients can ask for routers, too.
-        """
+        """The names that clients are shown: the pool, the base, and the experts that are on, but no routers."""
         names_on = self.experts.state.names_on
         return [*([self.name] if names_on else []), BASE, *map(self._expert_name, names_on)]
 
