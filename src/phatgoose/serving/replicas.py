@@ -9,12 +9,11 @@ engine dies. Needs the extra `phatgoose[replicas]`. Keys are read from the envir
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Json
 from ray import serve
 
 from phatgoose.experts.manifest import read_manifest
@@ -56,14 +55,9 @@ class ReplicaSettings(BaseModel):
     here. None: only /metrics behind Ray's proxy, where each request is answered by some replica."""
     metrics_host: str = "127.0.0.1"
     """Where those ports listen. They need no key; metrics hold nothing of prompts or answers."""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] | Json[dict[str, Any]] = Field(default_factory=dict)
     """Each replica's ServeSettings; on the command line as JSON. `follow_seconds` is 2 unless it is given, so that
     replicas take over each other's changes of the folder."""
-
-    @field_validator("settings", mode="before")
-    @classmethod
-    def _from_json(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
 
     def allowed_hosts(self, keys: Keys) -> frozenset[str] | None:
         """What a request's Host header may say; None: anything."""

@@ -28,20 +28,16 @@ class QueuedAnswer:
     def __init__(self) -> None:
         self.stopped = threading.Event()
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def send(self, event: Event | None) -> None:
         """Hands an event to the client. None ends the answer."""
-        self.call_soon(self._events.put_nowait, event)
+        self.call_soon(self.events.put_nowait, event)
 
     def call_soon(self, call: Callable[..., None], *arguments: Any) -> None:
         """Calls `call` in the server's thread."""
         with contextlib.suppress(RuntimeError):  # the server has ended
             self._loop.call_soon_threadsafe(call, *arguments)
-
-    async def next(self) -> Event | None:
-        """The next event, None after the last. Raises TimeoutError if there is none for KEEP_ALIVE_SECONDS."""
-        return await asyncio.wait_for(self._events.get(), KEEP_ALIVE_SECONDS)
 
 
 class AnswerQueue:
@@ -71,12 +67,10 @@ class AnswerQueue:
         """An answer's events as they come, and how many answers are before it while it waits."""
         while True:
             try:
-                event = await queued.next()
+                event = await asyncio.wait_for(queued.events.get(), KEEP_ALIVE_SECONDS)
             except TimeoutError:
-                event = {
-                    "event": "waiting",
-                    "before": self._answers.index(queued) if queued in self._answers else 0,
-                }
+                before = self._answers.index(queued) if queued in self._answers else 0
+                event = {"event": "waiting", "before": before}
             if event is None:
                 return
             yield event

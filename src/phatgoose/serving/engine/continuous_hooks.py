@@ -6,8 +6,7 @@ All of it runs in the thread of transformers' ContinuousBatchingManager.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,20 +23,25 @@ from phatgoose.serving.engine.sampling import sample_batch, token_logprobs
 _NO_MASK = torch.zeros(1, 1, 1, 1)
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """The sequences of the running pass, in the order in which they are packed."""
+class _Sequence(NamedTuple):
+    """What of one sequence is in the running pass."""
+
+    job: GenerationJob
+    request: Any
+    """transformers' side of it: a FutureRequestState."""
+    start: int
+    """The position of its first token in this pass."""
+    logits: slice
+    """Which of the kept logits are its own."""
+
+
+class _Pass(NamedTuple):
+    """The running pass, with its sequences in the order in which they are packed."""
 
     plan: BatchPlan
-    jobs: list[GenerationJob]
-    requests: list[Any]
-    """transformers' side of each sequence: a FutureRequestState."""
+    sequences: list[_Sequence]
     kept: Tensor
     """The tokens whose logits are computed, int64."""
-    logit_rows: list[slice]
-    """Which of the kept logits are whose."""
-    starts: list[int]
-    """The position of each sequence's first token in this pass."""
 
 
 class PassHooks:
@@ -66,65 +70,61 @@ class PassHooks:
         return args, kwargs
 
     def _describe_pass(self) -> _Pass:
-        requests = self.manager.batch_processor.inputs_and_outputs.requests_in_batch
-        jobs: list[GenerationJob] = [one.state.logit_processor_kwargs["job"] for one in requests]
-        # At this point transformers has already advanced each request's position to the end of the pass.
-        starts = [one.state.position_offset - one.query_length for one in requests]
+        sequences: list[_Sequence] = []
         kept: list[int] = []
-        logit_rows: list[slice] = []
         packed_start = 0
-        for request, job in zip(requests, jobs, strict=True):
+        for request in self.manager.batch_processor.inputs_and_outputs.requests_in_batch:
+            job: GenerationJob = request.state.logit_processor_kwargs["job"]
             job.started = True
             packed_end = packed_start + request.query_length
             # transformers wants the logits of a sequence's last token, and only if a token follows the pass: a long
             # prompt is read in several passes. Scoring a prompt takes the logits of all its tokens.
             scored = job.top_prompt_logprobs is not None
             first = packed_start if scored else packed_end - request.has_new_token
-            logit_rows.append(slice(len(kept), len(kept) + packed_end - first))
+            # At this point transformers has already advanced each request's position to the end of the pass.
+            start = request.state.position_offset - request.query_length
+            logits = slice(len(kept), len(kept) + packed_end - first)
+            sequences.append(_Sequence(job, request, start, logits))
             kept += range(first, packed_end)
             packed_start = packed_end
-        # A cancelled job falls back to the base: its route's experts may have left the model by now. So does a job
-        # whose route failed, until its client is told.
-        active = [job.id in self.engine.jobs and job.error is None for job in jobs]
-        places = torch.tensor(kept, dtype=torch.long)
+        jobs, places = [one.job for one in sequences], torch.tensor(kept, dtype=torch.long)
         plan = BatchPlan(
-            [job.route if is_active else None for job, is_active in zip(jobs, active, strict=True)],
-            [one.query_length for one in requests],
+            # A cancelled job falls back to the base: its route's experts may have left the model by now. So does a job
+            # whose route failed, until its client is told.
+            [job.route if job.id in self.engine.jobs and job.error is None else None for job in jobs],
+            [one.request.query_length for one in sequences],
             places,
             self.engine.count_pass(jobs),
             # Tokens that were tracked before: a request that runs out of memory is restarted by transformers.
-            [
-                max(j.tracked_tokens - s, 0) if j.track_experts else 0
-                for j, s in zip(jobs, starts, strict=True)
-            ],
-            _texts_so_far(jobs, requests, starts),
+            [max(s.job.tracked_tokens - s.start, 0) if s.job.track_experts else 0 for s in sequences],
+            _texts_so_far(sequences),
             failed={},
         )
-        return _Pass(plan, jobs, requests, places, logit_rows, starts)
+        return _Pass(plan, sequences, places)
 
     def _after(self, _: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Records what the pass did, and leaves transformers only the logits that it expects."""
         if self._pass is None:
             return None
-        current, self._pass, self.engine.multi_router.plan = self._pass, None, None
-        plan, jobs = current.plan, current.jobs
+        (plan, sequences, places), self._pass, self.engine.multi_router.plan = self._pass, None, None
+        jobs = [one.job for one in sequences]
         self.engine.record_failures(plan, jobs)
         if plan.count_loads:
-            in_prompt = [start < len(job.prompt) for job, start in zip(jobs, current.starts, strict=True)]
-            self.engine.record_loads(plan, jobs, ["prompt" if yes else "answer" for yes in in_prompt])
-        for request, job in zip(current.requests, jobs, strict=True):
+            phases = ["prompt" if one.start < len(one.job.prompt) else "answer" for one in sequences]
+            self.engine.record_loads(plan, jobs, phases)
+        for job, request, *_ in sequences:
             job.tracked_tokens = max(job.tracked_tokens, request.state.position_offset)
         if all(job.top_prompt_logprobs is None for job in jobs):
             return None
         # Models without logits_to_keep return the logits of all tokens, of which transformers takes its own.
         sliced = "logits_to_keep" in kwargs
-        kept = output.logits[0] if sliced else output.logits[0, current.kept]
-        for job, start, rows in zip(jobs, current.starts, current.logit_rows, strict=True):
-            if job.top_prompt_logprobs is not None:
-                _score_prompt(job, start, kept[rows], job.top_prompt_logprobs)
+        kept = output.logits[0] if sliced else output.logits[0, places]
+        for one in sequences:
+            if one.job.top_prompt_logprobs is not None:
+                _score_prompt(one.job, one.start, kept[one.logits], one.job.top_prompt_logprobs)
         if sliced:
-            pairs = zip(current.requests, current.logit_rows, strict=True)
-            output.logits = output.logits[:, [rows.stop - 1 for one, rows in pairs if one.has_new_token]]
+            last = [one.logits.stop - 1 for one in sequences if one.request.has_new_token]
+            output.logits = output.logits[:, last]
         return output
 
 
@@ -160,15 +160,13 @@ class SamplingProcessor(ContinuousBatchingLogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def _texts_so_far(
-    jobs: Sequence[GenerationJob], requests: Sequence[Any], starts: Sequence[int]
-) -> list[TextSoFar] | None:
+def _texts_so_far(sequences: Sequence[_Sequence]) -> list[TextSoFar] | None:
     """Each job's prompt, and what of its answer comes before this pass; None if no route reads text."""
-    if not any(job.route is not None and job.route.reads_text for job in jobs):
+    if not any(job.route is not None and job.route.reads_text for job, *_ in sequences):
         return None
     return [
         (tuple(job.prompt), tuple(request.state.generated_tokens[: max(start - len(job.prompt), 0)]))
-        for job, request, start in zip(jobs, requests, starts, strict=True)
+        for job, request, start, _ in sequences
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phatgoose.serving.api.errors import APIError
@@ -162,17 +163,15 @@ class _Exchange:
         too_large = APIError(413, f"the request's body is larger than {settings.max_body_bytes} bytes.")
         if length.isdigit() and int(length) > settings.max_body_bytes:
             raise too_large
-        body, more = bytearray(), True
+        body = bytearray()
         try:
             async with asyncio.timeout(settings.body_seconds):
-                while more:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise APIError(499, "the client left.")
-                    body += message.get("body", b"")
+                async for part in Request(self.scope, self._receive).stream():
+                    body += part
                     if len(body) > settings.max_body_bytes:
                         raise too_large
-                    more = message.get("more_body", False)
+        except ClientDisconnect:
+            raise APIError(499, "the client left.") from None
         except TimeoutError:
             why = f"the request's body took longer than {settings.body_seconds:g} seconds."
             raise APIError(408, why) from None
