@@ -265,17 +265,13 @@ def pull(
 def _read_all(
     texts: list[str], name: str | None, drop: list[str] | None, fetch: FetchOptions
 ) -> tuple[list[phatgoose.Expert], list[str]]:
-    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among other files.
-
-    Raises:
-        PhatgooseError: one doesn't exist (it was mistyped). PoolError: none of them is an expert.
-    """
+    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among other files."""
     found, failed = [], {}
     for text in texts:
         try:
             found.append(_read(text, name, drop, fetch))
         except PhatgooseError as error:
-            if len(texts) == 1 or not Path(text).exists():
+            if len(texts) == 1 or not Path(text).exists():  # it was mistyped
                 raise
             failed[text] = str(error)
     if not found:

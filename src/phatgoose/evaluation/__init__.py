@@ -10,6 +10,7 @@ In: a base and tasks. Out: `Scores`, one prediction a row, with bootstrap interv
     batching.py        which prompts or answers share a forward
     statistics.py      values → intervals and p-values
 
-results.py writes scores as JSON. harness.py connects lm-evaluation-harness. A new metric of generated answers
-goes into rouge.py.
+What can't be measured raises an `EvaluationError` that names task and row: a logit that isn't finite, a model whose
+scores mean nothing (`prefill.check_scorable_once`). results.py writes scores as JSON. harness.py connects
+lm-evaluation-harness. A new metric of generated answers goes into rouge.py.
 """

@@ -80,9 +80,6 @@ def uncached_continuations(
 
     Args:
         after_prompt: positions also hold, before each answer's, the row of logits that follows its prompt.
-
-    Raises:
-        EvaluationError: the model's scores mean nothing (`check_scorable_once`).
     """
     lengths = [len(prefill.prompts[o]) + len(a) + 1 for o, a in zip(owners, answers, strict=True)]
     for batch in split_into_batches(lengths, [(0, _max_logit_tokens(prefill))], prefill.config.batch_rows):
@@ -93,11 +90,7 @@ def uncached_continuations(
 
 
 def uncached_logits(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[int]]) -> Tensor:
-    """Logits [n, 1 + longest, vocabulary] after prompt `owners[i]`, and after each token of `answers[i]` behind it.
-
-    Raises:
-        EvaluationError: the model's scores mean nothing (`check_scorable_once`).
-    """
+    """Logits [n, 1 + longest, vocabulary] after prompt `owners[i]`, and after each token of `answers[i]` behind it."""
     model, pad = prefill.model, prefill.pad
     check_scorable_once(model)
     seq2seq = bool(model.config.is_encoder_decoder)

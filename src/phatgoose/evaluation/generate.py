@@ -44,9 +44,6 @@ def match_exactly(
 
     A row's answers are its targets as tokens, each with the end token. `done` is called after each batch with the
     number of rows that it finished.
-
-    Raises:
-        EvaluationError: naming the row, if a logit that decides is not finite.
     """
     found: dict[int, Prediction] = {}
     for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):
@@ -74,9 +71,6 @@ def generate(
 
     Nothing of the checkpoint's generation settings (sampling, penalties, suppressed tokens, lengths) is used, but its
     end tokens and its decoder's start token.
-
-    Raises:
-        EvaluationError: naming the row, if a logit that decides is not finite.
     """
     found: dict[int, Prediction] = {}
     longest = max((row.rule.limit for row in rows), default=0)

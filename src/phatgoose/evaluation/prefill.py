@@ -74,11 +74,7 @@ class Prefill:
 def prefill_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad: int, config: EvaluationConfig
 ) -> Prefill:
-    """Runs `prompts` (none empty) in one forward, and keeps their cache if answers may continue from it.
-
-    Raises:
-        EvaluationError: the model's scores mean nothing (`check_scorable_once`).
-    """
+    """Runs `prompts` (none empty) in one forward, and keeps their cache if answers may continue from it."""
     if may_attend_ahead(model):
         check_scorable_once(model)
     whole, seq2seq = tuple(map(tuple, prompts)), bool(model.config.is_encoder_decoder)
@@ -107,9 +103,6 @@ def prefill_batches(
 
     Let go of a Prefill before asking for the next. Then caches hold at most `config.cache_tokens` in all, or
     one row for each depth of the prefix tree.
-
-    Raises:
-        EvaluationError: as `prefill_prompts`.
     """
     whole = tuple(map(tuple, prompts))
     if can_prefill_in_parts(model):
@@ -230,11 +223,7 @@ def select_cache_rows(cache: Any, rows: Tensor) -> Any:
 
 
 def check_scorable_once(model: PreTrainedModel) -> None:
-    """Runs `check_scorable` on the base alone, without routing and trace, the first time it is called for a model.
-
-    Raises:
-        EvaluationError: the model's scores mean nothing.
-    """
+    """Runs `check_scorable` on the base alone, without routing and trace, the first time it is called for a model."""
     if model.__dict__.get(_CHECKED):
         return
     routing = routing_of(model)

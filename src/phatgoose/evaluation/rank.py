@@ -43,9 +43,6 @@ def score_choices(
     Each prompt is run once and its cache shared by its answers; what many prompts begin with is run once for
     all. Where no cache can be shared, each answer is run with its prompt. `done` is called after each batch with
     the number of rows that it finished.
-
-    Raises:
-        EvaluationError: naming the row, if a score is not finite.
     """
     scores: list[tuple[float, ...]] = [()] * len(rows)
     for batch, prefill in prefill_batches(model, [row.prompt for row in rows], pad, config):

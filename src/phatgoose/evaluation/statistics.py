@@ -162,9 +162,6 @@ def resampled_means(
 ) -> NDArray[np.float64]:
     """The means of `resamples` resamples of one task's rows, the same rows for all systems: [systems, rows] →
     [systems, resamples].
-
-    Raises:
-        EvaluationError: groups don't fit the rows.
     """
     sums, counts = _grouped(values, groups)
     units = len(counts)

@@ -33,11 +33,7 @@ LEFT = {
 
 
 def check_target(folder: Path, keeps_card: bool = False) -> None:
-    """Refuses to write an expert over anything that isn't one; `keeps_card` as in `check_replaceable`.
-
-    Raises:
-        ExpertError: a file, a folder with other files, one that belongs to a pool, or one that somebody stands in.
-    """
+    """Refuses to write an expert over anything that isn't one; `keeps_card` as in `check_replaceable`."""
     if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
         raise ExpertError(
             f"{folder} is replaced as a whole, and you are in it: run this from outside, or choose another folder "
@@ -59,9 +55,6 @@ def only_run(folder: Path, command: str, work: Path) -> Iterator[None]:
     """Locks `folder` while `command` makes what goes there; then removes what it left in `work`, unless it failed.
 
     Of torchrun's processes, the first does this for all. The folder `work` goes too if nothing else is in it.
-
-    Raises:
-        StorageError: another run of this command has locked it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -123,9 +116,6 @@ def save_onto(target: Path, made: Expert, before: Expert | None, part: str, work
     Args:
         before: the expert that was there when this began, None if there was none.
         part: what is new, "gate" or "signature".
-
-    Raises:
-        ExpertError: the adapter or the same part was changed meanwhile.
     """
     if (now := existing_expert(target)) is not None:
         if before is None or not (

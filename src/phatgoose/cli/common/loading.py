@@ -54,9 +54,6 @@ def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None
 
     Args:
         folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
-
-    Raises:
-        ExpertError: the experts record none. BaseModelError: what they record can't be loaded here.
     """
     recorded = None
     if options.base is None and pool is not None:
@@ -103,11 +100,7 @@ def recorded_base(experts: Sequence[Expert]) -> str | None:
 def load_routed(
     folder: Path | None, router: str | None, base: BaseOptions, backend: BackendOptions
 ) -> tuple[Base, Pool | None, Choice]:
-    """(the base, already routed; its pool; how it is routed), as the command's options say.
-
-    Raises:
-        PhatgooseError: as `choose`, `load_for` and `attach`.
-    """
+    """(the base, already routed; its pool; how it is routed), as the command's options say."""
     pool = load_pool(folder)
     choice = choose(router, pool, backend.route_options)
     model = load_for(pool, base)
@@ -130,11 +123,7 @@ def own_router(pool: Pool | None) -> str:
 
 
 def choose(text: str | None, pool: Pool | None, options: RouteOptions) -> Choice:
-    """What `text` means for this pool, checked as far as possible without a base.
-
-    Raises:
-        UnknownName: no such router, expert or backend. RoutingError: a bad setting, or no pool to route to.
-    """
+    """What `text` means for this pool, checked as far as possible without a base."""
     find_backend(options.backend)
     if options.device_memory is not None and pool is None:
         raise RoutingError("--device-memory is for a pool's experts: give --pool.")
@@ -149,11 +138,7 @@ def choose(text: str | None, pool: Pool | None, options: RouteOptions) -> Choice
 
 
 def attach(base: Base, pool: Pool | None, choice: Choice) -> None:
-    """Makes the base answer as `choice` says.
-
-    Raises:
-        BaseModelError: the pool is of another base. RoutingError: the router can't serve this pool.
-    """
+    """Makes the base answer as `choice` says."""
     if choice.router is None or pool is None:
         unroute(base)
         return

@@ -189,11 +189,7 @@ class PublishOptions(Options):
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt; "-" reads it from standard input.
-
-    Raises:
-        BadParameter: it is empty.
-    """
+    """The prompt; "-" reads it from standard input."""
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("it is empty.", param_hint="PROMPT")

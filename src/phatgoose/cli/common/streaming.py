@@ -43,11 +43,7 @@ class Printer(TextStreamer):
 
 
 def room_for(base: Base, ids: Tensor, max_new_tokens: int) -> int:
-    """How many tokens may follow ids [1, T]: `max_new_tokens`, or what fits, which is then noted.
-
-    Raises:
-        PhatgooseError: the prompt leaves no room in the model's context.
-    """
+    """How many tokens may follow ids [1, T]: `max_new_tokens`, or what fits, which is then noted."""
     room = max_answer_tokens(base, ids.shape[1], max_new_tokens)
     if room < max_new_tokens:
         context = context_length(base.model)
@@ -56,11 +52,7 @@ def room_for(base: Base, ids: Tensor, max_new_tokens: int) -> int:
 
 
 def stream(base: Base, ids: Tensor, options: GenerationOptions) -> str:
-    """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text.
-
-    Raises:
-        PhatgooseError: as `room_for`.
-    """
+    """Generates after ids [1, T], printing as it goes; greedily at temperature 0. Returns the text."""
     room = room_for(base, ids, options.max_new_tokens)
     own = answer_settings(base, room, options.temperature)
     if options.temperature > 0:

@@ -123,12 +123,7 @@ class WantedTexts:
 def _wanted_texts(
     options: WritingOptions, run: RunOptions, task: str | None, seed: int
 ) -> WantedTexts | None:
-    """The texts that the options ask for; None if they name a task.
-
-    Raises:
-        BadParameter: both or neither of task and --generated, or options that go with --generated only.
-        TaskError: the file of prompts can't be read or is empty. TrainingError: a setting is out of range.
-    """
+    """The texts that the options ask for; None if they name a task."""
     if options.generated == (task is not None):
         raise typer.BadParameter("give the expert's --task, or --generated if its data are not at hand.")
     config = WritingConfig(

@@ -49,11 +49,7 @@ class ExecutorOptions(Options):
     """How often a step is run again whose worker died."""
 
     def executor(self) -> Executor:
-        """What these options ask for.
-
-        Raises:
-            PhatgooseError: they contradict each other.
-        """
+        """What these options ask for."""
         from phatgoose.workflows.experiment.executors import Executor, Processes
 
         on_ray, cpus, gpus = self.ray is not None, self.cpus, self.gpus
