@@ -15,8 +15,14 @@ from phatgoose.evaluation.batching import FORWARD_COST
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.continuations import MAX_PACKED_TOKENS, _pack
 from phatgoose.evaluation.generate import generate, match_exactly
-from phatgoose.evaluation.prefill import can_prefill_in_parts, prefill_batches, prefill_prompts
-from phatgoose.evaluation.prefix_tree import MAX_COMPARED, MAX_DEPTH, build_prefix_tree
+from phatgoose.evaluation.prefill import (
+    MAX_COMPARED,
+    MAX_DEPTH,
+    build_prefix_tree,
+    can_prefill_in_parts,
+    prefill_batches,
+    prefill_prompts,
+)
 from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.rows import Row, encode
 from phatgoose.experts.pool import Pool

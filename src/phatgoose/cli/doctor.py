@@ -22,6 +22,8 @@ def command() -> None:
     from phatgoose.ops import auto_is
     from phatgoose.ops.cpu import build
 
+    cuda = torch.cuda
+    gpus = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
     rows = [
         ("phatgoose", version("phatgoose")),
         ("python", f"{platform.python_version()} ({sys.executable})"),
@@ -29,7 +31,7 @@ def command() -> None:
     rows += [(name, version(name)) for name in LIBRARIES]
     rows += [
         ("processor", f"{platform.machine()}, torch uses {torch.get_num_threads()} threads"),
-        ("GPU", _gpus()),
+        ("GPU", ", ".join(gpus) or "none that torch can use"),
         ("cache", _cache()),
         ("compiler", shlex.join(build.compiler()) or "none"),
     ]
@@ -38,14 +40,6 @@ def command() -> None:
     kind, why = auto_is("cuda")
     rows.append(("", f"on GPUs, auto is {kind}: {why}"))
     show.facts(rows)
-
-
-def _gpus() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return "none that torch can use"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
 def _cache() -> str:

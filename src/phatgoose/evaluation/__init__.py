@@ -5,7 +5,7 @@ In: a base and tasks. Out: `Scores`, one prediction a row, with bootstrap interv
     rows.py            an example → token ids of its prompt and answers
     rank.py            rows with choices: the likeliest choice
     generate.py        rows without: exact match of the greedy answer (rouge.py: ROUGE-L)
-    prefill.py         prompts → key-value caches; shared prefixes are computed once (prefix_tree.py)
+    prefill.py         prompts → key-value caches; shared prefixes are computed once
     continuations.py   answers after those prompts → logits
     batching.py        which prompts or answers share a forward
     statistics.py      values → intervals and p-values

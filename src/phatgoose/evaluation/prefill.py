@@ -2,15 +2,20 @@
 
 Decoder-only prompts are padded on the left, and logits are asked for at the last position only. In an
 encoder–decoder the encoder reads the prompt (padded on the right); what is kept is its output, and the
-decoder's cache of the start token with the cross-attention's keys and values. Prefixes that many prompts share
-are computed once (`prefix_tree.py`) and continued by each of them.
+decoder's cache of the start token with the cross-attention's keys and values.
+
+A task's instructions, its examples, or the passage of several questions are the same tokens in many of its prompts.
+Such prefixes are computed once (`build_prefix_tree`) and continued by each of the prompts: keys and values don't
+depend on what follows, since attention is causal and routers choose token by token. `can_prefill_in_parts` knows
+where that isn't so.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +26,6 @@ from transformers.cache_utils import DynamicLayer
 from phatgoose.errors import BaseModelError, EvaluationError
 from phatgoose.evaluation.batching import FORWARD_COST, split_into_batches
 from phatgoose.evaluation.config import EvaluationConfig
-from phatgoose.evaluation.prefix_tree import PrefixNode, build_prefix_tree
 from phatgoose.models.attach.attach import routing_of
 from phatgoose.models.base.base import decoder_start, device_of
 from phatgoose.models.text.batch import pad_rows
@@ -36,6 +40,11 @@ from phatgoose.models.text.capabilities import (
 )
 from phatgoose.models.text.encoding import UNLIMITED
 
+MAX_DEPTH = 4
+"""Most prefixes within prefixes, whose caches live at the same time. The tasks of BIG-bench and T0 have no use
+for more."""
+MAX_COMPARED = 1024
+"""Most prompts that are compared with each other, so that thousands of nested ones cost no more than others."""
 _CHECKED = "_phatgoose_rows_checked"
 
 
@@ -69,6 +78,21 @@ class Prefill:
         if self.cache is None:
             return 0
         return UNLIMITED if self.encoder_output is not None else max_mixed_length(self.model)
+
+
+@dataclass(eq=False)
+class PrefixNode:
+    """The first `length` tokens that some prompts share."""
+
+    length: int
+    rows: list[int] = field(default_factory=list)
+    """Prompts that continue from here by themselves."""
+    children: list[PrefixNode] = field(default_factory=list)
+    """Longer prefixes, of other prompts that begin with this one."""
+
+    def any_row(self) -> int:
+        """One of the prompts that begin with this prefix."""
+        return self.rows[0] if self.rows else self.children[0].any_row()
 
 
 def prefill_prompts(
@@ -239,3 +263,37 @@ def check_scorable_once(model: PreTrainedModel) -> None:
             routing.attach()
             routing.record(recorder)
     model.__dict__[_CHECKED] = True
+
+
+def build_prefix_tree(prompts: Sequence[Sequence[int]], min_saved: int) -> PrefixNode:
+    """The tree of prefixes under an empty one. Every prompt is in exactly one node.
+
+    A prefix is shorter than each of its prompts, so that all have a token of their own to read. Reading it
+    once must save more than `min_saved` tokens compared with its parent: (prompts − 1) · (tokens beyond the parent).
+    """
+    # Sorted, so that prompts with a common prefix are neighbours; common[i] is what neighbours i and i + 1 share.
+    order = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
+    common = [_common_length(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    root = PrefixNode(0)
+    todo = [(low, min(low + MAX_COMPARED, len(order)), root, 0) for low in range(0, len(order), MAX_COMPARED)]
+    while todo:
+        low, high, parent, depth = todo.pop()
+        if high - low == 1 or depth == MAX_DEPTH:
+            parent.rows += order[low:high]
+            continue
+        shared = min(common[low : high - 1])
+        length = min(shared, len(prompts[order[low]]) - 1)  # the shortest prompt of these is the first
+        if (high - low - 1) * (length - parent.length) > min_saved:
+            parent.children.append(PrefixNode(length))
+            parent, depth = parent.children[-1], depth + 1
+        # Split where neighbours share no more than all of them do, and look at each part by itself.
+        ends = [low, *(n + 1 for n in range(low, high - 1) if common[n] == shared), high]
+        todo += [(start, end, parent, depth) for start, end in pairwise(ends)]
+    return root
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    for position, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return position
+    return min(len(a), len(b))

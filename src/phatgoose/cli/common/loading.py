@@ -150,13 +150,6 @@ def attach(base: Base, pool: Pool | None, choice: Choice) -> None:
     show_copied(routing)
 
 
-def check_all(base: Base, pool: Pool | None, choices: Sequence[Choice]) -> None:
-    """Attaches every choice once: a refusal of the last one must not come after hours of work with the first."""
-    for choice in choices:
-        attach(base, pool, choice)
-    unroute(base)
-
-
 def show_cache_use(base: Base) -> dict[str, object]:
     """Notes how well the experts fitted into --device-memory, if that was given; returns the same for results."""
     if (use := cache_use(base)) is None:

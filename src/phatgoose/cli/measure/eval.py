@@ -78,7 +78,7 @@ def command(rows: RowOptions, base: BaseOptions, backend: BackendOptions, pool: 
     Intervals are 95 %, by bootstrap over rows.
     """
     rows.check()
-    from phatgoose.cli.common.loading import attach, check_all, choose, load_for, load_pool, show_cache_use
+    from phatgoose.cli.common.loading import attach, choose, load_for, load_pool, show_cache_use
     from phatgoose.files import write_json
 
     experts = load_pool(pool)
@@ -88,7 +88,8 @@ def command(rows: RowOptions, base: BaseOptions, backend: BackendOptions, pool: 
     choices = {choice.text: choice for choice in chosen}  # MERGED and merged are one
     tasks = [phatgoose.load_task(spec) for spec in dict.fromkeys(rows.task or ())]
     model = load_for(experts, base)
-    check_all(model, experts, list(choices.values()))
+    for choice in choices.values():  # a refusal of the last must not come after hours of work with the first
+        attach(model, experts, choice)
     config = phatgoose.EvaluationConfig(batch_tokens=rows.batch_tokens)
     record = _record(model, experts, pool, tasks, backend.backend, rows.limit)
     record |= {"format": "phatgoose-harness"} if rows.harness else {"config": asdict(config)}
