@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapters import adapterhub, peft
-from phatgoose.experts.adapters.peft_rules import check_type
+from phatgoose.experts.adapters.peft_rules import OTHER_WEIGHTS, check_type
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import TensorFile
 from phatgoose.experts.names import (
@@ -26,23 +26,6 @@ from phatgoose.experts.names import (
 )
 
 CONFIG_LIMIT_BYTES = 16 * 2**20
-_PICKLE = "has its weights in {}, a pickle, which is refused because loading it can run code. Load it with "
-_SAVE_AGAIN = "PEFT, if you trust it, and save it again with safe_serialization=True."
-_SPLIT = (
-    "has its weights in several files ({}), which is refused: an index can name any file. Load it with PEFT and save "
-    f"it again as one {PEFT_WEIGHTS}."
-)
-_OTHER_WEIGHTS = {
-    "adapter_model.header": "belongs to a packed pool, whose file holds its tensors. Unpack the pool (`phatgoose pool "
-    "unpack`).",
-    "adapter_model.bin": _PICKLE + _SAVE_AGAIN,
-    "adapter_model.pt": _PICKLE + _SAVE_AGAIN,
-    "pytorch_adapter.bin": _PICKLE
-    + "adapters, if you trust it, and save it with save_adapter(…, use_safetensors=True).",
-    f"{PEFT_WEIGHTS}.index.json": _SPLIT,
-    "adapter_model.bin.index.json": _SPLIT,
-}
-"""Files that hold or name weights in a way that isn't read → what to say of a folder with one."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 
 
@@ -79,9 +62,9 @@ def read_adapter(folder: Path, drop: Collection[str] = ()) -> tuple[dict[str, An
     config = files.read_object(CONFIG_FILE, CONFIG_LIMIT_BYTES)
     weights = weights_file(config)
     if not files.has(weights):
-        for name, said in _OTHER_WEIGHTS.items():
+        for name, said in OTHER_WEIGHTS.items():
             if files.has(name):
-                raise ExpertError(f"{folder} {said.format(name)}")
+                raise ExpertError(f"{folder} {said}")
         raise ExpertError(f"{folder / weights} does not exist.")
     if format_of(config) == "AdapterHub":
         _check_beside(files, config, drop)

@@ -32,6 +32,8 @@ class Rule:
 _FILE = tomllib.loads(files("phatgoose.experts.adapters").joinpath("rules.toml").read_text("utf-8"))
 DROPPABLE: dict[str, str] = _FILE["droppable"]
 """What a caller may ask to leave out of an adapter → what that is."""
+OTHER_WEIGHTS: dict[str, str] = _FILE["other_weights"]
+"""Files that hold weights in a way that isn't read → what to say of a folder with one."""
 RULES: dict[str, dict[str, Rule]] = {}
 """PEFT type → setting → rule."""
 for _entry in _FILE["rules"]:
