@@ -29,7 +29,7 @@ from phatgoose.ops.reference import standardise
 from phatgoose.records import Task, TaskScore
 from phatgoose.routers import LAG, PHATGOOSE, Arrow, Router, SpectR, Uniform, WeightOnly
 from phatgoose.routers.router import BoundRouter, Candidates
-from phatgoose.routers.weights import Comparable
+from phatgoose.routers.weights import Calibrated
 from phatgoose.training.config import WritingConfig
 from phatgoose.training.generated import train_generated_gate
 from phatgoose.workflows.experiment.recipe import IN_POOL
@@ -56,7 +56,7 @@ class StandardisedGates(PHATGOOSE):
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         bars = [None if g is None else standardise(g.double()).float() for g in candidates.gates]
-        return Comparable(candidates, bars, self.top_k, type(self).__name__)
+        return Calibrated(candidates, bars, self.top_k, type(self).__name__)
 
 
 @dataclass(frozen=True)
