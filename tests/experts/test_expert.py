@@ -150,6 +150,12 @@ def rewrite_gates(folder, change):
             lambda g, m: g.update(whole=torch.zeros(3, dtype=torch.int64)),
             "dtype 'I64', expected a floating point one",
         ),
+        (
+            lambda g, m: g.update(
+                {"model.layers.0.mlp.up_proj": torch.full((32,), 1e39, dtype=torch.float64)}
+            ),
+            "gate of model.layers.0.mlp.up_proj has 32 of 32 values that are NaN or infinite",
+        ),
     ],
 )
 def test_bad_gates_are_named(saved, change, message):

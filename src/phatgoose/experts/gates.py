@@ -76,6 +76,7 @@ def checked_gates(
 ) -> dict[str, Tensor]:
     """The gates in float32 on the CPU, checked: finite, and one for each module that the expert adapts."""
     check_vectors({path: tuple(gate.shape) for path, gate in gates.items()}, sizes, "gate", where)
-    for path, gate in gates.items():
+    found = {path: gate.detach().to("cpu", torch.float32) for path, gate in gates.items()}
+    for path, gate in found.items():  # in float32, which holds less than float64
         check_finite(gate, f"{where}: gate of {path}")
-    return {path: gate.detach().to("cpu", torch.float32) for path, gate in gates.items()}
+    return found
