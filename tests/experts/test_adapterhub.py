@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import ExpertError, PoolError
 from phatgoose.experts.adapters.adapterhub import ACTIVATIONS, FAMILIES, to_contents
 from phatgoose.experts.adapters.peft_rules import ADAPTERHUB_RULES
+from phatgoose.experts.data_signature import DataSignature
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder
@@ -309,3 +310,16 @@ def test_locations_are_found_from_modules_and_back():
             assert f"{place[1]}.{place[0].module}" == path
         assert FAMILIES[kind].at("lm_head") is None
         assert FAMILIES[kind].at(f"x.{paths[0]}") is None
+
+
+def test_a_changed_adapter_under_a_data_signature_is_named_by_its_own_file(folder):
+    expert = Expert.from_adapterhub(folder, name="one")
+    means = {path: torch.ones(u.gate_dim or 8) for path, u in expert.updates.items()}
+    expert.with_signature(DataSignature(means)).save(folder)
+    tensors = load_file(folder / "adapter.safetensors")
+    save_file({key: tensor + 1 for key, tensor in tensors.items()}, folder / "adapter.safetensors")
+    (folder / "expert.json").unlink()
+    with pytest.raises(
+        ExpertError, match=r"signature.safetensors was made with another adapter, or adapter.saf"
+    ):
+        Expert.load(folder)

@@ -74,7 +74,7 @@ def read_folder(path: Path, name: str | None, drop: Collection[str]) -> dict[str
         "gates": gates,
         "provenance": provenance,
         "folder": path,
-        "signature": _read_signature(folder, record.get("signature_sha256"), adapter.sha256),
+        "signature": _read_signature(folder, record.get("signature_sha256"), adapter.sha256, weights.name),
     }
 
 
@@ -130,12 +130,14 @@ def _with_tokenizer(provenance: Mapping[str, Any], folder: Path) -> dict[str, An
     return {**provenance, tokenizer_files.KEY: found}
 
 
-def _read_signature(folder: SafeFolder, recorded: Any, adapter_sha256: str) -> DataSignature | None:
+def _read_signature(
+    folder: SafeFolder, recorded: Any, adapter_sha256: str, weights: str
+) -> DataSignature | None:
     """The data signature beside the adapter with this sha256, if there is one: all of it, checked."""
     if not _is_there(folder, SIGNATURE_FILE, recorded):
         return None
     path, digest = folder.file(SIGNATURE_FILE), folder.sha256(SIGNATURE_FILE)
     check_sha256(recorded or digest, digest, path, _RECORDED)
-    found = StoredSignature(path, folder.read_header(SIGNATURE_FILE)[1], digest, adapter_sha256)
+    found = StoredSignature(path, folder.read_header(SIGNATURE_FILE)[1], digest, adapter_sha256, weights)
     _ = found.texts  # read now, so that a damaged one is refused here
     return found
