@@ -148,8 +148,8 @@ def work_place(folder: str | Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `path` whole or not at all; an existing file's permissions stay.
+def write_bytes(path: Path, *data: bytes | memoryview) -> None:
+    """Writes `path`, all pieces of `data`, whole or not at all; an existing file's permissions stay.
 
     Raises:
         StorageError: there is no space or no permission, or `path` is no ordinary file (a folder, a device, a
@@ -165,7 +165,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                file.writelines(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, _mode(path, 0o666))

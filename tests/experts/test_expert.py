@@ -51,6 +51,15 @@ def test_adapter_files_stay_as_peft_wrote_them_to_the_byte(saved):
         assert (folder / name).read_bytes() == (expert.folder / name).read_bytes()
 
 
+def test_gates_that_are_written_twice_are_the_same_file(saved, tmp_path):
+    _, expert, _ = saved
+    mine = expert.with_gates({p: g + 1 for p, g in expert.gates.items()}, expert.provenance["gate"])
+    first, *others = ((mine.save(tmp_path / f"{i}") / "gates.safetensors").read_bytes() for i in range(6))
+    assert all(other == first for other in others)
+    keys = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])["__metadata__"]
+    assert list(keys) == ["adapter_sha256", "base", "format", "version"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_plain_peft_loads_the_folder(make_base, make_expert, tmp_path, family):
     base = make_base(family)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 
 from phatgoose.errors import ExpertError
 from phatgoose.experts.files import safetensors_file as tensor_files
-from phatgoose.experts.files.safetensors_file import read_tensor_file
+from phatgoose.experts.files.safetensors_file import read_tensor_file, write_tensors
 
 DTYPES = (
     torch.float64,
@@ -53,6 +53,51 @@ def test_reads_what_safetensors_reads(tmp_path):
         assert found.tensors[name].shape == tensor.shape
     assert found.metadata == {"a": "b"}
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def odd_tensors():
+    """Of every dtype, in no order: odd shapes, none, strides, shared memory, names that JSON must escape."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((3, 5), (7,), (), (0, 4), (1, 1, 3), (2, 1))
+    found = {
+        f"{j}.{str(dtype)[-3:]}": torch.randn(shape, generator=g).to(dtype)
+        for j, shape in enumerate(shapes)
+        for dtype in reversed(DTYPES)
+    }
+    wide = torch.randn(4, 6, generator=g)
+    found |= {"10": wide, "9": wide[1:3], "turned": wide.T, "Z": wide[:, ::2].requires_grad_()}
+    return found | {
+        name: torch.ones(3) for name in ('a"\\b', "tab\t", "é", "\U0001f40d", "\uffff", "\x7f", "")
+    }
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"key é": 'a "b"\n\x01'}])
+def test_files_are_those_of_safetensors_own_writer(tmp_path, metadata):
+    tensors = odd_tensors()
+    for some in (tensors, dict(list(tensors.items())[:1]), dict(reversed(tensors.items())), {}):
+        write_tensors(tmp_path / "x", some, metadata)
+        own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in some.items()}
+        assert (tmp_path / "x").read_bytes() == save(own, metadata)
+
+
+def test_one_content_is_one_sequence_of_bytes(tmp_path):
+    tensors, metadata = odd_tensors(), {str(i): "x" * i for i in range(20)}
+    write_tensors(tmp_path / "x", tensors, metadata)
+    write_tensors(
+        tmp_path / "y", dict(reversed(tensors.items())), dict(sorted(metadata.items(), key=lambda kv: kv[1]))
+    )
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(
+        ExpertError, match=r"x: tensor 'a' is in torch.int64, expected a floating point dtype"
+    ):
+        write_tensors(tmp_path / "x", {"a": torch.arange(3)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_without_tensors(tmp_path):

@@ -21,17 +21,15 @@ from torch import Tensor
 from phatgoose.errors import ExpertError, brief
 from phatgoose.experts.files.safetensors_file import (
     Header,
-    Item,
     all_identical,
     check_finite,
     check_sha256,
     copied,
     read_tensor_file,
-    write_header,
+    write_in_order,
 )
 from phatgoose.experts.gates import check_made_for, check_vectors
 from phatgoose.experts.names import PEFT_WEIGHTS
-from phatgoose.files import write_bytes
 
 MOST_TEXTS, MOST_WIDTH = 1000, 8192
 ACTIVATIONS, TEXTS = "activations/", "texts"
@@ -132,13 +130,7 @@ class DataSignature:
             metadata |= {"encoder": self.encoder, "encoder_sha256": str(self.encoder_sha256)}
         if copied(self.path, target, self._tensors, metadata):
             return
-        # Not by safetensors' own writer, which puts metadata in random order: one signature should have one sha256.
-        items, end = {}, 0
-        for name, tensor in self._tensors.items():
-            items[name] = Item(tensor.dtype, tuple(tensor.shape), end, end + 4 * tensor.numel())
-            end += 4 * tensor.numel()
-        data = b"".join(t.contiguous().numpy().tobytes() for t in self._tensors.values())
-        write_bytes(target, write_header(items, metadata) + data)
+        write_in_order(target, self._tensors, metadata)
 
     def equals(self, other: DataSignature | None) -> bool:
         return (

@@ -18,7 +18,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -33,11 +32,12 @@ DIMENSIONS = 8
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""In the order in which safetensors' own writer puts tensors."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 2**24
 
@@ -246,10 +246,29 @@ def _read(
     return tensor
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    data = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, safetensors.torch.save(data, metadata))
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, whole or not at all. The same content always gives the same bytes.
+
+    They are those of safetensors' own writer, except that it writes metadata of several keys in random order.
+    """
+    found, rank = dict(tensors), {dtype: i for i, dtype in enumerate(CODES)}
+    order = sorted(found, key=lambda name: (rank.get(found[name].dtype, 0), name))
+    write_in_order(path, {name: found[name] for name in order}, dict(sorted((metadata or {}).items())))
+
+
+def write_in_order(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """As `write_tensors`, with tensors and metadata in the order given."""
+    items, end = dict[str, Item](), 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODES:
+            raise ExpertError(
+                f"{path}: tensor {name!r} is in {tensor.dtype}, expected a floating point dtype."
+            )
+        items[name] = Item(tensor.dtype, tuple(tensor.shape), end, end + tensor.nbytes)
+        end += tensor.nbytes
+    write_bytes(path, write_header(items, metadata), *map(bytes_of, tensors.values()))
 
 
 def copied(
@@ -257,7 +276,7 @@ def copied(
 ) -> bool:
     """Copies the file that tensors were read from if it still holds just these, and this metadata; whether it did.
 
-    A file that is written anew may have another sha256, since safetensors writes metadata in random order.
+    A copy keeps the file's sha256. A file that is written anew may have another, since other writers order otherwise.
     """
     if source is None or not source.is_file():
         return False

@@ -294,7 +294,7 @@ def _write_rest(expert: PlainSource) -> dict[str, str]:
         rest |= {f"{GATES_FILE}/{p}": expert.raw_gate(p) for p in expert.gates.items if p not in stacked}
     names = [HEADERS[name] for name in expert.headers]
     if rest:
-        write_tensors(place / REST_FILE, {key: tensor.clone() for key, tensor in rest.items()})
+        write_tensors(place / REST_FILE, rest)
         names.append(REST_FILE)
     return {name: sha256_file(place / name) for name in names}
 
