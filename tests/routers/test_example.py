@@ -35,6 +35,16 @@ class Fake:
         self.name, self.signature = name, signature
 
 
+class Unreadable:
+    """An expert whose signature mustn't be read."""
+
+    name = "unreadable"
+
+    @property
+    def signature(self):
+        raise AssertionError("was read")
+
+
 def decode(ids):
     return "".join(chr(97 + i) for i in ids)
 
@@ -165,6 +175,8 @@ def test_what_is_missing_is_named():
             RoutingError, match=f"expert '{name}' has no embedded training texts, which Centroid needs"
         ):
             Centroid().prepared(setup([e for e in bare if e.name in ("e0", name)]))
+    with pytest.raises(RoutingError, match="expert 'bare'"):  # before any signature behind it is read
+        Centroid().prepared(setup([*bare[:2], Unreadable()]))
     other, _ = pool(2, sha="b" * 64)
     other[0].name = "stranger"
     with pytest.raises(RoutingError, match="'e0' and 'stranger' embedded their texts with two encoders"):

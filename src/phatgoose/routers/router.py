@@ -191,13 +191,15 @@ class SignatureRouter(Router):
 
     def signed(self, setup: Setup) -> list[Any]:
         """What it `reads` of every expert's data signature. Raises RoutingError for an expert that lacks it."""
-        found = [getattr(expert.signature, self.reads, None) for expert in setup.experts]
-        for expert, part in zip(setup.experts, found, strict=True):
+        found = []
+        for expert in setup.experts:
+            part = getattr(expert.signature, self.reads, None)
             if part is None:
                 raise RoutingError(
                     f"expert {expert.name!r} has no {_SIGNED[self.reads]}, which {type(self).__name__} needs: its "
                     "contributor makes them with `phatgoose signature`. Or choose another router."
                 )
+            found.append(part)
         return found
 
     def bind(self, candidates: Candidates) -> BoundRouter:
