@@ -39,7 +39,10 @@ class FusedRouting(Protocol):
 
 
 def kernel_obstacle(u: Tensor, y: Tensor, stack: Stack, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why kernels for inference in these dtypes can't do this call, and what to do; None if they can, on any device."""
+    """Why kernels for inference in these dtypes can't do this call, and what to do; None if they can.
+
+    Devices aren't checked.
+    """
     if torch.is_grad_enabled() and (u.requires_grad or y.requires_grad):
         return NO_BACKWARD
     if stack.embedding or (u.dtype in dtypes and y.dtype in dtypes and stack.A.dtype in dtypes):

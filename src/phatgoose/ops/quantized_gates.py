@@ -138,7 +138,7 @@ _UNIT = {"none": 0.0, "ieee": 0.0, "highest": 0.0, "tf32": 2.0**-10, "high": 2.0
 
 
 def _factor_rounding(device: torch.device) -> float:
-    """The relative rounding of factors of float32 products that torch is set to. It leaves codes as they are."""
+    """The relative rounding of factors of float32 products that torch is set to. None of them rounds codes."""
     settings = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     kept = getattr(getattr(settings, "matmul", None), "fp32_precision", None)  # since torch 2.9
     return _UNIT.get(kept or torch.get_float32_matmul_precision(), 2.0**-8)

@@ -31,7 +31,7 @@ SOURCES = Registry(
 
 
 def find_source(name: str) -> TaskSource:
-    """The source of this name. Raises UnknownName if there is none, PluginError if another package's is no source."""
+    """The source of this name. Raises UnknownName if there is none, PluginError if another package's can't be used."""
     source = SOURCES[name]
     if not isinstance(source, TaskSource):
         raise PluginError(

@@ -138,7 +138,11 @@ mix = KernelMix("cpu", obstacle, _low_rank)
 
 
 class CpuRouting(KernelRouting):
-    """Score, choose and mix of one module in one call of the kernel, for a stack on a CPU in one of DTYPES."""
+    """Score, choose and mix of one module in one call of the kernel.
+
+    Raises:
+        RoutingError: as `KernelRouting`; or the stack isn't in float32 or bfloat16, or not on a CPU.
+    """
 
     mixing = mix
 

@@ -44,7 +44,7 @@ def find_file(folder: Path, stem: str, endings: Iterable[str]) -> Path | None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, gzipped if its name ends in .gz. Raises TaskError if it isn't there or isn't that."""
+    """The content of a JSON file, gzipped if its name ends in .gz. Raises TaskError if it can't be read as such."""
     try:
         raw = path.read_bytes()
         return json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)

@@ -144,7 +144,10 @@ def check_splits(spec: TaskSpec) -> bool:
 
 
 def to_hub_row(dataset: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`row` of `dataset` (promptsource's name) with the Hub's column names and label numbers."""
+    """`row` of `dataset` (promptsource's name) with the Hub's column names and label numbers.
+
+    A row that has them is unchanged.
+    """
     found = dict(row)
     for published, name in _KNOWN["columns"].get(dataset, {}).items():
         if published in found and name not in found:
@@ -195,7 +198,13 @@ def _examples(
 
 
 def render_example(template: Template, row: Mapping[str, Any], number: int) -> Example:
-    """Row `number` under a template. Raises Dropped if it doesn't apply or has no answer, else as `Template.render`."""
+    """Row `number` under a template.
+
+    Raises:
+        Dropped: the template doesn't apply to the row, or the row has no answer.
+        TaskError: the row lacks what the template reads.
+        ValueError: it breaks a rule of Example.
+    """
     if row.get("label") == -1:  # how the Hub marks a row without its label
         raise Dropped("unlabelled")
     rendered = template.render(row, random.Random(f"{number}/{template.name}"))

@@ -51,7 +51,7 @@ class Template:
     def render(
         self, row: Mapping[str, Any], generator: random.Random
     ) -> tuple[str, str, list[str] | None] | None:
-        """(prompt, target, choices) of a row; None where this doesn't apply. Raises TaskError if it lacks a column."""
+        """(prompt, target, choices) of a row; None if it doesn't apply. Raises TaskError if the row can't fill it."""
         _RANDOM.generator = generator
         values = {k: v.replace(_PIPE, _PIPE_STAND_IN) if isinstance(v, str) else v for k, v in row.items()}
         try:
