@@ -100,9 +100,7 @@ def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
 def _parse(spec: str) -> tuple[TaskSource, TaskSpec]:
     parsed = split_spec(spec)
     source = find_source(parsed.source)
-    for option in parsed.options:
-        if option not in source.options:
-            raise unknown(f"option of {parsed.source}: specs", option, source.options)
+    parsed.check_options(source.options)
     return source, parsed
 
 

@@ -5,11 +5,13 @@ For example `jsonl:data.jsonl?input=question&target=answer`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
 from phatgoose.errors import TaskError
+from phatgoose.registry import unknown
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class TaskSpec:
     def local_path(self, folder: Path | None) -> Path:
         """Its name as a path. A relative one starts at the folder, if there is one."""
         return (folder or Path()) / Path(self.name).expanduser()
+
+    def check_options(self, known: Collection[str]) -> None:
+        """Raises UnknownName for an option this source doesn't have."""
+        for name in self.options:
+            if name not in known:
+                raise unknown(f"option of {self.source}: specs", name, known)
 
     def count(self, option: str, default: int) -> int:
         """The number of at least 1 that an option gives, or `default`. Raises TaskError if it gives something else."""
