@@ -190,6 +190,15 @@ def test_gradients_reach_the_input_and_equal_the_references(name):
     assert relative(found[1], found[0]) < 1e-5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_routed_update_works_for_one_more_release(name):
+    _, u, y, stack, gates = problem(5, (3, 2, 4))
+    with pytest.warns(DeprecationWarning, match="call what fuse makes, or gate_scores, choose and mix"):
+        found = backend(name).routed_update(u, y, gates, stack, 2)
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    assert relative(found, reference.mix(u, y, stack, chosen, weights)) < 1e-5
+
+
 def test_names():
     assert backend("auto").name in ("auto", "torch")
     with pytest.raises(UnknownName, match="did you mean 'torch'"):

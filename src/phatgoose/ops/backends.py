@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,18 @@ class Backend:
     mix: Mix
     fuse: Fuse | None = None
     """(gates, top_k, stack, layer) → the three steps in one call; None if the backend can't do that for this stack."""
+
+    def routed_update(
+        self, u: Tensor, y: Tensor, gates: Tensor, stack: Stack, top_k: int, layer: Layer | None = None
+    ) -> Tensor:
+        """Deprecated: call what `fuse` makes, or `gate_scores`, `choose` and `mix`."""
+        instead = "call what fuse makes, or gate_scores, choose and mix"
+        warnings.warn(f"Backend.routed_update is deprecated: {instead}.", DeprecationWarning, stacklevel=2)
+        fused = None if self.fuse is None else self.fuse(gates, top_k, stack, layer)
+        if fused is not None and (done := fused(u, y)) is not None:
+            return done
+        chosen, weights = self.choose(self.gate_scores(u, gates), top_k)
+        return self.mix(u, y, stack, chosen, weights, layer)
 
 
 BACKENDS = {
