@@ -72,6 +72,24 @@ def test_a_refused_request_does_not_keep_its_connection(server, sent, status):
     assert closed
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (JSON + b"Content-Type: text/plain\r\n", 415),
+        (JSON + b"Content-Encoding: identity\r\nContent-Encoding: gzip\r\n", 415),
+        (JSON + b"Content-Encoding: gzip\r\nContent-Encoding: identity\r\n", 200),
+        (JSON + b"Content-Encoding:\r\n", 200),
+        (JSON + b"X-Request-Id: first\r\nX-Request-Id: last\r\n", 200),
+    ],
+)
+def test_the_last_of_a_repeated_header_counts(server, headers, status):
+    body = b'{"prompt": "the", "max_tokens": 1}'
+    sent = HEAD + headers + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    got, _ = answered(server, sent)
+    assert got.startswith(f"HTTP/1.1 {status} ".encode())
+    assert (b"x-request-id: last\r\n" in got) == (b"last" in headers)
+
+
 def test_a_request_that_was_read_keeps_its_connection(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         for body, status in ((b'{"prompt": 5}', 400), (b'{"prompt": "the", "max_tokens": 1}', 200)):

@@ -135,7 +135,7 @@ class Guard:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json" and not (path.startswith("/admin/") and not kind):
                 raise APIError(415, "expected Content-Type: application/json.")
-            if headers.get("content-encoding", "identity").strip().lower() != "identity":
+            if (headers.get("content-encoding") or "identity").strip().lower() != "identity":
                 raise APIError(415, "compressed bodies aren't read: send it without Content-Encoding.")
 
 
@@ -145,7 +145,9 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, service: Service):
         self.scope, self._receive, self._send, self.service = scope, receive, send, service
         # The path as the routes see it, also if the server is mounted below another path.
-        self.path, self.headers = get_route_path(scope), Headers(scope=scope)
+        self.path = get_route_path(scope)
+        # Of a header that is sent twice, the last counts: a proxy appends its own to the client's.
+        self.headers = dict(Headers(scope=scope).items())
         request_id = self.headers.get("x-request-id", "")
         self.id = request_id if _ID.fullmatch(request_id) else uuid.uuid4().hex
         self.facts: dict[str, Any] = {}
