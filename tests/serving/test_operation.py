@@ -8,14 +8,19 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import openai
 import pytest
 from serving_fixtures import PROMPTS, make_pool, running, settings
 
-from phatgoose.errors import PhatgooseError
+from phatgoose.errors import PhatgooseError, RoutingError
+from phatgoose.models.batched.version import PoolVersion
+from phatgoose.routers import PHATGOOSE, Uniform
+from phatgoose.serving.engine.batched import BatchEngine
 from phatgoose.serving.http import completions as answers
 from phatgoose.serving.http.app import make_app
+from phatgoose.serving.pool.versions import ExpertState, ServedExperts
 from phatgoose.serving.requests import Prompts
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
@@ -337,3 +342,44 @@ def test_nothing_is_kept_of_finished_requests(make_base, make_expert):
         assert engine.manager.output_router.output_queue.empty()
         assert server.service.experts.pins == 0
         assert server.service.experts.ready_routers == 1
+
+
+def test_a_router_that_was_just_bound_is_kept(make_base, make_expert, monkeypatch):
+    """Others are used while it is bound. A router that fails to be bound is tried again."""
+    base = make_base("llama")
+    version, go, bind = (
+        PoolVersion(base, make_pool(base, make_expert)),
+        threading.Event(),
+        ServedExperts._bind,
+    )
+    bound, fail = [], []
+
+    def slowly(self, of, router, off):
+        bound.append(router)
+        if fail:
+            raise RoutingError(fail.pop())
+        assert router != PHATGOOSE(top_k=3) or go.wait(20)
+        return bind(self, of, router, off)
+
+    monkeypatch.setattr(ServedExperts, "_bind", slowly)
+
+    async def ask():
+        experts = ServedExperts(BatchEngine(base, settings(max_routers=1)))
+        route = partial(experts.route, ExpertState(version))
+        for one in ("phatgoose", "phatgoose:top_k=1"):
+            await route(one)
+        slow = asyncio.ensure_future(route("phatgoose:top_k=3"))
+        while PHATGOOSE(top_k=3) not in bound:
+            await asyncio.sleep(0.01)
+        await route("phatgoose:top_k=1")
+        assert (experts.ready_routers, experts.binding, experts.pins) == (2, 1, 1)
+        go.set()
+        assert await slow is await route("phatgoose:top_k=3")
+        fail.append("no memory")
+        with pytest.raises(RoutingError, match="no memory"):
+            await route("uniform")
+        assert (experts.binding, experts.pins) == (0, 0)
+        await route("uniform")
+
+    asyncio.run(ask())
+    assert bound == [PHATGOOSE(), PHATGOOSE(top_k=1), PHATGOOSE(top_k=3), Uniform(), Uniform()]

@@ -106,6 +106,7 @@ class ServedExperts:
         with self.pin(version):
             async with turn:
                 route = await run_in_thread_async(self._bind, version, router, state.off)
+            self._routes.move_to_end(key)  # others may have been used while it was bound
         # The routers that weren't used lately are dropped. Answers that use them still hold them.
         ready = [k for k, task in self._routes.items() if k == key or task.done()]
         surplus = max(len(ready) - self.engine.settings.max_routers - 1, 0)
