@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 import yaml
+from pydantic import ValidationError
 from serving_fixtures import PROMPTS, greedy, random_pool, text
 
 from conftest import make_model, make_tokenizer, write_base
@@ -122,6 +123,25 @@ def test_what_is_no_setting_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=says):
             app({"base": "x", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "valid dictionary"),
+        ("5", "valid dictionary"),
+        (None, "valid dict"),
+    ],
+)
+def test_settings_that_are_no_json_object_are_refused_for_one_reason(given, why):
+    from phatgoose.serving.replicas import ReplicaSettings
+
+    with pytest.raises(ValidationError) as caught:
+        ReplicaSettings(base="x", settings=given)
+    (error,) = caught.value.errors()
+    assert error["loc"] == ("settings",)
+    assert why in error["msg"]
 
 
 @pytest.mark.parametrize(("gates", "router"), [(True, "phatgoose"), (False, "weight-only")])

@@ -9,11 +9,12 @@ engine dies. Needs the extra `phatgoose[replicas]`. Keys are read from the envir
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prometheus_client import CollectorRegistry, start_http_server
-from pydantic import BaseModel, ConfigDict, Field, Json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
 
 from phatgoose.experts.manifest import read_manifest
@@ -27,6 +28,10 @@ from phatgoose.serving.logs import log, set_up
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 from phatgoose.serving.threads import run_in_thread
+
+
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class ReplicaSettings(BaseModel):
@@ -55,7 +60,7 @@ class ReplicaSettings(BaseModel):
     here. None: only /metrics behind Ray's proxy, where each request is answered by some replica."""
     metrics_host: str = "127.0.0.1"
     """Where those ports listen. They need no key; metrics hold nothing of prompts or answers."""
-    settings: dict[str, Any] | Json[dict[str, Any]] = Field(default_factory=dict)
+    settings: Annotated[dict[str, Any], BeforeValidator(_from_json)] = Field(default_factory=dict)
     """Each replica's ServeSettings; on the command line as JSON. `follow_seconds` is 2 unless it is given, so that
     replicas take over each other's changes of the folder."""
 
@@ -83,7 +88,8 @@ def make_service(args: ReplicaSettings) -> Service:
 
 
 def serve_metrics(args: ReplicaSettings, registry: CollectorRegistry) -> int | None:
-    """Serves this replica's metrics on the first free one of its ports, which it returns; None if it has none."""
+    """Serves this replica's metrics on the first free one of its ports, which it returns; None without `metrics_port`.
+    Raises ServingError: none is free."""
     if args.metrics_port is None:
         return None
     # There may be twice as many replicas while Ray replaces them.
