@@ -10,6 +10,8 @@ import pytest
 from cli_fixtures import SMALL
 
 from conftest import make_model
+from phatgoose.cli.common import loading
+from phatgoose.cli.common.options import DEFAULT_BASE, BaseOptions
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.base.load import load_base
@@ -62,6 +64,20 @@ def test_the_base_that_the_pool_records_is_loaded(ready, run, base):
     assert result.code == 0, result.err
     assert f"base: {base} (recorded with the experts)" in result.err
     assert result.out == run(*words, "--base", base, "--max-new-tokens", 2).out
+
+
+def test_an_empty_base_is_none(ready, monkeypatch):
+    """As a script gives it whose variable isn't set."""
+    asked = []
+    monkeypatch.setattr(loading, "load", lambda spec, *_: asked.append(spec) or load_base(spec))
+    pool = Pool.load(ready[0] / "pool")
+    for base in ("", None):
+        loading.load_for(pool, BaseOptions(base=base))
+    assert asked == [pool.base.spec] * 2
+    monkeypatch.setattr(loading, "load", lambda spec, *_: asked.append(spec))
+    for base in ("", None):
+        loading.load_for(None, BaseOptions(base=base))
+    assert asked[2:] == [DEFAULT_BASE] * 2
 
 
 @pytest.mark.parametrize(
