@@ -59,6 +59,9 @@ def test_options_that_would_do_nothing_are_refused(run, base):
         shown = run("eval", "--base", base, "--harness", "phatgoose_toy", *option)
         assert shown.code == 1
         assert "--split and --batch-tokens are for --task" in " ".join(shown.err.split())
+    shown = run("eval", "--base", base, "--harness", "")
+    assert shown.code == 1
+    assert "lm-evaluation-harness knows no task" in " ".join(shown.err.split())
     shown = run("eval", "--base", base, "--task", "bigbench:hyperbaton", "--harness-folder", ".")
     assert shown.code == 1
     assert "--harness-folder is for --harness" in " ".join(shown.err.split())

@@ -92,21 +92,22 @@ def command(rows: RowOptions, base: BaseOptions, backend: BackendOptions, pool: 
         attach(model, experts, choice)
     config = phatgoose.EvaluationConfig(batch_tokens=rows.batch_tokens)
     record = _record(model, experts, pool, tasks, backend.backend, rows.limit)
-    record |= {"format": "phatgoose-harness"} if rows.harness else {"config": asdict(config)}
+    by_harness = rows.harness is not None
+    record |= {"format": "phatgoose-harness"} if by_harness else {"config": asdict(config)}
     measured: dict[str, Any] = {}
     results: dict[str, Any] = {}
     for number, (name, choice) in enumerate(choices.items(), start=1):
         if len(choices) > 1:
             show.note(f"{name} ({number} of {len(choices)})")
         attach(model, experts, choice)
-        if rows.harness:
+        if by_harness:
             measured[name], found = _harness_scores(model, rows)
         else:
             measured[name], found = _scores(model, tasks, rows, config)
         results[name] = {"router": choice.describe(), **found, **show_cache_use(model)}
         if rows.out is not None:
             write_json(rows.out, {**record, "complete": number == len(choices), "results": results})
-    if rows.harness:
+    if by_harness:
         show.table(("task", "metric", *measured), table(measured), numbers=list(measured))
     else:
         _show(measured)
