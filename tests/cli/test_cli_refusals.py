@@ -182,6 +182,21 @@ def test_a_second_run_of_a_command_is_refused(run, ready, task, tmp_path, comman
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e"]
 
 
+@pytest.mark.parametrize(("local", "first"), [(None, True), ("0", False)])
+def test_a_rank_alone_makes_no_process_one_of_several(tmp_path, monkeypatch, local, first):
+    """A cluster may set RANK for a machine that trains by itself: it locks its folder, and leaves no work behind."""
+    monkeypatch.setenv("RANK", "1")
+    if local is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    work = tmp_path / "w"
+    (work / "adapter").mkdir(parents=True)
+    with folders.only_run(tmp_path / "e", "train", work):
+        assert (tmp_path / ".e.train.lock").exists() is first
+    assert work.exists() is not first
+
+
 def test_gates_keep_the_files_permissions(run, ready, base, task, tmp_path):
     target = Expert.load(ready[0] / "two").save(tmp_path / "e")
     for path in target.iterdir():

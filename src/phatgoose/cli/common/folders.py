@@ -56,7 +56,8 @@ def only_run(folder: Path, command: str, work: Path) -> Iterator[None]:
 
     Of torchrun's processes, the first does this for all. The folder `work` goes too if nothing else is in it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    # RANK alone doesn't make a process one of several: clusters set it for each machine, torchrun sets both.
+    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
         yield
         return
     with locks.only_run(folder, folder.absolute().parent / f".{folder.name}.{command}.lock"):
