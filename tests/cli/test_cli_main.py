@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import cli as docs
 from phatgoose.cli.common import expand, options
@@ -112,6 +116,56 @@ def test_every_setting_is_an_option_with_its_docstring(run, name, config):
         assert getattr(found[field.name].default, "value", found[field.name].default) == field.default
         assert expand.field_docs(config)[field.name] in found[field.name].info.help
     assert expand.field_docs(GateConfig)["steps"] == "Updates of the gates."
+
+
+@dataclass(frozen=True)
+class Some(expand.Options):
+    """Options in both ways to declare them."""
+
+    plain: bool = False
+    """In [brackets]."""
+    limited: Annotated[int | None, typer.Option(min=1)] = None
+    """At least 1."""
+    hidden: Annotated[bool, typer.Option(hidden=True)] = False
+    """Off, as `plain` is."""
+    on: bool = True
+    """On."""
+    named: Annotated[bool, typer.Option("--this/--that", help="Its own.")] = False
+
+
+@dataclass(frozen=True)
+class Mute(expand.Options):
+    """Options without help."""
+
+    first: int = 0
+    second: int = 0
+    """The second."""
+
+
+def test_options_are_declared_by_fields():
+    app, run, got = typer.Typer(), CliRunner(), []
+
+    @app.command()
+    @expand.expand_options
+    def command(some: Some) -> None:
+        got.append(some)
+
+    assert run.invoke(app, ["--plain", "--limited", "2", "--hidden", "--no-on", "--this"]).exit_code == 0
+    assert run.invoke(app, []).exit_code == 0
+    assert got == [Some(True, 2, True, False, True), Some()]
+    for wrong in (["--no-plain"], ["--no-hidden"], ["--limited", "0"]):
+        assert run.invoke(app, wrong).exit_code == 2
+    shown = run.invoke(app, ["--help"]).stdout
+    assert "In [brackets]." in shown
+    assert "hidden" not in shown
+
+
+def test_a_field_without_help_is_named():
+    def command(mute: Mute) -> None:
+        pass
+
+    with pytest.raises(TypeError, match=r"Mute\.first: write its help as a docstring below it"):
+        expand.expand_options(command)
 
 
 def test_the_default_base_is_the_librarys():

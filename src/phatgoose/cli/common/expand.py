@@ -19,7 +19,8 @@ import typer
 class Options:
     """Options of commands that belong together; subclasses are frozen dataclasses.
 
-    Settings of the library are dataclasses without this parent: as options they stand in a panel of their own.
+    Settings of the library (`training/config.py`) are dataclasses without this parent: as options they stand in a
+    panel of their own.
     """
 
     PANEL: ClassVar[str | None] = None
@@ -29,9 +30,15 @@ class Options:
 def expand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces each parameter of a command that is a dataclass by one option for each of its fields.
 
-    A field's docstring is the option's help, unless the field is `Annotated` with a `typer.Option` that has one. The
-    command gets the dataclass, built from the options; an error in that is the command's refusal. A default of the
-    parameter (`GenerationOptions(max_new_tokens=256)`) gives the options' defaults.
+    The command gets the dataclass, built from the options; an error in that is the command's refusal. Of a field
+
+    - the name becomes the option's: `max_new_tokens` is `--max-new-tokens`;
+    - the docstring below it is the help. Square brackets and line breaks need no care;
+    - the type is what typer parses. A `Literal` becomes a choice;
+    - a default of False makes a flag without `--no-…`; a field without a default is an option that must be given. A
+      default of the parameter (`GenerationOptions(max_new_tokens=256)`) takes the place of the fields' defaults;
+    - whatever else typer is to know (limits, other names, a help that is put together) is said by a `typer.Option`:
+      `rows: Annotated[int, typer.Option(min=1)] = 8`.
     """
     signature = inspect.signature(command, eval_str=True)
     # Parameters become keyword-only: then options with and without defaults may stand in any order.
@@ -84,10 +91,14 @@ def _options(group: type, preset: Any) -> Iterator[inspect.Parameter]:
         kind = _typer_type(field.name, hint)
         if isinstance(kind, type) and issubclass(kind, Enum):
             default = kind(default)
-        # A name is given for what is off anyway: then there is no --no-….
-        names = [f"--{field.name.replace('_', '-')}"] if default is False else []
-        info = copy.copy(infos[0]) if infos else typer.Option(*names)
+        info = copy.copy(infos[0]) if infos else typer.Option()
+        if (
+            default is False and not info.param_decls and info.default is ...
+        ):  # typer keeps a first name there
+            info.param_decls = (f"--{field.name.replace('_', '-')}",)  # a name of its own: there is no --no-…
         if info.help is None:
+            if field.name not in docs:
+                raise TypeError(f"{group.__name__}.{field.name}: write its help as a docstring below it.")
             more = " Several are separated by commas." if field.name == "target_modules" else ""
             info.help = (docs[field.name] + more).replace("[", "\\[")  # else rich reads it as markup
         info.rich_help_panel = group.PANEL if issubclass(group, Options) else f"Settings ({group.__name__})"
