@@ -168,6 +168,25 @@ def test_files_and_folders_are_checked(tmp_path):
     assert other.folders == {"bbh": str(tmp_path)}
 
 
+def test_an_empty_folder_is_never_the_current_one(tmp_path):
+    """Of a pool it means that there is none, as in a recipe without it. Of data it means nothing."""
+    file, data = tmp_path / "r.toml", 'base = "b"\n[pool]\nfolder = "{}"\ntasks = {{ a = "jsonl:a.jsonl" }}\n'
+    file.write_text(data.format(""))
+    assert ExperimentRecipe.read(file).pool.folder == "" == ExperimentRecipe.read(file, pool="").pool.folder
+    file.write_text(data.format("there"))
+    for pool in (None, ""):
+        assert ExperimentRecipe.read(file, pool=pool).pool.folder == str(tmp_path / "there")
+    file.write_text('base = "b"\n[pool]\nfolder = ""\n')
+    with pytest.raises(RecipeError, match="the recipe's pool has no tasks"):
+        ExperimentRecipe.read(file)
+    file.write_text(data.format("") + '[folders]\nbbh = ""\n')
+    with pytest.raises(RecipeError, match="the folder for 'bbh' is empty: give one"):
+        ExperimentRecipe.read(file)
+    assert ExperimentRecipe.read(file, {"bbh": str(tmp_path)}).folders == {"bbh": str(tmp_path)}
+    with pytest.raises(RecipeError, match="the folder for 't0ho' is empty"):
+        ExperimentRecipe.read(file, {"bbh": str(tmp_path), "t0ho": ""})
+
+
 def test_several_recipes_may_have_one_list_of_folders(tmp_path):
     """Of suites, tasks and sources that this recipe does without, too."""
     folders = dict.fromkeys(

@@ -302,6 +302,8 @@ class ExperimentRecipe:
         own = data.get("folders", {})
         if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
             raise RecipeError(f'{path}, [folders]: expected name = "folder".')
+        if empty := [name for name, folder in {**own, **(folders or {})}.items() if not folder]:
+            raise RecipeError(f"the folder for {empty[0]!r} is empty: give one, or leave {empty[0]!r} out.")
         placed = {k: _absolute(path.parent / Path(v).expanduser()) for k, v in own.items()}
         data["folders"] = placed | {k: _absolute(v) for k, v in (folders or {}).items()}
         for name, folder in data["folders"].items():
@@ -309,9 +311,10 @@ class ExperimentRecipe:
                 raise TaskError(f"the folder for {name!r} is {folder}, which is not a folder.")
         own_pool = data.get("pool", {})
         if isinstance(own_pool, dict):
-            if isinstance(own_pool.get("folder"), str):
-                own_pool["folder"] = _absolute(path.parent / Path(own_pool["folder"]).expanduser())
-            if pool is not None:
+            # An empty text means no folder, as by default. As a path, it would be the recipe's own folder.
+            if isinstance(folder := own_pool.get("folder"), str) and folder:
+                own_pool["folder"] = _absolute(path.parent / Path(folder).expanduser())
+            if pool:
                 data["pool"] = own_pool | {"folder": _absolute(pool)}
         if data.get("dtype") == "fast":
             data["dtype"] = fast_dtype()
