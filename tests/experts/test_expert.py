@@ -360,3 +360,39 @@ def test_what_else_is_in_a_folder_is_not_deleted(make_base, make_expert, tmp_pat
     with pytest.raises(ExpertError, match=r"no expert's \(checkpoint-500\), which would be lost"):
         mine.save(folder)
     assert (folder / "checkpoint-500" / "optimizer.pt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "shapes", "message"),
+    [
+        (
+            {"lora_bias": True},
+            {"x.lora_A.weight": (3, 8), "x.lora_B.weight": (6, 3), "x.lora_B.bias": (7,)},
+            r"\[6\]",
+        ),
+        (
+            {"use_dora": True},
+            {"x.lora_A.weight": (3, 8), "x.lora_B.weight": (6, 3), "x.lora_magnitude_vector": (6, 1)},
+            r"\[6\]",
+        ),
+        (
+            {},
+            {"x.lora_A.weight": (3, 8), "x.lora_B.weight": (6, 2)},
+            r"\[d_out, 3\] for the configured rank 3 .*",
+        ),
+        (
+            {"target_parameters": ["down_proj"], "r": 5},
+            {"x.lora_A.weight": (4, 8), "x.lora_B.weight": (6, 4)},
+            r"lora_A \[4, 8\], which for the configured rank 5 are 0 experts; expected 1 to 4096",
+        ),
+        (
+            {"target_parameters": ["x.weight"]},
+            {"x.lora_A.weight": (4, 8), "x.lora_B.weight": (6, 4)},
+            r"expected \[3, d_in\] for 1 expert and the configured rank 3",
+        ),
+    ],
+)
+def test_a_wrong_shape_is_named_with_what_decides_it(settings, shapes, message):
+    tensors = {f"base_model.model.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+    with pytest.raises(ExpertError, match=f"{message}\\.$"):
+        to_contents({"peft_type": "LORA", "r": 3, "lora_alpha": 1, **settings}, tensors, "here")

@@ -195,10 +195,11 @@ def _split(
     number = 1 if name == "weight" else a.shape[0] // rank if a.ndim else 0
     if not 0 < number <= MOST_EXPERTS:
         raise ExpertError(
-            f"{where}: parameter {path} has tensors of {number} experts; expected 1 to {MOST_EXPERTS}."
+            f"{where}: parameter {path} has lora_A {list(a.shape)}, which for the configured rank {brief(rank)} are "
+            f"{number} experts; expected 1 to {MOST_EXPERTS}."
         )
     rows = rank * number
-    hint = f" for {number} experts and the configured rank {rank}"
+    hint = f" for {number} expert{'s' * (number > 1)} and the configured rank {rank}"
     check_tensors(
         parts, {"A": (rows, "d_in"), "B": ("d_out", rows)}, f"{where}: parameter {path}", "lora_", hint
     )

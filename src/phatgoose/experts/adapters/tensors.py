@@ -20,7 +20,7 @@ def check_tensors(
     Args:
         where: what has them, as the message begins.
         prefix: what the message puts before their names.
-        hint: what it says after a wrong shape.
+        hint: what it says after a wrong shape, if some of its sizes are numbers that are given here.
     """
     if shapes.keys() != tensors.keys():
         missing, others = (
@@ -38,6 +38,6 @@ def check_tensors(
             one > 0 if isinstance(size, str) else one == size for one, size in zip(found, known, strict=True)
         )
         if not fits:
-            expected = ", ".join(map(str, known))
-            raise ExpertError(f"{where} has {prefix}{name} {list(found)}, expected [{expected}]{hint}.")
+            expected = f"[{', '.join(map(str, known))}]" + hint * any(isinstance(size, int) for size in shape)
+            raise ExpertError(f"{where} has {prefix}{name} {list(found)}, expected {expected}.")
         sizes |= {size: one for size, one in zip(shape, found, strict=True) if isinstance(size, str)}
