@@ -76,7 +76,7 @@ def test_seed_decides():
 @pytest.mark.parametrize(
     ("call", "what"),
     [
-        (lambda: bootstrap_interval([]), "one value a row"),
+        (lambda: bootstrap_interval([]), "one value per row"),
         (lambda: suite_interval([]), "at least one task"),
         (lambda: suite_interval([[1.0], []]), "task 1"),
         (lambda: bootstrap_interval([1.0, float("nan")]), "finite"),

@@ -1,6 +1,6 @@
 """Evaluation: accuracy of a model, routed or not, on the test rows of some tasks.
 
-In: a base and tasks. Out: `Scores`, one prediction a row, with bootstrap intervals. run.py is the entry. Then:
+In: a base and tasks. Out: `Scores`, one prediction per row, with bootstrap intervals. run.py is the entry. Then:
 
     rows.py            an example → token ids of its prompt and answers
     rank.py            rows with choices: the likeliest choice

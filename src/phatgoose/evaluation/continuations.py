@@ -3,7 +3,7 @@
 Any number of answers may continue one prompt. There are three ways to run them, and each costs something else:
 
     alone      Every answer is a row of a batch, with its own copy of its prompt's cache. Copies cost memory:
-               (width of the prompts + longest answer) positions a row, however short the answer.
+               (width of the prompts + longest answer) positions per row, however short the answer.
     packed     Several answers to one prompt are laid one behind the other in a row, after a single copy, and a mask
                hides them from each other. That saves copies, but every token of a row is compared with every other,
                so a row of n tokens costs n² comparisons of which most are masked: `MAX_PACKED_TOKENS` bounds that.

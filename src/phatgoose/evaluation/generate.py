@@ -40,7 +40,7 @@ def match_exactly(
     config: EvaluationConfig,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Prediction]:
-    """One prediction a row, by teacher forcing where that decides and by `generate` where it doesn't.
+    """One prediction per row, by teacher forcing where that decides and by `generate` where it doesn't.
 
     A row's answers are its targets as tokens, each with the end token. `done` is called after each batch with the
     number of rows that it finished.
@@ -67,7 +67,7 @@ def generate(
     *,
     to_the_end: bool = False,
 ) -> list[Prediction]:
-    """One prediction a row, by the model's own greedy generate(); a row stops early as `MatchRule.judge` allows.
+    """One prediction per row, by the model's own greedy generate(); a row stops early as `MatchRule.judge` allows.
 
     Nothing of the checkpoint's generation settings (sampling, penalties, suppressed tokens, lengths) is used, but its
     end tokens and its decoder's start token.

@@ -45,7 +45,7 @@ def evaluate(
         progress: True for a bar (none where the output isn't a terminal), or a `Progress` to call.
 
     Returns:
-        One TaskScore a task, with predictions in the order of the split's rows, and the unweighted mean.
+        One TaskScore per task, with predictions in the order of the split's rows, and the unweighted mean.
 
     Raises:
         EvaluationError: if a split is empty, two tasks share a name, a row can't be scored (no answers, no prompt, no

@@ -73,7 +73,7 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of a − b, two systems' values on the same rows: one array [rows] a task, tasks in one order.
+    """(mean, low, high) of a − b, two systems' values on the same rows: one array [rows] per task, tasks in one order.
 
     Rows are drawn in pairs, so what makes a row hard for both cancels. `a` beats `b` by more than chance in the
     choice of rows where low > 0.
@@ -104,7 +104,7 @@ def resampled(
     `paired_difference` draw the same for the same seed.
 
     Args:
-        tasks: one array [systems, rows] a task.
+        tasks: one array [systems, rows] per task.
 
     Raises:
         EvaluationError: there is no task, or groups don't fit.
@@ -150,7 +150,7 @@ def _arrays(tasks: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
     for number, values in enumerate(arrays):
         if values.ndim != 1 or not values.size:
             raise EvaluationError(
-                f"an interval needs one value a row, got an array of shape {values.shape} (task {number})."
+                f"an interval needs one value per row, got an array of shape {values.shape} (task {number})."
             )
         if not np.isfinite(values).all():
             raise EvaluationError(f"an interval needs finite values, task {number} has others.")

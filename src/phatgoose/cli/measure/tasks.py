@@ -147,7 +147,7 @@ def _counts(kind: str, what: str, counts: Mapping[str, int]) -> None:
 
 
 def _entries(first: str, entries: Sequence[Entry], own_copy: Sequence[str] = ()) -> None:
-    """One entry a line. Its specs come last, since they may be long, as `phatgoose tasks show` takes them."""
+    """One entry per line. Its specs come last, since they may be long, as `phatgoose tasks show` takes them."""
     rows = [(e.name, remarks(e, own_copy), " + ".join(e.specs)) for e in entries]
     if any(note for _, note, _ in rows):
         show.table([first, "note", "reads"], rows)
