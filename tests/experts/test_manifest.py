@@ -13,6 +13,7 @@ from phatgoose import locks
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts import manifest
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.packed.pack import pack, unpack
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.pool_folder import add_to_folder, remove_from_folder
 from phatgoose.files import read_json, write_json
@@ -284,3 +285,10 @@ def test_a_lock_that_is_never_given_back_is_an_error(saved, monkeypatch):
         pytest.raises(PoolError, match=r"held by another process for 0\.2 seconds"),
     ):
         remove_from_folder(folder, "a")
+
+
+@pytest.mark.parametrize("change", [lambda f: remove_from_folder(f, "a"), pack, unpack])
+def test_a_pool_that_is_not_there_is_refused_and_not_made(tmp_path, change):
+    with pytest.raises(PoolError, match=r"nowhere is not a folder; expected a pool made by"):
+        change(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from phatgoose.errors import ExpertError, PoolError, brief
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import check_sha256
 from phatgoose.experts.names import EXPERT_FILES, HEADERS, MANIFEST, PACKED_FILES, check_name
-from phatgoose.files import JSON_LIMIT_BYTES, storage_errors
+from phatgoose.files import JSON_LIMIT_BYTES, is_folder, storage_errors
 from phatgoose.locks import locked
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
@@ -46,7 +46,7 @@ def opened(folder: Path) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds the pool's lock while it is written; refuses a link, and one that is held for ten minutes."""
-    _refuse_links(folder)
+    _check_folder(folder)  # a lock would make it
     held = f"{folder} has been held by another process for {LOCK_SECONDS:g} seconds: wait until it is done, or end it."
     with locked(folder / ".lock", f"the pool in {folder}", LOCK_SECONDS, PoolError(held), needed=True):
         yield
@@ -55,9 +55,7 @@ def lock(folder: Path) -> Iterator[None]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A pool's manifest; its list of experts is well formed and names nothing outside the pool."""
     files, path = SafeFolder(folder, PoolError), folder / MANIFEST
-    if not files.exists():
-        raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
-    _refuse_links(folder)
+    _check_folder(folder)
     manifest = files.read_json(MANIFEST, JSON_LIMIT_BYTES)
     if not isinstance(manifest, dict) or manifest.get("format") != "phatgoose-pool":
         raise PoolError(f'{path} is not a pool\'s manifest (no "format": "phatgoose-pool").')
@@ -172,8 +170,10 @@ def _check_entry(entry: Any, where: str) -> None:
         raise PoolError(f"{where}: its source is {brief(entry['source'])}: {cause}.") from cause
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuses a pool whose own parts are links: a sweep would delete what they lead to."""
+def _check_folder(folder: Path) -> None:
+    """Refuses what is no folder, and a pool whose own parts are links: a sweep would delete what they lead to."""
+    if not is_folder(folder, PoolError):
+        raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
     for name in ("experts", "packed", ".lock"):
         try:
             linked = (folder / name).is_symlink()
