@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -226,9 +227,19 @@ def test_square_parameters_of_an_early_peft_are_refused(tmp_path):
     pool = Pool([Expert.from_peft(tmp_path / "a", name="a")])
     route(model, pool, Single(0))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    versions = {  # → whether it is refused
+        None: True, "": True, "unknown": True, "0.18.1": True, "0.18rc1": True, "0.9.0": True,
+        "0.18.2.dev0@1a2b3c": True, "0.19.0": False, "0.19rc1": False, "0.19.0.dev0@UNKNOWN": False, "0.100": False,
+        "1": False, "1.0.0+local": False,
+    }  # fmt: skip
+    for version, refused in versions.items():
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"peft_version": version}))
+        pool = Pool([Expert.from_peft(tmp_path / "a", name="a")])
+        with pytest.raises(RoutingError, match=r"before 0\.19") if refused else contextlib.nullcontext():
+            route(model, pool, Single(0))
     del config["peft_version"]
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(RoutingError, match="before 0"):
+    with pytest.raises(RoutingError, match=r"before 0\.19"):
         route(model, Pool([Expert.from_peft(tmp_path / "a", name="a")]), Single(0))
 
 

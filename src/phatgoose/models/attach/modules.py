@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -107,16 +108,21 @@ def check_parameters(modules: Mapping[str, nn.Module], experts: Iterable[Expert]
 
 
 def _check_layout(expert: Expert, path: str, slot: ExpertLinear) -> None:
-    version = str(expert.adapter_config.get("peft_version") or "0").split(".")
-    early = not version[0].isdigit() or (
-        int(version[0]),
-        int("".join(filter(str.isdigit, version[1:2])) or 0),
-    ) < (0, 19)
+    early = _peft_release(expert.adapter_config.get("peft_version")) < (0, 19)
     if early and slot.in_features == slot.out_features and not slot.weight_owner.is_transposed:
         raise RoutingError(
             f"expert {expert.name!r} was saved by a PEFT before 0.19, which took {path} for its transpose; as it is "
             "square, its tensors don't say which they are. Train it with a later PEFT."
         )
+
+
+def _peft_release(found: object) -> tuple[int, ...]:
+    """The numbers of a PEFT version, without what makes it a release candidate or a build of one's own; none if it
+    isn't known."""
+    try:
+        return Version(str(found).partition("@")[0]).release  # PEFT writes "0.19.0.dev0@<commit>"
+    except InvalidVersion:
+        return ()
 
 
 def check_copies(modules: Mapping[str, nn.Module], experts: Iterable[Expert]) -> None:
