@@ -391,3 +391,41 @@ def test_saving_a_routed_model_saves_the_base(mixed, tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     assert saved
     assert all(torch.equal(before[k], v) for k, v in saved.items())
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_an_error_while_hooks_are_put_on_leaves_none(make_base, make_expert, monkeypatch, kind):
+    """Whichever hook it happens at, and the earlier routing comes back."""
+    base = make_base("llama")
+    pool = Pool([make_expert(base, "a", seed=1), make_expert(base, "b", seed=2)])
+    plain = count_hooks(base.model)
+    earlier = route(base, pool, Single(0)) and routing_of(base)
+    earlier.detach()
+    earlier.attach()  # its modules aren't watched a second time
+    routed, put_on, put = count_hooks(base.model), getattr(torch.nn.Module, kind), []
+
+    def put_on_some(module, *args, **kwargs):
+        if len(put) == fails_at:
+            monkeypatch.setattr(torch.nn.Module, kind, put_on)
+            raise KeyboardInterrupt
+        put.append(module)
+        return put_on(module, *args, **kwargs)
+
+    fails_at = 0
+    while fails_at < 100:
+        put.clear()
+        monkeypatch.setattr(torch.nn.Module, kind, put_on_some)
+        try:
+            route(base, pool, PHATGOOSE())
+            break
+        except KeyboardInterrupt:
+            assert routing_of(base) is earlier
+            assert count_hooks(base.model) == routed
+        fails_at += 1
+    assert 5 < fails_at < 100
+    unroute(base)
+    assert count_hooks(base.model) == plain
+
+
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -15,16 +15,22 @@ class Hooks:
 
     def __init__(self, handles: Iterable[RemovableHandle] = ()) -> None:
         self._handles: list[RemovableHandle] = []
-        self.add(handles)
+        try:
+            self.add(handles)
+        except BaseException:
+            self.remove()
+            raise
 
     def __bool__(self) -> bool:
         return bool(self._handles)
 
     def add(self, handles: Iterable[RemovableHandle]) -> None:
-        """Adds hooks that were just registered."""
-        new = list(handles)
-        self._handles += new
-        if new:
+        """Adds hooks that were just registered, or are while they are taken from `handles`: if that fails, those that
+        were registered before are among the hooks too."""
+        before = len(self._handles)
+        for handle in handles:
+            self._handles.append(handle)
+        if len(self._handles) > before:
             forget_compiled()
 
     def remove(self, *, forget: bool = True) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from phatgoose.models.attach.hooks import Hooks, compiled_anything
 from phatgoose.models.context.runs import cache_of, length_of
@@ -34,13 +35,15 @@ class IdleModuleCheck:
         self.stacks = {prefix: streams.stacks[name] for name, prefix in streams.prefixes.items() if prefix}
         self.ran = set[str]()
         self.whole = False
-        self.hooks = Hooks()
+        self.hooks = Hooks(self._watch(model))
+
+    def _watch(self, model: nn.Module) -> Iterator[RemovableHandle]:
         if not self.modules:
             return
-        watched = self.modules | self.stacks
-        self.hooks.add(m.register_forward_pre_hook(partial(self._note, path)) for path, m in watched.items())
-        begin = model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self.hooks.add([begin, model.register_forward_hook(self._done)])
+        for path, module in (self.modules | self.stacks).items():
+            yield module.register_forward_pre_hook(partial(self._note, path))
+        yield model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        yield model.register_forward_hook(self._done)
 
     def _note(self, path: str, *_: Any) -> None:
         if not torch.compiler.is_compiling():

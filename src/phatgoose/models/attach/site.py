@@ -14,6 +14,7 @@ two graphs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -147,10 +148,11 @@ class Site:
             and not isinstance(self.module, ExpertLinear)
         )
 
-    def attach(self) -> list[RemovableHandle]:
-        """Puts the hooks of this module on."""
+    def attach(self) -> Iterator[RemovableHandle]:
+        """Puts the hooks of this module on, one as each is taken."""
         hook = self.hook if self.one_operator else self.eager_hook
-        return [self.module.register_forward_hook(hook, with_kwargs=True), *self.track_residual()]
+        yield self.module.register_forward_hook(hook, with_kwargs=True)
+        yield from self.track_residual()
 
     def track_residual(self) -> list[RemovableHandle]:
         """Puts the hooks on that hand the residual stream to updates that read it. After the module's own hook."""

@@ -13,7 +13,7 @@ asks by its path and its input:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,24 +76,22 @@ class Streams:
         self.asked = True
         """Whether anybody may ask for the tokens of a pass. If nobody does, a compiled pass needn't leave its graph."""
 
-    def attach(self) -> list[RemovableHandle]:
-        """Puts hooks on the stacks and the head model."""
+    def attach(self) -> Iterator[RemovableHandle]:
+        """Puts hooks on the stacks and the head model, one as each is taken."""
         # partial, and no closures: a copied or pickled model's hooks must be the copy's own.
         watched = list(self.stacks.items())
         if self._inner is not None:
             watched.append(("decoder", self._inner))
-        handles: list[RemovableHandle] = []
         for name, stack in watched:
             enter, leave = (partial(self._outside_graph, hook, name) for hook in (self._enter, self._leave))
-            handles.append(stack.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(stack.register_forward_hook(leave, with_kwargs=True))
+            yield stack.register_forward_pre_hook(enter, with_kwargs=True)
+            yield stack.register_forward_hook(leave, with_kwargs=True)
         if all(stack is not self.model for _, stack in watched):
             enter, leave = (
                 partial(self._outside_graph, hook) for hook in (self._enter_head, self._leave_head)
             )
-            handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(self.model.register_forward_hook(leave))
-        return handles
+            yield self.model.register_forward_pre_hook(enter, with_kwargs=True)
+            yield self.model.register_forward_hook(leave)
 
     def _outside_graph(self, hook: Callable[..., None], *call: Any) -> None:
         if not torch.compiler.is_compiling():
