@@ -180,7 +180,8 @@ class Service:
         return APIError(429, why, code="busy", headers={"Retry-After": str(seconds)})
 
     async def encode_prompts(self, request: ChatOrCompletion) -> list[list[int]]:
-        """The tokens of a request's prompts, one after the other, so that it can be broken off between two."""
+        """The tokens of a request's prompts, one after the other, so that it can be broken off between two. Raises
+        APIError: there are too many prompts, or one can't be read."""
         n = request.n or 1
         check_encoder_decoder(request, self.base)
         if isinstance(request, ChatRequest):

@@ -89,7 +89,8 @@ class TextStream:
         self._new_tokens: list[int] = []
 
     async def deltas(self, deadline: float | None = None) -> AsyncGenerator[Delta]:
-        """The answer while it is written. The last delta has a finish reason. Raises EngineFailure or TimeoutError."""
+        """The answer while it is written. Only the last delta has a finish reason. Raises EngineFailure: with the
+        reason. TimeoutError: the answer wasn't finished at `deadline`."""
         try:
             async for update in self.job.updates(deadline):
                 if update.error is not None:
@@ -142,7 +143,8 @@ async def collect(stream: TextStream, deadline: float | None) -> Delta:
 async def merge_streams(
     streams: Sequence[TextStream], deadline: float | None
 ) -> AsyncGenerator[tuple[int, Delta]]:
-    """The deltas of several answers as they come, each with its answer's index. A failure cancels the others."""
+    """The deltas of several answers as they come, each with its answer's index. Raises the first EngineFailure or
+    TimeoutError, which cancels the others."""
     # One answer needs no queue, in which it would run ahead of what was sent: its `token_count` goes with each delta.
     if len(streams) == 1:
         async with aclosing(streams[0].deltas(deadline)) as deltas:
