@@ -39,7 +39,7 @@ from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.tokenizer_loss import TokenizerLoss
 from phatgoose.workflows.experiment import steps as experiment_steps
 from phatgoose.workflows.experiment import worker as experiment_worker
-from phatgoose.workflows.experiment.documents import markdown
+from phatgoose.workflows.experiment.documents import markdown, plot
 from phatgoose.workflows.experiment.executors import Processes
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, RecipeError
 from phatgoose.workflows.experiment.results import ALIKE, RESAMPLES, suite_results
@@ -714,6 +714,18 @@ def test_a_training_that_was_stopped_is_no_obstacle_to_other_data(place, monkeyp
     results = run_experiment(made, place / "out")
     assert results["complete"]
     assert not list((place / "out/work").iterdir())
+
+
+def test_a_plot_keeps_every_character_of_a_name():
+    name = "model:a\u2028b\x85c"  # both end a line for str.splitlines
+    suite = {
+        "common_tasks": ["t"],
+        "tasks": {"t": {"commonest": 0.4, "chance": None}},
+        "systems": {name: {"mean": 0.5, "low": 0.4, "high": 0.6}},
+    }
+    svg = plot({"suites": {"s": suite}})
+    assert f">{name}</text>" in svg
+    assert svg.count("\n") == 1
 
 
 def test_a_row_that_cannot_be_chosen_on_costs_its_task(place):

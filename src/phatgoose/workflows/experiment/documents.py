@@ -200,7 +200,9 @@ def plot(results: Mapping[str, Any]) -> str:
         panels=panels, width=max(across * column, 2 * column - LABEL), height=height, colours=COLOURS, kind=_kind,
         main=MAIN, row=ROW, names=LABEL - 8, values=LABEL + WIDTH + 8,
     )  # fmt: skip
-    return "".join(svg.splitlines()) + "\n"
+    return (
+        svg.replace("\n", "") + "\n"
+    )  # not splitlines(): names may hold what it takes for the end of a line
 
 
 def _panel(name: str, suite: Mapping[str, Any], left: int, top: int) -> dict[str, Any]:
