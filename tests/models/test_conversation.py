@@ -134,6 +134,7 @@ def test_a_marker_of_transformers_in_a_message_changes_nothing(chatting):
             "'system'.* no place",
         ),
         ("{{ raise_exception('never') }}", [USER], None, "refuses the conversation .*never"),
+        ("{% for m in messages", [USER], None, "can't be read: unexpected end of template"),
     ],
 )
 def test_what_a_template_would_leave_out_is_refused(chatting, template, messages, tools, says):

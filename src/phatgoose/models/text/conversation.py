@@ -213,6 +213,8 @@ def _mark_control_tokens(
                 "text: take it out, or install transformers 5.23 or newer."
             ) from None
         return messages, False
+    except TemplateError as error:
+        raise TaskError(f"the tokenizer's chat template can't be read: {error}.") from error
     if not any(pattern.search(text) for text in written):
         return messages, False
     return [
