@@ -197,11 +197,14 @@ def match_to_base(base: Base, expert: Expert) -> tuple[Expert, dict[str, str]]:
     try:
         here, names = expert_on_model(base.model, modules, expert)
         check_parameters(modules, [here])
-        alone = Pool([here])
+    except RoutingError as cause:
+        raise TrainingError(str(cause)) from cause
+    alone = Pool([here])
+    try:
         for path in here.updates:
             module_at(modules, path, alone)
     except RoutingError as cause:
-        raise TrainingError(str(cause)) from cause
+        raise TrainingError(f"this isn't the expert's base: {cause}") from cause
     return here, {name: path for path, name in names.items()}
 
 
