@@ -107,7 +107,7 @@ def unwrap_model(model: Base | PreTrainedModel | Any) -> PreTrainedModel:
         )
     inside = isinstance(getattr(inner, "module", None), nn.Module)
     hint = ": pass the model inside, its .module" if inside else ""
-    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got a {kind}{hint}.")
+    raise BaseModelError(f"expected a Base or a transformers PreTrainedModel, got {kind}{hint}.")
 
 
 def model_class(config: Any) -> Any:
