@@ -104,9 +104,8 @@ class TrainingJob:
                 f"the base is on {device}, this process trains on {own}: load the base there "
                 f"(load_base(..., device={str(own)!r})), or set CUDA_VISIBLE_DEVICES."
             )
-        built._n_gpu = min(
-            built._n_gpu, 1
-        )  # several devices need several processes; DataParallel is never used
+        # Several devices need several processes; DataParallel is never used.
+        built._n_gpu = min(built._n_gpu, 1)
         batches, rest = divmod(config.rows_per_step, config.rows_per_batch * built.world_size)
         if rest:
             raise TrainingError(
