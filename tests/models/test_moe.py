@@ -243,6 +243,17 @@ def test_square_parameters_of_an_early_peft_are_refused(tmp_path):
         route(model, Pool([Expert.from_peft(tmp_path / "a", name="a")]), Single(0))
 
 
+def test_a_stand_in_says_what_it_stands_for():
+    model = make("olmoe")
+    paths = ["model.layers.0.mlp.experts.2.up_proj", "model.layers.0.mlp.gate"]
+    one, router = (modules_by_path(model, paths)[path] for path in paths)
+    assert repr(one) == f"ExpertLinear({D}, {F_}, index=2, part='up_proj')"
+    assert (
+        repr(router)
+        == f"RouterLinear({D}, {router.out_features}, of {type(model.get_submodule(paths[1])).__name__})"
+    )
+
+
 def test_routers_inside_experts(tmp_path):
     """Random knows which tokens reach an expert: each gets the same draw whatever it is batched with."""
     base = Base(make("mixtral"), make_tokenizer(), "mixtral")

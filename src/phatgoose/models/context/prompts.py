@@ -99,10 +99,8 @@ class PromptTracker:
             )
         if stack == "encoder":
             return Texts(prompts, torch.zeros_like(real), ids, ((),) * rows), None
-        fresh, read = (
-            real,
-            (0,) * rows,
-        )  # nothing of the prompt is in the sequence of an encoder–decoder's decoder
+        # Nothing of the prompt is in the sequence of an encoder–decoder's decoder.
+        fresh, read = real, (0,) * rows
         if not self.encoder_decoder and tokens.past:
             # How many cached tokens an announced text stands for isn't known.
             read = tuple(-1 if isinstance(p, str) else len(p) for p in prompts)

@@ -194,6 +194,9 @@ class ExpertLinear(LinearStandIn):
             return whole
         return gate_and_up(self.weight_owner, whole, 0)[self.part == "up_proj"]
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, index={self.index}, part={self.part!r}"
+
 
 @functools.cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:

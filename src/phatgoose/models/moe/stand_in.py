@@ -135,6 +135,9 @@ class RouterLinear(LinearStandIn):
         bias = getattr(self.weight_owner, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, of {type(self.weight_owner).__name__}"
+
 
 class _ReplaceProducts(TorchFunctionMode):
     """Inside, `F.linear` with a weight of this shape returns change(u, its result); `count` is how often it did."""
