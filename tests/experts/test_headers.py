@@ -84,6 +84,7 @@ def test_written_headers_are_read(shapes):
         b"[]",
         b'{"__metadata__":{"a":1}}',
         b'{"__metadata__":{"a":"b"},"__metadata__":{"a":"c"}}',
+        b'{"__metadata__":{"a":"b","a":"c"},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b'{"__metadata__":3,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',

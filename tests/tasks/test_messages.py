@@ -17,6 +17,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"x": {"default": None}}}}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
 
+DEEP = "[" * 100_000 + "]" * 100_000
+"""JSON that is nested deeper than Python reads."""
+
 
 def load(tmp_path, *rows, options=""):
     path = tmp_path / "chat.jsonl"
@@ -124,6 +127,9 @@ def test_choices_are_of_the_last_turn(tmp_path):
         ({"messages": [USER, {**YES, "content": " "}]}, "empty target"),
         ({"messages": [USER, {**YES, "content": ""}]}, "empty target"),
         ({"messages": [{"from": "human", "value": "2?"}, {"from": "function_call", "value": "add"}]}, "isn't JSON"),
+        ({"messages": [{"from": "human", "value": "2?"}, {"from": "function_call", "value": DEEP}]}, "isn't JSON"),
+        ({"messages": [USER, YES], "tools": DEEP}, "is no JSON list"),
+        ({"messages": DEEP}, "unknown column 'input'"),
         ({"messages": [{**USER, "content": [{"type": "image", "url": "a"}]}, YES]}, "part of type 'image'"),
         ({"messages": [{**USER, "content": ["Is", "it?"]}, YES]}, "part of type 'str'"),
         ({"messages": [USER, YES], "answer": "x"}, '"answer" is not read'),

@@ -225,7 +225,7 @@ def _expert_names(names: Sequence[str] | None, count: int) -> list[str]:
     if names is None:
         return [f"expert-{i}" for i in range(count)]
     if len(names) != count:
-        raise PoolError(f"there are {len(names)} names and {count} experts; one name an expert is needed.")
+        raise PoolError(f"there are {len(names)} names and {count} experts; one name per expert is needed.")
     for i, name in enumerate(names):
         check_name(name)
         if name in names[:i]:

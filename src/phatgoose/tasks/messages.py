@@ -114,7 +114,7 @@ def _message(given: Any) -> dict[str, Any]:
     if role == "function_call":  # ShareGPT's form of a call: its JSON as the text
         try:
             call = json.loads(str(message.pop("content", "")))
-        except ValueError as cause:
+        except (ValueError, RecursionError) as cause:
             raise ValueError("a function_call isn't JSON") from cause
         role, message["tool_calls"] = "assistant", [{"type": "function", "function": call}]
     role = _ROLES.get(str(role), role)
@@ -161,7 +161,7 @@ def _list(value: Any, name: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as cause:
+        except (ValueError, RecursionError) as cause:
             raise ValueError(f'"{name}" is no JSON list') from cause
     if not isinstance(value, list | tuple):
         raise ValueError(f'"{name}" is {type(value).__name__}, expected a list')

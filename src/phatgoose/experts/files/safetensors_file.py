@@ -151,11 +151,11 @@ def _split_metadata(text: bytes) -> tuple[dict[str, str] | None, bytes]:
     if not text.startswith(first):
         return None, text
     after = text[len(first) :].decode("utf-8")
-    found, end = json.JSONDecoder().raw_decode(after)
+    _, end = json.JSONDecoder().raw_decode(after)  # lenient: it only finds the end
     rest = after[end:].encode()
     if not rest.startswith(b","):
         return None, text
-    return _checked_metadata(found), b"{" + rest[1:]
+    return _checked_metadata(parse_json(after[:end].encode())), b"{" + rest[1:]
 
 
 def _checked_metadata(found: Any) -> dict[str, str]:

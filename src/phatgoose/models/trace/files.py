@@ -101,7 +101,7 @@ def load(path: Path) -> tuple[Header, list[Choices], dict[str, Load]]:
         )
     try:
         header, choices, loads = _parse(json.loads(metadata["header"]), tensors)
-    except (KeyError, TypeError, ValueError) as cause:
+    except (KeyError, TypeError, ValueError, RecursionError) as cause:
         raise RoutingError(f"{path} lacks a part of a trace or has a malformed one: {cause!r}") from cause
     for c in choices:
         _check_choices(path, c, len(header.experts))
