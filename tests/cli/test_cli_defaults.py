@@ -66,18 +66,13 @@ def test_the_base_that_the_pool_records_is_loaded(ready, run, base):
     assert result.out == run(*words, "--base", base, "--max-new-tokens", 2).out
 
 
-def test_an_empty_base_is_none(ready, monkeypatch):
+def test_an_empty_base_is_the_default_one_without_a_pool(monkeypatch):
     """As a script gives it whose variable isn't set."""
     asked = []
-    monkeypatch.setattr(loading, "load", lambda spec, *_: asked.append(spec) or load_base(spec))
-    pool = Pool.load(ready[0] / "pool")
-    for base in ("", None):
-        loading.load_for(pool, BaseOptions(base=base))
-    assert asked == [pool.base.spec] * 2
     monkeypatch.setattr(loading, "load", lambda spec, *_: asked.append(spec))
     for base in ("", None):
         loading.load_for(None, BaseOptions(base=base))
-    assert asked[2:] == [DEFAULT_BASE] * 2
+    assert asked == [DEFAULT_BASE] * 2
 
 
 @pytest.mark.parametrize(

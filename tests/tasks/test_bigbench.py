@@ -328,7 +328,7 @@ def test_only_the_data_is_unpacked_and_only_once(sdist, tmp_path, monkeypatch):
     with pytest.raises(TaskError, match="programmatic"):
         load_task("bigbench:code")
     sdist.unlink()
-    monkeypatch.setattr(fetch, "_download", None)
+    monkeypatch.setattr(fetch.PinnedPackage, "_download", None)
     assert load_task("bigbench:maps/one").hash == task.hash
 
 

@@ -56,18 +56,20 @@ def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None
         folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
     """
     recorded = None
-    if not options.base and pool is not None:
+    if options.base is None and pool is not None:
         recorded = recorded_base(pool.experts)
         if recorded is None:
             why = "the experts record no base, or different ones"
             if len(pool) == 1:
                 why = f"expert {pool.experts[0].name!r} doesn't record its base"
             raise ExpertError(f"{why}: say which one with --base.")
-    elif not options.base and folder is not None:
+    elif options.base is None and folder is not None:
         named = read_manifest(folder).get("base")
         if isinstance(named, dict) and isinstance(named.get("spec"), str):
             recorded = named["spec"]
-    spec = options.base or (DEFAULT_BASE if recorded is None else recorded)
+    spec = options.base if recorded is None else recorded
+    if spec is None or (pool is None and not spec):
+        spec = DEFAULT_BASE
     if pool is not None:
         check_mixture(spec, pool)
     if recorded is not None:
