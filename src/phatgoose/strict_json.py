@@ -26,7 +26,7 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError(f"it has about {count} values, expected at most {MAX_VALUES}")
     _check_depth(raw)
     text = raw.decode("utf-8")
-    data = _DECODER.decode(text)
+    data = DECODER.decode(text)
     if _SURROGATE.search(text):
         json.dumps(
             data, ensure_ascii=False
@@ -80,6 +80,6 @@ def _constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON")
 
 
-_DECODER = json.JSONDecoder(
+DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant
 )

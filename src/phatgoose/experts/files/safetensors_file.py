@@ -24,7 +24,7 @@ from torch import Tensor
 from phatgoose.errors import ExpertError, PhatgooseError, brief
 from phatgoose.files import open_regular, write_bytes
 from phatgoose.memory import available_bytes
-from phatgoose.strict_json import parse_json
+from phatgoose.strict_json import DECODER, parse_json
 
 HEADER_LIMIT_BYTES = 32 * 2**20
 NAME_LENGTH = 1000
@@ -151,11 +151,11 @@ def _split_metadata(text: bytes) -> tuple[dict[str, str] | None, bytes]:
     if not text.startswith(first):
         return None, text
     after = text[len(first) :].decode("utf-8")
-    _, end = json.JSONDecoder().raw_decode(after)  # lenient: it only finds the end
+    found, end = DECODER.raw_decode(after)
     rest = after[end:].encode()
     if not rest.startswith(b","):
         return None, text
-    return _checked_metadata(parse_json(after[:end].encode())), b"{" + rest[1:]
+    return _checked_metadata(found), b"{" + rest[1:]
 
 
 def _checked_metadata(found: Any) -> dict[str, str]:
@@ -163,6 +163,7 @@ def _checked_metadata(found: Any) -> dict[str, str]:
         return {}
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise ValueError("its metadata is not text by name")
+    "".join(found.values()).encode()  # fails on half a surrogate pair
     return found
 
 
@@ -319,9 +320,13 @@ def check_sha256(
 
 def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = ExpertError) -> None:
     """Refuses NaN and infinity. It works in pieces, so that checking a large tensor takes little memory."""
-    bad = 0
-    for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
-        wide = piece if piece.dtype.itemsize > 1 else piece.float()  # float8 knows no isfinite
-        bad += int(wide.numel() - torch.isfinite(wide).sum())
+    flat, bad = tensor.detach().reshape(-1), 0
+    for start in range(0, flat.numel(), _CHUNK):
+        piece = flat[start : start + _CHUNK]
+        finite = torch.isfinite(
+            piece if piece.dtype.itemsize > 1 else piece.float()
+        )  # float8 knows no isfinite
+        if not bool(finite.all()):
+            bad += int(finite.numel() - finite.sum())
     if bad:
         raise error(f"{where} has {bad} of {tensor.numel()} values that are NaN or infinite.")
