@@ -17,6 +17,7 @@ from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import check_sha256
 from phatgoose.experts.gates import FORMAT, check_made_for
 from phatgoose.experts.names import CARD_FILE, EXPERT_FILES, GATES_FILE, RECORD_FILE, SIGNATURE_FILE, slug
+from phatgoose.files import as_json
 
 RECORD_VERSION = 1
 RECORD_LIMIT_BYTES = 16 * 2**20
@@ -80,10 +81,16 @@ def read_folder(path: Path, name: str | None, drop: Collection[str]) -> dict[str
 
 def read_record(folder: SafeFolder) -> dict[str, Any]:
     """expert.json, or {} if there is none."""
-    path = folder.file(RECORD_FILE)
+    folder.file(RECORD_FILE)  # refuses a link out of the folder, also one that leads nowhere
     if not folder.has(RECORD_FILE):
         return {}
-    record = folder.read_json(RECORD_FILE, RECORD_LIMIT_BYTES)
+    return parse_record(folder, folder.read_bytes(RECORD_FILE, RECORD_LIMIT_BYTES))
+
+
+def parse_record(folder: SafeFolder, data: bytes) -> dict[str, Any]:
+    """The record in the bytes of an expert.json that was read."""
+    path = folder.path / RECORD_FILE
+    record = as_json(data, path, folder.error)
     if not isinstance(record, dict) or record.get("format") != "phatgoose-expert":
         raise ExpertError(f'{path} is not an expert\'s record (no "format": "phatgoose-expert").')
     if record.get("version") != RECORD_VERSION:

@@ -323,9 +323,8 @@ def check_finite(tensor: Tensor, where: str, error: type[PhatgooseError] = Exper
     flat, bad = tensor.detach().reshape(-1), 0
     for start in range(0, flat.numel(), _CHUNK):
         piece = flat[start : start + _CHUNK]
-        finite = torch.isfinite(
-            piece if piece.dtype.itemsize > 1 else piece.float()
-        )  # float8 knows no isfinite
+        wide = piece if piece.dtype.itemsize > 1 else piece.float()  # float8 knows no isfinite
+        finite = torch.isfinite(wide)
         if not bool(finite.all()):
             bad += int(finite.numel() - finite.sum())
     if bad:

@@ -16,7 +16,7 @@ from phatgoose.experts.adapters.peft_rules import check_drop
 from phatgoose.experts.data_signature import StoredSignature
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.files.safetensors_file import Header, Item, parse_header, read_header
-from phatgoose.experts.folder import read_record
+from phatgoose.experts.folder import RECORD_LIMIT_BYTES, parse_record
 from phatgoose.experts.gates import FORMAT, check_made_for, check_vectors
 from phatgoose.experts.names import (
     CONFIG_FILE,
@@ -173,9 +173,12 @@ class PackedPoolReader:
 
     def _record(self, folder: SafeFolder, hashes: Mapping[str, str]) -> dict[str, Any]:
         """expert.json, or {} if none is listed; its hashes must be those of the files that were packed."""
-        if RECORD_FILE not in hashes or not self._read(folder, RECORD_FILE, hashes):
+        data = self._read(folder, RECORD_FILE, hashes, RECORD_LIMIT_BYTES) if RECORD_FILE in hashes else b""
+        if not data:
             return {}
-        record = read_record(SafeFolder(folder.path))
+        own = SafeFolder(folder.path)
+        own.file(RECORD_FILE)  # refuses a link to another expert's record, which a pool's folder may hold
+        record = parse_record(own, data)
         for key, name in _RECORDED.items():
             if key in record and record[key] != hashes.get(name):
                 raise PoolError(
@@ -184,11 +187,13 @@ class PackedPoolReader:
                 )
         return record
 
-    def _read(self, folder: SafeFolder, name: str, hashes: Mapping[str, str]) -> bytes:
+    def _read(
+        self, folder: SafeFolder, name: str, hashes: Mapping[str, str], limit: int = SMALL_BYTES
+    ) -> bytes:
         """A small file, compared with its sha256 unless the caller asked not to verify."""
         if name not in hashes:
             raise PoolError(f"{folder.path}: the pool's manifest lists no {name}.")
-        return folder.read_bytes(name, SMALL_BYTES, hashes[name] if self.verify else None)
+        return folder.read_bytes(name, limit, hashes[name] if self.verify else None)
 
 
 _RECORDED = {"adapter_sha256": PEFT_WEIGHTS, "gates_sha256": GATES_FILE, "signature_sha256": SIGNATURE_FILE}
