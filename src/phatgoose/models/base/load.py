@@ -247,8 +247,8 @@ def find_source(
                 found = Path(hf_hub_download(str(hub.place), file, revision=hub.revision))
             return _gguf(spec, found)
     elif (hub := _hub(spec, revision)) is not None and not spec.lower().endswith(".gguf"):
-        # A misspelt alias is also a valid Hub id: don't ask the network about it.
-        if difflib.get_close_matches(spec.lower(), ALIASES, cutoff=0.6):
+        # A misspelt alias is also a valid Hub id: don't ask the network about it. "org/name" is no alias.
+        if "/" not in spec and difflib.get_close_matches(spec.lower(), ALIASES, cutoff=0.6):
             hint = f"There is no folder or file {spec!r} here."
             raise BaseModelError(str(unknown("base", spec, ALIASES, hint)))
         return hub
