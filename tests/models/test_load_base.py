@@ -185,7 +185,9 @@ def test_no_network_says_what_was_tried():
     """HF_HUB_OFFLINE is set for all tests."""
     text = refused("HF_HUB_OFFLINE is set", "org/name")
     assert "no folder or file 'org/name' here" in text
-    assert "known: smollm2-135m-instruct-q4" in refused("HF_HUB_OFFLINE is set", "gpt2")
+    assert "known: gemma3-270m-pretrained-q4, smollm2-135m-instruct-q4" in refused(
+        "HF_HUB_OFFLINE is set", "gpt2"
+    )
     refused("HF_HUB_OFFLINE is set", "HuggingFaceTB/SmolLM2-135M-Instruct")  # no misspelt alias
     refused("file.gguf of 'org/name@v1'", "org/name@v1:file.gguf")
 

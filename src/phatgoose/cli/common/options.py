@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
 """The same as phatgoose.models.base.load.DEFAULT_BASE, written again because reading that one would import torch."""
 
-BASE_HELP = "The base model: an alias, a folder, a GGUF file, or a Hub id (org/name, org/name@revision)."
+BASE_HELP = (
+    f"The base model: an alias ({DEFAULT_BASE}, gemma3-270m-pretrained-q4), a folder, a GGUF file, or a Hub id "
+    "(org/name, org/name@revision)."
+)
 SOURCE_NAMES = ", ".join(SOURCES.table)
 TASK_HELP = (
     f"The task, as SOURCE:NAME or SOURCE:NAME?option=value&…, from {SOURCE_NAMES} (`phatgoose tasks sources` lists "

