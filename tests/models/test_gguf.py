@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from architectures import make
 from conftest import make_model, make_tokenizer
 from phatgoose.errors import BaseModelError, DownloadError, StorageError
 from phatgoose.fetch import Part, PinnedPackage
@@ -81,6 +82,66 @@ def write_gguf(path: Path, model, *, tokenizer: bool = True, spoil: bool = False
             writer.add_tensor(f"{ours}.weight", gguf.quants.quantize(data, Q8), raw_dtype=Q8)
         else:
             writer.add_tensor(f"{ours}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GEMMA3_LAYER = {
+    "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+PIECES = [
+    *((token, -1000.0, CONTROL) for token in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")),
+    *((token, -1000.0, USER_DEFINED) for token in ("\n", "\n\n", "▁▁", "▁▁▁")),
+    *((f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)),
+    *((token, -float(i), 1) for i, token in enumerate(["th", "▁th", "▁the", "he", "er", "▁a", "an"])),
+    *((token, -float(i), 1) for i, token in enumerate("▁abcdefghijklmnopqrstuvwxyzT.,é", 100)),
+]
+"""A vocabulary of Gemma's kind: (piece, score, type). A larger score is joined first."""
+
+
+def write_gemma3_gguf(path: Path, model) -> None:
+    """As llama.cpp's converter does it: norms that count from 0 are written from 1."""
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1000000.0)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([token for token, _, _ in PIECES])
+    writer.add_token_scores([score for _, score, _ in PIECES])
+    writer.add_token_types([kind for _, _, kind in PIECES])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    for i in range(config.num_hidden_layers):
+        names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in GEMMA3_LAYER.items()}
+    for ours, theirs in names.items():
+        weight = state[f"{theirs}.weight"]
+        if weight.dim() == 1:
+            writer.add_tensor(f"{ours}.weight", (weight + 1).numpy())
+        else:
+            writer.add_tensor(f"{ours}.weight", gguf.quants.quantize(weight.numpy(), Q8), raw_dtype=Q8)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -165,6 +226,53 @@ def test_dequantised_exactly(written, cache):
         "left",
     )
     assert same_base(load_base(written, dtype="bfloat16").fingerprint, base.fingerprint).level == "same"
+
+
+@pytest.fixture
+def gemma3(tmp_path):
+    """(a random Gemma 3, the GGUF file of it)"""
+    settings = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 64, "num_key_value_heads": 1}
+    settings |= {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 256}
+    model = make("gemma3_text", vocab_size=len(PIECES), tie_word_embeddings=True, **settings)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
+    write_gemma3_gguf(tmp_path / "gemma.gguf", model)
+    return model, tmp_path / "gemma.gguf"
+
+
+@torch.no_grad()
+def test_gemma3_dequantised_exactly(gemma3, cache):
+    model, file = gemma3
+    base = load_base(file)
+    for name, weight in model.state_dict().items():
+        expected = weight + 1 - 1 if weight.dim() == 1 else rounded(weight)
+        assert torch.equal(base.model.state_dict()[name], expected), name
+    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    model.load_state_dict(base.model.state_dict())
+    ids = torch.randint(5, len(PIECES), (2, 20))  # longer than the window
+    torch.testing.assert_close(base.model(ids).logits, model(ids).logits)
+
+
+def test_gemmas_tokenizer_is_sentencepieces(gemma3, cache):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece isn't installed")
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="protobuf isn't installed")
+    tokenizer = load_base(gemma3[1]).tokenizer
+    model = proto.ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = proto.TrainerSpec.BPE, True
+    for name, number in (("pad", 0), ("eos", 1), ("bos", 2), ("unk", 3)):
+        setattr(model.trainer_spec, f"{name}_id", number)
+    model.normalizer_spec.name, model.normalizer_spec.add_dummy_prefix = "identity", False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for piece, score, kind in PIECES:
+        model.pieces.add(piece=piece, score=score, type=2 if piece == "<unk>" else kind)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    for text in ("The other, an area.", " the", "the  the   a", "a\n\n\nb\n", "été 日本 🦢", "\tx"):
+        ids = theirs.encode(text)
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
+        assert tokenizer(text).input_ids == [2, *ids]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
 
 
 def test_converted_once_whatever_it_is_called(written, cache, tmp_path, monkeypatch, capfd):
