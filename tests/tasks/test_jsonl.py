@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -82,6 +83,26 @@ def test_fields(tmp_path, row, expected):
             Example("p", ("a",), ("a", "b")),
         ),
         ({"s": "p", "t": "x"}, "?input=s&target=[{t}]", Example("p", ("[x]",))),
+        (
+            {"w": ["a", "b"], "t": [["x", 1, "y"], ["z", 2, "u"]]},
+            "?input={w|, }: {t|; }&target=w",
+            Example("a, b: x | 1 | y; z | 2 | u", ("a", "b")),
+        ),
+        (
+            {"q": "p", "c": ["a", "b"], "l": 1},
+            "?input={q} ({choices| or })&choices=c&answer_index=l",
+            Example("p (a or b)", ("b",), ("a", "b")),
+        ),
+        (
+            {"q": "p", "c": ["u", "v"], "n": ["1", "2"], "l": "1"},
+            "?input=q&choices=c&answer_index=l&answer_labels=n",
+            Example("p", ("u",), ("u", "v")),
+        ),
+        (
+            {"q": "p", "r": 0.8},
+            "?input=q&target=r&values=<=0.2:bad|>=0.8:good&choices=bad|good",
+            Example("p", ("good",), ("bad", "good")),
+        ),
     ],
 )
 def test_options(tmp_path, row, options, expected):
@@ -163,3 +184,60 @@ def test_own_splits(tmp_path):
     task = load_task(f"jsonl:{write(tmp_path / 'a.jsonl', rows)}")
     for i, name in enumerate(SPLITS):
         assert {e.input for e in task.split(name)} == {f"p{j}" for j in range(i, 30, 3)}
+
+
+def test_choices_are_drawn_by_hash_with_the_right_one_anywhere(tmp_path):
+    names = [f"c{i}" for i in range(40)]
+    rows = [{"q": f"row {i}", "c": names, "l": i % 40} for i in range(200)]
+    options = "?input={q}: {choices|, }.&choices=c&answer_index=l&draw=5"
+    task = load_task(f"jsonl:{write(tmp_path / 'a.jsonl', rows)}{options}")
+    found = [e for split in SPLITS for e in task.split(split)]
+    assert len(found) == 200
+    for e in found:
+        assert len(set(e.choices)) == 5
+        assert e.targets[0] in e.choices
+        assert e.input.endswith(": " + ", ".join(e.choices) + ".")
+    places = Counter(e.choices.index(e.targets[0]) for e in found)
+    assert set(places) == set(range(5))
+    assert min(places.values()) > 20
+    assert len({c for e in found for c in e.choices}) == 40
+    again = load_task(
+        f"jsonl:{write(tmp_path / 'b.jsonl', [{**r, 'c': names[::-1], 'l': 39 - r['l']} for r in rows])}{options}"
+    )
+    assert again.hash == task.hash  # the order of the source's choices doesn't matter
+
+
+def test_rows_of_other_answers_can_be_left_out(tmp_path):
+    rows = [{"q": str(i), "r": i / 10} for i in range(10)]
+    spec = f"jsonl:{write(tmp_path / 'a.jsonl', rows)}?input=q&target=r&values=<=0.2:bad|>=0.8:good"
+    with pytest.raises(TaskError, match=r"line 4: unknown raw target value '0.3'.*others=drop"):
+        load_task(spec)
+    task = load_task(f"{spec}&others=drop")
+    assert sum(len(task.split(s)) for s in SPLITS) == 5
+    assert task.source["dropped"] == {"other_answer": 5}
+    with pytest.raises(TaskError, match="others=drop goes with values="):
+        load_task(f"{spec}&others=keep")
+    with pytest.raises(TaskError, match="no number"):
+        load_task(
+            f"jsonl:{write(tmp_path / 'b.jsonl', [{'q': 'p', 'r': 'x'}])}?input=q&target=r&values=>=1:a"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ("?input=q&target=t&draw=3", "draw= needs choices="),
+        ("?input=q&choices=c&answer_index=l&draw=1", "draw= needs choices=, and a number of at least 2"),
+        ("?input=q&target=t&answer_labels=c", "answer_labels= needs answer_index="),
+        (
+            "?input=q&choices=c&answer_index=l&answer_labels=q",
+            "'q' isn't a list of a label for each of the 2",
+        ),
+        ("?input=q&choices=c&answer_index=t&answer_labels=c", r"'x' is not among the labels \['a', 'b'\]"),
+        ("?input={q|, }&target=t", "'q' is str, expected a list to join"),
+    ],
+)
+def test_choices_that_mean_nothing_are_refused(tmp_path, options, match):
+    row = {"q": "p", "c": ["a", "b"], "l": 0, "t": "x"}
+    with pytest.raises(TaskError, match=match):
+        load_task(f"jsonl:{write(tmp_path / 'a.jsonl', [row])}{options}&ignore=*")

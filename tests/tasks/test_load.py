@@ -102,3 +102,31 @@ def test_a_source_is_one_object(monkeypatch):
     with pytest.raises(UnknownName, match="can be listed 'toy': known: bbh, bigbench"):
         list_tasks("toy")
     assert all(isinstance(find_source(name), TaskSource) for name in SOURCES)
+
+
+def test_long_prompts_and_what_is_more_than_the_rarest_answer_has_are_left_out(tmp_path):
+    rows = [{"input": f"row {i}", "target": "ab"[i % 5 == 0]} for i in range(300)]
+    rows.append({"input": "a prompt of five words", "target": "a"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = f"jsonl:{tmp_path}/rows.jsonl"
+    whole, even = load_task(spec), load_task(f"{spec}?balance=true&max_words=4")
+    for split in SPLITS:
+        answers = [e.targets[0] for e in even.split(split)]
+        rarest = sum(e.targets[0] == "b" for e in whole.split(split))
+        assert answers.count("a") == answers.count("b") == rarest
+        assert abs(answers[:10].count("a") - answers[:10].count("b")) <= 1  # so any first rows are balanced
+        for answer in "ab":
+            kept = [e for e in even.split(split) if e.targets[0] == answer]
+            assert (
+                kept
+                == [e for e in whole.split(split) if e.targets[0] == answer and "five" not in e.input][
+                    :rarest
+                ]
+            )
+    assert even.source["dropped"] == {"long": 1, "unbalanced": 180}
+    assert even.source["rows"] == {split: len(even.split(split)) for split in SPLITS}
+    assert len(load_task(f"{spec}?balance=true", limit=4).train) == 4
+    with pytest.raises(TaskError, match="balance must be true"):
+        load_task(f"{spec}?balance=yes")
+    with pytest.raises(TaskError, match="no prompt has at most 1 words"):
+        load_task(f"{spec}?max_words=1")

@@ -10,6 +10,7 @@ from typing import Any
 from phatgoose.errors import PluginError, TaskError, UnknownName, brief
 from phatgoose.records import SPLITS, SplitName, Task
 from phatgoose.registry import Registry, unknown
+from phatgoose.tasks.narrow import OPTIONS, narrowed
 from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.spec import TaskSpec, split_spec
 from phatgoose.tasks.splits import Fractions
@@ -63,6 +64,7 @@ def load_task(
     """
     source, parsed = _parse(spec)
     task = source.load(parsed, _expanded(folder), fractions or Fractions())
+    task = narrowed(task, parsed, own=source.options)
     record = {"spec": spec, "source": parsed.source} | task.source
     record |= {"folder": str(folder)} if folder is not None else {}
     if limit is None:
@@ -100,7 +102,7 @@ def list_tasks(source: str, *, folder: str | Path | None = None) -> list[str]:
 def _parse(spec: str) -> tuple[TaskSource, TaskSpec]:
     parsed = split_spec(spec)
     source = find_source(parsed.source)
-    parsed.check_options(source.options)
+    parsed.check_options((*source.options, *OPTIONS))
     return source, parsed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from phatgoose.errors import TaskError, UnknownName
 from phatgoose.files import sha256_file
 from phatgoose.records import SPLITS, Example, SplitName, Task
 from phatgoose.tasks import messages
-from phatgoose.tasks.columns import OPTIONS, Columns, to_example
+from phatgoose.tasks.columns import OPTIONS, OTHER_ANSWER, Columns, to_example
+from phatgoose.tasks.examples import Dropped
 from phatgoose.tasks.sources import TaskSource
 from phatgoose.tasks.sources.local_files import read_lines
 from phatgoose.tasks.spec import TaskSpec
@@ -39,10 +41,16 @@ def _load_rows(
     spec: TaskSpec, path: Path, rows: Iterable[tuple[int, dict[str, Any]]], fractions: Fractions
 ) -> Task:
     own: dict[SplitName, list[Example]] = {name: [] for name in SPLITS}
-    with_split = chats = 0
-    for count, (number, row) in enumerate(rows, start=1):
+    with_split = chats = count = 0
+    dropped: Counter[str] = Counter()
+    for number, row in rows:
         where = f"{path}, line {number}"
-        split, examples = _row(spec, row, where)
+        try:
+            split, examples = _row(spec, row, where)
+        except Dropped as cause:
+            dropped[cause.reason] += 1
+            continue
+        count += 1
         with_split += split is not None
         chats += examples[0].conversation is not None
         if with_split not in (0, count):
@@ -54,7 +62,7 @@ def _load_rows(
         raise TaskError(f"{path} has no examples.")
     style = CHAT if chats else "as is"
     source = {"file": path.name, "sha256": sha256_file(path), "prompt_style": style}
-    return build_task(f"{spec.source}:{path.name.partition('.')[0]}", own, source, fractions)
+    return build_task(f"{spec.source}:{path.name.partition('.')[0]}", own, source, fractions, dropped)
 
 
 def _check(spec: TaskSpec, folder: Path | None) -> str | None:
@@ -75,6 +83,8 @@ def _row(spec: TaskSpec, row: dict[str, Any], where: str) -> tuple[SplitName | N
     except UnknownName as cause:
         raise TaskError(f"{where}: {cause}.") from cause
     except ValueError as cause:
+        if isinstance(cause, Dropped) and cause.reason == OTHER_ANSWER:  # which others=drop asks for
+            raise
         # A misspelt field may explain the problem, so it is reported first.
         _refuse_unread(spec, row, read | {split_column}, where)
         raise TaskError(f"{where}: {cause}.") from cause
