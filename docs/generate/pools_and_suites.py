@@ -12,7 +12,15 @@ from itertools import takewhile
 
 from phatgoose.cli.measure.tasks import remarks
 from phatgoose.tasks.lists.entries import Entry
-from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, pool_excluded, suite
+from phatgoose.tasks.lists.named import (
+    POOLS,
+    SUITES,
+    Suite,
+    pool_entries,
+    pool_excluded,
+    pool_tasks_of,
+    suite,
+)
 from phatgoose.tasks.sources import bbh, flan
 from phatgoose.tasks.sources.bigbench_files import PACKAGE as BIGBENCH
 from phatgoose.tasks.spec import TaskSpec, split_spec
@@ -38,6 +46,7 @@ Experts' tasks are [split by the rule](tasks.md#splits) |
 | BIG-bench | tasks of `{BIGBENCH.requirement}` on PyPI; several are put together. \
 Experts' tasks are [split by the rule](tasks.md#splits); \
 of a suite's tasks, seven rows of ten are test rows, and the others are there to choose experts by |
+| note | also skill and domain of a task, its tier in the suite, and the experts that should help on it |
 | BIG-bench Hard | files of `{bbh.HUB}` on the Hub; all rows are test rows, \
 and those after the measured ones are there to choose experts by |
 """
@@ -61,6 +70,10 @@ def markdown() -> str:
 
 def _pool(name: str) -> Iterator[str]:
     entries = pool_entries(name)
+    if tasks_of := pool_tasks_of(name):
+        yield f"## Pool {name}\n"
+        yield f"{len(entries)} experts: each on the training rows of a task of [suite {tasks_of}](#suite-{tasks_of}).\n"
+        return
     inside = _pools_within(name)
     known = {e for other in inside for e in pool_entries(other)}
     links = ", ".join(f"all {len(pool_entries(n))} of [pool {n}](#pool-{n})" for n in inside)

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 pytest_plugins = ["cli_fixtures"]
-POOLS = {"t0-held-in": 36, "flan": 166, "bigbench": 73}
-SUITES = {"t0ho": 11, "bbh": 23, "bbl": 24, "bbh-cot-repo": 27, "quickstart": 5}
+POOLS = {"t0-held-in": 36, "flan": 166, "bigbench": 73, "sisters": 37, "sisters-own": 25}
+SUITES = {"t0ho": 11, "bbh": 23, "bbl": 24, "bbh-cot-repo": 27, "quickstart": 5, "sisters": 31}
 
 
 @pytest.fixture(autouse=True)

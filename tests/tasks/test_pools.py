@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -14,6 +15,7 @@ from phatgoose.files import cache_folder
 from phatgoose.records import Example, Task, groups_of
 from phatgoose.tasks.lists import named
 from phatgoose.tasks.lists.entries import (
+    TIERS,
     Entry,
     check_no_shared_data,
     even_shares,
@@ -28,9 +30,13 @@ from phatgoose.tasks.sources.bbh import NAMES
 from phatgoose.tasks.sources.prompted import KNOWN_SPLITS, choose_templates
 from phatgoose.tasks.sources.promptsource import PACKAGE, read_templates
 from phatgoose.tasks.spec import split_spec
+from phatgoose.tasks.splits import Fractions
 
 
-@pytest.mark.parametrize(("name", "count"), [("t0-held-in", 36), ("flan", 166), ("bigbench", 73)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("t0-held-in", 36), ("flan", 166), ("bigbench", 73), ("sisters", 37), ("sisters-own", 25)],
+)
 def test_pools_are_complete_and_their_specs_parse(name, count):
     entries = pool_entries(name)
     assert len(entries) == len({e.name for e in entries}) == count
@@ -55,7 +61,8 @@ def test_flan_is_put_together_as_the_paper_says():
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("t0ho", 11), ("bbh", 23), ("bbl", 24), ("bbh-cot-repo", 27), ("quickstart", 5)]
+    ("name", "count"),
+    [("t0ho", 11), ("bbh", 23), ("bbl", 24), ("bbh-cot-repo", 27), ("quickstart", 5), ("sisters", 31)],
 )
 def test_suites_are_complete(name, count):
     found = suite(name)
@@ -67,13 +74,105 @@ def test_lists_are_frozen():
     """Another digest is another pool or suite, with which earlier results can't be compared:
     give it a name of its own."""
     lists = {name: pool_entries(name) for name in POOLS} | {name: suite(name).entries for name in SUITES}
+    sisters = {name: [asdict(e) for e in lists.pop(name)] for name in ("sisters", "sisters-own")}
+    sisters |= {"pool": [asdict(e) for e in pool_entries("sisters")]}
     lists = {name: [[e.name, e.specs, e.metric, e.note] for e in entries] for name, entries in lists.items()}
-    more = [[n, sorted(suite(n).refuses), suite(n).own_copy] for n in SUITES]
+    more = [[n, sorted(suite(n).refuses), suite(n).own_copy] for n in SUITES if n != "sisters"]
     whole = [lists, more, pool_excluded("bigbench"), KNOWN_SPLITS]
     assert (
         hashlib.sha256(json.dumps(whole).encode()).hexdigest()
         == "99eb011561bf3a9338e7d505c838e1cc92065ca2a22e77df06c3896489b46d9b"
     )
+    assert (
+        hashlib.sha256(json.dumps(sisters).encode()).hexdigest()
+        == "ef3a01c380a35dfe7002789c5e8a0ca9112b159c0e49a1383e6c3cd8deab3968"
+    )
+
+
+def test_sisters_have_the_skill_and_others_the_domain():
+    found, experts = suite("sisters"), {e.name: e for e in pool_entries("sisters")}
+    assert found.pool == "sisters"
+    for one in found.entries:
+        assert one.skill
+        assert one.domain
+        assert one.cluster
+        assert one.tier in TIERS
+        for sister in one.sisters:
+            assert experts[sister].cluster == one.cluster, one.name
+            assert (experts[sister].skill == one.skill) or one.name == "cosmos_qa", one.name
+        assert not set(found.same_domain(one)) & set(one.sisters) or one.name == "cosmos_qa"
+    tiers = [one.tier for one in found.entries]
+    assert [tiers.count(t) for t in TIERS] == [6, 22, 3]
+    by_name = {one.name: one for one in found.entries}
+    assert found.same_domain(by_name["tweet_emotion"]) == ("tweet_offensive", "tweet_irony")
+    assert not suite("bbh").same_domain(suite("bbh").entries[0])
+    assert {e.name for e in pool_entries("sisters-own")} == {
+        one.name for one in found.entries if one.tier != "templates"
+    }
+
+
+def test_templates_are_test_rows_of_a_sisters_dataset_that_are_never_trained_on():
+    experts = {e.name: e for e in pool_entries("sisters")}
+    for one in suite("sisters").entries:
+        (sister,) = one.sisters if one.tier == "templates" else (None,)
+        if sister is None:
+            continue
+        ours, theirs = split_spec(one.specs[0]), split_spec(experts[sister].specs[0])
+        assert ours.name == theirs.name
+        assert ours.options["train"] == ""
+        assert ours.options.get("test", "test") == theirs.options.get("test", "test")
+        # Under another name, the same rows are data that the expert was trained on.
+        other = Entry("other", one.specs)
+        with pytest.raises(TaskError, match=sister):
+            check_no_shared_data([experts[sister]], [other], frozenset(), "s")
+        check_no_shared_data([experts[sister]], [one], frozenset(), "s")
+
+
+def test_an_entry_says_its_tier_and_sisters_together():
+    with pytest.raises(TaskError, match="a: tier is 'near', expected one of templates, sisters"):
+        Entry("a", ("jsonl:a",), tier="near")
+    with pytest.raises(TaskError, match="a: sisters go with the tiers templates and sisters"):
+        Entry("a", ("jsonl:a",), tier="unrelated", sisters=("b",))
+    with pytest.raises(TaskError, match="a: sisters go with"):
+        Entry("a", ("jsonl:a",), tier="sisters")
+
+
+def test_an_entrys_own_fractions_hold_wherever_it_is_loaded(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"input": f"row {i}", "target": "x"} for i in range(400)])
+    entry = Entry("a", (f"jsonl:{tmp_path}/a.jsonl",), fractions=(0.5, 0.1))
+    trained, measured = load_entry(entry), load_entry(entry, fractions=Fractions(0.7, 0.3))
+    assert trained.hash == measured.hash
+    assert 160 < len(trained.test) < 240
+    assert 20 < len(trained.validation) < 60
+
+
+def test_rows_that_share_text_are_dropped(tmp_path):
+    long = "the quick brown fox jumps over the lazy dog today"
+    near = [
+        {
+            "input": f"Say it again: {long}",
+            "targets": ["one", "this other target is long enough to be found here"],
+        },
+        {"input": "title\nfive words make a line", "target": "x"},
+        {"input": "three short words", "target": "y"},
+    ]
+    rows = [
+        {"input": f"Copy. {long} And more.", "target": "a"},
+        {"input": "Copy. Of another target: this other target is long enough to be found", "target": "a"},
+        {"input": "Copy. So five words make a line in it", "target": "a"},
+        {"input": "Copy. three short words are not enough", "target": "a"},
+        {"input": "Copy. five words make two lines", "target": "a"},
+        *({"input": f"Copy. row number {i} of many", "target": "a"} for i in range(40)),
+    ]
+    write_rows(tmp_path / "near.jsonl", near)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    entry = Entry("a", (f"jsonl:{tmp_path}/rows.jsonl",), apart_from=(f"jsonl:{tmp_path}/near.jsonl",))
+    task = load_entry(entry, fractions=Fractions(0, 0))
+    assert len(task.train) == len(rows) - 3
+    assert task.source["dropped"]["shared"] == 3
+    kept = {e.input for e in task.train}
+    assert {"Copy. three short words are not enough", "Copy. five words make two lines"} <= kept
+    assert len(load_entry(entry, fractions=Fractions(0, 0), limit=7).train) == 7
 
 
 def test_a_malformed_list_is_refused(monkeypatch):
@@ -93,8 +192,8 @@ def test_unknown_names_are_refused_with_a_suggestion():
         suite("t0h")
     with pytest.raises(UnknownName, match="pool 't0held-in'"):
         pool_entries("t0held-in")
-    assert len(POOLS) == 3
-    assert len(SUITES) == 5
+    assert len(POOLS) == 5
+    assert len(SUITES) == 6
 
 
 def test_bbl_measures_one_translation_by_rouge():
@@ -110,6 +209,8 @@ def test_which_pools_and_suites_are_apart():
         apart("t0-held-in", name)
     for name in ("t0ho", "bbh", "bbl", "bbh-cot-repo"):
         apart("bigbench", name)
+    for name in ("t0ho", "bbh", "bbl", "bbh-cot-repo", "sisters"):
+        apart("sisters", name)
     with pytest.raises(
         TaskError, match=r"'t0ho' is for models that never saw.*wsc \(super_glue/wsc.fixed\).*copa"
     ):

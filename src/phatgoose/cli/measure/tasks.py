@@ -138,6 +138,8 @@ def remarks(entry: Entry, own_copy: Sequence[str] = ()) -> str:
         entry.note,
         f"scored by {entry.metric}" if entry.metric else "",
         "from your own copy" if entry.name in own_copy else "",
+        f"{entry.skill} ({entry.domain})" if entry.skill else "",
+        f"{entry.tier}: {', '.join(entry.sisters)}" if entry.sisters else entry.tier,
     ]
     return "; ".join(filter(None, found))
 

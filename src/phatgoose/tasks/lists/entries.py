@@ -8,8 +8,10 @@ from pathlib import Path
 
 from phatgoose.errors import TaskError
 from phatgoose.records import SPLITS, Example, SplitName, Task, groups_of
+from phatgoose.tasks.contamination import ContaminationCheck, hash_runs
 from phatgoose.tasks.lists.same_dataset import Dataset, datasets_of, shared_datasets
 from phatgoose.tasks.load import SOURCES, find_source, load_task
+from phatgoose.tasks.narrow import with_rows
 from phatgoose.tasks.sources.prompted import ROWS
 from phatgoose.tasks.spec import split_spec
 from phatgoose.tasks.splits import Fractions, build_task
@@ -17,6 +19,15 @@ from phatgoose.tasks.splits import Fractions, build_task
 Folders = Mapping[str, str | Path]
 """Folders to read data from instead of fetching it: by the name of a task, of a suite or pool, or of a source
 (bigbench, prompted, …)."""
+
+SAME_DATASET = "templates"
+"""The tier of a suite's tasks that are test rows of an expert's own dataset, under another prompt."""
+TIERS = (SAME_DATASET, "sisters", "unrelated")
+APART_WORDS = 8
+"""Words in a row that two rows may not share under `apart_from`; fewer than for the report of contamination, since
+these are dropped, and most such rows are short."""
+APART_LINE = 4
+"""A whole line of at least so many words, and fewer than APART_WORDS, may not be shared either."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,32 @@ class Entry:
     """Metric of rows without choices, if not exact match: "rougeL"."""
     note: str = ""
     """How it differs from the task that it is named after."""
+    tier: str = ""
+    """How far a suite's task is from the pool, one of TIERS."""
+    sisters: tuple[str, ...] = ()
+    """The experts that should help on it, named before anything is measured; of the tier "templates", the expert of
+    its dataset."""
+    cluster: str = ""
+    """Tasks of one cluster aren't independent samples of tasks."""
+    skill: str = ""
+    """What it asks for; its sisters have the same."""
+    domain: str = ""
+    """What its texts are about, or where they are from."""
+    fractions: tuple[float, float] | None = None
+    """Test and validation fractions wherever it is loaded, if the data has no splits of its own: an expert on its
+    training rows then sees none that a suite measures. None: the caller's."""
+    apart_from: tuple[str, ...] = ()
+    """Specs of tasks with which it shares no text: its rows are dropped, and counted as "shared", that have APART_WORDS
+    words in a row in common with any of their rows (prompts and all targets), or hold a shorter line of theirs, from
+    APART_LINE words on. Words that are part of its own prompt don't count (`tasks/contamination.py`)."""
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("", *TIERS):
+            raise TaskError(f"{self.name}: tier is {self.tier!r}, expected one of {', '.join(TIERS)}.")
+        if (self.tier == "unrelated") == bool(self.sisters) and self.tier:
+            raise TaskError(
+                f"{self.name}: sisters go with the tiers {TIERS[0]} and {TIERS[1]}, and only with these."
+            )
 
     def datasets(self, folders: Folders, group: str = "") -> frozenset[Dataset]:
         """The datasets that its specs read, under common names (`same_dataset.py`); `group` as for `load_entry`."""
@@ -60,10 +97,15 @@ def load_entry(
         TaskError, UnknownName, DownloadError: as `load_task`.
     """
     fractions, parts = fractions or Fractions(), []
+    if entry.fractions is not None:
+        fractions = Fractions(*entry.fractions)
     most = needed or (limit if isinstance(limit, int) else max((limit or {}).values(), default=0))
+    shared = _rows_near(entry, group, folders or {})
     for spec in entry.specs:
         folder = folder_for(spec, (entry.name, group), folders or {})
-        parts.append(load_task(_with_row_limit(spec, most), folder=folder, fractions=fractions, limit=limit))
+        own_limit = limit if shared is None else None  # the first rows are taken of those that stay
+        part = load_task(_with_row_limit(spec, most), folder=folder, fractions=fractions, limit=own_limit)
+        parts.append(part if shared is None else _apart(part, shared, limit))
     task = parts[0] if len(parts) == 1 else _union(entry, _within(parts, limit), fractions)
     source = task.source | ({"metric": entry.metric} if entry.metric else {})
     return replace(task, name=entry.name, source=source)
@@ -97,8 +139,14 @@ def check_no_shared_data(
         TaskError: naming the experts and the datasets.
     """
     folders = folders or {}
-    wanted = {Dataset(name) for name in refused}.union(*(e.datasets(folders, suite) for e in held_out))
-    found = {e.name: both for e in pool if (both := shared_datasets(e.datasets(folders), wanted))}
+    named = {Dataset(name) for name in refused}
+    found = {}
+    for e in pool:
+        # Rows of its own dataset's test split, under another prompt, are no reason to refuse an expert.
+        others = [one for one in held_out if one.tier != SAME_DATASET or e.name not in one.sisters]
+        wanted = named.union(*(one.datasets(folders, suite) for one in others))
+        if both := shared_datasets(e.datasets(folders), wanted):
+            found[e.name] = both
     if found:
         listed = "; ".join(f"{name} ({', '.join(map(str, d))})" for name, d in list(found.items())[:6])
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
@@ -143,6 +191,36 @@ def _with_row_limit(spec: str, most: int) -> str:
     # Ten times as many as wanted, since duplicates are dropped and three splits are made of them; at most
     # the sources' own limit.
     return f"{spec}{'&' if '?' in spec else '?'}rows={max(most, min(10 * most, ROWS))}"
+
+
+def _rows_near(entry: Entry, group: str, folders: Folders) -> list[Example] | None:
+    """All rows that the entry may share no text with; None if it names none."""
+    if not entry.apart_from:
+        return None
+    tasks = [load_task(s, folder=folder_for(s, (entry.name, group), folders)) for s in entry.apart_from]
+    return [example for task in tasks for split in SPLITS for example in task.split(split)]
+
+
+def _apart(task: Task, near: Sequence[Example], limit: int | Mapping[SplitName, int] | None) -> Task:
+    """The task without the rows that share text with any of `near`, and then with at most `limit` rows a split."""
+    rows = [(e, one) for name in SPLITS for e in task.split(name) for one in _one_target_each(e)]
+    theirs = [one for e in near for one in _one_target_each(e)]
+    lines = {line for e in theirs for line in (*e.input.splitlines(), e.targets[0])}
+    flagged: set[int] = set()
+    for words in range(APART_LINE, APART_WORDS + 1):
+        check = ContaminationCheck(words)
+        check.add_held_out(task.name, [one for _, one in rows])
+        whole = (Example(line, ("",)) for line in lines if len(hash_runs(line, 1)) == words)
+        check.compare("", theirs if words == APART_WORDS else whole)
+        flagged |= {id(rows[number][0]) for number in check.results[0].flagged_rows}
+    splits = {name: tuple(e for e in task.split(name) if id(e) not in flagged) for name in SPLITS}
+    task = with_rows(task, splits, {"shared": len(flagged)})
+    return task.cut(dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else limit or {})
+
+
+def _one_target_each(example: Example) -> list[Example]:
+    """The example once for each of its targets, since texts are compared with the first target alone."""
+    return [replace(example, targets=(target,), answers=()) for target in example.targets]
 
 
 def _within(parts: Sequence[Task], limit: int | Mapping[SplitName, int] | None) -> list[Task]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from phatgoose.errors import TaskError
 from phatgoose.registry import unknown
-from phatgoose.tasks.lists.entries import Entry
+from phatgoose.tasks.lists.entries import SAME_DATASET, Entry
 from phatgoose.tasks.spec import split_spec
 
-_POOL_KEYS = ("entries", "includes", "excluded")
-_SUITE_KEYS = ("entries", "refuses", "own_copy")
+_POOL_KEYS = ("entries", "includes", "excluded", "tasks_of")
+_SUITE_KEYS = ("entries", "refuses", "own_copy", "pool")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ class Suite:
     own_copy: tuple[str, ...] = ()
     """Entries whose data can't be fetched. Without the user's own copy in a folder they are left out, and
     results say so."""
+    pool: str = ""
+    """The named pool whose experts its entries' `sisters` are."""
+
+    def same_domain(self, entry: Entry) -> tuple[str, ...]:
+        """The pool's experts of the entry's domain and another skill: the wrong ones, if a router goes by subject."""
+        if not self.pool or not entry.domain:
+            return ()
+        return tuple(
+            e.name for e in pool_entries(self.pool) if e.domain == entry.domain and e.skill != entry.skill
+        )
 
 
 @cache
@@ -36,7 +46,14 @@ def pool_entries(name: str) -> tuple[Entry, ...]:
     """The entries of a named pool: a frozen list of tasks, one expert each. Raises UnknownName if there is none."""
     table = _section("pool", name, _POOLS, *_POOL_KEYS)
     included = [entry for other in table.get("includes", ()) for entry in pool_entries(other)]
-    return (*included, *_entries(name, table))
+    held_out = suite(pool_tasks_of(name)).entries if pool_tasks_of(name) else ()
+    tasks = [replace(e, sisters=(), tier="") for e in held_out if e.tier != SAME_DATASET]
+    return (*included, *tasks, *_entries(name, table))
+
+
+def pool_tasks_of(name: str) -> str:
+    """The suite on whose tasks a named pool's experts are trained; "" if the pool lists tasks of its own."""
+    return str(_section("pool", name, _POOLS, *_POOL_KEYS).get("tasks_of", ""))
 
 
 def pool_excluded(name: str) -> Mapping[str, str]:
@@ -49,7 +66,7 @@ def suite(name: str) -> Suite:
     """A named suite. Raises UnknownName if there is none of this name."""
     table = _section("suite", name, _SUITES, *_SUITE_KEYS)
     refuses, own_copy = frozenset(table.get("refuses", ())), tuple(table.get("own_copy", ()))
-    return Suite(name, _entries(name, table), refuses, own_copy)
+    return Suite(name, _entries(name, table), refuses, own_copy, table.get("pool", ""))
 
 
 def _read(file: str) -> dict[str, dict[str, Any]]:
@@ -67,9 +84,10 @@ def _section(kind: str, name: str, tables: Mapping[str, dict[str, Any]], *keys: 
 
 def _entries(name: str, table: Mapping[str, Any]) -> tuple[Entry, ...]:
     entries = []
-    for task, value in table["entries"].items():
+    for task, value in table.get("entries", {}).items():
         fields = dict(value) if isinstance(value, dict) else {"specs": value}
         specs = fields.pop("specs")
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
         try:
             entry = Entry(task, (specs,) if isinstance(specs, str) else tuple(specs), **fields)
         except TypeError as cause:

@@ -21,6 +21,7 @@ from phatgoose.records import Example, Task, groups_of
 from phatgoose.routers import PHATGOOSE, Single
 from phatgoose.tasks.contamination import ContaminationCheck
 from phatgoose.tasks.lists.entries import Entry
+from phatgoose.tasks.lists.named import Suite
 from phatgoose.tasks.lists.same_dataset import datasets_of
 from phatgoose.tasks.load import is_local, without_path, without_paths
 from phatgoose.tasks.tokenizer_loss import tokenizer_loss
@@ -50,7 +51,7 @@ def check_tasks(run: Run, suite: str) -> dict[str, Any]:
             found[entry.name] = {
                 "spec": _spec(entry), "hash": task.hash, "train_rows": len(task.train),
                 "test_rows": len(test), "raw_rows": len(set(groups_of(test))), "metric": entry.metric,
-                "note": entry.note,
+                "note": entry.note, **_near(state.suites[suite], entry),
                 "commonest": None if entry.metric else commonest(test), "chance": chance(test),
                 "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
                 "source": without_paths(task.source),
@@ -59,6 +60,14 @@ def check_tasks(run: Run, suite: str) -> dict[str, Any]:
         except Exception as error:  # of any kind: the other tasks go on
             found[entry.name] = {"error": why(error)}
     return found
+
+
+def _near(suite: Suite, entry: Entry) -> dict[str, Any]:
+    """How near the task is to which experts, where its list says so: for tables by tier, cluster, skill and domain."""
+    if not entry.skill:
+        return {}
+    said = {"tier": entry.tier, "cluster": entry.cluster, "skill": entry.skill, "domain": entry.domain}
+    return said | {"sisters": list(entry.sisters), "same_domain": list(suite.same_domain(entry))}
 
 
 def _spec(entry: Entry) -> str:

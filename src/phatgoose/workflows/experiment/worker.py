@@ -127,16 +127,22 @@ class WorkerState:
     def expert_folder(self, entry: Entry) -> Path:
         """Where an expert is trained. Its settings are in the name: another recipe's expert is never overwritten."""
         recipe = self.recipe
-        trained = [recipe.expert.key(), recipe.gate.key(), list(entry.specs)]
+        trained = [recipe.expert.key(), recipe.gate.key(), _rows_of(entry)]
         asked = [recipe.base, recipe.dtype, *trained, recipe.pool.train_rows]
         return self.out / "experts" / f"{entry.name}-{sha256_json(asked)[:10]}"
 
     def multitask_folder(self, names: Sequence[str]) -> Path:
         """Where the one expert on the data of all these experts is trained."""
         recipe = self.recipe
-        specs = {e.name: list(e.specs) for e in recipe.pool_entries}
+        specs = {e.name: _rows_of(e) for e in recipe.pool_entries}
         asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
         return self.out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
+
+
+def _rows_of(entry: Entry) -> list[Any]:
+    """What decides which rows an entry has."""
+    more = [entry.fractions, entry.apart_from] if entry.fractions or entry.apart_from else []
+    return [*entry.specs, *more]
 
 
 Run = Mapping[str, Any]
