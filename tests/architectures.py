@@ -37,7 +37,7 @@ GEMMA = {
 
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {}, "ministral": {}, "ministral3": {}, "qwen2": {}, "qwen3": {}, "gemma": {},
-    "gemma2": {}, "gemma3_text": {},
+    "gemma2": {}, "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48] * 4,
         "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4,

@@ -273,13 +273,14 @@ SHAPE = {
 }  # fmt: skip
 EAGER_ONLY = ["bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt"]
 KINDS = [
-    "cohere", "falcon", "gemma", "gpt_bigcode", "gpt_neox", "granite", "olmo2", "opt", "phi", "phi3", "qwen3",
-    "smollm3", "stablelm", "starcoder2",
+    "cohere", "falcon", "gemma", "gemma3_text", "gpt_bigcode", "gpt_neox", "granite", "olmo2", "opt", "phi", "phi3",
+    "qwen3", "smollm3", "stablelm", "starcoder2",
 ]  # fmt: skip
 OWN = {
     "falcon": {"alibi": True}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8}, "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8}, "opt": {"word_embed_proj_dim": 32},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
 
 

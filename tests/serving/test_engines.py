@@ -109,6 +109,19 @@ def test_requests_of_other_lengths_are_no_padding_to_a_recurrent_base(name):
 
 
 @pytest.mark.parametrize("engine", ["continuous", "batches"])
+def test_layers_with_a_sliding_window_beside_others(make_expert, engine):
+    """Gemma 3's. Every prompt with its answer is longer than the window of 4 tokens."""
+    base = Base(make("gemma3_text"), make_tokenizer(), spec="tiny-llama")
+    pool = make_pool(base, make_expert)
+    asked = [(prompt, model) for prompt in PROMPTS for model in ROUTERS]
+    together = with_service(base, pool, lambda service: served(service, asked), engine=engine)
+    for (prompt, model), found in zip(asked, together, strict=True):
+        router = ROUTERS[model]
+        unroute(base) if router is None else route(base, pool, router)
+        assert found == greedy(base, prompt)
+
+
+@pytest.mark.parametrize("engine", ["continuous", "batches"])
 def test_cancelled_jobs_free_their_place(make_base, make_expert, engine):
     base = make_base("llama")
 
