@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Arrow,
         AverageActivation,
         Centroid,
+        Gander,
         Random,
         Retrieval,
         Single,
@@ -56,7 +57,7 @@ _PUBLIC = {
     "models.base.load": "load_base",
     "models.trace.record": "trace",
     "records": "Example Task",
-    "routers": "Arrow AverageActivation Centroid LAG PHATGOOSE Random Retrieval "
+    "routers": "Arrow AverageActivation Centroid Gander LAG PHATGOOSE Random Retrieval "
     "Single SoftCentroid SpectR Uniform WeightOnly parse_router",
     "tasks": "load_task",
     "training.config": "ExpertConfig GateConfig SignatureConfig WritingConfig",
@@ -79,6 +80,7 @@ __all__ = [
     "Example",
     "Expert",
     "ExpertConfig",
+    "Gander",
     "GateConfig",
     "PhatgooseError",
     "Pool",

@@ -15,6 +15,7 @@ from phatgoose.routers.parse import ROUTERS, parse_router, parse_system
 if TYPE_CHECKING:
     from phatgoose.routers.constant import FixedRandom, Random, Single, Uniform
     from phatgoose.routers.example import Centroid, Retrieval, SoftCentroid
+    from phatgoose.routers.gander import Gander
     from phatgoose.routers.router import Router
     from phatgoose.routers.token import PHATGOOSE, AverageActivation, ShuffledGates
     from phatgoose.routers.weights import LAG, Arrow, SpectR, WeightOnly
@@ -38,6 +39,7 @@ __all__ = [
     "AverageActivation",
     "Centroid",
     "FixedRandom",
+    "Gander",
     "Random",
     "Retrieval",
     "Router",

@@ -1,10 +1,10 @@
-"""What a router may know of a token besides its activation: its sequence, position and text."""
+"""What a router may know of a token besides its activation: its sequence, position, text, and past."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -88,6 +88,43 @@ class Texts:
     """Whether the written text is a sequence of its own (an encoder–decoder's), not the prompt's continuation."""
 
 
+@dataclass(eq=False)
+class PassMemory:
+    """What a router that `remembers` knows of a pass's B sequences, and leaves to the passes after it.
+
+    There is one for each pass, whichever module asks. Of an encoder–decoder it is that of the encoder's pass, for the
+    decoder's modules too.
+    """
+
+    sequences: Sequences
+    previous: Callable[[], Tensor | None]
+    """Reads `after` of the passes before, at each sequence's last token: [B, …]; None at a sequence's beginning. Raises
+    RoutingError, saying why and what to do, if that can't be known."""
+    whole: bool = False
+    """Whether the pass holds all that there is to read of its sequences, as an encoder's does."""
+    after: Tensor | None = None
+    """[B, T, …], set by the router: what a pass after each of these tokens is to find. [B, 1, …] if it is `whole`."""
+    notes: dict[object, Tensor] = field(default_factory=dict)
+    """What routers keep for the length of this pass, each [B, T or 1, …]."""
+
+    def selected(self, rows: Tensor) -> PassMemory:
+        """That of some of its sequences: int64 [n]."""
+
+        def of(x: Tensor) -> Tensor:
+            return x[rows.to(x.device)]
+
+        def previous() -> Tensor | None:
+            return None if (found := self.previous()) is None else of(found)
+
+        seen = self.sequences
+        ids = None if seen.ids is None else of(seen.ids)
+        sequences = replace(seen, ids=ids, positions=of(seen.positions), real=of(seen.real))
+        after = None if self.after is None else of(self.after)
+        return PassMemory(
+            sequences, previous, self.whole, after, {key: of(x) for key, x in self.notes.items()}
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingContext:
     """One call of one module: its path, and which tokens of the running pass it sees.
@@ -105,6 +142,8 @@ class RoutingContext:
     steps must heed it in the first one. The final scores are masked by it anyway."""
     reader: Callable[[str], Texts] | None = None
     """Finds the texts of the pass that the module runs in."""
+    recall: Callable[[], PassMemory] | None = None
+    """Finds the memory of the pass that the module runs in."""
     kept: Tensor | None = None
     """int64 [length]: the positions in each sequence that the module sees. None: all."""
     stream: str = "decoder"
@@ -130,6 +169,17 @@ class RoutingContext:
             )
         return self.reader(self.stream)
 
+    def memory(self) -> PassMemory:
+        """What is known of this pass's sequences from passes before; one object for all modules that see the pass.
+
+        Raises RoutingError, saying why, if that can't be known.
+        """
+        if self.recall is None:
+            raise RoutingError(
+                f"what module {self.path} has read before is unknown: attach the router with route()."
+            )
+        return self.recall()
+
     def tokens(self) -> Sequences:
         """The sequences, matched to the module's N = rows·length tokens.
 
@@ -145,6 +195,19 @@ class RoutingContext:
         ids = None if seen.ids is None else seen.ids.reshape(-1)[picked.to(seen.ids.device)][None]
         positions, real = (x.reshape(-1)[picked.to(x.device)][None] for x in (seen.positions, seen.real))
         return Sequences(ids, positions, real, seen.past)
+
+    def check_whole(self) -> None:
+        """Raises RoutingError, saying why, unless the module sees all tokens of the pass, in order."""
+        self.check()
+        assert self.sequences is not None
+        if (
+            self.picked is not None
+            or self.kept is not None
+            or (self.rows, self.length) != self.sequences.real.shape
+        ):
+            raise RoutingError(
+                f"{self.path} sees {unmatched((self.rows, self.length), *self.sequences.real.shape)}."
+            )
 
     def new(self) -> RoutingContext:
         """The same call without the tokens that are seen again."""

@@ -50,6 +50,10 @@ class Masked(Router):
     def reads(self) -> str:  # type: ignore[override]  # the contract has a class attribute
         return self.router.reads
 
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]  # the contract has a class attribute
+        return self.router.remembers
+
     def check(self, names: Sequence[str]) -> None:
         self.router.check(names)
 
@@ -64,7 +68,7 @@ class Masked(Router):
                     f"{type(inner).__name__} doesn't say how many experts act: call super().__init__(top_k) "
                     "in its __init__."
                 )
-        elif not isinstance(self.router, Single | Uniform):
+        elif inner.acts and not isinstance(self.router, Single | Uniform):
             name = type(getattr(self.router, "settings", self.router)).__name__
             raise RoutingError(
                 f"{name} doesn't choose by scores: experts can't be switched off one by one. Make a pool without "
@@ -81,7 +85,7 @@ class _Masked(BoundRouter):
 
     def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches, uniform: bool):
         self.inner, self.switches, self.names = inner, switches, candidates.names
-        self.uniform = uniform
+        self.uniform, self.acts = uniform, inner.acts
         self.needs_reference = inner.needs_reference
         self.members = torch.tensor(candidates.members)
         absent = set(range(len(candidates.names))) - set(candidates.members)
@@ -98,7 +102,7 @@ class _Masked(BoundRouter):
         self.inner.check_observed()
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        if self.switches.allowed is None:
+        if self.switches.allowed is None or not self.acts:
             return self.inner(u, context, ops)
         if isinstance(self.inner, ByScores):
             scores = self.scores(u, context, ops)

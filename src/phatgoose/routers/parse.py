@@ -37,6 +37,7 @@ ROUTERS = Registry(
     "phatgoose.routers",
     {
         "phatgoose": "phatgoose.routers.token:PHATGOOSE",
+        "gander": "phatgoose.routers.gander:Gander",
         "average-activation": "phatgoose.routers.token:AverageActivation",
         "retrieval": "phatgoose.routers.example:Retrieval",
         "centroid": "phatgoose.routers.example:Centroid",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -40,6 +40,18 @@ class Candidates:
         return torch.tensor([found.get(expert, -1) for expert in range(len(self.names))])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands in its model."""
+
+    stack: str = "decoder"
+    """"encoder" or "decoder"."""
+    block: int | None = None
+    """Number of its block, counted from 0; None outside of the blocks."""
+    kind: str = ""
+    """Its path within the block, e.g. "self_attn.q_proj"."""
+
+
 class Encoder(Protocol):
     """A sentence encoder: texts → float32 [n, width], rows of length 1."""
 
@@ -59,6 +71,8 @@ class Setup:
     """Token ids → text without special tokens. None if the base's tokenizer is unknown."""
     encoder: Callable[[str], Encoder]
     """Loads a sentence encoder by name."""
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Of each module that the pool adapts, by its path; empty if they aren't known."""
 
 
 class BoundRouter(ABC):
@@ -66,6 +80,9 @@ class BoundRouter(ABC):
 
     needs_reference = False
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
+
+    acts = True
+    """Whether any expert may act here. If not, `__call__` is for what it notes, and chooses nobody."""
 
     by_gates: tuple[Tensor, int] | None = None
     """(gates v̄ [candidates, d], top_k) if it calls gate_scores, then choose. A backend may fuse that with mix."""
@@ -126,6 +143,9 @@ class Router(ABC):
 
     reads: str = ""
     """Which part of the experts' data signatures it needs: "activations", "texts", or nothing."""
+
+    remembers = False
+    """Whether it keeps something of each sequence from pass to pass (`RoutingContext.memory`)."""
 
     by_token = True
     """Whether a token's choice depends on nothing but its input, its id and its position. If False, an
@@ -211,7 +231,11 @@ class PreparedRouter(Router):
 
     def __init__(self, settings: Router, binds: Callable[[Candidates], BoundRouter]):
         self.settings, self.binds = settings, binds
-        self.offers_null, self.reads = settings.offers_null, settings.reads
+        self.offers_null, self.reads, self.remembers = (
+            settings.offers_null,
+            settings.reads,
+            settings.remembers,
+        )
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return self.binds(candidates)

@@ -117,7 +117,7 @@ def prepare_router(text: str, pool: Pool) -> Router:
     """
     router = parse_router(text)
     router.check(pool.names)
-    if router.reads == "texts":
+    if router.reads == "texts" or router.remembers:
         raise _no_gates(router)
 
     def encoder(name: str) -> Encoder:

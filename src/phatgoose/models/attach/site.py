@@ -44,6 +44,7 @@ from phatgoose.models.base.layers import (
     track_residual,
     weight_state,
 )
+from phatgoose.models.base.module_names import layer_and_kind
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
 from phatgoose.models.moe.names import modules_by_path, unify_names
@@ -54,7 +55,7 @@ from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Router
 from phatgoose.routers.context import RoutingContext
-from phatgoose.routers.router import BoundRouter, Encoder, Setup
+from phatgoose.routers.router import BoundRouter, Encoder, Place, Setup
 
 ATTRIBUTE = "_phatgoose_routing"
 """The key in a model's `__dict__` of the routing that is attached to it."""
@@ -255,6 +256,8 @@ class Site:
         flat_u = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         flat_y, ops = y.reshape(-1, y.shape[-1]), self.routing.ops
         chosen, weights = router(flat_y if self.embedding else flat_u, context, ops)
+        if not router.acts:
+            return y, chosen, weights
         mixed = ops.mix(flat_u, flat_y, self.stack, chosen, weights, self.layer)
         return mixed.reshape(y.shape), chosen, weights
 
@@ -333,8 +336,8 @@ class Routing:
         self.model, self.pool, self.router = model, pool, router
         # Bytes of memory that were free before the stacks were made.
         self.memory = available_bytes()
+        self.streams = Streams(model, router.reads == "texts", router.remembers)
         self.prepared_router = router.prepared(self.setup())
-        self.streams = Streams(model, reads_text=router.reads == "texts")
         self.recorder: Recorder | None = None
         self._hooks = Hooks()
         self._idle_check: IdleModuleCheck | None = None
@@ -362,7 +365,12 @@ class Routing:
             return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
 
         decode = None if base is None else partial(decode_text, base.tokenizer)
-        return Setup(self.pool.experts, decode, encoder)
+        paths = self.pool.modules
+        places = {
+            path: Place(self.streams.stack_of(path), block, kind)
+            for path, (block, kind) in zip(paths, layer_and_kind(paths), strict=True)
+        }
+        return Setup(self.pool.experts, decode, encoder, places)
 
     def attach(self) -> None:
         """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""

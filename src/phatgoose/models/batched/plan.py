@@ -6,8 +6,10 @@ The tokens of a pass belong to items: rows of a batch, or sequences packed one a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,21 @@ from torch import Tensor
 from phatgoose.errors import RoutingError
 from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.context.streams import Streams
-from phatgoose.routers.context import RoutingContext, Sequences, Texts
+from phatgoose.routers.context import PassMemory, RoutingContext, Sequences, Texts
 
 TextSoFar = tuple[tuple[int, ...], tuple[int, ...]]
 """An item's prompt, and what stood behind it before this pass."""
 _NO_ITEMS_FAULT = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
+
+
+@dataclass(eq=False)
+class SequenceMemory:
+    """What a route's router keeps of one sequence between two passes. Whoever runs the passes keeps it."""
+
+    tokens: int = 0
+    """After how many tokens of the sequence."""
+    state: Tensor | None = None
+    """As `PassMemory.after` of the last of them, […]."""
 
 
 @dataclass(eq=False)
@@ -60,6 +72,8 @@ class BatchPlan:
     """How many of each item's first tokens are left out of the loads, since they were counted before."""
     texts: Sequence[TextSoFar] | None = None
     """Of each item, for routes that read text."""
+    memories: Sequence[SequenceMemory] | None = None
+    """Of each item, for routes that remember. `keep_memories` brings them up to date when the pass is over."""
     failed: dict[int, Exception] | None = None
     """Collects the errors of items, which then fall back to the base. None: errors are raised."""
     noted: dict[tuple[PoolVersion, tuple[int, ...], int], list[tuple[Tensor, Tensor, Tensor]]] = field(
@@ -69,6 +83,8 @@ class BatchPlan:
     none) and weights [n, k] of modules' choices. Nobody may write into these tensors until they are summed."""
     _items: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
+    _remembered: dict[int, tuple[PassMemory, int]] = field(default_factory=dict, repr=False)
+    """Of each item whose route remembers: its group's memory of this pass, and its row there."""
 
     @property
     def base_only(self) -> bool:
@@ -115,9 +131,9 @@ class BatchPlan:
         # Whatever the expert: it is in a table, and the version's stack has them all.
         if route.single is not None:
             return (id(route.version),)
-        # A router that reads text is shown rows of one length, which packed items have only beside others of their
-        # length.
-        if route.reads_text and self.lengths is not None:
+        # A router that looks at sequences is shown rows of one length, which packed items have only beside others of
+        # their length.
+        if route.by_sequence and self.lengths is not None:
             return id(route.version), id(route), self.lengths[item], count
         return id(route.version), id(route)
 
@@ -132,7 +148,7 @@ class BatchPlan:
         if route.single is not None:
             table = torch.tensor([-1 if r is None or r.single is None else r.single for r in self.routes])
             experts = table[own].to(device)
-        even = self.lengths is None or route.reads_text
+        even = self.lengths is None or route.by_sequence
         index = None if index is None else index.to(device)
         return Group(route.version, route, tuple(members), len(members) if even else 1, index, own, experts)
 
@@ -206,6 +222,29 @@ class BatchPlan:
             weight.view(-1).index_add_(0, cell.reshape(-1), amount.reshape(-1))
         return {version: (weight[:, :-1], times) for version, (weight, times) in found.items()}
 
+    def memory(self, members: Sequence[int], make: Callable[[], PassMemory]) -> PassMemory:
+        """The memory of a group of items in this pass. `make` makes it for a group that has none yet."""
+        known = [self._remembered.get(item) for item in members]
+        if any(one is None for one in known):
+            made = make()
+            self._remembered |= {item: (made, row) for row, item in enumerate(members)}
+            return made
+        found, rows = zip(*known, strict=True)
+        # A part of the group in which they were remembered: one that sees some of the tokens, or is tried again.
+        if rows != tuple(range(len(found[0].sequences.real))):
+            part = found[0].selected(torch.tensor(rows))
+            self._remembered |= {item: (part, row) for row, item in enumerate(members)}
+            return part
+        return found[0]
+
+    def keep_memories(self) -> None:
+        """The pass is over: what its items' routers leave goes into `memories`."""
+        for item, (memory, row) in self._remembered.items():
+            if memory.after is not None and self.memories is not None and item not in (self.failed or ()):
+                own = self.memories[item]
+                own.state = memory.after[row, -1]
+                own.tokens += 0 if memory.whole else int(memory.sequences.real[row].sum())
+
     def is_kept_part(self, tokens: int) -> bool:
         """Whether a module that saw this many tokens saw those at `kept`, and not all."""
         if self.lengths is None or self.kept is None:
@@ -240,7 +279,7 @@ class SubsetContext(RoutingContext):
         n, tokens = len(group.items), call.rows * call.length
         kept = None
         # Packed: which tokens of each item the module saw, if not all. They are the same for every item of the group.
-        if plan.is_kept_part(tokens) and group.route.reads_text:
+        if plan.is_kept_part(tokens) and group.route.by_sequence:
             kept = plan.positions(group, tokens)[: n // len(group.members)]
         return SubsetContext(
             call.path, group.rows, n // group.rows, None, kept=kept,
@@ -260,6 +299,39 @@ class SubsetContext(RoutingContext):
         ids = None if seen.ids is None else subset(seen.ids)
         return Sequences(ids, subset(seen.positions), subset(seen.real), seen.past)
 
+    def check_whole(self) -> None:
+        self.call.check_whole()
+
+    def memory(self) -> PassMemory:
+        """What is known of the group's items from passes before; the same object for every module that sees the pass.
+        Raises RoutingError if the plan doesn't say."""
+        if self.plan.memories is None or self.call.sequences is None:
+            raise RoutingError(f"what module {self.path} has read before is unknown.")
+        return self.plan.memory(self.group.members, self._make_memory)
+
+    def _make_memory(self) -> PassMemory:
+        plan, seen, members = self.plan, self.call.sequences, self.group.members
+        assert plan.memories is not None
+        assert seen is not None
+        seen.check()
+        own, where = [plan.memories[item] for item in members], self._where()
+        ids = None if seen.ids is None else seen.ids[where]
+        sequences = Sequences(ids, seen.positions[where], seen.real[where], seen.past)
+        if "encoder" not in self.streams.stacks:
+            return PassMemory(sequences, partial(_states, own, sequences))
+        after = None
+        if self.streams.stack_of(self.path) == "decoder":
+            after = torch.stack([_known(one.state) for one in own])[:, None]
+        return PassMemory(sequences, lambda: None, True, after)
+
+    def _where(self) -> tuple[Any, ...]:
+        """Indices of the group's items among the pass's sequences, one item a row."""
+        lengths, members = self.plan.lengths, self.group.members
+        if lengths is None:
+            return (torch.tensor(members),)
+        starts = torch.tensor([0, *lengths]).cumsum(0)[list(members)]
+        return (0, starts[:, None] + torch.arange(lengths[members[0]]))
+
     def texts(self) -> Texts:
         """What the group's items were given to read; the same object for every module that sees the pass. Raises
         RoutingError if the plan doesn't say."""
@@ -274,11 +346,7 @@ class SubsetContext(RoutingContext):
 
     def _read_texts(self, whole: Sequence[TextSoFar], seen: Sequences) -> Texts:
         """The `Texts` of the group's items, one a row."""
-        lengths, members = self.plan.lengths, self.group.members
-        where: tuple[int | Tensor, ...] = (torch.tensor(members),)
-        if lengths is not None:
-            starts = torch.tensor([0, *lengths]).cumsum(0)[list(members)]
-            where = (0, starts[:, None] + torch.arange(lengths[members[0]]))
+        members, where = self.group.members, self._where()
         prompts, written = zip(*(whole[item] for item in members), strict=True)
         ids, real = None if seen.ids is None else seen.ids.cpu()[where], seen.real.cpu()[where]
         if self.stream == "encoder":
@@ -307,3 +375,30 @@ class SubsetContext(RoutingContext):
         counted = torch.zeros(call.rows, call.length, dtype=torch.bool)
         counted[:, call.again :] = call.new().tokens().real.reshape(call.rows, -1).cpu()
         return counted.flatten() if group.index is None else counted.flatten()[group.index.cpu()]
+
+
+def _states(memories: Sequence[SequenceMemory], sequences: Sequences) -> Tensor | None:
+    """What the sequences' routers left before a pass, [B, …]; None if all of them begin.
+
+    Raises:
+        RoutingError: a sequence goes on from tokens that the router hasn't read.
+    """
+    starts = [
+        int(row[kept][0]) if bool(kept.any()) else 0
+        for row, kept in zip(sequences.positions, sequences.real, strict=True)
+    ]
+    states = [one.state if start else None for one, start in zip(memories, starts, strict=True)]
+    for one, start in zip(memories, starts, strict=True):
+        if start == 0:
+            one.tokens = 0  # it begins, or is begun again
+        elif one.tokens != start:
+            _known(None)
+    if (known := next((state for state in states if state is not None), None)) is None:
+        return None
+    return torch.stack([torch.zeros_like(known) if state is None else state for state in states])
+
+
+def _known(state: Tensor | None) -> Tensor:
+    if state is None:
+        raise RoutingError("the request goes on from tokens that its router hasn't read.")
+    return state

@@ -92,11 +92,13 @@ class Route:
         if len(self.off) == len(names):
             raise RoutingError("every expert is switched off: switch one on, or ask for the base.")
         router.check(names)
-        self.reads_text = router.reads == "texts"
+        self.reads_text, self.remembers = router.reads == "texts", router.remembers
+        self.by_sequence = self.reads_text or self.remembers
+        """Whether its router is shown whole sequences, each in a row."""
         inside = next(
             (path for path, site in version.sites.items() if isinstance(site.module, ExpertLinear)), None
         )
-        if self.reads_text and inside is not None:
+        if self.by_sequence and inside is not None:
             raise RoutingError(
                 f"{inside} is inside a mixture's experts, where {type(router).__name__} can't tell requests apart "
                 "yet: take a router that goes by gates or weights, or route() a separate copy of the model."

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops.forward_state import ForwardState
-from phatgoose.routers.context import Prompt, Sequences, Texts, positions_from
+from phatgoose.routers.context import PassMemory, Prompt, Sequences, Texts, positions_from
 
 NAMES = ("past_key_values", "cache_params", "state")
 """How transformers' models name the argument (and the output) that a later pass continues."""
@@ -80,6 +80,8 @@ class Run:
     """Built when they are first asked for."""
     texts: Texts | None = field(default=None, init=False)
     """What its rows were given to read; worked out when a module first asks."""
+    memory: PassMemory | None = field(default=None, init=False)
+    """What a router keeps of its sequences; made when a module first asks."""
     uncached: CachedPrompts | None = field(default=None, init=False)
     """What the cache will hold that the model makes inside the pass, if none was given."""
 

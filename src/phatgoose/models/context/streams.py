@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from phatgoose.errors import RoutingError
 from phatgoose.models.attach.hooks import run_eagerly
 from phatgoose.models.base.module_names import plain_name, reads_encoder
 from phatgoose.models.context.matching import (
@@ -32,9 +33,10 @@ from phatgoose.models.context.matching import (
     same_memory,
     unmatchable_stacks,
 )
+from phatgoose.models.context.memory import keep, recalled
 from phatgoose.models.context.prompts import PromptTracker
 from phatgoose.models.context.runs import Caches, ForgottenByCopies, Now, Run, arguments_by_name, run_of
-from phatgoose.routers.context import RoutingContext, Sequences
+from phatgoose.routers.context import PassMemory, RoutingContext, Sequences
 
 
 class _Location(NamedTuple):
@@ -54,11 +56,11 @@ class _Location(NamedTuple):
 class Streams:
     """Notes the running pass of each stack, and tells modules which of its tokens they see.
 
-    Where a router reads text, it also has the `PromptTracker`.
+    Where a router reads text, it also has the `PromptTracker`; where one remembers, it keeps its `PassMemory`.
     """
 
-    def __init__(self, model: PreTrainedModel, reads_text: bool = False):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, reads_text: bool = False, remembers: bool = False):
+        self.model, self.remembers = model, remembers
         encoder_decoder = bool(model.config.is_encoder_decoder)
         self._now = Now()
         self.prompt_tracker = PromptTracker(encoder_decoder, self._now) if reads_text else None
@@ -107,15 +109,20 @@ class Streams:
         location = self._locate(path)
         return "encoder" if location.named_cross else location.stack
 
+    def stack_of(self, path: str) -> str:
+        """ "encoder" or "decoder": the stack that the module at `path` stands in, or behind."""
+        return self._locate(path).stack
+
     def context(self, path: str, u: object, shape: torch.Size) -> RoutingContext:
         """One call of the module at `path`, on `u`, with an output of this shape: [..., d]."""
         stream, run, problem = self._reads(path, u)
         lead = tuple(shape[:-1])
         reader = None if self.prompt_tracker is None else self.prompt_tracker.texts_of
+        recall = partial(self._memory_of, path) if self.remembers else None
         if run is None:
             rows = lead[0] if len(lead) > 1 else 1
             length = shape[:-1].numel() // max(rows, 1)
-            return RoutingContext(path, rows, length, None, None, reader, None, stream, problem)
+            return RoutingContext(path, rows, length, None, None, reader, recall, None, stream, problem)
         location, (batch, length) = self._locate(path), run.shape
         if location.inside:
             # Beams may repeat what was encoded once, for modules that read the encoder's tokens inside the decoder.
@@ -128,7 +135,7 @@ class Streams:
         rows, length, built = found.rows, found.length, run.built()
         again = found.again if problem == found.problem else 0
         return RoutingContext(
-            path, rows, length, built, None, reader, found.kept, stream, problem, by_row, again=again
+            path, rows, length, built, None, reader, recall, found.kept, stream, problem, by_row, again=again
         )
 
     def whole_pass(self, path: str, u: object, shape: torch.Size) -> tuple[str, Sequences | None]:
@@ -139,6 +146,28 @@ class Streams:
         if run is None or run.shape != shape[:-1] or not location.inside or location.refusal is not None:
             return stream, None
         return stream, run.sequences
+
+    def _memory_of(self, path: str) -> PassMemory:
+        """The memory of the pass that the module at `path` runs in, or of the encoder's pass that its decoder reads."""
+        runs, has_encoder = self._now.runs, "encoder" in self.stacks
+        stack = self._locate(path).stack
+        if (run := runs.get(stack)) is None:
+            raise RoutingError(
+                f"module {path} ran outside of a call of the model, so its sequences are unknown."
+            )
+        if has_encoder and stack == "decoder":
+            encoded = None if run.encoded is None else run.encoded()
+            found = None if encoded is None else self._encoder_run(encoded, run.before)
+            if found is None:
+                raise RoutingError(
+                    "the decoder reads states that this model's encoder didn't compute while this router was attached: "
+                    "run the encoder again."
+                )
+            run = found
+        if run.memory is None:
+            rows = run.shape[0]
+            run.memory = PassMemory(run.built(), partial(recalled, run.past, rows, self), has_encoder)
+        return run.memory
 
     def _locate(self, path: str) -> _Location:
         if path not in self._known:
@@ -217,6 +246,8 @@ class Streams:
         if run is None:
             return
         self._caches.after(run.given, output, run.past, *run.shape)
+        if run.memory is not None and not run.memory.whole:
+            keep(run.memory, run.past, output, self)
         if name == "encoder":
             states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
             if isinstance(states, Tensor):

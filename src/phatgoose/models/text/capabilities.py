@@ -21,6 +21,7 @@ from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLay
 
 from phatgoose.errors import BaseModelError
 from phatgoose.models.base.base import device_of, eval_mode
+from phatgoose.models.context.memory import MemoryLayer
 from phatgoose.models.text.encoding import UNLIMITED
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
@@ -115,7 +116,9 @@ def is_plain_cache(cache: Any) -> bool:
     if isinstance(cache, EncoderDecoderCache):
         return is_plain_cache(cache.self_attention_cache) and is_plain_cache(cache.cross_attention_cache)
     # The exact class: a subclass, such as MiniMax's, keeps more.
-    return type(cache) is DynamicCache and all(type(layer) in SHAREABLE for layer in cache.layers)
+    return type(cache) is DynamicCache and all(
+        type(layer) in (*SHAREABLE, MemoryLayer) for layer in cache.layers
+    )
 
 
 def may_attend_ahead(model: PreTrainedModel) -> bool:

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import StoppingCriteriaList
 
 from phatgoose.models.base.base import Base, context_length, decoder_start
-from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.batched.plan import BatchPlan, SequenceMemory
 from phatgoose.models.text.batch import pad_id
 from phatgoose.models.text.capabilities import generation_groups
 from phatgoose.models.text.generate import generation_settings, run_generate
@@ -162,7 +162,9 @@ class BatchEngine(Engine):
             return True
         try:
             ids = torch.tensor([list(job.prompt)], device=self.base.device)
-            with self.multi_router.following(BatchPlan([job.route], texts=[(tuple(job.prompt), ())])):
+            with self.multi_router.following(
+                BatchPlan([job.route], texts=[(tuple(job.prompt), ())], memories=[SequenceMemory()])
+            ):
                 logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1]
             following = list(job.prompt[1:])
             # In parts: the log-probabilities of a long prompt's whole vocabulary would need the memory again.
@@ -228,6 +230,7 @@ class _GenerateCall(LogitsProcessor):
 
     def _record_pass(self) -> None:
         engine, plan = self.engine, self._plan
+        plan.keep_memories()
         if plan.count_loads:
             phase = "answer" if any(self._output) else "prompt"
             engine.record_loads(plan, self.jobs, [phase if is_open else "" for is_open in self.open])
@@ -250,7 +253,10 @@ class _GenerateCall(LogitsProcessor):
             texts = [(tuple(job.prompt), self._read_before(i)) for i, job in enumerate(self.jobs)]
         # A row that is over falls back to the base: its route's experts may have left the model by now.
         routes = [job.route if is_open else None for is_open, job in zip(self.open, self.jobs, strict=True)]
-        return BatchPlan(routes, count_loads=self.engine.count_pass(self.jobs), texts=texts, failed={})
+        memories = [job.memory for job in self.jobs]
+        return BatchPlan(
+            routes, count_loads=self.engine.count_pass(self.jobs), texts=texts, memories=memories, failed={}
+        )
 
     def _read_before(self, row: int) -> tuple[int, ...]:
         """What was read behind a row's prompt before the next pass, which reads the last token written."""

@@ -98,6 +98,7 @@ class PassHooks:
             # Tokens that were tracked before: a request that runs out of memory is restarted by transformers.
             [max(s.job.tracked_tokens - s.start, 0) if s.job.track_experts else 0 for s in sequences],
             _texts_so_far(sequences),
+            [job.memory for job in jobs],
             failed={},
         )
         return _Pass(plan, sequences, places)
@@ -108,6 +109,7 @@ class PassHooks:
             return None
         (plan, sequences, places), self._pass, self.engine.multi_router.plan = self._pass, None, None
         jobs = [one.job for one in sequences]
+        plan.keep_memories()
         self.engine.record_failures(plan, jobs)
         if plan.count_loads:
             phases = ["prompt" if one.start < len(one.job.prompt) else "answer" for one in sequences]

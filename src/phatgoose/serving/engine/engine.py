@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phatgoose.models.base.base import Base
 from phatgoose.models.batched.attach import MultiRouter
-from phatgoose.models.batched.plan import BatchPlan
+from phatgoose.models.batched.plan import BatchPlan, SequenceMemory
 from phatgoose.models.batched.version import Route
 from phatgoose.serving.engine.sampling import SequenceSampler, TokenLogprob
 from phatgoose.serving.errors import client_message
@@ -67,6 +67,8 @@ class GenerationJob:
     number of choices. Both are sums over modules and tokens."""
     tracked_tokens: int = 0
     """How many of its tokens are in `expert_loads`."""
+    memory: SequenceMemory = field(default_factory=SequenceMemory)
+    """What its route's router keeps of it between two passes."""
     started: bool = False
     """Whether a pass has processed any of its tokens."""
     error: str | None = None

@@ -1,0 +1,115 @@
+"""What a router keeps of each sequence from pass to pass: one more layer of the key-value cache.
+
+So it follows the sequences wherever transformers takes them: beams that change places, rows that are repeated or
+selected, drafts that are cropped, caches that are copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer
+
+from phatgoose.errors import RoutingError
+from phatgoose.models.context.runs import Past, cache_of
+from phatgoose.routers.context import PassMemory
+
+KEPT = 256
+"""States that are kept of the last tokens. A cache may be cropped by as many."""
+ADVICE = "Begin without a cache, or fill it while this router is attached."
+
+
+class MemoryLayer(DummyLayer):
+    """A layer of a cache that holds a router's states [rows, ≤ KEPT, …] of the cache's last tokens.
+
+    Tensors are replaced and never written into, so copies of the layer may share them.
+    """
+
+    def __init__(self, owner: object) -> None:
+        super().__init__()
+        self.owner, self.tokens = owner, 0
+        self.states: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryLayer:
+        # The owner stays the same object, by which a router knows its own.
+        copied = MemoryLayer(self.owner)
+        copied.tokens = self.tokens
+        copied.states = None if self.states is None else self.states.clone()
+        return copied
+
+    def extend(self, states: Tensor) -> None:
+        """Adds the states of the tokens of a pass, [rows, T, …]."""
+        self.tokens += states.shape[1]
+        known = states if self.states is None else torch.cat([self.states, states], dim=1)
+        self.states = known[:, -KEPT:]
+
+    def last(self) -> Tensor:
+        """[rows, …]: the states after the last token."""
+        if self.states is None or not self.states.shape[1]:
+            raise RoutingError(
+                f"the cache was cropped by more than {KEPT} tokens, for which nothing is kept of what the router has "
+                f"read. {ADVICE}"
+            )
+        return self.states[:, -1]
+
+    def reset(self) -> None:
+        self.tokens, self.states = 0, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.states is not None:
+            self.tokens -= abs(tokens_to_remove)
+            self.states = self.states[:, : -abs(tokens_to_remove)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.states is not None:
+            self.states = self.states.index_select(0, beam_idx.to(self.states.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.states is not None:
+            self.states = self.states.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.states is not None:
+            self.states = self.states[indices.to(self.states.device)]
+
+
+def recalled(past: Past, rows: int, owner: object) -> Tensor | None:
+    """What `owner` left after the tokens that a pass of so many rows continues, [rows, …]; None if there are none.
+
+    Raises:
+        RoutingError: the cache holds tokens that the router hasn't read.
+    """
+    if past.problem is not None:
+        raise RoutingError(past.problem)
+    if not past.tokens:
+        return None
+    layer = _layer_of(past.cache)
+    if layer is None or layer.owner is not owner or layer.tokens != past.tokens:
+        raise RoutingError(
+            f"this pass continues a {type(past.cache).__name__} of {past.tokens} tokens, which the router that is "
+            f"attached hasn't all read. {ADVICE}"
+        )
+    found = layer.last()
+    if len(found) != rows:
+        raise RoutingError(f"a cache of {len(found)} sequences can't be continued in {rows} rows.")
+    return found
+
+
+def keep(memory: PassMemory, past: Past, output: Any, owner: object) -> None:
+    """A pass has ended: what it leaves goes into the cache that it filled, if there is one."""
+    cache = past.cache if past.cache is not None else cache_of(output)
+    if memory.after is None or not isinstance(cache, Cache):
+        return
+    layer = _layer_of(cache)
+    if layer is None or layer.owner is not owner or not past.tokens:
+        cache.layers = [one for one in cache.layers if one is not layer]
+        layer = MemoryLayer(owner)
+        cache.layers.append(layer)
+    layer.extend(memory.after.detach())
+
+
+def _layer_of(cache: Any) -> MemoryLayer | None:
+    layers = getattr(cache, "layers", None) or ()
+    return next((layer for layer in layers if isinstance(layer, MemoryLayer)), None)

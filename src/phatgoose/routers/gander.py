@@ -1,0 +1,297 @@
+"""Gander: the first blocks gather evidence for each expert in what is read; later blocks act on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phatgoose.errors import RoutingError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.weight_signature import why_no_signature
+from phatgoose.ops import Backend
+from phatgoose.routers.context import PassMemory, RoutingContext
+from phatgoose.routers.router import (
+    BoundRouter,
+    ByScores,
+    Candidates,
+    Place,
+    PreparedRouter,
+    Router,
+    Setup,
+    check_at_least,
+)
+from phatgoose.routers.weights import Calibrated
+
+BLOCKS_PER_READ = 8
+"""One in so many of the adapted blocks is read, unless `layers` says otherwise."""
+_SCANNED = 128
+"""Tokens whose evidence is summed at a time."""
+_VALUES = ("v_proj", "v", "value", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
+"""What models call the projection to values, alone or with queries and keys."""
+
+
+@dataclass(frozen=True)
+class Gander(Router):
+    """The expert whose weights find the most evidence in all that was read so far (docs/method.md, "Gander").
+
+    The first blocks act as the base does, and gather evidence. Of expert e at token t it is x_{t,e}, the mean over the
+    read modules of z(‖V_eᵀū_t‖^⅔), where V_e are the right-singular vectors of its update and z is standardised on the
+    reference text (for an expert without singular vectors: z of its gate). It is summed with a forgetting window:
+
+        L_t = γ L_{t−1} + x_t,   γ = 2^(−1/half_life)
+
+    In all later blocks the `top_k` experts with the highest L_{t,e} act on token t, weighted by a softmax over it. An
+    encoder reads its whole text first, so there, and in its decoder, L is the sum over the whole text.
+    """
+
+    layers: int | None = None
+    """How many of the blocks that the pool adapts are read. None: one in eight of them, at least one."""
+    half_life: int = 64
+    """After how many tokens evidence counts half. In an encoder nothing is forgotten."""
+    top_k: int = 1
+    """How many experts act on each token."""
+
+    paper = "ours"
+    needs = "LoRA weights (or gates), one pass of the base"
+    chooses = "top_k experts for all that was read so far"
+    remembers = True
+    by_token = False
+
+    def __post_init__(self) -> None:
+        check_at_least(self, half_life=1, top_k=1)
+        if self.layers is not None:
+            check_at_least(self, layers=1)
+
+    def prepared(self, setup: Setup) -> Router:
+        reading = Reading.of(self, setup)
+        return PreparedRouter(self, reading.bind)
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        raise RoutingError("Gander looks at the whole pool first: attach it with route().")
+
+
+class Reading:
+    """Which modules are read for which expert, and what they have found in a pass.
+
+    Args:
+        read: module path → the experts, by number, whose evidence is taken there.
+        waiting: modules that act as the base, since they run before all evidence is there.
+    """
+
+    def __init__(
+        self, settings: Gander, experts: int, read: Mapping[str, tuple[int, ...]], waiting: frozenset[str]
+    ):
+        self.settings, self.experts, self.read, self.waiting = settings, experts, read, waiting
+        counts = torch.zeros(experts, dtype=torch.float64)
+        for members in read.values():
+            counts[list(members)] += 1
+        self.shares = (1 / counts).float()
+        """[experts]: what one module counts in the mean over an expert's read modules."""
+
+    @classmethod
+    def of(cls, settings: Gander, setup: Setup) -> Reading:
+        """Chooses the modules to read. Raises RoutingError, naming the expert, where the pool can't be routed so."""
+        places = setup.places
+        if not places:
+            raise RoutingError("Gander must know the order of the modules: attach it with route().")
+        stack = "encoder" if any(place.stack == "encoder" for place in places.values()) else "decoder"
+        blocks = sorted({p.block for p in places.values() if p.stack == stack and p.block is not None})
+        if not blocks:
+            raise RoutingError(
+                f"the pool adapts no numbered block of the {stack}, so Gander has nothing to read."
+            )
+        most = len(blocks) - 1
+        count = settings.layers or max(1, -(-len(blocks) // BLOCKS_PER_READ))
+        if count > most:
+            raise RoutingError(
+                f"Gander would read {count} of the {len(blocks)} blocks that the pool adapts, and at least one must be "
+                "left to act: set layers lower, or choose a router that decides in every module."
+            )
+        first = blocks[:count]
+        read: dict[str, list[int]] = {}
+        for number, expert in enumerate(setup.experts):
+            cls._check_acts(expert, places, stack, first)
+            for block in first:
+                if (path := _module_to_read(expert, places, stack, block)) is not None:
+                    read.setdefault(path, []).append(number)
+            if not any(number in members for members in read.values()):
+                raise RoutingError(
+                    f"expert {expert.name!r} adapts no module of the {count} blocks that Gander reads, so it could "
+                    "never be chosen: set layers higher, or choose another router."
+                )
+        waiting = frozenset(
+            path for path, place in places.items() if place.stack == stack and place.block in first
+        )
+        return cls(
+            settings, len(setup.experts), {path: tuple(members) for path, members in read.items()}, waiting
+        )
+
+    @staticmethod
+    def _check_acts(expert: Expert, places: Mapping[str, Place], stack: str, read: Sequence[int]) -> None:
+        """Raises RoutingError if what an expert adapts runs before Gander has decided."""
+        for path, (_, _, embedding) in expert.sizes.items():
+            if embedding:
+                raise RoutingError(
+                    f"expert {expert.name!r} adapts the embedding {path}, which runs before Gander has read anything: "
+                    "choose another router, or make a pool without it."
+                )
+        if all(places[p].stack == stack and places[p].block in read for p in expert.sizes):
+            raise RoutingError(
+                f"expert {expert.name!r} adapts only blocks that Gander reads, where the base acts: set layers lower, "
+                "or choose another router."
+            )
+
+    def bind(self, candidates: Candidates) -> BoundRouter:
+        if candidates.path in self.read:
+            return _Reader(self, candidates, self.read[candidates.path])
+        return _Waiting() if candidates.path in self.waiting else _Follower(self, candidates)
+
+    def evidence(self, memory: PassMemory) -> Tensor:
+        """L of the pass's tokens, float32 [B, T, experts]; of an encoder's pass [B, 1, experts].
+
+        Raises:
+            RoutingError: a module that is read hasn't run, or the sequences can't be told apart.
+        """
+        if memory.after is None:
+            memory.after = self._summed(memory)
+        return memory.after
+
+    def _summed(self, memory: PassMemory) -> Tensor:
+        notes = memory.notes
+        if late := next((path for path in self.read if (self, path) not in notes), None):
+            raise RoutingError(
+                f"{late}, which Gander reads, hasn't run before the blocks that act: this model runs its blocks in "
+                "another order than their numbers say. Choose another router."
+            )
+        tokens = memory.sequences
+        tokens.check()
+        real, positions = tokens.real, tokens.positions
+        x = torch.stack([notes[self, path] for path in self.read]).sum(0)
+        if memory.whole:
+            return (x * real[..., None].to(x.device)).sum(1, keepdim=True)
+        if bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
+            raise RoutingError(
+                "several sequences are packed into one row, whose evidence can't be told apart: give each a row."
+            )
+        return scan(x, real.to(x.device), memory.previous(), 2 ** (-1 / self.settings.half_life))
+
+
+def scan(x: Tensor, real: Tensor, before: Tensor | None, decay: float) -> Tensor:
+    """L_t = γ L_{t−1} + x_t over the real tokens, float32 [B, T, E]; L_t = L_{t−1} at padding.
+
+    Args:
+        x: [B, T, E]. real: bool [B, T]. before: L before the first token, [B, E]; None: 0. decay: γ.
+    """
+    state = x.new_zeros(x.shape[0], x.shape[2]) if before is None else before.to(x)
+    parts = []
+    for piece, kept in zip(x.split(_SCANNED, dim=1), real.split(_SCANNED, dim=1), strict=True):
+        age = kept.cumsum(1)  # [B, t]: how many real tokens there were up to each
+        since = (age[:, :, None] - age[:, None, :]).clamp(min=0)
+        weights = torch.tril(decay ** since.to(x.dtype)) * kept[:, None, :]
+        part = weights @ piece + (decay ** age.to(x.dtype))[..., None] * state[:, None, :]
+        state = part[:, -1]
+        parts.append(part)
+    return torch.cat(parts, dim=1) if parts else x
+
+
+class _Reader(BoundRouter):
+    """At a module that is read: the base acts."""
+
+    needs_reference = True
+    acts = False
+
+    def __init__(self, reading: Reading, candidates: Candidates, members: Sequence[int]):
+        self.reading, self.path = reading, candidates.path
+        places = [candidates.members.index(member) for member in members]
+        gates = [
+            candidates.gates[i] if _reads_gate(candidates, i) else None
+            for i in range(len(candidates.members))
+        ]
+        self.members = torch.tensor(members)
+        read = Candidates(
+            candidates.path, candidates.names, tuple(members), tuple(gates[i] for i in places), candidates.d_in,
+            tuple(candidates.updates[i] for i in places),
+        )  # fmt: skip
+        self.calibrated = Calibrated(read, read.gates, 1, "Gander")
+
+    def observe(self, u: Tensor, ops: Backend) -> None:
+        self.calibrated.observe(u, ops)
+
+    def check_observed(self) -> None:
+        self.calibrated.check_observed()
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        memory = context.memory()
+        context.check_whole()
+        z, reading = self.calibrated.scores(u, context, ops), self.reading
+        members = self.members.to(z.device)
+        part = z.new_zeros(len(z), reading.experts)
+        part = part.index_copy(1, members, z * reading.shares.to(z.device)[members])
+        memory.notes[reading, self.path] = part.reshape(*memory.sequences.real.shape, reading.experts)
+        return _nobody(u)
+
+
+class _Waiting(BoundRouter):
+    """At a module that runs before all evidence is there, and isn't read: the base acts."""
+
+    acts = False
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        return _nobody(u)
+
+
+class _Follower(ByScores):
+    """At a module behind those that are read: the experts with the most evidence act, of the whole pool."""
+
+    def __init__(self, reading: Reading, candidates: Candidates):
+        super().__init__(min(reading.settings.top_k, reading.experts))
+        self.reading, self.path = reading, candidates.path
+        self.members, self.by_expert = torch.tensor(candidates.members), candidates.by_expert()
+
+    def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
+        memory = context.memory()
+        experts, weights = self._choice(memory, ops)
+        here = context.spread(self.by_expert.to(experts.device)[experts]).to(u.device)
+        return here, context.spread(weights).to(u.device)
+
+    def _choice(self, memory: PassMemory, ops: Backend) -> tuple[Tensor, Tensor]:
+        """The experts and their weights for the pass's tokens, each [B, T or 1, k]; computed once a pass."""
+        chosen, weights = (self.reading, "chosen"), (self.reading, "weights")
+        if chosen not in memory.notes:
+            evidence = self.reading.evidence(memory)
+            shape = (*evidence.shape[:2], self.top_k)
+            found = ops.choose(evidence.flatten(0, 1), self.top_k)
+            memory.notes[chosen], memory.notes[weights] = (x.reshape(shape) for x in found)
+        return memory.notes[chosen], memory.notes[weights]
+
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
+        # The best of the whole pool may be an expert that has nothing here. Scores of the others don't say so.
+        if context.allowed is not None and len(self.members) < len(self.by_expert):
+            raise RoutingError(
+                f"Gander chooses among the whole pool, and not all of it adapts {self.path}: experts can't be switched "
+                "off one by one. Make a pool without them instead."
+            )
+        found = self.reading.evidence(context.memory())
+        return context.spread(found[..., self.members.to(found.device)]).to(u.device)
+
+
+def _nobody(u: Tensor) -> tuple[Tensor, Tensor]:
+    """No expert, for each of u's tokens."""
+    chosen = torch.full((len(u), 1), -1, dtype=torch.int64, device=u.device)
+    return chosen, torch.zeros(chosen.shape, dtype=torch.float32, device=u.device)
+
+
+def _reads_gate(candidates: Candidates, index: int) -> bool:
+    """Whether a candidate's gate stands for its weights, which have no singular vectors."""
+    update = candidates.updates[index]
+    return update is not None and candidates.gates[index] is not None and why_no_signature(update) is not None
+
+
+def _module_to_read(expert: Expert, places: Mapping[str, Place], stack: str, block: int) -> str | None:
+    """The module of a block at which an expert is read: its projection to values, else the first that it adapts."""
+    found = [path for path in expert.sizes if (place := places[path]).stack == stack and place.block == block]
+    values = (path for path in found if path.rsplit(".", 1)[-1] in _VALUES)
+    return next(values, found[0] if found else None)

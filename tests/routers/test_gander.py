@@ -1,0 +1,211 @@
+"""Gander against a plain reference (tests/gander_oracle.py), however the model is run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import StaticCache
+
+from gander_oracle import Oracle
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.routers import Gander
+from phatgoose.routers.gander import scan
+
+LENGTHS = [5, 1, 12, 8]
+
+
+def ids_of(length, seed):
+    return torch.randint(2, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+ROWS = [ids_of(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+@pytest.fixture
+def made(make_base, make_expert):
+    def make(family="llama", experts=4, layers=4, targets=None, **kwargs):
+        base = make_base(family, layers=layers, **kwargs)
+        pool = Pool(
+            [
+                make_expert(base, f"e{i}", rank=1 + i, seed=i, scale=0.6, targets=targets and targets[i])
+                for i in range(experts)
+            ]
+        )
+        return base, pool
+
+    return make
+
+
+def batch_of(rows, side="left", decoder=None):
+    width = max(map(len, rows))
+    pads = [[0] * (width - len(row)) for row in rows]
+    real = [[1] * len(row) for row in rows]
+    both = zip(rows, real, pads, strict=True)
+    made = [(p + r, p + k) if side == "left" else (r + p, k + p) for r, k, p in both]
+    batch = {
+        "input_ids": torch.tensor([m[0] for m in made]),
+        "attention_mask": torch.tensor([m[1] for m in made]),
+    }
+    if decoder is not None:
+        return batch | {"decoder_input_ids": torch.tensor([decoder] * len(rows))}
+    return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_a_padded_batch_is_what_the_plain_reference_computes_for_each_row(made, family, side, backend):
+    base, pool = made(family)
+    oracle = Oracle(base, pool, half_life=4)
+    decoder = [0, 40, 50] if base.is_encoder_decoder else None
+    wanted = [oracle.logits(row, decoder) for row in ROWS]
+    assert len({tuple(oracle.choice(row).tolist()) for row in ROWS}) > 1
+    batch = batch_of(ROWS, side, decoder)
+    found = route(base, pool, Gander(half_life=4), backend_name=backend)(**batch).logits
+    for row, logits in enumerate(found):
+        kept = logits if decoder else logits[batch["attention_mask"][row].bool()]
+        torch.testing.assert_close(kept, wanted[row], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generation_is_what_the_plain_reference_writes(made, family, settings):
+    base, pool = made(family)
+    oracle = Oracle(base, pool, half_life=3)
+    route(base, pool, Gander(half_life=3))
+    batch = {k: v for k, v in batch_of(ROWS).items() if k != "position_ids"}
+    found = base.model.generate(**batch, max_new_tokens=6, do_sample=False, **settings)
+    unroute(base)
+    width = 1 if base.is_encoder_decoder else batch["input_ids"].shape[1]
+    for row, ids in enumerate(ROWS):
+        wanted = oracle.greedy(ids, 6)
+        assert found[row, width:].tolist()[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_beams_with_a_cache_are_those_without_one(made, family):
+    base, pool = made(family)
+    route(base, pool, Gander(half_life=2))
+    batch = {k: v for k, v in batch_of(ROWS).items() if k != "position_ids"}
+    settings = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4, "do_sample": False}
+    cached, plain = (base.model.generate(**batch, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [(1,) * 12, (7, 5), (3, 1, 8)])
+def test_a_text_read_in_pieces_is_the_text_read_at_once(made, pieces):
+    base, pool = made()
+    model = route(base, pool, Gander(half_life=3))
+    ids = torch.tensor([ROWS[2], ROWS[2][::-1]])
+    whole, cache, found = model(input_ids=ids).logits, None, []
+    for piece in ids.split(list(pieces), dim=1):
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_evidence_follows_a_cache_that_is_cropped_selected_and_copied(made):
+    base, pool = made()
+    model = route(base, pool, Gander(half_life=3))
+    ids = torch.tensor([ROWS[2], ROWS[2][::-1], ROWS[3] + ROWS[0][:4]])
+    whole = model(input_ids=ids).logits
+    cache = model(input_ids=ids[:, :9], use_cache=True).past_key_values
+    copied = copy.deepcopy(cache)
+    copied.crop(-4)
+    after = model(input_ids=ids[:, 5:], past_key_values=copied).logits
+    torch.testing.assert_close(after, whole[:, 5:], rtol=1e-4, atol=1e-4)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    rows = ids[[2, 2, 0, 0]]
+    after = model(input_ids=rows[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(after, whole[[2, 2, 0, 0], 9:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_gander_has_not_read_is_refused(made):
+    base, pool = made()
+    ids = torch.tensor([ROWS[2]])
+    cache = base.model(input_ids=ids[:, :5], use_cache=True).past_key_values
+    model = route(base, pool, Gander())
+    with pytest.raises(RoutingError, match="5 tokens, which the router that is attached hasn't all read"):
+        model(input_ids=ids[:, 5:], past_key_values=cache)
+    first, second = (model(input_ids=ids[:, :5], use_cache=True).past_key_values for _ in range(2))
+    route(base, pool, Gander(half_life=2))
+    with pytest.raises(RoutingError, match="hasn't all read"):
+        model(input_ids=ids[:, 5:], past_key_values=first)
+    unroute(base)
+    model(input_ids=ids[:, 5:7], past_key_values=second)  # the base reads on in a cache that holds evidence
+    model = route(base, pool, Gander())
+    cropped = model(input_ids=torch.tensor([ids_of(300, 1)]), use_cache=True).past_key_values
+    cropped.crop(-290)
+    with pytest.raises(RoutingError, match="cropped by more than 256"):
+        model(input_ids=ids, past_key_values=cropped)
+
+
+@torch.no_grad()
+def test_static_caches_may_be_reset_and_used_again(made):
+    base, pool = made()
+    model = route(base, pool, Gander(half_life=2))
+    cache = StaticCache(config=base.model.config, max_cache_len=32)
+    ids = torch.tensor([ROWS[2]])
+    first = model(input_ids=ids, past_key_values=cache).logits
+    model(input_ids=ids[:, :3], past_key_values=cache)
+    cache.reset()
+    again = model(input_ids=ids[:, :6], past_key_values=cache).logits
+    rest = model(input_ids=ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([again, rest], 1), first, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_subject_changes_and_the_expert_with_it(made):
+    base, pool = made(experts=3)
+    oracle = Oracle(base, pool, half_life=4)
+    # Texts of one token, each that a different expert stands out on.
+    by_token = torch.stack([oracle.evidence([token])[0] for token in range(2, 300)])
+    margins = by_token - by_token.sort(1, descending=True).values[:, 1:2]
+    first, second = (2 + int(margins[:, e].argmax()) for e in (0, 1))
+    ids = [first] * 12 + [second] * 24
+    choice = oracle.choice(ids)
+    assert choice[11] == 0
+    assert choice[-1] == 1
+    wanted = oracle.logits(ids)
+    found = route(base, pool, Gander(half_life=4))(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+def test_scan_is_the_recurrence(length):
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randn(3, length, 5, generator=generator)
+    real = torch.rand(3, length, generator=generator) > 0.3
+    before = torch.randn(3, 5, generator=generator)
+    state, wanted = before.double(), []
+    for t in range(length):
+        state = torch.where(real[:, t, None], 0.9 * state + x[:, t].double(), state)
+        wanted.append(state)
+    torch.testing.assert_close(
+        scan(x, real, before, 0.9), torch.stack(wanted, 1).float(), rtol=1e-5, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_a_pool_of_one_is_plain_peft_behind_the_blocks_that_are_read(made, tmp_path):
+    base, pool = made(experts=1)
+    pool.experts[0].save(tmp_path / "one")
+    plain = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path / "one").eval()
+    for name, parameter in plain.named_parameters():
+        if "layers.0." in name and "lora_B" in name:
+            parameter.zero_()
+    batch = batch_of(ROWS)
+    real = batch["attention_mask"].bool()
+    found = route(base, pool, Gander())(**batch).logits
+    torch.testing.assert_close(found[real], plain(**batch).logits[real], rtol=1e-4, atol=1e-4)
