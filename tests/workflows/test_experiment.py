@@ -627,6 +627,36 @@ def test_a_task_whose_data_changed_meanwhile_leaves_the_comparison_and_is_said(p
     assert "weren't the same" in (place / "out/results.md").read_text()
 
 
+def test_experts_that_do_not_gain_over_the_base_stay_out_of_the_pool(place, monkeypatch):
+    """As if the expert of "upper" were right on all rows, and that of "choice" on as many as the base."""
+    asked = []
+
+    def score(self, task, pool, router, *, split="test", limit):
+        made = real(self, task, pool, router, split=split, limit=limit)
+        if split == "validation":
+            asked.append((task.name, pool and pool.names, limit))
+            right = task.name == "upper" and pool is not None
+            points = tuple(replace(p, correct=right, value=None) for p in made.predictions)
+            return replace(made, predictions=points)
+        return made
+
+    real = ScoreCache.score
+    monkeypatch.setattr(ScoreCache, "score", score)
+    data = recipe_data(place, systems=["base", "phatgoose"])
+    data["pool"]["admit_rows"] = 5
+    results = run_experiment(ExperimentRecipe.from_json(data), place / "out")
+    assert sorted(asked, key=str) == [
+        ("choice", ("choice",), 5), ("choice", None, 5), ("upper", ("upper",), 5), ("upper", None, 5),
+    ]  # fmt: skip
+    assert [e["name"] for e in results["experts"]] == ["upper"]
+    assert results["admission"]["choice"] == {"gain": 0, "low": 0, "high": 0, "rows": 5}
+    assert results["admission"]["upper"]["low"] == 1
+    assert results["complete"]
+    assert list(results["suites"]["in-pool"]["tasks"]) == ["upper"]
+    assert "doesn't gain over the base" in results["suites"]["in-pool"]["left_out"]["choice"]
+    assert "Not in the pool: choice gains +0.000" in markdown(results)
+
+
 @pytest.mark.slow(3)
 def test_what_fails_costs_only_itself(place):
     write_rows(place / "broken.jsonl", [{"input": "x", "target": "y", "choices": ["a", "b"]}])

@@ -60,6 +60,9 @@ class PoolPart:
     experts act beside them, and have no task of their own in "in-pool"."""
     train_rows: int = 2000
     """At most this many rows of a task's training split."""
+    admit_rows: int = 0
+    """An expert that is trained stays in the pool only if on so many validation rows of its own task it is better than
+    the base alone, with a paired 95 % interval above 0. 0: all stay. Experts of `folder` stay in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,8 @@ class Findings:
     """Suite → task → why it is not measured."""
     experts: list[dict[str, Any]] = field(default_factory=list)
     """The record of each expert, in the pool's order."""
+    admission: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Trained expert → what it gains over the base on validation rows of its task, if the recipe admits by that."""
     multitask: dict[str, Any] | None = None
     """The record of the one expert trained on all data, if it was asked for and could be trained."""
     files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
@@ -108,6 +110,7 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
         "evaluation": asdict(EVALUATION),
         "resamples": RESAMPLES,
         "experts": found.experts,
+        **({"admission": found.admission} if found.admission else {}),
         "multitask": found.multitask,
         "suites": suites,
         "claims": _claims(recipe.claims, suites),

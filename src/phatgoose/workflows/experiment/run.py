@@ -122,7 +122,7 @@ class _Run:
         write_json(self.out / "recipe.json", self.recipe.to_json())
         taken, refused = self.take()
         self.check()
-        records = self.train(taken, refused)
+        records = self.admit(self.train(taken, refused), taken)
         self.sign(records)
         pool = self.gather(records)
         self.leave_out(pool)
@@ -194,6 +194,16 @@ class _Run:
         records = {**taken, **trained}
         return {n: records[n] for n in dict.fromkeys((*names, *taken)) if n in records}
 
+    def admit(
+        self, records: dict[str, dict[str, Any]], taken: Mapping[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """The records without those of trained experts that don't gain over the base, if the recipe asks for that."""
+        asked = [n for n in records if n not in taken] if self.recipe.pool.admit_rows else []
+        steps = {n: self.step(f"admit {n}", "admit", name=n, folder=records[n]["folder"]) for n in asked}
+        self.found.admission = self.stage("admit", steps)
+        out = {n for n in asked if n not in self.found.admission or self.found.admission[n]["low"] <= 0}
+        return {name: record for name, record in records.items() if name not in out}
+
     def sign(self, records: dict[str, dict[str, Any]]) -> None:
         """Adds data signatures, if a system reads them, to experts that have a task and brought none.
 
@@ -210,9 +220,10 @@ class _Run:
 
     def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
         if not records:
-            why = next(iter(self.found.failed.values()), "there are no tasks")
+            none = "none gains over the base" if self.found.admission else "there are no tasks"
+            why = next(iter(self.found.failed.values()), none)
             raise RecipeError(
-                f"no expert could be taken or trained, so there is no pool. The first reason: {why}"
+                f"no expert could be taken, trained and admitted, so there is no pool. The first reason: {why}"
             )
         pool = Pool([Expert.load(self.out / "experts" / r["folder"], name=n) for n, r in records.items()])
         pool.save(self.out / "pool")
@@ -225,6 +236,8 @@ class _Run:
                 if suite == IN_POOL and name not in pool.names:
                     # Its mean says how well a pool does on its own tasks.
                     why = "its expert couldn't be taken or trained"
+                    if name in self.found.admission:
+                        why = "its expert doesn't gain over the base, and isn't in the pool"
                 elif ORACLE in self.recipe.all_systems and not info["choice_rows"]:
                     why = "it has no rows for the oracle to choose on: leave that system out to measure it"
                 else:

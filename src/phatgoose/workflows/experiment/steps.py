@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import PhatgooseError, TaskError
+from phatgoose.evaluation.statistics import paired_difference
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
@@ -32,6 +33,7 @@ from phatgoose.workflows.contribute import contribute, contribution_key, record,
 from phatgoose.workflows.experiment.executors import why
 from phatgoose.workflows.experiment.page import page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL
+from phatgoose.workflows.experiment.scores import RESAMPLES
 from phatgoose.workflows.experiment.systems import MULTITASK, OTHER, standing
 from phatgoose.workflows.experiment.worker import Run, WorkerState, worker_state
 from phatgoose.workflows.page import TraceReport, TraceRequest, traced
@@ -157,6 +159,21 @@ def _is_comparable(spec: str) -> bool:
         return not is_local(spec) and bool(datasets_of(spec))
     except TaskError:
         return False
+
+
+def admit(run: Run, name: str, folder: str) -> dict[str, Any]:
+    """What an expert gains over the base on validation rows of its own task: {"gain", "low", "high", "rows"}."""
+    state = worker_state(run)
+    task, limit = state.task(IN_POOL, name), state.recipe.pool.admit_rows
+    if not task.validation:
+        raise PhatgooseError("it has no validation rows, by which [pool] admit_rows admits experts.")
+    alone = Pool([Expert.load(state.out / "experts" / folder, name=name)])
+    own = state.scores.score(task, alone, Single(0), split="validation", limit=limit)
+    base = state.scores.score(task, None, None, split="validation", limit=limit)
+    points = [[p.points for p in score.predictions] for score in (own, base)]
+    groups = groups_of(task.validation[:limit])
+    gain, low, high = paired_difference(*([p] for p in points), groups=[groups], resamples=RESAMPLES)
+    return {"gain": gain, "low": low, "high": high, "rows": own.rows}
 
 
 def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
