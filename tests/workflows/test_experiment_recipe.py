@@ -65,6 +65,32 @@ def test_the_seeds_recipe_asks_for_the_rows_of_the_published_one():
         assert getattr(seeds.measure, setting) == getattr(published.measure, setting)
 
 
+def test_the_recipes_of_sisters_train_and_measure_alike():
+    recipes = {p.stem: ExperimentRecipe.read(p) for p in RECIPES if p.stem.startswith("sisters")}
+    one, other, own = recipes["sisters"], recipes["sisters-gemma"], recipes["sisters-own"]
+    assert replace(other, base=one.base) == one
+    assert [len(s.entries) for s in one.suites] == [37, 31]
+    assert (own.base, own.dtype, own.expert) == (one.base, one.dtype, one.expert)
+    assert own.pool.admit_rows == one.pool.admit_rows == 200
+    assert own.measure.test_rows == one.measure.test_rows == 300
+    # The ceilings see none of the rows that the suite measures: both load a task with the same splits.
+    for entry in own.pool_entries:
+        options = split_spec(entry.specs[0]).options
+        assert entry.fractions or "test" in options or entry.name in OWN_SPLITS, entry.name
+
+
+OWN_SPLITS = (
+    "tweet_sentiment",
+    "tweet_emotion",
+    "tweet_hate",
+    "banking77",
+    "snips",
+    "query_wellformedness",
+    "liar",
+)
+"""Tasks of the suite sisters whose datasets have a test split on the Hub."""
+
+
 def test_story_cloze_is_measured_where_its_owners_copy_is(tmp_path):
     (tmp_path / "story_cloze.test.jsonl").write_text("")
     recipe = ExperimentRecipe.from_json(
