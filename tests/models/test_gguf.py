@@ -25,6 +25,8 @@ from phatgoose.fingerprints import same_base
 from phatgoose.models.base import gguf as converting
 from phatgoose.models.base.gguf import ALIASES, PinnedBase
 from phatgoose.models.base.load import DEFAULT_BASE, load_base
+from phatgoose.models.text.encoding import decode_text, encode_prompt, prompt_ids
+from phatgoose.models.text.generate import greedy_answer
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 LAYER = {
@@ -457,6 +459,13 @@ def real_base(alias: str):
         pytest.skip(f"{alias} can't be had here: {error}")
 
 
+def digest_of(base) -> str:
+    """Of the fingerprint's values. They are part of the format: a change makes every expert of the base unusable."""
+    return hashlib.sha256(
+        json.dumps(base.fingerprint.to_json()["samples"], sort_keys=True).encode()
+    ).hexdigest()
+
+
 @pytest.mark.network
 def test_the_default_base_itself(monkeypatch):
     """Fetched and converted on the first run only; then from the user's cache in a second or two."""
@@ -466,11 +475,7 @@ def test_the_default_base_itself(monkeypatch):
         "kv_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "encoder_decoder": False,
         "tied_embeddings": True,
     }  # fmt: skip
-    # A change of these values makes every expert of this base unusable: they are part of the format.
-    digest = hashlib.sha256(
-        json.dumps(base.fingerprint.to_json()["samples"], sort_keys=True).encode()
-    ).hexdigest()
-    assert digest == "a458b84993677fc33e6f281e8b75c4e6ad96d633fc2df8f4f656be21c557b44f"
+    assert digest_of(base) == "a458b84993677fc33e6f281e8b75c4e6ad96d633fc2df8f4f656be21c557b44f"
     inputs = base.tokenizer("The capital of France is", return_tensors="pt")
     out = base.model.generate(**inputs, max_new_tokens=1, do_sample=False)
     assert base.tokenizer.decode(out[0]).endswith("is Paris")
@@ -478,3 +483,49 @@ def test_the_default_base_itself(monkeypatch):
     no_converting(monkeypatch)
     monkeypatch.setattr(PinnedPackage, "fetch", None)
     assert same_base(base.fingerprint, load_base(DEFAULT_BASE, dtype="bfloat16").fingerprint).level == "same"
+
+
+PROSE = (
+    "The old lighthouse stood at the end of a narrow road, and nobody in the village could remember a time when its "
+    "lamp had not been lit. Every evening the keeper climbed the stairs, cleaned the glass, and watched the boats come "
+    "home. In winter the wind was so strong that he had to hold the rail with both hands. He did not mind. "
+)
+
+
+@torch.no_grad()
+@pytest.mark.network
+@pytest.mark.slow(15)
+def test_gemma_itself():
+    """Fetched in four parts and converted on the first run only (a minute); then loaded from the user's cache."""
+    base = real_base("gemma3-270m-pretrained-q4")
+    model, tokenizer = base.model, base.tokenizer
+    assert base.fingerprint.architecture == {
+        "model_type": "gemma3_text", "hidden_size": 640, "layers": 18, "decoder_layers": None, "attention_heads": 4,
+        "kv_heads": 1, "intermediate_size": 2048, "vocab_size": 262144, "encoder_decoder": False,
+        "tied_embeddings": True,
+    }  # fmt: skip
+    assert digest_of(base) == "dffed6c39ea056b835f431a3f9270981a52c0234fd8188cf5f441d10ff69b773"
+    assert "Gemma Terms of Use (https://ai.google.dev/gemma/terms)" in base.notes[0]
+    for text, ids in (("Hello, world!", [9259, 236764, 1902, 236888]), ("  two\n\n\tété 🦢 <b>x</b>", None)):
+        found = prompt_ids(tokenizer, text, False)
+        assert (found[0], found.count(tokenizer.bos_token_id)) == (2, 1)
+        assert ids is None or found == (2, *ids)
+        assert decode_text(tokenizer, found[1:]) == text
+    ids = torch.tensor([prompt_ids(tokenizer, PROSE * 8, False)])
+    assert ids.shape[1] > model.config.sliding_window
+    logits = model(ids).logits[0]
+    first = len(prompt_ids(tokenizer, PROSE, False))
+    losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+    assert 2 < float(losses[: first - 1].mean()) < 4  # without BOS it is above 5
+    assert float(losses[first:].mean()) < 1  # read once more
+    # A cache, and padding on the left.
+    begun = model(ids[:, :-9], use_cache=True)
+    ended = model(ids[:, -9:], past_key_values=begun.past_key_values).logits[0]
+    torch.testing.assert_close(ended, logits[-9:], atol=1e-3, rtol=0)
+    padded = torch.nn.functional.pad(ids, (7, 0), value=tokenizer.pad_token_id)
+    found = model(
+        padded, attention_mask=(torch.arange(padded.shape[1]) >= 7)[None].long(), logits_to_keep=9
+    ).logits[0]
+    torch.testing.assert_close(found, logits[-9:], atol=1e-3, rtol=0)
+    out = greedy_answer(base, encode_prompt(base, "def fibonacci(n):\n    if n == 0:\n        return"), 2)
+    assert tokenizer.decode(out[0]).endswith("return 0")
