@@ -235,6 +235,9 @@ def gemma3(tmp_path):
     """(a random Gemma 3, the GGUF file of it)"""
     settings = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 64, "num_key_value_heads": 1}
     settings |= {"num_hidden_layers": 6, "sliding_window": 8, "query_pre_attn_scalar": 256}
+    settings["layer_types"] = ["sliding_attention"] * 5 + [
+        "full_attention"
+    ]  # which GGUF leaves to the reader
     model = make("gemma3_text", vocab_size=len(PIECES), tie_word_embeddings=True, **settings)
     for name, parameter in model.named_parameters():
         if "norm" in name:
