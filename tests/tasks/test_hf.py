@@ -334,3 +334,22 @@ def test_prompts_over_a_copy(script, tmp_path, monkeypatch, request):
     assert task.source["copy"]["commit"] == repo.branches[BRANCH]
     assert prompts(task.validation) == {f"p{i}?" for i in range(40, 50)}
     assert {e.targets for e in task.validation} == {("yes",), ("no",)}
+
+
+def test_a_copy_in_a_folder_is_read_under_the_hubs_name(tmp_path):
+    """With its config as the last folder, its own splits, a class label by number, and splits that are left out."""
+    place = tmp_path / "owner" / "name" / "part"
+    place.mkdir(parents=True)
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["n", "y"]))
+    for split, count in (("train", 30), ("test", 10)):
+        rows = [{"text": f"{split} {i}", "label": i % 2} for i in range(count)]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(place / f"{split}.parquet")
+    spec = "hf:owner/name/part?input={text}?&answer_index=label&choices=no|yes"
+    task = load_task(spec, folder=tmp_path)
+    assert len(task.test) == 10
+    assert {e.choices for e in task.train} == {("no", "yes")}
+    assert {e.targets for e in task.train if e.input == "train 1?"} <= {("yes",)}
+    alone = load_task(f"{spec}&train=", folder=tmp_path)
+    assert (len(alone.train), len(alone.validation), len(alone.test)) == (0, 0, 10)
+    as_train = load_task(f"{spec}&train=test&test=", folder=tmp_path)
+    assert sum(len(as_train.split(s)) for s in ("train", "validation", "test")) == 10
