@@ -35,7 +35,9 @@ def inputs_of(base, paths, run):
 
 
 class Oracle:
-    def __init__(self, base, pool, layers=1, half_life=64):
+    def __init__(self, base, pool, layers=1, half_life=64, skipped=0):
+        """skipped: how many of a text's first tokens are no evidence."""
+        self.skipped = skipped
         self.base, self.pool, self.decay = base, pool, 2 ** (-1 / half_life)
         self.stack = "encoder." if base.is_encoder_decoder else ""
         blocks = sorted({block_of(p) for p in pool.modules if self.stack in p})[:layers]
@@ -77,6 +79,7 @@ class Oracle:
             self.base, self.paths, lambda: self.base.model(input_ids=torch.tensor([ids]), **more)
         )
         x = torch.stack([self._mean(e.name, seen) for e in self.pool.experts], 1)
+        x[: self.skipped] = 0
         if self.base.is_encoder_decoder:
             return x.sum(0, keepdim=True)
         found = torch.zeros_like(x)
@@ -93,8 +96,11 @@ class Oracle:
         return sum(z) / len(z)
 
     def choice(self, ids):
-        """The best expert of each token, int64 [T]."""
-        return self.evidence(ids).argmax(-1)
+        """The best expert of each token, int64 [T]; −1: nobody."""
+        best = self.evidence(ids).argmax(-1)
+        if len(best) == len(ids):
+            best[: self.skipped] = -1
+        return best
 
     def logits(self, ids, decoder_ids=None):
         """[T, vocabulary] of one sequence, with every expert's update added token by token."""
@@ -108,7 +114,7 @@ class Oracle:
                 out = output.double().clone()
                 for t, e in enumerate(best.tolist()):
                     expert = self.pool.experts[e]
-                    if path in expert.sizes:
+                    if e >= 0 and path in expert.sizes:
                         out[:, t] += u[:, t] @ delta(expert, path).T
                 return out.to(output.dtype)
 

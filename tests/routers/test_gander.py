@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -209,3 +210,40 @@ def test_a_pool_of_one_is_plain_peft_behind_the_blocks_that_are_read(made, tmp_p
     real = batch["attention_mask"].bool()
     found = route(base, pool, Gander())(**batch).logits
     torch.testing.assert_close(found[real], plain(**batch).logits[real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_evidence_begins_with_the_text_of_a_conversation(made, family):
+    base, pool = made(family)
+    base = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}</s>{{ m.role }}: {{ m.content }}\n{% endfor %}</s>you:"
+    )
+    said = [{"role": "user", "content": "walk user: walk"}]
+    ids = base.tokenizer.apply_chat_template(said)["input_ids"]
+    plain = Oracle(base, pool, half_life=3)
+    head = len(base.tokenizer("</s>user:", add_special_tokens=False)["input_ids"])
+    oracle = Oracle(base, pool, half_life=3, skipped=head)
+    assert not torch.equal(plain.choice(ids), oracle.choice(ids))
+    decoder = [0, 40, 50] if base.is_encoder_decoder else None
+    wanted = oracle.logits(ids, decoder)
+    model = route(base, pool, Gander(half_life=3))
+    batch = batch_of([ids, ids[:-3]], decoder=decoder)
+    torch.testing.assert_close(model(**batch).logits[0], wanted, rtol=1e-3, atol=1e-3)
+    if decoder is None:
+        cache, found = None, []
+        for piece in batch["input_ids"][:1].split(1, dim=1):
+            out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits[0])
+        torch.testing.assert_close(torch.cat(found), wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_embeddings_have_no_ids_so_all_of_them_count(made):
+    base, pool = made()
+    model = route(base, pool, Gander(half_life=3))
+    ids = torch.tensor([ROWS[2]])
+    embedded = model(inputs_embeds=base.model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(embedded, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,8 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.ops import Backend
-from phatgoose.routers.context import PassMemory, RoutingContext
+from phatgoose.routers.context import PassMemory, RoutingContext, Sequences
+from phatgoose.routers.markup import BEGUN, START, Markup
 from phatgoose.routers.router import (
     BoundRouter,
     ByScores,
@@ -42,6 +43,9 @@ class Gander(Router):
     reference text (for an expert without singular vectors: z of its gate). It is summed with a forgetting window:
 
         L_t = γ L_{t−1} + x_t,   γ = 2^(−1/half_life)
+
+    It begins with the text: what a chat template puts before it has read nothing of it, and is no evidence. There the
+    base acts.
 
     In all later blocks the `top_k` experts with the highest L_{t,e} act on token t, weighted by a softmax over it. An
     encoder reads its whole text first, so there, and in its decoder, L is the sum over the whole text.
@@ -79,12 +83,19 @@ class Reading:
     Args:
         read: module path → the experts, by number, whose evidence is taken there.
         waiting: modules that act as the base, since they run before all evidence is there.
+        markup: tells where a sequence's text begins. None: with its first token.
     """
 
     def __init__(
-        self, settings: Gander, experts: int, read: Mapping[str, tuple[int, ...]], waiting: frozenset[str]
+        self,
+        settings: Gander,
+        experts: int,
+        read: Mapping[str, tuple[int, ...]],
+        waiting: frozenset[str],
+        markup: Markup | None = None,
     ):
         self.settings, self.experts, self.read, self.waiting = settings, experts, read, waiting
+        self.markup = markup
         counts = torch.zeros(experts, dtype=torch.float64)
         for members in read.values():
             counts[list(members)] += 1
@@ -125,8 +136,9 @@ class Reading:
         waiting = frozenset(
             path for path, place in places.items() if place.stack == stack and place.block in first
         )
+        members = {path: tuple(found) for path, found in read.items()}
         return cls(
-            settings, len(setup.experts), {path: tuple(members) for path, members in read.items()}, waiting
+            settings, len(setup.experts), members, waiting, None if setup.markup is None else setup.markup()
         )
 
     @staticmethod
@@ -150,14 +162,15 @@ class Reading:
         return _Waiting() if candidates.path in self.waiting else _Follower(self, candidates)
 
     def evidence(self, memory: PassMemory) -> Tensor:
-        """L of the pass's tokens, float32 [B, T, experts]; of an encoder's pass [B, 1, experts].
+        """L of the pass's tokens, float32 [B, T, experts]; of an encoder's pass [B, 1, experts]. −∞ before the text.
 
         Raises:
             RoutingError: a module that is read hasn't run, or the sequences can't be told apart.
         """
         if memory.after is None:
             memory.after = self._summed(memory)
-        return memory.after
+        evidence, state = memory.after[..., : self.experts], memory.after[..., self.experts :]
+        return evidence.where(state == BEGUN, -torch.inf)
 
     def _summed(self, memory: PassMemory) -> Tensor:
         notes = memory.notes
@@ -170,13 +183,29 @@ class Reading:
         tokens.check()
         real, positions = tokens.real, tokens.positions
         x = torch.stack([notes[self, path] for path in self.read]).sum(0)
+        before = None if memory.whole else memory.previous()
+        text, states = self._text(tokens, before)
+        text = text.to(x.device)
         if memory.whole:
-            return (x * real[..., None].to(x.device)).sum(1, keepdim=True)
+            summed, states = (x * text[..., None]).sum(1, keepdim=True), states[:, -1:]
+            return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
         if bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
             raise RoutingError(
                 "several sequences are packed into one row, whose evidence can't be told apart: give each a row."
             )
-        return scan(x, real.to(x.device), memory.previous(), 2 ** (-1 / self.settings.half_life))
+        known = None if before is None else before[:, : self.experts]
+        summed = scan(x, text, known, 2 ** (-1 / self.settings.half_life))
+        # Behind the experts' evidence stands where a sequence is that is still before its text.
+        return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
+
+    def _text(self, tokens: Sequences, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(which tokens count, bool [B, T]; the state of `markup` after each, int64 [B, T]). Embeddings have no ids, so
+        all of them count."""
+        real = tokens.real
+        if self.markup is None or tokens.ids is None:
+            return real, torch.full(real.shape, BEGUN)
+        states = [START] * len(real) if before is None else before[:, self.experts].long().tolist()
+        return self.markup.read(tokens.ids, real, states)
 
 
 def scan(x: Tensor, real: Tensor, before: Tensor | None, decay: float) -> Tensor:
@@ -249,11 +278,13 @@ class _Follower(ByScores):
     def __init__(self, reading: Reading, candidates: Candidates):
         super().__init__(min(reading.settings.top_k, reading.experts))
         self.reading, self.path = reading, candidates.path
-        self.members, self.by_expert = torch.tensor(candidates.members), candidates.by_expert()
+        self.members = torch.tensor(candidates.members)
+        self.by_expert = torch.cat([candidates.by_expert(), torch.tensor([-1])])
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         memory = context.memory()
         experts, weights = self._choice(memory, ops)
+        # −1, nobody, finds the last entry.
         here = context.spread(self.by_expert.to(experts.device)[experts]).to(u.device)
         return here, context.spread(weights).to(u.device)
 
@@ -263,13 +294,15 @@ class _Follower(ByScores):
         if chosen not in memory.notes:
             evidence = self.reading.evidence(memory)
             shape = (*evidence.shape[:2], self.top_k)
-            found = ops.choose(evidence.flatten(0, 1), self.top_k)
-            memory.notes[chosen], memory.notes[weights] = (x.reshape(shape) for x in found)
+            experts, shares = ops.choose(evidence.flatten(0, 1), self.top_k)
+            none = (evidence == -torch.inf).all(-1).flatten()[:, None]
+            memory.notes[chosen] = experts.masked_fill(none, -1).reshape(shape)
+            memory.notes[weights] = shares.masked_fill(none, 0.0).reshape(shape)
         return memory.notes[chosen], memory.notes[weights]
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         # The best of the whole pool may be an expert that has nothing here. Scores of the others don't say so.
-        if context.allowed is not None and len(self.members) < len(self.by_expert):
+        if context.allowed is not None and len(self.members) < self.reading.experts:
             raise RoutingError(
                 f"Gander chooses among the whole pool, and not all of it adapts {self.path}: experts can't be switched "
                 "off one by one. Make a pool without them instead."

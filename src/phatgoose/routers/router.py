@@ -15,6 +15,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.ops import Backend
 from phatgoose.ops.update import Update
 from phatgoose.routers.context import RoutingContext
+from phatgoose.routers.markup import Markup
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,8 @@ class Setup:
     """Loads a sentence encoder by name."""
     places: Mapping[str, Place] = field(default_factory=dict)
     """Of each module that the pool adapts, by its path; empty if they aren't known."""
+    markup: Callable[[], Markup] | None = None
+    """Finds out what the base's tokenizer puts before a text. None if that is unknown."""
 
 
 class BoundRouter(ABC):

@@ -49,6 +49,7 @@ from phatgoose.models.context.streams import Streams
 from phatgoose.models.moe.expert_linear import ExpertLinear, routing_context
 from phatgoose.models.moe.names import modules_by_path, unify_names
 from phatgoose.models.text.encoding import decode_text
+from phatgoose.models.text.markup import markup_of
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.ops import CpuRouting, FusedRouting, Stack, backend
 from phatgoose.ops.bottleneck import Residual
@@ -365,12 +366,13 @@ class Routing:
             return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
 
         decode = None if base is None else partial(decode_text, base.tokenizer)
+        markup = None if base is None else partial(markup_of, base.tokenizer)
         paths = self.pool.modules
         places = {
             path: Place(self.streams.stack_of(path), block, kind)
             for path, (block, kind) in zip(paths, layer_and_kind(paths), strict=True)
         }
-        return Setup(self.pool.experts, decode, encoder, places)
+        return Setup(self.pool.experts, decode, encoder, places, markup)
 
     def attach(self) -> None:
         """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""
