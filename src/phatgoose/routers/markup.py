@@ -1,4 +1,4 @@
-"""Which tokens at a sequence's beginning are no text: special ones, and what a chat template puts there."""
+"""Where a sequence's text begins: behind special tokens, and what a chat template puts there."""
 
 from __future__ import annotations
 
