@@ -85,7 +85,7 @@ def test_lists_are_frozen():
     )
     assert (
         hashlib.sha256(json.dumps(sisters).encode()).hexdigest()
-        == "ef3a01c380a35dfe7002789c5e8a0ca9112b159c0e49a1383e6c3cd8deab3968"
+        == "64d0b5fb328b33697dd06783fc2797083e63cb9e266736cf24333138564411c1"
     )
 
 
