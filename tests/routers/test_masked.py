@@ -10,7 +10,18 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.models.trace.record import trace
-from phatgoose.routers import LAG, PHATGOOSE, Arrow, FixedRandom, Random, Single, SpectR, Uniform, WeightOnly
+from phatgoose.routers import (
+    LAG,
+    PHATGOOSE,
+    Arrow,
+    FixedRandom,
+    Gander,
+    Random,
+    Single,
+    SpectR,
+    Uniform,
+    WeightOnly,
+)
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.router import BoundRouter, ByScores, Router
 
@@ -49,7 +60,7 @@ def logits(base, ids):
     "router",
     [
         PHATGOOSE(2), PHATGOOSE(1), PHATGOOSE(4), Arrow(2), SpectR(3), LAG(1, 1), LAG(2, 2), WeightOnly(2),
-        PHATGOOSE(2, "weights"), Uniform(),
+        PHATGOOSE(2, "weights"), Uniform(), Gander(half_life=3), Gander(half_life=3, top_k=3),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "t5"])

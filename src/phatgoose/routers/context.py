@@ -157,6 +157,9 @@ class RoutingContext:
     Then rows is 1."""
     again: int = 0
     """How many of each row's first inputs are cached tokens that are seen again. Then that is the `problem`."""
+    on: Tensor | None = None
+    """bool [R, experts of the pool]: which experts are switched on, for R rows of which each is repeated as often as
+    needed; None: all. For a router that chooses among the whole pool, whose scores nobody masks."""
 
     def texts(self) -> Texts:
         """What this pass's sequences were given to read; one object for all modules that see the pass.

@@ -12,7 +12,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.ops import Backend
-from phatgoose.routers.context import PassMemory, RoutingContext, Sequences
+from phatgoose.routers.context import PassMemory, RoutingContext
 from phatgoose.routers.markup import BEGUN, START, Markup
 from phatgoose.routers.router import (
     BoundRouter,
@@ -183,8 +183,7 @@ class Reading:
         tokens.check()
         real, positions = tokens.real, tokens.positions
         x = torch.stack([notes[self, path] for path in self.read]).sum(0)
-        before = None if memory.whole else memory.previous()
-        text, states = self._text(tokens, before)
+        text, states = self.text(memory)
         text = text.to(x.device)
         if memory.whole:
             summed, states = (x * text[..., None]).sum(1, keepdim=True), states[:, -1:]
@@ -193,19 +192,21 @@ class Reading:
             raise RoutingError(
                 "several sequences are packed into one row, whose evidence can't be told apart: give each a row."
             )
+        before = memory.previous()
         known = None if before is None else before[:, : self.experts]
         summed = scan(x, text, known, 2 ** (-1 / self.settings.half_life))
         # Behind the experts' evidence stands where a sequence is that is still before its text.
         return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
 
-    def _text(self, tokens: Sequences, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def text(self, memory: PassMemory) -> tuple[Tensor, Tensor]:
         """(which tokens count, bool [B, T]; the state of `markup` after each, int64 [B, T]). Embeddings have no ids, so
         all of them count."""
-        real = tokens.real
-        if self.markup is None or tokens.ids is None:
+        real, ids = memory.sequences.real, memory.sequences.ids
+        if self.markup is None or ids is None:
             return real, torch.full(real.shape, BEGUN)
+        before = None if memory.whole else memory.previous()
         states = [START] * len(real) if before is None else before[:, self.experts].long().tolist()
-        return self.markup.read(tokens.ids, real, states)
+        return self.markup.read(ids, real, states)
 
 
 def scan(x: Tensor, real: Tensor, before: Tensor | None, decay: float) -> Tensor:
@@ -239,7 +240,7 @@ class _Reader(BoundRouter):
             candidates.gates[i] if _reads_gate(candidates, i) else None
             for i in range(len(candidates.members))
         ]
-        self.members = torch.tensor(members)
+        self.members, self.candidates = torch.tensor(members), torch.tensor(candidates.members)
         read = Candidates(
             candidates.path, candidates.names, tuple(members), tuple(gates[i] for i in places), candidates.d_in,
             tuple(candidates.updates[i] for i in places),
@@ -262,6 +263,14 @@ class _Reader(BoundRouter):
         memory.notes[reading, self.path] = part.reshape(*memory.sequences.real.shape, reading.experts)
         return _nobody(u)
 
+    def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
+        """What the tokens add to L here, for each candidate."""
+        memory = context.memory()
+        text, _ = self.reading.text(memory)
+        found = memory.notes[self.reading, self.path]
+        found = found.where(text.to(found.device)[..., None], 0.0)
+        return found.flatten(0, 1)[:, self.candidates.to(found.device)]
+
 
 class _Waiting(BoundRouter):
     """At a module that runs before all evidence is there, and isn't read: the base acts."""
@@ -275,6 +284,8 @@ class _Waiting(BoundRouter):
 class _Follower(ByScores):
     """At a module behind those that are read: the experts with the most evidence act, of the whole pool."""
 
+    of_whole_pool = True
+
     def __init__(self, reading: Reading, candidates: Candidates):
         super().__init__(min(reading.settings.top_k, reading.experts))
         self.reading, self.path = reading, candidates.path
@@ -283,32 +294,36 @@ class _Follower(ByScores):
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         memory = context.memory()
-        experts, weights = self._choice(memory, ops)
+        experts, weights = self._choice(memory, context.on, ops)
         # −1, nobody, finds the last entry.
         here = context.spread(self.by_expert.to(experts.device)[experts]).to(u.device)
         return here, context.spread(weights).to(u.device)
 
-    def _choice(self, memory: PassMemory, ops: Backend) -> tuple[Tensor, Tensor]:
+    def _choice(self, memory: PassMemory, on: Tensor | None, ops: Backend) -> tuple[Tensor, Tensor]:
         """The experts and their weights for the pass's tokens, each [B, T or 1, k]; computed once a pass."""
         chosen, weights = (self.reading, "chosen"), (self.reading, "weights")
         if chosen not in memory.notes:
-            evidence = self.reading.evidence(memory)
+            evidence = self._of_those_on(memory, on)
             shape = (*evidence.shape[:2], self.top_k)
             experts, shares = ops.choose(evidence.flatten(0, 1), self.top_k)
-            none = (evidence == -torch.inf).all(-1).flatten()[:, None]
+            none = evidence.flatten(0, 1).gather(1, experts) == -torch.inf
             memory.notes[chosen] = experts.masked_fill(none, -1).reshape(shape)
             memory.notes[weights] = shares.masked_fill(none, 0.0).reshape(shape)
         return memory.notes[chosen], memory.notes[weights]
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
-        # The best of the whole pool may be an expert that has nothing here. Scores of the others don't say so.
-        if context.allowed is not None and len(self.members) < self.reading.experts:
-            raise RoutingError(
-                f"Gander chooses among the whole pool, and not all of it adapts {self.path}: experts can't be switched "
-                "off one by one. Make a pool without them instead."
-            )
-        found = self.reading.evidence(context.memory())
+        found = self._of_those_on(context.memory(), context.on)
         return context.spread(found[..., self.members.to(found.device)]).to(u.device)
+
+    def _of_those_on(self, memory: PassMemory, on: Tensor | None) -> Tensor:
+        """L as `Reading.evidence`, −∞ for experts that are switched off."""
+        evidence = self.reading.evidence(memory)
+        if on is None:
+            return evidence
+        if len(evidence) % len(on):
+            raise RoutingError(f"{len(on)} rows of switches don't fit a batch of {len(evidence)} sequences.")
+        mine = on.to(evidence.device).repeat_interleave(len(evidence) // len(on), dim=0)
+        return evidence.masked_fill(~mine[:, None], -torch.inf)
 
 
 def _nobody(u: Tensor) -> tuple[Tensor, Tensor]:

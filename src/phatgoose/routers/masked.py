@@ -104,6 +104,8 @@ class _Masked(BoundRouter):
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         if self.switches.allowed is None or not self.acts:
             return self.inner(u, context, ops)
+        if isinstance(self.inner, ByScores) and self.inner.of_whole_pool:
+            return self.inner(u, self._switched(context), ops)
         if isinstance(self.inner, ByScores):
             scores = self.scores(u, context, ops)
             assert scores is not None
@@ -120,6 +122,8 @@ class _Masked(BoundRouter):
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor | None:
         if self.switches.allowed is None or not isinstance(self.inner, ByScores):
             return self.inner.scores(u, context, ops)
+        if self.inner.of_whole_pool:
+            return self.inner.scores(u, self._switched(context), ops)
         allowed, _ = self.allowed(context, u.device)
         scores = self.inner.scores(u, replace(context, allowed=allowed), ops)
         return scores.masked_fill(~allowed, -torch.inf)
@@ -130,15 +134,25 @@ class _Masked(BoundRouter):
         assert on is not None
         if context.picked is not None:
             return self._by_candidate(context.spread(on.to(device)[:, None, :]))
+        self._check_fits(on, context)
+        on = on.to(device).repeat_interleave(context.rows // on.shape[0], dim=0)
+        allowed, number = self._by_candidate(on)
+        return allowed.repeat_interleave(context.length, dim=0), number.repeat_interleave(context.length)
+
+    def _switched(self, context: RoutingContext) -> RoutingContext:
+        on = self.switches.allowed
+        assert on is not None
+        if context.picked is None:
+            self._check_fits(on, context)
+        return replace(context, on=on)
+
+    def _check_fits(self, on: Tensor, context: RoutingContext) -> None:
         if on.ndim != 2 or on.shape[1] != len(self.names) or not on.shape[0] or context.rows % on.shape[0]:
             raise RoutingError(
                 f"experts are switched by a table of {list(on.shape)}, and {context.path} saw {context.rows} "
                 f"rows of a pool of {len(self.names)}: expected one row for each row of the batch, one "
                 "column for each expert."
             )
-        on = on.to(device).repeat_interleave(context.rows // on.shape[0], dim=0)
-        allowed, number = self._by_candidate(on)
-        return allowed.repeat_interleave(context.length, dim=0), number.repeat_interleave(context.length)
 
     def _by_candidate(self, on: Tensor) -> tuple[Tensor, Tensor]:
         """Which candidates are on for each row of switches, and how many experts of the pool are."""

@@ -117,6 +117,10 @@ class ByScores(BoundRouter):
     only right if the result is the same.
     """
 
+    of_whole_pool = False
+    """Whether it chooses among all experts of the pool, also those that have nothing here. Then it heeds `context.on`
+    itself, in `__call__` and in `scores`."""
+
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
 
