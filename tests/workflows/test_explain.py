@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from encoder_fixtures import make_encoder, signed
+from gander_oracle import Oracle
 from phatgoose.errors import EvaluationError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import prompted, route, routing_of, unroute
 from phatgoose.models.text.batch import pad_id
-from phatgoose.routers import PHATGOOSE, Random, Single, SoftCentroid
+from phatgoose.routers import PHATGOOSE, Gander, Random, Single, SoftCentroid
 from phatgoose.workflows import explain as module
 from phatgoose.workflows.explain import Effect, ExplainOptions, Explanation, explain, words
 
@@ -172,3 +175,61 @@ def test_routers_read_the_turn_of_a_chat_as_generate_gives_it(make_base, make_ex
     assert found.log_likelihood == pytest.approx(total, abs=1e-4)
     whole, _ = explain(base, pool, ids, router, prompt=PROMPT, options=ExplainOptions(5))
     assert whole.log_likelihood != pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_gander_is_explained_by_pools_made_for_it_and_by_its_evidence(make_base, make_expert, family):
+    base = make_base(family, layers=4)
+    pool = Pool([make_expert(base, n, seed=s, rank=s) for s, n in enumerate("abcdefg", 1)])
+    router = Gander(layers=2, half_life=5)
+    ids = torch.tensor([base.tokenizer(PROMPT)["input_ids"]])
+    oracle = Oracle(base, pool, layers=2, half_life=5)
+    found, _ = explain(base, pool, ids, router, prompt=PROMPT, options=ExplainOptions(4))
+    seen, sums = found.evidence, oracle.evidence(ids[0].tolist())[-1]
+    assert list(seen.experts[:5]) == [pool.names[e] for e in sums.argsort(descending=True)[:5]]
+    assert {e.expert for e in found.effects} <= set(seen.experts)
+    for name, total, modules, tokens in zip(
+        seen.experts, seen.sums, seen.by_module, seen.by_token, strict=True
+    ):
+        assert total == pytest.approx(float(sums[pool.names.index(name)]), abs=1e-3)
+        assert sum(modules) == pytest.approx(total, abs=1e-6)
+        assert sum(tokens) == pytest.approx(total, abs=1e-6)
+    assert set(seen.modules) == set(oracle.paths)
+    assert len(seen.tokens) == ids.shape[1]
+    # The last token counts whole, and a decoder's tokens before it less and less.
+    last = oracle.evidence(ids[0, :-1].tolist())[-1] * (2 ** (-1 / 5) if family == "llama" else 1)
+    first = pool.names.index(seen.experts[0])
+    if family == "llama":
+        assert seen.by_token[0][-1] == pytest.approx(float((sums - last)[first]), abs=1e-3)
+
+    route(base, pool, router)
+    out = base.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+        pad_token_id=pad_id(base.tokenizer),
+    )  # fmt: skip
+    answer = out[0, 1 if family == "t5" else ids.shape[1] :].tolist()
+    for effect in found.effects:
+        route(base, Pool([e for e in pool.experts if e.name != effect.expert]), router)
+        value, _ = likelihood(base, ids[0].tolist(), answer)
+        assert effect.without == pytest.approx(value, rel=1e-4, abs=1e-4)
+    unroute(base)
+    assert json.loads(json.dumps(found.to_json()))["evidence"]["experts"] == list(seen.experts)
+
+
+def test_what_a_template_puts_before_the_text_speaks_for_nobody(make_base, make_expert):
+    base = make_base("llama", layers=4)
+    base = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}</s>{{ m.role }}: {{ m.content }}{% endfor %}</s>you:"
+    )
+    pool = Pool([make_expert(base, n, seed=s, rank=s) for s, n in enumerate("abc", 1)])
+    said = [{"role": "user", "content": PROMPT}]
+    ids = torch.tensor([base.tokenizer.apply_chat_template(said)["input_ids"]])
+    found, routed = explain(base, pool, ids, Gander(half_life=5), prompt=PROMPT, options=ExplainOptions(2))
+    head = len(base.tokenizer("</s>user: ", add_special_tokens=False)["input_ids"])
+    for row in found.evidence.by_token:
+        assert row[:head] == (0.0,) * head
+        assert 0.0 not in row[head:]
+    acting = [cells for path, cells in zip(routed.modules, routed.choices, strict=True) if ".1." in path]
+    assert {pairs[0][0] for cells in acting for pairs in cells[:head]} == {-1}
+    assert -1 not in {pairs[0][0] for cells in acting for pairs in cells[head:]}

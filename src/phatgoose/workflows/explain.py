@@ -20,8 +20,9 @@ from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.text.batch import IGNORED, target_logits
 from phatgoose.models.trace.record import trace_answer
-from phatgoose.routers import PHATGOOSE, Router
+from phatgoose.routers import PHATGOOSE, Gander, Router
 from phatgoose.routers.masked import Masked, Switches
+from phatgoose.workflows.evidence import Evidence, gathered
 
 MATTERS = 0.1
 """An expert mattered if leaving it out changes the answer's log-likelihood by at least this many nats (a tenth of its
@@ -63,6 +64,8 @@ class Explanation:
     effects: tuple[Effect, ...]
     left_out: int
     """Active experts that were not examined, those with the least weight, because of `most`."""
+    evidence: Evidence | None = None
+    """What spoke for whom in the prompt, if Gander chose."""
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
@@ -127,6 +130,7 @@ def explain(
         shares = expert_shares(recorded)
         active = sorted((name for name in pool.names if shares[name] > 0), key=lambda name: -shares[name])
         chosen = active[: options.most]  # all if most is None
+        evidence = gathered(base, router, ids, chosen) if isinstance(router, Gander) else None
         variants = _variants(pool.names, chosen).split(options.batch_rows)
         likelihoods, kept = _scored(base, switches, Answered(ids, answer, tuple(read)), variants)
     finally:
@@ -134,7 +138,8 @@ def explain(
     text = str(base.tokenizer.decode(answer, skip_special_tokens=True))
     found = Explanation(
         prompt, text, tuple(str(base.tokenizer.decode([token])) for token in answer.tolist()), router.describe(),
-        likelihoods[0], likelihoods[1], kept[1], _effects(chosen, shares, likelihoods, kept), len(active) - len(chosen),
+        likelihoods[0], likelihoods[1], kept[1], _effects(chosen, shares, likelihoods, kept),
+        len(active) - len(chosen), evidence,
     )  # fmt: skip
     routed = routed_prompt(
         recorded, base, task="", prompt=prompt, expected="", answer=text.strip(), correct=False

@@ -21,7 +21,11 @@ from phatgoose.cli.measure import show
 from phatgoose.errors import RoutingError
 
 if TYPE_CHECKING:
+    from phatgoose.workflows.evidence import Evidence
     from phatgoose.workflows.explain import Explanation
+
+SHOWN_TOKENS = 10
+"""Tokens of the table that says which of them set two experts apart."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,35 @@ def _show(found: Explanation, lines: list[str]) -> None:
     show.note(
         f"in nats, against the whole pool, under which the answer's log-likelihood is {found.log_likelihood:.3f}"
     )
+    if found.evidence is not None:
+        _show_evidence(found.evidence)
+
+
+def _show_evidence(found: Evidence) -> None:
+    """Two tables: the strongest experts by the modules that were read, and the tokens that set the first two apart."""
+    from phatgoose.models.base.module_names import layer_and_kind
+    from phatgoose.workflows.evidence import STRONGEST
+
+    show.say()
+    places = [f"layer {layer}" for layer, _ in layer_and_kind(found.modules)]
+    names = found.modules if len(set(places)) < len(places) else places
+    columns = ("expert", "evidence", *names)
+    parts = zip(found.experts, found.sums, found.by_module, strict=True)
+    rows = [(name, f"{total:+.2f}", *(f"{part:+.2f}" for part in row)) for name, total, row in parts]
+    show.table(columns, rows[:STRONGEST], numbers=columns[1:])
+    show.note("what spoke for whom at the prompt's end, in all and in each layer that is read")
+    if len(found.experts) < 2:
+        return
+    first, second = found.by_token[:2]
+    by_gap = sorted(range(len(first)), key=lambda t: -abs(first[t] - second[t]))[:SHOWN_TOKENS]
+    columns = ("place", "token", found.experts[0], found.experts[1], "difference")
+    rows = [
+        (
+            str(t + 1), repr(found.tokens[t]), f"{first[t]:+.2f}", f"{second[t]:+.2f}",
+            f"{first[t] - second[t]:+.2f}",
+        )
+        for t in sorted(by_gap)
+    ]  # fmt: skip
+    show.say()
+    show.table(columns, rows, numbers=(columns[0], *columns[2:]))
+    show.note(f"the tokens that most set {found.experts[0]} apart from {found.experts[1]}")
