@@ -655,6 +655,9 @@ def test_experts_that_do_not_gain_over_the_base_stay_out_of_the_pool(place, monk
     assert list(results["suites"]["in-pool"]["tasks"]) == ["upper"]
     assert "doesn't gain over the base" in results["suites"]["in-pool"]["left_out"]["choice"]
     assert "Not in the pool: choice gains +0.000" in markdown(results)
+    data["pool"]["only"] = ["choice"]
+    with pytest.raises(RecipeError, match="no expert gains over the base"):
+        run_experiment(ExperimentRecipe.from_json(data), place / "none")
 
 
 @pytest.mark.slow(3)

@@ -220,10 +220,11 @@ class _Run:
 
     def gather(self, records: Mapping[str, Mapping[str, Any]]) -> Pool:
         if not records:
-            none = "none gains over the base" if self.found.admission else "there are no tasks"
-            why = next(iter(self.found.failed.values()), none)
+            why = next(iter(self.found.failed.values()), "there are no tasks")
+            if self.found.admission and not self.found.failed:
+                raise RecipeError("no expert gains over the base on its own task, so there is no pool.")
             raise RecipeError(
-                f"no expert could be taken, trained and admitted, so there is no pool. The first reason: {why}"
+                f"no expert could be taken or trained, so there is no pool. The first reason: {why}"
             )
         pool = Pool([Expert.load(self.out / "experts" / r["folder"], name=n) for n, r in records.items()])
         pool.save(self.out / "pool")
