@@ -108,7 +108,7 @@ PIECES = [
 """A vocabulary of Gemma's kind: (piece, score, type). A larger score is joined first."""
 
 
-def write_gemma3_gguf(path: Path, model) -> None:
+def write_gemma3_gguf(path: Path, model, add_bos: bool = True) -> None:
     """As llama.cpp's converter does it: norms that count from 0 are written from 1."""
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "gemma3")
@@ -132,7 +132,7 @@ def write_gemma3_gguf(path: Path, model) -> None:
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(3)
     writer.add_pad_token_id(0)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -278,6 +278,29 @@ def test_gemmas_tokenizer_is_sentencepieces(gemma3, cache):
         assert tokenizer(text).input_ids == [2, *ids]
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("read", [True, False], ids=["read with it", "read without it"])
+def test_texts_begin_as_the_file_says_whatever_transformers_makes_of_it(
+    gemma3, cache, monkeypatch, add_bos, read
+):
+    """transformers 5.19 to 5.22 leave BOS out."""
+    model, file = gemma3
+    write_gemma3_gguf(file, model, add_bos)
+    as_read = converting.AutoTokenizer.from_pretrained
+
+    def other(*args, **kwargs):
+        tokenizer = as_read(*args, **kwargs)
+        tokenizer.add_bos_token = read
+        assert (tokenizer("a").input_ids[0] == 2) == read
+        return tokenizer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(converting.AutoTokenizer, "from_pretrained", other)
+        converting.copy_of_file(file)
+    tokenizer = load_base(file).tokenizer
+    assert tokenizer("a").input_ids == [2] * add_bos + tokenizer("a", add_special_tokens=False).input_ids
 
 
 def test_converted_once_whatever_it_is_called(written, cache, tmp_path, monkeypatch, capfd):

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
@@ -155,6 +156,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        _follow_begin_token(file, tokenizer)
         if hasattr(transformers, "GgufConfig"):  # an older transformers always dequantises
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, info = model_class(config).from_pretrained(
@@ -173,6 +175,20 @@ def _read(file: Path) -> tuple[Any, Any]:
         if not torch.isfinite(parameter).all():
             raise BaseModelError(f"{file} is damaged: the tensor {name!r} holds NaN or infinity.")
     return model, tokenizer
+
+
+def _follow_begin_token(file: Path, tokenizer: Any) -> None:
+    """Makes a tokenizer begin texts with BOS if the file says so. transformers before 5.23 doesn't look (Gemma 3)."""
+    field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    if field is None or tokenizer.bos_token_id is None:
+        return
+    wanted = bool(field.contents())
+    for attempt in range(2):
+        if (tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]) == wanted:
+            return
+        if attempt == 0:
+            tokenizer.add_bos_token = wanted
+    raise ValueError(f"add_bos_token is {wanted}, and the tokenizer can't be made to do that")
 
 
 def _say(line: str) -> None:
