@@ -144,8 +144,8 @@ class PinnedPackage:
             )
         if "No space left on device" in said or "Disk quota exceeded" in said:
             return StorageError(
-                f"no space left to fetch {self.requirement} into {target.parent}; nothing was kept. Free some space, "
-                "or set PHATGOOSE_CACHE to a folder on a larger disk."
+                f"no space left to fetch {self.requirement} into {target.parent}; nothing of it was kept. Free some "
+                "space, or set PHATGOOSE_CACHE to a folder on a larger disk."
             )
         if "DO NOT MATCH THE HASHES" in said:
             found = _FOUND_HASH.search(said)
