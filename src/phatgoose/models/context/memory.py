@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.context.runs import Past, cache_of
 from phatgoose.routers.context import PassMemory
 
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
+"""A layer of a cache that holds no keys and values. transformers has it from 5.23; vLLM is used with older ones."""
 KEPT = 256
 """States that are kept of the last tokens. A cache may be cropped by as many."""
 ADVICE = "Begin without a cache, or fill it while this router is attached."
 
 
-class MemoryLayer(DummyLayer):
+class MemoryLayer(DummyLayer or object):  # type: ignore[misc]
     """A layer of a cache that holds a router's states [rows, ≤ KEPT, …] of the cache's last tokens.
 
     Tensors are replaced and never written into, so copies of the layer may share them.
@@ -102,6 +105,11 @@ def keep(memory: PassMemory, past: Past, output: Any, owner: object) -> None:
     cache = past.cache if past.cache is not None else cache_of(output)
     if memory.after is None or not isinstance(cache, Cache):
         return
+    if DummyLayer is None:
+        raise RoutingError(
+            "a router that keeps what it has read beside the cache needs transformers 5.23 or newer: update it, or "
+            "pass use_cache=False."
+        )
     layer = _layer_of(cache)
     if layer is None or layer.owner is not owner or not past.tokens:
         cache.layers = [one for one in cache.layers if one is not layer]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from phatgoose.errors import BaseModelError
 from phatgoose.models.base.base import device_of, eval_mode
-from phatgoose.models.context.memory import MemoryLayer
+from phatgoose.models.context.memory import DummyLayer, MemoryLayer
 from phatgoose.models.text.encoding import UNLIMITED
 
 SHAREABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
