@@ -17,7 +17,7 @@ def delta(expert, path):
 
 
 def block_of(path):
-    return next(int(part) for part in path.split(".") if part.isdigit())
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def inputs_of(base, paths, run):
@@ -40,7 +40,7 @@ class Oracle:
         self.skipped = skipped
         self.base, self.pool, self.decay = base, pool, 2 ** (-1 / half_life)
         self.stack = "encoder." if base.is_encoder_decoder else ""
-        blocks = sorted({block_of(p) for p in pool.modules if self.stack in p})[:layers]
+        blocks = sorted({block_of(p) for p in pool.modules if self.stack in p} - {None})[:layers]
         self.early = [p for p in pool.modules if self.stack in p and block_of(p) in blocks]
         self.read = {}  # expert → its modules
         for expert in pool.experts:

@@ -107,23 +107,6 @@ class PassMemory:
     notes: dict[object, Tensor] = field(default_factory=dict)
     """What routers keep for the length of this pass, each [B, T or 1, …]."""
 
-    def selected(self, rows: Tensor) -> PassMemory:
-        """That of some of its sequences: int64 [n]."""
-
-        def of(x: Tensor) -> Tensor:
-            return x[rows.to(x.device)]
-
-        def previous() -> Tensor | None:
-            return None if (found := self.previous()) is None else of(found)
-
-        seen = self.sequences
-        ids = None if seen.ids is None else of(seen.ids)
-        sequences = replace(seen, ids=ids, positions=of(seen.positions), real=of(seen.real))
-        after = None if self.after is None else of(self.after)
-        return PassMemory(
-            sequences, previous, self.whole, after, {key: of(x) for key, x in self.notes.items()}
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class RoutingContext:

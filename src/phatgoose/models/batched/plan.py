@@ -6,10 +6,9 @@ The tokens of a pass belong to items: rows of a batch, or sequences packed one a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -119,22 +118,24 @@ class BatchPlan:
         if tokens not in self._groups:
             items = self.items(tokens)
             counts = items.bincount(minlength=len(self.routes)).tolist()
+            kept = self._kept_of_each() if self.is_kept_part(tokens) else None
             together: dict[tuple[object, ...], list[int]] = {}
             for item, route in enumerate(self.routes):
                 if route is not None and counts[item] and item not in (self.failed or ()):
-                    together.setdefault(self._group_key(item, route, counts[item]), []).append(item)
+                    key = self._group_key(item, route, None if kept is None else kept[item])
+                    together.setdefault(key, []).append(item)
             self._groups[tokens] = [self._group(members, items, counts) for members in together.values()]
         return self._groups[tokens]
 
-    def _group_key(self, item: int, route: Route, count: int) -> tuple[object, ...]:
-        """Items with the same key run together."""
+    def _group_key(self, item: int, route: Route, kept: tuple[int, ...] | None) -> tuple[object, ...]:
+        """Items with the same key run together. kept: which of an item's tokens the module saw; None: all."""
         # Whatever the expert: it is in a table, and the version's stack has them all.
         if route.single is not None:
             return (id(route.version),)
         # A router that looks at sequences is shown rows of one length, which packed items have only beside others of
-        # their length.
+        # their length, of which the module saw the same tokens.
         if route.by_sequence and self.lengths is not None:
-            return id(route.version), id(route), self.lengths[item], count
+            return id(route.version), id(route), self.lengths[item], kept
         return id(route.version), id(route)
 
     def _group(self, members: list[int], items: Tensor, counts: list[int]) -> Group:
@@ -224,26 +225,48 @@ class BatchPlan:
 
     def memory(self, members: Sequence[int], make: Callable[[], PassMemory]) -> PassMemory:
         """The memory of a group of items in this pass. `make` makes it for a group that has none yet."""
-        known = [self._remembered.get(item) for item in members]
-        if any(one is None for one in known):
-            made = make()
-            self._remembered |= {item: (made, row) for row, item in enumerate(members)}
-            return made
-        found, rows = zip(*known, strict=True)
-        # A part of the group in which they were remembered: one that sees some of the tokens, or is tried again.
-        if rows != tuple(range(len(found[0].sequences.real))):
-            part = found[0].selected(torch.tensor(rows))
-            self._remembered |= {item: (part, row) for row, item in enumerate(members)}
-            return part
-        return found[0]
+        known = [self._remembered[item] for item in members if item in self._remembered]
+        if len(known) < len(members):
+            found = make()
+        else:
+            found, rows = known[0][0], [row for _, row in known]
+            if rows == list(range(len(found.sequences.real))) and all(one is found for one, _ in known):
+                return found
+            # Items of several groups, or some of a group: one failed, or the module sees some of the pass's tokens.
+            found = _joined(known)
+        self._remembered |= {item: (found, row) for row, item in enumerate(members)}
+        return found
 
     def keep_memories(self) -> None:
         """The pass is over: what its items' routers leave goes into `memories`."""
+        if self.memories is None:
+            return
+        ends = {
+            memory: [end for _, end in _bounds(memory.sequences)] for memory, _ in self._remembered.values()
+        }
         for item, (memory, row) in self._remembered.items():
-            if memory.after is not None and self.memories is not None and item not in (self.failed or ()):
+            if memory.after is not None and item not in (self.failed or ()):
                 own = self.memories[item]
-                own.state = memory.after[row, -1]
-                own.tokens += 0 if memory.whole else int(memory.sequences.real[row].sum())
+                # A copy: a view would keep the whole pass's in memory.
+                own.state = memory.after[row, -1].clone()
+                if not memory.whole:
+                    own.tokens = ends[memory][row] or own.tokens
+
+    def _kept_of_each(self) -> list[tuple[int, ...]]:
+        """For each item, which of its tokens are among `kept`."""
+        assert self.lengths is not None
+        assert self.kept is not None
+        found: list[tuple[int, ...]] = [() for _ in self.routes]
+        for item, position in zip(
+            self.items(len(self.kept)), self._positions()[self.kept.cpu()], strict=True
+        ):
+            found[item] += (int(position),)
+        return found
+
+    def _positions(self) -> Tensor:
+        """Packed: int64, the position of each of the pass's tokens among its item's tokens in this pass."""
+        assert self.lengths is not None
+        return torch.cat([torch.arange(length) for length in self.lengths])
 
     def is_kept_part(self, tokens: int) -> bool:
         """Whether a module that saw this many tokens saw those at `kept`, and not all."""
@@ -256,8 +279,7 @@ class BatchPlan:
         if group.picked_from is not None:
             whole, of, which = group.picked_from
             return self.positions(whole, of)[which]
-        assert self.lengths is not None
-        found = torch.cat([torch.arange(length) for length in self.lengths])
+        found = self._positions()
         if self.is_kept_part(tokens):
             assert self.kept is not None
             found = found[self.kept.cpu()]
@@ -277,8 +299,8 @@ class SubsetContext(RoutingContext):
     @staticmethod
     def of(plan: BatchPlan, group: Group, call: RoutingContext, streams: Streams) -> SubsetContext:
         n, tokens = len(group.items), call.rows * call.length
-        kept = None
-        # Packed: which tokens of each item the module saw, if not all. They are the same for every item of the group.
+        # Which tokens of each item the module saw, if not all. They are the same for every item of the group.
+        kept = call.kept if plan.lengths is None else None
         if plan.is_kept_part(tokens) and group.route.by_sequence:
             kept = plan.positions(group, tokens)[: n // len(group.members)]
         return SubsetContext(
@@ -318,7 +340,9 @@ class SubsetContext(RoutingContext):
         ids = None if seen.ids is None else seen.ids[where]
         sequences = Sequences(ids, seen.positions[where], seen.real[where], seen.past)
         if "encoder" not in self.streams.stacks:
-            return PassMemory(sequences, partial(_states, own, sequences))
+            # Read now: an item without them fails here, where the others can still be tried without it.
+            states = _states(own, sequences)
+            return PassMemory(sequences, lambda: states)
         after = None
         if self.streams.stack_of(self.path) == "decoder":
             after = torch.stack([_known(one.state) for one in own])[:, None]
@@ -378,21 +402,30 @@ class SubsetContext(RoutingContext):
 
 
 def _states(memories: Sequence[SequenceMemory], sequences: Sequences) -> Tensor | None:
-    """What the sequences' routers left before a pass, [B, …]; None if all of them begin.
+    """What the sequences' routers left before a pass, [B, …]; None if all of them begin, or begin again.
 
     Raises:
         RoutingError: a sequence goes on from tokens that the router hasn't read.
     """
-    starts = [
-        int(row[kept][0]) if bool(kept.any()) else 0
-        for row, kept in zip(sequences.positions, sequences.real, strict=True)
-    ]
-    states = [one.state if start else None for one, start in zip(memories, starts, strict=True)]
-    for one, start in zip(memories, starts, strict=True):
-        if start == 0:
-            one.tokens = 0  # it begins, or is begun again
-        elif one.tokens != start:
-            _known(None)
+    states: list[Tensor | None] = []
+    for one, (start, end) in zip(memories, _bounds(sequences), strict=True):
+        if not end:  # it has no part in this pass
+            states.append(one.state)
+        else:
+            states.append(_known(one.state if start == one.tokens else None) if start else None)
+    return _stacked(states)
+
+
+def _bounds(sequences: Sequences) -> list[tuple[int, int]]:
+    """Of each sequence's tokens in a pass, the position of the first, and one more than the last's; (0, 0) if there are
+    none."""
+    positions, real = sequences.positions.cpu(), sequences.real.cpu()
+    rows = [row[kept] for row, kept in zip(positions, real, strict=True)]
+    return [(int(row[0]), int(row[-1]) + 1) if len(row) else (0, 0) for row in rows]
+
+
+def _stacked(states: Sequence[Tensor | None]) -> Tensor | None:
+    """[B, …], with zeros for those that are None; None if all are."""
     if (known := next((state for state in states if state is not None), None)) is None:
         return None
     return torch.stack([torch.zeros_like(known) if state is None else state for state in states])
@@ -402,3 +435,28 @@ def _known(state: Tensor | None) -> Tensor:
     if state is None:
         raise RoutingError("the request goes on from tokens that its router hasn't read.")
     return state
+
+
+def _joined(known: Sequence[tuple[PassMemory, int]]) -> PassMemory:
+    """The memory of these rows of memories of one route, of as many tokens each."""
+    memories = [memory for memory, _ in known]
+
+    def rows(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([one[row] for one, (_, row) in zip(tensors, known, strict=True)])
+
+    def previous() -> Tensor | None:
+        found = [(memory.previous(), row) for memory, row in known]
+        return _stacked([None if before is None else before[row] for before, row in found])
+
+    parts, ids = [memory.sequences for memory in memories], [memory.sequences.ids for memory in memories]
+    seen = replace(
+        parts[0],
+        ids=None if ids[0] is None else rows(cast("list[Tensor]", ids)),
+        positions=rows(one.positions for one in parts),
+        real=rows(one.real for one in parts),
+    )
+    after = [memory.after for memory in memories]
+    left = None if any(one is None for one in after) else rows(cast("list[Tensor]", after))
+    noted = set.intersection(*(set(memory.notes) for memory in memories))
+    notes = {key: rows(memory.notes[key] for memory in memories) for key in noted}
+    return PassMemory(seen, previous, memories[0].whole, left, notes)
