@@ -32,7 +32,7 @@ def main() -> None:
         "--experts", type=int, nargs="*", default=[4, 16, 64, 166], help="pool sizes of whole models"
     )
     parser.add_argument(
-        "--ways", nargs="*", default=["cpu", "torch", "dense"], help="contestants beside the base"
+        "--ways", nargs="*", default=["cpu", "torch", "dense", "gander"], help="contestants beside the base"
     )
     parser.add_argument("--arrow", action="store_true", help="PEFT's Arrow as well, at the largest pool")
     parser.add_argument("--layers-only", action="store_true", help="single layers, no whole models")
@@ -94,12 +94,13 @@ def whole_models(
             if n in ("base", "cpu") and step.length == 1
         }
         found.append(one)
-        floor = one["byte_floor"] if step.length == 1 else one["flop_floor"]
+        kind = "byte_floor" if step.length == 1 else "flop_floor"
+        floor = one[kind]
         ratios = "  ".join(f"{n} {r:.2f}" for n, r in one["ratio"].items())
         speed = "".join(f", {n} {s:.0f}" for n, s in one["gb_s"].items())
         print(
             f"{experts:5} experts  {step.name:16} base {one['milliseconds']['base']:8.1f} ms  × base: "
-            f"{ratios}  floor {floor:.2f}  distinct "
+            f"{ratios}  floor {floor:.2f}, gander {one['gander_' + kind]:.2f}  distinct "
             f"{one['distinct_experts']:.0f}{'  GB/s' + speed[1:] if speed else ''}",
             flush=True,
         )

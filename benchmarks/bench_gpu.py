@@ -105,7 +105,7 @@ def _row(ways: models.Ways, step: models.Step, rounds: int) -> dict[str, object]
         "rounds": rounds,
         "eager": models.beside_base(eager),
         "graph": {**models.beside_base(graph), "refused": refused},
-        **models.cost(ways, distinct, read),
+        **models.cost(ways, distinct, read, step.batch),
     }
 
 

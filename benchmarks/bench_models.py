@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -30,9 +31,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import Routing
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.record import trace
-from phatgoose.ops import backend, fast
-from phatgoose.routers import PHATGOOSE
+from phatgoose.ops import Backend, backend, fast
+from phatgoose.routers import PHATGOOSE, Gander
 
 PAST = 64
 """Tokens in the key-value cache before a decode step."""
@@ -116,6 +118,8 @@ class Ways:
         for name in self.names:
             if name in ("cpu", "triton", "torch", "reference"):
                 self.routings[name] = _sharing(first, name)
+            elif name == "gander":
+                self.routings[name] = _gander(first)
         self.sites = first.sites
         if "arrow" in self.names:
             self.deltas = [_arrow(site) for site in self.sites]
@@ -147,6 +151,32 @@ def _sharing(first: Routing, name: str) -> Routing:
         site.routing = other
         site.prepare()
     return other
+
+
+def _gander(first: Routing) -> Routing:
+    """A routing with the same stacks by Gander, which was shown random tokens as its reference text."""
+    other = _sharing(first, "auto")
+    other.router, other.streams = Gander(), Streams(first.model, remembers=True)
+    other.prepared_router = other.router.prepared(other.setup())
+    observers = []
+    for site in other.sites:
+        site.bind()
+        site.prepare()
+        if site.router.needs_reference:
+            observe = partial(_observe, site, other.ops)
+            observers.append(site.module.register_forward_hook(observe))
+    size = first.model.config.vocab_size
+    ids = torch.randint(0, size, (4, 64), generator=torch.Generator().manual_seed(4))
+    first.model(
+        input_ids=ids, **({"decoder_input_ids": ids[:, :1]} if first.model.config.is_encoder_decoder else {})
+    )
+    for handle in observers:
+        handle.remove()
+    return other
+
+
+def _observe(site: object, ops: Backend, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    site.router.observe(args[0].reshape(-1, args[0].shape[-1]), ops)
 
 
 def _dense(site: object) -> Callable[..., Tensor]:
@@ -231,15 +261,17 @@ def runner(model: PreTrainedModel, step: Step) -> Callable[[int], Tensor]:
 def measure(ways: Ways, step: Step, rounds: int) -> dict[str, object]:
     """Medians in milliseconds, ratios to the base, the experts that were chosen and the bytes they take to read."""
     with torch.inference_mode():
-        run = runner(ways.model, step)
-        found = medians(
-            dict.fromkeys(ways.names, run), rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names}
-        )
+        run, runs = runner(ways.model, step), {}
+        for name in ways.names:
+            ways.attach(name)  # a cache is read on by the router that filled it
+            runs[name] = runner(ways.model, step)
+        found = medians(runs, rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names})
+        ways.detach()
         distinct = distinct_experts(ways, run)
         read = weights_read(ways.model, run)
     return {
         "step": step.name, "tokens": step.tokens, "experts": len(ways.pool.experts), "rounds": rounds,
-        **beside_base(found), **cost(ways, distinct, read),
+        **beside_base(found), **cost(ways, distinct, read, step.batch),
     }  # fmt: skip
 
 
@@ -280,18 +312,32 @@ def weights_read(model: PreTrainedModel, run: Callable[[int], object]) -> int:
     return sum(read.values())
 
 
-def cost(ways: Ways, distinct: dict[str, int], base_bytes: int) -> dict[str, object]:
+def waiting_of(ways: Ways) -> set[str]:
+    """The modules at which Gander lets the base act."""
+    routing = ways.routings.get("gander")
+    return set() if routing is None else {s.path for s in routing.sites if not s.router.acts}
+
+
+def cost(ways: Ways, distinct: dict[str, int], base_bytes: int, rows_of_batch: int) -> dict[str, object]:
     """Bytes and multiplications of the base and of what routing adds, at a step, and their ratio: the floors.
 
     Bytes at decode: every weight of the base that the step reads once, every gate once (counted in bfloat16;
     the kernel reads 8 bits), the chosen experts' rows once a module. Multiplications at prefill: linear
-    layers, gates and two experts a token.
+    layers, gates and two experts a token. Gander reads as many rows as A has (counted in bfloat16) at the modules
+    that it reads, and behind them one expert for each sequence.
     """
     sites = [s for s in ways.sites if s.path in distinct]
     linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in sites)
     gates = sum(s.stack.experts * s.stack.A.shape[1] for s in sites)
     rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in sites]
     chosen = 2 * sum(distinct[s.path] * r for s, r in zip(sites, rows, strict=True))
+    read = (
+        [s for s in ways.routings["gander"].sites if s.router.needs_reference]
+        if "gander" in ways.routings
+        else []
+    )
+    acting = [r for s, r in zip(sites, rows, strict=True) if s.path not in waiting_of(ways)]
+    scored = sum(sum(s.stack.ranks) * s.stack.A.shape[1] for s in read)
     return {
         "distinct_experts": sum(distinct.values()) / len(distinct),
         "base_bytes": base_bytes,
@@ -299,4 +345,6 @@ def cost(ways: Ways, distinct: dict[str, int], base_bytes: int) -> dict[str, obj
         "expert_bytes": chosen,
         "byte_floor": 1 + (2 * gates + chosen) / base_bytes,
         "flop_floor": 1 + (gates + 2 * sum(rows)) / linear,
+        "gander_byte_floor": 1 + 2 * (scored + rows_of_batch * sum(acting)) / base_bytes,
+        "gander_flop_floor": 1 + (scored + sum(acting)) / linear,
     }

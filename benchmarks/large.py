@@ -121,7 +121,7 @@ class Pages:
             if not site.stack.prefetch:  # a file that memory can hold
                 site.stack = replace(site.stack, prefetch=True)
                 site.prepare()
-        self.asking = [(site.fused.site, site.fused.site.prefetch) for site in self.routing.sites]
+        self.asking = [(site.fused.calls.site, site.fused.calls.site.prefetch) for site in self.routing.sites]
 
     def prepare(self, cold: bool, ahead: bool) -> None:
         """Attaches the routing, with nothing of the file in memory if `cold`."""

@@ -37,7 +37,7 @@ def by_variant(index, fused, u, y, chosen=None, weights=None):
     pointers = [t.data_ptr() for t in (u, y, out)]
     kinds = cpu._DTYPE_CODES[u.dtype, y.dtype]
     code = build.library().run(
-        index, fused.site_address, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds
+        index, fused.calls.site_address, *pointers, n, chosen.data_ptr(), weights.data_ptr(), kinds
     )
     assert code == 0
     return out, chosen, weights

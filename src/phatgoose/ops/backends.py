@@ -19,6 +19,8 @@ from phatgoose.ops.triton import backend as triton
 from phatgoose.registry import unknown
 
 Mix = Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
+GivenMix = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor | None]
+Given = Callable[[Stack, Layer | None], GivenMix | None]
 Fuse = Callable[[Tensor, int, Stack, Layer | None], FusedRouting | None]
 
 
@@ -32,6 +34,9 @@ class Backend:
     mix: Mix
     fuse: Fuse | None = None
     """(gates, top_k, stack, layer) → the three steps in one call; None if the backend can't do that for this stack."""
+    given: Given | None = None
+    """(stack, layer) → (u, y, chosen, weights, into_y) → as `mix`, for u and y of any leading shape and contiguous
+    choices [N, k], int64 and float32; None where `mix` must do it. None for a stack that it can't take."""
 
     def routed_update(
         self, u: Tensor, y: Tensor, gates: Tensor, stack: Stack, top_k: int, layer: Layer | None = None
@@ -49,7 +54,7 @@ class Backend:
 BACKENDS = {
     "reference": Backend("reference", reference.gate_scores, reference.choose, reference.mix),
     "torch": Backend("torch", fast.gate_scores, fast.choose, fast.mix),
-    "cpu": Backend("cpu", cpu.gate_scores, cpu.choose, cpu.mix, cpu.fuse),
+    "cpu": Backend("cpu", cpu.gate_scores, cpu.choose, cpu.mix, cpu.fuse, cpu.given),
     "triton": Backend("triton", triton.gate_scores, triton.choose, triton.mix, triton.fuse),
 }
 _AUTO = {
@@ -59,6 +64,7 @@ _AUTO = {
         fast.choose,
         replace(module.mix, strict=False),
         partial(module.fuse, strict=False),
+        getattr(module, "given", None),
     )
     for kernels, module in (("cpu", cpu), ("triton", triton))
 }

@@ -216,6 +216,8 @@ def scan(x: Tensor, real: Tensor, before: Tensor | None, decay: float) -> Tensor
         x: [B, T, E]. real: bool [B, T]. before: L before the first token, [B, E]; None: 0. decay: γ.
     """
     state = x.new_zeros(x.shape[0], x.shape[2]) if before is None else before.to(x)
+    if x.shape[1] == 1:  # as when text is generated
+        return torch.where(real[..., None], decay * state[:, None] + x, state[:, None])
     parts = []
     for piece, kept in zip(x.split(_SCANNED, dim=1), real.split(_SCANNED, dim=1), strict=True):
         age = kept.cumsum(1)  # [B, t]: how many real tokens there were up to each
@@ -232,6 +234,7 @@ class _Reader(BoundRouter):
 
     needs_reference = True
     acts = False
+    whole_passes = True
 
     def __init__(self, reading: Reading, candidates: Candidates, members: Sequence[int]):
         self.reading, self.path = reading, candidates.path
@@ -241,11 +244,12 @@ class _Reader(BoundRouter):
             for i in range(len(candidates.members))
         ]
         self.members, self.candidates = torch.tensor(members), torch.tensor(candidates.members)
+        self.shares = reading.shares[list(members)]
         read = Candidates(
             candidates.path, candidates.names, tuple(members), tuple(gates[i] for i in places), candidates.d_in,
             tuple(candidates.updates[i] for i in places),
         )  # fmt: skip
-        self.calibrated = Calibrated(read, read.gates, 1, "Gander")
+        self.calibrated = Calibrated(read, read.gates, 1, "Gander", narrow=True)
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.calibrated.observe(u, ops)
@@ -254,14 +258,16 @@ class _Reader(BoundRouter):
         self.calibrated.check_observed()
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
-        memory = context.memory()
         context.check_whole()
-        z, reading = self.calibrated.scores(u, context, ops), self.reading
-        members = self.members.to(z.device)
-        part = z.new_zeros(len(z), reading.experts)
-        part = part.index_copy(1, members, z * reading.shares.to(z.device)[members])
-        memory.notes[reading, self.path] = part.reshape(*memory.sequences.real.shape, reading.experts)
+        self.in_whole_pass(u, context.memory(), ops)
         return _nobody(u)
+
+    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> None:
+        z, reading = self.calibrated.standardised(u.reshape(-1, u.shape[-1]), ops), self.reading
+        part = z * self.shares.to(z.device)
+        if len(self.members) < reading.experts:
+            part = z.new_zeros(len(z), reading.experts).index_copy(1, self.members.to(z.device), part)
+        memory.notes[reading, self.path] = part.reshape(*memory.sequences.real.shape, reading.experts)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         """What the tokens add to L here, for each candidate."""
@@ -276,21 +282,27 @@ class _Waiting(BoundRouter):
     """At a module that runs before all evidence is there, and isn't read: the base acts."""
 
     acts = False
+    whole_passes = True
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         return _nobody(u)
+
+    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> None:
+        return None
 
 
 class _Follower(ByScores):
     """At a module behind those that are read: the experts with the most evidence act, of the whole pool."""
 
     of_whole_pool = True
+    whole_passes = True
 
     def __init__(self, reading: Reading, candidates: Candidates):
         super().__init__(min(reading.settings.top_k, reading.experts))
         self.reading, self.path = reading, candidates.path
         self.members = torch.tensor(candidates.members)
         self.by_expert = torch.cat([candidates.by_expert(), torch.tensor([-1])])
+        self.key = reading, candidates.members
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         memory = context.memory()
@@ -298,6 +310,15 @@ class _Follower(ByScores):
         # −1, nobody, finds the last entry.
         here = context.spread(self.by_expert.to(experts.device)[experts]).to(u.device)
         return here, context.spread(weights).to(u.device)
+
+    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> tuple[Tensor, Tensor]:
+        if (known := memory.choices.get(self.key)) is None:
+            experts, weights = self._choice(memory, None, ops)
+            shape = (*memory.sequences.real.shape, self.top_k)
+            here = self.by_expert.to(experts.device)[experts]
+            here, weights = (x.expand(shape).reshape(-1, self.top_k) for x in (here, weights))
+            known = memory.choices[self.key] = here, weights
+        return known
 
     def _choice(self, memory: PassMemory, on: Tensor | None, ops: Backend) -> tuple[Tensor, Tensor]:
         """The experts and their weights for the pass's tokens, each [B, T or 1, k]; computed once a pass."""

@@ -14,7 +14,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.ops import Backend
 from phatgoose.ops.update import Update
-from phatgoose.routers.context import RoutingContext
+from phatgoose.routers.context import PassMemory, RoutingContext
 from phatgoose.routers.markup import Markup
 
 
@@ -84,6 +84,9 @@ class BoundRouter(ABC):
     needs_reference = False
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
 
+    whole_passes = False
+    """Whether there is `in_whole_pass`, which costs less than `__call__`."""
+
     acts = True
     """Whether any expert may act here. If not, `__call__` is for what it notes, and chooses nobody."""
 
@@ -92,6 +95,11 @@ class BoundRouter(ABC):
 
     def observe(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
         """Takes in inputs [N, d] of the module on reference text. Called before routing, if `needs_reference`."""
+
+    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> tuple[Tensor, Tensor] | None:
+        """As `__call__` at a module that sees all tokens of the pass, in order; None if nobody acts. Only asked if the
+        router `remembers`: what it has chosen once, for a pass, it needn't work out again for every module."""
+        raise NotImplementedError
 
     @abstractmethod
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:

@@ -121,20 +121,28 @@ def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | No
 class ProjectionNorms:
     """‖P_e u‖ for each of E experts. P_e is [q_e, d]; q_e may differ, and where it is 0 the norm is 0."""
 
-    def __init__(self, matrices: Sequence[Tensor]):
-        """The matrices are stacked, so that one product serves all experts."""
-        self.rows = torch.cat(list(matrices)).float()
+    def __init__(self, matrices: Sequence[Tensor], narrow: bool = False):
+        """The matrices are stacked, so that one product serves all experts.
+
+        narrow: multiply in u's dtype, also if it has 16 bits: half of the bytes to read, and norms off by 2^-9 of them.
+        """
+        self.rows, self.narrow = torch.cat(list(matrices)).float(), narrow
+        ranks = [len(m) for m in matrices]
+        self.rank = ranks[0] if len(set(ranks)) == 1 else 0
         # [rows, E]: 1 where the expert owns the row.
-        self.owners = torch.repeat_interleave(
-            torch.eye(len(matrices), dtype=torch.float32), torch.tensor([len(m) for m in matrices]), dim=0
-        )
+        owners = torch.eye(0 if self.rank else len(ranks), dtype=torch.float32)
+        self.owners = owners if self.rank else torch.repeat_interleave(owners, torch.tensor(ranks), dim=0)
 
     def __call__(self, u: Tensor) -> Tensor:
         """[N, d] → [N, E] in float32, or float64 if u is."""
-        if self.rows.device != u.device:
-            self.rows, self.owners = self.rows.to(u.device), self.owners.to(u.device)
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        return ((u.to(dtype) @ self.rows.to(dtype).T).square() @ self.owners.to(dtype)).sqrt()
+        wide = torch.promote_types(u.dtype, torch.float32)
+        dtype = u.dtype if self.narrow else wide
+        if self.rows.device != u.device or (self.narrow and self.rows.dtype != dtype):
+            self.rows, self.owners = self.rows.to(u.device, dtype), self.owners.to(u.device)
+        found = (u.to(dtype) @ self.rows.to(dtype).T).to(wide)
+        if self.rank:
+            return torch.linalg.vector_norm(found.reshape(len(u), -1, self.rank), dim=-1)
+        return (found.square() @ self.owners.to(wide)).sqrt()
 
 
 class _ByNorms(ByScores):
@@ -172,16 +180,27 @@ class Calibrated(ByScores):
 
     needs_reference = True
 
-    def __init__(self, candidates: Candidates, gates: Sequence[Tensor | None], top_k: int, needed_by: str):
-        """`gates`: v̄ [d] of each candidate. One that is None is scored by its weights or, if it is the null
-        candidate, not at all."""
+    def __init__(
+        self,
+        candidates: Candidates,
+        gates: Sequence[Tensor | None],
+        top_k: int,
+        needed_by: str,
+        narrow: bool = False,
+    ):
+        """
+        Args:
+            gates: v̄ [d] of each candidate. One that is None is scored by its weights or, if it is the null candidate,
+                not at all.
+            narrow: project onto the weights' directions in the input's dtype (`ProjectionNorms`).
+        """
         super().__init__(top_k)
         self.path = candidates.path
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
         self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
         found = signatures(candidates, needed_by, self.by_weights)
-        self.span_norms = ProjectionNorms([s.vectors for s in found]) if found else None
+        self.span_norms = ProjectionNorms([s.vectors for s in found], narrow) if found else None
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
         """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
         self._scale: tuple[Tensor, Tensor] | None = None
@@ -207,7 +226,11 @@ class Calibrated(ByScores):
                 self.gates = self.gates.to(u.device)
             t[:, self.gated] = ops.gate_scores(u, self.gates)
         if self.span_norms is not None:
-            t[:, self.by_weights] = self.span_norms(standardise(u)).pow(2 / 3)
+            centred = standardise(u)
+            norms = self.span_norms(centred.to(u.dtype) if self.span_norms.narrow else centred).pow(2 / 3)
+            if len(self.by_weights) == t.shape[1]:
+                return norms
+            t[:, self.by_weights] = norms
         return t
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
@@ -226,6 +249,10 @@ class Calibrated(ByScores):
         return mean, torch.where(varies, 1 / deviation.where(varies, 1.0), 0.0)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
+        return self.standardised(u, ops)
+
+    def standardised(self, u: Tensor, ops: Backend) -> Tensor:
+        """The scores of inputs [N, d], [N, candidates]."""
         if self._scale is None or self._scale[0].device != u.device:
             mean, inverse = (x.float().to(u.device) for x in self.mean_and_scale())
             self._scale = mean, inverse

@@ -3,10 +3,11 @@
 The hook leaves by one of these exits, in this order:
 
 1. refused: the output is no tensor, or torch.jit.trace is tracing;
-2. fused: gate scores, choice and mix in one call that the backend prepared (`FusedRouting`), if nobody records;
-3. fused and recorded: the same, and the kernel writes its choices straight into the recorder's buffer;
-4. fused with its choice: the same call also returns the choice, which is handed to the recorder;
-5. in three steps: the router chooses, the backend mixes.
+2. chosen for the whole pass: the router has chosen before, once for all modules, and the backend mixes;
+3. fused: gate scores, choice and mix in one call that the backend prepared (`FusedRouting`), if nobody records;
+4. fused and recorded: the same, and the kernel writes its choices straight into the recorder's buffer;
+5. fused with its choice: the same call also returns the choice, which is handed to the recorder;
+6. in three steps: the router chooses, the backend mixes.
 
 Under torch.compile a fused call that the compiler can keep in its graph is made there; everything else runs between
 two graphs.
@@ -118,6 +119,9 @@ class Site:
             self.fused = OffloadedExperts(*by_gates, stack, layer, routing.ops.mix, self.path)
         else:
             self.fused = self.fuse(by_gates)
+        given = None if offloads else routing.ops.given
+        self.given = None if given is None else given(stack, self.layer)
+        self.whole_passes = self.router.whole_passes and self.given is not None
         # Only this kernel can write its choices into a recorder's buffer.
         self.writer = self.fused if isinstance(self.fused, CpuRouting) and self.fused.plain else None
 
@@ -181,9 +185,13 @@ class Site:
                 return done
         return self.eager_hook(module, args, kwargs, output)
 
-    def eager_hook(self, *call: Any) -> Tensor:
+    def eager_hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         """The hook between two graphs, where torch.compile compiles what is around it."""
-        return run_eagerly(self._routed, *call)
+        if not torch.compiler.is_compiling():
+            return self._routed(module, args, kwargs, output)
+        return run_eagerly(self._routed, module, args, kwargs, output)
 
     def _routed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -196,16 +204,21 @@ class Site:
         # each call.
         if self._stack_for != (output.device, output.dtype) or self._reads_weight:
             self._follow(output)
+        recorder = self.routing.recorder
+        if self.whole_passes and recorder is None:
+            done = self._whole_pass(module, u, output)  # exit 2
+            if done is not None:
+                return done
         # A router whose experts can be switched off has no gates to fuse while some are off.
         fused = None if self.router.by_gates is None else self.fused
         # The output may be written into only if the module made it in this call and no other hook can hold it.
         writable = self.plain and may_modify_output(module)
-        recorder, done = self.routing.recorder, None
+        done = None
         if fused is not None and recorder is None:
-            # Exit 2, the usual one. A backend may still decline a call (None): gradients, another dtype.
+            # Exit 3, the usual one. A backend may still decline a call (None): gradients, another dtype.
             done = fused(u, output, writable)
         elif fused is not None and fused is self.writer and not isinstance(module, ExpertLinear):
-            # Exit 3. Not for a mixture's experts: the buffer is for modules that see all tokens, and theirs are picked.
+            # Exit 4. Not for a mixture's experts: the buffer is for modules that see all tokens, and theirs are picked.
             done = self._write_choices(recorder, u, output, writable)
         if done is not None:
             return done
@@ -223,6 +236,17 @@ class Site:
         if recorder is not None:
             self._record(recorder, context, output if self.embedding else u, chosen, weights)
         return done
+
+    def _whole_pass(self, module: nn.Module, u: Tensor, output: Tensor) -> Tensor | None:
+        """The output with what the router chose for the whole pass; None if that can't be told, or done, so quickly."""
+        memory = self.routing.streams.memory_of_whole(self.path, output.shape)
+        if memory is None:
+            return None
+        choice = self.router.in_whole_pass(u, memory, self.routing.ops)
+        if choice is None:
+            return output
+        assert self.given is not None
+        return self.given(u, output, *choice, self.plain and may_modify_output(module))
 
     def _write_choices(
         self, recorder: Recorder | None, u: Tensor, output: Tensor, writable: bool
@@ -249,10 +273,10 @@ class Site:
         context: RoutingContext,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """y + Σ w Δ(u) for this module's inputs u and outputs y, the choice, int64 [N, k], and its weights [N, k]."""
-        # Exit 4: the same kernel as without a recorder, so that recording changes no bit of the output.
+        # Exit 5: the same kernel as without a recorder, so that recording changes no bit of the output.
         if fused is not None and fused.can(u, y):
             return fused.with_choice(u, y)
-        # Exit 5. The router contract is about [N, d], whatever shape the module works on; an embedding's router reads
+        # Exit 6. The router contract is about [N, d], whatever shape the module works on; an embedding's router reads
         # its output, as its input is a token's number.
         flat_u = u.reshape(-1) if self.embedding else u.reshape(-1, u.shape[-1])
         flat_y, ops = y.reshape(-1, y.shape[-1]), self.routing.ops

@@ -52,6 +52,11 @@ class _Location(NamedTuple):
     dispatched: bool
     """Whether it may be one of several experts, for which tokens are picked."""
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether an output of the pass's shape means that it saw the pass."""
+        return self.inside and self.refusal is None and not self.dispatched
+
 
 class Streams:
     """Notes the running pass of each stack, and tells modules which of its tokens they see.
@@ -146,6 +151,17 @@ class Streams:
         if run is None or run.shape != shape[:-1] or not location.inside or location.refusal is not None:
             return stream, None
         return stream, run.sequences
+
+    def memory_of_whole(self, path: str, shape: torch.Size) -> PassMemory | None:
+        """The memory of the running pass, if the module at `path`, with an output of this shape, surely sees all of it
+        in order; None if that isn't so or takes longer to tell."""
+        run = self._now.runs.get("decoder")
+        if run is None or len(self.stacks) > 1 or run.shape != shape[:-1]:
+            return None
+        location = self._known.get(path) or self._locate(path)
+        if not location.sees_all:
+            return None
+        return run.memory or self._memory_of(path)
 
     def _memory_of(self, path: str) -> PassMemory:
         """The memory of the pass that the module at `path` runs in, or of the encoder's pass that its decoder reads."""

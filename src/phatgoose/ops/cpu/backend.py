@@ -9,6 +9,7 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -110,11 +111,16 @@ def _run(
         None if chosen is None else chosen.data_ptr(), None if weights is None else weights.data_ptr(),
         _DTYPE_CODES[u.dtype, y.dtype],
     )  # fmt: skip
-    if code == 3:
-        raise RoutingError(f"an expert was chosen that there isn't: there are {site.experts}.")
     if code:
-        raise MemoryError(f"the CPU kernel found no memory for {tokens} tokens.")
+        raise _failure(code, site, tokens)
     return out
+
+
+def _failure(code: int, site: Site, tokens: int) -> Exception:
+    """What the kernel's code means."""
+    if code == 3:
+        return RoutingError(f"an expert was chosen that there isn't: there are {site.experts}.")
+    return MemoryError(f"the CPU kernel found no memory for {tokens} tokens.")
 
 
 def obstacle(u: Tensor, y: Tensor, stack: Stack) -> str | None:
@@ -137,6 +143,56 @@ def _low_rank(u: Tensor, y: Tensor, stack: Stack, chosen: Tensor, weights: Tenso
 mix = KernelMix("cpu", obstacle, _low_rank)
 
 
+def _direct(u: Tensor, y: Tensor) -> int | None:
+    """What dispatch.cpp takes for these dtypes; None if the kernel can't be called with these tensors as they are."""
+    dtypes = _DTYPE_CODES.get((u.dtype, y.dtype))
+    if (
+        dtypes is None
+        or not (u.is_cpu and y.is_cpu)
+        or torch.compiler.is_compiling()
+        or type(u) is not Tensor
+        or type(y) is not Tensor
+        or (torch.is_grad_enabled() and (u.requires_grad or y.requires_grad))
+    ):
+        return None
+    return dtypes
+
+
+class _SiteCalls:
+    """Calls the kernel for one site. A call takes a few microseconds, so whatever can be looked up once is."""
+
+    def __init__(self, site: Site, stack: Stack):
+        self.site, self.stack = site, stack
+        self.site_address, self._library_run = ctypes.addressof(site), library().run
+        self._last_shapes: tuple[torch.Size | None, torch.Size | None, int] = (None, None, 0)
+
+    def run(
+        self, u: Tensor, y: Tensor, into_y: bool, choice_at: tuple[int | None, int | None], dtypes: int
+    ) -> Tensor:
+        """What the kernel computes, in y if `into_y`. `choice_at`: addresses of a choice and its weights, or None."""
+        # Shapes rarely change between calls, and to check them takes as long as a small call.
+        shapes = self._last_shapes
+        if u.shape != shapes[0] or y.shape != shapes[1]:
+            shapes = self.check_shapes(u, y)
+        if not u.is_contiguous():
+            u = u.contiguous()
+        if not y.is_contiguous():
+            y, into_y = y.contiguous(), True
+        out = y if into_y else torch.empty_like(y)
+        code = self._library_run(
+            0, self.site_address, u.data_ptr(), y.data_ptr(), out.data_ptr(), shapes[2], *choice_at, dtypes
+        )
+        if code:
+            raise _failure(code, self.site, shapes[2])
+        return out
+
+    def check_shapes(self, u: Tensor, y: Tensor) -> tuple[torch.Size, torch.Size, int]:
+        """Both shapes and the number of tokens, which are kept for the next call."""
+        tokens = tokens_of(u, y, self.stack.A.shape[1], self.stack.B.shape[1])
+        self._last_shapes = shapes = (u.shape, y.shape, tokens)
+        return shapes
+
+
 class CpuRouting(KernelRouting):
     """Score, choose and mix of one module in one call of the kernel.
 
@@ -153,10 +209,7 @@ class CpuRouting(KernelRouting):
             raise refusal("cpu", why)
         super().__init__(gates, top_k, stack, layer, strict)
         self.gate_operands = kernel_gates(self.gates)
-        self.site = _stack_site(stack, self.top_k, self.gate_operands)
-        # A call takes a few microseconds, so whatever can be looked up once is.
-        self.site_address, self._library_run = ctypes.addressof(self.site), library().run
-        self._last_shapes: tuple[torch.Size | None, torch.Size | None, int] = (None, None, 0)
+        self.calls = _SiteCalls(_stack_site(stack, self.top_k, self.gate_operands), stack)
 
     def __call__(
         self,
@@ -174,46 +227,18 @@ class CpuRouting(KernelRouting):
         Raises:
             RoutingError: as `mix`, if `strict`; or u or y has another shape.
         """
-        dtypes = _DTYPE_CODES.get((u.dtype, y.dtype))
-        if (
-            dtypes is None
-            or not (u.is_cpu and y.is_cpu)
-            or torch.compiler.is_compiling()
-            or type(u) is not Tensor
-            or type(y) is not Tensor
-            or (torch.is_grad_enabled() and (u.requires_grad or y.requires_grad))
-        ):
+        if (dtypes := _direct(u, y)) is None:
             return self.as_operator(u, y) if self.accepts(u, y) else None
         if not self.plain:
             return self.with_choice(u, y)[0]
-        # Shapes rarely change between calls, and to check them takes as long as a small call.
-        shapes = self._last_shapes
-        if u.shape != shapes[0] or y.shape != shapes[1]:
-            shapes = self._check_shapes(u, y)
-        if not u.is_contiguous():
-            u = u.contiguous()
-        if not y.is_contiguous():
-            y, into_y = y.contiguous(), True
-        out = y if into_y else torch.empty_like(y)
-        code = self._library_run(
-            0, self.site_address, u.data_ptr(), y.data_ptr(), out.data_ptr(), shapes[2], *choice_at, dtypes
-        )
-        if code:
-            raise MemoryError(f"the CPU kernel found no memory for {shapes[2]} tokens.")
-        return out
-
-    def _check_shapes(self, u: Tensor, y: Tensor) -> tuple[torch.Size, torch.Size, int]:
-        """Both shapes and the number of tokens, which are kept for the next call."""
-        tokens = tokens_of(u, y, self.stack.A.shape[1], self.stack.B.shape[1])
-        self._last_shapes = shapes = (u.shape, y.shape, tokens)
-        return shapes
+        return self.calls.run(u, y, into_y, choice_at, dtypes)
 
     def with_choice(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output, who was chosen, int64 [N, k], and their weights, float32 [N, k]; u and y of any shape."""
-        tokens, k = self._check_shapes(u, y)[2], self.top_k
+        tokens, k = self.calls.check_shapes(u, y)[2], self.top_k
         chosen = torch.empty(tokens, k, dtype=torch.int64)
         weights = torch.empty(tokens, k, dtype=torch.float32)
-        out = _run(self.site, u, y, tokens, chosen, weights)
+        out = _run(self.calls.site, u, y, tokens, chosen, weights)
         return fast.with_others(out, u, y, self.stack, chosen, weights, self.layer), chosen, weights
 
 
@@ -224,6 +249,38 @@ def fuse(
     if stack.embedding or (not strict and obstacle(stack.A, stack.B, stack) is not None):
         return None
     return CpuRouting(gates, top_k, stack, layer, strict)
+
+
+class CpuGivenMix:
+    """`mix` at one module for choices that are made elsewhere; k of each token."""
+
+    def __init__(self, stack: Stack):
+        self.stack = stack
+        self._calls: dict[int, _SiteCalls] = {}
+
+    def __reduce__(self) -> Any:
+        # A copied model copies its routing. Whatever points into memory is made anew.
+        return type(self), (self.stack,)
+
+    def __call__(
+        self, u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, into_y: bool = False
+    ) -> Tensor | None:
+        """y + Σ w Δ(u), as `Backend.given`. chosen int64 and weights float32, both contiguous [N, k]."""
+        if (dtypes := _direct(u, y)) is None:
+            return None
+        k = chosen.shape[1]
+        if (calls := self._calls.get(k)) is None:
+            calls = self._calls[k] = _SiteCalls(_mixing_site(self.stack, k), self.stack)
+        if len(chosen) * y.shape[-1] != y.numel():
+            check_choice(chosen, weights, tokens_of(u, y, self.stack.A.shape[1], self.stack.B.shape[1]))
+        return calls.run(u, y, into_y, (chosen.data_ptr(), weights.data_ptr()), dtypes)
+
+
+def given(stack: Stack, layer: Layer | None = None) -> CpuGivenMix | None:
+    """`mix` for choices that are made elsewhere, prepared for one module; None for what the kernel can't do alone."""
+    if stack.embedding or not stack.low_rank_only or obstacle(stack.A, stack.B, stack) is not None:
+        return None
+    return CpuGivenMix(stack)
 
 
 def routed_update(
