@@ -12,10 +12,15 @@ from transformers import StaticCache
 
 from gander_oracle import Oracle
 from phatgoose.errors import RoutingError
+from phatgoose.evaluation.config import EvaluationConfig
+from phatgoose.evaluation.rank import score_choices
+from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
+from phatgoose.records import Example
 from phatgoose.routers import Gander
 from phatgoose.routers.gander import scan
+from ranking_fixtures import assert_plain
 
 LENGTHS = [5, 1, 12, 8]
 
@@ -247,3 +252,21 @@ def test_embeddings_have_no_ids_so_all_of_them_count(made):
     ids = torch.tensor([ROWS[2]])
     embedded = model(inputs_embeds=base.model.get_input_embeddings()(ids)).logits
     torch.testing.assert_close(embedded, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_scores_of_answers_are_those_of_each_prompt_and_answer_alone(made, family):
+    base, pool = made(family)
+    route(base, pool, Gander(half_life=3))
+    config = EvaluationConfig()
+    rows = []
+    for i, (prompt, choices) in enumerate(
+        [
+            ("the quick brown fox", ("jumps", "no", "times equals nine")),
+            ("yes", ("no", "lazy dogs")),
+            ("0 1 2", ("3",)),
+        ]
+    ):
+        rows.append(encode(base, Example(prompt, (choices[0],), choices=choices), i, config))
+    with torch.no_grad():
+        assert_plain(base.model, rows, score_choices(base.model, rows, 0, config), within=1e-4)

@@ -31,7 +31,7 @@ from phatgoose.evaluation.prefill import (
     check_scorable_once,
     select_cache_rows,
 )
-from phatgoose.models.attach.attach import prompted
+from phatgoose.models.attach.attach import prompted, routing_of, select_encoded
 from phatgoose.models.base.base import decoder_start, device_of
 from phatgoose.models.text.batch import collate, target_logits
 from phatgoose.models.text.capabilities import accepts_argument, supports_left_padding
@@ -120,13 +120,17 @@ def extend(prefill: Prefill, owners: Sequence[int], answers: Sequence[Sequence[i
     mask = prefill.mask[chosen.to(prefill.mask.device)]
     inputs: dict[str, Any] = {"past_key_values": select_cache_rows(prefill.cache, chosen), "use_cache": True}
     if prefill.encoder_output is not None:
-        encoded = prefill.encoder_output[chosen.to(prefill.encoder_output.device)]
+        encoded = select_encoded(model, prefill.encoder_output, chosen)
         inputs["decoder_input_ids"], inputs["attention_mask"] = ids, mask
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
     else:
-        # The padding at the right end is seen by no real token (attention is causal), so it needs no mask.
+        # The padding at the right end is seen by no real token (attention is causal), so it needs no mask, but for a
+        # router that sums over tokens.
+        new = mask.new_ones(len(owners), width)
+        if (routing := routing_of(model)) is not None and routing.router.remembers:
+            new = (torch.arange(width) < torch.tensor([len(a) for a in answers])[:, None]).to(mask)
         inputs["input_ids"] = ids
-        inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(owners), width)], dim=1)
+        inputs["attention_mask"] = torch.cat([mask, new], dim=1)
         if accepts_argument(model, "position_ids"):
             # The padding repeats the last real position: a table of learnt positions may end right there.
             lengths = torch.tensor([len(a) for a in answers])

@@ -141,7 +141,8 @@ class ProjectionNorms:
             self.rows, self.owners = self.rows.to(u.device, dtype), self.owners.to(u.device)
         found = (u.to(dtype) @ self.rows.to(dtype).T).to(wide)
         if self.rank:
-            return torch.linalg.vector_norm(found.reshape(len(u), -1, self.rank), dim=-1)
+            norms: Tensor = found.reshape(len(u), -1, self.rank).norm(dim=-1)
+            return norms
         return (found.square() @ self.owners.to(wide)).sqrt()
 
 

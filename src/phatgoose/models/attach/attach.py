@@ -124,6 +124,14 @@ def routing_of(model: Base | PreTrainedModel) -> Routing | None:
     return unwrap_model(model).__dict__.get(ATTRIBUTE)
 
 
+def select_encoded(model: Base | PreTrainedModel, encoded: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (int64 [n]) of what this model's encoder returned, for a decoder to read: what is known of them follows."""
+    selected = encoded[rows.to(encoded.device)]
+    if (routing := routing_of(model)) is not None:
+        routing.streams.select_encoded(encoded, selected, rows)
+    return selected
+
+
 def cache_use(model: Base | PreTrainedModel) -> CacheUse | None:
     """How the pool attached to this model uses its `device_memory`; None if it has none."""
     routing = routing_of(model)

@@ -90,6 +90,17 @@ class Run:
             self.sequences = self._build()
         return self.sequences
 
+    def selected(self, rows: Tensor) -> Run:
+        """The run as if it had been of these rows (int64 [n]) alone. Of an encoder's run, which continues nothing."""
+
+        def of(x: Any) -> Any:
+            return x[rows.to(x.device)] if isinstance(x, Tensor) and len(x) == self.shape[0] else x
+
+        given = {name: of(value) for name, value in self.given.items()}
+        found = Run(given, (len(rows), self.shape[1]), self.device, self.past, None, self.problem)
+        found.memory = None if self.memory is None else self.memory.selected(rows)
+        return found
+
     def _build(self) -> Sequences:
         (batch, length), past, problem = self.shape, self.past, self.problem
         try:

@@ -228,6 +228,11 @@ class Streams:
             self._encoder_runs[encoded] = self._encoder_runs[last]
         return self._encoder_runs.get(encoded)
 
+    def select_encoded(self, encoded: Tensor, selected: Tensor, rows: Tensor) -> None:
+        """`selected` is rows (int64 [n]) of what the encoder returned."""
+        if (run := self._encoder_runs.get(encoded)) is not None:
+            self._encoder_runs[selected] = run.selected(rows)
+
     def _enter_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._now.outer, self._now.keep = None, arguments_by_name(module, args, kwargs).get("logits_to_keep")
 
