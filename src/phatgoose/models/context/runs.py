@@ -98,7 +98,10 @@ class Run:
 
         given = {name: of(value) for name, value in self.given.items()}
         found = Run(given, (len(rows), self.shape[1]), self.device, self.past, None, self.problem)
-        found.memory = None if self.memory is None else self.memory.selected(rows)
+        if self.memory is not None:
+            found.memory = PassMemory(
+                found.built(), self.memory.previous, self.memory.whole, of(self.memory.after)
+            )
         return found
 
     def _build(self) -> Sequences:
