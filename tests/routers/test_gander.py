@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import StaticCache
 
 from gander_oracle import Oracle
+from phatgoose.analysis.measures import expert_shares
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import score_choices
@@ -18,6 +19,7 @@ from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
 from phatgoose.records import Example
+from phatgoose.models.trace.record import trace
 from phatgoose.routers import Gander
 from phatgoose.routers.gander import scan
 from ranking_fixtures import assert_plain
@@ -270,3 +272,20 @@ def test_scores_of_answers_are_those_of_each_prompt_and_answer_alone(made, famil
         rows.append(encode(base, Example(prompt, (choices[0],), choices=choices), i, config))
     with torch.no_grad():
         assert_plain(base.model, rows, score_choices(base.model, rows, 0, config), within=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_what_the_base_does_is_recorded_as_weight_on_no_expert(made, top_k):
+    base, pool = made()
+    model = route(base, pool, Gander(half_life=3, top_k=top_k))
+    ids = torch.tensor([[1, *ROWS[2]]])  # </s> stands before the text
+    with trace(model) as recorded, torch.no_grad():
+        model(input_ids=ids)
+    for c in recorded.choices:
+        assert torch.allclose(c.weights.float().sum(1), torch.ones(13), atol=1e-3)
+        nobody = (c.experts == -1).all(1)
+        assert torch.equal(
+            nobody, torch.tensor([recorded.locations[c.path].layer == 0 or t == 0 for t in range(13)])
+        )
+        assert c.margins is None or c.margins.isnan()[nobody].all()
+    assert sum(expert_shares(recorded).values()) == pytest.approx(3 / 4 * 12 / 13, abs=1e-3)

@@ -329,7 +329,8 @@ class _Follower(ByScores):
             experts, shares = ops.choose(evidence.flatten(0, 1), self.top_k)
             none = evidence.flatten(0, 1).gather(1, experts) == -torch.inf
             memory.notes[chosen] = experts.masked_fill(none, -1).reshape(shape)
-            memory.notes[weights] = shares.masked_fill(none, 0.0).reshape(shape)
+            shares = shares.masked_fill(none, 0.0).where(~none.all(1, keepdim=True), 1 / self.top_k)
+            memory.notes[weights] = shares.reshape(shape)
         return memory.notes[chosen], memory.notes[weights]
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
@@ -348,9 +349,9 @@ class _Follower(ByScores):
 
 
 def _nobody(u: Tensor) -> tuple[Tensor, Tensor]:
-    """No expert, for each of u's tokens."""
+    """No expert, for each of u's tokens: the base has all of the weight."""
     chosen = torch.full((len(u), 1), -1, dtype=torch.int64, device=u.device)
-    return chosen, torch.zeros(chosen.shape, dtype=torch.float32, device=u.device)
+    return chosen, torch.ones(chosen.shape, dtype=torch.float32, device=u.device)
 
 
 def _reads_gate(candidates: Candidates, index: int) -> bool:
