@@ -98,8 +98,8 @@ class PassMemory:
 
     sequences: Sequences
     previous: Callable[[], Tensor | None]
-    """Reads `after` of the passes before, at each sequence's last token: [B, …]; None at a sequence's beginning. Raises
-    RoutingError, saying why and what to do, if that can't be known."""
+    """Reads `after` of the passes before, at each sequence's last token: [B, …], with zeros for sequences that begin;
+    None if all of them do. Raises RoutingError, saying why and what to do, if that can't be known."""
     whole: bool = False
     """Whether the pass holds all that there is to read of its sequences, as an encoder's does."""
     after: Tensor | None = None

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
-BEGUN = 0
+START = 0
+"""The state of a sequence before its first token, and behind a special token that the template doesn't know. It
+must be 0, as what is known of a sequence that begins beside others that go on (`PassMemory.previous`)."""
+BEGUN = 1
 """The state of a sequence in which there was text: whatever follows has read it."""
-START = 1
-"""The state of a sequence before its first token, and behind a special token that the template doesn't know."""
 
 
 class Markup:
