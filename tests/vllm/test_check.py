@@ -120,11 +120,20 @@ def test_an_expert_without_gates(folder, pool, make_base, make_expert):
 
 @pytest.mark.parametrize(
     "router",
-    ["phatgoose:ungated=weights", "arrow", "uniform", "random", "single:fine", "retrieval", "weight-only"],
+    [
+        "phatgoose:ungated=weights",
+        "arrow",
+        "uniform",
+        "random",
+        "single:fine",
+        "retrieval",
+        "weight-only",
+        "gander",
+    ],
 )
 def test_routers_without_gates(folder, pool, make_base, make_expert, router):
     bare = make_expert(make_base("llama"), "bare", gates=False, seed=1)
-    with pytest.raises(RoutingError, match="can't be served by vLLM"):
+    with pytest.raises(RoutingError, match=r"can't be served by vLLM.*with `phatgoose serve`"):
         check(Settings(pool(bare), router), folder())
 
 

@@ -160,9 +160,9 @@ def shard_stack(stack: Stack, columns: range, rows: Sequence[range], d_in: int, 
 def _no_gates(router: Router) -> RoutingError:
     name = type(getattr(router, "settings", router)).__name__
     return RoutingError(
-        f"{name} can't be served by vLLM, where a router must choose by gates, one vector per expert and "
-        "module: phatgoose, average-activation or shuffled-gates. PHATGOOSE needs every expert to have gates "
-        "(`phatgoose gate`)."
+        f"{name} can't be served by vLLM, where a router sees single tokens, not the requests that they belong to, and "
+        "must choose by gates, one vector per expert and module: phatgoose, average-activation or shuffled-gates. "
+        "PHATGOOSE needs every expert to have gates (`phatgoose gate`). Serve other routers with `phatgoose serve`."
     )
 
 
