@@ -18,7 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route
 from phatgoose.models.base.base import Base, decoder_start
 from phatgoose.records import Example, Task
-from phatgoose.routers import PHATGOOSE, Retrieval, SoftCentroid
+from phatgoose.routers import PHATGOOSE, Gander, Retrieval, SoftCentroid
 
 pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'phatgoose[harness]'"
@@ -104,7 +104,9 @@ def test_what_the_harness_cannot_rank_is_refused(make_base, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_a_router_that_reads_text_is_told_where_prompts_end(make_base, make_expert, tmp_path, family):
+def test_a_router_that_looks_at_whole_texts_is_told_where_prompts_end(
+    make_base, make_expert, tmp_path, family
+):
     """Laid behind its prompt, a choice would else be part of the text that is looked up."""
     from phatgoose.evaluation.harness import run_harness
 
@@ -112,7 +114,7 @@ def test_a_router_that_reads_text_is_told_where_prompts_end(make_base, make_expe
     encoder = make_encoder(tmp_path / "encoder", max_tokens=60)
     pool = Pool([signed(make_expert(base, f"e{i}", seed=i, scale=0.6), encoder, seed=i) for i in range(3)])
     config = harness_task(TASK, tmp_path / "rows", delimiter="" if base.is_encoder_decoder else " ")
-    for router in (Retrieval(str(encoder)), SoftCentroid(str(encoder))):
+    for router in (Retrieval(str(encoder)), SoftCentroid(str(encoder)), Gander(half_life=4)):
         route(base, pool, router)
         ours = harness_choices(base, ROWS)
         found = run_harness(base, [config])

@@ -18,8 +18,8 @@ from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
-from phatgoose.records import Example
 from phatgoose.models.trace.record import trace
+from phatgoose.records import Example
 from phatgoose.routers import Gander
 from phatgoose.routers.gander import scan
 from ranking_fixtures import assert_plain

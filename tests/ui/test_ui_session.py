@@ -19,7 +19,7 @@ from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.text.encoding import encode_prompt
 from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.record import trace
-from phatgoose.routers import PHATGOOSE, Arrow
+from phatgoose.routers import PHATGOOSE, Arrow, Gander
 from phatgoose.ui.session import Limits, Question, Session, offered_routers
 from report_data import unpacked
 
@@ -82,7 +82,9 @@ def expected(base, pool, router, new_tokens=9):
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-@pytest.mark.parametrize(("router", "own"), [("phatgoose", PHATGOOSE()), ("arrow", Arrow(1))])
+@pytest.mark.parametrize(
+    ("router", "own"), [("phatgoose", PHATGOOSE()), ("arrow", Arrow(1)), ("gander", Gander())]
+)
 def test_the_events_are_the_answer_and_its_routing(make_session, pool_of, family, router, own):
     session = make_session(family)
     job = answered(session, router=router, top_k=1 if router == "arrow" else None)
@@ -134,6 +136,22 @@ def test_experts_off_is_a_pool_without_them_and_back(make_session):
     assert nobody.events[-1]["answer"] == alone.events[-1]["answer"]
     assert {e["k"] for e in alone.of("tokens")} == {0}
     assert whole.events[-1]["answer"] != without.events[-1]["answer"] != alone.events[-1]["answer"]
+
+
+def test_experts_off_under_gander_is_a_pool_without_them(make_session):
+    session = make_session()
+    found = answered(session, router="gander", off=[0])
+    pool = Pool([e for e in session.pool.experts if e.name != "a"])
+    answer, page = expected(session.base, pool, Gander())
+    written = session.base.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert found.events[-1]["answer"] == written
+    chosen, weights, texts = choices_of(found, len(session.locations))
+    same_texts(texts, page["tokens"])
+    for row, place in enumerate(session.locations.values()):
+        if place.layer == 0:  # it is read, and the base has all of the weight
+            assert set(np.unique(chosen[row])) == {-1}
+            assert set(np.unique(weights[row])) == {1000}
+    assert set(np.unique(chosen)) <= {-1, 1, 2}
 
 
 def test_top_k_and_routers_can_be_changed_from_answer_to_answer(make_session):

@@ -217,6 +217,20 @@ def test_a_pool_of_experts_without_tasks_is_compared_on_what_is_unseen(place, re
     assert [e["name"] for e in alone["experts"]] == ["stranger"]
 
 
+def test_gander_is_compared_with_and_without_settings(place, ready):
+    """Its settings count, and what it can't do in a model of two blocks is said."""
+    measure = {**recipe(place).to_json()["measure"], "suites": ["unseen"]}
+    systems = ["base", "gander", "gander:layers=1", "gander:half_life=1", "gander:layers=2"]
+    found = recipe(place, pool={"folder": str(place / "ready")}, measure=measure, systems=systems)
+    results = run_experiment(found, place / "out")
+    scored = results["suites"]["unseen"]["systems"]
+    assert set(scored) == {"base", "gander", "gander:layers=1", "gander:half_life=1"}
+    assert scored["gander"] == scored["gander:layers=1"]
+    (failure,) = results["failed"].items()
+    assert failure[0].startswith("gander:layers=2 on unseen")
+    assert "set layers lower" in failure[1]
+
+
 def test_a_suite_is_refused_for_experts_that_say_they_were_trained_on_it(place, ready):
     said = {
         "task": {"name": "stranger", "source": {"source": "union", "parts": [

@@ -226,6 +226,11 @@ def test_what_a_template_puts_before_the_text_speaks_for_nobody(make_base, make_
     said = [{"role": "user", "content": PROMPT}]
     ids = torch.tensor([base.tokenizer.apply_chat_template(said)["input_ids"]])
     found, routed = explain(base, pool, ids, Gander(half_life=5), prompt=PROMPT, options=ExplainOptions(2))
+    cached, _ = explain(
+        base, pool, ids, Gander(half_life=5), prompt=PROMPT, read=[PROMPT], options=ExplainOptions(2)
+    )
+    for one, other in zip(found.effects, cached.effects, strict=True):
+        assert dataclasses.asdict(one) == pytest.approx(dataclasses.asdict(other), abs=1e-4)
     head = len(base.tokenizer("</s>user: ", add_special_tokens=False)["input_ids"])
     for row in found.evidence.by_token:
         assert row[:head] == (0.0,) * head

@@ -52,7 +52,8 @@ def command(
 ) -> None:
     """Say which experts an answer rests on: what changes without each of them, with each alone, and with none.
 
-    Only a greedy answer can be explained, and only one of a router that chooses by scores.
+    Only a greedy answer can be explained, and only one of a router that chooses by scores. With gander, it also says
+    which layers and tokens of the prompt spoke for which expert.
     """
     text = read_prompt(prompt)
     from phatgoose.cli.common.loading import choose, load_for, load_pool

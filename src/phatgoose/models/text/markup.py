@@ -41,7 +41,7 @@ def _between(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         messages = [{"role": role, "content": _MARK} for role in roles]
         try:
             rendered = str(apply(messages, add_generation_prompt=True, tokenize=False))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
             continue
         yield from rendered.split(_MARK)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.models.attach.attach import routing_of
-from phatgoose.models.base.base import Base
+from phatgoose.models.base.base import Base, decoder_start
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.routers.context import RoutingContext
 
@@ -52,8 +52,7 @@ def scores_of(base: Base, ids: Tensor) -> dict[str, Tensor]:
     recorder, ids = _ScoreRecorder(len(routing.pool)), ids.to(base.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if base.is_encoder_decoder:
-        start = base.model.generation_config.decoder_start_token_id
-        batch["decoder_input_ids"] = ids.new_full((1, 1), 0 if start is None else int(start))
+        batch["decoder_input_ids"] = ids.new_full((1, 1), decoder_start(base.model))
     routing.record(recorder)
     try:
         base.model(**batch)
