@@ -7,10 +7,15 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from test_page import HOSTILE, make_prompt, make_results
 
 from browser import until, violations
-from phatgoose.analysis.page import RoutedPrompt, report
+from phatgoose.analysis.page import RoutedPrompt, report, routed_prompt
+from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.trace.record import trace_answer
+from phatgoose.routers import Gander
 from phatgoose.workflows.page import read_results
 
 pytest_plugins = ["browser_fixtures"]
@@ -245,3 +250,30 @@ def test_no_table_is_cut_on_a_usual_screen(tmp_path, visit, name):
     assert page.evaluate(cut) == 0
     phone = visit(tmp_path / "page.html", width=375)
     assert phone.evaluate("document.documentElement.scrollWidth") == 375
+
+
+def test_what_the_base_does_under_gander_is_shown_as_no_expert(visit, make_base, make_expert, tmp_path):
+    """Layers that are read, and a token that stands before the text."""
+    base = make_base("llama")
+    pool = Pool([make_expert(base, name, seed=i) for i, name in enumerate("ab")])
+    route(base, pool, Gander())
+    prompt = torch.tensor([[base.tokenizer.eos_token_id, *base.tokenizer("walk red")["input_ids"]]])
+    recorded, _ = trace_answer(base, prompt, 3)
+    unroute(base)
+    shown = routed_prompt(recorded, base, task="", prompt="", expected="", answer="", correct=None)
+    page = visit(report(None, [shown], out=tmp_path / "page.html"))
+    page.locator(".token").first.click()
+    detail = page.locator(".detail").first
+    assert "no expert" in detail.inner_text()
+    assert "100 %" in detail.inner_text()
+    labels = page.evaluate(
+        "[...document.querySelectorAll('.token')].map((t) => t.getAttribute('aria-label'))"
+    )
+    assert not [label for label in labels if "not seen" in label]
+    page.locator("#layer").select_option("0")
+    until(page, "[...document.querySelectorAll('.token i')].every((letter) => letter.textContent === '–')")
+    page.locator("#layer").select_option("1")
+    until(
+        page,
+        "[...document.querySelectorAll('.token i')].slice(1).every((letter) => letter.textContent !== '–')",
+    )
