@@ -35,6 +35,9 @@ def inputs_of(base, paths, run):
 
 
 class Oracle:
+    least = None
+    """Whether each token is in doubt, of a sequence: ids → bool [T], or [1] of an encoder's text."""
+
     def __init__(self, base, pool, layers=1, half_life=64, skipped=0):
         """skipped: how many of a text's first tokens are no evidence."""
         self.skipped = skipped
@@ -105,6 +108,8 @@ class Oracle:
     def logits(self, ids, decoder_ids=None):
         """[T, vocabulary] of one sequence, with every expert's update added token by token."""
         choice = self.choice(ids)
+        if self.least is not None:
+            choice = choice.masked_fill(self.least(ids), -1)
         modules = modules_by_path(self.base.model, self.pool.modules)
 
         def hook(path):

@@ -18,6 +18,7 @@ from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.reference_text import plain_pieces
 from phatgoose.models.trace.record import trace
 from phatgoose.records import Example
 from phatgoose.routers import Gander
@@ -289,3 +290,41 @@ def test_what_the_base_does_is_recorded_as_weight_on_no_expert(made, top_k):
         )
         assert c.margins is None or c.margins.isnan()[nobody].all()
     assert sum(expert_shares(recorded).values()) == pytest.approx(3 / 4 * 12 / 13, abs=1e-3)
+
+
+def contrast(evidence, count):
+    s = evidence / count
+    return s.max(-1).values - torch.cat([s, torch.zeros_like(s[..., :1])], -1).mean(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_in_doubt_the_base_acts(made, family, experts):
+    base, pool = made(family, experts=experts)
+    oracle = Oracle(base, pool, half_life=4)
+    gamma, pieces = 2 ** (-1 / 4), plain_pieces(base.tokenizer)
+    assert pieces.shape == (96, 64)
+
+    def found(ids):
+        evidence = oracle.evidence(ids)
+        count = torch.tensor([sum(gamma**i for i in range(t + 1)) for t in range(len(ids))])[:, None]
+        return contrast(evidence, len(ids) if base.is_encoder_decoder else count)
+
+    plain = torch.stack([found(row.tolist())[-1] for row in pieces])
+    least = float(plain.quantile(0.95, interpolation="higher"))
+    assert (plain > least).float().mean() <= 0.05
+    oracle.least = lambda ids: found(ids) <= least
+    decoder = [0, 40, 50] if base.is_encoder_decoder else None
+    wanted = [oracle.logits(row, decoder) for row in ROWS]
+    bare = base.model(**batch_of(ROWS, decoder=decoder)).logits
+    batch = batch_of(ROWS, decoder=decoder)
+    seen = route(base, pool, Gander(half_life=4, doubt=True))(**batch).logits
+    doubts = torch.cat([oracle.least(row).expand(1 if decoder else len(row)) for row in ROWS])
+    assert doubts.any()
+    assert not doubts.all()
+    for row, logits in enumerate(seen):
+        kept = slice(None) if decoder else batch["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[kept], wanted[row], rtol=1e-3, atol=1e-3)
+        if decoder and bool(oracle.least(ROWS[row])):
+            torch.testing.assert_close(logits, bare[row], rtol=1e-4, atol=1e-4)

@@ -28,6 +28,8 @@ from phatgoose.routers.weights import Calibrated
 
 BLOCKS_PER_READ = 8
 """One in so many of the adapted blocks is read, unless `layers` says otherwise."""
+CROSSED = 0.05
+"""The share of plain passages on which an expert stands out, if `doubt` is on."""
 _SCANNED = 128
 """Tokens whose evidence is summed at a time."""
 _VALUES = ("v_proj", "v", "value", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
@@ -57,6 +59,9 @@ class Gander(Router):
     """After how many tokens evidence counts half. In an encoder nothing is forgotten."""
     top_k: int = 1
     """How many experts act on each token."""
+    doubt: bool = False
+    """Whether the base acts where no expert stands out: where max_e S_{t,e} − mean_e S_{t,e} isn't above what one in
+    twenty passages of plain text pass, S being the evidence per token, with a 0 among those averaged."""
 
     paper = "ours"
     needs = "LoRA weights (or gates), one pass of the base"
@@ -84,6 +89,7 @@ class Reading:
         read: module path → the experts, by number, whose evidence is taken there.
         waiting: modules that act as the base, since they run before all evidence is there.
         markup: tells where a sequence's text begins. None: with its first token.
+        whole: whether it is an encoder that is read, which has the whole text before it.
     """
 
     def __init__(
@@ -93,14 +99,18 @@ class Reading:
         read: Mapping[str, tuple[int, ...]],
         waiting: frozenset[str],
         markup: Markup | None = None,
+        whole: bool = False,
     ):
         self.settings, self.experts, self.read, self.waiting = settings, experts, read, waiting
-        self.markup = markup
+        self.markup, self.whole = markup, whole
         counts = torch.zeros(experts, dtype=torch.float64)
         for members in read.values():
             counts[list(members)] += 1
         self.shares = (1 / counts).float()
         """[experts]: what one module counts in the mean over an expert's read modules."""
+        self.plain: dict[str, Tensor] = {}
+        """What each read module has found in plain text, by its path: float32 [passages, T, experts]."""
+        self._least: float | None = None
 
     @classmethod
     def of(cls, settings: Gander, setup: Setup) -> Reading:
@@ -137,9 +147,8 @@ class Reading:
             path for path, place in places.items() if place.stack == stack and place.block in first
         )
         members = {path: tuple(found) for path, found in read.items()}
-        return cls(
-            settings, len(setup.experts), members, waiting, None if setup.markup is None else setup.markup()
-        )
+        markup = None if setup.markup is None else setup.markup()
+        return cls(settings, len(setup.experts), members, waiting, markup, stack == "encoder")
 
     @staticmethod
     def _check_acts(expert: Expert, places: Mapping[str, Place], stack: str, read: Sequence[int]) -> None:
@@ -170,7 +179,36 @@ class Reading:
         if memory.after is None:
             memory.after = self._summed(memory)
         evidence, state = memory.after[..., : self.experts], memory.after[..., self.experts :]
-        return evidence.where(state == BEGUN, -torch.inf)
+        return evidence.where(state[..., 1:] == BEGUN, -torch.inf)
+
+    def in_doubt(self, memory: PassMemory, evidence: Tensor) -> Tensor:
+        """bool [B, T or 1, 1]: where none of the experts with finite evidence [B, T or 1, experts] stands out."""
+        assert memory.after is not None
+        count = memory.after[..., self.experts : self.experts + 1]
+        return _contrast(evidence, count) <= self.least()
+
+    def least(self) -> float:
+        """How far an expert must stand out."""
+        if self._least is None:
+            if self.plain.keys() != self.read.keys():
+                raise RoutingError(
+                    "Gander was not shown plain text, by which it doubts: attach it with route()."
+                )
+            x = torch.stack(list(self.plain.values())).sum(0)
+            if self.whole:
+                summed = counted(x, torch.ones(x.shape[:2], dtype=torch.bool)).sum(1, keepdim=True)
+            else:
+                summed = self.scanned(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None)[
+                    :, -1:
+                ]
+            found = _contrast(summed[..., :-1], summed[..., -1:]).flatten()
+            self._least = float(found.quantile(1 - CROSSED, interpolation="higher"))
+            self.plain.clear()
+        return self._least
+
+    def scanned(self, x: Tensor, text: Tensor, before: Tensor | None) -> Tensor:
+        """L, and behind it the sum of as many ones, float32 [B, T, experts + 1]."""
+        return scan(counted(x, text), text, before, 2 ** (-1 / self.settings.half_life))
 
     def _summed(self, memory: PassMemory) -> Tensor:
         notes = memory.notes
@@ -186,16 +224,15 @@ class Reading:
         text, states = self.text(memory)
         text = text.to(x.device)
         if memory.whole:
-            summed, states = (x * text[..., None]).sum(1, keepdim=True), states[:, -1:]
+            summed, states = (counted(x, text) * text[..., None]).sum(1, keepdim=True), states[:, -1:]
             return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
         if bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
             raise RoutingError(
                 "several sequences are packed into one row, whose evidence can't be told apart: give each a row."
             )
         before = memory.previous()
-        known = None if before is None else before[:, : self.experts]
-        summed = scan(x, text, known, 2 ** (-1 / self.settings.half_life))
-        # Behind the experts' evidence stands where a sequence is that is still before its text.
+        summed = self.scanned(x, text, None if before is None else before[:, :-1])
+        # Behind the experts' evidence and its weight stands where a sequence is that is still before its text.
         return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
 
     def text(self, memory: PassMemory) -> tuple[Tensor, Tensor]:
@@ -205,8 +242,22 @@ class Reading:
         if self.markup is None or ids is None:
             return real, torch.full(real.shape, BEGUN)
         before = None if memory.whole else memory.previous()
-        states = [START] * len(real) if before is None else before[:, self.experts].long().tolist()
+        states = [START] * len(real) if before is None else before[:, -1].long().tolist()
         return self.markup.read(ids, real, states)
+
+
+def counted(x: Tensor, text: Tensor) -> Tensor:
+    """x [B, T, E] with a 1 behind each token's evidence: what it is summed over."""
+    return torch.cat([x, x.new_ones(*text.shape, 1)], dim=-1)
+
+
+def _contrast(evidence: Tensor, count: Tensor) -> Tensor:
+    """max_e S_e − mean_e S_e for S = evidence/count, [..., experts] → [..., 1]; −∞ doesn't count, and 0 is averaged
+    too, so that one expert alone can stand out."""
+    finite = evidence.isfinite()
+    s = evidence.where(finite, 0.0) / count.clamp(min=1e-6)
+    mean = s.sum(-1, keepdim=True) / (finite.sum(-1, keepdim=True) + 1)
+    return s.where(finite, -torch.inf).amax(-1, keepdim=True) - mean
 
 
 def scan(x: Tensor, real: Tensor, before: Tensor | None, decay: float) -> Tensor:
@@ -249,10 +300,15 @@ class _Reader(BoundRouter):
             candidates.path, candidates.names, tuple(members), tuple(gates[i] for i in places), candidates.d_in,
             tuple(candidates.updates[i] for i in places),
         )  # fmt: skip
+        self.needs_plain = reading.settings.doubt
         self.calibrated = Calibrated(read, read.gates, 1, "Gander", narrow=True)
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.calibrated.observe(u, ops)
+
+    def observe_plain(self, u: Tensor, ops: Backend) -> None:
+        found = self._part(u, ops)
+        self.reading.plain[self.path] = found.reshape(*u.shape[:2], -1)
 
     def check_observed(self) -> None:
         self.calibrated.check_observed()
@@ -263,11 +319,16 @@ class _Reader(BoundRouter):
         return _nobody(u)
 
     def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> None:
-        z, reading = self.calibrated.standardised(u.reshape(-1, u.shape[-1]), ops), self.reading
+        part = self._part(u, ops)
+        memory.notes[self.reading, self.path] = part.reshape(*memory.sequences.real.shape, -1)
+
+    def _part(self, u: Tensor, ops: Backend) -> Tensor:
+        """What this module adds to x, float32 [tokens, experts]."""
+        z, experts = self.calibrated.standardised(u.reshape(-1, u.shape[-1]), ops), self.reading.experts
         part = z * self.shares.to(z.device)
-        if len(self.members) < reading.experts:
-            part = z.new_zeros(len(z), reading.experts).index_copy(1, self.members.to(z.device), part)
-        memory.notes[reading, self.path] = part.reshape(*memory.sequences.real.shape, reading.experts)
+        if len(self.members) == experts:
+            return part
+        return z.new_zeros(len(z), experts).index_copy(1, self.members.to(z.device), part)
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         """What the tokens add to L here, for each candidate."""
@@ -338,14 +399,18 @@ class _Follower(ByScores):
         return context.spread(found[..., self.members.to(found.device)]).to(u.device)
 
     def _of_those_on(self, memory: PassMemory, on: Tensor | None) -> Tensor:
-        """L as `Reading.evidence`, −∞ for experts that are switched off."""
+        """L as `Reading.evidence`, −∞ for experts that are switched off, and for all in doubt."""
         evidence = self.reading.evidence(memory)
-        if on is None:
-            return evidence
-        if len(evidence) % len(on):
-            raise RoutingError(f"{len(on)} rows of switches don't fit a batch of {len(evidence)} sequences.")
-        mine = on.to(evidence.device).repeat_interleave(len(evidence) // len(on), dim=0)
-        return evidence.masked_fill(~mine[:, None], -torch.inf)
+        if on is not None:
+            if len(evidence) % len(on):
+                raise RoutingError(
+                    f"{len(on)} rows of switches don't fit a batch of {len(evidence)} sequences."
+                )
+            mine = on.to(evidence.device).repeat_interleave(len(evidence) // len(on), dim=0)
+            evidence = evidence.masked_fill(~mine[:, None], -torch.inf)
+        if self.reading.settings.doubt:
+            evidence = evidence.masked_fill(self.reading.in_doubt(memory, evidence), -torch.inf)
+        return evidence
 
 
 def _nobody(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class _Masked(BoundRouter):
     def __init__(self, inner: BoundRouter, candidates: Candidates, switches: Switches, uniform: bool):
         self.inner, self.switches, self.names = inner, switches, candidates.names
         self.uniform, self.acts = uniform, inner.acts
-        self.needs_reference = inner.needs_reference
+        self.needs_reference, self.needs_plain = inner.needs_reference, inner.needs_plain
         self.members = torch.tensor(candidates.members)
         absent = set(range(len(candidates.names))) - set(candidates.members)
         self.absent = torch.tensor(sorted(absent), dtype=torch.long)
@@ -97,6 +97,9 @@ class _Masked(BoundRouter):
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.inner.observe(u, ops)
+
+    def observe_plain(self, u: Tensor, ops: Backend) -> None:
+        self.inner.observe_plain(u, ops)
 
     def check_observed(self) -> None:
         self.inner.check_observed()

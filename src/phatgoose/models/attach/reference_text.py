@@ -1,10 +1,10 @@
-"""Shows routers what their modules see on a text that is the same for every base."""
+"""Shows routers what their modules see on texts that are the same for every base."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,26 @@ Observer = Callable[[Tensor], None]
 TEXT: str = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["text"]
 
 
+@cache
+def plain_passages() -> tuple[str, ...]:
+    """Passages of plain text, of all kinds, that ask for nothing."""
+    text = Path(__file__).with_name("plain_text.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(text)["passages"])
+
+
 def calibrate(base: Base, routers: Sequence[tuple[Site, BoundRouter]], ops: Backend) -> None:
     """Shows each router what its module sees of the reference text. No routing may be attached to the model. Raises
     RoutingError as `show_reference` does, or if an expert of a mixture saw too few tokens of the text."""
     observers = [(site.module, site.embedding, partial(router.observe, ops=ops)) for site, router in routers]
     if observers:
         show_reference(base.model, base.tokenizer, observers)
+    plain = [
+        (site.module, partial(_observe_plain, router, ops)) for site, router in routers if router.needs_plain
+    ]
+    if plain:
+        show(
+            base.model, plain_pieces(base.tokenizer), [(module, False, observe) for module, observe in plain]
+        )
     for site, router in routers:
         if isinstance(site.module, ExpertLinear):  # other modules see all of the text, or never run
             router.check_observed()
@@ -56,7 +70,16 @@ def show_reference(
     Raises:
         RoutingError: the text has no tokens, or the model computes values that aren't finite.
     """
-    ids = _pieces(tokenizer).to(device_of(model))
+    show(model, _pieces(tokenizer), observers)
+
+
+def _observe_plain(router: BoundRouter, ops: Backend, u: Tensor) -> None:
+    router.observe_plain(u.reshape(len(plain_passages()), -1, u.shape[-1]), ops)
+
+
+def show(model: PreTrainedModel, ids: Tensor, observers: Sequence[tuple[nn.Module, bool, Observer]]) -> None:
+    """As `show_reference`, with rows of token ids, int64 [rows, T]."""
+    ids = ids.to(device_of(model))
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, ids)
@@ -73,6 +96,15 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
         )
     size = min(PIECE, len(ids))
     return ids[: len(ids) // size * size].reshape(-1, size)
+
+
+def plain_pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The first PIECE tokens of each plain passage, int64 [passages, T]; fewer, if the shortest has fewer."""
+    rows = [tokenizer(text, verbose=False)["input_ids"][:PIECE] for text in plain_passages()]
+    size = min(map(len, rows))
+    if not size:
+        raise RoutingError("the tokenizer makes no tokens of plain text, so nothing can be told from it.")
+    return torch.tensor([row[:size] for row in rows], dtype=torch.long)
 
 
 def _watched(module: nn.Module, wants_output: bool, observe: Observer) -> RemovableHandle:
