@@ -26,7 +26,7 @@ from phatgoose.routers.router import (
 )
 from phatgoose.routers.weights import Calibrated
 
-BLOCKS_PER_READ = 8
+BLOCKS_PER_READ = 6
 """One in so many of the adapted blocks is read, unless `layers` says otherwise."""
 CROSSED = 0.05
 """The share of plain passages on which an expert stands out, if `doubt` is on."""
@@ -54,7 +54,7 @@ class Gander(Router):
     """
 
     layers: int | None = None
-    """How many of the blocks that the pool adapts are read. None: one in eight of them, at least one."""
+    """How many of the blocks that the pool adapts are read. None: one in six of them, at least one."""
     half_life: int = 64
     """After how many tokens evidence counts half. In an encoder nothing is forgotten."""
     top_k: int = 1
