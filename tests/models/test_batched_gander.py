@@ -14,6 +14,7 @@ from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.plan import BatchPlan, SequenceMemory
 from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.routers import PHATGOOSE, Gander, Single
+from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.router import BoundRouter
 
 GANDER = Gander(half_life=4)
@@ -266,3 +267,55 @@ def test_a_request_whose_past_is_unknown_fails_alone(made, attached):
     oracle = Oracle(base, pool, half_life=4)
     for i in (0, 2):
         assert_rows(found[i], oracle.logits(ids[i].tolist())[5:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("off", [["a"], ["b", "d"], ["a", "b", "c"]])
+def test_experts_that_are_off_are_as_if_the_pool_lacked_them(made, attached, family, off):
+    """Also where experts adapt different modules, so that the best of all has nothing at some."""
+    names = {"llama": [["v_proj"], ["q_proj", "v_proj"], ["v_proj", "up_proj"], ["down_proj"]]}
+    targets = names.get(family, [["v"], ["q", "v"], ["v", "wo"], ["wo"]])
+    base, experts = made(family, targets=targets)
+    pool, rows = Pool(experts), [ids_of(n, n) for n in (9, 4, 7, 8)]
+    make, multi_router = attached(base, pool)
+    whole, less = make(GANDER), make(GANDER, off=off)
+    told, batch = memories(4), batch_of(base, rows)
+    plan = BatchPlan([less, whole, None, less], memories=told, count_loads=True)
+    with multi_router.following(plan):
+        found = run(base, batch)
+    multi_router.close()
+    ((weight, times),) = plan.summed_loads().values()
+    assert weight[0][[e.name in off for e in experts]].sum() == 0
+    assert 0 < weight[0].sum() < times[0]
+    kept = Pool([expert for expert in experts if expert.name not in off])
+    for i, own in ((0, kept), (1, pool), (3, kept)):
+        real = slice(None) if base.is_encoder_decoder else batch["attention_mask"][i].bool()
+        decoder = [0, 40, 50] if base.is_encoder_decoder else None
+        wanted = Oracle(base, own, half_life=4).logits(rows[i].tolist(), decoder)
+        assert_rows(found[i][real], wanted)
+        route(base, own, GANDER)
+        assert_rows(found[i][real], run(base, batch)[i][real])
+        unroute(base)
+
+
+def test_experts_whose_absence_would_change_what_is_read_stay_on(made, make_expert, attached):
+    base, experts = made(names="ab")
+    late = [make_expert(base, n, seed=9, layers_to_transform=[1, 2, 3]) for n in "xy"]
+    make, multi_router = attached(base, Pool([*experts, *late]))
+    router = Gander(layers=2)
+    make(router, off=["a"])
+    make(router, off=["x", "y"])
+    with pytest.raises(RoutingError, match=r"would read other blocks.*Make a pool without"):
+        make(router, off=["a", "b"])
+    multi_router.close()
+    switches = Switches()
+    model = route(base, Pool([*experts, *late]), Masked(router, switches))
+    ids = torch.stack([ids_of(5, 1)] * 2)
+    switches.allowed = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    model(input_ids=ids)
+    switches.allowed = torch.tensor([[True, False, True, True], [False, False, False, True]])
+    with pytest.raises(RoutingError, match="would read other blocks"):
+        model(input_ids=ids)
+    with pytest.raises(RoutingError, match="expected one row"):
+        route(base, Pool([*experts, *late]), Masked(router, Switches(torch.ones(2, 3).bool())))(input_ids=ids)

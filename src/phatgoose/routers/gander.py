@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,7 @@ class Gander(Router):
 
     def prepared(self, setup: Setup) -> Router:
         reading = Reading.of(self, setup)
+        reading.blocks = tuple(_blocks(expert, setup.places) for expert in setup.experts)
         return PreparedRouter(self, reading.bind)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
@@ -111,6 +112,8 @@ class Reading:
         self.plain: dict[str, Tensor] = {}
         """What each read module has found in plain text, by its path: float32 [passages, T, experts]."""
         self._least: float | None = None
+        self.blocks: tuple[frozenset[int], ...] = ()
+        """Of each expert, the numbers of the blocks that it adapts, in the stack that is read."""
 
     @classmethod
     def of(cls, settings: Gander, setup: Setup) -> Reading:
@@ -125,7 +128,7 @@ class Reading:
                 f"the pool adapts no numbered block of the {stack}, so Gander has nothing to read."
             )
         most = len(blocks) - 1
-        count = settings.layers or max(1, -(-len(blocks) // BLOCKS_PER_READ))
+        count = _count_read(settings, len(blocks))
         if count > most:
             raise RoutingError(
                 f"Gander would read {count} of the {len(blocks)} blocks that the pool adapts, and at least one must be "
@@ -149,6 +152,24 @@ class Reading:
         members = {path: tuple(found) for path, found in read.items()}
         markup = None if setup.markup is None else setup.markup()
         return cls(settings, len(setup.experts), members, waiting, markup, stack == "encoder")
+
+    def check_on(self, on: Tensor) -> None:
+        """Raises RoutingError if a pool of the experts that are on, bool [rows, experts], would be read elsewhere."""
+        if on.ndim != 2 or on.shape[1] != len(self.blocks):
+            return  # such a table is refused when it is used
+        whole = self._first(range(self.experts))
+        for row in on.unique(dim=0).tolist():
+            left = self._first(number for number, is_on in enumerate(row) if is_on)
+            if left and left != whole:
+                raise RoutingError(
+                    f"without the experts that are switched off, Gander would read other blocks: {left}, not {whole}. "
+                    "Make a pool without them instead."
+                )
+
+    def _first(self, experts: Iterable[int]) -> list[int]:
+        """The blocks that are read in a pool of these experts."""
+        blocks = sorted(frozenset[int]().union(*(self.blocks[expert] for expert in experts)))
+        return blocks[: _count_read(self.settings, len(blocks))]
 
     @staticmethod
     def _check_acts(expert: Expert, places: Mapping[str, Place], stack: str, read: Sequence[int]) -> None:
@@ -394,6 +415,9 @@ class _Follower(ByScores):
             memory.notes[weights] = shares.reshape(shape)
         return memory.notes[chosen], memory.notes[weights]
 
+    def check_on(self, on: Tensor) -> None:
+        self.reading.check_on(on)
+
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         found = self._of_those_on(context.memory(), context.on)
         return context.spread(found[..., self.members.to(found.device)]).to(u.device)
@@ -402,6 +426,7 @@ class _Follower(ByScores):
         """L as `Reading.evidence`, −∞ for experts that are switched off, and for all in doubt."""
         evidence = self.reading.evidence(memory)
         if on is not None:
+            self.reading.check_on(on)
             if len(evidence) % len(on):
                 raise RoutingError(
                     f"{len(on)} rows of switches don't fit a batch of {len(evidence)} sequences."
@@ -430,3 +455,15 @@ def _module_to_read(expert: Expert, places: Mapping[str, Place], stack: str, blo
     found = [path for path in expert.sizes if (place := places[path]).stack == stack and place.block == block]
     values = (path for path in found if path.rsplit(".", 1)[-1] in _VALUES)
     return next(values, found[0] if found else None)
+
+
+def _count_read(settings: Gander, blocks: int) -> int:
+    """How many of so many blocks are read."""
+    return settings.layers or max(1, -(-blocks // BLOCKS_PER_READ))
+
+
+def _blocks(expert: Expert, places: Mapping[str, Place]) -> frozenset[int]:
+    """The numbers of the blocks that an expert adapts in the stack that is read."""
+    stack = "encoder" if any(place.stack == "encoder" for place in places.values()) else "decoder"
+    found = (places[path] for path in expert.sizes)
+    return frozenset(place.block for place in found if place.stack == stack and place.block is not None)

@@ -68,6 +68,8 @@ class Masked(Router):
                     f"{type(inner).__name__} doesn't say how many experts act: call super().__init__(top_k) "
                     "in its __init__."
                 )
+            if self.switches.allowed is not None:
+                inner.check_on(self.switches.allowed)
         elif inner.acts and not isinstance(self.router, Single | Uniform):
             name = type(getattr(self.router, "settings", self.router)).__name__
             raise RoutingError(

@@ -139,6 +139,9 @@ class ByScores(BoundRouter):
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
 
+    def check_on(self, on: Tensor) -> None:
+        """Raises RoutingError if it can't be as if the pool had only the experts that are on, bool [rows, experts]."""
+
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         return ops.choose(self.scores(u, context, ops), self.top_k)
 
