@@ -299,6 +299,33 @@ def test_experts_that_are_off_are_as_if_the_pool_lacked_them(made, attached, fam
         unroute(base)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_doubt_is_that_of_a_pool_of_those_that_are_on(made, attached, family):
+    """What stands out among four experts is more than among two."""
+    base, experts = made(family)
+    pool, router, rows = Pool(experts), Gander(half_life=4, doubt=True), [ids_of(9, n) for n in range(12)]
+    batch, sets = batch_of(base, rows), ["abcd", "ab", "bcd", "d"] * 3
+    make, multi_router = attached(base, pool)
+    routes = {on: make(router, off=[n for n in "abcd" if n not in on]) for on in sets}
+    with multi_router.following(BatchPlan([routes[on] for on in sets], memories=memories(12))):
+        found = run(base, batch)
+    multi_router.close()
+    bare = run(base, batch)
+    switches = Switches(torch.tensor([[n in on for n in "abcd"] for on in sets]))
+    route(base, pool, Masked(router, switches))
+    masked = run(base, batch)
+    changed = 0
+    for on in routes:
+        route(base, Pool([expert for expert in experts if expert.name in on]), router)
+        wanted = run(base, batch)
+        for i in (i for i, own in enumerate(sets) if own == on):
+            assert_rows(found[i], wanted[i])
+            assert_rows(masked[i], wanted[i])
+            changed += int((wanted[i] != bare[i]).any())
+    assert changed > 0
+
+
 def test_experts_whose_absence_would_change_what_is_read_stay_on(made, make_expert, attached):
     base, experts = made(names="ab")
     late = [make_expert(base, n, seed=9, layers_to_transform=[1, 2, 3]) for n in "xy"]

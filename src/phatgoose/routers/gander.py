@@ -111,7 +111,8 @@ class Reading:
         """[experts]: what one module counts in the mean over an expert's read modules."""
         self.plain: dict[str, Tensor] = {}
         """What each read module has found in plain text, by its path: float32 [passages, T, experts]."""
-        self._least: float | None = None
+        self._summed_plain: Tensor | None = None
+        self._least: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
         self.blocks: tuple[frozenset[int], ...] = ()
         """Of each expert, the numbers of the blocks that it adapts, in the stack that is read."""
 
@@ -202,30 +203,41 @@ class Reading:
         evidence, state = memory.after[..., : self.experts], memory.after[..., self.experts :]
         return evidence.where(state[..., 1:] == BEGUN, -torch.inf)
 
-    def in_doubt(self, memory: PassMemory, evidence: Tensor) -> Tensor:
-        """bool [B, T or 1, 1]: where none of the experts with finite evidence [B, T or 1, experts] stands out."""
+    def in_doubt(self, memory: PassMemory, evidence: Tensor, on: Tensor | None) -> Tensor:
+        """bool [B, T or 1, 1]: where none of the experts with finite evidence [B, T or 1, experts] stands out.
+
+        on: which experts are on, bool [rows, experts], each row of so many sequences of the batch; None: all.
+        """
         assert memory.after is not None
         count = memory.after[..., self.experts : self.experts + 1]
-        return _contrast(evidence, count) <= self.least()
+        least = self.least(on).to(evidence.device)
+        return _contrast(evidence, count) <= least.repeat_interleave(len(evidence) // len(least), dim=0)
 
-    def least(self) -> float:
-        """How far an expert must stand out."""
-        if self._least is None:
+    def least(self, on: Tensor | None) -> Tensor:
+        """How far an expert must stand out, float32 [rows, 1, 1], in a pool of those that are on."""
+        on = torch.ones(1, self.experts, dtype=torch.bool) if on is None else on
+        key = tuple(map(tuple, on.tolist()))
+        if key not in self._least:
+            summed = self._plain_summed()
+            evidence = summed[:, :-1].masked_fill(~on.to(summed.device)[:, None], -torch.inf)
+            found = _contrast(evidence, summed[:, -1:])
+            self._least[key] = found.quantile(1 - CROSSED, dim=1, keepdim=True, interpolation="higher")
+        return self._least[key]
+
+    def _plain_summed(self) -> Tensor:
+        """L of each plain passage, and behind it the sum of as many ones, float32 [passages, experts + 1]."""
+        if self._summed_plain is None:
             if self.plain.keys() != self.read.keys():
                 raise RoutingError(
                     "Gander was not shown plain text, by which it doubts: attach it with route()."
                 )
             x = torch.stack(list(self.plain.values())).sum(0)
-            if self.whole:
-                summed = counted(x, torch.ones(x.shape[:2], dtype=torch.bool)).sum(1, keepdim=True)
-            else:
-                summed = self.scanned(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None)[
-                    :, -1:
-                ]
-            found = _contrast(summed[..., :-1], summed[..., -1:]).flatten()
-            self._least = float(found.quantile(1 - CROSSED, interpolation="higher"))
+            text = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            self._summed_plain = (
+                counted(x, text).sum(1) if self.whole else self.scanned(x, text, None)[:, -1].clone()
+            )
             self.plain.clear()
-        return self._least
+        return self._summed_plain
 
     def scanned(self, x: Tensor, text: Tensor, before: Tensor | None) -> Tensor:
         """L, and behind it the sum of as many ones, float32 [B, T, experts + 1]."""
@@ -434,7 +446,7 @@ class _Follower(ByScores):
             mine = on.to(evidence.device).repeat_interleave(len(evidence) // len(on), dim=0)
             evidence = evidence.masked_fill(~mine[:, None], -torch.inf)
         if self.reading.settings.doubt:
-            evidence = evidence.masked_fill(self.reading.in_doubt(memory, evidence), -torch.inf)
+            evidence = evidence.masked_fill(self.reading.in_doubt(memory, evidence, on), -torch.inf)
         return evidence
 
 
