@@ -346,3 +346,13 @@ def test_experts_whose_absence_would_change_what_is_read_stay_on(made, make_expe
         model(input_ids=ids)
     with pytest.raises(RoutingError, match="expected one row"):
         route(base, Pool([*experts, *late]), Masked(router, Switches(torch.ones(2, 3).bool())))(input_ids=ids)
+
+
+def test_an_encoder_that_nobody_adapts_leaves_nothing_to_read(made, attached):
+    base, experts = made("t5", targets=[["EncDecAttention.q"]] * 4)
+    make, multi_router = attached(base, Pool(experts))
+    with pytest.raises(RoutingError, match="no numbered block of the encoder"):
+        make(GANDER)
+    multi_router.close()
+    with pytest.raises(RoutingError, match="no numbered block of the encoder"):
+        route(base, Pool(experts), GANDER)

@@ -15,7 +15,7 @@ from phatgoose.models.batched.attach import MultiRouter
 from phatgoose.models.batched.plan import BatchPlan
 from phatgoose.models.batched.version import PoolVersion, Route
 from phatgoose.models.trace.record import trace
-from phatgoose.routers import PHATGOOSE, Retrieval
+from phatgoose.routers import PHATGOOSE, Gander, Retrieval
 from phatgoose.routers.router import BoundRouter
 
 
@@ -56,8 +56,9 @@ def test_each_row_and_each_packed_sequence_goes_its_own_way(base, pools):
     off = Route(versions[id(second)], PHATGOOSE(), off=["0"])
     with multi_router.following(BatchPlan([off] * len(asked))):
         without = run(base, batch)
-    with pytest.raises(RoutingError, match="Retrieval can't tell requests apart"):
-        Route(versions[id(second)], Retrieval())
+    for router in (Retrieval(), Gander()):
+        with pytest.raises(RoutingError, match=f"{type(router).__name__} can't tell requests apart"):
+            Route(versions[id(second)], router)
     for version in versions.values():
         multi_router.detach(version)
     assert not hooked(base.model)

@@ -76,7 +76,7 @@ class Gander(Router):
 
     def prepared(self, setup: Setup) -> Router:
         reading = Reading.of(self, setup)
-        reading.blocks = tuple(_blocks(expert, setup.places) for expert in setup.experts)
+        reading.blocks = tuple(_blocks(expert, setup) for expert in setup.experts)
         return PreparedRouter(self, reading.bind)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
@@ -122,7 +122,7 @@ class Reading:
         places = setup.places
         if not places:
             raise RoutingError("Gander must know the order of the modules: attach it with route().")
-        stack = "encoder" if any(place.stack == "encoder" for place in places.values()) else "decoder"
+        stack = _stack(setup)
         blocks = sorted({p.block for p in places.values() if p.stack == stack and p.block is not None})
         if not blocks:
             raise RoutingError(
@@ -474,8 +474,12 @@ def _count_read(settings: Gander, blocks: int) -> int:
     return settings.layers or max(1, -(-blocks // BLOCKS_PER_READ))
 
 
-def _blocks(expert: Expert, places: Mapping[str, Place]) -> frozenset[int]:
+def _stack(setup: Setup) -> str:
+    """The stack that is read."""
+    return "encoder" if "encoder" in setup.stacks else "decoder"
+
+
+def _blocks(expert: Expert, setup: Setup) -> frozenset[int]:
     """The numbers of the blocks that an expert adapts in the stack that is read."""
-    stack = "encoder" if any(place.stack == "encoder" for place in places.values()) else "decoder"
-    found = (places[path] for path in expert.sizes)
+    stack, found = _stack(setup), (setup.places[path] for path in expert.sizes)
     return frozenset(place.block for place in found if place.stack == stack and place.block is not None)

@@ -76,6 +76,8 @@ class Setup:
     """Of each module that the pool adapts, by its path; empty if they aren't known."""
     markup: Callable[[], Markup] | None = None
     """Finds out what the base's tokenizer puts before a text. None if that is unknown."""
+    stacks: tuple[str, ...] = ("decoder",)
+    """Those that the base has: its decoder, and an encoder–decoder's encoder."""
 
 
 class BoundRouter(ABC):

@@ -396,7 +396,7 @@ class Routing:
             path: Place(self.streams.stack_of(path), block, kind)
             for path, (block, kind) in zip(paths, layer_and_kind(paths), strict=True)
         }
-        return Setup(self.pool.experts, decode, encoder, places, markup)
+        return Setup(self.pool.experts, decode, encoder, places, markup, tuple(self.streams.stacks))
 
     def attach(self) -> None:
         """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""
