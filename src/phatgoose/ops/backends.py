@@ -13,13 +13,13 @@ import phatgoose.ops.operators  # noqa: F401  (registers torch.ops.phatgoose)
 from phatgoose.ops import fast, reference
 from phatgoose.ops.cpu import backend as cpu
 from phatgoose.ops.cpu import build
-from phatgoose.ops.fused import FusedRouting
+from phatgoose.ops.fused import Choice, FusedRouting
 from phatgoose.ops.stack import Layer, Stack
 from phatgoose.ops.triton import backend as triton
 from phatgoose.registry import unknown
 
 Mix = Callable[[Tensor, Tensor, Stack, Tensor, Tensor, Layer | None], Tensor]
-GivenMix = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor | None]
+GivenMix = Callable[[Tensor, Tensor, Choice, bool], Tensor | None]
 Given = Callable[[Stack, Layer | None], GivenMix | None]
 Fuse = Callable[[Tensor, int, Stack, Layer | None], FusedRouting | None]
 
@@ -35,8 +35,8 @@ class Backend:
     fuse: Fuse | None = None
     """(gates, top_k, stack, layer) → the three steps in one call; None if the backend can't do that for this stack."""
     given: Given | None = None
-    """(stack, layer) → (u, y, chosen, weights, into_y) → as `mix`, for u and y of any leading shape and contiguous
-    choices [N, k], int64 and float32; None where `mix` must do it. None for a stack that it can't take."""
+    """(stack, layer) → (u, y, choice, into_y) → as `mix`, for u and y of any leading shape; None where `mix` must do
+    it. None for a stack that it can't take."""
 
     def routed_update(
         self, u: Tensor, y: Tensor, gates: Tensor, stack: Stack, top_k: int, layer: Layer | None = None

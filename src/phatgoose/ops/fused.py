@@ -38,6 +38,16 @@ class FusedRouting(Protocol):
         """The output as well as who was chosen, int64 [N, k], and their weights, float32 [N, k]."""
 
 
+class Choice:
+    """A choice that was made elsewhere: chosen int64 [N, k], −1 for nobody, and weights float32 [N, k]."""
+
+    def __init__(self, chosen: Tensor, weights: Tensor):
+        self.chosen, self.weights = chosen.contiguous(), weights.float().contiguous()
+        self.tokens, self.k = chosen.shape
+        self.at = self.chosen.data_ptr(), self.weights.data_ptr()
+        """Their addresses, which many modules' kernels are given."""
+
+
 def kernel_obstacle(u: Tensor, y: Tensor, stack: Stack, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why kernels for inference in these dtypes can't do this call, and what to do; None if they can.
 

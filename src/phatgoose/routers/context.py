@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
+from phatgoose.ops.fused import Choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +107,8 @@ class PassMemory:
     """[B, T, …], set by the router: what a pass after each of these tokens is to find. [B, 1, …] if it is `whole`."""
     notes: dict[object, Tensor] = field(default_factory=dict)
     """What routers keep for the length of this pass, each [B, T or 1, …]."""
-    choices: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """(chosen, weights), each [B·T, k], of modules that see the whole pass."""
+    choices: dict[object, Choice] = field(default_factory=dict)
+    """Of modules that see the whole pass, for its B·T tokens."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.ops import Backend
+from phatgoose.ops.fused import Choice
 from phatgoose.routers.context import PassMemory, RoutingContext
 from phatgoose.routers.markup import BEGUN, START, Markup
 from phatgoose.routers.router import (
@@ -405,13 +406,13 @@ class _Follower(ByScores):
         here = context.spread(self.by_expert.to(experts.device)[experts]).to(u.device)
         return here, context.spread(weights).to(u.device)
 
-    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> tuple[Tensor, Tensor]:
+    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> Choice:
         if (known := memory.choices.get(self.key)) is None:
             experts, weights = self._choice(memory, None, ops)
             shape = (*memory.sequences.real.shape, self.top_k)
             here = self.by_expert.to(experts.device)[experts]
             here, weights = (x.expand(shape).reshape(-1, self.top_k) for x in (here, weights))
-            known = memory.choices[self.key] = here, weights
+            known = memory.choices[self.key] = Choice(here, weights)
         return known
 
     def _choice(self, memory: PassMemory, on: Tensor | None, ops: Backend) -> tuple[Tensor, Tensor]:

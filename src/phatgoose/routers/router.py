@@ -13,6 +13,7 @@ from torch import Tensor
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.ops import Backend
+from phatgoose.ops.fused import Choice
 from phatgoose.ops.update import Update
 from phatgoose.routers.context import PassMemory, RoutingContext
 from phatgoose.routers.markup import Markup
@@ -105,7 +106,7 @@ class BoundRouter(ABC):
         """Takes in inputs [passages, T, d] of the module on passages of plain text. Called before routing, if
         `needs_plain`."""
 
-    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> tuple[Tensor, Tensor] | None:
+    def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> Choice | None:
         """As `__call__` at a module that sees all tokens of the pass, in order; None if nobody acts. Only asked if the
         router `remembers`: what it has chosen once, for a pass, it needn't work out again for every module."""
         raise NotImplementedError

@@ -246,7 +246,7 @@ class Site:
         if choice is None:
             return output
         assert self.given is not None
-        return self.given(u, output, *choice, self.plain and may_modify_output(module))
+        return self.given(u, output, choice, self.plain and may_modify_output(module))
 
     def _write_choices(
         self, recorder: Recorder | None, u: Tensor, output: Tensor, writable: bool

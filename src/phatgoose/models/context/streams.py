@@ -51,11 +51,8 @@ class _Location(NamedTuple):
     """Why its shape can't say which tokens it sees."""
     dispatched: bool
     """Whether it may be one of several experts, for which tokens are picked."""
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether an output of the pass's shape means that it saw the pass."""
-        return self.inside and self.refusal is None and not self.dispatched
+    sees_all: bool
+    """Whether an output of the pass's shape means that it saw the pass."""
 
 
 class Streams:
@@ -193,7 +190,8 @@ class Streams:
             if inside and self._inner is not None and not path.startswith(self._text):
                 refusal = "it isn't in the part of the model that reads the text, so it sees no tokens."
             dispatched = is_in_expert_list(self.model, path)
-            self._known[path] = _Location(stack, inside, reads_encoder(path), refusal, dispatched)
+            sees_all = inside and refusal is None and not dispatched
+            self._known[path] = _Location(stack, inside, reads_encoder(path), refusal, dispatched, sees_all)
         return self._known[path]
 
     def _reads(self, path: str, u: object) -> tuple[str, Run | None, str | None]:

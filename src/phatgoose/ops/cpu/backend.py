@@ -19,7 +19,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.memory import available_bytes
 from phatgoose.ops import fast
 from phatgoose.ops.cpu.build import library
-from phatgoose.ops.fused import USE_ANOTHER, KernelMix, KernelRouting, kernel_obstacle, refusal
+from phatgoose.ops.fused import USE_ANOTHER, Choice, KernelMix, KernelRouting, kernel_obstacle, refusal
 from phatgoose.ops.operands import check_choice, check_is, kernel_operands, tokens_of
 from phatgoose.ops.quantized_gates import LANES, kernel_gates
 from phatgoose.ops.stack import Layer, Stack
@@ -167,13 +167,26 @@ class _SiteCalls:
         self._last_shapes: tuple[torch.Size | None, torch.Size | None, int] = (None, None, 0)
 
     def run(
-        self, u: Tensor, y: Tensor, into_y: bool, choice_at: tuple[int | None, int | None], dtypes: int
+        self,
+        u: Tensor,
+        y: Tensor,
+        into_y: bool,
+        choice_at: tuple[int | None, int | None],
+        dtypes: int,
+        chosen: int | None = None,
     ) -> Tensor:
-        """What the kernel computes, in y if `into_y`. `choice_at`: addresses of a choice and its weights, or None."""
+        """What the kernel computes, in y if `into_y`.
+
+        Args:
+            choice_at: addresses of a choice and its weights, or None.
+            chosen: for how many tokens there is a choice, if it is read.
+        """
         # Shapes rarely change between calls, and to check them takes as long as a small call.
         shapes = self._last_shapes
         if u.shape != shapes[0] or y.shape != shapes[1]:
             shapes = self.check_shapes(u, y)
+        if chosen is not None and chosen != shapes[2]:
+            raise RoutingError(f"there is a choice for {chosen} tokens, and the module saw {shapes[2]}.")
         if not u.is_contiguous():
             u = u.contiguous()
         if not y.is_contiguous():
@@ -262,18 +275,13 @@ class CpuGivenMix:
         # A copied model copies its routing. Whatever points into memory is made anew.
         return type(self), (self.stack,)
 
-    def __call__(
-        self, u: Tensor, y: Tensor, chosen: Tensor, weights: Tensor, into_y: bool = False
-    ) -> Tensor | None:
-        """y + Σ w Δ(u), as `Backend.given`. chosen int64 and weights float32, both contiguous [N, k]."""
+    def __call__(self, u: Tensor, y: Tensor, choice: Choice, into_y: bool = False) -> Tensor | None:
+        """y + Σ w Δ(u), as `Backend.given`."""
         if (dtypes := _direct(u, y)) is None:
             return None
-        k = chosen.shape[1]
-        if (calls := self._calls.get(k)) is None:
-            calls = self._calls[k] = _SiteCalls(_mixing_site(self.stack, k), self.stack)
-        if len(chosen) * y.shape[-1] != y.numel():
-            check_choice(chosen, weights, tokens_of(u, y, self.stack.A.shape[1], self.stack.B.shape[1]))
-        return calls.run(u, y, into_y, (chosen.data_ptr(), weights.data_ptr()), dtypes)
+        if (calls := self._calls.get(choice.k)) is None:
+            calls = self._calls[choice.k] = _SiteCalls(_mixing_site(self.stack, choice.k), self.stack)
+        return calls.run(u, y, into_y, choice.at, dtypes, choice.tokens)
 
 
 def given(stack: Stack, layer: Layer | None = None) -> CpuGivenMix | None:
