@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from phatgoose.models.attach.reference_text import _pieces
+from phatgoose.models.attach.reference_text import _pieces, plain_pieces
 from phatgoose.models.moe.names import modules_by_path
 
 VALUES = ("v_proj", "v", "c_attn", "value")
@@ -34,6 +34,11 @@ def inputs_of(base, paths, run):
     return seen
 
 
+def standardised(u):
+    u = u - u.mean(-1, keepdim=True)
+    return u / u.std(-1, keepdim=True, correction=0)
+
+
 class Oracle:
     least = None
     """Whether each token is in doubt, of a sequence: ids → bool [T], or [1] of an encoder's text."""
@@ -58,6 +63,15 @@ class Oracle:
             for p in self.read[e.name]
         }
         self.paths = sorted({p for own in self.read.values() for p in own})
+        plain = plain_pieces(base.tokenizer)
+        more = {"decoder_input_ids": plain[:, :1]} if base.is_encoder_decoder else {}
+        seen = inputs_of(base, self.paths, lambda: base.model(input_ids=plain, **more))
+        self.whitening = {}
+        for path in self.paths:
+            x = standardised(seen[path].flatten(0, 1))
+            c = torch.cov(x.T)
+            w, q = torch.linalg.eigh(c + 0.3 * c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype))
+            self.whitening[path] = x.mean(0), q @ torch.diag(w**-0.5) @ q.T
         ids = _pieces(base.tokenizer)
         more = {"decoder_input_ids": ids[:, :1]} if base.is_encoder_decoder else {}
         seen = inputs_of(base, self.paths, lambda: base.model(input_ids=ids, **more))
@@ -69,9 +83,9 @@ class Oracle:
     def norms(self, name, path, u):
         _, values, right = self.bases[name, path]
         v = right[values > 1e-9 * values[0]]
-        u = u - u.mean(-1, keepdim=True)
-        u = u / u.std(-1, keepdim=True, correction=0)
-        return (u @ v.T).norm(dim=-1) ** (2 / 3)
+        mean, root = self.whitening[path]
+        span = torch.linalg.qr((v @ root).T).Q
+        return ((standardised(u) - mean) @ root @ span).norm(dim=-1) ** (2 / 3)
 
     def evidence(self, ids):
         """L [T, experts] of one sequence; of an encoder's text [1, experts]."""

@@ -42,8 +42,10 @@ class Gander(Router):
     """The expert whose weights find the most evidence in all that was read so far (docs/method.md, "Gander").
 
     The first blocks act as the base does, and gather evidence. Of expert e at token t it is x_{t,e}, the mean over the
-    read modules of z(‖V_eᵀū_t‖^⅔), where V_e are the right-singular vectors of its update and z is standardised on the
-    reference text (for an expert without singular vectors: z of its gate). It is summed with a forgetting window:
+    read modules of z(‖P_e(ū_t − m)‖^⅔). ‖P_e(ū − m)‖ is the length of an input in the directions that the expert's
+    update reads, its right-singular vectors V_e, where plain text varies equally in all directions (`whitened`); z is
+    standardised on the reference text. For an expert without singular vectors it is z of its gate. x is summed with a
+    forgetting window:
 
         L_t = γ L_{t−1} + x_t,   γ = 2^(−1/half_life)
 
@@ -110,8 +112,8 @@ class Reading:
             counts[list(members)] += 1
         self.shares = (1 / counts).float()
         """[experts]: what one module counts in the mean over an expert's read modules."""
-        self.plain: dict[str, Tensor] = {}
-        """What each read module has found in plain text, by its path: float32 [passages, T, experts]."""
+        self.readers: dict[str, _Reader] = {}
+        """The read modules by their paths."""
         self._summed_plain: Tensor | None = None
         self._least: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
         self.blocks: tuple[frozenset[int], ...] = ()
@@ -189,8 +191,9 @@ class Reading:
             )
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        if candidates.path in self.read:
-            return _Reader(self, candidates, self.read[candidates.path])
+        if (members := self.read.get(candidates.path)) is not None:
+            self.readers[candidates.path] = reader = _Reader(self, candidates, members)
+            return reader
         return _Waiting() if candidates.path in self.waiting else _Follower(self, candidates)
 
     def evidence(self, memory: PassMemory) -> Tensor:
@@ -228,16 +231,11 @@ class Reading:
     def _plain_summed(self) -> Tensor:
         """L of each plain passage, and behind it the sum of as many ones, float32 [passages, experts + 1]."""
         if self._summed_plain is None:
-            if self.plain.keys() != self.read.keys():
-                raise RoutingError(
-                    "Gander was not shown plain text, by which it doubts: attach it with route()."
-                )
-            x = torch.stack(list(self.plain.values())).sum(0)
+            x = torch.stack([reader.found_in_plain() for reader in self.readers.values()]).sum(0)
             text = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             self._summed_plain = (
                 counted(x, text).sum(1) if self.whole else self.scanned(x, text, None)[:, -1].clone()
             )
-            self.plain.clear()
         return self._summed_plain
 
     def scanned(self, x: Tensor, text: Tensor, before: Tensor | None) -> Tensor:
@@ -318,8 +316,11 @@ class _Reader(BoundRouter):
     """At a module that is read: the base acts."""
 
     needs_reference = True
+    needs_plain = True
     acts = False
     whole_passes = True
+    plain: Tensor | None = None
+    """What plain text gave before it was standardised, float32 [passages, T, members], if the router doubts."""
 
     def __init__(self, reading: Reading, candidates: Candidates, members: Sequence[int]):
         self.reading, self.path = reading, candidates.path
@@ -334,15 +335,24 @@ class _Reader(BoundRouter):
             candidates.path, candidates.names, tuple(members), tuple(gates[i] for i in places), candidates.d_in,
             tuple(candidates.updates[i] for i in places),
         )  # fmt: skip
-        self.needs_plain = reading.settings.doubt
         self.calibrated = Calibrated(read, read.gates, 1, "Gander", narrow=True)
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.calibrated.observe(u, ops)
 
     def observe_plain(self, u: Tensor, ops: Backend) -> None:
-        found = self._part(u, ops)
-        self.reading.plain[self.path] = found.reshape(*u.shape[:2], -1)
+        flat = u.flatten(0, 1)
+        self.calibrated.whiten(flat)
+        if self.reading.settings.doubt:
+            self.plain = self.calibrated.uncalibrated(flat, ops).reshape(*u.shape[:2], -1)
+
+    def found_in_plain(self) -> Tensor:
+        """What it adds to x on plain text, float32 [passages, T, experts]."""
+        if self.plain is None:
+            raise RoutingError("Gander was not shown plain text, by which it doubts: attach it with route().")
+        found, shape = self._shared(self.calibrated.on_scale(self.plain.flatten(0, 1))), self.plain.shape[:2]
+        self.plain = None
+        return found.reshape(*shape, -1)
 
     def check_observed(self) -> None:
         self.calibrated.check_observed()
@@ -358,8 +368,11 @@ class _Reader(BoundRouter):
 
     def _part(self, u: Tensor, ops: Backend) -> Tensor:
         """What this module adds to x, float32 [tokens, experts]."""
-        z, experts = self.calibrated.standardised(u.reshape(-1, u.shape[-1]), ops), self.reading.experts
-        part = z * self.shares.to(z.device)
+        return self._shared(self.calibrated.standardised(u.reshape(-1, u.shape[-1]), ops))
+
+    def _shared(self, z: Tensor) -> Tensor:
+        """z of the members [tokens, members] → their part of x, [tokens, experts]."""
+        experts, part = self.reading.experts, z * self.shares.to(z.device)
         if len(self.members) == experts:
             return part
         return z.new_zeros(len(z), experts).index_copy(1, self.members.to(z.device), part)

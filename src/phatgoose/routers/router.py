@@ -88,7 +88,7 @@ class BoundRouter(ABC):
     """Whether it must `observe` the base's own inputs of this module on reference text before it can route."""
 
     needs_plain = False
-    """Whether it must `observe_plain` passages of plain text too, after the reference text."""
+    """Whether it must `observe_plain` passages of plain text too, before the reference text."""
 
     whole_passes = False
     """Whether there is `in_whole_pass`, which costs less than `__call__`."""
@@ -103,7 +103,7 @@ class BoundRouter(ABC):
         """Takes in inputs [N, d] of the module on reference text. Called before routing, if `needs_reference`."""
 
     def observe_plain(self, u: Tensor, ops: Backend) -> None:  # noqa: B027 - most routers need none
-        """Takes in inputs [passages, T, d] of the module on passages of plain text. Called before routing, if
+        """Takes in inputs [passages, T, d] of the module on passages of plain text. Called once, before `observe`, if
         `needs_plain`."""
 
     def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> Choice | None:

@@ -118,15 +118,23 @@ def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | No
     return found
 
 
-class ProjectionNorms:
-    """‖P_e u‖ for each of E experts. P_e is [q_e, d]; q_e may differ, and where it is 0 the norm is 0."""
+SHRINKAGE = 0.3
+"""How much of its mean variance a covariance gets in every direction, so that it can be inverted and noise isn't."""
 
-    def __init__(self, matrices: Sequence[Tensor], narrow: bool = False):
+
+class ProjectionNorms:
+    """‖P_e (u − m)‖ for each of E experts. P_e is [q_e, d]; q_e may differ, and where it is 0 the norm is 0."""
+
+    def __init__(self, matrices: Sequence[Tensor], narrow: bool = False, mean: Tensor | None = None):
         """The matrices are stacked, so that one product serves all experts.
 
-        narrow: multiply in u's dtype, also if it has 16 bits: half of the bytes to read, and norms off by 2^-9 of them.
+        Args:
+            narrow: multiply in u's dtype, also if it has 16 bits: half of the bytes to read, with its rounding.
+            mean: m [d]; None: 0.
         """
-        self.rows, self.narrow = torch.cat(list(matrices)).float(), narrow
+        stacked = torch.cat(list(matrices))
+        self.rows, self.narrow = stacked.float(), narrow
+        self.offset = None if mean is None else (stacked @ mean.to(stacked)).float()
         ranks = [len(m) for m in matrices]
         self.rank = ranks[0] if len(set(ranks)) == 1 else 0
         # [rows, E]: 1 where the expert owns the row.
@@ -139,11 +147,34 @@ class ProjectionNorms:
         dtype = u.dtype if self.narrow else wide
         if self.rows.device != u.device or (self.narrow and self.rows.dtype != dtype):
             self.rows, self.owners = self.rows.to(u.device, dtype), self.owners.to(u.device)
+            self.offset = None if self.offset is None else self.offset.to(u.device)
         found = (u.to(dtype) @ self.rows.to(dtype).T).to(wide)
+        if self.offset is not None:
+            found = found - self.offset
         if self.rank:
             norms: Tensor = found.reshape(len(u), -1, self.rank).norm(dim=-1)
             return norms
         return (found.square() @ self.owners.to(wide)).sqrt()
+
+
+def whitened(vectors: Sequence[Tensor], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Rows that measure an input's part in each V_e [q_e, d] where inputs [N, d] vary equally in all directions.
+
+    With the inputs' mean m and their covariance C = R Rᵀ (shrunk by SHRINKAGE), a direction v becomes R⁻¹v. Returns
+    P_e = Q_eᵀ R⁻¹ [q_e, d] for each expert, with Q_e an orthonormal basis of the span of R⁻¹V_eᵀ, and m, in float64:
+    ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
+    """
+    x = inputs.double()
+    mean, covariance = x.mean(0), torch.cov(x.T)
+    d = len(covariance)
+    covariance += SHRINKAGE * covariance.trace() / d * torch.eye(d, dtype=x.dtype, device=x.device)
+    root = torch.linalg.cholesky(covariance)
+    found = []
+    for rows in vectors:
+        turned = torch.linalg.solve_triangular(root, rows.to(x).T, upper=False)
+        span = torch.linalg.qr(turned).Q
+        found.append(torch.linalg.solve_triangular(root.T, span, upper=True).T)
+    return found, mean
 
 
 class _ByNorms(ByScores):
@@ -200,11 +231,20 @@ class Calibrated(ByScores):
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
         self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
-        found = signatures(candidates, needed_by, self.by_weights)
-        self.span_norms = ProjectionNorms([s.vectors for s in found], narrow) if found else None
+        self.vectors = [s.vectors.float() for s in signatures(candidates, needed_by, self.by_weights)]
+        self.narrow = narrow
+        self.span_norms = ProjectionNorms(self.vectors, narrow) if self.vectors else None
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
         """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
         self._scale: tuple[Tensor, Tensor] | None = None
+
+    def whiten(self, u: Tensor) -> None:
+        """Measures lengths in the weights' directions from now on where these inputs [N, d] vary equally in all
+        directions (`whitened`). Before `observe`."""
+        if self.vectors:
+            rows, mean = whitened(self.vectors, standardise(u).cpu())
+            self.span_norms = ProjectionNorms(rows, self.narrow, mean)
+            self.vectors = []
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         t = self.uncalibrated(u, ops).double().cpu()
@@ -254,7 +294,11 @@ class Calibrated(ByScores):
 
     def standardised(self, u: Tensor, ops: Backend) -> Tensor:
         """The scores of inputs [N, d], [N, candidates]."""
-        if self._scale is None or self._scale[0].device != u.device:
-            mean, inverse = (x.float().to(u.device) for x in self.mean_and_scale())
+        return self.on_scale(self.uncalibrated(u, ops))
+
+    def on_scale(self, t: Tensor) -> Tensor:
+        """(t − mean)/(standard deviation) of each candidate, [N, candidates]."""
+        if self._scale is None or self._scale[0].device != t.device:
+            mean, inverse = (x.float().to(t.device) for x in self.mean_and_scale())
             self._scale = mean, inverse
-        return (self.uncalibrated(u, ops) - self._scale[0]) * self._scale[1]
+        return (t - self._scale[0]) * self._scale[1]

@@ -41,16 +41,16 @@ def plain_passages() -> tuple[str, ...]:
 def calibrate(base: Base, routers: Sequence[tuple[Site, BoundRouter]], ops: Backend) -> None:
     """Shows each router what its module sees of the reference text. No routing may be attached to the model. Raises
     RoutingError as `show_reference` does, or if an expert of a mixture saw too few tokens of the text."""
+    plain = [
+        (site.module, False, partial(_observe_plain, router, ops))
+        for site, router in routers
+        if router.needs_plain
+    ]
+    if plain:
+        show(base.model, plain_pieces(base.tokenizer), plain)
     observers = [(site.module, site.embedding, partial(router.observe, ops=ops)) for site, router in routers]
     if observers:
         show_reference(base.model, base.tokenizer, observers)
-    plain = [
-        (site.module, partial(_observe_plain, router, ops)) for site, router in routers if router.needs_plain
-    ]
-    if plain:
-        show(
-            base.model, plain_pieces(base.tokenizer), [(module, False, observe) for module, observe in plain]
-        )
     for site, router in routers:
         if isinstance(site.module, ExpertLinear):  # other modules see all of the text, or never run
             router.check_observed()
