@@ -125,32 +125,31 @@ SHRINKAGE = 0.3
 class ProjectionNorms:
     """‖P_e (u − m)‖ for each of E experts. P_e is [q_e, d]; q_e may differ, and where it is 0 the norm is 0."""
 
-    def __init__(self, matrices: Sequence[Tensor], narrow: bool = False, mean: Tensor | None = None):
-        """The matrices are stacked, so that one product serves all experts.
-
-        Args:
-            narrow: multiply in u's dtype, also if it has 16 bits: half of the bytes to read, with its rounding.
-            mean: m [d]; None: 0.
-        """
-        stacked = torch.cat(list(matrices))
-        self.rows, self.narrow = stacked.float(), narrow
-        self.offset = None if mean is None else (stacked @ mean.to(stacked)).float()
+    def __init__(self, matrices: Sequence[Tensor], mean: Tensor | None = None):
+        """The matrices are stacked, so that one product serves all experts. mean: m [d]; None: 0."""
+        self.rows = torch.cat(list(matrices)).float()
+        self.mean = None if mean is None else mean.float()
         ranks = [len(m) for m in matrices]
         self.rank = ranks[0] if len(set(ranks)) == 1 else 0
         # [rows, E]: 1 where the expert owns the row.
         owners = torch.eye(0 if self.rank else len(ranks), dtype=torch.float32)
         self.owners = owners if self.rank else torch.repeat_interleave(owners, torch.tensor(ranks), dim=0)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """[N, d] → [N, E] in float32, or float64 if u is."""
+    def __call__(self, u: Tensor, multiplied_in: torch.dtype | None = None) -> Tensor:
+        """[N, d] → [N, E] in float32, or float64 if u is.
+
+        multiplied_in: the dtype of the product, which the rows are then kept in. 16 bits are half of the bytes to read,
+        and round norms to 2^-9 of them. None: that of the result.
+        """
         wide = torch.promote_types(u.dtype, torch.float32)
-        dtype = u.dtype if self.narrow else wide
-        if self.rows.device != u.device or (self.narrow and self.rows.dtype != dtype):
-            self.rows, self.owners = self.rows.to(u.device, dtype), self.owners.to(u.device)
-            self.offset = None if self.offset is None else self.offset.to(u.device)
+        if self.rows.device != u.device:
+            self.rows, self.owners = self.rows.to(u.device), self.owners.to(u.device)
+            self.mean = None if self.mean is None else self.mean.to(u.device)
+        if multiplied_in is not None and self.rows.dtype != multiplied_in:
+            self.rows = self.rows.to(multiplied_in)
+        u = u.to(wide) if self.mean is None else u.to(wide) - self.mean
+        dtype = multiplied_in or wide
         found = (u.to(dtype) @ self.rows.to(dtype).T).to(wide)
-        if self.offset is not None:
-            found = found - self.offset
         if self.rank:
             norms: Tensor = found.reshape(len(u), -1, self.rank).norm(dim=-1)
             return norms
@@ -233,7 +232,7 @@ class Calibrated(ByScores):
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
         self.vectors = [s.vectors.float() for s in signatures(candidates, needed_by, self.by_weights)]
         self.narrow = narrow
-        self.span_norms = ProjectionNorms(self.vectors, narrow) if self.vectors else None
+        self.span_norms = ProjectionNorms(self.vectors) if self.vectors else None
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
         """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
         self._scale: tuple[Tensor, Tensor] | None = None
@@ -243,7 +242,7 @@ class Calibrated(ByScores):
         directions (`whitened`). Before `observe`."""
         if self.vectors:
             rows, mean = whitened(self.vectors, standardise(u).cpu())
-            self.span_norms = ProjectionNorms(rows, self.narrow, mean)
+            self.span_norms = ProjectionNorms(rows, mean)
             self.vectors = []
 
     def observe(self, u: Tensor, ops: Backend) -> None:
@@ -267,8 +266,7 @@ class Calibrated(ByScores):
                 self.gates = self.gates.to(u.device)
             t[:, self.gated] = ops.gate_scores(u, self.gates)
         if self.span_norms is not None:
-            centred = standardise(u)
-            norms = self.span_norms(centred.to(u.dtype) if self.span_norms.narrow else centred).pow(2 / 3)
+            norms = self.span_norms(standardise(u), u.dtype if self.narrow else None).pow(2 / 3)
             if len(self.by_weights) == t.shape[1]:
                 return norms
             t[:, self.by_weights] = norms
