@@ -326,6 +326,6 @@ def test_in_doubt_the_base_acts(made, family, experts):
     seen = route(base, pool, Gander(half_life=4, doubt=True))(**batch).logits
     for row, logits in enumerate(seen):
         kept = slice(None) if decoder else batch["attention_mask"][row].bool()
-        torch.testing.assert_close(logits[kept], wanted[row], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(logits[kept], wanted[row], rtol=5e-3, atol=5e-3)
         if decoder and bool(doubts[row]):
             torch.testing.assert_close(logits, bare[row], rtol=1e-4, atol=1e-4)
