@@ -35,6 +35,7 @@ from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.record import trace
 from phatgoose.ops import Backend, backend, fast
 from phatgoose.routers import PHATGOOSE, Gander
+from phatgoose.routers.router import BoundRouter
 
 PAST = 64
 """Tokens in the key-value cache before a decode step."""
@@ -158,25 +159,31 @@ def _gander(first: Routing) -> Routing:
     other = _sharing(first, "auto")
     other.router, other.streams = Gander(), Streams(first.model, remembers=True)
     other.prepared_router = other.router.prepared(other.setup())
-    observers = []
     for site in other.sites:
         site.bind()
         site.prepare()
-        if site.router.needs_reference:
-            observe = partial(_observe, site, other.ops)
-            observers.append(site.module.register_forward_hook(observe))
     size = first.model.config.vocab_size
-    ids = torch.randint(0, size, (4, 64), generator=torch.Generator().manual_seed(4))
-    first.model(
-        input_ids=ids, **({"decoder_input_ids": ids[:, :1]} if first.model.config.is_encoder_decoder else {})
-    )
-    for handle in observers:
-        handle.remove()
+    ids = torch.randint(0, size, (24, 64), generator=torch.Generator().manual_seed(4))
+    more = {"decoder_input_ids": ids[:, :1]} if first.model.config.is_encoder_decoder else {}
+    read = [site for site in other.sites if site.router.needs_reference]
+    for observe in (_observe_plain, _observe):
+        handles = [s.module.register_forward_hook(partial(observe, s.router, other.ops)) for s in read]
+        first.model(input_ids=ids, **more)
+        for handle in handles:
+            handle.remove()
     return other
 
 
-def _observe(site: object, ops: Backend, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    site.router.observe(args[0].reshape(-1, args[0].shape[-1]), ops)
+def _observe_plain(
+    router: BoundRouter, ops: Backend, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> None:
+    router.observe_plain(args[0], ops)
+
+
+def _observe(
+    router: BoundRouter, ops: Backend, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> None:
+    router.observe(args[0].flatten(0, 1), ops)
 
 
 def _dense(site: object) -> Callable[..., Tensor]:

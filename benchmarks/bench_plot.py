@@ -6,8 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-COLOURS = {"cpu": "#0a7d5a", "torch": "#3465a4", "dense": "#b8860b", "arrow": "#a40000"}
-NAMES = {"cpu": "compiled kernel", "torch": "torch", "dense": "dense formula", "arrow": "PEFT Arrow"}
+COLOURS = {"cpu": "#0a7d5a", "torch": "#3465a4", "dense": "#b8860b", "arrow": "#a40000", "gander": "#7a3b9a"}
+NAMES = {
+    "cpu": "compiled kernel",
+    "torch": "torch",
+    "dense": "dense formula",
+    "arrow": "PEFT Arrow",
+    "gander": "Gander",
+}
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 300, 260, 46, 56, 40, 20
 
 
