@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from peft import PeftModel
-from transformers import StaticCache
+from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 
 from gander_oracle import Oracle
 from phatgoose.analysis.measures import expert_shares
@@ -329,3 +329,24 @@ def test_in_doubt_the_base_acts(made, family, experts):
         torch.testing.assert_close(logits[kept], wanted[row], rtol=5e-3, atol=5e-3)
         if decoder and bool(doubts[row]):
             torch.testing.assert_close(logits, bare[row], rtol=1e-4, atol=1e-4)
+
+
+def with_cross_attention(make_base, make_expert, targets):
+    base = make_base("gpt2", layers=4)
+    config = GPT2Config(**{**base.model.config.to_dict(), "add_cross_attention": True})
+    torch.manual_seed(0)
+    base = dataclasses.replace(base, model=GPT2LMHeadModel(config).eval())
+    return base, Pool([make_expert(base, f"e{i}", seed=i, scale=0.6, targets=targets) for i in range(3)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [12, 7])
+def test_states_of_another_model_are_refused_whatever_their_length(make_base, make_expert, length):
+    base, pool = with_cross_attention(make_base, make_expert, ["c_attn"])
+    model = route(base, pool, Gander(half_life=3))
+    with pytest.raises(RoutingError, match="crossattention.*reads states"):
+        model(
+            input_ids=torch.tensor([ROWS[2]]),
+            encoder_hidden_states=torch.randn(1, length, 32),
+            use_cache=False,
+        )

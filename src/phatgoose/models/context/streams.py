@@ -153,7 +153,8 @@ class Streams:
         """The memory of the running pass, if the module at `path`, with an output of this shape, surely sees all of it
         in order; None if that isn't so or takes longer to tell."""
         run = self._now.runs.get("decoder")
-        if run is None or len(self.stacks) > 1 or run.shape != shape[:-1]:
+        # Where there is cross-attention, a module's input says whose tokens it sees.
+        if run is None or len(self.stacks) > 1 or run.encoded is not None or run.shape != shape[:-1]:
             return None
         location = self._known.get(path) or self._locate(path)
         if not location.sees_all:
