@@ -350,3 +350,14 @@ def test_states_of_another_model_are_refused_whatever_their_length(make_base, ma
             encoder_hidden_states=torch.randn(1, length, 32),
             use_cache=False,
         )
+
+
+@torch.no_grad()
+def test_evidence_is_kept_where_cross_attention_has_a_cache_of_its_own(make_base, make_expert):
+    base, pool = with_cross_attention(make_base, make_expert, ["c_fc"])
+    model = route(base, pool, Gander(half_life=3))
+    ids, states = torch.tensor([ROWS[2]]), {"encoder_hidden_states": torch.randn(1, 7, 32)}
+    whole = model(input_ids=ids, **states, use_cache=False).logits
+    first = model(input_ids=ids[:, :5], **states, use_cache=True)
+    rest = model(input_ids=ids[:, 5:], **states, past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, rtol=1e-4, atol=1e-4)

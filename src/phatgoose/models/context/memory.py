@@ -102,7 +102,7 @@ def recalled(past: Past, rows: int, owner: object) -> Tensor | None:
 
 def keep(memory: PassMemory, past: Past, output: Any, owner: object) -> None:
     """A pass has ended: what it leaves goes into the cache that it filled, if there is one."""
-    cache = past.cache if past.cache is not None else cache_of(output)
+    cache = _own_part(past.cache if past.cache is not None else cache_of(output))
     if memory.after is None or not isinstance(cache, Cache):
         return
     if DummyLayer is None:
@@ -118,6 +118,11 @@ def keep(memory: PassMemory, past: Past, output: Any, owner: object) -> None:
     layer.extend(memory.after.detach())
 
 
+def _own_part(cache: Any) -> Any:
+    """The part of a cache that holds what a decoder has read itself, if there is another for cross-attention."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def _layer_of(cache: Any) -> MemoryLayer | None:
-    layers = getattr(cache, "layers", None) or ()
+    layers = getattr(_own_part(cache), "layers", None) or ()
     return next((layer for layer in layers if isinstance(layer, MemoryLayer)), None)
