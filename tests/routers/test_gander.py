@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -361,3 +362,15 @@ def test_evidence_is_kept_where_cross_attention_has_a_cache_of_its_own(make_base
     first = model(input_ids=ids[:, :5], **states, use_cache=True)
     rest = model(input_ids=ids[:, 5:], **states, past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_pickled_cache_holds_no_model_and_is_not_continued(made):
+    base, pool = made()
+    ids = torch.tensor([ROWS[2]])
+    bare = base.model(input_ids=ids, use_cache=True).past_key_values
+    model = route(base, pool, Gander())
+    pickled = pickle.dumps(model(input_ids=ids, use_cache=True).past_key_values)
+    assert len(pickled) < 2 * len(pickle.dumps(bare))
+    with pytest.raises(RoutingError, match="hasn't all read"):
+        model(input_ids=ids, past_key_values=pickle.loads(pickled))

@@ -6,6 +6,7 @@ selected, drafts that are cropped, caches that are copied.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,12 +36,18 @@ class MemoryLayer(DummyLayer or object):  # type: ignore[misc]
         self.owner, self.tokens = owner, 0
         self.states: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryLayer:
+    def __copy__(self) -> MemoryLayer:
         # The owner stays the same object, by which a router knows its own.
         copied = MemoryLayer(self.owner)
-        copied.tokens = self.tokens
-        copied.states = None if self.states is None else self.states.clone()
+        copied.tokens, copied.states = self.tokens, self.states
         return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryLayer:
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The owner knows the model, which doesn't belong in a file of a cache. No router continues what it can't own.
+        return {**vars(self), "owner": None}
 
     def extend(self, states: Tensor) -> None:
         """Adds the states of the tokens of a pass, [rows, T, …]."""
