@@ -374,3 +374,26 @@ def test_a_pickled_cache_holds_no_model_and_is_not_continued(made):
     assert len(pickled) < 2 * len(pickle.dumps(bare))
     with pytest.raises(RoutingError, match="hasn't all read"):
         model(input_ids=ids, past_key_values=pickle.loads(pickled))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_computed_at_padding_reaches_no_evidence_even_if_it_is_not_finite(made, family):
+    base, pool = made(family)
+    decoder = [0, 40, 50] if base.is_encoder_decoder else None
+    batch = batch_of([ROWS[2], ROWS[0]], decoder=decoder)
+    model = route(base, pool, Gander(half_life=3))
+    wanted = model(**batch).logits
+    value = next(m for path, m in model.named_modules() if path.split(".")[-1] in ("v_proj", "v"))
+
+    def spoil(module, args):
+        return (args[0].masked_fill(~batch["attention_mask"].bool()[..., None], torch.nan),)
+
+    def mend(module, args, output):  # attention must not see it
+        return output.nan_to_num(0.0)
+
+    value.register_forward_pre_hook(spoil)
+    value.register_forward_hook(mend)
+    found = model(**batch).logits
+    real = slice(None) if decoder else batch["attention_mask"].bool()
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-4)

@@ -256,7 +256,7 @@ class Reading:
         text, states = self.text(memory)
         text = text.to(x.device)
         if memory.whole:
-            summed, states = (counted(x, text) * text[..., None]).sum(1, keepdim=True), states[:, -1:]
+            summed, states = counted(x, text).sum(1, keepdim=True), states[:, -1:]
             return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
         if bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
             raise RoutingError(
@@ -279,8 +279,9 @@ class Reading:
 
 
 def counted(x: Tensor, text: Tensor) -> Tensor:
-    """x [B, T, E] with a 1 behind each token's evidence: what it is summed over."""
-    return torch.cat([x, x.new_ones(*text.shape, 1)], dim=-1)
+    """x [B, T, E] with a 1 behind each token's evidence: what it is summed over. 0 where there is no text, whatever
+    the model computes there."""
+    return torch.cat([x, x.new_ones(*text.shape, 1)], dim=-1).where(text[..., None], 0.0)
 
 
 def _contrast(evidence: Tensor, count: Tensor) -> Tensor:
