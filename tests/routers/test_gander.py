@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -397,3 +399,20 @@ def test_what_is_computed_at_padding_reaches_no_evidence_even_if_it_is_not_finit
     found = model(**batch).logits
     real = slice(None) if decoder else batch["attention_mask"].bool()
     torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-4)
+
+
+def test_threads_that_begin_together_doubt_as_one_does(made):
+    base, pool = made()
+    model, together = route(base, pool, Gander(half_life=3, doubt=True)), threading.Barrier(8)
+    batches = [torch.tensor([ids_of(30, seed)]) for seed in range(8)]
+
+    @torch.no_grad()
+    def logits(ids):
+        together.wait()
+        return model(input_ids=ids, use_cache=False).logits
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(logits, batches))
+    with torch.no_grad():
+        for ids, one in zip(batches, found, strict=True):
+            assert torch.equal(one, model(input_ids=ids, use_cache=False).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ _SCANNED = 128
 """Tokens whose evidence is summed at a time."""
 _VALUES = ("v_proj", "v", "value", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 """What models call the projection to values, alone or with queries and keys."""
+_LOCK = threading.Lock()
+"""Guards what is worked out once of plain text, whose parts are let go then."""
 
 
 @dataclass(frozen=True)
@@ -230,13 +233,15 @@ class Reading:
 
     def _plain_summed(self) -> Tensor:
         """L of each plain passage, and behind it the sum of as many ones, float32 [passages, experts + 1]."""
-        if self._summed_plain is None:
-            x = torch.stack([reader.found_in_plain() for reader in self.readers.values()]).sum(0)
-            text = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            self._summed_plain = (
-                counted(x, text).sum(1) if self.whole else self.scanned(x, text, None)[:, -1].clone()
-            )
-        return self._summed_plain
+        with _LOCK:
+            if self._summed_plain is None:
+                self._summed_plain = self._sum_plain()
+            return self._summed_plain
+
+    def _sum_plain(self) -> Tensor:
+        x = torch.stack([reader.found_in_plain() for reader in self.readers.values()]).sum(0)
+        text = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return counted(x, text).sum(1) if self.whole else self.scanned(x, text, None)[:, -1].clone()
 
     def scanned(self, x: Tensor, text: Tensor, before: Tensor | None) -> Tensor:
         """L, and behind it the sum of as many ones, float32 [B, T, experts + 1]."""
