@@ -20,7 +20,7 @@ from phatgoose.evaluation.config import EvaluationConfig
 from phatgoose.evaluation.rank import score_choices
 from phatgoose.evaluation.rows import encode
 from phatgoose.experts.pool import Pool
-from phatgoose.models.attach.attach import route, unroute
+from phatgoose.models.attach.attach import route, routing_of, unroute
 from phatgoose.models.attach.reference_text import plain_pieces
 from phatgoose.models.trace.record import trace
 from phatgoose.records import Example
@@ -416,3 +416,15 @@ def test_threads_that_begin_together_doubt_as_one_does(made):
     with torch.no_grad():
         for ids, one in zip(batches, found, strict=True):
             assert torch.equal(one, model(input_ids=ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_module_whose_inputs_never_vary_says_nothing(made, dtype):
+    base, pool = made(dtype=dtype)
+    base.model.model.layers[0].input_layernorm.weight.zero_()
+    ids = torch.tensor([ROWS[2]])
+    model = route(base, pool, Gander())
+    assert model(input_ids=ids).logits.isfinite().all()
+    evidence = routing_of(model).streams._now.runs["decoder"].memory.after
+    assert not evidence[..., :4].any()

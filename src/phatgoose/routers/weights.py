@@ -120,6 +120,8 @@ def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | No
 
 SHRINKAGE = 0.3
 """How much of its mean variance a covariance gets in every direction, so that it can be inverted and noise isn't."""
+LEAST = 1e-4
+"""What it gets at least, where standardised inputs hardly vary: lengths then stay within what float16 can hold."""
 
 
 class ProjectionNorms:
@@ -159,14 +161,14 @@ class ProjectionNorms:
 def whitened(vectors: Sequence[Tensor], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
     """Rows that measure an input's part in each V_e [q_e, d] where inputs [N, d] vary equally in all directions.
 
-    With the inputs' mean m and their covariance C = R Rᵀ (shrunk by SHRINKAGE), a direction v becomes R⁻¹v. Returns
+    With the inputs' mean m and their covariance C = R Rᵀ (with SHRINKAGE of its mean variance, and LEAST at least, added), a direction v becomes R⁻¹v. Returns
     P_e = Q_eᵀ R⁻¹ [q_e, d] for each expert, with Q_e an orthonormal basis of the span of R⁻¹V_eᵀ, and m, in float64:
     ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
     """
     x = inputs.double()
     mean, covariance = x.mean(0), torch.cov(x.T)
     d = len(covariance)
-    covariance += SHRINKAGE * covariance.trace() / d * torch.eye(d, dtype=x.dtype, device=x.device)
+    covariance.diagonal().add_((SHRINKAGE * covariance.trace() / d).clamp(min=LEAST))
     root = torch.linalg.cholesky(covariance)
     found = []
     for rows in vectors:
