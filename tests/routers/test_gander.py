@@ -428,3 +428,22 @@ def test_a_module_whose_inputs_never_vary_says_nothing(made, dtype):
     assert model(input_ids=ids).logits.isfinite().all()
     evidence = routing_of(model).streams._now.runs["decoder"].memory.after
     assert not evidence[..., :4].any()
+
+
+@torch.no_grad()
+def test_a_model_that_is_cast_and_cast_back_routes_as_before(made):
+    base, pool = made()
+    model, ids = route(base, pool, Gander(half_life=3)), torch.tensor([ROWS[2]])
+
+    def evidence():
+        model(input_ids=ids)
+        return routing_of(model).streams._now.runs["decoder"].memory.after
+
+    exact = {name: p.clone() for name, p in model.named_parameters()}
+    before = evidence()
+    model.bfloat16()
+    assert not torch.equal(evidence(), before)
+    model.float()
+    for name, p in model.named_parameters():
+        p.copy_(exact[name])
+    assert torch.equal(evidence(), before)

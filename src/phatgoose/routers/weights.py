@@ -130,6 +130,8 @@ class ProjectionNorms:
     def __init__(self, matrices: Sequence[Tensor], mean: Tensor | None = None):
         """The matrices are stacked, so that one product serves all experts. mean: m [d]; None: 0."""
         self.rows = torch.cat(list(matrices)).float()
+        self._used = self.rows
+        """The rows on the device and in the dtype of the last product."""
         self.mean = None if mean is None else mean.float()
         ranks = [len(m) for m in matrices]
         self.rank = ranks[0] if len(set(ranks)) == 1 else 0
@@ -140,18 +142,18 @@ class ProjectionNorms:
     def __call__(self, u: Tensor, multiplied_in: torch.dtype | None = None) -> Tensor:
         """[N, d] → [N, E] in float32, or float64 if u is.
 
-        multiplied_in: the dtype of the product, which the rows are then kept in. 16 bits are half of the bytes to read,
-        and round norms to 2^-9 of them. None: that of the result.
+        multiplied_in: the dtype of the product, in which a copy of the rows is kept. 16 bits are half of the bytes to
+        read, and round norms to 2^-9 of them. None: that of the result.
         """
         wide = torch.promote_types(u.dtype, torch.float32)
-        if self.rows.device != u.device:
-            self.rows, self.owners = self.rows.to(u.device), self.owners.to(u.device)
-            self.mean = None if self.mean is None else self.mean.to(u.device)
-        if multiplied_in is not None and self.rows.dtype != multiplied_in:
-            self.rows = self.rows.to(multiplied_in)
-        u = u.to(wide) if self.mean is None else u.to(wide) - self.mean
         dtype = multiplied_in or wide
-        found = (u.to(dtype) @ self.rows.to(dtype).T).to(wide)
+        if self.owners.device != u.device:
+            self.owners = self.owners.to(u.device)
+            self.mean = None if self.mean is None else self.mean.to(u.device)
+        if (used := self._used).device != u.device or used.dtype != dtype:
+            self._used = used = self.rows.to(u.device, dtype)  # of the exact ones: a model may be cast back
+        u = u.to(wide) if self.mean is None else u.to(wide) - self.mean
+        found = (u.to(dtype) @ used.T).to(wide)
         if self.rank:
             norms: Tensor = found.reshape(len(u), -1, self.rank).norm(dim=-1)
             return norms
