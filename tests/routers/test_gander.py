@@ -447,3 +447,17 @@ def test_a_model_that_is_cast_and_cast_back_routes_as_before(made):
     for name, p in model.named_parameters():
         p.copy_(exact[name])
     assert torch.equal(evidence(), before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_gradient_checkpointing_is_refused(made, reentrant, backend):
+    base, pool = made()
+    model = route(base, pool, Gander(half_life=3), backend_name=backend).train()
+    model.requires_grad_(True)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    first, _ = (model(input_ids=torch.tensor([row]), use_cache=False).logits for row in (ROWS[2], ROWS[2][::-1]))
+    # It recomputes the first pass after the second.
+    with pytest.raises(RoutingError, match="runs again after its pass is over, as gradient checkpointing"):
+        first.sum().backward()

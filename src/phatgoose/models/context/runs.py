@@ -80,6 +80,7 @@ class Run:
     """Built when they are first asked for."""
     texts: Texts | None = field(default=None, init=False)
     """What its rows were given to read; worked out when a module first asks."""
+    over: bool = field(default=False, init=False)
     memory: PassMemory | None = field(default=None, init=False)
     """What a router keeps of its sequences; made when a module first asks."""
     uncached: CachedPrompts | None = field(default=None, init=False)

@@ -154,7 +154,7 @@ class Streams:
         in order; None if that isn't so or takes longer to tell."""
         run = self._now.runs.get("decoder")
         # Where there is cross-attention, a module's input says whose tokens it sees.
-        if run is None or len(self.stacks) > 1 or run.encoded is not None or run.shape != shape[:-1]:
+        if run is None or run.over or len(self.stacks) > 1 or run.encoded is not None or run.shape != shape[:-1]:
             return None
         location = self._known.get(path) or self._locate(path)
         if not location.sees_all:
@@ -168,6 +168,11 @@ class Streams:
         if (run := runs.get(stack)) is None:
             raise RoutingError(
                 f"module {path} ran outside of a call of the model, so its sequences are unknown."
+            )
+        if run.over and self._locate(path).inside:
+            raise RoutingError(
+                f"module {path} runs again after its pass is over, as gradient checkpointing does, and whose tokens these "
+                "are can't be told: switch gradient checkpointing off, or choose a router that decides by single tokens."
             )
         if has_encoder and stack == "decoder":
             encoded = None if run.encoded is None else run.encoded()
@@ -265,6 +270,7 @@ class Streams:
         run = now.runs.get(name)
         if run is None:
             return
+        run.over = True
         self._caches.after(run.given, output, run.past, *run.shape)
         if run.memory is not None and not run.memory.whole:
             keep(run.memory, run.past, output, self)
