@@ -20,6 +20,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.ops import BACKENDS, CpuRouting, auto_is, backend, fast, make_stack, reference
 from phatgoose.ops.cpu import backend as cpu
 from phatgoose.ops.cpu import build
+from phatgoose.ops.fused import Choice
 from phatgoose.ops.operands import kernel_operands
 from phatgoose.ops.quantized_gates import kernel_gates
 from phatgoose.ops.update import Update
@@ -515,3 +516,12 @@ def test_another_default_dtype_changes_nothing():
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+def test_a_choice_on_another_device_is_left_to_mix():
+    """The kernel would read addresses of that device as its own."""
+    u, y, stack, gates = problem(4, (1, 2, 3))
+    chosen, weights = reference.choose(reference.gate_scores(u, gates), 2)
+    mix = cpu.given(stack)
+    assert relative(mix(u, y, Choice(chosen, weights)), reference.mix(u, y, stack, chosen, weights)) < 1e-6
+    assert mix(u, y, Choice(chosen.to("meta"), weights.to("meta"))) is None

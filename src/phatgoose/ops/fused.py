@@ -44,8 +44,9 @@ class Choice:
     def __init__(self, chosen: Tensor, weights: Tensor):
         self.chosen, self.weights = chosen.contiguous(), weights.float().contiguous()
         self.tokens, self.k = chosen.shape
+        self.device = self.chosen.device
         self.at = self.chosen.data_ptr(), self.weights.data_ptr()
-        """Their addresses, which many modules' kernels are given."""
+        """Their addresses on `device`, which many modules' kernels are given."""
 
 
 def kernel_obstacle(u: Tensor, y: Tensor, stack: Stack, dtypes: Sequence[torch.dtype]) -> str | None:

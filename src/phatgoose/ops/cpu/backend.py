@@ -277,7 +277,8 @@ class CpuGivenMix:
 
     def __call__(self, u: Tensor, y: Tensor, choice: Choice, into_y: bool = False) -> Tensor | None:
         """y + Σ w Δ(u), as `Backend.given`."""
-        if (dtypes := _direct(u, y)) is None:
+        # A model's first blocks, and so the choice, may be on another device.
+        if choice.device.type != "cpu" or (dtypes := _direct(u, y)) is None:
             return None
         if (calls := self._calls.get(choice.k)) is None:
             calls = self._calls[choice.k] = _SiteCalls(_mixing_site(self.stack, choice.k), self.stack)
