@@ -25,7 +25,7 @@ from phatgoose.models.attach.reference_text import plain_pieces
 from phatgoose.models.trace.record import trace
 from phatgoose.records import Example
 from phatgoose.routers import Gander
-from phatgoose.routers.gander import scan
+from phatgoose.routers.gander import _total, scan
 from ranking_fixtures import assert_plain
 
 LENGTHS = [5, 1, 12, 8]
@@ -347,7 +347,7 @@ def with_cross_attention(make_base, make_expert, targets):
 def test_states_of_another_model_are_refused_whatever_their_length(make_base, make_expert, length):
     base, pool = with_cross_attention(make_base, make_expert, ["c_attn"])
     model = route(base, pool, Gander(half_life=3))
-    with pytest.raises(RoutingError, match="crossattention.*reads states"):
+    with pytest.raises(RoutingError, match=r"crossattention.*reads states"):
         model(
             input_ids=torch.tensor([ROWS[2]]),
             encoder_hidden_states=torch.randn(1, length, 32),
@@ -457,7 +457,15 @@ def test_gradient_checkpointing_is_refused(made, reentrant, backend):
     model.requires_grad_(True)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    first, _ = (model(input_ids=torch.tensor([row]), use_cache=False).logits for row in (ROWS[2], ROWS[2][::-1]))
+    first, _ = (
+        model(input_ids=torch.tensor([row]), use_cache=False).logits for row in (ROWS[2], ROWS[2][::-1])
+    )
     # It recomputes the first pass after the second.
     with pytest.raises(RoutingError, match="runs again after its pass is over, as gradient checkpointing"):
         first.sum().backward()
+
+
+def test_parts_on_several_devices_are_summed_on_the_first():
+    parts = [torch.ones(1, 2, 3, device="meta"), torch.ones(1, 2, 3)]
+    assert _total(parts).device.type == "meta"
+    assert torch.equal(_total([parts[1]] * 3), 3 * parts[1])

@@ -239,7 +239,7 @@ class Reading:
             return self._summed_plain
 
     def _sum_plain(self) -> Tensor:
-        x = torch.stack([reader.found_in_plain() for reader in self.readers.values()]).sum(0)
+        x = _total(reader.found_in_plain() for reader in self.readers.values())
         text = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return counted(x, text).sum(1) if self.whole else self.scanned(x, text, None)[:, -1].clone()
 
@@ -257,7 +257,7 @@ class Reading:
         tokens = memory.sequences
         tokens.check()
         real, positions = tokens.real, tokens.positions
-        x = torch.stack([notes[self, path] for path in self.read]).sum(0)
+        x = _total(notes[self, path] for path in self.read)
         text, states = self.text(memory)
         text = text.to(x.device)
         if memory.whole:
@@ -281,6 +281,12 @@ class Reading:
         before = None if memory.whole else memory.previous()
         states = [START] * len(real) if before is None else before[:, -1].long().tolist()
         return self.markup.read(ids, real, states)
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, on the device of the first: a model's blocks may be on several."""
+    first, *others = parts
+    return torch.stack([first, *(one.to(first.device) for one in others)]).sum(0)
 
 
 def counted(x: Tensor, text: Tensor) -> Tensor:

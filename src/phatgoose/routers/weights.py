@@ -163,9 +163,9 @@ class ProjectionNorms:
 def whitened(vectors: Sequence[Tensor], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
     """Rows that measure an input's part in each V_e [q_e, d] where inputs [N, d] vary equally in all directions.
 
-    With the inputs' mean m and their covariance C = R Rᵀ (with SHRINKAGE of its mean variance, and LEAST at least, added), a direction v becomes R⁻¹v. Returns
-    P_e = Q_eᵀ R⁻¹ [q_e, d] for each expert, with Q_e an orthonormal basis of the span of R⁻¹V_eᵀ, and m, in float64:
-    ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
+    With the inputs' mean m and their covariance C = R Rᵀ, to which SHRINKAGE of its mean variance is added, LEAST at
+    least, a direction v becomes R⁻¹v. Returns P_e = Q_eᵀ R⁻¹ [q_e, d] for each expert, with Q_e an orthonormal basis of
+    the span of R⁻¹V_eᵀ, and m, in float64: ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
     """
     x = inputs.double()
     mean, covariance = x.mean(0), torch.cov(x.T)

@@ -154,7 +154,13 @@ class Streams:
         in order; None if that isn't so or takes longer to tell."""
         run = self._now.runs.get("decoder")
         # Where there is cross-attention, a module's input says whose tokens it sees.
-        if run is None or run.over or len(self.stacks) > 1 or run.encoded is not None or run.shape != shape[:-1]:
+        if (
+            run is None
+            or run.over
+            or len(self.stacks) > 1
+            or run.encoded is not None
+            or run.shape != shape[:-1]
+        ):
             return None
         location = self._known.get(path) or self._locate(path)
         if not location.sees_all:
@@ -171,8 +177,8 @@ class Streams:
             )
         if run.over and self._locate(path).inside:
             raise RoutingError(
-                f"module {path} runs again after its pass is over, as gradient checkpointing does, and whose tokens these "
-                "are can't be told: switch gradient checkpointing off, or choose a router that decides by single tokens."
+                f"module {path} runs again after its pass is over, as gradient checkpointing does, and it can't be "
+                "told whose tokens these are: switch it off, or choose a router that decides by single tokens."
             )
         if has_encoder and stack == "decoder":
             encoded = None if run.encoded is None else run.encoded()
