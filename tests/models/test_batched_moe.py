@@ -116,3 +116,12 @@ def test_loads_and_failures_inside_experts(base, pools):
         torch.testing.assert_close(sums[0][row], _loads(base, pool, x[row]), atol=0.02, rtol=1e-3)
     for row, skip in enumerate(skipped.skip):
         torch.testing.assert_close(sums[1][row], _loads(base, pool, x[row], skip), atol=0.02, rtol=1e-3)
+
+
+def test_gander_refuses_to_read_where_only_some_tokens_come(base, tmp_path):
+    for i in range(2):
+        peft_adapter(base.model, tmp_path / str(i), i, target_parameters=["experts.down_proj"])
+    pool = Pool([Expert.from_peft(tmp_path / str(i), name=str(i)) for i in range(2)])
+    with pytest.raises(RoutingError, match="inside a mixture's experts and sees some tokens only"):
+        route(base, pool, Gander(layers=1))
+    assert not hooked(base.model)

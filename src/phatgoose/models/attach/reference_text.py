@@ -41,6 +41,12 @@ def plain_passages() -> tuple[str, ...]:
 def calibrate(base: Base, routers: Sequence[tuple[Site, BoundRouter]], ops: Backend) -> None:
     """Shows each router what its module sees of the reference text. No routing may be attached to the model. Raises
     RoutingError as `show_reference` does, or if an expert of a mixture saw too few tokens of the text."""
+    for site, router in routers:
+        if router.needs_plain and isinstance(site.module, ExpertLinear):
+            raise RoutingError(
+                f"{site.path} is inside a mixture's experts and sees some tokens only, but is to be read for "
+                "all of them: use experts that adapt attention or the mixture's gate too, or choose another router."
+            )
     plain = [
         (site.module, False, partial(_observe_plain, router, ops))
         for site, router in routers
