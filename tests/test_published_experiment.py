@@ -51,6 +51,7 @@ def test_they_are_of_the_shipped_recipe(results):
         "claims": {},
     }  # sections that recipes didn't have then; none are asked for
     assert {part: shipped.pop(part) for part in newer} == newer
+    assert shipped["pool"].pop("admit_rows") == 0
     assert said.keys() == shipped.keys()
     for part in shipped.keys() - {"folders"}:  # whoever runs it has folders of their own
         assert said[part] == shipped[part]

@@ -179,7 +179,8 @@ def test_the_recipe_is_the_published_one():
     assert (found.measure.test_rows, found.measure.choice_rows) == (said["test_rows"], said["choice_rows"])
     names = {"PHATGOOSE": "phatgoose"}
     systems = [names.get(s["name"], s["name"].replace("single: ", "single:")) for s in published["systems"]]
-    assert list(expanded(found.systems, found.seeds)) == systems
+    # Gander came later; it has a run of its own (benchmarks/results/quickstart-2026-11-30.json).
+    assert [system for system in expanded(found.systems, found.seeds) if system != "gander"] == systems
 
 
 def test_results_written_before_still_open(tmp_path):
