@@ -48,19 +48,32 @@ def llama_cpp_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model, *, tokenizer: bool = True, spoil: bool = False) -> None:
-    config, state = model.config, {k: v.detach().clone() for k, v in model.state_dict().items()}
-    if spoil:
-        state["model.norm.weight"][3] = float("nan")
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
+def writer_of(path: Path, architecture: str, config, rope: float):
+    """A writer that has said the model's sizes."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(rope)
+    return writer
+
+
+def write_tensors(writer) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path: Path, model, *, tokenizer: bool = True, spoil: bool = False) -> None:
+    config, state = model.config, {k: v.detach().clone() for k, v in model.state_dict().items()}
+    if spoil:
+        state["model.norm.weight"][3] = float("nan")
+    writer = writer_of(path, "llama", config, rope=10000.0)
     writer.add_vocab_size(config.vocab_size)
     if tokenizer:
         core = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
@@ -84,10 +97,7 @@ def write_gguf(path: Path, model, *, tokenizer: bool = True, spoil: bool = False
             writer.add_tensor(f"{ours}.weight", gguf.quants.quantize(data, Q8), raw_dtype=Q8)
         else:
             writer.add_tensor(f"{ours}.weight", data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer)
 
 
 GEMMA3_LAYER = {
@@ -111,17 +121,9 @@ PIECES = [
 def write_gemma3_gguf(path: Path, model, add_bos: bool = True) -> None:
     """As llama.cpp's converter does it: norms that count from 0 are written from 1."""
     config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer = writer_of(path, "gemma3", config, rope=1000000.0)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(1000000.0)
     writer.add_sliding_window(config.sliding_window)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -144,10 +146,7 @@ def write_gemma3_gguf(path: Path, model, add_bos: bool = True) -> None:
             writer.add_tensor(f"{ours}.weight", (weight + 1).numpy())
         else:
             writer.add_tensor(f"{ours}.weight", gguf.quants.quantize(weight.numpy(), Q8), raw_dtype=Q8)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer)
 
 
 @pytest.fixture(scope="module")
