@@ -81,6 +81,7 @@ class Run:
     texts: Texts | None = field(default=None, init=False)
     """What its rows were given to read; worked out when a module first asks."""
     over: bool = field(default=False, init=False)
+    """Whether the pass has ended: a module that runs later recomputes it."""
     memory: PassMemory | None = field(default=None, init=False)
     """What a router keeps of its sequences; made when a module first asks."""
     uncached: CachedPrompts | None = field(default=None, init=False)
