@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from phatgoose.routers.router import (
     Setup,
     check_at_least,
 )
-from phatgoose.routers.weights import Calibrated
+from phatgoose.routers.weights import Calibrated, standardised_gate
 
 BLOCKS_PER_READ = 6
 """One in so many of the adapted blocks is read, unless `layers` says otherwise."""
@@ -81,9 +81,7 @@ class Gander(Router):
             check_at_least(self, layers=1)
 
     def prepared(self, setup: Setup) -> Router:
-        reading = Reading.of(self, setup)
-        reading.blocks = tuple(_blocks(expert, setup) for expert in setup.experts)
-        return PreparedRouter(self, reading.bind)
+        return PreparedRouter(self, Reading.of(self, setup).bind)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         raise RoutingError("Gander looks at the whole pool first: attach it with route().")
@@ -95,6 +93,7 @@ class Reading:
     Args:
         read: module path → the experts, by number, whose evidence is taken there.
         waiting: modules that act as the base, since they run before all evidence is there.
+        blocks: of each expert, the numbers of the blocks that it adapts, in the stack that is read.
         markup: tells where a sequence's text begins. None: with its first token.
         whole: whether it is an encoder that is read, which has the whole text before it.
     """
@@ -102,15 +101,15 @@ class Reading:
     def __init__(
         self,
         settings: Gander,
-        experts: int,
         read: Mapping[str, tuple[int, ...]],
         waiting: frozenset[str],
+        blocks: Sequence[frozenset[int]],
         markup: Markup | None = None,
         whole: bool = False,
     ):
-        self.settings, self.experts, self.read, self.waiting = settings, experts, read, waiting
-        self.markup, self.whole = markup, whole
-        counts = torch.zeros(experts, dtype=torch.float64)
+        self.settings, self.read, self.waiting, self.blocks = settings, read, waiting, blocks
+        self.markup, self.whole, self.experts = markup, whole, len(blocks)
+        counts = torch.zeros(self.experts, dtype=torch.float64)
         for members in read.values():
             counts[list(members)] += 1
         self.shares = (1 / counts).float()
@@ -118,9 +117,7 @@ class Reading:
         self.readers: dict[str, _Reader] = {}
         """The read modules by their paths."""
         self._summed_plain: Tensor | None = None
-        self._least: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
-        self.blocks: tuple[frozenset[int], ...] = ()
-        """Of each expert, the numbers of the blocks that it adapts, in the stack that is read."""
+        self._least_of_all: Tensor | None = None
 
     @classmethod
     def of(cls, settings: Gander, setup: Setup) -> Reading:
@@ -128,8 +125,9 @@ class Reading:
         places = setup.places
         if not places:
             raise RoutingError("Gander must know the order of the modules: attach it with route().")
-        stack = _stack(setup)
-        blocks = sorted({p.block for p in places.values() if p.stack == stack and p.block is not None})
+        stack = "encoder" if "encoder" in setup.stacks else "decoder"
+        of_each = [_blocks(expert, places, stack) for expert in setup.experts]
+        blocks = sorted(frozenset[int]().union(*of_each))
         if not blocks:
             raise RoutingError(
                 f"the pool adapts no numbered block of the {stack}, so Gander has nothing to read."
@@ -158,7 +156,7 @@ class Reading:
         )
         members = {path: tuple(found) for path, found in read.items()}
         markup = None if setup.markup is None else setup.markup()
-        return cls(settings, len(setup.experts), members, waiting, markup, stack == "encoder")
+        return cls(settings, members, waiting, of_each, markup, stack == "encoder")
 
     def check_on(self, on: Tensor) -> None:
         """Raises RoutingError if a pool of the experts that are on, bool [rows, experts], would be read elsewhere."""
@@ -222,14 +220,17 @@ class Reading:
 
     def least(self, on: Tensor | None) -> Tensor:
         """How far an expert must stand out, float32 [rows, 1, 1], in a pool of those that are on."""
-        on = torch.ones(1, self.experts, dtype=torch.bool) if on is None else on
-        key = tuple(map(tuple, on.tolist()))
-        if key not in self._least:
-            summed = self._plain_summed()
-            evidence = summed[:, :-1].masked_fill(~on.to(summed.device)[:, None], -torch.inf)
-            found = _contrast(evidence, summed[:, -1:])
-            self._least[key] = found.quantile(1 - CROSSED, dim=1, keepdim=True, interpolation="higher")
-        return self._least[key]
+        if on is not None:
+            return self._least_of(on)
+        if self._least_of_all is None:
+            self._least_of_all = self._least_of(torch.ones(1, self.experts, dtype=torch.bool))
+        return self._least_of_all
+
+    def _least_of(self, on: Tensor) -> Tensor:
+        summed = self._plain_summed()
+        evidence = summed[:, :-1].masked_fill(~on.to(summed.device)[:, None], -torch.inf)
+        found = _contrast(evidence, summed[:, -1:])
+        return found.quantile(1 - CROSSED, dim=1, keepdim=True, interpolation="higher")
 
     def _plain_summed(self) -> Tensor:
         """L of each plain passage, and behind it the sum of as many ones, float32 [passages, experts + 1]."""
@@ -278,9 +279,12 @@ class Reading:
         real, ids = memory.sequences.real, memory.sequences.ids
         if self.markup is None or ids is None:
             return real, torch.full(real.shape, BEGUN)
-        before = None if memory.whole else memory.previous()
-        states = [START] * len(real) if before is None else before[:, -1].long().tolist()
-        return self.markup.read(ids, real, states)
+        text, after = (self, "text"), (self, "state")
+        if text not in memory.notes:
+            before = None if memory.whole else memory.previous()
+            states = [START] * len(real) if before is None else before[:, -1].long().tolist()
+            memory.notes[text], memory.notes[after] = self.markup.read(ids, real, states)
+        return memory.notes[text], memory.notes[after]
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
@@ -336,18 +340,13 @@ class _Reader(BoundRouter):
 
     def __init__(self, reading: Reading, candidates: Candidates, members: Sequence[int]):
         self.reading, self.path = reading, candidates.path
-        places = [candidates.members.index(member) for member in members]
-        gates = [
-            candidates.gates[i] if _reads_gate(candidates, i) else None
-            for i in range(len(candidates.members))
-        ]
         self.members, self.candidates = torch.tensor(members), torch.tensor(candidates.members)
         self.shares = reading.shares[list(members)]
-        read = Candidates(
-            candidates.path, candidates.names, tuple(members), tuple(gates[i] for i in places), candidates.d_in,
-            tuple(candidates.updates[i] for i in places),
-        )  # fmt: skip
-        self.calibrated = Calibrated(read, read.gates, 1, "Gander", narrow=True)
+        places = [candidates.members.index(member) for member in members]
+        updates = tuple(candidates.updates[i] for i in places)
+        gates = tuple(_gate_to_read(candidates, i) for i in places)
+        read = replace(candidates, members=tuple(members), gates=gates, updates=updates)
+        self.calibrated = Calibrated(read, gates, 1, "Gander", narrow=True)
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.calibrated.observe(u, ops)
@@ -482,10 +481,12 @@ def _nobody(u: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, torch.ones(chosen.shape, dtype=torch.float32, device=u.device)
 
 
-def _reads_gate(candidates: Candidates, index: int) -> bool:
-    """Whether a candidate's gate stands for its weights, which have no singular vectors."""
-    update = candidates.updates[index]
-    return update is not None and candidates.gates[index] is not None and why_no_signature(update) is not None
+def _gate_to_read(candidates: Candidates, index: int) -> Tensor | None:
+    """A candidate's gate, standardised, where it stands for weights that have no singular vectors; else None."""
+    update, gate = candidates.updates[index], candidates.gates[index]
+    if update is None or gate is None or why_no_signature(update) is None:
+        return None
+    return standardised_gate(gate)
 
 
 def _module_to_read(expert: Expert, places: Mapping[str, Place], stack: str, block: int) -> str | None:
@@ -500,12 +501,7 @@ def _count_read(settings: Gander, blocks: int) -> int:
     return settings.layers or max(1, -(-blocks // BLOCKS_PER_READ))
 
 
-def _stack(setup: Setup) -> str:
-    """The stack that is read."""
-    return "encoder" if "encoder" in setup.stacks else "decoder"
-
-
-def _blocks(expert: Expert, setup: Setup) -> frozenset[int]:
-    """The numbers of the blocks that an expert adapts in the stack that is read."""
-    stack, found = _stack(setup), (setup.places[path] for path in expert.sizes)
+def _blocks(expert: Expert, places: Mapping[str, Place], stack: str) -> frozenset[int]:
+    """The numbers of the blocks that an expert adapts in a stack."""
+    found = (places[path] for path in expert.sizes)
     return frozenset(place.block for place in found if place.stack == stack and place.block is not None)

@@ -50,8 +50,6 @@ class Place:
     """"encoder" or "decoder"."""
     block: int | None = None
     """Number of its block, counted from 0; None outside of the blocks."""
-    kind: str = ""
-    """Its path within the block, e.g. "self_attn.q_proj"."""
 
 
 class Encoder(Protocol):
@@ -259,11 +257,8 @@ class PreparedRouter(Router):
 
     def __init__(self, settings: Router, binds: Callable[[Candidates], BoundRouter]):
         self.settings, self.binds = settings, binds
-        self.offers_null, self.reads, self.remembers = (
-            settings.offers_null,
-            settings.reads,
-            settings.remembers,
-        )
+        self.offers_null, self.reads = settings.offers_null, settings.reads
+        self.remembers = settings.remembers
 
     def bind(self, candidates: Candidates) -> BoundRouter:
         return self.binds(candidates)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from phatgoose.errors import RoutingError
 from phatgoose.ops import Backend
-from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import (
     BoundRouter,
@@ -27,7 +26,7 @@ from phatgoose.routers.router import (
     SignatureRouter,
     TopK,
 )
-from phatgoose.routers.weights import Calibrated
+from phatgoose.routers.weights import Calibrated, standardised_gate
 
 UNGATED = ("refuse", "weights")
 
@@ -68,7 +67,7 @@ class PHATGOOSE(TopK):
                 "gate` (or train_gate); `phatgoose gate --generated` needs no data. Or score it by its "
                 "weights with ungated=weights, or choose a router that needs no gates."
             )
-        gates = [None if g is None else _standardised(g) for g in candidates.gates]
+        gates = [None if g is None else standardised_gate(g) for g in candidates.gates]
         if missing:
             return Calibrated(candidates, gates, self.top_k, 'PHATGOOSE(ungated="weights")')
         return _ByGates(candidates, gates, self.top_k)
@@ -118,13 +117,8 @@ class AverageActivation(TopK, SignatureRouter):
         return PreparedRouter(self, partial(self._bind, self.signed(setup)))
 
     def _bind(self, means: Sequence[Mapping[str, Tensor]], candidates: Candidates) -> BoundRouter:
-        gates = [None if m < 0 else _standardised(means[m][candidates.path]) for m in candidates.members]
+        gates = [None if m < 0 else standardised_gate(means[m][candidates.path]) for m in candidates.members]
         return _ByGates(candidates, gates, self.top_k)
-
-
-def _standardised(vector: Tensor) -> Tensor:
-    """v̄ in float32. It is computed in float64, since its mean must be zero to the last bit that float32 has."""
-    return standardise(vector.double()).float()
 
 
 class _ByGates(ByScores):

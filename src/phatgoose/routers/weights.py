@@ -133,7 +133,7 @@ class ProjectionNorms:
         self._used = self.rows
         """The rows on the device and in the dtype of the last product."""
         self.mean = None if mean is None else mean.float()
-        ranks = [len(m) for m in matrices]
+        self.ranks = ranks = [len(m) for m in matrices]
         self.rank = ranks[0] if len(set(ranks)) == 1 else 0
         # [rows, E]: 1 where the expert owns the row.
         owners = torch.eye(0 if self.rank else len(ranks), dtype=torch.float32)
@@ -206,6 +206,11 @@ class _Lag(ByScores):
         return torch.full_like(scores, -torch.inf).scatter(1, first, scores.gather(1, first))
 
 
+def standardised_gate(vector: Tensor) -> Tensor:
+    """v̄ in float32 [d]. It is computed in float64, since its mean must be zero to the last bit that float32 has."""
+    return standardise(vector.double()).float()
+
+
 class Calibrated(ByScores):
     """Scores by gates, or by weights for experts without a gate, made comparable on a reference text.
 
@@ -234,20 +239,18 @@ class Calibrated(ByScores):
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
         self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
-        self.vectors = [s.vectors.float() for s in signatures(candidates, needed_by, self.by_weights)]
+        found = signatures(candidates, needed_by, self.by_weights)
+        self.span_norms = ProjectionNorms([s.vectors for s in found]) if found else None
         self.narrow = narrow
-        self.span_norms = ProjectionNorms(self.vectors) if self.vectors else None
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
         """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
         self._scale: tuple[Tensor, Tensor] | None = None
 
     def whiten(self, u: Tensor) -> None:
         """Measures lengths in the weights' directions from now on where these inputs [N, d] vary equally in all
-        directions (`whitened`). Before `observe`."""
-        if self.vectors:
-            rows, mean = whitened(self.vectors, standardise(u).cpu())
-            self.span_norms = ProjectionNorms(rows, mean)
-            self.vectors = []
+        directions (`whitened`). Once, before `observe`."""
+        if (plain := self.span_norms) is not None:
+            self.span_norms = ProjectionNorms(*whitened(plain.rows.split(plain.ranks), standardise(u).cpu()))
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         t = self.uncalibrated(u, ops).double().cpu()

@@ -53,6 +53,7 @@ from phatgoose.models.text.encoding import decode_text
 from phatgoose.models.text.markup import markup_of
 from phatgoose.models.trace.recorder import Recorder
 from phatgoose.ops import CpuRouting, FusedRouting, Stack, backend
+from phatgoose.ops.backends import GivenMix
 from phatgoose.ops.bottleneck import Residual
 from phatgoose.ops.offload.experts import OffloadedExperts
 from phatgoose.routers import Router
@@ -119,9 +120,8 @@ class Site:
             self.fused = OffloadedExperts(*by_gates, stack, layer, routing.ops.mix, self.path)
         else:
             self.fused = self.fuse(by_gates)
-        given = None if offloads else routing.ops.given
+        given = routing.ops.given if self.router.whole_passes and not offloads else None
         self.given = None if given is None else given(stack, self.layer)
-        self.whole_passes = self.router.whole_passes and self.given is not None
         # Only this kernel can write its choices into a recorder's buffer.
         self.writer = self.fused if isinstance(self.fused, CpuRouting) and self.fused.plain else None
 
@@ -205,8 +205,8 @@ class Site:
         if self._stack_for != (output.device, output.dtype) or self._reads_weight:
             self._follow(output)
         recorder = self.routing.recorder
-        if self.whole_passes and recorder is None:
-            done = self._whole_pass(module, u, output)  # exit 2
+        if self.given is not None and recorder is None:
+            done = self._whole_pass(self.given, module, u, output)  # exit 2
             if done is not None:
                 return done
         # A router whose experts can be switched off has no gates to fuse while some are off.
@@ -237,7 +237,7 @@ class Site:
             self._record(recorder, context, output if self.embedding else u, chosen, weights)
         return done
 
-    def _whole_pass(self, module: nn.Module, u: Tensor, output: Tensor) -> Tensor | None:
+    def _whole_pass(self, given: GivenMix, module: nn.Module, u: Tensor, output: Tensor) -> Tensor | None:
         """The output with what the router chose for the whole pass; None if that can't be told, or done, so quickly."""
         memory = self.routing.streams.memory_of_whole(self.path, output.shape)
         if memory is None:
@@ -245,8 +245,7 @@ class Site:
         choice = self.router.in_whole_pass(u, memory, self.routing.ops)
         if choice is None:
             return output
-        assert self.given is not None
-        return self.given(u, output, choice, self.plain and may_modify_output(module))
+        return given(u, output, choice, self.plain and may_modify_output(module))
 
     def _write_choices(
         self, recorder: Recorder | None, u: Tensor, output: Tensor, writable: bool
@@ -393,8 +392,8 @@ class Routing:
         markup = None if base is None else partial(markup_of, base.tokenizer)
         paths = self.pool.modules
         places = {
-            path: Place(self.streams.stack_of(path), block, kind)
-            for path, (block, kind) in zip(paths, layer_and_kind(paths), strict=True)
+            path: Place(self.streams.stack_of(path), block)
+            for path, (block, _) in zip(paths, layer_and_kind(paths), strict=True)
         }
         return Setup(self.pool.experts, decode, encoder, places, markup, tuple(self.streams.stacks))
 
