@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -38,6 +39,14 @@ If `train`, `gate` or `quickstart` is stopped, the same command continues where 
 `PHATGOOSE_DEBUG=1` shows tracebacks and other libraries' warnings.
 """
 
+SHARED = """\
+## Options of several commands
+
+A command that only names one of these takes it with this meaning and default.
+"""
+
+TABLE = "| | | default |\n|---|---|---|"
+
 
 @dataclass(frozen=True)
 class _Parameter:
@@ -54,25 +63,30 @@ class _Parameter:
 
 
 def markdown() -> str:
-    """The whole page."""
+    """The whole page. Options that are the same in several commands are described once."""
     from phatgoose.cli.main import app
 
-    return "\n".join([HEAD, *_group(app, "phatgoose", 2)]).rstrip() + "\n"
+    often = Counter("\n".join(_group(app, "phatgoose", 2, {})).split("\n"))
+    shared = {row: row.split()[1].strip("`") for row, n in often.items() if n > 2 and row.startswith("| `--")}
+    table = "\n".join([TABLE, *sorted(shared)])
+    return "\n".join([HEAD, SHARED, f"{table}\n", *_group(app, "phatgoose", 2, shared)]).rstrip() + "\n"
 
 
-def _group(app: typer.Typer, path: str, level: int) -> Iterator[str]:
+def _group(app: typer.Typer, path: str, level: int, shared: Mapping[str, str]) -> Iterator[str]:
     callback = app.registered_callback.callback if app.registered_callback else None
-    yield from _section(path, level, str(app.info.help), callback, " COMMAND …")
+    yield from _section(path, level, str(app.info.help), callback, shared, " COMMAND …")
     inside = [(str(c.name), c.callback) for c in app.registered_commands]
     groups = {str(g.name): g.typer_instance for g in app.registered_groups}
     for name, command in inside:
-        yield from _section(f"{path} {name}", level + 1, inspect.getdoc(command) or "", command)
+        yield from _section(f"{path} {name}", level + 1, inspect.getdoc(command) or "", command, shared)
     for name, group in groups.items():
         assert group is not None
-        yield from _group(group, f"{path} {name}", level + 1)
+        yield from _group(group, f"{path} {name}", level + 1, shared)
 
 
-def _section(path: str, level: int, text: str, function: Any, more: str = "") -> Iterator[str]:
+def _section(
+    path: str, level: int, text: str, function: Any, shared: Mapping[str, str], more: str = ""
+) -> Iterator[str]:
     found = list(parameters(function)) if function else []
     arguments, options = [p for p in found if p.is_argument], [p for p in found if not p.is_argument]
     words = [path, *map(_argument, arguments), *(["[OPTIONS]"] if options else [])]
@@ -80,8 +94,12 @@ def _section(path: str, level: int, text: str, function: Any, more: str = "") ->
     yield f"```text\n{' '.join(words)}{more}\n```\n"
     yield " ".join(text.split()) + "\n"
     if found:
-        yield "| | | default |\n|---|---|---|"
-        yield "\n".join(map(_row, [*arguments, *options])) + "\n"
+        rows = [_row(p) for p in [*arguments, *options]]
+        if elsewhere := [f"`{shared[row]}`" for row in rows if row in shared]:
+            rows = [row for row in rows if row not in shared]
+            rows.append(f"| {', '.join(elsewhere)} | as [in other commands](#options-of-several-commands) |  |")
+        yield TABLE
+        yield "\n".join(rows) + "\n"
 
 
 def parameters(function: Any) -> Iterator[_Parameter]:
