@@ -97,7 +97,9 @@ def _section(
         rows = [_row(p) for p in [*arguments, *options]]
         if elsewhere := [f"`{shared[row]}`" for row in rows if row in shared]:
             rows = [row for row in rows if row not in shared]
-            rows.append(f"| {', '.join(elsewhere)} | as [in other commands](#options-of-several-commands) |  |")
+            rows.append(
+                f"| {', '.join(elsewhere)} | as [in other commands](#options-of-several-commands) |  |"
+            )
         yield TABLE
         yield "\n".join(rows) + "\n"
 
