@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from cli_fixtures import SMALL
 
+import architectures
 from conftest import make_model
 from phatgoose.cli.common import loading
 from phatgoose.cli.common.options import DEFAULT_BASE, BaseOptions
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.models.attach.attach import routing_of
+from phatgoose.models.attach.fitting import fit_router
+from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
-from phatgoose.routers.fitting import fitting_router
 from phatgoose.tasks import load_task
 from phatgoose.training.config import ExpertConfig
 from phatgoose.workflows.contribute import contribution_key
@@ -62,7 +68,7 @@ def test_the_base_that_the_pool_records_is_loaded(ready, run, base):
     assert "--base" not in words
     result = run(*words, "--max-new-tokens", 2)
     assert result.code == 0, result.err
-    assert f"base: {base} (recorded with the experts)" in result.err
+    assert f"base: {base} (recorded in the pool); router: gander (" in result.err
     assert result.out == run(*words, "--base", base, "--max-new-tokens", 2).out
 
 
@@ -82,7 +88,7 @@ def test_every_command_with_a_pool_does(ready, run, task, base, command):
     more = ["--task", task] if command[0] == "eval" else []
     result = run(*command, *more, "--pool", ready[0] / "pool", input="")
     assert result.code == 0, result.err
-    assert f"base: {base} (recorded with the experts)" in result.err
+    assert f"base: {base} (recorded in the pool); router: gander (" in result.err
 
 
 def test_a_recorded_base_that_is_gone_is_named(ready, run, tmp_path, base):
@@ -90,8 +96,6 @@ def test_a_recorded_base_that_is_gone_is_named(ready, run, tmp_path, base):
     shutil.copytree(base, gone)
     for name in ("one", "two-gated"):
         expert = Expert.load(ready[0] / name)
-        from dataclasses import replace
-
         record = {**expert.base.to_json(), "spec": str(gone)}
         replace(expert, provenance={**expert.provenance, "base": record}).save(tmp_path / name)
     assert run("pool", "create", tmp_path / "pool", tmp_path / "one", tmp_path / "two-gated").code == 0
@@ -109,10 +113,10 @@ def test_plain_adapters_get_a_next_command_that_works(run, plain, base, tmp_path
     assert made.code == 0, made.err
     result = run(*following(made), "--max-new-tokens", 2)
     assert result.code == 0, result.err
-    assert "router: weight-only (the experts have no gates" in result.err
+    assert "router: gander (" in result.err
     named = run("generate", *PROMPT, "--pool", tmp_path / "pool", "--router", "arrow")
     assert named.code == 0
-    assert "router:" not in named.err
+    assert "router: arrow (--router)" in named.err
     nameless = run("generate", *PROMPT, "--pool", tmp_path / "pool", "--base", "")
     assert (nameless.code, "there is no base ''" in nameless.err) == (1, True)
 
@@ -138,7 +142,7 @@ def test_an_adapter_that_names_no_base_leaves_the_choice_to_the_others(run, plai
     assert made.code == 0, made.err
     result = run(*following(made), "--max-new-tokens", 2)
     assert result.code == 0, result.err
-    assert f"base: {base} (recorded with the experts)" in result.err
+    assert f"base: {base} (recorded in the pool); router: gander (" in result.err
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
     assert run("pool", "create", tmp_path / "two", *folders).code == 0
     refused = run("generate", *PROMPT, "--pool", tmp_path / "two")
@@ -172,15 +176,45 @@ def test_adapters_that_no_weights_can_score_are_all_used(run, plain, base, tmp_p
     assert run("pool", "create", tmp_path / "pool", *plain(base, "ia3")).code == 0
     result = run("generate", *PROMPT, "--pool", tmp_path / "pool")
     assert result.code == 0, result.err
-    assert "router: uniform (expert 'first' has neither gates" in result.err
+    assert "router: uniform (first, second have neither gates" in result.err
 
 
-def test_the_router_fits_what_the_pool_holds(ready, plain):
+def test_the_router_fits_what_the_pool_holds(ready, plain, base):
+    """Each tuple: the experts, the router, words of the reason."""
+    model = load_base(base)
     gated, bare = Expert.load(ready[0] / "one"), [Expert.from_peft(p) for p in plain("x")]
-    assert fitting_router([gated]) == ("phatgoose", "")
-    assert fitting_router([gated, *bare])[0] == "phatgoose:ungated=weights"
-    assert fitting_router(bare)[0] == "weight-only"
-    assert fitting_router(Pool([gated]).experts)[1] == ""
+    scaled = [Expert.from_peft(p).renamed(f"scaled-{i}") for i, p in enumerate(plain("x", "ia3"))]
+    zeros = {path: torch.zeros(d_in) for path, (d_in, _, _) in scaled[0].sizes.items()}
+    told = scaled[0].with_gates(zeros)
+    shallow = replace_layers(bare[0], "layers.0.")
+    low = RouteOptions(device_memory="1GB")
+    for experts, options, router, words in (
+        ([gated], None, "gander", "highest published scores"),
+        ([gated, *bare], None, "gander", "highest published scores"),
+        ([gated, told], None, "gander", "highest published scores"),
+        ([shallow, bare[1]], None, "lag", "expert 'first' adapts only blocks that Gander reads"),
+        ([*bare, *scaled], None, "uniform", "scaled-0, scaled-1 have neither gates"),
+        ([gated], low, "phatgoose", "--device-memory is for routers that choose by gates"),
+        ([gated, *bare], low, "phatgoose:ungated=weights", "--device-memory"),
+    ):
+        fit = fit_router(model, Pool(experts), options)
+        assert (fit.text, words in fit.why) == (router, True), fit
+        assert routing_of(model) is None
+
+
+def replace_layers(expert, part):
+    """The expert at the modules alone whose path has this part."""
+    tensors = {key: t for key, t in expert.tensors.items() if part in key}
+    return replace(expert, tensors=tensors, gates=None)
+
+
+def test_where_tokens_cannot_be_told_the_router_goes_by_single_tokens(tokenizer, make_expert):
+    """DeepSeek's kv_b_proj sees the cache again at each new token."""
+    base = Base(architectures.make("deepseek_v2"), tokenizer, spec="tiny")
+    targets = r".*(kv_b_proj|o_proj)"
+    pool = Pool([make_expert(base, name, seed=i, targets=targets) for i, name in enumerate("ab")])
+    fit = fit_router(base, pool)
+    assert (fit.text, "sees the" in fit.why) == ("lag", True)
 
 
 def test_an_expert_of_conversations_is_of_one_chat_template(run, save_base, tmp_path):

@@ -19,7 +19,7 @@ from ray import serve
 
 from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.pool import Pool
-from phatgoose.routers.fitting import fitting_router
+from phatgoose.routers.fitting import WITHOUT_POOL
 from phatgoose.serving.errors import ServingError
 from phatgoose.serving.http.app import make_app
 from phatgoose.serving.http.guard import Keys
@@ -44,7 +44,7 @@ class ReplicaSettings(BaseModel):
     pool: str | None = None
     """A pool's folder, which must be there on every replica's machine."""
     router: str | None = None
-    """The router of requests that name none. None: phatgoose, or a router without gates if experts lack them."""
+    """The router of requests that name none. None: the one that fits (`fit_router`)."""
     name: str = "phatgoose"
     dtype: str = "auto"
     device: str = "cpu"
@@ -74,6 +74,7 @@ class ReplicaSettings(BaseModel):
 
 def make_service(args: ReplicaSettings) -> Service:
     """One replica's server."""
+    from phatgoose.models.attach.fitting import fit_router
     from phatgoose.models.base.load import load_base
 
     folder = None if args.pool is None else Path(args.pool)
@@ -81,7 +82,9 @@ def make_service(args: ReplicaSettings) -> Service:
     def make() -> Service:
         base = load_base(args.base, dtype=args.dtype, device=args.device)
         pool = Pool.load(folder) if folder is not None and read_manifest(folder)["experts"] else None
-        router = args.router or ("phatgoose" if pool is None else fitting_router(pool.experts)[0])
+        router = args.router
+        if router is None:
+            router = WITHOUT_POOL if pool is None else fit_router(base, pool, shared=True).text
         return Service(base, args.serve_settings(), pool=pool, folder=folder, router=router, name=args.name)
 
     return run_in_thread(make)

@@ -14,6 +14,7 @@ from phatgoose.errors import PhatgooseError, PluginError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import prompted, route_with, routing_of, unroute
+from phatgoose.models.attach.fitting import fit_router
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.module_names import locate_modules
@@ -22,7 +23,7 @@ from phatgoose.models.text.generate import greedy_answer, max_answer_tokens
 from phatgoose.models.trace.record import trace
 from phatgoose.registry import unknown
 from phatgoose.routers import Router
-from phatgoose.routers.fitting import fitting_router
+from phatgoose.routers.fitting import WITHOUT_POOL
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.parse import BASE, REQUIRED, ROUTERS, parse_router, router_class, settings_of
 from phatgoose.ui.queue import QueuedAnswer
@@ -65,20 +66,21 @@ class Question:
     max_new_tokens: int = 64
 
 
-def offered_routers(pool: Pool | None = None) -> list[dict[str, Any]]:
+def offered_routers(pool: Pool | None = None, first: str = WITHOUT_POOL) -> list[dict[str, Any]]:
     """{"name", "top_k"} of every router that needs nothing but a pool, and the base; top_k is None if it has none.
 
-    The first one suits the pool best: PHATGOOSE if all experts have gates. Routers that read gates or data
-    signatures which some of this pool's experts lack are left out, and so are routers of other packages that
-    can't be imported.
+    Routers that read gates or data signatures which some of this pool's experts lack are left out, and so are routers
+    of other packages that can't be imported.
+
+    Args:
+        first: the router that suits the pool, which comes first.
     """
     found = []
-    first = fitting_router(pool.experts)[0] if pool else "phatgoose"
-    if first.startswith("phatgoose:"):  # the page has no setting for experts without gates
-        first = "weight-only"
+    gated = pool is None or all(expert.gates is not None for expert in pool.experts)
+    first = first if ":" not in first else "weight-only"  # the page has no setting for experts without gates
     for name in sorted(ROUTERS, key=lambda name: (name != first, name)):
         # Single is left out: one expert alone is what is left when the others are switched off.
-        if name == "single" or (name in ("phatgoose", "shuffled-gates") and first != "phatgoose"):
+        if name == "single" or (name in ("phatgoose", "shuffled-gates") and not gated):
             continue
         try:
             kind = router_class(name)
@@ -107,9 +109,10 @@ class Session:
     ) -> None:
         self.base, self.pool, self.options = base, pool, options or RouteOptions()
         self.limits = Limits() if limits is None else limits
-        self.routers = {router["name"]: router for router in offered_routers(pool)}
+        self.fit = fit = fit_router(base, pool, self.options)  # refuses a pool of another base
+        self.routers = {router["name"]: router for router in offered_routers(pool, fit.text)}
         self._attached: tuple[str, Switches | None] | None = None  # what is routed now
-        route_with(base, pool, parse_router("uniform"), self.options)  # refuses a pool of another base
+        route_with(base, pool, parse_router("uniform"), self.options)
         routing = routing_of(base)
         assert routing is not None
         modules = routing.pool.modules

@@ -56,16 +56,14 @@ def command(
     which layers and tokens of the prompt spoke for which expert.
     """
     text = read_prompt(prompt)
-    from phatgoose.cli.common.loading import choose, load_for, load_pool
+    from phatgoose.cli.common.loading import load_with_choices
     from phatgoose.cli.common.streaming import encode, room_for
     from phatgoose.models.attach.options import RouteOptions
     from phatgoose.workflows.explain import ExplainOptions, explain, words
 
-    experts = load_pool(pool)
-    choice = choose(router, experts, RouteOptions(backend))
+    model, experts, (choice,) = load_with_choices(pool, [router], base, RouteOptions(backend))
     if experts is None or choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} has no experts to leave out; give one that routes.")
-    model = load_for(experts, base)
     ids, read = encode(model, experts, text, chat=answer.chat)
     options = ExplainOptions(room_for(model, ids, answer.max_new_tokens), answer.most, route=choice.options)
     found, _ = explain(model, experts, ids, choice.router, prompt=text, read=read, options=options)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from phatgoose.cli.common.expand import Options, expand_options
-from phatgoose.cli.common.options import ROUTER_NAMES, BackendOption, BaseOptions, PoolOption
+from phatgoose.cli.common.options import OWN_ROUTER, ROUTER_NAMES, BackendOption, BaseOptions, PoolOption
 from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError
 from phatgoose.extras import install
@@ -38,9 +38,7 @@ def command(
     pool: PoolOption = None,
     router: Annotated[
         str | None,
-        typer.Option(
-            help=f"{ROUTER_NAMES} If not given: phatgoose, or where experts lack gates a router that needs none."
-        ),
+        typer.Option(help=f"{ROUTER_NAMES} If not given: {OWN_ROUTER}."),
     ] = None,
     name: Annotated[str, typer.Option(help="The routed pool's name among the models.")] = "phatgoose",
     backend: BackendOption = "auto",
@@ -53,9 +51,10 @@ def command(
         from phatgoose.serving.service import Service
     except ModuleNotFoundError as cause:
         raise PhatgooseError(f"the server needs {cause.name}: {install('serve')}") from None
-    from phatgoose.cli.common.loading import load_for, load_pool, own_router
+    from phatgoose.cli.common.loading import load_for, load_with_choices
     from phatgoose.experts.manifest import read_manifest
     from phatgoose.models.attach.options import RouteOptions
+    from phatgoose.routers.fitting import WITHOUT_POOL
     from phatgoose.workflows.prompt_forms import endpoint
 
     keys = read_keys(address.api_keys, address.admin_key)
@@ -64,12 +63,15 @@ def command(
     def made() -> Service:
         # A pool may be empty, if its last expert was removed while a server ran: then the base answers meanwhile.
         empty = pool is not None and not read_manifest(pool)["experts"]
-        experts = None if empty else load_pool(pool)
-        routed_by = router or own_router(experts)
-        model = load_for(experts, base, folder=pool)
+        options = RouteOptions(backend)
+        if pool is None or empty:
+            experts, routed_by = None, router or WITHOUT_POOL
+            model = load_for(None, base, folder=pool)
+        else:
+            model, experts, (choice,) = load_with_choices(pool, [router], base, options, shared=True)
+            routed_by = choice.text
         if experts and (path := endpoint(experts)):
             show.note(f"note: use {path}: the experts were trained on prompts in that form.")
-        options = RouteOptions(backend)
         return Service(model, config, pool=experts, folder=pool, router=routed_by, name=name, options=options)
 
     serve(run_in_thread(made), address.host, address.port, keys, ready=show.say)

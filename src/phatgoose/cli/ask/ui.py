@@ -27,7 +27,7 @@ def command(
 
     Only this machine can open the page. Ctrl-C ends it.
     """
-    from phatgoose.cli.common.loading import load_for, load_pool
+    from phatgoose.cli.common.loading import load_for, load_pool, show_choice
     from phatgoose.models.attach.options import RouteOptions
 
     try:
@@ -41,7 +41,9 @@ def command(
     with listen(port) as socket:  # fails before anything is loaded if the port is taken
         experts = load_pool(pool)
         assert experts is not None
-        app = make_app(Session(load_for(experts, base), experts, RouteOptions(backend)))
+        session = Session(load_for(experts, base), experts, RouteOptions(backend))
+        show_choice(session.base, base, session.fit.text, session.fit.why)
+        app = make_app(session)
         show.say(f"http://127.0.0.1:{socket.getsockname()[1]}/")
         show.note("Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down, and raises it again

@@ -20,12 +20,12 @@ from phatgoose.experts.manifest import read_manifest
 from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import Routing, cache_use, route_with, routing_of, unroute
+from phatgoose.models.attach.fitting import fit_router
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
 from phatgoose.models.base.without_weights import check_mixture
 from phatgoose.ops import backend as find_backend
-from phatgoose.routers.fitting import fitting_router
 from phatgoose.routers.parse import System, parse_system
 
 
@@ -49,8 +49,8 @@ def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
 
 
 def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None) -> Base:
-    """The base for a pool: the one that is asked for, else the one that the experts record, which is noted, or the
-    default base without a pool.
+    """The base for a pool: the one that is asked for, else the one that the experts record, or the default base
+    without a pool.
 
     Args:
         folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
@@ -72,8 +72,6 @@ def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None
         spec = DEFAULT_BASE
     if pool is not None:
         check_mixture(spec, pool)
-    if recorded is not None:
-        show.note(f"base: {recorded} (recorded with the experts)")
     try:
         base = load(spec, options.dtype, options.device)
     except BaseModelError as error:
@@ -103,11 +101,50 @@ def load_routed(
     folder: Path | None, router: str | None, base: BaseOptions, backend: BackendOptions
 ) -> tuple[Base, Pool | None, Choice]:
     """(the base, already routed; its pool; how it is routed), as the command's options say."""
-    pool = load_pool(folder)
-    choice = choose(router, pool, backend.route_options)
-    model = load_for(pool, base)
+    model, pool, (choice,) = load_with_choices(folder, [router], base, backend.route_options)
     attach(model, pool, choice)
     return model, pool, choice
+
+
+def load_with_choices(
+    folder: Path | None,
+    routers: Sequence[str | None],
+    base: BaseOptions,
+    options: RouteOptions,
+    *,
+    shared: bool = False,
+) -> tuple[Base, Pool | None, list[Choice]]:
+    """(the base; its pool; how it is to be routed, one choice for each of `routers`), as the command's options say.
+
+    With a pool, it is noted in one line which base and routers these are, and why.
+
+    Args:
+        routers: None or empty: the one that fits.
+        shared: several requests are to run in one pass.
+    """
+    pool = load_pool(folder)
+    given = [
+        choose(text, pool, options) if text else None for text in routers
+    ]  # refused before the base is loaded
+    find_backend(options.backend)
+    if options.device_memory is not None and pool is None:
+        raise RoutingError("--device-memory is for a pool's experts: give --pool.")
+    model = load_for(pool, base)
+    if pool is None:
+        return model, None, [choice or choose("base", None, options) for choice in given]
+    why = "--router"
+    if None in given:
+        fit = fit_router(model, pool, options, shared=shared)
+        own, why = choose(fit.text, pool, options), fit.why
+    choices = [choice or own for choice in given]
+    show_choice(model, base, ", ".join(dict.fromkeys(choice.text for choice in choices)), why)
+    return model, pool, choices
+
+
+def show_choice(model: Base, options: BaseOptions, routers: str, why: str) -> None:
+    """Notes which base a pool is on, how it is routed, and why."""
+    origin = "recorded in the pool" if options.base is None else "--base"
+    show.note(f"base: {model.spec} ({origin}); router: {routers} ({why})")
 
 
 def load_pool(folder: Path | None) -> Pool | None:
@@ -115,22 +152,8 @@ def load_pool(folder: Path | None) -> Pool | None:
     return None if folder is None else Pool.load(folder)
 
 
-def own_router(pool: Pool | None) -> str:
-    """The router for a pool if the user names none: "phatgoose", or if experts lack gates one that needs none
-    (noted)."""
-    text, why = ("phatgoose", "") if pool is None else fitting_router(pool.experts)
-    if why:
-        show.note(f"router: {text} ({why}; --router chooses another)")
-    return text
-
-
-def choose(text: str | None, pool: Pool | None, options: RouteOptions) -> Choice:
+def choose(text: str, pool: Pool | None, options: RouteOptions) -> Choice:
     """What `text` means for this pool, checked as far as possible without a base."""
-    find_backend(options.backend)
-    if options.device_memory is not None and pool is None:
-        raise RoutingError("--device-memory is for a pool's experts: give --pool.")
-    if not text:
-        text = "base" if pool is None else own_router(pool)
     system = parse_system(text)
     if system.router is not None and pool is None:
         raise RoutingError(f"router {text!r} needs experts: give --pool.")

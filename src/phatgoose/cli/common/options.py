@@ -34,9 +34,10 @@ ROUTER_NAMES = (
     f"What chooses the experts, as NAME or NAME:setting=value,…: {', '.join(ROUTERS.table)} "
     "(single:NAME is one expert; `phatgoose routers` lists them with what they need)."
 )
+OWN_ROUTER = "gander, or where it can't be used the best router that can; a line says which and why"
 ROUTER_HELP = (
     f"{ROUTER_NAMES} Or one expert made of all: merged, ties, dare. Or base for none. If not given: base without a "
-    "pool; with one phatgoose, or where experts lack gates a router that needs none."
+    f"pool; with one {OWN_ROUTER}."
 )
 
 AT_LEAST_0, AT_LEAST_1 = typer.Option(min=0), typer.Option(min=1)

@@ -78,16 +78,13 @@ def command(rows: RowOptions, base: BaseOptions, backend: BackendOptions, pool: 
     Intervals are 95 %, by bootstrap over rows.
     """
     rows.check()
-    from phatgoose.cli.common.loading import attach, choose, load_for, load_pool, show_cache_use
+    from phatgoose.cli.common.loading import attach, load_with_choices, show_cache_use
     from phatgoose.files import write_json
 
-    experts = load_pool(pool)
-    chosen = [
-        choose(name or None, experts, backend.route_options) for name in dict.fromkeys(rows.router or [""])
-    ]
-    choices = {choice.text: choice for choice in chosen}  # MERGED and merged are one
     tasks = [phatgoose.load_task(spec) for spec in dict.fromkeys(rows.task or ())]
-    model = load_for(experts, base)
+    routers = list(dict.fromkeys(rows.router or [""]))
+    model, experts, chosen = load_with_choices(pool, routers, base, backend.route_options)
+    choices = {choice.text: choice for choice in chosen}  # MERGED and merged are one
     for choice in choices.values():  # a refusal of the last must not come after hours of work with the first
         attach(model, experts, choice)
     config = phatgoose.EvaluationConfig(batch_tokens=rows.batch_tokens)

@@ -58,15 +58,14 @@ def command(
     if traced.pool is None:
         show.say(str(page(out, results=measured)))
         return
-    from phatgoose.cli.common.loading import choose, load_for, load_pool
+    from phatgoose.cli.common.loading import load_with_choices
     from phatgoose.models.attach.options import RouteOptions
 
-    experts = load_pool(traced.pool)
-    choice = choose(traced.router, experts, RouteOptions(traced.backend))
+    tasks = [phatgoose.load_task(spec) for spec in traced.task or ()]
+    options = RouteOptions(traced.backend)
+    model, experts, (choice,) = load_with_choices(traced.pool, [traced.router], base, options)
     if choice.router is None or choice.merge:
         raise RoutingError(f"router {choice.text!r} routes to no experts that could be traced.")
-    tasks = [phatgoose.load_task(spec) for spec in traced.task or ()]
-    model = load_for(experts, base)
     request = TraceRequest(tasks, texts=traced.prompt or (), new_tokens=traced.max_new_tokens)
     written = page(
         out, measured, base=model, pool=experts, router=choice.router, request=request, options=choice.options

@@ -351,12 +351,7 @@ class Routing:
     ):
         self.options = options = RouteOptions() if options is None else options
         self.ops = backend(options.backend, (model.device if device is None else device).type)
-        modules = modules_by_path(model, pool.modules)
-        pool, self.renamed = pool_on_model(model, modules, pool)
-        check_copies(modules, pool.experts)
-        check_parameters(modules, pool.experts)
-        if (named := unify_names(model, pool, modules)) is not pool:
-            pool, modules = named, modules_by_path(model, named.modules)
+        pool, modules, self.renamed = placed_pool(model, pool)
         self.model, self.pool, self.router = model, pool, router
         # Bytes of memory that were free before the stacks were made.
         self.memory = available_bytes()
@@ -380,22 +375,7 @@ class Routing:
 
     def setup(self) -> Setup:
         """What a router may look at before it is bound."""
-        model, base, signature = self.model, known_base(self.model), self.pool.experts[0].signature
-
-        def encoder(name: str) -> Encoder:
-            from phatgoose.models.base.sentence_encoder import load_encoder
-
-            expected = None if signature is None else signature.encoder_sha256
-            return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
-
-        decode = None if base is None else partial(decode_text, base.tokenizer)
-        markup = None if base is None else partial(markup_of, base.tokenizer)
-        paths = self.pool.modules
-        places = {
-            path: Place(self.streams.stack_of(path), block)
-            for path, (block, _) in zip(paths, layer_and_kind(paths), strict=True)
-        }
-        return Setup(self.pool.experts, decode, encoder, places, markup, tuple(self.streams.stacks))
+        return setup_of(self.model, self.pool, self.streams)
 
     def attach(self) -> None:
         """Puts the hooks on. Does nothing if they are on: a second hook would add every update again."""
@@ -426,3 +406,40 @@ class Routing:
         self.recorder = recorder
         self.streams.asked = recorder is not None or not all(site.one_operator for site in self.sites)
         forget_compiled()
+
+
+def placed_pool(
+    model: PreTrainedModel, pool: Pool
+) -> tuple[Pool, dict[str, nn.Module], dict[str, dict[str, str]]]:
+    """(the pool under the model's names of its modules, these modules, what was renamed as `pool_on_model` says).
+
+    Raises:
+        RoutingError: an expert's weights, or the names of its modules, don't go with this model.
+    """
+    modules = modules_by_path(model, pool.modules)
+    pool, renamed = pool_on_model(model, modules, pool)
+    check_copies(modules, pool.experts)
+    check_parameters(modules, pool.experts)
+    if (named := unify_names(model, pool, modules)) is not pool:
+        pool, modules = named, modules_by_path(model, named.modules)
+    return pool, modules, renamed
+
+
+def setup_of(model: PreTrainedModel, pool: Pool, streams: Streams) -> Setup:
+    """What a router may look at before it is bound. pool: as `placed_pool` returns it."""
+    base, signature = known_base(model), pool.experts[0].signature
+
+    def encoder(name: str) -> Encoder:
+        from phatgoose.models.base.sentence_encoder import load_encoder
+
+        expected = None if signature is None else signature.encoder_sha256
+        return load_encoder(name, str(model.device) if model.device.type == "cuda" else "cpu", expected)
+
+    decode = None if base is None else partial(decode_text, base.tokenizer)
+    markup = None if base is None else partial(markup_of, base.tokenizer)
+    paths = pool.modules
+    places = {
+        path: Place(streams.stack_of(path), block)
+        for path, (block, _) in zip(paths, layer_and_kind(paths), strict=True)
+    }
+    return Setup(pool.experts, decode, encoder, places, markup, tuple(streams.stacks))
