@@ -259,7 +259,7 @@ def test_eval_compares_routers_on_the_same_rows(ready, run, base, task, tmp_path
 
 
 def test_eval_measures_what_evaluate_measures(ready, run, base, task, tmp_path):
-    from phatgoose import PHATGOOSE, evaluate, load_base, load_task, route
+    from phatgoose import Gander, evaluate, load_base, load_task, route
 
     folder, _ = ready
     out = tmp_path / "scores.json"
@@ -268,9 +268,9 @@ def test_eval_measures_what_evaluate_measures(ready, run, base, task, tmp_path):
     )
     assert result.code == 0, result.err
     model = load_base(base)
-    route(model, Pool.load(folder / "pool"), PHATGOOSE())
+    route(model, Pool.load(folder / "pool"), Gander())
     expected = evaluate(model, load_task(task), split="train")
-    found = json.loads(out.read_text())["results"]["phatgoose"]["scores"]
+    found = json.loads(out.read_text())["results"]["gander"]["scores"]
     assert found["mean"] == expected.mean
     assert [p["text"] for p in found["tasks"][0]["predictions"]] == [
         p.text for p in expected.tasks[0].predictions
@@ -331,7 +331,7 @@ def test_chat_piped(ready, run, base):
     result = run("chat", "--base", base, "--pool", folder / "pool", "--max-new-tokens", 3, input=typed)
     assert result.code == 0, result.err  # the input's end is the conversation's
     assert "raw prompts" in result.err
-    assert "router: phatgoose; experts: one, two" in result.out
+    assert "router: gander; experts: one, two" in result.out
     assert "did you mean 'single'" in result.err
     assert "did you mean 'two'" in result.err
     assert "did you mean '/reset'" in result.err
