@@ -14,7 +14,7 @@ import phatgoose
 
 ROOT = Path(phatgoose.__file__).parent
 ORDER = [
-    {"errors", "records", "registry", "strict_json", "memory", "extras", "templates"},
+    {"errors", "records", "registry", "strict_json", "memory", "extras", "shipped", "templates"},
     {"files", "fetch", "locks", "pip_sdist", "fingerprints", "hub_errors"},
     {"tasks", "ops"},
     {"experts"},

@@ -12,15 +12,17 @@ import typer
 
 import phatgoose
 from phatgoose.cli.common.expand import Options, expand_options
-from phatgoose.cli.common.options import BASE_HELP, BaseOptions, PublishOptions, RepoArgument
+from phatgoose.cli.common.options import BASE_HELP, POOL_HELP, BaseOptions, PublishOptions, RepoArgument
 from phatgoose.cli.measure import show
 from phatgoose.errors import DownloadError, PhatgooseError, PoolError
 from phatgoose.registry import unknown
+from phatgoose.shipped import pools
 
 app = typer.Typer(
     help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
 )
 PoolArgument = Annotated[Path, typer.Argument(help="The pool's folder.")]
+AnyPoolArgument = Annotated[Path, typer.Argument(help=POOL_HELP)]
 ExpertsArgument = Annotated[
     list[str],
     typer.Argument(
@@ -93,7 +95,7 @@ def add(
 
     if name is not None and len(experts) != 1:
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
-    if not (pool / MANIFEST).exists():
+    if not (pool / MANIFEST).exists() and str(pool) not in pools():  # which is refused below
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
     new, left_out = _read_all(experts, name, drop, fetch)
     there = phatgoose.Pool.load(pool).experts if _names(pool) else ()
@@ -123,7 +125,7 @@ def remove(
 
 
 @app.command("list")
-def list_(pool: PoolArgument) -> None:
+def list_(pool: AnyPoolArgument) -> None:
     """Show what is in a pool, and which experts differ greatly from the others."""
     from phatgoose.experts.health import find_outliers
     from phatgoose.experts.packed.expert import PackedExpert
@@ -154,7 +156,7 @@ class CheckedBaseOptions(BaseOptions):
 
 @app.command("verify")
 @expand_options
-def verify(pool: PoolArgument, base: CheckedBaseOptions) -> None:
+def verify(pool: AnyPoolArgument, base: CheckedBaseOptions) -> None:
     """Check every file of a pool: hashes, shapes, finite values, one base. Warn about experts that
     differ greatly from the others.
 
@@ -229,7 +231,7 @@ def unpack(pool: PoolArgument) -> None:
 
 @app.command("push")
 @expand_options
-def push(pool: PoolArgument, repo: RepoArgument, publish: PublishOptions) -> None:
+def push(pool: AnyPoolArgument, repo: RepoArgument, publish: PublishOptions) -> None:
     """Publish a pool on the Hub, in one commit that replaces a pool there. Log in with `hf auth login`."""
     from phatgoose.experts.hub.push import PushOptions
     from phatgoose.experts.pool_folder import push_folder
@@ -247,7 +249,10 @@ def push(pool: PoolArgument, repo: RepoArgument, publish: PublishOptions) -> Non
 def pull(
     repo: Annotated[
         str,
-        typer.Argument(help="A pool on the Hub: org/name, org/name@revision or org/name@revision:folder."),
+        typer.Argument(
+            help="A pool on the Hub: org/name, org/name@revision or org/name@revision:folder. Or the name of a pool "
+            f"that comes with phatgoose: {', '.join(pools())}."
+        ),
     ],
     pool: Annotated[Path, typer.Argument(help="The folder to make.")],
     *,
@@ -256,7 +261,8 @@ def pull(
     ] = False,
     fetch: FetchOptions,
 ) -> None:
-    """Fetch a pool from the Hub: the same files, verified. What was fetched before needs no network."""
+    """Fetch a pool from the Hub, or copy one that comes with phatgoose: the same files, verified. What was fetched
+    before needs no network."""
     loaded = phatgoose.Pool.pull(repo, pool, overwrite=overwrite, max_bytes=fetch.max_bytes)
     show.say(f"{pool}: {_count(len(loaded))}: {', '.join(loaded.names)}")
     _warn(loaded.warnings())

@@ -17,6 +17,7 @@ from phatgoose.files import JSON_LIMIT_BYTES, is_folder, storage_errors
 from phatgoose.locks import locked
 from phatgoose.memory import available_bytes
 from phatgoose.records import Fingerprint, HubSource
+from phatgoose.shipped import pools
 
 LOCK_SECONDS = 600.0
 """How long to wait for a pool's lock."""
@@ -173,7 +174,15 @@ def _check_entry(entry: Any, where: str) -> None:
 def _check_folder(folder: Path) -> None:
     """Refuses what is no folder, and a pool whose own parts are links: a sweep would delete what they lead to."""
     if not is_folder(folder, PoolError):
-        raise PoolError(f"{folder} is not a folder; expected a pool made by `phatgoose pool create`.")
+        if str(folder) in pools():
+            raise PoolError(
+                f"the pool {folder} comes with phatgoose and isn't changed: make a copy of your own with `phatgoose "
+                f"pool pull {folder} FOLDER`."
+            )
+        raise PoolError(
+            f"{folder} is not a folder; expected a pool made by `phatgoose pool create`, or one that comes with "
+            f"phatgoose: {', '.join(pools())}."
+        )
     for name in ("experts", "packed", ".lock"):
         try:
             linked = (folder / name).is_symlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,11 +30,19 @@ from phatgoose.experts.manifest import (
 from phatgoose.experts.names import CONFIG_FILE, EXPERT_FILES, GATES_FILE, MANIFEST, RECORD_FILE
 from phatgoose.experts.packed.expert import PackedExpert, PackedRows, gate_stack, rows_in_place
 from phatgoose.experts.packed.open import PackedPoolReader
-from phatgoose.files import JSON_LIMIT_BYTES, sha256_file, storage_errors, work_place, write_json
+from phatgoose.files import (
+    JSON_LIMIT_BYTES,
+    atomic_folder,
+    sha256_file,
+    storage_errors,
+    work_place,
+    write_json,
+)
 from phatgoose.fingerprints import check_same_base
 from phatgoose.ops.update import sizes_agree
 from phatgoose.records import Fingerprint, HubSource
 from phatgoose.registry import unknown
+from phatgoose.shipped import pool_folder, pools
 
 MOST_FAILURES = 50
 """After so many damaged experts, `load` looks at no others."""
@@ -163,13 +172,14 @@ class Pool:
         """Reads a pool folder. A packed pool is mapped into memory: its values are read when they are used.
 
         Args:
+            folder: or the name of a pool that comes with phatgoose, where there is no such folder.
             verify: compare every file with the sha256 in the manifest. Shapes, finiteness and bases are always
                 checked. Of a packed pool the mapped file is not read; `pool_folder.verify_folder` reads all.
 
         Raises:
             PoolError, ExpertError: naming the file, what was expected and what was found.
         """
-        folder = Path(folder)
+        folder = pool_folder(folder)
         experts: list[Expert] = []
         failures = []
         manifest = read_manifest(folder)
@@ -207,7 +217,8 @@ class Pool:
         """Fetches a pool from the Hub; a commit that was fetched before needs no network, nor does HF_HUB_OFFLINE=1.
 
         Args:
-            repo: "org/name", or "org/name@revision:subfolder" in place of the arguments `revision` and `subfolder`.
+            repo: "org/name", or "org/name@revision:subfolder" in place of the arguments `revision` and `subfolder`; or
+                the name of a pool that comes with phatgoose, which needs no network.
             folder: where to put a copy, to change it or to keep it; if None, the pool is read from the cache.
             revision: a branch, tag or commit; the main branch if None.
             token: an access token; if None, the one of `hf auth login` or HF_TOKEN.
@@ -223,6 +234,12 @@ class Pool:
 
         if folder is not None:
             check_free(Path(folder), overwrite)
+        if (shipped := pools().get(repo)) is not None:
+            pool = Pool.load(shipped)
+            if folder is not None:
+                with atomic_folder(Path(folder)) as work:
+                    shutil.copytree(shipped, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+            return pool
         pulled = pull_pool(Place.parse(repo, revision, subfolder), token, max_bytes)
         pool = Pool.load(pulled.folder)
         if folder is not None:

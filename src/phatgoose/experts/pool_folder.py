@@ -15,6 +15,7 @@ from phatgoose.experts.pool import Pool, place_expert, raise_all, write_descript
 from phatgoose.files import write_json
 from phatgoose.records import HubSource
 from phatgoose.registry import unknown
+from phatgoose.shipped import pool_folder
 
 if TYPE_CHECKING:
     from phatgoose.experts.hub.push import PushOptions
@@ -80,7 +81,7 @@ def push_folder(folder: str | Path, repo: str, options: PushOptions | None = Non
     """
     from phatgoose.experts.hub.push import PushOptions, push_pool  # here, since it takes long
 
-    folder, options = Path(folder), options or PushOptions()
+    folder, options = pool_folder(folder), options or PushOptions()
     if "packed" in read_manifest(folder):  # published as one folder an expert, which plain PEFT loads too
         return Pool.load(folder).push(repo, **vars(options))
     return push_pool(folder, repo, options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -28,6 +27,7 @@ from phatgoose.serving.logs import log, set_up
 from phatgoose.serving.service import Service
 from phatgoose.serving.settings import ServeSettings
 from phatgoose.serving.threads import run_in_thread
+from phatgoose.shipped import own_folder
 
 
 def _from_json(value: Any) -> Any:
@@ -42,7 +42,8 @@ class ReplicaSettings(BaseModel):
     base: str
     """An alias, a folder or a Hub id."""
     pool: str | None = None
-    """A pool's folder, which must be there on every replica's machine."""
+    """A pool's folder, which must be there on every replica's machine, or the name of a pool that comes with
+    phatgoose."""
     router: str | None = None
     """The router of requests that name none. None: the one that fits (`fit_router`)."""
     name: str = "phatgoose"
@@ -77,11 +78,12 @@ def make_service(args: ReplicaSettings) -> Service:
     from phatgoose.models.attach.fitting import fit_router
     from phatgoose.models.base.load import load_base
 
-    folder = None if args.pool is None else Path(args.pool)
+    folder = own_folder(args.pool)
 
     def make() -> Service:
         base = load_base(args.base, dtype=args.dtype, device=args.device)
-        pool = Pool.load(folder) if folder is not None and read_manifest(folder)["experts"] else None
+        empty = args.pool is None or (folder is not None and not read_manifest(folder)["experts"])
+        pool = None if empty else Pool.load(str(args.pool))
         router = args.router
         if router is None:
             router = WITHOUT_POOL if pool is None else fit_router(base, pool, shared=True).text

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from phatgoose.errors import RoutingError
 from phatgoose.registry import unknown
+from phatgoose.shipped import pool_folder
 
 METHOD = "phatgoose"
 """vLLM's quant_method, by which its options name this plugin."""
@@ -19,7 +20,7 @@ class Settings:
     """The entries of vLLM's `quantization_config`, beside "quant_method": "phatgoose"."""
 
     pool: str
-    """The pool's folder."""
+    """The pool's folder, or the name of one that comes with phatgoose."""
     router: str = "phatgoose:top_k=2"
     """As on phatgoose's command line; a router that chooses by gates."""
     any_base: bool = False
@@ -41,4 +42,4 @@ class Settings:
         if not entries.get("pool"):
             example = '{"quantization_config": {"quant_method": "phatgoose", "pool": "FOLDER"}}'
             raise RoutingError(f"quantization_config names no pool: pass --hf-overrides '{example}'.")
-        return Settings(**{**entries, "pool": str(Path(entries["pool"]).expanduser().resolve())})
+        return Settings(**{**entries, "pool": str(pool_folder(Path(entries["pool"]).expanduser()).resolve())})

@@ -14,6 +14,7 @@ from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError
 from phatgoose.extras import install
 from phatgoose.serving.settings import ServeSettings
+from phatgoose.shipped import own_folder
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,25 @@ def command(
     from phatgoose.workflows.prompt_forms import endpoint
 
     keys = read_keys(address.api_keys, address.admin_key)
+    folder = own_folder(pool)
+    if folder != pool and keys.admin:
+        show.note(f"note: changes of the experts last as long as the server: {pool} comes with phatgoose.")
     check_host(address.host, keys)
 
     def made() -> Service:
         # A pool may be empty, if its last expert was removed while a server ran: then the base answers meanwhile.
-        empty = pool is not None and not read_manifest(pool)["experts"]
+        empty = folder is not None and not read_manifest(folder)["experts"]
         options = RouteOptions(backend)
         if pool is None or empty:
             experts, routed_by = None, router or WITHOUT_POOL
-            model = load_for(None, base, folder=pool)
+            model = load_for(None, base, folder=folder)
         else:
             model, experts, (choice,) = load_with_choices(pool, [router], base, options, shared=True)
             routed_by = choice.text
         if experts and (path := endpoint(experts)):
             show.note(f"note: use {path}: the experts were trained on prompts in that form.")
-        return Service(model, config, pool=experts, folder=pool, router=routed_by, name=name, options=options)
+        return Service(
+            model, config, pool=experts, folder=folder, router=routed_by, name=name, options=options
+        )
 
     serve(run_in_thread(made), address.host, address.port, keys, ready=show.say)

@@ -11,6 +11,7 @@ import typer
 
 from phatgoose.cli.common.expand import Options
 from phatgoose.routers.parse import ROUTERS
+from phatgoose.shipped import pools
 from phatgoose.tasks.load import SOURCES
 from phatgoose.training.config import WritingConfig
 
@@ -26,6 +27,7 @@ BASE_HELP = (
     "(org/name, org/name@revision)."
 )
 SOURCE_NAMES = ", ".join(SOURCES.table)
+POOL_HELP = f"A pool's folder, or the name of a pool that comes with phatgoose: {', '.join(pools())}."
 TASK_HELP = (
     f"The task, as SOURCE:NAME or SOURCE:NAME?option=value&…, from {SOURCE_NAMES} (`phatgoose tasks sources` lists "
     "them, with those of installed packages)."
@@ -53,10 +55,8 @@ BackendOption = Annotated[
         "slow). See `phatgoose doctor`."
     ),
 ]
-PoolOption = Annotated[
-    Path | None, typer.Option(help="A pool's folder; without one, the base alone answers.")
-]
-PoolFolderOption = Annotated[Path, typer.Option(help="The pool's folder.")]
+PoolOption = Annotated[Path | None, typer.Option(help=f"{POOL_HELP} Without one, the base alone answers.")]
+PoolFolderOption = Annotated[Path, typer.Option(help=POOL_HELP)]
 RouterOption = Annotated[str | None, typer.Option(help=ROUTER_HELP)]
 ChatOption = Annotated[
     bool,

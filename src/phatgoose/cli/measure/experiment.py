@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phatgoose.cli.common.expand import Options, expand_options
-from phatgoose.cli.common.options import AT_LEAST_0
+from phatgoose.cli.common.options import AT_LEAST_0, POOL_HELP
 from phatgoose.cli.measure import show
 from phatgoose.errors import PhatgooseError, TaskError
+from phatgoose.shipped import recipes
 
 PROBLEMS = 12
 """How many problems a check prints in full."""
@@ -29,8 +30,12 @@ class DataOptions(Options):
 
     folder: list[str] | None = None
     """NAME=FOLDER: read a task's, a suite's, a pool's or a source's data from there (story_cloze=…, t0ho=…, bbh=…)."""
-    pool: Path | None = None
-    """An existing pool: its experts are taken, not trained. Only the recipe's other tasks are trained on."""
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"{POOL_HELP} Its experts are taken, not trained. Only the recipe's other tasks are trained on."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,13 @@ class RunOptions(Options):
 
 @expand_options
 def command(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file: base, pool, systems, suites, settings.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file (base, pool, systems, suites, settings), or the name of one that comes with phatgoose: "
+            f"{', '.join(recipes())}."
+        ),
+    ],
     data: DataOptions,
     steps: ExecutorOptions,
     run: RunOptions,

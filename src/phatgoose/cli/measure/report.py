@@ -10,7 +10,14 @@ import typer
 
 import phatgoose
 from phatgoose.cli.common.expand import Options, expand_options
-from phatgoose.cli.common.options import AT_LEAST_1, TASK_HELP, BackendOption, BaseOptions, RouterOption
+from phatgoose.cli.common.options import (
+    AT_LEAST_1,
+    POOL_HELP,
+    TASK_HELP,
+    BackendOption,
+    BaseOptions,
+    RouterOption,
+)
 from phatgoose.cli.measure import show
 from phatgoose.errors import RoutingError
 
@@ -19,8 +26,9 @@ from phatgoose.errors import RoutingError
 class TraceOptions(Options):
     """What of a pool is traced."""
 
-    pool: Path | None = None
-    """A pool's folder: its experts get cards, and it is traced."""
+    pool: Annotated[
+        Path | None, typer.Option(help=f"{POOL_HELP} Its experts get cards, and it is traced.")
+    ] = None
     task: Annotated[
         list[str] | None,
         typer.Option(help=f"{TASK_HELP} Traced on its first test rows; may be given several times."),

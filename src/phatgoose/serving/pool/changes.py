@@ -138,7 +138,7 @@ class PoolChanges:
         """Reads the pool's folder again. If it can't be read (PhatgooseError), the experts stay as they were."""
         if self.folder is None:
             raise ServingError(
-                "there is no pool's folder to read again: the server was started without --pool."
+                "there is no pool's folder to read again: the server was started without one of the user's (--pool)."
             )
         async with self._changing:
             await self._read_folder(whole=True)

@@ -20,6 +20,7 @@ from phatgoose.models.base import DTYPES
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers.parse import is_router, parse_router
+from phatgoose.shipped import pool_folder, recipe_file, recipes
 from phatgoose.tasks.lists.entries import Entry, check_no_shared_data, folder_for
 from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
 from phatgoose.tasks.load import SOURCES, without_path
@@ -293,14 +294,18 @@ class ExperimentRecipe:
     ) -> ExperimentRecipe:
         """The recipe in a TOML file; `folders` and `pool` go before its own. Relative paths start where the file is.
 
+        Args:
+            path: or the name of a recipe that comes with phatgoose, where there is no such file.
+
         Raises:
             RecipeError: the file is missing or no TOML; others as `from_json`.
         """
-        path = Path(path)
+        path = recipe_file(path)
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
-            raise RecipeError(f"{path} can't be read as a recipe: {cause}") from cause
+            known = "" if path.exists() else f" These come with phatgoose: {', '.join(recipes())}."
+            raise RecipeError(f"{path} can't be read as a recipe: {cause}.{known}") from cause
         # Folders are made absolute here: steps may run in processes with another current folder.
         own = data.get("folders", {})
         if not isinstance(own, dict) or not all(isinstance(v, str) for v in own.values()):
@@ -316,9 +321,9 @@ class ExperimentRecipe:
         if isinstance(own_pool, dict):
             # An empty text means no folder, as by default. As a path, it would be the recipe's own folder.
             if isinstance(folder := own_pool.get("folder"), str) and folder:
-                own_pool["folder"] = _absolute(path.parent / Path(folder).expanduser())
+                own_pool["folder"] = _absolute(pool_folder(Path(folder).expanduser(), near=path.parent))
             if pool:
-                data["pool"] = own_pool | {"folder": _absolute(pool)}
+                data["pool"] = own_pool | {"folder": _absolute(pool_folder(pool))}
         if data.get("dtype") == "fast":
             data["dtype"] = fast_dtype()
         return ExperimentRecipe.from_json(data, str(path))
