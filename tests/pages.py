@@ -11,10 +11,12 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,16 @@ def stand_ins(folder: Path, base, monkeypatch) -> None:
     monkeypatch.setattr(encoder, "_pinned", lambda: standing_in)
 
 
+def adapters(make_base, make_expert) -> None:
+    """Adapters of the default base in `adapters/`, as PEFT writes them: without gates and records."""
+    for seed, name in enumerate(("dates", "plurals", "recipes")):
+        expert = make_expert(make_base("llama"), name, seed=seed, gates=False)
+        shutil.copytree(expert.folder, folder := Path("adapters") / name)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = load.DEFAULT_BASE
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 @dataclass
 class Reader:
     """Somebody who types what a page says. `close` ends the servers they have started."""
@@ -161,6 +173,7 @@ class Reader:
         from phatgoose.cli.main import app
 
         words = [SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+        words = [name for word in words for name in (sorted(glob(word)) if word.endswith("/*") else [word])]
         if words[0] == "generate":
             words += ["--max-new-tokens", "3"]
         if words[0] == "experiment" and "--check" not in words:

@@ -17,7 +17,7 @@ import router_table
 import serving_parameters
 
 import cli
-from pages import BLOCK, blocks, runnable
+from pages import BLOCK, adapters, blocks, runnable
 
 pytest_plugins = ["pages"]
 
@@ -67,8 +67,10 @@ def data(reader):
 
 @pytest.mark.slow(18)
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda p: p.name)
-def test_every_block_runs(page, reader, data):
+def test_every_block_runs(page, reader, data, make_base, make_expert):
     text = page.read_text(encoding="utf-8")
+    if "adapters/*" in text:
+        adapters(make_base, make_expert)
     if page.name in POOLS:
         assert "`pool` is a pool's folder, which [a few commands](index.md#by-hand) make" in text
         reader.read(ROOT / "docs" / "index.md", {}, only="pool create")
