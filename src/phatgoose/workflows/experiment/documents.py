@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phatgoose.templates import templates
+from phatgoose.workflows.experiment.measures.tables import measure_sections, tier_sections
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import (
     BASE,
@@ -88,6 +89,8 @@ def _suite(name: str, suite: Mapping[str, Any], results: Mapping[str, Any]) -> d
         "raw_rows": sum(score["raw_rows"] for score in scores.values()),
         "few": few if results["chosen"].keys() & {*CHOSEN} else [],
         "tasks": _tasks(suite, results["chosen"].get(ORACLE, {}).get(name, {})),
+        "measures": measure_sections(suite),
+        "tiers": tier_sections(suite),
         "notes": _notes(name, suite, results["training_rows"]),
     }
 

@@ -26,6 +26,7 @@ from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suit
 from phatgoose.tasks.load import SOURCES, without_path
 from phatgoose.tasks.spec import split_spec
 from phatgoose.training.config import ExpertConfig, GateConfig, SignatureConfig
+from phatgoose.workflows.experiment.measures.values import MEASURES
 from phatgoose.workflows.experiment.systems import (
     BASE,
     CHOSEN,
@@ -80,6 +81,9 @@ class MeasurePart:
     """Validation rows of each task on which oracle and best-single choose."""
     backend: str = "auto"
     """The backend that routes."""
+    measures: tuple[str, ...] = ()
+    """Further tables of each suite, by these measures (`measures/values.py`). The first one that a suite has is its
+    primary one. Empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +175,9 @@ class ExperimentRecipe:
         for kind, value, known in (("backend", measure.backend, BACKENDS), ("dtype", self.dtype, DTYPES)):
             if value not in ("auto", *known):
                 raise unknown(kind, value, ("auto", *known))
+        for name in measure.measures:
+            if name not in MEASURES:
+                raise unknown("measure", name, MEASURES)
         if measure.tasks and UNSEEN not in measure.suites:
             raise RecipeError(
                 f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it, or leave out the tasks."

@@ -20,6 +20,8 @@ from phatgoose.evaluation.statistics import holm, resampled, two_sided_p
 from phatgoose.extras import installed_versions
 from phatgoose.files import read_json
 from phatgoose.records import TaskScore
+from phatgoose.workflows.experiment.measures.compare import by_measure
+from phatgoose.workflows.experiment.measures.values import Answers, interval
 from phatgoose.workflows.experiment.page import FORMAT
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe, local_name
 from phatgoose.workflows.experiment.scores import EVALUATION, RESAMPLES, ScoreCache
@@ -57,6 +59,8 @@ class Findings:
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Suite → task → what is known of it."""
+    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+    """Suite → task → the right answers of its measured rows, if the recipe asks for measures that need them."""
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     """Suite → task → why it is not measured."""
     experts: list[dict[str, Any]] = field(default_factory=list)
@@ -98,6 +102,9 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
             "left_out": found.left_out[name],
             "contamination": found.contamination["suites"].get(name, {}),
         }
+        if measures := recipe.measure.measures:
+            common = {task: tasks[task] for task in compared["common_tasks"]}
+            suites[name]["measures"] = by_measure(table, common, found.answers.get(name, {}), measures)
     facts = _score_facts(out, found.files)
     return {
         "format": FORMAT,
@@ -240,12 +247,6 @@ def share_of_gain(means: Mapping[str, float], drawn: Resampled, system: str) -> 
         return {"share": None, "low": None, "high": None}
     share = (means[system] - means[BASE]) / gain
     return {"share": share, **interval((drawn[system] - drawn[BASE]) / gains)}
-
-
-def interval(drawn: NDArray[np.float64]) -> dict[str, float]:
-    """The 95 % percentile interval of resampled values [resamples]: {"low", "high"}."""
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return {"low": low, "high": high}
 
 
 def made(seconds: float) -> dict[str, Any]:

@@ -183,6 +183,8 @@ class _Run:
                         f"the base's tokenizer can't write it ({share:.0%} of its answers or prompts are lost)"
                     )
                 else:
+                    if answers := info.pop("answers", None):
+                        self.found.answers.setdefault(one.name, {})[name] = answers
                     tasks[name] = info
 
     def train(self, taken: Mapping[str, dict[str, Any]], refused: set[str]) -> dict[str, dict[str, Any]]:

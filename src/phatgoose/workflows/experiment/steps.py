@@ -31,6 +31,7 @@ from phatgoose.training.gate import match_to_base
 from phatgoose.training.trainer.rows import draw_rows
 from phatgoose.workflows.contribute import contribute, contribution_key, record, sign, sizes
 from phatgoose.workflows.experiment.executors import why
+from phatgoose.workflows.experiment.measures.values import answers_of
 from phatgoose.workflows.experiment.page import page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.scores import RESAMPLES
@@ -58,6 +59,7 @@ def check_tasks(run: Run, suite: str) -> dict[str, Any]:
                 "choice_rows": len(choice), "choice_raw_rows": len(set(groups_of(choice))),
                 "source": without_paths(task.source),
                 "lost": {"answers": lost.answers, "prompt": lost.prompt, "left_out": lost.too_much},
+                **({"answers": answers_of(test)} if measure.measures else {}),
             }  # fmt: skip
         except Exception as error:  # of any kind: the other tasks go on
             found[entry.name] = {"error": why(error)}
