@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.weight_signature import signature
+from phatgoose.experts.weight_signature import signature, signatures
 from phatgoose.ops import backend
 from phatgoose.ops.reference import standardise
 from phatgoose.ops.update import Update
-from phatgoose.routers import LAG, PHATGOOSE, Arrow, SpectR, WeightOnly, parse_router
+from phatgoose.routers import LAG, PHATGOOSE, Arrow, SpectR, WeightOnly, parse_router, weights
 from phatgoose.routers.context import RoutingContext
 from phatgoose.routers.router import Candidates
+from phatgoose.routers.weights import ProjectionNorms
 
 OPS = backend("reference")
 CONTEXT = RoutingContext("m", 1, 1, None)
 D, OUT = 63, 40
+KINDS = (torch.float32, torch.bfloat16)
 
 
 def update(seed, rank=5, d=D, dtype=torch.float32, scale=0.5):
@@ -225,6 +227,53 @@ def test_an_update_of_zeros_is_chosen_for_no_reason():
     chosen, weights = bound(u, CONTEXT, OPS)
     assert weights.isfinite().all()
     assert 0.3 < (chosen[:, 0] == 0).float().mean() < 0.7  # 0, like a gate that says nothing
+
+
+def test_signatures_of_many_are_those_of_each():
+    updates = [update(s, rank, dtype=dtype) for s, rank in enumerate((5, 1, 5, 3, 1, 5)) for dtype in KINDS]
+    padded = update(9, 4)
+    padded.B[:, 2:] = 0
+    for one, found in zip([*updates, padded], signatures(iter([*updates, padded])), strict=True):
+        values, right = whole(one)[1:]
+        rank = 2 if one is padded else one.rank
+        torch.testing.assert_close(found.values, values[:rank])
+        torch.testing.assert_close(found.vectors.T @ found.vectors, right[:rank].T @ right[:rank])
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (5, 1, 0, 5, 3, 1)])
+@pytest.mark.parametrize("products", [1, 40, 1 << 20])
+def test_lengths_in_directions_are_those_of_each_expert_however_many_are_computed_at_a_time(
+    monkeypatch, ranks, products
+):
+    monkeypatch.setitem(weights._AT_A_TIME, "cpu", products)
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(rank, D, generator=g, dtype=torch.float64) for rank in ranks]
+    inputs, u = (
+        torch.randn(200, D, generator=g) * torch.linspace(0.1, 3, D) + 1,
+        torch.randn(7, D, generator=g),
+    )
+    norms = ProjectionNorms(rows)
+    wanted = torch.stack([(u.double() @ m.T).norm(dim=-1) for m in rows], 1)
+    torch.testing.assert_close(norms(u).double(), wanted, rtol=1e-4, atol=1e-4)
+    x = inputs.double()
+    c = torch.cov(x.T)
+    values, q = torch.linalg.eigh(c + 0.3 * c.trace() / D * torch.eye(D, dtype=c.dtype))
+    root = q @ torch.diag(values**-0.5) @ q.T
+    spans = [torch.linalg.qr(root @ m.T).Q for m in rows]
+    wanted = torch.stack([((u.double() - x.mean(0)) @ root @ span).norm(dim=-1) for span in spans], 1)
+    torch.testing.assert_close(norms.whitened(inputs)(u).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_in_16_bits_are_kept_once_and_exact_ones_stay_so():
+    g = torch.Generator().manual_seed(0)
+    rows, u = [torch.randn(3, D, generator=g)], torch.randn(7, D, generator=g)
+    narrow = ProjectionNorms(rows)
+    narrow(u.bfloat16(), torch.bfloat16)
+    assert narrow.rows is narrow._used
+    exact = ProjectionNorms(rows)
+    wanted = exact(u)
+    exact(u.bfloat16(), torch.bfloat16)
+    assert torch.equal(exact(u), wanted)
 
 
 def test_what_is_refused():

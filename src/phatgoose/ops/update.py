@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ class SharedUpdate:
     b: Tensor
     d: Tensor
     projections: Projections
+
+
+_DEFAULTS: dict[type, list[tuple[str, Any]]] = {}
+"""By the kind of update, its fields behind A and B, and their defaults."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +122,14 @@ class Update:
 
         Code that handles some fields only compares them with this, so that it refuses a field that is added later.
         """
-        found = set()
-        for field in fields(self)[2:]:
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) or value != field.default:
-                found.add(field.name)
+        own, kind, found = vars(self), type(self), set()
+        # Thousands of experts at hundreds of modules come this way.
+        if (defaults := _DEFAULTS.get(kind)) is None:
+            defaults = _DEFAULTS[kind] = [(field.name, field.default) for field in fields(self)[2:]]
+        for name, default in defaults:
+            value = own[name]
+            if value is not default and (isinstance(value, Tensor) or value != default):
+                found.add(name)
         return found
 
     def vectors(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,14 +5,17 @@ V is the matrix of right-singular vectors of an expert's ΔW, S its singular val
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from phatgoose.errors import RoutingError
-from phatgoose.experts.weight_signature import Signature, signature, why_no_signature
+from phatgoose.experts import weight_signature
+from phatgoose.experts.weight_signature import Signature, why_no_signature
 from phatgoose.ops import Backend
 from phatgoose.ops.reference import standardise
 from phatgoose.routers.context import RoutingContext
@@ -73,7 +76,7 @@ class LAG(Router):
         check_at_least(self, first=1, top_k=1)
 
     def bind(self, candidates: Candidates) -> BoundRouter:
-        found = signatures(candidates, type(self).__name__)
+        found = list(signatures(candidates, type(self).__name__))
         arrow_norms = ProjectionNorms([s.arrow[None] for s in found])
         return _Lag(arrow_norms, ProjectionNorms([s.vectors for s in found]), self)
 
@@ -95,88 +98,132 @@ class WeightOnly(TopK):
         return Calibrated(candidates, (None,) * len(candidates.members), self.top_k, type(self).__name__)
 
 
-def signatures(candidates: Candidates, needed_by: str, which: Sequence[int] | None = None) -> list[Signature]:
+def signatures(
+    candidates: Candidates, needed_by: str, which: Sequence[int] | None = None
+) -> Iterator[Signature]:
     """The weight signatures of the candidates at these indices (None: of all). The null candidate's is empty.
 
     Raises:
         RoutingError: an expert's update has no signature; the message names the expert.
     """
-    found = []
+    updates = []
     for index in range(len(candidates.members)) if which is None else which:
         update, member = candidates.updates[index], candidates.members[index]
-        if update is None:
-            nothing = torch.zeros(0, candidates.d_in, dtype=torch.float64)
-            found.append(Signature(nothing.new_zeros(0), nothing))
-        elif (reason := why_no_signature(update)) is not None:
+        if update is not None and (reason := why_no_signature(update)) is not None:
             raise RoutingError(
                 f"expert {candidates.names[member]!r} has no signature in its weights at {candidates.path}, "
                 f"which {needed_by} needs: {reason}. Give it gates with `phatgoose gate` (--generated needs "
                 "no data), or choose another router."
             )
-        else:
-            found.append(signature(update))
-    return found
+        updates.append(update)
+    found = weight_signature.signatures(update for update in updates if update is not None)
+    nothing = torch.zeros(0, candidates.d_in, dtype=torch.float64)
+    return (Signature(nothing[:, 0], nothing) if update is None else next(found) for update in updates)
 
 
 SHRINKAGE = 0.3
 """How much of its mean variance a covariance gets in every direction, so that it can be inverted and noise isn't."""
 LEAST = 1e-4
 """What it gets at least, where standardised inputs hardly vary: lengths then stay within what float16 can hold."""
+_WHITENED_AT_A_TIME = 4096
+"""Rows that are whitened at a time, in float64."""
+_AT_A_TIME = {"cpu": 1 << 22}
+"""Products of inputs with rows that are computed at a time, by the device: what a cache holds."""
+_AT_A_TIME_ELSEWHERE = 1 << 26
 
 
 class ProjectionNorms:
     """‖P_e (u − m)‖ for each of E experts. P_e is [q_e, d]; q_e may differ, and where it is 0 the norm is 0."""
 
-    def __init__(self, matrices: Sequence[Tensor], mean: Tensor | None = None):
+    def __init__(self, matrices: Iterable[Tensor], mean: Tensor | None = None):
         """The matrices are stacked, so that one product serves all experts. mean: m [d]; None: 0."""
-        self.rows = torch.cat(list(matrices)).float()
-        self._used = self.rows
-        """The rows on the device and in the dtype of the last product."""
+        found = [matrix.float() for matrix in matrices]
+        self.ranks = [len(matrix) for matrix in found]
+        order = sorted(range(len(found)), key=self.ranks.__getitem__)
+        self.rows = torch.cat([found[e] for e in order])
+        """Those of one rank stand together."""
+        alike = [(rank, list(members)) for rank, members in groupby(order, key=self.ranks.__getitem__)]
+        self.groups = [(rank, torch.tensor(members)) for rank, members in alike if rank]
+        """(rank, the experts that have it), as their rows stand one behind the other."""
         self.mean = None if mean is None else mean.float()
-        self.ranks = ranks = [len(m) for m in matrices]
-        self.rank = ranks[0] if len(set(ranks)) == 1 else 0
-        # [rows, E]: 1 where the expert owns the row.
-        owners = torch.eye(0 if self.rank else len(ranks), dtype=torch.float32)
-        self.owners = owners if self.rank else torch.repeat_interleave(owners, torch.tensor(ranks), dim=0)
+        self._used: Tensor | None = None
+        """The rows on the device and in the dtype of the last product."""
+
+    def whitened(self, inputs: Tensor) -> ProjectionNorms:
+        """The same for P_e and m of V_e and inputs [N, d], as `whiten` has them."""
+        found = copy(self)
+        found.rows, mean = whiten(self.rows, self.groups, inputs)
+        found._used, found.mean = None, mean.float()
+        return found
 
     def __call__(self, u: Tensor, multiplied_in: torch.dtype | None = None) -> Tensor:
         """[N, d] → [N, E] in float32, or float64 if u is.
 
-        multiplied_in: the dtype of the product, in which a copy of the rows is kept. 16 bits are half of the bytes to
-        read, and round norms to 2^-9 of them. None: that of the result.
+        multiplied_in: the dtype of the product. 16 bits are half of the bytes to read, and round norms to 2^-9 of them.
+            Rows are kept in the dtype of the first product, and in that of the last. None: that of the result.
         """
         wide = torch.promote_types(u.dtype, torch.float32)
-        dtype = multiplied_in or wide
-        if self.owners.device != u.device:
-            self.owners = self.owners.to(u.device)
-            self.mean = None if self.mean is None else self.mean.to(u.device)
-        if (used := self._used).device != u.device or used.dtype != dtype:
-            self._used = used = self.rows.to(u.device, dtype)  # of the exact ones: a model may be cast back
-        u = u.to(wide) if self.mean is None else u.to(wide) - self.mean
-        found = (u.to(dtype) @ used.T).to(wide)
-        if self.rank:
-            norms: Tensor = found.reshape(len(u), -1, self.rank).norm(dim=-1)
-            return norms
-        return (found.square() @ self.owners.to(wide)).sqrt()
+        used = self._in(u.device, multiplied_in or wide)
+        if self.mean is not None and self.mean.device != u.device:
+            self.mean = self.mean.to(u.device)
+        u = (u.to(wide) if self.mean is None else u.to(wide) - self.mean).to(used.dtype)
+        if len(self.groups) == 1 and len(self.groups[0][1]) == len(self.ranks):
+            return self._norms(u, used, self.groups[0][0], wide)
+        norms, start = u.new_zeros(len(u), len(self.ranks), dtype=wide), 0
+        for rank, members in self.groups:
+            rows = used[start : start + rank * len(members)]
+            norms[:, members.to(u.device)] = self._norms(u, rows, rank, wide)
+            start += len(rows)
+        return norms
+
+    def _in(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The rows there, in this dtype."""
+        if (used := self._used) is None or used.device != device or used.dtype != dtype:
+            used = self.rows.to(device, dtype)
+            # Those that were computed are let go unless they are multiplied: a pool of thousands has gigabytes of them.
+            if self._used is None:
+                self.rows = used
+            self._used = used
+        return used
+
+    @staticmethod
+    def _norms(u: Tensor, rows: Tensor, rank: int, wide: torch.dtype) -> Tensor:
+        """Of experts of one rank: u [N, d], rows [n·rank, d] → [N, n]."""
+        most = _AT_A_TIME.get(u.device.type, _AT_A_TIME_ELSEWHERE)
+        some = max(1, most // (max(1, len(u)) * rank)) * rank
+        parts = [(u @ part.T).to(wide).unflatten(1, (-1, rank)).norm(dim=-1) for part in rows.split(some)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def whitened(vectors: Sequence[Tensor], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Rows that measure an input's part in each V_e [q_e, d] where inputs [N, d] vary equally in all directions.
+def whiten(rows: Tensor, groups: Iterable[tuple[int, Tensor]], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that measure an input's part in each V_e where inputs [N, d] vary equally in all directions.
 
     With the inputs' mean m and their covariance C = R Rᵀ, to which SHRINKAGE of its mean variance is added, LEAST at
-    least, a direction v becomes R⁻¹v. Returns P_e = Q_eᵀ R⁻¹ [q_e, d] for each expert, with Q_e an orthonormal basis of
-    the span of R⁻¹V_eᵀ, and m, in float64: ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
+    least, a direction v becomes R⁻¹v. Returns P_e = Q_eᵀ R⁻¹ in place of each V_e, with Q_e an orthonormal basis of the
+    span of R⁻¹V_eᵀ, and m: ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
+
+    Args:
+        rows: the V_e, one behind the other, float32 [R, d], those of one rank together.
+        groups: (rank, the experts that have it), in that order.
+
+    Returns: float32 [R, d], and float64 [d].
     """
     x = inputs.double()
     mean, covariance = x.mean(0), torch.cov(x.T)
     d = len(covariance)
     covariance.diagonal().add_((SHRINKAGE * covariance.trace() / d).clamp(min=LEAST))
     root = torch.linalg.cholesky(covariance)
-    found = []
-    for rows in vectors:
-        turned = torch.linalg.solve_triangular(root, rows.to(x).T, upper=False)
-        span = torch.linalg.qr(turned).Q
-        found.append(torch.linalg.solve_triangular(root.T, span, upper=True).T)
+    found, start = torch.empty_like(rows), 0
+    for rank, members in groups:
+        end = start + rank * len(members)
+        step = max(1, _WHITENED_AT_A_TIME // rank) * rank
+        for first in range(start, end, step):
+            some = slice(first, min(first + step, end))
+            turned = torch.linalg.solve_triangular(root, rows[some].to(x).T, upper=False)
+            span = torch.linalg.qr(turned.unflatten(1, (-1, rank)).transpose(0, 1)).Q  # [experts, d, rank]
+            turned = torch.linalg.solve_triangular(root.T, span.transpose(0, 1).flatten(1), upper=True)
+            found[some] = turned.T.float()
+        start = end
     return found, mean
 
 
@@ -239,8 +286,10 @@ class Calibrated(ByScores):
         self.gated = [i for i, gate in enumerate(gates) if gate is not None]
         self.by_weights = [i for i, m in enumerate(candidates.members) if m >= 0 and gates[i] is None]
         self.gates = torch.stack([g for g in gates if g is not None]) if self.gated else None
-        found = signatures(candidates, needed_by, self.by_weights)
-        self.span_norms = ProjectionNorms([s.vectors for s in found]) if found else None
+        self.span_norms: ProjectionNorms | None = None
+        if self.by_weights:
+            found = signatures(candidates, needed_by, self.by_weights)
+            self.span_norms = ProjectionNorms(s.vectors for s in found)
         self.narrow = narrow
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
         """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
@@ -248,13 +297,15 @@ class Calibrated(ByScores):
 
     def whiten(self, u: Tensor) -> None:
         """Measures lengths in the weights' directions from now on where these inputs [N, d] vary equally in all
-        directions (`whitened`). Once, before `observe`."""
-        if (plain := self.span_norms) is not None:
-            self.span_norms = ProjectionNorms(*whitened(plain.rows.split(plain.ranks), standardise(u).cpu()))
+        directions (`whiten`). Once, before `observe`."""
+        if self.span_norms is not None:
+            self.span_norms = self.span_norms.whitened(standardise(u).cpu())
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         t = self.uncalibrated(u, ops).double().cpu()
-        self.sums += torch.stack([torch.ones_like(t), t, t.square()]).sum(1)
+        self.sums[0] += len(t)
+        self.sums[1] += t.sum(0)
+        self.sums[2] += t.square().sum(0)
 
     def check_observed(self) -> None:
         if not bool((self.sums[0] > 1).all()):
@@ -287,7 +338,9 @@ class Calibrated(ByScores):
         count, total, squares = self.sums
         if not bool((count > 1).all()):
             raise RoutingError(
-                f"the router of {self.path} was not shown the reference text: attach it with route()."
+                f"the router of {self.path} was not shown the reference text, by which scores are compared. Attach it "
+                "with route(). If it was, the base doesn't run this module on text alone: make the experts without it, "
+                "or choose arrow, spectr or lag, which compare raw scores."
             )
         mean = total / count
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
@@ -303,7 +356,7 @@ class Calibrated(ByScores):
 
     def on_scale(self, t: Tensor) -> Tensor:
         """(t − mean)/(standard deviation) of each candidate, [N, candidates]."""
-        if self._scale is None or self._scale[0].device != t.device:
-            mean, inverse = (x.float().to(t.device) for x in self.mean_and_scale())
-            self._scale = mean, inverse
-        return (t - self._scale[0]) * self._scale[1]
+        if (scale := self._scale) is None or scale[0].device != t.device:
+            mean, inverse = self.mean_and_scale()
+            self._scale = scale = (-mean * inverse).float().to(t.device), inverse.float().to(t.device)
+        return torch.addcmul(scale[0].to(t), t, scale[1].to(t))
