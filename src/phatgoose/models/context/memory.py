@@ -7,7 +7,7 @@ selected, drafts that are cropped, caches that are copied.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,21 +25,31 @@ KEPT = 256
 ADVICE = "Begin without a cache, or fill it while this router is attached."
 
 
-class MemoryLayer(DummyLayer or object):  # type: ignore[misc]
-    """A layer of a cache that holds a router's states [rows, ≤ KEPT, …] of the cache's last tokens.
+class _Kept(NamedTuple):
+    """What a pass added."""
 
-    Tensors are replaced and never written into, so copies of the layer may share them.
+    states: Tensor
+    """[rows, T, …], of its last T tokens."""
+    rows: Tensor | None
+    """int64 [n]: the rows of these that were taken before the next pass. None: all."""
+
+
+class MemoryLayer(DummyLayer or object):  # type: ignore[misc]
+    """A layer of a cache that holds a router's states after each of the cache's last tokens, KEPT of them or more.
+
+    A state may be as long as a pool is large, so what is kept isn't copied for every token and beam. Tensors are
+    replaced and never written into, so copies of the layer may share them.
     """
 
     def __init__(self, owner: object) -> None:
         super().__init__()
         self.owner, self.tokens = owner, 0
-        self.states: Tensor | None = None
+        self.kept: list[_Kept] = []
 
     def __copy__(self) -> MemoryLayer:
         # The owner stays the same object, by which a router knows its own.
         copied = MemoryLayer(self.owner)
-        copied.tokens, copied.states = self.tokens, self.states
+        copied.tokens, copied.kept = self.tokens, list(self.kept)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryLayer:
@@ -52,37 +62,57 @@ class MemoryLayer(DummyLayer or object):  # type: ignore[misc]
     def extend(self, states: Tensor) -> None:
         """Adds the states of the tokens of a pass, [rows, T, …]."""
         self.tokens += states.shape[1]
-        known = states if self.states is None else torch.cat([self.states, states], dim=1)
-        self.states = known[:, -KEPT:]
+        if states.shape[1] > KEPT:
+            states = states[:, -KEPT:].clone()  # a view would keep the whole pass's in memory
+        if states.shape[1]:
+            self.kept.append(_Kept(states, None))
+        spare = sum(one.states.shape[1] for one in self.kept) - KEPT
+        while self.kept and spare >= self.kept[0].states.shape[1]:
+            spare -= self.kept.pop(0).states.shape[1]
 
     def last(self) -> Tensor:
         """[rows, …]: the states after the last token."""
-        if self.states is None or not self.states.shape[1]:
+        if not self.kept:
             raise RoutingError(
                 f"the cache was cropped by more than {KEPT} tokens, for which nothing is kept of what the router has "
                 f"read. {ADVICE}"
             )
-        return self.states[:, -1]
+        states, rows = self.kept[-1]
+        return states[:, -1] if rows is None else states[:, -1][rows.to(states.device)]
 
     def reset(self) -> None:
-        self.tokens, self.states = 0, None
+        self.tokens, self.kept = 0, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove and self.states is not None:
-            self.tokens -= abs(tokens_to_remove)
-            self.states = self.states[:, : -abs(tokens_to_remove)]
+        rest = abs(tokens_to_remove)
+        self.tokens -= rest if self.kept else 0
+        while rest and self.kept:
+            states, rows = self.kept.pop()
+            left = max(0, states.shape[1] - rest)
+            rest -= states.shape[1] - left
+            if left:
+                self.kept.append(_Kept(states[:, :left], rows))
+            elif rows is not None:
+                self._take(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.states is not None:
-            self.states = self.states.index_select(0, beam_idx.to(self.states.device))
+        self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.states is not None:
-            self.states = self.states.repeat_interleave(repeats, dim=0)
+        if self.kept:
+            states, rows = self.kept[-1]
+            self._take(torch.arange(len(states if rows is None else rows)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.states is not None:
-            self.states = self.states[indices.to(self.states.device)]
+        self._take(indices)
+
+    def _take(self, rows: Tensor) -> None:
+        """Goes on with these rows: int64 [n], or bool."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        if self.kept:
+            states, before = self.kept[-1]
+            self.kept[-1] = _Kept(states, rows if before is None else before[rows.to(before.device)])
 
 
 def recalled(past: Past, rows: int, owner: object) -> Tensor | None:
