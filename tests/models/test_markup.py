@@ -41,7 +41,7 @@ def chatting(made):
 def before_text(tokenizer, ids):
     """What is left out of the beginning, as text."""
     counts, _ = markup_of(tokenizer).read(
-        torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), [START]
+        torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([START])
     )
     count = int((~counts).sum())
     assert counts[0].tolist() == [False] * count + [True] * (len(ids) - count)
@@ -83,16 +83,23 @@ def test_token_by_token_and_behind_padding_it_is_the_same():
     rows = [[7, 1, 2, 2, 7, 3], [8, 9, 7, 1, 2, 2], [7, 7, 1, 8, 7, 3], [7, 1, 1, 2, 7, 3]]
     wanted = [3, 1, 6, 2]
     ids, real = torch.tensor(rows), torch.ones(4, 6, dtype=torch.bool)
-    whole, states = markup.read(ids, real, [START] * 4)
+    whole, states = markup.read(ids, real, torch.full((4,), START))
     assert (~whole).sum(1).tolist() == wanted
-    known, found = [START] * 4, []
+    known, found = torch.full((4,), START), []
+    alone = known
     for t in range(6):
         padded = torch.stack([torch.zeros(4, dtype=torch.long), ids[:, t]], 1)
         some = torch.tensor([[False, True]] * 4)
         counts, after = markup.read(padded, some, known)
         assert not counts[:, 0].any()
         found.append(counts[:, 1])
-        known = after[:, -1].tolist()
-        assert known == states[:, t].tolist()
+        known = after[:, -1]
+        assert torch.equal(known, states[:, t])
+        counts, after = markup.read(ids[:, t : t + 1], real[:, t : t + 1], alone)
+        assert torch.equal(counts[:, 0], whole[:, t])
+        alone = after[:, 0]
+        assert torch.equal(alone, known)
+        _, after = markup.read(ids[:, t : t + 1], ~real[:, t : t + 1], alone)
+        assert torch.equal(after[:, 0], alone)
     assert torch.equal(torch.stack(found, 1), whole)
-    assert known == [BEGUN, BEGUN, int(states[2, -1]), BEGUN]
+    assert known.tolist() == [BEGUN, BEGUN, int(states[2, -1]), BEGUN]

@@ -29,6 +29,9 @@ class Markup:
         self.special = frozenset(special)
         # State → token → next state.
         self._next: list[dict[int, int]] = [{}, {}]
+        self._table: tuple[Tensor, Tensor] | None = None
+        """The tokens that mean something, int64 [n + 1], and the next state by state and token, int64 [states, n + 1],
+        whose last column is for all other tokens."""
         for piece in pieces:
             state = START
             for token in piece:
@@ -37,22 +40,47 @@ class Markup:
                     self._next.append({})
                 state = self._next[state][token]
 
-    def read(self, ids: Tensor, real: Tensor, states: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(which tokens are text or behind some, bool [B, T]; the state after each, int64 [B, T]), on the CPU.
+    def read(self, ids: Tensor, real: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(which tokens are text or behind some, bool [B, T]; the state after each, int64 [B, T]), on ids' device.
 
         Args:
             ids: int64 [B, T]. real: bool [B, T], False at padding, which is no text and changes no state.
-            states: of each of the B sequences before these tokens.
+            states: int64 [B], of each of the sequences before these tokens.
         """
+        if ids.shape[1] == 1:  # as when text is generated: no GPU is waited for
+            after = torch.where(real, self._step(ids[:, 0], states)[:, None], states[:, None])
+            return real & (after == BEGUN), after
         counts, after = real.cpu().clone(), torch.full(ids.shape, BEGUN)
-        for b, state in enumerate(states):
+        rows = zip(ids.tolist(), counts.tolist(), states.tolist(), strict=True)
+        for b, (tokens, are_real, state) in enumerate(rows):
             if state == BEGUN:
                 continue
-            for t, (token, is_real) in enumerate(zip(ids[b].tolist(), real[b].tolist(), strict=True)):
+            for t, (token, is_real) in enumerate(zip(tokens, are_real, strict=True)):
                 if is_real:
-                    otherwise = START if token in self.special else BEGUN
-                    state = self._next[START if token in self.special else state].get(token, otherwise)
+                    state = self._after(state, token)
                 if state == BEGUN:
                     break
                 counts[b, t], after[b, t] = False, state
-        return counts, after
+        return counts.to(ids.device), after.to(ids.device)
+
+    def _after(self, state: int, token: int) -> int:
+        """The state behind a token."""
+        if state == BEGUN:
+            return BEGUN
+        if token in self.special:
+            return self._next[START].get(token, START)
+        return self._next[state].get(token, BEGUN)
+
+    def _step(self, ids: Tensor, states: Tensor) -> Tensor:
+        """`_after` of tensors [B]."""
+        if self._table is None or self._table[0].device != ids.device:
+            known = sorted({*self.special, *(token for after in self._next for token in after)})
+            rows = [
+                [*(self._after(state, t) for t in known), self._after(state, -1)]
+                for state in range(len(self._next))
+            ]
+            tokens = torch.tensor([*known, torch.iinfo(torch.int64).max])
+            self._table = tokens.to(ids.device), torch.tensor(rows).to(ids.device)
+        (tokens, following), ids = self._table, ids.long().contiguous()
+        place = torch.searchsorted(tokens, ids)
+        return following[states, torch.where(tokens[place] == ids, place, len(tokens) - 1)]

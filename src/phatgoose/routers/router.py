@@ -273,3 +273,10 @@ def check_at_least(router: Router, **least: int) -> None:
         found = getattr(router, name)
         if isinstance(found, bool) or not isinstance(found, int) or found < value:
             raise RoutingError(f"{name} is {found!r}, expected a whole number of at least {value}.")
+
+
+def check_bool(router: Router, *names: str) -> None:
+    """Raises RoutingError unless each of these settings is True or False."""
+    for name in names:
+        if not isinstance(found := getattr(router, name), bool):
+            raise RoutingError(f"{name} is {found!r}, expected True or False.")
