@@ -465,6 +465,12 @@ def test_gradient_checkpointing_is_refused(made, reentrant, backend):
         first.sum().backward()
 
 
+@pytest.mark.parametrize("doubt", ["false", 1, None])
+def test_a_doubt_that_is_neither_true_nor_false_is_refused(doubt):
+    with pytest.raises(RoutingError, match=r"doubt is .*, expected True or False"):
+        Gander(doubt=doubt)
+
+
 def test_parts_on_several_devices_are_summed_on_the_first():
     parts = [torch.ones(1, 2, 3, device="meta"), torch.ones(1, 2, 3)]
     assert _total(parts).device.type == "meta"

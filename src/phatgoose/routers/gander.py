@@ -25,6 +25,7 @@ from phatgoose.routers.router import (
     Router,
     Setup,
     check_at_least,
+    check_bool,
 )
 from phatgoose.routers.weights import Calibrated, standardised_gate
 
@@ -34,6 +35,8 @@ CROSSED = 0.05
 """The share of plain passages on which an expert stands out, if `doubt` is on."""
 _SCANNED = 128
 """Tokens whose evidence is summed at a time."""
+_PASSAGES = 8
+"""Passages of plain text that are scored at a time."""
 _VALUES = ("v_proj", "v", "value", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 """What models call the projection to values, alone or with queries and keys."""
 _LOCK = threading.Lock()
@@ -77,6 +80,7 @@ class Gander(Router):
 
     def __post_init__(self) -> None:
         check_at_least(self, half_life=1, top_k=1)
+        check_bool(self, "doubt")
         if self.layers is not None:
             check_at_least(self, layers=1)
 
@@ -93,7 +97,7 @@ class Reading:
     Args:
         read: module path → the experts, by number, whose evidence is taken there.
         waiting: modules that act as the base, since they run before all evidence is there.
-        blocks: of each expert, the numbers of the blocks that it adapts, in the stack that is read.
+        blocks: numbers of blocks of the stack that is read, and the experts that adapt just these. Every expert once.
         markup: tells where a sequence's text begins. None: with its first token.
         whole: whether it is an encoder that is read, which has the whole text before it.
     """
@@ -103,12 +107,18 @@ class Reading:
         settings: Gander,
         read: Mapping[str, tuple[int, ...]],
         waiting: frozenset[str],
-        blocks: Sequence[frozenset[int]],
+        blocks: Sequence[tuple[frozenset[int], Sequence[int]]],
         markup: Markup | None = None,
         whole: bool = False,
     ):
-        self.settings, self.read, self.waiting, self.blocks = settings, read, waiting, blocks
-        self.markup, self.whole, self.experts = markup, whole, len(blocks)
+        self.settings, self.read, self.waiting = settings, read, waiting
+        self.markup, self.whole, self.experts = markup, whole, sum(len(members) for _, members in blocks)
+        self.decay = 2 ** (-1 / settings.half_life)
+        self.blocks = [numbers for numbers, _ in blocks]
+        self.kinds = torch.zeros(self.experts, dtype=torch.int64)
+        """int64 [experts]: which of `blocks` each adapts."""
+        for kind, (_, members) in enumerate(blocks):
+            self.kinds[list(members)] = kind
         counts = torch.zeros(self.experts, dtype=torch.float64)
         for members in read.values():
             counts[list(members)] += 1
@@ -116,6 +126,7 @@ class Reading:
         """[experts]: what one module counts in the mean over an expert's read modules."""
         self.readers: dict[str, _Reader] = {}
         """The read modules by their paths."""
+        self._places: dict[tuple[int, ...], _Places] = {}
         self._summed_plain: Tensor | None = None
         self._least_of_all: Tensor | None = None
 
@@ -126,8 +137,13 @@ class Reading:
         if not places:
             raise RoutingError("Gander must know the order of the modules: attach it with route().")
         stack = "encoder" if "encoder" in setup.stacks else "decoder"
-        of_each = [_blocks(expert, places, stack) for expert in setup.experts]
-        blocks = sorted(frozenset[int]().union(*of_each))
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for number, expert in enumerate(setup.experts):
+            alike.setdefault(tuple(expert.sizes), []).append(number)
+        # Whatever is asked of an expert here depends on which modules it adapts.
+        kinds = [(setup.experts[members[0]], members) for members in alike.values()]
+        of_kinds = [(_blocks(expert, places, stack), members) for expert, members in kinds]
+        blocks = sorted(frozenset[int]().union(*(numbers for numbers, _ in of_kinds)))
         if not blocks:
             raise RoutingError(
                 f"the pool adapts no numbered block of the {stack}, so Gander has nothing to read."
@@ -141,12 +157,12 @@ class Reading:
             )
         first = blocks[:count]
         read: dict[str, list[int]] = {}
-        for number, expert in enumerate(setup.experts):
+        for expert, members in kinds:
             cls._check_acts(expert, places, stack, first)
-            for block in first:
-                if (path := _module_to_read(expert, places, stack, block)) is not None:
-                    read.setdefault(path, []).append(number)
-            if not any(number in members for members in read.values()):
+            found = [path for block in first if (path := _module_to_read(expert, places, stack, block))]
+            for path in found:
+                read.setdefault(path, []).extend(members)
+            if not found:
                 raise RoutingError(
                     f"expert {expert.name!r} adapts no module of the {count} blocks that Gander reads, so it could "
                     "never be chosen: set layers higher, or choose another router."
@@ -154,27 +170,36 @@ class Reading:
         waiting = frozenset(
             path for path, place in places.items() if place.stack == stack and place.block in first
         )
-        members = {path: tuple(found) for path, found in read.items()}
+        in_order = {path: tuple(sorted(members)) for path, members in read.items()}
         markup = None if setup.markup is None else setup.markup()
-        return cls(settings, members, waiting, of_each, markup, stack == "encoder")
+        return cls(settings, in_order, waiting, of_kinds, markup, stack == "encoder")
 
     def check_on(self, on: Tensor) -> None:
         """Raises RoutingError if a pool of the experts that are on, bool [rows, experts], would be read elsewhere."""
-        if on.ndim != 2 or on.shape[1] != len(self.blocks):
+        if on.ndim != 2 or on.shape[1] != self.experts:
             return  # such a table is refused when it is used
-        whole = self._first(range(self.experts))
-        for row in on.unique(dim=0).tolist():
-            left = self._first(number for number, is_on in enumerate(row) if is_on)
+        if len(self.blocks) == 1:
+            return
+        there = torch.zeros(len(on), len(self.blocks)).index_add_(1, self.kinds, on.cpu().float()) > 0
+        whole = self._first(range(len(self.blocks)))
+        for row in there.unique(dim=0).tolist():
+            left = self._first(kind for kind, is_there in enumerate(row) if is_there)
             if left and left != whole:
                 raise RoutingError(
                     f"without the experts that are switched off, Gander would read other blocks: {left}, not {whole}. "
                     "Make a pool without them instead."
                 )
 
-    def _first(self, experts: Iterable[int]) -> list[int]:
-        """The blocks that are read in a pool of these experts."""
-        blocks = sorted(frozenset[int]().union(*(self.blocks[expert] for expert in experts)))
+    def _first(self, kinds: Iterable[int]) -> list[int]:
+        """The blocks that are read in a pool of experts of these kinds."""
+        blocks = sorted(frozenset[int]().union(*(self.blocks[kind] for kind in kinds)))
         return blocks[: _count_read(self.settings, len(blocks))]
+
+    def places(self, candidates: Candidates) -> _Places:
+        """The experts at a module; the same object for all modules that have the same candidates."""
+        if (found := self._places.get(candidates.members)) is None:
+            found = self._places[candidates.members] = _Places.of(candidates)
+        return found
 
     @staticmethod
     def _check_acts(expert: Expert, places: Mapping[str, Place], stack: str, read: Sequence[int]) -> None:
@@ -236,17 +261,15 @@ class Reading:
         """L of each plain passage, and behind it the sum of as many ones, float32 [passages, experts + 1]."""
         with _LOCK:
             if self._summed_plain is None:
-                self._summed_plain = self._sum_plain()
+                found = _total([reader.found_in_plain() for reader in self.readers.values()])
+                count = found.new_tensor(next(iter(self.readers.values())).plain_weight)
+                self._summed_plain = torch.cat([found * count, count.expand(len(found), 1)], dim=-1)
             return self._summed_plain
 
-    def _sum_plain(self) -> Tensor:
-        x = _total(reader.found_in_plain() for reader in self.readers.values())
-        text = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return counted(x, text).sum(1) if self.whole else self.scanned(x, text, None)[:, -1].clone()
-
-    def scanned(self, x: Tensor, text: Tensor, before: Tensor | None) -> Tensor:
-        """L, and behind it the sum of as many ones, float32 [B, T, experts + 1]."""
-        return scan(counted(x, text), text, before, 2 ** (-1 / self.settings.half_life))
+    def ages(self, length: int) -> Tensor:
+        """What each of so many tokens counts in L after the last of them, float32 [length]."""
+        ages = torch.arange(length - 1, -1, -1, dtype=torch.float32)
+        return torch.ones(length) if self.whole else self.decay**ages
 
     def _summed(self, memory: PassMemory) -> Tensor:
         notes = memory.notes
@@ -258,45 +281,55 @@ class Reading:
         tokens = memory.sequences
         tokens.check()
         real, positions = tokens.real, tokens.positions
-        x = _total(notes[self, path] for path in self.read)
+        # Each is as large as what they add up to, so they are let go.
+        x = _total([notes.pop((self, path)) for path in self.read])
         text, states = self.text(memory)
-        text = text.to(x.device)
+        text = text.to(x.device)[..., None]
+        # 0 where there is no text, whatever the model computes there.
+        x, ones = x.where(text, 0.0), text.to(x.dtype)
+        # Behind the experts' evidence stands how many tokens it is of, and last where a sequence is before its text.
+        parts = [slice(self.experts), slice(self.experts, self.experts + 1)]
+        length = 1 if memory.whole else x.shape[1]
+        found = x.new_empty(len(x), length, self.experts + 2)
+        found[..., -1] = states[:, -length:]
         if memory.whole:
-            summed, states = counted(x, text).sum(1, keepdim=True), states[:, -1:]
-            return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
-        if bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
+            for part, one in zip(parts, (x, ones), strict=True):
+                found[..., part] = one.sum(1, keepdim=True)
+            return found
+        if length > 1 and bool(((positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
             raise RoutingError(
                 "several sequences are packed into one row, whose evidence can't be told apart: give each a row."
             )
         before = memory.previous()
-        summed = self.scanned(x, text, None if before is None else before[:, :-1])
-        # Behind the experts' evidence and its weight stands where a sequence is that is still before its text.
-        return torch.cat([summed, states.to(summed)[..., None]], dim=-1)
+        for part, one in zip(parts, (x, ones), strict=True):
+            found[..., part] = scan(
+                one, text[..., 0], None if before is None else before[:, part], self.decay
+            )
+        return found
 
     def text(self, memory: PassMemory) -> tuple[Tensor, Tensor]:
         """(which tokens count, bool [B, T]; the state of `markup` after each, int64 [B, T]). Embeddings have no ids, so
         all of them count."""
         real, ids = memory.sequences.real, memory.sequences.ids
         if self.markup is None or ids is None:
-            return real, torch.full(real.shape, BEGUN)
+            return real, torch.full_like(real, BEGUN, dtype=torch.int64)
         text, after = (self, "text"), (self, "state")
         if text not in memory.notes:
             before = None if memory.whole else memory.previous()
-            states = [START] * len(real) if before is None else before[:, -1].long().tolist()
-            memory.notes[text], memory.notes[after] = self.markup.read(ids, real, states)
+            states = (
+                ids.new_full((len(ids),), START) if before is None else before[:, -1].to(ids.device).long()
+            )
+            memory.notes[text], memory.notes[after] = self.markup.read(ids, real.to(ids.device), states)
         return memory.notes[text], memory.notes[after]
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
+def _total(parts: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape, on the device of the first: a model's blocks may be on several."""
     first, *others = parts
-    return torch.stack([first, *(one.to(first.device) for one in others)]).sum(0)
-
-
-def counted(x: Tensor, text: Tensor) -> Tensor:
-    """x [B, T, E] with a 1 behind each token's evidence: what it is summed over. 0 where there is no text, whatever
-    the model computes there."""
-    return torch.cat([x, x.new_ones(*text.shape, 1)], dim=-1).where(text[..., None], 0.0)
+    total = first + others[0].to(first.device) if others else first
+    for one in others[1:]:
+        total += one.to(first.device)
+    return total
 
 
 def _contrast(evidence: Tensor, count: Tensor) -> Tensor:
@@ -317,15 +350,36 @@ def scan(x: Tensor, real: Tensor, before: Tensor | None, decay: float) -> Tensor
     state = x.new_zeros(x.shape[0], x.shape[2]) if before is None else before.to(x)
     if x.shape[1] == 1:  # as when text is generated
         return torch.where(real[..., None], decay * state[:, None] + x, state[:, None])
-    parts = []
-    for piece, kept in zip(x.split(_SCANNED, dim=1), real.split(_SCANNED, dim=1), strict=True):
-        age = kept.cumsum(1)  # [B, t]: how many real tokens there were up to each
+    found = torch.empty_like(x)
+    for start in range(0, x.shape[1], _SCANNED):
+        some = slice(start, start + _SCANNED)
+        age = real[:, some].cumsum(1)  # [B, t]: how many real tokens there were up to each
         since = (age[:, :, None] - age[:, None, :]).clamp(min=0)
-        weights = torch.tril(decay ** since.to(x.dtype)) * kept[:, None, :]
-        part = weights @ piece + (decay ** age.to(x.dtype))[..., None] * state[:, None, :]
-        state = part[:, -1]
-        parts.append(part)
-    return torch.cat(parts, dim=1) if parts else x
+        weights = torch.tril(decay ** since.to(x.dtype)) * real[:, None, some]
+        part = weights @ x[:, some]
+        part += (decay ** age.to(x.dtype))[..., None] * state[:, None, :]
+        found[:, some], state = part, part[:, -1]
+    return found
+
+
+@dataclass(eq=False)
+class _Places:
+    """Where the pool's experts are among the candidates of a module."""
+
+    members: Tensor
+    """int64 [candidates]: the expert that each is."""
+    by_expert: Tensor
+    """int64 [experts + 1]: the candidate that each is, −1 where it is none; −1, nobody, finds the last entry."""
+
+    @classmethod
+    def of(cls, candidates: Candidates) -> _Places:
+        return cls(torch.tensor(candidates.members), torch.cat([candidates.by_expert(), torch.tensor([-1])]))
+
+    def here(self, experts: Tensor) -> Tensor:
+        """The candidates that these experts are, of any shape."""
+        if self.by_expert.device != experts.device:
+            self.by_expert = self.by_expert.to(experts.device)
+        return self.by_expert[experts]
 
 
 class _Reader(BoundRouter):
@@ -336,13 +390,17 @@ class _Reader(BoundRouter):
     acts = False
     whole_passes = True
     plain: Tensor | None = None
-    """What plain text gave before it was standardised, float32 [passages, T, members], if the router doubts."""
+    """What plain text gave before it was standardised, float32 [passages, members], if the router doubts: the mean over
+    a passage's tokens, each as it counts in L."""
+    plain_weight = 0.0
+    """What a passage's tokens count together."""
 
     def __init__(self, reading: Reading, candidates: Candidates, members: Sequence[int]):
         self.reading, self.path = reading, candidates.path
-        self.members, self.candidates = torch.tensor(members), torch.tensor(candidates.members)
-        self.shares = reading.shares[list(members)]
-        places = [candidates.members.index(member) for member in members]
+        self.members, self.candidates = torch.tensor(members), reading.places(candidates).members
+        self.shares = reading.shares[self.members]
+        where = {member: place for place, member in enumerate(candidates.members)}
+        places = [where[member] for member in members]
         updates = tuple(candidates.updates[i] for i in places)
         gates = tuple(_gate_to_read(candidates, i) for i in places)
         read = replace(candidates, members=tuple(members), gates=gates, updates=updates)
@@ -355,15 +413,27 @@ class _Reader(BoundRouter):
         flat = u.flatten(0, 1)
         self.calibrated.whiten(flat)
         if self.reading.settings.doubt:
-            self.plain = self.calibrated.uncalibrated(flat, ops).reshape(*u.shape[:2], -1)
+            ages = self.reading.ages(u.shape[1])
+            self.plain_weight = float(ages.sum())
+            weights = (ages / ages.sum()).to(u.device)
+            found = [
+                torch.einsum(
+                    "pte,t->pe",
+                    self.calibrated.uncalibrated(some.flatten(0, 1), ops)
+                    .float()
+                    .unflatten(0, some.shape[:2]),
+                    weights,
+                )
+                for some in u.split(_PASSAGES)
+            ]
+            self.plain = torch.cat(found)
 
     def found_in_plain(self) -> Tensor:
-        """What it adds to x on plain text, float32 [passages, T, experts]."""
+        """What it adds to x on plain text, the mean over a passage's tokens, float32 [passages, experts]."""
         if self.plain is None:
             raise RoutingError("Gander was not shown plain text, by which it doubts: attach it with route().")
-        found, shape = self._shared(self.calibrated.on_scale(self.plain.flatten(0, 1))), self.plain.shape[:2]
-        self.plain = None
-        return found.reshape(*shape, -1)
+        found, self.plain = self._shared(self.calibrated.on_scale(self.plain)), None
+        return found
 
     def check_observed(self) -> None:
         self.calibrated.check_observed()
@@ -418,25 +488,21 @@ class _Follower(ByScores):
 
     def __init__(self, reading: Reading, candidates: Candidates):
         super().__init__(min(reading.settings.top_k, reading.experts))
-        self.reading, self.path = reading, candidates.path
-        self.members = torch.tensor(candidates.members)
-        self.by_expert = torch.cat([candidates.by_expert(), torch.tensor([-1])])
-        self.key = reading, candidates.members
+        self.reading, self.places = reading, reading.places(candidates)
 
     def __call__(self, u: Tensor, context: RoutingContext, ops: Backend) -> tuple[Tensor, Tensor]:
         memory = context.memory()
         experts, weights = self._choice(memory, context.on, ops)
-        # −1, nobody, finds the last entry.
-        here = context.spread(self.by_expert.to(experts.device)[experts]).to(u.device)
+        here = context.spread(self.places.here(experts)).to(u.device)
         return here, context.spread(weights).to(u.device)
 
     def in_whole_pass(self, u: Tensor, memory: PassMemory, ops: Backend) -> Choice:
-        if (known := memory.choices.get(self.key)) is None:
+        if (known := memory.choices.get(self.places)) is None:
             experts, weights = self._choice(memory, None, ops)
             shape = (*memory.sequences.real.shape, self.top_k)
-            here = self.by_expert.to(experts.device)[experts]
+            here = self.places.here(experts)
             here, weights = (x.expand(shape).reshape(-1, self.top_k) for x in (here, weights))
-            known = memory.choices[self.key] = Choice(here, weights)
+            known = memory.choices[self.places] = Choice(here, weights)
         return known
 
     def _choice(self, memory: PassMemory, on: Tensor | None, ops: Backend) -> tuple[Tensor, Tensor]:
@@ -457,7 +523,7 @@ class _Follower(ByScores):
 
     def scores(self, u: Tensor, context: RoutingContext, ops: Backend) -> Tensor:
         found = self._of_those_on(context.memory(), context.on)
-        return context.spread(found[..., self.members.to(found.device)]).to(u.device)
+        return context.spread(found[..., self.places.members.to(found.device)]).to(u.device)
 
     def _of_those_on(self, memory: PassMemory, on: Tensor | None) -> Tensor:
         """L as `Reading.evidence`, −∞ for experts that are switched off, and for all in doubt."""
