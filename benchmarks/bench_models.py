@@ -6,6 +6,7 @@ All contestants share one base and one set of stacks. Each round attaches a cont
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,10 +32,11 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import Routing
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.options import RouteOptions
+from phatgoose.models.attach.site import Site
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.record import trace
-from phatgoose.ops import Backend, backend, fast
-from phatgoose.routers import PHATGOOSE, Gander
+from phatgoose.ops import backend, fast
+from phatgoose.routers import PHATGOOSE, Router, parse_router
 from phatgoose.routers.router import BoundRouter
 
 PAST = 64
@@ -102,25 +104,35 @@ def random_pool(model: PreTrainedModel, experts: int, rank: int) -> Pool:
 
 @dataclass(eq=False)
 class Ways:
-    """Attaches and detaches each contestant."""
+    """Attaches and detaches each contestant.
+
+    Those with the name of a backend are PHATGOOSE by it. Those that begin with "gander" are this router, as users write
+    it. `made` are routings that are there already, by their names.
+    """
 
     model: PreTrainedModel
     pool: Pool
     names: list[str]
+    made: dict[str, Routing] = field(default_factory=dict)
     routings: dict[str, Routing] = field(default_factory=dict)
     arrows: list[ArrowLoraLinearLayer] = field(default_factory=list)
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        device = self.model.device
-        first = Routing(self.model, self.pool, PHATGOOSE(2), RouteOptions())
+        device, first = self.model.device, next(iter(self.made.values()), None)
+        if first is None:
+            first = Routing(self.model, self.pool, PHATGOOSE(2), RouteOptions())
         for site in first.sites:
             site.stack = site.stack.to(device)
         for name in self.names:
-            if name in ("cpu", "triton", "torch", "reference"):
-                self.routings[name] = _sharing(first, name)
-            elif name == "gander":
-                self.routings[name] = _gander(first)
+            if name in self.made:
+                self.routings[name] = self.made[name]
+            elif name in ("cpu", "triton", "torch", "reference"):
+                router = None if isinstance(first.router, PHATGOOSE) else PHATGOOSE(2)
+                self.routings[name] = sharing(first, name, router)
+            elif name.startswith("gander"):
+                self.routings[name] = sharing(first, "auto", parse_router(name))
+                observe_random(self.routings[name])
         self.sites = first.sites
         if "arrow" in self.names:
             self.deltas = [_arrow(site) for site in self.sites]
@@ -143,47 +155,48 @@ class Ways:
         self.handles = []
 
 
-def _sharing(first: Routing, name: str) -> Routing:
-    """A routing with the same stacks and another backend."""
+def sharing(first: Routing, backend_name: str, router: Router | None = None) -> Routing:
+    """A routing with the same stacks, another backend and, if it is given, another router."""
     other = copy.copy(first)
-    other.ops, other._hooks = backend(name), Hooks()
+    other.ops, other._hooks = backend(backend_name), Hooks()
     other.sites = [copy.copy(site) for site in first.sites]
+    if router is not None:
+        other.router, other.streams = router, Streams(first.model, remembers=router.remembers)
+        other.prepared_router = router.prepared(other.setup())
     for site in other.sites:
         site.routing = other
+        if router is not None:
+            site.bind()
         site.prepare()
     return other
 
 
-def _gander(first: Routing) -> Routing:
-    """A routing with the same stacks by Gander, which was shown random tokens as its reference text."""
-    other = _sharing(first, "auto")
-    other.router, other.streams = Gander(), Streams(first.model, remembers=True)
-    other.prepared_router = other.router.prepared(other.setup())
-    for site in other.sites:
-        site.bind()
-        site.prepare()
-    size = first.model.config.vocab_size
-    ids = torch.randint(0, size, (24, 64), generator=torch.Generator().manual_seed(4))
-    more = {"decoder_input_ids": ids[:, :1]} if first.model.config.is_encoder_decoder else {}
-    read = [site for site in other.sites if site.router.needs_reference]
-    for observe in (_observe_plain, _observe):
-        handles = [s.module.register_forward_hook(partial(observe, s.router, other.ops)) for s in read]
-        first.model(input_ids=ids, **more)
+def observe_random(routing: Routing, passages: int = 24, pieces: int = 24) -> dict[str, float]:
+    """Shows random tokens to a router that needs plain text and the reference text: so many rows of 64 for either.
+
+    Returns seconds: in the router on plain text and on the reference text, and of both passes with the base.
+    """
+    model, seconds = routing.model, {"whitening": 0.0, "statistics": 0.0}
+    read, start = [site for site in routing.sites if site.router.needs_reference], time.perf_counter()
+    for rows, part in ((passages, "whitening"), (pieces, "statistics")):
+        ids = torch.randint(
+            0, model.config.vocab_size, (rows, 64), generator=torch.Generator().manual_seed(4)
+        )
+        more = {"decoder_input_ids": ids[:, :1]} if model.config.is_encoder_decoder else {}
+
+        def observe(router: BoundRouter, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            began = time.perf_counter()
+            if part == "whitening":  # noqa: B023 - called in this very round
+                router.observe_plain(args[0], routing.ops)
+            else:
+                router.observe(args[0].flatten(0, 1), routing.ops)
+            seconds[part] += time.perf_counter() - began  # noqa: B023
+
+        handles = [s.module.register_forward_hook(partial(observe, s.router)) for s in read]
+        model.base_model(input_ids=ids, **more)
         for handle in handles:
             handle.remove()
-    return other
-
-
-def _observe_plain(
-    router: BoundRouter, ops: Backend, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> None:
-    router.observe_plain(args[0], ops)
-
-
-def _observe(
-    router: BoundRouter, ops: Backend, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> None:
-    router.observe(args[0].flatten(0, 1), ops)
+    return {**seconds, "with_passes": time.perf_counter() - start}
 
 
 def _dense(site: object) -> Callable[..., Tensor]:
@@ -268,14 +281,14 @@ def runner(model: PreTrainedModel, step: Step) -> Callable[[int], Tensor]:
 def measure(ways: Ways, step: Step, rounds: int) -> dict[str, object]:
     """Medians in milliseconds, ratios to the base, the experts that were chosen and the bytes they take to read."""
     with torch.inference_mode():
-        run, runs = runner(ways.model, step), {}
+        runs = {}
         for name in ways.names:
             ways.attach(name)  # a cache is read on by the router that filled it
             runs[name] = runner(ways.model, step)
         found = medians(runs, rounds, {n: (lambda n=n: ways.attach(n)) for n in ways.names})
         ways.detach()
-        distinct = distinct_experts(ways, run)
-        read = weights_read(ways.model, run)
+        distinct = distinct_experts(ways, runs)
+        read = weights_read(ways.model, runner(ways.model, step))
     return {
         "step": step.name, "tokens": step.tokens, "experts": len(ways.pool.experts), "rounds": rounds,
         **beside_base(found), **cost(ways, distinct, read, step.batch),
@@ -291,14 +304,15 @@ def beside_base(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
     }
 
 
-def distinct_experts(ways: Ways, run: Callable[[int], object]) -> dict[str, int]:
-    """How many experts each module used in one step, by the paths of the modules that ran."""
+def distinct_experts(ways: Ways, runs: dict[str, Callable[[int], object]]) -> dict[str, int]:
+    """How many experts each module used in one step, by the paths of the modules that ran: of PHATGOOSE, or else of
+    Gander."""
     ways.detach()
-    routing = next(iter(ways.routings.values()))
-    routing.attach()
+    name = min(ways.routings, key=lambda name: name.startswith("gander"))
+    ways.routings[name].attach()
     with trace(ways.model) as seen:
-        run(1)
-    routing.detach()
+        runs[name](1)
+    ways.routings[name].detach()
     ways.model.__dict__.pop("_phatgoose_routing", None)
     return {c.path: int(c.experts[c.experts >= 0].unique().numel()) for c in seen.choices}
 
@@ -319,10 +333,10 @@ def weights_read(model: PreTrainedModel, run: Callable[[int], object]) -> int:
     return sum(read.values())
 
 
-def waiting_of(ways: Ways) -> set[str]:
-    """The modules at which Gander lets the base act."""
-    routing = ways.routings.get("gander")
-    return set() if routing is None else {s.path for s in routing.sites if not s.router.acts}
+def gander_of(ways: Ways) -> list[Site]:
+    """The sites of the first contestant that is Gander."""
+    found = (routing.sites for name, routing in ways.routings.items() if name.startswith("gander"))
+    return next(found, [])
 
 
 def cost(ways: Ways, distinct: dict[str, int], base_bytes: int, rows_of_batch: int) -> dict[str, object]:
@@ -338,12 +352,9 @@ def cost(ways: Ways, distinct: dict[str, int], base_bytes: int, rows_of_batch: i
     gates = sum(s.stack.experts * s.stack.A.shape[1] for s in sites)
     rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in sites]
     chosen = 2 * sum(distinct[s.path] * r for s, r in zip(sites, rows, strict=True))
-    read = (
-        [s for s in ways.routings["gander"].sites if s.router.needs_reference]
-        if "gander" in ways.routings
-        else []
-    )
-    acting = [r for s, r in zip(sites, rows, strict=True) if s.path not in waiting_of(ways)]
+    read = [s for s in gander_of(ways) if s.router.needs_reference]
+    waiting = {s.path for s in gander_of(ways) if not s.router.acts}
+    acting = [r for s, r in zip(sites, rows, strict=True) if s.path not in waiting]
     scored = sum(sum(s.stack.ranks) * s.stack.A.shape[1] for s in read)
     return {
         "distinct_experts": sum(distinct.values()) / len(distinct),

@@ -56,6 +56,18 @@ def test_one_of_the_methods_is_the_one_that_is_chosen(scripts):
     assert row.count("*") == 1
 
 
+def test_gander_is_measured_beside_the_base_and_phatgoose(scripts, tmp_path, capsys):
+    scripts("many").main(["--smoke", "--out", str(tmp_path / "many.json")])
+    assert "30 experts of rank 2" in capsys.readouterr().out
+    sizes = json.loads((tmp_path / "many.json").read_text(encoding="utf-8"))["sizes"]
+    assert [one["experts"] for one in sizes] == [5, 30]
+    for one in sizes:
+        assert one["open"]["gander"]["seconds"].keys() > {"whitening", "statistics", "with_passes"}
+        assert one["state_bytes_of_a_sequence"] == 4 * 256 * (one["experts"] + 2)
+        assert [step["ratio"].keys() for step in one["steps"]] == [{"gander", "cpu"}] * 3
+        assert all(step["gander_byte_floor"] > 1 for step in one["steps"])
+
+
 def test_the_results_without_gates_have_the_form_of_the_published_ones(scripts):
     ungated = scripts("ungated")
     published = json.loads((BENCHMARKS / "results" / "ungated-2026-11-22.json").read_text(encoding="utf-8"))
