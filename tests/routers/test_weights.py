@@ -247,7 +247,8 @@ def test_lengths_in_directions_are_those_of_each_expert_however_many_are_compute
 ):
     monkeypatch.setitem(weights._AT_A_TIME, "cpu", products)
     g = torch.Generator().manual_seed(0)
-    rows = [torch.randn(rank, D, generator=g, dtype=torch.float64) for rank in ranks]
+    drawn = [torch.randn(D, rank, generator=g, dtype=torch.float64) for rank in ranks]
+    rows = [torch.linalg.qr(m).Q.T for m in drawn]
     inputs, u = (
         torch.randn(200, D, generator=g) * torch.linspace(0.1, 3, D) + 1,
         torch.randn(7, D, generator=g),

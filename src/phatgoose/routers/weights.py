@@ -203,7 +203,7 @@ def whiten(rows: Tensor, groups: Iterable[tuple[int, Tensor]], inputs: Tensor) -
     span of R⁻¹V_eᵀ, and m: ‖P_e (u − m)‖ is the length of the part of R⁻¹(u − m) in that span.
 
     Args:
-        rows: the V_e, one behind the other, float32 [R, d], those of one rank together.
+        rows: the V_e, each with orthonormal rows, one behind the other, float32 [R, d], those of one rank together.
         groups: (rank, the experts that have it), in that order.
 
     Returns: float32 [R, d], and float64 [d].
@@ -212,17 +212,19 @@ def whiten(rows: Tensor, groups: Iterable[tuple[int, Tensor]], inputs: Tensor) -
     mean, covariance = x.mean(0), torch.cov(x.T)
     d = len(covariance)
     covariance.diagonal().add_((SHRINKAGE * covariance.trace() / d).clamp(min=LEAST))
-    root = torch.linalg.cholesky(covariance)
+    # P = L⁻¹ V C⁻¹ with L Lᵀ = V C⁻¹ Vᵀ: one product of d × d numbers, and no basis is computed one by one. C and V Vᵀ
+    # are well conditioned, by SHRINKAGE and since V's rows are orthonormal.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
     found, start = torch.empty_like(rows), 0
     for rank, members in groups:
         end = start + rank * len(members)
         step = max(1, _WHITENED_AT_A_TIME // rank) * rank
         for first in range(start, end, step):
             some = slice(first, min(first + step, end))
-            turned = torch.linalg.solve_triangular(root, rows[some].to(x).T, upper=False)
-            span = torch.linalg.qr(turned.unflatten(1, (-1, rank)).transpose(0, 1)).Q  # [experts, d, rank]
-            turned = torch.linalg.solve_triangular(root.T, span.transpose(0, 1).flatten(1), upper=True)
-            found[some] = turned.T.float()
+            v = rows[some].to(x).unflatten(0, (-1, rank))
+            turned = v @ inverse
+            factor = torch.linalg.cholesky(turned @ v.mT)
+            found[some] = torch.linalg.solve_triangular(factor, turned, upper=False).flatten(0, 1).float()
         start = end
     return found, mean
 
@@ -274,12 +276,14 @@ class Calibrated(ByScores):
         top_k: int,
         needed_by: str,
         narrow: bool = False,
+        directions: int | None = None,
     ):
         """
         Args:
             gates: v̄ [d] of each candidate. One that is None is scored by its weights or, if it is the null candidate,
                 not at all.
             narrow: project onto the weights' directions in the input's dtype (`ProjectionNorms`).
+            directions: onto so many at most, those of the largest singular values; None: onto all.
         """
         super().__init__(top_k)
         self.path = candidates.path
@@ -289,7 +293,7 @@ class Calibrated(ByScores):
         self.span_norms: ProjectionNorms | None = None
         if self.by_weights:
             found = signatures(candidates, needed_by, self.by_weights)
-            self.span_norms = ProjectionNorms(s.vectors for s in found)
+            self.span_norms = ProjectionNorms(s.vectors[:directions] for s in found)
         self.narrow = narrow
         self.sums = torch.zeros(3, len(candidates.members), dtype=torch.float64)
         """Over the reference text's tokens: how many there were, and the sums of t and of t²."""
