@@ -43,8 +43,9 @@ class Oracle:
     least = None
     """Whether each token is in doubt, of a sequence: ids → bool [T], or [1] of an encoder's text."""
 
-    def __init__(self, base, pool, layers=1, half_life=64, skipped=0):
-        """skipped: how many of a text's first tokens are no evidence."""
+    def __init__(self, base, pool, layers=1, half_life=64, skipped=0, directions=None):
+        """skipped: how many of a text's first tokens are no evidence. directions: how many are compared, None: all."""
+        self.directions = directions
         self.skipped = skipped
         self.base, self.pool, self.decay = base, pool, 2 ** (-1 / half_life)
         self.stack = "encoder." if base.is_encoder_decoder else ""
@@ -82,7 +83,7 @@ class Oracle:
 
     def norms(self, name, path, u):
         _, values, right = self.bases[name, path]
-        v = right[values > 1e-9 * values[0]]
+        v = right[values > 1e-9 * values[0]][: self.directions]
         mean, root = self.whitening[path]
         span = torch.linalg.qr((v @ root).T).Q
         return ((standardised(u) - mean) @ root @ span).norm(dim=-1) ** (2 / 3)

@@ -85,6 +85,24 @@ def test_a_padded_batch_is_what_the_plain_reference_computes_for_each_row(made, 
         torch.testing.assert_close(kept, wanted[row], rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("directions", [1, 2, 9])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_of_each_expert_only_the_strongest_directions_are_compared(made, family, directions):
+    base, pool = made(family)  # of ranks 1 to 4
+    oracle = Oracle(base, pool, half_life=4, directions=directions)
+    whole = Oracle(base, pool, half_life=4)
+    same = torch.cat([torch.isclose(oracle.evidence(row), whole.evidence(row)).all(0)[None] for row in ROWS])
+    assert same.all(0).tolist() == [rank <= directions for rank in range(1, 5)]
+    decoder = [0, 40, 50] if base.is_encoder_decoder else None
+    wanted = [oracle.logits(row, decoder) for row in ROWS]
+    batch = batch_of(ROWS, decoder=decoder)
+    found = route(base, pool, Gander(half_life=4, directions=directions))(**batch).logits
+    for row, logits in enumerate(found):
+        kept = logits if decoder else logits[batch["attention_mask"][row].bool()]
+        torch.testing.assert_close(kept, wanted[row], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generation_is_what_the_plain_reference_writes(made, family, settings):
@@ -469,6 +487,13 @@ def test_gradient_checkpointing_is_refused(made, reentrant, backend):
 def test_a_doubt_that_is_neither_true_nor_false_is_refused(doubt):
     with pytest.raises(RoutingError, match=r"doubt is .*, expected True or False"):
         Gander(doubt=doubt)
+
+
+@pytest.mark.parametrize("name", ["layers", "directions", "half_life", "top_k"])
+@pytest.mark.parametrize("value", [0, True, 1.5, "2"])
+def test_counts_that_are_none_are_refused(name, value):
+    with pytest.raises(RoutingError, match=rf"{name} is .*, expected a whole number of at least 1"):
+        Gander(**{name: value})
 
 
 def test_parts_on_several_devices_are_summed_on_the_first():

@@ -71,6 +71,9 @@ class Gander(Router):
     doubt: bool = False
     """Whether the base acts where no expert stands out: where max_e S_{t,e} − mean_e S_{t,e} isn't above what one in
     twenty passages of plain text pass, S being the evidence per token, with a 0 among those averaged."""
+    directions: int | None = None
+    """How many of an expert's directions are compared with what is read: at most so many, those that its update
+    stretches most. None: all. Reading a pool of thousands costs as much as all of their directions."""
 
     paper = "ours"
     needs = "LoRA weights (or gates), one pass of the base"
@@ -81,8 +84,9 @@ class Gander(Router):
     def __post_init__(self) -> None:
         check_at_least(self, half_life=1, top_k=1)
         check_bool(self, "doubt")
-        if self.layers is not None:
-            check_at_least(self, layers=1)
+        for name in ("layers", "directions"):
+            if getattr(self, name) is not None:
+                check_at_least(self, **{name: 1})
 
     def prepared(self, setup: Setup) -> Router:
         return PreparedRouter(self, Reading.of(self, setup).bind)
@@ -404,7 +408,8 @@ class _Reader(BoundRouter):
         updates = tuple(candidates.updates[i] for i in places)
         gates = tuple(_gate_to_read(candidates, i) for i in places)
         read = replace(candidates, members=tuple(members), gates=gates, updates=updates)
-        self.calibrated = Calibrated(read, gates, 1, "Gander", narrow=True)
+        directions = reading.settings.directions
+        self.calibrated = Calibrated(read, gates, 1, "Gander", narrow=True, directions=directions)
 
     def observe(self, u: Tensor, ops: Backend) -> None:
         self.calibrated.observe(u, ops)
