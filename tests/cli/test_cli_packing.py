@@ -60,7 +60,7 @@ def test_device_memory(run, pool, base, task, tmp_path):
     import json
 
     settings = ("--pool", pool, "--base", base)
-    expected = run("generate", "red", *settings)
+    expected = run("generate", "red", *settings, "--router", "phatgoose")
     found = run("generate", "red", *settings, "--device-memory", "60kB")
     assert found.code == 0, found.err
     assert found.out == expected.out

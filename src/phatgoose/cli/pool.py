@@ -1,22 +1,33 @@
-"""`phatgoose pool`: create, add, remove, list, verify, pack, unpack, push, pull."""
+"""`phatgoose pool`: create, add, base, remove, list, verify, pack, unpack, push, pull."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import phatgoose
 from phatgoose.cli.common.expand import Options, expand_options
-from phatgoose.cli.common.options import BASE_HELP, POOL_HELP, BaseOptions, PublishOptions, RepoArgument
+from phatgoose.cli.common.options import (
+    BASE_HELP,
+    POOL_HELP,
+    BaseOptions,
+    DtypeOption,
+    PublishOptions,
+    RepoArgument,
+)
 from phatgoose.cli.measure import show
 from phatgoose.errors import DownloadError, PhatgooseError, PoolError
 from phatgoose.registry import unknown
 from phatgoose.shipped import pools
+
+if TYPE_CHECKING:
+    from phatgoose.experts.health import Warned
+    from phatgoose.workflows.collect import Collected
 
 app = typer.Typer(
     help="Make, change and check a pool: experts of one base in one folder.", no_args_is_help=True
@@ -53,27 +64,49 @@ class FetchOptions(Options):
         return int(self.max_gb * 2**30)
 
 
+@dataclass(frozen=True)
+class TakeOptions(Options):
+    """Which adapters are taken."""
+
+    any_base: bool = False
+    """Take adapters that name another base, too: for copies of one model under several names."""
+
+
 @app.command("create")
 @expand_options
 def create(
-    pool: PoolArgument, experts: ExpertsArgument, *, drop: DropOption = None, fetch: FetchOptions
+    pool: PoolArgument,
+    experts: ExpertsArgument,
+    *,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{BASE_HELP} Adapters that name another one are left out. If not given, the one that most of them "
+            "name."
+        ),
+    ] = None,
+    drop: DropOption = None,
+    take: TakeOptions,
+    fetch: FetchOptions,
 ) -> None:
     """Make a pool of experts. Their folders are copied into it; for experts from the Hub the commits are recorded.
 
-    Of several files and folders, those that hold no expert are left out, and named:
-    `phatgoose pool create POOL runs/*`.
+    What can't be taken is left out, and it is said why: files that are no adapters, damaged ones, adapters of another
+    base. `phatgoose pool create POOL adapters/*`.
     """
     from phatgoose.experts.names import MANIFEST
+    from phatgoose.workflows.collect import collect
 
     if (pool / MANIFEST).exists():
-        raise PoolError(f"{pool} is a pool already: use `phatgoose pool add`, or choose another folder.")
+        raise PoolError(
+            f"{pool} is a pool already: use `{shlex.join(['phatgoose', 'pool', 'add', str(pool)])} ADAPTERS`, or "
+            "choose another folder."
+        )
     found, left_out = _read_all(experts, None, drop, fetch)
-    made = phatgoose.Pool(found)
-    made.save(pool, replace=False)
-    show.say(f"{pool}: {_count(len(made))}: {', '.join(made.names)}")
-    _warn(left_out)
-    _warn(made.warnings())
-    show.facts(_next(pool, made))
+    made = collect(found, left_out, base=base, any_base=take.any_base)
+    made.pool.save(pool, replace=False)
+    _warn_by_kind(made.warned())
+    _summary(pool, made, len(found) + len(left_out), made.pool.experts)
 
 
 @app.command("add")
@@ -86,26 +119,54 @@ def add(
         str | None, typer.Option("--name", help="What the expert is called in the pool; for one expert only.")
     ] = None,
     drop: DropOption = None,
+    take: TakeOptions,
     fetch: FetchOptions,
 ) -> None:
-    """Add experts to a pool; of several files and folders, those that hold no expert are left out, and named."""
+    """Add experts to a pool. What can't be taken is left out, and it is said why, as by `phatgoose pool create`."""
     from phatgoose.experts.health import DIFFERENT_BASES
     from phatgoose.experts.names import MANIFEST
     from phatgoose.experts.pool_folder import add_to_folder
+    from phatgoose.workflows.collect import collect
 
     if name is not None and len(experts) != 1:
         raise typer.BadParameter(f"it names one expert, and {len(experts)} are given.", param_hint="--name")
     if not (pool / MANIFEST).exists() and str(pool) not in pools():  # which is refused below
         raise PoolError(f"there is no pool in {pool}: make it with `phatgoose pool create`.")
-    new, left_out = _read_all(experts, name, drop, fetch)
-    there = phatgoose.Pool.load(pool).experts if _names(pool) else ()
-    whole = phatgoose.Pool([*there, *new])  # all of them are checked before the first is written
+    found, left_out = _read_all(experts, name, drop, fetch)
+    there = phatgoose.Pool.load(pool) if _names(pool) else None
+    made = collect(found, left_out, any_base=take.any_base, there=there)
+    new = made.pool.experts[len(there or ()) :]
     for expert in new:
         add_to_folder(pool, expert)
-    show.say(f"{pool}: {_count(len(whole))}: {', '.join(whole.names)}")
-    _warn(left_out)
-    about = (DIFFERENT_BASES, *(expert.name for expert in new))
-    _warn(w for w in whole.warnings() if any(text in w for text in about))
+    names = {expert.name for expert in new}
+    _warn_by_kind(w for w in made.warned() if w.name in names or DIFFERENT_BASES in w.text)
+    _summary(pool, made, len(found) + len(left_out), new)
+
+
+@app.command("base")
+def base_(
+    pool: PoolArgument,
+    base: Annotated[str, typer.Argument(help=BASE_HELP)],
+    dtype: DtypeOption = "auto",
+    device: Annotated[str, typer.Option(help="Where it is loaded, e.g. cpu or cuda:1.")] = "auto",
+) -> None:
+    """Record which base a pool is of, and where it is: the experts are checked against it first.
+
+    For a pool whose adapters name no base, or a folder of another machine.
+    """
+    from phatgoose.cli.common.loading import load
+    from phatgoose.experts.pool_folder import record_base
+    from phatgoose.models.attach.fitting import fit_router
+    from phatgoose.workflows.collect import place_of_base
+
+    experts = phatgoose.Pool.load(pool)
+    spec = place_of_base(base)
+    model = load(spec, dtype, device)
+    fit = fit_router(model, experts)  # refuses another base
+    record_base(pool, replace(model.fingerprint, spec=spec))
+    show.say(
+        f"{pool}: the base is {spec}, of which every expert has its modules; router: {fit.text} ({fit.why})"
+    )
 
 
 @app.command("remove")
@@ -162,6 +223,7 @@ def verify(pool: AnyPoolArgument, base: CheckedBaseOptions) -> None:
 
     Exit code 1 if anything is damaged.
     """
+    from phatgoose.experts.health import by_kind
     from phatgoose.experts.pool_folder import verify_folder
 
     loaded, norms, tokenizer = verify_folder(pool), None, None
@@ -180,8 +242,8 @@ def verify(pool: AnyPoolArgument, base: CheckedBaseOptions) -> None:
         here = routing.pool  # under this model's names of its modules
         unroute(model)
         norms, tokenizer = weight_norms(model.model, here.modules), model.tokenizer
-    _warn(here.warnings(norms, tokenizer))
-    recorded = loaded.base.spec if loaded.base else "none recorded"
+    _warn(by_kind(here.warned(norms, tokenizer)))
+    recorded = loaded.base_spec or "none recorded"
     show.say(f"{pool}: {_count(len(loaded))}, every file as the manifest says; base: {recorded}")
     if base.base is not None:
         show.say(
@@ -270,20 +332,19 @@ def pull(
 
 def _read_all(
     texts: list[str], name: str | None, drop: list[str] | None, fetch: FetchOptions
-) -> tuple[list[phatgoose.Expert], list[str]]:
-    """(experts, what is left out and why), so that `runs/*` makes a pool of the adapters among other files."""
-    found, failed = [], {}
-    for text in texts:
+) -> tuple[dict[str, phatgoose.Expert], dict[str, str]]:
+    """(experts by what was given, what is left out and why), so that `runs/*` makes a pool of the adapters there."""
+    found: dict[str, phatgoose.Expert] = {}
+    failed: dict[str, str] = {}
+    places = {str(Path(text).resolve()) if Path(text).exists() else text: text for text in reversed(texts)}
+    for text in reversed(places.values()):
         try:
-            found.append(_read(text, name, drop, fetch))
+            found[text] = _read(text, name, drop, fetch)
         except PhatgooseError as error:
             if len(texts) == 1 or not Path(text).exists():  # it was mistyped
                 raise
             failed[text] = str(error)
-    if not found:
-        reasons = "\n".join(f"{text}: {why}" for text, why in failed.items())
-        raise PoolError(f"none of these can be taken as an expert:\n{reasons}")
-    return found, [f"left out: {text}: {why}" for text, why in failed.items()]
+    return found, failed
 
 
 def _read(text: str, name: str | None, drop: list[str] | None, fetch: FetchOptions) -> phatgoose.Expert:
@@ -299,18 +360,65 @@ def _read(text: str, name: str | None, drop: list[str] | None, fetch: FetchOptio
         raise DownloadError(f"{error} There is also no folder {text} here.") from error
 
 
-def _next(folder: Path, pool: phatgoose.Pool) -> list[tuple[str, str]]:
-    """What to type next: `generate`, or if no expert records a base, `verify` before it."""
-    from phatgoose.cli.common.loading import recorded_base
+def _summary(folder: Path, made: Collected, given: int, taken: Sequence[phatgoose.Expert]) -> None:
+    """What is in the pool now, what isn't and why, and what to type next."""
+    from phatgoose.workflows.collect import by_reason
 
-    generate = shlex.join(["phatgoose", "generate", "--pool", str(folder)])
-    if recorded_base(pool.experts) is not None:
-        return [("next", f'{generate} "PROMPT"')]
-    verify = shlex.join(["phatgoose", "pool", "verify", str(folder)])
-    return [
-        ("next", verify),
-        ("then", f'{generate} --base BASE "PROMPT" (no expert says which base it is for)'),
+    pool = made.pool
+    show.say(f"{folder}: {_count(len(pool))}; {len(taken)} of {given} were taken")
+    gates = sum(expert.gates is not None for expert in pool.experts)
+    rows = [
+        ("taken", ", ".join(expert.name for expert in taken)),
+        ("kinds", _kinds(taken)),
+        (
+            "gates",
+            "all have them"
+            if gates == len(pool)
+            else f"{gates} of {len(pool)} have them"
+            if gates
+            else "none",
+        ),
+        ("base", _base_fact(made)),
     ]
+    if made.fit is not None:
+        rows.append(("router", f"{made.fit.text} ({made.fit.why})"))
+    if made.fit is not None and made.fit.lacking:
+        gates = shlex.join(["phatgoose", "gate", "--pool", str(folder), "--missing", "--generated"])
+        without = shlex.join(["phatgoose", "pool", "remove", str(folder), *made.fit.lacking])
+        rows.append(("for gander", f"`{gates}` gives them gates; or `{without}`"))
+    reasons = by_reason(made.left_out)
+    rows += [(f"left out, {len(made.left_out)}" if not i else "", text) for i, text in enumerate(reasons)]
+    words = [str(folder)]
+    next_ = [("next", shlex.join(["phatgoose", "serve", "--pool", *words]))]
+    next_.append(("or", f'{shlex.join(["phatgoose", "generate", "--pool", *words])} "PROMPT"'))
+    if made.base is None:
+        next_ = [("next", f"{shlex.join(['phatgoose', 'pool', 'base', *words])} BASE"), ("then", next_[0][1])]
+    show.facts([*rows, *next_])
+
+
+def _base_fact(made: Collected) -> str:
+    if made.base is None:
+        return "unknown: no adapter names one"
+    if made.not_at_hand is None:
+        return f"{made.base}; its fingerprint is recorded"
+    if made.pool.base is not None:
+        return f"{made.base}; the experts record its fingerprint"
+    return (
+        f"{made.base}, by its name alone ({made.not_at_hand.rstrip('.')}): its fingerprint is recorded when the pool "
+        "is first used. If it is elsewhere: `phatgoose pool base POOL BASE`"
+    )
+
+
+def _kinds(experts: Sequence[phatgoose.Expert]) -> str:
+    """ "10 LoRA of rank 4 and 8; 2 (IA)³"."""
+    found: dict[str, list[phatgoose.Expert]] = {}
+    for expert in experts:
+        found.setdefault(" + ".join(sorted({u.kind for u in expert.updates.values()})), []).append(expert)
+    texts = []
+    for kind, group in found.items():
+        widths = sorted({u.width for expert in group for u in expert.updates.values()} - {0})
+        texts.append(f"{len(group)} {kind}" + (f" of rank {', '.join(map(str, widths))}" if widths else ""))
+    return "; ".join(texts)
 
 
 def _row(expert: phatgoose.Expert) -> tuple[str, ...]:
@@ -339,6 +447,13 @@ def _names(pool: Path) -> list[str]:
 def _warn(warnings: Iterable[str]) -> None:
     for text in warnings:
         show.warn(text)
+
+
+def _warn_by_kind(warned: Iterable[Warned]) -> None:
+    """Warnings of a new pool, one line a kind. What its summary says isn't said again."""
+    from phatgoose.experts.health import NO_BASE, NO_GATES, by_kind
+
+    _warn(by_kind(w for w in warned if w.text not in (NO_BASE, NO_GATES)))
 
 
 def _count(experts: int) -> str:

@@ -36,28 +36,76 @@ PARALLEL, MODULES = 0.99, 32
 in a sample of 32 to 63."""
 
 
+class Warned(NamedTuple):
+    """Something that a user should know of one expert, or of several."""
+
+    name: str | None
+    """The expert; None if the text names them."""
+    text: str
+    kind: str = ""
+    """What several experts have in common of whom it is said; "" if that is the text."""
+
+    def __str__(self) -> str:
+        return self.text if self.name is None else f"{self.name}: {self.text}"
+
+
+NO_GATES = "has no gates; PHATGOOSE can't route to it until they are trained (`phatgoose gate`)."
+NO_BASE = "records no base, so it can't be checked that it was trained on this one."
+
+
 def warnings(
     experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None, tokenizer: Any = None
-) -> list[str]:
+) -> list[Warned]:
     """What a user should know about these experts of one pool.
 
     Args:
         weight_norms: Frobenius norms of the base's weights by module path, if the base is at hand.
         tokenizer: the base's, if it is at hand.
     """
+    return list(_warned(experts, weight_norms, tokenizer))
+
+
+def by_kind(warned: Iterable[Warned]) -> list[str]:
+    """One line for each kind of warning, with the names of its experts."""
+    kinds: dict[str, list[Warned]] = defaultdict(list)
+    for one in warned:
+        kinds[one.kind or one.text].append(one)
+    lines = []
+    for kind, found in kinds.items():
+        names = list(dict.fromkeys(f.name for f in found if f.name is not None))
+        if len(found) == 1 or not names:
+            lines += list(map(str, found))
+        else:
+            lines.append(
+                f"{few(names)}: {found[0].text if found[0].text == kind or len(names) == 1 else kind}"
+            )
+    return lines
+
+
+def few(names: Sequence[str], shown: int = 8) -> str:
+    """Names in a list, cut to `shown`."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _warned(
+    experts: Sequence[Expert], weight_norms: Mapping[str, float] | None, tokenizer: Any
+) -> Iterator[Warned]:
     provenances = {e.name: e.provenance for e in experts}
-    return [
-        *_bases(experts),
-        *_incomplete(experts, compared=weight_norms is not None),
-        *find_outliers(experts, weight_norms),
-        *_without_rivals(experts),
-        *_duplicates(experts),
-        *(unchecked_warnings(provenances) if tokenizer is None else differences(provenances, tokenizer)),
-    ]
+    yield from (Warned(None, text) for text in _bases(experts))
+    yield from _incomplete(experts, compared=weight_norms is not None)
+    yield from _outliers(experts, weight_norms)
+    yield from _without_rivals(experts)
+    yield from (Warned(None, text) for text in _duplicates(experts))
+    texts = unchecked_warnings(provenances) if tokenizer is None else differences(provenances, tokenizer)
+    yield from (Warned(None, text) for text in texts)
 
 
 def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[str]:
     """Warnings about experts whose updates or gates are of quite another size than the others', or say nothing."""
+    return list(map(str, _outliers(experts, weight_norms)))
+
+
+def _outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] | None = None) -> list[Warned]:
     findings: list[_Finding] = []
     parallel: Counter[tuple[str, str]] = (
         Counter()
@@ -87,7 +135,10 @@ def find_outliers(experts: Sequence[Expert], weight_norms: Mapping[str, float] |
     return [
         *_texts(findings),
         *(
-            f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as well."
+            Warned(
+                None,
+                f"{one} and {other}: their gates are nearly parallel, so wherever one is chosen, the other is as well.",
+            )
             for (one, other), more in parallel.items()
             if more > 0
         ),
@@ -135,7 +186,7 @@ def _odd_sizes(part: str, values: Mapping[str, float], path: str, weight: float)
             yield _Finding(name, _BASE[part], path, ratio)
 
 
-def _texts(findings: Sequence[_Finding]) -> Iterator[str]:
+def _texts(findings: Sequence[_Finding]) -> Iterator[Warned]:
     """Each finding once, with the number of modules and the worst."""
     places: dict[tuple[str, str], list[_Finding]] = defaultdict(list)
     for finding in findings:
@@ -143,10 +194,14 @@ def _texts(findings: Sequence[_Finding]) -> Iterator[str]:
     for (name, text), found in places.items():
         worst = max(found, key=lambda f: abs(math.log(f.ratio)) if f.ratio else 0.0)
         if worst.ratio is None:
-            yield f"{name}: {text} at {len(found)} modules (first: {found[0].path})."
+            yield Warned(
+                name, f"{text} at {len(found)} modules (first: {found[0].path}).", f"{text} at some modules."
+            )
         else:
             more = f", and so at {len(found) - 1} more modules" if len(found) > 1 else ""
-            yield f"{name}: {text.format(ratio=f'{worst.ratio:.3g}')} at {worst.path}{more}; is its scale right?"
+            said = f"{text.format(ratio=f'{worst.ratio:.3g}')} at {worst.path}{more}; is its scale right?"
+            kind = f"{text.format(ratio='many')} (or a small part) at some modules; is their scale right?"
+            yield Warned(name, said, kind)
 
 
 def part_norms(update: Update) -> Iterator[tuple[str, float]]:
@@ -237,29 +292,30 @@ def _bases(experts: Sequence[Expert]) -> Iterator[str]:
 DIFFERENT_BASES = "the experts' configs name different bases"
 
 
-def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[str]:
+def _incomplete(experts: Sequence[Expert], compared: bool) -> Iterator[Warned]:
     """Warnings about what an expert lacks or leaves out.
 
     `compared`: the experts were routed in the base already, which compares the weights that they bring.
     """
     for expert in experts:
         if expert.adapter_config.get("modules_to_save") and expert.base_copies and not compared:
-            yield (
-                f"{expert.name}: brings its own {', '.join(expert.base_copies)}, and is refused on a base whose "
-                "weights differ from these (`phatgoose pool verify --base` compares them)."
+            yield Warned(
+                expert.name,
+                f"brings its own {', '.join(expert.base_copies)}, and is refused on a base whose "
+                "weights differ from these (`phatgoose pool verify --base` compares them).",
             )
         if expert.base is None:
-            yield f"{expert.name}: records no base, so it can't be checked that it was trained on this one."
+            yield Warned(expert.name, NO_BASE)
         if expert.gates is None:
-            yield f"{expert.name}: has no gates; PHATGOOSE can't route to it until they are trained (`phatgoose gate`)."
+            yield Warned(expert.name, NO_GATES)
         if dropped := expert.provenance.get("dropped"):
-            yield (
-                f"{expert.name}: leaves out {', '.join(dropped)} of its adapter, as its record says; it computes "
-                "something else."
+            yield Warned(
+                expert.name,
+                f"leaves out {', '.join(dropped)} of its adapter, as its record says; it computes something else.",
             )
 
 
-def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
+def _without_rivals(experts: Sequence[Expert]) -> Iterator[Warned]:
     """Warnings about experts that are the only ones at some modules."""
     if len(experts) < 2:
         return
@@ -268,9 +324,11 @@ def _without_rivals(experts: Sequence[Expert]) -> Iterator[str]:
         if len(owners) == 1:
             alone[owners[0].name].append(path)
     for name, paths in alone.items():
-        yield (
-            f"{name}: the only expert at {len(paths)} modules (first: {paths[0]}); there it competes only with the "
-            "null candidate."
+        yield Warned(
+            name,
+            f"the only expert at {len(paths)} modules (first: {paths[0]}); there it competes only with the null "
+            "candidate.",
+            "each is the only expert at some modules; there it competes only with the null candidate.",
         )
 
 

@@ -78,13 +78,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def new_manifest(entries: list[dict[str, Any]], base: Fingerprint | None) -> dict[str, Any]:
-    return {
-        "format": "phatgoose-pool",
-        "version": FORMAT_VERSION,
-        "base": base.to_json() if base else None,
-        "experts": entries,
-    }
+def new_manifest(entries: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[str, Any]:
+    """A pool's manifest. base: as `base_of` reads it."""
+    return {"format": "phatgoose-pool", "version": FORMAT_VERSION, "base": base, "experts": entries}
+
+
+def base_of(manifest: Mapping[str, Any], folder: Path) -> Fingerprint | str | None:
+    """The base that a manifest records: a fingerprint, only a name ({"spec": …}), or None.
+
+    Raises:
+        PoolError: it is something else.
+    """
+    found = manifest.get("base")
+    if found is None:
+        return None
+    try:
+        if found.keys() == {"spec"} and isinstance(found["spec"], str) and found["spec"]:
+            return str(found["spec"])
+        return Fingerprint.from_json(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise PoolError(
+            f"{folder / MANIFEST}: the recorded base is neither a fingerprint nor a name: {brief(cause)}. Say which "
+            f"base it is: `phatgoose pool base {folder} BASE`."
+        ) from cause
 
 
 def origin_of(entry: Mapping[str, Any]) -> HubSource | None:

@@ -19,6 +19,7 @@ from phatgoose.experts.card.card import Facts, write_pool_card
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.files.safe_folder import SafeFolder
 from phatgoose.experts.manifest import (
+    base_of,
     expert_folder,
     new_manifest,
     opened,
@@ -54,13 +55,16 @@ class Pool:
 
     Raises:
         PoolError: no experts, a name twice, or modules whose shapes disagree between experts.
-        BaseModelError: two experts record different bases.
+        BaseModelError: two experts record different bases, or one another than the pool.
     """
 
     experts: tuple[Expert, ...]
+    own_base: Fingerprint | str | None = None
+    """The base that the pool itself records, beside its experts: its fingerprint, or only its name."""
 
-    def __init__(self, experts: Sequence[Expert]):
+    def __init__(self, experts: Sequence[Expert], own_base: Fingerprint | str | None = None):
         object.__setattr__(self, "experts", tuple(experts))
+        object.__setattr__(self, "own_base", own_base)
         if not self.experts:
             raise PoolError("a pool needs at least one expert.")
         seen: set[str] = set()
@@ -72,8 +76,11 @@ class Pool:
             seen.add(expert.name)
         self._check_shapes()
         known = [(e.name, e.base) for e in self.experts if e.base is not None]
-        for name, base in known[1:]:
-            check_same_base(known[0][1], base, f"experts {known[0][0]!r} and {name!r}")
+        for name, base in known if isinstance(own_base, Fingerprint) else known[1:]:
+            if isinstance(own_base, Fingerprint):
+                check_same_base(own_base, base, f"the pool and expert {name!r}")
+            else:
+                check_same_base(known[0][1], base, f"experts {known[0][0]!r} and {name!r}")
 
     def _check_shapes(self) -> None:
         owners: dict[str, Expert] = {}
@@ -108,8 +115,28 @@ class Pool:
 
     @cached_property
     def base(self) -> Fingerprint | None:
-        """The base that the experts record; None if none of them does."""
+        """The base that the pool or its experts record; None if none of them does."""
+        if isinstance(self.own_base, Fingerprint):
+            return self.own_base
         return next((e.base for e in self.experts if e.base is not None), None)
+
+    @cached_property
+    def base_spec(self) -> str | None:
+        """What the base is called: by the pool, else by the experts that were trained here, else by all configs that
+        name one alike. None if nobody says it, or configs disagree."""
+        if isinstance(self.own_base, str):
+            return self.own_base
+        if self.base is not None:
+            return self.base.spec
+        names = {e.base_name for e in self.experts if e.base_name is not None}
+        return names.pop() if len(names) == 1 else None
+
+    @property
+    def base_record(self) -> dict[str, Any] | None:
+        """The base as the manifest records it."""
+        if self.base is not None:
+            return self.base.to_json()
+        return {"spec": self.own_base} if isinstance(self.own_base, str) else None
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -117,11 +144,15 @@ class Pool:
         return tuple(dict.fromkeys(path for e in self.experts for path in e.updates))
 
     def add(self, expert: Expert) -> Pool:
-        return Pool((*self.experts, expert))
+        return self.of((*self.experts, expert))
 
     def remove(self, name: str) -> Pool:
         self[name]
-        return Pool([e for e in self.experts if e.name != name])
+        return self.of([e for e in self.experts if e.name != name])
+
+    def of(self, experts: Sequence[Expert]) -> Pool:
+        """A pool of other experts of the same base."""
+        return Pool(experts, self.own_base)
 
     def rows(self, path: str, dtype: torch.dtype) -> tuple[PackedRows | None, str]:
         """All low-rank rows at a module as views of a packed pool's file, or None and why they must be copied."""
@@ -164,7 +195,7 @@ class Pool:
                     "`pool remove` (add_to_folder, remove_from_folder), unpack it first, or choose another folder."
                 )
             entries = [place_expert(folder, expert, manifest["experts"]) for expert in self.experts]
-            write_pool(folder, new_manifest(entries, self.base), before=manifest["experts"])
+            write_pool(folder, new_manifest(entries, self.base_record), before=manifest["experts"])
         return folder
 
     @staticmethod
@@ -201,7 +232,7 @@ class Pool:
         raise_all(failures, f"{len(failures)}{more} experts of {folder} can't be loaded:")
         if not experts:
             raise PoolError(f"{folder} is an empty pool; add an expert with `phatgoose pool add`.")
-        return Pool(experts)
+        return Pool(experts, base_of(manifest, folder))
 
     @staticmethod
     def pull(
@@ -283,7 +314,15 @@ class Pool:
                 the weights they change.
             tokenizer: the base's, to compare tokenizer files of the experts with.
         """
-        return health.warnings(self.experts, weight_norms, tokenizer)
+        return list(map(str, self.warned(weight_norms, tokenizer)))
+
+    def warned(
+        self, weight_norms: Mapping[str, float] | None = None, tokenizer: Any = None
+    ) -> list[health.Warned]:
+        """`warnings`, each with the expert and the kind that it is of."""
+        found = health.warnings(self.experts, weight_norms, tokenizer)
+        recorded = isinstance(self.own_base, Fingerprint)
+        return [one for one in found if not (recorded and one.text == health.NO_BASE)]
 
 
 def raise_all(failures: Sequence[PhatgooseError], title: str) -> None:

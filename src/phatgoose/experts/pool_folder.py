@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.manifest import lock, opened, read_manifest
+from phatgoose.experts.manifest import base_of, lock, opened, read_manifest
 from phatgoose.experts.names import MANIFEST
 from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.packed.pack import append, check_packed
 from phatgoose.experts.pool import Pool, place_expert, raise_all, write_description, write_pool
 from phatgoose.files import write_json
-from phatgoose.records import HubSource
+from phatgoose.records import Fingerprint, HubSource
 from phatgoose.registry import unknown
 from phatgoose.shipped import pool_folder
 
@@ -32,13 +32,32 @@ def add_to_folder(folder: str | Path, expert: Expert) -> None:
     folder = Path(folder)
     with opened(folder) as manifest:
         entries = manifest["experts"]
-        pool = Pool.load(folder, verify=False).add(expert) if entries else Pool([expert])
+        there = Pool.load(folder, verify=False) if entries else None
+        pool = there.add(expert) if there else Pool([expert], base_of(manifest, folder))
         entry = place_expert(folder, expert, entries)
-        manifest["base"] = pool.base.to_json() if pool.base else None
+        manifest["base"] = pool.base_record
         if "packed" in manifest:
             append(folder, manifest, entry)
         else:
             write_json(folder / MANIFEST, {**manifest, "experts": [*entries, entry]})
+        write_description(folder, read_manifest(folder))
+
+
+def record_base(folder: str | Path, base: Fingerprint | str) -> None:
+    """Records the base of a pool on disk: its fingerprint, or only its name. The experts aren't written.
+
+    Raises:
+        PoolError: it is no pool. BaseModelError: an expert records another base.
+    """
+    folder = Path(folder)
+    with lock(folder):
+        manifest = read_manifest(folder)
+        if manifest["experts"]:
+            pool = Pool.load(folder, verify=False)
+            record = Pool(pool.experts, base).base_record
+        else:
+            record = {"spec": base} if isinstance(base, str) else base.to_json()
+        write_json(folder / MANIFEST, {**manifest, "base": record})
         write_description(folder, read_manifest(folder))
 
 

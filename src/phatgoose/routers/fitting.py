@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phatgoose.errors import RoutingError
+from phatgoose.experts.health import few
 from phatgoose.experts.weight_signature import why_no_signature
 from phatgoose.routers.gander import Gander, Reading
 from phatgoose.routers.router import Setup
@@ -29,6 +30,8 @@ class Fit:
 
     text: str
     why: str
+    lacking: tuple[str, ...] = ()
+    """Experts that keep Gander away: without gates and without weights that it could read."""
 
 
 def fitting_router(setup: Setup, obstacles: Obstacles | None = None) -> Fit:
@@ -49,7 +52,8 @@ def fitting_router(setup: Setup, obstacles: Obstacles | None = None) -> Fit:
     if not ungated:
         return Fit("phatgoose", instead)
     if lost := [name for name in ungated if name in unread]:
-        return Fit("uniform", f"{_named(lost)} neither gates nor weights that a router could use")
+        why = f"{_named(lost)} neither gates nor weights that a router could use"
+        return Fit("uniform", why, () if obstacles.sequences or obstacles.other_than_gates else tuple(lost))
     if len(ungated) < len(setup.experts):
         return Fit("phatgoose:ungated=weights", instead)
     return Fit("weight-only", instead)
@@ -71,5 +75,4 @@ def _why_no_gander(setup: Setup) -> str:
 
 def _named(names: list[str]) -> str:
     """ "a, b and 3 more have", "a has"."""
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{shown} {'has' if len(names) == 1 else 'have'}"
+    return f"{few(names, 5)} {'has' if len(names) == 1 else 'have'}"

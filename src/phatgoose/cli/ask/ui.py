@@ -27,7 +27,7 @@ def command(
 
     Only this machine can open the page. Ctrl-C ends it.
     """
-    from phatgoose.cli.common.loading import load_for, load_pool, show_choice
+    from phatgoose.cli.common.loading import load_for, load_pool, record_first_use, show_choice
     from phatgoose.models.attach.options import RouteOptions
 
     try:
@@ -41,8 +41,11 @@ def command(
     with listen(port) as socket:  # fails before anything is loaded if the port is taken
         experts = load_pool(pool)
         assert experts is not None
-        session = Session(load_for(experts, base), experts, RouteOptions(backend))
-        show_choice(session.base, base, session.fit.text, session.fit.why)
+        model = load_for(experts, base, pool)
+        if base.base is None:
+            record_first_use(pool, experts, model)
+        session = Session(model, experts, RouteOptions(backend))
+        show_choice(model, base, session.fit.text, session.fit.why)
         app = make_app(session)
         show.say(f"http://127.0.0.1:{socket.getsockname()[1]}/")
         show.note("Ctrl-C ends it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +14,20 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.cli.common.options import DEFAULT_BASE, BackendOptions, BaseOptions
 from phatgoose.cli.measure import show
-from phatgoose.errors import BaseModelError, ExpertError, RoutingError
-from phatgoose.experts.expert import Expert
+from phatgoose.errors import (
+    BaseModelError,
+    ExpertError,
+    PhatgooseError,
+    PoolError,
+    RoutingError,
+    StorageError,
+    brief,
+)
 from phatgoose.experts.files.tokenizer_files import differences
-from phatgoose.experts.manifest import read_manifest
+from phatgoose.experts.manifest import base_of, read_manifest
 from phatgoose.experts.packed.expert import PackedExpert
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.pool_folder import record_base
 from phatgoose.models.attach.attach import Routing, cache_use, route_with, routing_of, unroute
 from phatgoose.models.attach.fitting import fit_router
 from phatgoose.models.attach.options import RouteOptions
@@ -26,6 +35,7 @@ from phatgoose.models.base.base import Base
 from phatgoose.models.base.load import load_base
 from phatgoose.models.base.without_weights import check_mixture
 from phatgoose.ops import backend as find_backend
+from phatgoose.records import Fingerprint
 from phatgoose.routers.parse import System, parse_system
 
 
@@ -49,52 +59,64 @@ def load(spec: str, dtype: str = "auto", device: str = "auto") -> Base:
 
 
 def load_for(pool: Pool | None, options: BaseOptions, folder: Path | None = None) -> Base:
-    """The base for a pool: the one that is asked for, else the one that the experts record, or the default base
-    without a pool.
+    """The base for a pool: the one that is asked for, else the one that the pool records, or the default base without
+    a pool.
 
     Args:
-        folder: of a pool that may be empty (`pool` is then None): its manifest may still name a base.
+        folder: of the pool, whose manifest names a base even if the pool is empty (`pool` is then None).
     """
     recorded = None
     if options.base is None and pool is not None:
-        recorded = recorded_base(pool.experts)
+        recorded = pool.base_spec
         if recorded is None:
-            why = "the experts record no base, or different ones"
-            if len(pool) == 1:
-                why = f"expert {pool.experts[0].name!r} doesn't record its base"
-            raise ExpertError(f"{why}: say which one with --base.")
+            raise _no_base(pool, folder)
     elif options.base is None and folder is not None:
-        named = read_manifest(folder).get("base")
-        if isinstance(named, dict) and isinstance(named.get("spec"), str):
-            recorded = named["spec"]
+        found = base_of(read_manifest(folder), folder)
+        recorded = found.spec if isinstance(found, Fingerprint) else found
     spec = options.base if recorded is None else recorded
     if spec is None or (pool is None and not spec):
         spec = DEFAULT_BASE
-    if pool is not None:
-        check_mixture(spec, pool)
     try:
+        if pool is not None:
+            check_mixture(spec, pool)
         base = load(spec, options.dtype, options.device)
     except BaseModelError as error:
         if recorded is None:
             raise
-        raise BaseModelError(
-            f"the base that the experts record can't be loaded here: {error} If it is elsewhere, say where with --base."
-        ) from error
+        raise _not_here(recorded, error, folder) from error
     if pool is not None:
         for text in differences({e.name: e.provenance for e in pool.experts}, base.tokenizer):
             show.note(f"note: {text}")
     return base
 
 
-def recorded_base(experts: Sequence[Expert]) -> str | None:
-    """The base that experts record: the one they were trained on here, else the one that their PEFT configs name.
+def _no_base(pool: Pool, folder: Path | None) -> PhatgooseError:
+    """The refusal to guess a base that is recorded nowhere."""
+    if folder is None:
+        why = (
+            f"expert {pool.experts[0].name!r} doesn't record its base"
+            if len(pool) == 1
+            else "no base is recorded"
+        )
+        return ExpertError(f"{why}: say which one with --base.")
+    names = sorted({e.base_name for e in pool.experts if e.base_name is not None})
+    why = f"the experts name {', '.join(map(brief, names[:3]))}" if names else "no expert names one"
+    return PoolError(
+        f"{folder} records no base ({why}): say which one with --base, or once and for all with "
+        f"`{shlex.join(['phatgoose', 'pool', 'base', str(folder)])} BASE`."
+    )
 
-    Configs that name none are passed over. None if no expert records a base, or their configs name several.
-    """
-    if (base := next((e.base for e in experts if e.base is not None), None)) is not None:
-        return base.spec
-    names = {e.base_name for e in experts if e.base_name is not None}
-    return names.pop() if len(names) == 1 else None
+
+def _not_here(spec: str, error: BaseModelError, folder: Path | None) -> BaseModelError:
+    """Why a recorded base can't be loaded, and what to type."""
+    once = "say where with --base"
+    if folder is not None:
+        once += f", or once and for all with `{shlex.join(['phatgoose', 'pool', 'base', str(folder)])} BASE`"
+    if Path(spec).is_absolute() and not Path(spec).exists():
+        why = f"{brief(spec)} is a folder of another machine, or was moved."
+    else:
+        why = str(error)
+    return BaseModelError(f"the recorded base can't be loaded here: {why} If it is elsewhere, {once}.")
 
 
 def load_routed(
@@ -123,22 +145,43 @@ def load_with_choices(
         shared: several requests are to run in one pass.
     """
     pool = load_pool(folder)
-    given = [
-        choose(text, pool, options) if text else None for text in routers
-    ]  # refused before the base is loaded
+    # What is refused, is refused before the base is loaded.
+    given = [choose(text, pool, options) if text else None for text in routers]
     find_backend(options.backend)
     if options.device_memory is not None and pool is None:
         raise RoutingError("--device-memory is for a pool's experts: give --pool.")
-    model = load_for(pool, base)
+    model = load_for(pool, base, folder)
     if pool is None:
         return model, None, [choice or choose("base", None, options) for choice in given]
+    if folder is not None and base.base is None:
+        record_first_use(folder, pool, model)
     why = "--router"
     if None in given:
         fit = fit_router(model, pool, options, shared=shared)
         own, why = choose(fit.text, pool, options), fit.why
+        if fit.lacking and folder is not None:
+            gates = shlex.join(["phatgoose", "gate", "--pool", str(folder), "--missing", "--generated"])
+            why += f"; once they have gates, gander: `{gates}`"
     choices = [choice or own for choice in given]
     show_choice(model, base, ", ".join(dict.fromkeys(choice.text for choice in choices)), why)
     return model, pool, choices
+
+
+def record_first_use(folder: Path, pool: Pool, model: Base) -> None:
+    """Records the fingerprint of the base that a pool only names, and whose modules it was found to fit."""
+    if pool.base is not None:
+        return
+    try:
+        fit_router(model, pool)
+    except RoutingError as error:
+        hint = f"`{shlex.join(['phatgoose', 'pool', 'remove', str(folder)])} NAME` takes an expert out of the pool."
+        raise RoutingError(f"{error} {hint}") from error
+    try:
+        record_base(folder, model.fingerprint)
+    except (BaseModelError, StorageError) as error:
+        show.note(f"note: the base's fingerprint isn't recorded in {folder}: {error}")
+    else:
+        show.note(f"the base's fingerprint is recorded in {folder}: from now on, other bases are refused")
 
 
 def show_choice(model: Base, options: BaseOptions, routers: str, why: str) -> None:

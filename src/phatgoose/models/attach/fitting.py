@@ -13,6 +13,7 @@ from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import check_base
 from phatgoose.models.attach.hooks import Hooks
+from phatgoose.models.attach.modules import module_at
 from phatgoose.models.attach.options import RouteOptions
 from phatgoose.models.attach.site import placed_pool, setup_of
 from phatgoose.models.base.base import Base, known_base, unwrap_model
@@ -43,15 +44,17 @@ def fit_router(
     if base is not None:
         check_base(base, pool, options)
     placed, modules, _ = placed_pool(bare, pool)
+    for path in placed.modules:
+        module_at(modules, path, placed)
     streams = Streams(bare, remembers=True)
-    inside = next((path for path in placed.modules if isinstance(modules.get(path), ExpertLinear)), None)
+    inside = next((path for path in placed.modules if isinstance(modules[path], ExpertLinear)), None)
     sequences = other = ""
     if options.device_memory is not None:
         other = "--device-memory is for routers that choose by gates"
     elif inside is not None and shared:
         sequences = f"{inside} is inside a mixture's experts, where requests can't be told apart"
     elif base is not None:
-        sequences = _why_no_sequences(base, {p: modules[p] for p in placed.modules if p in modules}, streams)
+        sequences = _why_no_sequences(base, {path: modules[path] for path in placed.modules}, streams)
     return fitting_router(setup_of(bare, placed, streams), Obstacles(sequences, other))
 
 

@@ -155,7 +155,7 @@ def pool_on_model(
     renamed = {expert.name: names for expert, names in found if names}
     if all(one is other for (one, _), other in zip(found, pool.experts, strict=True)):
         return pool, renamed
-    return Pool([expert for expert, _ in found]), renamed
+    return pool.of([expert for expert, _ in found]), renamed
 
 
 def expert_on_model(

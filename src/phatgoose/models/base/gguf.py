@@ -74,6 +74,11 @@ def copy_of_alias(alias: str, file: PinnedBase) -> Path:
     return _copy(alias, file.sha256, provide)
 
 
+def has_copy(alias: str) -> bool:
+    """Whether the copy of a pinned GGUF file is in the cache folder, by its name alone."""
+    return _place(alias, ALIASES[alias].sha256).is_dir()
+
+
 def copy_of_file(file: Path) -> Path:
     """The dense copy of a GGUF file. It is found again by the file's sha256, whatever the file is called.
 
@@ -89,7 +94,7 @@ def _copy(name: str, sha256: str, provide: Callable[[Path], AbstractContextManag
     Args:
         provide: gives the file while the copy is made. It may write to the folder it is given, and remove it again.
     """
-    folder, source = cache_folder() / "bases" / f"{name}-{sha256[:16]}", {"sha256": sha256}
+    folder, source = _place(name, sha256), {"sha256": sha256}
 
     def build(work: Path) -> None:
         if folder.exists():
@@ -109,6 +114,10 @@ def _copy(name: str, sha256: str, provide: Callable[[Path], AbstractContextManag
             write_json(work / RECORD, record)
 
     return build_once(folder, build, lambda found: _damage(found, source) is None)
+
+
+def _place(name: str, sha256: str) -> Path:
+    return cache_folder() / "bases" / f"{name}-{sha256[:16]}"
 
 
 def _damage(folder: Path, source: dict[str, str]) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.reference_checkpoint import COPIES, BaseShape
+from phatgoose.files import read_json
 from phatgoose.models.attach.modules import check_parameters, module_at, pool_on_model
 from phatgoose.models.base.fingerprint import fingerprint
+from phatgoose.models.base.gguf import ALIASES, has_copy
 from phatgoose.models.base.layers import linear_shape, same_weights
 from phatgoose.models.base.load import Source, find_source, hide_progress_bars, load_base, load_options
 from phatgoose.models.base.load_errors import explain_load_errors
@@ -86,7 +89,54 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
 
     A BaseModelError as by `load_base`, or if the weights are packed (AWQ, GPTQ, FP8, …).
     """
-    source = find_source(spec, revision)
+    return _mapped(find_source(spec, revision), fetch=True)
+
+
+def why_not_at_hand(spec: str) -> str | None:
+    """Why a base's weights can't be read from this machine's own files; None if they can. Nothing is fetched or
+    converted, but for a GGUF file that lies here."""
+    if spec in ALIASES:
+        return None if has_copy(spec) else "it hasn't been fetched yet"
+    if spec.lower().endswith(".gguf") and not Path(spec).exists():
+        return "there is no such file here"  # on the Hub, it would be fetched
+    try:
+        source = find_source(spec)
+    except BaseModelError as error:
+        return str(error)
+    if isinstance(source.place, Path):
+        return None
+    try:
+        folder = _cached(source)
+    except LocalEntryNotFoundError:
+        folder = None
+    return None if folder is not None and _is_whole(folder) else "it isn't in the Hub's cache"
+
+
+def base_at_hand(spec: str) -> PreTrainedModel:
+    """`mapped_base` of files on this machine, after `why_not_at_hand` found that they are here. A BaseModelError if
+    they can't be read."""
+    return _mapped(find_source(spec), fetch=False)
+
+
+def _cached(source: Source) -> Path:
+    """The folder of a Hub model in the Hub's cache, of which some files may be missing. Nothing is asked."""
+    patterns = ["*.json", "*.safetensors"]
+    found = snapshot_download(
+        str(source.place), revision=source.revision, allow_patterns=patterns, local_files_only=True
+    )
+    return Path(found)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file of weights is there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return (folder / "model.safetensors").is_file()
+    shards = read_json(index, BaseModelError).get("weight_map", {})
+    return all((folder / name).is_file() for name in set(shards.values()))
+
+
+def _mapped(source: Source, *, fetch: bool) -> PreTrainedModel:
     model = source.empty_model()
     if getattr(model.config, "quantization_config", None) is not None:
         raise BaseModelError(
@@ -97,13 +147,17 @@ def mapped_base(spec: str, revision: str | None = None) -> PreTrainedModel:
     if isinstance(folder, str):
         patterns = ["*.json", "*.safetensors"]
         with source.explain("the weights"):
-            folder = Path(snapshot_download(folder, revision=source.revision, allow_patterns=patterns))
+            folder = (
+                Path(snapshot_download(folder, revision=source.revision, allow_patterns=patterns))
+                if fetch
+                else _cached(source)
+            )
     with explain_load_errors(source.spec, "the weights", folder):
         for file in sorted(folder.glob("*.safetensors")):
             found |= load_file(file)
     if not _can_map(model, found):
         with hide_progress_bars(True):
-            return load_base(spec, revision=revision).model
+            return load_base(source.spec).model
     model.load_state_dict(found, strict=False, assign=True)
     model.tie_weights()
     return model.eval()

@@ -157,7 +157,7 @@ def unify_names(model: PreTrainedModel, pool: Pool, modules: Mapping[str, nn.Mod
         return pool
     owners = {id(module): path for path, module in model.named_modules()}
     names = {path: _model_names(layers[path], owners) for path in mixed}
-    return Pool([_rename(expert, names, layers) for expert in pool.experts])
+    return pool.of([_rename(expert, names, layers) for expert in pool.experts])
 
 
 def _weight_key(layer: LinearStandIn) -> Any:
