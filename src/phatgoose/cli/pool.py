@@ -366,7 +366,7 @@ def _summary(folder: Path, made: Collected, given: int, taken: Sequence[phatgoos
 
     pool = made.pool
     show.say(f"{folder}: {_count(len(pool))}; {len(taken)} of {given} were taken")
-    gates = sum(expert.gates is not None for expert in pool.experts)
+    gated = sum(expert.gates is not None for expert in pool.experts)
     rows = [
         ("taken", ", ".join(expert.name for expert in taken)),
         ("kinds", _kinds(taken)),
@@ -375,7 +375,7 @@ def _summary(folder: Path, made: Collected, given: int, taken: Sequence[phatgoos
             "all have them"
             if gates == len(pool)
             else f"{gates} of {len(pool)} have them"
-            if gates
+            if gated
             else "none",
         ),
         ("base", _base_fact(made)),

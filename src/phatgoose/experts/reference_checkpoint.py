@@ -141,7 +141,7 @@ def import_reference(
             expert = _build_expert(checkpoint, contents, config, base, i, called[i], tensors)
             entries.append(place_expert(work, expert, []))
             progress(i + 1, contents.experts)
-        write_pool(work, new_manifest(entries, base.fingerprint and base.fingerprint.to_json()))
+        write_pool(work, new_manifest(entries, base.fingerprint.to_json() if base.fingerprint else None))
     return contents
 
 
