@@ -366,18 +366,10 @@ def _summary(folder: Path, made: Collected, given: int, taken: Sequence[phatgoos
 
     pool = made.pool
     show.say(f"{folder}: {_count(len(pool))}; {len(taken)} of {given} were taken")
-    gated = sum(expert.gates is not None for expert in pool.experts)
     rows = [
         ("taken", ", ".join(expert.name for expert in taken)),
         ("kinds", _kinds(taken)),
-        (
-            "gates",
-            "all have them"
-            if gates == len(pool)
-            else f"{gates} of {len(pool)} have them"
-            if gated
-            else "none",
-        ),
+        ("gates", _gates_fact(pool)),
         ("base", _base_fact(made)),
     ]
     if made.fit is not None:
@@ -394,6 +386,13 @@ def _summary(folder: Path, made: Collected, given: int, taken: Sequence[phatgoos
     if made.base is None:
         next_ = [("next", f"{shlex.join(['phatgoose', 'pool', 'base', *words])} BASE"), ("then", next_[0][1])]
     show.facts([*rows, *next_])
+
+
+def _gates_fact(pool: phatgoose.Pool) -> str:
+    gated = sum(expert.gates is not None for expert in pool.experts)
+    if gated == len(pool):
+        return "all have them"
+    return f"{gated} of {len(pool)} have them" if gated else "none"
 
 
 def _base_fact(made: Collected) -> str:
