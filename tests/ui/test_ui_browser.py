@@ -1,8 +1,9 @@
-"""The live page in a real browser: ask, watch, pick, switch off, compare."""
+"""The live page in a real browser: ask, watch, pick, switch off, compare, in all sizes."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from ui_tools import PROMPT
@@ -10,7 +11,7 @@ from ui_tools import PROMPT
 from browser import until, violations
 from phatgoose.experts.pool import Pool
 from phatgoose.ui import session as session_module
-from phatgoose.ui.session import Session
+from phatgoose.ui.session import Limits, Session
 
 pytest_plugins = ["browser_fixtures", "ui_fixtures"]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}{% x %}\u2028]]>"
@@ -19,10 +20,11 @@ DONE = "!document.getElementById('answer').disabled"
 
 @pytest.fixture
 def opened(make_session, served, visit):
-    """opened(**how) → the page of a fresh server."""
+    """opened(**how) → the page of a fresh server, with a router of tokens."""
 
-    def open(session=None, **how):
+    def open(session=None, router="phatgoose", **how):
         page = visit(served(make_session() if session is None else session) + "/", **how)
+        page.locator("#side-A .router").select_option(router)
         page.get_by_label("Most tokens").fill("6")
         return page
 
@@ -62,7 +64,29 @@ def answer(page, text=PROMPT):
 
 def marks(page, side="A"):
     """What the tokens of one answer look like: texts with letters."""
-    return page.locator(f"#side-{side} .token").all_text_contents()
+    return page.locator(f"#tokens-{side} .token").all_text_contents()
+
+
+def drawer(page, side="A"):
+    """Opens the drawer of experts of one of the settings."""
+    page.locator(f"#side-{side} .who-acts").click()
+    return page.locator("#experts")
+
+
+def switch(page, expert, side="A"):
+    """Switches one expert, by its number, on or off."""
+    drawer(page, side).locator(".switch input").nth(expert).click()
+    page.keyboard.press("Escape")
+
+
+def in_view(page, selector):
+    """Whether all of an element is on the screen, of which nothing was scrolled."""
+    return page.evaluate(
+        """selector => { const box = document.querySelector(selector).getBoundingClientRect();
+        return scrollY === 0 && box.height > 10 && box.top >= 0 && box.bottom <= innerHeight
+          && box.left >= 0 && box.right <= innerWidth; }""",
+        selector,
+    )
 
 
 def test_a_prompt_is_answered_token_by_token(opened, slowed):
@@ -76,7 +100,7 @@ def test_a_prompt_is_answered_token_by_token(opened, slowed):
     until(page, DONE, 60)
     assert early < len(marks(page))
     assert "6 tokens in" in page.locator("#side-A .state").text_content()
-    assert page.locator("#side-A .token.written").count() == 5
+    assert page.locator("#tokens-A .token.written").count() == 5
     assert page.locator("#side-A .said").text_content()
     assert page.locator("#side-A .told").text_content().startswith("Settings A answered: ")
 
@@ -84,9 +108,9 @@ def test_a_prompt_is_answered_token_by_token(opened, slowed):
 def test_a_layer_is_picked_and_a_token_asked(opened):
     page = opened()
     answer(page)
-    token = page.locator("#side-A .token").nth(2)
+    token = page.locator("#tokens-A .token").nth(2)
     token.hover()
-    detail = page.locator("#side-A .detail")
+    detail = page.locator("#tokens-A .detail")
     assert "14 modules" in detail.text_content()
     page.locator("#layer").select_option(label="1")
     page.locator("#kind").select_option(label="self_attn.q_proj")
@@ -95,7 +119,7 @@ def test_a_layer_is_picked_and_a_token_asked(opened):
     page.keyboard.press("ArrowRight")
     assert "token 4 of" in detail.text_content()
     page.locator("#legend button", has_text="b").first.click()
-    assert 0 < page.locator("#side-A .token.dim").count() < page.locator("#side-A .token").count()
+    assert 0 < page.locator("#tokens-A .token.dim").count() < page.locator("#tokens-A .token").count()
 
 
 def test_an_expert_is_switched_off_and_the_answer_changes(opened):
@@ -105,17 +129,18 @@ def test_an_expert_is_switched_off_and_the_answer_changes(opened):
     said = page.locator("#side-A .said").text_content()
     assert any(text.endswith("A") for text in before)
     assert table.locator("td.mean").text_content() != "0.0 %"
-    page.locator("#side-A .switch input").first.uncheck()
-    assert page.locator("#side-A .on-count").text_content() == "2 of 3 experts on"
+    switch(page, 0)
+    assert page.locator("#side-A .who-acts").text_content() == "2 of 3 experts on"
     assert "changed since" in page.locator("#side-A .state").text_content()
     answer(page)
     assert marks(page) != before
     assert page.locator("#side-A .said").text_content() != said
     assert not any(text.endswith("A") for text in marks(page))
+    assert table.count() == 0
+    page.locator("#layers-order").select_option(label="as in the pool")
     assert table.locator("td.mean").text_content() == "0.0 %"
-    page.get_by_label("Find experts").fill("a")
-    until(page, "document.getElementById('found').textContent.startsWith('1 of 3')")
-    page.locator("#side-A .all-on").click()
+    drawer(page).get_by_role("button", name="Switch all on").click()
+    page.get_by_role("button", name="Close").click()
     answer(page)
     assert marks(page) == before
 
@@ -126,7 +151,7 @@ def test_two_settings_side_by_side(opened):
     answer(page)
     assert "part at token" in page.locator("#compared").text_content()
     assert page.locator(".cut", has_text="parts here").count() == 2
-    assert page.locator("#side-B .token.unseen").count() == len(marks(page, "B"))
+    assert page.locator("#tokens-B .token.unseen").count() == len(marks(page, "B"))
     page.locator("#side-B .router").select_option("phatgoose")
     assert page.locator("#side-B .top-k").input_value() == "2"
     answer(page)
@@ -140,7 +165,7 @@ def test_two_settings_side_by_side(opened):
     page.locator("#layers-task").select_option(label="settings A")
     assert page.locator("#layers-table td").all_text_contents() != a
     page.locator("#side-B .router").select_option("random")
-    page.locator("#side-B .switch input").first.uncheck()
+    switch(page, 0, "B")
     answer(page)
     assert "can't be switched off" in page.locator("#side-B .trouble").text_content()
     assert page.locator("#compared").is_hidden()
@@ -204,9 +229,14 @@ def test_by_keyboard_alone(opened):
     page.keyboard.press("Enter")  # in a field of the form
     until(page, DONE, 60)
     assert marks(page)
-    page.locator("#side-A .switch input").first.focus()
+    page.locator("#side-A .who-acts").focus()
+    page.keyboard.press("Enter")
+    for _ in range(4):  # from close: find, all on, all off, the first expert
+        page.keyboard.press("Tab")
     page.keyboard.press("Space")
-    assert "2 of 3" in page.locator("#side-A .on-count").text_content()
+    page.keyboard.press("Escape")
+    assert page.locator("#experts").is_hidden()
+    assert page.evaluate("document.activeElement.textContent") == "2 of 3 experts on"
 
 
 @pytest.mark.slow(4)
@@ -215,11 +245,134 @@ def test_by_keyboard_alone(opened):
 def test_it_fits_and_is_accessible(opened, width, dark):
     page = opened(width=width, dark=dark)
     page.get_by_label("Compare two settings").check()
+    page.locator("#side-B .router").select_option("gander")
     answer(page, PROMPT + " " + "long" * 60)
-    page.locator("#side-A .token").nth(3).focus()
-    page.locator("#side-A .switch input").nth(1).uncheck()
+    page.locator("#tokens-A .token").nth(3).focus()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert violations(page) == []
+    drawer(page).locator("summary").nth(1).click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert violations(page) == []
+
+
+@pytest.mark.parametrize(("height", "width"), [(800, 1280), (768, 1024), (667, 375)])
+@pytest.mark.parametrize("router", ["phatgoose", "gander", "base"])
+def test_the_answer_stands_where_one_looks(opened, slowed, width, height, router):
+    slowed(0.05)
+    page = opened(width=width, router=router)
+    page.set_viewport_size({"width": width, "height": height})
+    page.get_by_label("Most tokens").fill("24")
+    begin(page)
+    until(page, "document.querySelectorAll('#tokens-A .written').length > 2", 30)
+    assert in_view(page, "#side-A .said")
+    assert in_view(page, "#answer")
+    assert not page.evaluate(DONE)  # it is still written
+    until(page, DONE, 60)
+    assert in_view(page, "#side-A .said")
+    assert in_view(page, "#prompt")
+    line = page.locator("#side-A .settings").inner_text()
+    assert "tiny-llama" in line
+    assert router in line
+
+
+@pytest.mark.parametrize(("height", "width"), [(800, 1280), (667, 375)])
+def test_a_long_answer_scrolls_in_its_frame_and_follows_what_is_written(opened, slowed, width, height):
+    slowed(0.005)
+    page = opened(width=width)
+    page.set_viewport_size({"width": width, "height": height})
+    page.get_by_label("Most tokens").fill("500" if width > 500 else "300")
+    page.locator("#side-A .said").evaluate("said => { said.style.fontSize = '2.5rem'; }")
+    begin(page, PROMPT)
+    said = "document.querySelector('#side-A .said')"
+    until(page, f"{said}.scrollTop > 40", 30)
+    assert in_view(page, "#side-A .said")
+    page.evaluate(f"{said}.scrollTop = 0")
+    written = page.locator("#side-A .said").text_content()
+    until(page, f"{said}.textContent.length > {len(written) + 20}", 30)
+    assert page.evaluate(f"{said}.scrollTop") == 0  # its reader has scrolled back
+    page.evaluate(f"{said}.scrollTop = {said}.scrollHeight")
+    until(page, DONE, 90)
+    assert page.evaluate(f"{said}.scrollHeight - {said}.scrollTop - {said}.clientHeight") < 8
+    assert in_view(page, "#side-A .said")
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_a_drawer_of_500_experts(make_base, make_expert, opened, width):
+    base = make_base("llama")
+    one = make_expert(base, "expert", rank=1)
+    names = [f"expert-{i}" for i in range(499)] + ["a-name-" + "that-goes-on-" * 7]
+    page = opened(Session(base, Pool([replace(one, name=name) for name in names])), width=width)
+    page.locator("#side-A .who-acts").focus()
+    page.keyboard.press("Enter")
+    page.get_by_label("Find experts").fill("expert-49")
+    until(page, "document.getElementById('found').textContent === '10 of 500 experts'")
+    page.get_by_role("button", name="Switch these 10 off").click()
+    assert page.locator("#acting").text_content() == "490 of 500 on"
+    assert page.locator(".switch:visible").count() == 10
+    page.get_by_label("Find experts").fill("goes")
+    page.get_by_role("button", name="Switch these 1 off").wait_for()
+    box = page.locator(".switch:visible").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    page.get_by_label("Find experts").fill("")
+    page.get_by_role("button", name="Switch all off").click()
+    assert page.locator("#acting").text_content() == "0 of 500 on"
+    page.locator(".switch").nth(7).click()
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.textContent") == "1 of 500 experts on"
+    answer(page)
+    assert page.locator("#legend button:visible").all_text_contents() == ["H expert-7"]
+
+
+def test_gander_says_who_acts_and_on_what_evidence(opened):
+    page = opened(router="gander")
+    answer(page)
+    said = page.locator("#side-A .evidence")
+    first, second, _ = (
+        part.split()[0] for part in said.locator(".bars li > :nth-child(2)").all_text_contents()
+    )
+    sums = [float(text) for text in said.locator(".bars li > :last-child").all_text_contents()]
+    assert sums == sorted(sums, reverse=True)
+    assert f"{first} is {sums[0] - sums[1]:.1f} ahead of {second}" in said.locator(".apart").text_content()
+    assert said.locator(".apart q").count() == 6
+    assert "writes" in said.locator(".lead").text_content()
+    assert page.locator("#side-A .stack").count() == 0
+    assert page.locator(
+        "#by-token .token"
+    ).first.is_hidden()  # one expert for all: nothing to pick out at first
+    switch(page, "abc".index(first))
+    answer(page)
+    assert said.locator(".bars li > :nth-child(2)").first.text_content() == second
+    assert said.locator(".bars li").count() == 2
+    page.get_by_label("Compare two settings").check()
+    answer(page)
+    assert page.locator("#side-B .evidence").is_hidden()
+    assert page.locator("#tokens-B .token").first.is_visible()
+
+
+def test_text_from_right_to_left_stands_so(opened):
+    page = opened()
+    answer(page, "ما هو الفعل")
+    first, second = (page.locator("#tokens-A .token").nth(t).bounding_box() for t in (0, 1))
+    assert first["x"] > second["x"]
+    page.locator("#tokens-A .token").nth(3).focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.dataset.t") == "4"
+
+
+def test_what_goes_wrong_is_said_where_the_answer_would_be(make_session, served, visit, slowed):
+    page = visit(served(make_session(limits=Limits(prompt_tokens=40))) + "/", width=375)
+    page.set_viewport_size({"width": 375, "height": 667})
+    begin(page, "word " * 60)
+    trouble = page.locator("#side-A .trouble")
+    until(page, DONE)
+    assert "at most 40 are taken" in trouble.text_content()
+    assert in_view(page, "#side-A .trouble")
+    page.get_by_label("Most tokens").fill("0")
+    begin(page)
+    assert page.evaluate("document.activeElement.id") == "tokens"  # the browser says what is wrong with it
+    assert page.evaluate(DONE)
 
 
 def test_hostile_names_and_prompts_run_nothing(make_base, pool_of, opened):
@@ -233,19 +386,21 @@ def test_hostile_names_and_prompts_run_nothing(make_base, pool_of, opened):
     base.spec = f"tiny-llama-{HOSTILE}"
     page = opened(Session(base, Pool(experts)))
     answer(page, HOSTILE)
-    page.locator("#side-A .token").nth(3).hover()
-    page.locator("#side-A .switch").nth(0).click()
+    page.locator("#tokens-A .token").nth(3).hover()
     page.locator("#layers-table td").first.hover()
+    drawer(page).locator(".switch").nth(0).click()
+    page.locator("summary").last.click()
     page.get_by_label("Find experts").fill("script")
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Close").click()
     answer(page, HOSTILE)
     page.wait_for_timeout(200)
     assert page.locator("img").count() == 0
     assert page.evaluate("document.scripts.length") == 2
     plain = HOSTILE.replace("\u2028", "")
-    assert plain in page.locator(".card h4").first.text_content().replace("\u2028", "")
     assert plain in page.locator(".switch").first.text_content().replace("\u2028", "")
-    assert plain in page.locator("header").text_content().replace("\u2028", "")
-    read = "".join(page.locator("#side-A .token:not(.written) b").all_text_contents()).replace("\u2028", "")
+    assert plain in page.locator("#side-A .settings").text_content().replace("\u2028", "")
+    read = "".join(page.locator("#tokens-A .token:not(.written) b").all_text_contents()).replace("\u2028", "")
     assert read.replace("·", "").startswith("</script><script>alert(1)</script><img src=x onerror=alert(2)>")
 
 

@@ -21,6 +21,7 @@ from phatgoose.models.text.generate import greedy_answer
 from phatgoose.models.trace.record import trace
 from phatgoose.routers import PHATGOOSE, Arrow, Gander
 from phatgoose.ui.session import Limits, Question, Session, offered_routers
+from phatgoose.workflows.evidence import gathered
 from report_data import unpacked
 
 pytest_plugins = ["ui_fixtures"]
@@ -152,6 +153,31 @@ def test_experts_off_under_gander_is_a_pool_without_them(make_session):
             assert set(np.unique(chosen[row])) == {-1}
             assert set(np.unique(weights[row])) == {1000}
     assert set(np.unique(chosen)) <= {-1, 1, 2}
+
+
+@pytest.mark.parametrize("off", [[], [0], [0, 2]])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_evidence_under_gander_is_that_of_a_pool_of_those_that_are_on(make_session, family, off):
+    session = make_session(family)
+    (told,) = answered(session, router="gander", off=off).of("evidence")
+    names = session.pool.names
+    pool = Pool([expert for i, expert in enumerate(session.pool.experts) if i not in off])
+    route(session.base, pool, Gander())
+    found = gathered(session.base, Gander(), encode_prompt(session.base, PROMPT))
+    assert [names[i] for i in told["experts"]] == list(found.experts)
+    assert told["sums"] == pytest.approx(found.sums, abs=1e-3)
+    if len(pool) == 1:
+        assert told["apart"] == []
+    else:
+        gaps = [a - b for a, b in zip(*found.by_token[:2], strict=True)]
+        widest = sorted(zip(found.tokens, gaps, strict=True), key=lambda token: -abs(token[1]))
+        assert [text for text, _ in told["apart"]] == [text for text, _ in widest[:6]]
+        assert [gap for _, gap in told["apart"]] == pytest.approx([gap for _, gap in widest[:6]], abs=1e-3)
+
+
+def test_only_gander_tells_evidence(make_session):
+    for router in ("phatgoose", "base"):
+        assert answered(make_session(), router=router).of("evidence") == []
 
 
 def test_top_k_and_routers_can_be_changed_from_answer_to_answer(make_session):

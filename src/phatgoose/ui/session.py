@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -22,13 +23,17 @@ from phatgoose.models.text.encoding import encode_chat, encode_prompt
 from phatgoose.models.text.generate import greedy_answer, max_answer_tokens
 from phatgoose.models.trace.record import trace
 from phatgoose.registry import unknown
-from phatgoose.routers import Router
+from phatgoose.routers import Gander, Router
 from phatgoose.routers.fitting import WITHOUT_POOL
 from phatgoose.routers.masked import Masked, Switches
 from phatgoose.routers.parse import BASE, REQUIRED, ROUTERS, parse_router, router_class, settings_of
 from phatgoose.ui.queue import QueuedAnswer
 from phatgoose.ui.token_events import TokenEvents
+from phatgoose.workflows.evidence import STRONGEST, gathered
 from phatgoose.workflows.prompt_forms import read_of_turn
+
+TOKENS_APART = 6
+"""Tokens that are named where two experts' evidence is set apart."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,8 @@ class Session:
         """Answers greedily and sends events.
 
         They are: "turn" with the number of tokens read, the index of the answer's first and how many there may
-        be ("read", "generated_from", "room"); those of `TokenEvents` for each step; "end" with "answer", "why"
-        (end, length or stopped), "tokens" and "seconds".
+        be ("read", "generated_from", "room"); "evidence" if Gander routes (`_evidence`); those of `TokenEvents` for
+        each step; "end" with "answer", "why" (end, length or stopped), "tokens" and "seconds".
 
         Raises:
             PhatgooseError: the router refuses, or the prompt is too long.
@@ -164,6 +169,8 @@ class Session:
         start = 1 if self.base.is_encoder_decoder else count
         queued.send({"event": "turn", "read": count, "generated_from": count, "room": room})
         alone = question.router == BASE
+        if not alone and isinstance(router := parse_router(question.router), Gander):
+            queued.send(self._evidence(router, ids, question.off))
         where = {} if alone else self.locations
         events = TokenEvents(self.base.tokenizer, where, ids, self.base.is_encoder_decoder)
         prompts = read_of_turn(self.pool, question.prompt) if question.chat else []
@@ -181,6 +188,28 @@ class Session:
         queued.send(
             {"event": "end", "answer": text.strip(), "why": why, "tokens": len(answer), "seconds": seconds}
         )
+
+    def _evidence(self, router: Gander, ids: Tensor, off: Sequence[int]) -> dict[str, Any]:
+        """What spoke for whom at the end of a prompt [1, T].
+
+        "experts" has the strongest of those that are on by their index, "sums" the evidence for each, and "apart" the
+        tokens that most set the first apart from the second, each with its part of the difference.
+        """
+        on = {name for e, name in enumerate(self.pool.names) if e not in off}
+        found = gathered(self.base, router, ids, on)
+        places = [i for i, name in enumerate(found.experts) if name in on][:STRONGEST]
+        apart: list[tuple[str, float]] = []
+        if len(places) > 1:
+            first, second = (found.by_token[i] for i in places[:2])
+            gaps = [a - b for a, b in zip(first, second, strict=True)]
+            widest = sorted(range(len(gaps)), key=lambda t: -abs(gaps[t]))[:TOKENS_APART]
+            apart = [(found.tokens[t], round(gaps[t], 3)) for t in widest]
+        return {
+            "event": "evidence",
+            "experts": [self.pool.names.index(found.experts[i]) for i in places],
+            "sums": [round(found.sums[i], 3) for i in places],
+            "apart": apart,
+        }
 
     def _with_router(self, question: Question) -> Question:
         return question if question.router else replace(question, router=next(iter(self.routers)))
