@@ -40,5 +40,19 @@ def test_one_for_each_task_and_one_for_all():
         "c": {"t": [2.0, None]},
     }
     found = picks(scores, ["t", "u"], ["t", "u", "v"])
-    assert found == {"oracle": {"t": "c", "u": "b"}, "best-single": {"t": "b", "u": "b", "v": "b"}}
-    assert picks({}, ["t"], ["t"]) == {"oracle": {}, "best-single": {}}
+    assert found == {
+        "oracle": {"t": "c", "u": "b"},
+        "sister": {},
+        "best-single": {"t": "b", "u": "b", "v": "b"},
+    }
+    assert picks({}, ["t"], ["t"]) == {"oracle": {}, "sister": {}, "best-single": {}}
+
+
+def test_sisters_are_the_best_of_those_that_a_task_names():
+    scores = {"a": {"t": [1.0, None], "u": [0.0, None]}, "b": {"t": [0.9, None], "u": [0.5, None]}}
+    named = {"t": ["b", "gone"], "u": ["a", "b"], "v": [], "w": ["gone"]}
+    found = picks(scores, ["t", "u", "v"], ["t", "u", "v", "w"], named)
+    assert found["sister"] == {"t": "b", "u": "b", "v": None}  # none is there for "w", and "v" names none
+    assert found["oracle"] == {"t": "a", "u": "b"}
+    # Where no task of a suite names any, the system isn't measured.
+    assert picks(scores, ["t"], ["t", "u"], {"t": [], "u": []})["sister"] == {}

@@ -36,6 +36,9 @@ class DataOptions(Options):
             help=f"{POOL_HELP} Its experts are taken, not trained. Only the recipe's other tasks are trained on."
         ),
     ] = None
+    own_experts: Path | None = None
+    """Experts on the training rows of unseen tasks, by which [measure] admit_rows admits these: a pool, or the folder
+    `experts` of an experiment."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +126,17 @@ def command(
     from phatgoose.workflows.experiment.recipe import ExperimentRecipe
     from phatgoose.workflows.experiment.run import run_experiment
 
-    found = ExperimentRecipe.read(recipe, _folders(data.folder or []), data.pool)
+    found = ExperimentRecipe.read(recipe, _folders(data.folder or []), data.pool, data.own_experts)
     if run.check:
         _show_recipe(found)
         _show_data(found)
         return
-    target, taken = run.out or Path(f"{recipe.stem}-out"), found.pool.folder
-    if run.fresh and taken and Path(taken).resolve().is_relative_to(target.resolve()):
-        raise PhatgooseError(
-            f"--fresh would remove the pool that is to be taken, {taken}: choose another --out."
-        )
+    target = run.out or Path(f"{recipe.stem}-out")
+    for what, taken in (("pool", found.pool.folder), ("own experts", found.measure.own_experts)):
+        if run.fresh and taken and Path(taken).resolve().is_relative_to(target.resolve()):
+            raise PhatgooseError(
+                f"--fresh would remove the {what} to be taken, {taken}: choose another --out."
+            )
     executor = steps.executor()
     try:
         results = run_experiment(found, target, executor=executor, fresh=run.fresh)

@@ -11,7 +11,7 @@ from phatgoose.tasks.lists.entries import Entry, folder_for
 from phatgoose.tasks.load import check_task
 from phatgoose.tasks.sources import prompted, promptsource
 from phatgoose.tasks.spec import split_spec
-from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, without_own_copies
+from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.systems import MULTITASK
 
 
@@ -30,6 +30,10 @@ class Checked:
 def check_data(recipe: ExperimentRecipe) -> Checked:
     """Checks every task of the pool and the suites against the files on this machine; fetches nothing, reads no row."""
     found = Checked()
+    try:
+        recipe.check_own_experts()
+    except RecipeError as error:
+        found.problems["own experts"] = str(error)
     for suite in recipe.suites:
         kept, missing = without_own_copies(recipe, suite)
         for name in missing:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phatgoose.templates import templates
+from phatgoose.workflows.experiment.admission import admission_tables
 from phatgoose.workflows.experiment.measures.tables import measure_sections, tier_sections
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.systems import (
@@ -89,6 +90,7 @@ def _suite(name: str, suite: Mapping[str, Any], results: Mapping[str, Any]) -> d
         "raw_rows": sum(score["raw_rows"] for score in scores.values()),
         "few": few if results["chosen"].keys() & {*CHOSEN} else [],
         "tasks": _tasks(suite, results["chosen"].get(ORACLE, {}).get(name, {})),
+        "admission": admission_tables(suite.get("admission", {})),
         "measures": measure_sections(suite),
         "tiers": tier_sections(suite),
         "notes": _notes(name, suite, results["training_rows"]),
@@ -97,7 +99,7 @@ def _suite(name: str, suite: Mapping[str, Any], results: Mapping[str, Any]) -> d
 
 def _scores(suite: Mapping[str, Any]) -> dict[str, Any]:
     """A score for each common task, of any system: all were measured on the same rows."""
-    measured = next(iter(suite["systems"].values()))["tasks"]
+    measured = next(found for found in suite["systems"].values() if "mean" in found)["tasks"]
     return {task: measured[task] for task in suite["common_tasks"]}
 
 

@@ -17,6 +17,7 @@ from phatgoose.workflows.experiment.systems import (
     OTHER,
     OWN,
     PADDED,
+    SISTER,
 )
 
 FORMAT = "phatgoose-experiment"
@@ -130,7 +131,7 @@ def kind_of(system: str) -> str:
     kind = system.partition(":")[0]
     if kind in (BASE, ORACLE):
         return kind
-    if kind in (BEST_SINGLE, OWN, "single"):
+    if kind in (BEST_SINGLE, OWN, SISTER, "single"):
         return "single"
     if kind in (*MERGES, MULTITASK, OTHER):
         return "static"

@@ -15,17 +15,18 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from phatgoose.errors import PhatgooseError, TaskError
-from phatgoose.experts.names import check_name
+from phatgoose.experts.names import MANIFEST, RECORD_FILE, check_name
 from phatgoose.models.base import DTYPES
 from phatgoose.ops import BACKENDS
 from phatgoose.registry import unknown
 from phatgoose.routers.parse import is_router, parse_router
 from phatgoose.shipped import pool_folder, recipe_file, recipes
-from phatgoose.tasks.lists.entries import Entry, check_no_shared_data, folder_for
+from phatgoose.tasks.lists.entries import SAME_DATASET, Entry, check_no_shared_data, folder_for
 from phatgoose.tasks.lists.named import POOLS, SUITES, Suite, pool_entries, suite
 from phatgoose.tasks.load import SOURCES, without_path
 from phatgoose.tasks.spec import split_spec
 from phatgoose.training.config import ExpertConfig, GateConfig, SignatureConfig
+from phatgoose.workflows.experiment.admission import SISTERS
 from phatgoose.workflows.experiment.measures.values import MEASURES
 from phatgoose.workflows.experiment.systems import (
     BASE,
@@ -34,6 +35,7 @@ from phatgoose.workflows.experiment.systems import (
     MULTITASK,
     ORACLE,
     OWN,
+    SISTER,
     check_system,
     expanded,
 )
@@ -81,6 +83,16 @@ class MeasurePart:
     """Validation rows of each task on which oracle and best-single choose."""
     backend: str = "auto"
     """The backend that routes."""
+    own_experts: str = ""
+    """Experts on the training rows of suites' tasks that have a tier, each named after its task: a pool, or the folder
+    `experts` of an experiment. The system own is then measured on these tasks too."""
+    admit_rows: int = 0
+    """A task of the tier "sisters" is measured only if on so many validation rows its own expert and the best of its
+    named sisters gain enough over the base alone, as the two settings below say. 0: all are."""
+    admit_own_gain: float = 0.10
+    """The least gain of a task's own expert; its paired 95 % interval must also lie above 0."""
+    admit_sister_gain: float = 0.04
+    """The least gain of the best sister."""
     measures: tuple[str, ...] = ()
     """Further tables of each suite, by these measures (`measures/values.py`). The first one that a suite has is its
     primary one. Empty: none."""
@@ -143,6 +155,7 @@ class ExperimentRecipe:
         for found in self.suites:
             if found.name != IN_POOL:
                 check_no_shared_data(entries, found.entries, found.refuses, found.name, self.folders)
+        self._check_sisters()
         # Folders of suites and tasks that this recipe leaves out are fine: several recipes may share one list.
         known = {
             *SOURCES,
@@ -182,12 +195,51 @@ class ExperimentRecipe:
             raise RecipeError(
                 f"[measure] tasks are the suite {UNSEEN}, which isn't among the suites: add it, or leave out the tasks."
             )
-        if OWN in systems and IN_POOL not in measure.suites:
+        if OWN in systems and IN_POOL not in measure.suites and not measure.own_experts:
             raise RecipeError(
                 f"the system {OWN} is measured on {IN_POOL}, which isn't among the suites: add it, or leave out {OWN}."
             )
         for name in self.pool.tasks:
             check_name(name)
+
+    def _check_sisters(self) -> None:
+        """Refuses settings of suites that name sisters, where there is no such suite."""
+        measure, tiers = self.measure, {e.tier for s in self.suites if s.name != IN_POOL for e in s.entries}
+        if SISTER in self.all_systems and not tiers & {SAME_DATASET, SISTERS}:
+            raise RecipeError(
+                f"the system {SISTER} is measured on suites whose tasks name sisters, and none is among the suites: "
+                f"add one, or leave out {SISTER}."
+            )
+        if measure.admit_rows and SISTERS not in tiers:
+            raise RecipeError(
+                f"[measure] admit_rows admits tasks of the tier {SISTERS}, and no suite has one: add such a suite, or "
+                "leave it out."
+            )
+        if measure.own_experts and not (measure.admit_rows or OWN in self.all_systems):
+            raise RecipeError(
+                f"[measure] own_experts serve admit_rows and the system {OWN}, and the recipe has neither: add one, or "
+                "leave them out."
+            )
+        for name in ("admit_own_gain", "admit_sister_gain"):
+            if not 0 <= (value := getattr(measure, name)) < 1:
+                raise RecipeError(f"[measure] {name} is {value}, expected a gain from 0 to below 1.")
+
+    def check_own_experts(self) -> None:
+        """Refuses to run without the experts that admit tasks. Not when a recipe is read: one may come without them.
+
+        Raises:
+            RecipeError: they are needed and not given, or their folder holds none.
+        """
+        place = self.measure.own_experts
+        if self.measure.admit_rows and not place:
+            raise RecipeError(
+                "[measure] admit_rows admits tasks by experts on their own training rows: say where these are, by "
+                "own_experts or --own-experts (recipes/sisters-own.toml trains those of the suite sisters)."
+            )
+        if place and not ((Path(place) / MANIFEST).exists() or any(Path(place).glob(f"*/{RECORD_FILE}"))):
+            raise RecipeError(
+                f"{place} holds no experts: [measure] own_experts is a pool, or the folder `experts` of an experiment."
+            )
 
     def _check_claims(self) -> None:
         for name, floor in self.claims.items():
@@ -280,6 +332,7 @@ class ExperimentRecipe:
         data["signature"]["encoder"] = local_name(self.signature.encoder)
         data["folders"] = {name: Path(folder).name for name, folder in self.folders.items()}
         data["pool"]["folder"] = Path(self.pool.folder).name
+        data["measure"]["own_experts"] = Path(self.measure.own_experts).name
         for part in ("pool", "measure"):
             data[part]["tasks"] = {name: without_path(spec) for name, spec in data[part]["tasks"].items()}
         return data
@@ -297,9 +350,12 @@ class ExperimentRecipe:
 
     @staticmethod
     def read(
-        path: str | Path, folders: Mapping[str, str] | None = None, pool: str | Path | None = None
+        path: str | Path,
+        folders: Mapping[str, str] | None = None,
+        pool: str | Path | None = None,
+        own_experts: str | Path | None = None,
     ) -> ExperimentRecipe:
-        """The recipe in a TOML file; `folders` and `pool` go before its own. Relative paths start where the file is.
+        """The recipe in a TOML file. What is given goes before its own. Relative paths start where the file is.
 
         Args:
             path: or the name of a recipe that comes with phatgoose, where there is no such file.
@@ -331,6 +387,12 @@ class ExperimentRecipe:
                 own_pool["folder"] = _absolute(pool_folder(Path(folder).expanduser(), near=path.parent))
             if pool:
                 data["pool"] = own_pool | {"folder": _absolute(pool_folder(pool))}
+        measure = data.get("measure", {})
+        if isinstance(measure, dict):
+            if isinstance(place := measure.get("own_experts"), str) and place:
+                measure["own_experts"] = _absolute(path.parent / Path(place).expanduser())
+            if own_experts:
+                data["measure"] = measure | {"own_experts": _absolute(own_experts)}
         if data.get("dtype") == "fast":
             data["dtype"] = fast_dtype()
         return ExperimentRecipe.from_json(data, str(path))

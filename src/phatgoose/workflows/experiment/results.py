@@ -23,9 +23,9 @@ from phatgoose.records import TaskScore
 from phatgoose.workflows.experiment.measures.compare import by_measure
 from phatgoose.workflows.experiment.measures.values import Answers, interval
 from phatgoose.workflows.experiment.page import FORMAT
-from phatgoose.workflows.experiment.recipe import ExperimentRecipe, local_name
+from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, local_name
 from phatgoose.workflows.experiment.scores import EVALUATION, RESAMPLES, ScoreCache
-from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE
+from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE, OWN, SISTER
 
 VERSION = 1
 
@@ -67,12 +67,15 @@ class Findings:
     """The record of each expert, in the pool's order."""
     admission: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Trained expert → what it gains over the base on validation rows of its task, if the recipe admits by that."""
+    admitted_tasks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Suite → task → what its own expert and its sisters gain on validation rows, and whether it is measured
+    (`admission.verdict`), if the recipe admits tasks by that."""
     multitask: dict[str, Any] | None = None
     """The record of the one expert trained on all data, if it was asked for and could be trained."""
     files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     """System → suite → task → file of its score."""
-    chosen: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
-    """System → suite → task → the expert that acts."""
+    chosen: dict[str, dict[str, dict[str, str | None]]] = field(default_factory=dict)
+    """System → suite → task → the expert that acts; None: none, by choice."""
     contamination: dict[str, Any] = field(default_factory=dict)
     """{"suites": suite → task → rows that share text with training rows, "read" and "unread": experts whose rows were
     compared or not}."""
@@ -94,7 +97,8 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
             system: {t: ScoreCache.read(out / "scores" / f) for t, f in files.get(name, {}).items()}
             for system, files in found.files.items()
         }
-        compared = suite_results(table, {task: info["hash"] for task, info in tasks.items()})
+        hashes = {task: info["hash"] for task, info in tasks.items()}
+        compared = suite_results(table, hashes, references=() if name == IN_POOL else (OWN, SISTER))
         for task in compared.pop("unlike"):
             found.failed[f"{name}: {task}"] = found.left_out[name][task] = UNLIKE
         suites[name] = compared | {
@@ -102,6 +106,8 @@ def results_of(recipe: ExperimentRecipe, out: Path, found: Findings, seconds: fl
             "left_out": found.left_out[name],
             "contamination": found.contamination["suites"].get(name, {}),
         }
+        if name in found.admitted_tasks:
+            suites[name]["admission"] = found.admitted_tasks[name]
         if measures := recipe.measure.measures:
             common = {task: tasks[task] for task in compared["common_tasks"]}
             suites[name]["measures"] = by_measure(table, common, found.answers.get(name, {}), measures)
@@ -174,7 +180,7 @@ def _measured(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: list(values.values()) for name, values in found.items()}
 
 
-def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
+def suite_results(table: Table, tasks: Mapping[str, str], references: Sequence[str] = ()) -> dict[str, Any]:
     """Means, intervals and comparisons on the tasks that every system was measured on.
 
     "unlike" lists the tasks whose rows differ between systems. A system without any score is left out; otherwise no
@@ -182,11 +188,13 @@ def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         tasks: by name, the hash that each had when it was checked, and when experts were chosen on it.
+        references: systems that there needn't be for each task. One that lacks a common task has no mean.
     """
     table = {system: row for system, row in table.items() if row}
     # Means are only comparable over the same tasks and rows, so a task that one system lacks is out for all.
-    common = [t for t in tasks if table and all(t in row for row in table.values())]
-    measured = {t: {(row[t].task_hash, row[t].rows) for row in table.values()} for t in common}
+    deciding = [row for system, row in table.items() if system not in references] or list(table.values())
+    common = [t for t in tasks if deciding and all(t in row for row in deciding)]
+    measured = {t: {(row[t].task_hash, row[t].rows) for row in table.values() if t in row} for t in common}
     unlike = [t for t in common if len(measured[t]) > 1 or {h for h, _ in measured[t]} != {tasks[t]}]
     common = [t for t in common if t not in unlike]
     systems: dict[str, dict[str, Any]] = {}
@@ -202,6 +210,7 @@ def suite_results(table: Table, tasks: Mapping[str, str]) -> dict[str, Any]:
     }  # fmt: skip
     if not common:
         return results
+    table = {system: row for system, row in table.items() if all(t in row for t in common)}
     means, drawn = resampled_means(table, common)
     for system in table:
         systems[system] |= {"mean": means[system]} | interval(drawn[system])

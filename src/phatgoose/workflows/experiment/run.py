@@ -24,14 +24,15 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json, storage_errors, write_bytes, write_json
 from phatgoose.locks import only_run
 from phatgoose.tasks.contamination import RUN_WORDS
-from phatgoose.tasks.lists.entries import Entry, check_no_shared_data
+from phatgoose.tasks.lists.entries import SAME_DATASET, Entry, check_no_shared_data
+from phatgoose.workflows.experiment.admission import SISTERS, verdict
 from phatgoose.workflows.experiment.board import Board
 from phatgoose.workflows.experiment.documents import markdown, plot
 from phatgoose.workflows.experiment.executors import Executor, Step
 from phatgoose.workflows.experiment.page import page_data
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, RecipeError, without_own_copies
 from phatgoose.workflows.experiment.results import Findings, results_of
-from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, ORACLE, OWN, TOLD, picks
+from phatgoose.workflows.experiment.systems import CHOSEN, MULTITASK, ORACLE, OWN, SISTER, TOLD, picks
 from phatgoose.workflows.page import with_cards
 
 _STEPS = "phatgoose.workflows.experiment.steps"
@@ -60,9 +61,11 @@ def run_experiment(
 
     Raises:
         StorageError: `out` is a folder of something else, or another run is at work there. RecipeError: no expert
-            could be taken or trained. TaskError: an expert that is taken was trained on what a suite measures.
+            could be taken or trained, or as `ExperimentRecipe.check_own_experts`. TaskError: an expert that is taken
+            was trained on what a suite measures.
     """
     out = Path(out)
+    recipe.check_own_experts()
     with locked_folder(out, kind):
         if fresh:
             clear(out)
@@ -125,10 +128,11 @@ class _Run:
         records = self.admit(self.train(taken, refused), taken)
         self.sign(records)
         pool = self.gather(records)
-        self.leave_out(pool)
         # Steps name the pool by its content: a worker that loaded another one reads it again.
         signatures = [e.signature.hash for e in pool.experts if e.signature is not None]
         key = sha256_json([*(e.hash for e in pool.experts), *signatures])
+        self.admit_tasks(key)
+        self.leave_out(pool)
         self.choose(pool, key)
         self.measure(key)
         self.contaminated(pool)
@@ -206,6 +210,24 @@ class _Run:
         out = {n for n in asked if n not in self.found.admission or self.found.admission[n]["low"] <= 0}
         return {name: record for name, record in records.items() if name not in out}
 
+    def admit_tasks(self, key: str) -> None:
+        """Finds out which tasks with sisters count, if the recipe asks for that; `leave_out` drops the others."""
+        measure = self.recipe.measure
+        if not measure.admit_rows:
+            return
+        asked = [
+            (suite, name)
+            for suite, tasks in self.found.tasks.items()
+            for name, info in tasks.items()
+            if info.get("tier") == SISTERS
+        ]
+        steps = {
+            (s, n): self.step(f"admit {n} to {s}", "admit_task", pool=key, suite=s, name=n) for s, n in asked
+        }
+        for (suite, name), found in self.stage("admit tasks", steps).items():
+            judged = verdict(found, measure.admit_own_gain, measure.admit_sister_gain)
+            self.found.admitted_tasks.setdefault(suite, {})[name] = judged
+
     def sign(self, records: dict[str, dict[str, Any]]) -> None:
         """Adds data signatures, if a system reads them, to experts that have a task and brought none.
 
@@ -243,10 +265,24 @@ class _Run:
                         why = "its expert doesn't gain over the base, and isn't in the pool"
                 elif ORACLE in self.recipe.all_systems and not info["choice_rows"]:
                     why = "it has no rows for the oracle to choose on: leave that system out to measure it"
-                else:
+                elif not (why := self.not_admitted(pool, suite, name)):
                     continue
                 del tasks[name]
                 self.found.left_out[suite][name] = why
+
+    def not_admitted(self, pool: Pool, suite: str, name: str) -> str:
+        """Why a suite's task doesn't count by the recipe's rule of admission; "" if it does, or if there is none."""
+        info = self.found.tasks[suite][name]
+        if not self.recipe.measure.admit_rows:
+            return ""
+        if info.get("tier") == SAME_DATASET and not set(info["sisters"]) & set(pool.names):
+            return "the expert of its dataset isn't in the pool"
+        if info.get("tier") != SISTERS:
+            return ""
+        judged = self.found.admitted_tasks.get(suite, {}).get(name)
+        if judged is None:
+            return "it couldn't be found out whether it is admitted"
+        return "" if judged["admitted"] else f"not admitted: {judged['why']}"
 
     def choose(self, pool: Pool, key: str) -> None:
         """Trains the multitask expert, and chooses the experts of systems that go by labels.
@@ -259,21 +295,30 @@ class _Run:
         steps: dict[Any, Step] = {}
         if MULTITASK in systems:
             steps[MULTITASK] = self.step("train multitask", "multitask", names=list(pool.names))
-        steps |= {
-            (s, e): self.step(f"choose {e} on {s}", "choose", pool=key, expert=e, suite=s, tasks=names)
-            for s, names in rows.items() for e in pool.names if names and wanted
-        }  # fmt: skip
+        named = {s: {n: info.get("sisters", []) for n, info in found.items()} for s, found in tasks.items()}
+        for s, names in rows.items():
+            for e in pool.names:
+                # Only a system that compares all experts needs to know each on each task.
+                asked = names if {*wanted} - {SISTER} else [n for n in names if e in named[s][n]]
+                if asked and wanted:
+                    steps[s, e] = self.step(
+                        f"choose {e} on {s}", "choose", pool=key, expert=e, suite=s, tasks=asked
+                    )
         values = self.stage("choose", steps)
         self.found.multitask = values.get(MULTITASK)
         chosen = self.found.chosen = {system: {} for system in wanted}
         for suite, names in rows.items():
             made = {e: values[suite, e] for e in pool.names if (suite, e) in values}
             self.found.failed |= _unscored(suite, names, {e: value["failed"] for e, value in made.items()})
-            best = picks({e: value["scores"] for e, value in made.items()}, names, list(tasks[suite]))
+            best = picks({e: v["scores"] for e, v in made.items()}, names, list(tasks[suite]), named[suite])
             for system in wanted:
                 chosen[system][suite] = best[system]
         if OWN in systems:
             chosen[OWN] = {IN_POOL: {n: n for n in tasks.get(IN_POOL, {})}}
+        if OWN in systems and self.recipe.measure.own_experts:
+            for suite, found in tasks.items():
+                if suite != IN_POOL:
+                    chosen[OWN][suite] = _owners(found, pool.names)
 
     def measure(self, key: str) -> None:
         steps, together = {}, self.found.multitask
@@ -315,6 +360,20 @@ class _Run:
             self.prompts = seen.prompts
             self.found.traced = {"shares": seen.shares, "layers": seen.layers}
             self.found.experts = with_cards(self.found.experts, seen.cards)
+
+
+def _owners(tasks: Mapping[str, Any], pool: Sequence[str]) -> dict[str, str | None]:
+    """Task → the expert of its own data: for test rows of an expert's own dataset that expert, else one outside the
+    pool, which is named after the task."""
+    owners: dict[str, str | None] = {}
+    for name, info in tasks.items():
+        if info.get("tier") == SAME_DATASET:
+            expert = next((e for e in info["sisters"] if e in pool), None)
+        else:
+            expert = name if info.get("tier") else None
+        if expert is not None:
+            owners[name] = expert
+    return owners
 
 
 def _unscored(suite: str, tasks: Sequence[str], failed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -18,10 +18,10 @@ from phatgoose.evaluation.statistics import paired_difference
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
-from phatgoose.records import Example, Task, groups_of
+from phatgoose.records import Example, Task, TaskScore, groups_of
 from phatgoose.routers import PHATGOOSE, Single
 from phatgoose.tasks.contamination import ContaminationCheck
-from phatgoose.tasks.lists.entries import Entry
+from phatgoose.tasks.lists.entries import SAME_DATASET, Entry
 from phatgoose.tasks.lists.named import Suite
 from phatgoose.tasks.lists.same_dataset import datasets_of
 from phatgoose.tasks.load import is_local, without_path, without_paths
@@ -35,7 +35,7 @@ from phatgoose.workflows.experiment.measures.values import answers_of
 from phatgoose.workflows.experiment.page import page_names
 from phatgoose.workflows.experiment.recipe import IN_POOL
 from phatgoose.workflows.experiment.scores import RESAMPLES
-from phatgoose.workflows.experiment.systems import MULTITASK, OTHER, standing
+from phatgoose.workflows.experiment.systems import MULTITASK, OTHER, OWN, standing
 from phatgoose.workflows.experiment.worker import Run, WorkerState, worker_state
 from phatgoose.workflows.page import TraceReport, TraceRequest, traced
 
@@ -169,13 +169,39 @@ def admit(run: Run, name: str, folder: str) -> dict[str, Any]:
     task, limit = state.task(IN_POOL, name), state.recipe.pool.admit_rows
     if not task.validation:
         raise PhatgooseError("it has no validation rows, by which [pool] admit_rows admits experts.")
-    alone = Pool([Expert.load(state.out / "experts" / folder, name=name)])
-    own = state.scores.score(task, alone, Single(0), split="validation", limit=limit)
     base = state.scores.score(task, None, None, split="validation", limit=limit)
-    points = [[p.points for p in score.predictions] for score in (own, base)]
+    expert = Expert.load(state.out / "experts" / folder, name=name)
+    found = _gain(state, task, expert, base, limit)
+    return {key: found[key] for key in ("gain", "low", "high")} | {"rows": base.rows}
+
+
+def admit_task(run: Run, pool: str, suite: str, name: str) -> dict[str, Any]:
+    """What a suite's task's own expert and each of its sisters gain over the base on the own expert's validation rows.
+
+    Returns {"rows", "base", "own", "sisters": {name: …}}, each expert with {"mean", "gain", "low", "high"}.
+    """
+    state = worker_state(run, pool)
+    own, limit = state.own_expert(suite, name), state.recipe.measure.admit_rows
+    task = state.task(suite, name, trained_on=True)
+    if not task.validation:
+        raise PhatgooseError("it has no validation rows, by which [measure] admit_rows admits tasks.")
+    base = state.scores.score(task, None, None, split="validation", limit=limit)
+    sisters = [state.pool[s] for s in state.entry(suite, name).sisters if s in state.pool.names]
+    return {
+        "rows": base.rows,
+        "base": base.mean,
+        "own": _gain(state, task, own, base, limit),
+        "sisters": {s.name: _gain(state, task, s, base, limit) for s in sisters},
+    }
+
+
+def _gain(state: WorkerState, task: Task, expert: Expert, base: TaskScore, limit: int) -> dict[str, float]:
+    """An expert alone on a task's first validation rows, and its paired difference to the base's score there."""
+    alone = state.scores.score(task, Pool([expert]), Single(0), split="validation", limit=limit)
+    points = [[p.points for p in score.predictions] for score in (alone, base)]
     groups = groups_of(task.validation[:limit])
     gain, low, high = paired_difference(*([p] for p in points), groups=[groups], resamples=RESAMPLES)
-    return {"gain": gain, "low": low, "high": high, "rows": own.rows}
+    return {"mean": alone.mean, "gain": gain, "low": low, "high": high}
 
 
 def signature(run: Run, name: str, folder: str) -> dict[str, Any]:
@@ -242,7 +268,7 @@ def measure(
     system: str,
     suite: str,
     tasks: list[str],
-    experts: Mapping[str, str],
+    experts: Mapping[str, str | None],
 ) -> dict[str, dict[str, str]]:
     """One system on tasks, with the `experts` that act: {"scores": {task: file}, "failed": {task: why}}."""
     state = worker_state(run, pool)
@@ -250,6 +276,9 @@ def measure(
 
     def measured(name: str) -> str:
         task, limit = state.task(suite, name), state.recipe.measure.test_rows
+        if system == OWN and suite != IN_POOL and state.entry(suite, name).tier != SAME_DATASET:
+            alone = Pool([state.own_expert(suite, name)])  # not one of the pool
+            return state.scores.measure(task, alone, Single(0), limit=limit).name
         if kind != OTHER:
             return state.scores.measure(task, *state.system(system, experts.get(name)), limit=limit).name
         other = state.other(spec)

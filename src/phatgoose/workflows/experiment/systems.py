@@ -6,7 +6,8 @@ Further systems:
     base          the base alone
     merged        one expert made of all; so do ties[:density=X] and dare[:density=X,seed=N]
     best-single   one expert for a whole suite            oracle               one expert for each task
-    own           each task's own expert, in-pool only
+    own           each task's own expert: in-pool, and on a suite's tasks with a tier that of [measure] own_experts
+    sister        the best of the experts that a suite names beforehand for each task; the base, where it names none
     multitask     one expert trained on all the pool's data together: what pooling the data would give
     padded:N      PHATGOOSE with N experts added that know nothing (padded:N,seed=M: others)
     model:SPEC    another model by itself on the same rows, such as a released multitask one (model:google/flan-t5-xl)
@@ -29,8 +30,8 @@ from phatgoose.routers.parse import LABELLED, parse_pool_settings, parse_system
 
 MAIN = "phatgoose"
 MULTITASK, OTHER, PADDED = "multitask", "model", "padded"
-BEST_SINGLE, ORACLE, OWN = "best-single", "oracle", "own"
-CHOSEN = (BEST_SINGLE, ORACLE)
+BEST_SINGLE, ORACLE, SISTER, OWN = "best-single", "oracle", "sister", "own"
+CHOSEN = (BEST_SINGLE, ORACLE, SISTER)
 """Systems that choose an expert by labels of validation rows, which no router has."""
 TOLD = (*CHOSEN, OWN)
 """Systems that are told which expert acts: those above, and the one that knows the task's name."""
@@ -63,7 +64,7 @@ def check_system(name: str) -> None:
     elif kind == PADDED:
         _padding(name)
     else:
-        parse_system(name, LABELLED)
+        parse_system(name, (*LABELLED, SISTER))
 
 
 def _padding(name: str) -> tuple[int, dict[str, Any]]:
@@ -78,12 +79,14 @@ def build(name: str, pool: Pool, expert: str | None = None) -> tuple[Pool | None
     """(pool, router) to attach for a system; (None, None) for the base.
 
     Args:
-        expert: the one that acts, for a system of `TOLD`.
+        expert: the one that acts, for a system of `TOLD`. None: for `sister`, the base.
 
     Raises:
         PoolError, RoutingError: this pool can't be merged or routed so.
     """
     if name in TOLD:
+        if expert is None and name == SISTER:
+            return None, None
         if expert is None:
             raise RoutingError(f"{name} needs the expert that acts.")
         return Pool([pool[expert]]), Single(0)
@@ -158,26 +161,34 @@ def rank(standings: Sequence[Standing]) -> tuple[float, float]:
 
 
 def picks(
-    scores: Mapping[str, Mapping[str, Standing]], names: Sequence[str], tasks: Sequence[str]
-) -> dict[str, dict[str, str]]:
+    scores: Mapping[str, Mapping[str, Standing]],
+    names: Sequence[str],
+    tasks: Sequence[str],
+    sisters: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, dict[str, str | None]]:
     """System → task → expert, from expert → task → its standing there.
 
     A task on which no expert could be scored has no oracle. An expert that couldn't be scored where others were
-    can't be best-single.
+    can't be best-single. Where some task names sisters, those that name none have the sister None: the base alone.
 
     Args:
         names: the tasks that can be chosen on.
         tasks: all of the suite.
+        sisters: the experts that each task names.
     """
-    oracle = {}
+    oracle: dict[str, str | None] = {}
+    named = sisters or {}
+    sister: dict[str, str | None] = {t: None for t in tasks if any(named.values()) and not named.get(t)}
     for task in names:
         if able := {e: [scores[e][task]] for e in scores if task in scores[e]}:
             oracle[task] = best(able)
+        if able := {e: standings for e, standings in able.items() if e in named.get(task, ())}:
+            sister[task] = best(able)
     # An expert scored on fewer tasks has a smaller sum for that reason alone, so only complete ones are compared.
     most = max((len(found) for found in scores.values()), default=0)
     if not most:
-        return {ORACLE: oracle, BEST_SINGLE: {}}
+        return {ORACLE: oracle, SISTER: sister, BEST_SINGLE: {}}
     whole = [e for e in scores if len(scores[e]) == most]
     common = [t for t in names if all(t in scores[e] for e in whole)]
     one = best({e: [scores[e][t] for t in common] for e in whole})
-    return {ORACLE: oracle, BEST_SINGLE: dict.fromkeys(tasks, one)}
+    return {ORACLE: oracle, SISTER: sister, BEST_SINGLE: dict.fromkeys(tasks, one)}

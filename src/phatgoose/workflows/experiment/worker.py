@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.names import MANIFEST, RECORD_FILE
 from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256_json
 from phatgoose.models.attach.options import RouteOptions
@@ -24,7 +26,8 @@ from phatgoose.routers import Router, Single
 from phatgoose.routers.example import AUTO, ByText
 from phatgoose.tasks.lists.entries import Entry, load_entry, with_validation
 from phatgoose.tasks.lists.named import Suite
-from phatgoose.tasks.splits import Fractions
+from phatgoose.tasks.splits import Fractions, normalise
+from phatgoose.training.gate import match_to_base
 from phatgoose.workflows.experiment.recipe import IN_POOL, ExperimentRecipe, without_own_copies
 from phatgoose.workflows.experiment.scores import ScoreCache
 from phatgoose.workflows.experiment.systems import MULTITASK, build
@@ -43,10 +46,12 @@ class WorkerState:
         self.recipe, self.out = recipe, out
         self.suites = {IN_POOL: Suite(IN_POOL, recipe.pool_entries)}
         self.suites |= {s.name: without_own_copies(recipe, s)[0] for s in recipe.suites}
-        self._tasks: dict[tuple[str, str], Task] = {}
+        self._tasks: dict[tuple[str, str, bool], Task] = {}
         self._systems: dict[Any, tuple[Pool | None, Router | None]] = {}
         self._other: tuple[str, ScoreCache] | None = None
         self._pool_key = ""
+        self._own: dict[tuple[str, str], Expert] = {}
+        self._own_pool: Pool | None = None
 
     @cached_property
     def base(self) -> Base:
@@ -80,21 +85,75 @@ class WorkerState:
             self._other = spec, ScoreCache(base, self.out / "scores")
         return self._other[1]
 
-    def task(self, suite: str, name: str) -> Task:
-        """A task of a suite with the rows that are measured; a task of "in-pool" with its training rows too."""
-        if (suite, name) not in self._tasks:
-            entry = next(e for e in self.suites[suite].entries if e.name == name)
-            if suite == IN_POOL:
-                group, rows = self.recipe.group_of(name), self.recipe.pool.train_rows
+    def entry(self, suite: str, name: str) -> Entry:
+        return next(e for e in self.suites[suite].entries if e.name == name)
+
+    def task(self, suite: str, name: str, *, trained_on: bool = False) -> Task:
+        """A task of a suite with the rows that are measured; a task of "in-pool" with its training rows too.
+
+        Args:
+            trained_on: as a task of "in-pool", with the rows that an expert of its own was trained and validated on.
+                Where the data has no validation split, these aren't the suite's: nothing is trained on a suite's
+                tasks otherwise, so more of the training split goes to validation.
+        """
+        key = suite, name, trained_on
+        if key not in self._tasks:
+            entry = self.entry(suite, name)
+            if suite == IN_POOL or trained_on:
+                group, rows = (
+                    self.recipe.group_of(name) if suite == IN_POOL else suite,
+                    self.recipe.pool.train_rows,
+                )
                 loaded = load_entry(entry, group=group, folders=self.recipe.folders, limit={"train": rows})
             else:
                 loaded = self._unseen(suite, entry)
-            self._tasks[suite, name] = loaded
+            self._tasks[key] = loaded
             # Dicts keep their order, so the oldest task goes first; the one that was just loaded stays.
             while len(self._tasks) > 1 and sum(len(t.train) for t in self._tasks.values()) > KEPT_ROWS:
-                del self._tasks[next(k for k in self._tasks if k != (suite, name))]
+                del self._tasks[next(k for k in self._tasks if k != key)]
             return loaded
-        return self._tasks[suite, name]
+        return self._tasks[key]
+
+    def own_expert(self, suite: str, name: str) -> Expert:
+        """The expert in `own_experts` of a suite's task, which was trained on the rows of `task(trained_on=True)`.
+
+        Raises:
+            PhatgooseError: there is none, or it saw other rows, another base, or rows that the suite measures.
+        """
+        if (suite, name) in self._own:
+            return self._own[suite, name]
+        task, place = self.task(suite, name, trained_on=True), Path(self.recipe.measure.own_experts)
+        there = self._own_experts_named(place, name)
+        if not there:
+            raise PhatgooseError(f"{place} has no expert named {name}, by which it would be measured.")
+        found = [e for e in there if _trained_rows(e) == task.hash]
+        if len(found) != 1:
+            raise PhatgooseError(
+                f"{len(there)} experts of {place} are named {name}, and {len(found)} of them were trained on the rows "
+                f"that this recipe would train it on ([pool] train_rows = {self.recipe.pool.train_rows}); expected one."
+            )
+        measured = {
+            normalise(e.placed_by) for e in self.task(suite, name).test[: self.recipe.measure.test_rows]
+        }
+        seen = [
+            split
+            for split in (task.train, task.validation)
+            if measured & {normalise(e.placed_by) for e in split}
+        ]
+        if seen:
+            raise PhatgooseError(
+                f"{name}: rows that are measured are also training or validation rows of its own expert: give its "
+                "entry `fractions`, so that both split its data alike."
+            )
+        match_to_base(self.base, found[0])
+        return self._own.setdefault((suite, name), found[0])
+
+    def _own_experts_named(self, place: Path, name: str) -> list[Expert]:
+        if (place / MANIFEST).exists():
+            self._own_pool = self._own_pool or Pool.load(place)
+            return [e for e in self._own_pool.experts if e.name == name]
+        folders = (p.parent for p in sorted(place.glob(f"{glob.escape(name)}-*/{RECORD_FILE}")))
+        return [e for e in map(Expert.load, folders) if e.name == name]
 
     def _unseen(self, suite: str, entry: Entry) -> Task:
         measure = self.recipe.measure
@@ -137,6 +196,12 @@ class WorkerState:
         specs = {e.name: _rows_of(e) for e in recipe.pool_entries}
         asked = [recipe.base, recipe.dtype, (recipe.multitask or recipe.expert).key(), recipe.pool.train_rows]
         return self.out / "experts" / f"multitask-{sha256_json([*asked, [specs[n] for n in names]])[:10]}"
+
+
+def _trained_rows(expert: Expert) -> str | None:
+    """The hash of the task that an expert's record says it was trained on."""
+    task = expert.provenance.get("task")
+    return task.get("hash") if isinstance(task, Mapping) else None
 
 
 def _rows_of(entry: Entry) -> list[Any]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from phatgoose.workflows.experiment.measures.compare import ALL
 from phatgoose.workflows.experiment.measures.values import MEASURES
-from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE, OWN
+from phatgoose.workflows.experiment.systems import BASE, MAIN, ORACLE, OWN, SISTER
 
 Table = list[list[str]]
-FIRST = (BASE, OWN, ORACLE)
+FIRST = (BASE, SISTER, OWN, ORACLE)
 """Columns of a table by task that come first: what there is to gain."""
 Column = Callable[[Mapping[str, Any]], str]
 """A cell from what is known of a difference."""
