@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+BASE := $(VENV)/.installed-quickstart
+STAMP := $(VENV)/.installed-dev
 AXE := 4.14.1
 
 .DEFAULT_GOAL := help
@@ -9,22 +10,22 @@ AXE := 4.14.1
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("phatgoose needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+$(BASE) $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("phatgoose needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@$(PYTHON) .ci/install.py $(patsubst .installed-%,%,$(@F))
+	@touch $@
 
-setup: $(STAMP) ## make .venv with everything pinned
+setup: $(BASE) ## make .venv with phatgoose and its servers, everything pinned
 
-quickstart: $(STAMP) ## the main job: train experts and gates, route, compare (25 minutes on two cores)
+dev: $(STAMP) ## make .venv with what tests, linters and documentation need as well
+
+quickstart: $(BASE) ## the main job: first answers, then train experts and gates, route, compare (25 minutes on two cores)
 	$(BIN)/phatgoose quickstart --out quickstart-out
 
-smoke: $(STAMP) ## the quickstart with two experts and a few steps
+smoke: $(BASE) ## the quickstart with two experts and a few steps
 	$(BIN)/phatgoose quickstart --smoke --out build/smoke
 
-ungated: $(STAMP) ## what experts without gates are worth, on the quickstart's pool (an hour on two cores)
+ungated: $(BASE) ## what experts without gates are worth, on the quickstart's pool (an hour on two cores)
 	$(BIN)/python benchmarks/ungated.py --pool quickstart-out/pool --out build/ungated
 
 # Two processes of several threads each slow one another tenfold: one thread each. Some tests wait for servers: a process more than cores.
@@ -85,4 +86,4 @@ bench: $(STAMP) ## routing against its base on this machine, into benchmarks/res
 docs: $(STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-.PHONY: help setup quickstart smoke test check fuzz fuzz-serve bench-serve vllm lint axe picture bench docs ungated
+.PHONY: help setup dev quickstart smoke test check fuzz fuzz-serve bench-serve vllm lint axe picture bench docs ungated

@@ -20,7 +20,7 @@ CHROMIUM = (
 def chromium():
     # Not for the whole session: Playwright keeps an event loop running in this thread while it is open,
     # and nobody else can run one.
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: make setup")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: make dev")
     if CHROMIUM is None:
         pytest.skip("there is no chromium: install Debian's, or set PHATGOOSE_CHROMIUM")
     with playwright.sync_playwright() as running:

@@ -10,13 +10,16 @@ from typing import Any
 
 import rich.box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.models.base.load import load_base
 from phatgoose.workflows.experiment.page import claim_text
 from phatgoose.workflows.experiment.recipe import ExperimentRecipe
 from phatgoose.workflows.experiment.run import run_experiment
 from phatgoose.workflows.experiment.systems import MAIN, ORACLE
+from phatgoose.workflows.first_answers import POOL, first_answers
 
 RECIPES = Path(__file__).parent / "recipes"
 SMALL = "--steps 60 --rows-per-step 16 --learning-rate 1e-3 --validate-every 20"
@@ -50,7 +53,10 @@ def run_quickstart(
     out = Path(out)
     if console is None:  # a pipe or a file gets whole lines
         console = Console() if sys.stdout.isatty() else Console(width=1000)
-    recipe = recipe or quickstart_recipe(smoke=smoke)
+    if recipe is None:
+        recipe = quickstart_recipe(smoke=smoke)
+        if not out.exists():
+            show_first_answers(console, recipe)
     console.print(
         f"[bold]phatgoose quickstart[/]: {len(recipe.pool_entries)} contributors train an expert and its gates on "
         f"{recipe.base}, each on a task of their own; the pool is then measured on those tasks and "
@@ -68,6 +74,22 @@ def run_quickstart(
         raise PhatgooseError(f"some steps failed; the same command runs them again:{failures}")
     _print_next_steps(console, out, recipe)
     return results
+
+
+def show_first_answers(console: Console, recipe: ExperimentRecipe) -> None:
+    """Prints answers of the pool that comes with phatgoose, which need no training."""
+    console.print(
+        f"[bold]First answers[/], from {POOL}, a pool that comes with phatgoose. Its router finds each prompt's expert "
+        "by the experts' weights alone."
+    )
+    base = load_base(recipe.base, dtype=recipe.dtype)
+    for found in first_answers(base):
+        console.print(
+            f"  {found.prompt} [bold]{escape(found.pool)}[/]\n    expert: {found.expert}; the base alone: "
+            f"{escape(found.base) or '(nothing)'}",
+            highlight=False,
+        )
+    console.print()
 
 
 def suite_table(console: Console, name: str, suite: Mapping[str, Any]) -> Table:
