@@ -89,8 +89,11 @@ def show(model: PreTrainedModel, ids: Tensor, observers: Sequence[tuple[nn.Modul
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_inputs(model, ids)
+    # The head's logits of thousands of tokens may take gigabytes.
+    inside = set(model.base_model.modules())
+    whole = model if any(module not in inside for module, _, _ in observers) else model.base_model
     with Hooks(_watched(*observer) for observer in observers), eval_mode(model):
-        model(**inputs)
+        whole(**inputs)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> Tensor:
