@@ -7,7 +7,8 @@ Writes the experts to FOLDER (2,000 of rank 16 at all linear layers take 21 GB, 
 them, opens and routes them in a process of its own, and removes them. Decode and prefill are medians of steps
 that take turns with the base's. They start with no page of the pool's file in memory, or with a token whose
 pages are in memory; rows are prefetched, or read when they are touched. At some modules the choice and the
-output are compared with the formulas in float64.
+output are compared with the formulas in float64. How long Gander takes to be attached is measured as well; its steps
+are in benchmarks/many.py.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
     """Opening, routing and running, in this fresh process."""
     from phatgoose.experts.pool import Pool
     from phatgoose.models.attach.attach import Routing
-    from phatgoose.routers import PHATGOOSE
+    from phatgoose.routers import PHATGOOSE, Gander
 
     model = models.base_model(layers)
     found: dict[str, Any] = {"machine": machine()}
@@ -85,6 +86,11 @@ def measure(folder: Path, layers: int) -> dict[str, Any]:
         start = time.perf_counter()
         pool = Pool.load(folder)
         found["open"] = {"seconds": time.perf_counter() - start, **held()}
+        start = time.perf_counter()
+        gander = Routing(model, pool, Gander())
+        bound = time.perf_counter() - start
+        found["route by Gander"] = {"seconds": bound, **models.observe_random(gander, 96, 8), **held()}
+        del gander
         start = time.perf_counter()
         routing = Routing(model, pool, PHATGOOSE(2))
         found["route"] = {"seconds": time.perf_counter() - start, "copied_at": len(routing.copied), **held()}
