@@ -96,11 +96,12 @@ def whole_models(
         found.append(one)
         kind = "byte_floor" if step.length == 1 else "flop_floor"
         floor = one[kind]
+        others = "".join(f", {n} {found[kind]:.2f}" for n, found in one["floors"].items())
         ratios = "  ".join(f"{n} {r:.2f}" for n, r in one["ratio"].items())
         speed = "".join(f", {n} {s:.0f}" for n, s in one["gb_s"].items())
         print(
             f"{experts:5} experts  {step.name:16} base {one['milliseconds']['base']:8.1f} ms  × base: "
-            f"{ratios}  floor {floor:.2f}, gander {one['gander_' + kind]:.2f}  distinct "
+            f"{ratios}  floor {floor:.2f}{others}  distinct "
             f"{one['distinct_experts']:.0f}{'  GB/s' + speed[1:] if speed else ''}",
             flush=True,
         )

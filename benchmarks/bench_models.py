@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -32,7 +32,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.models.attach.attach import Routing
 from phatgoose.models.attach.hooks import Hooks
 from phatgoose.models.attach.options import RouteOptions
-from phatgoose.models.attach.site import Site
 from phatgoose.models.context.streams import Streams
 from phatgoose.models.trace.record import trace
 from phatgoose.ops import backend, fast
@@ -333,10 +332,18 @@ def weights_read(model: PreTrainedModel, run: Callable[[int], object]) -> int:
     return sum(read.values())
 
 
-def gander_of(ways: Ways) -> list[Site]:
-    """The sites of the first contestant that is Gander."""
-    found = (routing.sites for name, routing in ways.routings.items() if name.startswith("gander"))
-    return next(found, [])
+def gander_floors(
+    routing: Routing, paths: Collection[str], base_bytes: int, linear: int, rows_of_batch: int
+) -> dict[str, float]:
+    """The least that Gander costs at a step: as many rows as it compares (counted in bfloat16), and one expert for each
+    sequence behind them."""
+    sites = [s for s in routing.sites if s.path in paths]
+    scored = sum(s.router.calibrated.span_norms.rows.numel() for s in sites if s.router.needs_reference)
+    acting = sum(s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in sites if s.router.acts)
+    return {
+        "byte_floor": 1 + 2 * (scored + rows_of_batch * acting) / base_bytes,
+        "flop_floor": 1 + (scored + acting) / linear,
+    }
 
 
 def cost(ways: Ways, distinct: dict[str, int], base_bytes: int, rows_of_batch: int) -> dict[str, object]:
@@ -344,18 +351,18 @@ def cost(ways: Ways, distinct: dict[str, int], base_bytes: int, rows_of_batch: i
 
     Bytes at decode: every weight of the base that the step reads once, every gate once (counted in bfloat16;
     the kernel reads 8 bits), the chosen experts' rows once a module. Multiplications at prefill: linear
-    layers, gates and two experts a token. Gander reads as many rows as A has (counted in bfloat16) at the modules
-    that it reads, and behind them one expert for each sequence.
+    layers, gates and two experts a token.
     """
     sites = [s for s in ways.sites if s.path in distinct]
     linear = sum(s.stack.A.shape[1] * s.stack.B.shape[1] for s in sites)
     gates = sum(s.stack.experts * s.stack.A.shape[1] for s in sites)
     rows = [s.stack.ranks[0] * (s.stack.A.shape[1] + s.stack.B.shape[1]) for s in sites]
     chosen = 2 * sum(distinct[s.path] * r for s, r in zip(sites, rows, strict=True))
-    read = [s for s in gander_of(ways) if s.router.needs_reference]
-    waiting = {s.path for s in gander_of(ways) if not s.router.acts}
-    acting = [r for s, r in zip(sites, rows, strict=True) if s.path not in waiting]
-    scored = sum(sum(s.stack.ranks) * s.stack.A.shape[1] for s in read)
+    floors = {
+        name: gander_floors(routing, distinct, base_bytes, linear, rows_of_batch)
+        for name, routing in ways.routings.items()
+        if name.startswith("gander")
+    }
     return {
         "distinct_experts": sum(distinct.values()) / len(distinct),
         "base_bytes": base_bytes,
@@ -363,6 +370,5 @@ def cost(ways: Ways, distinct: dict[str, int], base_bytes: int, rows_of_batch: i
         "expert_bytes": chosen,
         "byte_floor": 1 + (2 * gates + chosen) / base_bytes,
         "flop_floor": 1 + (gates + 2 * sum(rows)) / linear,
-        "gander_byte_floor": 1 + 2 * (scored + rows_of_batch * sum(acting)) / base_bytes,
-        "gander_flop_floor": 1 + (scored + sum(acting)) / linear,
+        "floors": floors,
     }

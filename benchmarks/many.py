@@ -171,9 +171,10 @@ def described(found: dict[str, Any]) -> str:
     for step in found["steps"]:
         ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in step["ratio"].items())
         kind = "byte_floor" if step["step"].startswith("decode") else "flop_floor"
+        floors = "  ".join(f"{name} {one[kind]:.2f}" for name, one in step["floors"].items())
+        base = step["milliseconds"]["base"]
         lines.append(
-            f"  {step['step']:16} base {step['milliseconds']['base']:7.1f} ms  × base: {ratios}  "
-            f"floor of gander {step['gander_' + kind]:.2f}, of cpu {step[kind]:.2f}"
+            f"  {step['step']:16} base {base:7.1f} ms  × base: {ratios}  floors: {floors}  cpu {step[kind]:.2f}"
         )
     return "\n".join(lines)
 

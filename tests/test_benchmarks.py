@@ -65,7 +65,7 @@ def test_gander_is_measured_beside_the_base_and_phatgoose(scripts, tmp_path, cap
         assert one["open"]["gander"]["seconds"].keys() > {"whitening", "statistics", "with_passes"}
         assert one["state_bytes_of_a_sequence"] == 4 * 256 * (one["experts"] + 2)
         assert [step["ratio"].keys() for step in one["steps"]] == [{"gander", "cpu"}] * 3
-        assert all(step["gander_byte_floor"] > 1 for step in one["steps"])
+        assert all(step["floors"]["gander"]["byte_floor"] > 1 for step in one["steps"])
 
 
 def test_the_results_without_gates_have_the_form_of_the_published_ones(scripts):
